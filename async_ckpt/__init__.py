@@ -1,0 +1,1 @@
+"""Asynchronous background checkpoint writer for PyTorch training."""

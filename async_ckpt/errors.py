@@ -1,0 +1,137 @@
+"""The error tree: one root, and every class is also the builtin a caller would expect.
+
+Guarantees:
+- Every message says what is on disk now, and what to do where there is something to do.
+- The cause (an ``OSError``, the framework's own exception) is kept as ``__cause__``.
+- Whoever catches the builtin (``OSError``, ``ValueError``, ``TimeoutError``, ...) catches ours too.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class CheckpointError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A configuration field has a wrong name, type, unit or combination; the message names the field and the fix."""
+
+
+class TransactionStateError(CheckpointError, RuntimeError):
+    """A call came in the wrong order (save without create, commit twice, use after close, use in a forked child)."""
+
+
+class UnsupportedStateError(CheckpointError, TypeError):
+    """The state holds something that cannot be saved; the message names its key path. Nothing was written."""
+
+
+class TornSnapshotError(CheckpointError, RuntimeError):
+    """Tensors changed between `save` and the end of their copy; the message names them. Nothing is committed."""
+
+    def __init__(self, message: str, tensors: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
+class BackpressureTimeout(CheckpointError, TimeoutError):
+    """`save`, `commit` or `close` waited for the disk longer than it was allowed to; the message says for what."""
+
+
+class WriteError(CheckpointError, OSError):
+    """A file operation failed while a checkpoint was being written; keeps path, offset and errno."""
+
+    def __init__(self, message: str, *, errno: int | None = None, path: str | None = None, offset: int | None = None) -> None:
+        super().__init__(errno if errno is not None else _errno.EIO, message)
+        self.message = message
+        self.path = path
+        self.offset = offset
+        if path is not None:
+            self.filename = path
+
+    def __str__(self) -> str:
+        where = "" if self.path is None else f" [path {self.path!r}" + ("" if self.offset is None else f", offset {self.offset}") + "]"
+        code = _errno.errorcode.get(self.errno or 0, "no errno")
+        return f"{self.message}{where} ({code}: {os.strerror(self.errno or 0)})"
+
+
+class OutOfSpaceError(WriteError):
+    """The disk or the quota is full; says how many bytes were needed and how many are free (None: unknown)."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errno: int | None = _errno.ENOSPC,
+        path: str | None = None,
+        offset: int | None = None,
+        needed_bytes: int | None = None,
+        free_bytes: int | None = None,
+    ) -> None:
+        super().__init__(message, errno=errno, path=path, offset=offset)
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class CommitError(CheckpointError, OSError):
+    """A step of the commit failed; says which step and what is on disk now.
+
+    `committed` is False when the tag is certainly not visible, None when it is unknown
+    (only the last directory sync failed, after the rename): list the root to learn it.
+    """
+
+    def __init__(
+        self, message: str, *, step: str, errno: int | None = None, path: str | None = None, committed: bool | None = False
+    ) -> None:
+        super().__init__(errno if errno is not None else _errno.EIO, message)
+        self.message = message
+        self.step = step
+        self.path = path
+        self.committed = committed
+        if path is not None:
+            self.filename = path
+
+    def __str__(self) -> str:
+        return f"commit failed at step '{self.step}': {self.message}"
+
+
+class TagExistsError(CommitError, FileExistsError):
+    """The tag is committed already and `overwrite` is "refuse"; it was left as it is."""
+
+
+class RankFailedError(CommitError):
+    """Another rank failed, vanished or disagreed; nothing was renamed on any rank."""
+
+    def __init__(self, message: str, *, rank: int | None, step: str = "ranks") -> None:
+        super().__init__(message, step=step)
+        self.rank = rank
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No committed checkpoint, or no such file in it; the message says what is there instead."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """Bytes on disk are not those that were committed; names the file and, where known, the record."""
+
+    def __init__(self, message: str, *, path: str | None = None, record: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.record = record
+
+
+class UnsafePathError(CheckpointError, ValueError):
+    """A tag or path is malformed or would leave the checkpoint root; nothing was touched."""
+
+
+class StateMismatchError(CheckpointError, ValueError):
+    """`load_into` found names, shapes or dtypes that do not match; lists all of them. No byte was moved."""
+
+    def __init__(self, message: str, mismatches: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.mismatches = mismatches

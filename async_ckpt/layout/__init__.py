@@ -1,0 +1,1 @@
+"""Memory side: which bytes, at which offset."""
