@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from zlib_ng import zlib_ng as _zlib_ng
 
 
 def crc32(buffer: Any, value: int = 0) -> int:
     """CRC-32 of a bytes-like `buffer`, continued from `value`. Any thread; does not block on I/O."""
-    return cast(int, _zlib_ng.crc32(buffer, value))
+    return _zlib_ng.crc32(buffer, value)
 
 
 def crc32_combine(crc1: int, crc2: int, nbytes2: int) -> int:
     """CRC-32 of A+B from the CRCs of A and of B and the length of B in bytes."""
-    return cast(int, _zlib_ng.crc32_combine(crc1, crc2, nbytes2))
+    return _zlib_ng.crc32_combine(crc1, crc2, nbytes2)
