@@ -101,6 +101,13 @@ class TagExistsError(CommitError, FileExistsError):
     """The tag is committed already and `overwrite` is "refuse"; it was left as it is."""
 
 
+class PathExistsError(CheckpointError, FileExistsError):
+    """A path inside the open checkpoint was saved or made already; the first one is kept as it is."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class RankFailedError(CommitError):
     """Another rank failed, vanished or disagreed; nothing was renamed on any rank."""
 

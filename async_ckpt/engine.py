@@ -1,0 +1,336 @@
+"""The engine: joins the memory side (plan, snapshot) and the disk side (writer pool, commit).
+
+Guarantees:
+- `create`, `save`, `commit` and `close` may be called from any thread; they take turns under one lock, so the content
+  of checkpoints never mixes. Within a tag, `save` must return before `commit` is called.
+- The first failure of a tag stays: its pending commit, the next `save` or `commit` of the tag, and (unless somebody
+  has asked the pending commit for it) the next `create` and the end of the block raise it.
+- A forked child cannot use, close or harm its parent's engine; it may make its own.
+
+States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED from any of the first three.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from . import manifest, restore
+from .catalog import Catalog
+from .config import EngineConfig
+from .errors import BackpressureTimeout, PathExistsError, TransactionStateError
+from .guard import Guard
+from .inflight import InFlight, OpenCheckpoint, SavedFile
+from .interface import CheckpointEngine, StrPath, tag_of
+from .layout import Planner
+from .metrics import SaveMetrics
+from .pending import PendingCommit
+from .snapshot import Snapshotter
+from .staging import StagingArena
+
+
+class AsyncCheckpointEngine(CheckpointEngine):
+    """Saves checkpoints in the background; see the module's guarantees.
+
+    Args:
+        config_params: the root directory, a mapping of `EngineConfig` fields, or an `EngineConfig`.
+        overrides: `EngineConfig` fields; they win over `config_params`.
+
+    Making an engine makes `root` if it is missing, sweeps what crashed processes left there, and starts to fault in
+    staging memory in the background; it blocks for well under a second. Works in synchronous code, in asyncio, and as
+    ``with`` or ``async with`` block, whose end waits for every pending commit.
+
+    Raises:
+        ConfigError: a bad field or unit. WriteError: the root cannot be made, or is not a directory.
+    """
+
+    def __init__(self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any) -> None:
+        super().__init__(config_params)
+        config = EngineConfig.from_params(config_params, **overrides)
+        self.name = "async_ckpt"
+        self.config = config
+        self.root = os.path.abspath(os.fspath(config.root))
+        self._lock = threading.RLock()
+        pin = torch.cuda.is_available() if config.pin_memory == "auto" else config.pin_memory
+        chunk_bytes = config.resolved_chunk_bytes()
+        num_chunks = config.resolved_staging_bytes() // chunk_bytes
+        self._inflight = InFlight(config, self.root)
+        self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
+        self._inflight.adopt(self._arena)
+        self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
+        self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
+        self._guard = Guard(config.backpressure_timeout_s)
+        self._catalog = Catalog(self.root, self._inflight.filesystem)
+        if config.staging_bytes == "auto":
+            self._prefault(min(num_chunks * chunk_bytes, 256 << 20))
+        else:
+            self._prefault(num_chunks * chunk_bytes)
+        self._inflight.finalize_with(self)
+
+    # The five calls.
+
+    def create(self, tag: Any) -> None:
+        """Open a staging directory for `tag`. Blocks for a few file-system calls.
+
+        Raises:
+            TagExistsError: the tag is committed and `overwrite` is "refuse".
+            UnsafePathError: the tag is malformed. TransactionStateError: the tag is open already.
+            CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
+        """
+        name = manifest.check_tag(tag_of(tag))
+        with self._lock:
+            started = time.perf_counter()
+            self._usable()
+            self._inflight.raise_unacknowledged()
+            checkpoint = self._inflight.open(name)
+            checkpoint.metrics.stall_s += time.perf_counter() - started
+
+    def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
+        """Make a sub-directory of the open checkpoint (parents too), or the root itself. Does not block.
+
+        Raises:
+            PathExistsError: it is there already and `exist_ok` is False.
+        """
+        with self._lock:
+            self._usable()
+            if os.path.abspath(os.fspath(path)) == self.root:
+                if not exist_ok:
+                    raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
+                return
+            checkpoint, parts = self._locate(path, allow_tag_itself=True)
+            if not checkpoint.add_directory(parts) and not exist_ok:
+                raise PathExistsError(f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}")
+
+    def save(self, state_dict: Any, path: StrPath) -> None:
+        """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
+
+        The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
+        layout on the CPU or on CUDA; everything else must be picklable and is copied now. Blocks for the copy of what
+        no guard protects (about one memcpy), and while the staging memory is full (backpressure).
+
+        Args:
+            path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
+
+        Raises:
+            TransactionStateError: no such tag is open. PathExistsError: the path was saved already.
+            UnsupportedStateError: the state cannot be saved, with its key path; the checkpoint stays usable.
+            TornSnapshotError: the state changed meanwhile. BackpressureTimeout: the disk did not keep up.
+            CheckpointError: the first failure of this tag, if it has failed already.
+        """
+        with self._lock:
+            started = time.perf_counter()
+            self._usable()
+            checkpoint, parts = self._locate(path)
+            checkpoint.check_healthy()
+            self._save(checkpoint, "/".join(parts), state_dict, started)
+
+    def commit(self, tag: Any, metadata: Mapping[str, Any] | None = None) -> PendingCommit:
+        """Seal `tag` and make it durable and visible in the background; returns at once.
+
+        Blocks only while `max_pending_commits` earlier ones are unfinished.
+
+        Args:
+            metadata: JSON values (e.g. ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without torch.
+
+        Raises:
+            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not JSON.
+            BackpressureTimeout: too many commits are pending; the tag stays open.
+        """
+        name = manifest.check_tag(tag_of(tag))
+        checked = manifest.check_metadata(metadata or {})
+        with self._lock:
+            started = time.perf_counter()
+            self._usable()
+            checkpoint = self._inflight.sealable(name)
+            self._inflight.await_slot()
+            return self._inflight.commit(checkpoint, checked, started)
+
+    def load(
+        self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False
+    ) -> Any:
+        """Load a committed file and check every byte against the manifest. Blocks; any thread.
+
+        A commit of that tag that is pending here is waited for first.
+
+        Args:
+            path: "<tag>/file.pt", or "<root>/<tag>/file.pt".
+            map_location: as in `torch.load`.
+            weights_only: False runs the pickle's code: only for files you trust.
+            verify: "full" checks CRCs, "size" only sizes, "off" nothing.
+            mmap: map the file instead of reading it.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError.
+        """
+        tag, name = self._committed_path(path)
+        return restore.load(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
+
+    def load_into(self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full") -> Any:
+        """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
+
+        Names, shapes and dtypes are checked before the first byte moves. Returns the loaded structure's other leaves.
+
+        Raises:
+            StateMismatchError: lists every mismatch. Otherwise as `load`.
+        """
+        tag, name = self._committed_path(path)
+        return restore.load_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify)
+
+    # Looking.
+
+    def latest(self, verify: str = "full") -> str | None:
+        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading."""
+        return self._catalog.latest(verify=verify)
+
+    def tags(self) -> list[str]:
+        """Committed tags, oldest first."""
+        return self._catalog.tags()
+
+    def pending(self) -> list[PendingCommit]:
+        """Commits that have not ended yet, oldest first."""
+        return self._inflight.unfinished()
+
+    # Snapshots.
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the copies.
+
+        Everything else in a state dict is still copied inside `save`. Guarded tensors that are changed by other means
+        (``load_state_dict``, in-place edits) before the copy ended are detected and fail that checkpoint with
+        `TornSnapshotError`; call `wait_snapshot` before doing so.
+        """
+        with self._lock:
+            self._usable()
+            for optimizer in optimizers:
+                if not isinstance(optimizer, torch.optim.Optimizer):
+                    raise TransactionStateError(f"guard takes torch.optim.Optimizer objects, not {type(optimizer).__name__}")
+                self._prefault(self._arena.num_faulted * self._arena.chunk_bytes + self._guard.add(optimizer))
+
+    def wait_snapshot(self) -> None:
+        """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
+        self._guard.wait(block=True)
+
+    def prewarm(self, state_bytes: int | None = None) -> None:
+        """Block until staging memory for `state_bytes` (None: all of it) is faulted in, so that the first save is a warm one."""
+        self._usable()
+        size = self._arena.num_chunks * self._arena.chunk_bytes
+        self._arena.fault_in(size if state_bytes is None else min(size, state_bytes))
+
+    # Leaving.
+
+    def abort(self, tag: Any) -> None:
+        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended."""
+        name = manifest.check_tag(tag_of(tag))
+        with self._lock:
+            self._usable()
+            self._inflight.abort(name, TransactionStateError(f"checkpoint {name!r} was aborted by its owner"))
+
+    def close(self) -> None:
+        """Wait for every pending commit, give up what was not committed (with a warning), stop all threads.
+
+        Blocks, at most `close_timeout_s`. Calling it again does nothing.
+
+        Raises:
+            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in time.
+        """
+        with self._lock:
+            if os.getpid() != self._inflight.pid:
+                raise TransactionStateError(self._inflight.forked_message())
+            if self._inflight.closed:
+                return
+            self._guard.wait(block=True)
+            self._guard.remove()
+        self._inflight.close()
+        self._inflight.raise_unacknowledged()
+
+    def __enter__(self) -> AsyncCheckpointEngine:
+        self._usable()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
+            warnings.warn(f"while leaving the block with {error!r}, closing the engine failed too: {failure}", RuntimeWarning, stacklevel=2)
+
+    async def __aenter__(self) -> AsyncCheckpointEngine:
+        return self.__enter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        import asyncio
+
+        await asyncio.get_running_loop().run_in_executor(self._inflight.helpers, self.__exit__, kind, error, trace)
+
+    # Inside.
+
+    def _save(self, checkpoint: OpenCheckpoint, path: str, state_dict: Any, started: float) -> None:
+        checkpoint.check_new(path)
+        state = self._planner.plan(state_dict, name=path)
+        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
+        metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
+        metrics.plan_s = time.perf_counter() - started
+        write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
+        saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
+        checkpoint.add_file(path, saved)
+        try:
+            job = self._snapshotter.take(state, write, guarded=self._guard.storages(), name=path)
+        except BaseException as error:
+            # A file that ends half way must never be committed, whatever interrupted it.
+            checkpoint.fail(error)
+            write.abort(error)
+            raise
+        saved.job = job
+        if not job.copied.done():
+            self._guard.track(job)
+        metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
+        metrics.stall_s = time.perf_counter() - started
+        checkpoint.metrics.stall_s += metrics.stall_s
+
+    def _locate(self, path: StrPath, *, allow_tag_itself: bool = False) -> tuple[OpenCheckpoint, tuple[str, ...]]:
+        """The open checkpoint a path belongs to, and its checked components inside the tag."""
+        text = os.fspath(path)
+        tag, inner = manifest.split_path(self.root, text)
+        if tag is None:
+            checkpoint = self._inflight.current()
+            return checkpoint, manifest.check_relative_path(text)
+        checkpoint = self._inflight.require_open(tag)
+        if inner == "" and allow_tag_itself:
+            return checkpoint, ()
+        return checkpoint, manifest.check_relative_path(inner)
+
+    def _committed_path(self, path: StrPath) -> tuple[str, str]:
+        self._usable()
+        tag, name = manifest.split_committed_path(self.root, os.fspath(path))
+        pending = self._inflight.find_unfinished(tag)
+        if pending is not None and not pending.wait(self.config.backpressure_timeout_s):
+            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {self.config.backpressure_timeout_s:g} s")
+        return tag, name
+
+    def _usable(self) -> None:
+        self._inflight.check_usable()
+
+    def _prefault(self, target_bytes: int) -> None:
+        arena = self._arena
+        done: Future[None] = self._inflight.prefault.submit(_fault_in(arena, target_bytes))
+        done.add_done_callback(_report_background_failure)
+
+
+def _fault_in(arena: StagingArena, target_bytes: int) -> Callable[[], None]:
+    # A closure over the arena alone: the background thread must not keep the engine alive.
+    return lambda: arena.fault_in(target_bytes)
+
+
+def _report_background_failure(done: Future[None]) -> None:
+    if not done.cancelled() and done.exception() is not None:
+        warnings.warn(f"faulting in staging memory ahead failed, the first saves will be slower: {done.exception()}", RuntimeWarning, stacklevel=1)

@@ -1,0 +1,429 @@
+"""Checkpoints between `create` and committed: bookkeeping, the commit itself, and every way of ending.
+
+Guarantees:
+- A pending commit always resolves: with the tag, or with the first failure of any of its parts.
+- Nothing here refers to the engine object, so that an engine that is dropped, or an interpreter that exits, still
+  finishes its pending commits (with a warning), names what was never committed, and never hangs past `close_timeout_s`.
+- The first failure that nobody has asked for is raised by the next `create` and by `close`; when the interpreter exits
+  with one, the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import retention, transaction, verify
+from .config import EngineConfig
+from .coordination import Coordinator, LocalCoordinator, OpenTag
+from .errors import BackpressureTimeout, CheckpointError, PathExistsError, TransactionStateError
+from .executor import DaemonExecutor
+from .filesystem import FileSystem, LocalFileSystem
+from .manifest import MANIFEST_NAME, FileEntry
+from .metrics import CommitMetrics, SaveMetrics, Span
+from .observing import Observers
+from .pending import PendingCommit
+from .transaction import State
+from .writer import FileWrite, WriterPool, WrittenFile
+
+if TYPE_CHECKING:
+    from .snapshot import SnapshotJob
+    from .staging import StagingArena
+
+logger = logging.getLogger("async_ckpt")
+
+_NUM_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class SavedFile:
+    """One file of an open checkpoint, on its way to the disk."""
+
+    write: FileWrite
+    metrics: SaveMetrics
+    format: str
+    planner: str
+    plan_hash: str
+    started_s: float
+    job: SnapshotJob | None = None
+
+    def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
+        """The manifest's line for this file."""
+        return FileEntry(
+            path=path,
+            size_bytes=written.size_bytes,
+            extent_bytes=written.extent_bytes,
+            extent_crc32=tuple(written.extent_crc32),
+            format=self.format,
+            planner=self.planner,
+            plan_hash=self.plan_hash,
+            rank=rank,
+        )
+
+
+@dataclass(slots=True)
+class OpenCheckpoint:
+    """A checkpoint that has been created and is not committed yet."""
+
+    opened: OpenTag
+    metrics: CommitMetrics
+    state: State = State.OPEN
+    files: dict[str, SavedFile] = field(default_factory=dict)
+    directories: set[tuple[str, ...]] = field(default_factory=set)
+    error: BaseException | None = None
+    first_save_s: float | None = None
+    commit_s: float = 0.0
+    after: PendingCommit | None = None
+    """An unfinished commit of the same tag, which must be published before this one."""
+
+    @property
+    def tag(self) -> str:
+        return self.opened.tag
+
+    def check_healthy(self) -> None:
+        """Raise the first failure of this checkpoint, if there was one."""
+        if self.error is None:
+            for saved in self.files.values():
+                if saved.write.done.done() and saved.write.done.exception() is not None:
+                    self.error = saved.write.done.exception()
+                    break
+        if self.error is not None:
+            raise self.error
+
+    def fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+
+    def check_new(self, path: str) -> None:
+        """Refuse a path that was saved before, or that a directory or the manifest occupies."""
+        parts = tuple(path.split("/"))
+        if path == MANIFEST_NAME:
+            raise PathExistsError(f"{MANIFEST_NAME!r} is the checkpoint's own manifest; save under another name")
+        if path in self.files or parts in self.directories or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
+            raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
+
+    def add_file(self, path: str, saved: SavedFile) -> None:
+        self.files[path] = saved
+        self.metrics.saves.append(saved.metrics)
+        if self.first_save_s is None:
+            self.first_save_s = saved.started_s
+
+    def add_directory(self, parts: tuple[str, ...]) -> bool:
+        """Remember a directory and its parents; False when it was there."""
+        if "/".join(parts) in self.files:
+            raise PathExistsError(f"{'/'.join(parts)!r} is a file of the open checkpoint {self.tag!r}")
+        is_new = bool(parts) and parts not in self.directories
+        for n in range(1, len(parts) + 1):
+            self.directories.add(parts[:n])
+        return is_new
+
+
+class InFlight:
+    """The writer pool and the checkpoints that use it. Calls come from the engine, under its lock."""
+
+    def __init__(self, config: EngineConfig, root: str) -> None:
+        self.pid = os.getpid()
+        self.closed = False
+        self.root = root
+        self._config = config
+        self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
+        self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
+        transaction.make_root(self.filesystem, root)
+        self._coordinator.bind(self.filesystem, root)
+        if config.sweep_on_start:
+            self._coordinator.sweep()
+        self.observers = Observers(config.observers)
+        self.pool = WriterPool(
+            self.filesystem,
+            num_writers=config.num_writers,
+            io_mode=config.io_mode,
+            on_span=self.observers.on_span if config.observers else None,
+            name="async-ckpt",
+        )
+        self.helpers = DaemonExecutor("async-ckpt-commit", config.max_pending_commits + 1)
+        self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
+        self._arena: StagingArena | None = None
+        self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self._commits: OrderedDict[str, PendingCommit] = OrderedDict()
+        self._failures: list[BaseException] = []
+        self._last_created_ns = 0
+        self._finalizer: Any = None
+
+    def adopt(self, arena: StagingArena) -> None:
+        """The arena whose waits must end when the writer dies, and which closing gives back."""
+        self._arena = arena
+        self.pool.on_death(arena.poison)
+
+    def finalize_with(self, engine: object) -> None:
+        """Tidy up when `engine` is dropped without close, or the interpreter exits."""
+        self._finalizer = weakref.finalize(engine, _finalize, self)
+
+    # Which calls are legal now.
+
+    def forked_message(self) -> str:
+        return (
+            f"this engine belongs to process {self.pid} and this is process {os.getpid()}, forked from it: "
+            "make a new AsyncCheckpointEngine here. The parent's checkpoints are not affected"
+        )
+
+    def check_usable(self) -> None:
+        if os.getpid() != self.pid:
+            raise TransactionStateError(self.forked_message())
+        if self.closed:
+            raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
+
+    def current(self) -> OpenCheckpoint:
+        """The checkpoint opened last."""
+        if not self._open:
+            raise TransactionStateError("no checkpoint is open: call create(tag) before save or makedirs. Nothing was written")
+        return next(reversed(self._open.values()))
+
+    def require_open(self, tag: str) -> OpenCheckpoint:
+        checkpoint = self._open.get(tag)
+        if checkpoint is not None:
+            return checkpoint
+        ended = self._commits.get(tag)
+        if ended is not None and ended.failure() is not None:
+            failure = ended.failure()
+            assert failure is not None
+            raise failure
+        state = "its commit was called already" if ended is not None else f"open are: {', '.join(self._open) or 'none'}"
+        raise TransactionStateError(f"checkpoint {tag!r} is not open ({state}); call create({tag!r}) first. Nothing was changed")
+
+    sealable = require_open
+
+    def raise_unacknowledged(self) -> None:
+        """Raise the first failure that nobody has asked for yet; each is raised once."""
+        for pending in self._commits.values():
+            if pending.failure() is not None and not pending.acknowledged:
+                pending.result()
+        if self._failures:
+            raise self._failures.pop(0)
+
+    # Opening and writing.
+
+    def open(self, tag: str) -> OpenCheckpoint:
+        known = self._open.get(tag)
+        if known is not None:
+            if known.error is None:
+                raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
+            self.abort(tag, known.error)
+        earlier = self.find_unfinished(tag)
+        if earlier is not None and self._config.overwrite == "refuse":
+            raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
+        checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
+        self._open[tag] = checkpoint
+        self._commits.pop(tag, None) if earlier is None else None
+        return checkpoint
+
+    def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
+        return self.pool.open_file(checkpoint.opened.location, path, size_bytes=size_bytes, seal=seal, tag=checkpoint.tag)
+
+    def abort(self, tag: str, error: BaseException) -> None:
+        """Give an open checkpoint up; blocks until its writes ended."""
+        checkpoint = self._open.pop(tag, None)
+        if checkpoint is None:
+            raise TransactionStateError(f"checkpoint {tag!r} is not open; nothing was changed")
+        self.pool.run(self._give_up(checkpoint, error)).result(self._config.close_timeout_s)
+
+    # Committing.
+
+    def unfinished(self) -> list[PendingCommit]:
+        return [pending for pending in self._commits.values() if not pending.done()]
+
+    def find_unfinished(self, tag: str) -> PendingCommit | None:
+        pending = self._commits.get(tag)
+        return pending if pending is not None and not pending.done() else None
+
+    def await_slot(self) -> None:
+        """Wait until fewer than `max_pending_commits` are unfinished."""
+        timeout_s = self._config.backpressure_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while len(pending := self.unfinished()) >= self._config.max_pending_commits:
+            if not pending[0].wait(deadline - time.monotonic()):
+                raise BackpressureTimeout(
+                    f"{len(pending)} commits are pending and none ended within {timeout_s:g} s; waiting for "
+                    f"{self.pool.waiting_for()}. The checkpoint stays open: call commit again, or raise max_pending_commits"
+                )
+
+    def commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], started_s: float) -> PendingCommit:
+        del self._open[checkpoint.tag]
+        checkpoint.state = State.SEALED
+        checkpoint.commit_s = started_s
+        # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
+        self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
+        pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for)
+        self._commits.pop(checkpoint.tag, None)
+        self._commits[checkpoint.tag] = pending
+        while len(self._commits) > _NUM_REMEMBERED and next(iter(self._commits.values())).acknowledged:
+            self._commits.popitem(last=False)
+        checkpoint.metrics.stall_s += time.perf_counter() - started_s
+        done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
+        done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
+        return pending
+
+    async def _commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        try:
+            if checkpoint.error is not None:
+                raise checkpoint.error
+            await self._finish(checkpoint, metadata, created_unix_ns)
+        except BaseException as error:
+            checkpoint.fail(error)
+            await self._give_up(checkpoint, error)
+            raise
+        if self._config.retention is not None and self._coordinator.rank == 0:
+            await self._retain()
+
+    async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        entries = []
+        rank = self._coordinator.rank if self._coordinator.world_size > 1 else None
+        for path, saved in checkpoint.files.items():
+            written = await asyncio.wrap_future(saved.write.done)
+            self._record(saved, written)
+            entries.append(saved.entry(path, written, rank))
+        if checkpoint.after is not None:
+            await self._in_helper(lambda: checkpoint.after.wait(float("inf")) if checkpoint.after else None)
+        location = await asyncio.wrap_future(checkpoint.opened.location)
+        directories = sorted(checkpoint.directories)
+        await self._in_helper(lambda: transaction.make_directories(self.filesystem, location, directories))
+        if self._config.read_back:
+            await self._in_helper(lambda: verify.read_back(self.filesystem, location, entries))
+        checkpoint.state = State.DURABLE
+        started = time.perf_counter()
+        await self._in_helper(lambda: self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns))
+        checkpoint.state = State.COMMITTED
+        self._measure(checkpoint, entries, started)
+
+    async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
+        """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
+        checkpoint.state = State.ABORTED
+        for saved in checkpoint.files.values():
+            saved.write.abort(error)
+        writes = [asyncio.wrap_future(saved.write.done) for saved in checkpoint.files.values()]
+        await asyncio.gather(*writes, return_exceptions=True)
+        try:
+            await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
+        except (CheckpointError, OSError) as failure:
+            # The staging directory stays; the sweep of a later start removes it.
+            logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
+
+    async def _retain(self) -> None:
+        policy = self._config.retention
+        assert policy is not None
+        try:
+            await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
+        except (CheckpointError, OSError) as failure:
+            # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+            self._failures.append(failure)
+
+    def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.helpers.submit(call))
+
+    def _record(self, saved: SavedFile, written: WrittenFile) -> None:
+        metrics = saved.metrics
+        metrics.direct, metrics.crc_s, metrics.write_s, metrics.sync_s = written.direct, written.crc_s, written.write_s, written.sync_s
+        metrics.durable_s = written.durable_at_s - saved.started_s
+        if saved.job is not None:
+            metrics.copy_s = saved.job.copy_s
+        self.observers.on_save(metrics)
+
+    def _measure(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], publish_started_s: float) -> None:
+        metrics, now = checkpoint.metrics, time.perf_counter()
+        metrics.publish_s = now - publish_started_s
+        metrics.commit_s = now - checkpoint.commit_s
+        metrics.total_s = now - (checkpoint.first_save_s if checkpoint.first_save_s is not None else checkpoint.commit_s)
+        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
+        metrics.num_files = len(entries)
+        metrics.max_queue_chunks = self.pool.max_queue_chunks
+        self.observers.on_span(Span("rename", publish_started_s, now, threading.current_thread().name, tag=checkpoint.tag))
+
+    def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:
+        error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")
+        if error is not None:
+            logger.error("checkpoint %r was not committed: %s", checkpoint.tag, error)
+        pending.resolve(error)
+        self.observers.on_commit(checkpoint.metrics, error)
+
+    # Ending.
+
+    def close(self) -> None:
+        """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads. Bounded."""
+        deadline = time.monotonic() + self._config.close_timeout_s
+        try:
+            self._abandon_open()
+            for pending in self.unfinished():
+                if not pending.wait(deadline - time.monotonic()):
+                    raise BackpressureTimeout(
+                        f"{len(self.unfinished())} commit(s) did not end within {self._config.close_timeout_s:g} s, the first is "
+                        f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older checkpoints are untouched"
+                    )
+        finally:
+            self.closed = True
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            self._stop(max(0.1, deadline - time.monotonic()))
+
+    def _abandon_open(self) -> None:
+        for tag in list(self._open):
+            checkpoint = self._open[tag]
+            if checkpoint.error is None:
+                warnings.warn(
+                    f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
+                    ResourceWarning,
+                    stacklevel=4,
+                )
+            self.abort(tag, checkpoint.error or TransactionStateError(f"the engine was closed before commit({tag!r})"))
+
+    def _stop(self, timeout_s: float) -> None:
+        if self._arena is not None:
+            self._arena.poison(TransactionStateError("the engine is closed"))
+        self.pool.close(timeout_s)
+        for executor in (self.helpers, self.prefault):
+            executor.shutdown(wait=False)
+        self._coordinator.close()
+        if self._arena is not None:
+            self._arena.close()
+
+
+# When the interpreter exits without close and a checkpoint was lost, exit code 0 would be a lie.
+_lost_at_exit: list[BaseException] = []
+
+
+def _exit_loudly() -> None:
+    if _lost_at_exit:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+atexit.register(_exit_loudly)
+
+
+def _finalize(inflight: InFlight) -> None:
+    """The engine was dropped, or the interpreter exits, without close: finish what is pending, and say so."""
+    if os.getpid() != inflight.pid or inflight.closed:
+        return
+    pending = [p.tag for p in inflight.unfinished()]
+    what = f"finishing the pending commits of {', '.join(map(repr, pending))}" if pending else "nothing is pending"
+    warnings.warn(f"the engine on {inflight.root!r} was never closed ({what}); use `with` or close()", ResourceWarning, stacklevel=2)
+    if pending:
+        logger.warning("the engine on %r was never closed: %s", inflight.root, what)
+    try:
+        inflight.close()
+        inflight.raise_unacknowledged()
+    except CheckpointError as error:
+        logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
+        _lost_at_exit.append(error)

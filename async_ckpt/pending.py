@@ -1,0 +1,113 @@
+"""The pending commit: one object with a blocking face and an awaitable one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+
+from .errors import BackpressureTimeout
+from .metrics import CommitMetrics
+
+
+class PendingCommit:
+    """A commit on its way to the disk.
+
+    Guarantees:
+    - Resolves exactly once: to the tag, when the checkpoint is durable and visible, or to the first failure.
+    - Giving up waiting (a timeout, a cancelled ``await``) never cancels the commit itself.
+    - May be used from any thread and awaited from any event loop, any number of times.
+
+    A failure that nobody has asked for (`result`, `exception` or ``await``) is raised by the engine's next `create`
+    and when the engine is closed.
+    """
+
+    def __init__(self, tag: str, metrics: CommitMetrics, waiting_for: Callable[[], str]) -> None:
+        self.tag = tag
+        self.metrics = metrics
+        self._future: Future[str] = Future()
+        self._waiting_for = waiting_for
+        self._acknowledged = False
+        # A running future cannot be cancelled: a stray cancel() must not look like a lost checkpoint.
+        self._future.set_running_or_notify_cancel()
+
+    def result(self, timeout: float | None = None) -> str:
+        """Block until the checkpoint is committed; returns the tag.
+
+        Raises:
+            BackpressureTimeout: it did not end within `timeout` seconds; says what it waits for. It goes on.
+            CheckpointError: the first failure (`WriteError`, `CommitError`, `TornSnapshotError`, ...).
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self.tag
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Block until the commit ended; returns its failure, or None. Raises `BackpressureTimeout` like `result`."""
+        try:
+            error = self._future.exception(timeout)
+        # On Python 3.10 this is not the builtin TimeoutError.
+        except concurrent.futures.TimeoutError:
+            raise BackpressureTimeout(
+                f"commit of {self.tag!r} did not end within {timeout:g} s and goes on; it waits for {self._waiting_for()}. "
+                "Nothing is visible under this tag yet"
+            ) from None
+        self._acknowledged = True
+        return error
+
+    def done(self) -> bool:
+        """Whether the commit has ended, well or badly. Never blocks."""
+        return self._future.done()
+
+    def add_done_callback(self, callback: Callable[[PendingCommit], object]) -> None:
+        """Call `callback(self)` once the commit ended: on the writer's side, or here and now when it has ended already.
+
+        The callback must be quick; an exception in it is logged by ``concurrent.futures`` and harms no checkpoint.
+        """
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def __await__(self) -> Generator[object, None, str]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def on_done(_: Future[str]) -> None:
+            # The awaiting loop may have been closed meanwhile: then nobody waits there any more.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(wake)
+
+        self._future.add_done_callback(on_done)
+        yield from ended.__await__()
+        return self.result()
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else ("committed" if self._future.exception() is None else "failed")
+        return f"<PendingCommit {self.tag!r} {state}>"
+
+    # The engine's side.
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether somebody has asked for the outcome."""
+        return self._acknowledged
+
+    def failure(self) -> BaseException | None:
+        """The failure of an ended commit, without marking it as asked for; None while it runs."""
+        return self._future.exception() if self._future.done() else None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block up to `timeout_s` seconds; True when ended. Does not mark the outcome as asked for."""
+        done, _ = concurrent.futures.wait([self._future], timeout=max(0.0, timeout_s))
+        return bool(done)
+
+    def resolve(self, error: BaseException | None) -> None:
+        """End it: `error` is None when the checkpoint is committed."""
+        if error is None:
+            self._future.set_result(self.tag)
+        else:
+            self._future.set_exception(error)

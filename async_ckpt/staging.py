@@ -1,0 +1,179 @@
+"""Where snapshots wait in RAM: one arena of page-aligned chunks, faulted in early and reused for ever.
+
+Guarantees:
+- The arena never holds more than `num_chunks * chunk_bytes`; every chunk is owned by one snapshot at a time.
+- A chunk is handed out again only after `release`; reservations are all or nothing.
+- `poison` ends every wait with its cause, now and later.
+
+Touching fresh memory costs 10 to 30 times a copy into warm memory, so chunks are faulted in ahead (`fault_in`)
+and warm chunks are handed out first. The mapping is private, backed by huge pages where the kernel has them, and
+not inherited by forked children, so that a fork never makes the parent pay for copy-on-write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections import deque
+
+import torch
+
+from .errors import BackpressureTimeout, TransactionStateError
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
+_inherited: list[StagingArena] = []
+
+
+def _keep_in_child() -> None:
+    # A forked child must never unmap these addresses: they are not mapped there, and may be somebody else's by then.
+    _inherited.extend(_arenas)
+
+
+os.register_at_fork(after_in_child=_keep_in_child)
+
+
+class StagingChunk:
+    """One aligned piece of the arena: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory."""
+
+    __slots__ = ("address", "index", "tensor", "view")
+
+    def __init__(self, index: int, tensor: torch.Tensor, view: memoryview) -> None:
+        self.index = index
+        self.tensor = tensor
+        self.view = view
+        self.address: int = tensor.data_ptr()
+
+
+class StagingArena:
+    """Staging memory of `num_chunks` chunks of `chunk_bytes` bytes; all methods may be called from any thread."""
+
+    def __init__(self, num_chunks: int, chunk_bytes: int, *, pin: bool) -> None:
+        self.num_chunks = num_chunks
+        self.chunk_bytes = chunk_bytes
+        self.pinned = pin
+        self._pid = os.getpid()
+        self._map = mmap.mmap(-1, num_chunks * chunk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                self._map.madvise(getattr(mmap, advice))
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        view = memoryview(self._map)
+        self._cold: deque[StagingChunk] = deque()
+        for k in range(num_chunks):
+            low, high = k * chunk_bytes, (k + 1) * chunk_bytes
+            self._cold.append(StagingChunk(k, whole[low:high], view[low:high]))
+        self._warm: list[StagingChunk] = []
+        self._registered: list[int] = []
+        self._changed = threading.Condition()
+        self._poison: BaseException | None = None
+        _arenas.add(self)
+
+    @property
+    def num_free(self) -> int:
+        """Chunks that nobody owns."""
+        with self._changed:
+            return len(self._warm) + len(self._cold)
+
+    @property
+    def num_faulted(self) -> int:
+        """Chunks whose memory has been touched, in use or free."""
+        with self._changed:
+            return self.num_chunks - len(self._cold)
+
+    def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
+        """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
+        with self._changed:
+            self._check()
+            if len(self._warm) + len(self._cold) < num_chunks:
+                return None
+            return [self._take() for _ in range(num_chunks)]
+
+    def acquire(self, timeout_s: float) -> StagingChunk:
+        """Take one chunk, waiting for the disk to free one.
+
+        Raises:
+            BackpressureTimeout: none became free within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                self._check()
+                if self._warm or self._cold:
+                    return self._take()
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise BackpressureTimeout(
+                        f"no staging chunk became free within {timeout_s:g} s: all {self.num_chunks} chunks "
+                        f"({self.num_chunks * self.chunk_bytes} bytes) wait for the disk; raise staging_bytes or save less often"
+                    )
+
+    def release(self, chunk: StagingChunk) -> None:
+        """Give a chunk back. Any thread; never blocks for long."""
+        with self._changed:
+            self._warm.append(chunk)
+            self._changed.notify_all()
+
+    def poison(self, error: BaseException) -> None:
+        """End every present and future wait with `error`: nobody is left to free chunks."""
+        with self._changed:
+            if self._poison is None:
+                self._poison = error
+            self._changed.notify_all()
+
+    def fault_in(self, target_bytes: int) -> None:
+        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile."""
+        while True:
+            with self._changed:
+                if self._poison is not None or not self._cold or self.num_faulted_locked() * self.chunk_bytes >= target_bytes:
+                    return
+                chunk = self._cold.popleft()
+            self._touch(chunk)
+            self.release(chunk)
+
+    def num_faulted_locked(self) -> int:
+        """`num_faulted` for a caller that holds the lock."""
+        return self.num_chunks - len(self._cold)
+
+    def close(self) -> None:
+        """Unpin the memory and hand it back to the system once no chunk is referenced any more."""
+        self.poison(TransactionStateError("the engine is closed: its staging memory is gone"))
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            registered, self._registered = self._registered, []
+            self._cold.clear()
+            self._warm.clear()
+        for address in registered:
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def _check(self) -> None:
+        if self._poison is not None:
+            raise self._poison
+
+    def _take(self) -> StagingChunk:
+        if self._warm:
+            return self._warm.pop()
+        chunk = self._cold.popleft()
+        if self.pinned:
+            self._touch(chunk)
+        return chunk
+
+    def _touch(self, chunk: StagingChunk) -> None:
+        if _libc.madvise(chunk.address, self.chunk_bytes, _MADV_POPULATE_WRITE) != 0:
+            chunk.tensor.zero_()
+        if self.pinned:
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(chunk.address, self.chunk_bytes, 0))
+            self._registered.append(chunk.address)
+
+
+def _check_cuda(status: object) -> None:
+    code = int(status)  # type: ignore[call-overload]
+    if code != 0:
+        raise TransactionStateError(f"CUDA refused to pin or unpin staging memory (cudaError {code}); set pin_memory=False")
