@@ -1,0 +1,91 @@
+"""Names for places inside a state: "['model']['layer.0.weight']", used in messages only."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+UNKNOWN = "(inside an object)"
+
+
+def children(obj: Any) -> Iterator[tuple[str, Any]]:
+    """(path step, child) of a container or of an object with attributes; nothing for leaves."""
+    if isinstance(obj, Mapping):
+        for key, value in obj.items():
+            yield f"[{key!r}]", value
+        for name, value in getattr(obj, "__dict__", {}).items():
+            yield f".{name}", value
+    elif isinstance(obj, (list, tuple)):
+        for index, value in enumerate(obj):
+            yield f"[{index}]", value
+    elif isinstance(obj, torch.Tensor):
+        if type(obj) is not torch.Tensor:
+            yield from ((f".{name}", value) for name, value in vars(obj).items())
+    elif not isinstance(obj, (type, torch.UntypedStorage)) and hasattr(obj, "__dict__"):
+        yield from ((f".{name}", value) for name, value in vars(obj).items())
+
+
+def walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """(path, object) of `root` and everything reachable through containers and attributes, each object once, breadth first."""
+    seen = {id(root)}
+    queue: deque[tuple[str, Any]] = deque([("", root)])
+    while queue:
+        path, obj = queue.popleft()
+        yield path, obj
+        for step, child in children(obj):
+            if isinstance(child, (str, bytes, int, float, type(None))) or id(child) in seen:
+                continue
+            seen.add(id(child))
+            queue.append((path + step, child))
+
+
+def tensor_paths(root: Any, tensors: list[torch.Tensor]) -> list[str]:
+    """The path of each of `tensors`; one that only an object's own reducer produced gets a placeholder."""
+    paths = {id(obj): path for path, obj in walk(root) if isinstance(obj, torch.Tensor)}
+    return [paths.get(id(tensor), UNKNOWN) for tensor in tensors]
+
+
+class _Probe(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        is_storage = isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage))
+        return "storage" if is_storage else None
+
+
+def pickling_error(obj: Any) -> Exception | None:
+    """What stops `obj` alone from being pickled the way torch.save does it, storages aside."""
+    try:
+        _Probe(io.BytesIO(), protocol=2).dump(obj)
+    except Exception as error:  # noqa: BLE001 - any refusal is the answer, whatever its type
+        return error
+    return None
+
+
+def find_culprit(root: Any) -> tuple[str, Any, Exception] | None:
+    """(path, object, error) of the deepest place that cannot be pickled, or None where every part can. Slow; for messages."""
+    error = pickling_error(root)
+    if error is None:
+        return None
+    path, obj = "", root
+    seen = {id(root)}
+    while True:
+        for step, child in children(obj):
+            child_error = None if id(child) in seen else pickling_error(child)
+            if child_error is not None:
+                seen.add(id(child))
+                path, obj, error = path + step, child, child_error
+                break
+        else:
+            break
+        if isinstance(error, RecursionError):
+            break
+    if isinstance(obj, Mapping):
+        for key in obj:
+            key_error = pickling_error(key)
+            if key_error is not None:
+                return f"{path}[{key!r}] (the key)", key, key_error
+    return path, obj, error

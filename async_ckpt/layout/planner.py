@@ -1,0 +1,89 @@
+"""From a state to a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedStateError
+from .keypaths import find_culprit, tensor_paths, walk
+from .plan import FileFormat, PlannedState, Sources, container_plan
+from .recording import RecordingError, record
+
+
+class Planner:
+    """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
+
+    def __init__(self, *, alignment: int = 64, compact_views: bool = False, format: FileFormat = "torch", cache_entries: int = 16) -> None:
+        self._alignment = alignment
+        self._compact_views = compact_views
+        self._format = format
+        self._cache_entries = cache_entries
+        self.fallbacks = 0
+
+    def plan(self, obj: Any, *, name: str = "") -> PlannedState:
+        """The plan of `obj`. `name` (the file's path) says whose plan to reuse.
+
+        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
+        """
+        return self._plan_recorded(obj)
+
+    def _plan_recorded(self, obj: Any) -> PlannedState:
+        try:
+            recorded = record(obj, alignment=self._alignment)
+        except RecordingError as error:
+            raise refusal(obj, error) from error.__cause__
+        storages = [storage for storage in recorded.storages if storage.nbytes()]
+        nbytes = [storage.nbytes() for storage in storages]
+        if nbytes != recorded.container.payload_nbytes:
+            raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
+        refuse_unreadable(obj, storages)
+        paths: list[str] = []
+
+        def lazy_paths() -> list[str]:
+            return paths
+
+        paths = tensor_paths(obj, recorded.tensors)
+        return PlannedState(
+            plan=container_plan(recorded.container, "torch"),
+            sources=Sources(storages, [0] * len(storages), nbytes),
+            tensors=recorded.tensors,
+            cached=False,
+            _paths=lazy_paths,
+        )
+
+
+def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
+    """Raise for storages that have a size but no bytes to read (meta and fake tensors)."""
+    for storage in storages:
+        if storage.device.type == "meta" or storage.data_ptr() == 0:
+            path = storage_path(obj, storage)
+            raise UnsupportedStateError(f"state{path} has no readable data (device {storage.device}); nothing was written")
+
+
+def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
+    """Path of the first tensor that views `storage`."""
+    for path, item in walk(obj):
+        if isinstance(item, torch.Tensor):
+            try:
+                found = item.untyped_storage()._cdata
+            except (RuntimeError, NotImplementedError):
+                continue
+            if found == storage._cdata:
+                return path
+    return " (somewhere inside)"
+
+
+def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
+    """What torch.save's refusal means for the caller, with the key path."""
+    cause = error.__cause__
+    if error.tensor is not None:
+        path = tensor_paths(obj, [error.tensor])[0]
+        return UnsupportedStateError(f"state{path} cannot be saved: {cause}; nothing was written")
+    culprit = find_culprit(obj)
+    if culprit is None:
+        return UnsupportedStateError(f"state cannot be saved: {cause}; nothing was written")
+    path, item, reason = culprit
+    kind = type(item).__name__
+    return UnsupportedStateError(f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written")
