@@ -1,0 +1,1 @@
+"""Benchmarks of async_ckpt beside other checkpoint writers; README.md has the recipe. Not part of the installed package."""

@@ -1,0 +1,119 @@
+"""torch.distributed.checkpoint: `save`, and `async_save` with its executors and stagers, in one process.
+
+A reused stager overwrites its previous snapshot, so these contenders wait for the last upload before they stage again.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+
+from benchmarks.contenders.base import Contender, init_single_rank_group
+from benchmarks.workloads import State, Workload
+
+NUM_WRITE_THREADS = max(1, os.cpu_count() or 1)
+
+
+class DcpSave(Contender):
+    """The synchronous save."""
+
+    config = f"dcp.save(FileSystemWriter(thread_count={NUM_WRITE_THREADS}, sync_files=True))"
+    syncs = "files"
+
+    def setup(self, directory: Path, workload: Workload) -> None:
+        super().setup(directory, workload)
+        warnings.filterwarnings("ignore", module="torch.distributed.*")
+
+    def writer(self, step: int) -> dcp.FileSystemWriter:
+        return dcp.FileSystemWriter(self.produced(step), thread_count=NUM_WRITE_THREADS)
+
+    def save(self, step: int, state: State) -> None:
+        dcp.save(state, storage_writer=self.writer(step))
+
+
+class DcpAsyncThread(DcpSave):
+    """`async_save` as it comes: a fresh pageable copy on the caller's thread, upload in a thread."""
+
+    config = f"dcp.async_save(THREAD, default stager, thread_count={NUM_WRITE_THREADS})"
+    kind = AsyncCheckpointerType.THREAD
+
+    def setup(self, directory: Path, workload: Workload) -> None:
+        super().setup(directory, workload)
+        self.upload: Future[Any] | None = None
+        self.staged: Future[Any] | None = None
+        self.stager = self.make_stager()
+
+    def make_stager(self) -> DefaultStager | None:
+        return None
+
+    def save(self, step: int, state: State) -> None:
+        self.wait_durable()
+        response = dcp.async_save(
+            state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager
+        )
+        if isinstance(response, AsyncSaveResponse):
+            self.staged, self.upload = response.staging_completion, response.upload_completion
+        else:
+            self.upload = response
+
+    def wait_safe(self) -> None:
+        if self.staged is not None:
+            self.staged.result()
+            self.staged = None
+
+    def wait_durable(self) -> None:
+        if self.upload is not None:
+            self.upload.result()
+            self.upload = None
+
+    def close(self) -> None:
+        self.wait_durable()
+        if self.stager is not None:
+            self.stager.close()
+
+
+class DcpAsyncProcess(DcpAsyncThread):
+    """Upload in a daemon process; its start-up falls into the first save."""
+
+    config = f"dcp.async_save(PROCESS, DefaultStager(shared memory, reused), thread_count={NUM_WRITE_THREADS})"
+    kind = AsyncCheckpointerType.PROCESS
+
+    def setup(self, directory: Path, workload: Workload) -> None:
+        init_single_rank_group()
+        super().setup(directory, workload)
+
+    def make_stager(self) -> DefaultStager:
+        return DefaultStager(
+            StagingOptions(use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False)
+        )
+
+
+class DcpStagerCached(DcpAsyncThread):
+    """One stager kept over all saves: copies go into memory that is warm after the first."""
+
+    config = f"dcp.async_save(THREAD, DefaultStager reused, staged on the caller's thread, thread_count={NUM_WRITE_THREADS})"
+
+    def make_stager(self) -> DefaultStager:
+        gpu = self.workload.device.type == "cuda"
+        return DefaultStager(
+            StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
+        )
+
+
+class DcpStagerLazy(DcpAsyncThread):
+    """The stager copies in its own thread: the caller must wait before the tensors change."""
+
+    config = f"dcp.async_save(THREAD, DefaultStager reused, staged in a thread, thread_count={NUM_WRITE_THREADS})"
+
+    def make_stager(self) -> DefaultStager:
+        gpu = self.workload.device.type == "cuda"
+        return DefaultStager(
+            StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=gpu)
+        )

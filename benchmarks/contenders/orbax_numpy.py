@@ -1,0 +1,36 @@
+"""Orbax AsyncCheckpointer, fed with numpy views of the torch tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from benchmarks.contenders.base import Contender, flatten
+from benchmarks.workloads import State, Workload
+
+
+class OrbaxAsync(Contender):
+    """A flat dict of arrays; scalars travel as one array of JSON bytes."""
+
+    config = "AsyncCheckpointer(PyTreeCheckpointHandler()), tensors as numpy views"
+
+    def setup(self, directory: Path, workload: Workload) -> None:
+        super().setup(directory, workload)
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+
+    def save(self, step: int, state: State) -> None:
+        tensors, scalars = flatten(state)
+        tree = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        tree["scalars_json"] = np.frombuffer(scalars.encode(), dtype=np.uint8)
+        self.checkpointer.save(self.produced(step).absolute(), args=ocp.args.PyTreeSave(tree))
+
+    def wait_durable(self) -> None:
+        self.checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        self.checkpointer.close()

@@ -1,0 +1,34 @@
+"""torchsnapshot `Snapshot.async_take`: asyncio and aiofiles, its own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.snapshot import PendingSnapshot
+
+from benchmarks.contenders.base import Contender, single_rank_environment
+from benchmarks.workloads import State, Workload
+
+
+class TorchsnapshotAsyncTake(Contender):
+    """Returns when everything is staged in host memory; batching of small tensors is its default."""
+
+    config = "Snapshot.async_take(path, {'state': StateDict}), batching on"
+
+    def setup(self, directory: Path, workload: Workload) -> None:
+        single_rank_environment()
+        super().setup(directory, workload)
+        self.pending: PendingSnapshot | None = None
+
+    def save(self, step: int, state: State) -> None:
+        self.wait_durable()
+        self.pending = Snapshot.async_take(str(self.produced(step)), {"state": StateDict(**state)})
+
+    def wait_durable(self) -> None:
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+    def close(self) -> None:
+        self.wait_durable()

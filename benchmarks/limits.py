@@ -1,0 +1,99 @@
+"""What the machine can do at all: a copy into warm memory, the disk by fio, pinned D2H. Run between the contenders, in the same way.
+
+Guarantees: each function gives samples of the same form as a save (`durable_s` or `stall_s`, and `num_bytes`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contenders.base import Unavailable
+
+MIB = 1 << 20
+Sample = dict[str, Any]
+
+
+def _block_bytes(num_bytes: int) -> int:
+    """16 MiB blocks, smaller for small files so that a queue can fill."""
+    block = 16 * MIB
+    while block > 64 * 1024 and block * 16 > num_bytes:
+        block //= 2
+    return block
+
+
+def run_fio(path: Path, num_bytes: int, arguments: list[str]) -> dict[str, Any]:
+    """One fio job on one file; returns its JSON. Raises `Unavailable` where fio is missing or refuses."""
+    if shutil.which("fio") is None:
+        raise Unavailable("not installed: fio (a system package, not a Python one)")
+    block = _block_bytes(num_bytes)
+    size = max(block, num_bytes // block * block)
+    command = ["fio", "--name=limit", f"--filename={path}", f"--size={size}", f"--bs={block}", "--output-format=json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Unavailable(f"fio: {(done.stderr or done.stdout).strip()[:300]}")
+    job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    return job
+
+
+def _fio_write(directory: Path, num_bytes: int, arguments: list[str]) -> Sample:
+    path = directory / "fio.dat"
+    try:
+        job = run_fio(path, num_bytes, ["--rw=write", "--end_fsync=1", "--fallocate=posix", *arguments])
+    finally:
+        path.unlink(missing_ok=True)
+    wrote = int(job["write"]["io_bytes"])
+    # The file is a whole number of blocks: scale to the bytes of the state.
+    return {"durable_s": job["write"]["runtime"] / 1e3 * num_bytes / wrote, "num_bytes": num_bytes}
+
+
+def fio_direct_depth_4(directory: Path, num_bytes: int) -> Sample:
+    return _fio_write(directory, num_bytes, ["--direct=1", "--ioengine=libaio", "--iodepth=4"])
+
+
+def fio_direct_depth_16(directory: Path, num_bytes: int) -> Sample:
+    return _fio_write(directory, num_bytes, ["--direct=1", "--ioengine=libaio", "--iodepth=16"])
+
+
+def fio_buffered_fsync(directory: Path, num_bytes: int) -> Sample:
+    return _fio_write(directory, num_bytes, ["--direct=0", "--ioengine=psync"])
+
+
+def memcpy_warm(directory: Path, num_bytes: int) -> Sample:
+    """One contiguous torch copy between buffers that were both touched before, with torch's threads."""
+    source = torch.ones(num_bytes, dtype=torch.uint8)
+    target = torch.zeros(num_bytes, dtype=torch.uint8)
+    target.copy_(source)
+    start = time.perf_counter()
+    target.copy_(source)
+    return {"stall_s": time.perf_counter() - start, "num_bytes": num_bytes}
+
+
+def pinned_d2h(directory: Path, num_bytes: int) -> Sample:
+    """Device to pinned host memory, one contiguous copy."""
+    if not torch.cuda.is_available():
+        raise Unavailable("no CUDA device")
+    source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return {"stall_s": time.perf_counter() - start, "num_bytes": num_bytes}
+
+
+LIMITS: dict[str, tuple[Callable[[Path, int], Sample], str]] = {
+    "limit_memcpy_warm": (memcpy_warm, "torch copy_ between warm contiguous buffers"),
+    "limit_fio_direct_qd4": (fio_direct_depth_4, "fio write, O_DIRECT, libaio, depth 4, end_fsync, preallocated"),
+    "limit_fio_direct_qd16": (fio_direct_depth_16, "fio write, O_DIRECT, libaio, depth 16, end_fsync, preallocated"),
+    "limit_fio_buffered_fsync": (fio_buffered_fsync, "fio write, buffered, end_fsync, preallocated"),
+    "limit_pinned_d2h": (pinned_d2h, "one contiguous copy from the device into pinned memory"),
+}

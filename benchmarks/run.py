@@ -1,0 +1,208 @@
+"""`python -m benchmarks.run`: one process per contender and repeat, in alternating order, one JSON file each.
+
+Guarantees: contenders take turns within a repeat and the order turns round between repeats; a missing, failing, hanging or
+memory-exhausting contender is a row with its reason; scratch files are removed after every child.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import contenders, workloads
+from benchmarks.limits import LIMITS
+from benchmarks.request import SCENARIOS, Request
+from benchmarks.scenarios import planning, restore
+from benchmarks.watch import Watched, run_child
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def candidates(scenario: str) -> tuple[str, ...]:
+    """Who can take part in a scenario; "all" means these."""
+    if scenario == "restore":
+        return restore.NAMES
+    if scenario == "planning":
+        return (planning.NAME,)
+    if scenario == "save":
+        return (*LIMITS, *contenders.NAMES)
+    return contenders.NAMES
+
+
+def choose(scenario: str, wanted: str) -> list[str]:
+    """Names from the command line; unknown ones stay, and become rows that say so."""
+    if wanted == "all":
+        return list(candidates(scenario))
+    if wanted == "synced":
+        return [name for name in candidates(scenario) if name != "torch_save"]
+    return [name.strip() for name in wanted.split(",") if name.strip()]
+
+
+def order_of(names: list[str], repeat: int, seed: int) -> list[str]:
+    """A seeded shuffle, turned round in every second repeat: no contender always follows the same one."""
+    shuffled = list(names)
+    random.Random(seed * 1000 + repeat // 2).shuffle(shuffled)
+    return shuffled[::-1] if repeat % 2 else shuffled
+
+
+def child_environment() -> dict[str, str]:
+    """The caller's variables, with this checkout importable and quiet libraries."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    quiet = {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3", "DLROVER_LOG_LEVEL": "ERROR"}
+    return {**quiet, **os.environ, "PYTHONPATH": path}
+
+
+def tree_extra_bytes(result: dict[str, Any], watched: Watched) -> int | None:
+    """Highest sampled memory of the process tree after the child's baseline mark, over what it was before."""
+    mark = result.get("baseline_monotonic_s")
+    if mark is None:
+        return None
+    end = result.get("end_monotonic_s", float("inf"))
+    before = [size for when, size in watched.samples if when <= mark]
+    after = [size for when, size in watched.samples if mark < when <= end]
+    return max(after) - before[-1] if before and after else None
+
+
+def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]:
+    """One child in a scratch directory of its own; returns the whole JSON document."""
+    place = Path(tempfile.mkdtemp(prefix="bench-", dir=scratch))
+    try:
+        request = replace(request, directory=str(place / "data"))
+        os.mkdir(request.directory)
+        out = place / "result.json"
+        command = [sys.executable, "-m", "benchmarks.child", "--request", request.to_json(), "--out", str(out)]
+        started = time.time()
+        watched = run_child(
+            command,
+            timeout_s=timeout_s,
+            sample_memory=request.scenario == "memory",
+            environment=child_environment(),
+            log=place / "log.txt",
+        )
+        result = json.loads(out.read_text()) if out.exists() else explain(watched, timeout_s)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    if request.scenario == "memory":
+        result["tree_extra_bytes"] = tree_extra_bytes(result, watched)
+    result.update(
+        schema=1,
+        scenario=request.scenario,
+        contender=request.contender,
+        repeat=request.repeat,
+        seed=request.seed,
+        started_unix_s=started,
+        elapsed_s=time.time() - started,
+        request={**json.loads(request.to_json()), "directory": "(scratch)"},
+    )
+    return result
+
+
+def explain(watched: Watched, timeout_s: float) -> dict[str, Any]:
+    """A row for a child that left no result."""
+    if watched.ended == "timeout":
+        return {"status": "timeout", "reason": f"no end after {timeout_s:.0f} s"}
+    if watched.ended == "memory":
+        return {"status": "killed", "reason": "stopped: the machine's free memory ran out"}
+    lines = watched.stderr_tail.strip().splitlines()
+    return {"status": "killed", "reason": f"died with exit code {watched.returncode}: {lines[-1] if lines else 'no output'}"[:600]}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--scenario", default="save", help=f"one or more of {', '.join(SCENARIOS)}, separated by commas")
+    parser.add_argument("--workload", default="adamw", help=f"one or more of {', '.join(workloads.NAMES)}")
+    parser.add_argument("--size-mib", default="", help="one or more sizes; default: the workload's own")
+    parser.add_argument("--contenders", default="all", help="'all', or names separated by commas")
+    parser.add_argument("--repeats", type=int, default=5, help="child processes per contender")
+    parser.add_argument("--saves", type=int, default=3, help="measured saves (or reads) per child")
+    parser.add_argument("--warmups", type=int, default=1, help="saves after the first one that are not counted")
+    parser.add_argument("--steps", type=int, default=30, help="training: steps per segment")
+    parser.add_argument("--every", type=int, default=10, help="training: steps between checkpoints")
+    parser.add_argument("--segments", type=int, default=2, help="training: pairs of segments per child")
+    parser.add_argument("--tokens", type=int, default=64, help="training: tokens per step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--timeout-s", type=float, default=900.0, help="per child")
+    parser.add_argument("--drop-caches", action="store_true", help="restore: also write to drop_caches (root)")
+    parser.add_argument("--scratch", type=Path, default=None, help="directory on the disk under test; default: --out")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--resume", action="store_true", help="skip runs whose JSON file is there and ok")
+    return parser.parse_args(argv)
+
+
+def requests_of(arguments: argparse.Namespace) -> list[Request]:
+    """Every run of the command line, in the order in which it is done."""
+    found = []
+    for scenario in arguments.scenario.split(","):
+        for workload in arguments.workload.split(","):
+            sizes = [int(size) for size in arguments.size_mib.split(",") if size] or [workloads.default_size_mib(workload)]
+            for size in sizes:
+                for repeat in range(arguments.repeats):
+                    for name in order_of(choose(scenario, arguments.contenders), repeat, arguments.seed):
+                        found.append(
+                            Request(
+                                scenario=scenario,
+                                contender=name,
+                                workload=workload,
+                                size_mib=size,
+                                directory="",
+                                repeat=repeat,
+                                seed=arguments.seed,
+                                device=arguments.device,
+                                num_warmups=arguments.warmups,
+                                num_saves=arguments.saves,
+                                num_steps=arguments.steps,
+                                every=1 if workload == "small" and scenario == "training" else arguments.every,
+                                num_segments=arguments.segments,
+                                num_tokens=arguments.tokens,
+                                drop_caches=arguments.drop_caches,
+                            )
+                        )
+    return found
+
+
+def file_name(request: Request) -> str:
+    return f"{request.scenario}-{request.workload}-{request.size_mib}-{request.contender}-r{request.repeat}.json"
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One line of progress: the first sample's times, or why there are none."""
+    if result["status"] != "ok":
+        return f"{result['status']}: {result['reason']}"
+    samples = result.get("samples") or [{}]
+    if result.get("segments"):
+        return ", ".join(f"{'with' if s['with_checkpoints'] else 'without'} {s['wall_s']:.2f} s" for s in result["segments"])
+    last = samples[-1]
+    return ", ".join(f"{key} {value:.4f}" for key, value in last.items() if isinstance(value, float))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything asked for; returns 0 even when contenders fail, because their rows say so."""
+    arguments = parse(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    scratch = arguments.scratch or arguments.out
+    scratch.mkdir(parents=True, exist_ok=True)
+    line = "python -m benchmarks.run " + " ".join(argv if argv is not None else sys.argv[1:])
+    todo = requests_of(arguments)
+    for number, request in enumerate(todo, 1):
+        path = arguments.out / file_name(request)
+        if arguments.resume and path.exists() and json.loads(path.read_text()).get("status") == "ok":
+            continue
+        result = run_one(request, arguments.timeout_s, scratch)
+        result["command_line"] = line
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"[{number}/{len(todo)}] {path.stem}: {headline(result)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Extra peak memory: the child marks its baseline, the parent samples the whole process tree (see `run.py`)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from benchmarks import contenders
+from benchmarks.request import Request
+from benchmarks.scenarios.common import Result, build_workload, start_contender, timed_save
+
+
+def status_bytes(field: str) -> int:
+    """One line of this process's status file in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def run(request: Request, result: Result) -> None:
+    """Baseline: interpreter, libraries and the live state, before the contender starts.
+
+    `hwm_extra_bytes` is exact, for this process alone; the parent adds `tree_extra_bytes` (with helper processes).
+    """
+    workload = build_workload(request, result)
+    contenders.load(request.contender)
+    # "5" resets the peak (VmHWM) to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    baseline = status_bytes("VmRSS")
+    time.sleep(0.3)
+    result["baseline_monotonic_s"] = time.monotonic()
+    contender = start_contender(request, result, workload)
+    samples = result.setdefault("samples", [])
+    try:
+        for step in range(request.num_warmups + request.num_saves):
+            sample = timed_save(contender, workload, step)
+            contender.discard(step)
+            sample["hwm_extra_bytes"] = status_bytes("VmHWM") - baseline
+            samples.append(sample)
+        result["hwm_extra_bytes"] = status_bytes("VmHWM") - baseline
+        result["end_monotonic_s"] = time.monotonic()
+    finally:
+        contender.close()
