@@ -229,7 +229,8 @@ class InFlight:
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
-        return self.pool.open_file(checkpoint.opened.location, path, size_bytes=size_bytes, seal=seal, tag=checkpoint.tag)
+        location = _joined(checkpoint.opened.location, path)
+        return self.pool.open_file(location, size_bytes=size_bytes, seal=seal, make_parents="/" in path, tag=checkpoint.tag)
 
     def abort(self, tag: str, error: BaseException) -> None:
         """Give an open checkpoint up; blocks until its writes ended."""
@@ -334,7 +335,7 @@ class InFlight:
     def _record(self, saved: SavedFile, written: WrittenFile) -> None:
         metrics = saved.metrics
         metrics.direct, metrics.crc_s, metrics.write_s, metrics.sync_s = written.direct, written.crc_s, written.write_s, written.sync_s
-        metrics.durable_s = written.durable_at_s - saved.started_s
+        metrics.durable_s = written.durable_s - saved.started_s
         if saved.job is not None:
             metrics.copy_s = saved.job.copy_s
         self.observers.on_save(metrics)
@@ -395,6 +396,23 @@ class InFlight:
         self._coordinator.close()
         if self._arena is not None:
             self._arena.close()
+
+
+def _joined(directory: Future[str], path: str) -> str | Future[str]:
+    """`directory`/`path`; a future where the directory is not known yet."""
+    if directory.done() and directory.exception() is None:
+        return os.path.join(directory.result(), path)
+    joined: Future[str] = Future()
+
+    def on_done(known: Future[str]) -> None:
+        error = known.exception()
+        if error is None:
+            joined.set_result(os.path.join(known.result(), path))
+        else:
+            joined.set_exception(error)
+
+    directory.add_done_callback(on_done)
+    return joined
 
 
 # When the interpreter exits without close and a checkpoint was lost, exit code 0 would be a lie.

@@ -72,6 +72,7 @@ class StagingArena:
             self._cold.append(StagingChunk(k, whole[low:high], view[low:high]))
         self._warm: list[StagingChunk] = []
         self._registered: list[int] = []
+        self._num_taken = 0
         self._changed = threading.Condition()
         self._poison: BaseException | None = None
         _arenas.add(self)
@@ -87,6 +88,12 @@ class StagingArena:
         """Chunks whose memory has been touched, in use or free."""
         with self._changed:
             return self.num_chunks - len(self._cold)
+
+    @property
+    def num_taken(self) -> int:
+        """Chunks that somebody owns."""
+        with self._changed:
+            return self._num_taken
 
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
@@ -117,6 +124,7 @@ class StagingArena:
     def release(self, chunk: StagingChunk) -> None:
         """Give a chunk back. Any thread; never blocks for long."""
         with self._changed:
+            self._num_taken -= 1
             self._warm.append(chunk)
             self._changed.notify_all()
 
@@ -134,6 +142,7 @@ class StagingArena:
                 if self._poison is not None or not self._cold or self.num_faulted_locked() * self.chunk_bytes >= target_bytes:
                     return
                 chunk = self._cold.popleft()
+                self._num_taken += 1
             self._touch(chunk)
             self.release(chunk)
 
@@ -158,6 +167,7 @@ class StagingArena:
             raise self._poison
 
     def _take(self) -> StagingChunk:
+        self._num_taken += 1
         if self._warm:
             return self._warm.pop()
         chunk = self._cold.popleft()
