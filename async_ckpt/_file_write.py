@@ -95,9 +95,12 @@ class _Opening:
         self._size_bytes = size_bytes
 
     def __call__(self, path: str, flags: int) -> int:
+        fs_type = self._calls.fs_type(os.path.dirname(path) or ".") if self.direct else ""
+        # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
+        self.direct = self.direct and fs_type != "tmpfs"
         fd = self._open(path)
         try:
-            self._reserve(fd, path)
+            self._reserve(fd, fs_type)
         except BaseException:
             self._calls.close(fd)
             self._calls.unlink(path)
@@ -117,10 +120,10 @@ class _Opening:
                     self._calls.unlink(path)
         return self._calls.open(path, _CREATE, _MODE)
 
-    def _reserve(self, fd: int, path: str) -> None:
+    def _reserve(self, fd: int, fs_type: str) -> None:
         if not self.direct or not self._size_bytes:
             return
-        if self._calls.fs_type(path) in _PREALLOCATED_TYPES:
+        if fs_type in _PREALLOCATED_TYPES:
             try:
                 self._calls.allocate(fd, self._size_bytes)
                 return
