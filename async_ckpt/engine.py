@@ -26,12 +26,13 @@ import torch
 from . import manifest, restore
 from .catalog import Catalog
 from .config import EngineConfig
-from .errors import BackpressureTimeout, PathExistsError, TransactionStateError
+from .errors import BackpressureTimeout, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard
 from .inflight import InFlight, OpenCheckpoint, SavedFile
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import Planner
 from .metrics import SaveMetrics
+from .paths import split_committed, split_root
 from .pending import PendingCommit
 from .snapshot import Snapshotter
 from .staging import StagingArena
@@ -105,7 +106,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 if not exist_ok:
                     raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
                 return
-            checkpoint, parts = self._locate(path, allow_tag_itself=True)
+            checkpoint, parts = self._locate(path)
             if not checkpoint.add_directory(parts) and not exist_ok:
                 raise PathExistsError(f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}")
 
@@ -129,6 +130,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
             started = time.perf_counter()
             self._usable()
             checkpoint, parts = self._locate(path)
+            if not parts:
+                raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
             checkpoint.check_healthy()
             self._save(checkpoint, "/".join(parts), state_dict, started)
 
@@ -153,9 +156,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._inflight.await_slot()
             return self._inflight.commit(checkpoint, checked, started)
 
-    def load(
-        self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False
-    ) -> Any:
+    def load(self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False) -> Any:
         """Load a committed file and check every byte against the manifest. Blocks; any thread.
 
         A commit of that tag that is pending here is waited for first.
@@ -171,7 +172,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
             CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError.
         """
         tag, name = self._committed_path(path)
-        return restore.load(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
+        return restore.load_committed(
+            self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap
+        )
 
     def load_into(self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full") -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
@@ -182,7 +185,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             StateMismatchError: lists every mismatch. Otherwise as `load`.
         """
         tag, name = self._committed_path(path)
-        return restore.load_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify)
+        return restore.load_committed_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify)
 
     # Looking.
 
@@ -297,21 +300,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
         metrics.stall_s = time.perf_counter() - started
         checkpoint.metrics.stall_s += metrics.stall_s
 
-    def _locate(self, path: StrPath, *, allow_tag_itself: bool = False) -> tuple[OpenCheckpoint, tuple[str, ...]]:
-        """The open checkpoint a path belongs to, and its checked components inside the tag."""
-        text = os.fspath(path)
-        tag, inner = manifest.split_path(self.root, text)
-        if tag is None:
-            checkpoint = self._inflight.current()
-            return checkpoint, manifest.check_relative_path(text)
-        checkpoint = self._inflight.require_open(tag)
-        if inner == "" and allow_tag_itself:
-            return checkpoint, ()
-        return checkpoint, manifest.check_relative_path(inner)
+    def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:
+        """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
+        tag, parts = split_root(self.config.root, path)
+        return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
 
     def _committed_path(self, path: StrPath) -> tuple[str, str]:
         self._usable()
-        tag, name = manifest.split_committed_path(self.root, os.fspath(path))
+        tag, name = split_committed(self.config.root, path)
         pending = self._inflight.find_unfinished(tag)
         if pending is not None and not pending.wait(self.config.backpressure_timeout_s):
             raise BackpressureTimeout(f"the commit of {tag!r} did not end within {self.config.backpressure_timeout_s:g} s")
@@ -333,4 +329,6 @@ def _fault_in(arena: StagingArena, target_bytes: int) -> Callable[[], None]:
 
 def _report_background_failure(done: Future[None]) -> None:
     if not done.cancelled() and done.exception() is not None:
-        warnings.warn(f"faulting in staging memory ahead failed, the first saves will be slower: {done.exception()}", RuntimeWarning, stacklevel=1)
+        warnings.warn(
+            f"faulting in staging memory ahead failed, the first saves will be slower: {done.exception()}", RuntimeWarning, stacklevel=1
+        )

@@ -198,7 +198,7 @@ class Snapshotter:
                 fill.wait_devices(per_chunk)
                 if not ready[k].done() and k < len(chunks) - 1:
                     ready[k].set_result(None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for this snapshot
             _fail(error, job, ready)
             return
         job.copy_s += time.perf_counter() - started
@@ -250,12 +250,12 @@ class _Fill:
         self.cuts = cuts
         self._state = state
         self._streams = streams
-        self.storages = state.sources.storages
+        self.storages = state.sources.storage
         self._tensors: Sequence[torch.Tensor] = state.tensors
         self._versions = version_counters(state.tensors)
         self._literals = state.plan.literals
         self._literal_offsets = [offset for offset, _ in self._literals]
-        self._starts = state.sources.offsets_bytes
+        self._starts = state.sources.offset_bytes
         kinds = {storage.device for storage in self.storages}
         for device in kinds:
             if device.type not in ("cpu", "cuda"):
