@@ -109,17 +109,17 @@ def parse_private_name(name: str) -> PrivateName | None:
 def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
     if not isinstance(part, str):
         raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")
-    shown = shown(part if whole is None else whole)
+    quoted = shown(part if whole is None else whole)
     if not part:
         why = "is empty" if not whole else "has an empty component"
-        raise UnsafePathError(f"{what} {shown} {why}; nothing was touched")
+        raise UnsafePathError(f"{what} {quoted} {why}; nothing was touched")
     if len(part) > max_bytes:
-        raise UnsafePathError(f"{what} {shown} is longer than {max_bytes} bytes; nothing was touched")
+        raise UnsafePathError(f"{what} {quoted} is longer than {max_bytes} bytes; nothing was touched")
     if part.startswith("."):
-        raise UnsafePathError(f"{what} {shown} starts a name with a dot; nothing was touched")
+        raise UnsafePathError(f"{what} {quoted} starts a name with a dot; nothing was touched")
     if not _COMPONENT.fullmatch(part):
         raise UnsafePathError(
-            f"{what} {shown} holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , "
+            f"{what} {quoted} holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , "
             "and spaces inside; nothing was touched"
         )
 
