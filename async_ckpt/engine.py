@@ -25,10 +25,11 @@ import torch
 
 from . import manifest, restore
 from .catalog import Catalog
+from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
 from .errors import BackpressureTimeout, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard
-from .inflight import InFlight, OpenCheckpoint, SavedFile
+from .inflight import InFlight
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import Planner
 from .metrics import SaveMetrics

@@ -11,10 +11,8 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
@@ -22,112 +20,28 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import retention, transaction, verify
+from . import leaving, retention, transaction, verify
+from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
-from .coordination import Coordinator, LocalCoordinator, OpenTag
-from .errors import BackpressureTimeout, CheckpointError, PathExistsError, TransactionStateError
+from .coordination import Coordinator, LocalCoordinator
+from .errors import BackpressureTimeout, CheckpointError, TransactionStateError
 from .executor import DaemonExecutor
 from .filesystem import FileSystem, LocalFileSystem
-from .manifest import MANIFEST_NAME, FileEntry
-from .metrics import CommitMetrics, SaveMetrics, Span
+from .manifest import FileEntry
+from .metrics import CommitMetrics, Span
 from .observing import Observers
 from .pending import PendingCommit
 from .transaction import State
 from .writer import FileWrite, WriterPool, WrittenFile
 
 if TYPE_CHECKING:
-    from .snapshot import SnapshotJob
     from .staging import StagingArena
 
 logger = logging.getLogger("async_ckpt")
 
 _NUM_REMEMBERED = 1024
-
-
-@dataclass(slots=True)
-class SavedFile:
-    """One file of an open checkpoint, on its way to the disk."""
-
-    write: FileWrite
-    metrics: SaveMetrics
-    format: str
-    planner: str
-    plan_hash: str
-    started_s: float
-    job: SnapshotJob | None = None
-
-    def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
-        """The manifest's line for this file."""
-        return FileEntry(
-            path=path,
-            size_bytes=written.size_bytes,
-            extent_bytes=written.extent_bytes,
-            extent_crc32=tuple(written.extent_crc32),
-            format=self.format,
-            planner=self.planner,
-            plan_hash=self.plan_hash,
-            rank=rank,
-        )
-
-
-@dataclass(slots=True)
-class OpenCheckpoint:
-    """A checkpoint that has been created and is not committed yet."""
-
-    opened: OpenTag
-    metrics: CommitMetrics
-    state: State = State.OPEN
-    files: dict[str, SavedFile] = field(default_factory=dict)
-    directories: set[tuple[str, ...]] = field(default_factory=set)
-    error: BaseException | None = None
-    first_save_s: float | None = None
-    commit_s: float = 0.0
-    after: PendingCommit | None = None
-    """An unfinished commit of the same tag, which must be published before this one."""
-
-    @property
-    def tag(self) -> str:
-        return self.opened.tag
-
-    def check_healthy(self) -> None:
-        """Raise the first failure of this checkpoint, if there was one."""
-        if self.error is None:
-            for saved in self.files.values():
-                if saved.write.done.done() and saved.write.done.exception() is not None:
-                    self.error = saved.write.done.exception()
-                    break
-        if self.error is not None:
-            raise self.error
-
-    def fail(self, error: BaseException) -> None:
-        if self.error is None:
-            self.error = error
-
-    def check_new(self, path: str) -> None:
-        """Refuse a path that was saved before, or that a directory or the manifest occupies."""
-        parts = tuple(path.split("/"))
-        if path == MANIFEST_NAME:
-            raise PathExistsError(f"{MANIFEST_NAME!r} is the checkpoint's own manifest; save under another name")
-        if path in self.files or parts in self.directories or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
-            raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
-
-    def add_file(self, path: str, saved: SavedFile) -> None:
-        self.files[path] = saved
-        self.metrics.saves.append(saved.metrics)
-        if self.first_save_s is None:
-            self.first_save_s = saved.started_s
-
-    def add_directory(self, parts: tuple[str, ...]) -> bool:
-        """Remember a directory and its parents; False when it was there."""
-        if "/".join(parts) in self.files:
-            raise PathExistsError(f"{'/'.join(parts)!r} is a file of the open checkpoint {self.tag!r}")
-        is_new = bool(parts) and parts not in self.directories
-        for n in range(1, len(parts) + 1):
-            self.directories.add(parts[:n])
-        return is_new
 
 
 class InFlight:
@@ -168,7 +82,7 @@ class InFlight:
 
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
-        self._finalizer = weakref.finalize(engine, _finalize, self)
+        self._finalizer = weakref.finalize(engine, leaving.finish, self)
 
     # Which calls are legal now.
 
@@ -413,35 +327,3 @@ def _joined(directory: Future[str], path: str) -> str | Future[str]:
 
     directory.add_done_callback(on_done)
     return joined
-
-
-# When the interpreter exits without close and a checkpoint was lost, exit code 0 would be a lie.
-_lost_at_exit: list[BaseException] = []
-
-
-def _exit_loudly() -> None:
-    if _lost_at_exit:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-atexit.register(_exit_loudly)
-
-
-def _finalize(inflight: InFlight) -> None:
-    """The engine was dropped, or the interpreter exits, without close: finish what is pending, and say so."""
-    if os.getpid() != inflight.pid or inflight.closed:
-        return
-    pending = [p.tag for p in inflight.unfinished()]
-    what = f"finishing the pending commits of {', '.join(map(repr, pending))}" if pending else "nothing is pending"
-    warnings.warn(f"the engine on {inflight.root!r} was never closed ({what}); use `with` or close()", ResourceWarning, stacklevel=2)
-    if pending:
-        logger.warning("the engine on %r was never closed: %s", inflight.root, what)
-    try:
-        inflight.close()
-        inflight.raise_unacknowledged()
-    except CheckpointError as error:
-        logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
-        _lost_at_exit.append(error)

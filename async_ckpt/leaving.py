@@ -1,0 +1,61 @@
+"""What happens when an engine is dropped, or the interpreter exits, without `close`.
+
+Guarantees: pending commits are finished (with a warning), checkpoints that were never committed are named, nothing
+hangs past `close_timeout_s`, and a checkpoint that is lost this way makes the exit code non-zero.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .inflight import InFlight
+
+logger = logging.getLogger("async_ckpt")
+
+# With these, exit code 0 would be a lie.
+_lost_at_exit: list[BaseException] = []
+
+
+def _exit_loudly() -> None:
+    if _lost_at_exit:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+atexit.register(_exit_loudly)
+
+
+def finish(inflight: InFlight) -> None:
+    """Finish what a dropped engine left pending, and say so. Any thread, also in the middle of garbage collection."""
+    if os.getpid() != inflight.pid or inflight.closed:
+        return
+    pending = [p.tag for p in inflight.unfinished()]
+    what = f"finishing the pending commits of {', '.join(map(repr, pending))}" if pending else "nothing is pending"
+    warnings.warn(f"the engine on {inflight.root!r} was never closed ({what}); use `with` or close()", ResourceWarning, stacklevel=2)
+    if pending:
+        logger.warning("the engine on %r was never closed: %s", inflight.root, what)
+    if threading.current_thread().name.startswith("async-ckpt"):
+        # Collected on one of its own threads: waiting here for that thread would never end.
+        inflight.prefault.submit(lambda: _close(inflight))
+    else:
+        _close(inflight)
+
+
+def _close(inflight: InFlight) -> None:
+    try:
+        inflight.close()
+        inflight.raise_unacknowledged()
+    except CheckpointError as error:
+        logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
+        _lost_at_exit.append(error)
