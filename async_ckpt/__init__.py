@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .engine import AsyncCheckpointEngine
     from .interface import CheckpointEngine
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
+    from .pacing import CheckpointPacer
     from .pending import PendingCommit
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
@@ -44,6 +45,7 @@ _HOME = {
     "AsyncCheckpointEngine": "engine",
     "Catalog": "catalog",
     "CheckpointEngine": "interface",
+    "CheckpointPacer": "pacing",
     "CommitMetrics": "metrics",
     "EngineConfig": "config",
     "KeepBest": "retention",
@@ -65,6 +67,7 @@ __all__ = [
     "CheckpointEngine",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "CheckpointPacer",
     "CommitError",
     "CommitMetrics",
     "ConfigError",
