@@ -1,0 +1,103 @@
+"""Moves verified file bytes to where they belong in memory, many threads at once.
+
+Guarantees:
+- Each byte of a piece is written exactly once per `stream`; nothing outside the pieces is touched.
+- CPU moves of `_LONG_BYTES` or more run without the GIL; shorter ones keep it, because handing it back and forth
+  between workers costs more than the copy.
+- When `__call__` has returned, the bytes are where they belong, on a GPU too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+
+import torch
+
+_LONG_BYTES = 64 << 10
+_HUGE_PAGE_BYTES = 2 << 20
+_MADV_HUGEPAGE = 14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_short_move = ctypes.PyDLL(None).memmove
+_short_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_short_move.restype = None
+_long_move = ctypes.CDLL(None).memmove
+_long_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_long_move.restype = None
+
+
+class Scatter:
+    """Where the bytes of a file go: a `reading.Consume`. Fill with `add`, then call from any thread."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, int, int, torch.Tensor | None]] = []
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._keep_alive: list[object] = []
+        self.devices: set[torch.device] = set()
+
+    def add(self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0) -> None:
+        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped."""
+        if storage_offset_bytes < 0 or storage_offset_bytes + num_bytes > storage.nbytes():
+            raise ValueError(f"{num_bytes} bytes at {storage_offset_bytes} do not fit a storage of {storage.nbytes()}")
+        if num_bytes == 0:
+            return
+        self._keep_alive.append(storage)
+        target = None
+        address = storage.data_ptr() + storage_offset_bytes
+        if storage.device.type != "cpu":
+            self.devices.add(storage.device)
+            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))  # type: ignore[call-overload]
+        self._pieces.append((file_offset, num_bytes, address, target))
+
+    def freeze(self) -> None:
+        """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors)."""
+        self._pieces.sort(key=lambda piece: piece[0])
+        self._starts = [piece[0] for piece in self._pieces]
+        # Running maximum: with overlapping pieces the ends alone are not sorted, and bisect needs them to be.
+        self._ends = []
+        furthest = 0
+        for offset, num_bytes, _, _ in self._pieces:
+            furthest = max(furthest, offset + num_bytes)
+            self._ends.append(furthest)
+
+    def __call__(self, offset: int, view: memoryview) -> None:
+        """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not written)."""
+        end = offset + len(view)
+        first = bisect_right(self._ends, offset)
+        stop = bisect_right(self._starts, end - 1)
+        if first >= stop:
+            return
+        source = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        tensor: torch.Tensor | None = None
+        for start, num_bytes, address, target in self._pieces[first:stop]:
+            low, high = max(start, offset), min(start + num_bytes, end)
+            if low >= high:
+                continue
+            if target is None:
+                move = _long_move if high - low >= _LONG_BYTES else _short_move
+                move(address + low - start, source + low - offset, high - low)
+            else:
+                if tensor is None:
+                    tensor = torch.frombuffer(view, dtype=torch.uint8)
+                target[low - start : high - start].copy_(tensor[low - offset : high - offset], non_blocking=True)
+        if tensor is not None:
+            # The block is reused as soon as this returns.
+            for device in self.devices:
+                torch.accelerator.current_stream(device).synchronize()
+
+
+def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
+    """Fresh, uninitialised memory; on the CPU backed by huge pages where the kernel gives them.
+
+    The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
+    """
+    storage = torch.UntypedStorage(num_bytes, device=device)
+    if device.type == "cpu" and num_bytes >= 2 * _HUGE_PAGE_BYTES:
+        first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        last = (storage.data_ptr() + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        if last > first:
+            # Advice only: a kernel that refuses it is slower, not wrong.
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_HUGEPAGE))
+    return storage
