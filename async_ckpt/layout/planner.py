@@ -2,32 +2,79 @@
 
 from __future__ import annotations
 
+import gc
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedStateError
+from .encoder import encode
+from .fastplan import Encode, FastPlan
 from .keypaths import find_culprit, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
+from .selfcheck import agrees
+from .structure import NotPlainError
 
 
 class Planner:
     """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
 
-    def __init__(self, *, alignment: int = 64, compact_views: bool = False, format: FileFormat = "torch", cache_entries: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        alignment: int = 64,
+        compact_views: bool = False,
+        format: FileFormat = "torch",
+        cache_entries: int = 16,
+        encode: Encode = encode,
+    ) -> None:
+        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover. `encode` is for tests."""
         self._alignment = alignment
         self._compact_views = compact_views
         self._format = format
+        self._cache: OrderedDict[str, FastPlan] = OrderedDict()
         self._cache_entries = cache_entries
-        self.fallbacks = 0
+        self._encode = encode
+        self._disagreements: set[tuple[Any, ...]] = set()
+
+    @property
+    def fallbacks(self) -> int:
+        """Number of structure kinds for which the fast plan disagreed with torch's own, so that torch plans them."""
+        return len(self._disagreements)
 
     def plan(self, obj: Any, *, name: str = "") -> PlannedState:
         """The plan of `obj`. `name` (the file's path) says whose plan to reuse.
 
         Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
         """
-        return self._plan_recorded(obj)
+        fast = self._plan_fast(obj, name)
+        return self._plan_recorded(obj) if fast is None else fast
+
+    def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
+        """From the cache or the fast encoder; None where torch has to plan."""
+        if name in self._cache:
+            self._cache.move_to_end(name)
+        with _collector_paused():
+            for entry in reversed(self._cache.values()):
+                matched = entry.match(obj)
+                if matched is not None:
+                    return matched
+        try:
+            entry = FastPlan(obj, alignment=self._alignment, compact_views=self._compact_views, encode=self._encode)
+        except (NotPlainError, RecursionError):
+            return None
+        if not agrees(entry, obj, alignment=self._alignment, encode=self._encode):
+            self._disagreements.add((frozenset(entry.structure.types), entry.tensor_kinds))
+            return None
+        self._cache[name] = entry
+        self._cache.move_to_end(name)
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
+        return entry.take_first()
 
     def _plan_recorded(self, obj: Any) -> PlannedState:
         try:
@@ -52,6 +99,18 @@ class Planner:
             cached=False,
             _paths=lazy_paths,
         )
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    # A match makes and drops some tuples per tensor; a full collection in the middle of it costs ten times the match.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:

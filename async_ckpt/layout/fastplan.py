@@ -1,0 +1,142 @@
+"""A plan for plain states that can be reused: torch's bytes without torch's pickler, and only changed scalars encoded again.
+
+Guarantees:
+- A cached plan keeps no tensor and no storage of the user alive.
+- It is reused only where types, lengths, strings, the identity pattern, tensor facts and storage sizes are all equal;
+  otherwise `match` gives None and a new plan is made.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .compaction import plan_extents
+from .encoder import Encoded, Written, encode, encode_scalar
+from .plan import PlannedState, Sources, container_plan
+from .recording import name_hash
+from .structure import NotPlainError, Structure, picker
+from .tensorfacts import LiveTensors, StoragePattern, look_at
+from .tensorkinds import TensorKind, tensor_kind
+from .zipformat import lay_out, with_pickle
+
+Encode = Callable[[Structure, list[Any], LiveTensors, Sequence[TensorKind], Written], Encoded]
+
+
+class FastPlan:
+    """One structure's plan. Not thread safe: `match` updates the scalars it remembers."""
+
+    def __init__(self, root: Any, *, alignment: int, compact_views: bool, encode: Encode = encode) -> None:
+        """Plan `root` from scratch. Raises NotPlainError (or RecursionError) where torch has to do it."""
+        structure = Structure(root)
+        live = look_at(structure.pick_tensors(structure.first_leaves))
+        kinds = list(map(tensor_kind, live.dtypes, live.devices))
+        leaves = structure.finish(_constants(kinds))
+        pattern = StoragePattern(live)
+        _refuse_two_dtypes(pattern, kinds)
+        extents = plan_extents(live, pattern, compact_views=compact_views)
+        written = Written(extents.offsets, extents.strides, pattern.storage_of, extents.nbytes)
+        encoded = encode(structure, leaves, live, kinds, written)
+        self.structure = structure
+        self.tensor_kinds = frozenset(zip(map(type, live.tensors), live.dtypes, live.devices, strict=True))
+        self._pattern = pattern
+        self._extents = extents
+        self._columns = live.columns
+        self._pieces = encoded.pieces
+        self._exact = structure.pick_exact(leaves)
+        self._exact_pieces = [encoded.piece_of[position] for position in structure.exact_positions]
+        self._floats = array("d", structure.pick_floats(leaves))
+        self._float_pieces = [encoded.piece_of[position] for position in structure.float_positions]
+        self._storage_nbytes = [extents.nbytes[storage] for storage in encoded.key_order]
+        filled = [storage for storage in encoded.key_order if extents.nbytes[storage]]
+        self._filled = filled
+        self._pick_sources = picker([pattern.distinct[storage] for storage in filled])
+        self._source_offsets = [extents.starts[storage] for storage in filled]
+        self._source_nbytes = [extents.nbytes[storage] for storage in filled]
+        self.container = lay_out(
+            b"".join(self._pieces), self._storage_nbytes, name_hash=name_hash(len(encoded.key_order)), alignment=alignment
+        )
+        self._plan = container_plan(self.container, "fast")
+        self.first = self._planned(leaves, live, cached=False)
+
+    def take_first(self) -> PlannedState:
+        """The planned state this was made from; can be taken once, so that nothing of it is kept."""
+        first = self.first
+        del self.first
+        return first
+
+    def match(self, root: Any) -> PlannedState | None:
+        """The plan of `root` if it has the same structure, else None. About 2 us per tensor."""
+        leaves = self.structure.match(root)
+        if leaves is None:
+            return None
+        try:
+            live = look_at(self.structure.pick_tensors(leaves))
+        except NotPlainError:
+            return None
+        if live.columns != self._columns or not self._pattern.matches(live):
+            return None
+        if self._update_scalars(leaves):
+            self.container = with_pickle(self.container, b"".join(self._pieces), self._storage_nbytes)
+            moved = self.container.payload_offsets is not self._plan.payload_offsets
+            self._plan = container_plan(self.container, "fast", None if moved else self._plan.plan_hash)
+        return self._planned(leaves, live, cached=True)
+
+    def _update_scalars(self, leaves: list[Any]) -> bool:
+        """Encode the scalars that changed; True if any did."""
+        changed = False
+        exact = self.structure.pick_exact(leaves)
+        if exact != self._exact:
+            changed = True
+            for piece, old, new in zip(self._exact_pieces, self._exact, exact, strict=True):
+                if old != new:
+                    self._pieces[piece] = encode_scalar(new)
+            self._exact = exact
+        floats = array("d", self.structure.pick_floats(leaves))
+        # Compared as bytes: 0.0 == -0.0 and nan != nan would mislead.
+        if floats.tobytes() != self._floats.tobytes():
+            changed = True
+            for index, piece in enumerate(self._float_pieces):
+                if floats[index : index + 1].tobytes() != self._floats[index : index + 1].tobytes():
+                    self._pieces[piece] = encode_scalar(floats[index])
+            self._floats = floats
+        return changed
+
+    def _planned(self, leaves: list[Any], live: LiveTensors, *, cached: bool) -> PlannedState:
+        structure = self.structure
+
+        def paths() -> list[str]:
+            all_paths = structure.paths(leaves)
+            return [all_paths[position] for position in structure.tensor_positions]
+
+        sources = Sources(list(self._pick_sources(live.storages)), self._source_offsets, self._source_nbytes)
+        for position, storage in enumerate(self._filled):
+            tensor_index = self._extents.copied.get(storage)
+            if tensor_index is not None:
+                sources.storage[position] = dense_copy(live.tensors[tensor_index])
+        return PlannedState(plan=self._plan, sources=sources, tensors=list(live.tensors), cached=cached, _paths=paths)
+
+
+def dense_copy(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """A storage with exactly the elements of `tensor`, row major, on the same device."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage()
+
+
+def _constants(kinds: Sequence[TensorKind]) -> tuple[str, ...]:
+    constants: dict[int, str] = {}
+    for kind in set(kinds):
+        constants[id(kind.marker)] = kind.marker
+        if not kind.fresh_location:
+            constants[id(kind.location)] = kind.location
+    return tuple(constants.values())
+
+
+def _refuse_two_dtypes(pattern: StoragePattern, kinds: Sequence[TensorKind]) -> None:
+    # torch refuses it; its own path then says so.
+    class_of: dict[int, bytes] = {}
+    for storage, kind in zip(pattern.storage_of, kinds, strict=True):
+        if class_of.setdefault(storage, kind.storage_class) != kind.storage_class and pattern.nbytes[storage]:
+            raise NotPlainError("one storage viewed as two dtypes")

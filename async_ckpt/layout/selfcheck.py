@@ -1,0 +1,78 @@
+"""Is the fast encoder right for this Python and this torch? Asked once per process and kind of structure, by comparing with torch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .fastplan import Encode, FastPlan
+from .recording import RecordingError, record
+from .structure import NotPlainError
+
+MAX_STATE_TENSORS = 2000
+"""A first state up to this size is compared as a whole (about 0.1 s), beyond it a sample has to do."""
+
+TensorKey = tuple[type, torch.dtype, torch.device]
+_INTEGERS = (0, 255, 256, 65535, 65536, -1, -(2**31), 2**31 - 1, 2**31, -(2**31) - 1, 2**63, -(2**63), -(2**64), 2**2039, 1 - 2**2040)
+_FLOATS = (0.0, -0.0, 1.5, float("inf"), float("nan"))
+_STRINGS = ("", "0", "7", "storage", "cpu", "weight", "schl\u00fcssel", "\ud800", "\U0001f600", "x" * 300)
+
+_verdicts: dict[tuple[Any, ...], bool] = {}
+
+
+def agrees(plan: FastPlan, root: Any, *, alignment: int, encode: Encode) -> bool:
+    """False where the fast encoder and torch write different bytes for this kind of structure. Remembered for the process."""
+    kind = (encode, frozenset(plan.structure.types), plan.tensor_kinds)
+    verdict = _verdicts.get(kind)
+    if verdict is None:
+        verdict = _same_as_torch(sample(plan.tensor_kinds), encode=encode, alignment=alignment)
+        if verdict and len(plan.structure.tensor_positions) <= MAX_STATE_TENSORS:
+            verdict = _same_as_torch(root, encode=encode, alignment=alignment)
+        _verdicts[kind] = verdict
+    return verdict
+
+
+def _same_as_torch(root: Any, *, encode: Encode, alignment: int) -> bool:
+    try:
+        fast = FastPlan(root, alignment=alignment, compact_views=False, encode=encode).container
+        return fast == record(root, alignment=alignment).container
+    except (NotPlainError, RecordingError):
+        return False
+
+
+def sample(kinds: Iterable[TensorKey]) -> Any:
+    """A small state with every container, every kind of scalar, the batch limits of pickle, and two tensors per kind."""
+    tensors: dict[str, Any] = {}
+    for number, (kind, dtype, device) in enumerate(sorted(kinds, key=str)):
+        base = torch.empty(6, dtype=dtype, device=device)
+        tensors[f"{number}.view"] = base[2:]
+        tensors[f"{number}.empty"] = torch.empty((0, 3), dtype=dtype, device=device)
+        if kind is torch.Tensor:
+            tensors[f"{number}.whole"] = base
+        else:
+            tensors[f"{number}.parameter"] = torch.nn.Parameter(base, requires_grad=False)
+        if dtype.is_floating_point or dtype.is_complex:
+            made = torch.empty((1, 2, 1, 3), dtype=dtype, device=device).requires_grad_()
+            tensors[f"{number}.grad"] = made if kind is torch.Tensor else torch.nn.Parameter(made)
+    with_attributes: OrderedDict[str, Any] = OrderedDict(tensors)
+    with_attributes._metadata = OrderedDict([("", {"version": 1})])  # type: ignore[attr-defined]
+    lengths = (0, 1, 2, 3, 4, 999, 1000, 1001, 2000, 2001)
+    cycle: list[Any] = []
+    cycle.append((cycle, {"back": cycle}))
+    return {
+        "tensors": tensors,
+        "again": with_attributes,
+        "integers": list(_INTEGERS),
+        "floats": list(_FLOATS),
+        "atoms": [None, True, False],
+        "strings": [*_STRINGS, *_STRINGS],
+        "tuples": [tuple(range(length)) for length in lengths[:5]],
+        "lists": [list(range(length)) for length in lengths],
+        "dicts": [dict.fromkeys(range(length)) for length in lengths],
+        "ordered": [OrderedDict.fromkeys(range(length)) for length in lengths],
+        "cycle": cycle,
+        1: {2.5: {None: (True, ("nested", ()))}},
+    }

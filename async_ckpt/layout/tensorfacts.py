@@ -1,0 +1,117 @@
+"""What pickling needs to know about plain tensors, in columns: one C-speed pass over all tensors per fact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from .structure import NotPlainError, SharingPattern, picker
+
+_dtype_of = attrgetter("dtype")
+_device_of = attrgetter("device")
+_requires_grad_of = attrgetter("requires_grad")
+_attributes_of = attrgetter("__dict__")
+_identity_of = attrgetter("_cdata")
+_READABLE_DEVICES = frozenset(("cpu", "cuda"))
+
+Columns = tuple[list[Any], ...]
+
+
+@dataclass(slots=True)
+class LiveTensors:
+    """The tensors of one state with their facts. Short-lived: it keeps the storages alive."""
+
+    tensors: Sequence[torch.Tensor]
+    columns: Columns
+    """Facts that must be equal for a plan to be reused: sizes, strides, offsets, dtypes, devices, requires_grad."""
+    storages: list[torch.UntypedStorage]
+    """Per tensor; the same storage may come as several Python objects."""
+    storage_ids: list[int]
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        return self.columns[0]
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        return self.columns[1]
+
+    @property
+    def offsets(self) -> list[int]:
+        return self.columns[2]
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return self.columns[3]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return self.columns[4]
+
+    @property
+    def requires_grad(self) -> list[bool]:
+        return self.columns[5]
+
+
+def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
+    """Read the facts of `tensors`, which are torch.Tensor or Parameter exactly. Raises NotPlainError for what is not plain and dense."""
+    tensor = torch.Tensor
+    try:
+        # A default device installs a function mode, which would turn each of these calls into Python.
+        with torch._C.DisableTorchFunction():
+            if any(map(tensor.is_neg, tensors)) or any(map(_attributes_of, tensors)):
+                raise NotPlainError("a tensor has the negative bit or Python attributes")
+            columns: Columns = (
+                list(map(tensor.size, tensors)),
+                list(map(tensor.stride, tensors)),
+                list(map(tensor.storage_offset, tensors)),
+                list(map(_dtype_of, tensors)),
+                list(map(_device_of, tensors)),
+                list(map(_requires_grad_of, tensors)),
+            )
+            if any(dtype.is_complex for dtype in set(columns[3])) and any(map(tensor.is_conj, tensors)):
+                raise NotPlainError("a tensor has the conjugate bit")
+            storages = list(map(tensor.untyped_storage, tensors))
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotPlainError(f"a tensor without a plain storage: {error}") from error
+    if not _READABLE_DEVICES.issuperset(device.type for device in set(columns[4])):
+        raise NotPlainError("a tensor on a device whose storage torch treats specially")
+    return LiveTensors(tensors, columns, storages, list(map(_identity_of, storages)))
+
+
+class StoragePattern:
+    """Which tensors share a storage, and how long each distinct storage is."""
+
+    def __init__(self, live: LiveTensors) -> None:
+        self.sharing = SharingPattern(live.storage_ids)
+        first: dict[int, int] = {}
+        self.distinct: list[int] = []
+        """One tensor index per distinct storage, in order of first appearance."""
+        self.storage_of: list[int] = []
+        """Per tensor: index into `distinct`."""
+        for index, value in enumerate(live.storage_ids):
+            if value not in first:
+                first[value] = len(self.distinct)
+                self.distinct.append(index)
+            self.storage_of.append(first[value])
+        self._pick_distinct = picker(self.distinct)
+        self.nbytes = self._measure(live.storages)
+        if not self._readable(live.storages):
+            raise NotPlainError("storages without data, or two storages over the same memory")
+
+    def _measure(self, storages: Sequence[torch.UntypedStorage]) -> list[int]:
+        return list(map(torch.UntypedStorage.nbytes, self._pick_distinct(storages)))
+
+    def _readable(self, storages: Sequence[torch.UntypedStorage]) -> bool:
+        """False where a non-empty storage has no address or two have the same one (torch then compares dtypes across them)."""
+        addresses = list(compress(map(torch.UntypedStorage.data_ptr, self._pick_distinct(storages)), self.nbytes))
+        return all(addresses) and len(set(addresses)) == len(addresses)
+
+    def matches(self, live: LiveTensors) -> bool:
+        """True where a plan made for this pattern holds for `live`."""
+        return self.sharing.matches(live.storage_ids) and self._measure(live.storages) == self.nbytes and self._readable(live.storages)
