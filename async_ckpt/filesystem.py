@@ -284,7 +284,7 @@ class LocalFileSystem:
         self._calls.rmdir(path)
 
     def fsync_dir(self, path: str) -> None:
-        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._calls.fsync(fd)
         finally:
