@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .structure import Opened, Structure
+from .structure import NotPlainError, Opened, Structure
 from .tensorfacts import LiveTensors
 from .tensorkinds import TensorKind, global_opcode
 
@@ -92,7 +92,8 @@ class _Encoder:
     def __init__(self, structure: Structure, leaves: list[Any], live: LiveTensors, kinds: Sequence[TensorKind], written: Written) -> None:
         self.leaves = leaves
         self.types = structure.types
-        self.opened: dict[int, Opened] = {item.position: item for item in structure.opened}
+        # By identity: depth first, pickle may meet a shared container at another place than the flat list did.
+        self.opened: dict[int, Opened] = {id(leaves[item.position]): item for item in structure.opened}
         self.live = live
         self.kinds = kinds
         self.written = written
@@ -162,7 +163,7 @@ class _Encoder:
         if self.remembered(position):
             return
         self.out.append(b"}" + self.put_as(id(self.leaves[position])))
-        item = self.opened[position]
+        item = self.opened[id(self.leaves[position])]
         count, keys = item.count, item.first
         if count == 1:
             self.save(keys)
@@ -190,7 +191,7 @@ class _Encoder:
         if self.remembered(position):
             return
         self.out.append(self.global_bytes(_ORDERED_DICT) + b")R" + self.put_as(id(self.leaves[position])))
-        item = self.opened[position]
+        item = self.opened[id(self.leaves[position])]
         count, keys = item.count, item.first
         for start in range(0, count, BATCH):
             stop = min(start + BATCH, count)
@@ -208,7 +209,7 @@ class _Encoder:
         if self.remembered(position):
             return
         self.out.append(b"]" + self.put_as(id(self.leaves[position])))
-        item = self.opened[position]
+        item = self.opened[id(self.leaves[position])]
         if item.count == 1:
             self.save(item.first)
             self.out.append(b"a")
@@ -226,17 +227,15 @@ class _Encoder:
         if not obj:
             self.out.append(b")")
             return
-        item = self.opened[position]
+        item = self.opened[id(self.leaves[position])]
         short = _TUPLE_OPCODES.get(item.count)
         if short is None:
             self.out.append(b"(")
         for index in range(item.first, item.first + item.count):
             self.save(index)
-        index_of_self = self.memo.get(id(obj))
-        if index_of_self is not None:
-            # The tuple contains itself through another container and was written on the way down.
-            self.out.append((b"1" if short is None else b"0" * item.count) + self.get(index_of_self))
-            return
+        if id(obj) in self.memo:
+            # It contains itself through another container and was written on the way down, its scalars twice.
+            raise NotPlainError("a tuple that contains itself")
         self.out.append((short or b"t") + self.put_as(id(obj)))
 
     # Tensors

@@ -18,6 +18,7 @@ from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
 from .selfcheck import agrees
 from .structure import NotPlainError
+from .zipformat import MAX_ALIGNMENT
 
 
 class Planner:
@@ -33,6 +34,8 @@ class Planner:
         encode: Encode = encode,
     ) -> None:
         """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover. `encode` is for tests."""
+        if not 1 <= alignment <= MAX_ALIGNMENT:
+            raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
         self._alignment = alignment
         self._compact_views = compact_views
         self._format = format

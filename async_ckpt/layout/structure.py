@@ -144,7 +144,8 @@ class Structure:
         container: Any
         for position, kind, count, has_attributes in self._walk_plan:
             container = leaves[position]
-            if type(container) is not kind or len(container) != count:
+            actual: type = type(container)
+            if actual is not kind or len(container) != count:
                 return None
             extend(container)
             if kind is dict:
