@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
     from .pacing import CheckpointPacer
     from .pending import PendingCommit
+    from .preemption import PreemptionOutcome
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
 
@@ -54,6 +55,7 @@ _HOME = {
     "KeepNewerThan": "retention",
     "Observer": "metrics",
     "PendingCommit": "pending",
+    "PreemptionOutcome": "preemption",
     "SaveMetrics": "metrics",
     "Span": "metrics",
     "load": "restore",
@@ -81,6 +83,7 @@ __all__ = [
     "OutOfSpaceError",
     "PathExistsError",
     "PendingCommit",
+    "PreemptionOutcome",
     "RankFailedError",
     "SaveMetrics",
     "Span",

@@ -13,10 +13,11 @@ States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED f
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ from .layout import Planner
 from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
+from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 from .snapshot import Snapshotter
 from .staging import StagingArena
 
@@ -67,6 +69,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._inflight = InFlight(config, self.root)
         self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
         self._inflight.adopt(self._arena)
+        self._preemption: Preemption | None = None
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s)
@@ -155,7 +158,10 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._usable()
             checkpoint = self._inflight.sealable(name)
             self._inflight.await_slot()
-            return self._inflight.commit(checkpoint, checked, started)
+            pending = self._inflight.commit(checkpoint, checked, started)
+        if self._preemption is not None:
+            self._preemption.after_commit(pending)
+        return pending
 
     def load(self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False) -> Any:
         """Load a committed file and check every byte against the manifest. Blocks; any thread.
@@ -228,6 +234,48 @@ class AsyncCheckpointEngine(CheckpointEngine):
         size = self._arena.num_chunks * self._arena.chunk_bytes
         self._arena.fault_in(size if state_bytes is None else min(size, state_bytes))
 
+    # Being stopped.
+
+    def on_preemption(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM,),
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        save: Callable[[], object] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+        exit_after: bool = False,
+    ) -> None:
+        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
+
+        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
+        last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
+        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments.
+
+        Raises:
+            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
+        """
+        with self._lock:
+            self._usable()
+            if self._preemption is not None:
+                raise TransactionStateError("on_preemption was called already on this engine; its signals and hook stay as they are")
+            self._preemption = Preemption(
+                signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after, pending=self._inflight.unfinished
+            )
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a preemption signal has come. Never blocks; any thread."""
+        return self._preemption is not None and self._preemption.preempted
+
+    def poll_preemption(self) -> bool:
+        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
+        return self._preemption is not None and self._preemption.poll()
+
+    @property
+    def preemption_outcome(self) -> PreemptionOutcome | None:
+        """How the preemption ended; None before it was handled."""
+        return None if self._preemption is None else self._preemption.outcome
+
     # Leaving.
 
     def abort(self, tag: Any) -> None:
@@ -250,9 +298,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 raise TransactionStateError(self._inflight.forked_message())
             if self._inflight.closed:
                 return
-            self._guard.wait(block=True)
-            self._guard.remove()
-        self._inflight.close()
+        try:
+            if self._preemption is not None:
+                self._preemption.leave()
+        finally:
+            with self._lock:
+                self._guard.wait(block=True)
+                self._guard.remove()
+            self._inflight.close(self._preemption.remaining_s if self._preemption is not None else float("inf"))
         self._inflight.raise_unacknowledged()
 
     def __enter__(self) -> AsyncCheckpointEngine:
@@ -263,6 +316,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         if error is None:
             self.close()
             return
+        if self._preemption is not None:
+            # The state that the block left behind may be half way through a step.
+            self._preemption.cancel_save()
         try:
             self.close()
         except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
