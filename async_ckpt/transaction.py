@@ -20,9 +20,11 @@ import contextlib
 import enum
 import logging
 import os
-from collections.abc import Iterator
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Any, NoReturn
 
 from ._file_write import UNSUPPORTED
 from ._sweep import Swept, sweep
@@ -30,19 +32,19 @@ from ._trees import lock_or_none, make_private, move_aside, remove_tree, write_e
 from .errors import (
     CheckpointNotFoundError,
     CommitError,
+    ConfigError,
     OutOfSpaceError,
     TagExistsError,
     TransactionStateError,
     UnsafePathError,
 )
 from .filesystem import LOCAL_TYPES, FileSystem, LockHandle
-from .manifest import MANIFEST_NAME, check_tag, decode, parse_private_name
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
 
-_log = logging.getLogger("async_ckpt")
+logger = logging.getLogger("async_ckpt")
 
-__all__ = ["Overwrite", "State", "Staging", "Swept", "abort", "begin", "join", "prepare_root", "publish", "remove", "sweep"]
+__all__ = ["State", "Staging", "Swept", "abort", "begin", "join", "make_directories", "make_root", "publish", "remove", "sweep"]
 
-Overwrite = Literal["refuse", "replace"]
 _MAX_RACES = 16
 
 
@@ -64,7 +66,7 @@ class Staging:
     root: str
     tag: str
     path: str
-    overwrite: Overwrite
+    overwrite: str
     identity: tuple[int, int]
     lock: LockHandle | None
     state: State = State.OPEN
@@ -89,7 +91,7 @@ class Staging:
             lock.close()
 
 
-def prepare_root(fs: FileSystem, root: str) -> None:
+def make_root(fs: FileSystem, root: str) -> None:
     """Make the root directory if it is missing, and make its own name durable. The mode of an existing root is kept.
 
     Raises:
@@ -115,10 +117,10 @@ def prepare_root(fs: FileSystem, root: str) -> None:
     except OSError as error:
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if fs_type and fs_type not in LOCAL_TYPES:
-        _log.warning("root %r is on %s: atomic and durable renames are not promised there", root, fs_type)
+        logger.warning("root %r is on %s: atomic and durable renames are not promised there", root, fs_type)
 
 
-def begin(fs: FileSystem, root: str, tag: str, overwrite: Overwrite = "refuse") -> Staging:
+def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Staging:
     """Make the private (0700), locked staging directory of a new checkpoint.
 
     Raises:
@@ -128,7 +130,7 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: Overwrite = "refuse") 
     """
     check_tag(tag)
     if overwrite not in ("refuse", "replace"):
-        raise ValueError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
+        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
     final = os.path.join(root, tag)
     try:
         _check_final(fs, final, tag, overwrite, step="create")
@@ -161,7 +163,28 @@ def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
     return Staging(root, tag, path, "refuse", found.identity, None)
 
 
-def publish(fs: FileSystem, staging: Staging, manifest_bytes: bytes, overwrite: Overwrite | None = None) -> None:
+def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) -> None:
+    """Make sub-directories ("a/b") of a staging directory; being there already is fine.
+
+    Raises:
+        UnsafePathError: a path is malformed. WriteError, OutOfSpaceError: one cannot be made.
+    """
+    for directory in directories:
+        path = os.path.join(location, *check_relative_path(directory))
+        try:
+            fs.makedirs(path)
+        except OSError as error:
+            raise write_error(fs, error, f"directory {directory!r} cannot be made in the staging directory", path) from error
+
+
+def publish(
+    fs: FileSystem,
+    staging: Staging,
+    files: Sequence[FileEntry],
+    metadata: Mapping[str, Any],
+    created_unix_ns: int,
+    overwrite: str | None = None,
+) -> Manifest:
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
@@ -170,13 +193,17 @@ def publish(fs: FileSystem, staging: Staging, manifest_bytes: bytes, overwrite: 
     Raises:
         TagExistsError: the tag was committed in the meantime; it was left as it is.
         CommitError: `step` names what failed; `committed` is None if it is not known whether the tag is visible.
+        UnsupportedStateError: metadata that is not JSON.
     """
-    if staging.state is not State.SEALED:
-        raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}, not sealed: it cannot be committed")
+    if staging.state not in (State.OPEN, State.SEALED):
+        raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
+    staging.state = State.SEALED
     overwrite = staging.overwrite if overwrite is None else overwrite
+    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), _writer())
+    raw = encode(manifest)
     with _step("manifest", staging):
-        fs.create_file(os.path.join(staging.path, MANIFEST_NAME), manifest_bytes)
-        folders = _check_contents(fs, staging, manifest_bytes)
+        fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)
+        folders = _check_contents(fs, staging, manifest, len(raw))
     with _step("sync", staging):
         _open_to_readers(fs, staging)
         for folder in folders:
@@ -201,7 +228,8 @@ def publish(fs: FileSystem, staging: Staging, manifest_bytes: bytes, overwrite: 
         try:
             remove_tree(fs, old_path)
         except OSError as error:
-            _log.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
+            logger.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
+    return manifest
 
 
 def abort(fs: FileSystem, staging: Staging) -> None:
@@ -259,10 +287,19 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
         ) from error
 
 
-def _check_contents(fs: FileSystem, staging: Staging, manifest_bytes: bytes) -> list[str]:
+def _writer() -> dict[str, str]:
+    """What wrote this: versions, for people who look into it years later. torch only where it is loaded anyway."""
+    versions = {"python": platform.python_version(), "platform": f"{platform.system()}-{platform.machine()}"}
+    for module in ("async_ckpt", "torch"):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if version is not None:
+            versions[module] = str(version)
+    return versions
+
+
+def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
     """The directories of the staging tree, deepest first, once it holds exactly the manifest's files."""
-    expected = {entry.path: entry.size_bytes for entry in decode(manifest_bytes, source="the new manifest").files}
-    expected[MANIFEST_NAME] = len(manifest_bytes)
+    expected = {entry.path: entry.size_bytes for entry in manifest.files} | {MANIFEST_NAME: manifest_bytes}
     folders: list[str] = []
     stack = [""]
     while stack:
@@ -308,7 +345,7 @@ def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
             raise
 
 
-def _rename_to_final(fs: FileSystem, staging: Staging, overwrite: Overwrite) -> list[str]:
+def _rename_to_final(fs: FileSystem, staging: Staging, overwrite: str) -> list[str]:
     """Rename; returns where the replaced tree is now, if there was one."""
     for _ in range(_MAX_RACES):
         try:
@@ -358,7 +395,7 @@ def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
     _refuse(staging, f"other processes kept creating {staging.final_path!r}")
 
 
-def _check_final(fs: FileSystem, final: str, tag: str, overwrite: Overwrite, *, step: str) -> None:
+def _check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
     if fs.stat(final).kind == "missing":
         return
     if overwrite == "refuse":

@@ -1,0 +1,322 @@
+"""What is committed under a root: list, find the newest good one, verify, open. Read-only, beside running writers.
+
+Guarantees:
+- Nothing is written, deleted, locked or swept; no thread outlives a call; torch is not imported.
+- A checkpoint is read through one directory descriptor: replaced or deleted while it is being read, it is read whole
+  in its old form, or again in its new one, or reported as gone. Bytes of two checkpoints are never mixed.
+- What cannot be a checkpoint (a stray directory, a link, a damaged manifest) is never listed.
+
+Methods block on the disk and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ._names import NameKind
+from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError
+from .filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
+from .manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    check_tag,
+    decode,
+    parse_private_name,
+    resolve_in_tag,
+)
+from .owner import OwnerState
+from .verify import DAMAGE_ERRNOS, Level, Problem, Progress, VerifyReport, find_extra, verify_files
+
+logger = logging.getLogger("async_ckpt")
+_MAX_RACES = 32
+
+T = TypeVar("T")
+
+
+class OpenCheckpoint:
+    """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
+
+    def __init__(self, filesystem: FileSystem, root: str, manifest: Manifest, directory: DirHandle) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.directory = directory
+        self._filesystem = filesystem
+
+    def entry(self, path: str | os.PathLike[str]) -> FileEntry:
+        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
+
+        Raises:
+            UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
+        """
+        inner = "/".join(resolve_in_tag(self.root, self.manifest.tag, path))
+        entry = self.manifest.file(inner)
+        if entry is None:
+            there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
+            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
+        return entry
+
+    def open_file(self, entry: FileEntry, *, direct: bool = False) -> ReadableFile:
+        """Open a file of the checkpoint, of exactly the committed size.
+
+        Raises:
+            CorruptCheckpointError: missing, not a regular file, or another size.
+            CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
+        """
+        try:
+            file = self.directory.open_read(entry.parts, direct=direct)
+        except FileNotFoundError as error:
+            if not self.is_current():
+                raise _gone(self.manifest.tag) from error
+            raise CorruptCheckpointError(f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}", path=entry.path) from error
+        if file.size_bytes != entry.size_bytes:
+            size_bytes = file.size_bytes
+            file.close()
+            raise CorruptCheckpointError(
+                f"{entry.path!r} in checkpoint {self.manifest.tag!r} has {size_bytes} bytes, {entry.size_bytes} were committed",
+                path=entry.path,
+            )
+        return file
+
+    def is_current(self) -> bool:
+        """Whether the tag still names this very directory."""
+        return self._filesystem.stat(os.path.join(self.root, self.manifest.tag)).identity == self.directory.identity
+
+    def close(self) -> None:
+        """Close the directory; idempotent. Files opened from it stay open."""
+        self.directory.close()
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One directory that looks like a checkpoint: a readable manifest, or what is wrong with it."""
+
+    tag: str
+    manifest: Manifest | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class StagingInfo:
+    """A directory that is being written, deleted or replaced, or was left by a crash."""
+
+    name: str
+    kind: NameKind
+    tag: str
+    owner: str
+    owner_state: OwnerState
+
+
+class Catalog:
+    """The checkpoints under one root; holds no state, so every call sees the disk as it is.
+
+    A root that does not exist has no checkpoints.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], filesystem: FileSystem | None = None) -> None:
+        self._root = os.fspath(root)
+        self._filesystem: FileSystem = LocalFileSystem() if filesystem is None else filesystem
+
+    @property
+    def root(self) -> str:
+        """The directory that holds the checkpoints."""
+        return self._root
+
+    @property
+    def filesystem(self) -> FileSystem:
+        """What it reads through."""
+        return self._filesystem
+
+    def tags(self) -> list[str]:
+        """Committed tags, oldest commit first. Those with a damaged manifest are left out and logged."""
+        return [entry.tag for entry in self._readable(self.entries())]
+
+    def entries(self) -> list[CatalogEntry]:
+        """Everything that looks like a checkpoint, oldest commit first; damaged ones first of all."""
+        found: list[CatalogEntry] = []
+        for tag in self._candidates():
+            try:
+                found.append(CatalogEntry(tag, self.manifest(tag), None))
+            except CheckpointNotFoundError:
+                continue
+            except CorruptCheckpointError as error:
+                found.append(CatalogEntry(tag, None, str(error)))
+        return sorted(found, key=lambda entry: (entry.manifest.created_unix_ns if entry.manifest else -1, entry.tag))
+
+    def latest(self, verify: Level = "full") -> str | None:
+        """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
+
+        Raises:
+            OSError: a shortage of this machine (not damage) kept a checkpoint from being checked.
+        """
+        _check_level(verify)
+        for _ in range(_MAX_RACES):
+            vanished = False
+            for entry in reversed(self._readable(self.entries())):
+                try:
+                    report = self.verify(entry.tag, level=verify)
+                except CheckpointNotFoundError:
+                    vanished = True
+                    continue
+                except CorruptCheckpointError as error:
+                    logger.warning("latest: checkpoint %r is skipped: %s", entry.tag, error)
+                    continue
+                if report.ok:
+                    return entry.tag
+                logger.warning("latest: checkpoint %r is skipped: %s", entry.tag, report.problems[0])
+            if not vanished:
+                return None
+        return None
+
+    def verify(self, tag: str, *, level: Level = "full", progress: Progress | None = None, num_threads: int | None = None) -> VerifyReport:
+        """Check every file of a checkpoint against its manifest; see `verify.py`.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint (any more).
+            UnsafePathError: the tag is malformed.
+            OSError: a shortage of this machine (not damage) kept a file from being read.
+        """
+        _check_level(level)
+
+        def check(checkpoint: OpenCheckpoint) -> VerifyReport:
+            files = checkpoint.manifest.files
+            problems: list[Problem] = []
+            if level != "off":
+                problems = verify_files(checkpoint.directory, files, level=level, num_threads=num_threads, progress=progress)
+                problems += find_extra(checkpoint.directory, files)
+            if problems and not checkpoint.is_current():
+                raise _gone(tag)
+            return VerifyReport(tag, level, len(files), checkpoint.manifest.size_bytes, tuple(problems))
+
+        try:
+            return self.read(tag, check)
+        except CorruptCheckpointError as error:
+            return VerifyReport(tag, level, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
+
+    def manifest(self, tag: str) -> Manifest:
+        """What a checkpoint consists of, with its user metadata.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError.
+        """
+        return self.read(tag, lambda checkpoint: checkpoint.manifest)
+
+    def path(self, tag: str) -> Path:
+        """The directory of a committed checkpoint.
+
+        Raises:
+            CheckpointNotFoundError, UnsafePathError.
+        """
+        if self._filesystem.stat(os.path.join(self._root, check_tag(tag), MANIFEST_NAME)).kind != "file":
+            raise self._not_found(tag)
+        return Path(self._root, tag)
+
+    def staging(self) -> list[StagingInfo]:
+        """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
+        parsed = [private for name in sorted(self._listdir()) if (private := parse_private_name(name)) is not None]
+        return [
+            StagingInfo(str(private), private.kind, private.tag, str(private.owner), self._filesystem.owner_state(private.owner))
+            for private in parsed
+        ]
+
+    def open(self, tag: str) -> OpenCheckpoint:
+        """Hold a checkpoint open for reading; use as a context manager.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError (its manifest is damaged), UnsafePathError.
+        """
+        check_tag(tag)
+        path = os.path.join(self._root, tag)
+        for _ in range(_MAX_RACES):
+            try:
+                directory = self._filesystem.open_dir(self._root, (tag,))
+            except FileNotFoundError:
+                raise self._not_found(tag) from None
+            try:
+                raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+                manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
+                if manifest.tag != tag:
+                    raise CorruptCheckpointError(f"{path!r} holds the checkpoint {manifest.tag!r}, not {tag!r}", path=path)
+            except BaseException as error:
+                identity = directory.identity
+                directory.close()
+                if isinstance(error, OSError) and error.errno in DAMAGE_ERRNOS:
+                    raise CorruptCheckpointError(f"{path!r}: its manifest cannot be read: {error}", path=path) from error
+                if not isinstance(error, FileNotFoundError):
+                    raise
+                if self._filesystem.stat(path).identity == identity:
+                    raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
+                # Deleted or replaced between the two steps: look again.
+                continue
+            return OpenCheckpoint(self._filesystem, self._root, manifest, directory)
+        raise _gone(tag)
+
+    def read(self, tag: str, function: Callable[[OpenCheckpoint], T]) -> T:
+        """`function` of the open checkpoint; run again when the checkpoint was replaced under it (CheckpointNotFoundError)."""
+        for _ in range(_MAX_RACES):
+            with self.open(tag) as checkpoint:
+                try:
+                    return function(checkpoint)
+                except CheckpointNotFoundError:
+                    if checkpoint.is_current():
+                        raise
+        raise _gone(tag)
+
+    def _readable(self, entries: list[CatalogEntry]) -> list[CatalogEntry]:
+        for entry in entries:
+            if entry.problem is not None:
+                logger.warning("checkpoint %r is left out: %s", entry.tag, entry.problem)
+        return [entry for entry in entries if entry.problem is None]
+
+    def _candidates(self) -> list[str]:
+        """Names that may be tags. A listing may miss a name that is being exchanged: list until two agree."""
+        names = set(self._listdir())
+        for _ in range(4):
+            again = set(self._listdir())
+            if again == names:
+                break
+            names |= again
+        return [name for name in sorted(names) if self._looks_like_checkpoint(name)]
+
+    def _looks_like_checkpoint(self, name: str) -> bool:
+        try:
+            check_tag(name)
+        except UnsafePathError:
+            return False
+        path = os.path.join(self._root, name)
+        if self._filesystem.stat(path).kind != "dir":
+            return False
+        # A manifest that is a link or a FIFO is a damaged checkpoint, not a stray directory.
+        return self._filesystem.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing"
+
+    def _listdir(self) -> list[str]:
+        try:
+            return self._filesystem.listdir(self._root)
+        except FileNotFoundError:
+            return []
+
+    def _not_found(self, tag: str) -> CheckpointNotFoundError:
+        there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
+        shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+        return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}")
+
+
+def _gone(tag: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
+
+
+def _check_level(level: str) -> None:
+    if level not in ("full", "size", "off"):
+        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {level!r}")

@@ -1,0 +1,225 @@
+"""Which checkpoints to keep: policies over plain data, decisions with reasons, and their execution.
+
+Guarantees:
+- `decide` is pure: the same list, policy and time give the same answer, and nothing is touched.
+- The newest checkpoint is always kept, whatever the policy says; so nothing is deleted before a newer one is durable.
+- A policy that cannot judge (a metric that no checkpoint has) is an error; a single checkpoint it cannot judge is kept.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from . import transaction
+from .catalog import Catalog
+from .errors import CheckpointNotFoundError, ConfigError
+from .filesystem import FileSystem
+from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What policies look at."""
+
+    tag: str
+    created_unix_ns: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> CheckpointInfo:
+        """The part of a manifest that policies look at."""
+        return cls(manifest.tag, manifest.created_unix_ns, manifest.metadata)
+
+    @property
+    def step(self) -> int | None:
+        """metadata["step"], else the number at the end of the tag, else None."""
+        step = self.metadata.get("step")
+        if isinstance(step, int) and not isinstance(step, bool):
+            return step
+        match = re.search(r"(\d{1,18})$", self.tag)
+        return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to keep one checkpoint, and why; `reasons` are those for keeping, or the one for deleting."""
+
+    tag: str
+    keep: bool
+    reasons: tuple[str, ...]
+
+
+class RetentionPolicy:
+    """Says which checkpoints to keep; `a | b` keeps what either keeps."""
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        """Tags to keep, each with the reason. `checkpoints` are ordered from the oldest commit to the newest.
+
+        Raises:
+            ConfigError: the policy cannot judge these checkpoints.
+        """
+        raise NotImplementedError
+
+    def __or__(self, other: RetentionPolicy) -> AnyOf:
+        if not isinstance(other, RetentionPolicy):
+            return NotImplemented
+        return AnyOf(self, other)
+
+
+class AnyOf(RetentionPolicy):
+    """Keeps what any of its policies keeps."""
+
+    def __init__(self, *policies: RetentionPolicy) -> None:
+        self.policies = policies
+        for policy in policies:
+            if not isinstance(policy, RetentionPolicy):
+                raise ConfigError(f"AnyOf takes retention policies, not {policy!r}")
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        reasons: dict[str, str] = {}
+        for policy in self.policies:
+            for tag, reason in policy.kept(checkpoints, now_unix_ns).items():
+                reasons[tag] = f"{reasons[tag]}; {reason}" if tag in reasons else reason
+        return reasons
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.policies))
+
+
+@dataclass(frozen=True)
+class KeepLast(RetentionPolicy):
+    """Keeps the `num` newest."""
+
+    num: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepLast", "num", self.num)
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        return {info.tag: f"among the last {self.num}" for info in checkpoints[-self.num :]}
+
+
+@dataclass(frozen=True)
+class KeepEvery(RetentionPolicy):
+    """Keeps those whose step (metadata "step", or the number that ends the tag) is a multiple of `num_steps`."""
+
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepEvery", "num_steps", self.num_steps)
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        kept: dict[str, str] = {}
+        for info in checkpoints:
+            if info.step is None:
+                kept[info.tag] = "its step is not known"
+            elif info.step % self.num_steps == 0:
+                kept[info.tag] = f"step {info.step} is a multiple of {self.num_steps}"
+        return kept
+
+
+@dataclass(frozen=True)
+class KeepBest(RetentionPolicy):
+    """Keeps the `num` best by a number in their metadata; checkpoints without that number are not among the best."""
+
+    metric: str
+    num: int = 1
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepBest", "num", self.num)
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ConfigError(f"KeepBest: metric must name a metadata field, not {self.metric!r}")
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        values: list[tuple[float, int, str]] = []
+        for age, info in enumerate(reversed(checkpoints)):
+            value = info.metadata.get(self.metric)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number")
+            values.append((value if self.mode == "min" else -value, age, info.tag))
+        if checkpoints and not values:
+            known = sorted({name for info in checkpoints for name in info.metadata})
+            raise ConfigError(
+                f"KeepBest: no checkpoint has metadata {self.metric!r}; they have {', '.join(known) or 'none'}. "
+                f'Give it to commit: engine.commit(tag, metadata={{"{self.metric}": ...}})'
+            )
+        best = sorted(values)[: self.num]
+        return {tag: f"among the best {self.num} by {self.metric} ({self.mode})" for _, _, tag in best}
+
+
+@dataclass(frozen=True)
+class KeepNewerThan(RetentionPolicy):
+    """Keeps those committed less than `age_s` seconds ago."""
+
+    age_s: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.age_s, bool) or not isinstance(self.age_s, (int, float)) or not 0 < self.age_s < float("inf"):
+            raise ConfigError(f"KeepNewerThan: age_s must be a positive number of seconds, not {self.age_s!r}")
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        return {info.tag: f"newer than {self.age_s:g} s" for info in checkpoints if (now_unix_ns - info.created_unix_ns) / 1e9 < self.age_s}
+
+
+def decide(checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, now_unix_ns: int | None = None) -> list[Decision]:
+    """What to do with each checkpoint, oldest commit first. Pure, apart from the clock when no time is given.
+
+    Raises:
+        ConfigError: the policy cannot judge these checkpoints (unknown metric, or not a number).
+    """
+    ordered = sorted(checkpoints, key=lambda info: (info.created_unix_ns, info.tag))
+    reasons = policy.kept(ordered, time.time_ns() if now_unix_ns is None else now_unix_ns)
+    decisions: list[Decision] = []
+    for info in ordered:
+        why = [reasons[info.tag]] if info.tag in reasons else []
+        if info is ordered[-1]:
+            why.append("the newest is always kept")
+        decisions.append(Decision(info.tag, bool(why), tuple(why) or (f"not kept by {policy!r}",)))
+    return decisions
+
+
+def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[Decision]:
+    """Delete what the policy does not keep, oldest first; blocks. Checkpoints with a damaged manifest are left alone.
+
+    The newest checkpoint must hold all its files at their committed sizes, else nothing is deleted: an older one may
+    be the newest good one.
+
+    Raises:
+        ConfigError: the policy cannot judge these checkpoints; nothing was deleted.
+        WriteError: a deletion failed.
+    """
+    catalog = Catalog(root, filesystem)
+    checkpoints = [CheckpointInfo.of(entry.manifest) for entry in catalog.entries() if entry.manifest is not None]
+    decisions = decide(checkpoints, policy)
+    doomed = [decision for decision in decisions if not decision.keep]
+    if doomed and not _is_good(catalog, decisions[-1].tag):
+        reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"
+        return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
+    for decision in doomed:
+        try:
+            transaction.remove(filesystem, root, decision.tag)
+        except CheckpointNotFoundError:
+            # Another process deleted it first: that is what was wanted.
+            continue
+    return decisions
+
+
+def _is_good(catalog: Catalog, tag: str) -> bool:
+    try:
+        return catalog.verify(tag, level="size").ok
+    except CheckpointNotFoundError:
+        return False
+
+
+def _check_positive(policy: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{policy}: {name} must be a positive integer, not {value!r}")
