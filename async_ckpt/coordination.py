@@ -6,13 +6,12 @@ publishes. `LocalCoordinator` is the single process: no waiting, no store.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from . import __version__, manifest, transaction
+from . import transaction
 from .filesystem import FileSystem
 from .manifest import FileEntry
 
@@ -26,7 +25,7 @@ class OpenTag:
     """
 
     tag: str
-    overwrite: transaction.Overwrite
+    overwrite: str
     location: Future[str]
     staging: transaction.Staging | None = None
 
@@ -40,7 +39,7 @@ class Coordinator(Protocol):
     def bind(self, filesystem: FileSystem, root: str) -> None:
         """Called once by the engine that uses this coordinator."""
 
-    def begin(self, tag: str, overwrite: transaction.Overwrite) -> OpenTag:
+    def begin(self, tag: str, overwrite: str) -> OpenTag:
         """Open `tag`. Training thread; must not wait for other ranks."""
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
@@ -58,12 +57,6 @@ class Coordinator(Protocol):
 
     def close(self) -> None:
         """Let go of connections; no call follows."""
-
-
-def encoded_manifest(tag: str, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> bytes:
-    """The manifest of a checkpoint as it goes to disk."""
-    writer = {"package": f"async_ckpt {__version__}", "python": platform.python_version()}
-    return manifest.encode(manifest.Manifest(tag, created_unix_ns, tuple(files), dict(metadata), writer))
 
 
 class LocalCoordinator:
@@ -85,7 +78,7 @@ class LocalCoordinator:
         assert self._filesystem is not None, "bind() comes first"
         return self._filesystem
 
-    def begin(self, tag: str, overwrite: transaction.Overwrite) -> OpenTag:
+    def begin(self, tag: str, overwrite: str) -> OpenTag:
         staging = transaction.begin(self._fs, self._root, tag, overwrite)
         location: Future[str] = Future()
         location.set_result(staging.path)
@@ -93,8 +86,7 @@ class LocalCoordinator:
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         assert opened.staging is not None
-        opened.staging.seal()
-        transaction.publish(self._fs, opened.staging, encoded_manifest(opened.tag, files, metadata, created_unix_ns))
+        transaction.publish(self._fs, opened.staging, files, metadata, created_unix_ns)
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         assert opened.staging is not None

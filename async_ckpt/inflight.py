@@ -11,7 +11,6 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import threading
@@ -23,11 +22,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from . import leaving, transaction, verify
+from . import leaving, retention, transaction, verify
 from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
 from .coordination import Coordinator, LocalCoordinator
-from .errors import BackpressureTimeout, CheckpointError, CommitError, TransactionStateError
+from .errors import BackpressureTimeout, CheckpointError, TransactionStateError
 from .executor import DaemonExecutor
 from .filesystem import FileSystem, LocalFileSystem
 from .manifest import FileEntry
@@ -55,7 +54,7 @@ class InFlight:
         self._config = config
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
-        transaction.prepare_root(self.filesystem, root)
+        transaction.make_root(self.filesystem, root)
         self._coordinator.bind(self.filesystem, root)
         if config.sweep_on_start:
             self._coordinator.sweep()
@@ -212,22 +211,18 @@ class InFlight:
         if checkpoint.after is not None:
             await self._in_helper(lambda: checkpoint.after.wait(float("inf")) if checkpoint.after else None)
         location = await asyncio.wrap_future(checkpoint.opened.location)
-        await self._in_helper(lambda: self._complete(location, sorted(checkpoint.directories), entries))
+        await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
         checkpoint.state = State.DURABLE
         started = time.perf_counter()
         await self._in_helper(lambda: self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns))
         checkpoint.state = State.COMMITTED
         self._measure(checkpoint, entries, started)
 
-    def _complete(self, location: str, directories: list[tuple[str, ...]], entries: list[FileEntry]) -> None:
+    def _complete(self, location: str, directories: list[str], entries: list[FileEntry]) -> None:
         """Make the directories that hold no file, and read everything back where that was asked for."""
-        for parts in directories:
-            self.filesystem.makedirs(os.path.join(location, *parts))
+        transaction.make_directories(self.filesystem, location, directories)
         if self._config.read_back:
-            with contextlib.closing(self.filesystem.open_dir(location)) as directory:
-                problems = verify.verify_files(directory, entries, direct=True)
-            if problems:
-                raise CommitError(f"reading back what was written found damage: {problems[0]}; nothing is visible", step="read back")
+            verify.read_back(self.filesystem, location, entries)
 
     async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
         """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
@@ -246,7 +241,7 @@ class InFlight:
         policy = self._config.retention
         assert policy is not None
         try:
-            await self._in_helper(lambda: __import__("async_ckpt.retention").retention.apply(self.filesystem, self.root, policy))
+            await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
         except (CheckpointError, OSError) as failure:
             # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
             self._failures.append(failure)
