@@ -13,6 +13,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat as _stat
@@ -334,5 +335,7 @@ class _DirLock:
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
-        if fd is not None:
-            self._calls.close(fd)
+        # A descriptor that was never written through has nothing to lose when its close fails.
+        with contextlib.suppress(OSError):
+            if fd is not None:
+                self._calls.close(fd)

@@ -13,7 +13,7 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Literal
@@ -106,11 +106,13 @@ def verify_files(
                     opened.callback(file.close)
                     work.append((entry, file))
             if level == "full":
-                for num_bytes, bad in _check_extents(work, num_threads):
-                    problems += bad[: max(0, _MAX_PROBLEMS - len(problems))]
-                    done_bytes += num_bytes
-                    if progress is not None:
-                        progress(done_bytes, total_bytes)
+                # Closed before the files are, whatever `progress` raises: its threads read from them.
+                with contextlib.closing(_check_extents(work, num_threads)) as results:
+                    for num_bytes, bad in results:
+                        problems += bad[: max(0, _MAX_PROBLEMS - len(problems))]
+                        done_bytes += num_bytes
+                        if progress is not None:
+                            progress(done_bytes, total_bytes)
     order = {entry.path: index for index, entry in enumerate(entries)}
     return sorted(problems, key=lambda problem: (order[problem.path], problem.offset))
 
@@ -181,7 +183,9 @@ def _open_checked(directory: DirHandle, entry: FileEntry, direct: bool, problems
     return None
 
 
-def _check_extents(work: Sequence[tuple[FileEntry, ReadableFile]], num_threads: int | None) -> Iterator[tuple[int, list[Problem]]]:
+def _check_extents(
+    work: Sequence[tuple[FileEntry, ReadableFile]], num_threads: int | None
+) -> Generator[tuple[int, list[Problem]], None, None]:
     """Read everything, a few windows at a time, in no order; gives (bytes read, problems) for each."""
     limit = num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
     buffers = threading.local()
