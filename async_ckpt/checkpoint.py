@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .coordination import OpenTag
 from .errors import PathExistsError
-from .manifest import MANIFEST_NAME, FileEntry
+from .manifest import FileEntry
 from .metrics import CommitMetrics, SaveMetrics
 from .pending import PendingCommit
 from .transaction import State
@@ -77,10 +77,8 @@ class OpenCheckpoint:
             self.error = error
 
     def check_new(self, path: str) -> None:
-        """Refuse a path that was saved before, or that a directory or the manifest occupies."""
+        """Refuse a path that was saved before, or that a directory occupies."""
         parts = tuple(path.split("/"))
-        if path == MANIFEST_NAME:
-            raise PathExistsError(f"{MANIFEST_NAME!r} is the checkpoint's own manifest; save under another name")
         if path in self.files or parts in self.directories or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
             raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
 

@@ -11,14 +11,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .errors import BackpressureTimeout
-
-if TYPE_CHECKING:
-    from .snapshot import SnapshotJob
+from .snapshot import SnapshotJob, storage_ids
 
 
 class Guard:
@@ -58,7 +56,7 @@ class Guard:
                 tensors.extend(_parameters(optimizer))
                 for state in optimizer.state.values():
                     tensors.extend(v for v in state.values() if isinstance(v, torch.Tensor))
-        return frozenset(storage_id for tensor in tensors for storage_id in _storage_ids(tensor))
+        return frozenset(storage_id for tensor in tensors for storage_id in storage_ids(tensor))
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -107,10 +105,3 @@ def _wait(reference: weakref.ref[Guard]) -> None:
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _storage_ids(tensor: torch.Tensor) -> Iterator[int]:
-    # A DTensor's bytes lie in its local tensor.
-    local = getattr(tensor, "_local_tensor", tensor)
-    if local.layout == torch.strided:
-        yield local.untyped_storage()._cdata

@@ -146,6 +146,16 @@ class InFlight:
         location = _joined(checkpoint.opened.location, path)
         return self.pool.open_file(location, size_bytes=size_bytes, seal=seal, make_parents="/" in path, tag=checkpoint.tag)
 
+    def report(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
+        """Tell the observers about a piece of work that ended now, on this thread."""
+        self.observers.on_span(Span(kind, start_s, time.perf_counter(), threading.current_thread().name, tag, path, offset, num_bytes))
+
+    def copy_reporter(self, tag: str, path: str) -> Callable[[str, float, int, int], None] | None:
+        """What the snapshot of one file calls per copied chunk; None when nobody observes."""
+        if not self._config.observers:
+            return None
+        return lambda kind, start_s, offset, num_bytes: self.report(kind, start_s, tag, path, offset, num_bytes)
+
     def abort(self, tag: str, error: BaseException) -> None:
         """Give an open checkpoint up; blocks until its writes ended."""
         checkpoint = self._open.pop(tag, None)
@@ -209,7 +219,7 @@ class InFlight:
             self._record(saved, written)
             entries.append(saved.entry(path, written, rank))
         if checkpoint.after is not None:
-            await self._in_helper(lambda: checkpoint.after.wait(float("inf")) if checkpoint.after else None)
+            await self._in_helper(lambda: checkpoint.after.wait(None) if checkpoint.after else None)
         location = await asyncio.wrap_future(checkpoint.opened.location)
         await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
         checkpoint.state = State.DURABLE

@@ -100,9 +100,9 @@ class PendingCommit:
         """The failure of an ended commit, without marking it as asked for; None while it runs."""
         return self._future.exception() if self._future.done() else None
 
-    def wait(self, timeout_s: float) -> bool:
-        """Block up to `timeout_s` seconds; True when ended. Does not mark the outcome as asked for."""
-        done, _ = concurrent.futures.wait([self._future], timeout=max(0.0, timeout_s))
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block up to `timeout_s` seconds (None: until it ends); True when ended. Does not mark the outcome as asked for."""
+        done, _ = concurrent.futures.wait([self._future], timeout=None if timeout_s is None else max(0.0, timeout_s))
         return bool(done)
 
     def resolve(self, error: BaseException | None) -> None:

@@ -39,6 +39,10 @@ _memmove.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
 _BATCH = 1000
 
 
+OnCopied = Callable[[str, float, int, int], None]
+"""Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkCut:
     """The payload parts of one chunk, as parallel lists."""
@@ -92,7 +96,9 @@ class Snapshotter:
         self._cuts: dict[str, tuple[Sequence[int], int, list[ChunkCut]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def take(self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str) -> SnapshotJob:
+    def take(
+        self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str, on_copied: OnCopied | None = None
+    ) -> SnapshotJob:
         """Snapshot `state` into chunks and hand them to `write`.
 
         Blocks for the copy of everything that is not guarded, and for free staging memory (backpressure).
@@ -100,20 +106,21 @@ class Snapshotter:
         Args:
             guarded: `UntypedStorage._cdata` of storages that cannot change before the guard's hook has waited.
             name: cache key, the file's path inside its tag.
+            on_copied: told about each chunk's copy, on the thread that did it.
 
         Raises:
             TornSnapshotError: tensors changed while they were copied.
             BackpressureTimeout: the disk freed no chunk in time.
             UnsupportedStateError: a storage's device cannot be copied from.
         """
-        fill = _Fill(state, self._cuts_for(state.plan, name), self._streams)
+        fill = _Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
         job = SnapshotJob()
         is_lazy = [storage._cdata in guarded for storage in fill.storages] if guarded else []
         reserved = self._arena.try_reserve(len(fill.cuts)) if any(is_lazy) or fill.devices else None
         if reserved is None:
             self._stream_through(fill, write, job)
         else:
-            self._reserved(fill, reserved, write, job, is_lazy or [False] * len(fill.storages))
+            self._reserved(fill, reserved, write, job, is_lazy or [False] * len(fill.storages), guarded)
         return job
 
     def _cuts_for(self, plan: FilePlan, name: str) -> list[ChunkCut]:
@@ -143,11 +150,20 @@ class Snapshotter:
                 self._arena.release(chunk)
                 raise
             job.copy_s += time.perf_counter() - started
+            fill.report(k, None, started)
             write.submit(self._chunk(piece, chunk, None))
         job.enqueued.set_result(None)
         job.copied.set_result(None)
 
-    def _reserved(self, fill: _Fill, chunks: list[StagingChunk], write: FileWrite, job: SnapshotJob, is_lazy: list[bool]) -> None:
+    def _reserved(
+        self,
+        fill: _Fill,
+        chunks: list[StagingChunk],
+        write: FileWrite,
+        job: SnapshotJob,
+        is_lazy: list[bool],
+        guarded: frozenset[int],
+    ) -> None:
         """All chunks are ours: copy what may change, queue the rest, and return."""
         started = time.perf_counter()
         ready: list[Future[None]] = [Future() for _ in chunks]
@@ -158,11 +174,12 @@ class Snapshotter:
             if not all(is_lazy):
                 fill.wait_callers(callers)
                 is_eager = [not lazy for lazy in is_lazy]
-                queued = [fill.copy(k, chunk, is_eager, parallel=True) for k, chunk in enumerate(chunks)]
-                for k, events in enumerate(queued):
-                    fill.wait_devices(events)
+                queued = [fill.copy_timed(k, chunk, is_eager, parallel=True) for k, chunk in enumerate(chunks)]
+                for k, (events, began) in enumerate(queued):
+                    fill.wait_timed(k, events, is_eager, began)
                     if not any(is_lazy) and k < len(chunks) - 1:
                         ready[k].set_result(None)
+            fill.check_versions(all_but=guarded)
         except BaseException as error:
             _fail(error, job, ready)
             raise
@@ -189,13 +206,13 @@ class Snapshotter:
             fill.wait_callers(callers)
             queued = []
             for k, chunk in enumerate(chunks):
-                queued.append(fill.copy(k, chunk, chosen, parallel=False))
+                queued.append(fill.copy_timed(k, chunk, chosen, parallel=False))
                 if not fill.devices and k < len(chunks) - 1:
                     ready[k].set_result(None)
-            job.events.extend(event for per_chunk in queued for event in per_chunk)
+            job.events.extend(event for per_chunk, _ in queued for event in per_chunk)
             job.enqueued.set_result(None)
-            for k, per_chunk in enumerate(queued):
-                fill.wait_devices(per_chunk)
+            for k, (per_chunk, began) in enumerate(queued):
+                fill.wait_timed(k, per_chunk, chosen, began)
                 if not ready[k].done() and k < len(chunks) - 1:
                     ready[k].set_result(None)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits for this snapshot
@@ -246,8 +263,11 @@ def _fail_unstarted(done: Future[None], job: SnapshotJob, ready: list[Future[Non
 class _Fill:
     """The sources of one file and how to copy their parts into chunks."""
 
-    def __init__(self, state: PlannedState, cuts: list[ChunkCut], streams: dict[torch.device, torch.cuda.Stream]) -> None:
+    def __init__(
+        self, state: PlannedState, cuts: list[ChunkCut], streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None
+    ) -> None:
         self.cuts = cuts
+        self._on_copied = on_copied
         self._state = state
         self._streams = streams
         self.storages = state.sources.storage
@@ -291,6 +311,33 @@ class _Fill:
             sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
             deque(map(_memmove, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
         return self._copy_from_devices(piece, on_device, chunk) if on_device else []
+
+    def copy_timed(
+        self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool
+    ) -> tuple[list[torch.cuda.Event], float]:
+        """As `copy`, with the time it began; reports the copy unless devices still have to do it (see `wait_timed`)."""
+        began = time.perf_counter()
+        events = self.copy(k, chunk, chosen, parallel=parallel)
+        if not events:
+            self.report(k, chosen, began)
+        return events, began
+
+    def wait_timed(self, k: int, events: list[torch.cuda.Event], chosen: Sequence[bool] | None, began: float) -> None:
+        """Wait for the device copies of chunk `k` and report them."""
+        if events:
+            self.wait_devices(events)
+            self.report(k, chosen, began)
+
+    def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
+        """Tell the observers that the chosen parts of chunk `k` are copied."""
+        if self._on_copied is None:
+            return
+        piece = self.cuts[k]
+        num_bytes = piece.nbytes
+        if chosen is not None:
+            num_bytes = sum(size for payload, size in zip(piece.payloads, piece.sizes, strict=True) if chosen[payload])
+        if num_bytes:
+            self._on_copied("d2h" if self.devices else "copy", began, piece.offset, num_bytes)
 
     def _copy_literals(self, piece: ChunkCut, chunk: StagingChunk) -> None:
         view, end = chunk.view, piece.offset + piece.nbytes
@@ -354,13 +401,21 @@ class _Fill:
         for event in events:
             event.synchronize()
 
-    def check_versions(self) -> None:
-        """Compare the version counters with those at plan time.
+    def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
+        """Compare the version counters with those at plan time; tensors found unchanged are final and not looked at again.
+
+        Args:
+            all_but: storages whose tensors are not copied yet, and are left for a later check.
 
         Raises:
             TornSnapshotError: some moved; names up to ten.
         """
-        torn = [i for i, (t, v) in enumerate(zip(self._tensors, self._versions, strict=True)) if v is not None and t._version != v]
+        versions = self._versions
+        torn = [i for i, (t, v) in enumerate(zip(self._tensors, versions, strict=True)) if v is not None and t._version != v]
+        if all_but:
+            later = [any(s in all_but for s in storage_ids(t)) for t in self._tensors]
+            torn = [i for i in torn if not later[i]]
+            self._versions = [v if is_later else None for v, is_later in zip(versions, later, strict=True)]
         if not torn:
             return
         paths = self._state.tensor_paths()
@@ -377,6 +432,12 @@ class _Fill:
         self._tensors = ()
         self._versions = []
         self.storages = []
+
+
+def storage_ids(tensor: torch.Tensor) -> list[int]:
+    """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return [local.untyped_storage()._cdata] if local.layout == torch.strided else []
 
 
 def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:

@@ -161,7 +161,7 @@ def test_same_path_twice(engine: AsyncCheckpointEngine) -> None:
         engine.save({"v": torch.ones(1)}, "m.pt")
     with pytest.raises(PathExistsError):
         engine.save({"v": torch.ones(1)}, "m.pt/inside.pt")
-    with pytest.raises(PathExistsError):
+    with pytest.raises(UnsafePathError, match="manifest"):
         engine.save({"v": torch.ones(1)}, "manifest.json")
     engine.commit("t").result(60)
     assert torch.equal(engine.load("t/m.pt")["v"], torch.zeros(1))
@@ -219,13 +219,13 @@ def test_bad_config(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
 
 def test_root_missing_from_config_and_empty() -> None:
     for params in (None, {}, "", {"root": 5}, {"root": "a\0b"}, 7):
-        with pytest.raises(ConfigError, match="root|expected"):
+        with pytest.raises(ConfigError, match=r"root|expected"):
             AsyncCheckpointEngine(params)  # type: ignore[arg-type]
 
 
 def test_root_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("x")
-    with pytest.raises(CheckpointError, match="'?.*f"):
+    with pytest.raises(CheckpointError, match=r"/f"):
         AsyncCheckpointEngine(tmp_path / "f", staging_bytes=1 << 20)
     assert (tmp_path / "f").read_text() == "x"
 
