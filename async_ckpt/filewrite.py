@@ -70,7 +70,6 @@ class FileWrite:
         self.location = location
         self.size_bytes = size_bytes
         self.extent_bytes = 0
-        self.waits_for: Callable[[], str] = lambda: "its turn"
         self._on_change = on_change
         self._count = count
         self._pid = os.getpid()

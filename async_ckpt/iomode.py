@@ -28,7 +28,7 @@ SMALL_BYTES = 1 * MiB
 TRIAL_BYTES = 1024 * MiB
 CLASS_LIMITS = (64 * MiB, 512 * MiB, 2048 * MiB)
 """Upper bounds of the size classes; the last class has none."""
-NUM_FIRST = 2
+NUM_FIRST = 4
 CLEARLY_BETTER = 1.1
 TRIAL_SHARE = 0.01
 IN_FLIGHT_BYTES = 64 * MiB

@@ -95,7 +95,8 @@ class Pipeline:
 
     def waiting_for(self) -> str:
         """What it waits for now, in words; any thread."""
-        return self._lane.oldest() or f"{self._waits_for} of {self.file.path}"
+        waits_for = self._waits_for if self._lane.path else "the directory"
+        return self._lane.oldest() or f"{waits_for} of {self.file.path}"
 
     async def _serve(self) -> None:
         self._has_begun = True

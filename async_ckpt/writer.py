@@ -12,8 +12,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import os
 import threading
@@ -28,7 +26,8 @@ from .executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
 from .filesystem import FileSystem
 from .filewrite import Chunk, FileWrite, WrittenFile
 from .iomode import ModeChooser
-from .lane import Lane, Outcome, Slots
+from .lane import Lane, Slots
+from .loopthread import LoopThread
 from .metrics import Span
 from .pipeline import Pipeline
 
@@ -40,7 +39,6 @@ logger = logging.getLogger(__name__)
 # Threads beyond the writers, so that opening, syncing and closing never wait behind long writes.
 _NUM_SPARE_THREADS = 2
 _NUM_SEALERS = 2
-_NUM_DRAIN_TRIES = 8
 
 _pools: weakref.WeakSet[WriterPool] = weakref.WeakSet()
 _inherited: list[WriterPool] = []
@@ -78,26 +76,20 @@ class WriterPool:
         self._on_span = on_span
         self._lock = threading.Lock()
         self._files: dict[Pipeline, None] = {}
-        self._runs: dict[Outcome[Any], asyncio.Task[None] | None] = {}
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []
-        self._fatal: BaseException | None = None
         self._is_closing = False
-        self._is_stopping = False
         self._num_queued = 0
         self._max_queued = 0
         # Sizes are decided before any thread starts: a bad value must not leave threads behind.
         self._chooser = ModeChooser(io_mode, num_writers)
         self._filesystem = filesystem
         self._slots = Slots(self._chooser.max_writers)
-        # Not the policy's loop: others schedule differently and may refuse to be stopped from outside.
-        self._loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
-        self._loop.set_exception_handler(self._on_loop_exception)
+        self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
         self._writers = DaemonExecutor(f"{name}-write", self._chooser.max_writers + _NUM_SPARE_THREADS, niceness=BACKGROUND_NICENESS)
         self._sealers = DaemonExecutor(f"{name}-crc", _NUM_SEALERS, niceness=BACKGROUND_NICENESS)
         self._copier = DaemonExecutor(f"{name}-copy", 1)
         self._executors = (self._writers, self._sealers, self._copier)
-        self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         _pools.add(self)
         self._thread.start()
 
@@ -125,17 +117,19 @@ class WriterPool:
             WriteError: the pool has died; holds the cause.
         """
         self._check()
-        file = FileWrite(location, size_bytes, on_change=lambda: self._call(pipeline.notice), count=self._count)
+        with self._lock:
+            arm = self._chooser.choose(size_bytes)
+        file = FileWrite(location, size_bytes, on_change=lambda: self._thread.call(pipeline.notice), count=self._count)
         pipeline = Pipeline(
             file,
             Lane(self._writers, self._tell if self._on_span is not None else None, tag),
             filesystem=self._filesystem,
-            loop=self._loop,
+            loop=self._thread.loop,
             slots=self._slots,
             sealers=self._sealers,
             seal=seal,
             make_parents=make_parents,
-            arm=self._chooser.choose(size_bytes),
+            arm=arm,
             on_end=self._file_ended,
         )
         with self._lock:
@@ -143,7 +137,7 @@ class WriterPool:
             for other in self._files:
                 other.disk_time.had_company = pipeline.disk_time.had_company = True
             self._files[pipeline] = None
-            self._loop.call_soon_threadsafe(pipeline.start)
+            self._thread.call(pipeline.start)
         return file
 
     def submit_copy(self, fn: Callable[[], T]) -> Future[T]:
@@ -153,17 +147,13 @@ class WriterPool:
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""
-        outcome: Outcome[T] = Outcome()
         try:
             self._check()
-            with self._lock:
-                self._check_open()
-                self._runs[outcome] = None
-                self._loop.call_soon_threadsafe(self._start, coro, outcome)
+            self._check_open()
         except BaseException:
             coro.close()
             raise
-        return outcome
+        return self._thread.run(coro)
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
         """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or block."""
@@ -188,7 +178,7 @@ class WriterPool:
         """What the oldest unfinished file waits for, in words; never blocks."""
         check_process(self._pid, "this writer pool")
         with self._lock:
-            files, num_runs = list(self._files), len(self._runs)
+            files, num_runs = list(self._files), len(self._thread.runs())
         if not files:
             return f"{num_runs} commit(s) or clean-up(s)" if num_runs else "nothing"
         more = f", and {len(files) - 1} more file(s)" if len(files) > 1 else ""
@@ -203,23 +193,19 @@ class WriterPool:
             TransactionStateError: called on the pool's own thread or in a forked child.
         """
         check_process(self._pid, "this writer pool")
-        if threading.current_thread() is self._thread:
+        if self._thread.is_current:
             raise TransactionStateError("the writer pool cannot be closed from its own thread: it would wait for itself")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             self._is_closing = True
             incomplete = [pipeline.file for pipeline in self._files if pipeline.file.lacks_chunks]
-            outstanding = [*(pipeline.file.done for pipeline in self._files), *self._runs]
+            outstanding = [*(pipeline.file.done for pipeline in self._files), *self._thread.runs()]
         for file in incomplete:
             file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
         if wait(outstanding, _left(deadline)).not_done:
             raise BackpressureTimeout(f"the writer did not end within {timeout_s} s; it waits for {self.waiting_for()}")
-        with self._lock:
-            self._is_stopping = True
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_left(deadline))
-        if self._thread.is_alive():
+        self._thread.stop()
+        if not self._thread.join(_left(deadline)):
             raise BackpressureTimeout(f"the writer's thread did not end within {timeout_s} s; it waits for {self.waiting_for()}")
         for executor in self._executors:
             executor.shutdown(wait=False)
@@ -228,11 +214,6 @@ class WriterPool:
 
     # What files report.
 
-    def _call(self, callback: Callable[[], object]) -> None:
-        # A closed loop means that the pool has ended, and has settled or abandoned every file.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback)
-
     def _count(self, change: int) -> None:
         with self._lock:
             self._num_queued += change
@@ -240,99 +221,23 @@ class WriterPool:
 
     def _file_ended(self, pipeline: Pipeline) -> None:
         if pipeline.disk_time.busy_s:
-            self._chooser.observe(pipeline.arm, pipeline.file.size_bytes, pipeline.disk_time.busy_s)
+            with self._lock:
+                self._chooser.observe(pipeline.arm, pipeline.file.size_bytes, pipeline.disk_time.busy_s)
         with self._lock:
             self._files.pop(pipeline, None)
 
-    # The loop thread.
-
-    def _run_loop(self) -> None:
-        try:
-            self._loop.run_forever()
-        except BaseException as error:  # noqa: BLE001 -- whatever it is, every waiter gets it as the cause
-            self._fatal = error
+    def _die(self, death: BaseException) -> None:
         with self._lock:
-            is_regular = self._is_stopping and self._fatal is None
-        if not is_regular:
-            self._die(self._fatal)
-            self._drain()
-        self._loop.close()
-
-    def _die(self, cause: BaseException | None) -> None:
-        reason = repr(cause) if cause is not None else "its event loop was stopped from outside"
-        death = WriteError(
-            f"the checkpoint writer died ({reason}); what it had not synced is not committed, older checkpoints are untouched"
-        )
-        death.__cause__ = cause
-        with self._lock:
-            if self._death is None:
-                self._death = death
-            files, runs, callbacks = list(self._files), list(self._runs), self._death_callbacks
-            self._death_callbacks = []
-        logger.error("%s", death, exc_info=cause)
-        for file in files:
-            file.die(death)
-        for outcome in runs:
-            outcome.resolve(None, death)
+            self._death = death
+            pipelines, callbacks, self._death_callbacks = list(self._files), self._death_callbacks, []
+        for pipeline in pipelines:
+            pipeline.die(death)
         for callback in callbacks:
             callback(death)
 
-    def _drain(self) -> None:
-        """Let every task end, so that memory and descriptors are given back; the loop may be stopped under us again."""
-        for _ in range(_NUM_DRAIN_TRIES):
-            try:
-                self._loop.run_until_complete(self._end_tasks())
-                return
-            except BaseException as error:  # noqa: BLE001 -- the death has been told; only the clean-up is at stake
-                logger.info("the dying writer's loop was interrupted again: %r", error)
-        for file in list(self._files):
-            file.abandon()
-
-    async def _end_tasks(self) -> None:
-        cancelled: set[asyncio.Task[None]] = set()
-        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-            # Only coroutines of `run`: files have been told, and wait for their threads by themselves.
-            for task in [task for task in self._runs.values() if task is not None and task not in cancelled]:
-                cancelled.add(task)
-                task.cancel()
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
-    def _start(self, coro: Coroutine[Any, Any, T], outcome: Outcome[T]) -> None:
-        task = self._runs[outcome] = self._loop.create_task(self._serve(coro, outcome))
-        task.add_done_callback(lambda _: self._run_ended(coro, outcome))
-
-    async def _serve(self, coro: Coroutine[Any, Any, T], outcome: Outcome[T]) -> None:
-        try:
-            outcome.resolve(await coro, None)
-        except asyncio.CancelledError as cancelled:
-            outcome.resolve(None, self._cancelled_error(cancelled))
-        except BaseException as error:
-            outcome.resolve(None, error)
-            # As asyncio itself does: KeyboardInterrupt and SystemExit end the loop, and everybody is told.
-            if not isinstance(error, Exception):
-                raise
-
-    def _run_ended(self, coro: Coroutine[Any, Any, T], outcome: Outcome[T]) -> None:
-        # Cancelled before its first step, neither of the two was reached.
-        coro.close()
-        outcome.resolve(None, self._cancelled_error(None))
-        with self._lock:
-            self._runs.pop(outcome, None)
-
-    def _cancelled_error(self, cause: BaseException | None) -> BaseException:
-        if self._death is not None:
-            return self._death
-        error = WriteError("a task of the checkpoint writer was cancelled; this checkpoint is not committed")
-        error.__cause__ = cause
-        return error
-
-    def _on_loop_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if "handle" not in context:
-            loop.default_exception_handler(context)
-            return
-        # A callback that raised has left some file waiting for ever: better dead, and told, than hanging.
-        self._fatal = context.get("exception")
-        loop.stop()
+    def _abandon_files(self) -> None:
+        for pipeline in list(self._files):
+            pipeline.abandon()
 
     # Checks.
 
