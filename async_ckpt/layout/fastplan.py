@@ -12,9 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from .compaction import plan_extents
+from .compaction import dense_copy, plan_extents
 from .encoder import Encoded, Written, encode, encode_scalar
 from .plan import PlannedState, Sources, container_plan
 from .recording import name_hash
@@ -118,11 +116,6 @@ class FastPlan:
             if tensor_index is not None:
                 sources.storage[position] = dense_copy(live.tensors[tensor_index])
         return PlannedState(plan=self._plan, sources=sources, tensors=list(live.tensors), cached=cached, _paths=paths)
-
-
-def dense_copy(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """A storage with exactly the elements of `tensor`, row major, on the same device."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage()
 
 
 def _constants(kinds: Sequence[TensorKind]) -> tuple[str, ...]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedStateError
+from .compaction import record_compact
 from .encoder import encode
 from .fastplan import Encode, FastPlan
 from .keypaths import find_culprit, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
+from .safetensors import SafetensorsPlan, plan_safetensors
 from .selfcheck import agrees
 from .structure import NotPlainError
 from .zipformat import MAX_ALIGNMENT
@@ -40,6 +42,7 @@ class Planner:
         self._compact_views = compact_views
         self._format = format
         self._cache: OrderedDict[str, FastPlan] = OrderedDict()
+        self._safetensors: OrderedDict[str, SafetensorsPlan] = OrderedDict()
         self._cache_entries = cache_entries
         self._encode = encode
         self._disagreements: set[tuple[Any, ...]] = set()
@@ -54,8 +57,18 @@ class Planner:
 
         Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
         """
+        if self._format == "safetensors":
+            return self._plan_safetensors(obj, name)
         fast = self._plan_fast(obj, name)
         return self._plan_recorded(obj) if fast is None else fast
+
+    def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
+        plan, planned = plan_safetensors(obj, self._safetensors.get(name))
+        self._safetensors[name] = plan
+        self._safetensors.move_to_end(name)
+        while len(self._safetensors) > self._cache_entries:
+            self._safetensors.popitem(last=False)
+        return planned
 
     def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
         """From the cache or the fast encoder; None where torch has to plan."""
@@ -81,7 +94,7 @@ class Planner:
 
     def _plan_recorded(self, obj: Any) -> PlannedState:
         try:
-            recorded = record(obj, alignment=self._alignment)
+            recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
         storages = [storage for storage in recorded.storages if storage.nbytes()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Recorded:
     """Per storage key, empty ones too."""
     persistent_ids: list[tuple[Any, ...]]
     """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
+    uses: list[int]
+    """Per storage key, how often it was met."""
     tensors: list[torch.Tensor]
     """Every tensor object, in pickling order."""
 
@@ -77,6 +80,7 @@ class _Recorder:
 
     def __init__(self, substitute: Substitute | None) -> None:
         self.storages: dict[str, torch.UntypedStorage] = {}
+        self.uses: Counter[str] = Counter()
         self.persistent_ids: dict[str, tuple[Any, ...]] = {}
         self.tensors: list[torch.Tensor] = []
         self.refused: torch.Tensor | None = None
@@ -86,6 +90,7 @@ class _Recorder:
     def note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
         storage = obj if isinstance(obj, torch.UntypedStorage) else obj._untyped_storage
         self.storages[persistent_id[2]] = storage
+        self.uses[persistent_id[2]] += 1
         self.persistent_ids.setdefault(persistent_id[2], persistent_id)
 
     def pickler_class(self) -> type[pickle.Pickler]:
@@ -151,6 +156,7 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
         container=container,
         storages=list(recorder.storages.values()),
         persistent_ids=list(recorder.persistent_ids.values()),
+        uses=[recorder.uses[key] for key in recorder.storages],
         tensors=recorder.tensors,
     )
 
