@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,13 +38,37 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 
 
 def _open_files() -> set[str]:
-    """Regular files and directories that this process has open."""
+    """Regular files and directories that this process has open; what libraries keep of their own installation is not ours."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")
         except OSError:
             continue
-        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")) and "site-packages" not in target:
             names.add(f"{descriptor} -> {target}")
     return names
+
+
+class HeldCopies:
+    """Holds an engine's copy thread until the test lets it go, so that tests order lazy copies instead of sleeping."""
+
+    def __init__(self, engine: Any) -> None:
+        self._gate = threading.Event()
+        engine._inflight.pool.submit_copy(self._gate.wait)
+
+    def let_go(self) -> None:
+        self._gate.set()
+
+
+@pytest.fixture
+def held_copies() -> Iterator[Any]:
+    made: list[HeldCopies] = []
+
+    def hold(engine: Any) -> HeldCopies:
+        made.append(HeldCopies(engine))
+        return made[-1]
+
+    yield hold
+    for held in made:
+        held.let_go()
