@@ -49,7 +49,7 @@ def _resolve(tag: str) -> torch.device:
     if tag == "cpu":
         return torch.device("cpu")
     # Only torch knows all tags; it validates the device and moves the (empty) storage there.
-    moved = torch.serialization.default_restore_location(torch.UntypedStorage(0), tag)
+    moved = torch.serialization.default_restore_location(torch.UntypedStorage(0), tag)  # type: ignore[no-untyped-call]
     return torch.device(moved.device)
 
 
@@ -124,7 +124,7 @@ class TensorBuilder(PlainObjects):
             untyped = self._storages[storage.key] = self._allocate(storage, counted)
         elif storage.num_elements * counted.itemsize != untyped.nbytes():
             raise NotPlainError(f"storage {storage.key!r} has two sizes")
-        tensor = torch.empty(0, dtype=actual, device=untyped.device).set_(untyped, offset, size, stride)  # type: ignore[call-overload]
+        tensor = torch.empty(0, dtype=actual, device=untyped.device).set_(untyped, offset, size, stride)
         if requires_grad:
             tensor.requires_grad_()
         return tensor  # type: ignore[no-any-return]

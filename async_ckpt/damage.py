@@ -20,7 +20,7 @@ def naming_the_record(file: VerifiedFile) -> Iterator[None]:
         record = _bad_record(file, mismatch)
         if record is None:
             raise
-        raise ExtentMismatch(file.name, mismatch.extent, mismatch.first, mismatch.end, record) from mismatch
+        raise ExtentMismatch(file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence) from mismatch
 
 
 def _bad_record(file: VerifiedFile, mismatch: ExtentMismatch) -> str | None:

@@ -27,6 +27,12 @@ Consume = Callable[[int, memoryview], None]
 """Called on a worker thread with a file offset and the bytes there; they are only valid during the call."""
 
 
+Lent = tuple[memoryview, Callable[[], None]]
+"""Page-aligned memory, and what gives it back."""
+MemorySource = Callable[[int], "Lent | None"]
+"""Lends memory of at least so many bytes that was touched before (fresh memory is slower than the disk), or None."""
+
+
 class ReadableFile(Protocol):
     """What this module needs of an open file (`filesystem.ReadableFile` is one)."""
 
@@ -38,8 +44,33 @@ class ReadableFile(Protocol):
     def close(self) -> None: ...
 
 
+NOTHING_LOADED = "nothing was loaded"
+
+
 class ReadError(CheckpointError, OSError):
-    """A read failed; path, offset and errno are kept. Nothing was handed out."""
+    """The disk failed while a checkpoint was read; keeps path, offset and errno."""
+
+    def __init__(self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED) -> None:
+        super().__init__(cause.errno, cause.strerror or str(cause))
+        self.path = path
+        self.offset = offset
+        self.consequence = consequence
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" at offset {self.offset}"
+        return f"cannot read {self.path}{where}: [Errno {self.errno}] {self.strerror}; {self.consequence}"
+
+
+class ExtentMismatch(CorruptCheckpointError):
+    """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
+
+    def __init__(self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED) -> None:
+        where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
+        super().__init__(
+            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}", path=name, record=record
+        )
+        self.extent, self.first, self.end = extent, first, end
+        self.consequence = consequence
 
 
 @dataclass(slots=True)
@@ -80,6 +111,7 @@ class VerifiedFile:
         check: bool,
         num_threads: int = DEFAULT_NUM_THREADS,
         new_buffer: Callable[[int], memoryview] = aligned_memory,
+        lend: MemorySource | None = None,
     ) -> None:
         self.name = name
         self.size_bytes = file.size_bytes
@@ -91,6 +123,8 @@ class VerifiedFile:
         self._crcs = extent_crc32
         self._num_threads = max(1, num_threads)
         self._kept: dict[int, memoryview] = {}
+        self._lend = lend
+        self._give_back: dict[int, Callable[[], None]] = {}
         self._verified: set[int] = set()
         if check and len(extent_crc32) != self.num_extents:
             raise CorruptCheckpointError(
@@ -105,7 +139,7 @@ class VerifiedFile:
 
     def close(self) -> None:
         """Close the descriptor and forget the kept extents; may be called twice."""
-        self._kept.clear()
+        self.drop(self.kept())
         self._file.close()
 
     def extents_of(self, offset: int, num_bytes: int) -> range:
@@ -120,14 +154,23 @@ class VerifiedFile:
 
     def keep(self, extents: Iterable[int]) -> None:
         """Read and verify these extents and hold them in memory, so that `view` and `stream` need not read them again."""
-        wanted = {extent: self._new_extent(extent) for extent in extents if extent not in self._kept}
-        self._run([block for extent, memory in wanted.items() for block in self._blocks(extent, memory)], None)
+        wanted: dict[int, memoryview] = {}
+        try:
+            for extent in extents:
+                if extent not in self._kept:
+                    wanted[extent] = self._new_extent(extent)
+            self._run([block for extent, memory in wanted.items() for block in self._blocks(extent, memory)], None)
+        except BaseException:
+            self._return(wanted)
+            raise
         self._kept.update(wanted)
 
     def drop(self, extents: Iterable[int]) -> None:
         """Forget kept extents; that they were verified is remembered."""
-        for extent in list(extents):
+        dropped = list(extents)
+        for extent in dropped:
             self._kept.pop(extent, None)
+        self._return(dropped)
 
     def kept(self) -> list[int]:
         """Indices of the kept extents, oldest first."""
@@ -180,7 +223,17 @@ class VerifiedFile:
 
     def _new_extent(self, extent: int) -> memoryview:
         first, end = self.extent_range(extent)
-        return aligned_memory(end - first)
+        lent = self._lend(end - first) if self._lend is not None else None
+        if lent is None:
+            return aligned_memory(end - first)
+        self._give_back[extent] = lent[1]
+        return lent[0][: end - first]
+
+    def _return(self, extents: Iterable[int]) -> None:
+        for extent in extents:
+            give_back = self._give_back.pop(extent, None)
+            if give_back is not None:
+                give_back()
 
     def _kept_part(self, extent: int, first: int, end: int) -> memoryview:
         low, high = self.extent_range(extent)
@@ -240,8 +293,7 @@ class VerifiedFile:
             except CheckpointError:
                 raise
             except OSError as error:
-                message = f"cannot read {self.name} at offset {block.offset}: {error.strerror or error}; the file was not changed"
-                raise ReadError(error.errno, message) from error
+                raise ReadError(error, path=self.name, offset=block.offset) from error
             if self.check:
                 block.crc = crc32(memory)
         if consume is not None:
@@ -258,14 +310,3 @@ class VerifiedFile:
             if crc != self._crcs[extent]:
                 raise ExtentMismatch(self.name, extent, *self.extent_range(extent))
         self._verified.update(crcs)
-
-
-class ExtentMismatch(CorruptCheckpointError):
-    """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
-
-    def __init__(self, name: str, extent: int, first: int, end: int, record: str | None = None) -> None:
-        where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
-        super().__init__(
-            f"{name} is damaged: the checksum of {where} differs from the one committed; nothing was loaded", path=name, record=record
-        )
-        self.extent, self.first, self.end = extent, first, end

@@ -23,7 +23,7 @@ from .building import TensorBuilder, place_for
 from .damage import naming_the_record
 from .errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 from .plain_pickle import NotPlainError, load_plain
-from .reading import VerifiedFile
+from .reading import MemorySource, VerifiedFile
 from .restore_into import Restored, fill, read_inventory, safetensors_inventory
 from .safetensors_file import load_safetensors
 from .torch_file import TorchFile
@@ -127,6 +127,7 @@ def load_committed_into(
     atomic: bool = True,
     weights_only: bool = True,
     num_threads: int | None = None,
+    lend: MemorySource | None = None,
 ) -> Restored:
     """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from a committed file. Blocks; any thread.
 
@@ -138,11 +139,15 @@ def load_committed_into(
         atomic: the tensors stay untouched until the whole file was read (and verified). It is held in memory for
             that; what exceeds half of the memory available is read twice. False writes while reading: less
             memory, and after an error the tensors are partly overwritten.
+        lend: warm memory for holding it (an idle staging arena's), one extent at a time.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
-    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as opened, naming_the_record(opened.file):
+    with (
+        open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as opened,
+        naming_the_record(opened.file),
+    ):
         structure = _structure(opened, weights_only)
         return fill(opened.file, structure, state_dict, strict=strict, atomic=atomic)
 
@@ -182,8 +187,14 @@ def _load_plain(opened: Opened, map_location: Any) -> Any:
 
 
 def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool) -> Any:
-    with _translated(opened):
-        state = torch.load(TorchFile(opened.file), map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+    source = TorchFile(opened.file)
+    try:
+        with _translated(opened):
+            state = torch.load(source, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+    except Exception:
+        if source.failure is not None:
+            raise source.failure from None
+        raise
     opened.file.verify_rest()
     return state
 

@@ -17,9 +17,9 @@ import torch
 
 from .building import PlainObjects, check_inside, element_type, storage_extent
 from .config import available_memory_bytes
-from .errors import CorruptCheckpointError, StateMismatchError
+from .errors import StateMismatchError
 from .plain_pickle import NotPlainError, StorageRef, load_plain
-from .reading import VerifiedFile
+from .reading import ExtentMismatch, ReadError, VerifiedFile
 from .safetensors_file import tensor_extents
 from .scatter import Scatter, new_storage
 from .state_tree import flatten, replace_leaves
@@ -28,6 +28,7 @@ from .zip_records import RecordExtent, UnusualLayoutError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_OVERWRITTEN = "the given tensors are partly overwritten"
 _CPU = torch.device("cpu")
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -180,7 +181,7 @@ class _Mover:
             self._copies.append((target, source))
         elif _same_order(source, target):
             itemsize = source.dtype.itemsize
-            self._scatter.add(source.first_byte, source.num_bytes, target.untyped_storage(), target.storage_offset() * itemsize)
+            self._scatter.add(source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize)
             self._direct.append(target)
         else:
             self._copies.append((target, self.fresh(source).detach()))
@@ -193,7 +194,7 @@ class _Mover:
         if storage is None:
             storage = self._storages[source.storage.offset] = new_storage(source.storage.num_bytes, _CPU)
             self._scatter.add(source.storage.offset, source.storage.num_bytes, storage)
-        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)  # type: ignore[call-overload]
+        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)
         if source.is_parameter:
             return torch.nn.Parameter(tensor, source.requires_grad)
         return tensor.requires_grad_() if source.requires_grad else tensor
@@ -208,10 +209,10 @@ class _Mover:
             _read_ahead(file)
         try:
             file.stream(self._scatter)
-        except CorruptCheckpointError as error:
-            if atomic:
-                raise CorruptCheckpointError(f"{error}; it changed while it was read, and given tensors are partly overwritten") from error
-            raise
+        except ExtentMismatch as error:
+            raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
+        except ReadError as error:
+            raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
         with torch.no_grad():
             for target, source in self._copies:
                 target.copy_(source)

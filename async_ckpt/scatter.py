@@ -48,7 +48,7 @@ class Scatter:
         address = storage.data_ptr() + storage_offset_bytes
         if storage.device.type != "cpu":
             self.devices.add(storage.device)
-            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))  # type: ignore[call-overload]
+            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))
         self._pieces.append((file_offset, num_bytes, address, target))
 
     def freeze(self) -> None:
@@ -93,7 +93,7 @@ def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
 
     The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
     """
-    storage = torch.UntypedStorage(num_bytes, device=device)
+    storage = torch.UntypedStorage(num_bytes, device=device)  # type: ignore[no-untyped-call]
     if device.type == "cpu" and num_bytes >= 2 * _HUGE_PAGE_BYTES:
         first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         last = (storage.data_ptr() + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES

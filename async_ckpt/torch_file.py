@@ -24,6 +24,8 @@ class TorchFile(io.RawIOBase):
         super().__init__()
         self._verified = file
         self._position = 0
+        self.failure: BaseException | None = None
+        """The first error of a read: torch's reader swallows it and complains about a missing attribute instead."""
 
     def readable(self) -> bool:
         """Always True."""
@@ -45,6 +47,14 @@ class TorchFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` from the position; fewer bytes only at the end of the file."""
+        try:
+            return self._readinto(buffer)
+        except BaseException as error:
+            if self.failure is None:
+                self.failure = error
+            raise
+
+    def _readinto(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")
         first = self._position
         end = min(first + len(target), self._verified.size_bytes)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from async_ckpt import manifest
+from async_ckpt import Catalog, manifest
 from async_ckpt.checksum import crc32
 from async_ckpt.filesystem import LocalFileSystem
 
@@ -36,6 +35,5 @@ def commit(root: Path, tag: str, files: dict[str, bytes], *, extent_bytes: int =
     return catalog(root)
 
 
-def catalog(root: Path, filesystem: Any = None) -> Any:
-    tags = lambda: sorted(p.name for p in root.iterdir())  # noqa: E731
-    return SimpleNamespace(root=str(root), filesystem=filesystem or LocalFileSystem(), tags=tags)
+def catalog(root: Path, filesystem: Any = None) -> Catalog:
+    return Catalog(root, filesystem or LocalFileSystem())

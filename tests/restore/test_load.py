@@ -1,0 +1,234 @@
+"""`load`: equal to what was saved, or an error; never anything else."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import async_ckpt
+from async_ckpt import (
+    Catalog,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    UnsafePathError,
+    UnsupportedStateError,
+    restore,
+)
+
+from .committed import commit, torch_bytes
+from .faulty import FaultyFileSystem
+from .states import plain, torch_only, trained
+
+KINDS = {"trained": trained, "plain": plain, "torch_only": torch_only, "nothing": dict, "a tensor": lambda: torch.ones(3)}
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left():
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("verify", ["full", "size", "off"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_gives_what_torch_load_gives(tmp_path: Path, kind: str, verify: str) -> None:
+    data = torch_bytes(KINDS[kind]())
+    catalog = commit(tmp_path, "a", {"sub/m.pt": data}, extent_bytes=8192)
+    # Byte-identical when saved again: values, dtypes, strides, aliasing, key order, requires_grad, metadata.
+    expected = torch_bytes(torch.load(tmp_path / "a/sub/m.pt"))
+    assert torch_bytes(restore.load_committed(catalog, "a", "sub/m.pt", verify=verify)) == expected
+    assert kind == "torch_only" or expected == data
+
+
+@pytest.mark.parametrize(
+    "map_location", ["cpu", torch.device("cpu"), lambda storage, loc: storage, {"cpu": "cpu"}, lambda storage, loc: None]
+)
+def test_map_locations(tmp_path: Path, map_location: object) -> None:
+    data = torch_bytes(plain())
+    catalog = commit(tmp_path, "a", {"m.pt": data})
+    assert torch_bytes(restore.load_committed(catalog, "a", "m.pt", map_location=map_location)) == data
+
+
+def test_map_location_meta_and_mmap(tmp_path: Path) -> None:
+    data = torch_bytes(trained())
+    catalog = commit(tmp_path, "a", {"m.pt": data})
+    assert restore.load_committed(catalog, "a", "m.pt", map_location="meta")["model"]["0.weight"].is_meta
+    assert torch_bytes(restore.load_committed(catalog, "a", "m.pt", mmap=True)) == data
+
+
+def test_a_device_that_is_not_there_is_torchs_own_error(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(torch.ones(2))})
+    with pytest.raises(RuntimeError, match=r"cuda|CUDA|device"):
+        restore.load_committed(catalog, "a", "m.pt", map_location="cuda:77")
+
+
+def test_storages_can_be_resized_like_torchs_own(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(torch.ones(3_000_000))})
+    loaded = restore.load_committed(catalog, "a", "m.pt")
+    loaded.resize_(6_000_000)
+    assert loaded[:3_000_000].eq(1).all()
+
+
+@pytest.mark.parametrize("kind", ["small", "torch_only"])
+def test_every_flipped_byte_is_found(tmp_path: Path, kind: str) -> None:
+    data = torch_bytes({"w": torch.arange(5.0), "n": 1} if kind == "small" else {"s": {1}, "w": torch.arange(5.0)})
+    catalog = commit(tmp_path, "a", {"m.pt": data}, extent_bytes=4096)
+    path = tmp_path / "a/m.pt"
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 0x10]) + data[i + 1 :])
+        with pytest.raises(CorruptCheckpointError, match="damaged"):
+            restore.load_committed(catalog, "a", "m.pt")
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}, {"map_location": lambda storage, loc: storage}])
+def test_damage_names_file_and_record(tmp_path: Path, mode: dict[str, object]) -> None:
+    data = bytearray(torch_bytes({"a": torch.zeros(40_000), "b": torch.full((40_000,), 7.25)}))
+    catalog = commit(tmp_path, "a", {"m.pt": bytes(data)})
+    data[data.index(torch.full((4,), 7.25).numpy().tobytes()) + 100_000] ^= 1
+    (tmp_path / "a/m.pt").write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match=r"m\.pt.*data/1") as caught:
+        restore.load_committed(catalog, "a", "m.pt", **mode)
+    assert caught.value.record == "data/1"
+    assert caught.value.path == str(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b""])
+@pytest.mark.parametrize("verify", ["full", "size", "off"])
+def test_wrong_size_is_refused_at_every_level(tmp_path: Path, change, verify: str) -> None:
+    data = torch_bytes(trained())
+    catalog = commit(tmp_path, "a", {"m.pt": data})
+    (tmp_path / "a/m.pt").write_bytes(change(data))
+    with pytest.raises(CorruptCheckpointError, match="bytes"):
+        restore.load_committed(catalog, "a", "m.pt", verify=verify)
+
+
+def test_missing_things_are_named_with_what_is_there(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(1), "o.pt": torch_bytes(2)})
+    with pytest.raises(CheckpointNotFoundError, match=r"'b'.*'a'"):
+        restore.load_committed(catalog, "b", "m.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"x\.pt.*m\.pt.*o\.pt"):
+        restore.load_committed(catalog, "a", "x.pt")
+    (tmp_path / "a/m.pt").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"m\.pt"):
+        restore.load_committed(catalog, "a", "m.pt")
+
+
+@pytest.mark.parametrize("name", ["../a/m.pt", "/etc/passwd", "a\0b", ""])
+def test_paths_cannot_leave_the_checkpoint(tmp_path: Path, name: str) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(1)})
+    with pytest.raises(UnsafePathError):
+        restore.load_committed(catalog, "a", name)
+
+
+def test_links_and_fifos_are_refused(tmp_path: Path) -> None:
+    data = torch_bytes(1)
+    catalog = commit(tmp_path, "a", {"m.pt": data, "f.pt": data})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(data)
+    (tmp_path / "a/m.pt").unlink()
+    (tmp_path / "a/m.pt").symlink_to(elsewhere)
+    (tmp_path / "a/f.pt").unlink()
+    os.mkfifo(tmp_path / "a/f.pt")
+    for name in ("m.pt", "f.pt"):
+        with pytest.raises(CorruptCheckpointError):
+            restore.load_committed(catalog, "a", name)
+
+
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(1)})
+    with pytest.raises(ConfigError, match="verify"):
+        restore.load_committed(catalog, "a", "m.pt", verify="crc")
+    with pytest.raises(ConfigError, match="num_threads"):
+        restore.load_committed(catalog, "a", "m.pt", num_threads=0)
+
+
+def test_load_by_path_finds_the_manifest_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(tmp_path / "runs", "a", {"deep/er/m.pt": torch_bytes(5), "m.pt": torch_bytes(6)})
+    assert async_ckpt.load(tmp_path / "runs/a/deep/er/m.pt") == 5
+    monkeypatch.chdir(tmp_path / "runs")
+    assert async_ckpt.load("a/m.pt") == 6
+    torch.save(7, tmp_path / "loose.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"torch\.load"):
+        async_ckpt.load(tmp_path / "loose.pt")
+    with pytest.raises(CheckpointNotFoundError, match="no such file"):
+        async_ckpt.load(tmp_path / "nothing.pt")
+
+
+class Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    catalog = commit(tmp_path / "r", "a", {"m.pt": torch_bytes({"x": Bomb(str(trap)), "w": torch.ones(2)})})
+    with pytest.raises(UnsupportedStateError, match=r"open.*weights_only=False") as caught:
+        restore.load_committed(catalog, "a", "m.pt")
+    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
+    assert not trap.exists()
+    restore.load_committed(catalog, "a", "m.pt", weights_only=False)["x"].close()
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}, {"map_location": lambda storage, loc: storage}])
+def test_an_unverified_pickle_is_never_unpickled(tmp_path: Path, mode: dict[str, object]) -> None:
+    trap = tmp_path / "trap"
+    good = torch_bytes({"x": "A" * 200, "w": torch.ones(2)})
+    catalog = commit(tmp_path / "r", "a", {"m.pt": good})
+    bad = torch_bytes({"x": Bomb(str(trap)), "w": torch.ones(2)})
+    (tmp_path / "r/a/m.pt").write_bytes(bad.ljust(len(good), b"\0")[: len(good)])
+    with pytest.raises(CorruptCheckpointError):
+        restore.load_committed(catalog, "a", "m.pt", weights_only=False, **mode)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("mode", [{}, {"map_location": lambda storage, loc: storage}])
+def test_each_failing_read_is_an_error_and_leaves_nothing(tmp_path: Path, mode: dict[str, object]) -> None:
+    data = torch_bytes(trained())
+    commit(tmp_path, "a", {"m.pt": data}, extent_bytes=4096)
+    faulty = FaultyFileSystem()
+    catalog = Catalog(tmp_path, faulty)
+    assert torch_bytes(restore.load_committed(catalog, "a", "m.pt", **mode)) == data
+    reads = faulty.num_reads
+    assert reads > 5
+    for k in range(reads):
+        faulty.fail_at(k)
+        with pytest.raises(OSError, match=r"m\.pt.*offset \d+") as caught:
+            restore.load_committed(catalog, "a", "m.pt", **mode)
+        assert isinstance(caught.value, async_ckpt.CheckpointError)
+        assert caught.value.errno == 5
+
+
+def test_memory_for_a_lying_file_is_never_taken(tmp_path: Path) -> None:
+    # A pickle that claims a storage of 16 GiB, in a file whose CRCs are all right.
+    lying = bytearray(torch_bytes({"w": torch.arange(70_000)}))
+    at = lying.index(b"J" + (70_000).to_bytes(4, "little"))
+    lying[at + 1 : at + 5] = (2**31 - 1).to_bytes(4, "little")
+    catalog = commit(tmp_path, "a", {"m.pt": bytes(lying)})
+    with pytest.raises(CorruptCheckpointError, match="data/0"):
+        restore.load_committed(catalog, "a", "m.pt")
+
+
+def test_load_from_threads_at_once(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    data = torch_bytes(trained())
+    catalog = commit(tmp_path, "a", {"m.pt": data}, extent_bytes=4096)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: torch_bytes(restore.load_committed(catalog, "a", "m.pt")), range(12)))
+    assert results == [data] * 12
+
+
+def test_reading_modules_need_no_torch() -> None:
+    code = "import sys, async_ckpt.reading, async_ckpt.plain_pickle, async_ckpt.zip_records; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
