@@ -106,6 +106,18 @@ def parse_private_name(name: str) -> PrivateName | None:
     return parsed if str(parsed) == name else None
 
 
+def status_name(owner: Owner) -> str:
+    """Name of the file in the root where a running engine's owner publishes what it is doing."""
+    return f".status.{owner}.json"
+
+
+def parse_status_name(name: str) -> Owner | None:
+    """The owner of a status file exactly as `status_name` names it; None for every other name."""
+    if not (name.startswith(".status.") and name.endswith(".json")):
+        return None
+    return Owner.parse(name[len(".status.") : -len(".json")])
+
+
 def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
     if not isinstance(part, str):
         raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")

@@ -344,7 +344,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
         checkpoint.add_file(path, saved)
         try:
-            job = self._snapshotter.take(state, write, guarded=self._guard.storages(), name=path)
+            job = self._snapshotter.take(
+                state, write, guarded=self._guard.storages(), name=path, on_copied=self._inflight.copy_reporter(checkpoint.tag, path)
+            )
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
@@ -355,6 +357,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._guard.track(job)
         metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
         metrics.stall_s = time.perf_counter() - started
+        self._inflight.report("save", started, checkpoint.tag, path)
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:

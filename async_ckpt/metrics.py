@@ -11,7 +11,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One piece of work on one thread, for timelines: ``kind`` is d2h, copy, crc, write, fsync, manifest or rename."""
+    """One piece of work on one thread, for timelines.
+
+    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, write, fsync,
+    manifest or rename.
+    """
 
     kind: str
     start_s: float
