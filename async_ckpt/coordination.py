@@ -36,6 +36,10 @@ class Coordinator(Protocol):
     rank: int
     world_size: int
 
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes, renames and deletes checkpoint directories."""
+
     def bind(self, filesystem: FileSystem, root: str) -> None:
         """Called once by the engine that uses this coordinator."""
 
@@ -64,6 +68,7 @@ class LocalCoordinator:
 
     rank = 0
     world_size = 1
+    leads = True
 
     def __init__(self) -> None:
         self._filesystem: FileSystem | None = None

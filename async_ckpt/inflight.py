@@ -208,7 +208,7 @@ class InFlight:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
             raise
-        if self._config.retention is not None and self._coordinator.rank == 0:
+        if self._config.retention is not None and self._coordinator.leads:
             await self._retain()
 
     async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:

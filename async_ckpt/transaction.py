@@ -184,11 +184,13 @@ def publish(
     metadata: Mapping[str, Any],
     created_unix_ns: int,
     overwrite: str | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
-    the old checkpoint is deleted after that; if the deletion fails, it is left for a later `sweep`.
+    the old checkpoint is deleted after that; if the deletion fails, it is left for a later `sweep`. `marks` are added
+    to the manifest's "writer".
 
     Raises:
         TagExistsError: the tag was committed in the meantime; it was left as it is.
@@ -199,7 +201,7 @@ def publish(
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
     overwrite = staging.overwrite if overwrite is None else overwrite
-    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), _writer())
+    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), {**_writer(), **(marks or {})})
     raw = encode(manifest)
     with _step("manifest", staging):
         fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)

@@ -1,0 +1,215 @@
+"""The protocol alone: every rank learns the same outcome, at a bounded cost, whatever the other ranks do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from async_ckpt import rank_protocol as protocol
+from async_ckpt.rank_protocol import Announcements, AttemptFailed, Seat, Verdict
+from tests.ranks.simulation import Dies, Pause, Script, Simulation
+
+TIMEOUT_S = 60.0
+
+
+def _seat(rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> Seat:
+    return Seat(rank, world_size, timeout_s)
+
+
+def rank_zero(seat: Seat, tag: str, write_s: float, publish_s: float, renames: list[str]) -> Script:
+    attempt = yield from protocol.announce(seat, tag, f".staging.{tag}")
+    yield Pause(write_s)
+    try:
+        yield from protocol.report(seat, attempt, "digest of 0")
+        yield from protocol.gather(seat, attempt)
+        yield from protocol.decide(seat, attempt, 1)
+    except AttemptFailed as failed:
+        yield from protocol.await_quit(seat, attempt)
+        yield from protocol.retire(seat, attempt)
+        return failed.verdict
+    renames.append(tag)
+    yield Pause(publish_s)
+    verdict = Verdict(True, None, "", 0, True)
+    yield from protocol.conclude(seat, attempt, verdict)
+    yield from protocol.retire(seat, attempt)
+    return verdict
+
+
+def other_rank(seat: Seat, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = "") -> Script:
+    try:
+        attempt, _ = yield from protocol.join(seat, tag, known or Announcements())
+    except AttemptFailed as failed:
+        if failed.attempt is not None:
+            yield from protocol.settle(seat, failed.attempt)
+        return failed.verdict
+    yield Pause(write_s)
+    if dies == "writing":
+        raise Dies
+    if fails:
+        verdict = yield from protocol.fail(seat, attempt, fails)
+        yield from protocol.settle(seat, attempt)
+        return verdict
+    try:
+        yield from protocol.report(seat, attempt, f"digest of {seat.rank}")
+        if dies == "reported":
+            raise Dies
+        verdict = yield from protocol.await_result(seat, attempt)
+    except AttemptFailed as failed:
+        verdict = failed.verdict
+    yield from protocol.settle(seat, attempt)
+    return verdict
+
+
+def run(scripts: dict[int, Script], world_size: int) -> Simulation:
+    simulation = Simulation(world_size)
+    simulation.run(scripts)
+    return simulation
+
+
+def outcomes(simulation: Simulation, *, without: tuple[int, ...] = ()) -> list[Any]:
+    found = [outcome for rank, outcome in simulation.outcomes.items() if rank not in without]
+    unexpected = [outcome for outcome in found if not isinstance(outcome, Verdict)]
+    assert unexpected == []
+    return found
+
+
+def left_keys(simulation: Simulation) -> set[str]:
+    return set(simulation.store.data) - {"seq", "head"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 64, 1024, pytest.param(16384, marks=pytest.mark.timeout(120))])
+def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, world_size), "a", 5.0, 0.1, renames)}
+    scripts |= {rank: other_rank(_seat(rank, world_size), "a", 5.0) for rank in range(1, world_size)}
+    simulation = run(scripts, world_size)
+    assert renames == ["a"]
+    assert all(verdict.ok for verdict in outcomes(simulation))
+    assert left_keys(simulation) == set()
+    requests = simulation.store.requests
+    polls = requests.pop("Poll", 0)
+    total = sum(requests.values())
+    assert total <= 9 * world_size + 16
+    assert polls <= 40 * world_size + 200
+    # The slowest rank hears of it within seconds of the rename, at any size.
+    assert max(simulation.ended_s.values()) < 5.2 + 4 * 5.0
+    print(
+        f"{world_size} ranks: {total} requests, {polls} polls, ended {max(simulation.ended_s.values()):.2f} s, busy {simulation.store.busy_s:.2f} s"
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 1024])
+@pytest.mark.parametrize(
+    ("how", "expected"), [({"fails": "OSError: disk full"}, "disk full"), ({"dies": "writing"}, "not reported"), ({}, "")]
+)
+def test_a_failed_rank_fails_all_and_is_named(world_size: int, how: dict[str, str], expected: str) -> None:
+    culprit = world_size - 1
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, world_size), "a", 1.0, 0.1, renames)}
+    scripts |= {rank: other_rank(_seat(rank, world_size), "a", 1.0) for rank in range(1, culprit)}
+    scripts[culprit] = other_rank(_seat(culprit, world_size), "a", 1.0, **how)
+    simulation = run(scripts, world_size)
+    verdicts = outcomes(simulation, without=(culprit,))
+    if not how:
+        assert renames == ["a"]
+        assert all(v.ok for v in verdicts)
+        return
+    assert renames == []
+    for verdict in verdicts:
+        assert (verdict.ok, verdict.rank, verdict.committed) == (False, culprit, False)
+        assert expected in verdict.cause
+    limit_s = 1.0 + (TIMEOUT_S if "dies" in how else 0.0) + 12.0
+    others = [ended for rank, ended in simulation.ended_s.items() if rank not in (0, culprit)]
+    assert all(ended < limit_s for ended in others)
+    assert left_keys(simulation) == set()
+
+
+def test_a_rank_that_dies_after_its_report_does_no_harm() -> None:
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 1.0)}
+    scripts[2] = other_rank(_seat(2, 3), "a", 0.5, dies="reported")
+    simulation = run(scripts, 3)
+    assert renames == ["a"]
+    assert simulation.outcomes[1].ok
+    # Nobody will ever read the result for it: rank 0 drops the keys all the same.
+    assert left_keys(simulation) == set()
+
+
+def test_rank_zero_dies_before_it_decides() -> None:
+    def dies(seat: Seat) -> Script:
+        attempt = yield from protocol.announce(seat, "a", "x")
+        yield from protocol.report(seat, attempt, "d")
+        raise Dies
+
+    scripts = {0: dies(_seat(0, 4))} | {rank: other_rank(_seat(rank, 4), "a", 1.0) for rank in range(1, 4)}
+    simulation = run(scripts, 4)
+    for verdict in outcomes(simulation, without=(0,)):
+        assert (verdict.ok, verdict.rank, verdict.committed) == (False, 0, False)
+    assert max(simulation.ended_s.values()) < 1.0 + TIMEOUT_S + 12.0
+
+
+def test_rank_zero_dies_while_it_renames() -> None:
+    def dies(seat: Seat) -> Script:
+        attempt = yield from protocol.announce(seat, "a", "x")
+        yield from protocol.report(seat, attempt, "d")
+        yield from protocol.gather(seat, attempt)
+        yield from protocol.decide(seat, attempt, 1)
+        raise Dies
+
+    scripts = {0: dies(_seat(0, 3))} | {rank: other_rank(_seat(rank, 3), "a", 1.0) for rank in (1, 2)}
+    simulation = run(scripts, 3)
+    for verdict in outcomes(simulation, without=(0,)):
+        assert (verdict.ok, verdict.rank, verdict.committed) == (False, 0, None)
+    assert max(simulation.ended_s.values()) < 1.0 + 2 * TIMEOUT_S + 12.0
+
+
+def test_ranks_that_disagree_on_the_tag_are_named_with_their_tag() -> None:
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, 3), "step-100", 3.0, 0.1, renames), 1: other_rank(_seat(1, 3), "step-100", 3.0)}
+    scripts[2] = other_rank(_seat(2, 3), "step-101", 3.0)
+    simulation = run(scripts, 3)
+    assert renames == []
+    for rank in (0, 1):
+        assert simulation.outcomes[rank].rank == 2
+        assert "step-101" in simulation.outcomes[rank].cause
+    assert "'step-100'" in simulation.outcomes[2].cause
+
+
+def test_jobs_of_different_size_do_not_mix() -> None:
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, 2), "a", 3.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 3.0)}
+    simulation = run(scripts, 2)
+    assert renames == []
+    assert "counts 3 ranks" in simulation.outcomes[0].cause
+
+
+def test_a_late_rank_cannot_undo_a_decision() -> None:
+    # Rank 2 gives up at the very moment at which rank 0 publishes: the claim decides, and both report the same.
+    for publish_s in (0.0, 30.0, 59.0):
+        renames: list[str] = []
+        scripts = {0: rank_zero(_seat(0, 3), "a", 50.0, publish_s, renames), 1: other_rank(_seat(1, 3), "a", 50.0)}
+        scripts[2] = other_rank(Seat(2, 3, 20.0), "a", 31.0)
+        simulation = run(scripts, 3)
+        # "Not committed" is never said of what was renamed; at the worst the outcome is unknown.
+        assert {verdict.committed for verdict in outcomes(simulation)} <= ({True, None} if renames else {False})
+
+
+def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins_the_next() -> None:
+    renames: list[str] = []
+    known = Announcements()
+
+    def zero() -> Script:
+        first = yield from rank_zero(_seat(0, 2), "a", 1.0, 0.1, renames)
+        second = yield from rank_zero(_seat(0, 2), "a", 1.0, 0.1, renames)
+        return (first.ok, second.ok)
+
+    def one() -> Script:
+        # Longer than the first attempt lives.
+        yield Pause(3 * TIMEOUT_S)
+        return (yield from other_rank(_seat(1, 2), "a", 1.0, known))
+
+    simulation = run({0: zero(), 1: one()}, 2)
+    assert simulation.outcomes[0] == (False, True)
+    assert simulation.outcomes[1].ok
+    assert renames == ["a"]
