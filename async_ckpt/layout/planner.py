@@ -14,7 +14,7 @@ from ..errors import UnsupportedStateError
 from .compaction import record_compact
 from .encoder import encode
 from .fastplan import Encode, FastPlan
-from .keypaths import find_culprit, tensor_paths, walk
+from .keypaths import UNKNOWN, find_culprit, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
 from .safetensors import SafetensorsPlan, plan_safetensors
@@ -153,8 +153,9 @@ def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
 def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     """What torch.save's refusal means for the caller, with the key path."""
     cause = error.__cause__
-    if error.tensor is not None:
-        path = tensor_paths(obj, [error.tensor])[0]
+    if error.suspects:
+        places = {id(item): path for path, item in walk(obj)}
+        path = next((places[id(item)] for item in error.suspects if id(item) in places), f" {UNKNOWN}")
         return UnsupportedStateError(f"state{path} cannot be saved: {cause}; nothing was written")
     culprit = find_culprit(obj)
     if culprit is None:

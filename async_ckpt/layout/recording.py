@@ -41,11 +41,11 @@ class Recorded:
 
 
 class RecordingError(Exception):
-    """torch.save refused; `__cause__` says why. `tensor` is the one whose storage it refused, if it was that."""
+    """torch.save refused; `__cause__` says why. `suspects`: the storage it refused and the tensor met last, if it was a storage."""
 
-    def __init__(self, tensor: torch.Tensor | None) -> None:
+    def __init__(self, suspects: list[Any]) -> None:
         super().__init__("torch.save refused the object")
-        self.tensor = tensor
+        self.suspects = suspects
 
 
 class _HoleFile:
@@ -83,7 +83,7 @@ class _Recorder:
         self.uses: Counter[str] = Counter()
         self.persistent_ids: dict[str, tuple[Any, ...]] = {}
         self.tensors: list[torch.Tensor] = []
-        self.refused: torch.Tensor | None = None
+        self.refused: list[Any] = []
         self.skipping = torch.serialization.skip_data()
         self.substitute = substitute
 
@@ -107,7 +107,7 @@ class _Recorder:
                     try:
                         result = inner(self, obj)
                     except Exception:
-                        recorder.refused = recorder.tensors[-1] if recorder.tensors else None
+                        recorder.refused = [obj, *recorder.tensors[-1:]]
                         raise
                     if result is not None:
                         recorder.note_storage(obj, result)

@@ -18,6 +18,7 @@ from .zipdirectory import DESCRIPTOR_MAGIC
 from .zipformat import SERIALIZATION_ID_NBYTES, SealMap
 
 _UINT64_MASK = (1 << 64) - 1
+_put_u32 = struct.Struct("<I").pack_into
 _COMBINE_FROM_NBYTES = 16 << 10
 """A payload part this long is folded in by CRC combination (about 1 us) instead of being read again."""
 _PAYLOADS_PER_BREATH = 512
@@ -76,6 +77,12 @@ class Sealer:
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
         while index < count and offsets[index] < end:
+            past = self._take_small(index, offset, end, view)
+            if past > index:
+                if past - index == _PAYLOADS_PER_BREATH:
+                    time.sleep(0)
+                index = past
+                continue
             payload_start = offsets[index]
             payload_end = payload_start + sizes[index]
             start, stop = max(payload_start, offset), min(payload_end, end)
@@ -93,10 +100,29 @@ class Sealer:
                 break
             self._end_payload(payload_end, offset, end, view)
             index += 1
-            if index % _PAYLOADS_PER_BREATH == 0:
-                time.sleep(0)
         self._next_payload = index
         return crc, done
+
+    def _take_small(self, index: int, offset: int, end: int, view: memoryview) -> int:
+        """Short payloads that lie in this extent with their descriptors, up to one breath of them; returns the next index.
+
+        The common case without its exceptions: no parts, no last payload (the tail has its descriptor), no descriptor look-alike.
+        """
+        offsets, sizes, crcs, value = self._offsets, self._nbytes, self._crcs, self._hash
+        stop = min(len(offsets) - 1, index + _PAYLOADS_PER_BREATH)
+        while index < stop:
+            size = sizes[index]
+            start = offsets[index] - offset
+            behind = start + size
+            if start < 0 or behind + 8 > end - offset or size >= _COMBINE_FROM_NBYTES or view[start] == DESCRIPTOR_MAGIC[0]:
+                break
+            crc = crc32(view[start:behind])
+            _put_u32(view, behind + 4, crc)
+            crcs.append(crc)
+            value ^= (crc + 0x9E3779B9 + (value << 6) + (value >> 2)) & _UINT64_MASK
+            index += 1
+        self._hash = value
+        return index
 
     def _look_at_head(self, position: int, head: memoryview) -> None:
         # torch's writer takes every write that starts like a data descriptor for one and mixes the four bytes behind the magic into the
@@ -142,11 +168,10 @@ class Sealer:
 
     def _finish_tail(self, seal_map: SealMap) -> bytearray:
         tail, base = bytearray(self._tail_bytes), self._tail_offset
-        put = struct.Struct("<I").pack_into
         if self._crcs:
-            put(tail, 4, self._crcs[-1])
+            _put_u32(tail, 4, self._crcs[-1])
         for index, (at, crc) in enumerate(zip(seal_map.entry_crc_offsets, self._crcs, strict=True)):
-            put(tail, at - base, crc)
+            _put_u32(tail, at - base, crc)
             if index % (8 * _PAYLOADS_PER_BREATH) == 0:
                 time.sleep(0)
         for crc in seal_map.crcs_after:
@@ -154,5 +179,5 @@ class Sealer:
         digits = seal_map.name_hash + b"%020d" % self._hash
         tail[seal_map.id_offset - base : seal_map.id_offset - base + SERIALIZATION_ID_NBYTES] = digits
         for at in seal_map.id_crc_offsets:
-            put(tail, at - base, crc32(digits))
+            _put_u32(tail, at - base, crc32(digits))
         return tail
