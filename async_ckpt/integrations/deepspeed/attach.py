@@ -1,0 +1,142 @@
+"""`attach`: puts the checkpoint engine into a DeepSpeed engine, and makes save, load and exit right."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+from ...interface import StrPath
+from .engine import AsyncDeepSpeedEngine
+
+_INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
+_NEEDED = ("create", "save", "makedirs", "load", "commit", "is_decoupled", "get_commit_info", "cleanup", "preserves_storage_sharing")
+
+
+def attach(ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = False, **config: Any) -> AsyncDeepSpeedEngine:
+    """Make `ds_engine` (from ``deepspeed.initialize``) save its checkpoints asynchronously.
+
+    Call it once, on every rank, after ``initialize``. From then on
+    - ``save_checkpoint`` returns when the state is copied; files, rename and `latest` follow in the background;
+    - ``load_checkpoint`` first waits for what is pending, and so does ``destroy``; so does the end of the process;
+    - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or ``destroy``.
+    Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read them.
+
+    Args:
+        save_dir: where checkpoints will go. Given, staging memory is prepared now instead of in the first save.
+        guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``. Only
+            for tensors that nothing but the optimizer's own ``step`` changes; see `AsyncCheckpointEngine.guard`.
+        config: `EngineConfig` fields, such as ``staging_bytes``.
+
+    Returns the checkpoint engine, which is ``ds_engine.checkpoint_engine`` now.
+
+    Raises:
+        ImportError: DeepSpeed is missing or too old; names the extra to install.
+        ConfigError: `ds_engine` is no DeepSpeed engine, or a field of `config` is wrong.
+    """
+    interface = _require_deepspeed()
+    _check_engine(ds_engine)
+    former = ds_engine.checkpoint_engine
+    if former is not None and former.is_decoupled():
+        former.cleanup()
+    node_local = bool(ds_engine.use_node_local_storage())
+    checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, **config)
+    interface.register(AsyncDeepSpeedEngine)
+    ds_engine.checkpoint_engine = checkpointer
+    if guard:
+        checkpointer.guard(*_optimizers(ds_engine))
+    _choose_writers(ds_engine, checkpointer)
+    _wrap(ds_engine, "save_checkpoint", _sealing)
+    _wrap(ds_engine, "load_checkpoint", _draining)
+    _wrap(ds_engine, "destroy", _finishing)
+    return checkpointer
+
+
+def _require_deepspeed() -> Any:
+    hint = "install it with: pip install 'async-ckpt[deepspeed]'"
+    try:
+        module = importlib.import_module(_INTERFACE)
+    except ImportError as error:
+        raise ImportError(f"the DeepSpeed integration needs deepspeed, which cannot be imported ({error}); {hint}") from error
+    interface = getattr(module, "CheckpointEngine", None)
+    missing = [name for name in _NEEDED if not hasattr(interface, name)]
+    if missing or not hasattr(module, "CheckpointCommitInfo"):
+        version = getattr(importlib.import_module("deepspeed"), "__version__", "unknown")
+        lacking = ", ".join(missing) or "CheckpointCommitInfo"
+        raise ImportError(f"deepspeed {version} is too old for the DeepSpeed integration: its checkpoint engines lack {lacking}; {hint}")
+    return interface
+
+
+def _check_engine(ds_engine: Any) -> None:
+    needed = ("checkpoint_engine", "save_checkpoint", "load_checkpoint", "destroy", "use_node_local_storage")
+    missing = [name for name in needed if not hasattr(ds_engine, name)]
+    if missing:
+        raise ConfigError(
+            f"attach takes the engine that deepspeed.initialize returned, not {type(ds_engine).__name__} (it has no {', '.join(missing)})"
+        )
+
+
+def _choose_writers(ds_engine: Any, checkpointer: AsyncDeepSpeedEngine) -> None:
+    """Derive again which ranks write model states: the engine before may have answered differently."""
+    from deepspeed.utils import groups
+
+    rank = ds_engine.local_rank if ds_engine.use_node_local_storage() else groups._get_sequence_data_parallel_rank()
+    ds_engine.save_non_zero_checkpoint = checkpointer.is_data_parallel_writer(rank) or (
+        ds_engine.zero_optimization_partition_weights() and ds_engine.is_first_weights_partition_group()
+    )
+
+
+def _optimizers(ds_engine: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizer at the bottom of DeepSpeed's wrappers."""
+    optimizer = ds_engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            raise ConfigError("guard=True needs an engine with a torch optimizer; leave it out")
+    return [optimizer]
+
+
+Around = Callable[[Any, Callable[[], Any]], Any]
+
+
+def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
+    """Only a save that has returned is complete."""
+    checkpointer = ds_engine.checkpoint_engine
+    try:
+        result = call()
+    except BaseException as error:
+        checkpointer.abandon(error)
+        raise
+    checkpointer.seal()
+    return result
+
+
+def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
+    """DeepSpeed looks at the files itself before it asks the engine to load them."""
+    ds_engine.checkpoint_engine.drain()
+    return call()
+
+
+def _finishing(ds_engine: Any, call: Callable[[], Any]) -> Any:
+    """A lost checkpoint is raised, after DeepSpeed has let go of everything."""
+    try:
+        ds_engine.checkpoint_engine.drain()
+    finally:
+        call()
+
+
+def _wrap(ds_engine: Any, name: str, around: Around) -> None:
+    original = getattr(ds_engine, name)
+    if getattr(original, "_is_async_ckpt", False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(ds_engine, lambda: original(*args, **kwargs))
+
+    wrapper._is_async_ckpt = True  # type: ignore[attr-defined]
+    setattr(ds_engine, name, wrapper)

@@ -1,0 +1,327 @@
+"""DeepSpeed's checkpoint engine interface on top of `AsyncCheckpointEngine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ... import restore
+from ...config import EngineConfig
+from ...engine import AsyncCheckpointEngine
+from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError
+from ...filesystem import FileSystem, LocalFileSystem
+from ...interface import CheckpointEngine, StrPath
+from ...manifest import MANIFEST_NAME
+from ...pending import PendingCommit
+from .agreement import Agreement
+from .coordinator import DeepSpeedCoordinator
+from .destination import Destination
+from .latest import write_beside
+from .ranks import Ranks
+
+logger = logging.getLogger("async_ckpt")
+
+
+@dataclass(slots=True)
+class _Sealed:
+    """A checkpoint whose saves are over, and whose outcome DeepSpeed has not been told yet.
+
+    One that was given up (`pending` is None) keeps its place, so that the ranks go on counting alike.
+    """
+
+    number: int
+    info: Any
+    pending: PendingCommit | None
+    mark: dict[str, int]
+    is_raised: bool = False
+
+    def has_ended(self) -> bool:
+        return self.pending is None or self.pending.done()
+
+
+class AsyncDeepSpeedEngine(CheckpointEngine):
+    """A drop-in `checkpoint_engine` for DeepSpeed 0.19; `attach` puts it in place.
+
+    Guarantees:
+    - `save` has copied everything when it returns; tensors and Python objects may change at once.
+    - A checkpoint appears under its tag, and `latest` names it, only when it is durable on all ranks.
+    - All ranks get the same answer from `get_commit_info`, and the same failure from the same call.
+
+    Alone (`overlap=False`) it is a blocking engine: `commit` returns when the checkpoint is durable. Overlap needs
+    `attach`, because DeepSpeed tells an engine neither when a save is complete nor that it is about to load.
+
+    Every method is for the training thread, and on many ranks for all of them in the same order.
+
+    Args:
+        config_params: a save_dir, a mapping of `EngineConfig` fields, or whatever DeepSpeed hands to its engines (ignored).
+        save_dir: where checkpoints usually go; other directories work too. Given, staging memory is prepared at once.
+        overlap: commit in the background, over many steps.
+        config: `EngineConfig` fields, except `root`, `overwrite` ("replace" here), `coordinator` and `format`.
+
+    Raises:
+        ConfigError: a field that is unknown, wrong, or set by this engine itself.
+    """
+
+    def __init__(
+        self, config_params: Any = None, *, save_dir: StrPath | None = None, overlap: bool = False, node_local: bool = False, **config: Any
+    ) -> None:
+        super().__init__(config_params)
+        self.name = "AsyncDeepSpeedEngine"
+        if isinstance(config_params, (str, os.PathLike)):
+            save_dir = config_params if save_dir is None else save_dir
+        elif isinstance(config_params, Mapping):
+            config = {**config_params, **config}
+        self.overlap = overlap
+        self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
+        self._config = _checked(config)
+        self._ranks = Ranks.current(node_local=node_local)
+        self._filesystem: FileSystem = config.get("filesystem") or LocalFileSystem()
+        self._guarded: list[torch.optim.Optimizer] = []
+        self._inner: AsyncCheckpointEngine | None = None
+        self._agreement: Agreement | None = None
+        self._coordinator: DeepSpeedCoordinator | None = None
+        self._destination: Destination | None = None
+        self._info: Any = None
+        self._is_open = False
+        self._sealed: deque[_Sealed] = deque()
+        self._num_sealed = 0
+        self._mark: dict[str, int] = {}
+        self._is_closed = False
+        if self.save_dir is not None:
+            self._engine(self.save_dir)
+
+    # DeepSpeed's interface.
+
+    def create(self, tag: Any) -> None:
+        """DeepSpeed begins a save (`CheckpointCommitInfo`, or a bare tag). Blocks while too many commits are pending.
+
+        Raises:
+            CheckpointError: an earlier commit failed; every rank raises here.
+        """
+        if self._is_closed:
+            raise TransactionStateError("this checkpoint engine was closed by cleanup() or destroy(); attach a new one")
+        self.abandon(TransactionStateError("the next save began before this one was complete"))
+        self._settle()
+        self._info = tag
+        self._destination = Destination.of(tag, self.save_dir)
+
+    def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
+        """A directory of the open checkpoint is staged; any other one is made at once."""
+        inside = None if self._destination is None else self._destination.inside(path)
+        if inside is None:
+            self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
+            return
+        engine = self._opened()
+        if inside:
+            engine.makedirs(inside, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: StrPath) -> None:
+        """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
+
+        Raises:
+            As `AsyncCheckpointEngine.save`.
+        """
+        inside = None if self._destination is None else self._destination.inside(path)
+        if inside:
+            self._opened().save(state_dict, inside)
+        else:
+            write_beside(self._filesystem, os.fspath(path), state_dict)
+
+    def load(self, path: StrPath, map_location: Any = None) -> Any:
+        """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.
+
+        DeepSpeed's files hold Python objects, so their pickles run (`weights_only=False`): load only what you trust.
+        """
+        given = os.path.abspath(os.fspath(path))
+        if self._filesystem.stat(os.path.join(os.path.dirname(given), MANIFEST_NAME)).kind == "file":
+            return restore.load(given, map_location=map_location, weights_only=False)
+        return torch.load(given, map_location=map_location, weights_only=False)
+
+    def commit(self, tag: Any) -> bool:
+        """Block until the checkpoint is durable on all ranks, and (if asked for) `latest` names it.
+
+        Raises:
+            CheckpointError: why it is not; on every rank.
+        """
+        if self._destination is not None and self._destination.is_for(tag) and self.seal() is not None:
+            self._report(self._sealed.pop())
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Which data parallel ranks write the model's states: the first."""
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        """Whether commits overlap training."""
+        return self.overlap
+
+    def set_commit_info(self, info: Any) -> None:
+        """DeepSpeed never calls this."""
+
+    def get_commit_info(self) -> Any:
+        """What DeepSpeed may report as committed: an ended checkpoint, once, or None. Does not wait for the disk.
+
+        `latest` is on disk then: the answer's `save_latest` is False, because DeepSpeed would overwrite it in place.
+
+        Raises:
+            CheckpointError: the oldest unreported checkpoint failed; every rank raises at the same call.
+        """
+        self.seal()
+        if not self._sealed or self._agreed().ahead(self._num_ended()) <= self._sealed[0].number:
+            return None
+        first = self._sealed.popleft()
+        self._report(first)
+        return replace(first.info, save_latest=False) if hasattr(first.info, "save_latest") else first.info
+
+    def cleanup(self) -> None:
+        """Finish what is pending, with its `latest`, and stop all threads; calling it again does nothing.
+
+        Raises:
+            CheckpointError: the first failure that was not raised yet.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self.abandon(TransactionStateError("the engine was closed before the save was complete"))
+            self.drain()
+        finally:
+            if self._inner is not None:
+                self._inner.close()
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: files hold the bytes that tensors cover, so DeepSpeed need not clone them first."""
+        return False
+
+    # What DeepSpeed's interface lacks; `attach` calls these.
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+        """As `AsyncCheckpointEngine.guard`."""
+        self._guarded += optimizers
+        if self._inner is not None:
+            self._inner.guard(*optimizers)
+
+    def seal(self) -> PendingCommit | None:
+        """The open checkpoint's saves are complete: commit it in the background. Returns at once; None if none is open."""
+        destination, self._destination = self._destination, None
+        if not self._is_open or destination is None:
+            return None
+        self._is_open = False
+        pending = self._engine(destination.root).commit(destination.name, metadata={"framework": "deepspeed"})
+        self._note(pending)
+        return pending
+
+    def abandon(self, error: BaseException) -> None:
+        """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its writes."""
+        destination, self._destination = self._destination, None
+        if self._is_open and destination is not None:
+            self._is_open = False
+            logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
+            self._note(None)
+            self._engine(destination.root).abort(destination.name)
+
+    def drain(self) -> None:
+        """Block until every pending checkpoint has ended, with its `latest`.
+
+        Raises:
+            CheckpointError: the first failure that was not raised yet.
+        """
+        first: CheckpointError | None = None
+        for sealed in self._sealed:
+            try:
+                self._report(sealed)
+            except CheckpointError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def pending(self) -> list[PendingCommit]:
+        """Commits that have not ended on this rank, oldest first."""
+        return [sealed.pending for sealed in self._sealed if sealed.pending is not None and not sealed.pending.done()]
+
+    @property
+    def engine(self) -> AsyncCheckpointEngine | None:
+        """The engine that does the work; None before the first save where no save_dir was given."""
+        return self._inner
+
+    # Inside.
+
+    def _engine(self, root: str) -> AsyncCheckpointEngine:
+        if self._inner is None:
+            timeout_s = EngineConfig(root=root, **self._config).backpressure_timeout_s
+            self._coordinator = DeepSpeedCoordinator(self._ranks, timeout_s)
+            self._agreement = Agreement(self._ranks.store, self._ranks.rank, timeout_s)
+            self._inner = AsyncCheckpointEngine(root=root, overwrite="replace", coordinator=self._coordinator, **self._config)
+            self._inner.guard(*self._guarded)
+        return self._inner
+
+    def _agreed(self) -> Agreement:
+        assert self._agreement is not None, "an engine was made before anything was sealed"
+        return self._agreement
+
+    def _opened(self) -> AsyncCheckpointEngine:
+        """The engine, with the current checkpoint open: only now, because `create` also announces exports beside it."""
+        destination = self._destination
+        assert destination is not None
+        engine = self._engine(destination.root)
+        if not self._is_open:
+            assert self._coordinator is not None
+            self._mark = self._agreed().mark()
+            self._coordinator.route(destination)
+            engine.create(destination.name)
+            self._is_open = True
+        return engine
+
+    def _note(self, pending: PendingCommit | None) -> None:
+        self._sealed.append(_Sealed(self._num_sealed, self._info, pending, self._mark, is_raised=pending is None))
+        self._num_sealed += 1
+
+    def _report(self, sealed: _Sealed) -> None:
+        """Wait for an outcome; raise it if it is a failure that was not raised yet."""
+        if sealed.pending is None or sealed.is_raised:
+            return
+        assert self._inner is not None
+        error = sealed.pending.exception(self._inner.config.backpressure_timeout_s)
+        if error is None:
+            self._agreed().forget(sealed.mark)
+        else:
+            sealed.is_raised = True
+            raise error
+
+    def _num_ended(self) -> int:
+        """All sealed checkpoints with smaller numbers have ended on this rank."""
+        for sealed in self._sealed:
+            if not sealed.has_ended():
+                return sealed.number
+        return self._num_sealed
+
+    def _settle(self) -> None:
+        """Report what has ended, and let no more than `max_pending_commits` run; the same on every rank."""
+        if self._inner is None:
+            return
+        pending = self.pending()
+        for oldest in pending[: len(pending) + 1 - self._inner.config.max_pending_commits]:
+            oldest.exception(self._inner.config.backpressure_timeout_s)
+        num_ended = self._agreed().now(self._num_ended())
+        while self._sealed and self._sealed[0].number < num_ended:
+            self._report(self._sealed.popleft())
+
+    def _make_outside(self, path: str, exist_ok: bool) -> None:
+        if not exist_ok and self._filesystem.stat(path).kind != "missing":
+            raise PathExistsError(f"directory {path!r} exists already")
+        self._filesystem.makedirs(path)
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    for name in ("root", "overwrite", "coordinator", "format"):
+        if name in config:
+            raise ConfigError(f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)")
+    checked = {"compact_views": True, **config}
+    EngineConfig.from_params(".", **checked)
+    return checked

@@ -1,0 +1,63 @@
+"""DeepSpeed's `latest` file, and other single files beside the checkpoints: each is whole, old or new, at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+from ...errors import CommitError, WriteError
+from ...filesystem import FileSystem
+
+LATEST_NAME = "latest"
+
+
+def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
+    """Make `<save_dir>/latest` name `tag`: written beside it, synced, renamed, directory synced. Blocks; any thread.
+
+    Raises:
+        CommitError: the checkpoint is committed, but `latest` still names the one before (or, after the rename, it is
+            unknown which one survives power loss).
+    """
+    path = os.path.join(save_dir, LATEST_NAME)
+    new = os.path.join(save_dir, f".{LATEST_NAME}.new")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.unlink(new)
+        filesystem.create_file(new, tag.encode())
+        filesystem.rename(new, path)
+        filesystem.fsync_dir(save_dir)
+    except OSError as error:
+        raise CommitError(
+            f"checkpoint {tag!r} is committed and whole in {save_dir!r}, but {path!r} could not be made to name it: {error}",
+            step="latest",
+            errno=error.errno,
+            path=path,
+            committed=None,
+        ) from error
+
+
+def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:
+    """`torch.save` to a path that belongs to no checkpoint: durable when it returns, never partly visible. Blocks.
+
+    Raises:
+        WriteError: what was at `path` before is still there.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    new = os.path.join(folder, f".{name}.{os.getpid()}.new")
+    try:
+        try:
+            with open(new, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            filesystem.rename(new, os.path.join(folder, name))
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.unlink(new)
+            raise
+        filesystem.fsync_dir(folder)
+    except OSError as error:
+        raise WriteError(f"saving {name!r} failed; what was there before is unchanged", errno=error.errno, path=path) from error
