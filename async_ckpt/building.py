@@ -127,7 +127,7 @@ class TensorBuilder(PlainObjects):
         tensor = torch.empty(0, dtype=actual, device=untyped.device).set_(untyped, offset, size, stride)
         if requires_grad:
             tensor.requires_grad_()
-        return tensor  # type: ignore[no-any-return]
+        return tensor
 
     def parameter(self, data: Any, requires_grad: bool) -> Any:
         """An `nn.Parameter` around `data`."""

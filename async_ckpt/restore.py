@@ -26,6 +26,7 @@ from .plain_pickle import NotPlainError, load_plain
 from .reading import MemorySource, VerifiedFile
 from .restore_into import Restored, fill, read_inventory, safetensors_inventory
 from .safetensors_file import load_safetensors
+from .scatter import stream_into
 from .torch_file import TorchFile
 from .verified_open import Opened, open_committed, split_path
 from .zip_records import RecordExtent, UnusualLayoutError, record_extents
@@ -182,7 +183,7 @@ def _load_plain(opened: Opened, map_location: Any) -> Any:
     builder = TensorBuilder(records, place, name=file.name)
     state = load_plain(file.view(pickled.offset, pickled.num_bytes), builder)
     builder.scatter.freeze()
-    file.stream(builder.scatter)
+    stream_into(file, builder.scatter)
     return state
 
 

@@ -21,7 +21,7 @@ from .errors import StateMismatchError
 from .plain_pickle import NotPlainError, StorageRef, load_plain
 from .reading import ExtentMismatch, ReadError, VerifiedFile
 from .safetensors_file import tensor_extents
-from .scatter import Scatter, new_storage
+from .scatter import Scatter, new_storage, stream_into
 from .state_tree import flatten, replace_leaves
 from .zip_records import RecordExtent, UnusualLayoutError
 
@@ -208,7 +208,7 @@ class _Mover:
         if atomic:
             _read_ahead(file)
         try:
-            file.stream(self._scatter)
+            stream_into(file, self._scatter)
         except ExtentMismatch as error:
             raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
         except ReadError as error:

@@ -12,7 +12,7 @@ import torch
 from .building import Place, place_for
 from .errors import CorruptCheckpointError, UnsupportedStateError
 from .reading import VerifiedFile
-from .scatter import Scatter, new_storage
+from .scatter import Scatter, new_storage, stream_into
 
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {
@@ -104,5 +104,5 @@ def load_safetensors(file: VerifiedFile, map_location: Any) -> dict[str, torch.T
         scatter.add(extent.offset, extent.num_bytes, storage)
         tensors[name] = torch.empty(0, dtype=extent.dtype, device=device).set_(storage, 0, extent.size)  # type: ignore[call-overload]
     scatter.freeze()
-    file.stream(scatter)
+    stream_into(file, scatter)
     return tensors
