@@ -12,6 +12,7 @@ its size before it is allocated; a parallel restore needs both.
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -78,10 +79,16 @@ def load_plain(pickled: bytes | memoryview, builder: Builder) -> Any:
         NotPlainError: damaged, or not within the plain subset.
     """
     reader = _Reader(bytes(pickled), builder)
+    # Hundreds of thousands of new containers and no garbage: the collector would only walk torch's whole heap in vain.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         result = reader.run()
     except (IndexError, KeyError, struct.error, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise NotPlainError(f"malformed at byte {reader.position}: {type(error).__name__}: {error}") from error
+    finally:
+        if collecting:
+            gc.enable()
     for _ in _strangers(result):
         raise NotPlainError("a bare storage or a global is a leaf")
     return result
