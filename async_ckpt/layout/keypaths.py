@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 UNKNOWN = "(inside an object)"
+_MAX_STEPS = 40
 
 
 def children(obj: Any) -> Iterator[tuple[str, Any]]:
@@ -30,24 +31,45 @@ def children(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", value) for name, value in vars(obj).items())
 
 
-def walk(root: Any) -> Iterator[tuple[str, Any]]:
-    """(path, object) of `root` and everything reachable through containers and attributes, each object once, breadth first."""
+Place = tuple[Any, str]
+"""(the parent's place, the step from there); the root is (None, ""). Text is made only for the place that is asked about."""
+
+
+def path_of(place: Place) -> str:
+    """The path as text, shortened in the middle where it is very long."""
+    steps: list[str] = []
+    while place[0] is not None:
+        steps.append(place[1])
+        place = place[0]
+    if len(steps) > _MAX_STEPS:
+        steps[_MAX_STEPS // 2 : -_MAX_STEPS // 2] = [" ... "]
+    return "".join(reversed(steps))
+
+
+def walk(root: Any) -> Iterator[tuple[Place, Any]]:
+    """(place, object) of `root` and everything reachable through containers and attributes, each object once, breadth first."""
     seen = {id(root)}
-    queue: deque[tuple[str, Any]] = deque([("", root)])
+    queue: deque[tuple[Place, Any]] = deque([((None, ""), root)])
     while queue:
-        path, obj = queue.popleft()
-        yield path, obj
+        place, obj = queue.popleft()
+        yield place, obj
         for step, child in children(obj):
             if isinstance(child, (str, bytes, int, float, type(None))) or id(child) in seen:
                 continue
             seen.add(id(child))
-            queue.append((path + step, child))
+            queue.append(((place, step), child))
+
+
+def places_of(root: Any, objects: Sequence[Any]) -> list[str | None]:
+    """The path of each object, or None for one that only an object's own reducer produced."""
+    wanted = {id(obj) for obj in objects}
+    found = {id(obj): path_of(place) for place, obj in walk(root) if id(obj) in wanted}
+    return [found.get(id(obj)) for obj in objects]
 
 
 def tensor_paths(root: Any, tensors: list[torch.Tensor]) -> list[str]:
-    """The path of each of `tensors`; one that only an object's own reducer produced gets a placeholder."""
-    paths = {id(obj): path for path, obj in walk(root) if isinstance(obj, torch.Tensor)}
-    return [paths.get(id(tensor), UNKNOWN) for tensor in tensors]
+    """The path of each of `tensors`, or a placeholder."""
+    return [UNKNOWN if path is None else path for path in places_of(root, tensors)]
 
 
 class _Probe(pickle.Pickler):

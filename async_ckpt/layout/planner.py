@@ -14,7 +14,7 @@ from ..errors import UnsupportedStateError
 from .compaction import record_compact
 from .encoder import encode
 from .fastplan import Encode, FastPlan
-from .keypaths import UNKNOWN, find_culprit, tensor_paths, walk
+from .keypaths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
 from .safetensors import SafetensorsPlan, plan_safetensors
@@ -139,14 +139,14 @@ def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
 
 def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
     """Path of the first tensor that views `storage`."""
-    for path, item in walk(obj):
+    for place, item in walk(obj):
         if isinstance(item, torch.Tensor):
             try:
                 found = item.untyped_storage()._cdata
             except (RuntimeError, NotImplementedError):
                 continue
             if found == storage._cdata:
-                return path
+                return path_of(place)
     return " (somewhere inside)"
 
 
@@ -154,8 +154,7 @@ def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     """What torch.save's refusal means for the caller, with the key path."""
     cause = error.__cause__
     if error.suspects:
-        places = {id(item): path for path, item in walk(obj)}
-        path = next((places[id(item)] for item in error.suspects if id(item) in places), f" {UNKNOWN}")
+        path = next((found for found in places_of(obj, error.suspects) if found is not None), f" {UNKNOWN}")
         return UnsupportedStateError(f"state{path} cannot be saved: {cause}; nothing was written")
     culprit = find_culprit(obj)
     if culprit is None:

@@ -107,7 +107,8 @@ class _Recorder:
                     try:
                         result = inner(self, obj)
                     except Exception:
-                        recorder.refused = [obj, *recorder.tensors[-1:]]
+                        if isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage)):
+                            recorder.refused = [obj, *recorder.tensors[-1:]]
                         raise
                     if result is not None:
                         recorder.note_storage(obj, result)
