@@ -91,8 +91,9 @@ class FileWrite:
         """
         check_process(self._pid, "this file")
         with self._lock:
-            problem = self._problem_with(chunk)
-            is_taken = problem is None and self._failure is None and not self._is_sealed
+            is_over = self._failure is not None or self._is_sealed
+            problem = None if is_over else self._problem_with(chunk)
+            is_taken = problem is None and not is_over
             if is_taken:
                 self.extent_bytes = self.extent_bytes or chunk.nbytes
                 self._next_offset += chunk.nbytes

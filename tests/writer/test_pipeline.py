@@ -1,0 +1,188 @@
+"""The way of files through the pool when nothing fails."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.metrics import Span
+
+from .fakes import TIMEOUT_S, Gate, Source, seal
+
+
+@pytest.mark.parametrize("io_mode", ["auto", "direct", "buffered"])
+@pytest.mark.parametrize("size_bytes", [1, 4095, 4096, 4097, 8192, 20_000, 3 << 20, (3 << 20) + 5])
+def test_bytes_and_crcs_on_a_real_disk(make_pool, tmp_path, io_mode, size_bytes):
+    pool = make_pool(LocalFileSystem(), io_mode=io_mode)
+    source = Source(size_bytes, 8192 if size_bytes < 1 << 20 else 1 << 20)
+    path = tmp_path / "a" / "b" / "file"
+    written = source.submit(pool.open_file(str(path), size_bytes=size_bytes, seal=seal, make_parents=True)).done.result(TIMEOUT_S)
+    assert path.read_bytes() == source.data
+    assert (written.path, written.size_bytes, written.extent_crc32) == (str(path), size_bytes, source.crcs)
+    assert written.extent_bytes == source.chunks[0].nbytes
+    source.assert_released_once()
+
+
+def test_an_empty_file_is_made_and_synced(make_pool, fs):
+    written = make_pool().open_file("empty", size_bytes=0, seal=seal).done.result(TIMEOUT_S)
+    assert written.extent_crc32 == ()
+    assert fs.kinds() == ["open", "fsync", "close"]
+
+
+def test_what_seal_patches_is_written(make_pool, fs):
+    def patch(offset: int, view: memoryview) -> int:
+        view[0] = 255
+        return seal(offset, view)
+
+    source = Source(3 * 4096 + 1, 4096)
+    source.submit(make_pool().open_file("f", size_bytes=source.size_bytes, seal=patch)).done.result(TIMEOUT_S)
+    assert [fs.files["f"].data[k * 4096] for k in range(4)] == [255] * 4
+
+
+def test_seals_come_in_file_order_however_copies_end(make_pool):
+    source = Source(8 * 4096, 4096, is_lazy=True)
+    sealed: list[int] = []
+    file = source.submit(make_pool().open_file("f", size_bytes=source.size_bytes, seal=lambda o, v: sealed.append(o) or 0))
+    for chunk in reversed(source.chunks):
+        chunk.ready.set_result(None)
+    file.done.result(TIMEOUT_S)
+    assert sealed == [k * 4096 for k in range(8)]
+
+
+def test_a_chunk_is_not_touched_before_its_copy_ended(make_pool, fs):
+    source = Source(2 * 4096, 4096, is_lazy=True)
+    pool = make_pool()
+    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    source.chunks[0].ready.set_result(None)
+    source_0_released = threading.Event()
+    fs.on["write"] = lambda path, offset: source_0_released.set()
+    assert source_0_released.wait(TIMEOUT_S)
+    assert ("write", "f", 4096) not in fs.log
+    source.chunks[1].ready.set_result(None)
+    file.done.result(TIMEOUT_S)
+
+
+def test_the_first_seal_runs_beside_the_open(make_pool, fs):
+    both = threading.Barrier(2)
+    fs.on["open"] = lambda path, offset: both.wait(TIMEOUT_S)
+    source = Source(4096, 4096)
+
+    def sealing(offset: int, view: memoryview) -> int:
+        both.wait(TIMEOUT_S)
+        return 0
+
+    source.submit(make_pool().open_file("f", size_bytes=4096, seal=sealing)).done.result(TIMEOUT_S)
+
+
+def test_files_are_sealed_in_parallel(make_pool):
+    both = threading.Barrier(2)
+
+    def sealing(offset: int, view: memoryview) -> int:
+        both.wait(TIMEOUT_S)
+        return 0
+
+    pool = make_pool()
+    files = [Source(4096, 4096).submit(pool.open_file(name, size_bytes=4096, seal=sealing)) for name in "ab"]
+    for file in files:
+        file.done.result(TIMEOUT_S)
+
+
+def test_writes_in_flight_are_bounded_over_all_files(make_pool, fs):
+    gate = fs.on["write"] = Gate()
+    pool = make_pool(num_writers=3)
+    files = [Source(6 * 4096, 4096).submit(pool.open_file(name, size_bytes=6 * 4096, seal=seal)) for name in "ab"]
+    gate.wait_inside(3)
+    assert pool.num_queued == 12
+    gate.open()
+    for file in files:
+        file.done.result(TIMEOUT_S)
+    assert fs.most_at_once["write"] == 3
+    assert (pool.num_queued, pool.max_queue_chunks) == (0, 12)
+
+
+def test_a_file_written_through_the_cache_has_one_write_in_flight(make_pool, fs):
+    source = Source(6 * 4096, 4096)
+    source.submit(make_pool(io_mode="buffered").open_file("f", size_bytes=source.size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    assert fs.most_at_once["write"] == 1
+
+
+def test_order_on_disk_ends_with_truncate_sync_close(make_pool, fs):
+    source = Source(2 * 4096 + 1, 4096)
+    source.submit(make_pool().open_file("d/f", size_bytes=source.size_bytes, seal=seal, make_parents=True)).done.result(TIMEOUT_S)
+    assert fs.log[:2] == [("makedirs", "d", 0), ("open", "d/f", 0)]
+    assert fs.kinds()[2:] == ["write"] * 3 + ["truncate", "fsync", "close"]
+    assert bytes(fs.files["d/f"].data) == source.data
+
+
+def test_fsync_of_a_file_does_not_wait_for_other_files(make_pool, fs):
+    gate = Gate()
+    fs.on["write"] = lambda path, offset: gate() if path == "slow" else None
+    pool = make_pool(num_writers=3)
+    slow = Source(2 * 4096, 4096).submit(pool.open_file("slow", size_bytes=2 * 4096, seal=seal))
+    gate.wait_inside(2)
+    Source(4096, 4096).submit(pool.open_file("quick", size_bytes=4096, seal=seal)).done.result(TIMEOUT_S)
+    assert not slow.done.done()
+    gate.open()
+    slow.done.result(TIMEOUT_S)
+
+
+def test_a_location_that_comes_later(make_pool, fs):
+    location: Future[str] = Future()
+    source = Source(4096, 4096)
+    pool = make_pool()
+    file = source.submit(pool.open_file(location, size_bytes=4096, seal=seal))
+    assert "directory" in pool.waiting_for()
+    location.set_result("late")
+    assert file.done.result(TIMEOUT_S).path == "late"
+
+
+def test_waiting_for_names_operation_offset_and_file(make_pool, fs):
+    pool = make_pool(num_writers=1)
+    assert pool.waiting_for() == "nothing"
+    file = pool.open_file("somewhere", size_bytes=2 * 4096, seal=seal)
+    source = Source(2 * 4096, 4096)
+    gate = Gate()
+    fs.on["write"] = lambda path, offset: gate() if offset else None
+    source.submit(file)
+    gate.wait_inside(1)
+    text = pool.waiting_for()
+    assert "write of 4096 bytes at offset 4096" in text
+    assert "somewhere" in text
+    gate.open()
+    file.done.result(TIMEOUT_S)
+
+
+def test_spans_tell_kind_thread_and_extent(make_pool):
+    spans: list[Span] = []
+    source = Source(2 * 4096, 4096)
+    pool = make_pool(on_span=spans.append)
+    source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal, tag="t")).done.result(TIMEOUT_S)
+    told = {(s.kind, s.offset, s.num_bytes) for s in spans}
+    extents = {(kind, offset, 4096) for kind in ("crc", "write") for offset in (0, 4096)}
+    assert told == extents | {("open", 0, 0), ("fsync", 0, 0), ("close", 0, 0)}
+    assert all(s.tag == "t" and s.path == "f" and s.end_s >= s.start_s for s in spans if s.kind != "crc")
+    assert {s.thread.rsplit("-", 1)[0] for s in spans} == {"async-ckpt-write", "async-ckpt-crc"}
+
+
+def test_an_observer_that_raises_harms_no_file(make_pool, caplog):
+    def bad(span: Span) -> None:
+        raise ValueError("observer")
+
+    source = Source(2 * 4096, 4096)
+    pool = make_pool(on_span=bad)
+    source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    assert [r.message for r in caplog.records] == ["an observer of the writer raised and is left out from now on"]
+
+
+def test_copies_run_one_after_the_other_in_order(make_pool):
+    pool = make_pool()
+    gate, order = Gate(), []
+    copies = [pool.submit_copy(gate), *(pool.submit_copy(lambda k=k: order.append(k)) for k in range(5))]
+    gate.wait_inside(1)
+    gate.open()
+    for copy in copies:
+        copy.result(TIMEOUT_S)
+    assert order == [0, 1, 2, 3, 4]
