@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from .copying import storage_ids
 from .errors import BackpressureTimeout
-from .snapshot import SnapshotJob, storage_ids
+from .snapshot import SnapshotJob
 
 
 class Guard:

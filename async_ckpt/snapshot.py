@@ -4,8 +4,9 @@ Guarantees:
 - Chunk k of a file holds its bytes [k*C, (k+1)*C); it reaches the writer as soon as those bytes are copied.
 - Eager: when `take` returns, every source byte has been copied. Lazy: the same for every storage that is not
   guarded; guarded ones are copied in the background, and `SnapshotJob.copied` says when they are safe to change.
-- A tensor whose version counter moved between plan and end of copy fails the file with `TornSnapshotError`.
-- Sources are kept alive until their copy has ended.
+- A tensor whose version counter moved before its copy ended fails the file with `TornSnapshotError`: the last chunk
+  goes out only after the counters agreed, so that a torn file can never be complete.
+- Sources are kept alive until their copy has ended; every chunk is handed to the writer or given back.
 
 Which thread: `take` on the caller's thread; lazy fills on the writer pool's one copy thread, in the order of the saves,
 so a lazy fill never waits for another chunk (its chunks are reserved before it is queued).
@@ -13,64 +14,17 @@ so a lazy fill never waits for another chunk (its chunks are reserved before it 
 
 from __future__ import annotations
 
-import ctypes
 import time
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
-from .errors import TornSnapshotError, UnsupportedStateError
+from .copying import ChunkCut, Fill, OnCopied, cut
 from .layout import FilePlan, PlannedState
 from .staging import StagingArena, StagingChunk
 from .writer import Chunk, FileWrite
-
-# Above this, torch's own multi-threaded copy beats one memmove; below it, the call overhead of torch dominates.
-_PARALLEL_COPY_BYTES = 1 << 20
-
-_memmove = ctypes.CDLL(None).memmove
-_memmove.restype = None
-_memmove.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
-
-# How many small copies one C-level loop makes before other threads may take the GIL (about 0.5 ms).
-_BATCH = 1000
-
-
-OnCopied = Callable[[str, float, int, int], None]
-"""Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkCut:
-    """The payload parts of one chunk, as parallel lists."""
-
-    offset: int
-    nbytes: int
-    payloads: list[int]
-    source_offsets: list[int]
-    chunk_offsets: list[int]
-    sizes: list[int]
-
-
-def cut(plan: FilePlan, chunk_bytes: int) -> list[ChunkCut]:
-    """Cut a plan's payloads at chunk boundaries; pure data, one entry per chunk."""
-    num_chunks = max(1, -(-plan.file_bytes // chunk_bytes))
-    cuts = [ChunkCut(k * chunk_bytes, min(chunk_bytes, plan.file_bytes - k * chunk_bytes), [], [], [], []) for k in range(num_chunks)]
-    for index, (offset, nbytes) in enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True)):
-        done = 0
-        while done < nbytes:
-            k, start = divmod(offset + done, chunk_bytes)
-            size = min(nbytes - done, chunk_bytes - start)
-            piece = cuts[k]
-            piece.payloads.append(index)
-            piece.source_offsets.append(done)
-            piece.chunk_offsets.append(start)
-            piece.sizes.append(size)
-            done += size
-    return cuts
 
 
 @dataclass(slots=True)
@@ -84,6 +38,12 @@ class SnapshotJob:
     mode: str = "eager"
     backpressure_s: float = 0.0
     copy_s: float = 0.0
+
+    def end(self, error: BaseException | None) -> None:
+        """Let everybody who waits for this snapshot go on."""
+        for future in (self.enqueued, self.copied):
+            if not future.done():
+                future.set_result(None) if error is None else future.set_exception(error)
 
 
 class Snapshotter:
@@ -113,15 +73,34 @@ class Snapshotter:
             BackpressureTimeout: the disk freed no chunk in time.
             UnsupportedStateError: a storage's device cannot be copied from.
         """
-        fill = _Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
-        job = SnapshotJob()
+        fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
         is_lazy = [storage._cdata in guarded for storage in fill.storages] if guarded else []
         reserved = self._arena.try_reserve(len(fill.cuts)) if any(is_lazy) or fill.devices else None
+        file = _File(fill, write, self._arena, SnapshotJob())
         if reserved is None:
-            self._stream_through(fill, write, job)
+            file.stream_through(self._timeout_s)
+        elif any(is_lazy):
+            self._take_lazily(file, reserved, is_lazy, guarded)
         else:
-            self._reserved(fill, reserved, write, job, is_lazy or [False] * len(fill.storages), guarded)
-        return job
+            file.copy_all(reserved, fill.record_callers(), None, parallel=True)
+        return file.job
+
+    def _take_lazily(self, file: _File, chunks: list[StagingChunk], is_lazy: list[bool], guarded: frozenset[int]) -> None:
+        """Copy now what no guard protects, queue the rest for the copy thread."""
+        started = time.perf_counter()
+        job, chosen = file.job, None if all(is_lazy) else is_lazy
+        try:
+            callers = file.fill.record_callers()
+            if chosen is not None:
+                file.fill.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
+                file.fill.check_versions(all_but=guarded)
+        except BaseException:
+            for chunk in chunks:
+                self._arena.release(chunk)
+            raise
+        job.mode, job.copy_s = "lazy", time.perf_counter() - started
+        done = self._submit_copy(lambda: file.copy_behind(chunks, callers, chosen))
+        done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
     def _cuts_for(self, plan: FilePlan, name: str) -> list[ChunkCut]:
         known = self._cuts.get(name)
@@ -133,316 +112,93 @@ class Snapshotter:
         self._cuts[name] = (plan.payload_offsets, plan.file_bytes, cuts)
         return cuts
 
-    def _stream_through(self, fill: _Fill, write: FileWrite, job: SnapshotJob) -> None:
+
+class _File:
+    """One file's chunks on their way from the sources to the writer."""
+
+    def __init__(self, fill: Fill, write: FileWrite, arena: StagingArena, job: SnapshotJob) -> None:
+        self.fill = fill
+        self.job = job
+        self._write = write
+        self._arena = arena
+        self._last = len(fill.cuts) - 1
+        self._has_started = False
+        self._num_sent = 0
+
+    def stream_through(self, timeout_s: float) -> None:
         """Eager, chunk by chunk, as the disk frees them: works for a state of any size."""
+        fill, job = self.fill, self.job
         job.mode = "streamed" if len(fill.cuts) > self._arena.num_chunks else "eager"
-        fill.wait_callers(fill.record_callers())
-        for k, piece in enumerate(fill.cuts):
+        callers = fill.record_callers()
+        for k in range(len(fill.cuts)):
             before = time.perf_counter()
-            chunk = self._arena.acquire(self._timeout_s)
-            started = time.perf_counter()
-            job.backpressure_s += started - before
-            try:
-                fill.wait_devices(fill.copy(k, chunk, None, parallel=True))
-                if k == len(fill.cuts) - 1:
-                    fill.check_versions()
-            except BaseException:
-                self._arena.release(chunk)
-                raise
-            job.copy_s += time.perf_counter() - started
-            fill.report(k, None, started)
-            write.submit(self._chunk(piece, chunk, None))
-        job.enqueued.set_result(None)
-        job.copied.set_result(None)
+            chunk = self._arena.acquire(timeout_s)
+            job.backpressure_s += time.perf_counter() - before
+            self.copy_all([chunk], callers, None, parallel=True, first=k)
 
-    def _reserved(
+    def copy_all(
         self,
-        fill: _Fill,
         chunks: list[StagingChunk],
-        write: FileWrite,
-        job: SnapshotJob,
-        is_lazy: list[bool],
-        guarded: frozenset[int],
-    ) -> None:
-        """All chunks are ours: copy what may change, queue the rest, and return."""
-        started = time.perf_counter()
-        ready: list[Future[None]] = [Future() for _ in chunks]
-        for piece, chunk, future in zip(fill.cuts, chunks, ready, strict=True):
-            write.submit(self._chunk(piece, chunk, future))
-        try:
-            callers = fill.record_callers()
-            if not all(is_lazy):
-                fill.wait_callers(callers)
-                is_eager = [not lazy for lazy in is_lazy]
-                queued = [fill.copy_timed(k, chunk, is_eager, parallel=True) for k, chunk in enumerate(chunks)]
-                for k, (events, began) in enumerate(queued):
-                    fill.wait_timed(k, events, is_eager, began)
-                    if not any(is_lazy) and k < len(chunks) - 1:
-                        ready[k].set_result(None)
-            fill.check_versions(all_but=guarded)
-        except BaseException as error:
-            _fail(error, job, ready)
-            raise
-        job.copy_s = time.perf_counter() - started
-        if any(is_lazy):
-            job.mode = "lazy"
-            chosen = None if all(is_lazy) else is_lazy
-            done = self._submit_copy(lambda: self._fill_lazily(fill, chunks, ready, job, chosen, callers))
-            done.add_done_callback(lambda future: _fail_unstarted(future, job, ready))
-        else:
-            self._finish(fill, ready, job)
-
-    def _fill_lazily(
-        self,
-        fill: _Fill,
-        chunks: list[StagingChunk],
-        ready: list[Future[None]],
-        job: SnapshotJob,
-        chosen: list[bool] | None,
         callers: dict[torch.device, torch.cuda.Event],
+        chosen: list[bool] | None,
+        *,
+        parallel: bool,
+        first: int = 0,
     ) -> None:
-        started = time.perf_counter()
-        try:
-            fill.wait_callers(callers)
-            queued = []
-            for k, chunk in enumerate(chunks):
-                queued.append(fill.copy_timed(k, chunk, chosen, parallel=False))
-                if not fill.devices and k < len(chunks) - 1:
-                    ready[k].set_result(None)
-            job.events.extend(event for per_chunk, _ in queued for event in per_chunk)
-            job.enqueued.set_result(None)
-            for k, (per_chunk, began) in enumerate(queued):
-                fill.wait_timed(k, per_chunk, chosen, began)
-                if not ready[k].done() and k < len(chunks) - 1:
-                    ready[k].set_result(None)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for this snapshot
-            _fail(error, job, ready)
-            return
-        job.copy_s += time.perf_counter() - started
-        self._finish(fill, ready, job)
+        """Fill `chunks`, the file's chunks from number `first` on, and hand each to the writer once it is complete.
 
-    @staticmethod
-    def _finish(fill: _Fill, ready: list[Future[None]], job: SnapshotJob) -> None:
-        """The last chunk goes out only after the version counters agreed, so that a torn file can never be complete."""
-        try:
-            fill.check_versions()
-        except TornSnapshotError as error:
-            _fail(error, job, ready)
-            return
-        for future in ready:
-            if not future.done():
-                future.set_result(None)
-        fill.drop_sources()
-        if not job.enqueued.done():
-            job.enqueued.set_result(None)
-        job.copied.set_result(None)
-
-    def _chunk(self, piece: ChunkCut, chunk: StagingChunk, ready: Future[None] | None) -> Chunk:
-        return Chunk(
-            offset=piece.offset,
-            nbytes=piece.nbytes,
-            buffer=chunk.view,
-            ready=ready,
-            release=lambda: self._arena.release(chunk),
-        )
-
-
-def _fail(error: BaseException, job: SnapshotJob, ready: list[Future[None]]) -> None:
-    for future in (*ready, job.enqueued, job.copied):
-        if not future.done():
-            future.set_exception(error)
-
-
-def _fail_unstarted(done: Future[None], job: SnapshotJob, ready: list[Future[None]]) -> None:
-    """The copy thread died or was shut down before it ran the job: its waiters must learn it."""
-    error = done.exception()
-    if error is not None:
-        _fail(error, job, ready)
-
-
-class _Fill:
-    """The sources of one file and how to copy their parts into chunks."""
-
-    def __init__(
-        self, state: PlannedState, cuts: list[ChunkCut], streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None
-    ) -> None:
-        self.cuts = cuts
-        self._on_copied = on_copied
-        self._state = state
-        self._streams = streams
-        self.storages = state.sources.storage
-        self._tensors: Sequence[torch.Tensor] = state.tensors
-        self._versions = version_counters(state.tensors)
-        self._literals = state.plan.literals
-        self._literal_offsets = [offset for offset, _ in self._literals]
-        self._starts = state.sources.offset_bytes
-        kinds = {storage.device for storage in self.storages}
-        for device in kinds:
-            if device.type not in ("cpu", "cuda"):
-                raise UnsupportedStateError(
-                    f"a tensor lies on device '{device}', which cannot be snapshotted (cpu and cuda can); "
-                    "move it with .cpu() before save. Nothing was written for this file"
-                )
-        self.devices = {device for device in kinds if device.type == "cuda"}
-        # A storage on the CPU is copied by address: no per-tensor torch call on the hot path.
-        self._addresses = [
-            storage.data_ptr() + start if storage.device.type == "cpu" else 0
-            for storage, start in zip(self.storages, self._starts, strict=True)
-        ]
-
-    def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool) -> list[torch.cuda.Event]:
-        """Copy the chosen payload parts (None: all) and the literals of chunk `k`; returns events of queued device copies."""
-        piece = self.cuts[k]
-        self._copy_literals(piece, chunk)
-        picked = range(len(piece.sizes)) if chosen is None else [i for i, p in enumerate(piece.payloads) if chosen[p]]
-        small: list[int] = []
-        on_device: list[int] = []
-        for i in picked:
-            if self._addresses[piece.payloads[i]] == 0:
-                on_device.append(i)
-            elif parallel and piece.sizes[i] >= _PARALLEL_COPY_BYTES:
-                self._copy_large(piece, i, chunk)
-            else:
-                small.append(i)
-        addresses, base = self._addresses, chunk.address
-        for low in range(0, len(small), _BATCH):
-            batch = small[low : low + _BATCH]
-            targets = [base + piece.chunk_offsets[i] for i in batch]
-            sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
-            deque(map(_memmove, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
-        return self._copy_from_devices(piece, on_device, chunk) if on_device else []
-
-    def copy_timed(
-        self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool
-    ) -> tuple[list[torch.cuda.Event], float]:
-        """As `copy`, with the time it began; reports the copy unless devices still have to do it (see `wait_timed`)."""
-        began = time.perf_counter()
-        events = self.copy(k, chunk, chosen, parallel=parallel)
-        if not events:
-            self.report(k, chosen, began)
-        return events, began
-
-    def wait_timed(self, k: int, events: list[torch.cuda.Event], chosen: Sequence[bool] | None, began: float) -> None:
-        """Wait for the device copies of chunk `k` and report them."""
-        if events:
-            self.wait_devices(events)
-            self.report(k, chosen, began)
-
-    def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
-        """Tell the observers that the chosen parts of chunk `k` are copied."""
-        if self._on_copied is None:
-            return
-        piece = self.cuts[k]
-        num_bytes = piece.nbytes
-        if chosen is not None:
-            num_bytes = sum(size for payload, size in zip(piece.payloads, piece.sizes, strict=True) if chosen[payload])
-        if num_bytes:
-            self._on_copied("d2h" if self.devices else "copy", began, piece.offset, num_bytes)
-
-    def _copy_literals(self, piece: ChunkCut, chunk: StagingChunk) -> None:
-        view, end = chunk.view, piece.offset + piece.nbytes
-        first = max(0, bisect_right(self._literal_offsets, piece.offset) - 1)
-        for offset, data in self._literals[first:]:
-            if offset >= end:
-                break
-            low, high = max(offset, piece.offset), min(offset + len(data), end)
-            if low < high:
-                view[low - piece.offset : high - piece.offset] = data[low - offset : high - offset]
-
-    def _bytes_of(self, payload: int, offset: int, nbytes: int) -> torch.Tensor:
-        storage = self.storages[payload]
-        view = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
-
-    def _copy_large(self, piece: ChunkCut, i: int, chunk: StagingChunk) -> None:
-        source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
-        low = piece.chunk_offsets[i]
-        chunk.tensor[low : low + piece.sizes[i]].copy_(source)
-
-    def _copy_from_devices(self, piece: ChunkCut, parts: list[int], chunk: StagingChunk) -> list[torch.cuda.Event]:
-        by_device: dict[torch.device, list[int]] = {}
-        for i in parts:
-            by_device.setdefault(self.storages[piece.payloads[i]].device, []).append(i)
-        events = []
-        for device, indices in by_device.items():
-            with torch.cuda.stream(self._stream(device)):
-                for i in indices:
-                    source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
-                    low = piece.chunk_offsets[i]
-                    chunk.tensor[low : low + piece.sizes[i]].copy_(source, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            events.append(event)
-        return events
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)
-        return stream
-
-    def record_callers(self) -> dict[torch.device, torch.cuda.Event]:
-        """Mark, on the caller's streams, the point after which the sources are final."""
-        events = {}
-        for device in self.devices:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            events[device] = event
-        return events
-
-    def wait_callers(self, events: dict[torch.device, torch.cuda.Event]) -> None:
-        """Order the side streams behind the callers' events; does not block the CPU."""
-        for device, event in events.items():
-            self._stream(device).wait_event(event)
-
-    @staticmethod
-    def wait_devices(events: list[torch.cuda.Event]) -> None:
-        """Block this thread (not the GIL) until the queued copies ended."""
-        for event in events:
-            event.synchronize()
-
-    def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
-        """Compare the version counters with those at plan time; tensors found unchanged are final and not looked at again.
-
-        Args:
-            all_but: storages whose tensors are not copied yet, and are left for a later check.
-
-        Raises:
-            TornSnapshotError: some moved; names up to ten.
+        Device copies of all of them are queued before the first one is waited for.
         """
-        versions = self._versions
-        torn = [i for i, (t, v) in enumerate(zip(self._tensors, versions, strict=True)) if v is not None and t._version != v]
-        if all_but:
-            later = [any(s in all_but for s in storage_ids(t)) for t in self._tensors]
-            torn = [i for i in torn if not later[i]]
-            self._versions = [v if is_later else None for v, is_later in zip(versions, later, strict=True)]
-        if not torn:
-            return
-        paths = self._state.tensor_paths()
-        names = tuple(paths[i] for i in torn)
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        raise TornSnapshotError(
-            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not committed; "
-            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that changes them",
-            names,
-        )
+        started = time.perf_counter()
+        self._num_sent = 0
+        try:
+            self.fill.wait_callers(callers)
+            queued = []
+            for k, chunk in enumerate(chunks, first):
+                began = time.perf_counter()
+                self.fill.copy_literals(k, chunk)
+                queued.append((self.fill.copy(k, chunk, chosen, parallel=parallel), began))
+                if not self.fill.devices:
+                    self._send(k, chunk, chosen, *queued[-1])
+            if self.fill.devices:
+                self.job.events.extend(event for events, _ in queued for event in events)
+                if first + len(chunks) > self._last:
+                    self.job.enqueued.set_result(None)
+                for k, chunk in enumerate(chunks, first):
+                    self._send(k, chunk, chosen, *queued[k - first])
+        except BaseException as error:
+            for chunk in chunks[self._num_sent :]:
+                self._arena.release(chunk)
+            self.job.end(error)
+            raise
+        self.job.copy_s += time.perf_counter() - started
+        if first + len(chunks) > self._last:
+            self.fill.drop_sources()
+            self.job.end(None)
 
-    def drop_sources(self) -> None:
-        """Let go of the user's tensors: their bytes are in the arena now."""
-        self._tensors = ()
-        self._versions = []
-        self.storages = []
+    def _send(self, k: int, chunk: StagingChunk, chosen: list[bool] | None, events: list[torch.cuda.Event], began: float) -> None:
+        self.fill.wait_devices(events)
+        self.fill.report(k, chosen, began)
+        if k == self._last:
+            self.fill.check_versions()
+        piece = self.fill.cuts[k]
+        # The writer takes a chunk over in every case, also when it refuses it.
+        self._num_sent += 1
+        self._write.submit(Chunk(piece.offset, piece.nbytes, chunk.view, None, lambda: self._arena.release(chunk)))
 
+    def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:
+        """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""
+        self._has_started = True
+        try:
+            self.copy_all(chunks, callers, chosen, parallel=False)
+        except BaseException as error:  # noqa: BLE001 - it becomes the file's, and so the commit's, first failure
+            self._write.abort(error)
 
-def storage_ids(tensor: torch.Tensor) -> list[int]:
-    """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts."""
-    local = getattr(tensor, "_local_tensor", tensor)
-    return [local.untyped_storage()._cdata] if local.layout == torch.strided else []
-
-
-def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """Version counter of each tensor; None for inference tensors, which keep none."""
-    try:
-        return [t._version for t in tensors]
-    except RuntimeError:
-        return [None if t.is_inference() else t._version for t in tensors]
+    def give_back_unstarted(self, chunks: list[StagingChunk], done: Future[None]) -> None:
+        """The copy thread died or was shut down before it ran the job: its waiters must learn it."""
+        error = done.exception() if not done.cancelled() else RuntimeError("the copy thread was shut down")
+        if error is not None and not self._has_started:
+            for chunk in chunks:
+                self._arena.release(chunk)
+            self.job.end(error)
+            self._write.abort(error)

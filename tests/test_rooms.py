@@ -14,6 +14,7 @@ MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")).replace("/", ".") f
 MAY_IMPORT_TORCH = (
     "staging",
     "snapshot",
+    "copying",
     "guard",
     "engine",
     "restore",
