@@ -105,7 +105,7 @@ class RankCoordinator:
         self._filesystem: FileSystem | None = None
         self._link: StoreLink | None = None
         self._root = ""
-        self._cleaner = DaemonExecutor("async-ckpt-ranks-cleanup", 1)
+        self._cleaner: DaemonExecutor | None = None
 
     @classmethod
     def from_env(cls, **options: Any) -> RankCoordinator:
@@ -114,11 +114,12 @@ class RankCoordinator:
         ``node_local=True`` means that each node has a root of its own. Other options as in the class. Blocks until the store answers.
         """
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         if dist.is_initialized():
             store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
         else:
-            store, rank, world_size = next(iter(dist.rendezvous("env://")))
+            store, rank, world_size = next(iter(rendezvous("env://")))
         if options.pop("node_local", False):
             options["node"] = _node_from_env(rank, world_size)
         return cls(store, rank, world_size, **options)
@@ -134,6 +135,7 @@ class RankCoordinator:
         if self._link is not None:
             raise ConfigError("this RankCoordinator has an engine already; make one for each engine")
         self._filesystem, self._root = filesystem, root
+        self._cleaner = DaemonExecutor("async-ckpt-ranks-cleanup", 1)
         channel = self._channel or ("node-local" if self.seat.num_nodes > 1 else f"{crc32(root.encode()):08x}")
         store = self._store
         self._link = StoreLink(lambda: private_connection(store), f"async_ckpt/{self._run_id}/{channel}/", world_size=self.world_size)
@@ -203,8 +205,9 @@ class RankCoordinator:
             concurrent.futures.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if self._link is not None:
             self._link.close()
-        self._cleaner.shutdown(wait=False)
-        self._cleaner.join(self._linger_s)
+        if self._cleaner is not None:
+            self._cleaner.shutdown(wait=False)
+            self._cleaner.join(self._linger_s)
 
     # Beginning.
 
@@ -356,11 +359,12 @@ class RankCoordinator:
 
         def others_quit(_: Future[Any]) -> None:
             # Also where the link was lost: an unremoved directory would hold its space until this process ends.
+            assert self._cleaner is not None
             _chain(self._cleaner.submit(remove), removed)
 
         self._track(removed)
         self._submit(rank_protocol.await_quit(self.seat, attempt)).add_done_callback(others_quit)
-        concurrent.futures.wait([removed], timeout=_PROMPT_REMOVAL_S)
+        concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.seat.timeout_s / 4))
 
     # Talking.
 

@@ -1,0 +1,162 @@
+"""Jobs of real processes: each rank follows a plan of plain data and writes what it has learnt to a file.
+
+A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "die" (SIGKILL itself after save), "hang" (never commits,
+goes on when told to), "full" (its disk is full), "skip" (no call at all for this tag).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from async_ckpt import AsyncCheckpointEngine
+from async_ckpt.errors import CheckpointError, OutOfSpaceError
+from async_ckpt.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.ranks import Node, RankCoordinator
+
+Plan = Sequence[tuple[str, str]]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "async_ckpt.engine", "async_ckpt.ranks", "async_ckpt.catalog", __name__])
+
+
+class FullDisk(LocalFileSystem):
+    """Real, until the path holds `poison`: then no space is left."""
+
+    def __init__(self, poison: str) -> None:
+        super().__init__()
+        self._poison = poison
+
+    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+        if self._poison in path:
+            raise OutOfSpaceError("the disk is full", path=path, needed_bytes=size_bytes, free_bytes=0)
+        return await super().open_write(path, size_bytes, direct=direct, executor=executor)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all ranks of a job share. `store` is "host:port" of a TCPStore, "zero" (rank 0 holds it) or the path of a FileStore."""
+
+    root: str
+    results: str
+    world_size: int
+    store: str
+    timeout_s: float = 3.0
+    run_id: str = "r"
+    node_size: int = 0
+    numel: int = 3000
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def connect(self, rank: int) -> Any:
+        if self.store.startswith("zero:"):
+            port = int(self.store.removeprefix("zero:"))
+            return dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=30))
+        if self.store.startswith("/"):
+            return dist.FileStore(self.store, -1)
+        host, _, port_text = self.store.rpartition(":")
+        return dist.TCPStore(host, int(port_text), is_master=False, timeout=timedelta(seconds=30))
+
+    def coordinator(self, rank: int) -> RankCoordinator:
+        node = None
+        if self.node_size:
+            first = rank - rank % self.node_size
+            node = Node(rank // self.node_size, self.world_size // self.node_size, tuple(range(first, first + self.node_size)))
+        return RankCoordinator(
+            self.connect(rank), rank, self.world_size, timeout_s=self.timeout_s, run_id=self.run_id, node=node, linger_s=5.0, channel="c"
+        )
+
+    def engine(self, rank: int, poison: str) -> AsyncCheckpointEngine:
+        root = f"{self.root}/node{rank // self.node_size}" if self.node_size else self.root
+        filesystem = FullDisk(poison) if poison else LocalFileSystem()
+        return AsyncCheckpointEngine(
+            root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=self.coordinator(rank), filesystem=filesystem, **self.extra
+        )
+
+
+def state_of(rank: int, tag: str, numel: int) -> dict[str, Any]:
+    """What `rank` saves as `tag`: readers can tell whose it is, and of which tag."""
+    return {"rank": rank, "tag": tag, "x": torch.arange(numel) * 7 + rank * 1000 + sum(tag.encode())}
+
+
+def run_rank(job: Job, rank: int, plan: Plan) -> None:
+    """One rank's process."""
+    torch.set_num_threads(1)
+    poison = next((f".{tag}." for tag, act in plan if act == "full"), "")
+    with open(f"{job.results}/rank{rank}.jsonl", "a", buffering=1) as out:
+        with job.engine(rank, poison) as engine:
+            for tag, act in plan:
+                if act == "skip":
+                    continue
+                started = time.monotonic()
+                record: dict[str, Any] = {"tag": tag, "outcome": "ok"}
+                try:
+                    _one(job, engine, rank, tag, act)
+                except CheckpointError as error:
+                    record |= {"outcome": type(error).__name__, "message": str(error), "blamed": getattr(error, "rank", None)}
+                    record["committed"] = getattr(error, "committed", None)
+                except ZeroDivisionError:
+                    record["outcome"] = "raised"
+                out.write(json.dumps(record | {"s": time.monotonic() - started}) + "\n")
+        out.write(json.dumps({"tag": "", "outcome": "closed"}) + "\n")
+
+
+def _one(job: Job, engine: AsyncCheckpointEngine, rank: int, tag: str, act: str) -> None:
+    engine.create(tag)
+    try:
+        engine.save(state_of(rank, tag, job.numel), f"rank{rank}.pt")
+        if act == "raise":
+            raise ZeroDivisionError
+        if act == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if act == "hang":
+            # Until the others have given this tag up.
+            dist.FileStore(f"{job.results}/gate", -1).wait([tag], timedelta(seconds=60))
+    except ZeroDivisionError:
+        engine.abort(tag)
+        raise
+    engine.commit(tag).result(60)
+
+
+class Processes:
+    """The ranks of one job, as processes."""
+
+    def __init__(self, job: Job, plans: Sequence[Plan]) -> None:
+        self.job = job
+        Path(job.results).mkdir(parents=True, exist_ok=True)
+        self.ranks = [_context.Process(target=run_rank, args=(job, rank, plan), daemon=True) for rank, plan in enumerate(plans)]
+        for process in self.ranks:
+            process.start()
+
+    def join(self, timeout_s: float = 60.0) -> list[int | None]:
+        """Exit codes; a rank that is still there after `timeout_s` is killed and shows as None."""
+        deadline = time.monotonic() + timeout_s
+        codes: list[int | None] = []
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+            codes.append(process.exitcode)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            process.close()
+        return codes
+
+    def learnt(self, rank: int) -> list[dict[str, Any]]:
+        path = Path(self.job.results, f"rank{rank}.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def let_go(job: Job, tag: str) -> None:
+    """Wake the ranks that hang at `tag`."""
+    dist.FileStore(f"{job.results}/gate", -1).set(tag, "go")

@@ -1,0 +1,239 @@
+"""The coordinator in one process: ranks as threads over a HashStore, so that many situations cost little time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
+from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.rank_protocol import Announcements, Seat, announce, join
+from async_ckpt.ranks import Node, RankCoordinator
+from async_ckpt.store_link import LinkLostError, StoreLink
+
+
+def engine_of(root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any) -> AsyncCheckpointEngine:
+    coordinator = RankCoordinator(store, rank, world_size, timeout_s=timeout_s, linger_s=2.0)
+    return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=coordinator, **options)
+
+
+def together(world_size: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work` returned or raised, per rank."""
+
+    def guarded(rank: int) -> Any:
+        try:
+            return work(rank)
+        except Exception as error:  # noqa: BLE001 - an outcome like any other
+            return error
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        return list(ranks.map(guarded, range(world_size)))
+
+
+def test_many_tags_in_flight_begun_in_another_order_on_each_rank(tmp_path: Path) -> None:
+    store = dist.PrefixStore("x", dist.HashStore())
+    tags = [f"t{n}" for n in range(4)]
+
+    def work(rank: int) -> list[str]:
+        mine = tags[rank:] + tags[:rank]
+        with engine_of(tmp_path, store, rank, 3) as engine:
+            for tag in mine:
+                engine.create(tag)
+                engine.save({"x": torch.full((2000,), rank)}, f"{rank}/x.pt")
+            pending = [engine.commit(tag) for tag in reversed(mine)]
+            return sorted(commit.result(20) for commit in pending)
+
+    assert together(3, work) == [tags] * 3
+    catalog = Catalog(tmp_path)
+    assert sorted(catalog.tags()) == tags
+    assert all(catalog.verify(tag).ok for tag in tags)
+
+
+def test_the_store_does_not_grow_and_engines_follow_each_other_over_one_store(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    sizes = []
+    for run in range(3):
+
+        def work(rank: int, run: int = run) -> None:
+            with engine_of(tmp_path, store, rank, 2) as engine:
+                for n in range(5):
+                    tag = f"r{run}n{n}"
+                    engine.create(tag)
+                    engine.save({"x": torch.ones(10)}, f"{rank}.pt")
+                    if n == 2 and rank == 1:
+                        engine.abort(tag)
+                        continue
+                    pending = engine.commit(tag)
+                    if n == 2:
+                        with pytest.raises(RankFailedError):
+                            pending.result(20)
+
+        assert together(2, work) == [None, None]
+        sizes.append(store.num_keys())
+    assert sizes == [2, 2, 2]
+    assert len(Catalog(tmp_path).tags()) == 12
+
+
+def test_the_same_tag_again_after_a_failure_and_as_a_replacement(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> list[Any]:
+        outcomes: list[Any] = []
+        with engine_of(tmp_path, store, rank, 2, overwrite="replace") as engine:
+            for attempt in range(4):
+                engine.create("same")
+                engine.save({"attempt": attempt}, f"{rank}.pt")
+                if attempt == 1 and rank == 1:
+                    engine.abort("same")
+                    outcomes.append("aborted")
+                    continue
+                error = engine.commit("same").exception(20)
+                outcomes.append(type(error).__name__ if error else "ok")
+        return outcomes
+
+    assert together(2, work) == [["ok", "RankFailedError", "ok", "ok"], ["ok", "aborted", "ok", "ok"]]
+    with AsyncCheckpointEngine(tmp_path) as engine:
+        assert {engine.load(f"same/{rank}.pt")["attempt"] for rank in (0, 1)} == {3}
+
+
+def test_a_tag_that_exists_is_refused_on_every_rank(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> Any:
+        with engine_of(tmp_path, store, rank, 2) as engine:
+            for _ in range(2):
+                engine.create("a")
+                engine.save({"rank": rank}, f"{rank}.pt")
+                engine.commit("a").result(20)
+
+    zero, one = together(2, work)
+    assert isinstance(zero, TagExistsError)
+    assert isinstance(one, RankFailedError)
+    assert one.rank == 0
+    assert "TagExistsError" in str(one)
+    assert Catalog(tmp_path).verify("a").ok
+
+
+def test_two_ranks_that_save_one_path_are_named(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> Any:
+        with engine_of(tmp_path, store, rank, 2) as engine:
+            engine.create("a")
+            engine.save({"rank": rank}, "model.pt")
+            return engine.commit("a").exception(20)
+
+    errors = together(2, work)
+    assert all(errors)
+    assert Catalog(tmp_path).tags() == []
+
+
+def test_a_rank_that_gives_up_before_rank_zero_has_begun(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    gave_up = threading.Event()
+
+    def work(rank: int) -> Any:
+        with engine_of(tmp_path, store, rank, 2) as engine:
+            if rank == 0:
+                gave_up.wait(10)
+            engine.create("a")
+            if rank == 1:
+                engine.abort("a")
+                gave_up.set()
+                return None
+            engine.save({"rank": rank}, f"{rank}.pt")
+            started = time.monotonic()
+            error = engine.commit("a").exception(20)
+            # It is told, not timed out.
+            assert time.monotonic() - started < 4
+            return error
+
+    zero, _ = together(2, work)
+    assert isinstance(zero, RankFailedError)
+    assert zero.rank == 1
+
+
+def test_closing_ends_every_wait(tmp_path: Path) -> None:
+    link = StoreLink(dist.HashStore, "p/", world_size=2)
+    waiting = link.submit(join(Seat(1, 2, 600.0), "never", Announcements()))
+    link.close()
+    assert isinstance(waiting.exception(5), LinkLostError)
+    assert isinstance(link.submit(join(Seat(1, 2, 600.0), "never", Announcements())).exception(5), LinkLostError)
+
+
+def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path) -> None:
+    class Broken:
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    coordinator = RankCoordinator(Broken(), 0, 2, timeout_s=2.0, linger_s=0.1)
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, coordinator=coordinator) as engine:
+        engine.create("a")
+        engine.save({"x": 1}, "x.pt")
+        error = engine.commit("a").exception(20)
+    assert isinstance(error, RankFailedError)
+    assert "Connection reset" in str(error)
+    assert Catalog(tmp_path).tags() == []
+
+
+def test_steps_do_not_interleave_between_waits() -> None:
+    link = StoreLink(dist.HashStore, "p/", world_size=2)
+    futures = [link.submit(announce(Seat(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
+    assert [future.result(5) for future in futures] == list(range(1, 51))
+    link.close()
+
+
+def test_keys_of_two_engines_over_one_store_stay_apart(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> None:
+        with engine_of(tmp_path / "one", store, rank, 2) as one, engine_of(tmp_path / "two", store, rank, 2) as two:
+            for engine in (one, two) if rank else (two, one):
+                engine.create("a")
+                engine.save({"root": str(engine.root)}, f"{rank}.pt")
+            commits = [engine.commit("a") for engine in (one, two)]
+            assert [commit.result(20) for commit in commits] == ["a", "a"]
+
+    assert together(2, work) == [None, None]
+    assert Catalog(tmp_path / "one").verify("a").ok
+    assert Catalog(tmp_path / "two").verify("a").ok
+
+
+def test_retention_is_rank_zeros_work(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> None:
+        with engine_of(tmp_path, store, rank, 2, retention=KeepLast(1)) as engine:
+            for tag in ("a", "b", "c"):
+                engine.create(tag)
+                engine.save({"x": 1}, f"{rank}.pt")
+                engine.commit(tag).result(20)
+
+    assert together(2, work) == [None, None]
+    assert Catalog(tmp_path).tags() == ["c"]
+
+
+def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ConfigError, match="not in a job"):
+        RankCoordinator(store, 2, 2)
+    with pytest.raises(ConfigError, match="timeout_s"):
+        RankCoordinator(store, 0, 2, timeout_s=0)
+    with pytest.raises(ConfigError, match="not among the ranks"):
+        RankCoordinator(store, 0, 2, node=Node(0, 2, (1,)))
+    with pytest.raises(ConfigError, match="run_id"):
+        RankCoordinator(dist.PrefixStore("p", dist.FileStore(str(tmp_path / "store"), 2)), 0, 2)
+    coordinator = RankCoordinator(store, 0, 1, run_id="1")
+    coordinator.bind(LocalFileSystem(), str(tmp_path))
+    with pytest.raises(ConfigError, match="has an engine already"):
+        coordinator.bind(LocalFileSystem(), str(tmp_path))
+    coordinator.close()
