@@ -178,12 +178,41 @@ def _quirk():
 
 _DTYPES = [
     name
-    for name in (
-        "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex32 complex64 complex128 uint16 uint32 uint64 "
-        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"
-    ).split()
+    for name in [
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex32",
+        "complex64",
+        "complex128",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float4_e2m1fn_x2",
+    ]
     if hasattr(torch, name)
 ]
+
+
+def _dtypes():
+    state = {}
+    for name in _DTYPES:
+        base = torch.empty(6, dtype=getattr(torch, name))
+        state[name] = {"a": base, "b": base[1:], "c": torch.empty(0, dtype=base.dtype)}
+    return state
+
 
 STATES = {
     "tied": _tied,
@@ -234,21 +263,30 @@ STATES = {
     "descriptor_quirk": _quirk,
     "large": lambda: [torch.arange(300_000, dtype=torch.float32), torch.ones(3), torch.arange(50_001, dtype=torch.uint8)],
     "many": lambda: {f"layer.{n}": torch.full((n % 5,), n) for n in range(1500)},
-    **{
-        f"dtype_{name}": (
-            lambda name=name: {
-                "a": (base := torch.empty(6, dtype=getattr(torch, name))),
-                "b": base[1:],
-                "c": torch.empty(0, dtype=base.dtype),
-            }
-        )
-        for name in _DTYPES
-    },
+    "dtypes": _dtypes,
 }
 
 PLAIN = {
-    "tied", "cyclic", "shared_deep", "adamw", "sgd", "identities", "containers", "scalars", "root_tensor", "root_none", "root_text", "empty_dict",
-    "zero_dim", "requires_grad", "rank_five", "channels_last", "long_key", "descriptor_quirk", "large", "many",
-    *(f"dtype_{name}" for name in _DTYPES),
-}  # fmt: skip
+    "tied",
+    "cyclic",
+    "shared_deep",
+    "adamw",
+    "sgd",
+    "identities",
+    "containers",
+    "scalars",
+    "root_tensor",
+    "root_none",
+    "root_text",
+    "empty_dict",
+    "zero_dim",
+    "requires_grad",
+    "rank_five",
+    "channels_last",
+    "long_key",
+    "descriptor_quirk",
+    "large",
+    "many",
+    "dtypes",
+}
 """Those that the fast planner must take itself."""
