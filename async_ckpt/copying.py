@@ -89,9 +89,9 @@ class Fill:
                 )
         self.devices = {device for device in kinds if device.type == "cuda"}
         # A storage on the CPU is copied by address: no per-tensor torch call on the hot path.
-        bases = (
-            [s.data_ptr() for s in self.storages] if not self.devices else [s.data_ptr() * (s.device.type == "cpu") for s in self.storages]
-        )
+        bases = [storage.data_ptr() for storage in self.storages]
+        if self.devices:
+            bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
         self._addresses = [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
 
     def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool) -> list[torch.cuda.Event]:
@@ -212,7 +212,7 @@ class Fill:
         versions = self._versions
         torn = [i for i, (t, v) in enumerate(zip(self._tensors, versions, strict=True)) if v is not None and t._version != v]
         if all_but:
-            later = [any(s in all_but for s in storage_ids(t)) for t in self._tensors]
+            later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
             torn = [i for i in torn if not later[i]]
             self._versions = [v if is_later else None for v, is_later in zip(versions, later, strict=True)]
         if not torn:
@@ -237,6 +237,13 @@ def storage_ids(tensor: torch.Tensor) -> list[int]:
     """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts."""
     local = getattr(tensor, "_local_tensor", tensor)
     return [local.untyped_storage()._cdata] if local.layout == torch.strided else []
+
+
+def all_storage_ids(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """`storage_ids` of many tensors, in C-level loops where all of them are plain: it is on the path of every lazy save."""
+    if {type(t) for t in tensors} <= {torch.Tensor, torch.nn.Parameter} and {t.layout for t in tensors} <= {torch.strided}:
+        return [storage._cdata for storage in map(torch.Tensor.untyped_storage, tensors)]
+    return [storage_id for tensor in tensors for storage_id in storage_ids(tensor)]
 
 
 def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:

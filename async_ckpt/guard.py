@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .copying import storage_ids
+from .copying import all_storage_ids
 from .errors import BackpressureTimeout
 from .snapshot import SnapshotJob
 
@@ -55,9 +55,8 @@ class Guard:
             optimizer = reference()
             if optimizer is not None:
                 tensors.extend(_parameters(optimizer))
-                for state in optimizer.state.values():
-                    tensors.extend(v for v in state.values() if isinstance(v, torch.Tensor))
-        return frozenset(storage_id for tensor in tensors for storage_id in storage_ids(tensor))
+                tensors.extend(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+        return frozenset(all_storage_ids(tensors))
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
