@@ -10,8 +10,8 @@ chooser learns from the files it writes anyway, never from extra ones:
   another must be better by `CLEARLY_BETTER`.
 - Through the cache is tried only where losing is cheap: for files up to `TRIAL_BYTES`, or where it has won in the class
   of files one smaller; its advantage only shrinks with size.
-- Disks change: an arm that lost is tried again when the time it cost last time is at most one percent of the time the
-  class has spent writing since.
+- Disks change: an arm that lost is tried again after `NUM_BETWEEN` files, and when the time it cost last time is at
+  most one percent of the time the class has spent writing since.
 
 No clock, no disk, no randomness in here: the same results give the same choices.
 """
@@ -29,6 +29,7 @@ TRIAL_BYTES = 1024 * MiB
 CLASS_LIMITS = (64 * MiB, 512 * MiB, 2048 * MiB)
 """Upper bounds of the size classes; the last class has none."""
 NUM_FIRST = 4
+NUM_BETWEEN = 32
 CLEARLY_BETTER = 1.1
 TRIAL_SHARE = 0.01
 IN_FLIGHT_BYTES = 64 * MiB
@@ -53,6 +54,9 @@ class _Record:
     """What one class has seen of one arm."""
 
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+    num_results: int = 0
+    num_since: int = 0
+    """Files that the class has written since this arm's last result."""
     lost_s: float = 0.0
     """What its last trial cost beyond the best arm."""
     spent_s: float = 0.0
@@ -88,7 +92,7 @@ class ModeChooser:
         index = _class_of(size_bytes)
         seen = self._classes[index]
         first = self._arms[0]
-        if first not in seen or len(seen[first].rates) < NUM_FIRST:
+        if first not in seen or seen[first].num_results < NUM_FIRST:
             return first
         for arm in self._arms[1:]:
             if self._may_try(arm, index, size_bytes):
@@ -102,16 +106,19 @@ class ModeChooser:
         seen = self._classes[_class_of(size_bytes)]
         for record in seen.values():
             record.spent_s += seconds
+            record.num_since += 1
         record = seen.setdefault(arm, _Record())
         record.rates.append(size_bytes / seconds)
-        record.spent_s = 0.0
+        record.num_results += 1
+        record.spent_s, record.num_since = 0.0, 0
         record.lost_s = max(0.0, seconds - size_bytes / seen[self._best(seen)].rate)
 
     def _may_try(self, arm: Arm, index: int, size_bytes: int) -> bool:
         seen = self._classes[index]
         if arm not in seen:
             return arm.direct or size_bytes <= TRIAL_BYTES if index == 0 else self._promises(arm, index, size_bytes)
-        return arm != self._best(seen) and seen[arm].lost_s <= TRIAL_SHARE * seen[arm].spent_s
+        record = seen[arm]
+        return arm != self._best(seen) and record.num_since >= NUM_BETWEEN and record.lost_s <= TRIAL_SHARE * record.spent_s
 
     def _promises(self, arm: Arm, index: int, size_bytes: int) -> bool:
         """Whether a first trial is worth its price: told by the class of smaller files where that has tried it."""

@@ -122,9 +122,10 @@ class LoopThread:
 
     def _drain(self) -> None:
         """Let every task end, so that memory and descriptors are given back; the loop may be stopped under us again."""
+        ending = self.loop.create_task(self._end_tasks())
         for _ in range(_NUM_DRAIN_TRIES):
             try:
-                self.loop.run_until_complete(self._end_tasks())
+                self.loop.run_until_complete(ending)
                 return
             except BaseException as error:  # noqa: BLE001 -- the death has been told; only the clean-up is at stake
                 logger.info("the dying writer's loop was interrupted again: %r", error)
