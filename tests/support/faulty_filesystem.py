@@ -26,8 +26,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from async_ckpt._file_write import LocalWritableFile
 from async_ckpt._syscalls import EXCHANGE, O_DIRECT, Syscalls
 from async_ckpt.filesystem import LocalFileSystem, WritableFile
 from async_ckpt.owner import Owner, current_owner
@@ -129,6 +130,8 @@ class FaultySyscalls(Syscalls):
             yield operation
         except OSError as error:
             operation.outcome = errno.errorcode.get(error.errno or 0, "EIO")
+            if when is not None:
+                self._die(operation)
             raise
         operation.outcome = "ok"
         if when is not None:
@@ -166,19 +169,25 @@ class FaultySyscalls(Syscalls):
         full = self._full(path, dir_fd)
         name = "create" if flags & os.O_CREAT else "open"
         direct = bool(O_DIRECT and flags & O_DIRECT)
-        with self._call(name, full, mode=mode, direct=direct, is_dir=bool(flags & os.O_DIRECTORY)):
-            if direct and self.refuse_direct_open:
-                if flags & os.O_CREAT:
-                    # As the kernel: the file is there when the flag is refused.
-                    os.close(os.open(path, flags & ~O_DIRECT, mode, dir_fd=dir_fd))
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
-            fd = super().open(path, flags, mode, dir_fd=dir_fd)
-            with self._guard:
-                self._paths[fd] = full
-                (self._direct.add if direct else self._direct.discard)(fd)
-                if name == "open":
-                    self._owned.add(fd)
-            return fd
+        fd = -1
+        try:
+            with self._call(name, full, mode=mode, direct=direct, is_dir=bool(flags & os.O_DIRECTORY)):
+                if direct and self.refuse_direct_open:
+                    if flags & os.O_CREAT:
+                        # As the kernel: the file is there when the flag is refused.
+                        os.close(os.open(path, flags & ~O_DIRECT, mode, dir_fd=dir_fd))
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+                fd = super().open(path, flags, mode, dir_fd=dir_fd)
+                with self._guard:
+                    self._paths[fd] = full
+                    (self._direct.add if direct else self._direct.discard)(fd)
+                    if name == "open":
+                        self._owned.add(fd)
+        except Killed:
+            if fd >= 0 and name == "create":
+                os.close(fd)
+            raise
+        return fd
 
     def close(self, fd: int) -> None:
         path = self.path_of(fd)
@@ -334,37 +343,25 @@ class FaultyFileSystem(LocalFileSystem):
         return self._me
 
     async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
-        return _FaultyFile(await super().open_write(path, size_bytes, direct=direct, executor=executor), self.calls)
+        file = await super().open_write(path, size_bytes, direct=direct, executor=executor)
+        assert isinstance(file, LocalWritableFile)
+        file._file = _FaultyHandle(file._file, self.calls, file.path)
+        return file
 
 
-class _FaultyFile:
-    """Passes everything on; `close` goes through aiofiles, not through the table, so its fault is put here."""
+class _FaultyHandle:
+    """The aiofiles object: its close does not pass through the table, so the fault is put here."""
 
-    def __init__(self, inner: WritableFile, calls: FaultySyscalls) -> None:
+    def __init__(self, inner: Any, calls: FaultySyscalls, path: str) -> None:
         self._inner = inner
         self._calls = calls
-        self._closed = False
+        self._path = calls._full(path)
 
     @property
-    def path(self) -> str:
-        return self._inner.path
-
-    @property
-    def direct(self) -> bool:
-        return self._inner.direct
-
-    async def pwrite(self, buffer: memoryview, offset: int) -> None:
-        await self._inner.pwrite(buffer, offset)
-
-    async def truncate(self, size_bytes: int) -> None:
-        await self._inner.truncate(size_bytes)
-
-    async def fsync(self) -> None:
-        await self._inner.fsync()
+    def closed(self) -> bool:
+        return bool(self._inner.closed)
 
     async def close(self) -> None:
         await self._inner.close()
-        if not self._closed:
-            self._closed = True
-            with self._calls._call("close", self._inner.path):
-                pass
+        with self._calls._call("close", self._path):
+            pass
