@@ -13,6 +13,13 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """Collections before and after each test need not look at what torch and the plugins imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """After each test: nothing staged, every chunk returned, none of our threads alive, no descriptor leaked.
