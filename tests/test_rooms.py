@@ -27,12 +27,13 @@ MAY_IMPORT_TORCH = (
     "integrations",
     "ranks",
     "demo",
+    "cli.exporting",
 )
 # Inside layout/, the container's arithmetic is plain Python.
 NEVER_TORCH = ("layout.zipformat", "layout.zipdirectory", "layout.sealer")
 MAY_MAKE_FILE_CALLS = ("filesystem", "_syscalls", "_file_read", "_file_write")
 MAY_IMPORT_AIOFILES = ("filesystem", "_file_write")
-MAY_START_THREADS = ("writer", "executor")
+MAY_START_THREADS = ("writer", "executor", "loopthread")
 
 
 def tree(module: str) -> ast.Module:
