@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .errors import CheckpointError
+
 
 class NotPlainError(Exception):
     """The pickle holds something outside the plain subset; it may still be a valid one."""
@@ -40,7 +42,7 @@ class _Global:
 
 
 class Builder(Protocol):
-    """Makes objects out of what the pickle describes; its exceptions pass through `load_plain` unchanged."""
+    """Makes objects out of what the pickle describes; a `CheckpointError` passes, other exceptions become `NotPlainError`."""
 
     def tensor(
         self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
@@ -84,7 +86,10 @@ def load_plain(pickled: bytes | memoryview, builder: Builder) -> Any:
     gc.disable()
     try:
         result = reader.run()
-    except (IndexError, KeyError, struct.error, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (LookupError, ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, struct.error) as error:
+        # RuntimeError: torch has no such device. The caller's fallback to torch.load says it in torch's words.
         raise NotPlainError(f"malformed at byte {reader.position}: {type(error).__name__}: {error}") from error
     finally:
         if collecting:

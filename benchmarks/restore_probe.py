@@ -1,0 +1,121 @@
+"""Where a restore's time goes: every way of reading one committed file, cold, alternating with fio on the same file.
+
+    python -m benchmarks.restore_probe DIRECTORY [--size-mib 1024] [--tensors 300] [--repeats 5] [--json FILE]
+
+One process, so that the ways differ in nothing else; the contenders in processes of their own are in `scenarios/restore.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import async_ckpt
+from async_ckpt import restore, restore_into
+from async_ckpt.reading import aligned_memory
+from benchmarks.environment import describe
+from benchmarks.limits import MIB, run_fio
+
+
+def evict(path: Path) -> None:
+    """Drop the file's clean pages from the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def ways(catalog: async_ckpt.Catalog, path: Path, plain: Path, num_bytes: int) -> dict[str, Callable[[], Any]]:
+    """Name and call of each way; existing tensors and lent memory are warm."""
+    from safetensors.torch import load_file
+
+    target = {name: torch.ones_like(tensor) for name, tensor in torch.load(path).items()}
+    pool = [aligned_memory(16 * MIB) for _ in range(num_bytes // (16 * MIB) + 2)]
+    for memory in pool:
+        memory[:] = bytes(16 * MIB)
+
+    def lend(size: int) -> Any:
+        if not pool or size > 16 * MIB:
+            return None
+        memory = pool.pop()
+        return memory, lambda: pool.append(memory)
+
+    def into(**options: Any) -> Callable[[], Any]:
+        return lambda: restore.load_committed_into(catalog, "probe", "m.pt", target, **options)
+
+    def twice() -> Any:
+        measured = restore_into.available_memory_bytes
+        restore_into.available_memory_bytes = lambda: 0
+        try:
+            return into()()
+        finally:
+            restore_into.available_memory_bytes = measured
+
+    return {
+        "torch.load": lambda: torch.load(path),
+        "safetensors.load_file": lambda: load_file(plain),
+        "load": lambda: restore.load_committed(catalog, "probe", "m.pt"),
+        "load, not verified": lambda: restore.load_committed(catalog, "probe", "m.pt", verify="off"),
+        "load_into": into(),
+        "load_into, warm memory lent": into(lend=lend),
+        "load_into, read twice": twice,
+        "load_into, not atomic": into(atomic=False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--tensors", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    from safetensors.torch import save_file
+
+    state = {f"layer.{i}": torch.randn(options.size_mib * MIB // 4 // options.tensors) for i in range(options.tensors)}
+    with async_ckpt.AsyncCheckpointEngine(options.directory, overwrite="replace") as engine:
+        engine.create("probe")
+        engine.save(state, "m.pt")
+        engine.commit("probe").result()
+    plain = options.directory / "probe.safetensors"
+    save_file(state, plain)
+    fd = os.open(plain, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    path = options.directory / "probe/m.pt"
+    num_bytes = path.stat().st_size
+    del state
+    calls = ways(async_ckpt.Catalog(options.directory), path, plain, num_bytes)
+    taken: dict[str, list[float]] = {"fio": [], **{name: [] for name in calls}}
+    for _ in range(options.repeats):
+        for name, call in calls.items():
+            job = run_fio(path, num_bytes, ["--rw=read", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--readonly"])
+            taken["fio"].append(job["read"]["runtime"] / 1e3 * num_bytes / job["read"]["io_bytes"])
+            evict(path)
+            evict(plain)
+            started = time.perf_counter()
+            kept = call()
+            taken[name].append(time.perf_counter() - started)
+            del kept
+    limit = statistics.median(taken["fio"])
+    for name, samples in taken.items():
+        median = statistics.median(samples)
+        print(
+            f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  ({min(samples):.2f} to {max(samples):.2f} s)"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps({"num_bytes": num_bytes, "seconds": taken, "machine": describe(options.directory)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
