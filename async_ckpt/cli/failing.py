@@ -1,0 +1,40 @@
+"""Exceptions as exit codes and one clear line."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsafePathError
+from . import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE
+
+
+class UsageError(ConfigError):
+    """The command line asks for something that makes no sense; says what would."""
+
+
+class NotFoundError(CheckpointNotFoundError):
+    """What the command line names is not there; says what is."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code for a known kind of failure; None for a bug."""
+    if isinstance(error, (ConfigError, UnsafePathError)):
+        return EXIT_USAGE
+    if isinstance(error, FileNotFoundError):
+        return EXIT_NOT_FOUND
+    if isinstance(error, (CheckpointError, OSError, ImportError)):
+        return EXIT_FAILED
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks or control characters."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ImportError) and error.name:
+        text = f"this command needs the package {error.name!r}: pip install {error.name}"
+    return clean(" ".join(text.split()))
+
+
+def clean(text: str) -> str:
+    """`text` with everything that could steer a terminal, or mislead its reader, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,0 +1,146 @@
+"""`async-ckpt list`: what is under a root, committed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from typing import Annotated, Any
+
+import typer
+
+from ..catalog import Catalog, CatalogEntry, StagingInfo
+from ..owner import OwnerState
+from ..units import format_age, format_bytes
+from . import EXIT_FAILED
+from .locating import catalog_of
+from .output import print_json, print_table
+
+_OWNERS = {
+    OwnerState.ALIVE: "live owner",
+    OwnerState.DEAD: "dead owner",
+    OwnerState.REBOOTED: "owner gone (reboot)",
+    OwnerState.FOREIGN: "owner on another host",
+    OwnerState.UNKNOWN: "owner unknown",
+}
+
+
+def command(
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List checkpoints with step, metadata, age, size and state; oldest first.
+
+    Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
+    """
+    catalog = catalog_of(root)
+    now_s = time.time()
+    found = [_committed(catalog, entry, now_s) for entry in catalog.entries()]
+    found += [_staged(catalog, info, now_s) for info in catalog.staging()]
+    if as_json:
+        print_json(found)
+    else:
+        _print(root, found)
+    if any(item["state"] == "damaged" for item in found):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str, Any]:
+    manifest, problem = entry.manifest, entry.problem
+    if manifest is None:
+        return _item(entry.tag, "damaged", problem=problem)
+    report = catalog.verify(entry.tag, level="size")
+    if not report.ok:
+        problem = str(report.problems[0])
+    return _item(
+        entry.tag,
+        "committed" if problem is None else "damaged",
+        problem=problem,
+        step=_step(entry),
+        metadata=dict(manifest.metadata),
+        created_unix_ns=manifest.created_unix_ns,
+        age_s=now_s - manifest.created_unix_ns / 1e9,
+        size_bytes=sum(file.size_bytes for file in manifest.files),
+        num_files=len(manifest.files),
+    )
+
+
+def _staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]:
+    size_bytes, num_files, changed_s = _measure(os.path.join(catalog.root, info.name))
+    return _item(
+        info.tag,
+        info.kind,
+        owner=info.owner,
+        owner_state=info.owner_state.value,
+        name=info.name,
+        size_bytes=size_bytes,
+        num_files=num_files,
+        age_s=None if changed_s is None else now_s - changed_s,
+    )
+
+
+def _item(tag: str, state: str, **fields: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("step", "metadata", "created_unix_ns", "age_s", "size_bytes", "num_files", "problem", "owner", "owner_state"))
+    return {"tag": tag, "state": state, **empty, **fields}
+
+
+def _step(entry: CatalogEntry) -> int | None:
+    from ..retention import CheckpointInfo
+
+    return None if entry.manifest is None else CheckpointInfo.of(entry.manifest).step
+
+
+def _measure(path: str) -> tuple[int | None, int | None, float | None]:
+    """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be seen."""
+    size_bytes = num_files = 0
+    try:
+        changed_s = os.lstat(path).st_mtime
+        for folder, _, names in os.walk(path, onerror=_reraise):
+            for name in names:
+                found = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(found.st_mode):
+                    size_bytes, num_files = size_bytes + found.st_size, num_files + 1
+                    changed_s = max(changed_s, found.st_mtime)
+    except OSError:
+        # Committed or deleted in this moment, or another user's: there is nothing to add to its name.
+        return None, None, None
+    return size_bytes, num_files, changed_s
+
+
+def _reraise(error: OSError) -> None:
+    raise error
+
+
+def _print(root: str, found: list[dict[str, Any]]) -> None:
+    if not found:
+        typer.echo(f"no checkpoints in {root!r}")
+        return
+    rows, styles = [], []
+    for item in found:
+        metadata = {key: value for key, value in (item["metadata"] or {}).items() if key != "step"}
+        rows.append(
+            (
+                item["tag"],
+                _or_empty(item["step"], str),
+                " ".join(f"{key}={json.dumps(value)}" for key, value in metadata.items()),
+                _or_empty(item["age_s"], format_age),
+                _or_empty(item["size_bytes"], format_bytes),
+                _or_empty(item["num_files"], str),
+                _state(item),
+            )
+        )
+        styles.append({"committed": "", "damaged": "red"}.get(item["state"], "dim"))
+    print_table(("tag", "step", "metadata", "age", "size", "files", "state"), rows, right=("step", "age", "size", "files"), styles=styles)
+
+
+def _state(item: dict[str, Any]) -> str:
+    if item["state"] == "damaged":
+        return f"damaged: {item['problem']}"
+    if item["owner_state"] is None:
+        return str(item["state"])
+    return f"{item['state']}, {_OWNERS[OwnerState(item['owner_state'])]}"
+
+
+def _or_empty(value: Any, show: Any) -> str:
+    return "" if value is None else show(value)

@@ -1,0 +1,74 @@
+"""From what people type (a root, ROOT/TAG, ROOT/TAG/file) to a catalog, a tag and a file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..catalog import Catalog
+from ..manifest import MANIFEST_NAME
+from .failing import NotFoundError, UsageError, clean
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint, or one file of it."""
+
+    catalog: Catalog
+    tag: str
+    file: str | None
+
+    @property
+    def name(self) -> str:
+        """For messages: the tag, or tag/file."""
+        return self.tag if self.file is None else f"{self.tag}/{self.file}"
+
+
+def catalog_of(root: str) -> Catalog:
+    """The catalog of an existing root directory.
+
+    Raises:
+        NotFoundError: there is no such directory. UsageError: it is itself a checkpoint.
+    """
+    if not os.path.isdir(root):
+        what = "is not a directory" if os.path.exists(root) else "does not exist"
+        raise NotFoundError(f"root {clean(root)!r} {what}")
+    if _is_checkpoint(root):
+        above, tag = os.path.split(os.path.abspath(root))
+        raise UsageError(f"{clean(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
+    return Catalog(root)
+
+
+def place_of(path: str) -> Place:
+    """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file.
+
+    Raises:
+        NotFoundError: there is no checkpoint at or above it. UsageError: it is a root.
+    """
+    given = os.path.abspath(path)
+    folder, inner = given, ""
+    while not _is_checkpoint(folder):
+        above, name = os.path.split(folder)
+        if above == folder:
+            raise _no_place(path, given)
+        folder, inner = above, f"{name}/{inner}" if inner else name
+    root, tag = os.path.split(folder)
+    return Place(Catalog(root), tag, inner or None)
+
+
+def _is_checkpoint(folder: str) -> bool:
+    return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
+
+
+def _no_place(path: str, given: str) -> NotFoundError | UsageError:
+    if os.path.isdir(given):
+        tags = [entry.tag for entry in Catalog(given).entries()]
+        if tags:
+            return UsageError(f"{clean(path)!r} is a root; name one of its checkpoints, such as {os.path.join(clean(path), tags[-1])}")
+        return NotFoundError(f"{clean(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it")
+    if os.path.exists(given):
+        return NotFoundError(f"{clean(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
+    parent = os.path.dirname(given)
+    there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []
+    hint = f"; {parent!r} holds {', '.join(there[-5:])}" if there else ""
+    return NotFoundError(f"{clean(path)!r} does not exist{hint}")

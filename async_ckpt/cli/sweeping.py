@@ -1,0 +1,57 @@
+"""`async-ckpt sweep`: remove what crashed processes left staged."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..filesystem import LocalFileSystem
+from ..units import format_bytes
+from .listing import _measure
+from .locating import catalog_of
+from .output import print_json, print_table
+
+
+def command(
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is staged, and by whom.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Remove staging left by processes that are certainly gone; never a live one's, never a committed checkpoint.
+
+    Every engine does this when it starts.
+    """
+    from ..observers.status import remove_stale
+    from ..transaction import sweep
+
+    catalog = catalog_of(root)
+    if dry_run:
+        results = []
+        for info in catalog.staging():
+            size_bytes, _, _ = _measure(f"{catalog.root}/{info.name}")
+            results.append(
+                {
+                    "name": info.name,
+                    "tag": info.tag,
+                    "action": "none",
+                    "reason": f"owner is {info.owner_state.value}",
+                    "size_bytes": size_bytes,
+                }
+            )
+    else:
+        results = [
+            {"name": swept.name, "tag": swept.tag, "action": swept.action, "reason": swept.reason, "size_bytes": None}
+            for swept in sweep(LocalFileSystem(), root)
+        ]
+        results += [
+            {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}
+            for name in remove_stale(root)
+        ]
+    if as_json:
+        print_json(results)
+    elif not results:
+        typer.echo("nothing is staged")
+    else:
+        rows = [(r["name"], r["action"], r["reason"], "" if r["size_bytes"] is None else format_bytes(r["size_bytes"])) for r in results]
+        print_table(("name", "action", "reason", "size"), rows, right=("size",))
