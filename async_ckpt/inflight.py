@@ -16,7 +16,6 @@ import os
 import threading
 import time
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -73,7 +72,7 @@ class InFlight:
         self._commits: OrderedDict[str, PendingCommit] = OrderedDict()
         self._failures: list[BaseException] = []
         self._last_created_ns = 0
-        self._finalizer: Any = None
+        self._call_off: Callable[[], object] = lambda: None
 
     def adopt(self, arena: StagingArena) -> None:
         """The arena whose waits must end when the writer dies, and which closing gives back."""
@@ -82,7 +81,7 @@ class InFlight:
 
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
-        self._finalizer = weakref.finalize(engine, leaving.finish, self)
+        self._call_off = leaving.watch(engine, self)
 
     # Which calls are legal now.
 
@@ -303,8 +302,7 @@ class InFlight:
                     )
         finally:
             self.closed = True
-            if self._finalizer is not None:
-                self._finalizer.detach()
+            self._call_off()
             self._stop(max(0.1, deadline - time.monotonic()))
 
     def _abandon_open(self) -> None:
@@ -313,7 +311,7 @@ class InFlight:
             if checkpoint.error is None:
                 warnings.warn(
                     f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
-                    ResourceWarning,
+                    RuntimeWarning,
                     stacklevel=4,
                 )
             self.abort(tag, checkpoint.error or TransactionStateError(f"the engine was closed before commit({tag!r})"))

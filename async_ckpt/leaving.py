@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
@@ -21,19 +23,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("async_ckpt")
 
-# With these, exit code 0 would be a lie.
-_lost_at_exit: list[BaseException] = []
+_live: weakref.WeakSet[InFlight] = weakref.WeakSet()
+_lost: list[BaseException] = []
 
 
-def _exit_loudly() -> None:
-    if _lost_at_exit:
+def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
+    """Finish `inflight` when `engine` is dropped or the interpreter exits; returns what calls that off."""
+    _live.add(inflight)
+    finalizer = weakref.finalize(engine, finish, inflight)
+    # At exit, the order matters: all engines first, then the exit code.
+    finalizer.atexit = False
+    return finalizer.detach
+
+
+def _at_exit() -> None:
+    for inflight in list(_live):
+        finish(inflight)
+    if _lost:
+        # Exit code 0 would be a lie, and nothing that runs later could change it.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 
 
-atexit.register(_exit_loudly)
+atexit.register(_at_exit)
 
 
 def finish(inflight: InFlight) -> None:
@@ -58,4 +72,4 @@ def _close(inflight: InFlight) -> None:
         inflight.raise_unacknowledged()
     except CheckpointError as error:
         logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
-        _lost_at_exit.append(error)
+        _lost.append(error)

@@ -266,6 +266,6 @@ def test_closing_with_an_open_checkpoint_warns_and_publishes_nothing(tmp_path: P
     engine = AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20)
     engine.create("t")
     engine.save({"v": torch.zeros(5)}, "m.pt")
-    with pytest.warns(ResourceWarning, match="'t'"):
+    with pytest.warns(RuntimeWarning, match="'t'"):
         engine.close()
     assert os.listdir(tmp_path) == []
