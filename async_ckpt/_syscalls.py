@@ -1,6 +1,6 @@
 """The table of system calls behind `LocalFileSystem`: one method, one call, nothing decided here.
 
-Linux has calls that Python does not offer (renameat2, statfs, sync_file_range); they go through ctypes and raise
+Linux has calls that Python does not offer (renameat2, statfs); they go through ctypes and raise
 `OSError` like the rest. Where the C library lacks one, it fails with ENOSYS and the caller falls back.
 All methods may block, release the GIL, and may be called from any thread.
 """
@@ -21,7 +21,6 @@ EXCHANGE = 2
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 _AT_FDCWD = -100
-_SYNC_FILE_RANGE_WRITE = 2
 _MAGIC = {
     0xEF53: "ext4",
     0x58465342: "xfs",
@@ -68,12 +67,6 @@ class Syscalls:
 
     def allocate(self, fd: int, size_bytes: int) -> None:
         os.posix_fallocate(fd, 0, size_bytes)
-
-    def start_writeback(self, fd: int, offset: int, num_bytes: int) -> None:
-        """Ask the kernel to begin writing dirty pages; a hint, and not a sync of any kind."""
-        if hasattr(_libc(), "sync_file_range"):
-            wide = ctypes.c_int64
-            _check(_libc().sync_file_range(fd, wide(offset), wide(num_bytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)), "")
 
     def clear_direct(self, fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ._names import NameKind
 from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError
@@ -155,18 +155,18 @@ class Catalog:
                 found.append(CatalogEntry(tag, None, str(error)))
         return sorted(found, key=lambda entry: (entry.manifest.created_unix_ns if entry.manifest else -1, entry.tag))
 
-    def latest(self, verify: Level = "full") -> str | None:
+    def latest(self, verify: str = "full") -> str | None:
         """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
 
         Raises:
             OSError: a shortage of this machine (not damage) kept a checkpoint from being checked.
         """
-        _check_level(verify)
+        level = _check_level(verify)
         for _ in range(_MAX_RACES):
             vanished = False
             for entry in reversed(self._readable(self.entries())):
                 try:
-                    report = self.verify(entry.tag, level=verify)
+                    report = self.verify(entry.tag, level=level)
                 except CheckpointNotFoundError:
                     vanished = True
                     continue
@@ -180,7 +180,7 @@ class Catalog:
                 return None
         return None
 
-    def verify(self, tag: str, *, level: Level = "full", progress: Progress | None = None, num_threads: int | None = None) -> VerifyReport:
+    def verify(self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None) -> VerifyReport:
         """Check every file of a checkpoint against its manifest; see `verify.py`.
 
         Raises:
@@ -188,22 +188,22 @@ class Catalog:
             UnsafePathError: the tag is malformed.
             OSError: a shortage of this machine (not damage) kept a file from being read.
         """
-        _check_level(level)
+        checked = _check_level(level)
 
         def check(checkpoint: OpenCheckpoint) -> VerifyReport:
             files = checkpoint.manifest.files
             problems: list[Problem] = []
-            if level != "off":
-                problems = verify_files(checkpoint.directory, files, level=level, num_threads=num_threads, progress=progress)
+            if checked != "off":
+                problems = verify_files(checkpoint.directory, files, level=checked, num_threads=num_threads, progress=progress)
                 problems += find_extra(checkpoint.directory, files)
             if problems and not checkpoint.is_current():
                 raise _gone(tag)
-            return VerifyReport(tag, level, len(files), checkpoint.manifest.size_bytes, tuple(problems))
+            return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems))
 
         try:
             return self.read(tag, check)
         except CorruptCheckpointError as error:
-            return VerifyReport(tag, level, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
+            return VerifyReport(tag, checked, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
 
     def manifest(self, tag: str) -> Manifest:
         """What a checkpoint consists of, with its user metadata.
@@ -244,6 +244,10 @@ class Catalog:
                 directory = self._filesystem.open_dir(self._root, (tag,))
             except FileNotFoundError:
                 raise self._not_found(tag) from None
+            except OSError as error:
+                if error.errno not in DAMAGE_ERRNOS:
+                    raise
+                raise CorruptCheckpointError(f"{path!r} cannot be opened: {error}", path=path) from error
             try:
                 raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
                 manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
@@ -304,8 +308,10 @@ class Catalog:
     def _listdir(self) -> list[str]:
         try:
             return self._filesystem.listdir(self._root)
-        except FileNotFoundError:
-            return []
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"there is no directory {self._root!r}: check the root's path") from error
+        except NotADirectoryError as error:
+            raise CheckpointNotFoundError(f"{self._root!r} is not a directory: give the root that holds the checkpoints") from error
 
     def _not_found(self, tag: str) -> CheckpointNotFoundError:
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
@@ -317,6 +323,7 @@ def _gone(tag: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
 
 
-def _check_level(level: str) -> None:
+def _check_level(level: str) -> Level:
     if level not in ("full", "size", "off"):
         raise ConfigError(f"verify must be 'full', 'size' or 'off', not {level!r}")
+    return cast(Level, level)

@@ -145,6 +145,11 @@ def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> list[Probl
         except (FileNotFoundError, CorruptCheckpointError):
             # Whatever should be in there is reported as missing already.
             continue
+        except OSError as error:
+            if error.errno not in DAMAGE_ERRNOS:
+                raise
+            problems.append(Problem("/".join(folder) or ".", str(error)))
+            continue
         for name, kind in found:
             path = "/".join((*folder, name))
             if len(problems) >= _MAX_PROBLEMS:

@@ -216,6 +216,12 @@ def test_disk_errors_are_damage_and_shortages_are_raised(tmp_path: Path, caplog:
     fs.fail_when(lambda op: op.name == "read" and op.path.endswith("bad/manifest.json"), errno.EIO)
     assert catalog.tags() == ["good"]
     fs.heal()
+    fs.fail_when(lambda op: op.name == "open" and op.path.endswith("/bad"), errno.EIO)
+    assert catalog.latest() == "good"
+    fs.heal()
+    fs.fail_when(lambda op: op.name == "listdir" and op.path.endswith("/bad"), errno.EIO)
+    assert catalog.latest() == "good"
+    fs.heal()
     fs.fail_when(lambda op: op.name == "open" and op.path.endswith("model.bin"), errno.EMFILE)
     with pytest.raises(OSError, match="Too many open files"):
         catalog.latest()
@@ -292,7 +298,7 @@ def private_name(root: Path) -> str:
 
 
 def test_unknown_levels_are_refused(tmp_path: Path) -> None:
-    for call in (lambda: Catalog(tmp_path).latest("ful"), lambda: Catalog(tmp_path).verify("t", level="yes")):  # type: ignore[arg-type]
+    for call in (lambda: Catalog(tmp_path).latest("ful"), lambda: Catalog(tmp_path).verify("t", level="yes")):
         with pytest.raises(ConfigError, match="'full', 'size' or 'off'"):
             call()
 
