@@ -36,16 +36,24 @@ def test_order_is_that_of_the_commits(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for root in (tmp_path, tmp_path / "missing"):
-        catalog = Catalog(root)
-        assert catalog.tags() == []
-        assert catalog.latest() is None
-        assert catalog.staging() == []
-        for call in (catalog.path, catalog.manifest, catalog.open, catalog.verify):
-            with pytest.raises(CheckpointNotFoundError, match="nothing"):
-                call("t")
-            with pytest.raises(UnsafePathError):
-                call("../t")
+    catalog = Catalog(tmp_path)
+    assert catalog.tags() == []
+    assert catalog.latest() is None
+    assert catalog.staging() == []
+    for call in (catalog.path, catalog.manifest, catalog.open, catalog.verify):
+        with pytest.raises(CheckpointNotFoundError, match="nothing"):
+            call("t")
+        with pytest.raises(UnsafePathError):
+            call("../t")
+
+
+def test_root_that_is_not_there_or_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("missing", "file"):
+        catalog = Catalog(tmp_path / name)
+        for call in (catalog.tags, catalog.latest, catalog.staging):
+            with pytest.raises(CheckpointNotFoundError, match=name):
+                call()
 
 
 def test_only_checkpoints_are_listed(tmp_path: Path) -> None:
