@@ -15,6 +15,8 @@ from .errors import UnsafePathError
 from .owner import Owner
 
 MANIFEST_NAME = "manifest.json"
+DCP_METADATA_NAME = ".metadata"
+"""The only file that may begin with a dot: torch.distributed.checkpoint looks for it under this name."""
 MAX_TAG_BYTES = 128
 MAX_COMPONENT_BYTES = 200
 MAX_PATH_BYTES = 1024
@@ -60,7 +62,8 @@ def check_relative_path(path: str) -> tuple[str, ...]:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
     for part in parts:
-        _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
+        if path != DCP_METADATA_NAME:
+            _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
     if parts[0].lower() == MANIFEST_NAME:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
     return parts
