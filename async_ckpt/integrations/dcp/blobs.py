@@ -1,0 +1,135 @@
+"""One rank's file in the form of torch.distributed.checkpoint: blobs one after the other, each tensor a whole torch.save container.
+
+Guarantees:
+- Planning reads no payload byte and copies none; a tensor's bytes come straight from its storage, also where it is a part of a larger one.
+- Each blob is what ``torch.save`` writes for a standalone contiguous tensor of that shape and dtype, with its conjugate and negative bit.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...checksum import crc32_combine
+from ...layout.plan import FilePlan, PlannedState, Sources, hash_layout
+from ...layout.planner import Planner
+from ...layout.sealer import Sealer
+
+_MAX_TEMPLATES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedPlan(FilePlan):
+    """Several plans one after the other in one file; `parts` are (offset, plan), ascending and without gaps."""
+
+    parts: tuple[tuple[int, FilePlan], ...] = ()
+
+    def sealer(self) -> JoinedSealer:  # type: ignore[override]
+        return JoinedSealer(self.parts)
+
+
+class JoinedSealer:
+    """Seals the extents of a joined file: each blob's part by that blob's own sealer. Used like `layout.Sealer`."""
+
+    def __init__(self, parts: tuple[tuple[int, FilePlan], ...]) -> None:
+        self._parts = parts
+        self._next = 0
+        self._sealer: Sealer | None = None
+
+    def __call__(self, offset: int, view: memoryview) -> int:
+        """Patch and checksum the extent that starts at file offset `offset`; extents come in order."""
+        end, crc = offset + view.nbytes, 0
+        while self._next < len(self._parts):
+            start, plan = self._parts[self._next]
+            if start >= end:
+                break
+            if self._sealer is None:
+                self._sealer = plan.sealer()
+            low, high = max(start, offset), min(start + plan.file_bytes, end)
+            crc = crc32_combine(crc, self._sealer(low - start, view[low - offset : high - offset]), high - low)
+            if high < start + plan.file_bytes:
+                break
+            self._next, self._sealer = self._next + 1, None
+        return crc
+
+
+class BlobPlanner:
+    """Plans blobs; keeps the plan of each kind of tensor (dtype, shape, bits). One thread at a time."""
+
+    def __init__(self) -> None:
+        self._planner = Planner()
+        self._templates: dict[Any, FilePlan] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> tuple[FilePlan, torch.Tensor | None]:
+        """The blob of `tensor` and the contiguous tensor to copy from (None: the plan holds all bytes)."""
+        if tensor.layout is not torch.strided or tensor.is_quantized or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            buffer = io.BytesIO()
+            torch.save(tensor.detach().cpu(), buffer)
+            return raw_plan(buffer.getvalue()), None
+        tensor = tensor.detach()
+        source = tensor if tensor.is_contiguous() else _flip_bits(_flip_bits(tensor, tensor).contiguous(), tensor)
+        key = (source.dtype, source.shape, source.is_conj(), source.is_neg())
+        plan = self._templates.get(key)
+        if plan is None:
+            if len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.clear()
+            # Never touched: only its description is pickled.
+            alike = _flip_bits(torch.empty(source.shape, dtype=source.dtype), source)
+            plan = self._templates[key] = self._planner.plan(alike).plan
+        return plan, source if source.numel() else None
+
+
+def _flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A view of the same bytes, its conjugate and negative bit flipped where `like` has them set."""
+    if like.is_conj():
+        tensor = tensor.conj()
+    return torch._neg_view(tensor) if like.is_neg() else tensor
+
+
+def raw_plan(data: bytes) -> FilePlan:
+    """A blob of bytes as they are."""
+    return FilePlan(len(data), ((0, data),), (), (), "torch", "torch", hash_layout("opaque", len(data), (), ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a blob lies in its file."""
+
+    offset: int
+    length: int
+
+
+def join_blobs(blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]]) -> tuple[PlannedState, list[Extent]]:
+    """The file of these (name, plan, source) blobs, and where each lies. Names are for error messages."""
+    parts: list[tuple[int, FilePlan]] = []
+    extents: list[Extent] = []
+    literals: list[tuple[int, bytes]] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    sources = Sources([], [], [])
+    tensors: list[torch.Tensor] = []
+    names: list[str] = []
+    position = 0
+    for name, plan, source in blobs:
+        extents.append(Extent(position, plan.file_bytes))
+        if plan.file_bytes == 0:
+            continue
+        parts.append((position, plan))
+        literals += [(position + offset, data) for offset, data in plan.literals]
+        if source is not None:
+            (offset,), (nbytes,) = plan.payload_offsets, plan.payload_nbytes
+            offsets.append(position + offset)
+            sizes.append(nbytes)
+            sources.storage.append(source.untyped_storage())
+            sources.offset_bytes.append(int(source.storage_offset()) * source.element_size())
+            sources.nbytes.append(nbytes)
+            tensors.append(source)
+            names.append(name)
+        position += plan.file_bytes
+    plan_hash = hash_layout("opaque", position, offsets, sizes)
+    joined = JoinedPlan(position, tuple(literals), offsets, sizes, "torch", "torch", plan_hash, None, tuple(parts))
+    return PlannedState(joined, sources, tensors, False, lambda: names), extents

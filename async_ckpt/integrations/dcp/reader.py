@@ -1,0 +1,163 @@
+"""A ``StorageReader``: ``dcp.load`` from a committed checkpoint, every byte compared with the manifest first.
+
+Guarantees:
+- Nothing reaches a tensor before the checksums of the extents it comes from have been compared.
+- `.metadata` and the blobs run no code; what lies outside their file or fits no tensor is an error.
+- The checkpoint stays the same one while it is read, also where it is replaced or deleted meanwhile.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import uuid
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+
+from ...catalog import Catalog, OpenCheckpoint
+from ...errors import ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ...reading import VerifiedFile
+from .metadata_pickle import decode_metadata
+from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
+
+
+class DcpReader(StorageReader):
+    """Give it to ``dcp.load`` as `storage_reader`, with `checkpoint_id="<root>/<tag>"`.
+
+    Args:
+        path: the checkpoint's path, where none is given to ``dcp.load``.
+        verify: "full" compares checksums, "size" only sizes, "off" nothing.
+        weights_only: refuse objects (not tensors) that hold more than plain data; DCP's own planner would run their code.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True) -> None:
+        super().__init__()
+        if verify not in ("full", "size", "off"):
+            raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
+        self._verify = verify
+        self._weights_only = weights_only
+        self._path = None if path is None else os.fspath(path)
+        self._load_id = ""
+        self._storage_data: dict[Any, Any] = {}
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return DcpWriter.validate_checkpoint_id(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._storage_data = {}
+        if checkpoint_id is not None:
+            self._path = os.fspath(checkpoint_id)
+        if self._path is None:
+            raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
+        self._load_id = str(uuid.uuid4())
+
+    @property
+    def checkpoint_id(self) -> str | None:
+        """Path of the checkpoint being read."""
+        return self._path
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises CheckpointNotFoundError, CorruptCheckpointError."""
+        with self._open() as checkpoint, self._file(checkpoint, METADATA_NAME) as file:
+            metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self._load_id  # type: ignore[union-attr]
+        return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._storage_data = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        per_file: dict[str, list[tuple[Any, ReadItem]]] = {}
+        for item in plan.items:
+            info = self._storage_data[item.storage_index]
+            per_file.setdefault(info.relative_path, []).append((info, item))
+        with self._open() as checkpoint:
+            for path, wanted in per_file.items():
+                # In file order, so that each extent is read once and few are held.
+                wanted.sort(key=lambda pair: pair[0].offset)
+                with self._file(checkpoint, path) as file:
+                    self._read_file(file, wanted, planner)
+        future: torch.futures.Future[None] = torch.futures.Future()
+        future.set_result(None)
+        return future
+
+    def _read_file(self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner) -> None:
+        for info, item in wanted:
+            behind = info.offset // file.extent_bytes
+            file.drop([extent for extent in file.kept() if extent < behind])
+            blob = file.view(info.offset, info.length)
+            if item.type == LoadItemType.BYTE_IO:
+                if self._weights_only:
+                    _check_plain(blob, f"{file.name}, item {item.storage_index.fqn!r}")
+                planner.load_bytes(item, io.BytesIO(blob))
+                continue
+            tensor = _load_blob(blob, f"{file.name}, item {item.storage_index.fqn!r}")
+            narrowed = _narrow(tensor, item, file.name)
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != narrowed.size():
+                raise CorruptCheckpointError(
+                    f"{file.name}: item {item.storage_index.fqn!r} has shape {tuple(narrowed.size())}, {tuple(target.size())} is wanted",
+                    path=file.name,
+                )
+            target.copy_(narrowed)
+            planner.commit_tensor(item, target)
+
+    def _open(self) -> OpenCheckpoint:
+        if self._path is None:
+            raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
+        root, tag = split_checkpoint_id(self._path)
+        return Catalog(root).open(tag)
+
+    def _file(self, checkpoint: OpenCheckpoint, path: str) -> VerifiedFile:
+        entry = checkpoint.entry(path)
+        file = checkpoint.open_file(entry)
+        try:
+            return VerifiedFile(
+                file, name=file.path, extent_bytes=entry.extent_bytes, extent_crc32=entry.extent_crc32, check=self._verify == "full"
+            )
+        except BaseException:
+            file.close()
+            raise
+
+
+def _narrow(tensor: torch.Tensor, item: ReadItem, source: str) -> torch.Tensor:
+    """The part of a stored tensor that this item wants."""
+    if len(item.storage_offsets) != tensor.dim():
+        raise CorruptCheckpointError(f"{source}: item {item.storage_index.fqn!r} has {tensor.dim()} dimensions", path=source)
+    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        if not 0 <= offset <= offset + length <= tensor.size(dim):
+            raise CorruptCheckpointError(f"{source}: item {item.storage_index.fqn!r} is smaller than its metadata says", path=source)
+        tensor = tensor.narrow(dim, offset, length)
+    return tensor
+
+
+def _check_plain(blob: memoryview, source: str) -> None:
+    try:
+        torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsupportedStateError(f"{source} is not plain data; give weights_only=False if you trust its writer: {error}") from error
+
+
+def _load_blob(blob: memoryview, source: str) -> torch.Tensor:
+    try:
+        tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    # torch raises whatever its unpickler and zip reader meet.
+    except Exception as error:
+        raise CorruptCheckpointError(f"{source} is not a torch container: {error}", path=source) from error
+    if not isinstance(tensor, torch.Tensor):
+        raise CorruptCheckpointError(f"{source} holds no tensor", path=source)
+    return tensor

@@ -1,0 +1,191 @@
+"""An ``AsyncStager`` for ``dcp.async_save``: snapshots into memory that is touched once and reused, and never overwritten while in use.
+
+Guarantees:
+- The staged state dict holds the values at the moment of `stage`, with every tensor's dtype, shape, stride, conjugate and negative bit,
+  `requires_grad` and kind (Parameter, DTensor); tensors that share memory still do.
+- A slot is handed out again only when no tensor of its snapshot is alive any more; till then `stage` takes another slot, or waits.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.tensor import DTensor
+
+from ...staging import StagingArena, StagingChunk
+
+_ALIGNMENT = 64
+_SLOT_STEP_BYTES = 2 << 20
+
+
+class ArenaStager(AsyncStager):
+    """Give it to ``dcp.async_save`` as `async_stager`, the same one each time.
+
+    Args:
+        num_slots: snapshots that may be alive at once; each takes as much host memory as the state.
+        slot_bytes: size of one slot; by default that of the first state staged. A larger state later gets new slots.
+        timeout_s: how long `stage` waits for a slot before `BackpressureTimeout`.
+
+    `stage` blocks for the copy (and the devices' copies), on the caller's thread.
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self, *, num_slots: int = 2, slot_bytes: int | None = None, timeout_s: float = 1800.0) -> None:
+        self._num_slots = num_slots
+        self._slot_bytes = slot_bytes
+        self._timeout_s = timeout_s
+        self._arena: StagingArena | None = None
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `state_dict` in staging memory.
+
+        Raises:
+            BackpressureTimeout: earlier snapshots were not written in time.
+        """
+        found = _Storages()
+        _walk(state_dict, found.add, {})
+        chunk = self._slot(found.lay_out()).acquire(self._timeout_s)
+        arena = self._arena
+        assert arena is not None
+        holder = (ctypes.c_char * arena.chunk_bytes).from_buffer(chunk.view)
+        # From here on the slot belongs to the tensors on it: it is free when the last of them is gone.
+        weakref.finalize(holder, arena.release, chunk)
+        found.copy(chunk, memoryview(holder).cast("B"))
+        staged: dict[str, Any] = _walk(state_dict, found.rebuild, {})
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to wait for: `stage` has copied."""
+
+    def close(self) -> None:
+        """Give the memory back once the last snapshot is gone."""
+        if self._arena is not None:
+            self._arena.close()
+
+    def _slot(self, needed_bytes: int) -> StagingArena:
+        wanted = max(needed_bytes, self._slot_bytes or 0, 1)
+        if self._arena is None or self._arena.chunk_bytes < needed_bytes:
+            size = -(-wanted // _SLOT_STEP_BYTES) * _SLOT_STEP_BYTES
+            pin = torch.cuda.is_available()
+            old, self._arena = self._arena, StagingArena(self._num_slots, size, pin=pin)
+            if old is not None:
+                old.close()
+        return self._arena
+
+
+def _walk(value: Any, on_tensor: Callable[[torch.Tensor], Any], seen: dict[int, Any]) -> Any:
+    """`value` with every tensor replaced by what `on_tensor` returns; containers are new, other leaves deep copies."""
+    if id(value) in seen:
+        return seen[id(value)][0]
+    result: Any
+    if isinstance(value, torch.Tensor):
+        result = on_tensor(value)
+    elif isinstance(value, Mapping):
+        pairs = {key: _walk(item, on_tensor, seen) for key, item in value.items()}
+        result = type(value)(pairs) if type(value).__name__ == "OrderedDict" else pairs  # type: ignore[call-arg]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        result = type(value)(*(_walk(item, on_tensor, seen) for item in value))
+    elif isinstance(value, torch.Size):
+        result = value
+    elif isinstance(value, (list, tuple)):
+        result = type(value)(_walk(item, on_tensor, seen) for item in value)
+    else:
+        result = copy.deepcopy(value)
+    # The value is kept too: its id must not pass to another object while we walk.
+    seen[id(value)] = (result, value)
+    return result
+
+
+class _Storages:
+    """The byte ranges of storages that a state uses, where they go in the slot, and the tensors rebuilt on them."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
+        self._offsets: dict[int, int] = {}
+        self._staged: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Note what a tensor covers of its storage."""
+        if isinstance(tensor, DTensor):
+            self.add(_local(tensor))
+            return
+        if not _is_plain(tensor):
+            return
+        storage = tensor.untyped_storage()
+        low = int(tensor.storage_offset()) * tensor.element_size()
+        last: int = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) if tensor.numel() else -1
+        high = low + (last + 1) * tensor.element_size()
+        low -= low % _ALIGNMENT
+        known = self._ranges.get(storage._cdata)
+        if known is not None:
+            low, high = min(low, known[1]), max(high, known[2])
+        self._ranges[storage._cdata] = (storage, low, high)
+
+    def lay_out(self) -> int:
+        """Give every range a place in the slot; returns the bytes needed."""
+        position = 0
+        for key, (_, low, high) in self._ranges.items():
+            self._offsets[key] = position
+            position += -(-(high - low) // _ALIGNMENT) * _ALIGNMENT
+        return position
+
+    def copy(self, chunk: StagingChunk, memory: memoryview) -> None:
+        """Copy all ranges into the slot, and make a storage on each."""
+        devices = set()
+        for key, (storage, low, high) in self._ranges.items():
+            if high <= low:
+                self._staged[key] = torch.UntypedStorage(0)
+                continue
+            offset, nbytes = self._offsets[key], high - low
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (nbytes,), (1,))
+            chunk.tensor[offset : offset + nbytes].copy_(source, non_blocking=True)
+            if storage.device.type != "cpu":
+                devices.add(storage.device)
+            self._staged[key] = torch.frombuffer(memory[offset : offset + nbytes], dtype=torch.uint8).untyped_storage()
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    def rebuild(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor on the staged storage."""
+        with torch.no_grad():
+            if isinstance(tensor, DTensor):
+                local = self.rebuild(_local(tensor)).detach()
+                mesh, placements = tensor.device_mesh, tensor.placements
+                staged: torch.Tensor = DTensor.from_local(
+                    local, mesh, placements, run_check=False, shape=tensor.size(), stride=tensor.stride()
+                )
+            elif not _is_plain(tensor):
+                staged = tensor.detach().cpu().clone()
+            else:
+                staged = self._rebuild_plain(tensor)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(staged, tensor.requires_grad)
+        return staged.requires_grad_() if tensor.requires_grad else staged
+
+    def _rebuild_plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        _, low, _ = self._ranges[key]
+        offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
+        staged = torch.empty(0, dtype=tensor.dtype).set_(self._staged[key], offset, tensor.size(), tensor.stride())
+        staged = staged.conj() if tensor.is_conj() else staged
+        return torch._neg_view(staged) if tensor.is_neg() else staged
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local()
+    return local
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether storage, offset, size and stride say all about it; others (sparse, quantised, subclasses) are cloned."""
+    return (
+        tensor.layout is torch.strided and not tensor.is_quantized and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    )

@@ -1,0 +1,301 @@
+"""A ``StorageWriter``: checkpoints of torch.distributed.checkpoint, in its own on-disk form, written and committed our way.
+
+Call order, by DCP: `reset`, `set_up_storage_writer`, `prepare_local_plan`, `prepare_global_plan` (coordinator), `write_data`, and
+`finish` (coordinator, after every rank's `write_data` has succeeded). Source: ``torch/distributed/checkpoint/storage.py``.
+
+Guarantees:
+- Nothing appears under the checkpoint's name before `finish` has renamed it, whole and durable; an older one there stays as it was.
+- A failure on any rank raises on all of them (by DCP); what was staged is removed by the next `reset`, by `close`, or when the writer is
+  dropped, and by the next engine's sweep where the process has died.
+- Stock ``dcp.load`` and ``dcp_to_torch_save`` read the result; the manifest beside it makes it verifiable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+from ... import transaction
+from ...checksum import crc32
+from ...config import EngineConfig
+from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError
+from ...filesystem import FileSystem
+from ...manifest import FileEntry, check_metadata, check_tag, parse_private_name
+from ...writer import WrittenFile
+from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
+from .core import Core, kept_core
+
+METADATA_NAME = ".metadata"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one rank writes, told by the coordinator through its plan."""
+
+    tag: str
+    staging_name: str
+    rank: int
+
+    @property
+    def file_name(self) -> str:
+        return f"__{self.rank}_0.distcp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a rank tells the coordinator about one item: where it lies, and (with the first item) the file's manifest entry."""
+
+    info: _StorageInfo
+    entry: FileEntry | None
+
+
+def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str]:
+    """(root, tag) of "<root>/<tag>".
+
+    Raises:
+        UnsafePathError: the last component cannot be a tag.
+    """
+    root, tag = os.path.split(os.path.abspath(os.fspath(checkpoint_id)))
+    return root, check_tag(tag)
+
+
+def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str) -> tuple[Any, list[tuple[Any, Extent]]]:
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no tensor."""
+    described = []
+    for item in plan.items:
+        data = planner.resolve_data(item)
+        if item.type == WriteItemType.BYTE_IO:
+            described.append((item.index.fqn, raw_plan(data.getvalue()), None))  # type: ignore[union-attr]
+        else:
+            described.append((item.index.fqn, *blobs.tensor(data)))  # type: ignore[arg-type]
+    state, extents = join_blobs(described)
+    return state, list(zip(plan.items, extents, strict=True))
+
+
+def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
+    """What DCP passes on to `finish`; the entry travels with the first item."""
+    return [
+        WriteResult(item.index, extent.length, Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None))
+        for k, (item, extent) in enumerate(items)
+    ]
+
+
+def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: StorageMeta | None) -> bytes:
+    """The bytes of `.metadata`, in the stock form."""
+    metadata.storage_data = {result.index: result.storage_data.info for per_rank in results for result in per_rank}
+    metadata.storage_meta = meta
+    if hasattr(metadata, "version"):
+        from torch.distributed.checkpoint import filesystem
+
+        metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+    return pickle.dumps(metadata)
+
+
+def file_entry(path: str, written: WrittenFile, plan_hash: str | None, rank: int | None) -> FileEntry:
+    """The manifest's line of a written file."""
+    return FileEntry(path, written.size_bytes, written.extent_bytes, tuple(written.extent_crc32), "opaque", "dcp", plan_hash, rank)
+
+
+class DcpWriter(StorageWriter):
+    """Give it to ``dcp.save`` or ``dcp.async_save`` (thread or process) as `storage_writer`, with `checkpoint_id="<root>/<tag>"`.
+
+    Args:
+        path: the checkpoint's path, where none is given to ``dcp.save`` as `checkpoint_id`.
+        overwrite: "refuse" an existing checkpoint, or "replace" it atomically.
+        metadata: JSON values for the manifest.
+        options: `EngineConfig` fields for staging and writing (`staging_bytes`, `chunk_bytes`, `num_writers`, `io_mode`, ...).
+
+    Memory and threads are made at the first save and kept until `close`. One save at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: str = "refuse",
+        metadata: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if overwrite not in ("refuse", "replace"):
+            raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
+        self._overwrite = overwrite
+        self._user_metadata = check_metadata(metadata)
+        self._options = options
+        self._config = EngineConfig.from_params({"root": "unused", "io_mode": "auto", **options})
+        self._is_copy = False
+        self._core: Core | None = None
+        self._root = self._tag = ""
+        self._save_id = ""
+        self._coordinates = False
+        self._staged = _Staged()
+        if path is not None:
+            self._root, self._tag = split_checkpoint_id(path)
+
+    # DCP's calls.
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        try:
+            split_checkpoint_id(checkpoint_id)
+        except (UnsafePathError, TypeError):
+            return False
+        return "://" not in str(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._staged.drop()
+        if checkpoint_id is not None:
+            self._root, self._tag = split_checkpoint_id(checkpoint_id)
+        if not self._tag:
+            raise ConfigError("no checkpoint path: give checkpoint_id to dcp.save, or path to DcpWriter")
+        self._save_id = str(uuid.uuid4())
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Path of the checkpoint being saved."""
+        return os.path.join(self._root, self._tag)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("use_collectives") is False:
+            raise ConfigError("use_collectives=False is not supported: one rank must commit for all")
+        self._coordinates = is_coordinator
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        fs = self._filesystem
+        transaction.make_root(fs, self._root)
+        staging = transaction.begin(fs, self._root, self._tag, self._overwrite)
+        self._staged.hold(fs, staging)
+        name = os.path.basename(staging.path)
+        return [dataclasses.replace(plan, storage_data=Place(self._tag, name, rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        place = plan.storage_data
+        if not isinstance(place, Place):
+            raise TransactionStateError("the plan does not say where to write: prepare_global_plan was not called")
+        core = self._open_core()
+        location = self._locate(place)
+        state, items = plan_file(plan, planner, core.planner, place.file_name)
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        if not items:
+            future.set_result([])
+            return future
+        written = core.write(state, os.path.join(location, place.file_name), place.file_name)
+
+        def on_written(done: Future[WrittenFile]) -> None:
+            error = done.exception()
+            if error is not None:
+                # Annotated as a result by torch, though documented as an exception.
+                future.set_exception(error)  # type: ignore[arg-type]
+            else:
+                future.set_result(
+                    write_results(items, place.file_name, file_entry(place.file_name, done.result(), state.plan.plan_hash, place.rank))
+                )
+
+        written.add_done_callback(on_written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        staging = self._staged.staging
+        if staging is None:
+            raise TransactionStateError("there is no staging directory: prepare_global_plan was not called on this rank")
+        fs = self._filesystem
+        raw = encode_metadata(metadata, results, self.storage_meta())
+        fs.create_file(os.path.join(staging.path, METADATA_NAME), raw)
+        entries = [result.storage_data.entry for per_rank in results for result in per_rank if result.storage_data.entry is not None]
+        entries.append(FileEntry(METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
+        transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
+        self._staged.forget()
+
+    def close(self) -> None:
+        """Remove what an unfinished save has staged, stop the threads. Blocks until writes have ended."""
+        self._staged.drop()
+        core, self._core = self._core, None
+        if core is not None and not self._is_copy:
+            core.close(60.0)
+
+    # Inside.
+
+    @property
+    def _filesystem(self) -> FileSystem:
+        return self._open_core().filesystem
+
+    def _open_core(self) -> Core:
+        if self._core is None:
+            key = tuple(sorted((name, repr(value)) for name, value in self._options.items()))
+            self._core = kept_core(self._config, key) if self._is_copy else Core(self._config)
+        return self._core
+
+    def _locate(self, place: Place) -> str:
+        """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look for the new one."""
+        fs = self._filesystem
+        if place.tag == self._tag:
+            with contextlib.suppress(CheckpointNotFoundError):
+                return transaction.join(fs, self._root, self._tag, place.staging_name).path
+        known = parse_private_name(place.staging_name)
+        found = [parsed for name in fs.listdir(self._root) if (parsed := parse_private_name(name)) is not None]
+        mine = [p for p in found if known is not None and (p.kind, p.tag, p.owner) == ("staging", self._tag, known.owner)]
+        if not mine:
+            raise CheckpointNotFoundError(
+                f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file system? Nothing was written"
+            )
+        return os.path.join(self._root, str(max(mine, key=lambda parsed: parsed.number)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_core": None, "_staged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._staged = _Staged()
+        self._is_copy = True
+
+
+class _Staged:
+    """The staging directory of an unfinished save; removed when dropped or collected."""
+
+    def __init__(self) -> None:
+        self.staging: transaction.Staging | None = None
+        self._finalizer: Any = None
+
+    def hold(self, fs: FileSystem, staging: transaction.Staging) -> None:
+        self.drop()
+        self.staging = staging
+        self._finalizer = weakref.finalize(self, _abort, fs, staging, os.getpid())
+
+    def forget(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self.staging = self._finalizer = None
+
+    def drop(self) -> None:
+        finalizer = self._finalizer
+        self.staging = self._finalizer = None
+        if finalizer is not None:
+            finalizer()
+
+
+def _abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    # Left behind, it is swept by the next engine.
+    with contextlib.suppress(CheckpointError, OSError):
+        transaction.abort(fs, staging)
