@@ -33,7 +33,7 @@ class Tally:
 
 
 def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tally: Tally) -> None:
-    """Assert: committed for one rank means committed for all that learnt it, and there; failed means not there; all that is there is whole."""
+    """Assert that committed means committed for all, and there; that failed means not there; and that all that is there is whole."""
     catalog = Catalog(job.root)
     present = set(catalog.tags())
     outcomes: dict[str, set[str]] = {}
@@ -46,7 +46,8 @@ def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tal
             assert record["s"] < 2 * job.timeout_s + 5, (rank, record)
             if kind == "failed":
                 assert record["outcome"] == "RankFailedError", (rank, record)
-                assert record["blamed"] == killed, (rank, record)
+                # On a machine that is busy enough, a living rank 0 may be too slow for this short timeout; all agree on that, too.
+                assert record["blamed"] == killed or "has not decided within" in record["message"], (rank, record)
     for tag, kinds in outcomes.items():
         assert not {"ok", "failed"} <= kinds, (tag, outcomes)
         assert ("ok" not in kinds) or tag in present, (tag, kinds)
@@ -67,7 +68,7 @@ def kill_one(folder: Path, world_size: int, seed: int, tally: Tally) -> None:
     store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}"
     root = str(folder / "root")
-    job = Job(root, str(folder / "first"), world_size, address, timeout_s=1.5, run_id="1", numel=40_000)
+    job = Job(root, str(folder / "first"), world_size, address, timeout_s=2.0, run_id="1", numel=40_000)
     tags = [f"k{n}" for n in range(TAGS_PER_JOB)]
     killed = chance.randrange(world_size)
     # What follows a kill fails after a timeout each: two are enough to see that the survivors stay well.

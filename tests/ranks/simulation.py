@@ -113,9 +113,7 @@ class Simulation:
         answer = self.store.answer(request)
 
         def answered() -> None:
-            if not isinstance(request, (Await, AwaitCount)) or answer:
-                self._step(rank, script, answer)
-            elif self.now_s >= began_s + request.timeout_s:
+            if not isinstance(request, (Await, AwaitCount)) or answer or self.now_s >= began_s + request.timeout_s:
                 self._step(rank, script, answer)
             else:
                 pace_s = self._pace.after(interval_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from tests.ranks.jobs import Job, Plan, Processes, let_go, state_of
 
 
 @pytest.fixture
-def store() -> Iterator[Any]:
-    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def store() -> Any:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def make_job(tmp_path: Path, store: Any, world_size: int, **options: Any) -> Job:

@@ -94,9 +94,8 @@ def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
     assert polls <= 40 * world_size + 200
     # The slowest rank hears of it within seconds of the rename, at any size.
     assert max(simulation.ended_s.values()) < 5.2 + 4 * 5.0
-    print(
-        f"{world_size} ranks: {total} requests, {polls} polls, ended {max(simulation.ended_s.values()):.2f} s, busy {simulation.store.busy_s:.2f} s"
-    )
+    ended_s = max(simulation.ended_s.values())
+    print(f"{world_size} ranks: {total} requests, {polls} polls, ended {ended_s:.2f} s, store busy {simulation.store.busy_s:.2f} s")
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 1024])
