@@ -43,6 +43,9 @@ def attach(ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = Fal
     former = ds_engine.checkpoint_engine
     if former is not None and former.is_decoupled():
         former.cleanup()
+    if guard:
+        # Compact files are cut from new storages, which the guard does not know; whole ones are what stock DeepSpeed writes.
+        config.setdefault("compact_views", False)
     node_local = bool(ds_engine.use_node_local_storage())
     checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, **config)
     interface.register(AsyncDeepSpeedEngine)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +90,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self._destination: Destination | None = None
         self._info: Any = None
         self._is_open = False
+        self._failed: CheckpointError | None = None
         self._sealed: deque[_Sealed] = deque()
         self._num_sealed = 0
         self._mark: dict[str, int] = {}
@@ -117,21 +119,24 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if inside is None:
             self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
             return
-        engine = self._opened()
-        if inside:
-            engine.makedirs(inside, exist_ok=exist_ok)
+        with self._deferring():
+            engine = self._opened()
+            if inside:
+                engine.makedirs(inside, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: StrPath) -> None:
         """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
 
         Raises:
-            As `AsyncCheckpointEngine.save`.
+            As `AsyncCheckpointEngine.save`. On many ranks the failure of one is kept until the save is complete, because
+            the others are on their way to DeepSpeed's next barrier: `seal` or `commit` raises it.
         """
         inside = None if self._destination is None else self._destination.inside(path)
-        if inside:
-            self._opened().save(state_dict, inside)
-        else:
+        if not inside:
             write_beside(self._filesystem, os.fspath(path), state_dict)
+            return
+        with self._deferring():
+            self._opened().save(state_dict, inside)
 
     def load(self, path: StrPath, map_location: Any = None) -> Any:
         """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.
@@ -196,8 +201,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
                 self._inner.close()
 
     def preserves_storage_sharing(self) -> bool:
-        """False: files hold the bytes that tensors cover, so DeepSpeed need not clone them first."""
-        return False
+        """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them first."""
+        return not self._config["compact_views"]
 
     # What DeepSpeed's interface lacks; `attach` calls these.
 
@@ -208,7 +213,15 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._inner.guard(*optimizers)
 
     def seal(self) -> PendingCommit | None:
-        """The open checkpoint's saves are complete: commit it in the background. Returns at once; None if none is open."""
+        """The open checkpoint's saves are complete: commit it in the background. Returns at once; None if none is open.
+
+        Raises:
+            CheckpointError: a call since `create` has failed on this rank; the other ranks learn it in the background.
+        """
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            self.abandon(failed)
+            raise failed
         destination, self._destination = self._destination, None
         if not self._is_open or destination is None:
             return None
@@ -220,6 +233,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
     def abandon(self, error: BaseException) -> None:
         """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its writes."""
         destination, self._destination = self._destination, None
+        self._failed = None
         if self._is_open and destination is not None:
             self._is_open = False
             logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
@@ -277,6 +291,17 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             engine.create(destination.name)
             self._is_open = True
         return engine
+
+    @contextlib.contextmanager
+    def _deferring(self) -> Iterator[None]:
+        """On many ranks: keep the first failure for `seal`, which comes when all ranks have passed DeepSpeed's barriers."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._ranks.world_size == 1:
+                raise
+            logger.error("checkpoint failed on rank %d: %s", self._ranks.rank, error)
+            self._failed = self._failed or error
 
     def _note(self, pending: PendingCommit | None) -> None:
         self._sealed.append(_Sealed(self._num_sealed, self._info, pending, self._mark, is_raised=pending is None))

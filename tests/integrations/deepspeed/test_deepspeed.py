@@ -1,0 +1,166 @@
+"""The DeepSpeed integration against real DeepSpeed on CPU, one and two ranks.
+
+The processes start slowly, so one of them runs many scenarios; each scenario is a test here. The full matrix is marked
+slow: ``pytest tests/integrations/deepspeed -m slow``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.deepspeed.job import finish, run_job, start
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("deepspeed is not installed: pip install 'async-ckpt[deepspeed]'", allow_module_level=True)
+
+Outcomes = Callable[[int, tuple[str, ...]], dict[str, str | None]]
+
+ONE_RANK = (
+    "roundtrip:0,fp32",
+    "roundtrip:1,bf16",
+    "roundtrip:2,fp32",
+    "roundtrip:3,bf16",
+    "overlap_spans_steps",
+    "save_then_load",
+    "same_tag_again",
+    "paths_and_tags",
+    "sixteen_bit_model",
+    "offloaded_tensors",
+    "folder_of_stock_deepspeed",
+    "disk_full",
+    "exception_in_save",
+    "latest_is_last_and_atomic",
+    "zero_to_fp32:2",
+    "zero_to_fp32:3",
+    "pipeline",
+    "views_are_compacted",
+    "without_attach",
+    "plain_use",
+    "guarded",
+    "saved_for_exit",
+)
+AFTER_ONE_RANK = ("loaded_after_exit",)
+TWO_RANKS = (
+    "ranks_roundtrip:1,bf16",
+    "ranks_roundtrip:2,fp32",
+    "ranks_roundtrip:3,fp32",
+    "slow_rank",
+    "failing_rank",
+    "bad_state_on_one_rank",
+    "ranks_same_tag",
+    "ranks_pipeline",
+    "ranks_node_local",
+    "ranks_saved_for_exit",
+)
+AFTER_TWO_RANKS = ("ranks_loaded_after_exit",)
+MATRIX = tuple(f"{stage},{dtype}" for stage in range(4) for dtype in ("fp32", "bf16"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Runs a group of scenarios once; the second group of a pair sees the files of the first."""
+    directories: dict[int, Path] = {}
+
+    @cache
+    def run(world_size: int, scenarios: tuple[str, ...]) -> dict[str, str | None]:
+        directory = directories.setdefault(world_size, tmp_path_factory.mktemp(f"ranks{world_size}"))
+        return run_job(directory, world_size, list(scenarios))
+
+    return run
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("scenario", ONE_RANK)
+def test_one_rank(outcomes: Outcomes, scenario: str) -> None:
+    assert outcomes(1, ONE_RANK)[scenario] is None
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("scenario", AFTER_ONE_RANK)
+def test_after_the_process_has_ended(outcomes: Outcomes, scenario: str) -> None:
+    assert outcomes(1, ONE_RANK)["saved_for_exit"] is None
+    assert outcomes(1, AFTER_ONE_RANK)[scenario] is None
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("scenario", TWO_RANKS)
+def test_two_ranks(outcomes: Outcomes, scenario: str) -> None:
+    assert outcomes(2, TWO_RANKS)[scenario] is None
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("scenario", AFTER_TWO_RANKS)
+def test_after_both_processes_have_ended(outcomes: Outcomes, scenario: str) -> None:
+    assert outcomes(2, TWO_RANKS)["ranks_saved_for_exit"] is None
+    assert outcomes(2, AFTER_TWO_RANKS)[scenario] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_matrix(tmp_path: Path, world_size: int) -> None:
+    function = "roundtrip" if world_size == 1 else "ranks_roundtrip"
+    found = run_job(tmp_path, world_size, [f"{function}:{arguments}" for arguments in MATRIX], timeout_s=500)
+    assert found == dict.fromkeys(found)
+
+
+@pytest.mark.slow
+@pytest.mark.leaves_staging
+@pytest.mark.timeout(600)
+def test_a_killed_rank(tmp_path: Path) -> None:
+    """SIGKILL while its file is being written: the other rank's next call raises, nothing is visible, the old one loads."""
+    processes = start(tmp_path, 2, ["-m", "tests.integrations.deepspeed.worker", str(tmp_path), "killed_rank"])
+    finish(processes, 300)
+    assert processes[1].returncode == -signal.SIGKILL
+    assert processes[0].returncode == 0, (tmp_path / "log-0").read_text()[-3000:]
+    assert '"killed_rank": null' in (tmp_path / "outcomes-0.json").read_text()
+
+
+def test_without_deepspeed_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
+
+    assert AsyncDeepSpeedEngine is not None
+    for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError, match=r"pip install 'async-ckpt\[deepspeed\]'"):
+        attach(torch.nn.Linear(1, 1))
+
+
+def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import ModuleType
+
+    from async_ckpt.integrations.deepspeed import attach
+
+    class OldEngine:
+        create = save = load = commit = makedirs = None
+
+    modules: dict[str, Any] = {}
+    for name in (
+        "deepspeed",
+        "deepspeed.runtime",
+        "deepspeed.runtime.checkpoint_engine",
+        "deepspeed.runtime.checkpoint_engine.checkpoint_engine",
+    ):
+        modules[name] = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+    modules["deepspeed"].__version__ = "0.9.0"
+    modules["deepspeed.runtime.checkpoint_engine.checkpoint_engine"].CheckpointEngine = OldEngine
+    with pytest.raises(ImportError, match=r"deepspeed 0\.9\.0 is too old.*is_decoupled.*async-ckpt\[deepspeed\]"):
+        attach(torch.nn.Linear(1, 1))
+
+
+def test_this_is_the_version_that_was_tried() -> None:
+    assert importlib.metadata.version("deepspeed").startswith("0.19."), (
+        "run the slow matrix with this version, then name it in the docstring"
+    )
