@@ -34,11 +34,18 @@ if TYPE_CHECKING:
     from .engine import AsyncCheckpointEngine
     from .interface import CheckpointEngine
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
+    from .observers.logs import LoggingObserver
+    from .observers.prometheus import PrometheusObserver
+    from .observers.status import StatusObserver
+    from .observers.tensorboard import TensorBoardObserver
+    from .observers.trace import TraceObserver
     from .pacing import CheckpointPacer
     from .pending import PendingCommit
     from .preemption import PreemptionOutcome
+    from .progress import CommitProgress, show_progress
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
+    from .timeline import SpanRecorder, read_trace, write_timeline
 
 __version__ = "0.1.0"
 
@@ -48,18 +55,28 @@ _HOME = {
     "CheckpointEngine": "interface",
     "CheckpointPacer": "pacing",
     "CommitMetrics": "metrics",
+    "CommitProgress": "progress",
     "EngineConfig": "config",
     "KeepBest": "retention",
     "KeepEvery": "retention",
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
+    "LoggingObserver": "observers.logs",
     "Observer": "metrics",
     "PendingCommit": "pending",
     "PreemptionOutcome": "preemption",
+    "PrometheusObserver": "observers.prometheus",
     "SaveMetrics": "metrics",
     "Span": "metrics",
+    "SpanRecorder": "timeline",
+    "StatusObserver": "observers.status",
+    "TensorBoardObserver": "observers.tensorboard",
+    "TraceObserver": "observers.trace",
     "load": "restore",
     "load_into": "restore",
+    "read_trace": "timeline",
+    "show_progress": "progress",
+    "write_timeline": "timeline",
 }
 
 __all__ = [
@@ -72,6 +89,7 @@ __all__ = [
     "CheckpointPacer",
     "CommitError",
     "CommitMetrics",
+    "CommitProgress",
     "ConfigError",
     "CorruptCheckpointError",
     "EngineConfig",
@@ -79,23 +97,32 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "KeepNewerThan",
+    "LoggingObserver",
     "Observer",
     "OutOfSpaceError",
     "PathExistsError",
     "PendingCommit",
     "PreemptionOutcome",
+    "PrometheusObserver",
     "RankFailedError",
     "SaveMetrics",
     "Span",
+    "SpanRecorder",
     "StateMismatchError",
+    "StatusObserver",
     "TagExistsError",
+    "TensorBoardObserver",
     "TornSnapshotError",
+    "TraceObserver",
     "TransactionStateError",
     "UnsafePathError",
     "UnsupportedStateError",
     "WriteError",
     "load",
     "load_into",
+    "read_trace",
+    "show_progress",
+    "write_timeline",
 ]
 
 

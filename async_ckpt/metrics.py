@@ -82,14 +82,18 @@ class Observer(Protocol):
     """Told about every step, on the thread that did it; must return fast and must not raise.
 
     An exception in an observer never harms a checkpoint: it is reported once through
-    ``warnings`` and that observer is then left out.
+    ``warnings`` and that observer is then left out. A class that derives from this one needs to define only the
+    methods it wants.
     """
 
     def on_span(self, span: Span) -> None:
         """A piece of work ended."""
+        return None
 
     def on_save(self, metrics: SaveMetrics) -> None:
         """A file became durable."""
+        return None
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         """A commit ended; `error` is None on success."""
+        return None

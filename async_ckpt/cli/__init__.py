@@ -14,6 +14,7 @@ beside a running training; they do not import torch. Errors are one line on stan
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,10 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         # Accepted before and after the command.
         arguments = [argument for argument in arguments if argument != "--debug"]
-    from .app import build
-
     try:
-        build(arguments)(arguments, prog_name="async-ckpt")
+        code = _run(arguments)
+        sys.stdout.flush()
+        raise SystemExit(code)
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is left to say, also not while the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         from .failing import exit_code, one_line
 
@@ -42,6 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"async-ckpt: {one_line(error)}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _run(arguments: list[str]) -> int:
+    operands = [argument for argument in arguments[1:] if argument != "--json"]
+    if arguments[:1] == ["list"] and len(operands) == 1 and not operands[0].startswith("-"):
+        # The command that is typed most, and by scripts: it must not wait for a command-line library to be imported.
+        from .listing import list_checkpoints
+
+        return list_checkpoints(operands[0], as_json=len(arguments) > 2)
+    from .app import build
+
+    build(arguments)(arguments, prog_name="async-ckpt")
+    return EXIT_OK
 
 
 __all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_NOT_FOUND", "EXIT_OK", "EXIT_USAGE", "main"]

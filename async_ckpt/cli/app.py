@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 _MODULES = {
-    "list": "listing",
+    "list": "list_command",
     "inspect": "inspecting",
     "verify": "verifying",
     "diff": "differing",

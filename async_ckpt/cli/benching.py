@@ -80,9 +80,8 @@ def _advise(memory: MemoryResult, disk: DiskResult, size_bytes: int | None) -> d
     if fits:
         advice["why"] = "one whole checkpoint fits: with a guarded optimizer, save returns at once"
     else:
-        advice["why"] = (
-            f"a checkpoint does not fit into half of the free memory: each save waits about {format_seconds(advice['stall_s'])} for the disk"
-        )
+        waits = format_seconds(advice["stall_s"])
+        advice["why"] = f"a checkpoint does not fit into half of the free memory: each save waits about {waits} for the disk"
     return advice
 
 

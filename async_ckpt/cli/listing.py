@@ -1,4 +1,4 @@
-"""`async-ckpt list`: what is under a root, committed or not."""
+"""`async-ckpt list`: what is under a root, committed or not. No typer here, and no rich unless for a terminal (see `main`)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import os
 import stat
 import time
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..catalog import Catalog, CatalogEntry, StagingInfo
 from ..owner import OwnerState
 from ..units import format_age, format_bytes
-from . import EXIT_FAILED
+from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table
 
@@ -26,14 +24,8 @@ _OWNERS = {
 }
 
 
-def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List checkpoints with step, metadata, age, size and state; oldest first.
-
-    Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
-    """
+def list_checkpoints(root: str, *, as_json: bool) -> int:
+    """Print what is under `root`; returns the exit code."""
     catalog = catalog_of(root)
     now_s = time.time()
     found = [_committed(catalog, entry, now_s) for entry in catalog.entries()]
@@ -42,8 +34,7 @@ def command(
         print_json(found)
     else:
         _print(root, found)
-    if any(item["state"] == "damaged" for item in found):
-        raise typer.Exit(EXIT_FAILED)
+    return EXIT_FAILED if any(item["state"] == "damaged" for item in found) else EXIT_OK
 
 
 def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str, Any]:
@@ -67,7 +58,7 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str,
 
 
 def _staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]:
-    size_bytes, num_files, changed_s = _measure(os.path.join(catalog.root, info.name))
+    size_bytes, num_files, changed_s = measure_tree(os.path.join(catalog.root, info.name))
     return _item(
         info.tag,
         info.kind,
@@ -91,7 +82,7 @@ def _step(entry: CatalogEntry) -> int | None:
     return None if entry.manifest is None else CheckpointInfo.of(entry.manifest).step
 
 
-def _measure(path: str) -> tuple[int | None, int | None, float | None]:
+def measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
     """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be seen."""
     size_bytes = num_files = 0
     try:
@@ -114,7 +105,7 @@ def _reraise(error: OSError) -> None:
 
 def _print(root: str, found: list[dict[str, Any]]) -> None:
     if not found:
-        typer.echo(f"no checkpoints in {root!r}")
+        print(f"no checkpoints in {root!r}")
         return
     rows, styles = [], []
     for item in found:
@@ -123,7 +114,7 @@ def _print(root: str, found: list[dict[str, Any]]) -> None:
             (
                 item["tag"],
                 _or_empty(item["step"], str),
-                " ".join(f"{key}={json.dumps(value)}" for key, value in metadata.items()),
+                " ".join(f"{key}={_short(value)}" for key, value in metadata.items()),
                 _or_empty(item["age_s"], format_age),
                 _or_empty(item["size_bytes"], format_bytes),
                 _or_empty(item["num_files"], str),
@@ -132,6 +123,10 @@ def _print(root: str, found: list[dict[str, Any]]) -> None:
         )
         styles.append({"committed": "", "damaged": "red"}.get(item["state"], "dim"))
     print_table(("tag", "step", "metadata", "age", "size", "files", "state"), rows, right=("step", "age", "size", "files"), styles=styles)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _state(item: dict[str, Any]) -> str:

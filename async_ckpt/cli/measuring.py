@@ -7,6 +7,7 @@ sync, in memory that was touched before, as in a running engine.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import queue
@@ -148,7 +149,8 @@ class DiskMeasurement:
         file = pool.open_file(path, size_bytes=size_bytes, seal=lambda _, view: crc32(view))
         for offset in range(0, size_bytes, CHUNK_BYTES):
             chunk = self._free_chunks.get()
-            file.submit(Chunk(offset, min(CHUNK_BYTES, size_bytes - offset), chunk, None, lambda chunk=chunk: self._free_chunks.put(chunk)))
+            release = functools.partial(self._free_chunks.put, chunk)
+            file.submit(Chunk(offset, min(CHUNK_BYTES, size_bytes - offset), chunk, None, release))
         written = file.done.result()
         took_s = time.perf_counter() - started
         os.unlink(path)

@@ -32,14 +32,31 @@ Row = Sequence[str]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[str] = (), styles: Sequence[str] = ()) -> None:
-    """A table without frames; `right` names the columns that hold numbers, `styles` has one style per row."""
+    """A table without frames; `right` names the columns that hold numbers, `styles` has one style per row.
+
+    Into a pipe it is plain text, nothing cut and nothing wrapped.
+    """
+    numbers = frozenset(right)
+    cells = [[clean(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        _print_plain(columns, cells, numbers)
+        return
     from rich.table import Table
     from rich.text import Text
 
-    numbers = frozenset(right)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers or column == columns[0])
-    for index, row in enumerate(rows):
-        table.add_row(*(Text(clean(cell)) for cell in row), style=styles[index] if styles else "")
+    for index, row in enumerate(cells):
+        table.add_row(*map(Text, row), style=styles[index] if styles else "")
     console().print(table)
+
+
+def _print_plain(columns: Sequence[str], cells: list[list[str]], numbers: frozenset[str]) -> None:
+    lines = [list(columns), *cells]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    for line in lines:
+        parts = [
+            cell.rjust(width) if name in numbers else cell.ljust(width) for name, cell, width in zip(columns, line, widths, strict=True)
+        ]
+        print("  ".join(parts).rstrip())

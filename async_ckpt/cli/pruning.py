@@ -16,7 +16,7 @@ from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
     keep_last: Annotated[int | None, typer.Option(help="Keep the N newest.", show_default=False)] = None,
     keep_every: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple of N.", show_default=False)] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this number in the metadata.", show_default=False)] = None,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..filesystem import LocalFileSystem
 from ..units import format_bytes
-from .listing import _measure
+from .listing import measure_tree
 from .locating import catalog_of
 from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is staged, and by whom.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -26,10 +26,11 @@ def command(
     from ..transaction import sweep
 
     catalog = catalog_of(root)
+    results: list[dict[str, Any]]
     if dry_run:
         results = []
         for info in catalog.staging():
-            size_bytes, _, _ = _measure(f"{catalog.root}/{info.name}")
+            size_bytes, _, _ = measure_tree(f"{catalog.root}/{info.name}")
             results.append(
                 {
                     "name": info.name,

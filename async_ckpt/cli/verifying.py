@@ -21,8 +21,10 @@ from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints, or one checkpoint.", show_default=False)],
-    tag: Annotated[str | None, typer.Argument(help="One checkpoint; all without it.", show_default=False)] = None,
+    root: Annotated[
+        str, typer.Argument(help="Directory that holds the checkpoints, or one checkpoint.", metavar="ROOT", show_default=False)
+    ],
+    tag: Annotated[str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)] = None,
     level: Annotated[str, typer.Option(help="'full' reads everything, 'size' only compares presence and sizes.")] = "full",
     threads: Annotated[int | None, typer.Option(help="Reads in flight; chosen without it.", min=1, max=64)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -16,7 +16,7 @@ from .output import console, print_json
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", show_default=False)],
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600)] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Look once and print JSON.")] = False,
