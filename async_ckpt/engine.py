@@ -32,7 +32,7 @@ from .errors import BackpressureTimeout, PathExistsError, TransactionStateError,
 from .guard import Guard
 from .inflight import InFlight
 from .interface import CheckpointEngine, StrPath, tag_of
-from .layout import Planner
+from .layout import PlannedState, Planner
 from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
@@ -74,6 +74,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s)
         self._catalog = Catalog(self.root, self._inflight.filesystem)
+        self._inflight.prefault.submit(self._planner.check_ahead).add_done_callback(_report_background_failure)
         if config.staging_bytes == "auto":
             self._prefault(min(num_chunks * chunk_bytes, 256 << 20))
         else:
@@ -231,6 +232,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def prewarm(self, state_bytes: int | None = None) -> None:
         """Block until staging memory for `state_bytes` (None: all of it) is faulted in, so that the first save is a warm one."""
         self._usable()
+        self._planner.check_ahead()
         size = self._arena.num_chunks * self._arena.chunk_bytes
         self._arena.fault_in(size if state_bytes is None else min(size, state_bytes))
 
@@ -336,7 +338,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     def _save(self, checkpoint: OpenCheckpoint, path: str, state_dict: Any, started: float) -> None:
         checkpoint.check_new(path)
-        state = self._planner.plan(state_dict, name=path)
+        # An integration may have planned the file itself.
+        state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path)
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s = time.perf_counter() - started

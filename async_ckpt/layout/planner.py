@@ -18,7 +18,7 @@ from .keypaths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, w
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .recording import RecordingError, record
 from .safetensors import SafetensorsPlan, plan_safetensors
-from .selfcheck import agrees
+from .selfcheck import agrees, check_ahead
 from .structure import NotPlainError
 from .zipformat import MAX_ALIGNMENT
 
@@ -51,6 +51,11 @@ class Planner:
     def fallbacks(self) -> int:
         """Number of structure kinds for which the fast plan disagreed with torch's own, so that torch plans them."""
         return len(self._disagreements)
+
+    def check_ahead(self) -> None:
+        """Compare the fast encoder with torch's own before the first save needs the answer. Any thread; once per process."""
+        if self._format == "torch":
+            check_ahead(self._encode)
 
     def plan(self, obj: Any, *, name: str = "") -> PlannedState:
         """The plan of `obj`. `name` (the file's path) says whose plan to reuse.
