@@ -72,7 +72,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._preemption: Preemption | None = None
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
-        self._guard = Guard(config.backpressure_timeout_s)
+        self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
         self._catalog = Catalog(self.root, self._inflight.filesystem)
         self._inflight.prefault.submit(self._planner.check_ahead).add_done_callback(_report_background_failure)
         if config.staging_bytes == "auto":
@@ -160,6 +160,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             checkpoint = self._inflight.sealable(name)
             self._inflight.await_slot()
             pending = self._inflight.commit(checkpoint, checked, started)
+            self._snapshotter.hurry()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
         return pending

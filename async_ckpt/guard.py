@@ -10,7 +10,7 @@ import concurrent.futures
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from .snapshot import SnapshotJob
 class Guard:
     """Guarded optimizers and the lazy snapshots in flight. Any thread."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, hurry: Callable[[], None]) -> None:
         self._timeout_s = timeout_s
+        self._hurry = hurry
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._handles: list[Any] = []
         self._jobs: list[SnapshotJob] = []
@@ -69,6 +70,7 @@ class Guard:
         with self._lock:
             jobs, self._jobs = self._jobs, []
         started = time.perf_counter()
+        self._hurry()
         for job in jobs:
             self._wait_for(job, block)
         self.waited_s += time.perf_counter() - started

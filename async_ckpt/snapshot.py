@@ -14,6 +14,7 @@ so a lazy fill never waits for another chunk (its chunks are reserved before it 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,9 @@ from .copying import ChunkCut, Fill, OnCopied, cut
 from .layout import FilePlan, PlannedState
 from .staging import StagingArena, StagingChunk
 from .writer import Chunk, FileWrite
+
+# How long a lazy copy lets its caller go on planning; a checkpoint's files are saved within milliseconds of each other.
+_PATIENCE_S = 0.01
 
 
 @dataclass(slots=True)
@@ -55,6 +59,11 @@ class Snapshotter:
         self._timeout_s = timeout_s
         self._cuts: dict[str, tuple[Sequence[int], int, list[ChunkCut]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._calm = threading.Event()
+
+    def hurry(self) -> None:
+        """Start the queued lazy copies now: the caller has nothing more to save, or waits for them. Any thread."""
+        self._calm.set()
 
     def take(
         self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str, on_copied: OnCopied | None = None
@@ -99,8 +108,16 @@ class Snapshotter:
                 self._arena.release(chunk)
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
-        done = self._submit_copy(lambda: file.copy_behind(chunks, callers, chosen))
+        self._calm.clear()
+        done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
+
+    def _copy_behind(
+        self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None
+    ) -> None:
+        # The caller is likely to save the next file at once: competing for the GIL with its planning would be stall.
+        self._calm.wait(_PATIENCE_S)
+        file.copy_behind(chunks, callers, chosen)
 
     def _cuts_for(self, plan: FilePlan, name: str) -> list[ChunkCut]:
         known = self._cuts.get(name)
