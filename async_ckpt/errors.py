@@ -13,7 +13,29 @@ import os
 
 
 class CheckpointError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. All of them can be pickled: other ranks and processes get them whole."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__, self.__cause__ if _is_picklable(self.__cause__) else None)
+
+
+def _rebuild(
+    kind: type[CheckpointError], args: tuple[object, ...], attributes: dict[str, object], cause: BaseException | None
+) -> CheckpointError:
+    # The classes' own __init__ take other arguments than those that BaseException keeps.
+    error = kind.__new__(kind, *args)
+    (OSError if isinstance(error, OSError) else Exception).__init__(error, *args)
+    error.__dict__.update(attributes)
+    error.__cause__ = cause
+    path = attributes.get("path")
+    if isinstance(error, OSError) and path is not None:
+        error.filename = path
+    return error
+
+
+def _is_picklable(cause: BaseException | None) -> bool:
+    # Foreign exceptions may refuse; a builtin does not, and neither do ours.
+    return type(cause).__module__ == "builtins" or isinstance(cause, CheckpointError)
 
 
 class ConfigError(CheckpointError, ValueError):
