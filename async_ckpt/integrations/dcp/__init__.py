@@ -6,7 +6,8 @@ Run with torch 2.13 (gloo, FSDP2, DTensor); the stock on-disk form, so no lock-i
 from __future__ import annotations
 
 from .reader import DcpReader
+from .sharded import TrainingState, load_sharded, save_sharded
 from .stager import ArenaStager
 from .writer import DcpWriter
 
-__all__ = ["ArenaStager", "DcpReader", "DcpWriter"]
+__all__ = ["ArenaStager", "DcpReader", "DcpWriter", "TrainingState", "load_sharded", "save_sharded"]

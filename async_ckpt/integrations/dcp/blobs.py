@@ -21,6 +21,10 @@ from ...layout.sealer import Sealer
 
 _MAX_TEMPLATES = 4096
 
+# What the manifest says of these files: no single torch container, laid out here.
+_OPAQUE: Any = "opaque"
+_DCP: Any = "dcp"
+
 
 @dataclass(frozen=True, slots=True)
 class JoinedPlan(FilePlan):
@@ -92,7 +96,7 @@ def _flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def raw_plan(data: bytes) -> FilePlan:
     """A blob of bytes as they are."""
-    return FilePlan(len(data), ((0, data),), (), (), "torch", "torch", hash_layout("opaque", len(data), (), ()))
+    return FilePlan(len(data), ((0, data),), (), (), _OPAQUE, _DCP, hash_layout("opaque", len(data), (), ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +135,5 @@ def join_blobs(blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]]) -> tu
             names.append(name)
         position += plan.file_bytes
     plan_hash = hash_layout("opaque", position, offsets, sizes)
-    joined = JoinedPlan(position, tuple(literals), offsets, sizes, "torch", "torch", plan_hash, None, tuple(parts))
+    joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, None, tuple(parts))
     return PlannedState(joined, sources, tensors, False, lambda: names), extents

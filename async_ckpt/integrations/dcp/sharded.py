@@ -1,0 +1,173 @@
+"""Sharded state (FSDP2, DTensor) through an engine: DCP plans and reshards, the engine snapshots, writes and commits in the background.
+
+Guarantees:
+- `save_sharded` returns when the state is planned and copied; its collectives run on the calling thread only.
+- The pending commit succeeds on all ranks or fails on all; see `RankCoordinator`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+from ...engine import AsyncCheckpointEngine
+from ...errors import BackpressureTimeout, ConfigError, RankFailedError
+from ...pending import PendingCommit
+from .blobs import BlobPlanner, join_blobs, raw_plan
+from .reader import DcpReader
+from .writer import METADATA_NAME, Place, encode_metadata, plan_file, write_results
+
+# Templates are plain data, the same for every engine; only the training thread plans.
+_blobs = BlobPlanner()
+
+
+class TrainingState(Stateful):
+    """A model and its optimizers as one entry of a state dict, sharded or not; saved and restored by their full names."""
+
+    def __init__(self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()) -> None:
+        self._model = model
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer state. A collective where the model is sharded."""
+        model, optimizers = get_state_dict(self._model, self._optimizers)
+        return {"model": model, "optim": optimizers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put a loaded state into model and optimizers."""
+        set_state_dict(self._model, self._optimizers, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optim"])
+
+
+def save_sharded(
+    engine: AsyncCheckpointEngine,
+    tag: str,
+    state_dict: dict[str, Any],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    planner: SavePlanner | None = None,
+) -> PendingCommit:
+    """Save `state_dict` (tensors, DTensors, plain objects, `Stateful` ones) as checkpoint `tag`, in DCP's own form. All ranks call it.
+
+    Blocks for DCP's planning (two small gathers on `process_group`) and for the copy. The engine needs a `RankCoordinator` where there
+    is more than one rank.
+
+    Raises:
+        CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible under `tag`.
+        RankFailedError: another rank's.
+    """
+    world_size = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+    coordinator = engine.config.coordinator
+    num_ranks = 1 if coordinator is None else coordinator.world_size
+    if world_size != num_ranks:
+        raise ConfigError(
+            f"the engine commits for {num_ranks} rank(s), the process group has {world_size}: "
+            "give the engine coordinator=RankCoordinator.from_env()"
+        )
+    writer = _EngineWriter(engine, tag)
+    try:
+        state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
+    except BaseException as error:
+        failure = _own_or_first(error, writer.rank) if isinstance(error, CheckpointException) else error
+        if writer.is_open:
+            engine.abort(tag)
+        raise failure from error
+    return engine.commit(tag, metadata)
+
+
+def load_sharded(
+    engine: AsyncCheckpointEngine,
+    tag: str,
+    state_dict: dict[str, Any],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    planner: LoadPlanner | None = None,
+    verify: str = "full",
+) -> None:
+    """Load checkpoint `tag` into `state_dict`, in place, whatever number of ranks has saved it. All ranks call it; blocks.
+
+    A pending commit of that tag is waited for first.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError: this rank's. RankFailedError: another rank's.
+    """
+    for pending in engine.pending():
+        if pending.tag == tag and not pending.wait(engine.config.backpressure_timeout_s):
+            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s")
+    rank = dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
+    reader = DcpReader(os.path.join(engine.root, tag), verify=verify)
+    try:
+        state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
+    except CheckpointException as error:
+        raise _own_or_first(error, rank) from error
+
+
+def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
+    """This rank's failure, where it has one; else who failed first and why."""
+    causes = {failed: wrapped[0] for failed, wrapped in error.failures.items()}
+    own = causes.get(rank)
+    if own is not None:
+        return own
+    first = min(causes)
+    return RankFailedError(
+        f"rank {first} failed: {type(causes[first]).__name__}: {causes[first]}; this rank's part was dropped", rank=first
+    )
+
+
+class _EngineWriter(StorageWriter):
+    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata; the engine commits later."""
+
+    def __init__(self, engine: AsyncCheckpointEngine, tag: str) -> None:
+        super().__init__()
+        self.rank = 0
+        self.is_open = False
+        self._engine = engine
+        self._tag = tag
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        return None
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=os.path.join(self._engine.root, self._tag))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.rank = kwargs.get("rank", 0)
+        # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not begin.
+        self._engine.create(self._tag)
+        self.is_open = True
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [dataclasses.replace(plan, storage_data=Place(self._tag, "", rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        name = plan.storage_data.file_name
+        state, items = plan_file(plan, planner, _blobs, name)
+        if items:
+            self._engine.save(state, f"{self._engine.root}/{self._tag}/{name}")
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        future.set_result(write_results(items, name, None))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        raw = encode_metadata(metadata, results, self.storage_meta())
+        state, _ = join_blobs([(METADATA_NAME, raw_plan(raw), None)])
+        self._engine.save(state, f"{self._engine.root}/{self._tag}/{METADATA_NAME}")
