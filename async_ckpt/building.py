@@ -49,7 +49,7 @@ def _resolve(tag: str) -> torch.device:
     if tag == "cpu":
         return torch.device("cpu")
     # Only torch knows all tags; it validates the device and moves the (empty) storage there.
-    moved = torch.serialization.default_restore_location(torch.UntypedStorage(0), tag)  # type: ignore[no-untyped-call]
+    moved = torch.serialization.default_restore_location(torch.UntypedStorage(0), tag)
     return torch.device(moved.device)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from .checksum import crc32
 from .errors import CheckpointError
-from .reading import BLOCK_BYTES, ExtentMismatch, VerifiedFile
+from .read_errors import ExtentMismatch
+from .reading import BLOCK_BYTES, VerifiedFile
 from .zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 

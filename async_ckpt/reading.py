@@ -17,6 +17,7 @@ from typing import Protocol
 
 from .checksum import crc32, crc32_combine
 from .errors import CheckpointError, CorruptCheckpointError
+from .read_errors import ExtentMismatch, ReadError
 
 BLOCK_BYTES = 4 << 20
 """One read. Four in flight fill a fast disk's queue, and a block is still in the core's cache when its CRC is taken."""
@@ -42,35 +43,6 @@ class ReadableFile(Protocol):
     def pread_into(self, buffer: memoryview, offset: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-NOTHING_LOADED = "nothing was loaded"
-
-
-class ReadError(CheckpointError, OSError):
-    """The disk failed while a checkpoint was read; keeps path, offset and errno."""
-
-    def __init__(self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED) -> None:
-        super().__init__(cause.errno, cause.strerror or str(cause))
-        self.path = path
-        self.offset = offset
-        self.consequence = consequence
-
-    def __str__(self) -> str:
-        where = "" if self.offset is None else f" at offset {self.offset}"
-        return f"cannot read {self.path}{where}: [Errno {self.errno}] {self.strerror}; {self.consequence}"
-
-
-class ExtentMismatch(CorruptCheckpointError):
-    """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
-
-    def __init__(self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED) -> None:
-        where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
-        super().__init__(
-            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}", path=name, record=record
-        )
-        self.extent, self.first, self.end = extent, first, end
-        self.consequence = consequence
 
 
 @dataclass(slots=True)
@@ -272,7 +244,7 @@ class VerifiedFile:
         if num_workers <= 1:
             work()
         else:
-            with ThreadPoolExecutor(num_workers, thread_name_prefix="async_ckpt-read") as pool:
+            with ThreadPoolExecutor(num_workers, thread_name_prefix="async-ckpt-read") as pool:
                 results = [pool.submit(work) for _ in range(num_workers)]
                 try:
                     for result in results:

@@ -19,7 +19,8 @@ from .building import PlainObjects, check_inside, element_type, storage_extent
 from .config import available_memory_bytes
 from .errors import StateMismatchError
 from .plain_pickle import NotPlainError, StorageRef, load_plain
-from .reading import ExtentMismatch, ReadError, VerifiedFile
+from .read_errors import ExtentMismatch, ReadError
+from .reading import VerifiedFile
 from .safetensors_file import tensor_extents
 from .scatter import Scatter, new_storage, stream_into
 from .state_tree import flatten, replace_leaves

@@ -110,7 +110,7 @@ def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
 
     The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
     """
-    storage = torch.UntypedStorage(num_bytes, device=device)  # type: ignore[no-untyped-call]
+    storage = torch.UntypedStorage(num_bytes, device=device)
     if device.type == "cpu" and num_bytes >= 2 * _HUGE_PAGE_BYTES:
         first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         last = (storage.data_ptr() + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES

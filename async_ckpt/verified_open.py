@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from . import manifest
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from .reading import DEFAULT_NUM_THREADS, MemorySource, ReadError, VerifiedFile, aligned_memory
+from .read_errors import ReadError
+from .reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile, aligned_memory
 
 if TYPE_CHECKING:
     from .catalog import Catalog, OpenCheckpoint
