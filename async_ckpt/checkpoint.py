@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .coordination import OpenTag
-from .errors import PathExistsError
+from .errors import PathExistsError, TransactionStateError
 from .manifest import FileEntry
 from .metrics import CommitMetrics, SaveMetrics
 from .pending import PendingCommit
@@ -73,8 +73,14 @@ class OpenCheckpoint:
             raise self.error
 
     def fail(self, error: BaseException) -> None:
-        if self.error is None:
+        """Remember the first failure. KeyboardInterrupt and the like would end whatever loop meets them later."""
+        if self.error is not None:
+            return
+        if isinstance(error, Exception):
             self.error = error
+        else:
+            self.error = TransactionStateError(f"checkpoint {self.tag!r} was interrupted by {error!r}; it is not committed")
+            self.error.__cause__ = error
 
     def check_new(self, path: str) -> None:
         """Refuse a path that was saved before, or that a directory occupies."""

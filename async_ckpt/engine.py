@@ -66,8 +66,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         pin = torch.cuda.is_available() if config.pin_memory == "auto" else config.pin_memory
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = config.resolved_staging_bytes() // chunk_bytes
-        self._inflight = InFlight(config, self.root)
+        # Memory first: what fails from here on must not leave threads behind.
         self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
+        self._inflight = InFlight(config, self.root)
         self._inflight.adopt(self._arena)
         self._preemption: Preemption | None = None
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)

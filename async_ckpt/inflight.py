@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from . import leaving, retention, transaction, verify
+from .catalog import Catalog
 from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
 from .coordination import Coordinator, LocalCoordinator
@@ -72,6 +73,8 @@ class InFlight:
         self._commits: OrderedDict[str, PendingCommit] = OrderedDict()
         self._failures: list[BaseException] = []
         self._last_created_ns = 0
+        self._first_created_ns = 0
+        self._oldest_possible_ns: int | None = None
         self._call_off: Callable[[], object] = lambda: None
 
     def adopt(self, arena: StagingArena) -> None:
@@ -220,12 +223,21 @@ class InFlight:
         if checkpoint.after is not None:
             await self._in_helper(lambda: checkpoint.after.wait(None) if checkpoint.after else None)
         location = await asyncio.wrap_future(checkpoint.opened.location)
+        created_unix_ns = await self._in_helper(lambda: self._after_older(created_unix_ns))
         await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
         checkpoint.state = State.DURABLE
         started = time.perf_counter()
         await self._in_helper(lambda: self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns))
         checkpoint.state = State.COMMITTED
         self._measure(checkpoint, entries, started)
+
+    def _after_older(self, created_unix_ns: int) -> int:
+        """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
+        if self._oldest_possible_ns is None:
+            entries = Catalog(self.root, self.filesystem).entries()
+            self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
+            self._first_created_ns = created_unix_ns
+        return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
     def _complete(self, location: str, directories: list[str], entries: list[FileEntry]) -> None:
         """Make the directories that hold no file, and read everything back where that was asked for."""

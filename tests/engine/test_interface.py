@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -229,6 +230,17 @@ def test_a_broken_observer_harms_no_checkpoint(tmp_path: Path) -> None:
         with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, observers=(Broken(),)) as engine:
             assert commit_one(engine, "a", 1).result(60) == "a"
     assert len([w for w in caught if "observer bug" in str(w.message)]) == 1
+
+
+def test_newest_is_the_last_commit_even_when_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        commit_one(engine, "z-first-run", 1).result(60)
+    an_hour_ago = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr("time.time_ns", lambda: an_hour_ago)
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        for k, tag in enumerate(("c", "b", "a")):
+            commit_one(engine, tag, k)
+    assert Catalog(tmp_path).tags() == ["z-first-run", "c", "b", "a"]
 
 
 def test_safetensors_format(tmp_path: Path) -> None:
