@@ -1,0 +1,116 @@
+"""prune, sweep, export, watch, timeline, demo, bench."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from async_ckpt.metrics import CommitMetrics, Span
+from async_ckpt.observers.status import StatusObserver
+
+from .test_reading import dead_owner, stage
+
+
+def test_prune_dry_run_says_why_and_deletes_nothing(cli, root):
+    ran = cli("prune", root, "--keep-last", "1", "--keep-every", "1000", "--dry-run")
+    assert ran.code == 0
+    assert "would be deleted" in ran.out
+    assert "among the last 1" in ran.out
+    assert (root / "step-100").exists()
+
+
+def test_prune_deletes_and_keeps_the_newest(cli, root):
+    decisions = json.loads(cli("prune", root, "--keep-best", "loss", "--best-mode", "min", "--json").out)
+    assert [(d["tag"], d["deleted"]) for d in decisions] == [("step-100", True), ("step-200", False)]
+    assert sorted(path.name for path in root.iterdir()) == ["step-200"]
+
+
+def test_prune_keeps_everything_while_the_newest_is_damaged(cli, root):
+    (root / "step-200" / "model.pt").unlink()
+    assert "damaged" in cli("prune", root, "--keep-last", "1").out
+    assert (root / "step-100").exists()
+
+
+def test_prune_by_age(cli, root):
+    assert all(decision["keep"] for decision in json.loads(cli("prune", root, "--keep-newer-than", "2d", "--json").out))
+
+
+@pytest.mark.leaves_staging
+def test_sweep_removes_only_what_dead_owners_left(cli, root):
+    from async_ckpt.owner import current_owner
+
+    stage(root, "step-300", str(current_owner()))
+    stage(root, "step-400", dead_owner())
+    (root / f".status.{dead_owner()}.json").write_text("{}")
+    assert "owner is dead" in cli("sweep", root, "--dry-run").out
+    done = {
+        item["name"].split(".")[1]: item["action"] for item in json.loads(cli("sweep", root, "--json").out) if item["tag"] != "step-300"
+    }
+    assert done == {"staging": "removed", "status": "removed"}
+    left = sorted(path.name for path in root.iterdir())
+    assert len(left) == 3
+    assert left[0].startswith(".staging.step-300")
+
+
+def test_export_of_a_torch_file_is_a_verified_byte_copy(cli, root, tmp_path):
+    target = tmp_path / "out.pt"
+    assert cli("export", root / "step-100" / "model.pt", target).code == 0
+    assert target.read_bytes() == (root / "step-100" / "model.pt").read_bytes()
+    assert cli("export", root / "step-100" / "model.pt", target).code == 2
+    assert cli("export", root / "step-100" / "model.pt", target, "--overwrite").code == 0
+
+
+def test_export_of_a_damaged_file_writes_nothing(cli, root, tmp_path):
+    from .conftest import flip
+
+    flip(root / "step-100" / "model.pt", 3000)
+    ran = cli("export", root / "step-100" / "model.pt", tmp_path / "out.pt")
+    assert ran.code == 1
+    assert "model.pt" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
+
+
+def test_export_to_safetensors(cli, root, tmp_path):
+    from safetensors.torch import load_file
+
+    target = tmp_path / "out.safetensors"
+    refused = cli("export", root / "step-200" / "model.pt", target)
+    assert refused.code == 1
+    assert "step" in refused.err
+    assert not target.exists()
+    assert cli("export", root / "step-200" / "model.pt", target, "--tensors-only").code == 0
+    state = torch.load(root / "step-200" / "model.pt")["model"]
+    found = load_file(target)
+    assert set(found) == {f"model.{name}" for name in state}
+    assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in state.items())
+
+
+def test_watch_shows_what_is_published(cli, root):
+    status = StatusObserver(root)
+    status.on_span(Span("save", 0.0, 0.004, "MainThread", tag="step-300", path="m"))
+    status.on_span(Span("copy", 0.0, 0.1, "c", tag="step-300", num_bytes=3 << 20))
+    status.on_commit(CommitMetrics("step-200", size_bytes=1 << 20, total_s=0.5, stall_s=0.002), None)
+    try:
+        (found,) = json.loads(cli("watch", root, "--json").out)
+        shown = cli("watch", root, "--once").out
+    finally:
+        status.close()
+    assert found["owner_state"] == "alive"
+    assert [flying["tag"] for flying in found["in_flight"]] == ["step-300"]
+    assert (found["queue_bytes"], found["num_committed"], found["last"]["stall_s"]) == (3 << 20, 1, 0.002)
+    assert "step-300" in shown
+    assert "2 ms" in shown
+    assert "nobody publishes here" in cli("watch", root, "--once").out
+
+
+def test_bench_gives_advice(cli, tmp_path):
+    ran = cli("bench", tmp_path, "--seconds", "2", "--checkpoint-gib", "0.5", "--json")
+    assert ran.code == 0
+    found = json.loads(ran.out)
+    assert found["advice"]["num_writers"] >= 1
+    assert found["advice"]["io_mode"] in ("direct", "buffered")
+    assert found["advice"]["staging_bytes"] >= 0.5 * 2**30
+    assert all(row["median_bytes_per_s"] > 0 for row in found["disk"])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,326 @@
+"""Each observer against the engine's own reports: log records, trace, timeline, status file, progress, metrics of other tools."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from async_ckpt import (
+    AsyncCheckpointEngine,
+    CommitProgress,
+    LoggingObserver,
+    SpanRecorder,
+    StatusObserver,
+    TensorBoardObserver,
+    TraceObserver,
+)
+from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
+from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
+from async_ckpt.observers.status import read_statuses, remove_stale
+from async_ckpt.owner import current_owner
+from async_ckpt.timeline import read_trace, write_timeline
+
+KINDS = {"save", "copy", "crc", "write", "fsync"}
+
+
+def train(root, *observers, num_saves: int = 2, lazy: bool = True) -> None:
+    model = torch.nn.Linear(256, 256)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with AsyncCheckpointEngine(root, staging_bytes=8 << 20, chunk_bytes=64 << 10, observers=observers) as engine:
+        if lazy:
+            engine.guard(optimizer)
+        for step in range(num_saves):
+            model(torch.ones(2, 256)).sum().backward()
+            optimizer.step()
+            engine.create(f"step-{step}")
+            engine.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "state.pt")
+            engine.commit(f"step-{step}")
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_spans_cover_every_chunk_once_per_kind(tmp_path, lazy):
+    recorder = SpanRecorder()
+    train(tmp_path / "root", recorder, num_saves=2, lazy=lazy)
+    for step in range(2):
+        size_bytes = (tmp_path / "root" / f"step-{step}" / "state.pt").stat().st_size
+        spans = [span for span in recorder.spans if span.tag == f"step-{step}"]
+        for kind in ("crc", "write"):
+            covered = sorted((span.offset, span.num_bytes) for span in spans if span.kind == kind)
+            assert covered[0][0] == 0
+            assert sum(num_bytes for _, num_bytes in covered) == size_bytes
+            assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(covered))
+        offsets = {span.offset for span in spans if span.kind == "copy"}
+        assert {span.offset for span in spans if span.kind == "crc"} >= offsets
+        assert len(offsets) > 5
+        assert all(span.end_s >= span.start_s for span in spans)
+
+
+def test_trace_is_valid_for_the_viewer(tmp_path):
+    path = tmp_path / "trace.json"
+    with TraceObserver(path, "rank 0") as trace:
+        train(tmp_path / "root", trace)
+    document = json.loads(path.read_text())
+    events = document["traceEvents"]
+    assert set(document) == {"displayTimeUnit", "traceEvents"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert KINDS | {"rename"} <= {event["name"] for event in spans}
+    for event in spans:
+        assert isinstance(event["ts"], (int, float))
+        assert event["dur"] >= 0
+        assert event["ts"] >= 0
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "thread_name"}
+    assert {event["tid"] for event in spans} <= set(names)
+    assert len(set(names.values())) == len(names)
+    assert [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"] == ["rank 0"]
+    begun = [(e["id"], e["name"]) for e in events if e["ph"] == "b"]
+    assert begun == [(e["id"], e["name"]) for e in events if e["ph"] == "e"]
+    assert sorted(name for _, name in begun) == ["checkpoint step-0", "checkpoint step-1"]
+    # Work on one thread never overlaps: the viewer would draw it wrongly.
+    for tid in names:
+        rows = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == tid)
+        assert all(end <= start + 1.0 for (_, end), (start, _) in itertools.pairwise(rows)), names[tid]
+
+
+def test_trace_is_whole_after_each_commit_and_bounded_in_memory(tmp_path):
+    trace = TraceObserver(tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for number in range(10_000):
+        trace.on_span(Span("write", number, number + 1, "w", tag="t", num_bytes=1))
+        assert len(trace._buffer) < 5000
+    trace.on_commit(CommitMetrics("t"), WriteError("disk gone"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == 10_000
+    assert "disk gone" in next(event["args"]["error"] for event in events if event["ph"] == "b")
+    trace.close()
+    trace.close()
+
+
+def test_timeline_from_spans_and_from_the_trace(tmp_path):
+    recorder = SpanRecorder()
+    with TraceObserver(tmp_path / "trace.json") as trace:
+        train(tmp_path / "root", trace, recorder)
+    read = read_trace(tmp_path / "trace.json")
+    assert sorted((s.kind, s.tag, s.path, s.offset, s.num_bytes, s.thread) for s in read) == sorted(
+        (s.kind, s.tag, s.path, s.offset if s.num_bytes else 0, s.num_bytes, s.thread) for s in recorder.spans
+    )
+    for name, spans in (("a.png", recorder.spans), ("b.png", read)):
+        write_timeline(spans, tmp_path / name, title="two saves")
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_timeline_refuses_nothing_and_nonsense(tmp_path):
+    with pytest.raises(ConfigError, match="no spans"):
+        write_timeline([], tmp_path / "a.png")
+    for text in ("", "[]", '{"traceEvents": [{"ph": "X"}]}', "[" * 100_000):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(CorruptCheckpointError, match=r"bad\.json"):
+            read_trace(tmp_path / "bad.json")
+
+
+def test_recorder_keeps_the_newest():
+    recorder = SpanRecorder(max_spans=10)
+    for number in range(105):
+        recorder.on_span(Span("write", number, number, "w"))
+        assert len(recorder._spans) <= 20
+    assert [span.start_s for span in recorder.spans] == list(range(95, 105))
+
+
+def test_log_records_carry_the_metrics(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG, logger="async_ckpt"):
+        train(tmp_path / "root", LoggingObserver(), num_saves=1)
+        LoggingObserver().on_commit(CommitMetrics("lost"), WriteError("disk gone"))
+    records = [record for record in caplog.records if hasattr(record, "async_ckpt")]
+    assert [record.levelname for record in records] == ["DEBUG", "INFO", "ERROR"]
+    assert isinstance(records[0].async_ckpt, SaveMetrics)
+    assert "step-0" in records[1].getMessage()
+    assert "/s" in records[1].getMessage()
+    assert "disk gone" in records[2].getMessage()
+
+
+class Scalars:
+    def __init__(self) -> None:
+        self.points: dict[str, list[tuple[int, float]]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.points.setdefault(tag, []).append((global_step, scalar_value))
+
+
+def test_tensorboard_points_lie_at_the_tags_step():
+    scalars = Scalars()
+    observer = TensorBoardObserver(scalars)
+    observer.on_commit(CommitMetrics("run2-step-000100", size_bytes=7, stall_s=0.5), None)
+    observer.on_commit(CommitMetrics("final"), WriteError("no"))
+    TensorBoardObserver(scalars, step_of=lambda metrics: 42, prefix="x").on_commit(CommitMetrics("a1"), None)
+    assert scalars.points["checkpoint/stall_s"] == [(100, 0.5)]
+    assert scalars.points["checkpoint/failed"] == [(100, 0.0), (2, 1.0)]
+    assert scalars.points["x/size_bytes"] == [(42, 0)]
+
+
+def test_tensorboard_with_its_own_library(tmp_path):
+    pytest.importorskip("tensorboard")
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        TensorBoardObserver(writer).on_commit(CommitMetrics("step-1"), None)
+    assert [path for path in tmp_path.iterdir() if "tfevents" in path.name]
+
+
+def test_prometheus_counts_and_times(tmp_path):
+    prometheus = pytest.importorskip("prometheus_client")
+    from async_ckpt import PrometheusObserver
+
+    registry = prometheus.CollectorRegistry()
+    observer = PrometheusObserver(registry)
+    train(tmp_path / "root", observer, num_saves=2)
+    observer.on_commit(CommitMetrics("lost"), WriteError("no"))
+    value = registry.get_sample_value
+    assert value("async_ckpt_commits_total") == 2
+    assert value("async_ckpt_commit_failures_total") == 1
+    assert value("async_ckpt_stall_seconds_count") == 2
+    size_bytes = sum(path.stat().st_size for path in (tmp_path / "root").rglob("*.pt"))
+    assert value("async_ckpt_durable_bytes_total") == size_bytes
+    assert sum(value("async_ckpt_files_total", {"io": io}) or 0 for io in ("direct", "buffered")) == 2
+    with pytest.raises(ValueError, match="Duplicated"):
+        PrometheusObserver(registry)
+    PrometheusObserver(registry, prefix="other")
+
+
+def test_status_follows_a_training_and_goes_away(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    status = StatusObserver(root)
+    train(root, status, num_saves=3)
+    (found,) = read_statuses(str(root))
+    assert (found.num_committed, found.num_failed, found.in_flight, found.queue_bytes) == (3, 0, (), 0)
+    assert found.written_bytes == sum(path.stat().st_size for path in root.rglob("*.pt"))
+    assert found.last["tag"] in ("step-0", "step-1", "step-2")
+    assert found.owner == current_owner()
+    assert AsyncCheckpointEngine(root, staging_bytes=1 << 20, sweep_on_start=True).close() is None
+    assert len(read_statuses(str(root))) == 1
+    status.close()
+    assert [path for path in root.iterdir() if path.name.startswith(".")] == []
+    status.on_commit(CommitMetrics("late"), None)
+    assert read_statuses(str(root)) == []
+
+
+def test_status_on_a_disk_that_refuses_is_reported_once(tmp_path, caplog):
+    status = StatusObserver(tmp_path / "not there")
+    for _ in range(3):
+        status.on_commit(CommitMetrics("t"), None)
+    assert len(caplog.records) == 1
+    status.close()
+
+
+def test_status_does_not_follow_a_planted_link(tmp_path):
+    status = StatusObserver(tmp_path)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.symlink(victim, status._path + ".new")
+    status.on_commit(CommitMetrics("t"), None)
+    assert victim.read_text() == "precious"
+    status.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "nul", '{"format": "async-ckpt-status", "format_version": 1}', "[" * 100_000, "x" * (2 << 20)]
+)
+def test_a_crafted_status_is_left_out(tmp_path, text):
+    (tmp_path / f".status.{current_owner()}.json").write_text(text)
+    (tmp_path / ".status.nobody.json").write_text(text)
+    assert read_statuses(str(tmp_path)) == []
+
+
+def test_a_forked_child_publishes_and_removes_nothing(tmp_path):
+    status = StatusObserver(tmp_path)
+    status.on_commit(CommitMetrics("t"), None)
+    child = os.fork()
+    if child == 0:
+        status.on_commit(CommitMetrics("child"), None)
+        status.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert read_statuses(str(tmp_path))[0].last["tag"] == "t"
+    status.close()
+
+
+def test_status_of_a_killed_process_is_stale_and_removed(tmp_path):
+    script = """
+import os, sys
+from async_ckpt.metrics import CommitMetrics
+from async_ckpt.observers.status import StatusObserver
+status = StatusObserver(sys.argv[1])
+status.on_commit(CommitMetrics("t"), None)
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    (found,) = read_statuses(str(tmp_path))
+    assert found.owner_state.value == "dead"
+    assert len(remove_stale(str(tmp_path))) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_draws_on_a_terminal_only(tmp_path):
+    from rich.console import Console
+
+    for file, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        progress = CommitProgress(Console(file=file, force_terminal=drawn))
+        with AsyncCheckpointEngine(tmp_path / str(drawn), staging_bytes=64 << 20, observers=(progress,)) as engine:
+            gate = HeldCommit(engine)
+            engine.create("t")
+            engine.save({"x": torch.zeros(1 << 20)}, "x.pt")
+            pending = engine.commit("t")
+            if drawn:
+                gate.open_after_draw(file)
+            else:
+                gate.open()
+            progress.wait(pending, timeout_s=60)
+        assert pending.done()
+        assert ("committing t" in file.getvalue()) == drawn
+
+
+class HeldCommit:
+    """Keeps commits from ending until something was drawn."""
+
+    def __init__(self, engine) -> None:
+        import threading
+
+        self._gate = threading.Event()
+        for _ in range(8):
+            engine._inflight.helpers.submit(self._gate.wait)
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def open_after_draw(self, file: Terminal) -> None:
+        write = file.write
+
+        def writing(text: str) -> int:
+            if "committing" in text:
+                self._gate.set()
+            return write(text)
+
+        file.write = writing
+
+
+def test_progress_raises_the_failure_of_a_commit():
+
+    from async_ckpt.pending import PendingCommit
+
+    pending = PendingCommit("t", CommitMetrics("t"), lambda: "nothing")
+    pending.resolve(WriteError("disk gone"))
+    with pytest.raises(WriteError, match="disk gone"):
+        CommitProgress().wait(pending)

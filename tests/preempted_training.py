@@ -1,0 +1,76 @@
+"""A small training for tests/test_preemption_processes.py: says where it is, so that the test can send its signal there.
+
+    python -m tests.preempted_training ROOT WHERE [option]...
+
+WHERE: step (between steps), save, commit (inside the call), c_call (inside one long call of C).
+Prints "at <where>" and goes on at once; the signal arrives somewhere in what follows. At the end it prints the outcome.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+
+import torch
+
+from async_ckpt import AsyncCheckpointEngine
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def main(root: str, where: str, *options: str) -> None:
+    logging.basicConfig(stream=sys.stdout, format="LOG %(levelname)s %(message)s")
+    rank = os.environ.get("RANK", "0")
+    root = f"{root}/rank-{rank}"
+    os.makedirs(root, exist_ok=True)
+    model = torch.nn.Linear(1024, 1024)
+    optimizer = torch.optim.AdamW(model.parameters())
+    position = {"step": 0}
+
+    with AsyncCheckpointEngine(root, staging_bytes=64 << 20, chunk_bytes=1 << 20) as engine:
+
+        def save(tag: str) -> None:
+            engine.create(tag)
+            engine.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position["step"]}, "state.pt")
+            engine.commit(tag, {"step": position["step"]})
+
+        engine.on_preemption(deadline_s=20.0, save=lambda: save(f"last-{position['step']}"), exit_after="exit" in options)
+        engine.guard(optimizer)
+        while position["step"] < 100_000:
+            model(torch.randn(8, 1024)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            position["step"] += 1
+            if position["step"] == 3:
+                say("at", where, os.getpid())
+            if position["step"] >= 3:
+                # From here on, the process is nearly always inside the call that the test wants to hit.
+                busy(where, engine, save, position["step"])
+            if engine.poll_preemption():
+                break
+        digest = hashlib.sha256(model.weight.detach().numpy().tobytes()).hexdigest()
+        say("stopped at", position["step"], digest, engine.preempted)
+    say("closed", engine.preemption_outcome)
+
+
+def busy(where: str, engine: AsyncCheckpointEngine, save, step: int) -> None:
+    if where == "save":
+        save(f"step-{step}")
+    elif where == "commit":
+        engine.create(f"step-{step}")
+        engine.save({"step": step, "x": torch.zeros(1000)}, "state.pt")
+        engine.commit(f"step-{step}").result()
+    elif where == "c_call":
+        # One call of C that does not look at signals for a while.
+        torch.linalg.svd(torch.randn(400, 400))
+    else:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
