@@ -191,6 +191,7 @@ class InFlight:
         checkpoint.commit_s = started_s
         # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
         self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
+        self._first_created_ns = self._first_created_ns or self._last_created_ns
         pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for)
         self._commits.pop(checkpoint.tag, None)
         self._commits[checkpoint.tag] = pending
@@ -236,7 +237,6 @@ class InFlight:
         if self._oldest_possible_ns is None:
             entries = Catalog(self.root, self.filesystem).entries()
             self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
-            self._first_created_ns = created_unix_ns
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
     def _complete(self, location: str, directories: list[str], entries: list[FileEntry]) -> None:

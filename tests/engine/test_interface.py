@@ -257,7 +257,10 @@ def test_safetensors_format(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import sys, async_ckpt; async_ckpt.Catalog; async_ckpt.EngineConfig; assert 'torch' not in sys.modules; assert set(async_ckpt.__all__) <= set(dir(async_ckpt))"
+    code = (
+        "import sys, async_ckpt; async_ckpt.Catalog; async_ckpt.EngineConfig; assert 'torch' not in sys.modules; "
+        "assert set(async_ckpt.__all__) <= set(dir(async_ckpt))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
