@@ -195,7 +195,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             StateMismatchError: lists every mismatch. Otherwise as `load`.
         """
         tag, name = self._committed_path(path)
-        return restore.load_committed_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify)
+        return restore.load_committed_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify, lend=self._arena.lend)
 
     # Looking.
 

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -102,6 +103,13 @@ class StagingArena:
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
             return [self._take() for _ in range(num_chunks)]
+
+    def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
+        """One idle chunk for reading a file into, and what gives it back; None when there is none, or it is too small."""
+        chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes else None
+        if chunks is None:
+            return None
+        return chunks[0].view, lambda: self.release(chunks[0])
 
     def acquire(self, timeout_s: float) -> StagingChunk:
         """Take one chunk, waiting for the disk to free one.
