@@ -75,11 +75,13 @@ def write_once(pool: WriterPool, path: Path, num_bytes: int, chunk_bytes: int, a
     return written.durable_s - started_s, written
 
 
-def probe(directory: Path, num_bytes: int, chunk_bytes: int, repeats: int, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def probe(
+    directory: Path, num_bytes: int, chunk_bytes: int, repeats: int, modes: dict[str, dict[str, Any]], fio_modes: list[str]
+) -> dict[str, Any]:
     """All modes in turn, `repeats` times after one warm-up round; each pool lives through all rounds, as an engine's does."""
     arena = warm_arena(num_bytes)
     pools = {name: WriterPool(LocalFileSystem(), name=f"probe-{name}", **options) for name, options in modes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in (*modes, *FIO_MODES)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*modes, *fio_modes)}
     stalls: dict[str, float] = {}
     direct: dict[str, list[bool]] = {name: [] for name in modes}
     for k in range(repeats + 1):
@@ -97,7 +99,7 @@ def probe(directory: Path, num_bytes: int, chunk_bytes: int, repeats: int, modes
                 seconds[name].append(taken_s)
     for pool in pools.values():
         pool.close(60)
-    best = min(FIO_MODES, key=lambda name: statistics.median(seconds[name]))
+    best = min(fio_modes, key=lambda name: statistics.median(seconds[name]))
     best_s = statistics.median(seconds[best])
     return {
         "num_bytes": num_bytes,
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--chunk-mib", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--modes", nargs="+", default=["auto"], help="auto, buffered, direct or direct:DEPTH")
+    parser.add_argument("--fio", nargs="+", choices=list(FIO_MODES), default=list(FIO_MODES), help="the modes to compare with")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     modes: dict[str, dict[str, Any]] = {}
@@ -139,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         results = []
         for size_mib in arguments.sizes_mib:
-            results.append(probe(Path(scratch), size_mib * MIB, arguments.chunk_mib * MIB, arguments.repeats, modes))
+            results.append(probe(Path(scratch), size_mib * MIB, arguments.chunk_mib * MIB, arguments.repeats, modes, arguments.fio))
             print(table(results[-1]), flush=True)
         report = {"environment": describe(Path(scratch)), "results": results}
     if arguments.json is not None:
