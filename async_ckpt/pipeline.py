@@ -115,10 +115,16 @@ class Pipeline:
         self.file.done.resolve(written, failure)
 
     def _ensure_told(self, task: asyncio.Task[None]) -> None:
-        """Cancelled from outside before its first step: settle in a new task, or `done` would never resolve."""
+        """`done` resolves also when the task was cancelled before its first step, or its clean-up itself broke."""
         if task.cancelled() and not self._has_begun:
             self.file.fail(asyncio.CancelledError())
             self.start()
+        elif not self.file.done.done():
+            broken = asyncio.CancelledError() if task.cancelled() else task.exception()
+            self.file.fail(broken or RuntimeError("the task ended without an outcome"))
+            self.abandon()
+            self._on_end(self)
+            self.file.done.resolve(None, self.file.failure or broken)
 
     async def _put_on_disk(self) -> WrittenFile:
         opening = self._spawn(self._open())

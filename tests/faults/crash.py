@@ -1,0 +1,104 @@
+"""The process dies at every file operation of whole engines. ``python -m tests.faults.crash --full``
+
+Through the file-system seam: at the k-th call the "process" is dead, every later call of any thread too, and its locks
+are gone. After each death: what is listed is whole and legal, and a new engine sweeps and commits in the same root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.faulty_filesystem import FaultyFileSystem, Killed, When
+
+from .oracle import check_recovery
+from .report import Row, command
+from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+
+WRITERS = (1, 2, 4)
+
+
+def run_to_the_end(root: Path, told: Told, workload: Workload, fs: FaultyFileSystem, num_writers: int) -> None:
+    """The whole life of one engine, as far as the fault lets it."""
+    direct = fs.calls.fs_type("") == "ext4"
+    with contextlib.closing(
+        make_engine(root, fs, num_writers=num_writers, io_mode="direct" if direct else "buffered", **workload.config)
+    ) as engine:
+        workload.run(Job(engine, told))
+
+
+def run_killed(root: Path, told: Told, workload: Workload, num_writers: int, k: int, when: When, direct: bool) -> bool:
+    """Whether the kill was reached (with several writers the number of calls varies a little)."""
+    fs = faulty_filesystem(direct=direct)
+    fs.kill_at(k, when)
+    with quiet(), contextlib.suppress(Exception, Killed):
+        run_to_the_end(root, told, workload, fs, num_writers)
+    fs.dispose()
+    return fs.killed
+
+
+def count(folder: Folder, workload: Workload, num_writers: int, dirty: bool, direct: bool) -> tuple[int, list[bool]]:
+    """How many calls a life has, and which of them are writes."""
+    root, told = folder.root(dirty=dirty)
+    fs = faulty_filesystem(direct=direct)
+    run_to_the_end(root, told, workload, fs, num_writers)
+    check_recovery(root, told, workload)
+    folder.drop(root)
+    writes = [op.name == "pwrite" for op in fs.operations if op.index >= 0]
+    fs.dispose()
+    return fs.num_counted, writes
+
+
+def points(num_calls: int, writes: list[bool]) -> Iterator[tuple[int, When]]:
+    for k in range(num_calls):
+        yield k, "before"
+        if writes[k]:
+            yield k, "during"
+        yield k, "after"
+
+
+def sweep(
+    folder: Folder,
+    workload: Workload,
+    *,
+    num_writers: int,
+    dirty: bool,
+    direct: bool,
+    sample: int | None = None,
+    seed: int = 1,
+    stop: bool = True,
+) -> Row:
+    """Kill at every point (or `sample` of them) of one workload."""
+    start = "dirty" if dirty else "clean"
+    row = Row(f"{workload.name}, {num_writers} writers, {start} start{', direct' if direct else ''}")
+    row.operations, writes = count(folder, workload, num_writers, dirty, direct)
+    chosen = list(points(row.operations, writes))
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    for k, when in chosen:
+        root, told = folder.root(dirty=dirty)
+        if run_killed(root, told, workload, num_writers, k, when, direct):
+            row.check(f"killed {when} call {k}", lambda root=root, told=told: check_recovery(root, told, workload), stop=stop)  # type: ignore[misc]
+        folder.drop(root)
+    return row
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    with Folder() as folder:
+        for workload, num_writers, dirty in itertools.product(WORKLOADS.values(), WRITERS, (False, True)):
+            direct = dirty != (num_writers == 2)
+            sample = None if options.full else 12
+            rows.append(
+                sweep(folder, workload, num_writers=num_writers, dirty=dirty, direct=direct, sample=sample, seed=options.seed, stop=False)
+            )
+            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    command("Killed at every file operation", __doc__, main)
