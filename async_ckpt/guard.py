@@ -73,7 +73,10 @@ class Guard:
         self._hurry()
         for job in jobs:
             self._wait_for(job, block)
-        self.waited_s += time.perf_counter() - started
+            ended = time.perf_counter()
+            job.guard_wait_s += ended - started
+            self.waited_s += ended - started
+            started = ended
 
     def _wait_for(self, job: SnapshotJob, block: bool) -> None:
         deadline = self._timeout_s

@@ -228,9 +228,14 @@ class InFlight:
         await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
         checkpoint.state = State.DURABLE
         started = time.perf_counter()
-        await self._in_helper(lambda: self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns))
+        await self._in_helper(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
         checkpoint.state = State.COMMITTED
         self._measure(checkpoint, entries, started)
+
+    def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        started = time.perf_counter()
+        self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns)
+        self.report("rename", started, checkpoint.tag)
 
     def _after_older(self, created_unix_ns: int) -> int:
         """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
@@ -286,7 +291,8 @@ class InFlight:
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
         metrics.max_queue_chunks = self.pool.max_queue_chunks
-        self.observers.on_span(Span("rename", publish_started_s, now, threading.current_thread().name, tag=checkpoint.tag))
+        metrics.guard_wait_s = sum(saved.job.guard_wait_s for saved in checkpoint.files.values() if saved.job is not None)
+        metrics.stall_s += metrics.guard_wait_s
 
     def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:
         error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")

@@ -64,6 +64,7 @@ class CommitMetrics:
     stall_s: float = 0.0
     """Time the training thread was blocked in create + save + commit, plus waits in the guard's step hook."""
     guard_wait_s: float = 0.0
+    """The part of `stall_s` that was spent in the guard's step hook."""
     commit_s: float = 0.0
     """From the call of `commit` until committed."""
     total_s: float = 0.0

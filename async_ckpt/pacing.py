@@ -38,9 +38,6 @@ class PacedMetrics(Protocol):
     @property
     def stall_s(self) -> float: ...
 
-    @property
-    def guard_wait_s(self) -> float: ...
-
 
 class PacedSave(Protocol):
     """What the pacer needs of a `PendingCommit`."""
@@ -208,7 +205,7 @@ class CheckpointPacer:
     def _settle(self, episode: _Episode) -> None:
         undisturbed_s = statistics.median(self._quiet_steps_s) if self._quiet_steps_s else 0.0
         slower_s = episode.steps_s - episode.num_steps * undisturbed_s
-        stalled_s = sum(pending.metrics.stall_s + pending.metrics.guard_wait_s for pending in episode.pending)
+        stalled_s = sum(pending.metrics.stall_s for pending in episode.pending)
         # The stall is known exactly; noise in the step times must not make a save look cheaper than that.
         cost_s = max(slower_s, stalled_s, 0.0)
         self._spent_s += cost_s

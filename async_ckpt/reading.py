@@ -17,6 +17,7 @@ from typing import Protocol
 
 from .checksum import crc32, crc32_combine
 from .errors import CheckpointError, CorruptCheckpointError
+from .progress import read_progress
 from .read_errors import ExtentMismatch, ReadError
 
 BLOCK_BYTES = 4 << 20
@@ -94,6 +95,7 @@ class VerifiedFile:
         self._file = file
         self._crcs = extent_crc32
         self._num_threads = max(1, num_threads)
+        self._on_read = read_progress.get()
         self._kept: dict[int, memoryview] = {}
         self._lend = lend
         self._give_back: dict[int, Callable[[], None]] = {}
@@ -268,6 +270,8 @@ class VerifiedFile:
                 raise ReadError(error, path=self.name, offset=block.offset) from error
             if self.check:
                 block.crc = crc32(memory)
+            if self._on_read is not None:
+                self._on_read(self.name, block.num_bytes, self.size_bytes)
         if consume is not None:
             consume(block.offset, memory)
 

@@ -42,6 +42,7 @@ class SnapshotJob:
     mode: str = "eager"
     backpressure_s: float = 0.0
     copy_s: float = 0.0
+    guard_wait_s: float = 0.0
 
     def end(self, error: BaseException | None) -> None:
         """Let everybody who waits for this snapshot go on."""

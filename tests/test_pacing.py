@@ -210,7 +210,7 @@ def test_stall_is_a_lower_bound_of_the_cost():
     for step in range(10):
         clock.now_s += 5.0
         if pacer.should_save(step):
-            pacer.saved(Save(clock, 0.0, CommitMetrics("t", stall_s=0.2, guard_wait_s=0.1)))
+            pacer.saved(Save(clock, 0.0, CommitMetrics("t", stall_s=0.3, guard_wait_s=0.1)))
             clock.now_s -= 4.0
     assert pacer.report().cost_s == pytest.approx(0.3)
 

@@ -324,3 +324,43 @@ def test_progress_raises_the_failure_of_a_commit():
     pending.resolve(WriteError("disk gone"))
     with pytest.raises(WriteError, match="disk gone"):
         CommitProgress().wait(pending)
+
+
+def test_loads_show_a_bar_on_a_terminal_only(tmp_path):
+    from rich.console import Console
+
+    from async_ckpt import load, show_progress
+
+    train(tmp_path / "root", num_saves=1)
+    for file, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        with show_progress(Console(file=file, force_terminal=drawn, width=120)):
+            load(tmp_path / "root" / "step-0" / "state.pt")
+        assert ("loading" in file.getvalue()) == drawn
+    outside = Terminal()
+    load(tmp_path / "root" / "step-0" / "state.pt")
+    assert outside.getvalue() == ""
+
+
+def test_stall_includes_the_wait_of_the_guard(tmp_path, held_copies):
+    import threading
+
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=64 << 10) as engine:
+        engine.guard(optimizer)
+        held = held_copies(engine)
+        engine.create("t")
+        engine.save(model.state_dict(), "m.pt")
+        pending = engine.commit("t")
+
+        def let_go_once_the_step_waits() -> None:
+            while engine._guard._jobs:
+                os.sched_yield()
+            held.let_go()
+
+        thread = threading.Thread(target=let_go_once_the_step_waits)
+        thread.start()
+        optimizer.step()
+        thread.join()
+        pending.result()
+    assert 0.0 < pending.metrics.guard_wait_s <= pending.metrics.stall_s
