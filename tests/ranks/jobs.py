@@ -7,7 +7,6 @@ goes on when told to), "full" (its disk is full), "skip" (no call at all for thi
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -25,11 +24,9 @@ from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError, OutOfSpaceError
 from async_ckpt.filesystem import LocalFileSystem, WritableFile
 from async_ckpt.ranks import Node, RankCoordinator
+from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "async_ckpt.engine", "async_ckpt.ranks", "async_ckpt.catalog", __name__])
 
 
 class FullDisk(LocalFileSystem):
@@ -135,7 +132,7 @@ class Processes:
     def __init__(self, job: Job, plans: Sequence[Plan]) -> None:
         self.job = job
         Path(job.results).mkdir(parents=True, exist_ok=True)
-        self.ranks = [_context.Process(target=run_rank, args=(job, rank, plan), daemon=True) for rank, plan in enumerate(plans)]
+        self.ranks = [context.Process(target=run_rank, args=(job, rank, plan), daemon=True) for rank, plan in enumerate(plans)]
         for process in self.ranks:
             process.start()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from async_ckpt import Catalog, load
 from tests.ranks.jobs import Job, Plan, Processes, let_go, state_of
+from tests.support.processes import free_port
 
 
 @pytest.fixture
@@ -118,9 +118,7 @@ def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize("holder", ["launcher", "rank 0"])
 def test_rank_zero_is_killed(tmp_path: Path, store: Any, holder: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        free_port = probe.getsockname()[1]
-    job = make_job(tmp_path, store if holder == "launcher" else f"zero:{free_port}", 3, timeout_s=2.0)
+    job = make_job(tmp_path, store if holder == "launcher" else f"zero:{free_port()}", 3, timeout_s=2.0)
     good = [("a", "commit"), ("b", "commit")]
     learnt = run(job, [[("a", "commit"), ("b", "die")], good, good], [-9, 0, 0])
     for rank in (1, 2):

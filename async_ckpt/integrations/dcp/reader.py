@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 
 from ...catalog import Catalog, OpenCheckpoint
-from ...errors import ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ...errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
 from ...reading import VerifiedFile
 from .metadata_pickle import decode_metadata
 from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
@@ -44,13 +44,14 @@ class DcpReader(StorageReader):
         self._path = None if path is None else os.fspath(path)
         self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
+        self.failure: CheckpointError | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return DcpWriter.validate_checkpoint_id(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._storage_data = {}
+        self._storage_data, self.failure = {}, None
         if checkpoint_id is not None:
             self._path = os.fspath(checkpoint_id)
         if self._path is None:
@@ -63,9 +64,13 @@ class DcpReader(StorageReader):
         return self._path
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises CheckpointNotFoundError, CorruptCheckpointError."""
-        with self._open() as checkpoint, self._file(checkpoint, METADATA_NAME) as file:
-            metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
+        """Raises CheckpointNotFoundError, CorruptCheckpointError; DCP turns them into an AssertionError, so `failure` keeps them."""
+        try:
+            with self._open() as checkpoint, self._file(checkpoint, METADATA_NAME) as file:
+                metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
+        except CheckpointError as error:
+            self.failure = error
+            raise
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self._load_id  # type: ignore[union-attr]

@@ -111,7 +111,7 @@ def load_sharded(
     try:
         state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
     except CheckpointException as error:
-        raise _own_or_first(error, rank) from error
+        raise (reader.failure or _own_or_first(error, rank)) from error
 
 
 def _own_or_first(error: CheckpointException, rank: int) -> BaseException:

@@ -31,13 +31,16 @@ class ArenaStager(AsyncStager):
         num_slots: snapshots that may be alive at once; each takes as much host memory as the state.
         slot_bytes: size of one slot; by default that of the first state staged. A larger state later gets new slots.
         timeout_s: how long `stage` waits for a slot before `BackpressureTimeout`.
+        to_process: set it with ``AsyncCheckpointerType.PROCESS``. torch's way into another process drops conjugate and negative bits
+            without a word, so tensors that have them are staged with the bits worked into the values.
 
     `stage` blocks for the copy (and the devices' copies), on the caller's thread.
     """
 
     _synchronize_after_execute = False
 
-    def __init__(self, *, num_slots: int = 2, slot_bytes: int | None = None, timeout_s: float = 1800.0) -> None:
+    def __init__(self, *, num_slots: int = 2, slot_bytes: int | None = None, timeout_s: float = 1800.0, to_process: bool = False) -> None:
+        self._to_process = to_process
         self._num_slots = num_slots
         self._slot_bytes = slot_bytes
         self._timeout_s = timeout_s
@@ -49,7 +52,7 @@ class ArenaStager(AsyncStager):
         Raises:
             BackpressureTimeout: earlier snapshots were not written in time.
         """
-        found = _Storages()
+        found = _Storages(resolve_bits=self._to_process)
         _walk(state_dict, found.add, {})
         chunk = self._slot(found.lay_out()).acquire(self._timeout_s)
         arena = self._arena
@@ -106,7 +109,8 @@ def _walk(value: Any, on_tensor: Callable[[torch.Tensor], Any], seen: dict[int, 
 class _Storages:
     """The byte ranges of storages that a state uses, where they go in the slot, and the tensors rebuilt on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, resolve_bits: bool) -> None:
+        self._resolve_bits = resolve_bits
         self._ranges: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
         self._offsets: dict[int, int] = {}
         self._staged: dict[int, torch.UntypedStorage] = {}
@@ -116,7 +120,7 @@ class _Storages:
         if isinstance(tensor, DTensor):
             self.add(_local(tensor))
             return
-        if not _is_plain(tensor):
+        if not self._shares_memory(tensor):
             return
         storage = tensor.untyped_storage()
         low = int(tensor.storage_offset()) * tensor.element_size()
@@ -161,13 +165,18 @@ class _Storages:
                 staged: torch.Tensor = DTensor.from_local(
                     local, mesh, placements, run_check=False, shape=tensor.size(), stride=tensor.stride()
                 )
-            elif not _is_plain(tensor):
-                staged = tensor.detach().cpu().clone()
+            elif not self._shares_memory(tensor):
+                staged = tensor.detach().resolve_conj().resolve_neg() if self._resolve_bits else tensor.detach()
+                staged = staged.cpu().clone()
             else:
                 staged = self._rebuild_plain(tensor)
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(staged, tensor.requires_grad)
         return staged.requires_grad_() if tensor.requires_grad else staged
+
+    def _shares_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is staged as a range of its storage; else it is cloned."""
+        return _is_plain(tensor) and not (self._resolve_bits and (tensor.is_conj() or tensor.is_neg()))
 
     def _rebuild_plain(self, tensor: torch.Tensor) -> torch.Tensor:
         key = tensor.untyped_storage()._cdata

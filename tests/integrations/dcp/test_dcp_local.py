@@ -1,0 +1,266 @@
+"""Parts of the DCP integration that need one process only."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import os
+import pickle
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from async_ckpt import (
+    AsyncCheckpointEngine,
+    BackpressureTimeout,
+    Catalog,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    TagExistsError,
+    UnsafePathError,
+    UnsupportedStateError,
+)
+from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
+from async_ckpt.integrations.dcp.blobs import BlobPlanner, join_blobs, raw_plan
+from async_ckpt.integrations.dcp.metadata_pickle import decode_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
+
+COMPLEX = torch.randn(100, 10, dtype=torch.complex64)
+TENSORS = {
+    "plain": torch.randn(5, 3),
+    "view": COMPLEX[3:7],
+    "conj": COMPLEX[10:20].conj(),
+    "conj, transposed": COMPLEX[:4].t().conj(),
+    "transposed": COMPLEX.t(),
+    "neg": COMPLEX[2].conj().imag,
+    "empty": torch.empty(0, 3),
+    "scalar": torch.tensor(3),
+    "sparse": torch.eye(4).to_sparse(),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "large": torch.randn(20_000).bfloat16(),
+}
+
+
+def image(state: Any, extent_bytes: int) -> bytes:
+    """The file's bytes, made as snapshot and writer make them; asserts the CRC of each extent."""
+    data = bytearray(state.plan.file_bytes)
+    for offset, literal in state.plan.literals:
+        data[offset : offset + len(literal)] = literal
+    for offset, source in zip(state.plan.payload_offsets, state.sources, strict=True):
+        data[offset : offset + source.nbytes] = ctypes.string_at(source.storage.data_ptr() + source.offset_bytes, source.nbytes)
+    sealer = state.plan.sealer()
+    for offset in range(0, len(data), extent_bytes):
+        extent = memoryview(data)[offset : offset + extent_bytes]
+        assert sealer(offset, extent) == zlib.crc32(extent)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("extent_bytes", [1000, 4096, 1 << 20])
+def test_blobs_are_what_torch_save_writes(extent_bytes: int) -> None:
+    planner = BlobPlanner()
+    blobs = [(name, *planner.tensor(tensor)) for name, tensor in TENSORS.items()]
+    state, extents = join_blobs([*blobs, ("raw", raw_plan(b"bytes"), None), ("none", raw_plan(b""), None)])
+    data = image(state, extent_bytes)
+    for tensor, extent in zip(TENSORS.values(), extents, strict=False):
+        blob = data[extent.offset : extent.offset + extent.length]
+        found = torch.load(io.BytesIO(blob))
+        assert (found.dtype, found.is_conj(), found.is_neg()) == (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        assert torch.equal(found.to_dense(), tensor.to_dense()) if tensor.is_sparse else torch.equal(found, tensor)
+        if tensor.is_contiguous() and not tensor.is_sparse and not tensor.is_neg():
+            stock = io.BytesIO()
+            alone = tensor.detach().resolve_conj().clone()
+            torch.save(alone.conj() if tensor.is_conj() else alone, stock)
+            assert len(stock.getvalue()) == len(blob)
+    assert data.endswith(b"bytes")
+
+
+def test_a_part_of_a_large_storage_is_written_alone(tmp_path: Path) -> None:
+    large = torch.randn(1 << 18)
+    state, _ = join_blobs([("x", *BlobPlanner().tensor(large[100:200]))])
+    assert state.plan.file_bytes < 3000
+    assert state.sources.nbytes == [400]
+
+
+def make_writer(**options: Any) -> DcpWriter:
+    return DcpWriter(**{"staging_bytes": 1 << 20, "chunk_bytes": 8192, "num_writers": 2, **options})
+
+
+def saved(root: Path, state: dict[str, Any], tag: str = "s1") -> str:
+    writer = make_writer()
+    dcp.save(state, checkpoint_id=root / tag, storage_writer=writer)
+    writer.close()
+    return str(root / tag)
+
+
+def test_damage_is_found_before_it_reaches_a_tensor(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"x": torch.ones(5000), "y": torch.ones(10)})
+    file = Path(path, "__0_0.distcp")
+    data = bytearray(file.read_bytes())
+    data[9000] ^= 1
+    file.write_bytes(data)
+    target = {"x": torch.zeros(5000), "y": torch.zeros(10)}
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(target, checkpoint_id=path, storage_reader=DcpReader())
+    (wrapped,) = caught.value.failures.values()
+    assert isinstance(wrapped[0], CorruptCheckpointError)
+    assert target["x"].eq(0).all()
+    assert not Catalog(tmp_path).verify("s1").ok
+
+
+def test_a_crafted_metadata_file_runs_nothing() -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch /tmp/async-ckpt-was-here",)
+
+    for raw in (pickle.dumps(Evil()), pickle.dumps({"a": 1}), b"\x80", b""):
+        with pytest.raises(CorruptCheckpointError):
+            decode_metadata(raw, source="x")
+    assert not os.path.exists("/tmp/async-ckpt-was-here")
+
+
+class Custom:
+    """No plain data."""
+
+
+def test_objects_that_are_no_plain_data_are_loaded_only_on_request(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"x": torch.ones(3), "object": Custom()})
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load({"x": torch.zeros(3), "object": None}, checkpoint_id=path, storage_reader=DcpReader())
+    assert isinstance(caught.value.failures[0][0], UnsupportedStateError)
+    state: dict[str, Any] = {"x": torch.zeros(3), "object": None}
+    dcp.load(state, checkpoint_id=path, storage_reader=DcpReader(weights_only=False))
+    assert isinstance(state["object"], Custom)
+
+
+def test_an_existing_checkpoint_is_refused_or_replaced(tmp_path: Path) -> None:
+    saved(tmp_path, {"x": torch.ones(3)})
+    with pytest.raises(CheckpointException) as caught:
+        saved(tmp_path, {"x": torch.zeros(3)})
+    assert isinstance(caught.value.failures[0][0], TagExistsError)
+    writer = make_writer(overwrite="replace", path=tmp_path / "s1", metadata={"loss": 1.5})
+    dcp.save({"x": torch.full((3,), 7.0)}, storage_writer=writer)
+    writer.close()
+    state = {"x": torch.zeros(3)}
+    dcp.load(state, storage_reader=DcpReader(tmp_path / "s1", verify="size"))
+    assert state["x"].eq(7).all()
+    assert Catalog(tmp_path).manifest("s1").metadata == {"loss": 1.5}
+
+
+def test_what_an_abandoned_save_has_staged_goes_with_its_writer(tmp_path: Path) -> None:
+    writer = make_writer()
+    writer.reset(tmp_path / "a")
+    writer.prepare_global_plan([])
+    assert len(os.listdir(tmp_path)) == 1
+    writer.reset(tmp_path / "b")
+    assert os.listdir(tmp_path) == []
+    writer.prepare_global_plan([])
+    writer._core.close(10)  # type: ignore[union-attr]
+    del writer
+    gc.collect()
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_paths_and_options_are_refused(tmp_path: Path) -> None:
+    assert not DcpWriter.validate_checkpoint_id("/root/.hidden")
+    assert not DcpReader.validate_checkpoint_id("s3://bucket/tag")
+    assert DcpWriter.validate_checkpoint_id(tmp_path / "tag")
+    with pytest.raises(UnsafePathError):
+        DcpWriter("/root/..")
+    with pytest.raises(ConfigError, match="overwrite"):
+        DcpWriter(overwrite="yes")
+    with pytest.raises(ConfigError, match="chunk_bytes"):
+        DcpWriter(chunk_bytes=5)
+    with pytest.raises(ConfigError, match="verify"):
+        DcpReader(verify="no")
+    with pytest.raises(ConfigError, match="use_collectives"):
+        DcpWriter().set_up_storage_writer(True, rank=0, use_collectives=False)
+    with pytest.raises(ConfigError, match="checkpoint_id"):
+        DcpWriter().reset()
+    reader = DcpReader(tmp_path / "none")
+    with pytest.raises(CheckpointNotFoundError):
+        reader.read_metadata()
+
+
+def assert_staged_like(staged: Any, tensor: torch.Tensor, values: torch.Tensor) -> None:
+    assert type(staged) is type(tensor)
+    assert (staged.dtype, staged.shape, staged.requires_grad) == (tensor.dtype, tensor.shape, tensor.requires_grad)
+    assert (staged.is_conj(), staged.is_neg()) == (tensor.is_conj(), tensor.is_neg())
+    if tensor.is_sparse:
+        assert torch.equal(staged.to_dense(), values.to_dense())
+    else:
+        assert staged.stride() == tensor.stride()
+        assert torch.equal(staged, values)
+
+
+def test_a_stager_keeps_everything_and_sees_no_later_change() -> None:
+    stager = ArenaStager()
+    weight = torch.nn.Parameter(torch.randn(5, 5))
+    base = COMPLEX.clone()
+    state = {**TENSORS, "conj": base[3:5].conj(), "base": base, "weight": weight, "tied": weight, "row": weight.detach()[1:]}
+    state |= {"leaf": torch.ones(2, requires_grad=True), "nested": OrderedDict(a=[1, (torch.arange(3), "x")])}
+    values = {k: v.detach().resolve_conj().resolve_neg().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    staged = stager.stage(state)
+    with torch.no_grad():
+        base.zero_()
+        weight.zero_()
+    for name, expected in values.items():
+        assert_staged_like(staged[name], state[name], expected)
+    assert staged["tied"] is staged["weight"]
+    assert staged["row"].data_ptr() == staged["weight"][1:].data_ptr()
+    assert staged["conj"].data_ptr() == staged["base"][3:5].data_ptr()
+    assert type(staged["nested"]) is OrderedDict
+    assert staged["nested"]["a"][1][0].equal(torch.arange(3))
+    del staged
+    gc.collect()
+    stager.close()
+
+
+def test_a_slot_is_reused_only_when_the_last_tensor_of_its_snapshot_is_gone() -> None:
+    stager = ArenaStager(num_slots=1, timeout_s=0.05)
+    state = {"a": torch.ones(100), "b": torch.ones(100)}
+    first: dict[str, Any] = stager.stage(state)
+    view = first["b"][5:7]
+    del first
+    gc.collect()
+    with pytest.raises(BackpressureTimeout):
+        stager.stage({"a": torch.zeros(200)})
+    assert view.eq(1).all()
+    del view
+    gc.collect()
+    second = stager.stage({"a": torch.zeros(200)})
+    # A larger state gets new memory; the snapshot alive keeps its own.
+    third = stager.stage({"a": torch.full((1 << 20,), 3.0)})
+    assert second["a"].eq(0).all()
+    assert third["a"].eq(3).all()
+    del second, third
+    gc.collect()
+    stager.close()
+
+
+def test_one_process_saves_and_loads_sharded(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        save_sharded(engine, "s1", {"app": TrainingState(model, optimizer), "step": 3})
+        with torch.no_grad():
+            model.weight.zero_()
+        state: dict[str, Any] = {"app": TrainingState(model, optimizer), "step": 0}
+        load_sharded(engine, "s1", state)
+        assert state["step"] == 3
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        with pytest.raises(TagExistsError):
+            save_sharded(engine, "s1", {"x": torch.ones(1)})
+        with pytest.raises(CheckpointNotFoundError):
+            load_sharded(engine, "none", {"x": torch.ones(1)})

@@ -1,0 +1,191 @@
+"""What the ranks of the DCP tests do; each function runs in its own process, with a gloo group around it."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from async_ckpt import AsyncCheckpointEngine, Catalog
+from async_ckpt.errors import CheckpointError, OutOfSpaceError
+from async_ckpt.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
+from async_ckpt.ranks import RankCoordinator
+
+OPTIONS: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 8192, "num_writers": 2}
+
+
+class FullOnRank(LocalFileSystem):
+    """No space for data files on one rank."""
+
+    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+        raise OutOfSpaceError("the disk is full", path=path, needed_bytes=size_bytes, free_bytes=0)
+
+
+def sharded_model(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A small FSDP2 model, one step old, the same for any number of ranks."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(13, 32), torch.nn.ReLU(), torch.nn.Linear(32, 7))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(4, 13)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def full(state: Any) -> Any:
+    """Every DTensor gathered, so that states of jobs of different size can be compared."""
+    if isinstance(state, DTensor):
+        return state.full_tensor()
+    if isinstance(state, dict):
+        return {key: full(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
+def other_state(rank: int) -> dict[str, Any]:
+    """What is no model: a DTensor on its other dimension, a replicated one, flags, views, plain objects."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    values = torch.arange(60.0).reshape(6, 10)
+    return {
+        "columns": distribute_tensor(values, mesh, [Shard(1)]),
+        "replicated": distribute_tensor(values + 1, mesh, [Replicate()]),
+        "conj": torch.arange(8.0).to(torch.complex64).mul(1 + 2j).conj(),
+        "view": values.clone()[2:4, 3:9],
+        "bf16": torch.arange(5).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "plain": {"lr": 0.1, "steps": [1, 2, 3], "name": "run"},
+    }
+
+
+def blank(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: blank(value) for key, value in state.items()}
+    return torch.zeros_like(state) if isinstance(state, torch.Tensor) else None
+
+
+def save(rank: int, path: str, seed: int, how: str) -> Any:
+    model, optimizer = sharded_model(seed)
+    state: dict[str, Any] = {"app": TrainingState(model, optimizer), "other": other_state(rank)}
+    expected = full({"app": state["app"].state_dict(), "other": state["other"]})
+    writer = DcpWriter(**OPTIONS)
+    if how == "sync":
+        dcp.save(state, checkpoint_id=path, storage_writer=writer)
+    else:
+        kind = getattr(dcp.state_dict_saver.AsyncCheckpointerType, how)
+        stager = ArenaStager(to_process=how == "PROCESS")
+        pending: Any = dcp.async_save(state, checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager)
+        # The snapshot must not see this.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(-1)
+        pending.result()
+        del pending
+        stager.close()
+    writer.close()
+    return expected if rank == 0 else None
+
+
+def load(rank: int, path: str, reader: str) -> Any:
+    model, optimizer = sharded_model(99)
+    state: dict[str, Any] = {"app": TrainingState(model, optimizer), "other": blank(other_state(rank))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=path, storage_reader=DcpReader() if reader == "ours" else None)
+    return full({"app": state["app"].state_dict(), "other": state["other"]})
+
+
+def save_while_one_fails(rank: int, path: str, what: str) -> Any:
+    options: dict[str, Any] = dict(OPTIONS)
+    state: dict[str, Any] = {"x": other_state(rank)["columns"]}
+    if rank == dist.get_world_size() - 1:
+        if what == "full":
+            options["filesystem"] = FullOnRank()
+        else:
+            state["bad"] = _Unpicklable()
+    writer = DcpWriter(overwrite="replace", **options)
+    try:
+        dcp.save(state, checkpoint_id=path, storage_writer=writer)
+        return None
+    except CheckpointException as error:
+        return sorted(error.failures), str(error)
+    finally:
+        writer.close()
+
+
+class _Unpicklable:
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be pickled")
+
+
+def save_with_cached_plans(rank: int, folder: str) -> Any:
+    writer = DcpWriter(**OPTIONS)
+    values = torch.arange(60.0).reshape(6, 10)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for n in range(3):
+        state = {"x": distribute_tensor(values + n, mesh, [Shard(0)])}
+        dcp.save(state, checkpoint_id=f"{folder}/s{n}", storage_writer=writer, planner=DefaultSavePlanner(enable_plan_caching=True))
+    writer.close()
+    found = []
+    for n in range(3):
+        state = {"x": distribute_tensor(values * 0, mesh, [Shard(0)])}
+        dcp.load(state, checkpoint_id=f"{folder}/s{n}", storage_reader=DcpReader())
+        found.append(bool(state["x"].full_tensor().equal(values + n)))
+    return found
+
+
+def engine_of(root: str, **options: Any) -> AsyncCheckpointEngine:
+    coordinator = RankCoordinator.from_env(timeout_s=20.0, linger_s=5.0)
+    return AsyncCheckpointEngine(root, coordinator=coordinator, **{**OPTIONS, **options})
+
+
+def save_sharded_steps(rank: int, root: str) -> Any:
+    model, optimizer = sharded_model(3)
+    expected, modes = {}, []
+    with engine_of(root) as engine:
+        engine.guard(optimizer)
+        for step in range(3):
+            expected[f"s{step}"] = full(TrainingState(model, optimizer).state_dict())
+            pending = save_sharded(engine, f"s{step}", {"app": TrainingState(model, optimizer), "step": step}, metadata={"step": step})
+            model(torch.ones(4, 13) * step).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            modes.append([one.mode for one in pending.metrics.saves])
+        tags = [pending.result(60) for pending in engine.pending()]
+        assert len(tags) <= 3
+    return (expected, modes) if rank == 0 else None
+
+
+def load_sharded_step(rank: int, root: str, tag: str) -> Any:
+    model, optimizer = sharded_model(98)
+    state: dict[str, Any] = {"app": TrainingState(model, optimizer), "step": -1}
+    with engine_of(root) as engine:
+        load_sharded(engine, tag, state)
+    return full(state["app"].state_dict()), state["step"]
+
+
+def save_sharded_that_fails(rank: int, root: str) -> Any:
+    outcomes = []
+    with engine_of(root) as engine:
+        for tag, bad in (("a", False), ("a", False), ("b", True), ("c", False)):
+            state: dict[str, Any] = {"x": other_state(rank)["columns"]}
+            if bad and rank == 1:
+                state["bad"] = _Unpicklable()
+            try:
+                save_sharded(engine, tag, state).result(60)
+                outcomes.append("ok")
+            except (CheckpointError, TypeError) as error:
+                outcomes.append(f"{type(error).__name__} {getattr(error, 'rank', '')}".strip())
+    return outcomes, Catalog(root).tags()
