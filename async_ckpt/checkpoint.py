@@ -31,11 +31,13 @@ class SavedFile:
 
     def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
         """The manifest's line for this file."""
+        # An empty file went through the writer as one chunk of no bytes; a manifest has no empty extents.
+        crcs = tuple(written.extent_crc32) if written.size_bytes else ()
         return FileEntry(
             path=path,
             size_bytes=written.size_bytes,
-            extent_bytes=written.extent_bytes,
-            extent_crc32=tuple(written.extent_crc32),
+            extent_bytes=max(1, written.extent_bytes),
+            extent_crc32=crcs,
             format=self.format,
             planner=self.planner,
             plan_hash=self.plan_hash,

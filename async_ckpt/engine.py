@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,7 @@ from .errors import BackpressureTimeout, PathExistsError, TransactionStateError,
 from .guard import Guard
 from .inflight import InFlight
 from .interface import CheckpointEngine, StrPath, tag_of
-from .layout import PlannedState, Planner
+from .layout import PlannedState, Planner, opaque_state
 from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
@@ -116,7 +116,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             if not checkpoint.add_directory(parts) and not exist_ok:
                 raise PathExistsError(f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}")
 
-    def save(self, state_dict: Any, path: StrPath) -> None:
+    def save(self, state_dict: Any, path: StrPath, *, format: Literal["torch", "safetensors"] | None = None) -> None:
         """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
 
         The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
@@ -125,6 +125,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         Args:
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
+            format: of this file; None is the configuration's. "safetensors" takes a flat dict of tensors, whose
+                "__metadata__" may be a dict of str for the file's header.
 
         Raises:
             TransactionStateError: no such tag is open. PathExistsError: the path was saved already.
@@ -139,7 +141,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
             if not parts:
                 raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
             checkpoint.check_healthy()
-            self._save(checkpoint, "/".join(parts), state_dict, started)
+            self._save(checkpoint, "/".join(parts), state_dict, started, format)
+
+    def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
+        """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
+
+        As `save` in every other way. The data is held in memory until it is copied.
+        """
+        self.save(opaque_state(bytes(data)), path)
 
     def commit(self, tag: Any, metadata: Mapping[str, Any] | None = None) -> PendingCommit:
         """Seal `tag` and make it durable and visible in the background; returns at once.
@@ -338,10 +347,12 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     # Inside.
 
-    def _save(self, checkpoint: OpenCheckpoint, path: str, state_dict: Any, started: float) -> None:
+    def _save(
+        self, checkpoint: OpenCheckpoint, path: str, state_dict: Any, started: float, format: Literal["torch", "safetensors"] | None
+    ) -> None:
         checkpoint.check_new(path)
         # An integration may have planned the file itself.
-        state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path)
+        state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path, format=format)
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s = time.perf_counter() - started

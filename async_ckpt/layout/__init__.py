@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .opaque import opaque_state
     from .plan import FilePlan, PlannedState, Source, Sources
     from .planner import Planner
     from .sealer import Sealer
 
-__all__ = ["FilePlan", "PlannedState", "Planner", "Sealer", "Source", "Sources"]
+__all__ = ["FilePlan", "PlannedState", "Planner", "Sealer", "Source", "Sources", "opaque_state"]
 
-_HOMES = {"Planner": "planner", "Sealer": "sealer"}
+_HOMES = {"Planner": "planner", "Sealer": "sealer", "opaque_state": "opaque"}
 
 
 def __getattr__(name: str) -> Any:

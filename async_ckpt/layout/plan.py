@@ -14,8 +14,8 @@ from .zipformat import Container, SealMap
 if TYPE_CHECKING:
     import torch
 
-FileFormat = Literal["torch", "safetensors"]
-PlannerName = Literal["fast", "torch", "safetensors"]
+FileFormat = Literal["torch", "safetensors", "opaque"]
+PlannerName = Literal["fast", "torch", "safetensors", "opaque"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,12 +57,12 @@ class Planner:
         if self._format == "torch":
             check_ahead(self._encode)
 
-    def plan(self, obj: Any, *, name: str = "") -> PlannedState:
-        """The plan of `obj`. `name` (the file's path) says whose plan to reuse.
+    def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
+        """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
 
         Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
         """
-        if self._format == "safetensors":
+        if (format or self._format) == "safetensors":
             return self._plan_safetensors(obj, name)
         fast = self._plan_fast(obj, name)
         return self._plan_recorded(obj) if fast is None else fast

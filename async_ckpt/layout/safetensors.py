@@ -27,15 +27,16 @@ _MAX_HEADER_BYTES = 100_000_000
 class SafetensorsPlan:
     """One set of names, dtypes and shapes laid out. Keeps no tensor; can be reused while names and facts are equal."""
 
-    def __init__(self, names: list[str], live: LiveTensors) -> None:
+    def __init__(self, names: list[str], live: LiveTensors, metadata: dict[str, str] | None = None) -> None:
         self.names = names
+        self.metadata = metadata
         self.columns = live.columns
         formats = dict(_formats(frozenset(live.dtypes)))
         self.order = sorted(range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode()))
         sizes = [num_elements(size) * dtype.itemsize for size, dtype in zip(live.sizes, live.dtypes, strict=True)]
         nbytes = [sizes[index] for index in self.order]
         ends = list(accumulate(nbytes))
-        entries = []
+        entries = [] if metadata is None else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
         for index, end, size in zip(self.order, ends, nbytes, strict=True):
             _, dtype_name, factor = formats[live.dtypes[index]]
             entries.append(_entry(names[index], dtype_name, _stored_shape(live.sizes[index], factor), end - size, end))
@@ -74,7 +75,11 @@ class SafetensorsPlan:
 
 
 def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[SafetensorsPlan, PlannedState]:
-    """Plan a flat dict of str -> dense tensor, reusing `previous` where it fits. Raises UnsupportedStateError with the key path."""
+    """Plan a flat dict of str -> dense tensor, reusing `previous` where it fits. Raises UnsupportedStateError with the key path.
+
+    "__metadata__" may hold a dict of str -> str, as in the file's header.
+    """
+    metadata, obj = _metadata(obj)
     names, tensors = _flat(obj)
     try:
         live = look_at(tensors)
@@ -82,12 +87,22 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
         live = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
     if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
-    if previous is not None and previous.names == names and previous.columns == live.columns:
+    if previous is not None and (previous.names, previous.columns, previous.metadata) == (names, live.columns, metadata):
         return previous, previous.planned(tensors, live, cached=True)
     for name, dtype in zip(names, live.dtypes, strict=True):
         _format_of(name, dtype)
-    plan = SafetensorsPlan(names, live)
+    plan = SafetensorsPlan(names, live, metadata)
     return plan, plan.planned(tensors, live, cached=False)
+
+
+def _metadata(obj: Any) -> tuple[dict[str, str] | None, Any]:
+    """The header's own metadata, and the rest of the state."""
+    if not isinstance(obj, dict) or "__metadata__" not in obj:
+        return None, obj
+    found = obj["__metadata__"]
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise UnsupportedStateError("state['__metadata__']: safetensors takes a dict of str to str here; nothing was written")
+    return dict(found), {key: value for key, value in obj.items() if key != "__metadata__"}
 
 
 def _flat(obj: Any) -> tuple[list[str], list[torch.Tensor]]:
@@ -96,8 +111,6 @@ def _flat(obj: Any) -> tuple[list[str], list[torch.Tensor]]:
     for key, value in obj.items():
         if not isinstance(key, str):
             raise UnsupportedStateError(f"state[{key!r}]: safetensors takes str keys, not {type(key).__name__}; nothing was written")
-        if key == "__metadata__":
-            raise UnsupportedStateError("state['__metadata__']: safetensors reserves this key; nothing was written")
         if type(value) not in TENSOR_TYPES:
             raise UnsupportedStateError(f"state[{key!r}]: safetensors takes tensors, not {type(value).__name__}; nothing was written")
     return list(obj), list(obj.values())

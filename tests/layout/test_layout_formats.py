@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from async_ckpt.errors import UnsupportedStateError
-from async_ckpt.layout import Planner
+from async_ckpt.layout import Planner, opaque_state
 from tests.support.render import render
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -134,3 +134,18 @@ def test_safetensors_refusals_name_the_key(state, path):
     with pytest.raises(UnsupportedStateError) as caught:
         Planner(format="safetensors").plan(state)
     assert path in str(caught.value)
+
+
+def test_safetensors_metadata_is_in_the_header():
+    tensors = {"a": torch.arange(5), "b": torch.zeros(0)}
+    planner = Planner(format="torch")
+    state = {"__metadata__": {"format": "pt"}, **tensors}
+    expected = safetensors_torch.save(tensors, metadata={"format": "pt"})
+    assert render(planner.plan(state, name="m", format="safetensors")) == expected
+    assert planner.plan(state, name="m", format="safetensors").cached
+    assert render(planner.plan(tensors, name="m", format="safetensors")) == safetensors_torch.save(tensors)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", bytes(range(256)) * 100])
+def test_opaque_bytes_stay_as_they_are(data):
+    assert render(opaque_state(data)) == data
