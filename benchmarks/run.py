@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -42,8 +43,6 @@ def choose(scenario: str, wanted: str) -> list[str]:
     """Names from the command line; unknown ones stay, and become rows that say so."""
     if wanted == "all":
         return list(candidates(scenario))
-    if wanted == "synced":
-        return [name for name in candidates(scenario) if name != "torch_save"]
     return [name.strip() for name in wanted.split(",") if name.strip()]
 
 
@@ -188,6 +187,8 @@ def headline(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run everything asked for; returns 0 even when contenders fail, because their rows say so."""
     arguments = parse(argv)
+    # A run that is told to stop must still end its child and remove its scratch files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.out.mkdir(parents=True, exist_ok=True)
     scratch = arguments.scratch or arguments.out
     scratch.mkdir(parents=True, exist_ok=True)

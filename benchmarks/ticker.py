@@ -35,7 +35,8 @@ class Ticker:
         self.late: list[tuple[float, float]] = []
         self.control_late: list[tuple[float, float]] = []
         self.stop = threading.Event()
-        self.control = subprocess.Popen([sys.executable, "-m", "benchmarks.ticker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.ticker"]
+        self.control = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.control.stdout is not None
         self.control.stdout.readline()
         self.thread = threading.Thread(target=tick, args=(self.stop, self.late), daemon=True)
@@ -49,7 +50,7 @@ class Ticker:
         self.control_late = [(when, late) for when, late in json.loads(out)]
 
     def longest(self, start: float, end: float) -> float:
-        """Longest lateness (seconds) of the thread that ended between two moments, plus half a window for the last tick."""
+        """Longest lateness (seconds) of the thread that ended between two moments."""
         return _longest(self.late, start, end)
 
     def control_longest(self, start: float, end: float) -> float:

@@ -43,7 +43,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.contract(functional.gelu(self.expand(self.norm_mlp(x))))
+        grown: torch.Tensor = x + self.contract(functional.gelu(self.expand(self.norm_mlp(x))))
+        return grown
 
 
 class Transformer(nn.Module):
@@ -61,7 +62,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
 
 
 class Pile(nn.Module):
@@ -171,7 +173,7 @@ def build(name: str, size_mib: int | None = None, *, seed: int = 0, device: str 
         elif name == "huge":
             module = Pile([num_bytes // 4 // 64] * 64)
         elif name in ("transformer", "adamw", "small"):
-            layers = 24 if size >= 64 else 4
+            layers = 24 if size >= 32 and name != "small" else 4
             module = _transformer(num_bytes // 3 if with_state else num_bytes, layers)
         else:
             raise ValueError(f"unknown workload {name!r}; known: {', '.join(NAMES)}")

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
 
 from benchmarks.contenders.base import Contender, init_single_rank_group
 from benchmarks.workloads import State, Workload
@@ -31,11 +31,11 @@ class DcpSave(Contender):
         super().setup(directory, workload)
         warnings.filterwarnings("ignore", module="torch.distributed.*")
 
-    def writer(self, step: int) -> dcp.FileSystemWriter:
-        return dcp.FileSystemWriter(self.produced(step), thread_count=NUM_WRITE_THREADS)
+    def writer(self, step: int) -> FileSystemWriter:
+        return FileSystemWriter(self.produced(step), thread_count=NUM_WRITE_THREADS)
 
     def save(self, step: int, state: State) -> None:
-        dcp.save(state, storage_writer=self.writer(step))
+        save(state, storage_writer=self.writer(step))
 
 
 class DcpAsyncThread(DcpSave):
@@ -55,9 +55,7 @@ class DcpAsyncThread(DcpSave):
 
     def save(self, step: int, state: State) -> None:
         self.wait_durable()
-        response = dcp.async_save(
-            state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager
-        )
+        response = async_save(state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager)
         if isinstance(response, AsyncSaveResponse):
             self.staged, self.upload = response.staging_completion, response.upload_completion
         else:

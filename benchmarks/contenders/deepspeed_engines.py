@@ -10,15 +10,16 @@ from typing import Any
 from benchmarks.contenders.base import Contender, Unavailable, single_rank_environment
 from benchmarks.workloads import State, Workload
 
+# Read by DeepSpeed while it is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 single_rank_environment()
 
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
-from deepspeed.runtime.checkpoint_engine.fast_checkpoint_engine import FastCheckpointEngine
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
-from deepspeed.runtime.model_checkpointing.data_parallel_writer_factory import DataParallelWriterConfig
-from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.fast_checkpoint_engine import FastCheckpointEngine  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config  # noqa: E402
+from deepspeed.runtime.model_checkpointing.data_parallel_writer_factory import DataParallelWriterConfig  # noqa: E402
+from deepspeed.runtime.swap_tensor.aio_config import get_aio_config  # noqa: E402
 
 
 class DeepspeedTorch(Contender):
@@ -50,9 +51,7 @@ class DeepspeedFast(DeepspeedTorch):
     def make_engine(self) -> Any:
         raw = {"checkpoint": {"writer": {"type": self.writer, "io_buffer_size": 64 << 20, "data_parallel": "replica"}}}
         config = SimpleNamespace(checkpoint_config=get_checkpoint_config(raw), aio_config=get_aio_config({}))
-        rank = DataParallelWriterConfig(
-            world_size=1, rank=0, global_rank=0, local_rank=0, pure_dp=True
-        )
+        rank = DataParallelWriterConfig(world_size=1, rank=0, global_rank=0, local_rank=0, pure_dp=True)
         try:
             return FastCheckpointEngine(config, rank, optimize_dp_state=False)
         except (RuntimeError, AssertionError, AttributeError, NotImplementedError) as error:

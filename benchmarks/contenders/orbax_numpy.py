@@ -17,11 +17,11 @@ from benchmarks.workloads import State, Workload
 class OrbaxAsync(Contender):
     """A flat dict of arrays; scalars travel as one array of JSON bytes."""
 
-    config = "AsyncCheckpointer(PyTreeCheckpointHandler()), tensors as numpy views"
+    config = "AsyncCheckpointer(PyTreeCheckpointHandler(use_compression=False)), tensors as numpy views"
 
     def setup(self, directory: Path, workload: Workload) -> None:
         super().setup(directory, workload)
-        self.checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
     def save(self, step: int, state: State) -> None:
         tensors, scalars = flatten(state)

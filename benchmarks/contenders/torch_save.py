@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.contenders.base import Contender, fsync_path
+from benchmarks.contenders.base import Contender, Syncs, fsync_path
 from benchmarks.workloads import State
 
 
@@ -21,7 +21,7 @@ class TorchSaveFsync(TorchSave):
     """The file is synced, its directory entry is not."""
 
     config = "torch.save(state, path); os.fsync(file)"
-    syncs = "files"
+    syncs: Syncs = "files"
 
     def save(self, step: int, state: State) -> None:
         super().save(step, state)
@@ -32,7 +32,7 @@ class TorchSaveFsyncDir(TorchSaveFsync):
     """The whole of what a synchronous save needs to survive a power cut (still not atomic)."""
 
     config = "torch.save(state, path); os.fsync(file); os.fsync(directory)"
-    syncs = "all"
+    syncs: Syncs = "all"
 
     def save(self, step: int, state: State) -> None:
         super().save(step, state)

@@ -14,10 +14,12 @@ NAME = "async_ckpt_planner"
 
 def run(request: Request, result: Result) -> None:
     """Calls the planner directly; no copy, no disk. `repeat_us_per_tensor` includes the check that the cached plan still holds."""
+    if request.contender != NAME:
+        raise Unavailable(f"{request.contender!r} does not plan apart from saving; known here: {NAME}")
     workload = build_workload(request, result)
     result["config"] = "Planner().plan(state): first, then repeated with fresh containers and changed values"
     try:
-        planner = importlib.import_module("async_ckpt.layout.plan").Planner()
+        planner = importlib.import_module("async_ckpt.layout.planner").Planner()
     except (ImportError, AttributeError) as error:
         raise Unavailable(f"no planner: {error}") from error
     num_tensors = len(workload.tensors)

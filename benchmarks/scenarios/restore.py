@@ -7,6 +7,7 @@ The file is written and synced first, then evicted (`posix_fadvise`; `drop_cache
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import time
@@ -138,6 +139,8 @@ def _prepare_async_ckpt(name: str, root: Path, state: State) -> tuple[Path, Call
 
 def run(request: Request, result: Result) -> None:
     """`num_saves` cold reads after `num_warmups` discarded ones."""
+    if request.contender not in NAMES:
+        raise Unavailable(f"{request.contender!r} does not read; known here: {', '.join(NAMES)}")
     workload = build_workload(request, result)
     directory = Path(request.directory)
     path, read, result["config"] = prepare(request.contender, directory, workload)
@@ -145,6 +148,8 @@ def run(request: Request, result: Result) -> None:
     samples = result.setdefault("samples", [])
     for index in range(request.num_warmups + request.num_saves):
         workload.advance()
+        # Pages that a leftover mapping still holds cannot be evicted.
+        gc.collect()
         resident = evict(path, request.drop_caches)
         start = time.perf_counter()
         loaded = read()

@@ -37,7 +37,7 @@ def run_limit(request: Request, result: Result) -> None:
     num_bytes = described.num_bytes
     del described
     measure, result["config"] = LIMITS[request.contender]
-    result.update(syncs="all", synced_by="fio")
+    result.update(syncs="all", synced_by="fio" if "fio" in request.contender else "")
     directory = Path(request.directory)
     samples = result.setdefault("samples", [])
     for _ in range(request.num_saves):

@@ -37,7 +37,7 @@ def run(request: Request, result: Result) -> None:
 
 def warm_up(request: Request, contender: Contender, workload: Workload, generator: torch.Generator) -> None:
     """Allocate gradients, warm the caches, make the first save."""
-    for _ in range(2):
+    for _ in range(5):
         train_one(workload, generator, request.num_tokens, None)
     contender.save(0, workload.state())
     contender.wait_safe()

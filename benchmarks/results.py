@@ -1,0 +1,136 @@
+"""Reads the JSON files of a results folder and reduces them: medians with their spread, per contender, workload and size.
+
+Guarantees: every number in a table or plot comes out of these files; a contender without numbers keeps its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, extremes and number of samples of one figure."""
+
+    median: float
+    low: float
+    high: float
+    num: int
+
+    def text(self, scale: float = 1.0, digits: int = 1) -> str:
+        return f"{self.median * scale:.{digits}f} [{self.low * scale:.{digits}f} to {self.high * scale:.{digits}f}]"
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """None where there is nothing to reduce."""
+    found = [value for value in values if value is not None]
+    return Spread(statistics.median(found), min(found), max(found), len(found)) if found else None
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """Runs that may be compared with each other."""
+
+    scenario: str
+    workload: str
+    size_mib: int
+    device: str = "cpu"
+
+    def title(self) -> str:
+        where = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.scenario}: `{self.workload}`, {self.size_mib} MiB{where}"
+
+    def slug(self) -> str:
+        return f"{self.workload}-{self.size_mib}" + ("" if self.device == "cpu" else f"-{self.device}")
+
+
+@dataclass
+class Row:
+    """All runs of one contender in one group."""
+
+    contender: str
+    runs: list[Run] = field(default_factory=list)
+
+    def good(self) -> list[Run]:
+        return [run for run in self.runs if run["status"] == "ok"]
+
+    def samples(self, key: str) -> Spread | None:
+        """One key over all samples of all good runs."""
+        return spread(sample.get(key) for run in self.good() for sample in run.get("samples", []))
+
+    def first(self, key: str) -> Spread | None:
+        """One key of the first saves."""
+        return spread(run.get("first", {}).get(key) for run in self.good())
+
+    def top(self, key: str) -> Spread | None:
+        """One key of the runs themselves."""
+        return spread(run.get(key) for run in self.good())
+
+    def text(self, key: str) -> str:
+        """A word that is the same in all runs, such as the configuration."""
+        return next((str(run[key]) for run in self.runs if run.get(key)), "")
+
+    def reason(self) -> str:
+        """Why there are no numbers, or how many runs are missing from them."""
+        bad = [run for run in self.runs if run["status"] != "ok"]
+        if not bad:
+            return ""
+        part = "" if len(bad) == len(self.runs) else f"{len(bad)} of {len(self.runs)} runs "
+        return f"{part}{bad[0]['status']}: {bad[0]['reason']}"
+
+
+def read(folder: Path) -> list[Run]:
+    """Every run in a folder. Raises ValueError for a file of another schema."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        if run.get("schema") != 1:
+            raise ValueError(f"{path.name}: schema {run.get('schema')!r}, this report reads schema 1")
+        runs.append(run)
+    return runs
+
+
+def group(runs: Iterable[Run]) -> dict[Group, dict[str, Row]]:
+    """Runs by what may be compared, then by contender."""
+    found: dict[Group, dict[str, Row]] = defaultdict(dict)
+    for run in runs:
+        request = run["request"]
+        key = Group(run["scenario"], request["workload"], request["size_mib"], request["device"])
+        found[key].setdefault(run["contender"], Row(run["contender"])).runs.append(run)
+    return dict(sorted(found.items()))
+
+
+def training_figures(run: Run) -> dict[str, float]:
+    """With against without, of one training run: ratio of walls, seconds per checkpoint (with and without the drain)."""
+    with_ = [s for s in run["segments"] if s["with_checkpoints"]]
+    without = [s for s in run["segments"] if not s["with_checkpoints"]]
+    if not with_ or not without:
+        return {}
+    plain = statistics.median(s["wall_s"] for s in without)
+    loaded = statistics.median(s["wall_s"] for s in with_)
+    drained = statistics.median(s["wall_s"] + s["drain_s"] for s in with_)
+    num = max(1, with_[0]["num_checkpoints"])
+    return {
+        "slowdown": loaded / plain,
+        "per_checkpoint_s": (loaded - plain) / num,
+        "drained_per_checkpoint_s": (drained - plain) / num,
+        "stall_s": statistics.median(stall for s in with_ for stall in s["stall_s"]),
+    }
+
+
+def stages(run: Run) -> dict[str, float]:
+    """Copy, CRC, write and sync seconds of the last checkpoint, where the contender tells them."""
+    details = [s["detail"] for s in run.get("segments", []) if s.get("detail")]
+    details += [s["detail"] for s in run.get("samples", []) if s.get("detail")]
+    if not details:
+        return {}
+    saves = details[-1].get("saves", [])
+    return {key: sum(save.get(key, 0.0) for save in saves) for key in ("plan_s", "copy_s", "crc_s", "write_s", "sync_s")}
