@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...coordination import Coordinator, OpenTag
-from ...errors import CommitError, RankFailedError
+from ...errors import CheckpointError, CommitError, RankFailedError
 from ...filesystem import FileSystem
 from ...manifest import FileEntry
 from ...transaction import make_root
@@ -46,6 +46,8 @@ class DeepSpeedCoordinator:
         self._open: dict[int, tuple[Coordinator, Destination, int]] = {}
         self._num_begun = 0
         self._num_told = 0
+        self.reason: BaseException | None = None
+        """Why the next `abort` comes, where its caller knows better than the engine."""
         self._lock = threading.Lock()
         self._newest: dict[str, int] = {}
 
@@ -68,7 +70,11 @@ class DeepSpeedCoordinator:
         self._num_begun += 1
         inner = self._coordinator(destination.root)
         if self.leads and overwrite == "replace":
-            adopt(self._fs, destination.root, tag)
+            try:
+                adopt(self._fs, destination.root, tag)
+            except (CheckpointError, OSError) as error:
+                # It cannot be replaced then: the inner coordinator refuses, and tells the other ranks.
+                logger.warning("%s cannot be replaced: %s", destination.folder, error)
         opened = inner.begin(tag, overwrite)
         self._open[id(opened)] = (inner, destination, number)
         return opened
@@ -90,9 +96,10 @@ class DeepSpeedCoordinator:
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         found = self._open.pop(id(opened), None)
+        reason, self.reason = self.reason, None
         # Without an entry the checkpoint is visible already, and only what came after failed.
         if found is not None:
-            found[0].abort(opened, error)
+            found[0].abort(opened, reason or error)
 
     def sweep(self) -> None:
         # Each root is swept when it is first used.

@@ -33,13 +33,15 @@ logger = logging.getLogger("async_ckpt")
 class _Sealed:
     """A checkpoint whose saves are over, and whose outcome DeepSpeed has not been told yet.
 
-    One that was given up (`pending` is None) keeps its place, so that the ranks go on counting alike.
+    One that was given up on this rank (`pending` is None, `error` says why) keeps its place, so that the ranks go on
+    counting alike.
     """
 
     number: int
     info: Any
     pending: PendingCommit | None
     mark: dict[str, int]
+    error: BaseException | None = None
     is_raised: bool = False
 
     def has_ended(self) -> bool:
@@ -129,7 +131,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
         Raises:
             As `AsyncCheckpointEngine.save`. On many ranks the failure of one is kept until the save is complete, because
-            the others are on their way to DeepSpeed's next barrier: `seal` or `commit` raises it.
+            the others are on their way to DeepSpeed's next barrier; it is raised where theirs is.
         """
         inside = None if self._destination is None else self._destination.inside(path)
         if not inside:
@@ -154,7 +156,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         Raises:
             CheckpointError: why it is not; on every rank.
         """
-        if self._destination is not None and self._destination.is_for(tag) and self.seal() is not None:
+        if self._destination is not None and self._destination.is_for(tag) and self.seal():
             self._report(self._sealed.pop())
         return True
 
@@ -212,33 +214,27 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._inner is not None:
             self._inner.guard(*optimizers)
 
-    def seal(self) -> PendingCommit | None:
-        """The open checkpoint's saves are complete: commit it in the background. Returns at once; None if none is open.
-
-        Raises:
-            CheckpointError: a call since `create` has failed on this rank; the other ranks learn it in the background.
-        """
-        failed, self._failed = self._failed, None
+    def seal(self) -> bool:
+        """The open checkpoint's saves are complete: commit it in the background. Returns at once; False if none is open."""
+        failed = self._failed
         if failed is not None:
-            self.abandon(failed)
-            raise failed
+            self._give_up(failed, is_raised=False)
+            return True
         destination, self._destination = self._destination, None
         if not self._is_open or destination is None:
-            return None
+            return False
         self._is_open = False
-        pending = self._engine(destination.root).commit(destination.name, metadata={"framework": "deepspeed"})
-        self._note(pending)
-        return pending
+        self._note(self._engine(destination.root).commit(destination.name, metadata={"framework": "deepspeed"}), None)
+        return True
 
     def abandon(self, error: BaseException) -> None:
-        """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its writes."""
-        destination, self._destination = self._destination, None
-        self._failed = None
-        if self._is_open and destination is not None:
-            self._is_open = False
-            logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
-            self._note(None)
-            self._engine(destination.root).abort(destination.name)
+        """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its writes.
+
+        The caller raises `error`; the other ranks learn it in the background.
+        """
+        if self._is_open or self._failed is not None:
+            self._give_up(error, is_raised=True)
+        self._destination = None
 
     def drain(self) -> None:
         """Block until every pending checkpoint has ended, with its `latest`.
@@ -294,30 +290,42 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     @contextlib.contextmanager
     def _deferring(self) -> Iterator[None]:
-        """On many ranks: keep the first failure for `seal`, which comes when all ranks have passed DeepSpeed's barriers."""
+        """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the others."""
         try:
             yield
         except CheckpointError as error:
             if self._ranks.world_size == 1:
                 raise
-            logger.error("checkpoint failed on rank %d: %s", self._ranks.rank, error)
             self._failed = self._failed or error
 
-    def _note(self, pending: PendingCommit | None) -> None:
-        self._sealed.append(_Sealed(self._num_sealed, self._info, pending, self._mark, is_raised=pending is None))
+    def _give_up(self, error: BaseException, *, is_raised: bool) -> None:
+        destination, self._destination = self._destination, None
+        assert destination is not None
+        logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
+        self._failed = None
+        self._note(None, error, is_raised=is_raised)
+        if self._is_open:
+            self._is_open = False
+            assert self._coordinator is not None
+            self._coordinator.reason = error
+            self._engine(destination.root).abort(destination.name)
+
+    def _note(self, pending: PendingCommit | None, error: BaseException | None, *, is_raised: bool = False) -> None:
+        self._sealed.append(_Sealed(self._num_sealed, self._info, pending, self._mark, error, is_raised))
         self._num_sealed += 1
 
     def _report(self, sealed: _Sealed) -> None:
         """Wait for an outcome; raise it if it is a failure that was not raised yet."""
-        if sealed.pending is None or sealed.is_raised:
+        if sealed.is_raised:
             return
-        assert self._inner is not None
-        error = sealed.pending.exception(self._inner.config.backpressure_timeout_s)
-        if error is None:
-            self._agreed().forget(sealed.mark)
-        else:
+        error = sealed.error
+        if sealed.pending is not None:
+            assert self._inner is not None
+            error = sealed.pending.exception(self._inner.config.backpressure_timeout_s)
+        if error is not None:
             sealed.is_raised = True
             raise error
+        self._agreed().forget(sealed.mark)
 
     def _num_ended(self) -> int:
         """All sealed checkpoints with smaller numbers have ended on this rank."""

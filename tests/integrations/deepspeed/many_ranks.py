@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -157,19 +158,16 @@ def failing_rank(directory: Path) -> None:
 
 
 def bad_state_on_one_rank(directory: Path) -> None:
-    """What only one rank cannot save raises there once the ranks are past DeepSpeed's barriers, and on the others later."""
+    """What only one rank cannot save leaves no rank behind at DeepSpeed's barriers; all raise it at the same call."""
     engine = make(3)
     checkpointer = attach(engine, directory, **SMALL)
     train(engine, 1, seed=RANK)
-    client_state = {"bad": lambda: None} if RANK == 1 else {}
-    if RANK == 1:
-        with pytest.raises(CheckpointError, match="bad"):
-            engine.save_checkpoint(str(directory), tag="bad", client_state=client_state)
-    else:
-        engine.save_checkpoint(str(directory), tag="bad", client_state=client_state)
-        with pytest.raises(RankFailedError, match="rank 1"):
-            checkpointer.drain()
-    distributed.barrier()
+    answers = answers_of(checkpointer)
+    engine.save_checkpoint(str(directory), tag="bad", client_state={"bad": lambda: None} if RANK == 1 else {})
+    with pytest.raises(CheckpointError, match=r"\['bad'\] \(function\) cannot be saved") as caught:
+        steps_until_answered(engine, answers)
+    agree(len(answers))
+    assert isinstance(caught.value, RankFailedError) == (RANK == 0)
     assert Catalog(directory).tags() == [] and not (directory / "latest").exists()
     for _ in range(3):
         train(engine, 1, seed=RANK)
@@ -262,3 +260,22 @@ def ranks_loaded_after_exit(directory: Path) -> None:
     assert (directory.parent / "exit" / "latest").read_text() == "global_step1"
     engine, _ = load_stock(directory.parent / "exit", 2, "fp32")
     assert differences(expected, state_of(engine)) == []
+
+
+def killed_rank(directory: Path) -> None:
+    """Rank 1 dies while its files are held back."""
+    engine = make(2)
+    attach(engine, directory, **SMALL)
+    train(engine, 1, seed=RANK)
+    engine.save_checkpoint(str(directory), tag="good")
+    engine.destroy()
+    filesystem = GatedFileSystem(is_open=RANK == 0)
+    engine = make(2)
+    checkpointer = attach(engine, directory, filesystem=filesystem, backpressure_timeout_s=5.0, **SMALL)
+    engine.save_checkpoint(str(directory), tag="bad")
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RankFailedError, match="rank 1"):
+        checkpointer.drain()
+    assert (directory / "latest").read_text() == "good" and Catalog(directory).tags() == ["good"]
+    checkpointer.cleanup()

@@ -161,6 +161,4 @@ def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_is_the_version_that_was_tried() -> None:
-    assert importlib.metadata.version("deepspeed").startswith("0.19."), (
-        "run the slow matrix with this version, then name it in the docstring"
-    )
+    assert importlib.metadata.version("deepspeed").startswith("0.19."), "try the slow matrix with this version, then name it"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(directory: Path, names: list[str]) -> int:
         scenario = getattr(one_rank, function, None) or getattr(many_ranks, function)
         own = directory / name.replace(":", "-")
         own.mkdir(exist_ok=True)
+        started = time.monotonic()
         try:
             scenario(own, *argument.split(",")) if argument else scenario(own)
             left = [p.name for p in own.rglob(".*") if p.name.startswith((".staging.", ".trash.", ".aside.", ".latest."))]
@@ -39,6 +41,7 @@ def main(directory: Path, names: list[str]) -> int:
                 # The ranks are out of step now: nothing that follows would mean anything.
                 break
         gc.collect()
+        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
     (directory / f"outcomes-{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
     return 0
 
