@@ -32,8 +32,8 @@ class Row:
             self.lost += 1
             if stop:
                 raise AssertionError(f"{self.name}: {what}: {error}") from error
-            self.notes.append(f"{what}: {error!r}"[:2000])
-            traceback.print_exc()
+            if len(self.notes) < 5:
+                self.notes.append(f"{what}: {''.join(traceback.format_exception(error))}"[:4000])
         else:
             self.survived += 1
 
@@ -48,7 +48,7 @@ def print_table(title: str, rows: list[Row]) -> None:
     for row in [*rows, total]:
         print(f"{row.name:{width}}  {row.operations:10}  {row.injected:8}  {row.survived:8}  {row.lost:4}")
     for row in rows:
-        for note in row.notes[:5]:
+        for note in row.notes:
             print(f"  LOST {row.name}: {note}", file=sys.stderr)
 
 

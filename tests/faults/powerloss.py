@@ -1,0 +1,237 @@
+"""Power fails after every file operation of whole engines. ``python -m tests.faults.powerloss --full``
+
+The calls of a run are recorded with their data; for each instant, `diskmodel` says what the disk may hold, and each
+such state must hold what was reported as committed until then, and be one that a new engine can go on from. Broken
+variants of the file system (a sync left out or moved) run too, and must be caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_ckpt.manifest import MANIFEST_NAME
+from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+
+from .diskmodel import DiskModel, State, write_state
+from .oracle import check_sweep
+from .report import Row, command
+from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+
+
+@dataclass
+class Recording:
+    """A run: its calls, and what had been reported as committed before each."""
+
+    before: Path
+    operations: list[Operation]
+    told: list[Told]
+
+
+def record(folder: Folder, workload: Workload, fs: FaultyFileSystem, *, num_writers: int = 2) -> Recording:
+    """Run the workload on a file system that keeps what is written; `before` is the root as it was."""
+    root, told = folder.root()
+    before, _ = folder.root()
+    history: list[tuple[int, str, int]] = []
+    told.on_commit = lambda tag, version: history.append((len(fs.operations), tag, version))
+    mode = "direct" if fs.calls.fs_type(str(root)) == "ext4" else "buffered"
+    with quiet(), contextlib.closing(make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config)) as engine:
+        workload.run(Job(engine, told))
+    fs.dispose()
+    folder.drop(root)
+    attempted = told.attempted
+    tellings = []
+    for k in range(len(fs.operations) + 1):
+        committed = dict(folder.told.committed)
+        committed.update({tag: version for at, tag, version in history if at <= k})
+        tellings.append(Told(attempted, committed))
+    for op in fs.operations:
+        # The model has the root as its own.
+        op.path = op.path.replace(str(root), str(before), 1)
+        op.dst = None if op.dst is None else op.dst.replace(str(root), str(before), 1)
+    return Recording(before, fs.operations, tellings)
+
+
+def check_all(
+    folder: Folder, recording: Recording, row: Row, *, keeps: int | None, every: int, num_random: int, seed: int, stop: bool
+) -> None:
+    """Cut the power after each `every`-th call, and look at the states that may be left; equal ones are looked at once."""
+    chance = random.Random(seed)
+    model = DiskModel(recording.before)
+    known: set[bytes] = set()
+    place = folder.path / "after-power-loss"
+    for k, op in enumerate(recording.operations, 1):
+        model.apply(op)
+        told = recording.told[k]
+        is_report = told.committed != recording.told[k - 1].committed
+        if op.index < 0 or (k % every and not is_report and op.name not in ("rename", "exchange")):
+            continue
+        row.operations += 1
+        for text, state in model.states(chance, num_random):
+            key = _digest(state, told)
+            if key in known:
+                continue
+            known.add(key)
+            write_state(state, place)
+            row.check(f"after call {k} ({op.name} {op.path}): {text}", lambda told=told: check_sweep(place, told, keeps), stop=stop)  # type: ignore[misc]
+            folder.drop(place)
+
+
+def _digest(state: State, told: Told) -> bytes:
+    digest = hashlib.blake2b(repr(sorted(told.committed.items())).encode())
+    for name in sorted(state):
+        content = state[name]
+        digest.update(name.encode() + (b"/" if content is None else b"=%d" % len(content) + content))
+    return digest.digest()
+
+
+# Broken variants: the test of the test.
+
+
+class _NoFileSync(FaultyFileSystem):
+    """Files are never synced; `which` says which."""
+
+    def __init__(self, which: Callable[[str], bool]) -> None:
+        super().__init__(keep_data=True)
+        real = self.calls.fsync
+
+        def fsync(fd: int) -> None:
+            if not which(self.calls.path_of(fd)):
+                real(fd)
+
+        self.calls.fsync = fsync  # type: ignore[method-assign]
+
+
+def _is_file(path: str) -> bool:
+    return os.path.isfile(path) and not path.endswith(MANIFEST_NAME)
+
+
+class _RenameBeforeSync(FaultyFileSystem):
+    """The staging directory is synced under its final name, after the rename."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_data=True)
+        self._late = False
+
+    def fsync_dir(self, path: str) -> None:
+        if os.path.basename(path).startswith(".staging."):
+            self._late = True
+            return
+        super().fsync_dir(path)
+
+    def rename_noreplace(self, src: str, dst: str) -> None:
+        super().rename_noreplace(src, dst)
+        if self._late:
+            self._late = False
+            super().fsync_dir(dst)
+
+
+class _SyncBeforeWrite(FaultyFileSystem):
+    """Files are synced as soon as they are made, and not again: the data comes later."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_data=True)
+        real, made = self.calls.fsync, self.calls.open
+
+        def opened(path: str, flags: int, mode: int = 0o644, *, dir_fd: int | None = None) -> int:
+            fd = made(path, flags, mode, dir_fd=dir_fd)
+            if flags & os.O_CREAT:
+                real(fd)
+            return fd
+
+        self.calls.open = opened  # type: ignore[method-assign]
+        self.calls.fsync = lambda fd: real(fd) if os.path.isdir(self.calls.path_of(fd)) else None  # type: ignore[method-assign]
+
+
+class _DeleteBeforeRootSync(FaultyFileSystem):
+    """After an exchange the old tree is deleted first, and the root synced only then."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_data=True)
+        self._exchanged = False
+
+    def rename_exchange(self, a: str, b: str) -> None:
+        super().rename_exchange(a, b)
+        self._exchanged = True
+
+    def fsync_dir(self, path: str) -> None:
+        if not self._exchanged:
+            super().fsync_dir(path)
+
+    def rmdir(self, path: str) -> None:
+        super().rmdir(path)
+        if self._exchanged and ".staging." in os.path.basename(path):
+            self._exchanged = False
+            super().fsync_dir(os.path.dirname(path))
+
+
+BROKEN: dict[str, tuple[str, Callable[[], FaultyFileSystem]]] = {
+    "no fsync of the files": ("one file", lambda: _NoFileSync(_is_file)),
+    "no fsync of the manifest": ("one file", lambda: _NoFileSync(lambda path: path.endswith(MANIFEST_NAME))),
+    "no fsync of the staging directory": ("one file", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith(".staging."))),
+    "no fsync of a sub-directory": ("several files", lambda: _NoFileSync(lambda path: os.path.basename(path) == "deep")),
+    "no fsync of the root": ("one file", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r"))),
+    "rename before sync": ("one file", _RenameBeforeSync),
+    "fsync before the data": ("one file", _SyncBeforeWrite),
+    "old tree deleted before the root's fsync": ("replace", _DeleteBeforeRootSync),
+    "retention deletes before the root's fsync": ("retention", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r"))),
+}
+
+
+def sweep(
+    folder: Folder, name: str, *, direct: bool, num_writers: int, every: int = 1, num_random: int = 8, seed: int = 1, stop: bool = True
+) -> Row:
+    """One workload as it is."""
+    workload = WORKLOADS[name]
+    recording = record(folder, workload, faulty_filesystem(direct=direct, keep_data=True), num_writers=num_writers)
+    row = Row(f"{name}, {num_writers} writers{', direct' if direct else ''}")
+    check_all(folder, recording, row, keeps=workload.keeps, every=every, num_random=num_random, seed=seed, stop=stop)
+    return row
+
+
+def sweep_broken(folder: Folder, name: str, *, every: int = 1, num_random: int = 4, seed: int = 1) -> Row:
+    """One broken variant: `survived` counts harmless states, and the rest of the injected ones were caught."""
+    workload_name, make = BROKEN[name]
+    workload = WORKLOADS[workload_name]
+    row = Row(f"broken: {name}")
+    check_all(
+        folder, record(folder, workload, make()), row, keeps=workload.keeps, every=every, num_random=num_random, seed=seed, stop=False
+    )
+    return row
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    with Folder() as folder:
+        every, num_random = (1, 12) if options.full else (3, 3)
+        for name in WORKLOADS:
+            for direct, num_writers in ((False, 1), (True, 2), (True, 4))[: None if options.full else 2]:
+                rows.append(
+                    sweep(
+                        folder,
+                        name,
+                        direct=direct,
+                        num_writers=num_writers,
+                        every=every,
+                        num_random=num_random,
+                        seed=options.seed,
+                        stop=False,
+                    )
+                )
+                print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
+        for name in BROKEN:
+            broken = sweep_broken(folder, name, every=every, seed=options.seed)
+            print(f"{broken.name}: {broken.lost} of {broken.injected} states lose data: {'caught' if broken.lost else 'NOT CAUGHT'}")
+            # What counts as lost here is a variant that goes unnoticed.
+            rows.append(Row(broken.name, broken.operations, 1, int(broken.lost > 0), int(broken.lost == 0)))
+    return rows
+
+
+if __name__ == "__main__":
+    command("Power lost after every file operation", __doc__, main)
