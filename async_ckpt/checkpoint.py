@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .coordination import OpenTag
 from .errors import PathExistsError, TransactionStateError
-from .manifest import FileEntry
+from .manifest import FileEntry, FileFormat
 from .metrics import CommitMetrics, SaveMetrics
 from .pending import PendingCommit
 from .transaction import State
@@ -23,7 +23,7 @@ class SavedFile:
 
     write: FileWrite
     metrics: SaveMetrics
-    format: str
+    format: FileFormat
     planner: str
     plan_hash: str
     started_s: float

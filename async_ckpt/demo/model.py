@@ -38,7 +38,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.norm2(x))
+        widened: Tensor = self.mlp(self.norm2(x))
+        return x + widened
 
 
 class GPT(nn.Module):

@@ -106,7 +106,7 @@ class _Compactor:
         """torch's reduce value if it is (rebuild, (storage, offset, size, stride, ...)) of a plain strided view, else None."""
         if type(tensor) is not torch.Tensor:
             return None
-        reduced = tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        reduced = tensor.__reduce_ex__(2)
         return reduced if reduced[0].__name__ in ("_rebuild_tensor_v2", "_rebuild_tensor_v3") else None
 
     @staticmethod
@@ -150,5 +150,5 @@ class _Compactor:
             offset = 0 if 0 in size else offset - low // item
         wrapped: Any = short
         if not isinstance(held, torch.UntypedStorage):
-            wrapped = torch.storage.TypedStorage(wrap_storage=short, dtype=held.dtype, _internal=True)  # type: ignore[no-untyped-call]
+            wrapped = torch.storage.TypedStorage(wrap_storage=short, dtype=held.dtype, _internal=True)
         return reduced[0], (wrapped, offset, size, stride, *rest)

@@ -118,11 +118,11 @@ class _Recorder:
 
             def dump(self, obj: Any) -> None:
                 # Reducers must not see skip_data: under it quantised and nested tensors refuse to be pickled, meta tensors warn.
-                recorder.skipping.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                recorder.skipping.__exit__(None, None, None)
                 try:
                     super().dump(obj)
                 finally:
-                    recorder.skipping.__enter__()  # type: ignore[no-untyped-call]
+                    recorder.skipping.__enter__()
 
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, torch.Tensor):

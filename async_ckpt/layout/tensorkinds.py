@@ -44,7 +44,7 @@ def tensor_kind(dtype: torch.dtype, device: torch.device) -> TensorKind:
     """Learn one kind; allocates two tiny tensors on `device`. Raises NotPlainError where torch does something special for it."""
     try:
         samples = [torch.empty(2, dtype=dtype, device=device) for _ in range(2)]
-        function, arguments = samples[0].__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        function, arguments = samples[0].__reduce_ex__(2)
         first, second = record(samples).persistent_ids
     except (RuntimeError, NotImplementedError, TypeError, ValueError, RecordingError) as error:
         raise NotPlainError(f"no plain way to write {dtype} on {device}") from error
