@@ -17,7 +17,9 @@ _INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
 _NEEDED = ("create", "save", "makedirs", "load", "commit", "is_decoupled", "get_commit_info", "cleanup", "preserves_storage_sharing")
 
 
-def attach(ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = False, **config: Any) -> AsyncDeepSpeedEngine:
+def attach(
+    ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = False, rank_timeout_s: float = 600.0, **config: Any
+) -> AsyncDeepSpeedEngine:
     """Make `ds_engine` (from ``deepspeed.initialize``) save its checkpoints asynchronously.
 
     Call it once, on every rank, after ``initialize``. From then on
@@ -30,6 +32,7 @@ def attach(ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = Fal
         save_dir: where checkpoints will go. Given, staging memory is prepared now instead of in the first save.
         guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``. Only
             for tensors that nothing but the optimizer's own ``step`` changes; see `AsyncCheckpointEngine.guard`.
+        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds.
         config: `EngineConfig` fields, such as ``staging_bytes``.
 
     Returns the checkpoint engine, which is ``ds_engine.checkpoint_engine`` now.
@@ -47,7 +50,7 @@ def attach(ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = Fal
         # Compact files are cut from new storages, which the guard does not know; whole ones are what stock DeepSpeed writes.
         config.setdefault("compact_views", False)
     node_local = bool(ds_engine.use_node_local_storage())
-    checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, **config)
+    checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config)
     interface.register(AsyncDeepSpeedEngine)
     ds_engine.checkpoint_engine = checkpointer
     if guard:

@@ -65,6 +65,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         config_params: a save_dir, a mapping of `EngineConfig` fields, or whatever DeepSpeed hands to its engines (ignored).
         save_dir: where checkpoints usually go; other directories work too. Given, staging memory is prepared at once.
         overlap: commit in the background, over many steps.
+        node_local: each node has a save_dir of its own (DeepSpeed's `use_node_local_storage`).
+        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds; after that
+            the checkpoint fails on all ranks.
         config: `EngineConfig` fields, except `root`, `overwrite` ("replace" here), `coordinator` and `format`.
 
     Raises:
@@ -72,7 +75,14 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
     """
 
     def __init__(
-        self, config_params: Any = None, *, save_dir: StrPath | None = None, overlap: bool = False, node_local: bool = False, **config: Any
+        self,
+        config_params: Any = None,
+        *,
+        save_dir: StrPath | None = None,
+        overlap: bool = False,
+        node_local: bool = False,
+        rank_timeout_s: float = 600.0,
+        **config: Any,
     ) -> None:
         super().__init__(config_params)
         self.name = "AsyncDeepSpeedEngine"
@@ -83,6 +93,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self.overlap = overlap
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
         self._config = _checked(config)
+        self._rank_timeout_s = rank_timeout_s
         self._ranks = Ranks.current(node_local=node_local)
         self._filesystem: FileSystem = config.get("filesystem") or LocalFileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
@@ -264,12 +275,16 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     def _engine(self, root: str) -> AsyncCheckpointEngine:
         if self._inner is None:
-            timeout_s = EngineConfig(root=root, **self._config).backpressure_timeout_s
-            self._coordinator = DeepSpeedCoordinator(self._ranks, timeout_s)
-            self._agreement = Agreement(self._ranks.store, self._ranks.rank, timeout_s)
+            self._coordinator = DeepSpeedCoordinator(self._ranks, self._rank_timeout_s)
+            self._agreement = Agreement(self._ranks.store, self._ranks.rank, self._patience_s())
             self._inner = AsyncCheckpointEngine(root=root, overwrite="replace", coordinator=self._coordinator, **self._config)
             self._inner.guard(*self._guarded)
         return self._inner
+
+    def _patience_s(self) -> float:
+        """How long a commit may take until its outcome is known here: this rank's disk, then the other ranks' (see `RankCoordinator`)."""
+        timeout_s = EngineConfig(root=".", **self._config).backpressure_timeout_s
+        return timeout_s if self._ranks.world_size == 1 else timeout_s + 3 * self._rank_timeout_s
 
     def _agreed(self) -> Agreement:
         assert self._agreement is not None, "an engine was made before anything was sealed"
@@ -320,8 +335,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             return
         error = sealed.error
         if sealed.pending is not None:
-            assert self._inner is not None
-            error = sealed.pending.exception(self._inner.config.backpressure_timeout_s)
+            error = sealed.pending.exception(self._patience_s())
         if error is not None:
             sealed.is_raised = True
             raise error
@@ -340,7 +354,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             return
         pending = self.pending()
         for oldest in pending[: len(pending) + 1 - self._inner.config.max_pending_commits]:
-            oldest.exception(self._inner.config.backpressure_timeout_s)
+            oldest.exception(self._patience_s())
         num_ended = self._agreed().now(self._num_ended())
         while self._sealed and self._sealed[0].number < num_ended:
             self._report(self._sealed.popleft())

@@ -271,10 +271,14 @@ def killed_rank(directory: Path) -> None:
     engine.destroy()
     filesystem = GatedFileSystem(is_open=RANK == 0)
     engine = make(2)
-    checkpointer = attach(engine, directory, filesystem=filesystem, backpressure_timeout_s=5.0, **SMALL)
+    checkpointer = attach(engine, directory, filesystem=filesystem, rank_timeout_s=5.0, **SMALL)
     engine.save_checkpoint(str(directory), tag="bad")
+    store = distributed.distributed_c10d._get_default_store()
     if RANK == 1:
+        # Not before rank 0 has left DeepSpeed's last barrier.
+        store.wait(["saved"])
         os.kill(os.getpid(), signal.SIGKILL)
+    store.set("saved", "yes")
     with pytest.raises(RankFailedError, match="rank 1"):
         checkpointer.drain()
     assert (directory / "latest").read_text() == "good" and Catalog(directory).tags() == ["good"]
