@@ -21,151 +21,9 @@ Guarantees:
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """Set a key."""
-
-    key: str
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """Add to a counter; the answer is its new value."""
-
-    key: str
-    amount: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Set a key unless it is set; the answer is its value now."""
-
-    key: str
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Get:
-    """The value of a key, or None."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class GetMany:
-    """The values of keys that are all known to be set, in one request."""
-
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Delete a key."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Await:
-    """The value of a key once it is set and differs from `other_than`; None after `timeout_s` seconds."""
-
-    key: str
-    timeout_s: float
-    other_than: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AwaitCount:
-    """True once a counter is `at_least`; False after `timeout_s` seconds."""
-
-    key: str
-    at_least: int
-    timeout_s: float
-
-
-Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
-Step = Generator[Request, Any, Any]
-
-
-@dataclass(frozen=True)
-class Seat:
-    """This rank's place in the job. `ranks` are those that share its staging directory; the lowest of them leads."""
-
-    rank: int
-    world_size: int
-    timeout_s: float
-    node: int = 0
-    num_nodes: int = 1
-    ranks: tuple[int, ...] = ()
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank makes and renames a staging directory."""
-        return self.rank == self.group[0]
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        """The ranks of this staging directory, ascending."""
-        return self.ranks or tuple(range(self.world_size))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How an attempt ended, as every rank reads it. `rank` is the one to blame, `by` the one that says so."""
-
-    ok: bool
-    rank: int | None
-    cause: str
-    by: int
-    committed: bool | None = False
-    created_unix_ns: int = 0
-
-    def encode(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, text: str) -> Verdict:
-        return cls(**json.loads(text))
-
-
-class AttemptFailed(Exception):
-    """The attempt is over for all ranks; `verdict` says why. `attempt` is None where this rank never took part."""
-
-    def __init__(self, attempt: int | None, verdict: Verdict) -> None:
-        super().__init__(verdict.cause)
-        self.attempt = attempt
-        self.verdict = verdict
-
-
-@dataclass
-class Announcements:
-    """What this rank has read of rank 0's announcements and not used yet."""
-
-    last: int = 0
-    waiting: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
-
-    MAX_KEPT = 64
-
-    def add(self, attempt: int, announcement: dict[str, Any]) -> None:
-        self.waiting.setdefault(announcement["tag"], []).append((attempt, announcement))
-        while len(self.waiting) > self.MAX_KEPT:
-            del self.waiting[next(iter(self.waiting))]
-
-    def take(self, tag: str) -> tuple[int, dict[str, Any]] | None:
-        queue = self.waiting.get(tag)
-        if not queue:
-            return None
-        first = queue.pop(0)
-        if not queue:
-            del self.waiting[tag]
-        return first
-
+from .rank_requests import Add, Announcements, AttemptFailed, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Seat, Step, Verdict
 
 # Rank 0 begins.
 
@@ -194,19 +52,27 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
         AttemptFailed: rank 0 did not begin this tag in time or could not, or the jobs differ in size.
     """
     patience_s = seat.timeout_s
-    noted_after_s = min(1.0, patience_s / 4)
+    grace_s = min(1.0, patience_s / 4)
     noted = False
-    while (found := (yield from _next_open(tag, known))) is None:
-        head = yield Await("head", patience_s if noted else noted_after_s, str(known.last) if known.last else None)
+    ended: AttemptFailed | None = None
+    while True:
+        found, failure = yield from _next_open(tag, known)
+        ended = failure or ended
+        if found is not None:
+            break
+        head = yield Await("head", patience_s if noted and ended is None else grace_s, str(known.last) if known.last else None)
         if head is not None:
             yield from _read_announcements(known, int(head))
+        elif ended is not None:
+            # Not an older try whose successor is about to be announced: this very attempt failed before we came.
+            raise ended
         elif noted:
             newest = ", ".join(repr(other) for other in list(known.waiting)[-3:]) or "no other"
             cause = f"rank 0 has not opened tag {tag!r} within {seat.timeout_s:g} s (it has opened {newest})"
             raise AttemptFailed(None, Verdict(False, 0, cause, seat.rank))
         else:
             noted = True
-            patience_s -= noted_after_s
+            patience_s -= grace_s
             yield Put(f"note/{seat.rank}", f"it waits for tag {tag!r}")
     if noted:
         yield Drop(f"note/{seat.rank}")
@@ -221,12 +87,16 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
 
 
 def _next_open(tag: str, known: Announcements) -> Step:
-    """The oldest announced attempt of `tag` that has not ended; None if there is none yet."""
+    """The oldest announced attempt of `tag` that has not ended, or None; and how the newest that has ended failed, or None."""
+    failure = None
     while (found := known.take(tag)) is not None:
         attempt, announcement = found
-        if announcement["error"] or (yield Get(f"{attempt}/result")) is None:
-            return found
-    return None
+        raw = None if announcement["error"] else (yield Get(f"{attempt}/result"))
+        if raw is None:
+            return found, failure
+        verdict = Verdict.decode(raw)
+        failure = None if verdict.ok else AttemptFailed(attempt, verdict)
+    return None, failure
 
 
 def _read_announcements(known: Announcements, head: int) -> Step:
@@ -423,9 +293,9 @@ def await_quit(seat: Seat, attempt: int) -> Step:
     return (yield AwaitCount(f"{attempt}/seen", seat.world_size - seat.num_nodes, seat.timeout_s))
 
 
-def retire(seat: Seat, attempt: int) -> Step:
-    """Rank 0: drop the attempt's keys once the others have seen the result, or after `timeout_s`."""
-    all_seen = yield AwaitCount(f"{attempt}/seen", seat.world_size - 1, seat.timeout_s)
+def retire(seat: Seat, attempt: int, wait_s: float | None = None) -> Step:
+    """Rank 0: drop the attempt's keys once the others have seen the result, or after `wait_s` (by default `timeout_s`)."""
+    all_seen = yield AwaitCount(f"{attempt}/seen", seat.world_size - 1, seat.timeout_s if wait_s is None else wait_s)
     names = ["open", "count", "gate", "verdict", "result", "seen"]
     if seat.num_nodes > 1:
         names += ["done", "all_done", *(f"{kind}/{node}" for node in range(seat.num_nodes) for kind in ("open", "done"))]

@@ -23,28 +23,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import manifest, rank_protocol, transaction
+from . import rank_protocol, transaction
 from .checksum import crc32
 from .coordination import OpenTag
 from .errors import CheckpointError, CommitError, ConfigError, RankFailedError
 from .executor import DaemonExecutor
 from .filesystem import FileSystem
 from .manifest import FileEntry, Manifest
-from .rank_protocol import Announcements, AttemptFailed, Seat, Step, Verdict
+from .rank_env import Node, default_run_id, node_from_env
+from .rank_parts import merge_parts, write_part
+from .rank_requests import Announcements, AttemptFailed, Seat, Step, Verdict
 from .store_link import LinkLostError, StoreLink, private_connection
+
+__all__ = ["Node", "RankCoordinator", "RankTag"]
 
 logger = logging.getLogger("async_ckpt")
 
 _PROMPT_REMOVAL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Node:
-    """This node among those with a root of their own: its number, how many there are, and the ranks that run on it."""
-
-    number: int
-    num_nodes: int
-    ranks: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -96,12 +91,13 @@ class RankCoordinator:
         if node is not None:
             self.seat = Seat(rank, world_size, timeout_s, node.number, node.num_nodes, tuple(sorted(node.ranks)))
         self._store = store
-        self._run_id = run_id if run_id is not None else _default_run_id(store)
+        self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
         self._known = Announcements()
         self._lock = threading.Lock()
         self._background: list[Future[Any]] = []
+        self._unretired: set[int] = set()
         self._filesystem: FileSystem | None = None
         self._link: StoreLink | None = None
         self._root = ""
@@ -121,7 +117,7 @@ class RankCoordinator:
         else:
             store, rank, world_size = next(iter(rendezvous("env://")))
         if options.pop("node_local", False):
-            options["node"] = _node_from_env(rank, world_size)
+            options["node"] = node_from_env(rank, world_size)
         return cls(store, rank, world_size, **options)
 
     @property
@@ -164,7 +160,7 @@ class RankCoordinator:
         assert isinstance(opened, RankTag)
         attempt = self._learn(opened, opened.attempt)
         part = Manifest(opened.tag, created_unix_ns, tuple(files))
-        digest = self._write_part(opened.location.result(), part)
+        digest = write_part(self._fs, opened.location.result(), self.rank, part)
         self._learn(opened, self._submit(rank_protocol.report(self.seat, attempt, digest)))
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
@@ -204,6 +200,9 @@ class RankCoordinator:
                 break
             concurrent.futures.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if self._link is not None:
+            # A later engine over this store must not take these for its own.
+            dropped = [self._link.submit(rank_protocol.retire(self.seat, attempt, 0.0)) for attempt in tuple(self._unretired)]
+            concurrent.futures.wait(dropped, timeout=self._linger_s)
             self._link.close()
         if self._cleaner is not None:
             self._cleaner.shutdown(wait=False)
@@ -215,7 +214,7 @@ class RankCoordinator:
         def tell() -> Step:
             if self.rank == 0:
                 attempt = yield from rank_protocol.announce(self.seat, tag, None, _cause(error))
-                yield from rank_protocol.retire(self.seat, attempt)
+                yield from self._retire(attempt)
             else:
                 attempt, _ = yield from rank_protocol.join(self.seat, tag, self._known)
                 yield from rank_protocol.fail(self.seat, attempt, _cause(error))
@@ -264,7 +263,8 @@ class RankCoordinator:
     def _publish_as_first(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         seat = self.seat
         digests = self._learn(opened, self._submit(rank_protocol.gather(seat, attempt)))
-        entries = self._merge(opened, digests)
+        assert opened.staging is not None
+        entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
         self._learn(opened, self._submit(rank_protocol.decide(seat, attempt, created_unix_ns)))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
@@ -275,7 +275,7 @@ class RankCoordinator:
             raise
         opened.verdict = Verdict(True, None, "", 0, True)
         self._tell_outcome(opened, attempt, opened.verdict, "")
-        self._later(rank_protocol.retire(seat, attempt))
+        self._later(self._retire(attempt))
 
     def _tell_outcome(self, opened: RankTag, attempt: int, verdict: Verdict, error: str) -> None:
         seat = self.seat
@@ -298,7 +298,9 @@ class RankCoordinator:
         error = ""
         try:
             digests = self._learn(opened, self._submit(rank_protocol.parts(seat, attempt)))
-            self._rename(opened, self._merge(opened, digests), metadata, decided.created_unix_ns)
+            assert opened.staging is not None
+            entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
+            self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = _cause(failure)
         self._learn(opened, self._submit(rank_protocol.renamed(seat, attempt, error)), reported=True)
@@ -311,33 +313,6 @@ class RankCoordinator:
         if self.seat.num_nodes > 1:
             marks = {"shared": "False", "node": str(self.seat.node), "num_nodes": str(self.seat.num_nodes)}
         transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns, marks=marks)
-
-    def _write_part(self, location: str, part: Manifest) -> str:
-        """Leave this rank's file entries in the staging directory for the leader; returns their digest."""
-        raw = manifest.encode(part)
-        self._fs.create_file(os.path.join(location, _part_name(self.rank)), raw)
-        self._fs.fsync_dir(location)
-        return f"{len(raw)}:{crc32(raw):08x}"
-
-    def _merge(self, opened: RankTag, digests: Sequence[str]) -> list[FileEntry]:
-        """All ranks' entries, from the part files, which are removed.
-
-        Raises:
-            CommitError: a part is not what its rank has reported, or two ranks saved the same path.
-        """
-        assert opened.staging is not None
-        entries: dict[str, FileEntry] = {}
-        for rank, digest in zip(self.seat.group, digests, strict=True):
-            path = os.path.join(opened.staging.path, _part_name(rank))
-            raw = self._fs.read_file(path, manifest.MAX_MANIFEST_BYTES)
-            if f"{len(raw)}:{crc32(raw):08x}" != digest:
-                raise CommitError(f"rank {rank}'s part in {path!r} is not what that rank has written", step="ranks", path=path)
-            for entry in manifest.decode(raw, source=path).files:
-                if entry.path in entries:
-                    raise CommitError(f"ranks {entries[entry.path].rank} and {rank} both saved {entry.path!r}", step="ranks", path=path)
-                entries[entry.path] = entry
-            self._fs.unlink(path)
-        return list(entries.values())
 
     # Leaving.
 
@@ -354,8 +329,7 @@ class RankCoordinator:
 
         def remove() -> None:
             transaction.abort(self._fs, staging)
-            ended = rank_protocol.retire if self.rank == 0 else rank_protocol.settle
-            self._later(ended(self.seat, attempt))
+            self._later(self._retire(attempt) if self.rank == 0 else rank_protocol.settle(self.seat, attempt))
 
         def others_quit(_: Future[Any]) -> None:
             # Also where the link was lost: an unremoved directory would hold its space until this process ends.
@@ -365,6 +339,13 @@ class RankCoordinator:
         self._track(removed)
         self._submit(rank_protocol.await_quit(self.seat, attempt)).add_done_callback(others_quit)
         concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.seat.timeout_s / 4))
+
+    def _retire(self, attempt: int) -> Step:
+        with self._lock:
+            self._unretired.add(attempt)
+        yield from rank_protocol.retire(self.seat, attempt)
+        with self._lock:
+            self._unretired.discard(attempt)
 
     # Talking.
 
@@ -420,11 +401,6 @@ class RankCoordinator:
         return RankFailedError(f"{who}: {verdict.cause}; {state}", rank=verdict.rank)
 
 
-def _part_name(rank: int) -> str:
-    # Starts with a dot, as no file of a checkpoint may.
-    return f".part.{rank}.json"
-
-
 def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:600]
 
@@ -437,26 +413,3 @@ def _chain(source: Future[None], target: Future[None]) -> None:
         target.set_result(None)
 
     source.add_done_callback(done)
-
-
-def _default_run_id(store: Any) -> str:
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is not None:
-        return f"{run_id}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    inner = store
-    while hasattr(inner, "underlying_store"):
-        inner = inner.underlying_store
-    if type(inner).__name__ == "FileStore":
-        raise ConfigError("a FileStore keeps the keys of earlier runs: give run_id, the same on all ranks and new in every run")
-    return "run"
-
-
-def _node_from_env(rank: int, world_size: int) -> Node:
-    """torchrun's layout: ranks are dealt node by node."""
-    try:
-        number, local_rank, local_size = (int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"node_local needs torchrun's variables, or give node=Node(...): {error} is missing or no number") from error
-    first = rank - local_rank
-    return Node(number, num_nodes, tuple(range(first, min(first + local_size, world_size))))

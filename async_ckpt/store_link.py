@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Protocol
 
-from . import rank_protocol as protocol
+from . import rank_requests as requests
 from .executor import DaemonExecutor
-from .rank_protocol import Await, AwaitCount, Step
+from .rank_requests import Await, AwaitCount, Step
 
 # Never a value of ours: comparing a key with it reads the key in one request that does not wait for a missing one.
 _ABSENT = "\x00"
@@ -59,20 +59,20 @@ class StoreClient:
         self._store = store
         self._prefix = prefix
 
-    def answer(self, request: protocol.Request) -> Any:
+    def answer(self, request: requests.Request) -> Any:
         """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
         store = self._store
-        if isinstance(request, protocol.Put):
+        if isinstance(request, requests.Put):
             return store.set(self._prefix + request.key, request.value)
-        if isinstance(request, protocol.Add):
+        if isinstance(request, requests.Add):
             return store.add(self._prefix + request.key, request.amount)
-        if isinstance(request, protocol.Claim):
+        if isinstance(request, requests.Claim):
             return store.compare_set(self._prefix + request.key, "", request.value).decode()
-        if isinstance(request, protocol.Get):
+        if isinstance(request, requests.Get):
             return self._get(request.key)
-        if isinstance(request, protocol.GetMany):
+        if isinstance(request, requests.GetMany):
             return [value.decode() for value in store.multi_get([self._prefix + key for key in request.keys])]
-        if isinstance(request, protocol.Drop):
+        if isinstance(request, requests.Drop):
             return store.delete_key(self._prefix + request.key)
         if isinstance(request, AwaitCount):
             return request.at_least <= 0 or int(self._get(request.key) or 0) >= request.at_least
@@ -137,7 +137,7 @@ class _Task:
         return now >= self._deadline_s
 
 
-def _ask(client: StoreClient, request: protocol.Request) -> Any:
+def _ask(client: StoreClient, request: requests.Request) -> Any:
     try:
         return client.answer(request)
     # torch raises DistError, a RuntimeError, for all that can happen to a store.

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
 from async_ckpt.filesystem import LocalFileSystem
-from async_ckpt.rank_protocol import Announcements, Seat, announce, join
+from async_ckpt.rank_protocol import announce, join
+from async_ckpt.rank_requests import Announcements, Seat
 from async_ckpt.ranks import Node, RankCoordinator
 from async_ckpt.store_link import LinkLostError, StoreLink
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from async_ckpt import rank_protocol as protocol
-from async_ckpt.rank_protocol import Announcements, AttemptFailed, Seat, Verdict
+from async_ckpt.rank_requests import Announcements, AttemptFailed, Seat, Verdict
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
 
 TIMEOUT_S = 60.0
@@ -204,11 +204,27 @@ def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins
         return (first.ok, second.ok)
 
     def one() -> Script:
-        # Longer than the first attempt lives.
-        yield Pause(3 * TIMEOUT_S)
+        # The first attempt has ended, and its successor is about to be announced.
+        yield Pause(3 * TIMEOUT_S + 0.9)
         return (yield from other_rank(_seat(1, 2), "a", 1.0, known))
 
     simulation = run({0: zero(), 1: one()}, 2)
     assert simulation.outcomes[0] == (False, True)
     assert simulation.outcomes[1].ok
     assert renames == ["a"]
+
+
+def test_an_attempt_that_failed_before_a_rank_came_is_that_ranks_failure_too() -> None:
+    renames: list[str] = []
+
+    def late(seat: Seat) -> Script:
+        yield Pause(1.0)
+        return (yield from other_rank(seat, "a", 1.0))
+
+    scripts = {0: rank_zero(_seat(0, 3), "a", 5.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 0.0, fails="OSError: disk full")}
+    scripts[2] = late(_seat(2, 3))
+    simulation = run(scripts, 3)
+    assert renames == []
+    assert (simulation.outcomes[2].rank, simulation.outcomes[2].cause) == (1, "OSError: disk full")
+    assert simulation.ended_s[2] < 3
+    assert left_keys(simulation) == set()

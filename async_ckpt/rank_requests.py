@@ -1,0 +1,149 @@
+"""What the ranks' protocol is made of: requests to a store, this rank's seat, verdicts. Plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Set a key."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Add to a counter; the answer is its new value."""
+
+    key: str
+    amount: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Set a key unless it is set; the answer is its value now."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """The value of a key, or None."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetMany:
+    """The values of keys that are all known to be set, in one request."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Delete a key."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """The value of a key once it is set and differs from `other_than`; None after `timeout_s` seconds."""
+
+    key: str
+    timeout_s: float
+    other_than: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitCount:
+    """True once a counter is `at_least`; False after `timeout_s` seconds."""
+
+    key: str
+    at_least: int
+    timeout_s: float
+
+
+Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
+Step = Generator[Request, Any, Any]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This rank's place in the job. `ranks` are those that share its staging directory; the lowest of them leads."""
+
+    rank: int
+    world_size: int
+    timeout_s: float
+    node: int = 0
+    num_nodes: int = 1
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes and renames a staging directory."""
+        return self.rank == self.group[0]
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """The ranks of this staging directory, ascending."""
+        return self.ranks or tuple(range(self.world_size))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended, as every rank reads it. `rank` is the one to blame, `by` the one that says so."""
+
+    ok: bool
+    rank: int | None
+    cause: str
+    by: int
+    committed: bool | None = False
+    created_unix_ns: int = 0
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> Verdict:
+        return cls(**json.loads(text))
+
+
+class AttemptFailed(Exception):
+    """The attempt is over for all ranks; `verdict` says why. `attempt` is None where this rank never took part."""
+
+    def __init__(self, attempt: int | None, verdict: Verdict) -> None:
+        super().__init__(verdict.cause)
+        self.attempt = attempt
+        self.verdict = verdict
+
+
+@dataclass
+class Announcements:
+    """What this rank has read of rank 0's announcements and not used yet."""
+
+    last: int = 0
+    waiting: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
+
+    MAX_KEPT = 64
+
+    def add(self, attempt: int, announcement: dict[str, Any]) -> None:
+        self.waiting.setdefault(announcement["tag"], []).append((attempt, announcement))
+        while len(self.waiting) > self.MAX_KEPT:
+            del self.waiting[next(iter(self.waiting))]
+
+    def take(self, tag: str) -> tuple[int, dict[str, Any]] | None:
+        queue = self.waiting.get(tag)
+        if not queue:
+            return None
+        first = queue.pop(0)
+        if not queue:
+            del self.waiting[tag]
+        return first
