@@ -216,11 +216,12 @@ class _Reader:
         items = self.pop_mark()
         target = self._container(dict)
         for i in range(0, len(items), 2):
-            target[items[i]] = items[i + 1]
+            key = items[i]
+            target[key if type(key) in _LEAVES else _flat_key(key)] = items[i + 1]
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._container(dict)[key] = value
+        self._container(dict)[key if type(key) in _LEAVES else _flat_key(key)] = value
 
     def append(self) -> None:
         value = self.stack.pop()
@@ -289,6 +290,13 @@ class _Reader:
         if type(target) is not OrderedDict or type(state) is not dict or not all(type(name) is str for name in state):
             raise NotPlainError("state for something unknown")
         target.__dict__.update(state)
+
+
+def _flat_key(key: Any) -> Any:
+    # Hashing a tuple recurses in C without a limit: a deeply nested key would crash the process.
+    if type(key) is tuple and all(type(part) in _LEAVES for part in key):
+        return key
+    raise NotPlainError("a key that is no string, number or tuple of those")
 
 
 def _check_tensor_args(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any) -> None:

@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Accepted before and after the command.
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _run(arguments)
+        done = _run(arguments)
         sys.stdout.flush()
-        raise SystemExit(code)
+        raise SystemExit(done)
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:

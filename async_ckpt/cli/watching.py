@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..catalog import Catalog
 from ..observers.status import Status, read_statuses
 from ..units import format_age, format_bytes, format_rate, format_seconds
 from .failing import clean
@@ -31,15 +32,15 @@ def command(
         return
     screen = console()
     if once or not screen.is_terminal:
-        screen.print(_view(catalog.root, catalog.tags()))
+        screen.print(_view(catalog))
         return
     from rich.live import Live
 
     try:
-        with Live(_view(catalog.root, catalog.tags()), console=screen, auto_refresh=False) as live:
+        with Live(_view(catalog), console=screen, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
-                live.update(_view(catalog.root, catalog.tags()), refresh=True)
+                live.update(_view(catalog), refresh=True)
     except KeyboardInterrupt:
         return
 
@@ -49,10 +50,13 @@ def _as_json(status: Status) -> dict[str, Any]:
     return {**fields, "owner": str(status.owner), "owner_state": status.owner_state.value, "in_flight": list(status.in_flight)}
 
 
-def _view(root: str, tags: list[str]) -> Any:
+def _view(catalog: Catalog) -> Any:
     from rich.console import Group
     from rich.text import Text
 
+    root = catalog.root
+    # Not tags(), which logs damaged ones: a log record in the middle of a live view destroys it.
+    tags = [entry.tag for entry in catalog.entries() if entry.problem is None]
     statuses = read_statuses(root)
     newest = f"newest committed: {tags[-1]}" if tags else "nothing is committed yet"
     head = Text(clean(f"{root}  {len(tags)} checkpoints, {newest}"), style="bold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import subprocess
 import zlib
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from async_ckpt.checksum import crc32
 from async_ckpt.manifest import FileEntry, Manifest, encode
+
+from .conftest import PYTHON
 
 
 @pytest.mark.parametrize(
@@ -161,3 +164,23 @@ def test_every_flipped_byte_of_the_directory_is_an_error_or_harmless(cli, root):
         ran = cli("inspect", path, "--json")
         assert ran.code in (0, 1), (offset, ran)
         assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("as_key", [True, False], ids=["key", "value"])
+def test_inspect_survives_deeply_nested_tuples(as_key):
+    """Hashing nested tuples recurses in C: as a dict key they once crashed the process, so this runs in its own."""
+    script = """
+import sys
+from async_ckpt.errors import CheckpointError
+from async_ckpt.header import _collect, _Inventory
+from async_ckpt.plain_pickle import NotPlainError, load_plain
+nested = b")" + b"\\x85" * 1_000_000
+pickled = b"\\x80\\x02}" + (nested + b"K\\x01s." if sys.argv[1] == "True" else b"K\\x01" + nested + b"s.")
+try:
+    _collect(load_plain(pickled, _Inventory({})), "x")
+except (CheckpointError, NotPlainError) as error:
+    print("refused", error)
+"""
+    ran = subprocess.run([PYTHON, "-c", script, str(as_key)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran
+    assert ran.stdout.startswith("refused")

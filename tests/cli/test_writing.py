@@ -114,3 +114,17 @@ def test_bench_gives_advice(cli, tmp_path):
     assert found["advice"]["staging_bytes"] >= 0.5 * 2**30
     assert all(row["median_bytes_per_s"] > 0 for row in found["disk"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_demo_trains_saves_and_resumes(cli, tmp_path):
+    arguments = ("demo", "--root", tmp_path / "root", "--save-every", "2", "--device", "cpu")
+    first = cli(*arguments, "--steps", "4", "--plot", tmp_path / "steps.png", "--trace", tmp_path / "trace.json")
+    assert first.code == 0
+    assert "stall per save" in first.out
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "resumed from step-000004" in cli(*arguments, "--steps", "6").out
+    assert "was reached" in cli(*arguments, "--steps", "6").out
+    assert cli("verify", tmp_path / "root").code == 0
+    assert cli("timeline", tmp_path / "trace.json", tmp_path / "t.png").code == 0
