@@ -141,7 +141,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
             if not parts:
                 raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
             checkpoint.check_healthy()
-            self._save(checkpoint, "/".join(parts), state_dict, started, format)
+            with self._snapshotter.planning():
+                self._save(checkpoint, "/".join(parts), state_dict, started, format)
 
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).

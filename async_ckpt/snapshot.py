@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,41 @@ from .layout import FilePlan, PlannedState
 from .staging import StagingArena, StagingChunk
 from .writer import Chunk, FileWrite
 
-# How long a lazy copy lets its caller go on planning; a checkpoint's files are saved within milliseconds of each other.
+# How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds of each other.
 _PATIENCE_S = 0.01
+
+
+class _Courtesy:
+    """Lets a caller who is still planning go first: a lazy copy that competes with it for the GIL would be stall."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_planning = 0
+        self._until_s = 0.0
+
+    @contextmanager
+    def extended(self) -> Iterator[None]:
+        with self._changed:
+            self._num_planning += 1
+            self._until_s = float("inf")
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_planning -= 1
+                if self._num_planning == 0 and self._until_s:
+                    self._until_s = time.monotonic() + _PATIENCE_S
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._until_s = 0.0
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        with self._changed:
+            while (left_s := self._until_s - time.monotonic()) > 0:
+                self._changed.wait(None if left_s == float("inf") else left_s)
 
 
 @dataclass(slots=True)
@@ -60,11 +94,15 @@ class Snapshotter:
         self._timeout_s = timeout_s
         self._cuts: dict[str, tuple[Sequence[int], int, list[ChunkCut]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._calm = threading.Event()
+        self._courtesy = _Courtesy()
 
     def hurry(self) -> None:
         """Start the queued lazy copies now: the caller has nothing more to save, or waits for them. Any thread."""
-        self._calm.set()
+        self._courtesy.end()
+
+    def planning(self) -> AbstractContextManager[None]:
+        """Around everything a `save` does on the caller's thread: lazy copies do not start meanwhile, nor shortly after."""
+        return self._courtesy.extended()
 
     def take(
         self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str, on_copied: OnCopied | None = None
@@ -88,6 +126,8 @@ class Snapshotter:
         reserved = self._arena.try_reserve(len(fill.cuts)) if any(is_lazy) or fill.devices else None
         file = _File(fill, write, self._arena, SnapshotJob())
         if reserved is None:
+            # Chunks come back only when the copies that hold them have been made.
+            self.hurry()
             file.stream_through(self._timeout_s)
         elif any(is_lazy):
             self._take_lazily(file, reserved, is_lazy, guarded)
@@ -109,15 +149,13 @@ class Snapshotter:
                 self._arena.release(chunk)
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
-        self._calm.clear()
         done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
     def _copy_behind(
         self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None
     ) -> None:
-        # The caller is likely to save the next file at once: competing for the GIL with its planning would be stall.
-        self._calm.wait(_PATIENCE_S)
+        self._courtesy.wait()
         file.copy_behind(chunks, callers, chosen)
 
     def _cuts_for(self, plan: FilePlan, name: str) -> list[ChunkCut]:
