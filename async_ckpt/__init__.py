@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .pending import PendingCommit
     from .preemption import PreemptionOutcome
     from .progress import CommitProgress, show_progress
+    from .ranks import Node, RankCoordinator
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
     from .timeline import SpanRecorder, read_trace, write_timeline
@@ -62,10 +63,12 @@ _HOME = {
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
     "LoggingObserver": "observers.logs",
+    "Node": "ranks",
     "Observer": "metrics",
     "PendingCommit": "pending",
     "PreemptionOutcome": "preemption",
     "PrometheusObserver": "observers.prometheus",
+    "RankCoordinator": "ranks",
     "SaveMetrics": "metrics",
     "Span": "metrics",
     "SpanRecorder": "timeline",
@@ -98,12 +101,14 @@ __all__ = [
     "KeepLast",
     "KeepNewerThan",
     "LoggingObserver",
+    "Node",
     "Observer",
     "OutOfSpaceError",
     "PathExistsError",
     "PendingCommit",
     "PreemptionOutcome",
     "PrometheusObserver",
+    "RankCoordinator",
     "RankFailedError",
     "SaveMetrics",
     "Span",

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
 from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.rank_env import default_run_id, node_from_env
 from async_ckpt.rank_protocol import announce, join
 from async_ckpt.rank_requests import Announcements, Seat
 from async_ckpt.ranks import Node, RankCoordinator
@@ -238,3 +239,15 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="has an engine already"):
         coordinator.bind(LocalFileSystem(), str(tmp_path))
     coordinator.close()
+
+
+def test_torchruns_environment_tells_run_and_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"GROUP_RANK": 1, "GROUP_WORLD_SIZE": 3, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert node_from_env(6, 12) == Node(1, 3, (4, 5, 6, 7))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert default_run_id(dist.FileStore(str(tmp_path / "store"), 2)) == "job.2"
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match="LOCAL_RANK"):
+        node_from_env(6, 12)

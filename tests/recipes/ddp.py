@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from async_ckpt import AsyncCheckpointEngine
-from async_ckpt.ranks import RankCoordinator
+from async_ckpt import AsyncCheckpointEngine, RankCoordinator
 
 device = torch.device("cpu")
 if torch.cuda.is_available():

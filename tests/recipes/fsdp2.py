@@ -5,9 +5,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from async_ckpt import AsyncCheckpointEngine
+from async_ckpt import AsyncCheckpointEngine, RankCoordinator
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
-from async_ckpt.ranks import RankCoordinator
 
 kind = "cuda" if torch.cuda.is_available() else "cpu"
 if kind == "cuda":
