@@ -107,12 +107,13 @@ def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]
 
 def explain(watched: Watched, timeout_s: float) -> dict[str, Any]:
     """A row for a child that left no result."""
+    lines = watched.stderr_tail.strip().splitlines()
+    last = lines[-1] if lines else "no output"
     if watched.ended == "timeout":
-        return {"status": "timeout", "reason": f"no end after {timeout_s:.0f} s"}
+        return {"status": "timeout", "reason": f"no end after {timeout_s:.0f} s; last words: {last}"[:600]}
     if watched.ended == "memory":
         return {"status": "killed", "reason": "stopped: the machine's free memory ran out"}
-    lines = watched.stderr_tail.strip().splitlines()
-    return {"status": "killed", "reason": f"died with exit code {watched.returncode}: {lines[-1] if lines else 'no output'}"[:600]}
+    return {"status": "killed", "reason": f"died with exit code {watched.returncode}: {last}"[:600]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
