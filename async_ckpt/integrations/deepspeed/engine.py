@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,29 +22,11 @@ from ...pending import PendingCommit
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import Destination
-from .latest import write_beside
+from .latest import KeepLatest, write_beside
+from .outcomes import Outcomes
 from .ranks import Ranks
 
 logger = logging.getLogger("async_ckpt")
-
-
-@dataclass(slots=True)
-class _Sealed:
-    """A checkpoint whose saves are over, and whose outcome DeepSpeed has not been told yet.
-
-    One that was given up on this rank (`pending` is None, `error` says why) keeps its place, so that the ranks go on
-    counting alike.
-    """
-
-    number: int
-    info: Any
-    pending: PendingCommit | None
-    mark: dict[str, int]
-    error: BaseException | None = None
-    is_raised: bool = False
-
-    def has_ended(self) -> bool:
-        return self.pending is None or self.pending.done()
 
 
 class AsyncDeepSpeedEngine(CheckpointEngine):
@@ -93,20 +74,20 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self.overlap = overlap
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
         self._config = _checked(config)
-        self._rank_timeout_s = rank_timeout_s
         self._ranks = Ranks.current(node_local=node_local)
         self._filesystem: FileSystem = config.get("filesystem") or LocalFileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
-        self._agreement: Agreement | None = None
-        self._coordinator: DeepSpeedCoordinator | None = None
+        self._coordinator = DeepSpeedCoordinator(self._ranks, rank_timeout_s)
+        patience_s = EngineConfig(root=".", **self._config).backpressure_timeout_s
+        if self._ranks.world_size > 1:
+            # This rank's disk, then the other ranks' (see `RankCoordinator` for the factor).
+            patience_s += 3 * rank_timeout_s
+        self._outcomes = Outcomes(Agreement(self._ranks.store, self._ranks.rank, patience_s), patience_s)
         self._destination: Destination | None = None
         self._info: Any = None
         self._is_open = False
         self._failed: CheckpointError | None = None
-        self._sealed: deque[_Sealed] = deque()
-        self._num_sealed = 0
-        self._mark: dict[str, int] = {}
         self._is_closed = False
         if self.save_dir is not None:
             self._engine(self.save_dir)
@@ -122,7 +103,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._is_closed:
             raise TransactionStateError("this checkpoint engine was closed by cleanup() or destroy(); attach a new one")
         self.abandon(TransactionStateError("the next save began before this one was complete"))
-        self._settle()
+        if self._inner is not None:
+            self._outcomes.settle(self._inner.config.max_pending_commits)
         self._info = tag
         self._destination = Destination.of(tag, self.save_dir)
 
@@ -168,7 +150,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             CheckpointError: why it is not; on every rank.
         """
         if self._destination is not None and self._destination.is_for(tag) and self.seal():
-            self._report(self._sealed.pop())
+            self._outcomes.report_last()
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
@@ -191,11 +173,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             CheckpointError: the oldest unreported checkpoint failed; every rank raises at the same call.
         """
         self.seal()
-        if not self._sealed or self._agreed().ahead(self._num_ended()) <= self._sealed[0].number:
-            return None
-        first = self._sealed.popleft()
-        self._report(first)
-        return replace(first.info, save_latest=False) if hasattr(first.info, "save_latest") else first.info
+        info = self._outcomes.next()
+        return replace(info, save_latest=False) if hasattr(info, "save_latest") else info
 
     def cleanup(self) -> None:
         """Finish what is pending, with its `latest`, and stop all threads; calling it again does nothing.
@@ -235,7 +214,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not self._is_open or destination is None:
             return False
         self._is_open = False
-        self._note(self._engine(destination.root).commit(destination.name, metadata={"framework": "deepspeed"}), None)
+        pending = self._engine(destination).commit(destination.name, metadata={"framework": "deepspeed"})
+        self._outcomes.add(self._info, pending)
         return True
 
     def abandon(self, error: BaseException) -> None:
@@ -253,18 +233,11 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         Raises:
             CheckpointError: the first failure that was not raised yet.
         """
-        first: CheckpointError | None = None
-        for sealed in self._sealed:
-            try:
-                self._report(sealed)
-            except CheckpointError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        self._outcomes.wait_all()
 
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended on this rank, oldest first."""
-        return [sealed.pending for sealed in self._sealed if sealed.pending is not None and not sealed.pending.done()]
+        return self._outcomes.pending()
 
     @property
     def engine(self) -> AsyncCheckpointEngine | None:
@@ -273,31 +246,23 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     # Inside.
 
-    def _engine(self, root: str) -> AsyncCheckpointEngine:
+    def _engine(self, where: Destination | str) -> AsyncCheckpointEngine:
         if self._inner is None:
-            self._coordinator = DeepSpeedCoordinator(self._ranks, self._rank_timeout_s)
-            self._agreement = Agreement(self._ranks.store, self._ranks.rank, self._patience_s())
-            self._inner = AsyncCheckpointEngine(root=root, overwrite="replace", coordinator=self._coordinator, **self._config)
+            root = where if isinstance(where, str) else where.save_dir
+            config = dict(self._config)
+            if config.get("retention") is not None:
+                config["retention"] |= KeepLatest(self._filesystem, root)
+            self._inner = AsyncCheckpointEngine(root=root, overwrite="replace", coordinator=self._coordinator, **config)
             self._inner.guard(*self._guarded)
         return self._inner
-
-    def _patience_s(self) -> float:
-        """How long a commit may take until its outcome is known here: this rank's disk, then the other ranks' (see `RankCoordinator`)."""
-        timeout_s = EngineConfig(root=".", **self._config).backpressure_timeout_s
-        return timeout_s if self._ranks.world_size == 1 else timeout_s + 3 * self._rank_timeout_s
-
-    def _agreed(self) -> Agreement:
-        assert self._agreement is not None, "an engine was made before anything was sealed"
-        return self._agreement
 
     def _opened(self) -> AsyncCheckpointEngine:
         """The engine, with the current checkpoint open: only now, because `create` also announces exports beside it."""
         destination = self._destination
         assert destination is not None
-        engine = self._engine(destination.root)
+        engine = self._engine(destination)
         if not self._is_open:
-            assert self._coordinator is not None
-            self._mark = self._agreed().mark()
+            self._outcomes.opened()
             self._coordinator.route(destination)
             engine.create(destination.name)
             self._is_open = True
@@ -318,46 +283,11 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         assert destination is not None
         logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
         self._failed = None
-        self._note(None, error, is_raised=is_raised)
+        self._outcomes.add(self._info, None, error, is_raised=is_raised)
         if self._is_open:
             self._is_open = False
-            assert self._coordinator is not None
             self._coordinator.reason = error
-            self._engine(destination.root).abort(destination.name)
-
-    def _note(self, pending: PendingCommit | None, error: BaseException | None, *, is_raised: bool = False) -> None:
-        self._sealed.append(_Sealed(self._num_sealed, self._info, pending, self._mark, error, is_raised))
-        self._num_sealed += 1
-
-    def _report(self, sealed: _Sealed) -> None:
-        """Wait for an outcome; raise it if it is a failure that was not raised yet."""
-        if sealed.is_raised:
-            return
-        error = sealed.error
-        if sealed.pending is not None:
-            error = sealed.pending.exception(self._patience_s())
-        if error is not None:
-            sealed.is_raised = True
-            raise error
-        self._agreed().forget(sealed.mark)
-
-    def _num_ended(self) -> int:
-        """All sealed checkpoints with smaller numbers have ended on this rank."""
-        for sealed in self._sealed:
-            if not sealed.has_ended():
-                return sealed.number
-        return self._num_sealed
-
-    def _settle(self) -> None:
-        """Report what has ended, and let no more than `max_pending_commits` run; the same on every rank."""
-        if self._inner is None:
-            return
-        pending = self.pending()
-        for oldest in pending[: len(pending) + 1 - self._inner.config.max_pending_commits]:
-            oldest.exception(self._patience_s())
-        num_ended = self._agreed().now(self._num_ended())
-        while self._sealed and self._sealed[0].number < num_ended:
-            self._report(self._sealed.popleft())
+            self._engine(destination).abort(destination.name)
 
     def _make_outside(self, path: str, exist_ok: bool) -> None:
         if not exist_ok and self._filesystem.stat(path).kind != "missing":

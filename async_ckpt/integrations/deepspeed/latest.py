@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...errors import CommitError, WriteError
 from ...filesystem import FileSystem
+from ...retention import CheckpointInfo, RetentionPolicy
 
 LATEST_NAME = "latest"
+_MAX_LATEST_BYTES = 4096
 
 
 def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
@@ -37,6 +40,21 @@ def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
             path=path,
             committed=None,
         ) from error
+
+
+class KeepLatest(RetentionPolicy):
+    """Keeps what `latest` names, which is not the newest after saves with ``save_latest=False``."""
+
+    def __init__(self, filesystem: FileSystem, save_dir: str) -> None:
+        self._filesystem = filesystem
+        self._path = os.path.join(save_dir, LATEST_NAME)
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        try:
+            named = self._filesystem.read_file(self._path, _MAX_LATEST_BYTES).decode().strip()
+        except FileNotFoundError:
+            return {}
+        return {info.tag: "named by latest" for info in checkpoints if info.tag == named}
 
 
 def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:

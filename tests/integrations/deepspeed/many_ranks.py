@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import groups
 from torch import distributed
 
 from async_ckpt import Catalog, CheckpointError, OutOfSpaceError, RankFailedError
@@ -213,6 +214,8 @@ def ranks_pipeline(directory: Path) -> None:
     engine.save_checkpoint(str(directory), tag="again")
     engine.destroy()
     assert (directory / "latest").read_text() == "again"
+    # A pipeline's grid stays behind as the process's model parallel unit, and no other engine could be made.
+    groups.mpu = None
 
 
 def ranks_node_local(directory: Path) -> None:
@@ -220,13 +223,10 @@ def ranks_node_local(directory: Path) -> None:
     own = directory / f"node{RANK}"
     launched = {"CROSS_RANK": str(RANK), "CROSS_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     filesystem = GatedFileSystem(is_open=True)
-    engine = make(1)
-    # The setting itself cannot be used without a model parallel unit: DeepSpeed 0.19.8 asks None for its rank then.
-    engine.use_node_local_storage = lambda: True
-    engine.local_rank = 0
     with pytest.MonkeyPatch.context() as patch:
         for name, value in launched.items():
             patch.setenv(name, value)
+        engine = make(1, checkpoint={"use_node_local_storage": True})
         checkpointer = attach(engine, own, filesystem=filesystem, **SMALL)
     train(engine, 1, seed=RANK)
     expected = state_of(engine)

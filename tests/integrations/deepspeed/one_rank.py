@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, CheckpointError, ConfigError, OutOfSpaceError
+from async_ckpt import AsyncCheckpointEngine, Catalog, CheckpointError, ConfigError, KeepLast, OutOfSpaceError
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from tests.integrations.deepspeed.world import (
     GatedFileSystem,
@@ -311,6 +311,18 @@ def latest_is_last_and_atomic(directory: Path) -> None:
     train(engine, 2)
     assert (directory / "latest").read_text() == "a", "DeepSpeed itself wrote latest"
     engine.destroy()
+
+
+def retention(directory: Path) -> None:
+    """What `latest` names is never deleted."""
+    engine = make(0)
+    checkpointer = attach(engine, directory, retention=KeepLast(1), **SMALL)
+    for number in range(6):
+        train(engine, 1)
+        engine.save_checkpoint(str(directory), tag=f"step{number}", save_latest=number < 3)
+        checkpointer.drain()
+    engine.destroy()
+    assert (directory / "latest").read_text() == "step2" and Catalog(directory).tags() == ["step2", "step5"]
 
 
 def zero_to_fp32(directory: Path, stage: str) -> None:

@@ -40,6 +40,7 @@ ONE_RANK = (
     "disk_full",
     "exception_in_save",
     "latest_is_last_and_atomic",
+    "retention",
     "zero_to_fp32:2",
     "zero_to_fp32:3",
     "pipeline",

@@ -68,6 +68,7 @@ def make(stage: int, dtype: str = "fp32", seed: int = 0, **more: Any) -> Any:
 
 
 def make_pipeline(num_stages: int, seed: int = 0) -> Any:
+    deepspeed.init_distributed("gloo")
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(FEATURES, FEATURES), Norm(FEATURES), torch.nn.ReLU(), torch.nn.Linear(FEATURES, FEATURES)]
     model = PipelineModule(layers=layers, num_stages=num_stages, loss_fn=torch.nn.functional.mse_loss, partition_method="uniform")

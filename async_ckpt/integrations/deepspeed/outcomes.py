@@ -1,0 +1,109 @@
+"""How checkpoints ended, told to DeepSpeed on every rank alike."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import CheckpointError
+from ...pending import PendingCommit
+from .agreement import Agreement
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """A checkpoint whose saves are over.
+
+    One that was given up on this rank (`pending` is None, `error` says why) keeps its place, so that the ranks go on
+    counting alike.
+    """
+
+    number: int
+    info: Any
+    pending: PendingCommit | None
+    error: BaseException | None
+    is_raised: bool
+    mark: dict[str, int]
+
+    def has_ended(self) -> bool:
+        return self.pending is None or self.pending.done()
+
+
+class Outcomes:
+    """Checkpoints whose saves are over and whose outcome has not been reported yet. Training thread only.
+
+    Guarantees: with the same calls in the same order, `settle` and `next` report the same checkpoints on every rank, and
+    a failure of any rank is raised by the same call on all of them.
+    """
+
+    def __init__(self, agreement: Agreement, patience_s: float) -> None:
+        """`patience_s`: how long a commit may take until its outcome is known here."""
+        self._agreement = agreement
+        self._patience_s = patience_s
+        self._waiting: deque[_Outcome] = deque()
+        self._num_added = 0
+        self._mark: dict[str, int] = {}
+
+    def opened(self) -> None:
+        """The next checkpoint to be added has been opened."""
+        self._mark = self._agreement.mark()
+
+    def add(self, info: Any, pending: PendingCommit | None, error: BaseException | None = None, *, is_raised: bool = False) -> None:
+        """`pending` is on its way; without one the checkpoint was given up because of `error`."""
+        self._waiting.append(_Outcome(self._num_added, info, pending, error, is_raised, self._mark))
+        self._num_added += 1
+
+    def pending(self) -> list[PendingCommit]:
+        """Commits that have not ended on this rank, oldest first."""
+        return [outcome.pending for outcome in self._waiting if outcome.pending is not None and not outcome.pending.done()]
+
+    def report_last(self) -> None:
+        """Wait for the one added last; raise its failure."""
+        self._report(self._waiting.pop())
+
+    def wait_all(self) -> None:
+        """Wait for all of them; raise the first failure that was not raised yet. They stay to be reported."""
+        first: CheckpointError | None = None
+        for outcome in self._waiting:
+            try:
+                self._report(outcome)
+            except CheckpointError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def settle(self, max_pending: int) -> None:
+        """Report what has ended on rank 0, after waiting until fewer than `max_pending` are unfinished there."""
+        pending = self.pending()
+        for oldest in pending[: len(pending) + 1 - max_pending]:
+            oldest.exception(self._patience_s)
+        num_ended = self._agreement.now(self._num_ended())
+        while self._waiting and self._waiting[0].number < num_ended:
+            self._report(self._waiting.popleft())
+
+    def next(self) -> Any:
+        """The `info` of the oldest one if it has ended, else None; raises its failure. Does not wait for the disk."""
+        if not self._waiting or self._agreement.ahead(self._num_ended()) <= self._waiting[0].number:
+            return None
+        first = self._waiting.popleft()
+        self._report(first)
+        return first.info
+
+    def _report(self, outcome: _Outcome) -> None:
+        """Wait for an outcome; raise it if it is a failure that was not raised yet."""
+        if outcome.is_raised:
+            return
+        error = outcome.error if outcome.pending is None else outcome.pending.exception(self._patience_s)
+        if error is not None:
+            outcome.is_raised = True
+            raise error
+        # It was committed, so every rank had opened it: nobody asks what was asked before that any more.
+        self._agreement.forget(outcome.mark)
+
+    def _num_ended(self) -> int:
+        """All with smaller numbers have ended on this rank."""
+        for outcome in self._waiting:
+            if not outcome.has_ended():
+                return outcome.number
+        return self._num_added
