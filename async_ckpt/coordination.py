@@ -84,7 +84,11 @@ class LocalCoordinator:
         return self._filesystem
 
     def begin(self, tag: str, overwrite: str) -> OpenTag:
-        staging = transaction.begin(self._fs, self._root, tag, overwrite)
+        return self.begin_at(self._root, tag, overwrite)
+
+    def begin_at(self, root: str, tag: str, overwrite: str) -> OpenTag:
+        """`begin` below another root, for integrations that write to several."""
+        staging = transaction.begin(self._fs, root, tag, overwrite)
         location: Future[str] = Future()
         location.set_result(staging.path)
         return OpenTag(tag, overwrite, location, staging)

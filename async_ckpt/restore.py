@@ -105,7 +105,13 @@ def load_committed(
     num_threads: int | None = None,
 ) -> Any:
     """`load` of file `name` in checkpoint `tag` of `catalog`."""
-    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as opened, naming_the_record(opened.file):
+    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as opened:
+        return load_opened(opened, map_location=map_location, weights_only=weights_only, mmap=mmap)
+
+
+def load_opened(opened: Opened, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
+    """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
+    with naming_the_record(opened.file):
         if opened.entry.format == "safetensors":
             return load_safetensors(opened.file, map_location)
         if mmap:
@@ -187,7 +193,7 @@ def _load_plain(opened: Opened, map_location: Any) -> Any:
     return state
 
 
-def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool) -> Any:
+def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
     source = TorchFile(opened.file)
     try:
         with _translated(opened):
@@ -200,7 +206,7 @@ def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool) -> A
     return state
 
 
-def _load_mapped(opened: Opened, map_location: Any, weights_only: bool) -> Any:
+def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
     opened.file.verify_rest()
     with _translated(opened):
         return torch.load(opened.path, map_location=map_location, weights_only=weights_only, mmap=True)

@@ -1,0 +1,210 @@
+"""The plugin itself: Lightning's four calls on top of the engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...config import EngineConfig
+from ...engine import AsyncCheckpointEngine
+from ...errors import CheckpointError, ConfigError
+from ...filesystem import FileSystem, LocalFileSystem
+from .followups import FollowUps, switch_link
+from .framework import checkpoint_io_class, cooperate, default_weights_only
+from .loading import load_file
+from .places import DATA_NAME, Place
+from .single_file import FileCoordinator, remove, try_settle
+
+logger = logging.getLogger("async_ckpt")
+
+_OWN_FIELDS = ("root", "overwrite", "coordinator", "format", "retention")
+
+_CheckpointIO: Any = checkpoint_io_class()
+
+
+class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
+    """Saves Lightning's checkpoints in the background: ``Trainer(plugins=[AsyncCkptIO()])``.
+
+    Guarantees:
+    - `save_checkpoint` has copied the state when it returns; the file appears at its path, whole and durable, later.
+    - A failed save, link, deletion or hook raises at the next save, or when the trainer tears down, at the latest.
+    - No older checkpoint is deleted, and no ``last.ckpt`` link switched, before the newer one is durable.
+    - `load_checkpoint` waits for what is pending and compares every byte with the manifest.
+
+    One thread at a time. May be used for several ``fit`` calls; after the last one, a save by hand
+    (``trainer.save_checkpoint``) is finished by `teardown`, `wait`, or the end of the process.
+
+    Args:
+        on_commit: called with the path of each committed file, on a background thread, in order; it may block (an
+            upload), and the file is not deleted before it returns.
+        verify: "full" checks every byte on load, "off" nothing.
+        config: `EngineConfig` fields such as ``staging_bytes``; not root, overwrite, coordinator, format and retention,
+            which Lightning's callbacks decide.
+
+    Raises:
+        ConfigError: a field that is unknown, wrong, or set by this plugin itself.
+    """
+
+    def __init__(self, *, on_commit: Callable[[str], object] | None = None, verify: str = "full", **config: Any) -> None:
+        own = [name for name in _OWN_FIELDS if name in config]
+        if own:
+            raise ConfigError(f"AsyncCkptIO sets {', '.join(own)} itself: Lightning's callbacks decide where files go and which stay")
+        checked = EngineConfig.from_params({"root": ".", **config})
+        self._config = config
+        self._on_commit = on_commit
+        self._verify = verify
+        self._sweeps = checked.sweep_on_start
+        self._filesystem: FileSystem = checked.filesystem or LocalFileSystem()
+        self._guarded: list[torch.optim.Optimizer] = []
+        self._engine: AsyncCheckpointEngine | None = None
+        self._coordinator: FileCoordinator | None = None
+        self._after: FollowUps | None = None
+        cooperate(AsyncCkptIO)
+
+    # Lightning's interface.
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Snapshot `checkpoint` and write it to `path` in the background.
+
+        Blocks for the copy (about one memcpy), while staging memory is full, and while `max_pending_commits` are unfinished.
+
+        Raises:
+            CheckpointError: this snapshot cannot be taken, or an earlier save failed. Anything that an `on_commit` hook raised.
+        """
+        if storage_options is not None:
+            raise TypeError("`Trainer.save_checkpoint(..., storage_options=...)` is not supported by AsyncCkptIO: it writes local files")
+        place = Place.of(path)
+        self._raise_failure()
+        engine, after = self._running(place)
+        number = after.reserve(place)
+        try:
+            engine.create(place.tag)
+        except CheckpointError as error:
+            # It may be an earlier commit's failure that arrived just now: it is not raised twice.
+            after.forget(error)
+            raise
+        try:
+            engine.save(checkpoint, DATA_NAME)
+            pending = engine.commit(place.tag, metadata=_metadata(checkpoint, place))
+        except BaseException:
+            engine.abort(place.tag)
+            raise
+        after.saved(place, number, pending)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, verified; waits for pending saves first. Files of stock Lightning are read as stock does.
+
+        Args:
+            weights_only: None is what the installed Lightning uses by itself.
+
+        Raises:
+            CheckpointNotFoundError (a FileNotFoundError), CorruptCheckpointError. CheckpointError: the save to this path failed.
+        """
+        place = Place.of(path)
+        if self._after is not None:
+            self._after.drain()
+            error = self._after.failure_of(place)
+            if error is not None:
+                raise error
+        try_settle(self._filesystem, place.folder)
+        only = default_weights_only() if weights_only is None else weights_only
+        loaded: dict[str, Any] = load_file(self._filesystem, place, map_location=map_location, weights_only=only, verify=self._verify)
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file, pending ones too, once all saves before this call are durable. A missing one is fine. Does not block."""
+        place = Place.of(path)
+        if self._after is not None:
+            self._after.remove(place)
+        else:
+            remove(self._filesystem, place)
+
+    def teardown(self) -> None:
+        """Block until everything is committed, linked and deleted; stop all threads. The plugin can be used again.
+
+        Raises:
+            CheckpointError: the first failure that was not raised yet; while another exception is on its way out, it is logged instead.
+        """
+        engine, after = self._engine, self._after
+        if engine is None or after is None:
+            return
+        is_unwinding = sys.exc_info()[0] is not None
+        try:
+            after.drain()
+            after.close()
+        finally:
+            self._engine = self._after = self._coordinator = None
+            engine.close()
+        failure = after.take_failure()
+        if failure is not None and is_unwinding:
+            logger.error("a checkpoint was lost: %s", failure)
+        elif failure is not None:
+            raise failure
+
+    # What Lightning does not ask for.
+
+    def wait(self) -> None:
+        """Block until every save so far is committed, linked and deleted.
+
+        Raises:
+            CheckpointError: the first failure that was not raised yet.
+        """
+        if self._after is not None:
+            self._after.drain()
+            self._raise_failure()
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in ``on_fit_start``."""
+        self._guarded += [optimizer for optimizer in optimizers if optimizer not in self._guarded]
+        if self._engine is not None:
+            self._engine.guard(*optimizers)
+
+    @property
+    def engine(self) -> AsyncCheckpointEngine | None:
+        """The engine that does the work; None before the first save and after teardown."""
+        return self._engine
+
+    def is_pending(self, path: Any) -> bool:
+        """Whether a save to `path` has not ended yet. Never blocks."""
+        return self._after is not None and self._after.is_pending(Place.of(path))
+
+    def link(self, target: Any, link: Any) -> None:
+        """Point the symbolic link at `target` once that is committed."""
+        if self._after is not None:
+            self._after.link(Place.of(target), Place.of(link))
+        else:
+            switch_link(self._filesystem, Place.of(target), Place.of(link))
+
+    # Inside.
+
+    def _running(self, place: Place) -> tuple[AsyncCheckpointEngine, FollowUps]:
+        if self._engine is None or self._after is None or self._coordinator is None:
+            self._coordinator = FileCoordinator(sweep=self._sweeps)
+            self._engine = AsyncCheckpointEngine(root=place.root, overwrite="replace", coordinator=self._coordinator, **self._config)
+            self._engine.guard(*self._guarded)
+            self._after = FollowUps(self._filesystem, self._coordinator, self._on_commit)
+        self._coordinator.route(place)
+        return self._engine, self._after
+
+    def _raise_failure(self) -> None:
+        failure = None if self._after is None else self._after.take_failure()
+        if failure is not None:
+            raise failure
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Launchers that spawn send the plugin to their processes: its settings travel, its threads do not.
+        return {**self.__dict__, "_engine": None, "_after": None, "_coordinator": None, "_guarded": []}
+
+
+def _metadata(checkpoint: Any, place: Place) -> dict[str, Any]:
+    found: dict[str, Any] = {"framework": "lightning", "file": os.path.basename(place.final)}
+    for ours, theirs in (("epoch", "epoch"), ("step", "global_step")):
+        value = checkpoint.get(theirs) if isinstance(checkpoint, dict) else None
+        if isinstance(value, int):
+            found[ours] = value
+    return found

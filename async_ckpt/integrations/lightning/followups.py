@@ -1,0 +1,190 @@
+"""What must come after a commit, in the order Lightning asked for it: hooks, links, deletions. One background thread.
+
+Guarantees:
+- A file is deleted only after every save that was asked for before has been committed; if one of those failed, the file stays.
+- A link is switched, in one rename, only after its target was committed; a file that a link still points to is deleted
+  after the link has moved on, or at the end.
+- `on_commit` sees a file that is complete and durable, and that is not deleted before it returns.
+- Every failure is kept until `take_failure` hands it out, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ...executor import DaemonExecutor
+from ...filesystem import FileSystem
+from ...pending import PendingCommit
+from .places import Place
+from .single_file import FileCoordinator, remove
+
+logger = logging.getLogger("async_ckpt")
+
+
+@dataclass(slots=True)
+class _Save:
+    place: Place
+    number: int
+    pending: PendingCommit
+    raised: bool = False
+
+
+@dataclass(slots=True)
+class FollowUps:
+    """One per engine. Calls come from the training thread, the work is done on its own thread."""
+
+    filesystem: FileSystem
+    coordinator: FileCoordinator
+    on_commit: Callable[[str], object] | None
+    _saves: list[_Save] = field(default_factory=list)
+    _numbers: dict[str, int] = field(default_factory=dict)
+    _count: int = 0
+    _removed: dict[str, int] = field(default_factory=dict)
+    _postponed: list[tuple[Place, int]] = field(default_factory=list)
+    _failures: list[BaseException] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _worker: DaemonExecutor = field(default_factory=lambda: DaemonExecutor("async-ckpt-lightning", 1))
+
+    # The training thread.
+
+    def reserve(self, place: Place) -> int:
+        """Number the save of `place` that begins now: an older removal of the same path no longer applies."""
+        self._count += 1
+        self._numbers[place.final] = self._count
+        return self._count
+
+    def saved(self, place: Place, number: int, pending: PendingCommit) -> None:
+        """Follow this commit."""
+        save = _Save(place, number, pending)
+        with self._lock:
+            self._saves.append(save)
+        self._worker.submit(self._guarded, lambda: self._ended(save))
+
+    def remove(self, place: Place) -> None:
+        """Delete a file once everything that was saved before is committed."""
+        self._count += 1
+        self._removed[place.final] = number = self._count
+        before = self._unended()
+        self._worker.submit(self._guarded, lambda: self._remove(place, number, before))
+
+    def link(self, target: Place, link: Place) -> None:
+        """Point a symbolic link at `target` once that is committed."""
+        waits = [save for save in self._unended() if save.place == target]
+        self._worker.submit(self._guarded, lambda: self._link(target, link, waits))
+
+    def is_pending(self, place: Place) -> bool:
+        """Whether a save to this path has not ended, and no removal was asked for since."""
+        newest = self._numbers.get(place.final, 0)
+        return newest > self._removed.get(place.final, 0) and any(s.place == place and not s.pending.done() for s in self._unended())
+
+    def failure_of(self, place: Place) -> BaseException | None:
+        """Why the newest save to this path failed, if it has."""
+        with self._lock:
+            mine = [save for save in self._saves if save.place == place]
+        return mine[-1].pending.exception() if mine and mine[-1].pending.done() else None
+
+    def take_failure(self) -> BaseException | None:
+        """The oldest failure that was not handed out yet. Never blocks."""
+        with self._lock:
+            for save in self._saves:
+                if not save.raised and save.pending.done() and save.pending.exception() is not None:
+                    save.raised = True
+                    return save.pending.exception()
+            return self._failures.pop(0) if self._failures else None
+
+    def forget(self, error: BaseException) -> None:
+        """Somebody else has raised this failure."""
+        with self._lock:
+            for save in self._saves:
+                if save.pending.done() and save.pending.exception() is error:
+                    save.raised = True
+
+    def drain(self) -> None:
+        """Block until all commits have ended and everything that follows them is done."""
+        for save in self._unended():
+            save.pending.exception()
+        self._worker.submit(self._guarded, lambda: self._retry_postponed(force=True)).result()
+
+    def close(self) -> None:
+        """Stop the thread. After `drain`."""
+        self._worker.shutdown()
+
+    def _unended(self) -> list[_Save]:
+        with self._lock:
+            # What has ended well needs no memory; the last save of a path is kept for `failure_of`.
+            self._saves = [s for s in self._saves if not s.pending.done() or s.pending.exception() is not None]
+            return [save for save in self._saves if not save.pending.done()]
+
+    # The worker thread.
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - also a user's hook may fail in any way; the next save raises it
+            logger.error("after a checkpoint was committed: %s", error)
+            with self._lock:
+                self._failures.append(error)
+
+    def _ended(self, save: _Save) -> None:
+        if save.pending.exception() is None and self.on_commit is not None and self.filesystem.stat(save.place.final).kind == "file":
+            self.on_commit(save.place.final)
+
+    def _link(self, target: Place, link: Place, waits: list[_Save]) -> None:
+        if any(save.pending.exception() is not None for save in waits):
+            logger.warning("%s still points where it did: %s was not committed", link.final, target.final)
+            return
+        switch_link(self.filesystem, target, link)
+        self._retry_postponed(force=False)
+
+    def _remove(self, place: Place, number: int, before: list[_Save]) -> None:
+        failed = [save for save in before if save.pending.exception() is not None]
+        if failed:
+            logger.warning("%s is kept: the save of %s, which was to replace it, failed", place.final, failed[0].place.final)
+            return
+        if self._is_linked(place):
+            self._postponed.append((place, number))
+            return
+        self._remove_now(place, number)
+
+    def _retry_postponed(self, *, force: bool) -> None:
+        postponed, self._postponed = self._postponed, []
+        for place, number in postponed:
+            if force or not self._is_linked(place):
+                self._remove_now(place, number)
+            else:
+                self._postponed.append((place, number))
+
+    def _remove_now(self, place: Place, number: int) -> None:
+        with self.coordinator.lock:
+            if self._numbers.get(place.final, 0) < number:
+                remove(self.filesystem, place)
+
+    def _is_linked(self, place: Place) -> bool:
+        with contextlib.suppress(FileNotFoundError), os.scandir(place.folder) as entries:
+            return any(entry.is_symlink() and os.readlink(entry.path) in (place.name, place.final) for entry in entries)
+        return False
+
+
+def switch_link(filesystem: FileSystem, target: Place, link: Place) -> None:
+    """Make `link` a relative symbolic link to `target`, in one rename; blocks.
+
+    Raises:
+        OSError: the disk refused; the old link is as it was.
+    """
+    if target == link:
+        return
+    # Two links may be switched at once by different processes.
+    temporary = os.path.join(link.folder, f".{link.name}.{os.getpid()}.link")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    os.symlink(os.path.relpath(target.final, link.folder), temporary)
+    if filesystem.stat(link.final).kind == "dir":
+        shutil.rmtree(link.final)
+    os.replace(temporary, link.final)
+    filesystem.fsync_dir(link.folder)

@@ -1,0 +1,78 @@
+"""Where one `.ckpt` file belongs, and where its manifest does.
+
+    <dirpath>/epoch=3.ckpt                            the checkpoint: one plain torch file, its only name
+    <dirpath>/.async_ckpt/epoch=3.ckpt/manifest.json  its sizes and CRCs
+    <dirpath>/.async_ckpt/epoch=3.ckpt/inode          which file the manifest speaks of
+    <dirpath>/.async_ckpt/.staging...                 in flight
+
+Deleting a `.ckpt` by hand frees its space; the next run removes the left-over manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ConfigError, UnsafePathError
+from ...manifest import check_tag
+
+FOLDER_NAME = ".async_ckpt"
+DATA_NAME = "state.ckpt"
+INODE_NAME = "inode"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One checkpoint file: `final` is its absolute path."""
+
+    final: str
+
+    @classmethod
+    def of(cls, path: Any) -> Place:
+        """From what Lightning passes.
+
+        Raises:
+            ConfigError: a URL; only local paths can be committed by a rename.
+        """
+        text = os.fspath(path)
+        text = text.removeprefix("file://")
+        if "://" in text:
+            raise ConfigError(
+                f"AsyncCkptIO writes to local or mounted file systems only, not to {text!r}; use Lightning's own plugin there"
+            )
+        return cls(os.path.abspath(text))
+
+    @property
+    def folder(self) -> str:
+        """The directory that holds the file."""
+        return os.path.dirname(self.final)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return os.path.basename(self.final)
+
+    @property
+    def root(self) -> str:
+        """Where the folder's manifests and staging directories are."""
+        return os.path.join(self.folder, FOLDER_NAME)
+
+    @property
+    def tag(self) -> str:
+        """The checkpoint's tag below `root`: the file's name, or a digest of one that cannot be a tag."""
+        try:
+            return check_tag(self.name)
+        except UnsafePathError:
+            return "file-" + hashlib.blake2b(os.fsencode(self.name), digest_size=16).hexdigest()
+
+    @property
+    def record(self) -> str:
+        """The directory that holds the manifest."""
+        return os.path.join(self.root, self.tag)
+
+    @property
+    def staged(self) -> str:
+        """The file's name between its commit and its move to `final`."""
+        return os.path.join(self.record, DATA_NAME)

@@ -1,0 +1,163 @@
+"""Commits one file: the core's commit into the hidden folder, then one rename to the path that Lightning chose.
+
+Guarantees:
+- At its final path a file is the old one, the new one, or absent; the new one only once it and its manifest are durable.
+- A crash between the two renames loses nothing: the next run on that folder makes the second one (`settle`).
+- A publish and a removal of the same folder never overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ... import transaction
+from ...catalog import Catalog
+from ...coordination import LocalCoordinator, OpenTag
+from ...errors import CheckpointError, CheckpointNotFoundError, CommitError
+from ...filesystem import FileSystem
+from ...manifest import FileEntry
+from .places import INODE_NAME, Place
+
+logger = logging.getLogger("async_ckpt")
+
+
+class FileCoordinator(LocalCoordinator):
+    """A single process whose checkpoints are files in any folder; `route` says where the next `begin` goes."""
+
+    def __init__(self, *, sweep: bool) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        self._sweeps = sweep
+        self._settled: set[str] = set()
+        self._next: Place | None = None
+        self._places: dict[int, Place] = {}
+
+    def route(self, place: Place) -> None:
+        """Where the next `begin` goes; makes and tidies the folder when it is used first. Training thread."""
+        if place.root not in self._settled:
+            transaction.make_root(self._fs, place.root)
+            if self._sweeps:
+                transaction.sweep(self._fs, place.root)
+            with self.lock:
+                settle(self._fs, place.folder)
+            self._settled.add(place.root)
+        self._next = place
+
+    def begin(self, tag: str, overwrite: str) -> OpenTag:
+        place = self._next
+        assert place is not None and place.tag == tag, "route() comes first"
+        opened = super().begin_at(place.root, tag, overwrite)
+        self._places[id(opened)] = place
+        return opened
+
+    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        place = self._places[id(opened)]
+        with self.lock:
+            super().publish(opened, files, metadata, created_unix_ns)
+            move_into_place(self._fs, place)
+        del self._places[id(opened)]
+
+    def abort(self, opened: OpenTag, error: BaseException) -> None:
+        self._places.pop(id(opened), None)
+        super().abort(opened, error)
+
+    def sweep(self) -> None:
+        # Each folder is swept when it is first used.
+        return
+
+
+def move_into_place(fs: FileSystem, place: Place) -> None:
+    """The second rename of a commit, made durable.
+
+    Raises:
+        CommitError: the file is whole and durable in the hidden folder, and the next run will move it.
+    """
+    try:
+        inode = fs.stat(place.staged).identity[1]
+        marker = os.path.join(place.record, INODE_NAME)
+        if fs.stat(marker).kind != "missing":
+            # An earlier attempt made it; the tree may have been copied since.
+            fs.unlink(marker)
+        fs.create_file(marker, str(inode).encode())
+        fs.fsync_dir(place.record)
+        try:
+            fs.rename(place.staged, place.final)
+        except FileNotFoundError:
+            # Another process that started on this folder has moved it.
+            if fs.stat(place.final).identity[1] != inode:
+                raise
+        fs.fsync_dir(place.folder)
+    except OSError as error:
+        raise CommitError(
+            f"the checkpoint is complete at {place.staged!r} but could not be moved to {place.final!r} ({error}); "
+            "what was there before is unchanged, and the next run on this folder moves it",
+            step="move",
+            errno=error.errno,
+            path=place.final,
+            committed=None,
+        ) from error
+
+
+def settle(fs: FileSystem, folder: str) -> None:
+    """Finish what a crash left between the two renames, and drop manifests whose file is gone. Blocks.
+
+    Raises:
+        CommitError: a file could not be moved.
+    """
+    catalog = Catalog(Place(os.path.join(folder, "x")).root, fs)
+    for entry in catalog.entries():
+        name = entry.manifest.metadata.get("file") if entry.manifest is not None else None
+        if not isinstance(name, str) or "/" in name:
+            continue
+        place = Place(os.path.join(folder, name))
+        if place.tag != entry.tag:
+            continue
+        staged, final = fs.stat(place.staged), fs.stat(place.final)
+        if staged.kind == "file" and (final.kind == "missing" or final.mtime_ns <= staged.mtime_ns):
+            logger.warning("%s was committed by a process that ended before it was in place; it is moved there now", place.final)
+            move_into_place(fs, place)
+        elif staged.kind == "file" or final.kind == "missing":
+            forget(fs, place)
+
+
+def forget(fs: FileSystem, place: Place) -> None:
+    """Remove a file's manifest; one that has none is fine.
+
+    Raises:
+        WriteError: the disk refused.
+    """
+    with contextlib.suppress(CheckpointNotFoundError):
+        transaction.remove(fs, place.root, place.tag)
+
+
+def remove(fs: FileSystem, place: Place) -> None:
+    """Delete a checkpoint file, then its manifest; a directory that some other plugin wrote is deleted too. Blocks.
+
+    Raises:
+        OSError, CheckpointError: the disk refused.
+    """
+    kind = fs.stat(place.final).kind
+    if kind == "dir":
+        import shutil
+
+        shutil.rmtree(place.final)
+    elif kind != "missing":
+        fs.unlink(place.final)
+    if kind != "missing":
+        fs.fsync_dir(place.folder)
+    if fs.stat(place.record).kind == "dir":
+        forget(fs, place)
+
+
+def try_settle(fs: FileSystem, folder: str) -> None:
+    """`settle` for a reader, who may have no right to write here."""
+    if fs.stat(Place(os.path.join(folder, "x")).root).kind == "dir":
+        try:
+            settle(fs, folder)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s could not be tidied before reading: %s", folder, error)

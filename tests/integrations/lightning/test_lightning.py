@@ -1,0 +1,435 @@
+"""The plugin under the real Trainer: same files as stock Lightning, exact resume, nothing before its commit, loud failures."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import itertools
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+
+from async_ckpt import (  # noqa: E402
+    CheckpointNotFoundError,
+    CommitError,
+    ConfigError,
+    CorruptCheckpointError,
+    Observer,
+    UnsupportedStateError,
+)
+from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
+from async_ckpt.integrations.lightning.places import Place  # noqa: E402
+
+from .jobs import GatedFileSystem, Job, data, job, trainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 65536}
+
+
+def plugin(**config: Any) -> AsyncCkptIO:
+    return AsyncCkptIO(**{**SMALL, **config})
+
+
+def visible(folder: Path) -> dict[str, str]:
+    """Names of the checkpoint files, and where links point."""
+    return {p.name: (os.readlink(p) if p.is_symlink() else "file") for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def place(path: Path) -> Place:
+    return Place(str(path))
+
+
+def flip(path: Path, offset: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    with path.open("r+b") as file:
+        file.write(raw)
+
+
+CALLBACKS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "every_step_kept": {"save_top_k": -1, "every_n_train_steps": 1},
+    "name_counter": {"save_top_k": -1, "monitor": "wave", "every_n_train_steps": 1, "filename": "model"},
+    "same_name_again": {"save_top_k": 1, "every_n_train_steps": 1, "filename": "model"},
+    "top_2_and_last": {"save_top_k": 2, "monitor": "wave", "every_n_train_steps": 1, "save_last": True, "filename": "{step}-{wave:.0f}"},
+    "top_1_of_few_names": {"save_top_k": 1, "monitor": "wave", "every_n_train_steps": 1, "mode": "max", "filename": "best-{wave:.0f}"},
+    "link": {"save_top_k": 2, "monitor": "wave", "every_n_train_steps": 2, "save_last": "link"},
+    "link_of_newest": {"save_top_k": 1, "every_n_train_steps": 1, "save_last": "link"},
+    "weights_only": {"save_weights_only": True, "every_n_train_steps": 3, "save_top_k": -1},
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_the_same_files_as_stock_lightning(tmp_path: Path, name: str) -> None:
+    found = {}
+    for kind, io in (("stock", None), ("ours", plugin())):
+        folder = tmp_path / kind
+        trainer(folder, io, callbacks=[ModelCheckpoint(dirpath=folder, **CALLBACKS[name])], max_epochs=2).fit(job(), data())
+        found[kind] = folder
+    assert visible(found["ours"]) == visible(found["stock"]) != {}
+    for file in visible(found["stock"]):
+        a = torch.load(found["stock"] / file, weights_only=False)
+        b = torch.load(found["ours"] / file, weights_only=False)
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops"):
+            assert same(a.get(key), b.get(key)), f"{file}: {key}"
+        with zipfile.ZipFile(found["ours"] / file) as archive:
+            assert archive.testzip() is None
+    records = [p.name for p in (found["ours"] / ".async_ckpt").iterdir()]
+    assert sorted(records) == sorted(f for f, kind in visible(found["ours"]).items() if kind == "file"), "a manifest for each file, no more"
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_resume_is_exact_in_stock_too(tmp_path: Path, save_last: Any) -> None:
+    whole = job()
+    trainer(tmp_path / "whole", callbacks=[], max_epochs=3, enable_checkpointing=False).fit(whole, data())
+    folder = tmp_path / "part"
+
+    def callback() -> Any:
+        return ModelCheckpoint(dirpath=folder, save_top_k=1, every_n_train_steps=6, save_last=save_last)
+
+    first = job()
+    trainer(folder, plugin(), callbacks=[callback()], max_epochs=1).fit(first, data())
+    for io in (plugin(), None):
+        second = Job()
+        trainer(folder, io, callbacks=[], max_epochs=3, enable_checkpointing=False).fit(second, data(), ckpt_path=str(folder / "last.ckpt"))
+        assert first.losses + second.losses == whole.losses
+        assert same(dict(second.state_dict()), dict(whole.state_dict()))
+    third = Job()
+    again = trainer(folder, plugin(), callbacks=[callback()], max_epochs=3)
+    again.fit(third, data(), ckpt_path="last")
+    assert first.losses + third.losses == whole.losses
+    assert Job.load_from_checkpoint(again.checkpoint_callback.best_model_path, weights_only=False).hparams.width == 8
+
+
+def test_the_snapshot_is_of_the_save_not_of_later_steps(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    io, model, expected = plugin(filesystem=files), job(), {}
+
+    def at_step(t: Any) -> None:
+        if t.global_step == 2:
+            files.gate.clear()
+            t.save_checkpoint(tmp_path / "x.ckpt")
+            expected.update({k: v.clone() for k, v in model.state_dict().items()})
+            assert io.is_pending(tmp_path / "x.ckpt") and not (tmp_path / "x.ckpt").exists()
+        if t.global_step == 5:
+            assert not (tmp_path / "x.ckpt").exists(), "nothing may be seen before the commit"
+            files.gate.set()
+
+    model.at_step = at_step
+    trainer(tmp_path, io, enable_checkpointing=False).fit(model, data())
+    assert same(dict(torch.load(tmp_path / "x.ckpt", weights_only=False)["state_dict"]), expected)
+
+
+def test_nothing_old_goes_before_the_new_is_durable(tmp_path: Path) -> None:
+    """Deletion of a file, a link's switch and the hook all wait for the commit."""
+    files, seen = GatedFileSystem(), []
+
+    def on_commit(path: str) -> None:
+        seen.append((Path(path).name, torch.load(path, weights_only=False)["global_step"]))
+
+    io = plugin(filesystem=files, on_commit=on_commit)
+    model = job()
+
+    def at_step(t: Any) -> None:
+        if t.global_step == 1:
+            io.wait()
+            assert visible(tmp_path) == {"epoch=0-step=1.ckpt": "file", "last.ckpt": "epoch=0-step=1.ckpt"}
+            files.gate.clear()
+        if t.global_step in (2, 3):
+            assert visible(tmp_path) == {"epoch=0-step=1.ckpt": "file", "last.ckpt": "epoch=0-step=1.ckpt"}
+            assert [name for name, _ in seen] == ["epoch=0-step=1.ckpt"]
+        if t.global_step == 3:
+            files.gate.set()
+            io.wait()
+            assert visible(tmp_path) == {"epoch=0-step=3.ckpt": "file", "last.ckpt": "epoch=0-step=3.ckpt"}
+
+    model.at_step = at_step
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, every_n_train_steps=1, save_last="link")
+    # Our module's hook runs after the callback's.
+    trainer(tmp_path, io, callbacks=[checkpoint], limit_train_batches=4).fit(model, data())
+    assert seen == [(f"epoch=0-step={n}.ckpt", n) for n in (1, 2, 3, 4)]
+
+
+def test_a_failed_commit_raises_at_the_next_save_and_keeps_the_old_file(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    io, model, steps = plugin(filesystem=files), job(), []
+
+    def at_step(t: Any) -> None:
+        steps.append(t.global_step)
+        if t.global_step == 1:
+            io.wait()
+            files.fail_manifest = OSError(errno.EIO, "broken disk")
+        if t.global_step == 2:
+            io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt") and io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt").wait(
+                60
+            )
+            files.fail_manifest = None
+
+    model.at_step = at_step
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, every_n_train_steps=1, save_last="link")
+    with pytest.raises(CommitError, match="broken disk"):
+        trainer(tmp_path, io, callbacks=[checkpoint]).fit(model, data())
+    assert steps == [1, 2], "the save of step 3 raises"
+    assert visible(tmp_path) == {"epoch=0-step=1.ckpt": "file", "last.ckpt": "epoch=0-step=1.ckpt"}
+
+
+def test_a_failed_last_commit_raises_at_teardown(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    files.fail_manifest = OSError(errno.ENOSPC, "no space left")
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6)
+    with pytest.raises(OSError, match="no space left") as caught:
+        trainer(tmp_path, plugin(filesystem=files), callbacks=[checkpoint]).fit(job(), data())
+    assert caught.value.errno == errno.ENOSPC
+    assert visible(tmp_path) == {}
+
+
+def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
+    files, model = GatedFileSystem(), job()
+    files.fail_manifest = OSError(errno.EIO, "broken disk")
+
+    def at_step(t: Any) -> None:
+        raise KeyError("the user's")
+
+    model.at_step = at_step
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1)
+    with pytest.raises(KeyError, match="the user's"):
+        trainer(tmp_path, plugin(filesystem=files), callbacks=[checkpoint]).fit(model, data())
+
+
+def test_a_failing_hook_is_raised(tmp_path: Path) -> None:
+    def on_commit(path: str) -> None:
+        raise ValueError("upload refused")
+
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6)
+    with pytest.raises(ValueError, match="upload refused"):
+        trainer(tmp_path, plugin(on_commit=on_commit), callbacks=[checkpoint]).fit(job(), data())
+    assert len(visible(tmp_path)) == 1
+
+
+# The plugin alone.
+
+STATE: dict[str, Any] = {"state_dict": {"w": torch.arange(50_000.0)}, "global_step": 7, "epoch": 1}
+
+
+def saved(tmp_path: Path, name: str = "a.ckpt", **config: Any) -> AsyncCkptIO:
+    io = plugin(**config)
+    io.save_checkpoint(STATE, tmp_path / name)
+    io.wait()
+    return io
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "epoch=1-step=2-val_loss=0.10.ckpt", "{odd} names ü.ckpt", ".hidden.ckpt", "x" * 150 + ".ckpt"])
+def test_any_file_name(tmp_path: Path, name: str) -> None:
+    io = saved(tmp_path, name)
+    io.teardown()
+    assert same(io.load_checkpoint(tmp_path / name), STATE)
+    assert same(torch.load(tmp_path / name), STATE)
+    io.remove_checkpoint(tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*")] == [".async_ckpt"]
+
+
+@pytest.mark.parametrize("where", ["payload", "head", "cut", "longer"])
+def test_damage_is_found(tmp_path: Path, where: str) -> None:
+    io = saved(tmp_path)
+    io.teardown()
+    file = tmp_path / "a.ckpt"
+    if where in ("payload", "head"):
+        flip(file, 100_000 if where == "payload" else 3)
+    else:
+        os.truncate(file, file.stat().st_size + (1 if where == "longer" else -1))
+    with pytest.raises(CorruptCheckpointError):
+        io.load_checkpoint(file)
+
+
+def test_a_file_that_stock_lightning_wrote_over_ours_is_read(tmp_path: Path, caplog: Any) -> None:
+    io = saved(tmp_path)
+    io.teardown()
+    other = {**STATE, "global_step": 9}
+    torch.save(other, tmp_path / "new")
+    os.replace(tmp_path / "new", tmp_path / "a.ckpt")
+    assert same(io.load_checkpoint(tmp_path / "a.ckpt"), other)
+    assert "replaced" in caplog.text
+    # A copy that kept the bytes is verified as before.
+    torch.save(STATE, tmp_path / "stock.ckpt")
+    assert same(io.load_checkpoint(tmp_path / "stock.ckpt"), STATE)
+    with pytest.raises(CheckpointNotFoundError):
+        io.load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_load_waits_for_the_pending_save(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    io = plugin(filesystem=files)
+    io.save_checkpoint(STATE, tmp_path / "a.ckpt")
+    assert same(io.load_checkpoint(tmp_path / "a.ckpt"), STATE)
+    files.fail_manifest = OSError(errno.EIO, "broken disk")
+    io.save_checkpoint({**STATE, "global_step": 8}, tmp_path / "a.ckpt")
+    with pytest.raises(CommitError, match="broken disk"):
+        io.load_checkpoint(tmp_path / "a.ckpt")
+    files.fail_manifest = None
+    with pytest.raises(CommitError, match="broken disk"):
+        io.save_checkpoint(STATE, tmp_path / "b.ckpt")
+    assert same(torch.load(tmp_path / "a.ckpt"), STATE), "the old file stays whole"
+    io.teardown()
+
+
+def test_the_same_path_many_times_in_flight(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    io = plugin(filesystem=files)
+    files.gate.clear()
+    for n in range(4):
+        io.save_checkpoint({**STATE, "global_step": n}, tmp_path / "a.ckpt")
+        if n == 1:
+            io.remove_checkpoint(tmp_path / "a.ckpt")
+    files.gate.set()
+    io.teardown()
+    assert io.load_checkpoint(tmp_path / "a.ckpt")["global_step"] == 3
+    assert visible(tmp_path) == {"a.ckpt": "file"}
+
+
+def test_several_folders_in_one_engine(tmp_path: Path) -> None:
+    io = plugin()
+    for folder in ("a", "b/c"):
+        io.save_checkpoint({**STATE, "folder": folder}, tmp_path / folder / "last.ckpt")
+    io.teardown()
+    for folder in ("a", "b/c"):
+        assert io.load_checkpoint(tmp_path / folder / "last.ckpt")["folder"] == folder
+
+
+def test_a_pending_file_that_is_removed(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    io = plugin(filesystem=files)
+    files.gate.clear()
+    io.save_checkpoint(STATE, tmp_path / "a.ckpt")
+    io.remove_checkpoint(tmp_path / "a.ckpt")
+    io.remove_checkpoint(tmp_path / "never.ckpt")
+    assert not io.is_pending(tmp_path / "a.ckpt")
+    files.gate.set()
+    io.teardown()
+    assert visible(tmp_path) == {} and list((tmp_path / ".async_ckpt").iterdir()) == []
+
+
+def test_a_crash_between_the_two_renames_is_finished_by_the_next_run(tmp_path: Path) -> None:
+    saved(tmp_path).teardown()
+    files = GatedFileSystem()
+    files.fail_move = OSError(errno.EIO, "broken disk")
+    io = plugin(filesystem=files)
+    io.save_checkpoint({**STATE, "global_step": 8}, tmp_path / "a.ckpt")
+    with pytest.raises(CommitError, match="could not be moved") as caught:
+        io.teardown()
+    assert caught.value.committed is None
+    assert torch.load(tmp_path / "a.ckpt")["global_step"] == 7
+    assert plugin().load_checkpoint(tmp_path / "a.ckpt")["global_step"] == 8
+    # A file deleted by hand: the next run drops its manifest. A newer file of somebody else is not overwritten.
+    saved(tmp_path, "b.ckpt").teardown()
+    (tmp_path / "b.ckpt").unlink()
+    io = plugin(filesystem=files)
+    io.save_checkpoint(STATE, tmp_path / "a.ckpt")
+    with pytest.raises(CommitError):
+        io.teardown()
+    torch.save({**STATE, "global_step": 99}, tmp_path / "a.ckpt")
+    saved(tmp_path, "c.ckpt").teardown()
+    assert torch.load(tmp_path / "a.ckpt")["global_step"] == 99
+    assert sorted(p.name for p in (tmp_path / ".async_ckpt").iterdir()) == ["c.ckpt"]
+
+
+def test_a_state_that_cannot_be_saved(tmp_path: Path) -> None:
+    io = plugin()
+    with pytest.raises(UnsupportedStateError):
+        io.save_checkpoint({**STATE, "hook": lambda: None}, tmp_path / "a.ckpt")
+    io.save_checkpoint(STATE, tmp_path / "a.ckpt")
+    io.teardown()
+    assert same(io.load_checkpoint(tmp_path / "a.ckpt"), STATE)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    for bad in ({"root": "x"}, {"retention": None}, {"staging_byte": 1}, {"staging_bytes": "1 GB"}):
+        with pytest.raises(ConfigError):
+            AsyncCkptIO(**bad)
+    io = plugin()
+    with pytest.raises(ConfigError, match="s3://"):
+        io.save_checkpoint(STATE, "s3://bucket/a.ckpt")
+    with pytest.raises(TypeError, match="storage_options"):
+        io.save_checkpoint(STATE, tmp_path / "a.ckpt", storage_options={})
+    assert pickle.loads(pickle.dumps(io))._config == SMALL
+
+
+class Modes(Observer):
+    def __init__(self, modes: list[str]) -> None:
+        self.modes = modes
+
+    def on_save(self, metrics: Any) -> None:
+        self.modes.append(metrics.mode)
+
+
+def test_guarded_saves(tmp_path: Path) -> None:
+    model = job()
+    io = plugin()
+    model.on_fit_start = lambda: io.guard(*model.trainer.optimizers)  # type: ignore[method-assign]
+    modes: list[str] = []
+    io._config["observers"] = (Modes(modes),)
+    trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1)]).fit(model, data())
+    assert len(visible(tmp_path)) == 6 and "lazy" in modes
+    steps = [torch.load(tmp_path / f"epoch=0-step={n}.ckpt", weights_only=False) for n in range(1, 7)]
+    assert all(not same(a["state_dict"]["net.0.weight"], b["state_dict"]["net.0.weight"]) for a, b in itertools.pairwise(steps))
+
+
+def test_the_older_package_name_works_too(tmp_path: Path) -> None:
+    old = pytest.importorskip("pytorch_lightning")
+
+    class OldJob(old.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = (self.net(batch[0]) - batch[1]).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    checkpoint = old.callbacks.ModelCheckpoint(dirpath=tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=1, filename="m")
+    old.Trainer(
+        max_epochs=1,
+        plugins=[plugin()],
+        callbacks=[checkpoint],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(OldJob(), data(3))
+    assert sorted(visible(tmp_path)) == ["m-v1.ckpt", "m-v2.ckpt", "m.ckpt"]
+
+
+def test_without_lightning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning.fabric.plugins", "lightning_fabric.plugins"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'async-ckpt\[lightning\]'"):
+        framework.checkpoint_io_class()
+
+
+def test_this_is_the_version_that_was_tried() -> None:
+    assert importlib.metadata.version("lightning").startswith("2.6."), "run these tests with this version, then name it in the docstring"
