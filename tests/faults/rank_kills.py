@@ -30,6 +30,7 @@ class Tally:
     committed: int = 0
     failed: int = 0
     unknown: int = 0
+    late: int = 0
 
 
 def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tally: Tally) -> None:
@@ -43,11 +44,12 @@ def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tal
                 continue
             kind = "ok" if record["outcome"] == "ok" else ("unknown" if record["committed"] is None else "failed")
             outcomes.setdefault(record["tag"], set()).add(kind)
-            assert record["s"] < 2 * job.timeout_s + 5, (rank, record)
+            assert record["s"] < 2 * job.timeout_s + 15, (rank, record)
             if kind == "failed":
                 assert record["outcome"] == "RankFailedError", (rank, record)
-                # On a machine that is busy enough, a living rank 0 may be too slow for this short timeout; all agree on that, too.
-                assert record["blamed"] == killed or "has not decided within" in record["message"], (rank, record)
+                # With so short a timeout a living rank may be late on a busy machine: blamed for that alone, and counted.
+                assert record["blamed"] == killed or f"within {job.timeout_s:g} s" in record["message"], (rank, record)
+                tally.late += record["blamed"] != killed
     for tag, kinds in outcomes.items():
         assert not {"ok", "failed"} <= kinds, (tag, outcomes)
         assert ("ok" not in kinds) or tag in present, (tag, kinds)

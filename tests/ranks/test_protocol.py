@@ -17,12 +17,13 @@ def _seat(rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> Seat:
     return Seat(rank, world_size, timeout_s)
 
 
-def rank_zero(seat: Seat, tag: str, write_s: float, publish_s: float, renames: list[str]) -> Script:
+def rank_zero(seat: Seat, tag: str, write_s: float, publish_s: float, renames: list[str], merge_s: float = 0.0) -> Script:
     attempt = yield from protocol.announce(seat, tag, f".staging.{tag}")
     yield Pause(write_s)
     try:
         yield from protocol.report(seat, attempt, "digest of 0")
         yield from protocol.gather(seat, attempt)
+        yield Pause(merge_s)
         yield from protocol.decide(seat, attempt, 1)
     except AttemptFailed as failed:
         yield from protocol.await_quit(seat, attempt)
@@ -192,6 +193,15 @@ def test_a_late_rank_cannot_undo_a_decision() -> None:
         simulation = run(scripts, 3)
         # "Not committed" is never said of what was renamed; at the worst the outcome is unknown.
         assert {verdict.committed for verdict in outcomes(simulation)} <= ({True, None} if renames else {False})
+
+
+def test_rank_zero_obeys_a_rank_that_gave_up_while_it_merged() -> None:
+    renames: list[str] = []
+    scripts = {0: rank_zero(_seat(0, 3), "a", 50.0, 0.1, renames, merge_s=10.0), 1: other_rank(_seat(1, 3), "a", 50.0)}
+    scripts[2] = other_rank(Seat(2, 3, 20.0), "a", 35.0)
+    simulation = run(scripts, 3)
+    assert renames == []
+    assert {(verdict.ok, verdict.by) for verdict in outcomes(simulation)} == {(False, 2)}
 
 
 def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins_the_next() -> None:
