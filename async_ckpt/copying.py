@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -80,7 +81,7 @@ class Fill:
         self._literals = state.plan.literals
         self._literal_offsets: list[int] = []
         self._starts = state.sources.offset_bytes
-        kinds = {storage.device for storage in self.storages}
+        kinds = set(map(attrgetter("device"), self.storages))
         for device in kinds:
             if device.type not in ("cpu", "cuda"):
                 raise UnsupportedStateError(
@@ -88,15 +89,20 @@ class Fill:
                     "move it with .cpu() before save. Nothing was written for this file"
                 )
         self.devices = {device for device in kinds if device.type == "cuda"}
-        # A storage on the CPU is copied by address: no per-tensor torch call on the hot path.
+        self._addresses: list[int] = []
+
+    def _find_addresses(self) -> list[int]:
+        """Where each payload's bytes lie; 0 on a device. CPU bytes are copied by address: no torch call per tensor."""
         bases = [storage.data_ptr() for storage in self.storages]
         if self.devices:
             bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
-        self._addresses = [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
+        return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
 
     def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool) -> list[torch.cuda.Event]:
         """Copy the chosen payload parts (None: all) of chunk `k`; returns events of queued device copies."""
         piece = self.cuts[k]
+        if not self._addresses:
+            self._addresses = self._find_addresses()
         picked = range(len(piece.sizes)) if chosen is None else [i for i, p in enumerate(piece.payloads) if chosen[p]]
         small: list[int] = []
         on_device: list[int] = []

@@ -97,6 +97,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             started = time.perf_counter()
             self._usable()
             self._inflight.raise_unacknowledged()
+            self._guard.refresh()
             checkpoint = self._inflight.open(name)
             checkpoint.metrics.stall_s += time.perf_counter() - started
 

@@ -30,6 +30,7 @@ class Guard:
         self._handles: list[Any] = []
         self._jobs: list[SnapshotJob] = []
         self._lock = threading.Lock()
+        self._known: frozenset[int] | None = None
         self.waited_s = 0.0
 
     def add(self, optimizer: torch.optim.Optimizer) -> int:
@@ -49,15 +50,22 @@ class Guard:
             self._jobs = [j for j in self._jobs if not j.copied.done()]
             self._jobs.append(job)
 
+    def refresh(self) -> None:
+        """Look at the optimizers again: a step or the caller may have given them other tensors."""
+        self._known = None
+
     def storages(self) -> frozenset[int]:
-        """`UntypedStorage._cdata` of every parameter and state tensor of the guarded optimizers, as of now."""
-        tensors: list[torch.Tensor] = []
-        for reference in self._optimizers:
-            optimizer = reference()
-            if optimizer is not None:
-                tensors.extend(_parameters(optimizer))
-                tensors.extend(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-        return frozenset(all_storage_ids(tensors))
+        """`UntypedStorage._cdata` of every parameter and state tensor of the guarded optimizers, as of the last `refresh`."""
+        known = self._known
+        if known is None:
+            tensors: list[torch.Tensor] = []
+            for reference in self._optimizers:
+                optimizer = reference()
+                if optimizer is not None:
+                    tensors.extend(_parameters(optimizer))
+                    tensors.extend(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+            known = self._known = frozenset(all_storage_ids(tensors))
+        return known
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -70,9 +78,16 @@ class Guard:
         with self._lock:
             jobs, self._jobs = self._jobs, []
         started = time.perf_counter()
+        self.refresh()
         self._hurry()
-        for job in jobs:
-            self._wait_for(job, block)
+        for k, job in enumerate(jobs):
+            try:
+                self._wait_for(job, block)
+            except BackpressureTimeout:
+                # They still read the tensors: the next step has to wait for them too.
+                with self._lock:
+                    self._jobs = jobs[k:] + self._jobs
+                raise
             ended = time.perf_counter()
             job.guard_wait_s += ended - started
             self.waited_s += ended - started
@@ -90,7 +105,6 @@ class Guard:
             job.copied.exception(deadline)
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.
         except concurrent.futures.TimeoutError:
-            self.track(job)
             raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None
 
     def remove(self) -> None:
