@@ -135,7 +135,9 @@ def main() -> None:
             own = given.directory / f"{stage}-{contender.replace(' ', '-')}"
             command = [sys.executable, "-m", "benchmarks.deepspeed_stall", str(own), "--row", contender, str(stage)]
             command += ["--megabytes", str(given.megabytes), "--saves", str(given.saves)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            # As torchrun sets it; on a machine with other work, two spinning threads would time each other.
+            environment = {"OMP_NUM_THREADS": "1", **os.environ}
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
             rows.append(json.loads((own / "row.json").read_text()))
             shutil.rmtree(own)
     print(table(rows))
