@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,11 @@ def order_of(names: list[str], repeat: int, seed: int) -> list[str]:
     return shuffled[::-1] if repeat % 2 else shuffled
 
 
-def child_environment() -> dict[str, str]:
-    """The caller's variables, with this checkout importable and quiet libraries."""
+def child_environment(run_id: str) -> dict[str, str]:
+    """The caller's variables, with this checkout importable, quiet libraries, and a name for what outlives a killed child."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3", "DLROVER_LOG_LEVEL": "ERROR"}
-    return {**quiet, **os.environ, "PYTHONPATH": path}
+    return {**quiet, **os.environ, "PYTHONPATH": path, "BENCH_RUN_ID": run_id}
 
 
 def tree_extra_bytes(result: dict[str, Any], watched: Watched) -> int | None:
@@ -74,6 +75,7 @@ def tree_extra_bytes(result: dict[str, Any], watched: Watched) -> int | None:
 def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]:
     """One child in a scratch directory of its own; returns the whole JSON document."""
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=scratch))
+    run_id = f"bench-{uuid.uuid4().hex[:12]}"
     try:
         request = replace(request, directory=str(place / "data"))
         os.mkdir(request.directory)
@@ -84,12 +86,14 @@ def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]
             command,
             timeout_s=timeout_s,
             sample_memory=request.scenario == "memory",
-            environment=child_environment(),
+            environment=child_environment(run_id),
             log=place / "log.txt",
         )
         result = json.loads(out.read_text()) if out.exists() else explain(watched, timeout_s)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        for left in Path("/dev/shm").glob(f"{run_id}*"):
+            left.unlink(missing_ok=True)
     if request.scenario == "memory":
         result["tree_extra_bytes"] = tree_extra_bytes(result, watched)
     result.update(

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.environment import memory_bytes
 
 MIN_AVAILABLE_BYTES = 768 << 20
+GRACE_S = 2.0
 
 
 @dataclass
@@ -87,15 +88,29 @@ def run_child(command: list[str], *, timeout_s: float, sample_memory: bool, envi
                 samples.append((time.monotonic(), tree_pss_bytes(child.pid)))
             time.sleep(interval_s)
     finally:
+        # A running child goes first: it would stay in its group, as a zombie, until it is waited for.
+        child.terminate()
+        try:
+            child.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
         end_group(child.pid)
-        child.wait()
     tail = log.read_bytes()[-1500:].decode(errors="replace")
     return Watched(child.returncode, ended, tail, samples)
 
 
 def end_group(group: int) -> None:
-    """End what the child left behind (helper processes of its contender)."""
+    """End what the child left behind (helper processes of its contender); first politely, then for certain.
+
+    Python's resource tracker ignores the polite signal, sees its owners go, and removes their semaphores and shared memory.
+    """
     try:
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.02)
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return

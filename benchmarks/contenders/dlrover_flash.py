@@ -10,7 +10,8 @@ import time
 import uuid
 from pathlib import Path
 
-os.environ.setdefault("ELASTIC_JOB_NAME", f"bench-{uuid.uuid4().hex[:8]}")
+# Names its shared memory and sockets: without it, two runs on one machine share them.
+os.environ["TORCHELASTIC_RUN_ID"] = os.environ["ELASTIC_JOB_NAME"] = os.environ.get("BENCH_RUN_ID", f"bench-{uuid.uuid4().hex[:12]}")
 
 from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
 from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
@@ -55,4 +56,7 @@ class DlroverFlash(Contender):
 
     def close(self) -> None:
         self.wait_durable()
+        handler = self.checkpointer._engine._shm_handler
+        if handler.shared_memory is not None:
+            handler.shared_memory.unlink()
         self.checkpointer._engine.close()
