@@ -26,6 +26,9 @@ OnCopied = Callable[[str, float, int, int], None]
 
 # Above this, torch's own multi-threaded copy beats one memmove; below it, the call overhead of torch dominates.
 _PARALLEL_COPY_BYTES = 1 << 20
+# One core's memmove reaches most of the memory's rate on small machines, where torch's team of threads would have to share
+# the cores with CRC and writes, and each of its barriers waits for a thread that is not running.
+_PARALLEL_COPY_THREADS = 4
 
 _memmove = ctypes.CDLL(None).memmove
 _memmove.restype = None
@@ -106,6 +109,7 @@ class Fill:
         picked = range(len(piece.sizes)) if chosen is None else [i for i, p in enumerate(piece.payloads) if chosen[p]]
         small: list[int] = []
         on_device: list[int] = []
+        parallel = parallel and torch.get_num_threads() >= _PARALLEL_COPY_THREADS
         for i in picked:
             if self._addresses[piece.payloads[i]] == 0:
                 on_device.append(i)
