@@ -1,0 +1,85 @@
+"""Which checkpoint to resume from: the newest one that is whole, to the last byte."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+
+from ...errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ...filesystem import FileSystem, LocalFileSystem
+from ...interface import StrPath
+from ...manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
+from ...verify import verify_files
+
+logger = logging.getLogger("async_ckpt")
+
+_NAME = re.compile("checkpoint-([0-9]+)")
+_LAST_FILE_OF_STOCK = "trainer_state.json"
+
+
+def last_committed_checkpoint(output_dir: StrPath) -> str | None:
+    """The newest ``checkpoint-<step>`` below `output_dir` whose every byte is as committed; None if there is none.
+
+    Damaged ones are skipped, and so are directories without a manifest (stock `Trainer`'s, which may be parts), with a
+    warning. Only where nothing has a manifest, the newest directory that stock `Trainer` has completed is taken. Blocks for the reading.
+
+    Raises:
+        CorruptCheckpointError: there are checkpoints with a manifest, and all are damaged.
+    """
+    root = os.path.abspath(os.fspath(output_dir))
+    fs: FileSystem = LocalFileSystem()
+    foreign: list[str] = []
+    damaged: CheckpointError | None = None
+    for path in _newest_first(root):
+        if fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "file":
+            foreign.append(path)
+            continue
+        try:
+            verify_directory(path, fs)
+        except CheckpointError as error:
+            logger.warning("%s is not resumed from: %s", path, error)
+            damaged = damaged or error
+            continue
+        if foreign:
+            logger.warning("%s and %d others have no manifest and are not resumed from", foreign[0], len(foreign) - 1)
+        return path
+    if damaged is not None:
+        raise damaged
+    for path in foreign:
+        if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind == "file":
+            logger.warning("%s was saved by stock Trainer: it cannot be verified", path)
+            return path
+    return None
+
+
+def verify_directory(path: str, fs: FileSystem) -> None:
+    """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are fine.
+
+    Raises:
+        CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        directory = fs.open_dir(folder, (name,))
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{path!r} cannot be opened: {error}") from error
+    with contextlib.closing(directory):
+        try:
+            raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+        except OSError as error:
+            raise CheckpointNotFoundError(f"{path!r} has no readable {MANIFEST_NAME}: {error}") from error
+        manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
+        problems = verify_files(directory, manifest.files)
+    if problems:
+        raise CorruptCheckpointError(f"{path!r} is damaged: {problems[0]}", path=path, record=problems[0].record)
+
+
+def _newest_first(root: str) -> list[str]:
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = {int(match[1]): name for name in names if (match := _NAME.fullmatch(name)) and os.path.isdir(os.path.join(root, name))}
+    return [os.path.join(root, steps[step]) for step in sorted(steps, reverse=True)]

@@ -1,0 +1,238 @@
+"""The `Trainer` mixin: stock saving code, with the engine under it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError
+from ...filesystem import LocalFileSystem
+from ...manifest import MANIFEST_NAME
+from .capture import capture, require
+from .limit import BEST, SaveTotalLimit
+from .resume import last_committed_checkpoint, verify_directory
+from .saver import Saver
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+logger = logging.getLogger("async_ckpt")
+
+_STATE_NAME = "trainer_state.json"
+_JIT_MARKER = "checkpoint-is-incomplete.txt"
+# These step inside the backward pass, where no hook can wait for a lazy copy.
+_STEPS_IN_BACKWARD = ("layerwise", "lomo")
+
+
+class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
+    """Put it before `Trainer` (or a subclass) in a class's bases, or use `attach`. Everything else stays as it is.
+
+    Guarantees:
+    - A save has copied the state, or protected it until the next optimizer step, when training goes on.
+    - ``checkpoint-<step>`` appears in one rename, complete and durable; a killed save leaves nothing under such a name.
+    - ``resume_from_checkpoint=True`` takes the newest checkpoint whose every byte verifies; a path that is given is verified too.
+    - ``save_total_limit`` deletes only after the newer checkpoint is durable, never the best one; ``load_best_model_at_end`` waits.
+    - A failed commit raises at the next step, and at the end of `train` at the latest.
+
+    ``on_save`` comes when the snapshot is taken, as the checkpoint is still on its way. Callbacks that want the files
+    (to upload them, say) define ``on_checkpoint_committed(args, state, control, checkpoint, **kwargs)``: it is called on the
+    training thread, at the end of a step, with the path of each committed checkpoint. ``push_to_hub`` works that way too.
+
+    Args:
+        async_ckpt: `EngineConfig` fields, such as ``{"staging_bytes": 4 << 30}``; not root, format and overwrite.
+        guard: copy parameters and optimizer state behind the next forward and backward. Only where nothing but the
+            optimizer's own step changes them; otherwise a save fails with `TornSnapshotError`.
+    """
+
+    def __init__(self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = True, **kwargs: Any) -> None:
+        require("transformers")
+        super().__init__(*args, **kwargs)
+        self._set_up_async(async_ckpt or {}, guard)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; returns when every checkpoint is committed.
+
+        Raises:
+            CheckpointError: a checkpoint could not be committed. CorruptCheckpointError: there is nothing whole to resume from.
+        """
+        resume = self._resolve_resume(resume_from_checkpoint)
+        try:
+            output = super().train(resume, *args, **kwargs)
+        except BaseException as error:
+            self._saver.close_behind(error)
+            raise
+        self._saver.close()
+        return output
+
+    # What `Trainer` calls.
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        _check_supported(self)
+        self._saver.poll()
+        run_dir = os.path.abspath(super()._get_output_dir(trial))
+        tag = f"checkpoint-{self.state.global_step}"
+        _remove_jit_marker(os.path.join(run_dir, tag))
+        engine = self._open_engine(run_dir)
+        self._push_wanted = False
+        engine.create(tag)
+        try:
+            with capture(engine, tag) as scratch, self._saving_below(scratch):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
+                self._name_best(scratch, run_dir, tag)
+            pending = engine.commit(tag, metadata=self._metadata(run_dir))
+        except BaseException:
+            engine.abort(tag)
+            raise
+        push = self._push_wanted
+        self._saver.follow(os.path.join(run_dir, tag), pending, lambda path: self._committed(path, push))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._scratch is not None:
+            return self._scratch
+        # At the end of training, `Trainer` looks there for what was saved.
+        self._saver.drain()
+        return str(super()._get_output_dir(trial))
+
+    def _load_best_model(self) -> None:
+        self._saver.drain()
+        super()._load_best_model()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._scratch is not None:
+            self._push_wanted = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    # Inside.
+
+    def _set_up_async(self, config: Mapping[str, Any], guard: bool) -> None:
+        self._saver = Saver(config)
+        self._guards = guard and not any(name in str(self.args.optim) for name in _STEPS_IN_BACKWARD)
+        self._scratch: str | None = None
+        self._push_wanted = False
+        self.add_callback(_watcher(self))
+
+    def _open_engine(self, run_dir: str) -> Any:
+        limit = self.args.save_total_limit
+        engine = self._saver.open(
+            run_dir,
+            world_size=self.args.world_size,
+            save_on_each_node=self.args.save_on_each_node,
+            retention=SaveTotalLimit(limit) if limit is not None and limit > 0 else None,
+        )
+        if self._guards:
+            self._saver.guard(self.optimizer)
+        return engine
+
+    @contextlib.contextmanager
+    def _saving_below(self, scratch: str) -> Iterator[None]:
+        self._scratch = scratch
+        try:
+            yield
+        finally:
+            self._scratch = None
+
+    def _name_best(self, scratch: str, run_dir: str, tag: str) -> None:
+        """Stock code has seen the scratch directory: give the best checkpoint its final path, in the saved state too."""
+        best = self.state.best_model_checkpoint
+        if best is not None and os.path.dirname(os.path.abspath(best)) == scratch:
+            self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
+            saved = os.path.join(scratch, tag, _STATE_NAME)
+            if os.path.exists(saved):
+                self.state.save_to_json(saved)
+
+    def _metadata(self, run_dir: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"framework": "transformers", "step": self.state.global_step, "epoch": self.state.epoch}
+        best = self.state.best_model_checkpoint
+        if best is not None and os.path.dirname(os.path.abspath(best)) == run_dir:
+            found[BEST] = os.path.basename(best)
+        return found
+
+    def _committed(self, path: str, push: bool) -> None:
+        if push:
+            self._push_from_checkpoint(path)
+        for callback in self.callback_handler.callbacks:
+            hook = getattr(callback, "on_checkpoint_committed", None)
+            if hook is not None:
+                hook(self.args, self.state, self.control, checkpoint=path)
+
+    def _resolve_resume(self, resume: Any) -> Any:
+        if resume is None or resume is False:
+            return resume
+        if self.args.world_size > 1:
+            # One rank looks, so that all ranks resume from the same checkpoint.
+            found = [self._find_resume(resume)] if self.args.process_index == 0 else [None]
+            return require("accelerate.utils").broadcast_object_list(found, from_process=0)[0]
+        return self._find_resume(resume)
+
+    def _find_resume(self, resume: Any) -> Any:
+        if resume is True:
+            # Without any, stock code raises what its users know.
+            return last_committed_checkpoint(self.args.output_dir) or True
+        path = os.path.abspath(os.fspath(resume))
+        fs = LocalFileSystem()
+        if fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing":
+            verify_directory(path, fs)
+        return resume
+
+
+def attach(trainer: Any, *, guard: bool = True, **config: Any) -> Any:
+    """Make an existing `Trainer` (or SFTTrainer, Seq2SeqTrainer, ...) save asynchronously; returns it.
+
+    Its class becomes one that derives from `AsyncCheckpointTrainerMixin` and from its own class. Call it before ``train``.
+
+    Args:
+        guard: as in `AsyncCheckpointTrainerMixin`.
+        config: `EngineConfig` fields, such as ``staging_bytes``.
+
+    Raises:
+        ImportError: transformers is missing; names the extra. ConfigError: no `Trainer`, attached already, or a wrong field.
+    """
+    stock = require("transformers").Trainer
+    if not isinstance(trainer, stock) or isinstance(trainer, AsyncCheckpointTrainerMixin):
+        raise ConfigError(f"attach takes a transformers.Trainer that is not attached yet, not {type(trainer).__name__}")
+    # A wrong field must leave the trainer as it was.
+    Saver(config)
+    kind = type(trainer)
+    trainer.__class__ = type(f"Async{kind.__name__}", (AsyncCheckpointTrainerMixin, kind), {"__module__": kind.__module__})
+    trainer._set_up_async(config, guard)
+    return trainer
+
+
+def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
+    """A callback that prepares the engine before the first step and reports commits after each."""
+    base = require("transformers").TrainerCallback
+
+    class AsyncCheckpointWatcher(base):  # type: ignore[misc, valid-type]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not state.is_hyper_param_search:
+                _check_supported(trainer)
+                trainer._open_engine(os.path.abspath(args.output_dir))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer._saver.poll()
+
+    return AsyncCheckpointWatcher()
+
+
+def _check_supported(trainer: Any) -> None:
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError("DeepSpeed saves its own state: use async_ckpt.integrations.deepspeed.attach(trainer.deepspeed) instead")
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        raise ConfigError(
+            "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use async_ckpt.integrations.dcp"
+        )
+    if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
+        raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
+
+
+def _remove_jit_marker(path: str) -> None:
+    """Trainer's just-in-time saving marks a directory as incomplete before it saves into it; ours is never incomplete."""
+    if os.path.isdir(path) and os.listdir(path) == [_JIT_MARKER]:
+        os.unlink(os.path.join(path, _JIT_MARKER))
+        os.rmdir(path)

@@ -1,0 +1,350 @@
+"""`Trainer` with the mixin: the same files as stock, exact resume, nothing partial, loud failures."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file  # noqa: E402
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError  # noqa: E402
+from async_ckpt.filesystem import LocalFileSystem  # noqa: E402
+from async_ckpt.integrations.huggingface import AsyncCheckpointTrainerMixin, attach, capture, last_committed_checkpoint  # noqa: E402
+from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
+from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
+
+from .jobs import SMALL, HoldingFileSystem, losses, model, rows, trainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def names(output_dir: Path) -> list[str]:
+    return sorted((p.name for p in output_dir.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool((a == b).all()) if hasattr(a, "shape") else bool(a == b)
+
+
+def flip(path: Path, offset: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Eight steps without interruption, saved by stock Trainer."""
+    folder = tmp_path_factory.mktemp("stock")
+    trained = trainer(folder, asynchronous=False)
+    trained.train()
+    return trained, folder
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_same_checkpoints_as_stock(tmp_path: Path, stock: Any, guard: bool) -> None:
+    _, expected = stock
+    trained = trainer(tmp_path, guard=guard)
+    trained.train()
+    assert losses(trained) == losses(stock[0])
+    assert names(tmp_path) == names(expected) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
+    for name in names(expected):
+        ours, theirs = tmp_path / name, expected / name
+        assert {p.name for p in ours.iterdir()} == {p.name for p in theirs.iterdir()} | {"manifest.json"}
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            a, b = (torch.load(where / file, weights_only=False) for where in (ours, theirs))
+            assert same(a, b), f"{name}/{file}"
+        for file in ("trainer_state.json", "config.json", "tokenizer.json", "generation_config.json"):
+            assert json.loads((ours / file).read_text()) == json.loads((theirs / file).read_text()), file
+        assert torch.load(ours / "training_args.bin", weights_only=False).learning_rate == 0.01
+    assert all(Catalog(tmp_path).verify(tag).ok for tag in Catalog(tmp_path).tags())
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-8")
+    assert same(dict(loaded.state_dict()), dict(trained.model.state_dict()))
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "checkpoint-8").convert_tokens_to_ids("w7") == 7
+
+
+@pytest.mark.parametrize("back_in", ["ours", "stock"])
+def test_resume_is_exact(tmp_path: Path, stock: Any, back_in: str) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    trainer(tmp_path, callbacks=[Stop()]).train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    second = trainer(tmp_path, asynchronous=back_in == "ours")
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(stock[0]) and second.state.global_step == 8
+    assert same(dict(second.model.state_dict()), dict(stock[0].model.state_dict()))
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.leaves_staging
+def test_kill_9_in_the_middle_of_a_save(tmp_path: Path, stock: Any) -> None:
+    """The process dies while checkpoint-6 is being written: it is as if the save had never begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.integrations.huggingface.jobs", str(tmp_path), "6"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        assert any(line.strip() == "reached" for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    assert "checkpoint-6" not in names(tmp_path) and "checkpoint-4" in names(tmp_path)
+    assert list(tmp_path.glob(".staging.checkpoint-6.*")), "it was in the middle of the save"
+    last = last_committed_checkpoint(tmp_path)
+    assert last == str(tmp_path / names(tmp_path)[-1]) and last == get_last_checkpoint(str(tmp_path))
+    second = trainer(tmp_path)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(stock[0])
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert list(tmp_path.glob(".staging.*")) == [], "the next run has swept what the dead one left"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, stock: Any) -> None:
+    held, seen = HoldingFileSystem("checkpoint-2"), {}
+
+    class Watch(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen[state.global_step] = names(tmp_path)
+            if state.global_step == 6:
+                held.gate.set()
+
+        def on_checkpoint_committed(self, args: Any, state: Any, control: Any, checkpoint: str, **kwargs: Any) -> None:
+            assert os.path.exists(f"{checkpoint}/model.safetensors")
+            seen.setdefault("committed", []).append(Path(checkpoint).name)
+
+    trained = trainer(tmp_path, callbacks=[Watch()], config={"filesystem": held})
+    trained.train()
+    assert seen[2] == [] and "checkpoint-2" not in seen[6]
+    assert seen["committed"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    # Written long after the step, and still the state at the save.
+    assert same(load_file(tmp_path / "checkpoint-2/model.safetensors"), load_file(stock[1] / "checkpoint-2/model.safetensors"))
+    assert losses(trained) == losses(stock[0])
+
+
+class Fixed(Trainer):
+    """Evaluations with known losses: step 4 is the best."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = abs(self.state.global_step - 4.0)
+        return output
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+def test_save_total_limit_and_the_best_model(tmp_path: Path, limit: int | None) -> None:
+    found = {}
+    for asynchronous in (False, True):
+        folder = tmp_path / str(asynchronous)
+        options: dict[str, Any] = {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+        }
+        trained = trainer(folder, asynchronous=asynchronous, kind=Fixed, max_steps=10, save_total_limit=limit, **options)
+        trained.train()
+        assert same(
+            {k: v for k, v in trained.model.state_dict().items() if k != "lm_head.weight"},
+            {k: load_file(folder / "checkpoint-4/model.safetensors")[k] for k in trained.model.state_dict() if k != "lm_head.weight"},
+        )
+        states = {name: json.loads((folder / name / "trainer_state.json").read_text()) for name in names(folder)}
+        best = {
+            name: state["best_model_checkpoint"] and Path(state["best_model_checkpoint"]).relative_to(folder)
+            for name, state in states.items()
+        }
+        found[asynchronous] = (names(folder), best)
+    assert found[True] == found[False]
+
+
+def test_the_limit_is_a_pure_decision() -> None:
+    def kept(num: int, *tags: str, best: str | None = None) -> list[str]:
+        infos = [CheckpointInfo(tag, n, {"best_model_checkpoint": best} if best else {}) for n, tag in enumerate(tags)]
+        return [d.tag for d in decide(infos, SaveTotalLimit(num), now_unix_ns=0) if d.keep]
+
+    assert kept(2, "checkpoint-2", "checkpoint-4", "checkpoint-6") == ["checkpoint-4", "checkpoint-6"]
+    assert kept(1, "checkpoint-2", "checkpoint-4", best="checkpoint-2") == ["checkpoint-2", "checkpoint-4"]
+    assert kept(2, "checkpoint-2", "checkpoint-4", "checkpoint-6", best="checkpoint-2") == ["checkpoint-2", "checkpoint-6"]
+    assert kept(1, "checkpoint-2", "mine", "checkpoint-4", best="checkpoint-9") == ["mine", "checkpoint-4"]
+    with pytest.raises(ConfigError):
+        SaveTotalLimit(0)
+
+
+def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) -> None:
+    class Failing(LocalFileSystem):
+        def create_file(self, path: str, data: bytes) -> None:
+            if ".staging.checkpoint-4." in path:
+                raise OSError(errno.EIO, "broken disk")
+            super().create_file(path, data)
+
+    trained = trainer(tmp_path, max_steps=200, config={"filesystem": Failing()}, save_total_limit=1)
+    with pytest.raises(CommitError, match="broken disk"):
+        trained.train()
+    assert trained.state.global_step < 200
+    assert "checkpoint-4" not in names(tmp_path) and last_committed_checkpoint(tmp_path) is not None
+
+
+def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:
+    class Failing(LocalFileSystem):
+        def create_file(self, path: str, data: bytes) -> None:
+            if ".staging.checkpoint-8." in path:
+                raise OSError(errno.ENOSPC, "no space left")
+            super().create_file(path, data)
+
+    trained = trainer(tmp_path, config={"filesystem": Failing()})
+    with pytest.raises(OSError, match="no space left"):
+        trained.train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert names(tmp_path)[-1] == "checkpoint-8"
+
+
+def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
+    class Failing(LocalFileSystem):
+        def create_file(self, path: str, data: bytes) -> None:
+            raise OSError(errno.EIO, "broken disk")
+
+    class Stop(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyError("the user's")
+
+    with pytest.raises(KeyError, match="the user's"):
+        trainer(tmp_path, callbacks=[Stop()], config={"filesystem": Failing()}).train()
+
+
+def test_damaged_and_foreign_checkpoints_are_not_resumed_from(tmp_path: Path, stock: Any, caplog: Any) -> None:
+    trainer(tmp_path).train()
+    flip(tmp_path / "checkpoint-8/optimizer.pt", 1000)
+    (tmp_path / "checkpoint-6/model.safetensors").unlink()
+    (tmp_path / "checkpoint-4/notes.txt").write_text("an extra file harms nothing")
+    (tmp_path / "checkpoint-100").mkdir()
+    assert last_committed_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert "checkpoint-8" in caplog.text and "checkpoint-100" in caplog.text
+    with pytest.raises(CorruptCheckpointError, match=r"optimizer\.pt"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    second = trainer(tmp_path)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(stock[0])
+    for name in names(tmp_path)[:-1]:
+        flip(tmp_path / name / "trainer_state.json", 5)
+    with pytest.raises(CorruptCheckpointError):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_directory_of_stock_trainer_is_taken_where_nothing_else_is(tmp_path: Path, stock: Any) -> None:
+    assert last_committed_checkpoint(tmp_path / "none") is None
+    with pytest.raises((ValueError, FileNotFoundError)):
+        trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+    shutil.copytree(stock[1] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-6").mkdir()
+    assert last_committed_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-6").rmdir()
+    second = trainer(tmp_path)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(stock[0])
+
+
+def test_a_class_of_ones_own(tmp_path: Path, stock: Any) -> None:
+    class Mine(AsyncCheckpointTrainerMixin, Trainer):  # type: ignore[misc]
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            torch.save({"mine": torch.arange(3)}, os.path.join(str(output_dir), "mine.pt"))
+            Path(str(output_dir), "sub").mkdir()
+            Path(str(output_dir), "sub", "mine.txt").write_text("mine")
+
+    template = trainer(tmp_path / "unused", asynchronous=False)
+    template.args.output_dir = str(tmp_path / "out")
+    trained = Mine(model(), template.args, train_dataset=rows(), async_ckpt=SMALL)
+    trained.train()
+    assert losses(trained) == losses(stock[0])
+    last = tmp_path / "out/checkpoint-8"
+    assert torch.load(last / "mine.pt")["mine"].tolist() == [0, 1, 2] and (last / "sub/mine.txt").read_text() == "mine"
+    formats = {entry.path: entry.format for entry in Catalog(tmp_path / "out").manifest("checkpoint-8").files}
+    assert formats["model.safetensors"] == "safetensors" and formats["optimizer.pt"] == "torch" and formats["config.json"] == "opaque"
+
+
+def test_pushes_wait_for_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, os.path.exists(f"{folder}/model.safetensors"))),
+    )
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    trained = trainer(tmp_path)
+    trained.args.push_to_hub = True
+    trained.train()
+    assert pushed == [(name, True) for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8")]
+
+
+def test_just_in_time_markers_give_way(tmp_path: Path) -> None:
+    trained = trainer(tmp_path)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/checkpoint-is-incomplete.txt").write_text("")
+    trained.train()
+    assert (tmp_path / "checkpoint-2/manifest.json").exists()
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    stock_trainer = trainer(tmp_path, asynchronous=False)
+    for bad in ({"root": "x"}, {"overwrite": "refuse"}, {"staging_byte": 1}):
+        with pytest.raises(ConfigError):
+            attach(stock_trainer, **bad)
+    assert type(stock_trainer) is Trainer
+    attach(stock_trainer)
+    with pytest.raises(ConfigError, match="not attached yet"):
+        attach(stock_trainer)
+    with pytest.raises(ConfigError):
+        attach(object())
+
+
+def test_the_exchange_of_functions_ends(tmp_path: Path) -> None:
+    import safetensors.torch
+    import transformers.modeling_utils as user
+
+    before = (torch.save, safetensors.torch.save_file, user.safe_save_file)
+    trainer(tmp_path, max_steps=2).train()
+    assert (torch.save, safetensors.torch.save_file, user.safe_save_file) == before
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=r"pip install 'async-ckpt\[huggingface\]'"):
+            capture.require(name)
+    with pytest.raises(ImportError, match="transformers"):
+        attach(object())
+
+
+def test_these_are_the_versions_that_were_tried() -> None:
+    found = {name: importlib.metadata.version(name).split(".")[0] for name in ("transformers", "accelerate")}
+    assert found == {"transformers": "5", "accelerate": "1"}, "run these tests with these versions, then name them in the docstring"
