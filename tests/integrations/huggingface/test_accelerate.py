@@ -1,0 +1,106 @@
+"""Accelerate's whole state through the engine: the same files as `save_state`, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+accelerate = pytest.importorskip("accelerate")
+
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import ProjectConfiguration  # noqa: E402
+
+from async_ckpt import AsyncCheckpointEngine, CheckpointNotFoundError, ConfigError, CorruptCheckpointError  # noqa: E402
+from async_ckpt.integrations.huggingface import load_accelerator_state, save_accelerator_state  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 65536}
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+class Job:
+    """Dropout, momentum, a scheduler and a registered object."""
+
+    def __init__(self, **options: Any) -> None:
+        self.accelerator = Accelerator(cpu=True, **options)
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        self.counter = Counter()
+        self.net, self.optimizer, self.scheduler = self.accelerator.prepare(net, optimizer, scheduler)
+        self.accelerator.register_for_checkpointing(self.counter)
+
+    def step(self) -> float:
+        loss = self.net(torch.randn(4, 4)).square().mean()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.counter.count += 1
+        return float(loss)
+
+
+def test_same_files_and_exact_resume(tmp_path: Path) -> None:
+    job = Job()
+    with AsyncCheckpointEngine(tmp_path / "ours", **SMALL) as engine:
+        engine.guard(job.optimizer.optimizer)
+        before = [job.step() for _ in range(3)]
+        job.accelerator.save_state(str(tmp_path / "stock"))
+        pending = save_accelerator_state(job.accelerator, engine, "step-3", metadata={"step": 3})
+        after = [job.step() for _ in range(3)]
+        pending.result(60)
+    stock, ours = tmp_path / "stock", tmp_path / "ours/step-3"
+    assert {p.name for p in ours.iterdir()} == {p.name for p in stock.iterdir()} | {"manifest.json"}
+    assert (ours / "model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+    for back in (lambda j: load_accelerator_state(j.accelerator, tmp_path / "ours"), lambda j: j.accelerator.load_state(str(ours))):
+        second = Job()
+        assert back(second) in ("step-3", None)
+        assert second.counter.count == 3 and [second.step() for _ in range(3)] == after != before
+
+
+def test_load_waits_and_verifies(tmp_path: Path) -> None:
+    job = Job()
+    with AsyncCheckpointEngine(tmp_path, **SMALL) as engine:
+        with pytest.raises(CheckpointNotFoundError):
+            load_accelerator_state(job.accelerator, engine)
+        save_accelerator_state(job.accelerator, engine, "a")
+        job.step()
+        save_accelerator_state(job.accelerator, engine, "b")
+        job.step()
+        assert load_accelerator_state(job.accelerator, engine, "a") == "a" and job.counter.count == 0
+        assert load_accelerator_state(job.accelerator, engine) == "b" and job.counter.count == 1
+        raw = bytearray((tmp_path / "b/model.safetensors").read_bytes())
+        raw[-1] ^= 1
+        (tmp_path / "b/model.safetensors").write_bytes(raw)
+        with pytest.raises(CorruptCheckpointError):
+            load_accelerator_state(job.accelerator, engine, "b")
+        assert load_accelerator_state(job.accelerator, engine) == "a"
+
+
+def test_a_failing_save_gives_the_tag_up(tmp_path: Path) -> None:
+    job = Job()
+    job.counter.state_dict = lambda: {"bad": lambda: None}  # type: ignore[assignment, dict-item, return-value]
+    with AsyncCheckpointEngine(tmp_path, **SMALL) as engine:
+        with pytest.raises(TypeError):
+            save_accelerator_state(job.accelerator, engine, "a")
+        del job.counter.state_dict
+        save_accelerator_state(job.accelerator, engine, "a").result(60)
+        named = Job(project_config=ProjectConfiguration(str(tmp_path / "p"), automatic_checkpoint_naming=True))
+        with pytest.raises(ConfigError, match="automatic_checkpoint_naming"):
+            save_accelerator_state(named.accelerator, engine, "b")
+        assert engine.tags() == ["a"]
