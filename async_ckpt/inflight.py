@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from . import leaving, retention, transaction, verify
+from ._trees import write_error
 from .catalog import Catalog
 from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
@@ -240,7 +241,12 @@ class InFlight:
     def _after_older(self, created_unix_ns: int) -> int:
         """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
         if self._oldest_possible_ns is None:
-            entries = Catalog(self.root, self.filesystem).entries()
+            try:
+                entries = Catalog(self.root, self.filesystem).entries()
+            except OSError as error:
+                # Only the order after a clock that was set back is at stake; the next commit looks again.
+                logger.warning("the times of older checkpoints in %r cannot be read, this clock is trusted: %s", self.root, error)
+                return created_unix_ns
             self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
@@ -270,6 +276,10 @@ class InFlight:
             await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
         except (CheckpointError, OSError) as failure:
             # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+            if not isinstance(failure, CheckpointError):
+                error = write_error(self.filesystem, failure, "retention was cut short; what it had not deleted is left whole", self.root)
+                error.__cause__ = failure
+                failure = error
             self._failures.append(failure)
 
     def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:

@@ -71,8 +71,13 @@ class LoopThread:
         with self._lock:
             refusal = self.death or (TransactionStateError("the writer's loop was stopped") if self._is_stopping else None)
             if refusal is None:
-                self._runs[outcome] = None
-                self.loop.call_soon_threadsafe(self._start, coro, outcome)
+                try:
+                    self._runs[outcome] = None
+                    self.loop.call_soon_threadsafe(self._start, coro, outcome)
+                except BaseException:
+                    # An interrupt in between: nobody may wait for what was never started. What was, enters itself again.
+                    self._runs.pop(outcome, None)
+                    raise
         if refusal is not None:
             coro.close()
             raise refusal

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from ._trees import write_error
 from .errors import CheckpointError
 from .filesystem import FileSystem, WritableFile
 from .filewrite import Chunk, FileWrite, WrittenFile
@@ -166,13 +167,20 @@ class Pipeline:
         path = location if isinstance(location := self.file.location, str) else await ended(location)
         self._lane.path = path
         if self._make_parents:
-            parents = self._lane.submit(self._filesystem.makedirs, os.path.dirname(path))
-            await asyncio.wrap_future(parents)
+            await asyncio.wrap_future(self._lane.submit(self._make_parents_of, path))
         # Reserving whole pages keeps the padded end from growing the file, which would run alone under the inode's lock.
         reserved_bytes = _whole_pages(self.file.size_bytes) if self.arm.direct else self.file.size_bytes
         opened = self._filesystem.open_write(path, reserved_bytes, direct=self.arm.direct, executor=self._lane)
         self._opened = await self._as("open", opened)
         return self._opened
+
+    def _make_parents_of(self, path: str) -> None:
+        folder = os.path.dirname(path)
+        try:
+            self._filesystem.makedirs(folder)
+        except OSError as error:
+            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
+            raise write_error(self._filesystem, error, message, folder) from error
 
     async def _next_chunk(self) -> Chunk:
         self._waits_for = f"the chunk at offset {len(self._crcs) * self.file.extent_bytes}"

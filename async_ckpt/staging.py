@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -41,16 +42,31 @@ def _keep_in_child() -> None:
 os.register_at_fork(after_in_child=_keep_in_child)
 
 
+def _nowhere() -> None:
+    return None
+
+
 class StagingChunk:
     """One aligned piece of the arena: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory."""
 
-    __slots__ = ("address", "index", "tensor", "view")
+    __slots__ = ("_home", "address", "index", "tensor", "view")
 
-    def __init__(self, index: int, tensor: torch.Tensor, view: memoryview) -> None:
+    def __init__(self, index: int, tensor: torch.Tensor, view: memoryview, home: Callable[[], StagingArena | None]) -> None:
         self.index = index
         self.tensor = tensor
         self.view = view
         self.address: int = tensor.data_ptr()
+        self._home = home
+
+    def leave_arena(self) -> None:
+        """Its memory may be unmapped with the last reference."""
+        self._home = _nowhere
+
+    def __del__(self) -> None:
+        # An exception out of a signal handler can strike between taking a chunk and remembering who has it.
+        arena = self._home()
+        if arena is not None:
+            arena.release(StagingChunk(self.index, self.tensor, self.view, self._home))
 
 
 class StagingArena:
@@ -70,35 +86,37 @@ class StagingArena:
         self._cold: deque[StagingChunk] = deque()
         for k in range(num_chunks):
             low, high = k * chunk_bytes, (k + 1) * chunk_bytes
-            self._cold.append(StagingChunk(k, whole[low:high], view[low:high]))
+            self._cold.append(StagingChunk(k, whole[low:high], view[low:high], weakref.ref(self)))
         self._warm: list[StagingChunk] = []
         self._registered: list[int] = []
-        self._num_taken = 0
-        self._changed = threading.Condition()
+        self._num_unmapped = 0
+        # Entered as a plain lock: an exception out of a signal handler inside `Condition.__enter__` would leave it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._poison: BaseException | None = None
         _arenas.add(self)
 
     @property
     def num_free(self) -> int:
         """Chunks that nobody owns."""
-        with self._changed:
+        with self._lock:
             return len(self._warm) + len(self._cold)
 
     @property
     def num_faulted(self) -> int:
         """Chunks whose memory has been touched, in use or free."""
-        with self._changed:
+        with self._lock:
             return self.num_chunks - len(self._cold)
 
     @property
     def num_taken(self) -> int:
         """Chunks that somebody owns."""
-        with self._changed:
-            return self._num_taken
+        with self._lock:
+            return self.num_chunks - self._num_unmapped - len(self._warm) - len(self._cold)
 
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
-        with self._changed:
+        with self._lock:
             self._check()
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
@@ -118,7 +136,7 @@ class StagingArena:
             BackpressureTimeout: none became free within `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             while True:
                 self._check()
                 if self._warm or self._cold:
@@ -131,14 +149,13 @@ class StagingArena:
 
     def release(self, chunk: StagingChunk) -> None:
         """Give a chunk back. Any thread; never blocks for long."""
-        with self._changed:
-            self._num_taken -= 1
+        with self._lock:
             self._warm.append(chunk)
             self._changed.notify_all()
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""
-        with self._changed:
+        with self._lock:
             if self._poison is None:
                 self._poison = error
             self._changed.notify_all()
@@ -146,11 +163,10 @@ class StagingArena:
     def fault_in(self, target_bytes: int) -> None:
         """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._poison is not None or not self._cold or self.num_faulted_locked() * self.chunk_bytes >= target_bytes:
                     return
                 chunk = self._cold.popleft()
-                self._num_taken += 1
             self._touch(chunk)
             self.release(chunk)
 
@@ -163,8 +179,11 @@ class StagingArena:
         self.poison(TransactionStateError("the engine is closed: its staging memory is gone"))
         if os.getpid() != self._pid:
             return
-        with self._changed:
+        with self._lock:
             registered, self._registered = self._registered, []
+            for chunk in (*self._cold, *self._warm):
+                chunk.leave_arena()
+                self._num_unmapped += 1
             self._cold.clear()
             self._warm.clear()
         for address in registered:
@@ -175,7 +194,6 @@ class StagingArena:
             raise self._poison
 
     def _take(self) -> StagingChunk:
-        self._num_taken += 1
         if self._warm:
             return self._warm.pop()
         chunk = self._cold.popleft()

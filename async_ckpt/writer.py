@@ -136,8 +136,14 @@ class WriterPool:
             self._check_open()
             for other in self._files:
                 other.disk_time.had_company = pipeline.disk_time.had_company = True
-            self._files[pipeline] = None
-            self._thread.call(pipeline.start)
+            try:
+                self._files[pipeline] = None
+                self._thread.call(pipeline.start)
+            except BaseException as error:
+                # An interrupt in between: a file that was never started must not be waited for, one that was must end.
+                self._files.pop(pipeline, None)
+                file.abort(error)
+                raise
         return file
 
     def submit_copy(self, fn: Callable[[], T]) -> Future[T]:

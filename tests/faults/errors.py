@@ -1,0 +1,221 @@
+"""An error at every file operation of whole engines. ``python -m tests.faults.errors --full``
+
+Each call fails once, or for good until it is healed, with each errno. After it: the pending commit says what failed and
+where (class, errno, path, what is on disk), all staging memory is back, what was committed verifies, and the same engine
+commits again once the fault is gone. Short writes must not matter at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapshotError, WriteError
+from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+
+from .oracle import check_legal, contents, private_names
+from .report import Row, command
+from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+
+CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EINTR)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+HARMLESS = {"unlink", "rmdir", "close", "flock"}
+"""What may fail after the last sync, or on a descriptor that was only read through, without losing anything."""
+
+
+class Outcome:
+    """What one failing run has shown, and the promises it is held to."""
+
+    def __init__(self, root: Path, told: Told, workload: Workload, fs: FaultyFileSystem, code: int) -> None:
+        self.root, self.told, self.workload, self.fs, self.code = root, told, workload, fs, code
+        self.errors: list[BaseException] = []
+        self._for_sync: set[int] = set()
+        fs.calls.before = self._note
+
+    def _note(self, op: Operation) -> None:
+        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not."""
+        frame = sys._getframe() if op.name == "open" else None
+        while frame is not None:
+            if frame.f_code.co_name == "fsync_dir":
+                self._for_sync.add(op.index)
+            frame = frame.f_back
+
+    def _may_fail_unseen(self, op: Operation) -> bool:
+        if op.name == "open":
+            return op.index not in self._for_sync
+        # What is given up anyway has nobody to tell; a write that was interrupted is resumed.
+        return op.name in HARMLESS or ".staging.gone." in op.path or (op.name, self.code) == ("pwrite", errno.EINTR)
+
+    def run(self, num_writers: int, direct: bool, arm: object) -> None:
+        """The workload with the fault, then one more commit on the same engine without it."""
+        with quiet():
+            mode = "direct" if direct else "buffered"
+            engine = make_engine(self.root, self.fs, num_writers=num_writers, io_mode=mode, **self.workload.config)
+            try:
+                arm()  # type: ignore[operator]
+                self._work(Job(engine, self.told))
+                self.fs.heal()
+                self._acknowledge(engine)
+                for version, tag in enumerate(("new", "older", "later"), 500):
+                    if self.workload.config.get("overwrite") == "replace" or tag not in engine.tags():
+                        Job(engine, self.told).whole(tag, version)
+                engine._inflight.prefault.submit(lambda: None).result(TIMEOUT_S)
+                assert engine._arena.num_taken == 0, "staging memory was not given back"
+            finally:
+                self.fs.heal()
+                engine.close()
+
+    def _work(self, job: Job) -> None:
+        """Go on with the workload's other commits after a failure, as a training loop that catches would."""
+        try:
+            self.workload.run(job)
+        except Exception as error:  # noqa: BLE001 - judged below
+            self.errors.append(error)
+        for pending in job.engine.pending():
+            pending.exception(TIMEOUT_S)
+
+    def _acknowledge(self, engine: object) -> None:
+        """Whatever nobody has asked for yet is raised by `create`, once each."""
+        for _ in range(4):
+            try:
+                engine._inflight.raise_unacknowledged()  # type: ignore[attr-defined]
+                for tag in list(engine._inflight._open):  # type: ignore[attr-defined]
+                    engine.abort(tag)  # type: ignore[attr-defined]
+                return
+            except Exception as error:  # noqa: BLE001 - judged below
+                self.errors.append(error)
+        raise AssertionError("failures without end")
+
+    def check(self) -> None:
+        failed = [op for op in self.fs.operations if op.outcome == errno.errorcode[self.code] and op.index >= 0]
+        for error in self.errors:
+            self._check_error(error, failed)
+        if not self.errors:
+            silent = [op for op in failed if not self._may_fail_unseen(op)]
+            assert not silent, f"nobody was told of {silent[0].name} {silent[0].path}"
+        check_legal(contents(self.root), self.told, self.workload.keeps)
+        left = private_names(self.root)
+        assert not left or any(op.name in HARMLESS | {"open", "fsync", "rename", "exchange"} for op in failed), left
+
+    def _check_error(self, error: BaseException, failed: list[Operation]) -> None:
+        if not isinstance(error, CheckpointError):
+            raise AssertionError(f"not of our tree: {error!r}") from error
+        assert not isinstance(error, TornSnapshotError)
+        if not isinstance(error, OSError):
+            return
+        assert error.errno == self.code, f"errno {error.errno} of {error!r}"
+        assert isinstance(error, (WriteError, CommitError)), repr(error)
+        assert error.path is not None and error.path.startswith(str(self.root)), error.path
+        assert isinstance(error.__cause__, OSError) and error.__cause__.errno == self.code, "the cause is lost"
+        if self.code in FULL and isinstance(error, WriteError):
+            assert isinstance(error, OutOfSpaceError) and error.free_bytes is not None, repr(error)
+        if isinstance(error, WriteError) and [op.name for op in failed] == ["pwrite"]:
+            assert error.offset is not None
+        text = str(error)
+        assert any(word in text for word in ("not committed", "nothing was", "unknown", "cannot be", "left", "deleting")), text
+
+
+def run_one(root: Path, told: Told, workload: Workload, k: int, code: int, *, num_writers: int, direct: bool, sticky: bool) -> None:
+    """The k-th call after the engine was made fails."""
+    fs = faulty_filesystem(direct=direct)
+    outcome = Outcome(root, told, workload, fs, code)
+    outcome.run(num_writers, direct, lambda: fs.fail_at(k, code, sticky=sticky))
+    fs.dispose()
+    outcome.check()
+
+
+def count(folder: Folder, workload: Workload, num_writers: int, direct: bool) -> int:
+    """How many calls the workload makes after the engine was made."""
+    root, told = folder.root()
+    fs = faulty_filesystem(direct=direct)
+    mode = "direct" if direct else "buffered"
+    with make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config) as engine:
+        before = fs.num_counted
+        workload.run(Job(engine, told))
+        after = fs.num_counted
+    folder.drop(root)
+    return after - before
+
+
+def sweep(
+    folder: Folder,
+    name: str,
+    codes: Iterable[int],
+    *,
+    num_writers: int,
+    direct: bool,
+    sticky: bool,
+    sample: int | None = None,
+    seed: int = 1,
+    stop: bool = True,
+) -> Row:
+    """Each call of one workload, each errno (or `sample` of the pairs)."""
+    workload = WORKLOADS[name]
+    row = Row(f"{name}, {num_writers} writers{', direct' if direct else ''}{', until healed' if sticky else ''}")
+    row.operations = count(folder, workload, num_writers, direct)
+    # A call that is interrupted for ever is retried for ever, in every program.
+    chosen = [(k, code) for k, code in itertools.product(range(row.operations), codes) if not sticky or code != errno.EINTR]
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    for k, code in chosen:
+        root, told = folder.root()
+        row.check(
+            f"{errno.errorcode[code]} at call {k}",
+            lambda root=root, told=told, k=k, code=code: run_one(  # type: ignore[misc]
+                root, told, workload, k, code, num_writers=num_writers, direct=direct, sticky=sticky
+            ),
+            stop=stop,
+        )
+        folder.drop(root)
+    return row
+
+
+def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: bool = True) -> Row:
+    """Every write is cut short, by various lengths, with O_DIRECT's alignment and without: nothing fails, nothing differs."""
+    row = Row("short writes")
+    for number, (name, direct) in enumerate(itertools.product(("one file", "several files", "replace"), (False, True))):
+        for length in (1, 100, 4096, 4097, 10_000)[: rounds + 1]:
+            root, told = folder.root()
+            fs = faulty_filesystem(direct=direct)
+            chance = random.Random(seed + number)
+            # One byte at a time for a while only: else 24 KB take 24,000 calls.
+            fs.calls.short_writes = lambda op, length=length, chance=chance: length if length >= 4096 or chance.random() < 0.1 else 1 << 20  # type: ignore[misc]
+            workload = WORKLOADS[name]
+
+            def whole(
+                root: Path = root, told: Told = told, fs: FaultyFileSystem = fs, workload: Workload = workload, direct: bool = direct
+            ) -> None:
+                with make_engine(root, fs, io_mode="direct" if direct else "buffered", **workload.config) as engine:
+                    workload.run(Job(engine, told))
+                check_legal(contents(root), told)
+                assert private_names(root) == []
+
+            row.check(f"{name}, writes of {length}{', direct' if direct else ''}", whole, stop=stop)
+            row.operations += sum(op.name == "pwrite" for op in fs.operations)
+            fs.dispose()
+            folder.drop(root)
+    return row
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    with Folder() as folder:
+        for name, (num_writers, direct, sticky) in itertools.product(WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))):
+            sample = None if options.full else 20
+            rows.append(
+                sweep(
+                    folder, name, CODES, num_writers=num_writers, direct=direct, sticky=sticky, sample=sample, seed=options.seed, stop=False
+                )
+            )
+            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
+        rows.append(sweep_short_writes(folder, seed=options.seed, stop=False))
+    return rows
+
+
+if __name__ == "__main__":
+    command("An error at every file operation", __doc__, main)

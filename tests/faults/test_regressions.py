@@ -1,0 +1,81 @@
+"""Bugs that the sweeps have found, each by name."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import KeepLast, OutOfSpaceError, WriteError
+
+from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
+
+
+def test_a_file_whose_clean_up_breaks_does_not_hang_its_commit(tmp_path: Path) -> None:
+    """After a failed write, a close that raised something unforeseen left the commit pending for ever."""
+    fs = faulty_filesystem()
+
+    def unforeseen(op: object) -> None:
+        if op.name == "close" and op.path.endswith("model.pt"):  # type: ignore[attr-defined]
+            raise MemoryError("in close")
+
+    with quiet(), make_engine(tmp_path, fs) as engine:
+        fs.fail_when(lambda op: op.name == "pwrite", errno.EIO)
+        fs.calls.before = unforeseen
+        pending = Job(engine, Told()).start("a", 1)
+        assert isinstance(pending.exception(TIMEOUT_S), WriteError)
+        fs.heal()
+        fs.calls.before = None
+        Job(engine, Told()).whole("b", 2)
+        assert engine._arena.num_taken == 0
+
+
+def test_an_older_checkpoint_that_cannot_be_read_does_not_fail_a_new_commit(tmp_path: Path) -> None:
+    """Its time was read to order the new one after it, and the plain OSError of that became the commit's."""
+    fs = faulty_filesystem()
+    with make_engine(tmp_path, fs) as engine:
+        Job(engine, Told()).whole("a", 1)
+    with quiet(), make_engine(tmp_path, fs) as engine:
+        fs.fail_when(lambda op: op.name == "open" and op.path.endswith("/a/manifest.json"), errno.EACCES)
+        Job(engine, Told()).whole("b", 2)
+        fs.heal()
+        Job(engine, Told()).whole("c", 3)
+        assert engine.tags() == ["a", "b", "c"]
+
+
+def test_retention_that_cannot_read_fails_in_our_tree(tmp_path: Path) -> None:
+    """The OSError of a failed look at the checkpoints was raised as it was."""
+    fs = faulty_filesystem()
+    with quiet(), make_engine(tmp_path, fs, retention=KeepLast(1)) as engine:
+        job = Job(engine, Told())
+        job.whole("a", 1)
+        fs.fail_when(lambda op: op.name == "open" and op.path.endswith("/a/manifest.json"), errno.EMFILE)
+        job.whole("b", 2)
+        fs.heal()
+        with pytest.raises(WriteError, match="retention") as caught:
+            engine.create("c")
+        assert (caught.value.errno, caught.value.path) == (errno.EMFILE, str(tmp_path))
+        job.whole("c", 3)
+        assert engine.tags() == ["c"]
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """The error of a file in a sub-directory said neither which path failed nor that the disk is full."""
+    fs = faulty_filesystem()
+    with quiet(), make_engine(tmp_path, fs) as engine:
+        fs.fail_when(lambda op: op.name == "mkdir" and op.path.endswith("/sub"), errno.ENOSPC)
+        with pytest.raises(OutOfSpaceError) as caught:
+            Job(engine, Told()).start("a", 1, ("sub/model.pt",)).result(TIMEOUT_S)
+        assert caught.value.path is not None and caught.value.path.endswith("/sub")
+
+
+def test_commits_that_nobody_asks_about_are_forgotten(tmp_path: Path) -> None:
+    """Every successful commit whose result nobody looked at was remembered for as long as the engine lived."""
+    with make_engine(tmp_path, overwrite="replace", max_pending_commits=1) as engine:
+        engine._inflight.num_remembered = 8
+        for k in range(30):
+            engine.create(f"t{k % 20}")
+            engine.save(state(k, num_floats=10), "model.pt")
+            engine.commit(f"t{k % 20}")
+        assert len(engine._inflight._commits) <= 9
