@@ -1,6 +1,7 @@
 """A tiny language model with dropout and tied weights, trained by `Trainer`: every number depends on all of a checkpoint.
 
-``python -m tests.integrations.huggingface.jobs <output_dir> <hold_at>`` trains, and holds the commit of ``checkpoint-<hold_at>`` for ever.
+``python -m tests.integrations.huggingface.jobs <output_dir> <hold_at>`` trains, and holds the commit of ``checkpoint-<hold_at>`` for ever;
+with ``ranks`` for <hold_at> it trains as one of several ranks (their number and so on in the environment), stops, and resumes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from async_ckpt.filesystem import LocalFileSystem
 from async_ckpt.integrations.huggingface import attach
@@ -88,7 +89,32 @@ class HoldingFileSystem(LocalFileSystem):
         super().create_file(path, data)
 
 
+class StopAt(TrainerCallback):
+    """Ends training at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def as_rank(output_dir: Path) -> None:
+    """Whole run, then a run that stops at step 4 and another that resumes; says on standard output what came out."""
+    whole = trainer(output_dir / "whole")
+    whole.train()
+    trainer(output_dir / "parts", callbacks=[StopAt(4)], save_total_limit=2).train()
+    second = trainer(output_dir / "parts", save_total_limit=2)
+    second.train(resume_from_checkpoint=True)
+    equal = all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    print(f"rank {whole.args.process_index} of {whole.args.world_size}: {'equal' if equal else 'different'}", flush=True)
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
+    if sys.argv[2] == "ranks":
+        as_rank(Path(sys.argv[1]))
+        return
     held = HoldingFileSystem(f"checkpoint-{sys.argv[2]}")
 
     def tell() -> None:

@@ -28,8 +28,9 @@ from async_ckpt.filesystem import LocalFileSystem  # noqa: E402
 from async_ckpt.integrations.huggingface import AsyncCheckpointTrainerMixin, attach, capture, last_committed_checkpoint  # noqa: E402
 from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
+from tests.support.processes import free_port  # noqa: E402
 
-from .jobs import SMALL, HoldingFileSystem, losses, model, rows, trainer  # noqa: E402
+from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -90,11 +91,7 @@ def test_the_same_checkpoints_as_stock(tmp_path: Path, stock: Any, guard: bool) 
 
 @pytest.mark.parametrize("back_in", ["ours", "stock"])
 def test_resume_is_exact(tmp_path: Path, stock: Any, back_in: str) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 4
-
-    trainer(tmp_path, callbacks=[Stop()]).train()
+    trainer(tmp_path, callbacks=[StopAt(4)]).train()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     second = trainer(tmp_path, asynchronous=back_in == "ours")
     second.train(resume_from_checkpoint=True)
@@ -126,6 +123,38 @@ def test_kill_9_in_the_middle_of_a_save(tmp_path: Path, stock: Any) -> None:
     assert losses(second) == losses(stock[0])
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert list(tmp_path.glob(".staging.*")) == [], "the next run has swept what the dead one left"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks(tmp_path: Path) -> None:
+    """Every rank adds its random state to the one directory, and all resume exactly."""
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.integrations.huggingface.jobs", str(tmp_path), "ranks"]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        outputs = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, (out, err) in enumerate(outputs):
+        assert f"rank {rank} of 2: equal" in out, err[-3000:]
+    assert names(tmp_path / "whole") == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert names(tmp_path / "parts") == ["checkpoint-6", "checkpoint-8"]
+    manifest = Catalog(tmp_path / "parts").manifest("checkpoint-8")
+    assert {entry.path: entry.rank for entry in manifest.files if entry.path.startswith("rng_state")} == {
+        "rng_state_0.pth": 0,
+        "rng_state_1.pth": 1,
+    }
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, stock: Any) -> None:
