@@ -7,9 +7,11 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from async_ckpt import Catalog
 
@@ -66,6 +68,14 @@ def test_killed_and_resumed_training_is_bit_identical(tmp_path: Path) -> None:
     assert resumed == last_losses(tmp_path / "whole.log")
 
 
+@pytest.fixture
+def default_algorithms() -> Iterator[None]:
+    """The demo asks torch for deterministic algorithms, for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("default_algorithms")
 def test_report_shows_stall_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from rich.console import Console
