@@ -148,6 +148,10 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
 
     # What Lightning does not ask for.
 
+    def prepare(self, dirpath: Any) -> None:
+        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does it."""
+        self._running(Place.of(os.path.join(dirpath, "any")))
+
     def wait(self) -> None:
         """Block until every save so far is committed, linked and deleted.
 

@@ -1,7 +1,8 @@
 """Lightning itself: which of its two packages is there, and what `ModelCheckpoint` must learn about pending files.
 
 `ModelCheckpoint` looks at the disk to choose a free file name, and points ``last.ckpt`` at a file in the moment it is
-saved. Neither is right for a file that is still on its way, and a plugin is not asked: so the two methods are wrapped.
+saved. Neither is right for a file that is still on its way, and a plugin is not asked: so the two methods are wrapped,
+and `setup` too, which is the first to know the directory: staging memory is prepared then instead of in the first save.
 They behave as before under every trainer whose plugin is not ours.
 """
 
@@ -25,6 +26,9 @@ class KnowsPending(Protocol):
 
     def link(self, target: Any, link: Any) -> None:
         """Point the symbolic link at `target` once that is committed."""
+
+    def prepare(self, dirpath: Any) -> None:
+        """Make ready for saves to this directory."""
 
 
 def checkpoint_io_class() -> Any:
@@ -66,7 +70,7 @@ def default_weights_only() -> bool | None:
 def _teach(callback_class: Any) -> None:
     if getattr(callback_class.file_exists, "_is_async_ckpt", False):
         return
-    stock_exists, stock_link = callback_class.file_exists, callback_class._link_checkpoint
+    stock_exists, stock_link, stock_setup = callback_class.file_exists, callback_class._link_checkpoint, callback_class.setup
 
     @functools.wraps(stock_exists)
     def file_exists(self: Any, filepath: Any, trainer: Any) -> bool:
@@ -87,6 +91,14 @@ def _teach(callback_class: Any) -> None:
             plugin.link(filepath, linkpath)
         trainer.strategy.barrier()
 
+    @functools.wraps(stock_setup)
+    def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
+        stock_setup(self, trainer, pl_module, stage)
+        plugin = trainer.strategy.checkpoint_io
+        if isinstance(plugin, KnowsPending) and trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
+            plugin.prepare(self.dirpath)
+
     file_exists._is_async_ckpt = True  # type: ignore[attr-defined]
+    callback_class.setup = setup
     callback_class.file_exists = file_exists
     callback_class._link_checkpoint = staticmethod(link_checkpoint)
