@@ -312,6 +312,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             if os.getpid() != self._inflight.pid:
                 raise TransactionStateError(self._inflight.forked_message())
             if self._inflight.closed:
+                self._inflight.stop(self.config.close_timeout_s)
                 return
         try:
             if self._preemption is not None:

@@ -96,10 +96,11 @@ class FileWrite:
             is_taken = problem is None and not is_over
             if is_taken:
                 self.extent_bytes = self.extent_bytes or chunk.nbytes
-                self._next_offset += chunk.nbytes
+                # First of all: from here on it is given back with the others, whatever interrupts this thread.
                 self._held[chunk.offset] = chunk
-                self._queue.append(chunk)
+                self._next_offset += chunk.nbytes
                 self._count(+1)
+                self._queue.append(chunk)
         if is_taken:
             self._on_change()
             return
@@ -109,10 +110,17 @@ class FileWrite:
             self.abort(error)
             raise error
 
+    def has_taken(self, offset: int) -> bool:
+        """Whether the chunk at `offset` was taken over: then it is released here, now or later."""
+        with self._lock:
+            return offset in self._held or offset < self._next_offset
+
     def abort(self, error: BaseException) -> None:
         """Give the file up: `done` fails with `error`, unless the file has ended or failed, after its writes in flight."""
         check_process(self._pid, "this file")
-        self.fail(error, keep=True)
+        if not self.fail(error, keep=True):
+            # Whoever failed it first may have been interrupted before the loop was told.
+            self._on_change()
 
     @property
     def path(self) -> str:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from . import leaving, retention, transaction, verify
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("async_ckpt")
 
-_NUM_REMEMBERED = 1024
+_NUM_REMEMBERED = 128
 
 
 class InFlight:
@@ -51,6 +51,7 @@ class InFlight:
     def __init__(self, config: EngineConfig, root: str) -> None:
         self.pid = os.getpid()
         self.closed = False
+        self._has_stopped = False
         self.root = root
         self._config = config
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
@@ -71,7 +72,8 @@ class InFlight:
         self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
-        self._commits: OrderedDict[str, PendingCommit] = OrderedDict()
+        self._commits: list[PendingCommit] = []
+        self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
         self._last_created_ns = 0
         self._first_created_ns = 0
@@ -111,7 +113,7 @@ class InFlight:
         checkpoint = self._open.get(tag)
         if checkpoint is not None:
             return checkpoint
-        ended = self._commits.get(tag)
+        ended = self._last_commit(tag)
         if ended is not None and ended.failure() is not None:
             failure = ended.failure()
             assert failure is not None
@@ -123,7 +125,7 @@ class InFlight:
 
     def raise_unacknowledged(self) -> None:
         """Raise the first failure that nobody has asked for yet; each is raised once."""
-        for pending in self._commits.values():
+        for pending in self._commits:
             if pending.failure() is not None and not pending.acknowledged:
                 pending.result()
         if self._failures:
@@ -134,15 +136,14 @@ class InFlight:
     def open(self, tag: str) -> OpenCheckpoint:
         known = self._open.get(tag)
         if known is not None:
-            if known.error is None:
+            if known.error is None and known.state is State.OPEN:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
-            self.abort(tag, known.error)
+            self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
         if earlier is not None and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
         self._open[tag] = checkpoint
-        self._commits.pop(tag, None) if earlier is None else None
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
@@ -164,16 +165,31 @@ class InFlight:
         checkpoint = self._open.pop(tag, None)
         if checkpoint is None:
             raise TransactionStateError(f"checkpoint {tag!r} is not open; nothing was changed")
-        self.pool.run(self._give_up(checkpoint, error)).result(self._config.close_timeout_s)
+        given_up = self.pool.run(self._give_up_open(checkpoint, error))
+        if not wait([given_up], self._config.close_timeout_s).done:
+            raise BackpressureTimeout(
+                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes on; it waits for "
+                f"{self.pool.waiting_for()}. Nothing is visible under that tag"
+            )
+        given_up.result()
 
     # Committing.
 
     def unfinished(self) -> list[PendingCommit]:
-        return [pending for pending in self._commits.values() if not pending.done()]
+        return [pending for pending in self._commits if not pending.done()]
 
     def find_unfinished(self, tag: str) -> PendingCommit | None:
-        pending = self._commits.get(tag)
+        pending = self._last_commit(tag)
         return pending if pending is not None and not pending.done() else None
+
+    def _last_commit(self, tag: str) -> PendingCommit | None:
+        return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
+
+    def _forget_some(self) -> None:
+        """Keep what is unfinished, failures that nobody has asked for, and the last few."""
+        older, recent = self._commits[: -self.num_remembered], self._commits[-self.num_remembered :]
+        kept = [pending for pending in older if not pending.done() or (pending.failure() is not None and not pending.acknowledged)]
+        self._commits = [*kept, *recent]
 
     def await_slot(self) -> None:
         """Wait until fewer than `max_pending_commits` are unfinished."""
@@ -187,23 +203,25 @@ class InFlight:
                 )
 
     def commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], started_s: float) -> PendingCommit:
-        del self._open[checkpoint.tag]
-        checkpoint.state = State.SEALED
         checkpoint.commit_s = started_s
         # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
         self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
         self._first_created_ns = self._first_created_ns or self._last_created_ns
         pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for)
-        self._commits.pop(checkpoint.tag, None)
-        self._commits[checkpoint.tag] = pending
-        while len(self._commits) > _NUM_REMEMBERED and next(iter(self._commits.values())).acknowledged:
-            self._commits.popitem(last=False)
+        if len(self._commits) >= 2 * self.num_remembered:
+            self._forget_some()
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
+        # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends there,
+        # and nothing is waited for that nobody will resolve.
         done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
         done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
+        self._commits.append(pending)
+        del self._open[checkpoint.tag]
         return pending
 
     async def _commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        # On the loop, like every change of it from here on: see `_give_up_open`.
+        checkpoint.state = State.SEALED if checkpoint.state is State.OPEN else checkpoint.state
         try:
             if checkpoint.error is not None:
                 raise checkpoint.error
@@ -255,6 +273,12 @@ class InFlight:
         transaction.make_directories(self.filesystem, location, directories)
         if self._config.read_back:
             verify.read_back(self.filesystem, location, entries)
+
+    async def _give_up_open(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
+        """Unless its commit has begun all the same: then that decides."""
+        if checkpoint.state is State.OPEN:
+            checkpoint.fail(error)
+            await self._give_up(checkpoint, error)
 
     async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
         """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
@@ -320,6 +344,7 @@ class InFlight:
         """
         timeout_s = min(timeout_s, self._config.close_timeout_s)
         deadline = time.monotonic() + timeout_s
+        is_impatient = True
         try:
             self._abandon_open()
             for pending in self.unfinished():
@@ -328,15 +353,25 @@ class InFlight:
                         f"{len(self.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
                         f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older checkpoints are untouched"
                     )
+            is_impatient = False
+        except Exception:
+            is_impatient = False
+            raise
         finally:
+            # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.
             self.closed = True
             self._call_off()
-            self._stop(max(0.1, deadline - time.monotonic()))
+            try:
+                self.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
+            except BackpressureTimeout as timeout:
+                if not is_impatient:
+                    raise
+                logger.warning("the engine on %r was interrupted while it was closing: %s", self.root, timeout)
 
     def _abandon_open(self) -> None:
         for tag in list(self._open):
             checkpoint = self._open[tag]
-            if checkpoint.error is None:
+            if checkpoint.error is None and checkpoint.state is State.OPEN:
                 warnings.warn(
                     f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
                     RuntimeWarning,
@@ -344,7 +379,10 @@ class InFlight:
                 )
             self.abort(tag, checkpoint.error or TransactionStateError(f"the engine was closed before commit({tag!r})"))
 
-    def _stop(self, timeout_s: float) -> None:
+    def stop(self, timeout_s: float) -> None:
+        """The threads' end; goes on where an interrupt has cut it short, and does nothing once it is done."""
+        if self._has_stopped:
+            return
         if self._arena is not None:
             self._arena.poison(TransactionStateError("the engine is closed"))
         self.pool.close(timeout_s)
@@ -353,6 +391,7 @@ class InFlight:
         self._coordinator.close()
         if self._arena is not None:
             self._arena.close()
+        self._has_stopped = True
 
 
 def _joined(directory: Future[str], path: str) -> str | Future[str]:

@@ -179,7 +179,6 @@ class _File:
         self._arena = arena
         self._last = len(fill.cuts) - 1
         self._has_started = False
-        self._num_sent = 0
 
     def stream_through(self, timeout_s: float) -> None:
         """Eager, chunk by chunk, as the disk frees them: works for a state of any size."""
@@ -189,8 +188,13 @@ class _File:
         for k in range(len(fill.cuts)):
             before = time.perf_counter()
             chunk = self._arena.acquire(timeout_s)
-            job.backpressure_s += time.perf_counter() - before
-            self.copy_all([chunk], callers, None, parallel=True, first=k)
+            try:
+                job.backpressure_s += time.perf_counter() - before
+                self.copy_all([chunk], callers, None, parallel=True, first=k)
+            except BaseException:
+                if not self._write.has_taken(fill.cuts[k].offset):
+                    self._arena.release(chunk)
+                raise
 
     def copy_all(
         self,
@@ -206,7 +210,6 @@ class _File:
         Device copies of all of them are queued before the first one is waited for.
         """
         started = time.perf_counter()
-        self._num_sent = 0
         try:
             self.fill.wait_callers(callers)
             queued = []
@@ -223,8 +226,9 @@ class _File:
                 for k, chunk in enumerate(chunks, first):
                     self._send(k, chunk, chosen, *queued[k - first])
         except BaseException as error:
-            for chunk in chunks[self._num_sent :]:
-                self._arena.release(chunk)
+            for k, chunk in enumerate(chunks, first):
+                if not self._write.has_taken(self.fill.cuts[k].offset):
+                    self._arena.release(chunk)
             self.job.end(error)
             raise
         self.job.copy_s += time.perf_counter() - started
@@ -239,7 +243,6 @@ class _File:
             self.fill.check_versions()
         piece = self.fill.cuts[k]
         # The writer takes a chunk over in every case, also when it refuses it.
-        self._num_sent += 1
         self._write.submit(Chunk(piece.offset, piece.nbytes, chunk.view, None, lambda: self._arena.release(chunk)))
 
     def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:

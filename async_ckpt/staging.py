@@ -20,7 +20,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Callable
 
 import torch
 
@@ -29,6 +28,8 @@ from .errors import BackpressureTimeout, TransactionStateError
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_Piece = tuple[torch.Tensor, memoryview, int]
 
 _arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
 _inherited: list[StagingArena] = []
@@ -42,31 +43,25 @@ def _keep_in_child() -> None:
 os.register_at_fork(after_in_child=_keep_in_child)
 
 
-def _nowhere() -> None:
-    return None
-
-
 class StagingChunk:
-    """One aligned piece of the arena: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory."""
+    """One aligned piece of the arena, held: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory.
 
-    __slots__ = ("_home", "address", "index", "tensor", "view")
+    Dropping the last reference gives it back: an exception out of a signal handler can strike before anybody knows
+    that it was taken.
+    """
 
-    def __init__(self, index: int, tensor: torch.Tensor, view: memoryview, home: Callable[[], StagingArena | None]) -> None:
-        self.index = index
-        self.tensor = tensor
-        self.view = view
-        self.address: int = tensor.data_ptr()
-        self._home = home
+    __slots__ = ("_arena", "address", "is_held", "piece", "tensor", "view")
 
-    def leave_arena(self) -> None:
-        """Its memory may be unmapped with the last reference."""
-        self._home = _nowhere
+    def __init__(self, piece: _Piece, arena: StagingArena) -> None:
+        self.is_held = False
+        self.piece = piece
+        self.tensor, self.view, self.address = piece
+        self._arena = weakref.ref(arena)
 
     def __del__(self) -> None:
-        # An exception out of a signal handler can strike between taking a chunk and remembering who has it.
-        arena = self._home()
+        arena = self._arena() if getattr(self, "is_held", False) else None
         if arena is not None:
-            arena.release(StagingChunk(self.index, self.tensor, self.view, self._home))
+            arena.release(self)
 
 
 class StagingArena:
@@ -83,11 +78,12 @@ class StagingArena:
                 self._map.madvise(getattr(mmap, advice))
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         view = memoryview(self._map)
-        self._cold: deque[StagingChunk] = deque()
+        self._cold: deque[_Piece] = deque()
         for k in range(num_chunks):
             low, high = k * chunk_bytes, (k + 1) * chunk_bytes
-            self._cold.append(StagingChunk(k, whole[low:high], view[low:high], weakref.ref(self)))
-        self._warm: list[StagingChunk] = []
+            piece = whole[low:high]
+            self._cold.append((piece, view[low:high], piece.data_ptr()))
+        self._warm: deque[_Piece] = deque()
         self._registered: list[int] = []
         self._num_unmapped = 0
         # Entered as a plain lock: an exception out of a signal handler inside `Condition.__enter__` would leave it locked.
@@ -148,10 +144,12 @@ class StagingArena:
                     )
 
     def release(self, chunk: StagingChunk) -> None:
-        """Give a chunk back. Any thread; never blocks for long."""
+        """Give a chunk back; giving it back again does nothing. Any thread; never blocks for long."""
         with self._lock:
-            self._warm.append(chunk)
-            self._changed.notify_all()
+            if chunk.is_held:
+                chunk.is_held = False
+                self._warm.append(chunk.piece)
+                self._changed.notify_all()
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""
@@ -166,7 +164,7 @@ class StagingArena:
             with self._lock:
                 if self._poison is not None or not self._cold or self.num_faulted_locked() * self.chunk_bytes >= target_bytes:
                     return
-                chunk = self._cold.popleft()
+                chunk = self._hold(self._cold)
             self._touch(chunk)
             self.release(chunk)
 
@@ -181,9 +179,7 @@ class StagingArena:
             return
         with self._lock:
             registered, self._registered = self._registered, []
-            for chunk in (*self._cold, *self._warm):
-                chunk.leave_arena()
-                self._num_unmapped += 1
+            self._num_unmapped += len(self._cold) + len(self._warm)
             self._cold.clear()
             self._warm.clear()
         for address in registered:
@@ -195,10 +191,17 @@ class StagingArena:
 
     def _take(self) -> StagingChunk:
         if self._warm:
-            return self._warm.pop()
-        chunk = self._cold.popleft()
+            return self._hold(self._warm)
+        chunk = self._hold(self._cold)
         if self.pinned:
             self._touch(chunk)
+        return chunk
+
+    def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
+        chunk = StagingChunk(pieces[0], self)
+        # No signal is looked at between these two: from here on, the chunk itself sees to its return.
+        chunk.is_held = True
+        pieces.popleft()
         return chunk
 
     def _touch(self, chunk: StagingChunk) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt import OutOfSpaceError, WriteError
+from async_ckpt import AsyncCheckpointEngine, OutOfSpaceError, WriteError
 from tests.support.mounts import mounted
 
 from .errors import CODES, sweep, sweep_short_writes
@@ -61,15 +61,19 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             job.whole("small", 1)
             _fill(disk / "other", keep_bytes=1 << 20)
             with pytest.raises(OutOfSpaceError) as caught:
-                engine.create("big")
-                engine.save(state(2, num_floats=size_bytes // 8), "model.pt")
-                engine.commit("big").result(TIMEOUT_S)
+                _whole(engine, "big", state(2, num_floats=size_bytes // 8))
             assert caught.value.errno == errno.ENOSPC and caught.value.needed_bytes and caught.value.free_bytes is not None
             assert private_names(root) == [] and engine._arena.num_taken == 0
             assert engine.latest() == "small"
             (disk / "other").unlink()
             job.whole("after", 3)
         check_legal(contents(root), job.told)
+
+
+def _whole(engine: AsyncCheckpointEngine, tag: str, big: object) -> None:
+    engine.create(tag)
+    engine.save(big, "model.pt")
+    engine.commit(tag).result(TIMEOUT_S)
 
 
 def _fill(path: Path, *, keep_bytes: int) -> None:
