@@ -22,9 +22,9 @@ class DemoConfig:
     """What to train and how often to save."""
 
     root: str = "runs/demo"
-    num_steps: int = 300
+    num_steps: int = 250
     save_every: int = 10
-    batch_size: int = 12
+    batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     corpus_bytes: int = 2_000_000
