@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -198,6 +199,8 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
         WriteError: a deletion failed.
     """
     catalog = Catalog(root, filesystem)
+    # Taken before anything is read: a checkpoint that is replaced after that is not the one that was decided about.
+    identities = {name: filesystem.stat(os.path.join(root, name)).identity for name in filesystem.listdir(root)}
     checkpoints = [CheckpointInfo.of(entry.manifest) for entry in catalog.entries() if entry.manifest is not None]
     decisions = decide(checkpoints, policy)
     doomed = [decision for decision in decisions if not decision.keep]
@@ -206,9 +209,9 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
         return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
     for decision in doomed:
         try:
-            transaction.remove(filesystem, root, decision.tag)
+            transaction.remove(filesystem, root, decision.tag, identity=identities.get(decision.tag, (-1, -1)))
         except CheckpointNotFoundError:
-            # Another process deleted it first: that is what was wanted.
+            # Another process deleted it first: that is what was wanted. Or replaced it: then it is a new one.
             continue
     return decisions
 

@@ -253,18 +253,28 @@ def abort(fs: FileSystem, staging: Staging) -> None:
         staging.unlock()
 
 
-def remove(fs: FileSystem, root: str, tag: str) -> None:
+def remove(fs: FileSystem, root: str, tag: str, *, identity: tuple[int, int] | None = None) -> None:
     """Delete a committed checkpoint: renamed away, root synced, then deleted; it is never partly visible.
 
+    Args:
+        identity: delete only this very directory, and not one that has taken its name meanwhile.
+
     Raises:
-        CheckpointNotFoundError: there is no checkpoint of that name.
+        CheckpointNotFoundError: there is no checkpoint of that name, or it is another one.
         WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
     """
     final = os.path.join(root, check_tag(tag))
     if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
         raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
+    if identity is not None and fs.stat(final).identity != identity:
+        raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
     try:
         trash = move_aside(fs, root, tag, final, "trash")
+        if identity is not None and fs.stat(trash).identity != identity:
+            # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
+            with contextlib.suppress(FileExistsError):
+                fs.rename_noreplace(trash, final)
+                raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
         fs.fsync_dir(root)
         remove_tree(fs, trash)
     except FileNotFoundError as error:

@@ -97,3 +97,42 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
         assert [p.exception(TIMEOUT_S) for p in pending] == [None, None]
         engine.commit("a").result(TIMEOUT_S)
     assert contents(tmp_path) == {"a": 3}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the look", "before the rename"])
+def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Path, late: bool) -> None:
+    """Retention decided about the old "a" and deleted the new one, whose commit had just succeeded."""
+    fs = faulty_filesystem()
+    with make_engine(tmp_path, fs, retention=KeepLast(1)) as engine:
+        job = Job(engine, Told())
+        job.whole("a", 1)
+
+        def replace_first(op: object) -> None:
+            wanted = ("rename", str(tmp_path / "a")) if late else ("open", str(tmp_path / "b"))
+            if (op.name, op.path) == wanted:  # type: ignore[attr-defined]
+                fs.calls.before = None
+                with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
+                    Job(third, Told()).whole("a", 3)
+
+        fs.calls.before = replace_first
+        job.whole("b", 2)
+        assert fs.calls.before is None
+        assert contents(tmp_path)["a"] == 3
+        assert engine.tags()[-1] == "a"
+
+
+@pytest.mark.leaves_staging
+def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
+    """Giving up a checkpoint that was never committed ended in the executor's own TimeoutError, after twice the time."""
+    fs = faulty_filesystem()
+    gate, reached = threading.Event(), threading.Event()
+    fs.calls.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
+    with quiet():
+        engine = make_engine(tmp_path, fs, close_timeout_s=0.3)
+        engine.create("a")
+        engine.save(state(1), "model.pt")
+        assert reached.wait(TIMEOUT_S)
+        with pytest.raises(BackpressureTimeout):
+            engine.close()
+        gate.set()
+        engine.close()

@@ -1,0 +1,17 @@
+"""A sample of `tests.faults.corruption`."""
+
+from __future__ import annotations
+
+import pytest
+
+from async_ckpt.manifest import MANIFEST_NAME
+
+from .corruption import sweep
+from .workloads import Folder
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "model.pt"])
+def test_damage_is_named_and_never_loaded(name: str) -> None:
+    with Folder() as folder:
+        row = sweep(folder, name, num_flips=150)
+        assert row.survived == row.injected == row.operations > 160
