@@ -12,7 +12,7 @@ from .output import console
 
 def command(
     root: Annotated[str, typer.Option(help="Where checkpoints go; a second run resumes there.")] = "runs/demo",
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 300,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 250,
     save_every: Annotated[int, typer.Option(help="Steps between two saves.", min=1)] = 10,
     keep_last: Annotated[int, typer.Option(help="Checkpoints to keep.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")] = "auto",
