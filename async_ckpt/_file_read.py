@@ -81,7 +81,7 @@ class LocalReadableFile:
         fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
         self._fd = self._direct_fd = None
         for fd in fds:
-            self._calls.close(fd)
+            _close(self._calls, fd)
 
     def __enter__(self) -> LocalReadableFile:
         return self
@@ -142,7 +142,7 @@ class LocalDirHandle:
     def close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            self._calls.close(fd)
+            _close(self._calls, fd)
 
     def __enter__(self) -> LocalDirHandle:
         return self
@@ -162,11 +162,11 @@ class LocalDirHandle:
                 deeper = self._open(part, _DIRECTORY | os.O_NOFOLLOW, fd, path)
                 previous, fd = fd, deeper
                 if previous != self._fd:
-                    self._calls.close(previous)
+                    _close(self._calls, previous)
             yield fd, path
         finally:
             if fd != self._fd:
-                self._calls.close(fd)
+                _close(self._calls, fd)
 
     def _open(self, name: str, flags: int, parent: int, path: str) -> int:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
@@ -203,6 +203,12 @@ def open_directory(calls: Syscalls, root: str, parts: Sequence[str]) -> LocalDir
             path = os.path.join(handle.path, part)
             handle = LocalDirHandle(calls, path, handle._open(part, _DIRECTORY | os.O_NOFOLLOW, _fd_of(handle), path))
     return handle
+
+
+def _close(calls: Syscalls, fd: int) -> None:
+    # Nothing was written through it, so nothing is lost when its close fails; raising would leak what was opened next.
+    with contextlib.suppress(OSError):
+        calls.close(fd)
 
 
 def _fd_of(handle: LocalDirHandle) -> int:

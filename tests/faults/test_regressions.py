@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from async_ckpt import BackpressureTimeout, KeepLast, OutOfSpaceError, WriteError
+from async_ckpt import BackpressureTimeout, Catalog, KeepLast, OutOfSpaceError, WriteError
 
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
@@ -136,3 +137,14 @@ def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
             engine.close()
         gate.set()
         engine.close()
+
+
+def test_a_close_that_fails_while_reading_leaks_no_descriptor(tmp_path: Path) -> None:
+    """The root's descriptor failed to close, and the directory that had just been opened below it was forgotten."""
+    fs = faulty_filesystem()
+    with make_engine(tmp_path) as engine:
+        Job(engine, Told()).whole("a", 1)
+    fs.fail_when(lambda op: op.name == "close", errno.EIO)
+    before = len(os.listdir("/proc/self/fd"))
+    assert Catalog(tmp_path, fs).latest() == "a"
+    assert len(os.listdir("/proc/self/fd")) == before

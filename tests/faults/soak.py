@@ -1,0 +1,130 @@
+"""Thousands of small checkpoints with faults, replacements, retention and kills. ``python -m tests.faults.soak --full``
+
+One engine lives through all of it in this process; killed processes work in the same root beside it. At the end the
+descriptors, threads and staging chunks are those of the start, memory has not grown, and every listed checkpoint is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from async_ckpt import CheckpointError, KeepLast
+
+from .oracle import check_legal, contents, private_names
+from .report import Row, command
+from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import sys
+from pathlib import Path
+from tests.faults.workloads import Job, Told, make_engine
+with make_engine(Path(sys.argv[1]), overwrite="replace") as engine:
+    for version in range(int(sys.argv[2]), 1 << 60):
+        Job(engine, Told()).whole(f"beside-{version % 3}", version)
+        print(version, flush=True)
+"""
+_CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EMFILE)
+
+
+def resources() -> tuple[int, int, int]:
+    """(descriptors, threads, resident bytes)."""
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), resident
+
+
+def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) -> Row:
+    """See the module; raises AssertionError when anything is lost or leaks."""
+    chance = random.Random(seed)
+    row = Row(f"{num_commits} commits, {num_kills} kills")
+    fs = faulty_filesystem(direct=True)
+    kills = set(chance.sample(range(num_commits // 10, num_commits), num_kills))
+    before = middle = resources()
+    with quiet():
+        engine = make_engine(root, fs, overwrite="replace", retention=KeepLast(6), max_pending_commits=2)
+        job = Job(engine, told)
+        for k in range(num_commits):
+            version = 100 + k
+            is_faulty = chance.random() < 0.3
+            if is_faulty:
+                fs.fail_at(chance.randrange(60), chance.choice(_CODES), sticky=chance.random() < 0.3)
+                row.injected += 1
+            try:
+                job.whole(f"t{chance.randrange(12)}", version)
+            except CheckpointError:
+                row.survived += is_faulty
+                fs.heal()
+                _give_up_open(job)
+            else:
+                row.survived += is_faulty
+                fs.heal()
+            if k in kills:
+                kill_one(root, version, chance)
+                row.injected += 1
+                row.survived += 1
+            # The record of calls is this test's own.
+            row.operations += len(fs.operations)
+            fs.operations.clear()
+            if k == num_commits // 2:
+                engine._inflight.prefault.submit(lambda: None).result(TIMEOUT_S)
+                middle = resources()
+        _give_up_open(job)
+        assert engine._arena.num_taken == 0
+        end = resources()
+        assert end[:2] == middle[:2], f"descriptors and threads: {middle[:2]}, then {end[:2]}"
+        assert end[2] - middle[2] < 24 << 20, f"memory grew by {end[2] - middle[2]} bytes in {num_commits // 2} commits"
+        engine.close()
+    for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
+        thread.join(TIMEOUT_S)
+    fs.dispose()
+    after = resources()
+    assert after[:2] == before[:2], f"descriptors and threads: {before[:2]}, then {after[:2]}"
+    with make_engine(root):
+        assert private_names(root) == []
+    found = {tag: version for tag, version in contents(root).items() if not tag.startswith("beside")}
+    check_legal(found, told, keeps=0)
+    return row
+
+
+def _give_up_open(job: Job) -> None:
+    engine = job.engine
+    for _ in range(8):
+        try:
+            engine._inflight.raise_unacknowledged()
+            for tag in list(engine._inflight._open):
+                engine.abort(tag)
+            return
+        except CheckpointError:
+            continue
+
+
+def kill_one(root: Path, version: int, chance: random.Random) -> None:
+    """Another process commits into the root and is killed after a few commits, somewhere in the next."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(version)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout is not None
+    for _ in range(chance.randrange(1, 4)):
+        child.stdout.readline()
+    child.send_signal(signal.SIGKILL)
+    child.wait(TIMEOUT_S)
+    child.stdout.close()
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    with Folder() as folder:
+        root, told = folder.root()
+        return [soak(root, told, *((5000, 40) if options.full else (400, 4)), options.seed)]
+
+
+if __name__ == "__main__":
+    command("Soak", __doc__, main)
