@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,7 @@ def attach(
     former = ds_engine.checkpoint_engine
     if former is not None and former.is_decoupled():
         former.cleanup()
-    if guard:
-        # Compact files are cut from new storages, which the guard does not know; whole ones are what stock DeepSpeed writes.
-        config.setdefault("compact_views", False)
+    config.setdefault("compact_views", _cuts_buffers_up(ds_engine))
     node_local = bool(ds_engine.use_node_local_storage())
     checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config)
     interface.register(AsyncDeepSpeedEngine)
@@ -59,6 +58,7 @@ def attach(
     _wrap(ds_engine, "save_checkpoint", _sealing)
     _wrap(ds_engine, "load_checkpoint", _draining)
     _wrap(ds_engine, "destroy", _finishing)
+    _copy_scripts_once(ds_engine)
     return checkpointer
 
 
@@ -84,6 +84,18 @@ def _check_engine(ds_engine: Any) -> None:
         raise ConfigError(
             f"attach takes the engine that deepspeed.initialize returned, not {type(ds_engine).__name__} (it has no {', '.join(missing)})"
         )
+
+
+def _cuts_buffers_up(ds_engine: Any) -> bool:
+    """Whether single files hold small parts of DeepSpeed's flat buffers: layers, experts, frozen fragments.
+
+    Elsewhere a file's tensors cover their buffer, and finding that out again at each save would cost more than it saves.
+    """
+    from deepspeed.pipe import PipelineModule
+
+    module = ds_engine.module
+    has_frozen = any(not parameter.requires_grad for parameter in module.parameters())
+    return isinstance(module, PipelineModule) or bool(ds_engine.has_moe_layers) or has_frozen
 
 
 def _choose_writers(ds_engine: Any, checkpointer: AsyncDeepSpeedEngine) -> None:
@@ -146,3 +158,20 @@ def _wrap(ds_engine: Any, name: str, around: Around) -> None:
 
     wrapper._is_async_ckpt = True  # type: ignore[attr-defined]
     setattr(ds_engine, name, wrapper)
+
+
+def _copy_scripts_once(ds_engine: Any) -> None:
+    """DeepSpeed copies its recovery scripts into the save_dir at every save: truncating them there waits for a busy disk."""
+    original = getattr(ds_engine, "_copy_recovery_script", None)
+    if original is None or getattr(original, "_is_async_ckpt", False):
+        return
+    known: set[str] = set()
+
+    def copy_once(save_path: StrPath) -> None:
+        folder = os.path.abspath(os.fspath(save_path))
+        if folder not in known or not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
+            original(save_path)
+            known.add(folder)
+
+    copy_once._is_async_ckpt = True  # type: ignore[attr-defined]
+    ds_engine._copy_recovery_script = copy_once
