@@ -1,0 +1,153 @@
+"""Several real processes on one root, and readers beside them. ``python -m tests.faults.crowd --full``
+
+Each process commits the same tags with content of its own, and replaces and deletes others; of those that refuse to
+overwrite, exactly one wins. Some are killed, some stopped for a while as new ones start. Readers loop over `latest`,
+`verify` and `load` and must only ever see whole checkpoints of one writer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from async_ckpt import Catalog, CheckpointNotFoundError
+from async_ckpt.restore import load_committed
+
+from .oracle import contents, private_names
+from .report import Row, command
+from .workloads import TIMEOUT_S, Folder, make_engine, version_of
+
+ROOT = Path(__file__).parents[2]
+
+WRITER = """
+import json, sys
+from pathlib import Path
+from async_ckpt import CheckpointError, CheckpointNotFoundError, TagExistsError, transaction
+from async_ckpt.filesystem import LocalFileSystem
+from tests.faults.workloads import Job, Told, make_engine
+root, me, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+outcomes = {"won": [], "refused": 0, "replaced": 0, "deleted": 0}
+print("ready", flush=True)
+sys.stdin.readline()
+with make_engine(root) as refusing, make_engine(root, overwrite="replace", sweep_on_start=False) as replacing:
+    for k in range(rounds):
+        version = 1000 * (k + 1) + me
+        try:
+            Job(refusing, Told()).whole(f"once-{k}", version, ("model.pt", "sub/optim.pt"))
+            outcomes["won"].append(k)
+        except TagExistsError:
+            outcomes["refused"] += 1
+            refusing._inflight.raise_unacknowledged()
+        Job(replacing, Told()).whole("again", version, ("model.pt", "sub/optim.pt"))
+        outcomes["replaced"] += 1
+        Job(replacing, Told()).whole(f"gone-{me}", version)
+        try:
+            transaction.remove(LocalFileSystem(), str(root), f"gone-{me}")
+            outcomes["deleted"] += 1
+        except CheckpointNotFoundError:
+            pass
+        print(k, flush=True)
+print(json.dumps(outcomes), flush=True)
+"""
+
+
+def read_once(root: Path) -> int:
+    """Look at everything there is once; returns how many checkpoints were loaded."""
+    catalog, num = Catalog(root), 0
+    for tag in [*catalog.tags(), catalog.latest()]:
+        if tag is None:
+            continue
+        try:
+            report = catalog.verify(tag)
+            assert report.ok, report.problems
+            assert version_of(load_committed(catalog, tag, "model.pt"), "model.pt") > 0
+            num += 1
+        except CheckpointNotFoundError:
+            # Deleted or replaced once more in between: a clean answer.
+            continue
+    return num
+
+
+class _Writer:
+    def __init__(self, root: Path, number: int, rounds: int) -> None:
+        arguments = [sys.executable, "-c", WRITER, str(root), str(number), str(rounds)]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert self.process.stdout is not None and self.process.stdin is not None
+        self.out, self.into = self.process.stdout, self.process.stdin
+        assert self.out.readline() == "ready\n"
+
+    def end(self) -> list[str]:
+        lines = self.out.read().splitlines()
+        self.out.close()
+        self.into.close()
+        self.process.wait(TIMEOUT_S)
+        return lines
+
+
+def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop: bool = False) -> Row:
+    """One crowd; raises AssertionError."""
+    row = Row(f"{num_writers} writers, {rounds} rounds{', one killed' if kill else ''}{', one stopped' if stop else ''}")
+    writers = [_Writer(root, number, rounds) for number in range(1, num_writers + 1)]
+    for writer in writers:
+        writer.into.write("go\n")
+        writer.into.flush()
+    first = writers[0].process
+    writers[0].out.readline()
+    if kill:
+        first.send_signal(signal.SIGKILL)
+        row.injected += 1
+    if stop:
+        first.send_signal(signal.SIGSTOP)
+        staged = set(private_names(root))
+        # A new engine sweeps while the stopped one's staging is there.
+        with make_engine(root):
+            alive = f"-{first.pid}-"
+            mine = {name for name in staged if alive in name and ".staging." in name}
+            assert mine <= set(private_names(root)), "the staging of a live process was swept"
+        row.injected += 1
+    num_read = 0
+    rest = writers[1:] if kill or stop else writers
+    while any(writer.process.poll() is None for writer in rest):
+        num_read += read_once(root)
+    if stop:
+        first.send_signal(signal.SIGCONT)
+    outcomes: list[dict[str, Any]] = []
+    for writer in writers:
+        lines = writer.end()
+        if writer is writers[0] and kill:
+            continue
+        assert writer.process.returncode == 0
+        outcomes.append(json.loads(lines[-1]))
+    for k in range(rounds):
+        winners = sum(k in outcome["won"] for outcome in outcomes)
+        assert winners == 1 or (kill and winners == 0), f"{winners} winners of once-{k}"
+    row.operations = num_read + sum(len(o["won"]) + o["refused"] + o["replaced"] + o["deleted"] for o in outcomes)
+    row.injected += row.operations
+    with make_engine(root):
+        assert private_names(root) == []
+    found = contents(root)
+    assert {f"once-{k}" for k in range(rounds)} <= set(found)
+    row.survived = row.injected
+    return row
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    with Folder() as folder:
+        for num_writers, rounds in ((2, 200), (4, 100), (8, 50)) if options.full else ((2, 20), (4, 10)):
+            for kill, stop in ((False, False), (True, False), (False, True)):
+                root, _ = folder.root()
+                rows.append(crowd(root, num_writers, rounds, kill=kill, stop=stop))
+                print(rows[-1].name, rows[-1].operations, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command("Crowds of processes on one root", __doc__, main)

@@ -1,0 +1,81 @@
+"""Training that goes on while lazy saves are copied, in every usual way: the right bytes, or TornSnapshotError."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
+from tests.engine.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
+
+
+def _scheduler(training: Training) -> None:
+    scheduler = torch.optim.lr_scheduler.StepLR(training.optimizer, 1, 0.5)
+    training.step()
+    scheduler.step()
+
+
+def _accumulate(training: Training) -> None:
+    for _ in range(3):
+        (training.model(training.data).square().mean() / 3).backward()
+    training.optimizer.step()
+
+
+def _ema(training: Training) -> None:
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter.lerp_(torch.ones_like(parameter), 0.1)
+
+
+def _other_thread(training: Training) -> None:
+    thread = threading.Thread(target=training.step)
+    thread.start()
+    thread.join(60)
+
+
+CHANGES: dict[str, Callable[[Training], None]] = {
+    "step": Training.step,
+    "scheduler": _scheduler,
+    "accumulation": _accumulate,
+    "ema under no_grad": _ema,
+    "load_state_dict": lambda t: t.model.load_state_dict({k: v + 1 for k, v in t.model.state_dict().items()}) and None,
+    "another thread steps": _other_thread,
+    "optimizer.load_state_dict": lambda t: t.optimizer.load_state_dict(t.optimizer.state_dict()),
+}
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["copies run", "copies late"])
+@pytest.mark.parametrize("guarded", [False, True], ids=["not guarded", "guarded"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["adamw-foreach", "adamw-fused"])
+def test_right_bytes_or_torn(tmp_path: Path, held_copies: Any, name: str, change: str, guarded: bool, is_held: bool) -> None:
+    training = Training(OPTIMIZERS[name])
+    training.step()
+    engine = AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20, chunk_bytes=16384)
+    if guarded:
+        engine.guard(training.optimizer)
+    expected = frozen(training.state())
+    held = held_copies(engine) if is_held else None
+    engine.create("t")
+    engine.save(training.state(), "state.pt")
+    pending = engine.commit("t")
+    changing = threading.Thread(target=CHANGES[change], args=(training,))
+    changing.start()
+    if held is not None:
+        # A guarded step waits for the copies, anything else has changed the tensors before them.
+        changing.join(0.05)
+        held.let_go()
+    changing.join(60)
+    error = pending.exception(60)
+    engine.close()
+    if error is None:
+        assert_same(torch.load(tmp_path / "t" / "state.pt"), expected)
+    else:
+        assert isinstance(error, TornSnapshotError) and error.tensors
+        assert guarded and change in ("ema under no_grad", "load_state_dict", "optimizer.load_state_dict")
+        assert not (tmp_path / "t").exists()
