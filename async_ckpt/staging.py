@@ -199,9 +199,13 @@ class StagingArena:
 
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
         chunk = StagingChunk(pieces[0], self)
-        # No signal is looked at between these two: from here on, the chunk itself sees to its return.
-        chunk.is_held = True
-        pieces.popleft()
+        try:
+            # No signal is looked at between these two.
+            chunk.is_held = True
+            pieces.popleft()
+        except BaseException:
+            self.release(chunk)
+            raise
         return chunk
 
     def _touch(self, chunk: StagingChunk) -> None:
