@@ -31,6 +31,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .config import EngineConfig
+    from .coordination.ranks import Node, RankCoordinator
     from .engine import AsyncCheckpointEngine
     from .interface import CheckpointEngine
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from .pending import PendingCommit
     from .preemption import PreemptionOutcome
     from .progress import CommitProgress, show_progress
-    from .ranks import Node, RankCoordinator
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
     from .timeline import SpanRecorder, read_trace, write_timeline
@@ -63,12 +63,12 @@ _HOME = {
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
     "LoggingObserver": "observers.logs",
-    "Node": "ranks",
+    "Node": "coordination.ranks",
     "Observer": "metrics",
     "PendingCommit": "pending",
     "PreemptionOutcome": "preemption",
     "PrometheusObserver": "observers.prometheus",
-    "RankCoordinator": "ranks",
+    "RankCoordinator": "coordination.ranks",
     "SaveMetrics": "metrics",
     "Span": "metrics",
     "SpanRecorder": "timeline",

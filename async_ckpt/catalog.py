@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from ._names import NameKind
 from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError
 from .filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
+from .filesystem.owner import OwnerState
 from .manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -31,7 +31,7 @@ from .manifest import (
     parse_private_name,
     resolve_in_tag,
 )
-from .owner import OwnerState
+from .names import NameKind
 from .verify import DAMAGE_ERRNOS, Level, Problem, Progress, VerifyReport, find_extra, verify_files
 
 logger = logging.getLogger("async_ckpt")

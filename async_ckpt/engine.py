@@ -26,11 +26,11 @@ import torch
 
 from . import manifest, restore
 from .catalog import Catalog
-from .checkpoint import OpenCheckpoint, SavedFile
 from .config import EngineConfig
 from .errors import BackpressureTimeout, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard
 from .inflight import InFlight
+from .inflight.checkpoint import OpenCheckpoint, SavedFile
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
 from .metrics import SaveMetrics

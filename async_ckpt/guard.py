@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .copying import all_storage_ids
 from .errors import BackpressureTimeout
 from .snapshot import SnapshotJob
+from .snapshot.copying import all_storage_ids
 
 
 class Guard:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from .checksum import crc32
 from .errors import CorruptCheckpointError, UnsupportedStateError
-from .plain_pickle import NotPlainError, StorageRef, load_plain
-from .zip_records import RecordExtent, UnusualLayoutError, record_extents
+from .restore.plain_pickle import NotPlainError, StorageRef, load_plain
+from .restore.zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000

@@ -28,7 +28,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from ._names import (
+from .checksum import crc32
+from .errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from .names import (
     MANIFEST_NAME,
     MAX_COMPONENT_BYTES,
     MAX_PATH_BYTES,
@@ -40,8 +42,6 @@ from ._names import (
     resolve_in_tag,
     shown,
 )
-from .checksum import crc32
-from .errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 
 __all__ = [
     "FORMAT_VERSION",

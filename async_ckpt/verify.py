@@ -20,9 +20,9 @@ from typing import Literal
 
 from .checksum import crc32
 from .errors import CommitError, CorruptCheckpointError
-from .executor import DaemonExecutor
 from .filesystem import DirHandle, FileSystem, ReadableFile
 from .manifest import MANIFEST_NAME, FileEntry
+from .writer.executor import DaemonExecutor
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import async_ckpt
-from async_ckpt import restore, restore_into
-from async_ckpt.reading import aligned_memory
+from async_ckpt.restore import into as restore_into
+from async_ckpt.restore import loading as restore
+from async_ckpt.restore.reading import aligned_memory
 from benchmarks.environment import describe
 from benchmarks.limits import MIB, run_fio
 

@@ -76,7 +76,7 @@ def _sync(path: str) -> None:
 
 def _copy(place: Place, file: str, fresh: str) -> None:
     """The committed bytes as they are: the file is a plain one already. No torch."""
-    from ..verified_open import open_committed
+    from ..restore.verified_open import open_committed
 
     with open_committed(place.catalog, place.tag, file, verify="full", num_threads=None) as opened:
         handle = os.open(fresh, os.O_WRONLY)
@@ -96,7 +96,7 @@ def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: boo
     import importlib
 
     # Through importlib: the command line as such must not depend on torch.
-    restore, torch = importlib.import_module("async_ckpt.restore"), importlib.import_module("torch")
+    restore, torch = importlib.import_module("async_ckpt.restore.loading"), importlib.import_module("torch")
     state = restore.load_committed(place.catalog, place.tag, file, map_location="cpu")
     if wanted == "torch":
         torch.save(state, fresh)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ..catalog import Catalog, CatalogEntry, StagingInfo
-from ..owner import OwnerState
+from ..filesystem.owner import OwnerState
 from ..units import format_age, format_bytes
 from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of

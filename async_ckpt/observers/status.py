@@ -16,11 +16,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from .._names import parse_status_name, status_name
 from ..errors import CheckpointError
 from ..filesystem import FileSystem, LocalFileSystem
+from ..filesystem.owner import Owner, OwnerState
 from ..metrics import CommitMetrics, Observer, Span
-from ..owner import Owner, OwnerState
+from ..names import parse_status_name, status_name
 
 logger = logging.getLogger("async_ckpt")
 

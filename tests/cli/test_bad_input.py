@@ -173,7 +173,7 @@ def test_inspect_survives_deeply_nested_tuples(as_key):
 import sys
 from async_ckpt.errors import CheckpointError
 from async_ckpt.header import _collect, _Inventory
-from async_ckpt.plain_pickle import NotPlainError, load_plain
+from async_ckpt.restore.plain_pickle import NotPlainError, load_plain
 nested = b")" + b"\\x85" * 1_000_000
 pickled = b"\\x80\\x02}" + (nested + b"K\\x01s." if sys.argv[1] == "True" else b"K\\x01" + nested + b"s.")
 try:

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from async_ckpt.filesystem.owner import current_owner
 from async_ckpt.manifest import MANIFEST_NAME
-from async_ckpt.owner import current_owner
 
 from .conftest import flip, listing
 
@@ -154,7 +154,7 @@ def test_diff_of_equal_checkpoints_and_files(cli, root):
 
 
 def test_diff_reads_no_tensor_data(root, monkeypatch, cli):
-    from async_ckpt import _file_read
+    from async_ckpt.filesystem import file_read as _file_read
 
     read = []
     original = _file_read.LocalReadableFile.pread_into

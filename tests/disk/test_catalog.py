@@ -18,7 +18,7 @@ from async_ckpt import transaction, verify
 from async_ckpt.catalog import Catalog
 from async_ckpt.errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, UnsafePathError
 from async_ckpt.filesystem import LocalFileSystem
-from async_ckpt.owner import OwnerState
+from async_ckpt.filesystem.owner import OwnerState
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from .making import NEW, OLD, commit, entry, private_names, stage
@@ -322,6 +322,6 @@ def test_read_back_compares_the_disk_with_the_entries(tmp_path: Path) -> None:
 
 
 def test_the_disk_side_needs_no_torch() -> None:
-    modules = "catalog, transaction, retention, verify, manifest, filesystem, owner"
+    modules = "catalog, transaction, retention, verify, manifest, filesystem"
     code = f"import sys; from async_ckpt import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,8 +26,8 @@ from async_ckpt.errors import (
     WriteError,
 )
 from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.filesystem.owner import current_owner
 from async_ckpt.manifest import PrivateName, parse_private_name
-from async_ckpt.owner import current_owner
 from async_ckpt.transaction import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted

@@ -15,7 +15,7 @@ from pathlib import Path
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError
 from async_ckpt.layout.zipdirectory import read_directory
 from async_ckpt.manifest import MANIFEST_NAME
-from async_ckpt.restore import load_committed
+from async_ckpt.restore.loading import load_committed
 
 from .report import Row, command
 from .workloads import Folder, quiet, version_of

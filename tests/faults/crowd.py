@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from async_ckpt import Catalog, CheckpointNotFoundError
-from async_ckpt.restore import load_committed
+from async_ckpt.restore.loading import load_committed
 
 from .oracle import contents, private_names
 from .report import Row, command

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from async_ckpt import Catalog, transaction
 from async_ckpt.filesystem import LocalFileSystem
-from async_ckpt.restore import load_committed
+from async_ckpt.restore.loading import load_committed
 
 from .workloads import Job, Told, Workload, make_engine, version_of
 

@@ -23,9 +23,9 @@ from async_ckpt import (
     TraceObserver,
 )
 from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
+from async_ckpt.filesystem.owner import current_owner
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from async_ckpt.observers.status import read_statuses, remove_stale
-from async_ckpt.owner import current_owner
 from async_ckpt.timeline import read_trace, write_timeline
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}

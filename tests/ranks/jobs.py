@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine
+from async_ckpt.coordination.ranks import Node, RankCoordinator
 from async_ckpt.errors import CheckpointError, OutOfSpaceError
 from async_ckpt.filesystem import LocalFileSystem, WritableFile
-from async_ckpt.ranks import Node, RankCoordinator
 from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
-from async_ckpt.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
-from async_ckpt.store_link import PollPace
+from async_ckpt.coordination.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
+from async_ckpt.coordination.store_link import PollPace
 
 
 class Pause:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from async_ckpt.state_tree import flatten
+from async_ckpt.restore.state_tree import flatten
 
 from .committed import torch_bytes
 

@@ -230,5 +230,6 @@ def test_load_from_threads_at_once(tmp_path: Path) -> None:
 
 
 def test_reading_modules_need_no_torch() -> None:
-    code = "import sys, async_ckpt.reading, async_ckpt.plain_pickle, async_ckpt.zip_records; assert 'torch' not in sys.modules"
+    modules = ", ".join(f"async_ckpt.restore.{name}" for name in ("reading", "plain_pickle", "zip_records"))
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import async_ckpt
-from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError, reading, restore, restore_into
-from async_ckpt.state_tree import flatten
+from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError
+from async_ckpt.restore import into as restore_into
+from async_ckpt.restore import loading as restore
+from async_ckpt.restore import reading
+from async_ckpt.restore.state_tree import flatten
 
 from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
@@ -152,7 +155,7 @@ def test_tuples_are_rebuilt_around_the_given_tensors(tmp_path: Path) -> None:
     assert done.state["t"][2][1] == "x"
     assert done.state["t"][1] is target["t"][1]
     pair = namedtuple("pair", "a b")
-    moved = async_ckpt.state_tree.replace_leaves(pair(1, 2), {"[1]": 5})
+    moved = async_ckpt.restore.state_tree.replace_leaves(pair(1, 2), {"[1]": 5})
     assert moved == pair(1, 5)
 
 

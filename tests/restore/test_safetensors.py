@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from async_ckpt import CorruptCheckpointError, UnsupportedStateError, restore
+from async_ckpt import CorruptCheckpointError, UnsupportedStateError
+from async_ckpt.restore import loading as restore
 
 from .committed import commit
 

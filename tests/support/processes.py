@@ -19,7 +19,7 @@ context.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "async_ckpt.engine",
-        "async_ckpt.ranks",
+        "async_ckpt.coordination.ranks",
         "async_ckpt.catalog",
         "async_ckpt.integrations.dcp",
     ]

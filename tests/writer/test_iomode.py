@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.iomode import BUFFERED, CLEARLY_BETTER, MAX_WRITERS, NUM_FIRST, NUM_WRITERS, SMALL_BYTES, Arm, DiskTime, MiB, ModeChooser
+from async_ckpt.writer.iomode import (
+    BUFFERED,
+    CLEARLY_BETTER,
+    MAX_WRITERS,
+    NUM_FIRST,
+    NUM_WRITERS,
+    SMALL_BYTES,
+    Arm,
+    DiskTime,
+    MiB,
+    ModeChooser,
+)
 
 DIRECT = Arm(True, NUM_WRITERS)
 DEEP = Arm(True, MAX_WRITERS)

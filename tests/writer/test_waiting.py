@@ -12,8 +12,8 @@ from concurrent.futures import Future
 import pytest
 
 from async_ckpt.errors import TransactionStateError
-from async_ckpt.executor import BACKGROUND_NICENESS, DaemonExecutor
-from async_ckpt.lane import Lane, Outcome, Slots, ended
+from async_ckpt.writer.executor import BACKGROUND_NICENESS, DaemonExecutor
+from async_ckpt.writer.lane import Lane, Outcome, Slots, ended
 
 from .fakes import TIMEOUT_S, Gate
 

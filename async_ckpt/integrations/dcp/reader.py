@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from ...catalog import Catalog, OpenCheckpoint
 from ...errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
-from ...reading import VerifiedFile
+from ...restore.reading import VerifiedFile
 from .metadata_pickle import decode_metadata
 from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
 

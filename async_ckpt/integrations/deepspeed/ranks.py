@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed
 
 from ...coordination import Coordinator, LocalCoordinator
+from ...coordination.store_link import private_connection
 from ...errors import ConfigError
-from ...store_link import private_connection
 
 if TYPE_CHECKING:
-    from ...ranks import Node
+    from ...coordination.ranks import Node
 
 # Engines are made in the same order on every rank, so the same number means the same engine.
 _numbers = itertools.count()
@@ -52,7 +52,7 @@ class Ranks:
         """A coordinator for one checkpoint root; the ranks use the same numbers for the same roots."""
         if self.store is None:
             return LocalCoordinator()
-        from ...ranks import RankCoordinator
+        from ...coordination.ranks import RankCoordinator
 
         # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
         return RankCoordinator(
@@ -62,7 +62,7 @@ class Ranks:
 
 def _this_node(rank: int, world_size: int) -> Node:
     """From the variables of DeepSpeed's launcher, or torchrun's: both deal ranks node by node."""
-    from ...ranks import Node
+    from ...coordination.ranks import Node
 
     local_rank = _number("LOCAL_RANK")
     first = rank - local_rank

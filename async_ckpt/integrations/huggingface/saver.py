@@ -132,7 +132,7 @@ class Saver:
 
 
 def _coordinator(config: Mapping[str, Any], node_local: bool) -> Coordinator:
-    from ...ranks import RankCoordinator
+    from ...coordination.ranks import RankCoordinator
 
     if not torch.distributed.is_initialized():
         raise CheckpointError("training on many ranks without a torch.distributed process group: give a `coordinator`")

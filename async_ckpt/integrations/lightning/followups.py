@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...executor import DaemonExecutor
 from ...filesystem import FileSystem
 from ...pending import PendingCommit
+from ...writer.executor import DaemonExecutor
 from .places import Place
 from .single_file import FileCoordinator, remove
 

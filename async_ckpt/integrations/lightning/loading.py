@@ -16,9 +16,9 @@ from ...catalog import Catalog
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from ...filesystem import FileSystem
 from ...manifest import FileEntry
-from ...reading import VerifiedFile
-from ...restore import load_opened
-from ...verified_open import Opened
+from ...restore.loading import load_opened
+from ...restore.reading import VerifiedFile
+from ...restore.verified_open import Opened
 from .places import DATA_NAME, INODE_NAME, Place
 
 logger = logging.getLogger("async_ckpt")

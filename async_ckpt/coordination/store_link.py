@@ -1,0 +1,218 @@
+"""Runs the ranks' protocol over a `torch.distributed` store, from one daemon thread with a connection of its own.
+
+Guarantees:
+- The training thread never talks to the store, and no request blocks on another rank: waits are polls of one key, so that
+  an unfinished wait holds neither a thread nor the store's connection lock.
+- Polls of all ranks together stay below about 5,000 requests per second whatever their number: the interval grows with it.
+- Every submitted step resolves: with its result, its own exception, or `LinkLostError` when the store is gone or the link closed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Protocol
+
+from ..writer.executor import DaemonExecutor
+from . import rank_requests as requests
+from .rank_requests import Await, AwaitCount, Step
+
+# Never a value of ours: comparing a key with it reads the key in one request that does not wait for a missing one.
+_ABSENT = "\x00"
+
+_POLLS_PER_S = 5000
+_FASTEST_POLL_S = 0.002
+_REQUEST_TIMEOUT_S = 60.0
+
+
+class Store(Protocol):
+    """The part of ``torch.distributed.Store`` that is used; TCPStore, FileStore, HashStore and PrefixStore have it."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def add(self, key: str, amount: int) -> int: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+class LinkLostError(Exception):
+    """The store does not answer any more, or the link was closed."""
+
+
+def private_connection(store: Any) -> Any:
+    """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be busy waiting."""
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    own = clone()
+    own.set_timeout(timedelta(seconds=_REQUEST_TIMEOUT_S))
+    return own
+
+
+class StoreClient:
+    """Answers protocol requests from a store; keys get the run's prefix."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+
+    def answer(self, request: requests.Request) -> Any:
+        """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
+        store = self._store
+        if isinstance(request, requests.Put):
+            return store.set(self._prefix + request.key, request.value)
+        if isinstance(request, requests.Add):
+            return store.add(self._prefix + request.key, request.amount)
+        if isinstance(request, requests.Claim):
+            return store.compare_set(self._prefix + request.key, "", request.value).decode()
+        if isinstance(request, requests.Get):
+            return self._get(request.key)
+        if isinstance(request, requests.GetMany):
+            return [value.decode() for value in store.multi_get([self._prefix + key for key in request.keys])]
+        if isinstance(request, requests.Drop):
+            return store.delete_key(self._prefix + request.key)
+        if isinstance(request, AwaitCount):
+            return request.at_least <= 0 or int(self._get(request.key) or 0) >= request.at_least
+        value = self._get(request.key)
+        return None if value == request.other_than else value
+
+    def _get(self, key: str) -> str | None:
+        value = self._store.compare_set(self._prefix + key, _ABSENT, _ABSENT).decode()
+        return None if value == _ABSENT else value
+
+
+class PollPace:
+    """How long to wait between two polls, in a job of `world_size` ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.slowest_s = min(5.0, max(0.05, world_size / _POLLS_PER_S))
+        self.fastest_s = max(_FASTEST_POLL_S, self.slowest_s / 32)
+
+    def after(self, interval_s: float) -> float:
+        """The interval that follows `interval_s`; 0 gives the first."""
+        return min(self.slowest_s, max(self.fastest_s, interval_s * 1.5))
+
+
+class _Task:
+    """One generator on its way, with the wait it stands at."""
+
+    def __init__(self, step: Step, pace: PollPace) -> None:
+        self.done: Future[Any] = Future()
+        self.due_s = 0.0
+        self.result: Any = None
+        self._step = step
+        self._pace = pace
+        self._wait: Await | AwaitCount | None = None
+        self._deadline_s = 0.0
+        self._interval_s = 0.0
+
+    def advance(self, client: StoreClient) -> bool:
+        """Answer requests until the step ends (True) or stands at a wait that is not over (False).
+
+        Raises:
+            LinkLostError: the store failed. Otherwise what the step itself raises.
+        """
+        try:
+            request = self._step.send(None) if self._wait is None else self._wait
+            while True:
+                answer = _ask(client, request)
+                if isinstance(request, (Await, AwaitCount)) and not answer and not self._is_over(request):
+                    return False
+                self._wait = None
+                request = self._step.send(answer)
+        except StopIteration as end:
+            self.result = end.value
+            return True
+
+    def _is_over(self, wait: Await | AwaitCount) -> bool:
+        """Whether the wait's time is up; else note when to poll next."""
+        now = time.monotonic()
+        if self._wait is not wait:
+            self._wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
+        self._interval_s = self._pace.after(self._interval_s)
+        self.due_s = min(now + self._interval_s, self._deadline_s)
+        return now >= self._deadline_s
+
+
+def _ask(client: StoreClient, request: requests.Request) -> Any:
+    try:
+        return client.answer(request)
+    # torch raises DistError, a RuntimeError, for all that can happen to a store.
+    except (RuntimeError, OSError, ValueError) as error:
+        raise LinkLostError(f"the store does not answer: {error}") from error
+
+
+class StoreLink:
+    """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by another one."""
+
+    def __init__(self, connect: Callable[[], Store], prefix: str, *, world_size: int) -> None:
+        self._connect = connect
+        self._prefix = prefix
+        self._pace = PollPace(world_size)
+        self._changed = threading.Condition()
+        self._tasks: list[_Task] = []
+        self._closing: LinkLostError | None = None
+        self._thread: DaemonExecutor | None = None
+
+    def submit(self, step: Step) -> Future[Any]:
+        """Run `step` to its end on the link's thread. Any thread; never blocks."""
+        task = _Task(step, self._pace)
+        with self._changed:
+            if self._closing is not None:
+                task.done.set_exception(self._closing)
+                return task.done
+            self._tasks.append(task)
+            if self._thread is None:
+                self._thread = DaemonExecutor("async-ckpt-ranks", 1)
+                self._thread.submit(self._run)
+            self._changed.notify()
+        return task.done
+
+    def close(self) -> None:
+        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most for one request."""
+        with self._changed:
+            if self._closing is None:
+                self._closing = LinkLostError("the coordinator was closed")
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread.join(_REQUEST_TIMEOUT_S)
+
+    def _run(self) -> None:
+        client: StoreClient | None = None
+        while True:
+            task = self._next_due()
+            if task is None:
+                break
+            try:
+                if client is None:
+                    client = StoreClient(self._connect(), self._prefix)
+                if not task.advance(client):
+                    continue
+            except BaseException as error:  # noqa: BLE001 -- whoever waits for the step gets it, whatever it is
+                self._drop(task)
+                task.done.set_exception(error)
+            else:
+                self._drop(task)
+                task.done.set_result(task.result)
+        with self._changed:
+            left, self._tasks = self._tasks, []
+        for task in left:
+            task.done.set_exception(self._closing or LinkLostError("the link has ended"))
+
+    def _next_due(self) -> _Task | None:
+        with self._changed:
+            while self._closing is None:
+                now = time.monotonic()
+                first = min(self._tasks, key=lambda task: task.due_s, default=None)
+                if first is not None and first.due_s <= now:
+                    return first
+                self._changed.wait(None if first is None else first.due_s - now)
+            return None
+
+    def _drop(self, task: _Task) -> None:
+        with self._changed:
+            self._tasks.remove(task)

@@ -1,0 +1,279 @@
+"""Writing side of `LocalFileSystem`: one new file over aiofiles, with O_DIRECT where the file system takes it.
+
+Guarantees:
+- A descriptor is closed only when no write on it is running in any thread: a reused number would send a late write
+  into somebody else's file. This holds when the awaiting task was cancelled, too.
+- The first failure stays with the file; fsync in particular is never repeated, because the kernel may have dropped
+  the dirty pages it could not write and would call the second attempt good.
+- Direct writes stay aligned through short writes; a ragged end of the file goes through a zero-padded page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+from ..errors import OutOfSpaceError, WriteError
+from .syscalls import O_DIRECT, Syscalls
+
+PAGE_BYTES = 4096
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+# On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
+_PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_MODE = 0o644  # the kernel takes the umask off; group and others never get to write
+_MAX_STALLED_WRITES = 3
+
+
+def write_error(
+    calls: Syscalls, error: OSError, what: str, path: str, *, offset: int | None = None, needed_bytes: int | None = None
+) -> WriteError:
+    """`error` as one of our tree, saying what failed; disk-full errors also say how much is free."""
+    if error.errno not in FULL:
+        return WriteError(f"{what} failed; the file is incomplete and is not committed", errno=error.errno, path=path, offset=offset)
+    free_bytes: int | None = None
+    with contextlib.suppress(OSError):
+        free_bytes = calls.free_bytes(os.path.dirname(path) or ".")
+    full = "quota is used up" if error.errno == errno.EDQUOT else "disk is full"
+    return OutOfSpaceError(
+        f"{what} failed, the {full}: {needed_bytes} bytes needed, {free_bytes} free; the file is not committed",
+        errno=error.errno,
+        path=path,
+        offset=offset,
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes,
+    )
+
+
+def create_file(calls: Syscalls, path: str, data: bytes) -> None:
+    """Make a new small file with `data`: written completely, synced, closed."""
+    offset = 0
+    try:
+        fd = calls.open(path, _CREATE, _MODE)
+        try:
+            while offset < len(data):
+                with contextlib.suppress(InterruptedError):
+                    count = calls.pwrite(fd, memoryview(data)[offset:], offset)
+                    if count == 0:
+                        raise OSError(errno.EIO, "the write made no progress", path)
+                    offset += count
+            calls.fsync(fd)
+        finally:
+            calls.close(fd)
+    except OSError as error:
+        raise write_error(calls, error, "writing", path, offset=offset, needed_bytes=len(data) - offset) from error
+
+
+async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> LocalWritableFile:
+    """See `FileSystem.open_write`."""
+    opening = _Opening(calls, size_bytes, direct and bool(O_DIRECT))
+    try:
+        # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
+        import aiofiles
+
+        file = await aiofiles.open(path, "xb", buffering=0, opener=opening, executor=executor)
+    except OSError as error:
+        raise write_error(calls, error, "opening", path, needed_bytes=size_bytes) from error
+    return LocalWritableFile(calls, path, size_bytes, file, direct=opening.direct, executor=executor)
+
+
+class _Opening:
+    """The opener given to aiofiles: makes, opens and reserves in one go, on the executor's thread."""
+
+    def __init__(self, calls: Syscalls, size_bytes: int, direct: bool) -> None:
+        self.direct = direct
+        self._calls = calls
+        self._size_bytes = size_bytes
+
+    def __call__(self, path: str, flags: int) -> int:
+        fs_type = self._calls.fs_type(os.path.dirname(path) or ".") if self.direct else ""
+        # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
+        self.direct = self.direct and fs_type != "tmpfs"
+        fd = self._open(path)
+        try:
+            self._reserve(fd, fs_type)
+        except BaseException:
+            self._calls.close(fd)
+            self._calls.unlink(path)
+            raise
+        return fd
+
+    def _open(self, path: str) -> int:
+        if self.direct:
+            try:
+                return self._calls.open(path, _CREATE | O_DIRECT, _MODE)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                # The kernel makes the file before it looks at the flag.
+                self.direct = False
+                with contextlib.suppress(FileNotFoundError):
+                    self._calls.unlink(path)
+        return self._calls.open(path, _CREATE, _MODE)
+
+    def _reserve(self, fd: int, fs_type: str) -> None:
+        if not self.direct or not self._size_bytes:
+            return
+        if fs_type in _PREALLOCATED_TYPES:
+            try:
+                self._calls.allocate(fd, self._size_bytes)
+                return
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+        self._calls.ftruncate(fd, self._size_bytes)
+
+
+class LocalWritableFile:
+    """A file being written; see `filesystem.WritableFile`."""
+
+    def __init__(self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor) -> None:
+        self._calls = calls
+        self._path = path
+        self._size_bytes = size_bytes
+        self._file = file
+        self._fd: int = file.fileno()
+        self._direct = direct
+        self._executor = executor
+        self._idle = threading.Condition()
+        self._num_running = 0
+        self._closing = False
+        self._failure: BaseException | None = None
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    @property
+    def direct(self) -> bool:
+        return self._direct
+
+    async def pwrite(self, buffer: memoryview, offset: int) -> None:
+        await self._offload(self._write_all, buffer.cast("B"), offset)
+
+    async def truncate(self, size_bytes: int) -> None:
+        await self._offload(self._truncate, size_bytes)
+
+    async def fsync(self) -> None:
+        await self._offload(self._sync)
+
+    async def close(self) -> None:
+        await self._offload(self._wait_until_idle)
+        if self._file.closed:
+            return
+        try:
+            await self._file.close()
+        except OSError as error:
+            raise write_error(self._calls, error, "closing", self._path) from error
+
+    async def _offload(self, function: Callable[..., None], *args: object) -> None:
+        import aiofiles.os
+
+        await aiofiles.os.wrap(function)(*args, executor=self._executor)
+
+    @contextlib.contextmanager
+    def _running(self, what: str, offset: int | None = None, needed_bytes: int | None = None) -> Iterator[None]:
+        """Hold the descriptor open, and keep the first failure."""
+        with self._idle:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise WriteError(f"{what} after close", errno=errno.EBADF, path=self._path, offset=offset)
+            self._num_running += 1
+        try:
+            yield
+        except BaseException as error:
+            failure: BaseException = error
+            if isinstance(error, OSError):
+                failure = write_error(self._calls, error, what, self._path, offset=offset, needed_bytes=needed_bytes)
+            with self._idle:
+                self._failure = self._failure or failure
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            with self._idle:
+                self._num_running -= 1
+                self._idle.notify_all()
+
+    def _wait_until_idle(self) -> None:
+        with self._idle:
+            self._closing = True
+            while self._num_running:
+                self._idle.wait()
+
+    def _truncate(self, size_bytes: int) -> None:
+        with self._running("setting the length", offset=size_bytes):
+            self._calls.ftruncate(self._fd, size_bytes)
+
+    def _sync(self) -> None:
+        with self._running("fsync"):
+            self._calls.fsync(self._fd)
+
+    def _write_all(self, buffer: memoryview, offset: int) -> None:
+        with self._running("writing", offset, buffer.nbytes):
+            done = self._write_direct(buffer, offset) if self._direct else 0
+            while done < buffer.nbytes:
+                done += self._write_some(buffer[done:], offset + done)
+
+    def _write_some(self, buffer: memoryview, offset: int) -> int:
+        try:
+            count = self._calls.pwrite(self._fd, buffer, offset)
+        except InterruptedError:
+            return 0
+        if count == 0:
+            raise OSError(errno.EIO, "the write made no progress", self._path)
+        return count
+
+    def _write_direct(self, buffer: memoryview, offset: int) -> int:
+        """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""
+        whole = buffer.nbytes // PAGE_BYTES * PAGE_BYTES
+        is_end = offset + buffer.nbytes >= self._size_bytes
+        if offset % PAGE_BYTES or (whole < buffer.nbytes and not is_end):
+            self._leave_direct()
+            return 0
+        done = self._write_aligned(buffer[:whole], offset)
+        if done < whole or whole == buffer.nbytes:
+            return done
+        # Left to the garbage collector: a traceback may still hold a view when an error passes through here.
+        padded = memoryview(mmap.mmap(-1, PAGE_BYTES))
+        padded[: buffer.nbytes - whole] = buffer[whole:]
+        done += self._write_aligned(padded, offset + whole)
+        return min(done, buffer.nbytes)
+
+    def _write_aligned(self, buffer: memoryview, offset: int) -> int:
+        """Bytes written, a multiple of the page; less than all of `buffer` only after direct mode was given up."""
+        done = num_stalled = 0
+        while done < buffer.nbytes:
+            try:
+                count = self._write_some(buffer[done:], offset + done) if self._direct else 0
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Accepted at open, refused now; or memory that is not aligned.
+                self._leave_direct()
+                return done
+            # A short write may end inside a page: that page is written again.
+            count = count // PAGE_BYTES * PAGE_BYTES
+            num_stalled = 0 if count else num_stalled + 1
+            if not self._direct or num_stalled > _MAX_STALLED_WRITES:
+                self._leave_direct()
+                return done + count
+            done += count
+        return done
+
+    def _leave_direct(self) -> None:
+        """Go on through the page cache with the same descriptor; direct writes in flight are not disturbed."""
+        with self._idle:
+            if self._direct:
+                self._calls.clear_direct(self._fd)
+                self._direct = False

@@ -1,0 +1,412 @@
+"""Checkpoints between `create` and committed: bookkeeping, the commit itself, and every way of ending.
+
+Guarantees:
+- A pending commit always resolves: with the tag, or with the first failure of any of its parts.
+- Nothing here refers to the engine object, so that an engine that is dropped, or an interpreter that exits, still
+  finishes its pending commits (with a warning), names what was never committed, and never hangs past `close_timeout_s`.
+- The first failure that nobody has asked for is raised by the next `create` and by `close`; when the interpreter exits
+  with one, the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any
+
+from .. import retention, transaction, verify
+from ..catalog import Catalog
+from ..config import EngineConfig
+from ..coordination import Coordinator, LocalCoordinator
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
+from ..filesystem import FileSystem, LocalFileSystem
+from ..manifest import FileEntry
+from ..metrics import CommitMetrics, Span
+from ..pending import PendingCommit
+from ..transaction import State
+from ..transaction.trees import write_error
+from ..writer import FileWrite, WriterPool, WrittenFile
+from ..writer.executor import DaemonExecutor
+from . import leaving
+from .checkpoint import OpenCheckpoint, SavedFile
+from .observing import Observers
+
+if TYPE_CHECKING:
+    from ..staging import StagingArena
+
+logger = logging.getLogger("async_ckpt")
+
+_NUM_REMEMBERED = 128
+
+
+class InFlight:
+    """The writer pool and the checkpoints that use it. Calls come from the engine, under its lock."""
+
+    def __init__(self, config: EngineConfig, root: str) -> None:
+        self.pid = os.getpid()
+        self.closed = False
+        self._has_stopped = False
+        self.root = root
+        self._config = config
+        self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
+        self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
+        transaction.make_root(self.filesystem, root)
+        self._coordinator.bind(self.filesystem, root)
+        if config.sweep_on_start:
+            self._coordinator.sweep()
+        self.observers = Observers(config.observers)
+        self.pool = WriterPool(
+            self.filesystem,
+            num_writers=config.num_writers,
+            io_mode=config.io_mode,
+            on_span=self.observers.on_span if config.observers else None,
+            name="async-ckpt",
+        )
+        self.helpers = DaemonExecutor("async-ckpt-commit", config.max_pending_commits + 1)
+        self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
+        self._arena: StagingArena | None = None
+        self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self._commits: list[PendingCommit] = []
+        self.num_remembered = _NUM_REMEMBERED
+        self._failures: list[BaseException] = []
+        self._last_created_ns = 0
+        self._first_created_ns = 0
+        self._oldest_possible_ns: int | None = None
+        self._call_off: Callable[[], object] = lambda: None
+
+    def adopt(self, arena: StagingArena) -> None:
+        """The arena whose waits must end when the writer dies, and which closing gives back."""
+        self._arena = arena
+        self.pool.on_death(arena.poison)
+
+    def finalize_with(self, engine: object) -> None:
+        """Tidy up when `engine` is dropped without close, or the interpreter exits."""
+        self._call_off = leaving.watch(engine, self)
+
+    # Which calls are legal now.
+
+    def forked_message(self) -> str:
+        return (
+            f"this engine belongs to process {self.pid} and this is process {os.getpid()}, forked from it: "
+            "make a new AsyncCheckpointEngine here. The parent's checkpoints are not affected"
+        )
+
+    def check_usable(self) -> None:
+        if os.getpid() != self.pid:
+            raise TransactionStateError(self.forked_message())
+        if self.closed:
+            raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
+
+    def current(self) -> OpenCheckpoint:
+        """The checkpoint opened last."""
+        if not self._open:
+            raise TransactionStateError("no checkpoint is open: call create(tag) before save or makedirs. Nothing was written")
+        return next(reversed(self._open.values()))
+
+    def require_open(self, tag: str) -> OpenCheckpoint:
+        checkpoint = self._open.get(tag)
+        if checkpoint is not None:
+            return checkpoint
+        ended = self._last_commit(tag)
+        if ended is not None and ended.failure() is not None:
+            failure = ended.failure()
+            assert failure is not None
+            raise failure
+        state = "its commit was called already" if ended is not None else f"open are: {', '.join(self._open) or 'none'}"
+        raise TransactionStateError(f"checkpoint {tag!r} is not open ({state}); call create({tag!r}) first. Nothing was changed")
+
+    sealable = require_open
+
+    def raise_unacknowledged(self) -> None:
+        """Raise the first failure that nobody has asked for yet; each is raised once."""
+        for pending in self._commits:
+            if pending.failure() is not None and not pending.acknowledged:
+                pending.result()
+        if self._failures:
+            raise self._failures.pop(0)
+
+    # Opening and writing.
+
+    def open(self, tag: str) -> OpenCheckpoint:
+        known = self._open.get(tag)
+        if known is not None:
+            if known.error is None and known.state is State.OPEN:
+                raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
+            self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
+        earlier = self.find_unfinished(tag)
+        if earlier is not None and self._config.overwrite == "refuse":
+            raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
+        checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
+        self._open[tag] = checkpoint
+        return checkpoint
+
+    def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
+        location = _joined(checkpoint.opened.location, path)
+        return self.pool.open_file(location, size_bytes=size_bytes, seal=seal, make_parents="/" in path, tag=checkpoint.tag)
+
+    def report(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
+        """Tell the observers about a piece of work that ended now, on this thread."""
+        self.observers.on_span(Span(kind, start_s, time.perf_counter(), threading.current_thread().name, tag, path, offset, num_bytes))
+
+    def copy_reporter(self, tag: str, path: str) -> Callable[[str, float, int, int], None] | None:
+        """What the snapshot of one file calls per copied chunk; None when nobody observes."""
+        if not self._config.observers:
+            return None
+        return lambda kind, start_s, offset, num_bytes: self.report(kind, start_s, tag, path, offset, num_bytes)
+
+    def abort(self, tag: str, error: BaseException) -> None:
+        """Give an open checkpoint up; blocks until its writes ended."""
+        checkpoint = self._open.pop(tag, None)
+        if checkpoint is None:
+            raise TransactionStateError(f"checkpoint {tag!r} is not open; nothing was changed")
+        given_up = self.pool.run(self._give_up_open(checkpoint, error))
+        if not wait([given_up], self._config.close_timeout_s).done:
+            raise BackpressureTimeout(
+                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes on; it waits for "
+                f"{self.pool.waiting_for()}. Nothing is visible under that tag"
+            )
+        given_up.result()
+
+    # Committing.
+
+    def unfinished(self) -> list[PendingCommit]:
+        return [pending for pending in self._commits if not pending.done()]
+
+    def find_unfinished(self, tag: str) -> PendingCommit | None:
+        pending = self._last_commit(tag)
+        return pending if pending is not None and not pending.done() else None
+
+    def _last_commit(self, tag: str) -> PendingCommit | None:
+        return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
+
+    def _forget_some(self) -> None:
+        """Keep what is unfinished, failures that nobody has asked for, and the last few."""
+        older, recent = self._commits[: -self.num_remembered], self._commits[-self.num_remembered :]
+        kept = [pending for pending in older if not pending.done() or (pending.failure() is not None and not pending.acknowledged)]
+        self._commits = [*kept, *recent]
+
+    def await_slot(self) -> None:
+        """Wait until fewer than `max_pending_commits` are unfinished."""
+        timeout_s = self._config.backpressure_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while len(pending := self.unfinished()) >= self._config.max_pending_commits:
+            if not pending[0].wait(deadline - time.monotonic()):
+                raise BackpressureTimeout(
+                    f"{len(pending)} commits are pending and none ended within {timeout_s:g} s; waiting for "
+                    f"{self.pool.waiting_for()}. The checkpoint stays open: call commit again, or raise max_pending_commits"
+                )
+
+    def commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], started_s: float) -> PendingCommit:
+        checkpoint.commit_s = started_s
+        # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
+        self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
+        self._first_created_ns = self._first_created_ns or self._last_created_ns
+        pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for)
+        if len(self._commits) >= 2 * self.num_remembered:
+            self._forget_some()
+        checkpoint.metrics.stall_s += time.perf_counter() - started_s
+        # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends there,
+        # and nothing is waited for that nobody will resolve.
+        done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
+        done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
+        self._commits.append(pending)
+        del self._open[checkpoint.tag]
+        return pending
+
+    async def _commit(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        # On the loop, like every change of it from here on: see `_give_up_open`.
+        checkpoint.state = State.SEALED if checkpoint.state is State.OPEN else checkpoint.state
+        try:
+            if checkpoint.error is not None:
+                raise checkpoint.error
+            await self._finish(checkpoint, metadata, created_unix_ns)
+        except BaseException as error:
+            checkpoint.fail(error)
+            await self._give_up(checkpoint, error)
+            raise
+        if self._config.retention is not None and self._coordinator.leads:
+            await self._retain()
+
+    async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        entries = []
+        rank = self._coordinator.rank if self._coordinator.world_size > 1 else None
+        for path, saved in checkpoint.files.items():
+            written = await asyncio.wrap_future(saved.write.done)
+            self._record(saved, written)
+            entries.append(saved.entry(path, written, rank))
+        if checkpoint.after is not None:
+            await self._in_helper(lambda: checkpoint.after.wait(None) if checkpoint.after else None)
+        location = await asyncio.wrap_future(checkpoint.opened.location)
+        created_unix_ns = await self._in_helper(lambda: self._after_older(created_unix_ns))
+        await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
+        checkpoint.state = State.DURABLE
+        started = time.perf_counter()
+        await self._in_helper(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
+        checkpoint.state = State.COMMITTED
+        self._measure(checkpoint, entries, started)
+
+    def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        started = time.perf_counter()
+        self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns)
+        self.report("rename", started, checkpoint.tag)
+
+    def _after_older(self, created_unix_ns: int) -> int:
+        """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
+        if self._oldest_possible_ns is None:
+            try:
+                entries = Catalog(self.root, self.filesystem).entries()
+            except OSError as error:
+                # Only the order after a clock that was set back is at stake; the next commit looks again.
+                logger.warning("the times of older checkpoints in %r cannot be read, this clock is trusted: %s", self.root, error)
+                return created_unix_ns
+            self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
+        return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
+
+    def _complete(self, location: str, directories: list[str], entries: list[FileEntry]) -> None:
+        """Make the directories that hold no file, and read everything back where that was asked for."""
+        transaction.make_directories(self.filesystem, location, directories)
+        if self._config.read_back:
+            verify.read_back(self.filesystem, location, entries)
+
+    async def _give_up_open(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
+        """Unless its commit has begun all the same: then that decides."""
+        if checkpoint.state is State.OPEN:
+            checkpoint.fail(error)
+            await self._give_up(checkpoint, error)
+
+    async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
+        """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
+        checkpoint.state = State.ABORTED
+        for saved in checkpoint.files.values():
+            saved.write.abort(error)
+        writes = [asyncio.wrap_future(saved.write.done) for saved in checkpoint.files.values()]
+        await asyncio.gather(*writes, return_exceptions=True)
+        try:
+            await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
+        except (CheckpointError, OSError) as failure:
+            # The staging directory stays; the sweep of a later start removes it.
+            logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
+
+    async def _retain(self) -> None:
+        policy = self._config.retention
+        assert policy is not None
+        try:
+            await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
+        except (CheckpointError, OSError) as failure:
+            # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+            if not isinstance(failure, CheckpointError):
+                error = write_error(self.filesystem, failure, "retention was cut short; what it had not deleted is left whole", self.root)
+                error.__cause__ = failure
+                failure = error
+            self._failures.append(failure)
+
+    def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.helpers.submit(call))
+
+    def _record(self, saved: SavedFile, written: WrittenFile) -> None:
+        metrics = saved.metrics
+        metrics.direct, metrics.crc_s, metrics.write_s, metrics.sync_s = written.direct, written.crc_s, written.write_s, written.sync_s
+        metrics.durable_s = written.durable_s - saved.started_s
+        if saved.job is not None:
+            metrics.copy_s = saved.job.copy_s
+        self.observers.on_save(metrics)
+
+    def _measure(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], publish_started_s: float) -> None:
+        metrics, now = checkpoint.metrics, time.perf_counter()
+        metrics.publish_s = now - publish_started_s
+        metrics.commit_s = now - checkpoint.commit_s
+        metrics.total_s = now - (checkpoint.first_save_s if checkpoint.first_save_s is not None else checkpoint.commit_s)
+        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
+        metrics.num_files = len(entries)
+        metrics.max_queue_chunks = self.pool.max_queue_chunks
+        metrics.guard_wait_s = sum(saved.job.guard_wait_s for saved in checkpoint.files.values() if saved.job is not None)
+        metrics.stall_s += metrics.guard_wait_s
+
+    def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:
+        error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")
+        if error is not None:
+            logger.error("checkpoint %r was not committed: %s", checkpoint.tag, error)
+        pending.resolve(error)
+        self.observers.on_commit(checkpoint.metrics, error)
+
+    # Ending.
+
+    def close(self, timeout_s: float = float("inf")) -> None:
+        """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads.
+
+        Bounded by `timeout_s` and the configuration's `close_timeout_s`.
+        """
+        timeout_s = min(timeout_s, self._config.close_timeout_s)
+        deadline = time.monotonic() + timeout_s
+        is_impatient = True
+        try:
+            self._abandon_open()
+            for pending in self.unfinished():
+                if not pending.wait(deadline - time.monotonic()):
+                    raise BackpressureTimeout(
+                        f"{len(self.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
+                        f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older checkpoints are untouched"
+                    )
+            is_impatient = False
+        except Exception:
+            is_impatient = False
+            raise
+        finally:
+            # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.
+            self.closed = True
+            self._call_off()
+            try:
+                self.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
+            except BackpressureTimeout as timeout:
+                if not is_impatient:
+                    raise
+                logger.warning("the engine on %r was interrupted while it was closing: %s", self.root, timeout)
+
+    def _abandon_open(self) -> None:
+        for tag in list(self._open):
+            checkpoint = self._open[tag]
+            if checkpoint.error is None and checkpoint.state is State.OPEN:
+                warnings.warn(
+                    f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            self.abort(tag, checkpoint.error or TransactionStateError(f"the engine was closed before commit({tag!r})"))
+
+    def stop(self, timeout_s: float) -> None:
+        """The threads' end; goes on where an interrupt has cut it short, and does nothing once it is done."""
+        if self._has_stopped:
+            return
+        if self._arena is not None:
+            self._arena.poison(TransactionStateError("the engine is closed"))
+        self.pool.close(timeout_s)
+        for executor in (self.helpers, self.prefault):
+            executor.shutdown(wait=False)
+        self._coordinator.close()
+        if self._arena is not None:
+            self._arena.close()
+        self._has_stopped = True
+
+
+def _joined(directory: Future[str], path: str) -> str | Future[str]:
+    """`directory`/`path`; a future where the directory is not known yet."""
+    if directory.done() and directory.exception() is None:
+        return os.path.join(directory.result(), path)
+    joined: Future[str] = Future()
+
+    def on_done(known: Future[str]) -> None:
+        error = known.exception()
+        if error is None:
+            joined.set_result(os.path.join(known.result(), path))
+        else:
+            joined.set_exception(error)
+
+    directory.add_done_callback(on_done)
+    return joined

@@ -1,0 +1,36 @@
+"""Hands spans and metrics to observers; a broken observer is left out after one warning and never harms a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+
+from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
+
+
+class Observers:
+    """Several observers as one. Any thread."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._observers = list(observers)
+        self._lock = threading.Lock()
+
+    def on_span(self, span: Span) -> None:
+        self._tell(lambda observer: observer.on_span(span))
+
+    def on_save(self, metrics: SaveMetrics) -> None:
+        self._tell(lambda observer: observer.on_save(metrics))
+
+    def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
+        self._tell(lambda observer: observer.on_commit(metrics, error))
+
+    def _tell(self, call: Callable[[Observer], None]) -> None:
+        for observer in tuple(self._observers):
+            try:
+                call(observer)
+            except Exception as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
+                with self._lock:
+                    if observer in self._observers:
+                        self._observers.remove(observer)
+                warnings.warn(f"observer {observer!r} raised {error!r} and is left out from now on", RuntimeWarning, stacklevel=2)

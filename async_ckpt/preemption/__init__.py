@@ -1,0 +1,247 @@
+"""Preemption: a signal says that the process will be killed soon; save once more, and see that it reaches the disk.
+
+Guarantees:
+- The signal handler only sets a flag (see signal_flag.py): it may run in the middle of `save`, of `commit`, or of a lock.
+- The save hook runs at most once, on the training thread, at a safe point: `poll_preemption`, the end of `commit`, or the
+  orderly end of the engine. Never inside `create` or `save`, and never in an optimizer's step hook, where the parameters
+  would be one step ahead of the step counter, the schedule and the data.
+- After the hook, the pending commits are waited for until the deadline, and the outcome is logged, once.
+
+States, in order: WATCHING, PREEMPTED (the flag is set), SAVED (hook and draining are over), REMOVED.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import ConfigError, TagExistsError, TransactionStateError
+from .signal_flag import SignalFlag
+
+logger = logging.getLogger("async_ckpt")
+
+_NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS})
+DEFAULT_DEADLINE_S = 25.0
+"""Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): leave some of that for the exit."""
+
+
+class Drainable(Protocol):
+    """What is needed of a `PendingCommit`."""
+
+    @property
+    def tag(self) -> str: ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+    def failure(self) -> BaseException | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionOutcome:
+    """How it ended: which checkpoints are durable, which are not."""
+
+    signal_name: str
+    """Such as "SIGTERM"; "another rank" when the signal came elsewhere."""
+    num_signals: int
+    committed: tuple[str, ...]
+    failed: tuple[str, ...]
+    unfinished: tuple[str, ...]
+    hook_error: BaseException | None
+    elapsed_s: float
+    """From the signal to the end of the draining."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was pending, and the last checkpoint, is durable."""
+        return not (self.failed or self.unfinished or self.hook_error)
+
+
+class Preemption:
+    """Watches for signals and runs the last save. Made on the main thread; `poll` on the training thread.
+
+    Args:
+        signals: which signals mean preemption.
+        deadline_s: how long after the signal the process may live, in seconds.
+        save: makes the last checkpoint (`create`, `save`, `commit`); None only drains what is pending.
+        agree: with many ranks: gets this rank's flag and returns the whole job's, by a collective of the caller's. Called
+            at each poll, so every rank must reach the same safe points. None: every rank acts on its own signal.
+        exit_after: leave the process by SystemExit(128 + signal) after the outcome is known, for loops that never look.
+        pending: the engine's unfinished commits.
+
+    Raises:
+        ConfigError: a signal that cannot be caught, or a bad deadline. TransactionStateError: not on the main thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        signals: Iterable[int],
+        deadline_s: float,
+        save: Callable[[], object] | None,
+        agree: Callable[[bool], bool] | None,
+        exit_after: bool,
+        pending: Callable[[], list[Any]],
+    ) -> None:
+        chosen = _check_signals(signals)
+        if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)) or not 0 < deadline_s < math.inf:
+            raise ConfigError(f"deadline_s must be a positive number of seconds, not {deadline_s!r}")
+        for name, function in (("save", save), ("agree", agree)):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name} must be callable, not {function!r}")
+        if threading.current_thread() is not threading.main_thread():
+            raise TransactionStateError(
+                f"signal handlers can be set from the main thread only, and this is {threading.current_thread().name!r}: "
+                "call on_preemption there, before starting the thread that trains"
+            )
+        self.outcome: PreemptionOutcome | None = None
+        self._save, self._agree, self._pending = save, agree, pending
+        self._exit_after = exit_after
+        self._is_agreed = False
+        self._busy = threading.Lock()
+        self._noted: dict[str, Drainable] = {}
+        self._flag = SignalFlag(deadline_s)
+        self._flag.watch(chosen)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has come, here or (once `agree` has said so) on another rank. Never blocks; any thread."""
+        return self._flag.signum is not None or self._is_agreed
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline, at least one; infinite before a signal."""
+        if not self.preempted:
+            return math.inf
+        return max(1.0, self._flag.at_s + self._flag.deadline_s - time.monotonic())
+
+    def poll(self, *, may_agree: bool = True) -> bool:
+        """A safe point: after a signal, run the hook and drain, once; returns whether the process is being preempted.
+
+        Blocks until the deadline at most, apart from the hook's own time. Costs a microsecond while nothing has happened.
+
+        Raises:
+            BaseException: whatever the hook raised, after the draining and the logging.
+            SystemExit: with `exit_after`.
+        """
+        if not self._busy.acquire(blocking=False):
+            # The hook's own commit, or another thread while the hook runs.
+            return True
+        try:
+            if not self._everywhere(may_agree):
+                return self.preempted
+            is_last = self.outcome is None
+            if is_last:
+                self._finish(run_hook=self._agree is None or self._is_agreed)
+            else:
+                self._drain(self.remaining_s)
+        finally:
+            self._busy.release()
+        if is_last and self.outcome is not None:
+            if self.outcome.hook_error is not None:
+                raise self.outcome.hook_error
+            if self._exit_after:
+                raise SystemExit(128 + (self._flag.signum or signal.SIGTERM))
+        return True
+
+    def leave(self) -> None:
+        """The engine's end: the last safe point, then the signals go back to their earlier handlers. Raises as `poll`."""
+        try:
+            # Another rank may have ended for good: no collective here.
+            self.poll(may_agree=False)
+        finally:
+            self._flag.remove()
+
+    def cancel_save(self) -> None:
+        """Drain only, from now on: the training state is no longer one that should be saved."""
+        self._save = None
+
+    def after_commit(self, pending: Drainable) -> None:
+        """The engine's safe point: a commit was called, and no checkpoint of the caller's is half made."""
+        if self.preempted:
+            self._noted[pending.tag] = pending
+        self.poll()
+
+    def _everywhere(self, may_agree: bool) -> bool:
+        if self._agree is None or self._is_agreed or not may_agree:
+            return self.preempted
+        if self._agree(self._flag.signum is not None):
+            if self._flag.signum is None:
+                self._flag.at_s = time.monotonic()
+            self._is_agreed = True
+        return self._is_agreed
+
+    def _finish(self, *, run_hook: bool) -> None:
+        name = signal.Signals(self._flag.signum).name if self._flag.signum is not None else "another rank"
+        logger.warning("preempted (%s): saving and draining within %.1f s", name, self.remaining_s)
+        # The newest state may be on its way already, under the tag the hook will use; half the time is for the hook.
+        waited = self._drain(self.remaining_s / 2 if self._save is not None and run_hook else self.remaining_s)
+        error = None
+        if self._save is not None and run_hook:
+            error = self._run_hook(self._save)
+        waited.update(self._drain(self.remaining_s))
+        failures = {tag: pending.failure() for tag, pending in waited.items() if pending.wait(0)}
+        self.outcome = PreemptionOutcome(
+            signal_name=name,
+            num_signals=self._flag.num_signals,
+            committed=tuple(tag for tag, failure in failures.items() if failure is None),
+            failed=tuple(tag for tag, failure in failures.items() if failure is not None),
+            unfinished=tuple(tag for tag in waited if tag not in failures),
+            hook_error=error,
+            elapsed_s=time.monotonic() - self._flag.at_s,
+        )
+        _log(self.outcome)
+
+    @staticmethod
+    def _run_hook(save: Callable[[], object]) -> BaseException | None:
+        try:
+            save()
+        except TagExistsError as error:
+            logger.info("preempted: the last checkpoint is committed already (%s)", error)
+        except BaseException as error:  # noqa: BLE001 - kept, and raised by poll once the other commits are safe
+            return error
+        return None
+
+    def _drain(self, timeout_s: float) -> dict[str, Drainable]:
+        deadline_s = time.monotonic() + timeout_s
+        waited: dict[str, Drainable] = {**self._noted, **{pending.tag: pending for pending in self._pending()}}
+        for pending in waited.values():
+            pending.wait(max(0.0, deadline_s - time.monotonic()))
+        return waited
+
+
+def _check_signals(signals: Iterable[int]) -> list[int]:
+    if isinstance(signals, (str, bytes)) or not isinstance(signals, Iterable):
+        raise ConfigError(f"signals must be a tuple such as (signal.SIGTERM,), not {signals!r}")
+    chosen: list[int] = []
+    for given in signals:
+        try:
+            known = signal.Signals(given)
+        except ValueError:
+            raise ConfigError(f"{given!r} is no signal of this system; give members of signal.Signals") from None
+        if known in _NEVER_CAUGHT:
+            raise ConfigError(f"{known.name} cannot be caught by any process; launchers send SIGTERM before it")
+        if known in _FAULTS:
+            raise ConfigError(f"{known.name} means that the process is broken, not preempted; no checkpoint can be saved then")
+        chosen.append(known)
+    if not chosen:
+        raise ConfigError("signals is empty: give at least one, such as (signal.SIGTERM,)")
+    return chosen
+
+
+def _log(outcome: PreemptionOutcome) -> None:
+    what = f"committed: {', '.join(outcome.committed) or 'nothing was pending'}"
+    if outcome.failed:
+        what += f"; failed: {', '.join(outcome.failed)}"
+    if outcome.unfinished:
+        what += f"; not finished in time (not visible): {', '.join(outcome.unfinished)}"
+    if outcome.hook_error is not None:
+        what += f"; the last save failed: {outcome.hook_error}"
+    level = logging.WARNING if outcome.ok else logging.ERROR
+    logger.log(level, "preempted (%s), %.1f s after the signal: %s", outcome.signal_name, outcome.elapsed_s, what)

@@ -1,0 +1,255 @@
+"""Fills existing tensors from a committed file.
+
+Guarantees:
+- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves.
+- With `atomic` the tensors are untouched until every byte was read (and verified, with `verify="full"`).
+- Values are moved bit by bit; autograd's version counters see the change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import available_memory_bytes
+from ..errors import StateMismatchError
+from .building import PlainObjects, check_inside, element_type, storage_extent
+from .plain_pickle import NotPlainError, StorageRef, load_plain
+from .read_errors import ExtentMismatch, ReadError
+from .reading import VerifiedFile
+from .safetensors_file import tensor_extents
+from .scatter import Scatter, new_storage, stream_into
+from .state_tree import flatten, replace_leaves
+from .zip_records import RecordExtent, UnusualLayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_OVERWRITTEN = "the given tensors are partly overwritten"
+_CPU = torch.device("cpu")
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(eq=False, slots=True)
+class FileTensor:
+    """A tensor that is still on disk: geometry in elements, extents in file bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    first_byte: int
+    storage_offset: int
+    storage: RecordExtent
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `load_into` did. `state` is the file's structure with your tensors in it; `loaded` and `mismatches` name key paths."""
+
+    state: Any
+    loaded: tuple[str, ...]
+    mismatches: tuple[str, ...] = ()
+
+
+class Inventory(PlainObjects):
+    """A `plain_pickle.Builder` that allocates nothing: tensors become `FileTensor`."""
+
+    def __init__(self, records: Mapping[str, RecordExtent], *, name: str) -> None:
+        self._records = records
+        self._name = name
+
+    def tensor(
+        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
+    ) -> FileTensor:
+        """Where the tensor's bytes are."""
+        counted, actual = element_type(storage, dtype)
+        check_inside(storage, offset, size, stride, actual.itemsize // counted.itemsize)
+        record = storage_extent(storage, self._records, counted, self._name)
+        return FileTensor(actual, size, stride, record.offset + offset * actual.itemsize, offset, record, requires_grad)
+
+    def parameter(self, data: Any, requires_grad: bool) -> Any:
+        """The tensor inside, marked."""
+        if not isinstance(data, FileTensor):
+            raise NotPlainError("a parameter around no tensor")
+        data.requires_grad, data.is_parameter = requires_grad, True
+        return data
+
+
+def read_inventory(file: VerifiedFile, records: Mapping[str, RecordExtent]) -> Any:
+    """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can read it."""
+    pickled = records.get("data.pkl")
+    if pickled is None:
+        raise UnusualLayoutError("no data.pkl")
+    return load_plain(file.view(pickled.offset, pickled.num_bytes), Inventory(records, name=file.name))
+
+
+def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
+    """The flat structure of a safetensors file."""
+    return {
+        name: FileTensor(t.dtype, t.size, _contiguous_stride(t.size), t.offset, 0, RecordExtent(t.offset, t.num_bytes, 0))
+        for name, t in tensor_extents(file).items()
+    }
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: bool) -> Restored:
+    """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`. Blocks.
+
+    Raises:
+        StateMismatchError: with `strict`, if anything differs.
+    """
+    found = {path: leaf for path, leaf in flatten(structure) if isinstance(leaf, (FileTensor, torch.Tensor))}
+    wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
+    differences = compare(found, wanted)
+    if strict and differences:
+        listed = "".join(f"\n  {line}" for line in differences.values())
+        raise StateMismatchError(
+            f"{file.name} does not match the given state in {len(differences)} places; no tensor was changed:{listed}",
+            tuple(differences.values()),
+        )
+    pairs = [(found[path], tensor) for path, tensor in wanted.items() if path not in differences]
+    mover = _Mover()
+    for source, tensor in pairs:
+        mover.add(source, tensor)
+    rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in wanted or path in differences}
+    mover.run(file, atomic)
+    loaded = {path: tensor for path, tensor in wanted.items() if path not in differences}
+    return Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
+
+
+def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What differs, by key path, in words."""
+    differences: dict[str, str] = {}
+    for path, tensor in wanted.items():
+        source = found.get(path)
+        if source is None:
+            differences[path] = f"missing: {path} is not in the file"
+            continue
+        words = []
+        if tuple(source.shape) != tuple(tensor.shape):
+            words.append(f"shape {tuple(source.shape)} in the file, {tuple(tensor.shape)} given")
+        if source.dtype != tensor.dtype:
+            words.append(f"dtype {source.dtype} in the file, {tensor.dtype} given")
+        words += _unfit(source, tensor)
+        if words:
+            differences[path] = f"{path}: " + ", ".join(words)
+    for path in found:
+        if path not in wanted:
+            differences[path] = f"unexpected: {path} is only in the file"
+    return differences
+
+
+def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[str]:
+    if tensor.is_meta:
+        yield "the given tensor has no memory (meta device)"
+    elif type(tensor) not in _PLAIN_TYPES and type(tensor) is not type(source):
+        yield f"the given tensor is a {type(tensor).__name__}, the one in the file is plain"
+    elif isinstance(source, torch.Tensor) and source.layout != tensor.layout:
+        yield f"layout {source.layout} in the file, {tensor.layout} given"
+    elif tensor.layout != torch.strided:
+        if isinstance(source, FileTensor):
+            yield f"layout torch.strided in the file, {tensor.layout} given"
+    elif any(num > 1 and step == 0 for num, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        yield "elements of the given tensor share memory (expanded)"
+
+
+class _Mover:
+    """Collects moves, then does them all at once."""
+
+    def __init__(self) -> None:
+        self._scatter = Scatter()
+        self._direct: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, source: FileTensor | torch.Tensor, target: torch.Tensor) -> None:
+        """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""
+        if isinstance(source, torch.Tensor):
+            self._copies.append((target, source))
+        elif _same_order(source, target):
+            itemsize = source.dtype.itemsize
+            self._scatter.add(source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize)
+            self._direct.append(target)
+        else:
+            self._copies.append((target, self.fresh(source).detach()))
+
+    def fresh(self, source: FileTensor | torch.Tensor) -> torch.Tensor:
+        """A new CPU tensor for `source`; tensors that share a storage in the file share one again."""
+        if isinstance(source, torch.Tensor):
+            return source
+        storage = self._storages.get(source.storage.offset)
+        if storage is None:
+            storage = self._storages[source.storage.offset] = new_storage(source.storage.num_bytes, _CPU)
+            self._scatter.add(source.storage.offset, source.storage.num_bytes, storage)
+        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)
+        if source.is_parameter:
+            return torch.nn.Parameter(tensor, source.requires_grad)
+        return tensor.requires_grad_() if source.requires_grad else tensor
+
+    def run(self, file: VerifiedFile, atomic: bool) -> None:
+        """Read, verify, move. Raises what `VerifiedFile` raises."""
+        self._scatter.freeze()
+        for device in {tensor.device for tensor in self._direct if tensor.is_cuda}:
+            # Kernels that still read the old values may be queued on any stream.
+            torch.cuda.synchronize(device)
+        if atomic:
+            _read_ahead(file)
+        try:
+            stream_into(file, self._scatter)
+        except ExtentMismatch as error:
+            raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
+        except ReadError as error:
+            raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
+        with torch.no_grad():
+            for target, source in self._copies:
+                target.copy_(source)
+        for tensor in self._direct:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
+def _read_ahead(file: VerifiedFile) -> None:
+    """Every byte read once before the first target changes: held in memory as far as that goes, else read again later."""
+    budget = available_memory_bytes() // 2
+    held = range(min(file.num_extents, budget // file.extent_bytes))
+    file.keep(held)
+    file.stream(None, range(len(held), file.num_extents))
+
+
+def _same_order(source: FileTensor, target: torch.Tensor) -> bool:
+    if type(target) not in _PLAIN_TYPES or target.device.type not in ("cpu", "cuda") or target.is_conj() or target.is_neg():
+        return False
+    if target.is_contiguous():
+        return _is_contiguous(source.shape, source.stride)
+    # The same dense permutation on both sides, such as channels_last or a transpose, is one run of bytes as well.
+    return tuple(source.stride) == target.stride() and _is_dense(source.shape, source.stride)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for num, step in zip(reversed(shape), reversed(stride), strict=True):
+        if num == 0:
+            return True
+        if num != 1 and step != expected:
+            return False
+        expected *= num
+    return True
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    order = sorted(range(len(shape)), key=lambda i: -stride[i])
+    return _is_contiguous(tuple(shape[i] for i in order), tuple(stride[i] for i in order))

@@ -1,0 +1,231 @@
+"""Reads committed files back: `load` makes new tensors, `load_into` fills existing ones.
+
+Guarantees:
+- With `verify="full"` nothing is returned, and no existing tensor is touched, before every byte of the file was
+  compared with the manifest; unpicklers are fed verified bytes only.
+- Nothing is opened outside the checkpoint, and no link is followed.
+- Pickles run no code unless `weights_only=False` asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from .building import TensorBuilder, place_for
+from .damage import naming_the_record
+from .into import Restored, fill, read_inventory, safetensors_inventory
+from .plain_pickle import NotPlainError, load_plain
+from .reading import MemorySource, VerifiedFile
+from .safetensors_file import load_safetensors
+from .scatter import stream_into
+from .torch_file import TorchFile
+from .verified_open import Opened, open_committed, split_path
+from .zip_records import RecordExtent, UnusualLayoutError, record_extents
+
+if TYPE_CHECKING:
+    from ..catalog import Catalog
+
+__all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    verify: str = "full",
+    mmap: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """The object saved at ``<root>/<tag>/file.pt``, as `torch.load` would return it, verified. Blocks; any thread.
+
+    Args:
+        map_location: as in `torch.load`.
+        weights_only: False runs the pickle's code: only for files you trust.
+        verify: "full" compares every byte's CRC with the manifest, "size" and "off" only sizes.
+        mmap: map the file instead of reading it (after verifying it).
+        num_threads: reads in flight; None chooses.
+
+    Raises:
+        CheckpointNotFoundError: not in a committed checkpoint. CorruptCheckpointError: damaged; names file and record.
+        UnsupportedStateError: the file needs `weights_only=False`. ReadError: the disk failed.
+    """
+    catalog, tag, name = _locate(path)
+    return load_committed(
+        catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap, num_threads=num_threads
+    )
+
+
+def load_into(
+    state_dict: Any,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    verify: str = "full",
+    atomic: bool = True,
+    weights_only: bool = True,
+    num_threads: int | None = None,
+) -> Restored:
+    """Fill the tensors of `state_dict` from ``<root>/<tag>/file.pt``, in place and in parallel. Blocks; any thread.
+
+    See `load_committed_into`.
+    """
+    catalog, tag, name = _locate(path)
+    return load_committed_into(
+        catalog, tag, name, state_dict, strict=strict, verify=verify, atomic=atomic, weights_only=weights_only, num_threads=num_threads
+    )
+
+
+def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
+    from ..catalog import Catalog
+    from ..filesystem import LocalFileSystem
+
+    root, tag, name = split_path(path, LocalFileSystem())
+    return Catalog(root), tag, name
+
+
+def load_committed(
+    catalog: Catalog,
+    tag: str,
+    name: str,
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    verify: str = "full",
+    mmap: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """`load` of file `name` in checkpoint `tag` of `catalog`."""
+    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as opened:
+        return load_opened(opened, map_location=map_location, weights_only=weights_only, mmap=mmap)
+
+
+def load_opened(opened: Opened, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
+    """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
+    with naming_the_record(opened.file):
+        if opened.entry.format == "safetensors":
+            return load_safetensors(opened.file, map_location)
+        if mmap:
+            return _load_mapped(opened, map_location, weights_only)
+        try:
+            return _load_plain(opened, map_location)
+        except (NotPlainError, UnusualLayoutError):
+            # A valid file may hold more than plain tensors: torch knows how to read it.
+            return _load_with_torch(opened, map_location, weights_only)
+
+
+def load_committed_into(
+    catalog: Catalog,
+    tag: str,
+    name: str,
+    state_dict: Any,
+    *,
+    strict: bool = True,
+    verify: str = "full",
+    atomic: bool = True,
+    weights_only: bool = True,
+    num_threads: int | None = None,
+    lend: MemorySource | None = None,
+) -> Restored:
+    """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from a committed file. Blocks; any thread.
+
+    Names, shapes and dtypes are compared before the first byte moves. Tensors are written in place, other leaves are
+    in `Restored.state`: the file's structure with your tensors in it.
+
+    Args:
+        strict: False loads what matches and reports the rest in `Restored.mismatches`.
+        atomic: the tensors stay untouched until the whole file was read (and verified). It is held in memory for
+            that; what exceeds half of the memory available is read twice. False writes while reading: less
+            memory, and after an error the tensors are partly overwritten.
+        lend: warm memory for holding it (an idle staging arena's), one extent at a time.
+
+    Raises:
+        StateMismatchError: lists every mismatch. Otherwise as `load`.
+    """
+    with (
+        open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as opened,
+        naming_the_record(opened.file),
+    ):
+        structure = _structure(opened, weights_only)
+        return fill(opened.file, structure, state_dict, strict=strict, atomic=atomic)
+
+
+def _structure(opened: Opened, weights_only: bool) -> Any:
+    """The file's structure, its tensors still on disk where they can be read one by one."""
+    if opened.entry.format == "safetensors":
+        return safetensors_inventory(opened.file)
+    try:
+        return read_inventory(opened.file, _plain_records(opened.file))
+    except (NotPlainError, UnusualLayoutError):
+        return _load_with_torch(opened, "cpu", weights_only)
+
+
+def _plain_records(file: VerifiedFile) -> dict[str, RecordExtent]:
+    records = record_extents(file.read, file.size_bytes)
+    order = records.get("byteorder")
+    if order is None or file.read(order.offset, order.num_bytes) != sys.byteorder.encode():
+        raise UnusualLayoutError("not this machine's byte order")
+    return records
+
+
+def _load_plain(opened: Opened, map_location: Any) -> Any:
+    place = place_for(map_location)
+    if place is None:
+        raise NotPlainError("map_location is a callable or a mapping")
+    file = opened.file
+    records = _plain_records(file)
+    pickled = records.get("data.pkl")
+    if pickled is None:
+        raise UnusualLayoutError("no data.pkl")
+    builder = TensorBuilder(records, place, name=file.name)
+    state = load_plain(file.view(pickled.offset, pickled.num_bytes), builder)
+    builder.scatter.freeze()
+    stream_into(file, builder.scatter)
+    return state
+
+
+def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
+    source = TorchFile(opened.file)
+    try:
+        with _translated(opened):
+            state = torch.load(source, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+    except Exception:
+        if source.failure is not None:
+            raise source.failure from None
+        raise
+    opened.file.verify_rest()
+    return state
+
+
+def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
+    opened.file.verify_rest()
+    with _translated(opened):
+        return torch.load(opened.path, map_location=map_location, weights_only=weights_only, mmap=True)
+
+
+@contextlib.contextmanager
+def _translated(opened: Opened) -> Iterator[None]:
+    """torch's errors about the file become ours; those about `map_location` or devices pass."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it needs {refused.group(1)!r}" if refused else str(error).strip().splitlines()[0]
+        message = (
+            f"{opened.path} cannot be read with weights_only=True: {what}. Allow the type with torch.serialization.add_safe_globals, "
+            "or pass weights_only=False, which runs code from the file: only for files you trust"
+        )
+        raise UnsupportedStateError(message) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, CheckpointError) or not re.search("PytorchStreamReader|archive|unpickling|pickle", str(error)):
+            raise
+        raise CorruptCheckpointError(f"{opened.path} is no readable torch file: {error}", path=opened.path) from error

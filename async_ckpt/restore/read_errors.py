@@ -1,0 +1,33 @@
+"""What reading a committed file can raise: the disk failed, or the bytes are not those that were committed. No torch."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointError, CorruptCheckpointError
+
+NOTHING_LOADED = "nothing was loaded"
+
+
+class ReadError(CheckpointError, OSError):
+    """The disk failed while a checkpoint was read; keeps path, offset and errno."""
+
+    def __init__(self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED) -> None:
+        super().__init__(cause.errno, cause.strerror or str(cause))
+        self.path = path
+        self.offset = offset
+        self.consequence = consequence
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" at offset {self.offset}"
+        return f"cannot read {self.path}{where}: [Errno {self.errno}] {self.strerror}; {self.consequence}"
+
+
+class ExtentMismatch(CorruptCheckpointError):
+    """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
+
+    def __init__(self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED) -> None:
+        where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
+        super().__init__(
+            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}", path=name, record=record
+        )
+        self.extent, self.first, self.end = extent, first, end
+        self.consequence = consequence

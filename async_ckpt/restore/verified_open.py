@@ -1,0 +1,102 @@
+"""Opens one committed file for a verified read, and finds the checkpoint that a plain path lies in.
+
+Guarantees:
+- Tag and name are checked and looked up in the manifest of the same directory; nothing else is opened, no link followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .. import manifest
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from .read_errors import ReadError
+from .reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile, aligned_memory
+
+if TYPE_CHECKING:
+    from ..catalog import Catalog, OpenCheckpoint
+    from ..filesystem import FileSystem
+
+
+class Opened:
+    """A `VerifiedFile`, its manifest entry and its path. A context manager that closes the file."""
+
+    def __init__(self, file: VerifiedFile, entry: manifest.FileEntry, path: str) -> None:
+        self.file = file
+        self.entry = entry
+        self.path = path
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+
+def open_committed(
+    catalog: Catalog,
+    tag: str,
+    name: str,
+    *,
+    verify: str,
+    num_threads: int | None,
+    new_buffer: Callable[[int], memoryview] = aligned_memory,
+    lend: MemorySource | None = None,
+) -> Opened:
+    """Open file `name` of a committed tag. Any thread; blocks for the manifest.
+
+    Raises:
+        CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size is wrong.
+        ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
+    """
+    if verify not in ("full", "size", "off"):
+        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
+    if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 256):
+        raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
+
+    def open_file(checkpoint: OpenCheckpoint) -> Opened:
+        entry = checkpoint.entry(name)
+        file = checkpoint.open_file(entry, direct=True)
+        try:
+            verified = VerifiedFile(
+                file,
+                name=file.path,
+                extent_bytes=entry.extent_bytes,
+                extent_crc32=entry.extent_crc32,
+                check=verify == "full",
+                num_threads=num_threads or DEFAULT_NUM_THREADS,
+                new_buffer=new_buffer,
+                lend=lend,
+            )
+        except BaseException:
+            file.close()
+            raise
+        return Opened(verified, entry, file.path)
+
+    try:
+        return catalog.read(tag, open_file)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise ReadError(error, path=f"{os.fspath(catalog.root)}/{tag}/{name}") from error
+
+
+def split_path(path: str | os.PathLike[str], filesystem: FileSystem) -> tuple[str, str, str]:
+    """(root, tag, name) of a file in a committed checkpoint, from the manifest nearest above it. Blocks for lstat calls.
+
+    Raises:
+        CheckpointNotFoundError: no directory above holds a manifest.
+    """
+    given = os.path.abspath(os.fspath(path))
+    folder, name = os.path.split(given)
+    while True:
+        above, tag = os.path.split(folder)
+        if not tag:
+            break
+        if filesystem.stat(os.path.join(folder, manifest.MANIFEST_NAME)).kind == "file":
+            return above, tag, name
+        folder, name = above, f"{tag}/{name}"
+    there = "torch.load reads it if it is a plain torch file" if filesystem.stat(given).kind == "file" else "there is no such file"
+    raise CheckpointNotFoundError(f"{given} is not in a committed checkpoint (no manifest above it); {there}")

@@ -1,0 +1,264 @@
+"""How the bytes of a planned state get into staging chunks: cut at chunk boundaries, copied by the fastest way each allows.
+
+Large parts on the CPU go through torch's own multi-threaded copy (on the caller's thread) or one memmove (in the
+background); small ones are batched through a C-level loop, so that a tensor costs microseconds; CUDA parts are queued
+on a side stream. All of these release the GIL while they copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+
+from ..errors import TornSnapshotError, UnsupportedStateError
+from ..layout import FilePlan, PlannedState
+from ..staging import StagingChunk
+
+OnCopied = Callable[[str, float, int, int], None]
+"""Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
+
+# Above this, torch's own multi-threaded copy beats one memmove; below it, the call overhead of torch dominates.
+_PARALLEL_COPY_BYTES = 1 << 20
+# One core's memmove reaches most of the memory's rate on small machines, where torch's team of threads would have to share
+# the cores with CRC and writes, and each of its barriers waits for a thread that is not running.
+_PARALLEL_COPY_THREADS = 4
+
+_memmove = ctypes.CDLL(None).memmove
+_memmove.restype = None
+_memmove.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
+
+# How many small copies one C-level loop makes before other threads may take the GIL (about 0.5 ms).
+_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCut:
+    """The payload parts of one chunk, as parallel lists."""
+
+    offset: int
+    nbytes: int
+    payloads: list[int]
+    source_offsets: list[int]
+    chunk_offsets: list[int]
+    sizes: list[int]
+
+
+def cut(plan: FilePlan, chunk_bytes: int) -> list[ChunkCut]:
+    """Cut a plan's payloads at chunk boundaries; pure data, one entry per chunk."""
+    num_chunks = max(1, -(-plan.file_bytes // chunk_bytes))
+    cuts = [ChunkCut(k * chunk_bytes, min(chunk_bytes, plan.file_bytes - k * chunk_bytes), [], [], [], []) for k in range(num_chunks)]
+    for index, (offset, nbytes) in enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True)):
+        done = 0
+        while done < nbytes:
+            k, start = divmod(offset + done, chunk_bytes)
+            size = min(nbytes - done, chunk_bytes - start)
+            piece = cuts[k]
+            piece.payloads.append(index)
+            piece.source_offsets.append(done)
+            piece.chunk_offsets.append(start)
+            piece.sizes.append(size)
+            done += size
+    return cuts
+
+
+class Fill:
+    """The sources of one file and how to copy their parts into chunks."""
+
+    def __init__(
+        self, state: PlannedState, cuts: list[ChunkCut], streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None
+    ) -> None:
+        self.cuts = cuts
+        self._on_copied = on_copied
+        self._state = state
+        self._streams = streams
+        self.storages = state.sources.storage
+        self._tensors: Sequence[torch.Tensor] = state.tensors
+        self._versions = version_counters(state.tensors)
+        self._literals = state.plan.literals
+        self._literal_offsets: list[int] = []
+        self._starts = state.sources.offset_bytes
+        kinds = set(map(attrgetter("device"), self.storages))
+        for device in kinds:
+            if device.type not in ("cpu", "cuda"):
+                raise UnsupportedStateError(
+                    f"a tensor lies on device '{device}', which cannot be snapshotted (cpu and cuda can); "
+                    "move it with .cpu() before save. Nothing was written for this file"
+                )
+        self.devices = {device for device in kinds if device.type == "cuda"}
+        self._addresses: list[int] = []
+
+    def _find_addresses(self) -> list[int]:
+        """Where each payload's bytes lie; 0 on a device. CPU bytes are copied by address: no torch call per tensor."""
+        bases = [storage.data_ptr() for storage in self.storages]
+        if self.devices:
+            bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
+        return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
+
+    def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool) -> list[torch.cuda.Event]:
+        """Copy the chosen payload parts (None: all) of chunk `k`; returns events of queued device copies."""
+        piece = self.cuts[k]
+        if not self._addresses:
+            self._addresses = self._find_addresses()
+        picked = range(len(piece.sizes)) if chosen is None else [i for i, p in enumerate(piece.payloads) if chosen[p]]
+        small: list[int] = []
+        on_device: list[int] = []
+        parallel = parallel and torch.get_num_threads() >= _PARALLEL_COPY_THREADS
+        for i in picked:
+            if self._addresses[piece.payloads[i]] == 0:
+                on_device.append(i)
+            elif parallel and piece.sizes[i] >= _PARALLEL_COPY_BYTES:
+                self._copy_large(piece, i, chunk)
+            else:
+                small.append(i)
+        addresses, base = self._addresses, chunk.address
+        for low in range(0, len(small), _BATCH):
+            batch = small[low : low + _BATCH]
+            targets = [base + piece.chunk_offsets[i] for i in batch]
+            sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
+            deque(map(_memmove, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
+        return self._copy_from_devices(piece, on_device, chunk) if on_device else []
+
+    def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
+        """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
+        began = time.perf_counter()
+        self.wait_callers(callers)
+        queued = [self.copy(k, chunk, chosen, parallel=True) for k, chunk in enumerate(chunks)]
+        for k, events in enumerate(queued):
+            self.wait_devices(events)
+            self.report(k, chosen, began)
+
+    def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
+        """Tell the observers that the chosen parts of chunk `k` are copied."""
+        if self._on_copied is None:
+            return
+        piece = self.cuts[k]
+        num_bytes = piece.nbytes
+        if chosen is not None:
+            num_bytes = sum(size for payload, size in zip(piece.payloads, piece.sizes, strict=True) if chosen[payload])
+        if num_bytes:
+            self._on_copied("d2h" if self.devices else "copy", began, piece.offset, num_bytes)
+
+    def copy_literals(self, k: int, chunk: StagingChunk) -> None:
+        """Copy everything of chunk `k` that is not payload."""
+        piece = self.cuts[k]
+        view, end = chunk.view, piece.offset + piece.nbytes
+        if not self._literal_offsets:
+            self._literal_offsets = [offset for offset, _ in self._literals]
+        first = max(0, bisect_right(self._literal_offsets, piece.offset) - 1)
+        last = bisect_left(self._literal_offsets, end)
+        for offset, data in self._literals[first:last]:
+            low, high = max(offset, piece.offset), min(offset + len(data), end)
+            if low < high:
+                view[low - piece.offset : high - piece.offset] = data[low - offset : high - offset]
+
+    def _bytes_of(self, payload: int, offset: int, nbytes: int) -> torch.Tensor:
+        storage = self.storages[payload]
+        view = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
+
+    def _copy_large(self, piece: ChunkCut, i: int, chunk: StagingChunk) -> None:
+        source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
+        low = piece.chunk_offsets[i]
+        chunk.tensor[low : low + piece.sizes[i]].copy_(source)
+
+    def _copy_from_devices(self, piece: ChunkCut, parts: list[int], chunk: StagingChunk) -> list[torch.cuda.Event]:
+        by_device: dict[torch.device, list[int]] = {}
+        for i in parts:
+            by_device.setdefault(self.storages[piece.payloads[i]].device, []).append(i)
+        events = []
+        for device, indices in by_device.items():
+            with torch.cuda.stream(self._stream(device)):
+                for i in indices:
+                    source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
+                    low = piece.chunk_offsets[i]
+                    chunk.tensor[low : low + piece.sizes[i]].copy_(source, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            events.append(event)
+        return events
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)
+        return stream
+
+    def record_callers(self) -> dict[torch.device, torch.cuda.Event]:
+        """Mark, on the caller's streams, the point after which the sources are final."""
+        events = {}
+        for device in self.devices:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            events[device] = event
+        return events
+
+    def wait_callers(self, events: dict[torch.device, torch.cuda.Event]) -> None:
+        """Order the side streams behind the callers' events; does not block the CPU."""
+        for device, event in events.items():
+            self._stream(device).wait_event(event)
+
+    @staticmethod
+    def wait_devices(events: list[torch.cuda.Event]) -> None:
+        """Block this thread (not the GIL) until the queued copies ended."""
+        for event in events:
+            event.synchronize()
+
+    def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
+        """Compare the version counters with those at plan time; tensors found unchanged are final and not looked at again.
+
+        Args:
+            all_but: storages whose tensors are not copied yet, and are left for a later check.
+
+        Raises:
+            TornSnapshotError: some moved; names up to ten.
+        """
+        versions = self._versions
+        torn = [i for i, (t, v) in enumerate(zip(self._tensors, versions, strict=True)) if v is not None and t._version != v]
+        if all_but:
+            later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
+            torn = [i for i in torn if not later[i]]
+            self._versions = [v if is_later else None for v, is_later in zip(versions, later, strict=True)]
+        if not torn:
+            return
+        paths = self._state.tensor_paths()
+        names = tuple(paths[i] for i in torn)
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise TornSnapshotError(
+            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not committed; "
+            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that changes them",
+            names,
+        )
+
+    def drop_sources(self) -> None:
+        """Let go of the user's tensors: their bytes are in the arena now."""
+        self._tensors = ()
+        self._versions = []
+        self.storages = []
+
+
+def storage_ids(tensor: torch.Tensor) -> list[int]:
+    """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return [local.untyped_storage()._cdata] if local.layout == torch.strided else []
+
+
+def all_storage_ids(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """`storage_ids` of many tensors, in C-level loops where all of them are plain: it is on the path of every lazy save."""
+    if {type(t) for t in tensors} <= {torch.Tensor, torch.nn.Parameter} and {t.layout for t in tensors} <= {torch.strided}:
+        return [storage._cdata for storage in map(torch.Tensor.untyped_storage, tensors)]
+    return [storage_id for tensor in tensors for storage_id in storage_ids(tensor)]
+
+
+def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
+    """Version counter of each tensor; None for inference tensors, which keep none."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [None if t.is_inference() else t._version for t in tensors]

@@ -1,0 +1,419 @@
+"""One checkpoint's way to its final name: staging directory, syncs, rename; and what crashes leave behind.
+
+The order, each step only after the one before has succeeded: manifest written and synced, every directory of the
+staging tree synced (deepest first), rename to the final name, root synced. Only then is anything reported or an old
+tree deleted. Before a `sweep` or `remove` deletes, the root is synced too: otherwise power loss could bring a name
+back and find its files gone.
+
+Guarantees:
+- `<root>/<tag>` is absent or whole at every instant, also for a process killed between any two calls here.
+- Of several writers of one tag with overwrite "refuse" exactly one publishes.
+- A tree is deleted only under a private name, and only if it is ours or its owner is certainly gone.
+
+All functions are synchronous, block on the disk and may run in any thread; one `Staging` belongs to one thread at a
+time. They raise the package's errors; the `OSError` is the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ..errors import (
+    CheckpointNotFoundError,
+    CommitError,
+    ConfigError,
+    OutOfSpaceError,
+    TagExistsError,
+    TransactionStateError,
+    UnsafePathError,
+)
+from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
+from ..filesystem.file_write import UNSUPPORTED
+from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
+from .sweeping import Swept, sweep
+from .trees import lock_or_none, make_private, move_aside, remove_tree, write_error
+
+logger = logging.getLogger("async_ckpt")
+
+__all__ = ["State", "Staging", "Swept", "abort", "begin", "join", "make_directories", "make_root", "publish", "remove", "sweep"]
+
+_MAX_RACES = 16
+
+
+class State(enum.Enum):
+    """A checkpoint's life, in order. ABORTED is reached from every state before COMMITTED."""
+
+    OPEN = "open"
+    SEALED = "sealed"
+    DURABLE = "durable"
+    """Every byte and name below the staging directory is synced; only the rename is missing."""
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Staging:
+    """A staging directory of this process. `path` holds the files until `publish`."""
+
+    root: str
+    tag: str
+    path: str
+    overwrite: str
+    identity: tuple[int, int]
+    lock: LockHandle | None
+    state: State = State.OPEN
+    renamed: bool = False
+    """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
+
+    @property
+    def final_path(self) -> str:
+        """Where the checkpoint will be."""
+        return os.path.join(self.root, self.tag)
+
+    def seal(self) -> None:
+        """No more files. Raises TransactionStateError unless OPEN."""
+        if self.state is not State.OPEN:
+            raise TransactionStateError(f"tag {self.tag!r} is {self.state.value}, not open")
+        self.state = State.SEALED
+
+    def unlock(self) -> None:
+        """Let go of the directory lock; idempotent."""
+        lock, self.lock = self.lock, None
+        if lock is not None:
+            lock.close()
+
+
+def make_root(fs: FileSystem, root: str) -> None:
+    """Make the root directory if it is missing, and make its own name durable. The mode of an existing root is kept.
+
+    Raises:
+        WriteError: it cannot be made, or is not a directory.
+    """
+    root = os.path.abspath(root)
+    missing: list[str] = []
+    path = root
+    while fs.stat(path).kind == "missing" and os.path.dirname(path) != path:
+        missing.append(path)
+        path = os.path.dirname(path)
+    try:
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                fs.mkdir(path)
+            fs.fsync_dir(os.path.dirname(path))
+        fs.listdir(root)
+        if not missing:
+            # A parent that may not be opened was there before us, with the root in it.
+            with contextlib.suppress(PermissionError):
+                fs.fsync_dir(os.path.join(root, os.pardir))
+        fs_type = fs.fs_type(root)
+    except OSError as error:
+        raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
+    if fs_type and fs_type not in LOCAL_TYPES:
+        logger.warning("root %r is on %s: atomic and durable renames are not promised there", root, fs_type)
+
+
+def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Staging:
+    """Make the private (0700), locked staging directory of a new checkpoint.
+
+    Raises:
+        TagExistsError: the tag is committed and `overwrite` is "refuse", or what is there is no checkpoint.
+        UnsafePathError: the tag is malformed.
+        WriteError, OutOfSpaceError: the directory cannot be made.
+    """
+    check_tag(tag)
+    if overwrite not in ("refuse", "replace"):
+        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
+    final = os.path.join(root, tag)
+    try:
+        _check_final(fs, final, tag, overwrite, step="create")
+        path = make_private(fs, root, tag)
+        try:
+            return Staging(root, tag, path, overwrite, fs.stat(path).identity, lock_or_none(fs, path))
+        except OSError:
+            fs.rmdir(path)
+            raise
+    except OSError as error:
+        if isinstance(error, CommitError):
+            raise
+        raise write_error(fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final) from error
+
+
+def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
+    """Another rank's staging directory, by its name; this side never publishes, removes or locks it.
+
+    Raises:
+        UnsafePathError: `name` is not the name of a staging directory of `tag`.
+        CheckpointNotFoundError: it is not there (any more).
+    """
+    parsed = parse_private_name(name)
+    if parsed is None or parsed.kind != "staging" or parsed.tag != tag:
+        raise UnsafePathError(f"{name!a} is not a staging directory of tag {tag!r}")
+    path = os.path.join(root, name)
+    found = fs.stat(path)
+    if found.kind != "dir":
+        raise CheckpointNotFoundError(f"staging directory {path!r} is not there; does every rank see the same root?")
+    return Staging(root, tag, path, "refuse", found.identity, None)
+
+
+def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) -> None:
+    """Make sub-directories ("a/b") of a staging directory; being there already is fine.
+
+    Raises:
+        UnsafePathError: a path is malformed. WriteError, OutOfSpaceError: one cannot be made.
+    """
+    for directory in directories:
+        path = os.path.join(location, *check_relative_path(directory))
+        try:
+            fs.makedirs(path)
+        except OSError as error:
+            raise write_error(fs, error, f"directory {directory!r} cannot be made in the staging directory", path) from error
+
+
+def publish(
+    fs: FileSystem,
+    staging: Staging,
+    files: Sequence[FileEntry],
+    metadata: Mapping[str, Any],
+    created_unix_ns: int,
+    overwrite: str | None = None,
+    marks: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
+
+    Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
+    the old checkpoint is deleted after that; if the deletion fails, it is left for a later `sweep`. `marks` are added
+    to the manifest's "writer".
+
+    Raises:
+        TagExistsError: the tag was committed in the meantime; it was left as it is.
+        CommitError: `step` names what failed; `committed` is None if it is not known whether the tag is visible.
+        UnsupportedStateError: metadata that is not JSON.
+    """
+    if staging.state not in (State.OPEN, State.SEALED):
+        raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
+    staging.state = State.SEALED
+    overwrite = staging.overwrite if overwrite is None else overwrite
+    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), {**_writer(), **(marks or {})})
+    raw = encode(manifest)
+    with _step("manifest", staging):
+        fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)
+        folders = _check_contents(fs, staging, manifest, len(raw))
+    with _step("sync", staging):
+        _open_to_readers(fs, staging)
+        for folder in folders:
+            fs.fsync_dir(folder)
+    staging.state = State.DURABLE
+    with _step("rename", staging):
+        try:
+            replaced = _rename_to_final(fs, staging, overwrite)
+        except OSError as error:
+            # Network file systems may report the failure of a rename that they did.
+            if fs.stat(staging.final_path).identity != staging.identity:
+                raise
+            raise _unknown(staging, error, "rename") from error
+    staging.renamed = True
+    try:
+        fs.fsync_dir(staging.root)
+    except OSError as error:
+        raise _unknown(staging, error, "sync root") from error
+    staging.state = State.COMMITTED
+    staging.unlock()
+    for old_path in replaced:
+        try:
+            remove_tree(fs, old_path)
+        except OSError as error:
+            logger.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
+    return manifest
+
+
+def abort(fs: FileSystem, staging: Staging) -> None:
+    """Delete a staging directory that will not be published, freeing its space. Does nothing after the rename.
+
+    Raises:
+        WriteError: it could not be deleted; it stays private and is swept once this process is gone.
+    """
+    if staging.state in (State.COMMITTED, State.ABORTED):
+        return
+    staging.state = State.ABORTED
+    try:
+        # A rename that reported failure may have happened: only a directory that is still ours is deleted.
+        if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
+            remove_tree(fs, staging.path)
+    except OSError as error:
+        raise write_error(fs, error, "the staging directory could not be deleted; it is left for a later sweep", staging.path) from error
+    finally:
+        staging.unlock()
+
+
+def remove(fs: FileSystem, root: str, tag: str, *, identity: tuple[int, int] | None = None) -> None:
+    """Delete a committed checkpoint: renamed away, root synced, then deleted; it is never partly visible.
+
+    Args:
+        identity: delete only this very directory, and not one that has taken its name meanwhile.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint of that name, or it is another one.
+        WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
+    """
+    final = os.path.join(root, check_tag(tag))
+    if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
+        raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
+    if identity is not None and fs.stat(final).identity != identity:
+        raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
+    try:
+        trash = move_aside(fs, root, tag, final, "trash")
+        if identity is not None and fs.stat(trash).identity != identity:
+            # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
+            with contextlib.suppress(FileExistsError):
+                fs.rename_noreplace(trash, final)
+                raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
+        fs.fsync_dir(root)
+        remove_tree(fs, trash)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
+    except OSError as error:
+        raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
+
+
+@contextlib.contextmanager
+def _step(step: str, staging: Staging) -> Iterator[None]:
+    """Turn an OSError into a CommitError that names the step and says that the tag is as it was."""
+    try:
+        yield
+    except (CommitError, OutOfSpaceError):
+        raise
+    except OSError as error:
+        raise CommitError(
+            f"{error}; tag {staging.tag!r} was not committed, what was there before is unchanged",
+            step=step,
+            errno=error.errno,
+            path=error.filename if isinstance(error.filename, str) else staging.path,
+        ) from error
+
+
+def _writer() -> dict[str, str]:
+    """What wrote this: versions, for people who look into it years later. torch only where it is loaded anyway."""
+    versions = {"python": platform.python_version(), "platform": f"{platform.system()}-{platform.machine()}"}
+    for module in ("async_ckpt", "torch"):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if version is not None:
+            versions[module] = str(version)
+    return versions
+
+
+def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
+    """The directories of the staging tree, deepest first, once it holds exactly the manifest's files."""
+    expected = {entry.path: entry.size_bytes for entry in manifest.files} | {MANIFEST_NAME: manifest_bytes}
+    folders: list[str] = []
+    stack = [""]
+    while stack:
+        folder = stack.pop()
+        path = os.path.join(staging.path, folder) if folder else staging.path
+        folders.append(path)
+        for name in fs.listdir(path):
+            inner = f"{folder}/{name}" if folder else name
+            found = fs.stat(os.path.join(path, name))
+            if found.kind == "dir":
+                stack.append(inner)
+            elif found.kind != "file" or expected.pop(inner, None) != found.size_bytes:
+                _refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
+    if expected:
+        _refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
+    # Parents were found before their children.
+    return folders[::-1]
+
+
+def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
+    staging.renamed = True
+    return CommitError(
+        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is unknown; "
+        f"nothing was deleted ({error})",
+        step=step,
+        errno=error.errno,
+        path=staging.root,
+        committed=None,
+    )
+
+
+def _refuse(staging: Staging, why: str) -> NoReturn:
+    raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
+
+
+def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
+    """Give the private directory the mode a new one would have; the manifest's mode tells the umask without a race."""
+    read_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o444
+    try:
+        fs.chmod(staging.path, 0o700 | read_bits | read_bits >> 2)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def _rename_to_final(fs: FileSystem, staging: Staging, overwrite: str) -> list[str]:
+    """Rename; returns where the replaced tree is now, if there was one."""
+    for _ in range(_MAX_RACES):
+        try:
+            fs.rename_noreplace(staging.path, staging.final_path)
+            return []
+        except FileExistsError:
+            _check_final(fs, staging.final_path, staging.tag, overwrite, step="rename")
+        try:
+            fs.rename_exchange(staging.path, staging.final_path)
+            return [staging.path]
+        except FileNotFoundError:
+            # Deleted in between: then there is nothing to replace. Unless our own side is what is missing.
+            if fs.stat(staging.path).kind == "missing":
+                raise
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return _replace_without_exchange(fs, staging)
+    _refuse(staging, f"other processes kept creating and deleting {staging.final_path!r}")
+
+
+def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
+    """Two renames; between them the tag is absent, and `sweep` gives the old tree its name back."""
+    aside: list[str] = []
+    for _ in range(_MAX_RACES):
+        with contextlib.suppress(FileNotFoundError):
+            aside.append(move_aside(fs, staging.root, staging.tag, staging.final_path, "aside"))
+        try:
+            fs.rename_noreplace(staging.path, staging.final_path)
+            return aside
+        except FileExistsError:
+            # Another writer used the gap: its checkpoint is the one to replace now.
+            continue
+        except OSError as error:
+            if not aside:
+                raise
+            try:
+                fs.rename_noreplace(aside[-1], staging.final_path)
+            except OSError as second:
+                raise CommitError(
+                    f"{error}; and the old checkpoint could not be given its name back ({second}): it is whole at {aside[-1]!r}",
+                    step="rename",
+                    errno=error.errno,
+                    path=aside[-1],
+                ) from error
+            raise
+    _refuse(staging, f"other processes kept creating {staging.final_path!r}")
+
+
+def _check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
+    if fs.stat(final).kind == "missing":
+        return
+    if overwrite == "refuse":
+        raise TagExistsError(
+            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'", step=step, path=final
+        )
+    is_checkpoint = fs.stat(os.path.join(final, MANIFEST_NAME)).kind == "file" and fs.stat(final).kind == "dir"
+    if not is_checkpoint and fs.stat(final).kind != "missing":
+        raise TagExistsError(f"{final!r} is not a checkpoint (it has no {MANIFEST_NAME}) and is not replaced", step=step, path=final)

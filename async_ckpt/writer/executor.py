@@ -1,0 +1,146 @@
+"""Daemon threads behind the standard executor interface.
+
+Guarantees:
+- A thread stuck in the kernel never keeps the interpreter from exiting, and work is accepted until `shutdown`, also
+  while ``atexit`` hooks run (``ThreadPoolExecutor`` gives neither).
+- A submitted job's future always resolves: a dead thread or a shut executor fails what is queued, with the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import TransactionStateError
+
+T = TypeVar("T")
+
+BACKGROUND_NICENESS = 10
+
+
+def check_process(pid: int, what: str) -> None:
+    """Refuse to work in a forked child of process `pid`: threads do not survive a fork.
+
+    Raises:
+        TransactionStateError: this is another process.
+    """
+    if os.getpid() != pid:
+        raise TransactionStateError(
+            f"{what} belongs to process {pid} and cannot be used in its forked child {os.getpid()}; "
+            "nothing of the parent was touched. Make an engine of its own in the child"
+        )
+
+
+@dataclass(slots=True)
+class _Job:
+    future: Future[Any]
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.fn(*self.args, **self.kwargs)
+        except BaseException as error:  # noqa: BLE001 -- the waiter gets it, whatever it is
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class DaemonExecutor(Executor):
+    """`num_threads` daemon threads called `name`, all started at once: none could be started any more while the interpreter exits.
+
+    Args:
+        niceness: added scheduling niceness of the threads on Linux, so that they yield to training.
+    """
+
+    def __init__(self, name: str, num_threads: int, *, niceness: int = 0) -> None:
+        self._pid = os.getpid()
+        self._name = name
+        self._niceness = niceness
+        self._lock = threading.Lock()
+        self._refusal: BaseException | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """Why no work is accepted any more; None while it is."""
+        return self._refusal
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Queue `fn`, first in first out. Never blocks.
+
+        Raises:
+            TransactionStateError: shut down, its thread died, or in a forked child.
+        """
+        check_process(self._pid, f"executor {self._name!r}")
+        future: Future[T] = Future()
+        with self._lock:
+            if self._refusal is not None:
+                raise TransactionStateError(f"executor {self._name!r} accepts no work: {self._refusal}") from self._refusal
+            self._jobs.put(_Job(future, fn, args, kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept no more work; what is queued still runs, or fails at once with `cancel_futures`. `wait` joins the threads."""
+        check_process(self._pid, f"executor {self._name!r}")
+        self._refuse(TransactionStateError(f"executor {self._name!r} was shut down"), drop=cancel_futures)
+        if wait:
+            self.join(None)
+
+    def join(self, timeout_s: float | None) -> bool:
+        """Wait for the threads to end, after `shutdown`; False when one is still at work after `timeout_s` seconds."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
+
+    def _refuse(self, error: BaseException, *, drop: bool) -> None:
+        with self._lock:
+            if self._refusal is None:
+                self._refusal = error
+        while drop:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is not None:
+                job.fail(error)
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        try:
+            self._be_nice()
+            while (job := self._jobs.get()) is not None:
+                job.run()
+                # An idle thread must not keep the last job's memory alive.
+                del job
+        except BaseException as error:  # noqa: BLE001 -- an exception injected between jobs: queued work must learn it
+            death = TransactionStateError(f"a thread of executor {self._name!r} died: {error!r}")
+            death.__cause__ = error
+            self._refuse(death, drop=True)
+
+    def _be_nice(self) -> None:
+        if sys.platform == "linux" and self._niceness:
+            # On Linux niceness belongs to the thread, by its native id.
+            thread = threading.get_native_id()
+            current = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))
