@@ -169,7 +169,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         with self._lock:
             started = time.perf_counter()
             self._usable()
-            checkpoint = self._inflight.sealable(name)
+            checkpoint = self._inflight.require_open(name)
             self._inflight.await_slot()
             pending = self._inflight.commit(checkpoint, checked, started)
             self._snapshotter.hurry()

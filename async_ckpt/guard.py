@@ -31,7 +31,6 @@ class Guard:
         self._jobs: list[SnapshotJob] = []
         self._lock = threading.Lock()
         self._known: frozenset[int] | None = None
-        self.waited_s = 0.0
 
     def add(self, optimizer: torch.optim.Optimizer) -> int:
         """Hook `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes nothing."""
@@ -90,7 +89,6 @@ class Guard:
                 raise
             ended = time.perf_counter()
             job.guard_wait_s += ended - started
-            self.waited_s += ended - started
             started = ended
 
     def _wait_for(self, job: SnapshotJob, block: bool) -> None:

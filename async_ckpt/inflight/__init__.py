@@ -122,8 +122,6 @@ class InFlight:
         state = "its commit was called already" if ended is not None else f"open are: {', '.join(self._open) or 'none'}"
         raise TransactionStateError(f"checkpoint {tag!r} is not open ({state}); call create({tag!r}) first. Nothing was changed")
 
-    sealable = require_open
-
     def raise_unacknowledged(self) -> None:
         """Raise the first failure that nobody has asked for yet; each is raised once."""
         for pending in self._commits:

@@ -17,8 +17,8 @@ UINT32_MAX = 0xFFFFFFFF
 MAX_DIRECTORY_BYTES = 1 << 30
 _MAX_NAME_BYTES = 4096
 
-_ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
@@ -45,7 +45,7 @@ def read_directory(pread: PRead, file_bytes: int) -> list[Record]:
     Any thread; blocks in `pread` (one call per record, plus two). Raises CorruptCheckpointError for anything that is not a plain
     torch container: wrong magic, compression, sizes or offsets outside the file, overlapping or duplicate records.
     """
-    count, directory, nbytes = _read_end(pread, file_bytes)
+    count, directory, nbytes = read_end(pread, file_bytes)
     raw = pread(directory, nbytes)
     records: list[Record] = []
     names: set[str] = set()
@@ -61,7 +61,7 @@ def read_directory(pread: PRead, file_bytes: int) -> list[Record]:
     return records
 
 
-def _read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
+def read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
     """(entry count, directory offset, directory size) from the three end records."""
     if file_bytes < _TAIL_NBYTES:
         raise CorruptCheckpointError(f"file has {file_bytes} bytes, too few for a zip container")
@@ -77,18 +77,18 @@ def _read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
     claimed = (0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(nbytes, UINT32_MAX), min(directory, UINT32_MAX))
     if tuple(end[1:7]) != claimed or directory + nbytes != tail_offset:
         raise CorruptCheckpointError("zip end records contradict each other")
-    if nbytes > MAX_DIRECTORY_BYTES or count * _ENTRY.size > nbytes:
+    if nbytes > MAX_DIRECTORY_BYTES or count * ENTRY.size > nbytes:
         raise CorruptCheckpointError(f"zip directory claims {count} entries in {nbytes} bytes")
     return count, directory, nbytes
 
 
 def _read_entry(pread: PRead, raw: bytes, at: int, directory: int, previous_end: int) -> tuple[Record, int, int]:
     """One directory entry and the local header it points at; returns (record, end of its payload, next entry)."""
-    if at + _ENTRY.size > len(raw):
+    if at + ENTRY.size > len(raw):
         raise CorruptCheckpointError("zip directory is cut off inside an entry")
-    fields = _ENTRY.unpack_from(raw, at)
+    fields = ENTRY.unpack_from(raw, at)
     magic, _, _, flags, method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, header = fields
-    name_at = at + _ENTRY.size
+    name_at = at + ENTRY.size
     following = name_at + name_nbytes + extra_nbytes
     if magic != b"PK\1\2" or following > len(raw) or not 0 < name_nbytes <= _MAX_NAME_BYTES or comment_nbytes or disk:
         raise CorruptCheckpointError("zip directory holds a malformed entry")
@@ -99,22 +99,22 @@ def _read_entry(pread: PRead, raw: bytes, at: int, directory: int, previous_end:
         raise CorruptCheckpointError(f"zip directory holds a record name that is not UTF-8: {raw_name!r}") from error
     if method != 0 or flags & 0x0001:
         raise CorruptCheckpointError(f"record {name!r} is compressed or encrypted; torch stores records plainly", record=name)
-    nbytes, packed, header = _zip64(raw[name_at + name_nbytes : following], nbytes, packed, header, name)
+    nbytes, packed, header = read_zip64(raw[name_at + name_nbytes : following], nbytes, packed, header, name)
     if packed != nbytes:
         raise CorruptCheckpointError(f"record {name!r} claims two sizes, {packed} and {nbytes} bytes", record=name)
-    if header < previous_end or header + _LOCAL.size + name_nbytes > directory:
+    if header < previous_end or header + LOCAL.size + name_nbytes > directory:
         raise CorruptCheckpointError(f"record {name!r} overlaps another one or lies outside the file (header at {header})", record=name)
-    local = pread(header, _LOCAL.size + name_nbytes)
-    values = _LOCAL.unpack_from(local, 0)
-    if values[0] != b"PK\3\4" or values[3] != 0 or values[9] != name_nbytes or local[_LOCAL.size :] != raw_name:
+    local = pread(header, LOCAL.size + name_nbytes)
+    values = LOCAL.unpack_from(local, 0)
+    if values[0] != b"PK\3\4" or values[3] != 0 or values[9] != name_nbytes or local[LOCAL.size :] != raw_name:
         raise CorruptCheckpointError(f"record {name!r} has a local header that contradicts the directory", record=name)
-    offset = header + _LOCAL.size + name_nbytes + values[10]
+    offset = header + LOCAL.size + name_nbytes + values[10]
     if offset + nbytes > directory:
         raise CorruptCheckpointError(f"record {name!r} claims bytes {offset}..{offset + nbytes}, past the payload area", record=name)
     return Record(name, offset, nbytes, crc, directory + at), offset + nbytes, following
 
 
-def _zip64(extra: bytes, nbytes: int, packed: int, header: int, name: str) -> tuple[int, int, int]:
+def read_zip64(extra: bytes, nbytes: int, packed: int, header: int, name: str) -> tuple[int, int, int]:
     """Replace the saturated 32-bit fields by those of the zip64 extra."""
     needed = [nbytes == UINT32_MAX, packed == UINT32_MAX, header == UINT32_MAX]
     if not any(needed):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CorruptCheckpointError
-from ..layout.zipdirectory import _ENTRY, _LOCAL, UINT32_MAX, PRead, _read_end, _zip64
+from ..layout.zipdirectory import ENTRY, LOCAL, UINT32_MAX, PRead, read_end, read_zip64
 
 _PADDING_BYTES = 65535
 
@@ -35,26 +35,26 @@ def record_extents(pread: PRead, file_bytes: int) -> dict[str, RecordExtent]:
         CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
         UnusualLayoutError: the records do not lie back to back.
     """
-    count, directory, directory_bytes = _read_end(pread, file_bytes)
+    count, directory, directory_bytes = read_end(pread, file_bytes)
     raw = pread(directory, directory_bytes)
     entries: list[tuple[str, int, int, int, int]] = []
     at = 0
     for _ in range(count):
-        if at + _ENTRY.size > len(raw):
+        if at + ENTRY.size > len(raw):
             raise CorruptCheckpointError("zip directory is cut off inside an entry")
-        _, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, _, _, _, header = _ENTRY.unpack_from(
+        _, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, _, _, _, header = ENTRY.unpack_from(
             raw, at
         )
-        name_at = at + _ENTRY.size
+        name_at = at + ENTRY.size
         at = name_at + name_bytes + extra_bytes + comment_bytes
         if at > len(raw):
             raise CorruptCheckpointError("zip directory is cut off inside an entry")
         name = str(raw[name_at : name_at + name_bytes], "utf-8", "replace")
         extra = bytes(raw[name_at + name_bytes : name_at + name_bytes + extra_bytes])
-        size, packed, header = _zip64(extra, size, packed, header, name)
+        size, packed, header = read_zip64(extra, size, packed, header, name)
         if method != 0 or flags & 1 or packed != size:
             raise UnusualLayoutError(f"record {name!r} is compressed or encrypted")
-        entries.append((name.partition("/")[2], header, size, crc, _LOCAL.size + name_bytes))
+        entries.append((name.partition("/")[2], header, size, crc, LOCAL.size + name_bytes))
     return _extents(entries, directory)
 
 
