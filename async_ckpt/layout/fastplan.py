@@ -12,12 +12,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from .compaction import dense_copy, plan_extents
 from .encoder import Encoded, Written, encode, encode_scalar
-from .plan import PlannedState, Sources, container_plan
+from .plan import PlannedState, Sources, container_plan, version_counters
 from .recording import name_hash
 from .structure import NotPlainError, Structure, picker
-from .tensorfacts import LiveTensors, StoragePattern, look_at
+from .tensorfacts import LiveStorages, LiveTensors, StoragePattern, TensorFacts, look_at
 from .tensorkinds import TensorKind, tensor_kind
 from .zipformat import lay_out, with_pickle
 
@@ -30,7 +32,9 @@ class FastPlan:
     def __init__(self, root: Any, *, alignment: int, compact_views: bool, encode: Encode = encode) -> None:
         """Plan `root` from scratch. Raises NotPlainError (or RecursionError) where torch has to do it."""
         structure = Structure(root)
-        live = look_at(structure.pick_tensors(structure.first_leaves))
+        tensors = structure.pick_tensors(structure.first_leaves)
+        versions = version_counters(tensors)
+        live = look_at(tensors)
         kinds = list(map(tensor_kind, live.dtypes, live.devices))
         leaves = structure.finish(_constants(kinds))
         pattern = StoragePattern(live)
@@ -42,7 +46,8 @@ class FastPlan:
         self.tensor_kinds = frozenset(zip(map(type, live.tensors), live.dtypes, live.devices, strict=True))
         self._pattern = pattern
         self._extents = extents
-        self._columns = live.columns
+        self._facts = TensorFacts(live)
+        self._devices = frozenset(live.devices)
         self._pieces = encoded.pieces
         self._exact = structure.pick_exact(leaves)
         self._exact_pieces = [encoded.piece_of[position] for position in structure.exact_positions]
@@ -58,7 +63,7 @@ class FastPlan:
             b"".join(self._pieces), self._storage_nbytes, name_hash=name_hash(len(encoded.key_order)), alignment=alignment
         )
         self._plan = container_plan(self.container, "fast")
-        self.first = self._planned(leaves, live, cached=False)
+        self.first = self._planned(leaves, tensors, versions, live, cached=False)
 
     def take_first(self) -> PlannedState:
         """The planned state this was made from; can be taken once, so that nothing of it is kept."""
@@ -67,21 +72,21 @@ class FastPlan:
         return first
 
     def match(self, root: Any) -> PlannedState | None:
-        """The plan of `root` if it has the same structure, else None. About 2 us per tensor."""
+        """The plan of `root` if it has the same structure, else None. About 1 us per tensor."""
         leaves = self.structure.match(root)
         if leaves is None:
             return None
-        try:
-            live = look_at(self.structure.pick_tensors(leaves))
-        except NotPlainError:
-            return None
-        if live.columns != self._columns or not self._pattern.matches(live):
+        tensors = self.structure.pick_tensors(leaves)
+        # Read at once: a change from here on is seen as torn.
+        versions = version_counters(tensors)
+        live = self._facts.storages_if_same(tensors)
+        if live is None or not self._pattern.matches(live):
             return None
         if self._update_scalars(leaves):
             self.container = with_pickle(self.container, b"".join(self._pieces), self._storage_nbytes)
             moved = self.container.payload_offsets is not self._plan.payload_offsets
             self._plan = container_plan(self.container, "fast", None if moved else self._plan.plan_hash)
-        return self._planned(leaves, live, cached=True)
+        return self._planned(leaves, tensors, versions, live, cached=True)
 
     def _update_scalars(self, leaves: list[Any]) -> bool:
         """Encode the scalars that changed; True if any did."""
@@ -103,19 +108,29 @@ class FastPlan:
             self._floats = floats
         return changed
 
-    def _planned(self, leaves: list[Any], live: LiveTensors, *, cached: bool) -> PlannedState:
+    def _planned(
+        self, leaves: list[Any], tensors: Sequence[torch.Tensor], versions: list[int | None], live: LiveStorages, *, cached: bool
+    ) -> PlannedState:
         structure = self.structure
 
         def paths() -> list[str]:
             all_paths = structure.paths(leaves)
             return [all_paths[position] for position in structure.tensor_positions]
 
-        sources = Sources(list(self._pick_sources(live.storages)), self._source_offsets, self._source_nbytes)
+        storages, ids = list(self._pick_sources(live.storages)), list(self._pick_sources(live.storage_ids))
         for position, storage in enumerate(self._filled):
             tensor_index = self._extents.copied.get(storage)
             if tensor_index is not None:
-                sources.storage[position] = dense_copy(live.tensors[tensor_index])
-        return PlannedState(plan=self._plan, sources=sources, tensors=list(live.tensors), cached=cached, _paths=paths)
+                storages[position] = dense_copy(tensors[tensor_index])
+                ids[position] = storages[position]._cdata
+        return PlannedState(
+            plan=self._plan,
+            sources=Sources(storages, self._source_offsets, self._source_nbytes, ids, self._devices),
+            tensors=list(tensors),
+            versions=versions,
+            cached=cached,
+            _paths=paths,
+        )
 
 
 def _constants(kinds: Sequence[TensorKind]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 from .sealer import Sealer
@@ -13,6 +14,8 @@ from .zipformat import Container, SealMap
 
 if TYPE_CHECKING:
     import torch
+
+_version_of = attrgetter("_version")
 
 FileFormat = Literal["torch", "safetensors", "opaque"]
 PlannerName = Literal["fast", "torch", "safetensors", "opaque"]
@@ -56,6 +59,16 @@ class Sources:
     storage: list[torch.UntypedStorage]
     offset_bytes: list[int]
     nbytes: list[int]
+    ids: list[int] = field(default_factory=list)
+    """What tells the storages apart (`_cdata`); read from them where the planner has not."""
+    devices: frozenset[torch.device] | None = None
+    """At least those of the storages; None where the planner has not looked."""
+
+    def identities(self) -> list[int]:
+        return self.ids or [storage._cdata for storage in self.storage]
+
+    def all_devices(self) -> frozenset[torch.device]:
+        return frozenset(storage.device for storage in self.storage) if self.devices is None else self.devices
 
     def __len__(self) -> int:
         return len(self.storage)
@@ -78,6 +91,12 @@ class PlannedState:
     cached: bool
     """True where an earlier plan was reused."""
     _paths: Callable[[], list[str]] = field(repr=False)
+    versions: list[int | None] = field(default_factory=list, repr=False)
+    """The counters when the planner met the tensors; read now where it did not."""
+
+    def __post_init__(self) -> None:
+        if not self.versions:
+            self.versions = version_counters(self.tensors)
 
     @property
     def num_tensors(self) -> int:
@@ -86,6 +105,14 @@ class PlannedState:
     def tensor_paths(self) -> list[str]:
         """Key path of each of `tensors`, such as "['model']['layer.0.weight']"; worked out when asked for."""
         return self._paths()
+
+
+def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
+    """Version counter of each tensor; None for inference tensors, which keep none."""
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:
+        return [None if t.is_inference() else t._version for t in tensors]
 
 
 def hash_layout(file_format: str, file_bytes: int, offsets: Sequence[int], nbytes: Sequence[int]) -> str:

@@ -13,7 +13,6 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 
@@ -80,18 +79,18 @@ class Fill:
         self._streams = streams
         self.storages = state.sources.storage
         self._tensors: Sequence[torch.Tensor] = state.tensors
-        self._versions = version_counters(state.tensors)
+        self._versions = state.versions
         self._literals = state.plan.literals
         self._literal_offsets: list[int] = []
         self._starts = state.sources.offset_bytes
-        kinds = set(map(attrgetter("device"), self.storages))
-        for device in kinds:
+        devices = state.sources.all_devices()
+        for device in devices:
             if device.type not in ("cpu", "cuda"):
                 raise UnsupportedStateError(
                     f"a tensor lies on device '{device}', which cannot be snapshotted (cpu and cuda can); "
                     "move it with .cpu() before save. Nothing was written for this file"
                 )
-        self.devices = {device for device in kinds if device.type == "cuda"}
+        self.devices = {device for device in devices if device.type == "cuda"}
         self._addresses: list[int] = []
 
     def _find_addresses(self) -> list[int]:
@@ -254,11 +253,3 @@ def all_storage_ids(tensors: Sequence[torch.Tensor]) -> list[int]:
     if {type(t) for t in tensors} <= {torch.Tensor, torch.nn.Parameter} and {t.layout for t in tensors} <= {torch.strided}:
         return [storage._cdata for storage in map(torch.Tensor.untyped_storage, tensors)]
     return [storage_id for tensor in tensors for storage_id in storage_ids(tensor)]
-
-
-def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """Version counter of each tensor; None for inference tensors, which keep none."""
-    try:
-        return [t._version for t in tensors]
-    except RuntimeError:
-        return [None if t.is_inference() else t._version for t in tensors]
