@@ -8,7 +8,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -199,19 +198,17 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
         WriteError: a deletion failed.
     """
     catalog = Catalog(root, filesystem)
-    # Taken before anything is read: a checkpoint that is replaced after that is not the one that was decided about.
-    identities = {name: filesystem.stat(os.path.join(root, name)).identity for name in filesystem.listdir(root)}
-    checkpoints = [CheckpointInfo.of(entry.manifest) for entry in catalog.entries() if entry.manifest is not None]
-    decisions = decide(checkpoints, policy)
+    manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
+    decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
     doomed = [decision for decision in decisions if not decision.keep]
     if doomed and not _is_good(catalog, decisions[-1].tag):
         reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"
         return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
     for decision in doomed:
         try:
-            transaction.remove(filesystem, root, decision.tag, identity=identities.get(decision.tag, (-1, -1)))
+            transaction.remove(filesystem, root, decision.tag, expected=manifests[decision.tag])
         except CheckpointNotFoundError:
-            # Another process deleted it first: that is what was wanted. Or replaced it: then it is a new one.
+            # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
             continue
     return decisions
 

@@ -132,7 +132,11 @@ class DirHandle(Protocol):
 
 
 class LockHandle(Protocol):
-    """A held directory lock; ends with `close` or with the process."""
+    """A held lock of a directory or file; ends with `close` or with the process."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """(device, inode) of what is locked; not reused while the lock is held."""
 
     def close(self) -> None:
         """Let go; idempotent."""
@@ -198,6 +202,9 @@ class FileSystem(Protocol):
         Raises:
             OSError: ENOTSUP or ENOLCK where the file system has no locks.
         """
+
+    def lock_file(self, path: str) -> LockHandle | None:
+        """As `lock_dir`, of a regular file."""
 
     def free_bytes(self, path: str) -> int:
         """Bytes that this user may still write on the file system of `path`."""
@@ -308,14 +315,22 @@ class LocalFileSystem:
             return handle.open_read(parts, direct=direct)
 
     def lock_dir(self, path: str) -> LockHandle | None:
-        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        locked = False
+        return self._lock(path, os.O_DIRECTORY)
+
+    def lock_file(self, path: str) -> LockHandle | None:
+        # A FIFO in its place must not hang the open.
+        return self._lock(path, os.O_NONBLOCK)
+
+    def _lock(self, path: str, flags: int) -> LockHandle | None:
+        fd = self._calls.open(path, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = None
         try:
-            locked = self._calls.flock(fd)
+            if self._calls.flock(fd):
+                lock = _Lock(self._calls, fd)
         finally:
-            if not locked:
+            if lock is None:
                 self._calls.close(fd)
-        return _DirLock(self._calls, fd) if locked else None
+        return lock
 
     def free_bytes(self, path: str) -> int:
         return self._calls.free_bytes(path)
@@ -327,10 +342,13 @@ class LocalFileSystem:
         return await _file_write.open_write(self._calls, path, size_bytes, direct=direct, executor=executor)
 
 
-class _DirLock:
-    """Only ever closed, never LOCK_UN: a forked child shares the lock and must not drop it for its parent."""
+class _Lock:
+    """Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it for it."""
 
     def __init__(self, calls: Syscalls, fd: int) -> None:
+        found = calls.fstat(fd)
+        self.identity = (found.st_dev, found.st_ino)
+        self._pid = os.getpid()
         self._calls = calls
         self._fd: int | None = fd
 
@@ -339,4 +357,8 @@ class _DirLock:
         # A descriptor that was never written through has nothing to lose when its close fails.
         with contextlib.suppress(OSError):
             if fd is not None:
-                self._calls.close(fd)
+                try:
+                    if os.getpid() == self._pid:
+                        self._calls.unlock(fd)
+                finally:
+                    self._calls.close(fd)

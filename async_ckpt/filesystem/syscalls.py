@@ -99,6 +99,10 @@ class Syscalls:
             return True
         return False
 
+    def unlock(self, fd: int) -> None:
+        """Drop the lock for everybody who shares the descriptor, forked children too."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
     def listdir(self, path: str | int) -> list[str]:
         return os.listdir(path)
 

@@ -9,6 +9,7 @@ Guarantees:
 - `<root>/<tag>` is absent or whole at every instant, also for a process killed between any two calls here.
 - Of several writers of one tag with overwrite "refuse" exactly one publishes.
 - A tree is deleted only under a private name, and only if it is ours or its owner is certainly gone.
+- A deletion or replacement takes away the very tree it has looked at, whoever else is at work on that tag.
 
 All functions are synchronous, block on the disk and may run in any thread; one `Staging` belongs to one thread at a
 time. They raise the package's errors; the `OSError` is the cause.
@@ -38,6 +39,8 @@ from ..errors import (
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
 from ..filesystem.file_write import UNSUPPORTED
 from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
+from .claims import claimed
+from .removing import remove
 from .sweeping import Swept, sweep
 from .trees import lock_or_none, make_private, move_aside, remove_tree, write_error
 
@@ -253,36 +256,6 @@ def abort(fs: FileSystem, staging: Staging) -> None:
         staging.unlock()
 
 
-def remove(fs: FileSystem, root: str, tag: str, *, identity: tuple[int, int] | None = None) -> None:
-    """Delete a committed checkpoint: renamed away, root synced, then deleted; it is never partly visible.
-
-    Args:
-        identity: delete only this very directory, and not one that has taken its name meanwhile.
-
-    Raises:
-        CheckpointNotFoundError: there is no checkpoint of that name, or it is another one.
-        WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
-    """
-    final = os.path.join(root, check_tag(tag))
-    if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
-        raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
-    if identity is not None and fs.stat(final).identity != identity:
-        raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
-    try:
-        trash = move_aside(fs, root, tag, final, "trash")
-        if identity is not None and fs.stat(trash).identity != identity:
-            # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
-            with contextlib.suppress(FileExistsError):
-                fs.rename_noreplace(trash, final)
-                raise CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
-        fs.fsync_dir(root)
-        remove_tree(fs, trash)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
-    except OSError as error:
-        raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
-
-
 @contextlib.contextmanager
 def _step(step: str, staging: Staging) -> Iterator[None]:
     """Turn an OSError into a CommitError that names the step and says that the tag is as it was."""
@@ -366,7 +339,8 @@ def _rename_to_final(fs: FileSystem, staging: Staging, overwrite: str) -> list[s
         except FileExistsError:
             _check_final(fs, staging.final_path, staging.tag, overwrite, step="rename")
         try:
-            fs.rename_exchange(staging.path, staging.final_path)
+            with claimed(fs, staging.final_path):
+                fs.rename_exchange(staging.path, staging.final_path)
             return [staging.path]
         except FileNotFoundError:
             # Deleted in between: then there is nothing to replace. Unless our own side is what is missing.
@@ -383,7 +357,7 @@ def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
     """Two renames; between them the tag is absent, and `sweep` gives the old tree its name back."""
     aside: list[str] = []
     for _ in range(_MAX_RACES):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), claimed(fs, staging.final_path):
             aside.append(move_aside(fs, staging.root, staging.tag, staging.final_path, "aside"))
         try:
             fs.rename_noreplace(staging.path, staging.final_path)

@@ -224,6 +224,7 @@ def test_killed_or_failed_at_every_call_of_a_removal(fast_path: Path) -> None:
     root = prepare(fast_path, "count", True)
     fs = FaultyFileSystem()
     transaction.remove(fs, str(root), "t")
+    names = [op.name for op in fs.operations if op.index >= 0]
     for k in range(fs.num_counted):
         for fault in ("kill", "error"):
             root = prepare(fast_path, f"{k}-{fault}", True)
@@ -232,7 +233,9 @@ def test_killed_or_failed_at_every_call_of_a_removal(fast_path: Path) -> None:
                 faulty.kill_at(k)
             else:
                 faulty.fail_at(k, errno.EIO)
-            with pytest.raises((Killed, WriteError)):
+            # Nothing was written through the lock's descriptor: that its close failed need not be said.
+            is_harmless = (names[k], fault) == ("close", "error")
+            with contextlib.suppress(WriteError) if is_harmless else pytest.raises((Killed, WriteError)):
                 transaction.remove(faulty, str(root), "t")
             faulty.dispose()
             faulty.calls.killed = True

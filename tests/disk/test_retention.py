@@ -140,7 +140,7 @@ def test_failures_and_races_of_deletion(fast_path: Path) -> None:
     fs = FaultyFileSystem()
 
     def race(op: object) -> None:
-        if op.name == "rename" and op.path.endswith("s1") and (fast_path / "s1").exists():  # type: ignore[attr-defined]
+        if op.name == "flock" and "/s1/" in op.path and (fast_path / "s1").exists():  # type: ignore[attr-defined]
             transaction.remove(LocalFileSystem(), str(fast_path), "s1")
 
     fs.calls.before = race

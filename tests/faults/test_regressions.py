@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +102,7 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
     assert contents(tmp_path) == {"a": 3}
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before the look", "before the rename"])
+@pytest.mark.parametrize("late", [False, True], ids=["before the look", "before the claim"])
 def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Path, late: bool) -> None:
     """Retention decided about the old "a" and deleted the new one, whose commit had just succeeded."""
     fs = faulty_filesystem()
@@ -109,7 +111,7 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
         job.whole("a", 1)
 
         def replace_first(op: object) -> None:
-            wanted = ("rename", str(tmp_path / "a")) if late else ("open", str(tmp_path / "b"))
+            wanted = ("flock", str(tmp_path / "a" / "manifest.json")) if late else ("open", str(tmp_path / "b"))
             if (op.name, op.path) == wanted:  # type: ignore[attr-defined]
                 fs.calls.before = None
                 with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
@@ -120,6 +122,32 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
         assert fs.calls.before is None
         assert contents(tmp_path)["a"] == 3
         assert engine.tags()[-1] == "a"
+
+
+def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_replaced(tmp_path: Path) -> None:
+    """Checkpoints were told apart by their inodes, and a new directory may well get the inode of a deleted one."""
+    fs = faulty_filesystem()
+    lstat = fs.calls.lstat
+
+    def same_number(path: str, **where: Any) -> os.stat_result:
+        found = lstat(path, **where)
+        return os.stat_result((found.st_mode, 1, *found[2:10])) if stat.S_ISDIR(found.st_mode) else found
+
+    with make_engine(tmp_path, fs, retention=KeepLast(1)) as engine:
+        job = Job(engine, Told())
+        job.whole("a", 1)
+
+        def replace_first(op: object) -> None:
+            if (op.name, op.path) == ("open", str(tmp_path / "b")):  # type: ignore[attr-defined]
+                fs.calls.before = None
+                with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
+                    Job(third, Told()).whole("a", 3)
+
+        fs.calls.lstat = same_number  # type: ignore[method-assign]
+        fs.calls.before = replace_first
+        job.whole("b", 2)
+        assert fs.calls.before is None
+    assert contents(tmp_path)["a"] == 3
 
 
 @pytest.mark.leaves_staging

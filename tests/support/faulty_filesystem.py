@@ -284,6 +284,12 @@ class FaultySyscalls(Syscalls):
                     self._locked.add(fd)
             return held
 
+    def unlock(self, fd: int) -> None:
+        with self._guard:
+            # After a kill the number may be that of somebody else's file.
+            if fd in self._locked:
+                super().unlock(fd)
+
     def listdir(self, path: str | int) -> list[str]:
         with self._call("listdir", self.path_of(path) if isinstance(path, int) else self._full(path)):
             return super().listdir(path)

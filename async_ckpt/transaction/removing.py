@@ -1,0 +1,68 @@
+"""Deleting a committed checkpoint: never partly visible, and never another one than was meant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..filesystem import FileSystem
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode
+from .claims import claimed
+from .trees import move_aside, remove_tree, write_error
+
+
+def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = None) -> None:
+    """Delete a committed checkpoint: renamed away, root synced, then deleted. Blocks; any thread.
+
+    Args:
+        expected: delete only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint of that name (any more), or it is another one; nothing was deleted.
+        WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
+    """
+    final = os.path.join(root, check_tag(tag))
+    try:
+        if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
+            raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
+        trash = _take_away(fs, root, tag, final, expected)
+        fs.fsync_dir(root)
+        remove_tree(fs, trash)
+    except CheckpointNotFoundError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
+    except OSError as error:
+        raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
+
+
+def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:
+    """Rename the tree to a private name of which nobody makes anything but rubbish; returns that."""
+    with claimed(fs, final) as is_exclusive:
+        identity = fs.stat(final).identity
+        if expected is not None and _manifest(fs, final) != expected:
+            raise _replaced(tag)
+        if is_exclusive:
+            return move_aside(fs, root, tag, final, "trash")
+    # No locks here: look at what was moved before it counts as rubbish. A sweep gives an "aside" its name back.
+    aside = move_aside(fs, root, tag, final, "aside")
+    if fs.stat(aside).identity != identity:
+        # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
+        with contextlib.suppress(FileExistsError):
+            fs.rename_noreplace(aside, final)
+            raise _replaced(tag)
+    return move_aside(fs, root, tag, aside, "trash")
+
+
+def _manifest(fs: FileSystem, final: str) -> Manifest | None:
+    """Not the directory's identity: the number of a deleted directory is soon that of a new one."""
+    path = os.path.join(final, MANIFEST_NAME)
+    try:
+        return decode(fs.read_file(path, MAX_MANIFEST_BYTES), source=path)
+    except CorruptCheckpointError:
+        return None
+
+
+def _replaced(tag: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")
