@@ -28,7 +28,7 @@ from . import manifest, restore
 from .catalog import Catalog
 from .config import EngineConfig
 from .errors import BackpressureTimeout, PathExistsError, TransactionStateError, UnsafePathError
-from .guard import Guard
+from .guard import Guard, SaveTurn
 from .inflight import InFlight
 from .inflight.checkpoint import OpenCheckpoint, SavedFile
 from .interface import CheckpointEngine, StrPath, tag_of
@@ -135,15 +135,17 @@ class AsyncCheckpointEngine(CheckpointEngine):
             TornSnapshotError: the state changed meanwhile. BackpressureTimeout: the disk did not keep up.
             CheckpointError: the first failure of this tag, if it has failed already.
         """
-        with self._lock:
-            started = time.perf_counter()
+        started = time.perf_counter()
+        self._usable()
+        # The turn comes before the lock: a closure of the step that is waited for may call this engine.
+        with self._guard.saving() as turn, self._lock:
             self._usable()
             checkpoint, parts = self._locate(path)
             if not parts:
                 raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
             checkpoint.check_healthy()
             with self._snapshotter.planning():
-                self._save(checkpoint, "/".join(parts), state_dict, started, format)
+                self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
 
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
@@ -227,7 +229,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
         """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the copies.
 
-        Everything else in a state dict is still copied inside `save`. Guarded tensors that are changed by other means
+        Everything else in a state dict is still copied inside `save`. A step on another thread and a `save` wait for each
+        other to end, from the first step after this call on. Guarded tensors that are changed by other means
         (``load_state_dict``, in-place edits) before the copy ended are detected and fail that checkpoint with
         `TornSnapshotError`; call `wait_snapshot` before doing so.
         """
@@ -351,20 +354,32 @@ class AsyncCheckpointEngine(CheckpointEngine):
     # Inside.
 
     def _save(
-        self, checkpoint: OpenCheckpoint, path: str, state_dict: Any, started: float, format: Literal["torch", "safetensors"] | None
+        self,
+        checkpoint: OpenCheckpoint,
+        path: str,
+        state_dict: Any,
+        started: float,
+        format: Literal["torch", "safetensors"] | None,
+        turn: SaveTurn,
     ) -> None:
         checkpoint.check_new(path)
+        began = time.perf_counter()
         # An integration may have planned the file itself.
         state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path, format=format)
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
-        metrics.plan_s = time.perf_counter() - started
+        metrics.plan_s = time.perf_counter() - began
         write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
         saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
         checkpoint.add_file(path, saved)
         try:
+            guarded = self._guard.storages()
+            if guarded.isdisjoint(state.sources.identities()):
+                # Nothing here is changed by a guarded step: those of other threads may go on.
+                guarded = frozenset()
+                turn.release()
             job = self._snapshotter.take(
-                state, write, guarded=self._guard.storages(), name=path, on_copied=self._inflight.copy_reporter(checkpoint.tag, path)
+                state, write, guarded=guarded, name=path, on_copied=self._inflight.copy_reporter(checkpoint.tag, path)
             )
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
