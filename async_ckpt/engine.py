@@ -245,12 +245,27 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
         self._guard.wait(block=True)
 
-    def prewarm(self, state_bytes: int | None = None) -> None:
-        """Block until staging memory for `state_bytes` (None: all of it) is faulted in, so that the first save is a warm one."""
-        self._usable()
-        self._planner.check_ahead()
+    def prewarm(self, state_bytes: int | None = None, *, states: Mapping[str, Any] | None = None) -> None:
+        """Block until a save of this size is a warm one: staging memory is faulted in, and `states` are planned.
+
+        Args:
+            state_bytes: None is the size of `states`, or all staging memory without them.
+            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing of it is
+                copied or kept; later states of the same structure reuse the plan.
+
+        Raises:
+            UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
+        """
+        with self._lock:
+            self._usable()
+            self._planner.check_ahead()
+            planned = []
+            for path, state in (states or {}).items():
+                name = "/".join(split_root(self.config.root, path)[1])
+                planned.append(self._snapshotter.plan_ahead(self._planner.plan(state, name=name).plan, name))
         size = self._arena.num_chunks * self._arena.chunk_bytes
-        self._arena.fault_in(size if state_bytes is None else min(size, state_bytes))
+        wanted = state_bytes if state_bytes is not None else sum(planned) if states else size
+        self._arena.fault_in(min(size, wanted))
 
     # Being stopped.
 
@@ -391,7 +406,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._guard.track(job)
         metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
         metrics.stall_s = time.perf_counter() - started
-        self._inflight.report("save", started, checkpoint.tag, path)
+        self._inflight.report("save", started, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:

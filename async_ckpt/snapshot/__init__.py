@@ -104,6 +104,10 @@ class Snapshotter:
         """Around everything a `save` does on the caller's thread: lazy copies do not start meanwhile, nor shortly after."""
         return self._courtesy.extended()
 
+    def plan_ahead(self, plan: FilePlan, name: str) -> int:
+        """Cut `plan` into chunks before its first `take`; returns the bytes of the chunks it will need."""
+        return len(self._cuts_for(plan, name)) * self._arena.chunk_bytes
+
     def take(
         self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str, on_copied: OnCopied | None = None
     ) -> SnapshotJob:
@@ -122,7 +126,7 @@ class Snapshotter:
             UnsupportedStateError: a storage's device cannot be copied from.
         """
         fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
-        is_lazy = [storage._cdata in guarded for storage in fill.storages] if guarded else []
+        is_lazy = list(map(guarded.__contains__, state.sources.identities())) if guarded else []
         reserved = self._arena.try_reserve(len(fill.cuts)) if any(is_lazy) or fill.devices else None
         file = _File(fill, write, self._arena, SnapshotJob())
         if reserved is None:
