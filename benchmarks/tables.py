@@ -57,6 +57,7 @@ COLUMNS: dict[str, tuple[Callable[[Row], Spread | None], list[Column]]] = {
             ("first: stall, ms", lambda row: ms(row.first("stall_s"))),
             ("first: durable, s", lambda row: seconds(row.first("durable_s"))),
             ("start, s", lambda row: seconds(row.top("setup_s"))),
+            ("prewarm, s", lambda row: seconds(row.top("prewarm_s"))),
             ("synced by", lambda row: row.text("synced_by")),
         ],
     ),

@@ -34,9 +34,13 @@ class Contender(abc.ABC):
     """What the contender itself has synced when it reports a save as finished: nothing, its files, or files and directories."""
 
     def setup(self, directory: Path, workload: Workload) -> None:
-        """Start engines, allocate, prewarm. Timed as the start, not as a save."""
+        """Start engines, allocate. Timed as the start, not as a save."""
         self.directory = directory
         self.workload = workload
+
+    def prewarm(self) -> None:
+        """Whatever the contender offers to make its first save a warm one. Timed on its own."""
+        return
 
     @abc.abstractmethod
     def save(self, step: int, state: State) -> None:

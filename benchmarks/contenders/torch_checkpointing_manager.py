@@ -24,8 +24,10 @@ class TorchCheckpointing(Contender):
     def setup(self, directory: Path, workload: Workload) -> None:
         super().setup(directory, workload)
         self.manager = CheckpointManager(CheckpointManager.Config(storage_config=LocalFileSystemStorageConfig(use_direct_io=False)))
-        self.manager.prewarm_staging(workload.state())
         self.pending: Future[Any] | None = None
+
+    def prewarm(self) -> None:
+        self.manager.prewarm_staging(self.workload.state())
 
     def save(self, step: int, state: State) -> None:
         self.wait_durable()

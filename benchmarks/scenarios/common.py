@@ -29,7 +29,7 @@ def build_workload(request: Request, result: Result) -> Workload:
 
 
 def start_contender(request: Request, result: Result, workload: Workload) -> Contender:
-    """Import, construct, set up; the start is timed apart from every save."""
+    """Import, construct, set up, prewarm; the start is timed apart from every save."""
     contender = contenders.load(request.contender)()
     result.update(config=contender.config, syncs=contender.syncs, synced_by=contender.synced_by)
     directory = Path(request.directory) / "checkpoints"
@@ -37,6 +37,9 @@ def start_contender(request: Request, result: Result, workload: Workload) -> Con
     start = time.perf_counter()
     contender.setup(directory, workload)
     result["setup_s"] = time.perf_counter() - start
+    start = time.perf_counter()
+    contender.prewarm()
+    result["prewarm_s"] = time.perf_counter() - start
     return contender
 
 
