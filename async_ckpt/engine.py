@@ -27,7 +27,7 @@ import torch
 from . import manifest, restore
 from .catalog import Catalog
 from .config import EngineConfig
-from .errors import BackpressureTimeout, PathExistsError, TransactionStateError, UnsafePathError
+from .errors import BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard, SaveTurn
 from .inflight import InFlight
 from .inflight.checkpoint import OpenCheckpoint, SavedFile
@@ -53,7 +53,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
     ``with`` or ``async with`` block, whose end waits for every pending commit.
 
     Raises:
-        ConfigError: a bad field or unit. WriteError: the root cannot be made, or is not a directory.
+        ConfigError: a bad field or unit, or more staging memory than there is.
+        WriteError: the root cannot be made, or is not a directory; or the system has no threads or descriptors left.
+            No thread, descriptor or directory is left behind.
     """
 
     def __init__(self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any) -> None:
@@ -67,7 +69,12 @@ class AsyncCheckpointEngine(CheckpointEngine):
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = config.resolved_staging_bytes() // chunk_bytes
         # Memory first: what fails from here on must not leave threads behind.
-        self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
+        try:
+            self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
+        except (OSError, MemoryError) as error:
+            raise ConfigError(
+                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
+            ) from error
         self._inflight = InFlight(config, self.root)
         self._inflight.adopt(self._arena)
         self._preemption: Preemption | None = None

@@ -11,6 +11,8 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import os
 import threading
@@ -25,7 +27,7 @@ from .. import retention, transaction, verify
 from ..catalog import Catalog
 from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..filesystem import FileSystem, LocalFileSystem
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span
@@ -57,20 +59,15 @@ class InFlight:
         self._config = config
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
-        transaction.make_root(self.filesystem, root)
-        self._coordinator.bind(self.filesystem, root)
-        if config.sweep_on_start:
-            self._coordinator.sweep()
         self.observers = Observers(config.observers)
-        self.pool = WriterPool(
-            self.filesystem,
-            num_writers=config.num_writers,
-            io_mode=config.io_mode,
-            on_span=self.observers.on_span if config.observers else None,
-            name="async-ckpt",
-        )
-        self.helpers = DaemonExecutor("async-ckpt-commit", config.max_pending_commits + 1)
-        self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
+        with contextlib.ExitStack() as undo:
+            self._start_threads(undo)
+            transaction.make_root(self.filesystem, root)
+            undo.callback(self._coordinator.close)
+            self._coordinator.bind(self.filesystem, root)
+            if config.sweep_on_start:
+                self._coordinator.sweep()
+            undo.pop_all()
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
         self._commits: list[PendingCommit] = []
@@ -80,6 +77,31 @@ class InFlight:
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
         self._call_off: Callable[[], object] = lambda: None
+
+    def _start_threads(self, undo: contextlib.ExitStack) -> None:
+        """All of them, before anything is made on disk; `undo` ends them."""
+        try:
+            self.pool = WriterPool(
+                self.filesystem,
+                num_writers=self._config.num_writers,
+                io_mode=self._config.io_mode,
+                on_span=self.observers.on_span if self._config.observers else None,
+                name="async-ckpt",
+            )
+            undo.callback(self.pool.close)
+            self.helpers = DaemonExecutor("async-ckpt-commit", self._config.max_pending_commits + 1)
+            undo.callback(self.helpers.shutdown)
+            self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
+            undo.callback(self.prefault.shutdown)
+        except (OSError, RuntimeError, MemoryError) as error:
+            # RuntimeError: Python could not start a thread.
+            code = (error.errno if isinstance(error, OSError) else None) or errno.EAGAIN
+            raise WriteError(
+                f"the writer's threads cannot be started ({error}); nothing was written, no thread is left behind: "
+                "lower num_writers, or raise the limits of this process (ulimit -u, -n, -v)",
+                errno=code,
+                path=self.root,
+            ) from error
 
     def adopt(self, arena: StagingArena) -> None:
         """The arena whose waits must end when the writer dies, and which closing gives back."""

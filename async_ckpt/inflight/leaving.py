@@ -1,4 +1,4 @@
-"""What happens when an engine is dropped, or the interpreter exits, without `close`.
+"""What happens when an engine is dropped, or the interpreter exits, without `close`. Also in children of multiprocessing.
 
 Guarantees: pending commits are finished (with a warning), checkpoints that were never committed are named, nothing
 hangs past `close_timeout_s`, and a checkpoint that is lost this way makes the exit code non-zero.
@@ -25,11 +25,13 @@ logger = logging.getLogger("async_ckpt")
 
 _live: weakref.WeakSet[InFlight] = weakref.WeakSet()
 _lost: list[BaseException] = []
+_watched_worker: int | None = None
 
 
 def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
     """Finish `inflight` when `engine` is dropped or the interpreter exits; returns what calls that off."""
     _live.add(inflight)
+    _watch_worker()
     finalizer = weakref.finalize(engine, finish, inflight)
     # At exit, the order matters: all engines first, then the exit code.
     finalizer.atexit = False
@@ -37,8 +39,16 @@ def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
 
 
 def _at_exit() -> None:
+    _finish_all()
+    _exit_if_lost()
+
+
+def _finish_all() -> None:
     for inflight in list(_live):
         finish(inflight)
+
+
+def _exit_if_lost() -> None:
     if _lost:
         # Exit code 0 would be a lie, and nothing that runs later could change it.
         logging.shutdown()
@@ -48,6 +58,18 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
+
+
+def _watch_worker() -> None:
+    """Children of multiprocessing end by `os._exit`, after their own list of finalizers and without atexit's."""
+    global _watched_worker
+    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+    if process is None or util is None or process.parent_process() is None or _watched_worker == os.getpid():
+        return
+    _watched_worker = os.getpid()
+    # Commits first; the exit code last of all, so that what the child has put into queues still gets out.
+    util.Finalize(None, _finish_all, exitpriority=1000)
+    util.Finalize(None, _exit_if_lost, exitpriority=-1000)
 
 
 def finish(inflight: InFlight) -> None:

@@ -106,10 +106,12 @@ def make_root(fs: FileSystem, root: str) -> None:
     while fs.stat(path).kind == "missing" and os.path.dirname(path) != path:
         missing.append(path)
         path = os.path.dirname(path)
+    made: list[str] = []
     try:
         for path in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 fs.mkdir(path)
+                made.append(path)
             fs.fsync_dir(os.path.dirname(path))
         fs.listdir(root)
         if not missing:
@@ -118,6 +120,10 @@ def make_root(fs: FileSystem, root: str) -> None:
                 fs.fsync_dir(os.path.join(root, os.pardir))
         fs_type = fs.fs_type(root)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            # Only what is empty, and was not there before; what cannot be removed is an empty directory.
+            for path in reversed(made):
+                fs.rmdir(path)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if fs_type and fs_type not in LOCAL_TYPES:
         logger.warning("root %r is on %s: atomic and durable renames are not promised there", root, fs_type)

@@ -12,6 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -85,13 +86,22 @@ class WriterPool:
         self._chooser = ModeChooser(io_mode, num_writers)
         self._filesystem = filesystem
         self._slots = Slots(self._chooser.max_writers)
-        self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
-        self._writers = DaemonExecutor(f"{name}-write", self._chooser.max_writers + _NUM_SPARE_THREADS, niceness=BACKGROUND_NICENESS)
-        self._sealers = DaemonExecutor(f"{name}-crc", _NUM_SEALERS, niceness=BACKGROUND_NICENESS)
-        self._copier = DaemonExecutor(f"{name}-copy", 1)
-        self._executors = (self._writers, self._sealers, self._copier)
+        with contextlib.ExitStack() as undo:
+            self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
+            undo.callback(self._thread.loop.close)
+
+            def start(what: str, num_threads: int, niceness: int = BACKGROUND_NICENESS) -> DaemonExecutor:
+                executor = DaemonExecutor(f"{name}-{what}", num_threads, niceness=niceness)
+                undo.callback(executor.shutdown)
+                return executor
+
+            self._writers = start("write", self._chooser.max_writers + _NUM_SPARE_THREADS)
+            self._sealers = start("crc", _NUM_SEALERS)
+            self._copier = start("copy", 1, niceness=0)
+            self._executors = (self._writers, self._sealers, self._copier)
+            self._thread.start()
+            undo.pop_all()
         _pools.add(self)
-        self._thread.start()
 
     # The caller's side.
 

@@ -75,8 +75,14 @@ class DaemonExecutor(Executor):
         self._refusal: BaseException | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)]
-        for thread in self._threads:
-            thread.start()
+        for k, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except BaseException:
+                # The system has no more threads: those that run must not be left behind.
+                self._threads = self._threads[:k]
+                self.shutdown()
+                raise
 
     @property
     def refusal(self) -> BaseException | None:
