@@ -7,6 +7,7 @@ opcodes, and the fresh tuples torch's reducers make. `selfcheck` compares the re
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import struct
 from collections import OrderedDict
@@ -16,21 +17,25 @@ from typing import Any
 
 import torch
 
+from .reducing import LATIN1, global_opcode
 from .structure import NotPlainError, Opened, Structure
 from .tensorfacts import LiveTensors
-from .tensorkinds import TensorKind, global_opcode
+from .tensorkinds import TensorKind
 
 BATCH = 1000
+SCALAR_TYPES = (int, bool, type(None), float)
 _pack_float = struct.Struct(">d").pack
 _pack_u32 = struct.Struct("<I").pack
 _pack_i32 = struct.Struct("<i").pack
 _ORDERED_DICT = global_opcode(OrderedDict)
+_SIZE = global_opcode(torch.Size)
+_CODECS_ENCODE = global_opcode(codecs.encode)
 _REBUILD_PARAMETER = global_opcode(torch._utils._rebuild_parameter)
 _TUPLE_OPCODES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
 
 def encode_scalar(value: Any) -> bytes:
-    """Opcodes of an int, float, bool or None (exact types)."""
+    """Opcodes of an int, float, bool or None (exact types), and of the text that bytes are written as."""
     if value is None:
         return b"N"
     if value is True:
@@ -39,6 +44,9 @@ def encode_scalar(value: Any) -> bytes:
         return b"\x89"
     if type(value) is float:
         return b"G" + _pack_float(value)
+    if type(value) is bytes:
+        data = value.decode(LATIN1).encode("utf-8")
+        return b"X" + _pack_u32(len(data)) + data
     return encode_int(value)
 
 
@@ -92,6 +100,8 @@ class _Encoder:
     def __init__(self, structure: Structure, leaves: list[Any], live: LiveTensors, kinds: Sequence[TensorKind], written: Written) -> None:
         self.leaves = leaves
         self.types = structure.types
+        self.global_opcodes = structure.global_opcodes
+        self.blob_positions = structure.blob_positions
         # By identity: depth first, pickle may meet a shared container at another place than the flat list did.
         self.opened: dict[int, Opened] = {id(leaves[item.position]): item for item in structure.opened}
         self.live = live
@@ -109,9 +119,13 @@ class _Encoder:
             OrderedDict: self.save_ordered_dict,
             list: self.save_list,
             tuple: self.save_tuple,
+            torch.Size: self.save_size,
+            bytes: self.save_bytes,
             torch.Tensor: self.save_tensor,
             torch.nn.Parameter: self.save_parameter,
         }
+        for kind in set(self.types).difference(self.savers, SCALAR_TYPES):
+            self.savers[kind] = self.save_other
 
     def put(self) -> bytes:
         """Memoise something that can never be met again (or was noted by the caller)."""
@@ -192,7 +206,13 @@ class _Encoder:
             return
         self.out.append(self.global_bytes(_ORDERED_DICT) + b")R" + self.put_as(id(self.leaves[position])))
         item = self.opened[id(self.leaves[position])]
-        count, keys = item.count, item.first
+        self.save_dict_items(item.first, item.count)
+        if item.attributes >= 0:
+            self.save(item.attributes)
+            self.out.append(b"b")
+
+    def save_dict_items(self, keys: int, count: int) -> None:
+        """The pairs of an object that is no dict: they come from an iterator, so that a batch of one is seen as such."""
         for start in range(0, count, BATCH):
             stop = min(start + BATCH, count)
             if stop - start == 1:
@@ -201,9 +221,19 @@ class _Encoder:
                 self.out.append(b"s")
             else:
                 self.save_pairs(keys, count, start, stop)
-        if item.attributes >= 0:
-            self.save(item.attributes)
-            self.out.append(b"b")
+
+    def save_list_items(self, first: int, count: int) -> None:
+        """The items of an object that is no list; as `save_dict_items`."""
+        for start in range(0, count, BATCH):
+            stop = min(start + BATCH, count)
+            if stop - start == 1:
+                self.save(first + start)
+                self.out.append(b"a")
+            else:
+                self.out.append(b"(")
+                for index in range(first + start, first + stop):
+                    self.save(index)
+                self.out.append(b"e")
 
     def save_list(self, position: int) -> None:
         if self.remembered(position):
@@ -237,6 +267,73 @@ class _Encoder:
             # It contains itself through another container and was written on the way down, its scalars twice.
             raise NotPlainError("a tuple that contains itself")
         self.out.append((short or b"t") + self.put_as(id(obj)))
+
+    # Objects
+
+    def save_size(self, position: int) -> None:
+        if self.remembered(position):
+            return
+        item = self.opened[id(self.leaves[position])]
+        self.out.append(self.global_bytes(_SIZE))
+        self.save_fresh_tuple(item.first, item.count)
+        self.out.append(b"\x85" + self.put() + b"R" + self.put_as(id(self.leaves[position])))
+
+    def save_fresh_tuple(self, first: int, count: int) -> None:
+        """A tuple that reducing has made and nobody else holds."""
+        short = _TUPLE_OPCODES.get(count)
+        if count == 0:
+            self.out.append(b")")
+            return
+        if short is None:
+            self.out.append(b"(")
+        for index in range(first, first + count):
+            self.save(index)
+        self.out.append((short or b"t") + self.put())
+
+    def save_bytes(self, position: int) -> None:
+        blob = self.blob_positions.get(id(self.leaves[position]))
+        if blob is None:
+            self.save_reduced(position)
+            return
+        if self.remembered(position):
+            return
+        self.out.append(self.global_bytes(_CODECS_ENCODE))
+        self.scalars.append((blob, len(self.out)))
+        self.out.append(encode_scalar(self.leaves[position]))
+        text = self.put()
+        self.out.append(text + self.str_bytes(LATIN1) + b"\x86" + self.put() + b"R" + self.put_as(id(self.leaves[position])))
+
+    def save_other(self, position: int) -> None:
+        opcode = self.global_opcodes.get(id(self.leaves[position]))
+        if opcode is None:
+            self.save_reduced(position)
+        else:
+            self.out.append(self.global_bytes(opcode))
+
+    def save_reduced(self, position: int) -> None:
+        if self.remembered(position):
+            return
+        key = id(self.leaves[position])
+        item = self.opened[key]
+        form, first = item.form, item.first
+        assert form is not None
+        self.save(first)
+        if form.is_new:
+            self.save_fresh_tuple(first + 1, form.num_called - 1)
+            self.out.append(b"\x81")
+        else:
+            self.save(first + 1)
+            self.out.append(b"R")
+        if key in self.memo:
+            raise NotPlainError("an object that is made of itself")
+        self.out.append(self.put_as(key))
+        state = first + form.num_called
+        items = state + form.has_state
+        self.save_list_items(items, form.num_items)
+        self.save_dict_items(items + form.num_items, form.num_pairs)
+        if form.has_state:
+            self.save(state)
+            self.out.append(b"b")
 
     # Tensors
 

@@ -13,7 +13,7 @@ from .recording import RecordingError, record
 from .structure import NotPlainError
 
 MAX_STATE_TENSORS = 100
-"""A first state up to this size is compared as a whole (about 10 ms), beyond it the samples have to do."""
+"""A first state up to this size is compared as a whole (about 10 ms), beyond it the samples have to do, unless it holds objects."""
 
 TensorKey = tuple[type, torch.dtype, torch.device]
 _INTEGERS = (0, 255, 256, 65535, 65536, -1, -(2**31), 2**31 - 1, 2**31, -(2**31) - 1, 2**63, -(2**63), -(2**64), 2**2039, 1 - 2**2040)
@@ -32,7 +32,8 @@ def agrees(plan: FastPlan, root: Any, *, alignment: int, encode: Encode) -> bool
     verdict = _verdicts.get(kind)
     if verdict is None:
         verdict = _containers_agree(encode) and all(_tensors_agree(k, encode) for k in plan.tensor_kinds)
-        if verdict and len(plan.structure.tensor_positions) <= MAX_STATE_TENSORS:
+        has_objects = any(item.form is not None for item in plan.structure.opened)
+        if verdict and (has_objects or len(plan.structure.tensor_positions) <= MAX_STATE_TENSORS):
             verdict = _same_as_torch(root, encode=encode, alignment=alignment)
         _verdicts[kind] = verdict
     return verdict

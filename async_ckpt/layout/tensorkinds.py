@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from .recording import RecordingError, record
-from .structure import NotPlainError
+from .reducing import NotPlainError, global_opcode
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +26,6 @@ class TensorKind:
     location: str
     fresh_location: bool
     """True where torch makes a new location string object for every tensor."""
-
-
-def global_opcode(obj: Any) -> bytes:
-    """GLOBAL with the names pickle gives `obj`, without the memo opcode behind it."""
-    raw = pickle.dumps(obj, protocol=2)
-    opcode, rest = raw[2:-3], raw[-3:]
-    if not opcode.startswith(b"c") or opcode.count(b"\n") != 2 or rest != b"q\0.":
-        raise NotPlainError(f"{obj!r} is not pickled as a plain global")
-    return opcode
 
 
 @lru_cache(maxsize=256)

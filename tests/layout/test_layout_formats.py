@@ -45,7 +45,7 @@ def tensors(obj):
 def test_compact_writes_only_covered_bytes(name, planner_name):
     make, nbytes = COMPACT[name]
     state = make(big())
-    whole = state if planner_name == "fast" else [state, {1}]
+    whole = state if planner_name == "fast" else [state, bytearray(1)]
     planner = Planner(compact_views=True)
     for _ in range(2):
         planned = planner.plan(whole)

@@ -288,5 +288,10 @@ PLAIN = {
     "large",
     "many",
     "dtypes",
+    "namespace",
+    "object",
+    "counter",
+    "bytes_set",
+    "rng",
 }
 """Those that the fast planner must take itself."""
