@@ -31,7 +31,7 @@ MAY_IMPORT_TORCH = (
 # Inside layout/, the container's arithmetic is plain Python.
 NEVER_TORCH = ("coordination.__init__", "coordination.rank_protocol", "layout.zipformat", "layout.zipdirectory", "layout.sealer")
 MAY_IMPORT_AIOFILES = ("filesystem",)
-MAY_START_THREADS = ("writer.__init__", "writer.executor", "writer.loopthread")
+MAY_START_THREADS = ("writer.__init__", "writer.executor", "writer.loopthread", "restore.reading", "restore.undo")
 
 
 def tree(module: str) -> ast.Module:

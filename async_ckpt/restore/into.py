@@ -2,7 +2,8 @@
 
 Guarantees:
 - All names, shapes and dtypes are compared, and all differences listed, before the first byte moves.
-- With `atomic` the tensors are untouched until every byte was read (and verified, with `verify="full"`).
+- With `atomic`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back, tensors
+  on a GPU are untouched until every byte was read (and verified, with `verify="full"`).
 - Values are moved bit by bit; autograd's version counters see the change.
 """
 
@@ -24,6 +25,7 @@ from .reading import VerifiedFile
 from .safetensors_file import tensor_extents
 from .scatter import Scatter, new_storage, stream_into
 from .state_tree import flatten, replace_leaves
+from .undo import Undo
 from .zip_records import RecordExtent, UnusualLayoutError
 
 if TYPE_CHECKING:
@@ -194,7 +196,7 @@ class _Mover:
         storage = self._storages.get(source.storage.offset)
         if storage is None:
             storage = self._storages[source.storage.offset] = new_storage(source.storage.num_bytes, _CPU)
-            self._scatter.add(source.storage.offset, source.storage.num_bytes, storage)
+            self._scatter.add(source.storage.offset, source.storage.num_bytes, storage, fresh=True)
         tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)
         if source.is_parameter:
             return torch.nn.Parameter(tensor, source.requires_grad)
@@ -206,28 +208,53 @@ class _Mover:
         for device in {tensor.device for tensor in self._direct if tensor.is_cuda}:
             # Kernels that still read the old values may be queued on any stream.
             torch.cuda.synchronize(device)
-        if atomic:
-            _read_ahead(file)
+        tracked = [tensor for tensor in self._direct if not tensor.is_inference()]
+        for tensor in tracked:
+            # A snapshot that is being taken of it must see the first change, not only the last.
+            torch.autograd.graph.increment_version(tensor)
+        if not atomic:
+            self._overwrite(file)
+        elif self._scatter.devices:
+            held = _extents_that_fit(file)
+            file.keep(held)
+            file.stream(None, range(len(held), file.num_extents))
+            self._overwrite(file)
+        else:
+            self._overwrite_or_restore(file)
+        with torch.no_grad():
+            for target, source in self._copies:
+                target.copy_(source)
+        for tensor in tracked:
+            torch.autograd.graph.increment_version(tensor)
+
+    def _overwrite_or_restore(self, file: VerifiedFile) -> None:
+        """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
+        fitting = _extents_that_fit(file)
+        rest = range(len(fitting), file.num_extents)
+        undo = Undo(self._scatter, file.lend)
         try:
-            stream_into(file, self._scatter)
+            file.stream(None, rest)
+            file.stream(undo, fitting)
+            if rest:
+                self._overwrite(file, rest)
+        except BaseException:
+            undo.roll_back()
+            raise
+        finally:
+            undo.close()
+
+    def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
+        try:
+            stream_into(file, self._scatter, extents)
         except ExtentMismatch as error:
             raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
         except ReadError as error:
             raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
-        with torch.no_grad():
-            for target, source in self._copies:
-                target.copy_(source)
-        for tensor in self._direct:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
 
 
-def _read_ahead(file: VerifiedFile) -> None:
-    """Every byte read once before the first target changes: held in memory as far as that goes, else read again later."""
-    budget = available_memory_bytes() // 2
-    held = range(min(file.num_extents, budget // file.extent_bytes))
-    file.keep(held)
-    file.stream(None, range(len(held), file.num_extents))
+def _extents_that_fit(file: VerifiedFile) -> range:
+    """The first extents of the file, as many as half of the available memory can hold."""
+    return range(min(file.num_extents, available_memory_bytes() // 2 // file.extent_bytes))
 
 
 def _same_order(source: FileTensor, target: torch.Tensor) -> bool:

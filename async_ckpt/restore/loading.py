@@ -143,10 +143,10 @@ def load_committed_into(
 
     Args:
         strict: False loads what matches and reports the rest in `Restored.mismatches`.
-        atomic: the tensors stay untouched until the whole file was read (and verified). It is held in memory for
-            that; what exceeds half of the memory available is read twice. False writes while reading: less
+        atomic: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
+            memory for that; of a file above half of the memory available, the rest is read twice. False takes no
             memory, and after an error the tensors are partly overwritten.
-        lend: warm memory for holding it (an idle staging arena's), one extent at a time.
+        lend: warm memory for that (an idle staging arena's), one extent at a time.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.

@@ -97,7 +97,7 @@ class VerifiedFile:
         self._num_threads = max(1, num_threads)
         self._on_read = read_progress.get()
         self._kept: dict[int, memoryview] = {}
-        self._lend = lend
+        self.lend = lend
         self._give_back: dict[int, Callable[[], None]] = {}
         self._verified: set[int] = set()
         if check and len(extent_crc32) != self.num_extents:
@@ -197,7 +197,7 @@ class VerifiedFile:
 
     def _new_extent(self, extent: int) -> memoryview:
         first, end = self.extent_range(extent)
-        lent = self._lend(end - first) if self._lend is not None else None
+        lent = self.lend(end - first) if self.lend is not None else None
         if lent is None:
             return aligned_memory(end - first)
         self._give_back[extent] = lent[1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -29,18 +30,29 @@ _long_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _long_move.restype = None
 
 
+def move_bytes(target: int, source: int, num_bytes: int) -> None:
+    """Copy between addresses; without the GIL where that pays."""
+    (_long_move if num_bytes >= _LONG_BYTES else _short_move)(target, source, num_bytes)
+
+
 class Scatter:
     """Where the bytes of a file go: a `reading.Consume`. Fill with `add`, then call from any thread."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, int, int, torch.Tensor | None]] = []
+        self._fresh: set[int] = set()
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._keep_alive: list[object] = []
         self.devices: set[torch.device] = set()
 
-    def add(self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0) -> None:
-        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped."""
+    def add(
+        self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0, *, fresh: bool = False
+    ) -> None:
+        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped.
+
+        `fresh`: nobody has seen this memory yet.
+        """
         if storage_offset_bytes < 0 or storage_offset_bytes + num_bytes > storage.nbytes():
             raise ValueError(f"{num_bytes} bytes at {storage_offset_bytes} do not fit a storage of {storage.nbytes()}")
         if num_bytes == 0:
@@ -52,6 +64,8 @@ class Scatter:
             self.devices.add(storage.device)
             target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))
         self._pieces.append((file_offset, num_bytes, address, target))
+        if fresh:
+            self._fresh.add(address)
 
     def freeze(self) -> None:
         """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors)."""
@@ -63,6 +77,14 @@ class Scatter:
         for offset, num_bytes, _, _ in self._pieces:
             furthest = max(furthest, offset + num_bytes)
             self._ends.append(furthest)
+
+    def targets(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Address and size of the CPU memory, not fresh, that the file bytes [offset, offset + num_bytes) go to."""
+        end = offset + num_bytes
+        for start, size, address, target in self._pieces[bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)]:
+            low, high = max(start, offset), min(start + size, end)
+            if low < high and target is None and address not in self._fresh:
+                yield address + low - start, high - low
 
     def __call__(self, offset: int, view: memoryview) -> None:
         """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not written)."""
@@ -78,8 +100,7 @@ class Scatter:
             if low >= high:
                 continue
             if target is None:
-                move = _long_move if high - low >= _LONG_BYTES else _short_move
-                move(address + low - start, source + low - offset, high - low)
+                move_bytes(address + low - start, source + low - offset, high - low)
             else:
                 if tensor is None:
                     tensor = torch.frombuffer(view, dtype=torch.uint8)
@@ -98,11 +119,11 @@ def pinned_memory(num_bytes: int) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def stream_into(file: VerifiedFile, scatter: Scatter) -> None:
-    """Read the whole file into the scatter's memory, through pinned blocks where some of it is on a GPU. Blocks."""
+def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | None = None) -> None:
+    """Read `extents` (None: all) into the scatter's memory, through pinned blocks where some of it is on a GPU. Blocks."""
     if any(device.type == "cuda" for device in scatter.devices):
         file.new_buffer = pinned_memory
-    file.stream(scatter)
+    file.stream(scatter, extents)
 
 
 def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:

@@ -10,6 +10,7 @@ import torch
 
 import async_ckpt
 from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError
+from async_ckpt.progress import read_progress
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
 from async_ckpt.restore import reading
@@ -186,6 +187,33 @@ def test_a_failing_read_leaves_the_targets_alone(tmp_path: Path, monkeypatch: py
         with pytest.raises(OSError, match=r"m\.pt"):
             restore.load_committed_into(catalog, "a", "m.pt", target, verify="off")
         assert all(tensor.eq(0).all() for tensor in tensors(target).values())
+
+
+def test_an_interrupted_load_leaves_the_targets_alone(tmp_path: Path) -> None:
+    state = {"a": torch.arange(20_000.0), "b": torch.ones(20_000)}
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
+    shared = torch.full((20_000,), 7.0)
+    # Both records go to the same memory: old bytes are set aside twice.
+    target = {"a": shared, "b": shared}
+    left = 0
+
+    def interrupt(name: str, num_bytes: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    token = read_progress.set(interrupt)
+    try:
+        for stop_after in range(3, 40, 3):
+            left = stop_after
+            with pytest.raises(KeyboardInterrupt):
+                restore.load_committed_into(catalog, "a", "m.pt", target)
+            assert shared.eq(7).all()
+    finally:
+        read_progress.reset(token)
+    restore.load_committed_into(catalog, "a", "m.pt", {"a": target["a"], "b": torch.zeros(20_000)})
+    assert torch.equal(shared, state["a"])
 
 
 def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
