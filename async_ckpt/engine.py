@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal
 
@@ -39,6 +38,10 @@ from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 from .snapshot import Snapshotter
 from .staging import StagingArena
+from .warmup import Warmup
+
+# Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
+_AUTO_WARM_BYTES = 256 << 20
 
 
 class AsyncCheckpointEngine(CheckpointEngine):
@@ -82,11 +85,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
         self._catalog = Catalog(self.root, self._inflight.filesystem)
-        self._inflight.prefault.submit(self._planner.check_ahead).add_done_callback(_report_background_failure)
-        if config.staging_bytes == "auto":
-            self._prefault(min(num_chunks * chunk_bytes, 256 << 20))
-        else:
-            self._prefault(num_chunks * chunk_bytes)
+        self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.prefault)
+        self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
         self._inflight.finalize_with(self)
 
     # The five calls.
@@ -209,12 +209,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def load_into(self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full") -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
-        Names, shapes and dtypes are checked before the first byte moves. Returns the loaded structure's other leaves.
+        Names, shapes and dtypes are checked before the first byte moves; after an error the tensors hold what they held before.
+        Lazy snapshots are waited for first. Returns the loaded structure's other leaves.
 
         Raises:
             StateMismatchError: lists every mismatch. Otherwise as `load`.
         """
         tag, name = self._committed_path(path)
+        self.wait_snapshot()
         return restore.load_committed_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify, lend=self._arena.lend)
 
     # Looking.
@@ -246,7 +248,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             for optimizer in optimizers:
                 if not isinstance(optimizer, torch.optim.Optimizer):
                     raise TransactionStateError(f"guard takes torch.optim.Optimizer objects, not {type(optimizer).__name__}")
-                self._prefault(self._arena.num_faulted * self._arena.chunk_bytes + self._guard.add(optimizer))
+                self._warmup.begin_more(self._guard.add(optimizer))
 
     def wait_snapshot(self) -> None:
         """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
@@ -265,14 +267,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         with self._lock:
             self._usable()
-            self._planner.check_ahead()
-            planned = []
-            for path, state in (states or {}).items():
-                name = "/".join(split_root(self.config.root, path)[1])
-                planned.append(self._snapshotter.plan_ahead(self._planner.plan(state, name=name).plan, name))
-        size = self._arena.num_chunks * self._arena.chunk_bytes
-        wanted = state_bytes if state_bytes is not None else sum(planned) if states else size
-        self._arena.fault_in(min(size, wanted))
+            named = {"/".join(split_root(self.config.root, path)[1]): state for path, state in (states or {}).items()}
+            planned_bytes = self._warmup.plan(named)
+        self._warmup.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
     # Being stopped.
 
@@ -431,20 +428,3 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     def _usable(self) -> None:
         self._inflight.check_usable()
-
-    def _prefault(self, target_bytes: int) -> None:
-        arena = self._arena
-        done: Future[None] = self._inflight.prefault.submit(_fault_in(arena, target_bytes))
-        done.add_done_callback(_report_background_failure)
-
-
-def _fault_in(arena: StagingArena, target_bytes: int) -> Callable[[], None]:
-    # A closure over the arena alone: the background thread must not keep the engine alive.
-    return lambda: arena.fault_in(target_bytes)
-
-
-def _report_background_failure(done: Future[None]) -> None:
-    if not done.cancelled() and done.exception() is not None:
-        warnings.warn(
-            f"faulting in staging memory ahead failed, the first saves will be slower: {done.exception()}", RuntimeWarning, stacklevel=1
-        )
