@@ -5,6 +5,10 @@ Times are seconds on ``time.perf_counter`` (durations) unless the name says ``un
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +17,9 @@ from typing import Protocol
 class Span:
     """One piece of work on one thread, for timelines.
 
-    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, write, fsync,
-    manifest or rename.
+    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, open, write, truncate, fsync or
+    close (of a file), publish (all that makes a checkpoint visible), and within that manifest, sync (of the directories),
+    rename and sync root.
     """
 
     kind: str
@@ -25,6 +30,24 @@ class Span:
     path: str = ""
     offset: int = 0
     num_bytes: int = 0
+
+
+OnStep = Callable[[str, float], None]
+"""Called with (kind, start on ``time.perf_counter``) when a step of a commit has ended, on the thread that did it."""
+
+on_publish_step: ContextVar[OnStep | None] = ContextVar("async_ckpt_on_publish_step", default=None)
+"""Who is told about the steps of a commit that runs in this context."""
+
+
+@contextlib.contextmanager
+def publish_step(kind: str) -> Iterator[None]:
+    """One step of a commit; told whether it succeeds or fails."""
+    told, start_s = on_publish_step.get(), time.perf_counter()
+    try:
+        yield
+    finally:
+        if told is not None:
+            told(kind, start_s)
 
 
 @dataclass(slots=True)
@@ -74,6 +97,36 @@ class CommitMetrics:
     saves: list[SaveMetrics] = field(default_factory=list)
 
     @property
+    def backpressure_s(self) -> float:
+        """The part of the stall that was spent waiting for free staging memory."""
+        return sum(save.backpressure_s for save in self.saves)
+
+    @property
+    def copy_s(self) -> float:
+        """Copying into staging memory, summed over files."""
+        return sum(save.copy_s for save in self.saves)
+
+    @property
+    def crc_s(self) -> float:
+        """Checksums, summed over chunks; may exceed wall time, as `write_s`."""
+        return sum(save.crc_s for save in self.saves)
+
+    @property
+    def write_s(self) -> float:
+        """Writing, summed over chunks."""
+        return sum(save.write_s for save in self.saves)
+
+    @property
+    def sync_s(self) -> float:
+        """Syncing the files, summed over files; `publish_s` holds the syncs of directories."""
+        return sum(save.sync_s for save in self.saves)
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file was written past the page cache."""
+        return bool(self.saves) and all(save.direct for save in self.saves)
+
+    @property
     def bytes_per_s(self) -> float:
         """Durable throughput; 0.0 before the commit ended."""
         return self.size_bytes / self.total_s if self.total_s > 0 else 0.0
@@ -97,4 +150,8 @@ class Observer(Protocol):
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         """A commit ended; `error` is None on success."""
+        return None
+
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        """A checkpoint was given up before its commit was called; `error` says why. No `on_commit` follows."""
         return None

@@ -97,6 +97,9 @@ class CommitProgress(Observer):
         with self._lock:
             self._written.pop(metrics.tag, None)
 
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        self.on_commit(metrics, error)
+
     def wait(self, *pending: PendingCommit, timeout_s: float = float("inf")) -> None:
         """Block until all have ended, with a bar for each when standard error is a terminal.
 

@@ -19,7 +19,10 @@ _COLOURS = {
     "crc": "#1b7837",
     "write": "#2166ac",
     "fsync": "#e08214",
+    "publish": "#d9d9d9",
     "manifest": "#8c6d31",
+    "sync": "#fdb863",
+    "sync root": "#b35806",
     "rename": "#000000",
     "open": "#bdbdbd",
     "truncate": "#8c8c8c",
@@ -102,7 +105,8 @@ def write_timeline(spans: Sequence[Span], path: str | os.PathLike[str], *, title
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for row, (_, members) in enumerate(rows):
-        for kind in sorted({span.kind for span in members}):
+        # "publish" first: its steps lie within it and are drawn upon it.
+        for kind in sorted({span.kind for span in members}, key=lambda kind: (kind not in ("publish", "save"), kind)):
             bars = [(1e3 * (s.start_s - origin_s), 1e3 * max(s.end_s - s.start_s, 1e-6)) for s in members if s.kind == kind]
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS.get(kind, _OTHER), linewidth=0)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)

@@ -22,15 +22,12 @@ def command(
     """Train a small GPT on text for a minute or two, saving every few steps; interrupt it and run it again to see it resume."""
     from ..demo.report import plot_steps, summary_table
     from ..demo.training import DemoConfig, StepRecord, train
-    from ..observers.status import StatusObserver
     from ..observers.trace import TraceObserver
 
     config = DemoConfig(root=root, num_steps=steps, save_every=save_every, keep_last=keep_last, device=device)
     screen = console()
-    status = StatusObserver(root)
-    observers: list[Any] = [status]
+    observers: list[Any] = []
     with contextlib.ExitStack() as stack:
-        stack.callback(status.close)
         if trace is not None:
             observers.append(stack.enter_context(TraceObserver(trace, "async-ckpt demo")))
 

@@ -15,7 +15,7 @@ from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table
 
-_OWNERS = {
+OWNERS = {
     OwnerState.ALIVE: "live owner",
     OwnerState.DEAD: "dead owner",
     OwnerState.REBOOTED: "owner gone (reboot)",
@@ -134,7 +134,7 @@ def _state(item: dict[str, Any]) -> str:
         return f"damaged: {item['problem']}"
     if item["owner_state"] is None:
         return str(item["state"])
-    return f"{item['state']}, {_OWNERS[OwnerState(item['owner_state'])]}"
+    return f"{item['state']}, {OWNERS[OwnerState(item['owner_state'])]}"
 
 
 def _or_empty(value: Any, show: Any) -> str:

@@ -22,7 +22,7 @@ def command(
 
     Every engine does this when it starts.
     """
-    from ..observers.status import remove_stale
+    from ..observers.published import remove_stale
     from ..transaction import sweep
 
     catalog = catalog_of(root)

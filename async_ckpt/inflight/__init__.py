@@ -29,8 +29,12 @@ from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..filesystem import FileSystem, LocalFileSystem
+from ..filesystem.owner import current_owner
 from ..manifest import FileEntry
-from ..metrics import CommitMetrics, Span
+from ..metrics import CommitMetrics, Span, on_publish_step
+from ..observers import status_writer
+from ..observers.status import StatusObserver
+from ..observers.status_places import RuntimePlace, SharedPlace, StatusPlace
 from ..pending import PendingCommit
 from ..transaction import State
 from ..transaction.trees import write_error
@@ -39,6 +43,7 @@ from ..writer.executor import DaemonExecutor
 from . import leaving
 from .checkpoint import OpenCheckpoint, SavedFile
 from .observing import Observers
+from .publishing import StatusPublisher
 
 if TYPE_CHECKING:
     from ..staging import StagingArena
@@ -70,6 +75,7 @@ class InFlight:
             undo.pop_all()
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self.publisher: StatusPublisher | None = None
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
@@ -111,6 +117,16 @@ class InFlight:
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
         self._call_off = leaving.watch(engine, self)
+        self.publisher = self._start_publishing()
+
+    def _start_publishing(self) -> StatusPublisher | None:
+        owner, number = current_owner(), next(status_writer.numbers)
+        places: list[StatusPlace] = [RuntimePlace(self.root, owner, number)] if self._config.publish_status else []
+        places += [SharedPlace(o.directory, owner, number) for o in self._config.observers if isinstance(o, StatusObserver)]
+        if not places:
+            return None
+        ranks = self._coordinator
+        return StatusPublisher(self.root, owner, places, self.pool, rank=ranks.rank, world_size=ranks.world_size)
 
     # Which calls are legal now.
 
@@ -165,6 +181,8 @@ class InFlight:
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
         self._open[tag] = checkpoint
+        if self.publisher is not None:
+            self.publisher.opened(checkpoint)
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
@@ -274,8 +292,12 @@ class InFlight:
 
     def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         started = time.perf_counter()
-        self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns)
-        self.report("rename", started, checkpoint.tag)
+        token = on_publish_step.set(lambda kind, start_s: self.report(kind, start_s, checkpoint.tag))
+        try:
+            self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns)
+        finally:
+            on_publish_step.reset(token)
+            self.report("publish", started, checkpoint.tag)
 
     def _after_older(self, created_unix_ns: int) -> int:
         """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
@@ -300,6 +322,9 @@ class InFlight:
         if checkpoint.state is State.OPEN:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
+            self.observers.on_abort(checkpoint.metrics, error)
+            if self.publisher is not None:
+                self.publisher.aborted(checkpoint)
 
     async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
         """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
@@ -354,6 +379,8 @@ class InFlight:
         if error is not None:
             logger.error("checkpoint %r was not committed: %s", checkpoint.tag, error)
         pending.resolve(error)
+        if self.publisher is not None:
+            self.publisher.ended(checkpoint, error)
         self.observers.on_commit(checkpoint.metrics, error)
 
     # Ending.
@@ -412,6 +439,8 @@ class InFlight:
         self._coordinator.close()
         if self._arena is not None:
             self._arena.close()
+        if self.publisher is not None:
+            self.publisher.close()
         self._has_stopped = True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ class OpenCheckpoint:
     files: dict[str, SavedFile] = field(default_factory=dict)
     directories: set[tuple[str, ...]] = field(default_factory=set)
     error: BaseException | None = None
+    opened_unix_s: float = field(default_factory=time.time)
     first_save_s: float | None = None
     commit_s: float = 0.0
     after: PendingCommit | None = None

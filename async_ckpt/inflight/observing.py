@@ -25,6 +25,10 @@ class Observers:
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         self._tell(lambda observer: observer.on_commit(metrics, error))
 
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        # Newer than the other events: an observer that does not derive from `Observer` may not have it.
+        self._tell(lambda observer: getattr(observer, "on_abort", _ignore)(metrics, error))
+
     def _tell(self, call: Callable[[Observer], None]) -> None:
         for observer in tuple(self._observers):
             try:
@@ -34,3 +38,7 @@ class Observers:
                     if observer in self._observers:
                         self._observers.remove(observer)
                 warnings.warn(f"observer {observer!r} raised {error!r} and is left out from now on", RuntimeWarning, stacklevel=2)
+
+
+def _ignore(*_: object) -> None:
+    return None

@@ -48,3 +48,6 @@ class LoggingObserver(Observer):
             metrics.max_queue_chunks,
             extra={"async_ckpt": metrics},
         )
+
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        self._logger.log(self._level, "checkpoint %r was given up: %s", metrics.tag, error, extra={"async_ckpt": metrics})

@@ -38,6 +38,7 @@ class PrometheusObserver(Observer):
 
         self._commits = library.Counter(f"{prefix}_commits", "Checkpoints committed", **options)
         self._failures = library.Counter(f"{prefix}_commit_failures", "Checkpoints that were not committed", **options)
+        self._aborted = library.Counter(f"{prefix}_aborts", "Checkpoints given up before their commit", **options)
         self._bytes = library.Counter(f"{prefix}_durable_bytes", "Bytes committed", **options)
         self._stall = histogram("stall_seconds", "Time the training thread was blocked per checkpoint", _STALL_BUCKETS_S)
         self._total = histogram("durable_seconds", "From the first save until committed", _COMMIT_BUCKETS_S)
@@ -53,6 +54,9 @@ class PrometheusObserver(Observer):
         self._backpressure.inc(metrics.backpressure_s)
         for kind in ("copy", "crc", "write", "sync"):
             self._work.labels(kind).inc(getattr(metrics, f"{kind}_s"))
+
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        self._aborted.inc()
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         if error is not None:

@@ -48,7 +48,12 @@ class TensorBoardObserver(Observer):
                 "publish_s": metrics.publish_s,
                 "size_bytes": metrics.size_bytes,
                 "bytes_per_s": metrics.bytes_per_s,
-                "backpressure_s": sum(save.backpressure_s for save in metrics.saves),
+                "backpressure_s": metrics.backpressure_s,
+                "copy_s": metrics.copy_s,
+                "crc_s": metrics.crc_s,
+                "write_s": metrics.write_s,
+                "sync_s": metrics.sync_s,
+                "direct": float(metrics.direct),
                 "max_queue_chunks": metrics.max_queue_chunks,
             }
         for name, value in values.items():

@@ -1,7 +1,8 @@
 """Every chunk's work on its thread, as a trace file for the Perfetto and Chrome viewers.
 
 The file is the JSON form of the Trace Event Format: an object with "traceEvents". Work is complete events ("ph": "X",
-times in microseconds), one row per thread, named by metadata events ("M"); checkpoints are asynchronous events
+times in microseconds), one row per thread, named by metadata events ("M"), nested or apart on each row as the format
+demands; copies from a device overlap on the thread that queued them and get rows of their own. Checkpoints are asynchronous events
 ("b", "e"), because several may be in flight. Open it at https://ui.perfetto.dev or chrome://tracing.
 """
 
@@ -37,6 +38,7 @@ class TraceObserver(Observer):
         self._lock = threading.Lock()
         self._origin_s = time.perf_counter()
         self._threads: dict[str, int] = {}
+        self._device_rows: list[float] = []
         self._num_commits = 0
         self._pid = os.getpid()
         self._buffer: list[dict[str, Any]] = []
@@ -53,7 +55,7 @@ class TraceObserver(Observer):
         if span.num_bytes:
             args |= {"offset": span.offset, "num_bytes": span.num_bytes}
         with self._lock:
-            event = {"ph": "X", "name": span.kind, "cat": "async_ckpt", "pid": self._pid, "tid": self._thread(span.thread)}
+            event = {"ph": "X", "name": span.kind, "cat": "async_ckpt", "pid": self._pid, "tid": self._thread(self._row(span))}
             self._add(event | {"ts": self._us(span.start_s), "dur": max(0.0, round((span.end_s - span.start_s) * 1e6, 3)), "args": args})
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
@@ -64,6 +66,13 @@ class TraceObserver(Observer):
             common = {"name": f"checkpoint {metrics.tag}", "cat": "checkpoint", "id": self._num_commits, "pid": self._pid, "tid": 0}
             self._add({"ph": "b", **common, "ts": self._us(max(self._origin_s, now_s - metrics.total_s)), "args": args})
             self._add({"ph": "e", **common, "ts": self._us(now_s)})
+            self._flush()
+
+    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        with self._lock:
+            args = {"tag": metrics.tag, "error": str(error)}
+            instant = {"ph": "i", "s": "p", "name": f"gave up {metrics.tag}", "cat": "checkpoint", "pid": self._pid, "tid": 0}
+            self._add(instant | {"ts": self._us(time.perf_counter()), "args": args})
             self._flush()
 
     def close(self) -> None:
@@ -82,6 +91,14 @@ class TraceObserver(Observer):
 
     def _us(self, at_s: float) -> float:
         return round((at_s - self._origin_s) * 1e6, 3)
+
+    def _row(self, span: Span) -> str:
+        """The thread, or for a copy that the device did the first row of such copies that is free at that time."""
+        if span.kind != "d2h":
+            return span.thread
+        lane = next((k for k, end_s in enumerate(self._device_rows) if end_s <= span.start_s), len(self._device_rows))
+        self._device_rows[lane : lane + 1] = [span.end_s]
+        return f"device copies {lane + 1}"
 
     def _thread(self, name: str) -> int:
         number = self._threads.get(name)

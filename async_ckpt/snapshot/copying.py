@@ -126,10 +126,16 @@ class Fill:
 
     def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
         """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
-        began = time.perf_counter()
         self.wait_callers(callers)
-        queued = [self.copy(k, chunk, chosen, parallel=True) for k, chunk in enumerate(chunks)]
-        for k, events in enumerate(queued):
+        queued = []
+        for k, chunk in enumerate(chunks):
+            began = time.perf_counter()
+            events = self.copy(k, chunk, chosen, parallel=True)
+            if events:
+                queued.append((k, events, began))
+            else:
+                self.report(k, chosen, began)
+        for k, events, began in queued:
             self.wait_devices(events)
             self.report(k, chosen, began)
 

@@ -39,6 +39,7 @@ from ..errors import (
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
 from ..filesystem.file_write import UNSUPPORTED
 from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
+from ..metrics import publish_step
 from .claims import claimed
 from .removing import remove
 from .sweeping import Swept, sweep
@@ -230,7 +231,8 @@ def publish(
             raise _unknown(staging, error, "rename") from error
     staging.renamed = True
     try:
-        fs.fsync_dir(staging.root)
+        with publish_step("sync root"):
+            fs.fsync_dir(staging.root)
     except OSError as error:
         raise _unknown(staging, error, "sync root") from error
     staging.state = State.COMMITTED
@@ -264,9 +266,10 @@ def abort(fs: FileSystem, staging: Staging) -> None:
 
 @contextlib.contextmanager
 def _step(step: str, staging: Staging) -> Iterator[None]:
-    """Turn an OSError into a CommitError that names the step and says that the tag is as it was."""
+    """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the steps."""
     try:
-        yield
+        with publish_step(step):
+            yield
     except (CommitError, OutOfSpaceError):
         raise
     except OSError as error:

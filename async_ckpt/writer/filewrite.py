@@ -70,6 +70,7 @@ class FileWrite:
         self.location = location
         self.size_bytes = size_bytes
         self.extent_bytes = 0
+        self.written_bytes = 0
         self._on_change = on_change
         self._count = count
         self._pid = os.getpid()
@@ -131,6 +132,11 @@ class FileWrite:
         if location.done() and not location.cancelled() and location.exception() is None:
             return repr(location.result())
         return "a file of a staging directory that is still being made"
+
+    @property
+    def submitted_bytes(self) -> int:
+        """How much of it was handed over; `written_bytes` of that were written."""
+        return self._next_offset
 
     @property
     def lacks_chunks(self) -> bool:

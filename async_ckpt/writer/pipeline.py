@@ -206,6 +206,7 @@ class Pipeline:
             try:
                 self.disk_time.begin_write(time.perf_counter())
                 await self._as("write", file.pwrite(_bytes_to_write(chunk, file), chunk.offset), chunk.offset, chunk.nbytes)
+                self.file.written_bytes += chunk.nbytes
             finally:
                 self.disk_time.end_write(time.perf_counter())
                 self._slots.release()

@@ -7,8 +7,6 @@ import itertools
 import json
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,14 +16,11 @@ from async_ckpt import (
     CommitProgress,
     LoggingObserver,
     SpanRecorder,
-    StatusObserver,
     TensorBoardObserver,
     TraceObserver,
 )
 from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
-from async_ckpt.filesystem.owner import current_owner
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
-from async_ckpt.observers.status import read_statuses, remove_stale
 from async_ckpt.timeline import read_trace, write_timeline
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}
@@ -63,15 +58,29 @@ def test_spans_cover_every_chunk_once_per_kind(tmp_path, lazy):
         assert all(span.end_s >= span.start_s for span in spans)
 
 
-def test_trace_is_valid_for_the_viewer(tmp_path):
+def check_nesting(spans: list[dict]) -> None:
+    """The format's rule for complete events: two on one row are nested or apart."""
+    for tid in {event["tid"] for event in spans}:
+        above: list[float] = []
+        row = [(e["ts"], -e["dur"], e["name"]) for e in spans if e["tid"] == tid]
+        for start, negative, name in sorted(row):
+            while above and above[-1] <= start + 0.002:
+                above.pop()
+            assert not above or start - negative <= above[-1] + 0.002, f"{name} at {start} ends after what it lies in"
+            above.append(start - negative)
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_trace_is_valid_for_the_viewer(tmp_path, lazy):
+    """The Trace Event Format. The same file was opened once in the Perfetto viewer: all events, no import error."""
     path = tmp_path / "trace.json"
     with TraceObserver(path, "rank 0") as trace:
-        train(tmp_path / "root", trace)
+        train(tmp_path / "root", trace, lazy=lazy)
     document = json.loads(path.read_text())
     events = document["traceEvents"]
     assert set(document) == {"displayTimeUnit", "traceEvents"}
     spans = [event for event in events if event["ph"] == "X"]
-    assert KINDS | {"rename"} <= {event["name"] for event in spans}
+    assert KINDS | {"publish", "manifest", "sync", "rename", "sync root"} <= {event["name"] for event in spans}
     for event in spans:
         assert isinstance(event["ts"], (int, float))
         assert event["dur"] >= 0
@@ -85,10 +94,55 @@ def test_trace_is_valid_for_the_viewer(tmp_path):
     begun = [(e["id"], e["name"]) for e in events if e["ph"] == "b"]
     assert begun == [(e["id"], e["name"]) for e in events if e["ph"] == "e"]
     assert sorted(name for _, name in begun) == ["checkpoint step-0", "checkpoint step-1"]
-    # Work on one thread never overlaps: the viewer would draw it wrongly.
-    for tid in names:
-        rows = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == tid)
-        assert all(end <= start + 1.0 for (_, end), (start, _) in itertools.pairwise(rows)), names[tid]
+    check_nesting(spans)
+    assert {e["args"]["tag"] for e in spans if e["name"] == "manifest"} == {"step-0", "step-1"}
+
+
+def test_trace_times_are_microseconds(tmp_path):
+    with TraceObserver(tmp_path / "trace.json") as trace:
+        trace.on_span(Span("write", trace._origin_s + 1.5, trace._origin_s + 1.75, "w", tag="t"))
+    (event,) = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert event["ts"] == pytest.approx(1_500_000)
+    assert event["dur"] == pytest.approx(250_000)
+
+
+def test_device_copies_that_overlap_get_rows_of_their_own(tmp_path):
+    with TraceObserver(tmp_path / "trace.json") as trace:
+        for start in range(6):
+            trace.on_span(Span("d2h", start, start + 2.5, "MainThread", tag="t", offset=start, num_bytes=1))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    check_nesting(spans)
+    assert len({event["tid"] for event in spans}) == 3
+
+
+def test_a_checkpoint_that_is_given_up_is_told_to_every_observer(tmp_path, caplog):
+    class Old:
+        """An observer of before this event: it is not told, and not left out."""
+
+        def __init__(self):
+            self.commits = []
+
+        def on_span(self, span): ...
+
+        def on_save(self, metrics): ...
+
+        def on_commit(self, metrics, error):
+            self.commits.append(metrics.tag)
+
+    old = Old()
+    with TraceObserver(tmp_path / "trace.json") as trace, caplog.at_level(logging.INFO, logger="async_ckpt"):
+        observers = (trace, LoggingObserver(), old)
+        with AsyncCheckpointEngine(tmp_path / "root", staging_bytes=8 << 20, observers=observers) as engine:
+            engine.create("lost")
+            engine.save({"x": torch.zeros(10)}, "x.pt")
+            engine.abort("lost")
+            engine.create("kept")
+            engine.commit("kept")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event["name"] for event in events if event["ph"] == "i"] == ["gave up lost"]
+    assert any("'lost' was given up" in record.getMessage() for record in caplog.records)
+    assert old.commits == ["kept"]
 
 
 def test_trace_is_whole_after_each_commit_and_bounded_in_memory(tmp_path):
@@ -192,80 +246,6 @@ def test_prometheus_counts_and_times(tmp_path):
     with pytest.raises(ValueError, match="Duplicated"):
         PrometheusObserver(registry)
     PrometheusObserver(registry, prefix="other")
-
-
-def test_status_follows_a_training_and_goes_away(tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    status = StatusObserver(root)
-    train(root, status, num_saves=3)
-    (found,) = read_statuses(str(root))
-    assert (found.num_committed, found.num_failed, found.in_flight, found.queue_bytes) == (3, 0, (), 0)
-    assert found.written_bytes == sum(path.stat().st_size for path in root.rglob("*.pt"))
-    assert found.last["tag"] in ("step-0", "step-1", "step-2")
-    assert found.owner == current_owner()
-    assert AsyncCheckpointEngine(root, staging_bytes=1 << 20, sweep_on_start=True).close() is None
-    assert len(read_statuses(str(root))) == 1
-    status.close()
-    assert [path for path in root.iterdir() if path.name.startswith(".")] == []
-    status.on_commit(CommitMetrics("late"), None)
-    assert read_statuses(str(root)) == []
-
-
-def test_status_on_a_disk_that_refuses_is_reported_once(tmp_path, caplog):
-    status = StatusObserver(tmp_path / "not there")
-    for _ in range(3):
-        status.on_commit(CommitMetrics("t"), None)
-    assert len(caplog.records) == 1
-    status.close()
-
-
-def test_status_does_not_follow_a_planted_link(tmp_path):
-    status = StatusObserver(tmp_path)
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    os.symlink(victim, status._path + ".new")
-    status.on_commit(CommitMetrics("t"), None)
-    assert victim.read_text() == "precious"
-    status.close()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "nul", '{"format": "async-ckpt-status", "format_version": 1}', "[" * 100_000, "x" * (2 << 20)]
-)
-def test_a_crafted_status_is_left_out(tmp_path, text):
-    (tmp_path / f".status.{current_owner()}.json").write_text(text)
-    (tmp_path / ".status.nobody.json").write_text(text)
-    assert read_statuses(str(tmp_path)) == []
-
-
-def test_a_forked_child_publishes_and_removes_nothing(tmp_path):
-    status = StatusObserver(tmp_path)
-    status.on_commit(CommitMetrics("t"), None)
-    child = os.fork()
-    if child == 0:
-        status.on_commit(CommitMetrics("child"), None)
-        status.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert read_statuses(str(tmp_path))[0].last["tag"] == "t"
-    status.close()
-
-
-def test_status_of_a_killed_process_is_stale_and_removed(tmp_path):
-    script = """
-import os, sys
-from async_ckpt.metrics import CommitMetrics
-from async_ckpt.observers.status import StatusObserver
-status = StatusObserver(sys.argv[1])
-status.on_commit(CommitMetrics("t"), None)
-os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    (found,) = read_statuses(str(tmp_path))
-    assert found.owner_state.value == "dead"
-    assert len(remove_stale(str(tmp_path))) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 class Terminal(io.StringIO):
