@@ -29,21 +29,16 @@ from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..filesystem import FileSystem, LocalFileSystem
-from ..filesystem.owner import current_owner
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span, on_publish_step
-from ..observers import status_writer
-from ..observers.status import StatusObserver
-from ..observers.status_places import RuntimePlace, SharedPlace, StatusPlace
 from ..pending import PendingCommit
 from ..transaction import State
 from ..transaction.trees import write_error
 from ..writer import FileWrite, WriterPool, WrittenFile
 from ..writer.executor import DaemonExecutor
-from . import leaving
+from . import leaving, publishing
 from .checkpoint import OpenCheckpoint, SavedFile
 from .observing import Observers
-from .publishing import StatusPublisher
 
 if TYPE_CHECKING:
     from ..staging import StagingArena
@@ -75,7 +70,7 @@ class InFlight:
             undo.pop_all()
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
-        self.publisher: StatusPublisher | None = None
+        self.publisher: publishing.StatusPublisher | None = None
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
@@ -117,16 +112,7 @@ class InFlight:
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
         self._call_off = leaving.watch(engine, self)
-        self.publisher = self._start_publishing()
-
-    def _start_publishing(self) -> StatusPublisher | None:
-        owner, number = current_owner(), next(status_writer.numbers)
-        places: list[StatusPlace] = [RuntimePlace(self.root, owner, number)] if self._config.publish_status else []
-        places += [SharedPlace(o.directory, owner, number) for o in self._config.observers if isinstance(o, StatusObserver)]
-        if not places:
-            return None
-        ranks = self._coordinator
-        return StatusPublisher(self.root, owner, places, self.pool, rank=ranks.rank, world_size=ranks.world_size)
+        self.publisher = publishing.start(self._config, self.root, self.pool, self._coordinator)
 
     # Which calls are legal now.
 

@@ -13,18 +13,34 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..filesystem.owner import Owner
+from ..filesystem.owner import Owner, current_owner
+from ..observers import status_writer
 from ..observers.published import remove_stale_runtime
+from ..observers.status import StatusObserver
 from ..observers.status_document import RATE_WINDOW_S, encode
-from ..observers.status_places import StatusPlace
+from ..observers.status_places import RuntimePlace, SharedPlace, StatusPlace
 from ..observers.status_writer import StatusWriter
 from ..transaction import State
 
 if TYPE_CHECKING:
+    from ..config import EngineConfig
+    from ..coordination import Coordinator
     from ..writer import WriterPool
     from .checkpoint import OpenCheckpoint
 
+
 _ENDED = (State.COMMITTED, State.ABORTED)
+
+
+def start(config: EngineConfig, root: str, pool: WriterPool, coordinator: Coordinator) -> StatusPublisher | None:
+    """Publish where the configuration says; None where it says nowhere."""
+    # This very process, whatever the seam to the disk pretends.
+    owner, number = current_owner(), next(status_writer.numbers)
+    places: list[StatusPlace] = [RuntimePlace(root, owner, number)] if config.publish_status else []
+    places += [SharedPlace(o.directory, owner, number) for o in config.observers if isinstance(o, StatusObserver)]
+    if not places:
+        return None
+    return StatusPublisher(root, owner, places, pool, rank=coordinator.rank, world_size=coordinator.world_size)
 
 
 class StatusPublisher:
