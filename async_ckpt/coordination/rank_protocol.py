@@ -15,13 +15,14 @@ Keys, all below the run's prefix; n is the attempt, counted by rank 0, never use
 Guarantees:
 - Whoever loses the claim of "n/verdict" obeys the winner: no rank reports a failure of a checkpoint that is then published.
 - Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts), plus the polls of its waits.
-- Every wait is bounded, and rank 0 drops an attempt's keys when all ranks have seen its result, or `timeout_s` later.
+- Every wait is bounded (`liveness` ends it early for a lost rank). Rank 0 drops an attempt's keys when all ranks have seen its result,
+  or `timeout_s` later; a rank that asks after that is told that the outcome is unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .rank_requests import Add, Announcements, AttemptFailed, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Seat, Step, Verdict
 
@@ -45,8 +46,8 @@ def announce(seat: Seat, tag: str, staging_name: str | None, error: str = "") ->
 # The other ranks join.
 
 
-def join(seat: Seat, tag: str, known: Announcements) -> Step:
-    """Another rank: wait until rank 0 has begun `tag`; returns the attempt and its announcement.
+def join(seat: Seat, tag: str, known: Announcements, first_lost: Callable[[], str | None] = lambda: None) -> Step:
+    """Another rank: wait until rank 0 has begun `tag`, or is lost; returns the attempt and its announcement.
 
     Raises:
         AttemptFailed: rank 0 did not begin this tag in time or could not, or the jobs differ in size.
@@ -60,21 +61,27 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
         ended = failure or ended
         if found is not None:
             break
-        head = yield Await("head", patience_s if noted and ended is None else grace_s, str(known.last) if known.last else None)
+        patience = patience_s if noted and ended is None else grace_s
+        head = yield Await("head", patience, str(known.last) if known.last else None, lambda: first_lost() is not None)
         if head is not None:
             yield from _read_announcements(known, int(head))
+        elif (cause := first_lost()) is not None:
+            raise AttemptFailed(None, Verdict(False, 0, f"it has not opened tag {tag!r}, and will not: {cause}", seat.rank))
         elif ended is not None:
             # Not an older try whose successor is about to be announced: this very attempt failed before we came.
             raise ended
         elif noted:
             newest = ", ".join(repr(other) for other in list(known.waiting)[-3:]) or "no other"
+            known.in_vain = tag
             cause = f"rank 0 has not opened tag {tag!r} within {seat.timeout_s:g} s (it has opened {newest})"
             raise AttemptFailed(None, Verdict(False, 0, cause, seat.rank))
         else:
             noted = True
             patience_s -= grace_s
-            yield Put(f"note/{seat.rank}", f"it waits for tag {tag!r}")
-    if noted:
+            in_vain = f", after it has waited in vain for tag {known.in_vain!r}" if known.in_vain else ""
+            yield Put(f"note/{seat.rank}", f"it waits for tag {tag!r}{in_vain}")
+    if noted or known.in_vain:
+        known.in_vain = ""
         yield Drop(f"note/{seat.rank}")
     attempt, announcement = found
     if announcement["error"]:
@@ -151,6 +158,10 @@ def fail(seat: Seat, attempt: int, cause: str, *, blamed: int | None = None) -> 
     mine = Verdict(False, seat.rank if blamed is None else blamed, cause, seat.rank).encode()
     held = yield Claim(f"{attempt}/verdict", mine)
     if held == mine:
+        if (yield Get(f"{attempt}/open")) is None:
+            # The others have given it up long ago.
+            yield Drop(f"{attempt}/verdict")
+            return Verdict.decode(mine)
         yield Put(f"{attempt}/result", mine)
         yield Put(f"{attempt}/gate", "failed")
     return Verdict.decode(held)
@@ -163,6 +174,10 @@ def _time_out(seat: Seat, attempt: int) -> Step:
     if held != mine:
         verdict = Verdict.decode(held)
         return verdict if verdict.ok else (yield from _final_verdict(seat, attempt))
+    if (yield Get(f"{attempt}/open")) is None:
+        # This rank was away for so long that the attempt ended without it, and its keys were dropped.
+        yield Drop(f"{attempt}/verdict")
+        return Verdict(False, seat.rank, "it did not ask for the outcome before the others had forgotten it", seat.rank, None)
     missing = []
     for rank in range(seat.world_size):
         if (yield Get(f"{attempt}/part/{rank}")) is None:
@@ -221,7 +236,7 @@ def await_decision(seat: Seat, attempt: int) -> Step:
     held = yield Await(f"{attempt}/verdict", seat.timeout_s)
     verdict = Verdict.decode(held) if held is not None else (yield from _time_out(seat, attempt))
     if not verdict.ok:
-        raise AttemptFailed(attempt, (yield from _final_verdict(seat, attempt)))
+        raise AttemptFailed(attempt, verdict if held is None else (yield from _final_verdict(seat, attempt)))
     return verdict
 
 
@@ -276,7 +291,7 @@ def _final_verdict(seat: Seat, attempt: int) -> Step:
     raw = yield Await(f"{attempt}/result", min(seat.timeout_s, 10.0))
     if raw is None:
         raw = yield Get(f"{attempt}/verdict")
-    return Verdict.decode(raw) if raw is not None else Verdict(False, None, "the attempt is over", seat.rank)
+    return Verdict.decode(raw) if raw is not None else Verdict(False, None, "the attempt is over", seat.rank, None)
 
 
 # Tidying up.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class Await:
     key: str
     timeout_s: float
     other_than: str | None = None
+    given_up: Callable[[], bool] | None = None
+    """Ends the wait early, with None; asked at each poll."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,15 @@ class AwaitCount:
     timeout_s: float
 
 
-Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Nothing, for `seconds`."""
+
+    seconds: float
+
+
+StoreRequest = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
+Request = StoreRequest | Sleep
 Step = Generator[Request, Any, Any]
 
 
@@ -131,6 +141,8 @@ class Announcements:
 
     last: int = 0
     waiting: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
+    in_vain: str = ""
+    """The tag that this rank has waited for last, and that rank 0 never began."""
 
     MAX_KEPT = 64
 

@@ -1,5 +1,7 @@
 """Runs the ranks' protocol over a `torch.distributed` store, from one daemon thread with a connection of its own.
 
+A second thread only watches the first, for a store that stops answering.
+
 Guarantees:
 - The training thread never talks to the store, and no request blocks on another rank: waits are polls of one key, so that
   an unfinished wait holds neither a thread nor the store's connection lock.
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 
 from ..writer.executor import DaemonExecutor
 from . import rank_requests as requests
-from .rank_requests import Await, AwaitCount, Step
+from .rank_requests import Await, AwaitCount, Sleep, Step
 
 # Never a value of ours: comparing a key with it reads the key in one request that does not wait for a missing one.
 _ABSENT = "\x00"
@@ -42,6 +44,10 @@ class LinkLostError(Exception):
     """The store does not answer any more, or the link was closed."""
 
 
+class LinkClosedError(LinkLostError):
+    """The link was closed by its owner."""
+
+
 def private_connection(store: Any) -> Any:
     """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be busy waiting."""
     clone = getattr(store, "clone", None)
@@ -59,7 +65,7 @@ class StoreClient:
         self._store = store
         self._prefix = prefix
 
-    def answer(self, request: requests.Request) -> Any:
+    def answer(self, request: requests.StoreRequest) -> Any:
         """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
         store = self._store
         if isinstance(request, requests.Put):
@@ -105,7 +111,7 @@ class _Task:
         self.result: Any = None
         self._step = step
         self._pace = pace
-        self._wait: Await | AwaitCount | None = None
+        self._wait: Await | AwaitCount | Sleep | None = None
         self._deadline_s = 0.0
         self._interval_s = 0.0
 
@@ -118,7 +124,13 @@ class _Task:
         try:
             request = self._step.send(None) if self._wait is None else self._wait
             while True:
-                answer = _ask(client, request)
+                if isinstance(request, Sleep):
+                    if self._wait is not request:
+                        self._wait, self.due_s = request, time.monotonic() + request.seconds
+                        return False
+                    answer = None
+                else:
+                    answer = _ask(client, request)
                 if isinstance(request, (Await, AwaitCount)) and not answer and not self._is_over(request):
                     return False
                 self._wait = None
@@ -134,10 +146,10 @@ class _Task:
             self._wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
         self._interval_s = self._pace.after(self._interval_s)
         self.due_s = min(now + self._interval_s, self._deadline_s)
-        return now >= self._deadline_s
+        return now >= self._deadline_s or (isinstance(wait, Await) and wait.given_up is not None and wait.given_up())
 
 
-def _ask(client: StoreClient, request: requests.Request) -> Any:
+def _ask(client: StoreClient, request: requests.StoreRequest) -> Any:
     try:
         return client.answer(request)
     # torch raises DistError, a RuntimeError, for all that can happen to a store.
@@ -148,14 +160,16 @@ def _ask(client: StoreClient, request: requests.Request) -> Any:
 class StoreLink:
     """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by another one."""
 
-    def __init__(self, connect: Callable[[], Store], prefix: str, *, world_size: int) -> None:
+    def __init__(self, connect: Callable[[], Store], prefix: str, *, world_size: int, patience_s: float = _REQUEST_TIMEOUT_S) -> None:
         self._connect = connect
+        self._patience_s = patience_s
         self._prefix = prefix
         self._pace = PollPace(world_size)
         self._changed = threading.Condition()
         self._tasks: list[_Task] = []
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None
+        self._busy_since_s: float | None = None
 
     def submit(self, step: Step) -> Future[Any]:
         """Run `step` to its end on the link's thread. Any thread; never blocks."""
@@ -166,20 +180,21 @@ class StoreLink:
                 return task.done
             self._tasks.append(task)
             if self._thread is None:
-                self._thread = DaemonExecutor("async-ckpt-ranks", 1)
+                self._thread = DaemonExecutor("async-ckpt-ranks", 2)
                 self._thread.submit(self._run)
-            self._changed.notify()
+                self._thread.submit(self._guard)
+            self._changed.notify_all()
         return task.done
 
-    def close(self) -> None:
-        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most for one request."""
+    def close(self, timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
+        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most `timeout_s` for the request that is under way."""
         with self._changed:
             if self._closing is None:
-                self._closing = LinkLostError("the coordinator was closed")
-            self._changed.notify()
+                self._closing = LinkClosedError("the coordinator was closed")
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.shutdown(wait=False)
-            self._thread.join(_REQUEST_TIMEOUT_S)
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         client: StoreClient | None = None
@@ -187,21 +202,38 @@ class StoreLink:
             task = self._next_due()
             if task is None:
                 break
+            self._busy_since_s = time.monotonic()
             try:
                 if client is None:
                     client = StoreClient(self._connect(), self._prefix)
                 if not task.advance(client):
                     continue
             except BaseException as error:  # noqa: BLE001 -- whoever waits for the step gets it, whatever it is
-                self._drop(task)
-                task.done.set_exception(error)
+                if self._drop(task):
+                    task.done.set_exception(error)
             else:
-                self._drop(task)
-                task.done.set_result(task.result)
+                if self._drop(task):
+                    task.done.set_result(task.result)
+            finally:
+                self._busy_since_s = None
+        self._end_all(LinkClosedError("the link has ended"))
+
+    def _guard(self) -> None:
+        """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch waits for ever."""
+        with self._changed:
+            while self._closing is None:
+                self._changed.wait(self._patience_s / 4)
+                since_s = self._busy_since_s
+                if since_s is not None and time.monotonic() - since_s > self._patience_s:
+                    where = "it lives with rank 0 or with its launcher"
+                    self._closing = LinkLostError(f"the store has not answered for {self._patience_s:g} s; {where}")
+        self._end_all(LinkClosedError("the link has ended"))
+
+    def _end_all(self, otherwise: LinkLostError) -> None:
         with self._changed:
             left, self._tasks = self._tasks, []
         for task in left:
-            task.done.set_exception(self._closing or LinkLostError("the link has ended"))
+            task.done.set_exception(self._closing or otherwise)
 
     def _next_due(self) -> _Task | None:
         with self._changed:
@@ -213,6 +245,10 @@ class StoreLink:
                 self._changed.wait(None if first is None else first.due_s - now)
             return None
 
-    def _drop(self, task: _Task) -> None:
+    def _drop(self, task: _Task) -> bool:
+        """Whether it had not been ended before."""
         with self._changed:
+            if task not in self._tasks:
+                return False
             self._tasks.remove(task)
+            return True

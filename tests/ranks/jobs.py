@@ -1,7 +1,9 @@
 """Jobs of real processes: each rank follows a plan of plain data and writes what it has learnt to a file.
 
-A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "die" (SIGKILL itself after save), "hang" (never commits,
-goes on when told to), "full" (its disk is full), "skip" (no call at all for this tag).
+A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "die" (SIGKILL itself after save), "die early" (before
+create), "hang" (never commits, goes on when told to), "stop" (SIGSTOP itself after save), "full" (its disk is full), "skip" (no call at
+all for this tag), "late" (creates when told to), "leave" (closes its engine without a call for this tag), "death before report"
+(SIGKILL once its part is durable), and for rank 0 "death in rename", "death after rename".
 """
 
 from __future__ import annotations
@@ -42,6 +44,30 @@ class FullDisk(LocalFileSystem):
         return await super().open_write(path, size_bytes, direct=direct, executor=executor)
 
 
+class Deadly(LocalFileSystem):
+    """Kills its process by SIGKILL at a step of the checkpoint whose staging name holds `tag`."""
+
+    def __init__(self, tag: str, act: str) -> None:
+        super().__init__()
+        self._tag = f".{tag}."
+        self._act = act
+
+    def _meet(self, act: str, path: str) -> None:
+        if act == self._act and self._tag in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync_dir(self, path: str) -> None:
+        super().fsync_dir(path)
+        # The first sync of the staging directory is that of this rank's part.
+        if any(name.startswith(".part.") for name in os.listdir(path)):
+            self._meet("death before report", path)
+
+    def rename_noreplace(self, source: str, target: str) -> None:
+        self._meet("death in rename", source)
+        super().rename_noreplace(source, target)
+        self._meet("death after rename", source)
+
+
 @dataclass(frozen=True)
 class Job:
     """What all ranks of a job share. `store` is "host:port" of a TCPStore, "zero" (rank 0 holds it) or the path of a FileStore."""
@@ -54,6 +80,8 @@ class Job:
     run_id: str = "r"
     node_size: int = 0
     numel: int = 3000
+    silence_s: float = 60.0
+    linger_s: float = 5.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     def connect(self, rank: int) -> Any:
@@ -71,12 +99,20 @@ class Job:
             first = rank - rank % self.node_size
             node = Node(rank // self.node_size, self.world_size // self.node_size, tuple(range(first, first + self.node_size)))
         return RankCoordinator(
-            self.connect(rank), rank, self.world_size, timeout_s=self.timeout_s, run_id=self.run_id, node=node, linger_s=5.0, channel="c"
+            self.connect(rank),
+            rank,
+            self.world_size,
+            timeout_s=self.timeout_s,
+            run_id=self.run_id,
+            node=node,
+            linger_s=self.linger_s,
+            silence_s=self.silence_s,
+            channel="c",
         )
 
-    def engine(self, rank: int, poison: str) -> AsyncCheckpointEngine:
+    def engine(self, rank: int, poison: str, deadly: LocalFileSystem | None = None) -> AsyncCheckpointEngine:
         root = f"{self.root}/node{rank // self.node_size}" if self.node_size else self.root
-        filesystem = FullDisk(poison) if poison else LocalFileSystem()
+        filesystem = FullDisk(poison) if poison else (deadly or LocalFileSystem())
         return AsyncCheckpointEngine(
             root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=self.coordinator(rank), filesystem=filesystem, **self.extra
         )
@@ -92,10 +128,17 @@ def run_rank(job: Job, rank: int, plan: Plan) -> None:
     torch.set_num_threads(1)
     poison = next((f".{tag}." for tag, act in plan if act == "full"), "")
     with open(f"{job.results}/rank{rank}.jsonl", "a", buffering=1) as out:
-        with job.engine(rank, poison) as engine:
+        deadly = next((Deadly(tag, act) for tag, act in plan if act.startswith("death")), None)
+        with job.engine(rank, poison, deadly) as engine:
             for tag, act in plan:
                 if act == "skip":
                     continue
+                if act == "leave":
+                    break
+                if act == "late":
+                    dist.FileStore(f"{job.results}/gate", -1).wait([tag], timedelta(seconds=60))
+                if act == "die early":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 started = time.monotonic()
                 record: dict[str, Any] = {"tag": tag, "outcome": "ok"}
                 try:
@@ -115,8 +158,8 @@ def _one(job: Job, engine: AsyncCheckpointEngine, rank: int, tag: str, act: str)
         engine.save(state_of(rank, tag, job.numel), f"rank{rank}.pt")
         if act == "raise":
             raise ZeroDivisionError
-        if act == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if act in ("die", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if act == "die" else signal.SIGSTOP)
         if act == "hang":
             # Until the others have given this tag up.
             dist.FileStore(f"{job.results}/gate", -1).wait([tag], timedelta(seconds=60))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from async_ckpt.coordination import liveness
 from async_ckpt.coordination import rank_protocol as protocol
 from async_ckpt.coordination.rank_requests import Announcements, AttemptFailed, Seat, Verdict
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
@@ -237,4 +238,156 @@ def test_an_attempt_that_failed_before_a_rank_came_is_that_ranks_failure_too() -
     assert renames == []
     assert (simulation.outcomes[2].rank, simulation.outcomes[2].cause) == (1, "OSError: disk full")
     assert simulation.ended_s[2] < 3
+    assert left_keys(simulation) == set()
+
+
+# Signs of life.
+
+
+class Living:
+    """A rank with its signs of life beside its script; a rank that dies stops giving them."""
+
+    def __init__(self, seat: Seat, dead_hosts: set[str], host: str, silence_s: float = 60.0) -> None:
+        own = f"{host}/{seat.rank}"
+        # A rank sees only the processes of its own host.
+        self.signs = liveness.Signs(seat, own, lambda owner: owner in dead_hosts and owner.split("/")[0] == host, silence_s)
+        self._dead = dead_hosts
+
+    def beside(self) -> Script:
+        self.signs.attempts[0] = None
+        yield from self._until_death(liveness.beat(self.signs))
+
+    def watching(self) -> Script:
+        yield from self._until_death(liveness.watch(self.signs))
+
+    def _until_death(self, step: Script) -> Script:
+        answer = None
+        while self.signs.owner not in self._dead:
+            try:
+                answer = yield step.send(answer)
+            except StopIteration:
+                return
+
+    def main(self, script: Script) -> Script:
+        try:
+            return (yield from script)
+        except Dies:
+            self._dead.add(self.signs.owner)
+            raise
+        finally:
+            self.signs.closed = True
+
+
+def run_living(
+    world_size: int, culprits: set[int], *, num_hosts: int, write_s: float, dies: str = "writing", timeout_s: float = 600.0
+) -> Any:
+    renames: list[str] = []
+    dead: set[str] = set()
+    livings = [Living(_seat(rank, world_size, 600.0), dead, str(rank * num_hosts // world_size)) for rank in range(world_size)]
+
+    def other(living: Living) -> Script:
+        seat, signs = living.signs.seat, living.signs
+        try:
+            attempt, _ = yield from protocol.join(seat, "a", Announcements(), signs.first_lost)
+            signs.attempts[0] = attempt
+            yield Pause(1.0 if seat.rank in culprits else write_s)
+            if seat.rank in culprits and dies == "writing":
+                raise Dies
+            yield from protocol.report(seat, attempt, "digest")
+            if seat.rank in culprits:
+                raise Dies
+            return (yield from protocol.await_result(seat, attempt))
+        except AttemptFailed as failed:
+            return failed.verdict
+
+    def first(living: Living) -> Script:
+        seat = living.signs.seat
+        attempt = yield from protocol.announce(seat, "a", "name")
+        living.signs.attempts[0] = attempt
+        yield Pause(1.0 if 0 in culprits else write_s)
+        if 0 in culprits:
+            raise Dies
+        try:
+            yield from protocol.report(seat, attempt, "digest")
+            yield from protocol.gather(seat, attempt)
+            yield from protocol.decide(seat, attempt, 1)
+        except AttemptFailed as failed:
+            return failed.verdict
+        renames.append("a")
+        verdict = Verdict(True, None, "", 0, True)
+        yield from protocol.conclude(seat, attempt, verdict)
+        return verdict
+
+    simulation = Simulation(world_size)
+    beside = [(rank, script) for rank, living in enumerate(livings) for script in (living.beside(), living.watching())]
+    scripts = {rank: living.main(other(living) if rank else first(living)) for rank, living in enumerate(livings)}
+    simulation.run(scripts, beside)
+    return simulation, renames
+
+
+@pytest.mark.parametrize("world_size", [8, 1024, pytest.param(16384, marks=pytest.mark.timeout(300))])
+def test_signs_of_life_cost_a_constant_per_rank_and_second(world_size: int) -> None:
+    simulation, renames = run_living(world_size, set(), num_hosts=max(1, world_size // 8), write_s=60.0)
+    assert renames == ["a"]
+    assert all(verdict.ok for verdict in outcomes(simulation))
+    requests = simulation.store.requests
+    polls = requests.pop("Poll", 0)
+    total = sum(requests.values())
+    # At most two reads a tick and a sign each beat, beside the commit itself.
+    ticks = 62 / max(1.0, world_size / 2000) + 2
+    beats = 62 / max(15.0, world_size / 1000) + 2
+    assert total <= world_size * (9 + 2 * ticks + beats) + 16
+    by_rank = simulation.store.by_rank
+    assert max(by_rank.values()) <= 3 * sorted(by_rank.values())[world_size // 2] + 200
+    assert simulation.store.busy_s < 0.25 * 60
+    print(
+        f"{world_size} ranks, 60 s: {total} requests, {polls} polls, store busy {simulation.store.busy_s:.2f} s of {simulation.now_s:.0f}"
+    )
+
+
+@pytest.mark.parametrize("world_size", [8, 64, 1024])
+@pytest.mark.parametrize("culprits", [{1}, {3, 4, 5}, {0}])
+def test_killed_ranks_with_a_neighbour_on_their_host_are_noticed_within_seconds(world_size: int, culprits: set[int]) -> None:
+    simulation, renames = run_living(world_size, culprits, num_hosts=world_size // 8, write_s=2.0)
+    assert renames == []
+    for verdict in outcomes(simulation, without=tuple(culprits)):
+        assert (verdict.ok, verdict.committed) == (False, False)
+        assert verdict.rank in culprits
+        assert "process has ended" in verdict.cause
+    assert max(ended for rank, ended in simulation.ended_s.items() if rank not in culprits) < 20
+
+
+def test_a_host_that_vanishes_is_noticed_by_its_silence() -> None:
+    culprits = set(range(8, 16))
+    simulation, renames = run_living(64, culprits, num_hosts=8, write_s=2.0)
+    assert renames == []
+    for verdict in outcomes(simulation, without=tuple(culprits)):
+        assert verdict.rank in culprits
+        assert "no sign of life" in verdict.cause
+    assert max(ended for rank, ended in simulation.ended_s.items() if rank not in culprits) < 100
+
+
+def test_a_rank_that_is_lost_after_its_report_is_not_needed() -> None:
+    simulation, renames = run_living(8, {3}, num_hosts=1, write_s=30.0, dies="reported")
+    assert renames == ["a"]
+    assert all(verdict.ok for verdict in outcomes(simulation, without=(3,)))
+
+
+def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_was_committed() -> None:
+    renames: list[str] = []
+
+    def away(seat: Seat) -> Script:
+        attempt, _ = yield from protocol.join(seat, "a", Announcements())
+        yield from protocol.report(seat, attempt, "digest")
+        # Stopped here, while the others end and rank 0 drops the keys.
+        yield Pause(5 * TIMEOUT_S)
+        try:
+            return (yield from protocol.await_result(seat, attempt))
+        except AttemptFailed as failed:
+            return failed.verdict
+
+    scripts = {0: rank_zero(_seat(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 1.0), 2: away(_seat(2, 3))}
+    simulation = run(scripts, 3)
+    assert renames == ["a"]
+    assert (simulation.outcomes[2].ok, simulation.outcomes[2].committed) == (False, None)
     assert left_keys(simulation) == set()

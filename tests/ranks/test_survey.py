@@ -1,0 +1,109 @@
+"""Resuming with a root per node: real processes agree on the newest checkpoint that every node has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from async_ckpt import AsyncCheckpointEngine, Catalog, RankFailedError
+from async_ckpt.coordination.ranks import RankCoordinator
+from tests.ranks.jobs import Job
+from tests.ranks.test_processes import make_job, run
+from tests.support.processes import context
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture
+def store() -> Any:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def ask(job: Job, rank: int, verify: str) -> None:
+    coordinator = job.coordinator(rank)
+    root = f"{job.root}/node{rank // job.node_size}" if job.node_size else job.root
+    with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
+        answers = []
+        for _ in range(2):
+            try:
+                answers.append(coordinator.latest_on_all(verify))
+            except RankFailedError as error:
+                answers.append(f"RankFailedError: {error}")
+    Path(job.results, f"answer{rank}").write_text(json.dumps(answers))
+
+
+def answers_of(job: Job, verify: str = "full", without: int = -1) -> list[Any]:
+    os.makedirs(job.results, exist_ok=True)
+    ranks = [rank for rank in range(job.world_size) if rank != without]
+    processes = [context.Process(target=ask, args=(job, rank, verify)) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    found = [json.loads(Path(job.results, f"answer{rank}").read_text()) for rank in ranks]
+    assert all(first == second for first, second in found) or without >= 0
+    return [first for first, _ in found]
+
+
+def test_the_newest_checkpoint_that_all_nodes_have_whole(tmp_path: Path, store: Any) -> None:
+    job = make_job(tmp_path, store, 4, node_size=2)
+    run(job, [[(tag, "commit") for tag in "abcd"]] * 4)
+    again = make_job(tmp_path, store, 4, node_size=2, run_id="2", timeout_s=30.0)
+    assert answers_of(again) == ["d"] * 4
+    # A crash between the nodes' renames: only one has the newest.
+    shutil.rmtree(f"{job.root}/node1/d")
+    assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="3", timeout_s=30.0)) == ["c"] * 4
+    # Damage on another node is seen only there.
+    damaged = Path(job.root, "node0", "c", "rank1.pt")
+    data = bytearray(damaged.read_bytes())
+    data[-100] ^= 1
+    damaged.write_bytes(data)
+    assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="4", timeout_s=30.0)) == ["b"] * 4
+    assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="5", timeout_s=30.0), "size") == ["c"] * 4
+    # The same tag of another commit is another checkpoint.
+    shutil.rmtree(f"{job.root}/node1/b")
+    os.rename(f"{job.root}/node1/a", f"{job.root}/node1/b")
+    assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="6", timeout_s=30.0)) == [None] * 4
+    # What is left are counters and signs of life, not surveys.
+    assert store.num_keys() <= 1 + 6 * (3 + 2 * 4)
+
+
+def test_with_one_shared_root_rank_zero_reads(tmp_path: Path, store: Any) -> None:
+    job = make_job(tmp_path, store, 3)
+    assert answers_of(make_job(tmp_path, store, 3, run_id="0", timeout_s=30.0)) == [None] * 3
+    run(job, [[("a", "commit"), ("b", "commit")]] * 3)
+    assert answers_of(make_job(tmp_path, store, 3, run_id="2", timeout_s=30.0)) == ["b"] * 3
+
+
+def test_a_node_that_does_not_answer_is_named_on_all(tmp_path: Path, store: Any) -> None:
+    job = make_job(tmp_path, store, 3, node_size=1, timeout_s=2.0)
+    for answer in answers_of(job, without=2):
+        assert "node 2 has not answered within 2 s" in answer
+
+
+def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> str:
+        from async_ckpt.coordination.ranks import Node
+
+        coordinator = RankCoordinator(store, rank, 2, timeout_s=10.0, linger_s=1.0, node=Node(rank, 2, (rank,)))
+        with AsyncCheckpointEngine(tmp_path / str(rank), staging_bytes=1 << 20, coordinator=coordinator):
+            if rank == 1:
+                os.rmdir(tmp_path / "1")
+            with pytest.raises(RankFailedError) as caught:
+                coordinator.latest_on_all()
+            os.makedirs(tmp_path / "1", exist_ok=True)
+            return str(caught.value)
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert all("node 1 could not read" in message for message in ranks.map(work, range(2)))
+    assert Catalog(tmp_path / "0").tags() == []
