@@ -86,6 +86,9 @@ def kill_one(folder: Path, world_size: int, seed: int, tally: Tally, kind: str =
     killed = chance.randrange(world_size)
     # What follows a kill fails too: two are enough to see that the survivors stay well.
     after = chance.randrange(TAGS_PER_JOB - 1)
+    if kind == "zero":
+        # Before the store listens, there is no job.
+        after = max(1, after)
     plans = [[(tag, "commit") for tag in tags[: after + 2]] for _ in range(world_size)]
     processes = Processes(job, plans)
     victim = processes.ranks[killed].pid
