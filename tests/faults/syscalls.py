@@ -1,0 +1,164 @@
+"""An errno at real system calls of every thread. ``python -m tests.faults.syscalls --full``
+
+strace, attached to a running process, makes each thread's k-th call of one kind fail, below Python and the seam. Only the
+public interface is used: what `commit` reported is there with exactly its bytes, each listed tag loads right, the process
+ends in bounded time, every error is of our tree, and a new engine commits in the same root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import async_ckpt
+from async_ckpt import CheckpointError, KeepLast
+
+from .kills import why_not
+from .oracle import check_recovery
+from .report import Row, command
+from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine
+
+FAULTS = {
+    "pwrite64": ("EIO", "ENOSPC", "EDQUOT", "EINTR"),
+    "fsync": ("EIO", "ENOSPC", "EINTR"),
+    "ftruncate": ("EIO", "ENOSPC"),
+    "fallocate": ("EIO", "ENOSPC", "EOPNOTSUPP"),
+    "openat": ("EIO", "EMFILE", "ENOSPC", "EACCES"),
+    "close": ("EIO",),
+    "mkdir": ("EIO", "ENOSPC", "EROFS"),
+    "renameat2": ("EIO", "EXDEV", "EACCES", "EINVAL"),
+    "rename": ("EIO", "EXDEV"),
+    "unlink": ("EIO", "EACCES"),
+    "rmdir": ("EIO", "EBUSY"),
+    "chmod": ("EIO", "EPERM"),
+    "flock": ("EIO", "ENOLCK", "EAGAIN"),
+    "newfstatat": ("EIO", "EACCES"),
+    "statfs": ("EIO",),
+    "getdents64": ("EIO",),
+    "pread64,preadv,read": ("EIO",),
+}
+COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))
+KEEPS = Workload("syscalls", lambda job: None, keeps=3)
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "async_ckpt.engine", "tests.faults.workloads"])
+
+
+def job(root: Path, fault: str, log: str) -> None:
+    """The process: attaches strace to itself, commits, and notes how each commit ended, a line each."""
+    out = os.open(f"{root}.notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(f"{root}.err", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    call = fault.partition(":")[0]
+    inject = ["-e", f"inject={fault}"] if ":" in fault else []
+    arguments = ["strace", "-f", "-o", log, "-e", f"trace={call}", "-e", "signal=none", *inject, "-p", str(os.getpid())]
+    tracer = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    assert tracer.stderr is not None and b"attached" in tracer.stderr.readline()
+
+    def note(text: str) -> None:
+        os.writev(out, [text.encode() + b"\n"])
+
+    try:
+        engine = make_engine(root, overwrite="replace", io_mode="direct", retention=KeepLast(3), num_writers=4)
+        with engine:
+            for tag, version in COMMITS:
+                try:
+                    Job(engine, Told()).whole(tag, version, ("model.pt", "sub/optim.pt"))
+                except CheckpointError as error:
+                    note(f"failed {type(error).__name__}")
+                else:
+                    note(f"{tag} {version}")
+    except CheckpointError as error:
+        note(f"failed {type(error).__name__}")
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        package = os.path.dirname(async_ckpt.__file__)
+        ours = any(frame.filename.startswith(package) for frame in frames) and "importlib" not in frames[-1].filename
+        note(f"{'foreign' if ours else 'python'} {error!r}".replace("\n", " "))
+        raise
+    finally:
+        note("ended")
+
+
+def run(root: Path, told: Told, fault: str, log: Path) -> BaseProcess:
+    for tag, version in COMMITS:
+        told.attempt(tag, version)
+    process = context.Process(target=job, args=(root, fault, str(log)))
+    process.start()
+    return process
+
+
+def check(root: Path, told: Told, process: BaseProcess) -> None:
+    process.join(TIMEOUT_S)
+    errors = Path(f"{root}.err")
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"the process hangs: {errors.read_text()[-2000:]}")
+    lines = Path(f"{root}.notes").read_text().splitlines()
+    for line in lines:
+        what, _, value = line.partition(" ")
+        assert what != "foreign", (line, errors.read_text()[-3000:])
+        if value.isdigit():
+            told.commit(what, int(value))
+    assert lines and lines[-1] == "ended", (lines, errors.read_text()[-2000:])
+    check_recovery(root, told, KEEPS)
+
+
+def count(folder: Folder, call: str) -> tuple[int, int]:
+    """How many such calls a whole run makes, and the most that any one thread makes."""
+    root, told = folder.root()
+    log = folder.path / "strace.log"
+    process = run(root, told, call, log)
+    check(root, told, process)
+    assert process.exitcode == 0 and len(told.committed) >= 3, told
+    threads = Counter(line.split()[0] for line in log.read_text().splitlines() if "(" in line)
+    folder.drop(root)
+    return sum(threads.values()), max(threads.values(), default=0)
+
+
+def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: int | None, seed: int = 1, stop: bool = True) -> Row:
+    """Each errno at each call, or at `sample` of them."""
+    row = Row(call)
+    row.operations, most = count(folder, call)
+    chosen = [(code, k) for code in codes for k in range(1, most + 1)]
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    for code, k in chosen:
+        root, told = folder.root()
+        process = run(root, told, f"{call}:error={code}:when={k}", folder.path / "strace.log")
+        row.check(f"{code} at {call} number {k}", lambda root=root, told=told, process=process: check(root, told, process), stop=stop)  # type: ignore[misc]
+        process.close()
+        folder.drop(root)
+    return row
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    reason = why_not()
+    if reason is not None:
+        sys.exit(reason)
+    rows = []
+    with Folder(on_disk=options.folder) as folder:
+        for call, codes in FAULTS.items():
+            if options.call is None or options.call in call:
+                rows.append(sweep(folder, call, codes, sample=None if options.full else 4, seed=options.seed, stop=False))
+                print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command(
+        "Errors of real system calls",
+        __doc__,
+        main,
+        ("--folder", {"default": None, "help": "where the roots are (default: in memory)"}),
+        ("--call", {"default": None, "help": "only this system call"}),
+    )

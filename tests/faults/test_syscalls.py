@@ -1,0 +1,19 @@
+"""A sample of `tests.faults.syscalls`."""
+
+from __future__ import annotations
+
+import pytest
+
+from .kills import why_not
+from .syscalls import FAULTS, sweep
+from .workloads import Folder
+
+
+@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2", "openat"])
+def test_an_errno_at_a_sample_of_system_calls(call: str) -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with Folder() as folder:
+        row = sweep(folder, call, FAULTS[call], sample=3)
+        assert row.operations > 3 and row.survived == row.injected == 3
