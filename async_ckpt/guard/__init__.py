@@ -22,11 +22,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..snapshot import SnapshotJob
 from .storages import OwnedStorages
 from .turns import Turns, Work
+
+_STEP_FILE = torch.optim.Optimizer.register_step_pre_hook.__code__.co_filename
 
 
 class Guard:
@@ -184,14 +187,23 @@ class _Hook:
         self._guard = weakref.ref(guard)
         self._act = act
 
+    # A compiled step comes back to Python here.
+    @_disable_dynamo
     def __call__(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         guard = self._guard()
         if guard is not None:
-            # The caller is torch's wrapper around `step`, which runs until the step has ended or raised.
-            self._act(guard, optimizer, sys._getframe(1))
+            self._act(guard, optimizer, _frame_of_step())
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _no_hook, ()
+
+
+def _frame_of_step() -> FrameType:
+    """Of torch's wrapper around `step`, which calls the hooks, and runs until the step has ended or raised."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != _STEP_FILE:
+        frame = frame.f_back
+    return frame or sys._getframe(2)
 
 
 def _no_hook() -> Callable[..., None]:

@@ -38,22 +38,28 @@ class Row:
             self.survived += 1
 
 
-def print_table(title: str, rows: list[Row]) -> None:
+COLUMNS = ("operations", "injected", "survived", "lost")
+
+
+def print_table(title: str, rows: list[Any], columns: tuple[str, ...] = COLUMNS) -> None:
+    """The rows with their sum. A row is a dataclass with a name, notes, and these columns."""
     width = max([len(row.name) for row in rows] + [8])
-    print(f"\n{title}\n{'':{width}}  operations  injected  survived  lost")
-    total = Row("total")
-    for row in rows:
-        for column in ("operations", "injected", "survived", "lost"):
-            setattr(total, column, getattr(total, column) + getattr(row, column))
-    for row in [*rows, total]:
-        print(f"{row.name:{width}}  {row.operations:10}  {row.injected:8}  {row.survived:8}  {row.lost:4}")
+    print(f"\n{title}\n{'':{width}}  {'  '.join(f'{column:>{max(4, len(column))}}' for column in columns)}")
+    lines = [(row.name, [getattr(row, column) for column in columns]) for row in rows]
+    lines.append(("total", [sum(numbers) for numbers in zip(*(values for _, values in lines), strict=True)]))
+    for name, values in lines:
+        print(f"{name:{width}}  {'  '.join(f'{v:{max(4, len(c))}}' for c, v in zip(columns, values, strict=True))}")
     for row in rows:
         for note in row.notes:
             print(f"  LOST {row.name}: {note}", file=sys.stderr)
 
 
 def command(
-    title: str, description: str | None, run: Callable[[argparse.Namespace], list[Row]], *extra: tuple[str, dict[str, Any]]
+    title: str,
+    description: str | None,
+    run: Callable[[argparse.Namespace], list[Any]],
+    *extra: tuple[str, dict[str, Any]],
+    columns: tuple[str, ...] = COLUMNS,
 ) -> None:
     """Parse the options every sweep has, run it, print the table (or JSON); exit code 1 when anything was lost."""
     parser = argparse.ArgumentParser(description=description)
@@ -65,7 +71,7 @@ def command(
     options = parser.parse_args()
     started = time.perf_counter()
     rows = run(options)
-    print_table(title, rows)
+    print_table(title, rows, columns)
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s, seed {options.seed}{', every point' if options.full else ', a sample (--full for every point)'}")
     if options.json:

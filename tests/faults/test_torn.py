@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
+from async_ckpt.guard.turns import Turns
 from tests.engine.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
+
+from .torn import KINDS, sweep
 
 
 def _scheduler(training: Training) -> None:
@@ -79,3 +82,26 @@ def test_right_bytes_or_torn(tmp_path: Path, held_copies: Any, name: str, change
         assert isinstance(error, TornSnapshotError) and error.tensors
         assert guarded and change in ("ema under no_grad", "load_state_dict", "optimizer.load_state_dict")
         assert not (tmp_path / "t").exists()
+
+
+def test_random_schedules() -> None:
+    """A sample of ``python -m tests.faults.torn``, every kind of optimizer."""
+    counts = sweep(7, num_ordered=7, num_free=0, stop=True)
+    assert len(counts) == 2 * len(KINDS)
+    assert sum(count.schedules for count in counts) == 14 * len(KINDS) and not any(count.wrong for count in counts)
+    # Both ends were met: saves that went well, and changes behind the guard's back that were caught.
+    assert sum(count.right for count in counts) > 10 * sum(count.torn for count in counts) > 0
+
+
+def test_threads_that_step_and_save_as_fast_as_they_can() -> None:
+    kinds = {name: KINDS[name] for name in ("adamw-foreach", "sgd-momentum-fused")}
+    counts = sweep(7, num_ordered=0, num_free=1, stop=True, kinds=kinds)
+    assert [count.right for count in counts if count.name.endswith("free")] == [20, 20]
+
+
+def test_the_schedules_find_a_guard_without_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test."""
+    monkeypatch.setattr(Turns, "begin", lambda *_: None)
+    counts = sweep(7, num_ordered=20, num_free=0, kinds={"adamw-foreach": KINDS["adamw-foreach"]})
+    wrong = {count.name: count.wrong for count in counts}
+    assert wrong["adamw-foreach, guarded"] > 0 and wrong["adamw-foreach, not guarded"] == 0
