@@ -2,42 +2,27 @@
 
 Guarantees:
 - Reads the zip directory and `data.pkl`, or the safetensors header; never the tensors.
-- A crafted file is an error in bounded time and memory: sizes are checked before they are used, no global named by a
-  pickle is imported or called, and every extent lies inside the file.
+- Objects of any class are looked into and never made: no global named by a pickle is imported or called.
+- A crafted file is an error in bounded time and memory: sizes are checked before they are used, and every extent lies
+  inside the file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .checksum import crc32
 from .errors import CorruptCheckpointError, UnsupportedStateError
-from .restore.plain_pickle import NotPlainError, StorageRef, load_plain
+from .inert_pickle import MalformedPickleError, read_inert
+from .inventory import ITEM_BYTES, MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
 from .restore.zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
-_MAX_DEPTH = 200
 
-_STORAGE_TYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "UntypedStorage": "uint8",
-}
 _SAFETENSORS_TYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -57,29 +42,9 @@ _SAFETENSORS_TYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
-_ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "complex128": 16,
-    "complex64": 8,
-    "complex32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-}
+
+SAFETENSORS_DTYPES = frozenset(_SAFETENSORS_TYPES.values())
+"""What a safetensors file can hold."""
 
 
 class HeaderFile(Protocol):
@@ -108,6 +73,8 @@ class TensorInfo:
     covers_record: bool
     is_shared: bool
     """An earlier tensor has the same bytes (tied weights, views): totals count them once."""
+    kind: str = ""
+    """The class of the object around it (a tensor subclass, a quantized tensor); "" for a plain tensor."""
 
     @property
     def name(self) -> str:
@@ -117,11 +84,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """One file: its tensors in the order of its structure; `num_others` leaves are no tensors."""
+    """One file: its tensors in the order of its structure; `num_others` leaves are no tensors, `others` are the first of them."""
 
     tensors: tuple[TensorInfo, ...]
     num_others: int
     records: dict[str, RecordExtent]
+    others: tuple[OtherInfo, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -134,7 +102,7 @@ def read_header(file: HeaderFile, file_format: str, *, name: str) -> FileHeader:
 
     Raises:
         CorruptCheckpointError: malformed, or an extent outside the file.
-        UnsupportedStateError: a valid file that only torch can read, or an opaque one; says what is in the way.
+        UnsupportedStateError: more than a million tensors, an opaque file, or a zip file that torch did not write.
     """
     if file_format == "safetensors":
         return _safetensors_header(file, name)
@@ -152,14 +120,12 @@ def read_header(file: HeaderFile, file_format: str, *, name: str) -> FileHeader:
     if crc32(raw) != pickled.crc32:
         raise CorruptCheckpointError(f"{name}: the checksum of data.pkl is wrong", path=name, record="data.pkl")
     try:
-        structure = load_plain(raw, _Inventory(records))
-    except NotPlainError as error:
-        raise UnsupportedStateError(
-            f"{name} is not inspected: its pickle holds more than plain containers and tensors ({error}); "
-            "no code was run, --records shows what can be shown"
-        ) from error
-    tensors, num_others = _collect(structure, name)
-    return FileHeader(tensors, num_others, records)
+        structure = read_inert(bytes(raw), Inventory(records))
+    except MalformedPickleError as error:
+        raise CorruptCheckpointError(f"{name}: data.pkl cannot be read: {error}", path=name, record="data.pkl") from error
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{name}: {error}", path=name, record=error.record) from error
+    return _collect(structure, records, name)
 
 
 def read_records(file: HeaderFile, *, name: str) -> dict[str, RecordExtent]:
@@ -178,110 +144,38 @@ def _read(file: HeaderFile, offset: int, num_bytes: int) -> memoryview:
     return memory
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """A value that only torch can make (a dtype, a device, a size), by its name."""
-
-    text: str
-
-
-@dataclass(eq=False, slots=True)
-class _Found:
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    extent_bytes: int
-    record: str
-    extent: RecordExtent
-
-
-class _Inventory:
-    """A `plain_pickle.Builder` that only writes down what it is told."""
-
-    def __init__(self, records: dict[str, RecordExtent]) -> None:
-        self._records = records
-
-    def tensor(
-        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
-    ) -> _Found:
-        counted = _STORAGE_TYPES.get(storage.type_name)
-        actual = dtype.text if isinstance(dtype, _Name) else counted
-        if counted is None or actual not in _ITEM_BYTES:
-            raise NotPlainError(f"a tensor of type {actual or storage.type_name!r}")
-        item_bytes = _ITEM_BYTES[actual]
-        record = f"data/{storage.key}"
-        extent = self._records.get(record)
-        storage_bytes = storage.num_elements * _ITEM_BYTES[counted]
-        if extent is None or extent.num_bytes != storage_bytes:
-            raise CorruptCheckpointError(f"record {record!r} does not have the {storage_bytes} bytes that data.pkl claims", record=record)
-        reach = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if (offset + reach) * item_bytes > storage_bytes:
-            raise CorruptCheckpointError(f"a tensor reaches outside its record {record!r}", record=record)
-        return _Found(actual, size, stride, extent.offset + offset * item_bytes, reach * item_bytes, record, extent)
-
-    def parameter(self, data: Any, requires_grad: bool) -> Any:
-        if not isinstance(data, _Found):
-            raise NotPlainError("a parameter around no tensor")
-        return data
-
-    def size(self, dims: tuple[int, ...]) -> Any:
-        return _Name(f"torch.Size({dims!r})")
-
-    def device(self, args: tuple[Any, ...]) -> Any:
-        return _Name(f"torch.device{args!r}")
-
-    def dtype(self, name: str) -> Any:
-        return _Name(name) if name in _ITEM_BYTES else None
-
-
-def _collect(structure: Any, name: str) -> tuple[tuple[TensorInfo, ...], int]:
+def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> FileHeader:
     tensors: list[TensorInfo] = []
+    others: list[OtherInfo] = []
     seen_bytes: set[tuple[int, int]] = set()
     num_others = 0
-    for path, leaf in _leaves(structure, name):
-        if not isinstance(leaf, _Found):
+    for path, leaf in leaves(structure):
+        if not isinstance(leaf, FoundTensor):
             num_others += 1
+            if len(others) < MAX_OTHERS:
+                others.append(leaf)
             continue
+        if len(tensors) >= MAX_TENSORS:
+            raise too_many(name)
         where = (leaf.offset, leaf.extent_bytes)
-        num_bytes = math.prod(leaf.shape) * _ITEM_BYTES[leaf.dtype]
         tensors.append(
             TensorInfo(
                 path=path,
                 dtype=leaf.dtype,
                 shape=leaf.shape,
                 stride=leaf.stride,
-                num_bytes=num_bytes,
+                num_bytes=leaf.num_bytes,
                 offset=leaf.offset,
                 extent_bytes=leaf.extent_bytes,
                 record=leaf.record,
                 record_crc32=leaf.extent.crc32,
                 covers_record=leaf.extent_bytes == leaf.extent.num_bytes,
                 is_shared=where in seen_bytes and leaf.extent_bytes > 0,
+                kind=leaf.kind,
             )
         )
         seen_bytes.add(where)
-    return tuple(tensors), num_others
-
-
-def _leaves(structure: Any, name: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(key path, leaf) in order, without recursion; a container that occurs twice is shown where it occurs first."""
-    seen: set[int] = set()
-    todo: list[tuple[tuple[str, ...], Any]] = [((), structure)]
-    while todo:
-        path, value = todo.pop()
-        if not isinstance(value, (dict, list, tuple)):
-            yield path, value
-            continue
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if len(path) > _MAX_DEPTH:
-            raise CorruptCheckpointError(f"{name} nests its containers more than {_MAX_DEPTH} deep", path=name, record="data.pkl")
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-        for key, child in reversed(items):
-            parts = key.split(".") if isinstance(key, str) and key else [repr(key)]
-            todo.append((path + tuple(parts), child))
+    return FileHeader(tuple(tensors), num_others, records, tuple(others))
 
 
 def _safetensors_header(file: HeaderFile, name: str) -> FileHeader:
@@ -314,7 +208,7 @@ def _safetensors_tensor(key: str, entry: Any, start: int, file_bytes: int) -> Te
         raise ValueError(f"tensor {key!r} has the unknown dtype {entry['dtype']!r}")
     if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (first, last, *shape)):
         raise ValueError(f"tensor {key!r} has bad numbers")
-    if last - first != math.prod(shape) * _ITEM_BYTES[dtype] or start + last > file_bytes:
+    if last - first != math.prod(shape) * ITEM_BYTES[dtype] or start + last > file_bytes:
         raise ValueError(f"tensor {key!r} has a size that does not fit")
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return TensorInfo(tuple(key.split(".")), dtype, shape, stride, last - first, start + first, last - first, "", None, False, False)

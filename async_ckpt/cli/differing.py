@@ -22,7 +22,7 @@ from ..header import FileHeader, TensorInfo, read_header
 from ..manifest import FileEntry
 from ..units import format_bytes
 from . import EXIT_FAILED
-from .failing import UsageError
+from .failing import UsageError, clean
 from .locating import Place, place_of
 from .output import print_json, print_table
 
@@ -41,14 +41,20 @@ def command(
     b: Annotated[str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the newer one.", metavar="B", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal."""
+    """Tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal.
+
+    Values that are no tensors (step counts, learning rates) are named when they differ, and change no exit code.
+
+    JSON: {changes: [{change, file, tensor, detail}], num_equal, other_values: ["file: path"]}
+    """
     older, newer = place_of(a), place_of(b)
     if (older.file is None) != (newer.file is None):
         raise UsageError("compare two checkpoints or two files, not a checkpoint with a file")
     with older.catalog.open(older.tag) as first, newer.catalog.open(newer.tag) as second:
-        changes, num_equal = _compare(first, second, older, newer)
+        others: list[str] = []
+        changes, num_equal = _compare(first, second, older, newer, others)
     if as_json:
-        print_json({"changes": changes, "num_equal": num_equal})
+        print_json({"changes": changes, "num_equal": num_equal, "other_values": others})
     elif not changes:
         typer.echo(f"equal: {num_equal} tensors")
     else:
@@ -56,6 +62,8 @@ def command(
         print_table(("change", "file", "tensor", "detail"), rows, styles=[_STYLES[c["change"]] for c in changes])
         counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
         typer.echo(f"{counts}, {num_equal} equal")
+    if others and not as_json:
+        typer.echo(clean(f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")))
     if changes:
         raise typer.Exit(EXIT_FAILED)
 
@@ -63,7 +71,9 @@ def command(
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 
-def _compare(first: OpenCheckpoint, second: OpenCheckpoint, older: Place, newer: Place) -> tuple[list[dict[str, Any]], int]:
+def _compare(
+    first: OpenCheckpoint, second: OpenCheckpoint, older: Place, newer: Place, others: list[str]
+) -> tuple[list[dict[str, Any]], int]:
     if older.file is not None and newer.file is not None:
         pairs = [(first.entry(older.file), second.entry(newer.file))]
         changes: list[dict[str, Any]] = []
@@ -77,6 +87,7 @@ def _compare(first: OpenCheckpoint, second: OpenCheckpoint, older: Place, newer:
     for one, other in pairs:
         with _opened(first, one) as x, _opened(second, other) as y:
             found, equal = _compare_files(x, y)
+            others += _differing_others(x, y)
         changes += found
         num_equal += equal
     return changes, num_equal
@@ -113,6 +124,11 @@ def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
         else:
             changes.append(_change("changed", name, path, detail))
     return changes, num_equal
+
+
+def _differing_others(x: _Side, y: _Side) -> list[str]:
+    left, right = ({other.path: other.text for other in side.header.others} if side.header else {} for side in (x, y))
+    return [f"{y.entry.path}: {'.'.join(path)}" for path in {**left, **right} if left.get(path) != right.get(path)]
 
 
 def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:

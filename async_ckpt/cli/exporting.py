@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UnsupportedStateError
+from ..header import SAFETENSORS_DTYPES, FileHeader, TensorInfo, read_header
 from ..units import format_bytes
 from .failing import UsageError, clean
 from .locating import Place, place_of
@@ -27,6 +29,7 @@ def command(
     """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not at all.
 
     Nested keys are joined with dots for .safetensors; what is no tensor is refused there, or left out with --tensors-only.
+    Runs no code of the file: tensors inside objects of any class are exported too, under their attributes' names.
     """
     place = place_of(source)
     wanted = _FORMATS.get(os.path.splitext(target)[1].lower())
@@ -96,42 +99,66 @@ def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: boo
     import importlib
 
     # Through importlib: the command line as such must not depend on torch.
-    restore, torch = importlib.import_module("async_ckpt.restore.loading"), importlib.import_module("torch")
-    state = restore.load_committed(place.catalog, place.tag, file, map_location="cpu")
+    torch = importlib.import_module("torch")
     if wanted == "torch":
-        torch.save(state, fresh)
+        restore = importlib.import_module("async_ckpt.restore.loading")
+        torch.save(restore.load_committed(place.catalog, place.tag, file, map_location="cpu"), fresh)
         return
     from safetensors.torch import save_file
 
-    tensors: dict[str, Any] = {}
-    others: list[str] = []
-    for path, leaf in _leaves(state):
-        if not isinstance(leaf, torch.Tensor):
-            others.append(path)
-        elif path in tensors:
-            raise UnsupportedStateError(f"two tensors would be called {path!r} in a .safetensors file; nothing was written")
-        else:
-            # Tied and strided tensors become copies of their own: the format knows no sharing.
-            tensors[path] = leaf.detach().contiguous().clone()
-    if others and not tensors_only:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise UnsupportedStateError(f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out")
-    if not tensors:
-        raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
+    # The verified copy is taken apart by its header: nothing of its pickle is run, so every file can be exported.
+    _copy(place, file, fresh)
+    with open(fresh, "rb") as copy:
+        source = _PlainFile(copy.fileno())
+        header = read_header(source, "torch", name=place.name)
+        _check_exportable(header, place, tensors_only)
+        tensors = {tensor.name: _tensor(torch, source, tensor, place) for tensor in header.tensors}
     save_file(tensors, fresh, metadata={"format": "pt"})
 
 
-def _leaves(state: Any) -> Iterator[tuple[str, Any]]:
-    """(key path with dots, leaf), in order; a container inside itself is passed over."""
-    todo: list[tuple[Any, tuple[str, ...], frozenset[int]]] = [(state, (), frozenset())]
-    while todo:
-        value, keys, above = todo.pop()
-        if isinstance(value, dict):
-            items = list(value.items())
-        elif isinstance(value, (list, tuple)):
-            items = list(enumerate(value))
-        else:
-            yield ".".join(keys), value
-            continue
-        if id(value) not in above:
-            todo.extend((child, (*keys, str(key)), above | {id(value)}) for key, child in reversed(items))
+class _PlainFile:
+    """What `read_header` needs of a file."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self.size_bytes = os.fstat(handle).st_size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            num_bytes = os.preadv(self._handle, [buffer[done:]], offset + done)
+            if num_bytes == 0:
+                raise OSError(errno.EIO, "the copy ended early")
+            done += num_bytes
+
+
+def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> None:
+    seen: set[str] = set()
+    for tensor in header.tensors:
+        if tensor.name in seen:
+            raise UnsupportedStateError(f"two tensors would be called {clean(tensor.name)!r} in a .safetensors file; nothing was written")
+        seen.add(tensor.name)
+        if tensor.dtype not in SAFETENSORS_DTYPES:
+            kind = f" of a {tensor.kind}" if tensor.kind else ""
+            raise UnsupportedStateError(
+                f"{place.name}: {clean(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "
+                "nothing was written. Export it to .pt"
+            )
+    if header.num_others and not tensors_only:
+        names = [f"{'.'.join(other.path)} {other.text}" for other in header.others[:5]]
+        shown = clean(", ".join(names)) + (f" and {header.num_others - 5} more" if header.num_others > 5 else "")
+        raise UnsupportedStateError(f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out")
+    if not header.tensors:
+        raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
+
+
+def _tensor(torch: Any, source: _PlainFile, tensor: TensorInfo, place: Place) -> Any:
+    dtype = getattr(torch, tensor.dtype, None)
+    if dtype is None:
+        raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {clean(tensor.name)!r}")
+    if not tensor.extent_bytes:
+        return torch.empty(tensor.shape, dtype=dtype)
+    memory = bytearray(tensor.extent_bytes)
+    source.pread_into(memoryview(memory), tensor.offset)
+    # Tied and strided tensors become whole ones of their own: the format knows no sharing.
+    return torch.frombuffer(memory, dtype=dtype).as_strided(tensor.shape, tensor.stride).contiguous().clone()

@@ -9,11 +9,16 @@ import typer
 
 from ..catalog import OpenCheckpoint
 from ..header import FileHeader, TensorInfo, read_header, read_records
+from ..inventory import OtherInfo
 from ..manifest import FileEntry
 from ..units import format_bytes
 from .failing import UsageError, clean
 from .locating import place_of
 from .output import console, print_json, print_table
+
+_MAX_OBJECTS = 200
+_ROOT = ("(the whole file)",)
+"""Where a file holds one tensor or object and no dict."""
 
 
 def command(
@@ -26,7 +31,12 @@ def command(
 ) -> None:
     """Show key path, shape, dtype, bytes and offset of every tensor, as a tree with totals per prefix.
 
-    Reads the headers only, and runs no code from them. A crafted or damaged header is refused.
+    Reads the headers only, and runs no code from them: objects of other classes are shown as <their class>, with the tensors
+    inside. A crafted or damaged header is refused.
+
+    JSON: a list of {file, format, size_bytes, tensor_bytes, num_tensors, num_others, tensors: [{path, dtype, shape, num_bytes,
+    offset, record, shared, kind}], others: [{path, text}]}; with --records {file, format, size_bytes, records: [{name, offset,
+    num_bytes, crc32}]}; for opaque files {file, format, size_bytes, tensors: [], note}
     """
     if records and (prefix or flat or depth):
         raise UsageError("--records shows no tensors: it goes without --prefix, --depth and --flat")
@@ -48,7 +58,7 @@ def command(
         elif flat:
             _print_flat(entry, _chosen(header, prefix))
         else:
-            _print_tree(entry, header, _chosen(header, prefix), depth)
+            _print_tree(entry, header, prefix, depth)
 
 
 def _look_at(checkpoint: OpenCheckpoint, entry: FileEntry, records: bool) -> Any:
@@ -85,6 +95,7 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
             "offset": tensor.offset,
             "record": tensor.record or None,
             "shared": tensor.is_shared,
+            "kind": tensor.kind or None,
         }
         for tensor in _chosen(header, prefix)
     ]
@@ -94,6 +105,9 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
         "num_tensors": len(header.tensors),
         "num_others": header.num_others,
         "tensors": tensors,
+        "others": [
+            {"path": ".".join(other.path), "text": other.text} for other in header.others if ".".join(other.path).startswith(prefix)
+        ],
     }
 
 
@@ -117,15 +131,21 @@ def _shape(tensor: TensorInfo) -> str:
 class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
     tensor: TensorInfo | None = None
+    text: str = ""
     num_tensors: int = 0
     num_bytes: int = 0
 
 
-def _grow(tensors: list[TensorInfo]) -> _Node:
+def _grow(tensors: list[TensorInfo], others: list[OtherInfo]) -> _Node:
     root = _Node()
+    for other in others:
+        node = root
+        for part in other.path or _ROOT:
+            node = node.children.setdefault(part, _Node())
+        node.text = other.text
     for tensor in tensors:
         node = root
-        for part in ("", *tensor.path):
+        for part in ("", *(tensor.path or _ROOT)):
             node = node.children.setdefault(part, _Node()) if part else node
             node.num_tensors += 1
             node.num_bytes += 0 if tensor.is_shared else tensor.num_bytes
@@ -133,21 +153,25 @@ def _grow(tensors: list[TensorInfo]) -> _Node:
     return root
 
 
-def _print_tree(entry: FileEntry, header: FileHeader, tensors: list[TensorInfo], depth: int | None) -> None:
+def _print_tree(entry: FileEntry, header: FileHeader, prefix: str, depth: int | None) -> None:
     from rich.text import Text
     from rich.tree import Tree
 
     others = f", {header.num_others} other values" if header.num_others else ""
+    # Plain values are counted, objects are shown: some, for there may be thousands.
+    objects = [other for other in header.others if other.is_object and ".".join(other.path).startswith(prefix)]
+    if len(objects) > _MAX_OBJECTS:
+        others += f" ({len(objects) - _MAX_OBJECTS} of them objects that are left out here; --json has them)"
     size, tensor_size = format_bytes(entry.size_bytes), format_bytes(header.tensor_bytes)
     head = f"{entry.path}  {size}, {entry.format}: {len(header.tensors)} tensors of {tensor_size}{others}"
     tree = Tree(Text(clean(head), style="bold"), guide_style="dim")
-    todo: list[tuple[Any, _Node, int]] = [(tree, _grow(tensors), 0)]
+    todo: list[tuple[Any, _Node, int]] = [(tree, _grow(_chosen(header, prefix), objects[:_MAX_OBJECTS]), 0)]
     while todo:
         branch, node, level = todo.pop()
         for name, child in node.children.items():
             # A chain of single children is one line: "transformer.h.0", not three.
             label = name
-            while child.tensor is None and len(child.children) == 1:
+            while child.tensor is None and not child.text and len(child.children) == 1:
                 ((part, child),) = child.children.items()
                 label = f"{label}.{part}"
             twig = branch.add(_label(label, child))
@@ -160,12 +184,16 @@ def _label(name: str, node: _Node) -> Any:
     from rich.text import Text
 
     text = Text(clean(name))
+    if node.text:
+        text.append(f"  {clean(node.text)}", style="magenta")
     if node.tensor is not None:
         shared = "  shared" if node.tensor.is_shared else ""
         text.append(
             f"  {node.tensor.dtype} {_shape(node.tensor)}  {format_bytes(node.tensor.num_bytes)}  @{node.tensor.offset}{shared}",
             style="cyan",
         )
-    if node.children:
+        if node.tensor.kind:
+            text.append(f"  <{clean(node.tensor.kind)}>", style="magenta")
+    if node.num_tensors > (node.tensor is not None):
         text.append(f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim")
     return text

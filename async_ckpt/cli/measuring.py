@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import mmap
 import os
 import queue
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ..checksum import crc32
 from ..config import available_memory_bytes
 from ..errors import ConfigError
 from ..filesystem import LocalFileSystem
+from ..filesystem.owner import Owner, OwnerState, current_owner, owner_state
 from ..writer import Chunk, WriterPool
 
 CHUNK_BYTES = 16 << 20
@@ -29,6 +30,25 @@ _NUM_CHUNKS = 16
 _SMALLEST_FILE_BYTES = 64 << 20
 _LARGEST_FILE_BYTES = 4 << 30
 IoMode = Literal["direct", "buffered"]
+_PREFIX = ".bench."
+_numbers = itertools.count()
+
+
+def remove_dead_measurements(folder: str) -> list[str]:
+    """Remove the test files of measurements in `folder` whose process is certainly gone; returns the names. Blocks.
+
+    Raises:
+        OSError: the directory cannot be listed, or something in it not removed.
+    """
+    removed = []
+    for name in sorted(os.listdir(folder)):
+        owner = Owner.parse(name[len(_PREFIX) :].rpartition(".")[0]) if name.startswith(_PREFIX) else None
+        path = os.path.join(folder, name)
+        if owner is None or owner_state(owner) not in (OwnerState.DEAD, OwnerState.REBOOTED) or os.path.islink(path):
+            continue
+        shutil.rmtree(path)
+        removed.append(name)
+    return removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +126,9 @@ class DiskMeasurement:
         self.fs_type = self._filesystem.fs_type(folder)
         if self.free_bytes < 4 * _SMALLEST_FILE_BYTES:
             raise ConfigError(f"only {self.free_bytes} bytes are free in {folder!r}: too little to measure its speed")
-        self._folder = tempfile.mkdtemp(prefix=".bench-", dir=folder)
+        remove_dead_measurements(folder)
+        self._folder = os.path.join(folder, f"{_PREFIX}{current_owner()}.{next(_numbers)}")
+        os.mkdir(self._folder, 0o700)
         self._free_chunks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._arena = _touched(_NUM_CHUNKS * CHUNK_BYTES)
         view = memoryview(self._arena)

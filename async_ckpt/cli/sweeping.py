@@ -20,10 +20,13 @@ def command(
 ) -> None:
     """Remove staging left by processes that are certainly gone; never a live one's, never a committed checkpoint.
 
-    Every engine does this when it starts.
+    Also test files of a `bench` that was killed. Every engine does this when it starts, apart from those.
+
+    JSON: a list of {name, tag, action, reason, size_bytes}; action is removed, restored, left or (with --dry-run) none
     """
     from ..observers.published import remove_stale
     from ..transaction import sweep
+    from .measuring import remove_dead_measurements
 
     catalog = catalog_of(root)
     results: list[dict[str, Any]]
@@ -47,7 +50,7 @@ def command(
         ]
         results += [
             {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}
-            for name in remove_stale(root)
+            for name in [*remove_stale(root), *remove_dead_measurements(root)]
         ]
     if as_json:
         print_json(results)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-import subprocess
 import zlib
 
 import pytest
@@ -13,8 +12,6 @@ import torch
 
 from async_ckpt.checksum import crc32
 from async_ckpt.manifest import FileEntry, Manifest, encode
-
-from .conftest import PYTHON
 
 
 @pytest.mark.parametrize(
@@ -110,12 +107,12 @@ def evil_pickle() -> bytes:
     return pickle.dumps(Evil(), 2)
 
 
-def test_inspect_runs_no_code_and_refuses(cli, root, tmp_path):
+def test_inspect_shows_what_would_run_and_runs_nothing(cli, root, tmp_path):
     path = committed(tmp_path / "bad", torch_file(tmp_path, evil_pickle()))
     ran = cli("inspect", path)
-    assert ran.code == 1
-    assert "runrun" not in ran.out + ran.err.replace("no code was run", "")
-    assert "print" in ran.err
+    assert ran.code == 0
+    assert "runrunrun\n" not in ran.out
+    assert ".print('run" in ran.out
     shown = cli("inspect", path, "--records", "--json")
     assert shown.code == 0
     assert "data.pkl" in [record["name"] for record in json.loads(shown.out)[0]["records"]]
@@ -164,23 +161,3 @@ def test_every_flipped_byte_of_the_directory_is_an_error_or_harmless(cli, root):
         ran = cli("inspect", path, "--json")
         assert ran.code in (0, 1), (offset, ran)
         assert "Traceback" not in ran.err
-
-
-@pytest.mark.parametrize("as_key", [True, False], ids=["key", "value"])
-def test_inspect_survives_deeply_nested_tuples(as_key):
-    """Hashing nested tuples recurses in C: as a dict key they once crashed the process, so this runs in its own."""
-    script = """
-import sys
-from async_ckpt.errors import CheckpointError
-from async_ckpt.header import _collect, _Inventory
-from async_ckpt.restore.plain_pickle import NotPlainError, load_plain
-nested = b")" + b"\\x85" * 1_000_000
-pickled = b"\\x80\\x02}" + (nested + b"K\\x01s." if sys.argv[1] == "True" else b"K\\x01" + nested + b"s.")
-try:
-    _collect(load_plain(pickled, _Inventory({})), "x")
-except (CheckpointError, NotPlainError) as error:
-    print("refused", error)
-"""
-    ran = subprocess.run([PYTHON, "-c", script, str(as_key)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran
-    assert ran.stdout.startswith("refused")

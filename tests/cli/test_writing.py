@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
 
+from .conftest import PYTHON
 from .test_reading import dead_owner, stage
 
 
@@ -107,3 +109,33 @@ def test_demo_trains_saves_and_resumes(cli, tmp_path):
     assert "was reached" in cli(*arguments, "--steps", "6").out
     assert cli("verify", tmp_path / "root").code == 0
     assert cli("timeline", tmp_path / "trace.json", tmp_path / "t.png").code == 0
+
+
+KILLED_BENCH = """
+import os, sys
+from async_ckpt.cli.measuring import DiskMeasurement
+disk = DiskMeasurement(sys.argv[1])
+open(os.path.join(disk._folder, "file"), "w").close()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("command", [("bench", "--seconds", "2", "--json"), ("sweep",)], ids=lambda command: command[0])
+def test_what_a_killed_bench_left_is_removed(cli, tmp_path, command):
+    subprocess.run([PYTHON, "-c", KILLED_BENCH, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".bench.")
+    others = [tmp_path / ".bench-mine", tmp_path / ".bench.mine.0"]
+    for other in others:
+        other.mkdir()
+    assert cli(command[0], tmp_path, *command[1:]).code == 0
+    assert sorted(tmp_path.iterdir()) == others
+
+
+def test_a_measurement_that_runs_is_left_alone(tmp_path):
+    from async_ckpt.cli.measuring import DiskMeasurement, remove_dead_measurements
+
+    with DiskMeasurement(str(tmp_path)):
+        assert remove_dead_measurements(str(tmp_path)) == []
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
