@@ -112,7 +112,11 @@ class InFlight:
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
         self._call_off = leaving.watch(engine, self)
-        self.publisher = publishing.start(self._config, self.root, self.pool, self._coordinator)
+        try:
+            self.publisher = publishing.start(self._config, self.root, self.pool, self._coordinator)
+        except (OSError, RuntimeError) as error:
+            # No thread left for it: checkpoints do without being watched.
+            logger.warning("what the engine on %r is doing is not published: %s", self.root, error)
 
     # Which calls are legal now.
 

@@ -4,6 +4,7 @@ Guarantees:
 - What `run` returns always resolves, whoever stops the loop, cancels its tasks or raises in them.
 - When the loop ends otherwise than by `stop`, `on_death` is told first; then its tasks are given the chance to clean up.
 - A callback that raises ends the loop: better dead, and told, than a file that waits for ever.
+- What another thread asks of the loop is heard within a second even where waking it up failed (asyncio's own pipe).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _NUM_DRAIN_TRIES = 8
+_HEARTBEAT_S = 1.0
 
 
 class LoopThread:
@@ -103,6 +105,7 @@ class LoopThread:
 
     def _work(self) -> None:
         try:
+            self._beat()
             self.loop.run_forever()
         except BaseException as error:  # noqa: BLE001 -- whatever it is, every waiter gets it as the cause
             self._fatal = error
@@ -110,6 +113,10 @@ class LoopThread:
             self._die(self._fatal)
             self._drain()
         self.loop.close()
+
+    def _beat(self) -> None:
+        # asyncio says nothing of a wake-up that it could not send: the loop would sleep on with its work queued.
+        self.loop.call_later(_HEARTBEAT_S, self._beat)
 
     def _die(self, cause: BaseException | None) -> None:
         reason = repr(cause) if cause is not None else "its event loop was stopped from outside"

@@ -44,6 +44,11 @@ FAULTS = {
     "statfs": ("EIO",),
     "getdents64": ("EIO",),
     "pread64,preadv,read": ("EIO",),
+    "sendto": ("EIO",),
+    "recvfrom": ("EIO",),
+    "epoll_wait": ("EINTR", "EIO"),
+    "clone3,clone": ("EAGAIN",),
+    "mmap,madvise": ("ENOMEM",),
 }
 COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))
 KEEPS = Workload("syscalls", lambda job: None, keeps=3)

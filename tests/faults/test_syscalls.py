@@ -9,7 +9,7 @@ from .syscalls import FAULTS, sweep
 from .workloads import Folder
 
 
-@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2", "openat"])
+@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2", "openat", "sendto"])
 def test_an_errno_at_a_sample_of_system_calls(call: str) -> None:
     reason = why_not()
     if reason is not None:
