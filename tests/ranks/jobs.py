@@ -76,7 +76,7 @@ class Job:
     results: str
     world_size: int
     store: str
-    timeout_s: float = 3.0
+    timeout_s: float = 30.0
     run_id: str = "r"
     node_size: int = 0
     numel: int = 3000

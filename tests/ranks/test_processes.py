@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from async_ckpt import Catalog, load
 from tests.ranks.jobs import Job, Plan, Processes, let_go, state_of
-from tests.support.processes import free_port
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ FAILURES = {
 @pytest.mark.parametrize("act", FAILURES)
 def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path: Path, store: Any, act: str) -> None:
     own, cause = FAILURES[act]
-    job = make_job(tmp_path, store, 3, timeout_s=2.0 if act == "die" else 5.0)
+    job = make_job(tmp_path, store, 3, timeout_s=30.0)
     bad = [("a", "commit"), ("b", act), ("c", "commit")]
     # A dead rank does not come back.
     good = bad[:1] + [("b", "commit")] + ([] if act == "die" else [("c", "commit")])
@@ -114,22 +113,6 @@ def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
     assert learnt[2][0]["outcome"] == "RankFailedError"
     assert "rank 0 has not opened tag 'step-2'" in learnt[2][0]["message"]
     assert_whole(job.root, ["end"], [0, 1, 2])
-
-
-@pytest.mark.leaves_staging
-@pytest.mark.parametrize("holder", ["launcher", "rank 0"])
-def test_rank_zero_is_killed(tmp_path: Path, store: Any, holder: str) -> None:
-    job = make_job(tmp_path, store if holder == "launcher" else f"zero:{free_port()}", 3, timeout_s=2.0)
-    good = [("a", "commit"), ("b", "commit")]
-    learnt = run(job, [[("a", "commit"), ("b", "die")], good, good], [-9, 0, 0])
-    for rank in (1, 2):
-        assert learnt[rank][1]["s"] < 2 * job.timeout_s + 3
-        if holder == "launcher":
-            assert (learnt[rank][1]["outcome"], learnt[rank][1]["blamed"]) == ("RankFailedError", 0)
-        else:
-            assert learnt[rank][1]["outcome"] in ("RankFailedError", "CommitError")
-            assert "store does not answer" in learnt[rank][1]["message"]
-    assert_whole(job.root, ["a"], [0, 1, 2])
 
 
 def test_restart_with_another_number_of_ranks_over_a_store_full_of_stale_keys(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ import uuid
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
 from ...catalog import Catalog, OpenCheckpoint
-from ...errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsupportedStateError
 from ...restore.reading import VerifiedFile
 from .metadata_pickle import decode_metadata
+from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
 from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
 
 
@@ -44,6 +45,8 @@ class DcpReader(StorageReader):
         self._path = None if path is None else os.fspath(path)
         self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
+        self._described: dict[str, Any] = {}
+        self._unpacker = Unpacker()
         self.failure: CheckpointError | None = None
 
     @classmethod
@@ -66,8 +69,11 @@ class DcpReader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises CheckpointNotFoundError, CorruptCheckpointError; DCP turns them into an AssertionError, so `failure` keeps them."""
         try:
-            with self._open() as checkpoint, self._file(checkpoint, METADATA_NAME) as file:
-                metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
+            with self._open() as checkpoint:
+                if checkpoint.manifest.file(METADATA_NAME) is None:
+                    raise CheckpointNotFoundError(f"{self._path!r} is a checkpoint, but not in DCP's form: load its files with engine.load")
+                with self._file(checkpoint, METADATA_NAME) as file:
+                    metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
         except CheckpointError as error:
             self.failure = error
             raise
@@ -78,6 +84,7 @@ class DcpReader(StorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._storage_data = metadata.storage_data
+        self._described = metadata.state_dict_metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -101,25 +108,40 @@ class DcpReader(StorageReader):
         return future
 
     def _read_file(self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner) -> None:
+        small = [(info.offset, info.length) for info, _ in wanted if info.length < LARGE_BYTES]
+        next_small = 0
         for info, item in wanted:
             behind = info.offset // file.extent_bytes
             file.drop([extent for extent in file.kept() if extent < behind])
-            blob = file.view(info.offset, info.length)
+            if info.length < LARGE_BYTES:
+                if not all(map(file.is_kept, file.extents_of(info.offset, info.length))):
+                    read_ahead(file, small[next_small:])
+                next_small += 1
+            name = f"{file.name}, item {item.storage_index.fqn!r}"
             if item.type == LoadItemType.BYTE_IO:
+                blob = file.view(info.offset, info.length)
                 if self._weights_only:
-                    _check_plain(blob, f"{file.name}, item {item.storage_index.fqn!r}")
+                    _check_plain(blob, name)
                 planner.load_bytes(item, io.BytesIO(blob))
                 continue
-            tensor = _load_blob(blob, f"{file.name}, item {item.storage_index.fqn!r}")
-            narrowed = _narrow(tensor, item, file.name)
+            stored = self._unpacker.tensor(file, self._part(info, item, name))
             target = planner.resolve_tensor(item).detach()
-            if target.size() != narrowed.size():
-                raise CorruptCheckpointError(
-                    f"{file.name}: item {item.storage_index.fqn!r} has shape {tuple(narrowed.size())}, {tuple(target.size())} is wanted",
-                    path=file.name,
-                )
-            target.copy_(narrowed)
+            if target.size() != stored.size():
+                raise CorruptCheckpointError(f"{name} has shape {tuple(stored.size())}, {tuple(target.size())} is wanted", path=file.name)
+            target.copy_(stored)
             planner.commit_tensor(item, target)
+
+    def _part(self, info: Any, item: ReadItem, name: str) -> Part:
+        """What is wanted of a blob, with the metadata's word on what it holds."""
+        index, dtype, shape = item.storage_index, torch.uint8, torch.Size()
+        known = self._described.get(index.fqn)
+        if isinstance(known, TensorStorageMetadata):
+            dtype = known.properties.dtype
+            # The stored chunk's own shape; `index` is only a hint of where it stands in the list.
+            hint = index.index if index.index is not None else 0
+            chunks = [*known.chunks[hint : hint + 1], *known.chunks]
+            shape = next((chunk.sizes for chunk in chunks if chunk.offsets == index.offset), torch.Size(item.lengths))
+        return Part(info.offset, info.length, dtype, shape, item.storage_offsets, item.lengths, name)
 
     def _open(self) -> OpenCheckpoint:
         if self._path is None:
@@ -139,30 +161,8 @@ class DcpReader(StorageReader):
             raise
 
 
-def _narrow(tensor: torch.Tensor, item: ReadItem, source: str) -> torch.Tensor:
-    """The part of a stored tensor that this item wants."""
-    if len(item.storage_offsets) != tensor.dim():
-        raise CorruptCheckpointError(f"{source}: item {item.storage_index.fqn!r} has {tensor.dim()} dimensions", path=source)
-    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        if not 0 <= offset <= offset + length <= tensor.size(dim):
-            raise CorruptCheckpointError(f"{source}: item {item.storage_index.fqn!r} is smaller than its metadata says", path=source)
-        tensor = tensor.narrow(dim, offset, length)
-    return tensor
-
-
 def _check_plain(blob: memoryview, source: str) -> None:
     try:
         torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnsupportedStateError(f"{source} is not plain data; give weights_only=False if you trust its writer: {error}") from error
-
-
-def _load_blob(blob: memoryview, source: str) -> torch.Tensor:
-    try:
-        tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    # torch raises whatever its unpickler and zip reader meet.
-    except Exception as error:
-        raise CorruptCheckpointError(f"{source} is not a torch container: {error}", path=source) from error
-    if not isinstance(tensor, torch.Tensor):
-        raise CorruptCheckpointError(f"{source} holds no tensor", path=source)
-    return tensor

@@ -23,7 +23,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ...engine import AsyncCheckpointEngine
-from ...errors import BackpressureTimeout, ConfigError, RankFailedError
+from ...errors import (
+    BackpressureTimeout,
+    CheckpointError,
+    ConfigError,
+    RankFailedError,
+    StateMismatchError,
+    UnsupportedStateError,
+)
+from ...manifest import check_metadata
 from ...pending import PendingCommit
 from .blobs import BlobPlanner, join_blobs, raw_plan
 from .reader import DcpReader
@@ -38,10 +46,22 @@ class TrainingState(Stateful):
 
     def __init__(self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()) -> None:
         self._model = model
-        self._optimizers = optimizers
+        self._optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
+        if not isinstance(model, torch.nn.Module) or not all(isinstance(known, torch.optim.Optimizer) for known in self._optimizers):
+            kinds = ", ".join(type(known).__name__ for known in (model, *self._optimizers))
+            raise UnsupportedStateError(f"TrainingState takes a module and its optimizers, not ({kinds})")
 
     def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer state. A collective where the model is sharded."""
+        """Model and optimizer state. A collective where the model is sharded.
+
+        Raises:
+            UnsupportedStateError: an optimizer holds parameters that are not the model's (made before the model was sharded?).
+        """
+        known = set(map(id, self._model.parameters()))
+        for optimizer in self._optimizers:
+            if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+                kind = type(optimizer).__name__
+                raise UnsupportedStateError(f"{kind} holds parameters that are not the model's; make it after the model was sharded")
         model, optimizers = get_state_dict(self._model, self._optimizers)
         return {"model": model, "optim": optimizers}
 
@@ -68,6 +88,8 @@ def save_sharded(
         CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible under `tag`.
         RankFailedError: another rank's.
     """
+    _check_arguments(engine, state_dict)
+    check_metadata(metadata)
     world_size = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     coordinator = engine.config.coordinator
     num_ranks = 1 if coordinator is None else coordinator.world_size
@@ -102,7 +124,10 @@ def load_sharded(
 
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError: this rank's. RankFailedError: another rank's.
+        StateMismatchError: `state_dict` wants what the checkpoint does not hold, or in another size. Give
+            ``planner=DefaultLoadPlanner(allow_partial_load=True)`` to load what is there.
     """
+    _check_arguments(engine, state_dict)
     for pending in engine.pending():
         if pending.tag == tag and not pending.wait(engine.config.backpressure_timeout_s):
             raise BackpressureTimeout(f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s")
@@ -111,7 +136,23 @@ def load_sharded(
     try:
         state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
     except CheckpointException as error:
-        raise (reader.failure or _own_or_first(error, rank)) from error
+        raise (reader.failure or _mismatch(_own_or_first(error, rank), tag)) from error
+
+
+def _check_arguments(engine: Any, state_dict: Any) -> None:
+    if not isinstance(engine, AsyncCheckpointEngine):
+        raise ConfigError(f"the first argument must be an AsyncCheckpointEngine, not {type(engine).__name__}")
+    if not isinstance(state_dict, dict):
+        hint = ': wrap it, {"train": TrainingState(model, optimizer)}' if isinstance(state_dict, torch.nn.Module) else ""
+        raise UnsupportedStateError(f"the state must be a dict, not {type(state_dict).__name__}{hint}; nothing was read or written")
+
+
+def _mismatch(error: BaseException, tag: str) -> BaseException:
+    """DCP's planner says by a bare RuntimeError or ValueError that state and checkpoint do not fit."""
+    message = str(error)
+    if not isinstance(error, CheckpointError) and message.startswith(("Missing key", "Size mismatch")):
+        return StateMismatchError(f"checkpoint {tag!r} does not fit the given state: {message}", (message,))
+    return error
 
 
 def _own_or_first(error: CheckpointException, rank: int) -> BaseException:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from ... import transaction
 from ...checksum import crc32
 from ...config import EngineConfig
-from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError
+from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError, UnsupportedStateError
 from ...filesystem import FileSystem
 from ...manifest import FileEntry, check_metadata, check_tag, parse_private_name
 from ...writer import WrittenFile
@@ -77,7 +77,10 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_nam
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no tensor."""
     described = []
     for item in plan.items:
-        data = planner.resolve_data(item)
+        try:
+            data = planner.resolve_data(item)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UnsupportedStateError(f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint") from error
         if item.type == WriteItemType.BYTE_IO:
             described.append((item.index.fqn, raw_plan(data.getvalue()), None))  # type: ignore[union-attr]
         else:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
 from async_ckpt.coordination.ranks import RankCoordinator
-from async_ckpt.errors import CheckpointError, OutOfSpaceError
+from async_ckpt.errors import CheckpointError, CorruptCheckpointError, OutOfSpaceError
 from async_ckpt.filesystem import LocalFileSystem, WritableFile
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
 
@@ -189,3 +189,87 @@ def save_sharded_that_fails(rank: int, root: str) -> Any:
             except (CheckpointError, TypeError) as error:
                 outcomes.append(f"{type(error).__name__} {getattr(error, 'rank', '')}".strip())
     return outcomes, Catalog(root).tags()
+
+
+def load_own_rows(rank: int, path: str) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {"x": distribute_tensor(torch.zeros(1 << 10, 1 << 10, dtype=torch.long), mesh, [Shard(0)])}
+    try:
+        dcp.load(state, checkpoint_id=path, storage_reader=DcpReader())
+    except CheckpointException as error:
+        cause = error.failures.get(rank)
+        if cause is not None:
+            return isinstance(cause[0], CorruptCheckpointError)
+    return state["x"].to_local()
+
+
+def odd_state(fill: bool) -> dict[str, Any]:
+    """Shapes that do not divide: ranks with an empty shard, with one row, with all of it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state: dict[str, Any] = {}
+    for name, shape, placement in (
+        ("one row", (1, 5), Shard(0)),
+        ("five rows", (5, 3), Shard(0)),
+        ("columns", (3, 7), Shard(1)),
+        ("no rows", (0, 3), Shard(0)),
+        ("replicated", (2, 2), Replicate()),
+        ("0-dim", (), Replicate()),
+        ("large", (1001, 301), Shard(1)),
+    ):
+        size = int(torch.Size(shape).numel())
+        whole = torch.arange(float(size)).reshape(shape) if fill else torch.zeros(shape)
+        state[name] = distribute_tensor(whole, mesh, [placement])
+    return state | {"plain": torch.arange(4.0) if fill else torch.zeros(4), "step": 5 if fill else 0}
+
+
+def save_odd_shards(rank: int, root: str) -> Any:
+    state = odd_state(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=f"{root}/stock")
+    writer = DcpWriter(**OPTIONS)
+    dcp.save(state, checkpoint_id=f"{root}/ours", storage_writer=writer)
+    writer.close()
+    return full(state)
+
+
+def load_odd_shards(rank: int, path: str, ours: bool) -> Any:
+    state = odd_state(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=path, storage_reader=DcpReader() if ours else None)
+    return full(state)
+
+
+def trained(kind: str, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The same small model, plain, under DDP or under FSDP2, two steps old."""
+    torch.manual_seed(seed)
+    model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(torch.ones(4, 7)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save_face(rank: int, root: str, kind: str) -> Any:
+    model, optimizer = trained(kind, 5)
+    state = {"train": TrainingState(model, optimizer), "step": 2}
+    with engine_of(root) as engine:
+        expected = full(state["train"].state_dict())  # type: ignore[union-attr]
+        save_sharded(engine, "s1", state).result(60)
+    return expected
+
+
+def load_face(rank: int, root: str, kind: str) -> Any:
+    model, optimizer = trained(kind, 6)
+    state: dict[str, Any] = {"train": TrainingState(model, optimizer), "step": 0}
+    with engine_of(root) as engine:
+        load_sharded(engine, "s1", state)
+    assert state["step"] == 2
+    return full(state["train"].state_dict())

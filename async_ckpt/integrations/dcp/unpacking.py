@@ -1,0 +1,148 @@
+"""Tensors out of one rank's file: read in parallel, and without `torch.load` where a blob starts as `BlobPlanner` would write it.
+
+Guarantees:
+- What is returned is what ``torch.load`` would return: everything before the payload, the pickle with dtype, shape and stride among it,
+  is compared byte by byte with a blob planned here; all others go through ``torch.load(weights_only=True)``.
+- Nothing is returned before the checksums of the extents it comes from have been compared.
+- Of a large tensor only the rows that are wanted are read; memory beyond the result is a few extents.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import CorruptCheckpointError
+from ...restore.reading import VerifiedFile
+from ...restore.scatter import Scatter, new_storage
+from .blobs import BlobPlanner
+
+_MAX_KNOWN = 4096
+# Above it, a blob's payload is read straight to its place; below, many blobs share an extent, which is read once.
+LARGE_BYTES = 1 << 20
+_AHEAD_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's, and only a guess."""
+
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: torch.Size
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A blob of one dtype and shape: its size, what precedes the payload, and where that lies."""
+
+    file_bytes: int
+    head: bytes
+    payload_nbytes: int
+
+
+class Unpacker:
+    """Knows what blobs look like; keep it for all files of a load. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._planner = BlobPlanner()
+        self._templates: dict[tuple[torch.dtype, torch.Size], _Template | None] = {}
+
+    def tensor(self, file: VerifiedFile, part: Part) -> torch.Tensor:
+        """The wanted part of a blob; valid while `file` keeps the extents that hold it.
+
+        Raises:
+            CorruptCheckpointError: damaged, no torch container, or smaller than its metadata says.
+        """
+        template = self._template(part)
+        if template is None or template.file_bytes != part.length or file.view(part.offset, len(template.head)) != template.head:
+            return _narrow(_load(file.view(part.offset, part.length), part), part)
+        _check_box(part.shape, part)
+        payload = part.offset + len(template.head)
+        if not part.shape:
+            return _read(file, payload, template.payload_nbytes, part.dtype).view(())
+        row_bytes = template.payload_nbytes // part.shape[0]
+        rows = _read(file, payload + part.starts[0] * row_bytes, part.lengths[0] * row_bytes, part.dtype)
+        rows = rows.view(part.lengths[0], *part.shape[1:])
+        for dim in range(1, len(part.shape)):
+            rows = rows.narrow(dim, part.starts[dim], part.lengths[dim])
+        return rows
+
+    def _template(self, part: Part) -> _Template | None:
+        key = (part.dtype, part.shape)
+        if key not in self._templates:
+            if len(self._templates) >= _MAX_KNOWN:
+                self._templates.clear()
+            template = None
+            # A damaged shape must not take memory: a blob is longer than its payload.
+            if min(part.shape, default=0) >= 0 and math.prod(part.shape) * part.dtype.itemsize <= part.length:
+                # Never touched: only its description matters.
+                plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype))
+                if kept is not None and plan.literals[0][0] == 0 and len(plan.literals[0][1]) == plan.payload_offsets[0]:
+                    template = _Template(plan.file_bytes, plan.literals[0][1], plan.payload_nbytes[0])
+            self._templates[key] = template
+        return self._templates[key]
+
+
+def read_ahead(file: VerifiedFile, blobs: Iterable[tuple[int, int]]) -> None:
+    """Read and verify the extents of the next blobs (offset, length) in one go, as many as may be held."""
+    wanted: dict[int, None] = {}
+    for offset, length in blobs:
+        wanted.update(dict.fromkeys(file.extents_of(offset, length)))
+        if len(wanted) * file.extent_bytes >= _AHEAD_BYTES:
+            break
+    file.keep(wanted)
+
+
+def _read(file: VerifiedFile, offset: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """These bytes as a flat tensor, aligned as its elements need it."""
+    num = nbytes // dtype.itemsize
+    if nbytes >= LARGE_BYTES:
+        storage = new_storage(nbytes, torch.device("cpu"))
+        scatter = Scatter()
+        scatter.add(offset, nbytes, storage)
+        scatter.freeze()
+        file.stream(scatter, file.extents_of(offset, nbytes))
+        return torch.empty(0, dtype=dtype).set_(storage, 0, (num,), (1,))
+    flat = torch.empty(num, dtype=dtype)
+    if nbytes:
+        with warnings.catch_warnings():
+            # The bytes may be read-only: they are only read.
+            warnings.simplefilter("ignore", UserWarning)
+            flat.view(torch.uint8).copy_(torch.frombuffer(file.view(offset, nbytes), dtype=torch.uint8))
+    return flat
+
+
+def _check_box(shape: torch.Size, part: Part) -> None:
+    if len(part.starts) != len(shape):
+        raise CorruptCheckpointError(f"{part.name} has {len(shape)} dimensions, not the {len(part.starts)} wanted", path=part.name)
+    for size, start, length in zip(shape, part.starts, part.lengths, strict=True):
+        if not 0 <= start <= start + length <= size:
+            raise CorruptCheckpointError(f"{part.name} is smaller than its metadata says", path=part.name)
+
+
+def _narrow(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    _check_box(tensor.size(), part)
+    for dim, (start, length) in enumerate(zip(part.starts, part.lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def _load(blob: memoryview, part: Part) -> torch.Tensor:
+    try:
+        tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    # torch raises whatever its unpickler and zip reader meet.
+    except Exception as error:
+        raise CorruptCheckpointError(f"{part.name} is not a torch container: {error}", path=part.name) from error
+    if not isinstance(tensor, torch.Tensor):
+        raise CorruptCheckpointError(f"{part.name} holds no tensor", path=part.name)
+    return tensor
