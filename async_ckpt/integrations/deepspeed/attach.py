@@ -8,11 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ...errors import ConfigError
 from ...interface import StrPath
 from .engine import AsyncDeepSpeedEngine
+from .guarding import guardable_optimizers
 
 _INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
 _NEEDED = ("create", "save", "makedirs", "load", "commit", "is_decoupled", "get_commit_info", "cleanup", "preserves_storage_sharing")
@@ -31,8 +30,10 @@ def attach(
 
     Args:
         save_dir: where checkpoints will go. Given, staging memory is prepared now instead of in the first save.
-        guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``. Only
-            for tensors that nothing but the optimizer's own ``step`` changes; see `AsyncCheckpointEngine.guard`.
+        guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``. For
+            ZeRO 0 to 3 as DeepSpeed itself trains, where nothing but the optimizer's own ``step`` changes them. Not the
+            default, because your code may: between a save and the next step, do not write to parameters (stage 0), and do
+            not call ``safe_set_full_fp32_param`` and its like, which write past the counters that tell of a torn copy.
         rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds.
         config: `EngineConfig` fields, such as ``staging_bytes``.
 
@@ -40,10 +41,11 @@ def attach(
 
     Raises:
         ImportError: DeepSpeed is missing or too old; names the extra to install.
-        ConfigError: `ds_engine` is no DeepSpeed engine, or a field of `config` is wrong.
+        ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect its optimizer.
     """
     interface = _require_deepspeed()
     _check_engine(ds_engine)
+    guarded = guardable_optimizers(ds_engine) if guard else []
     former = ds_engine.checkpoint_engine
     if former is not None and former.is_decoupled():
         former.cleanup()
@@ -52,8 +54,7 @@ def attach(
     checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config)
     interface.register(AsyncDeepSpeedEngine)
     ds_engine.checkpoint_engine = checkpointer
-    if guard:
-        checkpointer.guard(*_optimizers(ds_engine))
+    checkpointer.guard(*guarded)
     _choose_writers(ds_engine, checkpointer)
     _wrap(ds_engine, "save_checkpoint", _sealing)
     _wrap(ds_engine, "load_checkpoint", _draining)
@@ -106,16 +107,6 @@ def _choose_writers(ds_engine: Any, checkpointer: AsyncDeepSpeedEngine) -> None:
     ds_engine.save_non_zero_checkpoint = checkpointer.is_data_parallel_writer(rank) or (
         ds_engine.zero_optimization_partition_weights() and ds_engine.is_first_weights_partition_group()
     )
-
-
-def _optimizers(ds_engine: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizer at the bottom of DeepSpeed's wrappers."""
-    optimizer = ds_engine.optimizer
-    while not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-        if optimizer is None:
-            raise ConfigError("guard=True needs an engine with a torch optimizer; leave it out")
-    return [optimizer]
 
 
 Around = Callable[[Any, Callable[[], Any]], Any]

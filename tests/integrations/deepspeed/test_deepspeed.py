@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -48,6 +50,13 @@ ONE_RANK = (
     "without_attach",
     "plain_use",
     "guarded",
+    "guarded_bytes:0,fp32",
+    "guarded_bytes:2,fp32",
+    "guarded_bytes:3,bf16",
+    "guard_refusals",
+    "experts",
+    "universal:2",
+    "offloaded:2,cpu",
     "saved_for_exit",
 )
 AFTER_ONE_RANK = ("loaded_after_exit",)
@@ -113,6 +122,38 @@ def test_full_matrix(tmp_path: Path, world_size: int) -> None:
     function = "roundtrip" if world_size == 1 else "ranks_roundtrip"
     found = run_job(tmp_path, world_size, [f"{function}:{arguments}" for arguments in MATRIX], timeout_s=500)
     assert found == dict.fromkeys(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_more_of_deepspeed(tmp_path: Path) -> None:
+    """Guarded copies over hundreds of steps, all stages; universal checkpoints; optimizers on the CPU."""
+    scenarios = [f"guarded_bytes:{arguments},100" for arguments in MATRIX]
+    scenarios += [f"universal:{stage}" for stage in (1, 3)] + [f"offloaded:{stage},cpu" for stage in (1, 3)]
+    found = run_job(tmp_path, 1, scenarios, timeout_s=800)
+    assert found == dict.fromkeys(found)
+
+
+@pytest.mark.slow
+@pytest.mark.leaves_staging
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("num_changes", [1, 7, 20])
+def test_all_ranks_killed_in_the_middle_of_saves(tmp_path: Path, world_size: int, num_changes: int) -> None:
+    """SIGKILL after so many changes of the directory: `latest` names a whole checkpoint, which loads; saving goes on."""
+    own = tmp_path / "killed"
+    processes = start(tmp_path, world_size, ["-m", "tests.integrations.deepspeed.worker", str(tmp_path), "saves_until_killed"])
+    deadline, seen, changes = time.monotonic() + 300, set[str](), 0
+    while changes < num_changes and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        found = set(os.listdir(own)) if (own / "latest").exists() else seen
+        changes += len(found ^ seen)
+        seen = found
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    finish(processes, 60)
+    assert changes >= num_changes, (tmp_path / "log-0").read_text()[-3000:]
+    again = run_job(tmp_path, world_size, ["loads_what_latest_names"])
+    assert again == {"loads_what_latest_names": None}
 
 
 @pytest.mark.slow

@@ -1,0 +1,236 @@
+"""More scenarios for one rank: guarded copies byte by byte, experts, DeepSpeed's converters, offloaded optimizers, sudden ends."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+from async_ckpt import Catalog, ConfigError, KeepLast
+from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
+from tests.integrations.deepspeed.one_rank import SMALL, Modes, load_stock
+from tests.integrations.deepspeed.world import FEATURES, config, differences, make, state_of, train
+
+
+class Twice:
+    """Keeps what `torch.save` makes of every state at the very call that the engine gets it in."""
+
+    def __init__(self, checkpointer: AsyncDeepSpeedEngine) -> None:
+        self.expected: dict[str, bytes] = {}
+        self._save = checkpointer.save
+        checkpointer.save = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, state_dict: Any, path: str) -> None:
+        file = io.BytesIO()
+        torch.save(state_dict, file)
+        self.expected[str(path)] = file.getvalue()
+        self._save(state_dict, path)
+
+
+class LateCopies:
+    """Holds the lazy copies back until the optimizer's own step begins: the latest moment at which they may still run."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._gate = threading.Event()
+        # Registered before the guard's hook, so that the gate is open when the guard waits.
+        optimizer.register_step_pre_hook(lambda *_: self._gate.set())
+
+    def close(self, checkpointer: AsyncDeepSpeedEngine) -> None:
+        self._gate = gate = threading.Event()
+        assert checkpointer.engine is not None
+        checkpointer.engine._inflight.pool.submit_copy(lambda: gate.wait(60) and None)
+
+
+def bottom(engine: Any) -> torch.optim.Optimizer:
+    inner = engine.optimizer
+    while not isinstance(inner, torch.optim.Optimizer):
+        inner = inner.optimizer
+    return inner
+
+
+def guarded_bytes(directory: Path, stage: str, dtype: str, num_saves: str = "20") -> None:
+    """Copied as late as the guard allows, while DeepSpeed trains on, each file is what torch.save wrote at the call."""
+    engine = make(int(stage), dtype)
+    late, modes = LateCopies(bottom(engine)), Modes()
+    checkpointer = attach(engine, directory, guard=True, observers=(modes,), retention=KeepLast(2), **SMALL)
+    twice = Twice(checkpointer)
+    train(engine, 1)
+    for number in range(int(num_saves)):
+        late.close(checkpointer)
+        engine.save_checkpoint(str(directory), tag=f"s{number}")
+        train(engine, 1, seed=number)
+        checkpointer.drain()
+        for path, expected in twice.expected.items():
+            assert Path(path).read_bytes() == expected, f"{path} is not what was saved"
+        twice.expected.clear()
+    assert "lazy" in modes.seen
+    engine.destroy()
+
+
+def guard_refusals(directory: Path) -> None:
+    """Optimizers whose tensors change before their own step are not guarded."""
+    engine = make(2)
+    train(engine, 1)
+    engine.optimizer.use_muon = True
+    with pytest.raises(ConfigError, match="Muon's momentum"):
+        attach(engine, directory, guard=True)
+    engine.optimizer.use_muon = False
+    engine.optimizer.zenflow = True
+    with pytest.raises(ConfigError, match="ZenFlow"):
+        attach(engine, directory, guard=True)
+    engine.optimizer.zenflow = False
+    engine.optimizer.swap_optimizer = True
+    with pytest.raises(ConfigError, match="swapped"):
+        attach(engine, directory, guard=True)
+    engine.optimizer.swap_optimizer = False
+    engine.optimizer.__class__ = type("SuperOffloadOptimizer", (type(engine.optimizer),), {})
+    with pytest.raises(ConfigError, match="SuperOffloadOptimizer"):
+        attach(engine, directory, guard=True)
+    engine.destroy()
+
+
+class Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(FEATURES, FEATURES)
+        self.moe = MoE(FEATURES, torch.nn.Linear(FEATURES, FEATURES), num_experts=2, ep_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, loss, _ = self.moe(self.first(x))
+        found: torch.Tensor = out + loss
+        return found
+
+
+def make_experts(seed: int) -> Any:
+    torch.manual_seed(seed)
+    deepspeed.init_distributed("gloo")
+    model = Experts()
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "parameters"})
+    optimizer = torch.optim.Adam(groups, lr=1e-2)
+    settings = config(0, "fp32")
+    del settings["optimizer"]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def experts(directory: Path) -> None:
+    """Expert files hold the bytes of their expert, under DeepSpeed's names, and stock DeepSpeed loads them."""
+    engine = make_experts(0)
+    attach(engine, directory, **SMALL)
+    train(engine, 2)
+    expected = state_of(engine)
+    engine.save_checkpoint(str(directory))
+    train(engine, 2)
+    assert differences(expected, state_of(engine))
+    engine.destroy()
+    names = {path.name for path in (directory / "global_step2").iterdir()}
+    assert {"layer_0_expert_0_mp_rank_00_model_states.pt", "layer_0_expert_1_mp_rank_00_model_states.pt"} <= names
+    assert Catalog(directory).verify("global_step2").ok
+    stock = make_experts(9)
+    path, _ = stock.load_checkpoint(str(directory))
+    assert path is not None
+    assert differences(expected, state_of(stock)) == []
+    ours = make_experts(5)
+    attach(ours, directory, **SMALL)
+    path, _ = ours.load_checkpoint(str(directory))
+    assert path is not None
+    assert differences(expected, state_of(ours)) == []
+    ours.destroy()
+
+
+def universal(directory: Path, stage: str) -> None:
+    """`ds_to_universal` on the result, and the universal checkpoint loaded, by stock DeepSpeed and with the engine attached."""
+    engine = make(int(stage))
+    attach(engine, directory, **SMALL)
+    train(engine, 2)
+    expected = state_of(engine)
+    universal_info = {"universal_checkpoint_info": {}}
+    engine.save_checkpoint(str(directory), client_state=universal_info)
+    engine.destroy()
+    converted = directory / "global_step2_universal"
+    arguments = argparse.Namespace(
+        input_folder=str(directory / "global_step2"),
+        output_folder=str(converted),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    ds_to_universal.main(arguments)
+    (directory / "latest_universal").write_text(converted.name)
+    for is_ours in (False, True):
+        again = make(int(stage), seed=7, checkpoint={"load_universal": True})
+        if is_ours:
+            attach(again, directory, **SMALL)
+        path, _ = again.load_checkpoint(str(directory), tag=converted.name)
+        assert path is not None
+        found = state_of(again)
+        assert differences(expected["model"], found["model"]) == []
+        assert found["steps"] == expected["steps"]
+        again.destroy()
+
+
+def offloaded(directory: Path, stage: str, device: str) -> None:
+    """The optimizer on the CPU, or swapped to files, which DeepSpeed copies past the engine."""
+    settings = {"stage": int(stage), "offload_optimizer": {"device": device}}
+    if device == "nvme":
+        settings["offload_optimizer"] |= {"nvme_path": str(directory / "nvme")}
+        settings |= {"sub_group_size": 500}
+    more = {"zero_optimization": settings, "zero_force_ds_cpu_optimizer": False}
+    engine = make(int(stage), **more)
+    attach(engine, directory / "saved", **SMALL)
+    train(engine, 2)
+    expected = state_of(engine)
+    engine.save_checkpoint(str(directory / "saved"))
+    train(engine, 2)
+    engine.destroy()
+    assert Catalog(directory / "saved").verify("global_step2").ok
+    for is_ours in (False, True):
+        again = make(int(stage), seed=7, **more)
+        if is_ours:
+            attach(again, directory / "saved", **SMALL)
+        path, _ = again.load_checkpoint(str(directory / "saved"))
+        assert path is not None
+        assert differences(expected, state_of(again)) == []
+        train(again, 1)
+        again.destroy()
+
+
+def saves_until_killed(directory: Path) -> None:
+    """Never returns: somebody else kills the process. Says on standard output when it has begun."""
+    own = directory.parent / "killed"
+    engine = make(2)
+    attach(engine, own, retention=KeepLast(3), **SMALL)
+    number = 0
+    while True:
+        train(engine, 1)
+        engine.save_checkpoint(str(own), tag=f"s{number}")
+        number += 1
+
+
+def loads_what_latest_names(directory: Path) -> None:
+    """After a sudden end: `latest` names a whole checkpoint, stock DeepSpeed loads it, and saving goes on."""
+    own = directory.parent / "killed"
+    named = (own / "latest").read_text()
+    assert Catalog(own).verify(named).ok
+    if os.environ["WORLD_SIZE"] == "1":
+        load_stock(own, 2, "fp32")
+    engine = make(2, seed=3)
+    attach(engine, own, **SMALL)
+    path, _ = engine.load_checkpoint(str(own))
+    assert path is not None and named in path
+    train(engine, 1)
+    engine.save_checkpoint(str(own), tag="after")
+    engine.destroy()
+    assert (own / "latest").read_text() == "after" and Catalog(own).verify("after").ok
