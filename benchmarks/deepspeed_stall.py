@@ -1,6 +1,6 @@
 """How long `save_checkpoint` blocks training: DeepSpeed's own torch engine against the attached one, real DeepSpeed on CPU.
 
-    python -m benchmarks.deepspeed_stall DIRECTORY [--megabytes 200] [--saves 5] [--stages 0 2 3] [--json FILE]
+    python -m benchmarks.deepspeed_stall DIRECTORY [--megabytes 200] [--saves 5] [--stages 0 1 2 3] [--json FILE]
 
 One process per row. A save is timed from the call to the return; a few training steps lie between any two saves, and
 no save starts before the one before it is on disk (the stock engine's files are synced for that, outside the timing).
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--row", nargs=2, metavar=("CONTENDER", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -129,6 +129,7 @@ def main() -> None:
         row = measure(given.directory, given.row[0], int(given.row[1]), given.megabytes, given.saves)
         (given.directory / "row.json").write_text(json.dumps(row))
         return
+    measured_on = describe(given.directory)
     rows = []
     for stage in given.stages:
         for contender in CONTENDERS:
@@ -142,7 +143,7 @@ def main() -> None:
             shutil.rmtree(own)
     print(table(rows))
     if given.json:
-        given.json.write_text(json.dumps({"environment": describe(given.directory), "rows": rows}, indent=1))
+        given.json.write_text(json.dumps({"environment": measured_on, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ PACKAGES = (
     "torch_checkpointing",
     "torchsnapshot",
     "lightning",
+    "transformers",
+    "accelerate",
     "orbax-checkpoint",
     "jax",
     "nvidia-resiliency-ext",

@@ -24,6 +24,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import describe
+
 WIDTH = 512
 ROWS = (
     "lightning stock",
@@ -154,9 +156,11 @@ def measure(row: str, directory: Path, megabytes: int, num_saves: int) -> dict[s
     return {
         "row": row,
         "first_s": watch.saves_s[0],
+        "saves_s": watch.saves_s[1:],
         "median_s": statistics.median(watch.saves_s[1:]),
         "max_s": max(watch.saves_s[1:]),
         "steps_s": statistics.median(watch.steps_s),
+        "load_average": os.getloadavg()[0],
     }
 
 
@@ -171,7 +175,8 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(options.row, options.directory, options.megabytes, options.saves)))
         return
-    results = []
+    options.directory.mkdir(parents=True, exist_ok=True)
+    results, measured_on = [], describe(options.directory)
     print(f"| {options.megabytes} MB | first save, s | median, s | max, s | 3 steps after, s |\n|---|---|---|---|---|")
     for row in ROWS:
         folder = options.directory / "frameworks_stall"
@@ -185,7 +190,9 @@ def main() -> None:
         results.append(found)
         print(f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | {found['steps_s']:.3f} |", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(
+            json.dumps({"environment": measured_on, "megabytes": options.megabytes, "rows": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":
