@@ -56,12 +56,12 @@ class StagingChunk:
         self.is_held = False
         self.piece = piece
         self.tensor, self.view, self.address = piece
-        self._arena = weakref.ref(arena)
+        # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
+        self._arena = arena
 
     def __del__(self) -> None:
-        arena = self._arena() if getattr(self, "is_held", False) else None
-        if arena is not None:
-            arena.release(self)
+        if getattr(self, "is_held", False):
+            self._arena.release(self)
 
 
 class StagingArena:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from async_ckpt import BackpressureTimeout, Catalog, KeepLast, OutOfSpaceError, WriteError
+from async_ckpt.staging import StagingArena
 
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
@@ -148,6 +150,18 @@ def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_rep
         job.whole("b", 2)
         assert fs.calls.before is None
     assert contents(tmp_path)["a"] == 3
+
+
+def test_a_chunk_that_the_garbage_collector_finds_is_given_back() -> None:
+    """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost for good."""
+    arena = StagingArena(2, 16384, pin=False)
+    held: list[object] = list(arena.try_reserve(2) or ())
+    assert arena.num_taken == 2
+    held.append(held)
+    del held
+    gc.collect()
+    assert arena.num_taken == 0
+    arena.close()
 
 
 @pytest.mark.leaves_staging
