@@ -144,15 +144,29 @@ class Catalog:
         return [entry.tag for entry in self._readable(self.entries())]
 
     def entries(self) -> list[CatalogEntry]:
-        """Everything that looks like a checkpoint, oldest commit first; damaged ones first of all."""
+        """Everything that looks like a checkpoint, oldest commit first; damaged ones first of all.
+
+        Where retention deletes faster than this reads, it looks again: else all could be gone, and the newest not yet seen.
+        """
         found: list[CatalogEntry] = []
-        for tag in self._candidates():
-            try:
-                found.append(CatalogEntry(tag, self.manifest(tag), None))
-            except CheckpointNotFoundError:
-                continue
-            except CorruptCheckpointError as error:
-                found.append(CatalogEntry(tag, None, str(error)))
+        for _ in range(_MAX_RACES):
+            found.clear()
+            vanished = False
+            for tag in self._possible_tags():
+                try:
+                    if self._looks_like_checkpoint(tag):
+                        found.append(CatalogEntry(tag, self.manifest(tag), None))
+                        continue
+                except CheckpointNotFoundError:
+                    vanished = True
+                    continue
+                except CorruptCheckpointError as error:
+                    found.append(CatalogEntry(tag, None, str(error)))
+                    continue
+                # A directory that is no checkpoint is still there.
+                vanished = vanished or self._filesystem.stat(os.path.join(self._root, tag)).kind == "missing"
+            if not vanished:
+                break
         return sorted(found, key=lambda entry: (entry.manifest.created_unix_ns if entry.manifest else -1, entry.tag))
 
     def latest(self, verify: str = "full") -> str | None:
@@ -284,7 +298,7 @@ class Catalog:
                 logger.warning("checkpoint %r is left out: %s", entry.tag, entry.problem)
         return [entry for entry in entries if entry.problem is None]
 
-    def _candidates(self) -> list[str]:
+    def _possible_tags(self) -> list[str]:
         """Names that may be tags. A listing may miss a name that is being exchanged: list until two agree."""
         names = set(self._listdir())
         for _ in range(4):
@@ -292,13 +306,9 @@ class Catalog:
             if again == names:
                 break
             names |= again
-        return [name for name in sorted(names) if self._looks_like_checkpoint(name)]
+        return [name for name in sorted(names) if _is_tag(name)]
 
     def _looks_like_checkpoint(self, name: str) -> bool:
-        try:
-            check_tag(name)
-        except UnsafePathError:
-            return False
         path = os.path.join(self._root, name)
         if self._filesystem.stat(path).kind != "dir":
             return False
@@ -317,6 +327,14 @@ class Catalog:
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
         shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}")
+
+
+def _is_tag(name: str) -> bool:
+    try:
+        check_tag(name)
+    except UnsafePathError:
+        return False
+    return True
 
 
 def _gone(tag: str) -> CheckpointNotFoundError:

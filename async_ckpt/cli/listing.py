@@ -9,11 +9,14 @@ import time
 from typing import Any
 
 from ..catalog import Catalog, CatalogEntry, StagingInfo
+from ..errors import CheckpointNotFoundError
 from ..filesystem.owner import OwnerState
 from ..units import format_age, format_bytes
 from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table
+
+_MAX_RACES = 32
 
 OWNERS = {
     OwnerState.ALIVE: "live owner",
@@ -28,13 +31,23 @@ def list_checkpoints(root: str, *, as_json: bool) -> int:
     """Print what is under `root`; returns the exit code."""
     catalog = catalog_of(root)
     now_s = time.time()
-    found = [_committed(catalog, entry, now_s) for entry in catalog.entries()]
+    found = _all_committed(catalog, now_s)
     found += [_staged(catalog, info, now_s) for info in catalog.staging()]
     if as_json:
         print_json(found)
     else:
         _print(root, found)
     return EXIT_FAILED if any(item["state"] == "damaged" for item in found) else EXIT_OK
+
+
+def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
+    for _ in range(_MAX_RACES):
+        try:
+            return [_committed(catalog, entry, now_s) for entry in catalog.entries()]
+        except CheckpointNotFoundError:
+            # Deleted since it was listed, by retention: then a newer one is there by now.
+            continue
+    raise CheckpointNotFoundError(f"the checkpoints in {catalog.root!r} come and go faster than they can be listed; try again")
 
 
 def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str, Any]:

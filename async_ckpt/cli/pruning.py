@@ -32,6 +32,8 @@ def command(
 
     The newest is always kept, and nothing is deleted while it is damaged. A deletion is a rename first, so that a crash
     leaves nothing half-deleted under a checkpoint's name.
+
+    JSON: a list of {tag, keep, deleted, reasons}
     """
     policy = _policy(keep_last, keep_every, keep_best, best_num, best_mode, keep_newer_than)
     catalog = catalog_of(root)
