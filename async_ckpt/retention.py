@@ -141,7 +141,8 @@ class KeepBest(RetentionPolicy):
         values: list[tuple[float, int, str]] = []
         for age, info in enumerate(reversed(checkpoints)):
             value = info.metadata.get(self.metric)
-            if value is None:
+            # NaN is no number to compare by; commits refuse it, other writers may not.
+            if value is None or value != value:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number")

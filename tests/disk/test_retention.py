@@ -151,3 +151,16 @@ def test_failures_and_races_of_deletion(fast_path: Path) -> None:
     fs.heal()
     retention.apply(fs, str(fast_path), KeepLast(1))
     assert Catalog(fast_path).tags() == ["s4"]
+
+
+def test_not_a_number_is_never_the_best() -> None:
+    losses = [3.0, float("nan"), 1.0, None, 2.0]
+    run = [CheckpointInfo(f"s{n}", n, {} if loss is None else {"loss": loss}) for n, loss in enumerate(losses, 1)]
+    run.append(CheckpointInfo("newest", 9, {"loss": 9.0}))
+    assert [d.tag for d in decide(run, KeepBest("loss", 2)) if d.keep] == ["s3", "s5", "newest"]
+    assert [d.tag for d in decide(run, KeepBest("loss", 2, "max")) if d.keep] == ["s1", "newest"]
+
+
+def test_a_clock_that_was_set_back_keeps_what_seems_to_come_from_the_future() -> None:
+    run = [CheckpointInfo("a", 10 * SECOND_NS), CheckpointInfo("b", 20 * SECOND_NS)]
+    assert all(decision.keep for decision in decide(run, KeepNewerThan(3), now_unix_ns=5 * SECOND_NS))
