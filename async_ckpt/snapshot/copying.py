@@ -252,10 +252,3 @@ def storage_ids(tensor: torch.Tensor) -> list[int]:
     """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts."""
     local = getattr(tensor, "_local_tensor", tensor)
     return [local.untyped_storage()._cdata] if local.layout == torch.strided else []
-
-
-def all_storage_ids(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """`storage_ids` of many tensors, in C-level loops where all of them are plain: it is on the path of every lazy save."""
-    if {type(t) for t in tensors} <= {torch.Tensor, torch.nn.Parameter} and {t.layout for t in tensors} <= {torch.strided}:
-        return [storage._cdata for storage in map(torch.Tensor.untyped_storage, tensors)]
-    return [storage_id for tensor in tensors for storage_id in storage_ids(tensor)]
