@@ -50,6 +50,8 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
     row = Row(f"{num_commits} commits, {num_kills} kills")
     fs = faulty_filesystem(direct=True)
     kills = set(chance.sample(range(num_commits // 10, num_commits), num_kills))
+    # The engine that prepared the root may still have a thread that is about to end.
+    _join_threads()
     before = middle = resources()
     with quiet():
         engine = make_engine(root, fs, overwrite="replace", retention=KeepLast(6), max_pending_commits=2)
@@ -85,8 +87,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
         assert end[:2] == middle[:2], f"descriptors and threads: {middle[:2]}, then {end[:2]}"
         assert end[2] - middle[2] < 24 << 20, f"memory grew by {end[2] - middle[2]} bytes in {num_commits // 2} commits"
         engine.close()
-    for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
-        thread.join(TIMEOUT_S)
+    _join_threads()
     fs.dispose()
     after = resources()
     assert after[:2] == before[:2], f"descriptors and threads: {before[:2]}, then {after[:2]}"
@@ -95,6 +96,11 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
     found = {tag: version for tag, version in contents(root).items() if not tag.startswith("beside")}
     check_legal(found, told, keeps=0)
     return row
+
+
+def _join_threads() -> None:
+    for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
+        thread.join(TIMEOUT_S)
 
 
 def _give_up_open(job: Job) -> None:
