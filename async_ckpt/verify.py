@@ -22,7 +22,6 @@ from .checksum import crc32
 from .errors import CommitError, CorruptCheckpointError
 from .filesystem import DirHandle, FileSystem, ReadableFile
 from .manifest import MANIFEST_NAME, FileEntry
-from .writer.executor import DaemonExecutor
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]
@@ -195,6 +194,9 @@ def _check_extents(
     limit = num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
     buffers = threading.local()
     windows = _windows(work)
+    # Here, because it brings asyncio with it: a command line that only lists must not wait for that.
+    from .writer.executor import DaemonExecutor
+
     pool = DaemonExecutor("async-ckpt-verify", limit)
     running: set[Future[tuple[int, list[Problem]]]] = set()
     try:

@@ -171,8 +171,7 @@ class InFlight:
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
         self._open[tag] = checkpoint
-        if self.publisher is not None:
-            self.publisher.opened(checkpoint)
+        publishing.opened(self.publisher, checkpoint)
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
@@ -313,8 +312,7 @@ class InFlight:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
             self.observers.on_abort(checkpoint.metrics, error)
-            if self.publisher is not None:
-                self.publisher.aborted(checkpoint)
+            publishing.aborted(self.publisher, checkpoint)
 
     async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
         """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""

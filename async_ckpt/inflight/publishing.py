@@ -43,6 +43,18 @@ def start(config: EngineConfig, root: str, pool: WriterPool, coordinator: Coordi
     return StatusPublisher(root, owner, places, pool, rank=coordinator.rank, world_size=coordinator.world_size)
 
 
+def opened(publisher: StatusPublisher | None, checkpoint: OpenCheckpoint) -> None:
+    """A checkpoint was created; somebody may publish it."""
+    if publisher is not None:
+        publisher.opened(checkpoint)
+
+
+def aborted(publisher: StatusPublisher | None, checkpoint: OpenCheckpoint) -> None:
+    """A checkpoint was given up before its commit; somebody may publish that."""
+    if publisher is not None:
+        publisher.aborted(checkpoint)
+
+
 class StatusPublisher:
     """Publishes to `places` until `close`. `opened` and `ended`: any thread, never block, never raise."""
 

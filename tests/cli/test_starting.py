@@ -41,6 +41,17 @@ def test_no_torch_where_none_is_needed(root, arguments):
     assert ran.stdout.splitlines()[-1] == "False False 0", ran
 
 
+def test_list_imports_no_event_loop(root):
+    script = """
+import sys
+from async_ckpt.cli.listing import list_checkpoints
+list_checkpoints(sys.argv[1], as_json=True)
+print("asyncio" in sys.modules)
+"""
+    ran = subprocess.run([PYTHON, "-c", script, str(root)], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "False"
+
+
 def test_list_starts_fast(root):
     """The best of several: the machine may be busy. The promise is 0.2 s; CPU time is what the package can answer for."""
     import resource
