@@ -135,6 +135,13 @@ def test_more_of_deepspeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="DeepSpeed's extension for NVMe needs libaio-dev to be compiled")
+def test_an_optimizer_swapped_to_files(tmp_path: Path) -> None:
+    assert run_job(tmp_path, 1, ["offloaded:3,nvme"], timeout_s=800) == {"offloaded:3,nvme": None}
+
+
+@pytest.mark.slow
 @pytest.mark.leaves_staging
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [1, 2])
