@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +31,7 @@ from .inflight import InFlight
 from .inflight.checkpoint import OpenCheckpoint, SavedFile
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
+from .locks import Lock
 from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
@@ -67,7 +67,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self.name = "async_ckpt"
         self.config = config
         self.root = os.path.abspath(os.fspath(config.root))
-        self._lock = threading.RLock()
+        self._lock = Lock()
         pin = torch.cuda.is_available() if config.pin_memory == "auto" else config.pin_memory
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = config.resolved_staging_bytes() // chunk_bytes

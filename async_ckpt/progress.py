@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from .errors import BackpressureTimeout
+from .locks import Lock
 from .metrics import CommitMetrics, Observer, Span
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def show_progress(console: Console | None = None) -> Iterator[None]:
         yield
         return
     tasks: dict[str, Any] = {}
-    lock = threading.Lock()
+    lock = Lock()
     with progress_bar(screen) as bar:
 
         def on_read(name: str, num_bytes: int, total_bytes: int) -> None:
@@ -85,7 +85,7 @@ class CommitProgress(Observer):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._written: dict[str, int] = {}
 
     def on_span(self, span: Span) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -24,6 +23,7 @@ from collections.abc import Callable
 import torch
 
 from .errors import BackpressureTimeout, TransactionStateError
+from .locks import Condition
 
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,8 +60,14 @@ class StagingChunk:
         self._arena = arena
 
     def __del__(self) -> None:
-        if getattr(self, "is_held", False):
-            self._arena.release(self)
+        try:
+            if getattr(self, "is_held", False):
+                self._arena.release(self)
+        except BaseException:
+            # A second exception out of a signal handler: nobody catches it here, and the chunk would be lost with it.
+            if self.is_held:
+                self._arena.release(self)
+            raise
 
 
 class StagingArena:
@@ -86,9 +92,7 @@ class StagingArena:
         self._warm: deque[_Piece] = deque()
         self._registered: list[int] = []
         self._num_unmapped = 0
-        # Entered as a plain lock: an exception out of a signal handler inside `Condition.__enter__` would leave it locked.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._lock = self._changed = Condition()
         self._poison: BaseException | None = None
         _arenas.add(self)
 
@@ -179,9 +183,11 @@ class StagingArena:
             return
         with self._lock:
             registered, self._registered = self._registered, []
-            self._num_unmapped += len(self._cold) + len(self._warm)
-            self._cold.clear()
-            self._warm.clear()
+            cold: deque[_Piece] = deque()
+            warm: deque[_Piece] = deque()
+            num_unmapped = self._num_unmapped + len(self._cold) + len(self._warm)
+            # One statement without a call, in which no signal handler runs: the numbers stay true to each other.
+            self._cold, self._warm, self._num_unmapped = cold, warm, num_unmapped
         for address in registered:
             _check_cuda(torch.cuda.cudart().cudaHostUnregister(address))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from .errors import ConfigError, CorruptCheckpointError
+from .locks import Lock
 from .metrics import Observer, Span
 
 _COLOURS = {
@@ -36,7 +36,7 @@ class SpanRecorder(Observer):
     """Keeps the spans of a run in memory, for `write_timeline`; the newest `max_spans`. Any thread."""
 
     def __init__(self, max_spans: int = 200_000) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._max_spans = max_spans
         self._spans: list[Span] = []
 

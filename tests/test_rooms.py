@@ -95,6 +95,17 @@ def test_only_the_writer_owns_threads_and_loops(module: str) -> None:
             assert node.attr not in ("Thread", "ThreadPoolExecutor", "new_event_loop"), f"{node.attr} at line {node.lineno}"
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "locks"])
+def test_locks_are_those_that_an_interrupt_cannot_leave_locked(module: str) -> None:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.With):
+            entered = {ast.unparse(item.context_expr) for item in node.items}
+            assert not any(name.startswith("threading.") for name in entered), f"{entered} at line {node.lineno}"
+        # Only tried, never entered: a commit in progress is told apart from none.
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("threading.Lock", "threading.RLock", "threading.Condition"):
+            assert module == "preemption.__init__", f"{ast.unparse(node)} at line {node.lineno}: see locks.py"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_stay_small(module: str) -> None:
     lines = (PACKAGE / (module.replace(".", "/") + ".py")).read_text().count("\n")

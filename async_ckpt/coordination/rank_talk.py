@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RankFailedError
+from ..locks import Lock
 from . import OpenTag, rank_protocol
 from .rank_outcome import error_of
 from .rank_requests import AttemptFailed, Seat, Step, Verdict
@@ -36,7 +36,7 @@ class RankTalk:
         self._link = link
         self._seat = seat
         self._root = root
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._background: list[Future[Any]] = []
         self._unretired: set[int] = set()
 

@@ -11,13 +11,13 @@ Guarantees:
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Protocol
 
+from ..locks import Condition
 from ..writer.executor import DaemonExecutor
 from . import rank_requests as requests
 from .rank_requests import Await, AwaitCount, Sleep, Step
@@ -165,7 +165,7 @@ class StoreLink:
         self._patience_s = patience_s
         self._prefix = prefix
         self._pace = PollPace(world_size)
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._tasks: list[_Task] = []
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None

@@ -14,12 +14,12 @@ import contextlib
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
 from ..errors import OutOfSpaceError, WriteError
+from ..locks import Condition
 from .syscalls import O_DIRECT, Syscalls
 
 PAGE_BYTES = 4096
@@ -144,7 +144,7 @@ class LocalWritableFile:
         self._fd: int = file.fileno()
         self._direct = direct
         self._executor = executor
-        self._idle = threading.Condition()
+        self._idle = Condition()
         self._num_running = 0
         self._closing = False
         self._failure: BaseException | None = None

@@ -14,7 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from ..errors import BackpressureTimeout, TransactionStateError
+from ..locks import Lock
 from ..snapshot import SnapshotJob
 from .storages import OwnedStorages
 from .turns import Turns, Work
@@ -42,7 +42,7 @@ class Guard:
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._handles: list[Any] = []
         self._jobs: list[SnapshotJob] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._turns = Turns(timeout_s)
         self._owned = OwnedStorages()
         self._known: frozenset[int] | None = None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 
 from ..errors import BackpressureTimeout
+from ..locks import Condition
 
 # How soon a waiter learns that a step has raised; it is only then that nobody wakes it.
 _LOOK_AGAIN_S = 0.02
@@ -54,7 +55,7 @@ class Turns:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = Condition()
         self._running: dict[int, _Turn] = {}
         self._queue: list[_Place] = []
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable
 
+from ..locks import Lock
 from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
 
 
@@ -14,7 +14,7 @@ class Observers:
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self._observers = list(observers)
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def on_span(self, span: Span) -> None:
         self._tell(lambda observer: observer.on_span(span))

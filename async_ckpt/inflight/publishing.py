@@ -7,13 +7,13 @@ Guarantees:
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..filesystem.owner import Owner, current_owner
+from ..locks import Lock
 from ..observers import status_writer
 from ..observers.published import remove_stale_runtime
 from ..observers.status import StatusObserver
@@ -62,7 +62,7 @@ class StatusPublisher:
         self._owner = owner
         self._pool = pool
         self._about = {"root": root, "rank": rank, "world_size": world_size}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._flying: dict[int, OpenCheckpoint] = {}
         self._ended_bytes = 0
         self._num_committed = self._num_failed = self._num_aborted = 0

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
 
+from ..locks import Condition
 from ..writer.executor import DaemonExecutor
 from .status_places import StatusPlace
 
@@ -44,7 +44,7 @@ class StatusWriter:
         self._at_first = at_first
         self._pid = os.getpid()
         self._reported: set[StatusPlace] = set()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._is_dirty = True
         self._is_closed = False
         self._num_asked = self._num_published = 0

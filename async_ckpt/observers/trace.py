@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ..locks import Lock
 from ..metrics import CommitMetrics, Observer, Span
 
 _TAIL = b"\n]}\n"
@@ -35,7 +35,7 @@ class TraceObserver(Observer):
     """
 
     def __init__(self, path: str | os.PathLike[str], process_name: str = "async_ckpt") -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._origin_s = time.perf_counter()
         self._threads: dict[str, int] = {}
         self._device_rows: list[float] = []

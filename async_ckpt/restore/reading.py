@@ -17,6 +17,7 @@ from typing import Protocol
 
 from ..checksum import crc32, crc32_combine
 from ..errors import CheckpointError, CorruptCheckpointError
+from ..locks import Lock
 from ..progress import read_progress
 from .read_errors import ExtentMismatch, ReadError
 
@@ -225,7 +226,7 @@ class VerifiedFile:
     def _run(self, blocks: list[_Block], consume: Consume | None) -> None:
         num_workers = min(self._num_threads, len(blocks))
         pending = iter(blocks)
-        lock = threading.Lock()
+        lock = Lock()
         failed = threading.Event()
 
         def work() -> None:

@@ -13,6 +13,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 
+from ..locks import Condition
 from .reading import MemorySource, aligned_memory
 from .scatter import Scatter, move_bytes
 
@@ -25,8 +26,7 @@ class Undo:
     def __init__(self, scatter: Scatter, lend: MemorySource | None) -> None:
         self._scatter = scatter
         self._lend = lend
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._lock = self._changed = Condition()
         self._num_writing = 0
         self._is_over = False
         self._log: list[tuple[int, int, int]] = []

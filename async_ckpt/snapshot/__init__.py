@@ -14,7 +14,6 @@ so a lazy fill never waits for another chunk (its chunks are reserved before it 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..layout import FilePlan, PlannedState
+from ..locks import Condition
 from ..staging import StagingArena, StagingChunk
 from ..writer import Chunk, FileWrite
 from .copying import ChunkCut, Fill, OnCopied, cut
@@ -36,7 +36,7 @@ class _Courtesy:
     """Lets a caller who is still planning go first: a lazy copy that competes with it for the GIL would be stall."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._num_planning = 0
         self._until_s = 0.0
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
@@ -24,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureTimeout, TransactionStateError, WriteError
 from ..filesystem import FileSystem
+from ..locks import Lock
 from ..metrics import Span
 from .executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
 from .filewrite import Chunk, FileWrite, WrittenFile
@@ -75,7 +75,7 @@ class WriterPool:
     ) -> None:
         self._pid = os.getpid()
         self._on_span = on_span
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._files: dict[Pipeline, None] = {}
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
+from ..locks import Lock
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ class DaemonExecutor(Executor):
         self._pid = os.getpid()
         self._name = name
         self._niceness = niceness
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._refusal: BaseException | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ..errors import CheckpointError, TransactionStateError, WriteError
+from ..locks import Lock
 from .executor import check_process
 from .lane import Outcome
 
@@ -74,7 +74,7 @@ class FileWrite:
         self._on_change = on_change
         self._count = count
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._held: dict[int, Chunk] = {}
         self._queue: deque[Chunk] = deque()
         self._next_offset = 0

@@ -19,6 +19,7 @@ from concurrent.futures import Executor, Future, InvalidStateError
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from ..locks import Lock
 from ..metrics import Span
 from .executor import check_process
 
@@ -41,7 +42,7 @@ class Lane(Executor):
         self._executor = executor
         self._on_span = on_span
         self._tag = tag
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._num_pending = 0
         self._callbacks: list[Callable[[], None]] = []
         self._running: dict[object, tuple[str, int, int, float]] = {}

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError, WriteError
+from ..locks import Lock
 from .lane import Outcome
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class LoopThread:
         self.death: BaseException | None = None
         self._on_death = on_death
         self._on_undrained = on_undrained
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._runs: dict[Outcome[Any], asyncio.Task[None] | None] = {}
         self._fatal: BaseException | None = None
         self._is_stopping = False

@@ -8,7 +8,6 @@ Guarantees:
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ...coordination import Coordinator, OpenTag
 from ...errors import CheckpointError, CommitError, RankFailedError
 from ...filesystem import FileSystem
+from ...locks import Lock
 from ...manifest import FileEntry
 from ...transaction import make_root
 from .agreement import Store, await_value
@@ -48,7 +48,7 @@ class DeepSpeedCoordinator:
         self._num_told = 0
         self.reason: BaseException | None = None
         """Why the next `abort` comes, where its caller knows better than the engine."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._newest: dict[str, int] = {}
 
     def bind(self, filesystem: FileSystem, root: str) -> None:

@@ -14,11 +14,11 @@ import contextlib
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...filesystem import FileSystem
+from ...locks import Lock
 from ...pending import PendingCommit
 from ...writer.executor import DaemonExecutor
 from .places import Place
@@ -48,7 +48,7 @@ class FollowUps:
     _removed: dict[str, int] = field(default_factory=dict)
     _postponed: list[tuple[Place, int]] = field(default_factory=list)
     _failures: list[BaseException] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: Lock = field(default_factory=Lock)
     _worker: DaemonExecutor = field(default_factory=lambda: DaemonExecutor("async-ckpt-lightning", 1))
 
     # The training thread.

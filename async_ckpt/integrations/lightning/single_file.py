@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ...catalog import Catalog
 from ...coordination import LocalCoordinator, OpenTag
 from ...errors import CheckpointError, CheckpointNotFoundError, CommitError
 from ...filesystem import FileSystem
+from ...locks import Lock
 from ...manifest import FileEntry
 from .places import INODE_NAME, Place
 
@@ -31,7 +31,7 @@ class FileCoordinator(LocalCoordinator):
 
     def __init__(self, *, sweep: bool) -> None:
         super().__init__()
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self._sweeps = sweep
         self._settled: set[str] = set()
         self._next: Place | None = None
