@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -65,7 +66,9 @@ def remove_stale_runtime() -> None:
     fs = LocalFileSystem()
     for home in runtime_homes(os.geteuid()):
         for key in fs.listdir(home):
-            _clean(fs, os.path.join(home, key))
+            # Others clean up too, and may have been quicker.
+            with contextlib.suppress(FileNotFoundError):
+                _clean(fs, os.path.join(home, key))
 
 
 def _shared_files(fs: FileSystem, root: str) -> Iterator[tuple[str, str, Owner]]:

@@ -70,8 +70,15 @@ class RuntimePlace:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 _replace(os.path.join(self._folder, self._name), data)
                 return
-        self._folder = self._make_folder()
-        _replace(os.path.join(self._folder, self._name), data)
+        for left in (2, 1, 0):
+            self._folder = self._make_folder()
+            try:
+                _replace(os.path.join(self._folder, self._name), data)
+                return
+            except FileNotFoundError:
+                # Another engine has cleaned up the folder while it was empty.
+                if not left:
+                    raise
 
     def remove(self) -> None:
         """As `StatusPlace`."""

@@ -104,11 +104,11 @@ def make_root(fs: FileSystem, root: str) -> None:
     root = os.path.abspath(root)
     missing: list[str] = []
     path = root
-    while fs.stat(path).kind == "missing" and os.path.dirname(path) != path:
-        missing.append(path)
-        path = os.path.dirname(path)
     made: list[str] = []
     try:
+        while fs.stat(path).kind == "missing" and os.path.dirname(path) != path:
+            missing.append(path)
+            path = os.path.dirname(path)
         for path in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 fs.mkdir(path)

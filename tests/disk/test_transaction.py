@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -269,6 +270,17 @@ def test_root_is_made_durably_and_its_mode_is_kept(tmp_path: Path) -> None:
     (root / "file").write_text("")
     with pytest.raises(WriteError):
         transaction.make_root(FS, str(root / "file"))
+
+
+def test_a_root_that_cannot_be_looked_at_is_an_error_of_ours(tmp_path: Path) -> None:
+    class Blind(LocalFileSystem):
+        def stat(self, path: str) -> Any:
+            raise OSError(errno.EIO, "Input/output error", path)
+
+    with pytest.raises(WriteError, match="checkpoint root") as caught:
+        transaction.make_root(Blind(), str(tmp_path / "a"))
+    assert caught.value.errno == errno.EIO
+    assert not (tmp_path / "a").exists()
 
 
 def test_root_may_be_a_link(tmp_path: Path) -> None:
