@@ -190,9 +190,7 @@ def main() -> None:
         results.append(found)
         print(f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | {found['steps_s']:.3f} |", flush=True)
     if options.json:
-        options.json.write_text(
-            json.dumps({"environment": measured_on, "megabytes": options.megabytes, "rows": results}, indent=1)
-        )
+        options.json.write_text(json.dumps({"environment": measured_on, "megabytes": options.megabytes, "rows": results}, indent=1))
 
 
 if __name__ == "__main__":
