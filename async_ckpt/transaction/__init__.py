@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ..errors import (
@@ -38,6 +38,7 @@ from ..errors import (
 )
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
 from ..filesystem.file_write import UNSUPPORTED
+from ..locks import Lock
 from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
 from ..metrics import publish_step
 from .claims import claimed
@@ -76,6 +77,10 @@ class Staging:
     state: State = State.OPEN
     renamed: bool = False
     """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
+    given_up: bool = False
+    """`abort` was called; a publish that has not renamed yet must not."""
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
 
     @property
     def final_path(self) -> str:
@@ -207,6 +212,26 @@ def publish(
         CommitError: `step` names what failed; `committed` is None if it is not known whether the tag is visible.
         UnsupportedStateError: metadata that is not JSON.
     """
+    with staging.turn:
+        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, overwrite, marks)
+    for old_path in replaced:
+        try:
+            remove_tree(fs, old_path)
+        except OSError as error:
+            logger.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
+    return manifest
+
+
+def _publish(
+    fs: FileSystem,
+    staging: Staging,
+    files: Sequence[FileEntry],
+    metadata: Mapping[str, Any],
+    created_unix_ns: int,
+    overwrite: str | None,
+    marks: Mapping[str, str] | None,
+) -> tuple[Manifest, list[str]]:
+    """All of `publish` but the deletion; returns also where the replaced trees are."""
     if staging.state not in (State.OPEN, State.SEALED):
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
@@ -222,6 +247,8 @@ def publish(
             fs.fsync_dir(folder)
     staging.state = State.DURABLE
     with _step("rename", staging):
+        if staging.given_up:
+            raise CommitError(f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename")
         try:
             replaced = _rename_to_final(fs, staging, overwrite)
         except OSError as error:
@@ -237,20 +264,23 @@ def publish(
         raise _unknown(staging, error, "sync root") from error
     staging.state = State.COMMITTED
     staging.unlock()
-    for old_path in replaced:
-        try:
-            remove_tree(fs, old_path)
-        except OSError as error:
-            logger.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
-    return manifest
+    return manifest, replaced
 
 
 def abort(fs: FileSystem, staging: Staging) -> None:
     """Delete a staging directory that will not be published, freeing its space. Does nothing after the rename.
 
+    Waits for a publish that runs on another thread, which then ends before its rename if it has not made it yet.
+
     Raises:
         WriteError: it could not be deleted; it stays private and is swept once this process is gone.
     """
+    staging.given_up = True
+    with staging.turn:
+        _abort(fs, staging)
+
+
+def _abort(fs: FileSystem, staging: Staging) -> None:
     if staging.state in (State.COMMITTED, State.ABORTED):
         return
     staging.state = State.ABORTED

@@ -82,6 +82,55 @@ def test_a_link_in_the_trash_is_unlinked_not_followed(tmp_path: Path) -> None:
     assert private_names(root) == []
 
 
+def test_an_abort_beside_a_replace_never_deletes_the_older_checkpoint(tmp_path: Path) -> None:
+    commit(tmp_path, "t", OLD)
+    looked, exchanged = threading.Event(), threading.Event()
+
+    class Racing(LocalFileSystem):
+        """The abort has deleted a first file when the exchange comes, unless something keeps it from that."""
+
+        def unlink(self, path: str) -> None:
+            super().unlink(path)
+            if threading.current_thread() is aborting:
+                looked.set()
+                exchanged.wait(20)
+
+        def rename_exchange(self, one: str, other: str) -> None:
+            aborting.start()
+            looked.wait(0.2)
+            super().rename_exchange(one, other)
+            exchanged.set()
+
+    fs = Racing()
+    staging = stage(FS, tmp_path, "t", NEW, overwrite="replace")
+    aborting = threading.Thread(target=lambda: transaction.abort(fs, staging))
+    publish(fs, staging, NEW)
+    aborting.join(20)
+    assert content(tmp_path, "t") == NEW
+    assert private_names(tmp_path) == []
+
+
+def test_a_publish_that_was_given_up_does_not_rename(tmp_path: Path) -> None:
+    commit(tmp_path, "t", OLD)
+    started = threading.Event()
+
+    class Racing(LocalFileSystem):
+        def create_file(self, path: str, data: bytes) -> None:
+            super().create_file(path, data)
+            aborting.start()
+            while not staging.given_up:
+                started.wait(0.001)
+
+    fs = Racing()
+    staging = stage(FS, tmp_path, "t", NEW, overwrite="replace")
+    aborting = threading.Thread(target=lambda: transaction.abort(FS, staging))
+    with pytest.raises(CommitError, match="given up"):
+        publish(fs, staging, NEW)
+    aborting.join(20)
+    assert content(tmp_path, "t") == OLD
+    assert private_names(tmp_path) == []
+
+
 @pytest.mark.parametrize("num_writers", [2, 8])
 def test_one_of_many_writers_wins(tmp_path: Path, num_writers: int) -> None:
     barrier = threading.Barrier(num_writers)
