@@ -254,6 +254,22 @@ def test_ranks_act_together(watch):
     assert asked == [False, False]
 
 
+def test_a_signal_while_the_ranks_agree_is_for_the_next_safe_point(watch):
+    """One rank alone would leave the loop, and the others wait for it in their next collective."""
+    said: list[bool] = []
+
+    def agree(mine: bool) -> bool:
+        said.append(mine)
+        if len(said) == 1:
+            send()
+        return mine
+
+    preemption = watch(agree=agree)
+    assert not preemption.poll()
+    assert preemption.poll()
+    assert said == [False, True]
+
+
 def test_a_rank_that_leaves_asks_nobody_and_does_not_save_alone(watch):
     preemption = watch(save=lambda: pytest.fail("one rank saved alone"), agree=lambda _: pytest.fail("a collective while leaving"))
     send()

@@ -135,7 +135,8 @@ class Preemption:
             return True
         try:
             if not self._everywhere(may_agree):
-                return self.preempted
+                # Also when a signal has come meanwhile: the others have been told no, and go on to the next safe point.
+                return False
             is_last = self.outcome is None
             if is_last:
                 self._finish(run_hook=self._agree is None or self._is_agreed)
