@@ -266,6 +266,8 @@ class RankCoordinator:
             name = yield from rank_protocol.await_node(seat, attempt)
         try:
             joined = transaction.join(self._fs, self._root, opened.tag, name)
+            if seat.num_nodes == 1:
+                self._talk.vigil.staging_of_first = joined.path
         except (CheckpointError, OSError) as error:
             verdict = yield from rank_protocol.fail(seat, attempt, cause_of(error))
             raise AttemptFailed(attempt, verdict) from error

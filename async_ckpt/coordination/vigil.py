@@ -27,6 +27,9 @@ class Vigil:
     def __init__(self, link: StoreLink, filesystem: FileSystem, seat: Seat, silence_s: float) -> None:
         self._filesystem = filesystem
         self._link = link
+        self.staging_of_first = ""
+        """The last staging directory that rank 0 has made, where this rank has joined it: its name tells who rank 0 is, also
+        before its first sign of life was seen."""
         self._signs = Signs(seat, str(filesystem.owner()), lambda owner: is_gone(filesystem, owner), silence_s)
         if seat.world_size > 1:
             link.submit(beat(self._signs))
@@ -63,6 +66,9 @@ class Vigil:
     def first_has_ended(self) -> bool:
         """Whether rank 0's process has certainly ended. Blocks a moment, in case it is just ending."""
         owner = self._signs.owners.get(0)
+        name = None if owner is not None else parse_private_name(os.path.basename(self.staging_of_first))
+        if name is not None:
+            owner = str(name.owner)
         deadline = time.monotonic() + _DYING_S
         while owner is not None and self._signs.seat.rank != 0:
             if is_gone(self._filesystem, owner):

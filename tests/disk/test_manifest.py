@@ -212,7 +212,8 @@ def test_accepted_names_are_harmless(text: str) -> None:
             continue
         assert text.isascii()
         assert text.isprintable()
-        assert not text.startswith((".", "/", " "))
+        # The one name with a leading dot: torch.distributed.checkpoint calls its index so.
+        assert not text.startswith((".", "/", " ")) or (check is check_relative_path and text == ".metadata")
         assert all(part not in ("", ".", "..") and len(part) <= 200 for part in text.split("/"))
         assert check is check_relative_path or "/" not in text
 
