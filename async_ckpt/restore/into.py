@@ -231,7 +231,7 @@ class _Mover:
         """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
         fitting = _extents_that_fit(file)
         rest = range(len(fitting), file.num_extents)
-        undo = Undo(self._scatter, file.lend)
+        undo = Undo(self._scatter, file.lend, file.extent_bytes)
         try:
             file.stream(None, rest)
             file.stream(undo, fitting)

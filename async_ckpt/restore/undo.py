@@ -17,15 +17,17 @@ from ..locks import Condition
 from .reading import MemorySource, aligned_memory
 from .scatter import Scatter, move_bytes
 
-_REGION_BYTES = 16 << 20
-
 
 class Undo:
-    """A `reading.Consume` that sets aside what `scatter` is about to overwrite. Any thread; `close` gives lent memory back."""
+    """A `reading.Consume` that sets aside what `scatter` is about to overwrite, in memory of `region_bytes` at a time.
 
-    def __init__(self, scatter: Scatter, lend: MemorySource | None) -> None:
+    Any thread; `close` gives lent memory back.
+    """
+
+    def __init__(self, scatter: Scatter, lend: MemorySource | None, region_bytes: int) -> None:
         self._scatter = scatter
         self._lend = lend
+        self._region_bytes = region_bytes
         self._lock = self._changed = Condition()
         self._num_writing = 0
         self._is_over = False
@@ -67,7 +69,7 @@ class Undo:
         """Address of memory for `num_bytes` old bytes."""
         with self._lock:
             if num_bytes > self._left:
-                wanted = max(num_bytes, _REGION_BYTES)
+                wanted = max(num_bytes, self._region_bytes)
                 lent = self._lend(wanted) if self._lend is not None else None
                 if lent is None:
                     region = aligned_memory(wanted)
