@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -66,9 +65,7 @@ def remove_stale_runtime() -> None:
     fs = LocalFileSystem()
     for home in runtime_homes(os.geteuid()):
         for key in fs.listdir(home):
-            # Others clean up too, and may have been quicker.
-            with contextlib.suppress(FileNotFoundError):
-                _clean(fs, os.path.join(home, key))
+            _clean(fs, os.path.join(home, key))
 
 
 def _shared_files(fs: FileSystem, root: str) -> Iterator[tuple[str, str, Owner]]:
@@ -96,8 +93,12 @@ def _named(fs: FileSystem, folder: str, parse: Callable[[str], Owner | None]) ->
 
 
 def _clean(fs: FileSystem, folder: str) -> None:
-    """Remove what dead owners left in one root's folder of a runtime directory."""
-    for name in fs.listdir(folder):
+    """Remove what dead owners left in one root's folder of a runtime directory. Others clean up too, and may be quicker."""
+    try:
+        names = fs.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
         owner = parse_runtime_name(name.removesuffix(".new"))
         if owner is None:
             continue
