@@ -20,7 +20,7 @@ from async_ckpt import CheckpointNotFoundError, KeepLast, transaction
 from tests.support.faulty_filesystem import Killed, Operation
 
 from .oracle import Contents, contents, private_names
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 
 Victim = str  # "first", "second" or "nobody"
@@ -214,8 +214,7 @@ def sweep(
     calls, num_second = count(folder, contest)
     row.operations = len(calls) + num_second
     chosen = [game for game in games(len(calls), num_second) if begins_at(calls[game[0]])]
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for i, victim, j in chosen:
         root, told = folder.root()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed, When
 
 from .oracle import check_recovery
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
 
 WRITERS = (1, 2, 4)
@@ -77,8 +77,7 @@ def sweep(
     row = Row(f"{workload.name}, {num_writers} writers, {start} start{', direct' if direct else ''}")
     row.operations, writes = count(folder, workload, num_writers, dirty, direct)
     chosen = list(points(row.operations, writes))
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for k, when in chosen:
         root, told = folder.root(dirty=dirty)
         if run_killed(root, told, workload, num_writers, k, when, direct):

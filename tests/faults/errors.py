@@ -19,7 +19,7 @@ from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapsh
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 from .oracle import check_legal, contents, private_names
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EINTR)
@@ -160,8 +160,7 @@ def sweep(
     row.operations = count(folder, workload, num_writers, direct)
     # A call that is interrupted for ever is retried for ever, in every program.
     chosen = [(k, code) for k, code in itertools.product(range(row.operations), codes) if not sticky or code != errno.EINTR]
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for k, code in chosen:
         root, told = folder.root()
         row.check(

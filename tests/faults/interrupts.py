@@ -26,7 +26,7 @@ from async_ckpt import CheckpointError, transaction
 from async_ckpt.filesystem import LocalFileSystem
 
 from .oracle import check_legal, contents
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
 
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
@@ -160,8 +160,7 @@ def sweep(
     row.operations = counter.num_steps
     chosen = list(range(row.operations))
     chance = random.Random(seed)
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(chance.sample(chosen, sample))
+    chosen = sampled(chosen, sample, chance)
     for k in chosen:
         root, told = folder.root()
         second = None if again is None else chance.randrange(again)

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from .oracle import check_recovery
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Told
 
 ROOT = Path(__file__).parents[2]
@@ -88,8 +88,7 @@ def sweep(folder: Folder, call: str, *, sample: int | None, seed: int = 1, stop:
     if sample is not None:
         # Threads share the calls differently each time; some thread always makes its first few.
         chosen = chosen[: max(1, len(chosen) // 3)]
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for k in chosen:
         root, told = folder.root()
         if run_killed(root, told, call, k, folder.path / "strace.log"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+Point = TypeVar("Point")
 
 
 @dataclass
@@ -36,6 +39,12 @@ class Row:
                 self.notes.append(f"{what}: {''.join(traceback.format_exception(error))}"[:4000])
         else:
             self.survived += 1
+
+
+def sampled(points: Iterable[Point], num: int | None, chance: random.Random) -> list[Point]:
+    """All points of a sweep, in their order, or `num` of them."""
+    chosen = list(points)
+    return chosen if num is None or num >= len(chosen) else sorted(chance.sample(chosen, num))  # type: ignore[type-var]
 
 
 COLUMNS = ("operations", "injected", "survived", "lost")

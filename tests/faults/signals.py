@@ -21,7 +21,7 @@ from typing import Any
 from tests.support.faulty_filesystem import Operation
 
 from .oracle import check_recovery, contents
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine
 
 COMMITS = (("new", 10), ("older", 11), ("new", 12))
@@ -151,8 +151,7 @@ def sweep(folder: Folder, case: Case, *, sample: int | None, seed: int = 1, stop
     row = Row(case.name)
     row.operations = count(folder, case)
     chosen = list(range(row.operations))
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for at in range(0, len(chosen), PARALLEL):
         games = []
         for k in chosen[at : at + PARALLEL]:

@@ -23,7 +23,7 @@ from async_ckpt import CheckpointError, KeepLast
 
 from .kills import why_not
 from .oracle import check_recovery
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine
 
 FAULTS = {
@@ -134,8 +134,7 @@ def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: int | No
     row = Row(call)
     row.operations, most = count(folder, call)
     chosen = [(code, k) for code in codes for k in range(1, most + 1)]
-    if sample is not None and sample < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    chosen = sampled(chosen, sample, random.Random(seed))
     for code, k in chosen:
         root, told = folder.root()
         process = run(root, told, f"{call}:error={code}:when={k}", folder.path / "strace.log")
