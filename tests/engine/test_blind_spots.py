@@ -17,6 +17,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 
 SIZE = 5000
+Change = Callable[[torch.Tensor], Any]
 
 
 def _raw_pointer(weight: torch.Tensor) -> None:
@@ -34,14 +35,14 @@ def _inference(weight: torch.Tensor) -> None:
         weight.fill_(9.0)
 
 
-UNSEEN: dict[str, Callable[[torch.Tensor], Any]] = {
+UNSEEN: dict[str, Change] = {
     "tensor.data": lambda weight: weight.data.fill_(9.0),
     "a NumPy view": lambda weight: weight.detach().numpy().fill(9.0),
     "a DLPack view": lambda weight: torch.from_dlpack(torch.to_dlpack(weight.detach())).fill_(9.0),
     "a raw pointer": _raw_pointer,
     "bytes of the storage": lambda weight: weight.untyped_storage().copy_(torch.full((SIZE,), 9.0).untyped_storage()),
 }
-HARMLESS: dict[str, Callable[[torch.Tensor], Any]] = {
+HARMLESS: dict[str, Change] = {
     "set_": _other_storage,
     "tensor.data = other": lambda weight: setattr(weight, "data", torch.full((SIZE,), 9.0)),
 }
@@ -85,49 +86,42 @@ def test_a_guarded_save_is_immune_after_wait_snapshot(tmp_path: Path, weight: to
     assert weight[0] == 9 and saved(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("how", UNSEEN)
-def test_a_guarded_save_without_wait_snapshot_does_not_notice(
-    tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any, how: str
-) -> None:
-    """A limit, not a wish: should this fail because the change is noticed now, the README is to be corrected."""
-    optimizer = torch.optim.SGD([weight])
-    with make_engine(tmp_path) as engine:
+@pytest.fixture
+def save_and_change(tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any) -> Callable[[Change], BaseException | None]:
+    """Saves the guarded weight, changes it before a byte was copied, and tells how the commit ended."""
+
+    def run(change: Change) -> BaseException | None:
+        optimizer = torch.optim.SGD([weight])
+        engine = make_engine(tmp_path)
         engine.guard(optimizer)
         held = held_copies(engine)
         engine.create("t")
         engine.save({"w": weight.detach()}, "s.pt")
-        UNSEEN[how](weight)
+        change(weight)
         held.let_go()
-        engine.commit("t").result(60)
+        error = engine.commit("t").exception(60)
+        engine.close()
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_guarded_save_without_wait_snapshot_does_not_notice(tmp_path: Path, save_and_change: Any, how: str) -> None:
+    """A limit, not a wish: should this fail because the change is noticed now, the README is to be corrected."""
+    assert save_and_change(UNSEEN[how]) is None
     assert saved(tmp_path) == [9]
 
 
-def test_giving_a_tensor_other_data_leaves_the_snapshot_right(tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any) -> None:
+def test_giving_a_tensor_other_data_leaves_the_snapshot_right(tmp_path: Path, weight: torch.nn.Parameter, save_and_change: Any) -> None:
     """The saved tensor keeps the storage that it had."""
-    optimizer = torch.optim.SGD([weight])
-    with make_engine(tmp_path) as engine:
-        engine.guard(optimizer)
-        held = held_copies(engine)
-        engine.create("t")
-        engine.save({"w": weight.detach()}, "s.pt")
-        HARMLESS["tensor.data = other"](weight)
-        held.let_go()
-        engine.commit("t").result(60)
+    assert save_and_change(HARMLESS["tensor.data = other"]) is None
     assert weight[0] == 9 and saved(tmp_path) == [1]
 
 
-def test_set_is_taken_for_a_change(tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any) -> None:
+def test_set_is_taken_for_a_change(save_and_change: Any) -> None:
     """It moves the counter, although the saved storage stays as it was: refused, to be on the safe side."""
-    optimizer = torch.optim.SGD([weight])
-    engine = make_engine(tmp_path)
-    engine.guard(optimizer)
-    held = held_copies(engine)
-    engine.create("t")
-    engine.save({"w": weight.detach()}, "s.pt")
-    HARMLESS["set_"](weight)
-    held.let_go()
-    assert isinstance(engine.commit("t").exception(60), TornSnapshotError)
-    engine.close()
+    assert isinstance(save_and_change(HARMLESS["set_"]), TornSnapshotError)
 
 
 def test_inference_tensors_have_no_counter(tmp_path: Path, held_copies: Any) -> None:
