@@ -36,7 +36,7 @@ from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
-from .snapshot import Snapshotter
+from .snapshot import Snapshotter, num_copy_helpers
 from .staging import StagingArena
 from .warmup import Warmup
 
@@ -78,11 +78,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
             raise ConfigError(
                 f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
             ) from error
-        self._inflight = InFlight(config, self.root)
+        self._inflight = InFlight(config, self.root, num_copy_helpers())
         self._inflight.adopt(self._arena)
         self._preemption: Preemption | None = None
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
-        self._snapshotter = Snapshotter(self._arena, self._inflight.pool.submit_copy, timeout_s=config.backpressure_timeout_s)
+        self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
         self._catalog = Catalog(self.root, self._inflight.filesystem)
         self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.prefault)

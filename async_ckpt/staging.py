@@ -50,10 +50,11 @@ class StagingChunk:
     that it was taken.
     """
 
-    __slots__ = ("_arena", "address", "is_held", "piece", "tensor", "view")
+    __slots__ = ("_arena", "address", "is_held", "num_users", "piece", "tensor", "view")
 
     def __init__(self, piece: _Piece, arena: StagingArena) -> None:
         self.is_held = False
+        self.num_users = 0
         self.piece = piece
         self.tensor, self.view, self.address = piece
         # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
@@ -152,8 +153,28 @@ class StagingArena:
         with self._lock:
             if chunk.is_held:
                 chunk.is_held = False
-                self._warm.append(chunk.piece)
-                self._changed.notify_all()
+                if not chunk.num_users:
+                    self._return(chunk)
+
+    def begin_use(self, chunk: StagingChunk) -> bool:
+        """Keep `chunk` from being handed out again before `end_use`; False when it was given back already.
+
+        For threads that fill a chunk whose owner may give it up meanwhile, and that no signal handler runs in.
+        """
+        with self._lock:
+            chunk.num_users += chunk.is_held
+            return chunk.is_held
+
+    def end_use(self, chunk: StagingChunk) -> None:
+        """The last user gives back what its owner gave up meanwhile."""
+        with self._lock:
+            chunk.num_users -= 1
+            if not chunk.is_held and not chunk.num_users:
+                self._return(chunk)
+
+    def _return(self, chunk: StagingChunk) -> None:
+        self._warm.append(chunk.piece)
+        self._changed.notify_all()
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""

@@ -51,7 +51,7 @@ _NUM_REMEMBERED = 128
 class InFlight:
     """The writer pool and the checkpoints that use it. Calls come from the engine, under its lock."""
 
-    def __init__(self, config: EngineConfig, root: str) -> None:
+    def __init__(self, config: EngineConfig, root: str, num_helpers: int = 0) -> None:
         self.pid = os.getpid()
         self.closed = False
         self._has_stopped = False
@@ -61,7 +61,7 @@ class InFlight:
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
         self.observers = Observers(config.observers)
         with contextlib.ExitStack() as undo:
-            self._start_threads(undo)
+            self._start_threads(undo, num_helpers)
             transaction.make_root(self.filesystem, root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
@@ -79,12 +79,13 @@ class InFlight:
         self._oldest_possible_ns: int | None = None
         self._call_off: Callable[[], object] = lambda: None
 
-    def _start_threads(self, undo: contextlib.ExitStack) -> None:
+    def _start_threads(self, undo: contextlib.ExitStack, num_helpers: int) -> None:
         """All of them, before anything is made on disk; `undo` ends them."""
         try:
             self.pool = WriterPool(
                 self.filesystem,
                 num_writers=self._config.num_writers,
+                num_helpers=num_helpers,
                 io_mode=self._config.io_mode,
                 on_span=self.observers.on_span if self._config.observers else None,
                 name="async-ckpt",

@@ -8,8 +8,8 @@ Guarantees:
   goes out only after the counters agreed, so that a torn file can never be complete.
 - Sources are kept alive until their copy has ended; every chunk is handed to the writer or given back.
 
-Which thread: `take` on the caller's thread; lazy fills on the writer pool's one copy thread, in the order of the saves,
-so a lazy fill never waits for another chunk (its chunks are reserved before it is queued).
+Which thread: `take` on the caller's thread, with helpers where parts are large; lazy fills on the writer pool's one copy
+thread, in the order of the saves, so a lazy fill never waits for another chunk (its chunks are reserved before it is queued).
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ import torch
 from ..layout import FilePlan, PlannedState
 from ..locks import Condition
 from ..staging import StagingArena, StagingChunk
-from ..writer import Chunk, FileWrite
+from ..writer import Chunk, FileWrite, WriterPool
 from .copying import ChunkCut, Fill, OnCopied, cut
+from .team import CopyTeam, num_copy_helpers
+
+__all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 
 # How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds of each other.
 _PATIENCE_S = 0.01
+
+
+# How many chunks an eager save hands over while it still needs all cores for its copy.
+_NUM_EARLY = 8
 
 
 class _Courtesy:
@@ -88,9 +95,11 @@ class SnapshotJob:
 class Snapshotter:
     """Copies planned states into an arena. One per engine; `take` is called by one thread at a time."""
 
-    def __init__(self, arena: StagingArena, submit_copy: Callable[[Callable[[], None]], Future[None]], *, timeout_s: float) -> None:
+    def __init__(self, arena: StagingArena, pool: WriterPool, *, timeout_s: float) -> None:
         self._arena = arena
-        self._submit_copy = submit_copy
+        self._submit_copy = pool.submit_copy
+        self._team = CopyTeam(pool.submit_help, pool.num_helpers)
+        self._alone = CopyTeam(pool.submit_help, 0)
         self._timeout_s = timeout_s
         self._cuts: dict[str, tuple[Sequence[int], int, list[ChunkCut]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -127,8 +136,8 @@ class Snapshotter:
         """
         fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
         is_lazy = list(map(guarded.__contains__, state.sources.identities())) if guarded else []
-        reserved = self._arena.try_reserve(len(fill.cuts)) if any(is_lazy) or fill.devices else None
-        file = _File(fill, write, self._arena, SnapshotJob())
+        reserved = self._arena.try_reserve(len(fill.cuts))
+        file = _File(fill, write, self._arena, self._team if fill.has_large_parts else self._alone)
         if reserved is None:
             # Chunks come back only when the copies that hold them have been made.
             self.hurry()
@@ -136,7 +145,7 @@ class Snapshotter:
         elif any(is_lazy):
             self._take_lazily(file, reserved, is_lazy, guarded)
         else:
-            file.copy_all(reserved, fill.record_callers(), None, parallel=True)
+            file.copy_all(reserved, fill.record_callers())
         return file.job
 
     def _take_lazily(self, file: _File, chunks: list[StagingChunk], is_lazy: list[bool], guarded: frozenset[int]) -> None:
@@ -146,7 +155,7 @@ class Snapshotter:
         try:
             callers = file.fill.record_callers()
             if chosen is not None:
-                file.fill.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
+                file.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
                 file.fill.check_versions(all_but=guarded)
         except BaseException:
             for chunk in chunks:
@@ -176,11 +185,12 @@ class Snapshotter:
 class _File:
     """One file's chunks on their way from the sources to the writer."""
 
-    def __init__(self, fill: Fill, write: FileWrite, arena: StagingArena, job: SnapshotJob) -> None:
+    def __init__(self, fill: Fill, write: FileWrite, arena: StagingArena, team: CopyTeam) -> None:
         self.fill = fill
-        self.job = job
+        self.job = SnapshotJob()
         self._write = write
         self._arena = arena
+        self._team = team
         self._last = len(fill.cuts) - 1
         self._has_started = False
 
@@ -194,7 +204,7 @@ class _File:
             chunk = self._arena.acquire(timeout_s)
             try:
                 job.backpressure_s += time.perf_counter() - before
-                self.copy_all([chunk], callers, None, parallel=True, first=k)
+                self.copy_all([chunk], callers, first=k)
             except BaseException:
                 if not self._write.has_taken(fill.cuts[k].offset):
                     self._arena.release(chunk)
@@ -204,31 +214,23 @@ class _File:
         self,
         chunks: list[StagingChunk],
         callers: dict[torch.device, torch.cuda.Event],
-        chosen: list[bool] | None,
+        chosen: list[bool] | None = None,
         *,
-        parallel: bool,
         first: int = 0,
+        is_urgent: bool = True,
     ) -> None:
-        """Fill `chunks`, the file's chunks from number `first` on, and hand each to the writer once it is complete.
-
-        Device copies of all of them are queued before the first one is waited for.
-        """
+        """Fill `chunks`, the file's chunks from number `first` on, and hand each to the writer once it is complete."""
         started = time.perf_counter()
+        self.fill.find_sources()
         try:
-            self.fill.wait_callers(callers)
-            queued = []
-            for k, chunk in enumerate(chunks, first):
-                began = time.perf_counter()
-                self.fill.copy_literals(k, chunk)
-                queued.append((self.fill.copy(k, chunk, chosen, parallel=parallel), began))
-                if not self.fill.devices:
-                    self._send(k, chunk, chosen, *queued[-1])
             if self.fill.devices:
-                self.job.events.extend(event for events, _ in queued for event in events)
-                if first + len(chunks) > self._last:
-                    self.job.enqueued.set_result(None)
+                self._copy_from_devices(chunks, callers, chosen, first)
+            elif is_urgent:
+                self._copy_urgently(chunks, first)
+            else:
                 for k, chunk in enumerate(chunks, first):
-                    self._send(k, chunk, chosen, *queued[k - first])
+                    self._fill_on_cpu(k, chunk, chosen)
+                    self._send(k, chunk)
         except BaseException as error:
             for k, chunk in enumerate(chunks, first):
                 if not self._write.has_taken(self.fill.cuts[k].offset):
@@ -240,9 +242,76 @@ class _File:
             self.fill.drop_sources()
             self.job.end(None)
 
-    def _send(self, k: int, chunk: StagingChunk, chosen: list[bool] | None, events: list[torch.cuda.Event], began: float) -> None:
-        self.fill.wait_devices(events)
+    def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
+        """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
+        self.fill.find_sources()
+        if not self.fill.devices:
+            self._share(chunks, lambda k, chunk: self._fill_on_cpu(k, chunk, chosen, is_urgent=True, literals=False), lambda i: None)
+            return
+        self.fill.wait_callers(callers)
+        queued = []
+        for k, chunk in enumerate(chunks):
+            began = time.perf_counter()
+            queued.append((k, self.fill.copy(k, chunk, chosen), began))
+        for k, events, began in queued:
+            self.fill.wait_devices(events)
+            self.fill.report(k, chosen, began)
+
+    def _copy_urgently(self, chunks: list[StagingChunk], first: int) -> None:
+        def send(i: int) -> None:
+            self._send(first + i, chunks[i])
+
+        # CRC and writes on the cores that copy make the caller wait for them: what fills the disk's queue must do.
+        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else _NUM_EARLY
+        self._share(
+            chunks,
+            lambda i, chunk: self._fill_on_cpu(first + i, chunk, None, is_urgent=True),
+            lambda i: send(i) if i < num_sent_early else None,
+        )
+        for i in range(num_sent_early, len(chunks)):
+            send(i)
+
+    def _share(self, chunks: list[StagingChunk], fill: Callable[[int, StagingChunk], None], on_ended: Callable[[int], None]) -> None:
+        """Run `fill(i, chunks[i])` for all of them, on the caller's thread and its helpers."""
+
+        def help_with(i: int) -> None:
+            # The caller may be interrupted, and give the chunks up, while a helper still writes to one.
+            if self._arena.begin_use(chunks[i]):
+                try:
+                    fill(i, chunks[i])
+                finally:
+                    self._arena.end_use(chunks[i])
+
+        self._team.run(len(chunks), lambda i: fill(i, chunks[i]), help_with, on_ended)
+
+    def _fill_on_cpu(
+        self, k: int, chunk: StagingChunk, chosen: list[bool] | None, *, is_urgent: bool = False, literals: bool = True
+    ) -> None:
+        began = time.perf_counter()
+        if literals:
+            self.fill.copy_literals(k, chunk)
+        self.fill.copy(k, chunk, chosen, is_urgent=is_urgent)
         self.fill.report(k, chosen, began)
+
+    def _copy_from_devices(
+        self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None, first: int
+    ) -> None:
+        """Queue the copies of all chunks before the first one is waited for."""
+        self.fill.wait_callers(callers)
+        queued = []
+        for k, chunk in enumerate(chunks, first):
+            began = time.perf_counter()
+            self.fill.copy_literals(k, chunk)
+            queued.append((k, chunk, self.fill.copy(k, chunk, chosen), began))
+        self.job.events.extend(event for _, _, events, _ in queued for event in events)
+        if first + len(chunks) > self._last:
+            self.job.enqueued.set_result(None)
+        for k, chunk, events, began in queued:
+            self.fill.wait_devices(events)
+            self.fill.report(k, chosen, began)
+            self._send(k, chunk)
+
+    def _send(self, k: int, chunk: StagingChunk) -> None:
         if k == self._last:
             self.fill.check_versions()
         piece = self.fill.cuts[k]
@@ -253,7 +322,7 @@ class _File:
         """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""
         self._has_started = True
         try:
-            self.copy_all(chunks, callers, chosen, parallel=False)
+            self.copy_all(chunks, callers, chosen, is_urgent=False)
         except BaseException as error:  # noqa: BLE001 - it becomes the file's, and so the commit's, first failure
             self._write.abort(error)
 

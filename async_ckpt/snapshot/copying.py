@@ -1,14 +1,13 @@
 """How the bytes of a planned state get into staging chunks: cut at chunk boundaries, copied by the fastest way each allows.
 
-Large parts on the CPU go through torch's own multi-threaded copy (on the caller's thread) or one memmove (in the
-background); small ones are batched through a C-level loop, so that a tensor costs microseconds; CUDA parts are queued
-on a side stream. All of these release the GIL while they copy.
+Parts on the CPU are copied by memmove, in C-level loops, so that a tensor costs microseconds; CUDA parts are queued on a
+side stream. Both release the GIL while they copy, but for small parts on a thread that somebody waits for: getting the GIL
+back takes longer than copying them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,18 +22,19 @@ from ..staging import StagingChunk
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
 
-# Above this, torch's own multi-threaded copy beats one memmove; below it, the call overhead of torch dominates.
-_PARALLEL_COPY_BYTES = 1 << 20
-# One core's memmove reaches most of the memory's rate on small machines, where torch's team of threads would have to share
-# the cores with CRC and writes, and each of its barriers waits for a thread that is not running.
-_PARALLEL_COPY_THREADS = 4
+# Below this, copying takes less time than to give the GIL away and get it back from a busy thread.
+_SMALL_BYTES = 64 << 10
 
 _memmove = ctypes.CDLL(None).memmove
 _memmove.restype = None
 _memmove.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
+_memmove_holding_gil = ctypes.PyDLL(None).memmove
+_memmove_holding_gil.restype = None
+_memmove_holding_gil.argtypes = _memmove.argtypes
 
-# How many small copies one C-level loop makes before other threads may take the GIL (about 0.5 ms).
+# How many copies one C-level loop makes before a signal is looked at (about 1 ms): with the GIL held for small parts.
 _BATCH = 1000
+_SMALL_BATCH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,44 +100,47 @@ class Fill:
             bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
         return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
 
-    def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, parallel: bool) -> list[torch.cuda.Event]:
-        """Copy the chosen payload parts (None: all) of chunk `k`; returns events of queued device copies."""
-        piece = self.cuts[k]
+    @property
+    def has_large_parts(self) -> bool:
+        """Whether most of the time of its copy is spent without the GIL, so that threads can share it."""
+        return not self.devices and self.cuts[-1].offset >= _SMALL_BYTES * sum(len(piece.sizes) for piece in self.cuts)
+
+    def find_sources(self) -> None:
+        """Before the first `copy`: where the bytes lie, for all threads."""
         if not self._addresses:
             self._addresses = self._find_addresses()
-        picked = range(len(piece.sizes)) if chosen is None else [i for i, p in enumerate(piece.payloads) if chosen[p]]
-        small: list[int] = []
+            self._literal_offsets = [offset for offset, _ in self._literals]
+
+    def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, is_urgent: bool = False) -> list[torch.cuda.Event]:
+        """Copy the chosen payload parts (None: all) of chunk `k`; returns events of queued device copies.
+
+        Args:
+            is_urgent: hold the GIL for small parts, at most about 1 ms at a time.
+        """
+        piece = self.cuts[k]
+        picked: Sequence[int] = range(len(piece.sizes))
+        if chosen is not None:
+            picked = [i for i in picked if chosen[piece.payloads[i]]]
         on_device: list[int] = []
-        parallel = parallel and torch.get_num_threads() >= _PARALLEL_COPY_THREADS
-        for i in picked:
-            if self._addresses[piece.payloads[i]] == 0:
-                on_device.append(i)
-            elif parallel and piece.sizes[i] >= _PARALLEL_COPY_BYTES:
-                self._copy_large(piece, i, chunk)
-            else:
-                small.append(i)
-        addresses, base = self._addresses, chunk.address
-        for low in range(0, len(small), _BATCH):
-            batch = small[low : low + _BATCH]
-            targets = [base + piece.chunk_offsets[i] for i in batch]
-            sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
-            deque(map(_memmove, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
+        if self.devices:
+            on_device = [i for i in picked if not self._addresses[piece.payloads[i]]]
+            picked = [i for i in picked if self._addresses[piece.payloads[i]]]
+        if is_urgent:
+            small = [i for i in picked if piece.sizes[i] < _SMALL_BYTES]
+            picked = [i for i in picked if piece.sizes[i] >= _SMALL_BYTES]
+            self._copy_from_cpu(piece, small, chunk, _memmove_holding_gil, _SMALL_BATCH)
+        self._copy_from_cpu(piece, picked, chunk, _memmove, _BATCH)
         return self._copy_from_devices(piece, on_device, chunk) if on_device else []
 
-    def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
-        """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
-        self.wait_callers(callers)
-        queued = []
-        for k, chunk in enumerate(chunks):
-            began = time.perf_counter()
-            events = self.copy(k, chunk, chosen, parallel=True)
-            if events:
-                queued.append((k, events, began))
-            else:
-                self.report(k, chosen, began)
-        for k, events, began in queued:
-            self.wait_devices(events)
-            self.report(k, chosen, began)
+    def _copy_from_cpu(
+        self, piece: ChunkCut, parts: Sequence[int], chunk: StagingChunk, move: Callable[[int, int, int], object], batch_size: int
+    ) -> None:
+        addresses, base = self._addresses, chunk.address
+        for low in range(0, len(parts), batch_size):
+            batch = parts[low : low + batch_size]
+            targets = [base + piece.chunk_offsets[i] for i in batch]
+            sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
+            deque(map(move, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
 
     def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
         """Tell the observers that the chosen parts of chunk `k` are copied."""
@@ -154,8 +157,6 @@ class Fill:
         """Copy everything of chunk `k` that is not payload."""
         piece = self.cuts[k]
         view, end = chunk.view, piece.offset + piece.nbytes
-        if not self._literal_offsets:
-            self._literal_offsets = [offset for offset, _ in self._literals]
         first = max(0, bisect_right(self._literal_offsets, piece.offset) - 1)
         last = bisect_left(self._literal_offsets, end)
         for offset, data in self._literals[first:last]:
@@ -167,11 +168,6 @@ class Fill:
         storage = self.storages[payload]
         view = torch.empty(0, dtype=torch.uint8, device=storage.device)
         return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
-
-    def _copy_large(self, piece: ChunkCut, i: int, chunk: StagingChunk) -> None:
-        source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
-        low = piece.chunk_offsets[i]
-        chunk.tensor[low : low + piece.sizes[i]].copy_(source)
 
     def _copy_from_devices(self, piece: ChunkCut, parts: list[int], chunk: StagingChunk) -> list[torch.cuda.Event]:
         by_device: dict[torch.device, list[int]] = {}

@@ -1,7 +1,7 @@
 """The asyncio writer pool: one daemon thread with one event loop puts staging chunks on disk.
 
 Guarantees:
-- `open_file`, `FileWrite.submit`, `submit_copy` and `run` never block; what they start always resolves.
+- `open_file`, `FileWrite.submit`, `submit_copy`, `submit_help` and `run` never block; what they start always resolves.
 - At most `num_writers` writes are in flight over all files; fsync of a file starts as soon as its data is written.
 - When the loop thread dies, is stopped from outside or loses its executors, every outstanding future fails at once
   with an error of our tree that holds the cause, and every later call raises it. Memory is still given back only when
@@ -59,6 +59,7 @@ class WriterPool:
 
     Args:
         num_writers: writes in flight at once over all files; "auto" is up to 16 and learned from the disk.
+        num_helpers: threads for `submit_help`.
         io_mode: past the page cache, through it, or as `iomode.ModeChooser` learns.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; must be quick.
         name: prefix of the thread names.
@@ -69,11 +70,13 @@ class WriterPool:
         filesystem: FileSystem,
         *,
         num_writers: int | Literal["auto"] = "auto",
+        num_helpers: int = 0,
         io_mode: Literal["auto", "direct", "buffered"] = "auto",
         on_span: Callable[[Span], None] | None = None,
         name: str = "async-ckpt",
     ) -> None:
         self._pid = os.getpid()
+        self.num_helpers = num_helpers
         self._on_span = on_span
         self._lock = Lock()
         self._files: dict[Pipeline, None] = {}
@@ -98,7 +101,8 @@ class WriterPool:
             self._writers = start("write", self._chooser.max_writers + _NUM_SPARE_THREADS)
             self._sealers = start("crc", _NUM_SEALERS)
             self._copier = start("copy", 1, niceness=0)
-            self._executors = (self._writers, self._sealers, self._copier)
+            self._helpers = start("help", num_helpers, niceness=0)
+            self._executors = (self._writers, self._sealers, self._copier, self._helpers)
             self._thread.start()
             undo.pop_all()
         _pools.add(self)
@@ -160,6 +164,11 @@ class WriterPool:
         """Run `fn` on the one copy thread, first in first out. Never blocks; raises as `open_file` does."""
         self._check()
         return self._copier.submit(fn)
+
+    def submit_help(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file` does."""
+        self._check()
+        return self._helpers.submit(fn)
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""

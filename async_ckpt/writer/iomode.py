@@ -5,7 +5,7 @@ through the cache small files return sooner, and some virtual disks like it bett
 chooser learns from the files it writes anyway, never from extra ones:
 
 - Files under `SMALL_BYTES` go through the cache in one write: alignment and preallocation cost more than they bring.
-- Every other file belongs to a class of similar sizes. A class starts with the first arm (direct, normal depth); after
+- Every other file belongs to a class of similar sizes. A class starts with the first arm (direct, deep queue); after
   `NUM_FIRST` results it tries each other arm once, then stays with the best median of the last three results, where
   another must be better by `CLEARLY_BETTER`.
 - Through the cache is tried only where losing is cheap: for files up to `TRIAL_BYTES`, or where it has won in the class
@@ -25,15 +25,15 @@ from typing import Literal
 
 MiB = 1 << 20
 SMALL_BYTES = 1 * MiB
-TRIAL_BYTES = 1024 * MiB
+TRIAL_BYTES = 256 * MiB
 CLASS_LIMITS = (64 * MiB, 512 * MiB, 2048 * MiB)
 """Upper bounds of the size classes; the last class has none."""
 NUM_FIRST = 4
 NUM_BETWEEN = 32
 CLEARLY_BETTER = 1.1
 TRIAL_SHARE = 0.01
-IN_FLIGHT_BYTES = 64 * MiB
 NUM_WRITERS = 4
+"""The shallow queue, for disks that a deep one slows."""
 MAX_WRITERS = 16
 
 
@@ -77,7 +77,7 @@ class ModeChooser:
 
     def __init__(self, io_mode: Literal["auto", "direct", "buffered"], num_writers: int | Literal["auto"]) -> None:
         self._io_mode = io_mode
-        depths = (NUM_WRITERS, MAX_WRITERS) if num_writers == "auto" else (num_writers,)
+        depths = (MAX_WRITERS, NUM_WRITERS) if num_writers == "auto" else (num_writers,)
         direct = [Arm(True, depth) for depth in depths]
         self._arms = {"auto": [*direct, BUFFERED], "direct": direct, "buffered": [BUFFERED]}[io_mode]
         self._classes: list[dict[Arm, _Record]] = [{} for _ in range(len(CLASS_LIMITS) + 1)]

@@ -22,10 +22,8 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
-from async_ckpt.guard import Guard
-from async_ckpt.guard.turns import Turns
 from tests.engine.test_snapshots import assert_same, frozen
-from tests.support.stepping import Doing, Gate, gated, runs, until
+from tests.support.stepping import Doing, Gate, gated, until, waits_for
 
 from .report import command
 from .workloads import TIMEOUT_S, Folder, quiet
@@ -186,9 +184,9 @@ class Actor:
         turns = engine._guard._turns
         # One that waits for what has come to pass already is only slow to notice. A turn is taken under this lock.
         with turns._changed:
-            if runs(self.doing.thread, Turns._wait.__code__):
+            if waits_for("turn", self.doing.thread):
                 return bool(turns._running)
-        return runs(self.doing.thread, Guard._wait_for.__code__) and not is_copying
+        return waits_for("copies", self.doing.thread) and not is_copying
 
     def go_on(self) -> None:
         if self.gate.is_held:

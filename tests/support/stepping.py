@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -17,7 +18,25 @@ from async_ckpt.guard.turns import Turns
 
 TIMEOUT_S = 60.0
 
-_WAITS: tuple[CodeType, ...] = (Turns._wait.__code__, Guard._wait_for.__code__)
+_waiting: dict[str, Counter[int]] = {"turn": Counter(), "copies": Counter()}
+"""How often each thread (by ident) is inside a wait. Another thread's frames cannot be walked safely while it runs."""
+
+
+def _noted(wait: Callable[..., Any], threads: Counter[int]) -> Callable[..., Any]:
+    @functools.wraps(wait)
+    def noted(*args: Any) -> Any:
+        thread = threading.get_ident()
+        threads[thread] += 1
+        try:
+            return wait(*args)
+        finally:
+            threads[thread] -= 1
+
+    return noted
+
+
+Turns._wait = _noted(Turns._wait, _waiting["turn"])  # type: ignore[method-assign]
+Guard._wait_for = _noted(Guard._wait_for, _waiting["copies"])  # type: ignore[method-assign]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -29,19 +48,14 @@ def until(condition: Callable[[], object]) -> None:
         threading.Event().wait(0.0002)
 
 
-def runs(thread: threading.Thread, *codes: CodeType) -> bool:
-    """Whether `thread` is inside one of these functions."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None:
-        if frame.f_code in codes:
-            return True
-        frame = frame.f_back
-    return False
+def waits_for(what: str, thread: threading.Thread) -> bool:
+    """Whether `thread` is inside the wait for its "turn", or for lazy "copies"."""
+    return _waiting[what][thread.ident or 0] > 0
 
 
 def is_blocked(thread: threading.Thread) -> bool:
     """Whether `thread` waits for its turn, or for lazy copies."""
-    return runs(thread, *_WAITS)
+    return waits_for("turn", thread) or waits_for("copies", thread)
 
 
 class Doing:

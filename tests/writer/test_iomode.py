@@ -11,14 +11,15 @@ from async_ckpt.writer.iomode import (
     NUM_FIRST,
     NUM_WRITERS,
     SMALL_BYTES,
+    TRIAL_BYTES,
     Arm,
     DiskTime,
     MiB,
     ModeChooser,
 )
 
-DIRECT = Arm(True, NUM_WRITERS)
-DEEP = Arm(True, MAX_WRITERS)
+DIRECT = Arm(True, MAX_WRITERS)
+SHALLOW = Arm(True, NUM_WRITERS)
 GIB_PER_S = 1024.0 * MiB
 
 
@@ -27,7 +28,7 @@ class Disk:
 
     def __init__(self, chooser: ModeChooser, **rates: float) -> None:
         self.chooser = chooser
-        self.rates = {DIRECT: rates["direct"], DEEP: rates.get("deep", rates["direct"]), BUFFERED: rates["buffered"]}
+        self.rates = {DIRECT: rates["direct"], SHALLOW: rates.get("shallow", rates["direct"]), BUFFERED: rates["buffered"]}
 
     def write(self, size_bytes: int) -> Arm:
         arm = self.chooser.choose(size_bytes)
@@ -42,16 +43,17 @@ class Disk:
 @pytest.mark.parametrize(("rates", "best"), [((2.0, 0.3), DIRECT), ((1.0, 1.05), DIRECT), ((1.0, 1.3), BUFFERED)])
 def test_it_ends_with_the_faster_way(size_mib, rates, best):
     disk = Disk(ModeChooser("auto", "auto"), direct=rates[0], buffered=rates[1])
-    if size_mib > 1024 and best is BUFFERED:
+    if size_mib * MiB > TRIAL_BYTES and best is BUFFERED:
         # Dear to try: only after it has won where it is cheaper.
         assert disk.settle(size_mib * MiB) is not BUFFERED
-        assert disk.settle(1024 * MiB) == BUFFERED
+        for smaller in (256, 1024):
+            assert disk.settle(smaller * MiB) == BUFFERED
     assert disk.settle(size_mib * MiB) == best
 
 
-def test_a_deeper_queue_is_taken_where_it_is_clearly_better():
-    assert Disk(ModeChooser("auto", "auto"), direct=1.0, deep=1.5, buffered=0.3).settle(256 * MiB) == DEEP
-    assert Disk(ModeChooser("auto", "auto"), direct=1.0, deep=1.0 * CLEARLY_BETTER, buffered=0.3).settle(256 * MiB) == DIRECT
+def test_a_shallow_queue_is_taken_where_it_is_clearly_better():
+    assert Disk(ModeChooser("auto", "auto"), direct=1.0, shallow=1.5, buffered=0.3).settle(256 * MiB) == SHALLOW
+    assert Disk(ModeChooser("auto", "auto"), direct=1.0, shallow=1.0 * CLEARLY_BETTER, buffered=0.3).settle(256 * MiB) == DIRECT
 
 
 def test_small_files_go_through_the_cache_unless_told_otherwise():
@@ -86,7 +88,7 @@ def test_losing_trials_cost_at_most_a_share():
 def test_it_follows_a_disk_that_changes():
     disk = Disk(ModeChooser("auto", "auto"), direct=2.0, buffered=1.6)
     assert disk.settle(256 * MiB).direct
-    disk.rates.update({DIRECT: 0.5, DEEP: 0.5})
+    disk.rates.update({DIRECT: 0.5, SHALLOW: 0.5})
     assert BUFFERED in [disk.write(256 * MiB) for _ in range(200)][-3:]
 
 

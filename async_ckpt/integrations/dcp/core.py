@@ -12,7 +12,7 @@ import torch
 from ...config import EngineConfig
 from ...errors import TransactionStateError
 from ...filesystem import FileSystem, LocalFileSystem
-from ...snapshot import Snapshotter
+from ...snapshot import Snapshotter, num_copy_helpers
 from ...staging import StagingArena
 from ...writer import WriterPool, WrittenFile
 from .blobs import BlobPlanner
@@ -31,10 +31,16 @@ class Core:
         self.planner = BlobPlanner()
         self._pid = os.getpid()
         self._timeout_s = config.backpressure_timeout_s
-        self._pool = WriterPool(self.filesystem, num_writers=config.num_writers, io_mode=config.io_mode, name="async-ckpt-dcp")
+        self._pool = WriterPool(
+            self.filesystem,
+            num_writers=config.num_writers,
+            num_helpers=num_copy_helpers(),
+            io_mode=config.io_mode,
+            name="async-ckpt-dcp",
+        )
         self._arena = StagingArena(max(2, config.resolved_staging_bytes() // chunk_bytes), chunk_bytes, pin=pin)
         self._pool.on_death(self._arena.poison)
-        self._snapshotter = Snapshotter(self._arena, self._pool.submit_copy, timeout_s=config.backpressure_timeout_s)
+        self._snapshotter = Snapshotter(self._arena, self._pool, timeout_s=config.backpressure_timeout_s)
         self._finalizer = weakref.finalize(self, _close, self._pool, self._arena, self._pid, 60.0)
 
     def write(self, state: PlannedState, path: str, name: str) -> Future[WrittenFile]:

@@ -1,0 +1,110 @@
+"""Threads that help the caller with an eager copy: it is the part of `save` that a training step waits for.
+
+Guarantees:
+- `CopyTeam.run` returns when every job has ended. Each ran once; their ends are told in order, on the caller's thread.
+- When it raises (a job failed, or an exception came out of a signal handler), no job begins any more; a helper may
+  still be at the end of one, so a helper's job must hold what it works on (`StagingArena.begin_use`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ..config import local_world_size
+from ..locks import Condition
+
+# More threads than this no longer copy faster from memory to memory.
+_MAX_THREADS = 8
+
+
+def num_copy_helpers() -> int:
+    """How many threads help a caller to copy: its share of the cores that the ranks of this host may use.
+
+    Not torch's number of threads: launchers set that to 1 against ranks that compute at once, and nobody computes in `save`.
+    """
+    return max(1, min(_num_cores() // local_world_size(), _MAX_THREADS)) - 1
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CopyTeam:
+    """The caller's thread and `num_helpers` others, reached through `submit`. Any thread."""
+
+    def __init__(self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int) -> None:
+        self._submit = submit
+        self._num_helpers = num_helpers
+
+    def leaves_cores(self, num_jobs: int) -> bool:
+        """Whether the disk side has a core of its own while `num_jobs` jobs run."""
+        return min(self._num_helpers + 1, num_jobs) < _num_cores()
+
+    def run(self, num_jobs: int, work: Callable[[int], None], help_with: Callable[[int], None], on_ended: Callable[[int], None]) -> None:
+        """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all have ended.
+
+        Args:
+            on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
+        """
+        jobs = _Jobs(num_jobs)
+        try:
+            for _ in range(min(self._num_helpers, num_jobs - 1)):
+                self._submit(lambda: jobs.help(help_with))
+            for k in range(num_jobs):
+                while not jobs.has_ended(k) and jobs.do_next(work):
+                    pass
+                jobs.wait(k)
+                on_ended(k)
+        except BaseException:
+            jobs.drop()
+            raise
+
+
+class _Jobs:
+    """The jobs of one copy, taken by whoever is free."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self._changed = Condition()
+        self._waiting = deque(range(num_jobs))
+        self._ended: set[int] = set()
+        self._failure: BaseException | None = None
+
+    def do_next(self, work: Callable[[int], None]) -> bool:
+        """Do the next job that nobody has taken; False when there is none."""
+        try:
+            k = self._waiting.popleft()
+        except IndexError:
+            return False
+        work(k)
+        with self._changed:
+            self._ended.add(k)
+            self._changed.notify_all()
+        return True
+
+    def help(self, work: Callable[[int], None]) -> None:
+        """Do jobs until none is left; a failure is handed to the caller."""
+        try:
+            while self.do_next(work):
+                pass
+        except BaseException as error:  # noqa: BLE001 -- raised by `wait`
+            self.drop()
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def has_ended(self, k: int) -> bool:
+        return k in self._ended
+
+    def wait(self, k: int) -> None:
+        """Until job `k` has ended, or a helper failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or k in self._ended)
+            if self._failure is not None:
+                raise self._failure
+
+    def drop(self) -> None:
+        """Let nobody begin another one."""
+        self._waiting.clear()
