@@ -258,18 +258,15 @@ class _File:
             self.fill.report(k, chosen, began)
 
     def _copy_urgently(self, chunks: list[StagingChunk], first: int) -> None:
-        def send(i: int) -> None:
-            self._send(first + i, chunks[i])
-
         # CRC and writes on the cores that copy make the caller wait for them: what fills the disk's queue must do.
         num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else _NUM_EARLY
         self._share(
             chunks,
             lambda i, chunk: self._fill_on_cpu(first + i, chunk, None, is_urgent=True),
-            lambda i: send(i) if i < num_sent_early else None,
+            lambda i: self._send(first + i, chunks[i]) if i < num_sent_early else None,
         )
-        for i in range(num_sent_early, len(chunks)):
-            send(i)
+        if rest := chunks[num_sent_early:]:
+            self._send(first + num_sent_early, *rest)
 
     def _share(self, chunks: list[StagingChunk], fill: Callable[[int, StagingChunk], None], on_ended: Callable[[int], None]) -> None:
         """Run `fill(i, chunks[i])` for all of them, on the caller's thread and its helpers."""
@@ -311,12 +308,16 @@ class _File:
             self.fill.report(k, chosen, began)
             self._send(k, chunk)
 
-    def _send(self, k: int, chunk: StagingChunk) -> None:
-        if k == self._last:
+    def _send(self, first: int, *chunks: StagingChunk) -> None:
+        """Hand over the chunks from number `first` on."""
+        if first + len(chunks) > self._last:
             self.fill.check_versions()
+        # The writer takes chunks over in every case, also when it refuses them.
+        self._write.submit(*(self._handed_over(k, chunk) for k, chunk in enumerate(chunks, first)))
+
+    def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         piece = self.fill.cuts[k]
-        # The writer takes a chunk over in every case, also when it refuses it.
-        self._write.submit(Chunk(piece.offset, piece.nbytes, chunk.view, None, lambda: self._arena.release(chunk)))
+        return Chunk(piece.offset, piece.nbytes, chunk.view, None, lambda: self._arena.release(chunk))
 
     def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:
         """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""

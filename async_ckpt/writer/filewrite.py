@@ -81,16 +81,27 @@ class FileWrite:
         self._failure: BaseException | None = None
         self._is_sealed = False
 
-    def submit(self, chunk: Chunk) -> None:
-        """Hand over the next chunk (ascending, without gaps, equal sizes except the last).
+    def submit(self, *chunks: Chunk) -> None:
+        """Hand over the next chunks (ascending, without gaps, equal sizes except the last).
 
-        The chunk is taken over in every case, and released exactly once. A file that has failed takes no harm from
+        They are taken over in every case, and released exactly once. A file that has failed takes no harm from
         further chunks: they are released, and `done` has the failure.
 
         Raises:
             TransactionStateError: out of order or past the end (this fails the file), or in a forked child.
         """
         check_process(self._pid, "this file")
+        problems = [self._take_over(chunk) for chunk in chunks]
+        # Once for all of them: to wake the loop costs more than to queue a chunk.
+        self._on_change()
+        for chunk, problem in zip(chunks, problems, strict=True):
+            if problem is not None:
+                error = TransactionStateError(f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {self.path}: {problem}")
+                self.abort(error)
+                raise error
+
+    def _take_over(self, chunk: Chunk) -> str | None:
+        """Queue it, or release it: what is wrong with it, or None."""
         with self._lock:
             is_over = self._failure is not None or self._is_sealed
             problem = None if is_over else self._problem_with(chunk)
@@ -102,14 +113,9 @@ class FileWrite:
                 self._next_offset += chunk.nbytes
                 self._count(+1)
                 self._queue.append(chunk)
-        if is_taken:
-            self._on_change()
-            return
-        _release_once_copied(chunk)
-        if problem is not None:
-            error = TransactionStateError(f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {self.path}: {problem}")
-            self.abort(error)
-            raise error
+        if not is_taken:
+            _release_once_copied(chunk)
+        return problem
 
     def has_taken(self, offset: int) -> bool:
         """Whether the chunk at `offset` was taken over: then it is released here, now or later."""
