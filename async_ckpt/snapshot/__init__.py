@@ -35,8 +35,9 @@ __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 _PATIENCE_S = 0.01
 
 
-# How many chunks an eager save hands over while it still needs all cores for its copy.
-_NUM_EARLY = 8
+# Which share of its chunks an eager save hands over while it still needs all cores for its copy, and at most how many.
+_EARLY_SHARE = 1 / 8
+_MAX_EARLY = 8
 
 
 class _Courtesy:
@@ -259,7 +260,7 @@ class _File:
 
     def _copy_urgently(self, chunks: list[StagingChunk], first: int) -> None:
         # CRC and writes on the cores that copy make the caller wait for them: what fills the disk's queue must do.
-        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else _NUM_EARLY
+        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else min(_MAX_EARLY, int(_EARLY_SHARE * len(chunks)))
         self._share(
             chunks,
             lambda i, chunk: self._fill_on_cpu(first + i, chunk, None, is_urgent=True),
