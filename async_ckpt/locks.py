@@ -51,3 +51,22 @@ class Condition(Lock):  # type: ignore[misc]  # as above
     def notify_all(self) -> None:
         """Wake everybody who waits. Only with the lock held; never blocks."""
         self._waiters.notify_all()
+
+
+_MAX_INTERRUPTS = 1000
+
+
+def uninterrupted(wait: Callable[[], object]) -> None:
+    """Call `wait` until it returns, again after each exception out of a signal handler; the last of them is raised then.
+
+    For what must have ended before memory or descriptors are given up. `wait` may begin anew; what it raises every time is raised.
+    """
+    interrupted: BaseException | None = None
+    for _ in range(_MAX_INTERRUPTS):
+        try:
+            wait()
+            break
+        except BaseException as error:  # noqa: BLE001 -- raised below
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted

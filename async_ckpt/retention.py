@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from . import transaction
 from .catalog import Catalog
-from .errors import CheckpointNotFoundError, ConfigError
+from .errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from .filesystem import FileSystem
 from .manifest import Manifest
+from .transaction.trees import write_error
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,19 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
             # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
             continue
     return decisions
+
+
+def failure(filesystem: FileSystem, root: str, error: Exception) -> CheckpointError:
+    """`error`, which cut `apply` short, as one of our tree."""
+    if isinstance(error, CheckpointError):
+        return error
+    told: CheckpointError
+    if isinstance(error, OSError):
+        told = write_error(filesystem, error, "retention was cut short; what it had not deleted is left whole", root)
+    else:
+        told = ConfigError(f"the retention policy raised {error!r}: nothing more is deleted in {root!r}; the new checkpoint is committed")
+    told.__cause__ = error
+    return told
 
 
 def _is_good(catalog: Catalog, tag: str) -> bool:

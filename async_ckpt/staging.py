@@ -124,8 +124,8 @@ class StagingArena:
             return [self._take() for _ in range(num_chunks)]
 
     def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
-        """One idle chunk for reading a file into, and what gives it back; None when there is none, or it is too small."""
-        chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes else None
+        """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is too small."""
+        chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes and self._poison is None else None
         if chunks is None:
             return None
         return chunks[0].view, lambda: self.release(chunks[0])
@@ -154,7 +154,9 @@ class StagingArena:
             if chunk.is_held:
                 chunk.is_held = False
                 if not chunk.num_users:
-                    self._return(chunk)
+                    # No signal is looked at between this and the statement before.
+                    self._warm.append(chunk.piece)
+                    self._changed.notify_all()
 
     def begin_use(self, chunk: StagingChunk) -> bool:
         """Keep `chunk` from being handed out again before `end_use`; False when it was given back already.
@@ -170,11 +172,8 @@ class StagingArena:
         with self._lock:
             chunk.num_users -= 1
             if not chunk.is_held and not chunk.num_users:
-                self._return(chunk)
-
-    def _return(self, chunk: StagingChunk) -> None:
-        self._warm.append(chunk.piece)
-        self._changed.notify_all()
+                self._warm.append(chunk.piece)
+                self._changed.notify_all()
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def frozen_imports() -> None:
-    """Collections before and after each test need not look at what torch and the plugins imported."""
+@pytest.fixture(scope="module", autouse=True)
+def whole_collection() -> None:
+    """Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in total."""
+    gc.unfreeze()
     gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,7 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     A test that leaves staging behind on purpose (a crash) says so with the marker `leaves_staging`.
     """
     gc.collect()
+    gc.freeze()
     before = _open_files()
     yield
     gc.collect()

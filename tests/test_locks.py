@@ -137,3 +137,24 @@ def test_a_condition_wakes_who_waits() -> None:
         assert not condition.wait(0.0)
     listener.join()
     assert not is_held(condition)
+
+
+def test_what_must_end_is_waited_for_through_every_interrupt() -> None:
+    calls: list[int] = []
+
+    def wait() -> None:
+        calls.append(1)
+        if len(calls) < 4:
+            raise Struck(len(calls))
+
+    with pytest.raises(Struck, match="3"):
+        locks.uninterrupted(wait)
+    assert len(calls) == 4
+
+
+def test_what_fails_every_time_is_raised() -> None:
+    def wait() -> None:
+        raise OSError("for good")
+
+    with pytest.raises(OSError, match="for good"):
+        locks.uninterrupted(wait)

@@ -121,6 +121,7 @@ class Guard:
             if job.events and not block:
                 for event in job.events:
                     torch.cuda.current_stream(event.device).wait_event(event)
+                job.accept_changes()
                 return
             job.copied.exception(deadline)
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.

@@ -27,13 +27,12 @@ from .. import retention, transaction, verify
 from ..catalog import Catalog
 from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
+from ..errors import BackpressureTimeout, TransactionStateError, WriteError
 from ..filesystem import FileSystem, LocalFileSystem
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span, on_publish_step
 from ..pending import PendingCommit
 from ..transaction import State
-from ..transaction.trees import write_error
 from ..writer import FileWrite, WriterPool, WrittenFile
 from ..writer.executor import DaemonExecutor
 from . import leaving, publishing
@@ -170,6 +169,7 @@ class InFlight:
         earlier = self.find_unfinished(tag)
         if earlier is not None and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
+        self.pool.check()
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
         self._open[tag] = checkpoint
         publishing.opened(self.publisher, checkpoint)
@@ -324,7 +324,7 @@ class InFlight:
         await asyncio.gather(*writes, return_exceptions=True)
         try:
             await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
-        except (CheckpointError, OSError) as failure:
+        except Exception as failure:  # noqa: BLE001 -- the first failure is the one to be told
             # The staging directory stays; the sweep of a later start removes it.
             logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
 
@@ -333,13 +333,9 @@ class InFlight:
         assert policy is not None
         try:
             await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
-        except (CheckpointError, OSError) as failure:
+        except Exception as failure:  # noqa: BLE001 -- also of the user's policy
             # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
-            if not isinstance(failure, CheckpointError):
-                error = write_error(self.filesystem, failure, "retention was cut short; what it had not deleted is left whole", self.root)
-                error.__cause__ = failure
-                failure = error
-            self._failures.append(failure)
+            self._failures.append(retention.failure(self.filesystem, self.root, failure))
 
     def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self.helpers.submit(call))

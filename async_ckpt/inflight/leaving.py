@@ -16,8 +16,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-
 if TYPE_CHECKING:
     from . import InFlight
 
@@ -92,6 +90,6 @@ def _close(inflight: InFlight) -> None:
     try:
         inflight.close()
         inflight.raise_unacknowledged()
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 -- whatever failed it, the others are still to be finished, and the exit code tells
         logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
         _lost.append(error)

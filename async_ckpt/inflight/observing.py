@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 
 from ..locks import Lock
 from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
+
+logger = logging.getLogger(__name__)
 
 
 class Observers:
@@ -37,7 +40,12 @@ class Observers:
                 with self._lock:
                     if observer in self._observers:
                         self._observers.remove(observer)
-                warnings.warn(f"observer {observer!r} raised {error!r} and is left out from now on", RuntimeWarning, stacklevel=2)
+                told = f"observer {observer!r} raised {error!r} and is left out from now on"
+                try:
+                    warnings.warn(told, RuntimeWarning, stacklevel=2)
+                except RuntimeWarning:
+                    # Warnings are errors here, and this one must not fail a checkpoint either.
+                    logger.warning(told)
 
 
 def _ignore(*_: object) -> None:

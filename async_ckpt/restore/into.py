@@ -18,6 +18,7 @@ import torch
 
 from ..config import available_memory_bytes
 from ..errors import StateMismatchError
+from ..locks import uninterrupted
 from .building import PlainObjects, check_inside, element_type, storage_extent
 from .plain_pickle import NotPlainError, StorageRef, load_plain
 from .read_errors import ExtentMismatch, ReadError
@@ -221,9 +222,8 @@ class _Mover:
             self._overwrite(file)
         else:
             self._overwrite_or_restore(file)
-        with torch.no_grad():
-            for target, source in self._copies:
-                target.copy_(source)
+        if not atomic or self._scatter.devices:
+            self._copy()
         for tensor in tracked:
             torch.autograd.graph.increment_version(tensor)
 
@@ -237,11 +237,26 @@ class _Mover:
             file.stream(undo, fitting)
             if rest:
                 self._overwrite(file, rest)
+            self._copy_or_restore()
         except BaseException:
             undo.roll_back()
             raise
         finally:
             undo.close()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for target, source in self._copies:
+            target.copy_(source)
+
+    @torch.no_grad()
+    def _copy_or_restore(self) -> None:
+        before = [(target, target.clone()) for target, _ in self._copies]
+        try:
+            self._copy()
+        except BaseException:
+            uninterrupted(lambda: [target.copy_(old) for target, old in before])
+            raise
 
     def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
         try:

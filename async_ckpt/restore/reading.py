@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ..checksum import crc32, crc32_combine
 from ..errors import CheckpointError, CorruptCheckpointError
-from ..locks import Lock
+from ..locks import Lock, uninterrupted
 from ..progress import read_progress
 from .read_errors import ExtentMismatch, ReadError
 
@@ -247,14 +247,14 @@ class VerifiedFile:
         if num_workers <= 1:
             work()
         else:
-            with ThreadPoolExecutor(num_workers, thread_name_prefix="async-ckpt-read") as pool:
-                results = [pool.submit(work) for _ in range(num_workers)]
-                try:
-                    for result in results:
-                        result.result()
-                finally:
-                    # An interrupt in this thread must not wait for the rest of the file.
-                    failed.set()
+            pool = ThreadPoolExecutor(num_workers, thread_name_prefix="async-ckpt-read")
+            try:
+                for result in [pool.submit(work) for _ in range(num_workers)]:
+                    result.result()
+            finally:
+                # An interrupt in this thread must not wait for the rest of the file, but for the blocks that are being read into memory.
+                failed.set()
+                uninterrupted(pool.shutdown)
         self._compare(blocks)
 
     def _process(self, block: _Block, buffer: memoryview | None, consume: Consume | None) -> None:

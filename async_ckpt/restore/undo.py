@@ -13,7 +13,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 
-from ..locks import Condition
+from ..locks import Condition, uninterrupted
 from .reading import MemorySource, aligned_memory
 from .scatter import Scatter, move_bytes
 
@@ -29,7 +29,8 @@ class Undo:
         self._lend = lend
         self._region_bytes = region_bytes
         self._lock = self._changed = Condition()
-        self._num_writing = 0
+        self._writing: set[int] = set()
+        """Threads."""
         self._is_over = False
         self._log: list[tuple[int, int, int]] = []
         """(target address, address of its old bytes, size), in the order in which they were set aside."""
@@ -43,12 +44,12 @@ class Undo:
         with self._lock:
             if self._is_over:
                 return
-            self._num_writing += 1
+            self._writing.add(threading.get_ident())
         try:
             self._overwrite(offset, view)
         finally:
             with self._lock:
-                self._num_writing -= 1
+                self._writing.discard(threading.get_ident())
                 self._changed.notify_all()
 
     def _overwrite(self, offset: int, view: memoryview) -> None:
@@ -86,22 +87,13 @@ class Undo:
 
     def roll_back(self) -> None:
         """Write every old byte back. Blocks for writes under way and one copy."""
-        # Signals are raised in the main thread only, so they cannot cut this one short.
-        thread = threading.Thread(target=self._write_back, name="async-ckpt-undo")
-        thread.start()
-        interrupted: BaseException | None = None
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as error:  # noqa: BLE001 - raised below, once the old values are back
-                interrupted = error
-        if interrupted is not None:
-            raise interrupted
+        uninterrupted(self._write_back)
 
     def _write_back(self) -> None:
         with self._lock:
             self._is_over = True
-            self._changed.wait_for(lambda: self._num_writing == 0)
+            # What this thread was writing was interrupted, or there would be no roll-back.
+            self._changed.wait_for(lambda: self._writing <= {threading.get_ident()})
         for address, saved, size in reversed(self._log):
             move_bytes(address, saved, size)
         self._log.clear()

@@ -14,6 +14,7 @@ thread, in the order of the saves, so a lazy fill never waits for another chunk 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -45,20 +46,21 @@ class _Courtesy:
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._num_planning = 0
+        self._planning: set[int] = set()
+        """Threads. Not a count: an interrupt may keep one from leaving, until its next save."""
         self._until_s = 0.0
 
     @contextmanager
     def extended(self) -> Iterator[None]:
         with self._changed:
-            self._num_planning += 1
+            self._planning.add(threading.get_ident())
             self._until_s = float("inf")
         try:
             yield
         finally:
             with self._changed:
-                self._num_planning -= 1
-                if self._num_planning == 0 and self._until_s:
+                self._planning.discard(threading.get_ident())
+                if not self._planning and self._until_s:
                     self._until_s = time.monotonic() + _PATIENCE_S
                 self._changed.notify_all()
 
@@ -81,6 +83,8 @@ class SnapshotJob:
     enqueued: Future[None] = field(default_factory=Future)
     """Resolves when all device copies are queued, i.e. when `events` is complete."""
     events: list[torch.cuda.Event] = field(default_factory=list)
+    accept_changes: Callable[[], None] = lambda: None
+    """To be called once the streams that will change the sources wait for `events`."""
     mode: str = "eager"
     backpressure_s: float = 0.0
     copy_s: float = 0.0
@@ -146,7 +150,7 @@ class Snapshotter:
         elif any(is_lazy):
             self._take_lazily(file, reserved, is_lazy, guarded)
         else:
-            file.copy_all(reserved, fill.record_callers())
+            file.copy_all(reserved)
         return file.job
 
     def _take_lazily(self, file: _File, chunks: list[StagingChunk], is_lazy: list[bool], guarded: frozenset[int]) -> None:
@@ -159,8 +163,7 @@ class Snapshotter:
                 file.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
                 file.fill.check_versions(all_but=guarded)
         except BaseException:
-            for chunk in chunks:
-                self._arena.release(chunk)
+            file.give_back(chunks)
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
         done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
@@ -214,16 +217,21 @@ class _File:
     def copy_all(
         self,
         chunks: list[StagingChunk],
-        callers: dict[torch.device, torch.cuda.Event],
+        callers: dict[torch.device, torch.cuda.Event] | None = None,
         chosen: list[bool] | None = None,
         *,
         first: int = 0,
         is_urgent: bool = True,
     ) -> None:
-        """Fill `chunks`, the file's chunks from number `first` on, and hand each to the writer once it is complete."""
+        """Fill `chunks`, the file's chunks from number `first` on, and hand each to the writer once it is complete.
+
+        Args:
+            callers: where the callers' streams are; None: now.
+        """
         started = time.perf_counter()
-        self.fill.find_sources()
         try:
+            callers = self.fill.record_callers() if callers is None else callers
+            self.fill.find_sources()
             if self.fill.devices:
                 self._copy_from_devices(chunks, callers, chosen, first)
             elif is_urgent:
@@ -233,15 +241,20 @@ class _File:
                     self._fill_on_cpu(k, chunk, chosen)
                     self._send(k, chunk)
         except BaseException as error:
-            for k, chunk in enumerate(chunks, first):
-                if not self._write.has_taken(self.fill.cuts[k].offset):
-                    self._arena.release(chunk)
+            self.give_back(chunks, first)
             self.job.end(error)
             raise
         self.job.copy_s += time.perf_counter() - started
         if first + len(chunks) > self._last:
             self.fill.drop_sources()
             self.job.end(None)
+
+    def give_back(self, chunks: list[StagingChunk], first: int = 0) -> None:
+        """Those that the writer has not taken over, once no device writes to them."""
+        self.fill.finish_device_copies()
+        for k, chunk in enumerate(chunks, first):
+            if not self._write.has_taken(self.fill.cuts[k].offset):
+                self._arena.release(chunk)
 
     def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
         """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
@@ -302,6 +315,7 @@ class _File:
             self.fill.copy_literals(k, chunk)
             queued.append((k, chunk, self.fill.copy(k, chunk, chosen), began))
         self.job.events.extend(event for _, _, events, _ in queued for event in events)
+        self.job.accept_changes = self.fill.accept_changes
         if first + len(chunks) > self._last:
             self.job.enqueued.set_result(None)
         for k, chunk, events, began in queued:

@@ -7,6 +7,7 @@ back takes longer than copying them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -17,6 +18,7 @@ import torch
 
 from ..errors import TornSnapshotError, UnsupportedStateError
 from ..layout import FilePlan, PlannedState
+from ..locks import Lock, uninterrupted
 from ..staging import StagingChunk
 
 OnCopied = Callable[[str, float, int, int], None]
@@ -92,9 +94,16 @@ class Fill:
                 )
         self.devices = {device for device in devices if device.type == "cuda"}
         self._addresses: list[int] = []
+        self._lock = Lock()
 
     def _find_addresses(self) -> list[int]:
         """Where each payload's bytes lie; 0 on a device. CPU bytes are copied by address: no torch call per tensor."""
+        for storage, start, num_bytes in zip(self.storages, self._starts, self._state.plan.payload_nbytes, strict=True):
+            if storage.nbytes() < start + num_bytes:
+                raise TornSnapshotError(
+                    f"a tensor's storage was resized from {start + num_bytes} bytes or more to {storage.nbytes()} before its snapshot was "
+                    "taken. This checkpoint is not committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
+                )
         bases = [storage.data_ptr() for storage in self.storages]
         if self.devices:
             bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
@@ -220,12 +229,12 @@ class Fill:
         Raises:
             TornSnapshotError: some moved; names up to ten.
         """
-        versions = self._versions
-        torn = [i for i, (t, v) in enumerate(zip(self._tensors, versions, strict=True)) if v is not None and t._version != v]
-        if all_but:
-            later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
-            torn = [i for i in torn if not later[i]]
-            self._versions = [v if is_later else None for v, is_later in zip(versions, later, strict=True)]
+        with self._lock:
+            torn = self._changed()
+            if all_but:
+                later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
+                torn = [i for i in torn if not later[i]]
+                self._versions = [v if is_later else None for v, is_later in zip(self._versions, later, strict=True)]
         if not torn:
             return
         paths = self._state.tensor_paths()
@@ -237,10 +246,27 @@ class Fill:
             names,
         )
 
+    def _changed(self) -> list[int]:
+        return [i for i, (t, v) in enumerate(zip(self._tensors, self._versions, strict=True)) if v is not None and t._version != v]
+
+    def accept_changes(self) -> None:
+        """From now on tensors change behind their queued device copies, in the order of streams: no sign of a torn snapshot."""
+        with self._lock:
+            changed = set(self._changed())
+            self._versions = [v if i in changed else None for i, v in enumerate(self._versions)]
+
+    def finish_device_copies(self) -> None:
+        """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be given up."""
+        for device in self.devices:
+            if device in self._streams:
+                with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
+                    uninterrupted(self._streams[device].synchronize)
+
     def drop_sources(self) -> None:
         """Let go of the user's tensors: their bytes are in the arena now."""
-        self._tensors = ()
-        self._versions = []
+        with self._lock:
+            self._tensors = ()
+            self._versions = []
         self.storages = []
 
 

@@ -25,7 +25,11 @@ def num_copy_helpers() -> int:
 
     Not torch's number of threads: launchers set that to 1 against ranks that compute at once, and nobody computes in `save`.
     """
-    return max(1, min(_num_cores() // local_world_size(), _MAX_THREADS)) - 1
+    return min(_share_of_cores(), _MAX_THREADS) - 1
+
+
+def _share_of_cores() -> int:
+    return max(1, _num_cores() // local_world_size())
 
 
 def _num_cores() -> int:
@@ -38,10 +42,11 @@ class CopyTeam:
     def __init__(self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int) -> None:
         self._submit = submit
         self._num_helpers = num_helpers
+        self._num_cores = _share_of_cores()
 
     def leaves_cores(self, num_jobs: int) -> bool:
-        """Whether the disk side has a core of its own while `num_jobs` jobs run."""
-        return min(self._num_helpers + 1, num_jobs) < _num_cores()
+        """Whether the disk side has a core to itself while `num_jobs` jobs run, on every rank of this host."""
+        return min(self._num_helpers + 1, num_jobs) < self._num_cores
 
     def run(self, num_jobs: int, work: Callable[[int], None], help_with: Callable[[int], None], on_ended: Callable[[int], None]) -> None:
         """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all have ended.

@@ -266,6 +266,12 @@ class WriterPool:
 
     # Checks.
 
+    def check(self) -> None:
+        """Raise what keeps files from being written, as `open_file` does."""
+        self._check()
+        with self._lock:
+            self._check_open()
+
     def _check(self) -> None:
         check_process(self._pid, "this writer pool")
         for executor in self._executors:

@@ -24,6 +24,7 @@ from ..locks import Lock
 T = TypeVar("T")
 
 BACKGROUND_NICENESS = 10
+_START_TIMEOUT_S = 20
 
 
 def check_process(pid: int, what: str) -> None:
@@ -37,6 +38,31 @@ def check_process(pid: int, what: str) -> None:
             f"{what} belongs to process {pid} and cannot be used in its forked child {os.getpid()}; "
             "nothing of the parent was touched. Make an engine of its own in the child"
         )
+
+
+class _Started(threading.Event):
+    """What `Thread.start` waits for, but not for ever: a thread without the memory to begin never sets it."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        # Several waits: time also passes while the process is stopped.
+        if timeout is not None or any(super(_Started, self).wait(1.0) for _ in range(_START_TIMEOUT_S)):
+            return timeout is None or super().wait(timeout)
+        raise RuntimeError("the new thread died before it began")
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """`thread.start()`, bounded.
+
+    Raises:
+        RuntimeError: the system has no more threads, or no memory for one.
+    """
+    thread._started = _Started()  # type: ignore[attr-defined]
+    try:
+        thread.start()
+    except RuntimeError:
+        # Among the threads that are starting, it would be listed for ever.
+        getattr(threading, "_limbo", {}).pop(thread, None)
+        raise
 
 
 @dataclass(slots=True)
@@ -78,7 +104,7 @@ class DaemonExecutor(Executor):
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)]
         for k, thread in enumerate(self._threads):
             try:
-                thread.start()
+                start_thread(thread)
             except BaseException:
                 # The system has no more threads: those that run must not be left behind.
                 self._threads = self._threads[:k]

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from ..errors import TransactionStateError, WriteError
 from ..locks import Lock
+from .executor import start_thread
 from .lane import Outcome
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class LoopThread:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        start_thread(self._thread)
 
     @property
     def is_current(self) -> bool:

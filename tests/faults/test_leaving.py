@@ -150,6 +150,13 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["b", "child"],
         [],
     ),
+    "an error that is not ours, and a second engine": (
+        "other = make_engine(root + '-2'); other._inflight._failures.append(RuntimeError('raw'))\n"
+        "engine = make_engine(root, fs); commit(engine, 'b')",
+        1,
+        ["b"],
+        ["raw"],
+    ),
     "a callback that raises": (
         "with make_engine(root, fs) as engine:\n    p = commit(engine, 'a')\n"
         "    p.add_done_callback(lambda p: 1 / 0); p.add_done_callback(lambda p: print('second'))",

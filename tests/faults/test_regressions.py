@@ -11,9 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
-from async_ckpt import BackpressureTimeout, Catalog, KeepLast, OutOfSpaceError, WriteError
+from async_ckpt import (
+    BackpressureTimeout,
+    Catalog,
+    CheckpointError,
+    ConfigError,
+    KeepLast,
+    OutOfSpaceError,
+    TornSnapshotError,
+    WriteError,
+)
+from async_ckpt.layout import Planner
+from async_ckpt.restore.undo import Undo
+from async_ckpt.retention import RetentionPolicy
+from async_ckpt.snapshot.copying import Fill, cut
 from async_ckpt.staging import StagingArena
+from async_ckpt.writer import executor
 
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
@@ -190,3 +206,118 @@ def test_a_close_that_fails_while_reading_leaks_no_descriptor(tmp_path: Path) ->
     before = len(os.listdir("/proc/self/fd"))
     assert Catalog(tmp_path, fs).latest() == "a"
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_retention_policy_that_raises_does_not_fail_the_commit(tmp_path: Path) -> None:
+    """A KeyError of a user's policy was raised by a commit that was durable."""
+
+    class Broken(RetentionPolicy):
+        def kept(self, checkpoints: Any, now_unix_ns: int) -> dict[str, str]:
+            raise KeyError("loss")
+
+    with quiet(), make_engine(tmp_path, retention=Broken()) as engine:
+        job = Job(engine, Told())
+        job.whole("a", 1)
+        with pytest.raises(ConfigError, match="policy raised KeyError"):
+            engine.create("b")
+        assert engine.latest() == "a"
+
+
+def test_an_old_checkpoint_is_read_into_tensors_after_the_writer_died(tmp_path: Path) -> None:
+    """The idle chunks of a dead writer's arena were asked for, and its death raised."""
+    with quiet():
+        engine = make_engine(tmp_path)
+        Job(engine, Told()).whole("a", 1)
+        engine._inflight.pool._thread.loop.call_soon_threadsafe(engine._inflight.pool._thread.loop.stop)
+        engine._inflight.pool._thread.join(TIMEOUT_S)
+        target = engine.load("a/model.pt")
+        engine.load_into(target, "a/model.pt")
+        with pytest.raises(CheckpointError, match="died"):
+            engine.create("b")
+        engine.close()
+
+
+def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, held_copies: Any) -> None:
+    """Its bytes were copied from where it no longer was."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+    with quiet():
+        engine = make_engine(tmp_path)
+        optimizer = torch.optim.SGD([weight])
+        engine.guard(optimizer)
+        held = held_copies(engine)
+        engine.create("a")
+        engine.save({"w": weight.detach()}, "s.pt")
+        weight.untyped_storage().resize_(0)
+        held.let_go()
+        error = engine.commit("a").exception(TIMEOUT_S)
+        engine.close()
+    assert isinstance(error, TornSnapshotError) and "resized" in str(error)
+
+
+def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
+    """A step on a GPU moves the counters at once, its kernels run behind the copies: the save before it failed as torn."""
+    kept, changed = torch.ones(3), torch.ones(3)
+    [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
+    fill = Fill(plan, cut(plan.plan, 4096), {}, None)
+    changed.add_(1)
+    fill.accept_changes()
+    kept.add_(1)
+    with pytest.raises(TornSnapshotError) as caught:
+        fill.check_versions()
+    assert len(caught.value.tensors) == 1 and "changed" in caught.value.tensors[0]
+
+
+def test_a_write_that_was_interrupted_does_not_hang_its_roll_back() -> None:
+    """The count of writers stayed above zero, and `load_into` waited for ever."""
+
+    class Interrupting:
+        def targets(self, offset: int, num_bytes: int) -> list[tuple[int, int]]:
+            return []
+
+        def __call__(self, offset: int, view: memoryview) -> None:
+            # As if the interrupt had struck before the write was counted out.
+            undo._writing.add(threading.get_ident())
+            undo._writing = _Stubborn(undo._writing)
+            raise KeyboardInterrupt
+
+    class _Stubborn(set[int]):
+        def discard(self, element: int) -> None:
+            raise KeyboardInterrupt
+
+    undo = Undo(Interrupting(), None, 4096)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        undo(0, memoryview(b"x"))
+    undo.roll_back()
+    undo.close()
+
+
+def test_a_thread_that_dies_before_it_begins_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the memory to begin, it never said that it had started."""
+    monkeypatch.setattr(executor, "_START_TIMEOUT_S", 1)
+    thread = threading.Thread(target=print, name="stillborn", daemon=True)
+    thread._bootstrap = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="died before it began"):
+        executor.start_thread(thread)
+    assert thread not in threading.enumerate()
+
+
+def test_targets_that_are_copied_to_get_their_old_values_back_too(tmp_path: Path) -> None:
+    """After a failed `load_into`, tensors that are not contiguous kept what they had got so far."""
+
+    class Refusing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.copy_ and refuses and args[0] is target["b"]:
+                refuses.clear()
+                raise RuntimeError("not now")
+            return func(*args, **(kwargs or {}))
+
+    refuses = [True]
+    with quiet(), make_engine(tmp_path) as engine:
+        engine.create("a")
+        engine.save({"a": torch.zeros(8, 8), "b": torch.zeros(8, 8), "c": torch.zeros(64)}, "s.pt")
+        engine.commit("a").result(TIMEOUT_S)
+        target = {"a": torch.ones(8, 8).t(), "b": torch.ones(8, 8).t(), "c": torch.ones(64)}
+        with pytest.raises(RuntimeError, match="not now"), Refusing():
+            engine.load_into(target, "a/s.pt")
+        assert not refuses
+        assert all((tensor == 1).all() for tensor in target.values())
