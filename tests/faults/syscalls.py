@@ -113,7 +113,7 @@ def check(root: Path, told: Told, process: BaseProcess) -> None:
         assert what != "foreign", (line, errors.read_text()[-3000:])
         if value.isdigit():
             told.commit(what, int(value))
-    assert lines and lines[-1] == "ended", (lines, errors.read_text()[-2000:])
+    assert lines and lines[-1] == "ended", (process.exitcode, lines, errors.read_text()[-2000:])
     check_recovery(root, told, KEEPS)
 
 
