@@ -269,6 +269,24 @@ def disk_full(directory: Path) -> None:
     assert differences(expected, state_of(load_stock(directory, 1, "fp32")[0])) == []
 
 
+def dead_writer(directory: Path) -> None:
+    """Whoever saves with a dead writer is told at once; what was saved before stays, and `latest` names it."""
+    engine = make(0, "fp32")
+    checkpointer = attach(engine, directory, **SMALL)
+    train(engine, 1)
+    engine.save_checkpoint(str(directory), tag="before")
+    checkpointer.drain()
+    assert checkpointer.engine is not None
+    writer = checkpointer.engine._inflight.pool._thread
+    writer.loop.call_soon_threadsafe(writer.loop.stop)
+    writer.join(60)
+    train(engine, 1)
+    with pytest.raises(CheckpointError, match="died"):
+        engine.save_checkpoint(str(directory), tag="after")
+    assert (directory / "latest").read_text() == "before" and not (directory / "after").exists()
+    assert Catalog(directory).verify("before").ok
+
+
 def exception_in_save(directory: Path) -> None:
     """A save that raises half way leaves nothing, and the next one is whole."""
     engine = make(1)
