@@ -186,15 +186,11 @@ class StagingArena:
         """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile."""
         while True:
             with self._lock:
-                if self._poison is not None or not self._cold or self.num_faulted_locked() * self.chunk_bytes >= target_bytes:
+                if self._poison is not None or not self._cold or self.num_faulted * self.chunk_bytes >= target_bytes:
                     return
                 chunk = self._hold(self._cold)
             self._touch(chunk)
             self.release(chunk)
-
-    def num_faulted_locked(self) -> int:
-        """`num_faulted` for a caller that holds the lock."""
-        return self.num_chunks - len(self._cold)
 
     def close(self) -> None:
         """Unpin the memory and hand it back to the system once no chunk is referenced any more."""

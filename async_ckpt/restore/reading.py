@@ -72,7 +72,7 @@ def aligned_memory(num_bytes: int) -> memoryview:
 class VerifiedFile:
     """One open file and the CRCs of its extents. One caller at a time; owns `file` and closes it.
 
-    `new_buffer(num_bytes)` gives the workers' buffers (pinned memory for a GPU); they must be page-aligned.
+    `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned.
     """
 
     def __init__(
@@ -84,7 +84,6 @@ class VerifiedFile:
         extent_crc32: tuple[int, ...],
         check: bool,
         num_threads: int = DEFAULT_NUM_THREADS,
-        new_buffer: Callable[[int], memoryview] = aligned_memory,
         lend: MemorySource | None = None,
     ) -> None:
         self.name = name
@@ -92,7 +91,7 @@ class VerifiedFile:
         self.extent_bytes = extent_bytes
         self.num_extents = -(-self.size_bytes // extent_bytes) if self.size_bytes else 0
         self.check = check
-        self.new_buffer = new_buffer
+        self.new_buffer: Callable[[int], memoryview] = aligned_memory
         self._file = file
         self._crcs = extent_crc32
         self._num_threads = max(1, num_threads)

@@ -7,13 +7,12 @@ Guarantees:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import manifest
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from .read_errors import ReadError
-from .reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile, aligned_memory
+from .reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
 
 if TYPE_CHECKING:
     from ..catalog import Catalog, OpenCheckpoint
@@ -42,7 +41,6 @@ def open_committed(
     *,
     verify: str,
     num_threads: int | None,
-    new_buffer: Callable[[int], memoryview] = aligned_memory,
     lend: MemorySource | None = None,
 ) -> Opened:
     """Open file `name` of a committed tag. Any thread; blocks for the manifest.
@@ -67,7 +65,6 @@ def open_committed(
                 extent_crc32=entry.extent_crc32,
                 check=verify == "full",
                 num_threads=num_threads or DEFAULT_NUM_THREADS,
-                new_buffer=new_buffer,
                 lend=lend,
             )
         except BaseException:

@@ -87,12 +87,6 @@ class Staging:
         """Where the checkpoint will be."""
         return os.path.join(self.root, self.tag)
 
-    def seal(self) -> None:
-        """No more files. Raises TransactionStateError unless OPEN."""
-        if self.state is not State.OPEN:
-            raise TransactionStateError(f"tag {self.tag!r} is {self.state.value}, not open")
-        self.state = State.SEALED
-
     def unlock(self) -> None:
         """Let go of the directory lock; idempotent."""
         lock, self.lock = self.lock, None
@@ -198,7 +192,6 @@ def publish(
     files: Sequence[FileEntry],
     metadata: Mapping[str, Any],
     created_unix_ns: int,
-    overwrite: str | None = None,
     marks: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
@@ -213,7 +206,7 @@ def publish(
         UnsupportedStateError: metadata that is not JSON.
     """
     with staging.turn:
-        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, overwrite, marks)
+        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, marks)
     for old_path in replaced:
         try:
             remove_tree(fs, old_path)
@@ -228,14 +221,12 @@ def _publish(
     files: Sequence[FileEntry],
     metadata: Mapping[str, Any],
     created_unix_ns: int,
-    overwrite: str | None,
     marks: Mapping[str, str] | None,
 ) -> tuple[Manifest, list[str]]:
     """All of `publish` but the deletion; returns also where the replaced trees are."""
     if staging.state not in (State.OPEN, State.SEALED):
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
-    overwrite = staging.overwrite if overwrite is None else overwrite
     manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), {**_writer(), **(marks or {})})
     raw = encode(manifest)
     with _step("manifest", staging):
@@ -250,7 +241,7 @@ def _publish(
         if staging.given_up:
             raise CommitError(f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename")
         try:
-            replaced = _rename_to_final(fs, staging, overwrite)
+            replaced = _rename_to_final(fs, staging)
         except OSError as error:
             # Network file systems may report the failure of a rename that they did.
             if fs.stat(staging.final_path).identity != staging.identity:
@@ -369,14 +360,14 @@ def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
             raise
 
 
-def _rename_to_final(fs: FileSystem, staging: Staging, overwrite: str) -> list[str]:
+def _rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
     """Rename; returns where the replaced tree is now, if there was one."""
     for _ in range(_MAX_RACES):
         try:
             fs.rename_noreplace(staging.path, staging.final_path)
             return []
         except FileExistsError:
-            _check_final(fs, staging.final_path, staging.tag, overwrite, step="rename")
+            _check_final(fs, staging.final_path, staging.tag, staging.overwrite, step="rename")
         try:
             with claimed(fs, staging.final_path):
                 fs.rename_exchange(staging.path, staging.final_path)

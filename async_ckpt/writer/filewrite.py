@@ -25,7 +25,7 @@ class Chunk:
     """One unit of work: the extent `[offset, offset + nbytes)` of a file, in staging memory.
 
     `buffer` is page-aligned and holds at least `nbytes` rounded up to 4096; the writer may zero what lies between.
-    The writer touches it only after `ready` (a lazy copy) has ended; an exception in `ready` fails the file.
+    The writer touches it only after `ready`, if given, has ended; an exception in `ready` fails the file.
     `release` is called exactly once, on any thread, after the last touch: written or given up. It must not raise.
     """
 

@@ -29,7 +29,7 @@ PAGE_BYTES = 4096
 
 
 class Pipeline:
-    """Moves one file; loop thread only, except `interrupt_soon` and `abandon`.
+    """Moves one file; loop thread only, except `abandon` and `waiting_for`.
 
     Args:
         slots: writes in flight over all files.

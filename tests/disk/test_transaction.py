@@ -270,9 +270,6 @@ def test_a_staging_tree_that_is_not_the_manifests_is_not_published(tmp_path: Pat
 
 def test_states_are_enforced(tmp_path: Path) -> None:
     staging = stage(FS, tmp_path, "t", OLD)
-    staging.seal()
-    with pytest.raises(TransactionStateError):
-        staging.seal()
     publish(FS, staging, OLD)
     assert staging.state is State.COMMITTED
     with pytest.raises(TransactionStateError):

@@ -175,8 +175,9 @@ def sweep(
 
 def main(options: argparse.Namespace) -> list[Row]:
     rows = []
+    games = ((False, False, None), (True, False, None), (True, True, None), (True, True, 12))
     with Folder() as folder:
-        for lazy, close_inside, again in ((False, False, None), (True, False, None), (True, True, None), (True, True, 12)):
+        for lazy, close_inside, again in games if options.row is None else games[options.row : options.row + 1]:
             sample = None if options.full else 150
             rows.append(sweep(folder, lazy=lazy, close_inside=close_inside, again=again, sample=sample, seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
@@ -184,4 +185,4 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    command("KeyboardInterrupt at every step", __doc__, main)
+    command("KeyboardInterrupt at every step", __doc__, main, ("--row", {"type": int, "default": None, "help": "only this row, from 0"}))
