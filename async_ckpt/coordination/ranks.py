@@ -100,6 +100,7 @@ class RankCoordinator:
         self._filesystem: FileSystem | None = None
         self._talking: RankTalk | None = None
         self._root = ""
+        self._joins: dict[str, Future[int]] = {}
         self._cleaner: DaemonExecutor | None = None
 
     @classmethod
@@ -151,7 +152,7 @@ class RankCoordinator:
             assert staging is not None
             opened.attempt = self._talk.submit(rank_protocol.announce(self.seat, tag, os.path.basename(staging.path)))
         else:
-            opened.attempt = self._talk.submit(self._join(opened))
+            opened.attempt = self._joins[tag] = self._join_after(self._joins.get(tag), opened)
         self._talk.vigil.begin(id(opened), opened.attempt)
         if staging is not None:
             opened.location.set_result(staging.path)
@@ -253,6 +254,30 @@ class RankCoordinator:
 
         self._talk.track(told)
         opened.attempt.add_done_callback(joined)
+
+    def _join_after(self, earlier: Future[int] | None, opened: RankTag) -> Future[int]:
+        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts is its."""
+        self._joins = {tag: join for tag, join in self._joins.items() if not join.done()}
+        if earlier is None or earlier.done():
+            return self._talk.submit(self._join(opened))
+        attempt: Future[int] = Future()
+
+        def passed_on(join: Future[int]) -> None:
+            error = join.exception()
+            if error is not None:
+                attempt.set_exception(error)
+            else:
+                attempt.set_result(join.result())
+
+        def join(_: Future[int]) -> None:
+            try:
+                self._talk.submit(self._join(opened)).add_done_callback(passed_on)
+            except Exception as error:  # noqa: BLE001 -- whoever waits for the attempt must learn it
+                attempt.set_exception(error)
+
+        self._talk.track(attempt)
+        earlier.add_done_callback(join)
+        return attempt
 
     def _join(self, opened: RankTag) -> Step:
         """Another rank's way into an attempt; resolves the location."""

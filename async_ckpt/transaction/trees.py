@@ -70,9 +70,15 @@ def remove_tree(fs: FileSystem, path: str) -> None:
 def write_error(fs: FileSystem, error: OSError, message: str, path: str) -> WriteError:
     if error.errno not in FULL:
         return WriteError(f"{message} ({error})", errno=error.errno, path=path)
-    free_bytes: int | None = None
-    with contextlib.suppress(OSError):
-        free_bytes = fs.free_bytes(os.path.dirname(path))
-    return OutOfSpaceError(
-        f"{message}: the disk or quota is full, {free_bytes} bytes free", errno=error.errno, path=path, free_bytes=free_bytes
-    )
+    free_bytes = _free_bytes(fs, path)
+    free = "" if free_bytes is None else f", {free_bytes} bytes free"
+    return OutOfSpaceError(f"{message}: the disk or quota is full{free}", errno=error.errno, path=path, free_bytes=free_bytes)
+
+
+def _free_bytes(fs: FileSystem, path: str) -> int | None:
+    """Where `path` is or was to be: of the nearest directory above it that is there (still, or yet)."""
+    while (above := os.path.dirname(path)) != path:
+        with contextlib.suppress(OSError):
+            return fs.free_bytes(above)
+        path = above
+    return None

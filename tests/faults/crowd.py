@@ -104,6 +104,8 @@ def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop
         row.injected += 1
     if stop:
         first.send_signal(signal.SIGSTOP)
+        # The signal was sent; the process has stopped when this returns.
+        os.waitpid(first.pid, os.WUNTRACED)
         staged = set(private_names(root))
         # A new engine sweeps while the stopped one's staging is there.
         with make_engine(root):

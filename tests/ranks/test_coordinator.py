@@ -107,6 +107,32 @@ def test_the_same_tag_again_after_a_failure_and_as_a_replacement(tmp_path: Path)
         assert {engine.load(f"same/{rank}.pt")["attempt"] for rank in (0, 1)} == {3}
 
 
+def test_a_try_that_was_given_up_before_rank_zero_began_takes_its_first_try(tmp_path: Path) -> None:
+    """The second try could take rank 0's first, and a checkpoint of two different tries was committed."""
+    store, has_given_up = dist.HashStore(), threading.Event()
+
+    def work(rank: int) -> list[str]:
+        outcomes = []
+        with engine_of(tmp_path, store, rank, 2) as engine:
+            if rank == 1:
+                engine.create("same")
+                engine.save({"attempt": 0}, "1.pt")
+                engine.abort("same")
+            for attempt in (0, 1) if rank == 0 else (1,):
+                if rank == 0:
+                    has_given_up.wait(20)
+                engine.create("same")
+                has_given_up.set()
+                engine.save({"attempt": attempt}, f"{rank}.pt")
+                error = engine.commit("same").exception(20)
+                outcomes.append(type(error).__name__ if error else "ok")
+        return outcomes
+
+    assert together(2, work) == [["RankFailedError", "ok"], ["ok"]]
+    with AsyncCheckpointEngine(tmp_path) as engine:
+        assert {engine.load(f"same/{rank}.pt")["attempt"] for rank in (0, 1)} == {1}
+
+
 def test_a_tag_that_exists_is_refused_on_every_rank(tmp_path: Path) -> None:
     store = dist.HashStore()
 
