@@ -8,6 +8,7 @@ ends in bounded time, every error is of our tree, and a new engine commits in th
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -24,7 +25,7 @@ from async_ckpt import CheckpointError, KeepLast
 from .kills import why_not
 from .oracle import check_recovery
 from .report import Row, command, sampled
-from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine
+from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine, state
 
 FAULTS = {
     "pwrite64": ("EIO", "ENOSPC", "EDQUOT", "EINTR"),
@@ -61,6 +62,9 @@ def job(root: Path, fault: str, log: str) -> None:
     """The process: attaches strace to itself, commits, and notes how each commit ended, a line each."""
     out = os.open(f"{root}.notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(f"{root}.err", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    faulthandler.enable(all_threads=True)
+    # Torch opens libraries of its own in its first operations, and dies of a segmentation fault where it cannot.
+    state(1)
     call = fault.partition(":")[0]
     inject = ["-e", f"inject={fault}"] if ":" in fault else []
     arguments = ["strace", "-f", "-o", log, "-e", f"trace={call}", "-e", "signal=none", *inject, "-p", str(os.getpid())]
