@@ -36,9 +36,15 @@ __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 _PATIENCE_S = 0.01
 
 
-# Which share of its chunks an eager save hands over while it still needs all cores for its copy, and at most how many.
+# How many chunks an eager save hands over while it still needs all cores for its copy: an eighth of those above 16 (what the
+# disk's queue holds; fewer are copied before it would have written much), at most 8.
 _EARLY_SHARE = 1 / 8
+_FEW_CHUNKS = 16
 _MAX_EARLY = 8
+
+
+def _num_early(num_chunks: int) -> int:
+    return min(_MAX_EARLY, int(_EARLY_SHARE * max(0, num_chunks - _FEW_CHUNKS)))
 
 
 class _Courtesy:
@@ -273,7 +279,7 @@ class _File:
 
     def _copy_urgently(self, chunks: list[StagingChunk], first: int) -> None:
         # CRC and writes on the cores that copy make the caller wait for them: what fills the disk's queue must do.
-        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else min(_MAX_EARLY, int(_EARLY_SHARE * len(chunks)))
+        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else _num_early(len(chunks))
         self._share(
             chunks,
             lambda i, chunk: self._fill_on_cpu(first + i, chunk, None, is_urgent=True),

@@ -8,9 +8,11 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from ..config import local_world_size
@@ -18,6 +20,8 @@ from ..locks import Condition
 
 # More threads than this no longer copy faster from memory to memory.
 _MAX_THREADS = 8
+
+_current_core = ctypes.CDLL(None).sched_getcpu
 
 
 def num_copy_helpers() -> int:
@@ -34,6 +38,23 @@ def _share_of_cores() -> int:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _away_from(core: int) -> Iterator[None]:
+    """Keep this thread off `core`: a kernel that sees no cache shared between cores (a virtual machine) starts a woken thread
+    beside the one that woke it, and two copies then share one core while another idles."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if not allowed - {core}:
+        yield
+        return
+    with contextlib.suppress(OSError):  # The cores were taken away meanwhile: slower, not wrong.
+        os.sched_setaffinity(0, allowed - {core})
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, allowed)
 
 
 class CopyTeam:
@@ -54,10 +75,15 @@ class CopyTeam:
         Args:
             on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
         """
-        jobs = _Jobs(num_jobs)
+        jobs, callers_core = _Jobs(num_jobs), _current_core()
+
+        def help_out() -> None:
+            with _away_from(callers_core):
+                jobs.help(help_with)
+
         try:
             for _ in range(min(self._num_helpers, num_jobs - 1)):
-                self._submit(lambda: jobs.help(help_with))
+                self._submit(help_out)
             for k in range(num_jobs):
                 while not jobs.has_ended(k) and jobs.do_next(work):
                     pass

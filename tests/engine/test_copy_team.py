@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,28 @@ def test_what_a_helper_raises_is_raised_to_the_caller() -> None:
     with pytest.raises(OSError, match="no memory behind"):
         CopyTeam(helping, 1).run(50, work, break_down, lambda k: None)
     assert len(begun) <= 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_helpers_keep_off_the_callers_core_and_come_back() -> None:
+    allowed = os.sched_getaffinity(0)
+    callers = min(allowed)
+    seen: list[set[int]] = []
+
+    def look(k: int) -> None:
+        seen.append(os.sched_getaffinity(0))
+        looked.set()
+
+    looked = threading.Event()
+    with ThreadPoolExecutor(1) as helper:
+        assert helper.submit(os.sched_getaffinity, 0).result(TIMEOUT_S) == allowed
+        os.sched_setaffinity(0, {callers})
+        try:
+            CopyTeam(helper.submit, 1).run(2, lambda k: looked.wait(TIMEOUT_S) and None, look, lambda k: None)
+        finally:
+            os.sched_setaffinity(0, allowed)
+        assert seen and all(cores == allowed - {callers} for cores in seen)
+        assert helper.submit(os.sched_getaffinity, 0).result(TIMEOUT_S) == allowed
 
 
 def test_after_an_interrupt_no_job_begins(gate: Gate) -> None:
