@@ -50,7 +50,7 @@ class StagingChunk:
     that it was taken.
     """
 
-    __slots__ = ("_arena", "address", "is_held", "num_users", "piece", "tensor", "view")
+    __slots__ = ("__weakref__", "_arena", "address", "is_held", "num_users", "piece", "tensor", "view")
 
     def __init__(self, piece: _Piece, arena: StagingArena) -> None:
         self.is_held = False
@@ -61,14 +61,9 @@ class StagingChunk:
         self._arena = arena
 
     def __del__(self) -> None:
-        try:
-            if getattr(self, "is_held", False):
-                self._arena.release(self)
-        except BaseException:
-            # A second exception out of a signal handler: nobody catches it here, and the chunk would be lost with it.
-            if self.is_held:
-                self._arena.release(self)
-            raise
+        # An exception out of a signal handler is caught by nobody here: `StagingArena._reclaim` is for that.
+        if getattr(self, "is_held", False):
+            self._arena.release(self)
 
 
 class StagingArena:
@@ -91,6 +86,9 @@ class StagingArena:
             piece = whole[low:high]
             self._cold.append((piece, view[low:high], piece.data_ptr()))
         self._warm: deque[_Piece] = deque()
+        self._pieces = {piece[2]: piece for piece in self._cold}
+        self._holders: dict[int, weakref.ref[StagingChunk]] = {}
+        """The last chunk made of each piece, by address."""
         self._registered: list[int] = []
         self._num_unmapped = 0
         self._lock = self._changed = Condition()
@@ -101,6 +99,7 @@ class StagingArena:
     def num_free(self) -> int:
         """Chunks that nobody owns."""
         with self._lock:
+            self._reclaim()
             return len(self._warm) + len(self._cold)
 
     @property
@@ -113,12 +112,15 @@ class StagingArena:
     def num_taken(self) -> int:
         """Chunks that somebody owns."""
         with self._lock:
+            self._reclaim()
             return self.num_chunks - self._num_unmapped - len(self._warm) - len(self._cold)
 
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
         with self._lock:
             self._check()
+            if len(self._warm) + len(self._cold) < num_chunks:
+                self._reclaim()
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
             return [self._take() for _ in range(num_chunks)]
@@ -140,6 +142,8 @@ class StagingArena:
         with self._lock:
             while True:
                 self._check()
+                if not self._warm and not self._cold:
+                    self._reclaim()
                 if self._warm or self._cold:
                     return self._take()
                 if not self._changed.wait(deadline - time.monotonic()):
@@ -153,10 +157,7 @@ class StagingArena:
         with self._lock:
             if chunk.is_held:
                 chunk.is_held = False
-                if not chunk.num_users:
-                    # No signal is looked at between this and the statement before.
-                    self._warm.append(chunk.piece)
-                    self._changed.notify_all()
+                self._return_unused(chunk)
 
     def begin_use(self, chunk: StagingChunk) -> bool:
         """Keep `chunk` from being handed out again before `end_use`; False when it was given back already.
@@ -171,9 +172,7 @@ class StagingArena:
         """The last user gives back what its owner gave up meanwhile."""
         with self._lock:
             chunk.num_users -= 1
-            if not chunk.is_held and not chunk.num_users:
-                self._warm.append(chunk.piece)
-                self._changed.notify_all()
+            self._return_unused(chunk)
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""
@@ -198,14 +197,35 @@ class StagingArena:
         if os.getpid() != self._pid:
             return
         with self._lock:
+            self._reclaim()
             registered, self._registered = self._registered, []
             cold: deque[_Piece] = deque()
             warm: deque[_Piece] = deque()
             num_unmapped = self._num_unmapped + len(self._cold) + len(self._warm)
+            free = self._free_addresses()
+            taken = {address: piece for address, piece in self._pieces.items() if address not in free}
             # One statement without a call, in which no signal handler runs: the numbers stay true to each other.
-            self._cold, self._warm, self._num_unmapped = cold, warm, num_unmapped
+            self._cold, self._warm, self._num_unmapped, self._pieces = cold, warm, num_unmapped, taken
         for address in registered:
             _check_cuda(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def _return_unused(self, chunk: StagingChunk) -> None:
+        # One that was reclaimed may be somebody else's by now.
+        if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
+            self._warm.append(chunk.piece)
+            self._changed.notify_all()
+
+    def _reclaim(self) -> None:
+        """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of its chunk."""
+        for address in self._pieces.keys() - self._free_addresses():
+            chunk = self._holders[address]()
+            if chunk is None or not (chunk.is_held or chunk.num_users):
+                tensor, view, _ = self._pieces[address]
+                self._pieces[address] = tensor, view, address
+                self._warm.append(self._pieces[address])
+
+    def _free_addresses(self) -> set[int]:
+        return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}
 
     def _check(self) -> None:
         if self._poison is not None:
@@ -221,6 +241,7 @@ class StagingArena:
 
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
         chunk = StagingChunk(pieces[0], self)
+        self._holders[chunk.address] = weakref.ref(chunk)
         try:
             # No signal is looked at between these two.
             chunk.is_held = True

@@ -6,8 +6,12 @@ import errno
 import gc
 import os
 import stat
+import sys
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -28,7 +32,7 @@ from async_ckpt.layout import Planner
 from async_ckpt.restore.undo import Undo
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.copying import Fill, cut
-from async_ckpt.staging import StagingArena
+from async_ckpt.staging import StagingArena, StagingChunk
 from async_ckpt.writer import executor
 
 from .oracle import contents
@@ -176,6 +180,49 @@ def test_a_chunk_that_the_garbage_collector_finds_is_given_back() -> None:
     held.append(held)
     del held
     gc.collect()
+    assert arena.num_taken == 0
+    arena.close()
+
+
+_ASKS: tuple[Callable[[StagingArena], object], ...] = (
+    lambda arena: arena.num_taken == 0,
+    lambda arena: arena.num_free == 2,
+    lambda arena: arena.try_reserve(2),
+    lambda arena: arena.acquire(0.0),
+)
+
+
+@pytest.mark.parametrize("ask", _ASKS)
+def test_a_chunk_whose_end_is_interrupted_is_reclaimed(ask: Callable[[StagingArena], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C at the very moment when a chunk was being given back lost it for the engine's life."""
+    arena = StagingArena(2, 16384, pin=False)
+    held = arena.try_reserve(2)
+    addresses = arena._free_addresses() | {chunk.address for chunk in held or ()}
+
+    def strike(frame: FrameType, event: str, arg: object) -> None:
+        if frame.f_code.co_name == "__del__":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    sys.settrace(strike)  # type: ignore[arg-type]
+    del held
+    sys.settrace(None)
+    assert len(arena._warm) == 1  # A trace function that has raised is called no more.
+    assert ask(arena)
+    assert arena.num_free == 2 and arena._free_addresses() == addresses
+    arena.close()
+
+
+def test_a_chunk_that_was_reclaimed_is_not_given_back_by_its_former_holder() -> None:
+    """The garbage collector clears references to what it has found before it ends it."""
+    arena = StagingArena(1, 16384, pin=False)
+    [former] = arena.try_reserve(1) or []
+    arena._holders[former.address] = weakref.ref(StagingChunk(former.piece, arena))
+    [present] = arena.try_reserve(1) or []
+    assert present.address == former.address
+    arena.release(former)
+    assert arena.num_taken == 1 and present.is_held
+    arena.release(present)
     assert arena.num_taken == 0
     arena.close()
 
