@@ -1,8 +1,9 @@
-"""A KeyboardInterrupt at every step of `create`, `save`, `commit` and `close`. ``python -m tests.faults.interrupts --full``
+"""A KeyboardInterrupt at every step of `create`, `save`, `commit`, `close` and `load_into`. ``python -m tests.faults.interrupts --full``
 
 A signal handler that raises can strike between any two steps of the main thread; a profile function raises at the k-th
 point there at which the interpreter looks for signals, and a trace function once more a few calls later. Afterwards the
-engine must close in bounded time, with all staging memory back, and what is listed must be whole and legal.
+engine must close in bounded time, with all staging memory back, and what is listed must be whole and legal. Tensors that were
+being loaded into hold what they held before, or all of the file.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 import async_ckpt
-from async_ckpt import CheckpointError, transaction
+from async_ckpt import AsyncCheckpointEngine, CheckpointError, transaction
 from async_ckpt.filesystem import LocalFileSystem
 
 from .oracle import check_legal, contents
@@ -30,6 +32,8 @@ from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
 
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
+READ_BYTES = 5 << 20
+"""More than one read block."""
 CLOSE_S = 10.0
 """An engine that hangs waits 30 s, by its configuration."""
 
@@ -85,7 +89,7 @@ class _Subject:
         self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
 
 
-def life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, close_inside: bool) -> None:
+def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, close_inside: bool) -> None:
     """Create, save twice, commit, and wait, watched; then close."""
     engine = make_engine(root, overwrite="replace")
     subject = _Subject()
@@ -111,13 +115,44 @@ def life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, close_
         assert pending.exception(TIMEOUT_S) is None
         told.commit("older", 10)
     finally:
-        sys.settrace(None)
-        sys.setprofile(None)
-        started = time.perf_counter()
-        with contextlib.suppress(CheckpointError):
-            engine.close()
-        elapsed = time.perf_counter() - started
-        assert elapsed < CLOSE_S, f"closing took {elapsed:.1f} s"
+        _end(engine)
+    # The lazy file has no version of its own.
+    lazy_file = root / "older" / "lazy.pt"
+    assert not lazy_file.exists() or lazy_file.stat().st_size > 20_000
+
+
+def load_life(root: Path, told: Told, interrupter: Interrupter) -> None:
+    """Load into existing tensors, watched; what they hold is the old or the new, and a second try succeeds."""
+    engine = make_engine(root, staging_bytes=32 << 20, chunk_bytes=8 << 20)
+    with contextlib.suppress(CheckpointError):
+        engine.create("large")
+        engine.save(state(30, num_floats=READ_BYTES // 4), "model.pt")
+        told.attempt("large", 30)
+        engine.commit("large").result(TIMEOUT_S)
+        told.commit("large", 30)
+    before = {"w": torch.full((READ_BYTES // 4,), -1.0), "i": torch.full((50,), -1), "step": -1, "path": ""}
+    try:
+        with interrupter.watching():
+            engine.load_into(before, "large/model.pt")
+    except KeyboardInterrupt:
+        ends = {(float(before["w"].min()), float(before["w"].max()), int(before["i"][0]))}  # type: ignore[attr-defined]
+        assert ends <= {(-1.0, -1.0, -1), (30.0, 30.0, 30)}, f"neither the old nor the new values: {ends}"
+        engine.load_into(before, "large/model.pt")
+    finally:
+        _end(engine)
+    wanted = state(30, num_floats=READ_BYTES // 4)
+    assert torch.equal(before["w"], wanted["w"]) and torch.equal(before["i"], wanted["i"])  # type: ignore[arg-type]
+
+
+def _end(engine: AsyncCheckpointEngine) -> None:
+    """Close, unwatched: in time, and with everything back."""
+    sys.settrace(None)
+    sys.setprofile(None)
+    started = time.perf_counter()
+    with contextlib.suppress(CheckpointError):
+        engine.close()
+    elapsed = time.perf_counter() - started
+    assert elapsed < CLOSE_S, f"closing took {elapsed:.1f} s"
     # A chunk in the hands of an interrupted frame comes back with the traceback, which the last job of a thread may hold.
     for executor in (engine._inflight.helpers, engine._inflight.prefault):
         executor.join(CLOSE_S)
@@ -125,15 +160,24 @@ def life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, close_
     assert engine._arena.num_taken == 0, f"{engine._arena.num_taken} chunks were not given back"
 
 
-def check(root: Path, told: Told, k: int, again: int | None, *, lazy: bool, close_inside: bool) -> None:
+Life = Callable[[Path, Told, Interrupter], None]
+
+GAMES: dict[str, tuple[Life, int | None]] = {
+    "eager": (partial(save_life, lazy=False, close_inside=False), None),
+    "lazy": (partial(save_life, lazy=True, close_inside=False), None),
+    "lazy, close too": (partial(save_life, lazy=True, close_inside=True), None),
+    "lazy, close too, twice": (partial(save_life, lazy=True, close_inside=True), 12),
+    "load_into": (load_life, None),
+    "load_into, twice": (load_life, 12),
+}
+"""What is interrupted, and within how many calls it is interrupted again."""
+
+
+def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None:
     interrupter = Interrupter(k, again)
     try:
         with quiet():
-            life(root, told, interrupter, lazy=lazy, close_inside=close_inside)
-        # The lazy file has no version of its own.
-        for tag in ("older",):
-            lazy_file = root / tag / "lazy.pt"
-            assert not lazy_file.exists() or lazy_file.stat().st_size > 20_000
+            life(root, told, interrupter)
         found = contents(root, skip="lazy.pt")
         check_legal(found, told)
         transaction.sweep(LocalFileSystem(), str(root))
@@ -144,29 +188,26 @@ def check(root: Path, told: Told, k: int, again: int | None, *, lazy: bool, clos
         raise AssertionError(f"interrupted at {interrupter.raised}: {error}") from error
 
 
-def sweep(
-    folder: Folder, *, lazy: bool, close_inside: bool, again: int | None, sample: int | None = None, seed: int = 1, stop: bool = True
-) -> Row:
-    """Every step (or `sample` of them)."""
-    row = Row(f"{'lazy' if lazy else 'eager'}{', close too' if close_inside else ''}{', twice' if again is not None else ''}")
+def sweep(folder: Folder, name: str, *, sample: int | None = None, seed: int = 1, stop: bool = True) -> Row:
+    """Every step (or `sample` of them) of one of `GAMES`."""
+    row = Row(name)
+    life, again = GAMES[name]
     counter = Interrupter(None)
     for _ in range(2):
         # The second time, plans are made as they will be.
         root, told = folder.root()
         counter.num_steps = 0
         with quiet():
-            life(root, told, counter, lazy=lazy, close_inside=close_inside)
+            life(root, told, counter)
         folder.drop(root)
     row.operations = counter.num_steps
-    chosen = list(range(row.operations))
     chance = random.Random(seed)
-    chosen = sampled(chosen, sample, chance)
-    for k in chosen:
+    for k in sampled(range(row.operations), sample, chance):
         root, told = folder.root()
         second = None if again is None else chance.randrange(again)
         row.check(
             f"step {k}, again after {second}",
-            lambda root=root, told=told, k=k, second=second: check(root, told, k, second, lazy=lazy, close_inside=close_inside),  # type: ignore[misc]
+            lambda root=root, told=told, k=k, second=second: check(root, told, k, second, life),  # type: ignore[misc]
             stop=stop,
         )
         folder.drop(root)
@@ -175,11 +216,9 @@ def sweep(
 
 def main(options: argparse.Namespace) -> list[Row]:
     rows = []
-    games = ((False, False, None), (True, False, None), (True, True, None), (True, True, 12))
     with Folder() as folder:
-        for lazy, close_inside, again in games if options.row is None else games[options.row : options.row + 1]:
-            sample = None if options.full else 150
-            rows.append(sweep(folder, lazy=lazy, close_inside=close_inside, again=again, sample=sample, seed=options.seed, stop=False))
+        for name in list(GAMES) if options.row is None else list(GAMES)[options.row : options.row + 1]:
+            rows.append(sweep(folder, name, sample=None if options.full else 150, seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 
