@@ -172,7 +172,7 @@ class DiskMeasurement:
         for offset in range(0, size_bytes, CHUNK_BYTES):
             chunk = self._free_chunks.get()
             release = functools.partial(self._free_chunks.put, chunk)
-            file.submit(Chunk(offset, min(CHUNK_BYTES, size_bytes - offset), chunk, None, release))
+            file.submit(Chunk(offset, min(CHUNK_BYTES, size_bytes - offset), chunk, release))
         written = file.done.result()
         took_s = time.perf_counter() - started
         os.unlink(path)

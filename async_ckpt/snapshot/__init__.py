@@ -338,7 +338,7 @@ class _File:
 
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         piece = self.fill.cuts[k]
-        return Chunk(piece.offset, piece.nbytes, chunk.view, None, lambda: self._arena.release(chunk))
+        return Chunk(piece.offset, piece.nbytes, chunk.view, lambda: self._arena.release(chunk))
 
     def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:
         """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""

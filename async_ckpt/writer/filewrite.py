@@ -1,7 +1,7 @@
 """One file as its caller holds it: takes chunks in order, keeps the first failure, owns the memory until it is given back.
 
 Guarantees:
-- Every chunk is released exactly once, and only when no copy, seal or write can touch its memory any more.
+- Every chunk is released exactly once, and only when no seal or write can touch its memory any more.
 - The first failure stays, as an error of our tree with its cause; `FileWrite.done` always resolves.
 """
 
@@ -25,14 +25,13 @@ class Chunk:
     """One unit of work: the extent `[offset, offset + nbytes)` of a file, in staging memory.
 
     `buffer` is page-aligned and holds at least `nbytes` rounded up to 4096; the writer may zero what lies between.
-    The writer touches it only after `ready`, if given, has ended; an exception in `ready` fails the file.
-    `release` is called exactly once, on any thread, after the last touch: written or given up. It must not raise.
+    Nobody else touches it meanwhile. `release` is called exactly once, on any thread, after the last touch: written or
+    given up. It must not raise.
     """
 
     offset: int
     nbytes: int
     buffer: memoryview
-    ready: Future[None] | None
     release: Callable[[], None]
 
 
@@ -114,7 +113,7 @@ class FileWrite:
                 self._count(+1)
                 self._queue.append(chunk)
         if not is_taken:
-            _release_once_copied(chunk)
+            chunk.release()
         return problem
 
     def has_taken(self, offset: int) -> bool:
@@ -178,12 +177,12 @@ class FileWrite:
             return self._queue.popleft() if self._queue else None
 
     def release(self, offset: int) -> None:
-        """Give one chunk back; no thread may use it any more, except its copy."""
+        """Give one chunk back; no thread may use it any more."""
         with self._lock:
             chunk = self._held.pop(offset, None)
         if chunk is not None:
             self._count(-1)
-            _release_once_copied(chunk)
+            chunk.release()
 
     def release_all(self) -> None:
         """Give everything back; as `release`."""
@@ -204,14 +203,6 @@ class FileWrite:
         if chunk.buffer.nbytes < chunk.nbytes:
             return f"its buffer has only {chunk.buffer.nbytes} bytes"
         return None
-
-
-def _release_once_copied(chunk: Chunk) -> None:
-    # A copy that still runs would write into memory that is somebody else's by then.
-    if chunk.ready is None or chunk.ready.done():
-        chunk.release()
-    else:
-        chunk.ready.add_done_callback(lambda _: chunk.release())
 
 
 def _in_our_tree(error: BaseException, path: str) -> BaseException:

@@ -1,4 +1,4 @@
-"""The way of one file through the loop: ready, sealed, written, synced, closed.
+"""The way of one file through the loop: sealed, written, synced, closed.
 
 Guarantees:
 - Extents are sealed (CRC) strictly in file order; writes of one file overlap; fsync starts when the last one ended.
@@ -187,9 +187,6 @@ class Pipeline:
         while (chunk := self.file.take()) is None:
             await self._wake.wait()
             self._wake.clear()
-        if chunk.ready is not None:
-            self._waits_for = f"the copy of the chunk at offset {chunk.offset}"
-            await ended(chunk.ready)
         return chunk
 
     async def _seal_chunk(self, chunk: Chunk) -> None:

@@ -7,7 +7,7 @@ import mmap
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from typing import Any
 
 from async_ckpt.checksum import crc32
@@ -133,20 +133,19 @@ def aligned(data: bytes, capacity: int) -> memoryview:
 class Source:
     """A file's content in chunks; counts the releases of each."""
 
-    def __init__(self, size_bytes: int, chunk_bytes: int, *, is_lazy: bool = False) -> None:
+    def __init__(self, size_bytes: int, chunk_bytes: int) -> None:
         self.data = bytes(k * 7 % 251 for k in range(size_bytes))
         self.size_bytes = size_bytes
         self.releases: dict[int, int] = {}
         self.all_released = threading.Event()
         self._lock = threading.Lock()
-        self.chunks = [self._chunk(low, chunk_bytes, is_lazy) for low in range(0, size_bytes, chunk_bytes)]
+        self.chunks = [self._chunk(low, chunk_bytes) for low in range(0, size_bytes, chunk_bytes)]
         self.crcs = tuple(crc32(self.data[c.offset : c.offset + c.nbytes]) for c in self.chunks)
 
-    def _chunk(self, offset: int, chunk_bytes: int, is_lazy: bool) -> Chunk:
+    def _chunk(self, offset: int, chunk_bytes: int) -> Chunk:
         part = self.data[offset : offset + chunk_bytes]
         self.releases[offset] = 0
-        ready: Future[None] | None = Future() if is_lazy else None
-        return Chunk(offset, len(part), aligned(part, -(-chunk_bytes // 4096) * 4096), ready, lambda: self._release(offset))
+        return Chunk(offset, len(part), aligned(part, -(-chunk_bytes // 4096) * 4096), lambda: self._release(offset))
 
     def _release(self, offset: int) -> None:
         with self._lock:

@@ -42,29 +42,6 @@ def test_what_seal_patches_is_written(make_pool, fs):
     assert [fs.files["f"].data[k * 4096] for k in range(4)] == [255] * 4
 
 
-def test_seals_come_in_file_order_however_copies_end(make_pool):
-    source = Source(8 * 4096, 4096, is_lazy=True)
-    sealed: list[int] = []
-    file = source.submit(make_pool().open_file("f", size_bytes=source.size_bytes, seal=lambda o, v: sealed.append(o) or 0))
-    for chunk in reversed(source.chunks):
-        chunk.ready.set_result(None)
-    file.done.result(TIMEOUT_S)
-    assert sealed == [k * 4096 for k in range(8)]
-
-
-def test_a_chunk_is_not_touched_before_its_copy_ended(make_pool, fs):
-    source = Source(2 * 4096, 4096, is_lazy=True)
-    pool = make_pool()
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
-    source.chunks[0].ready.set_result(None)
-    source_0_released = threading.Event()
-    fs.on["write"] = lambda path, offset: source_0_released.set()
-    assert source_0_released.wait(TIMEOUT_S)
-    assert ("write", "f", 4096) not in fs.log
-    source.chunks[1].ready.set_result(None)
-    file.done.result(TIMEOUT_S)
-
-
 def test_the_first_seal_runs_beside_the_open(make_pool, fs):
     both = threading.Barrier(2)
     fs.on["open"] = lambda path, offset: both.wait(TIMEOUT_S)
