@@ -94,6 +94,7 @@ class CommitMetrics:
     """From the first `save` until committed: time until durable."""
     publish_s: float = 0.0
     max_queue_chunks: int = 0
+    """The most chunks that waited for the disk at once, since the commit before this one ended."""
     saves: list[SaveMetrics] = field(default_factory=list)
 
     @property

@@ -190,7 +190,9 @@ def decide(checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, no
 
 
 def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[Decision]:
-    """Delete what the policy does not keep, oldest first; blocks. Checkpoints with a damaged manifest are left alone.
+    """Delete what the policy does not keep, oldest first, and return what was done; blocks.
+
+    Checkpoints with a damaged manifest are left alone.
 
     The newest checkpoint must hold all its files at their committed sizes, else nothing is deleted: an older one may
     be the newest good one.
@@ -206,13 +208,15 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     if doomed and not _is_good(catalog, decisions[-1].tag):
         reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"
         return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
+    carried_out = {decision.tag: decision for decision in decisions}
     for decision in doomed:
         try:
             transaction.remove(filesystem, root, decision.tag, expected=manifests[decision.tag])
         except CheckpointNotFoundError:
             # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
-            continue
-    return decisions
+            if decision.tag in catalog.tags():
+                carried_out[decision.tag] = Decision(decision.tag, True, ("another process replaced it meanwhile",))
+    return list(carried_out.values())
 
 
 def failure(filesystem: FileSystem, root: str, error: Exception) -> CheckpointError:

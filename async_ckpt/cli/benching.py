@@ -29,6 +29,8 @@ def command(
     """Measure disk and memory with the package's own writer, for a minute, and advise on staging_bytes, num_writers and io_mode.
 
     Writes test files (at most a quarter of the free space) into a private directory below DIR, and removes them.
+
+    JSON: {fs_type, free_bytes, memory, disk: [one object for each mode and number of writers], advice}
     """
     from .measuring import DiskMeasurement, best, measure_memory
 

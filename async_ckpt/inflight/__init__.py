@@ -355,7 +355,7 @@ class InFlight:
         metrics.total_s = now - (checkpoint.first_save_s if checkpoint.first_save_s is not None else checkpoint.commit_s)
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
-        metrics.max_queue_chunks = self.pool.max_queue_chunks
+        metrics.max_queue_chunks = self.pool.restart_max_queued()
         metrics.guard_wait_s = sum(saved.job.guard_wait_s for saved in checkpoint.files.values() if saved.job is not None)
         metrics.stall_s += metrics.guard_wait_s
 

@@ -194,10 +194,11 @@ class WriterPool:
         """Chunks submitted and not yet released."""
         return self._num_queued
 
-    @property
-    def max_queue_chunks(self) -> int:
-        """The most chunks that were ever queued."""
-        return self._max_queued
+    def restart_max_queued(self) -> int:
+        """The most chunks that were queued since this was last asked."""
+        with self._lock:
+            most, self._max_queued = self._max_queued, self._num_queued
+        return most
 
     def waiting_for(self) -> str:
         """What the oldest unfinished file waits for, in words; never blocks."""

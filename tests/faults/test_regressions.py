@@ -27,6 +27,7 @@ from async_ckpt import (
     OutOfSpaceError,
     TornSnapshotError,
     WriteError,
+    retention,
 )
 from async_ckpt.layout import Planner
 from async_ckpt.restore.undo import Undo
@@ -144,6 +145,25 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
         assert fs.calls.before is None
         assert contents(tmp_path)["a"] == 3
         assert engine.tags()[-1] == "a"
+
+
+def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path) -> None:
+    """`prune` said so of a tag that another process had replaced meanwhile."""
+    fs = faulty_filesystem()
+    with make_engine(tmp_path) as engine:
+        for version, tag in enumerate(("a", "b", "c"), 1):
+            Job(engine, Told()).whole(tag, version)
+
+    def replace_first(op: object) -> None:
+        if (op.name, op.path) == ("flock", str(tmp_path / "a" / "manifest.json")):  # type: ignore[attr-defined]
+            fs.calls.before = None
+            with make_engine(tmp_path, overwrite="replace") as other:
+                Job(other, Told()).whole("a", 4)
+
+    fs.calls.before = replace_first
+    decided = {decision.tag: decision.keep for decision in retention.apply(fs, str(tmp_path), KeepLast(1))}
+    assert decided == {"a": True, "b": False, "c": True}
+    assert contents(tmp_path) == {"a": 4, "c": 3}
 
 
 def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_replaced(tmp_path: Path) -> None:
