@@ -406,7 +406,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             write.abort(error)
             raise
         saved.job = job
-        if not job.copied.done():
+        if not job.is_settled:
             self._guard.track(job)
         metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
         metrics.stall_s = time.perf_counter() - started

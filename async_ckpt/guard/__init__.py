@@ -65,8 +65,7 @@ class Guard:
     def track(self, job: SnapshotJob) -> None:
         """Make the next step wait for `job`."""
         with self._lock:
-            self._jobs = [j for j in self._jobs if not j.copied.done()]
-            self._jobs.append(job)
+            self._jobs = [*filter(_matters, self._jobs), job]
 
     def refresh(self) -> None:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
@@ -102,10 +101,9 @@ class Guard:
         self.refresh()
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
-            jobs = self._jobs = [job for job in self._jobs if not job.copied.done()]
-        if not jobs:
-            return
-        self._hurry()
+            jobs = self._jobs = list(filter(_matters, self._jobs))
+        if not all(job.copied.done() for job in jobs):
+            self._hurry()
         started = time.perf_counter()
         for job in jobs:
             self._wait_for(job, block)
@@ -121,9 +119,9 @@ class Guard:
             if job.events and not block:
                 for event in job.events:
                     torch.cuda.current_stream(event.device).wait_event(event)
-                job.accept_changes()
-                return
-            job.copied.exception(deadline)
+            else:
+                job.copied.exception(deadline)
+            job.accept_changes()
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.
         except concurrent.futures.TimeoutError:
             raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None
@@ -197,6 +195,11 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _no_hook, ()
+
+
+def _matters(job: SnapshotJob) -> bool:
+    """Whether a step has to wait for `job`, or to say that what it changes is no sign of a torn snapshot."""
+    return not (job.copied.done() and job.is_settled)
 
 
 def _frame_of_step() -> FrameType:

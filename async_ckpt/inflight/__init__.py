@@ -273,7 +273,7 @@ class InFlight:
             await self._in_helper(lambda: checkpoint.after.wait(None) if checkpoint.after else None)
         location = await asyncio.wrap_future(checkpoint.opened.location)
         created_unix_ns = await self._in_helper(lambda: self._after_older(created_unix_ns))
-        await self._in_helper(lambda: self._complete(location, sorted(map("/".join, checkpoint.directories)), entries))
+        await self._in_helper(lambda: self._complete(checkpoint, location, entries))
         checkpoint.state = State.DURABLE
         started = time.perf_counter()
         await self._in_helper(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
@@ -301,9 +301,11 @@ class InFlight:
             self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
-    def _complete(self, location: str, directories: list[str], entries: list[FileEntry]) -> None:
-        """Make the directories that hold no file, and read everything back where that was asked for."""
-        transaction.make_directories(self.filesystem, location, directories)
+    def _complete(self, checkpoint: OpenCheckpoint, location: str, entries: list[FileEntry]) -> None:
+        """Make the directories that hold no file, and read everything back where that was asked for; refuse torn snapshots."""
+        for job in checkpoint.jobs():
+            job.judge()
+        transaction.make_directories(self.filesystem, location, sorted(map("/".join, checkpoint.directories)))
         if self._config.read_back:
             verify.read_back(self.filesystem, location, entries)
 
@@ -322,6 +324,8 @@ class InFlight:
             saved.write.abort(error)
         writes = [asyncio.wrap_future(saved.write.done) for saved in checkpoint.files.values()]
         await asyncio.gather(*writes, return_exceptions=True)
+        for job in checkpoint.jobs():
+            job.forget()
         try:
             await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
         except Exception as failure:  # noqa: BLE001 -- the first failure is the one to be told
@@ -356,7 +360,7 @@ class InFlight:
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
         metrics.max_queue_chunks = self.pool.restart_max_queued()
-        metrics.guard_wait_s = sum(saved.job.guard_wait_s for saved in checkpoint.files.values() if saved.job is not None)
+        metrics.guard_wait_s = sum(job.guard_wait_s for job in checkpoint.jobs())
         metrics.stall_s += metrics.guard_wait_s
 
     def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:

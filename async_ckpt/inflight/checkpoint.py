@@ -98,6 +98,10 @@ class OpenCheckpoint:
         if self.first_save_s is None:
             self.first_save_s = saved.started_s
 
+    def jobs(self) -> list[SnapshotJob]:
+        """The snapshots of its files."""
+        return [saved.job for saved in self.files.values() if saved.job is not None]
+
     def add_directory(self, parts: tuple[str, ...]) -> bool:
         """Remember a directory and its parents; False when it was there."""
         if "/".join(parts) in self.files:

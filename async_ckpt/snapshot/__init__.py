@@ -4,8 +4,9 @@ Guarantees:
 - Chunk k of a file holds its bytes [k*C, (k+1)*C); it reaches the writer as soon as those bytes are copied.
 - Eager: when `take` returns, every source byte has been copied. Lazy: the same for every storage that is not
   guarded; guarded ones are copied in the background, and `SnapshotJob.copied` says when they are safe to change.
-- A tensor whose version counter moved before its copy ended fails the file with `TornSnapshotError`: the last chunk
-  goes out only after the counters agreed, so that a torn file can never be complete.
+- A tensor whose version counter moved before its copy ended fails the checkpoint with `TornSnapshotError`. Counters move when
+  an operation ends, so they are compared when no other thread can be inside one any more that ran during the copy: at the end of
+  an eager `take`, and of lazy copies when the checkpoint is about to be published (`SnapshotJob.judge`).
 - Sources are kept alive until their copy has ended; every chunk is handed to the writer or given back.
 
 Which thread: `take` on the caller's thread, with helpers where parts are large; lazy fills on the writer pool's one copy
@@ -27,6 +28,7 @@ from ..layout import FilePlan, PlannedState
 from ..locks import Condition
 from ..staging import StagingArena, StagingChunk
 from ..writer import Chunk, FileWrite, WriterPool
+from .bystanders import Bystanders
 from .copying import ChunkCut, Fill, OnCopied, cut
 from .team import CopyTeam, num_copy_helpers
 
@@ -41,6 +43,11 @@ _PATIENCE_S = 0.01
 _EARLY_SHARE = 1 / 8
 _FEW_CHUNKS = 16
 _MAX_EARLY = 8
+
+# How long an eager save waits, at its end, for other threads to leave the operation they are in, and how long a commit does. Nearly
+# always there is none: it takes a thread that computes, or that sleeps, in code of the user's.
+_BYSTANDERS_TIMEOUT_S = 0.25
+_JUDGE_TIMEOUT_S = 10.0
 
 
 def _num_early(num_chunks: int) -> int:
@@ -81,6 +88,10 @@ class _Courtesy:
                 self._changed.wait(None if left_s == float("inf") else left_s)
 
 
+def _nothing() -> None:
+    """What an eager snapshot, or one that is over, has to do."""
+
+
 @dataclass(slots=True)
 class SnapshotJob:
     """One file's snapshot. `copied` resolves when no source byte is needed any more."""
@@ -89,8 +100,13 @@ class SnapshotJob:
     enqueued: Future[None] = field(default_factory=Future)
     """Resolves when all device copies are queued, i.e. when `events` is complete."""
     events: list[torch.cuda.Event] = field(default_factory=list)
-    accept_changes: Callable[[], None] = lambda: None
-    """To be called once the streams that will change the sources wait for `events`."""
+    accept_changes: Callable[[], None] = _nothing
+    """To be called before the sources are changed: once they are copied, or the streams that will change them wait for `events`."""
+    judge: Callable[[], None] = _nothing
+    """Raises `TornSnapshotError` if lazily copied tensors changed too soon. After the copies; blocks while another thread may be in
+    the middle of a change."""
+    is_settled: bool = True
+    """False while a change of the sources would still be taken for a torn snapshot."""
     mode: str = "eager"
     backpressure_s: float = 0.0
     copy_s: float = 0.0
@@ -98,9 +114,15 @@ class SnapshotJob:
 
     def end(self, error: BaseException | None) -> None:
         """Let everybody who waits for this snapshot go on."""
+        self.is_settled = self.is_settled or error is not None
         for future in (self.enqueued, self.copied):
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
+
+    def forget(self) -> None:
+        """Nobody asks for the outcome any more: let go of the sources."""
+        self.is_settled = True
+        self.accept_changes = self.judge = _nothing
 
 
 class Snapshotter:
@@ -167,11 +189,12 @@ class Snapshotter:
             callers = file.fill.record_callers()
             if chosen is not None:
                 file.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
-                file.fill.check_versions(all_but=guarded)
+                file.check_versions(all_but=guarded)
         except BaseException:
             file.give_back(chunks)
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
+        job.is_settled, job.accept_changes, job.judge = False, file.accept_changes, file.judge
         done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
@@ -203,6 +226,7 @@ class _File:
         self._team = team
         self._last = len(fill.cuts) - 1
         self._has_started = False
+        self._bystanders: Bystanders | None = None
 
     def stream_through(self, timeout_s: float) -> None:
         """Eager, chunk by chunk, as the disk frees them: works for a state of any size."""
@@ -252,7 +276,8 @@ class _File:
             raise
         self.job.copy_s += time.perf_counter() - started
         if first + len(chunks) > self._last:
-            self.fill.drop_sources()
+            if self.job.is_settled:
+                self.fill.drop_sources()
             self.job.end(None)
 
     def give_back(self, chunks: list[StagingChunk], first: int = 0) -> None:
@@ -321,7 +346,6 @@ class _File:
             self.fill.copy_literals(k, chunk)
             queued.append((k, chunk, self.fill.copy(k, chunk, chosen), began))
         self.job.events.extend(event for _, _, events, _ in queued for event in events)
-        self.job.accept_changes = self.fill.accept_changes
         if first + len(chunks) > self._last:
             self.job.enqueued.set_result(None)
         for k, chunk, events, began in queued:
@@ -332,9 +356,33 @@ class _File:
     def _send(self, first: int, *chunks: StagingChunk) -> None:
         """Hand over the chunks from number `first` on."""
         if first + len(chunks) > self._last:
-            self.fill.check_versions()
+            self.check_versions()
         # The writer takes chunks over in every case, also when it refuses them.
         self._write.submit(*(self._handed_over(k, chunk) for k, chunk in enumerate(chunks, first)))
+
+    def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
+        """`Fill.check_versions` at the end of the copies. On the caller's thread it is final; of lazy copies `judge` looks again."""
+        self._bystanders = Bystanders()
+        if not self._has_started:
+            self._bystanders.wait(_BYSTANDERS_TIMEOUT_S, lambda: self.fill.has_changed)
+        self.fill.check_versions(all_but)
+
+    def accept_changes(self) -> None:
+        """See `SnapshotJob`. Any thread."""
+        self.fill.accept_changes()
+        self.job.is_settled = True
+        if self.job.copied.done() and not self.fill.has_changed:
+            self.fill.drop_sources()
+
+    def judge(self) -> None:
+        """See `SnapshotJob`. After the copies; any thread."""
+        if self._bystanders is not None:
+            self._bystanders.wait(_JUDGE_TIMEOUT_S, lambda: self.job.is_settled or self.fill.has_changed)
+        try:
+            self.fill.check_versions()
+        finally:
+            self.job.forget()
+            self.fill.drop_sources()
 
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         piece = self.fill.cuts[k]

@@ -77,7 +77,8 @@ class Fill:
     ) -> None:
         self.cuts = cuts
         self._on_copied = on_copied
-        self._state = state
+        self._payload_nbytes = state.plan.payload_nbytes
+        self._paths = state.tensor_paths
         self._streams = streams
         self.storages = state.sources.storage
         self._tensors: Sequence[torch.Tensor] = state.tensors
@@ -98,7 +99,7 @@ class Fill:
 
     def _find_addresses(self) -> list[int]:
         """Where each payload's bytes lie; 0 on a device. CPU bytes are copied by address: no torch call per tensor."""
-        for storage, start, num_bytes in zip(self.storages, self._starts, self._state.plan.payload_nbytes, strict=True):
+        for storage, start, num_bytes in zip(self.storages, self._starts, self._payload_nbytes, strict=True):
             if storage.nbytes() < start + num_bytes:
                 raise TornSnapshotError(
                     f"a tensor's storage was resized from {start + num_bytes} bytes or more to {storage.nbytes()} before its snapshot was "
@@ -231,13 +232,13 @@ class Fill:
         """
         with self._lock:
             torn = self._changed()
+            paths = self._paths() if torn else []
             if all_but:
                 later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
                 torn = [i for i in torn if not later[i]]
                 self._versions = [v if is_later else None for v, is_later in zip(self._versions, later, strict=True)]
         if not torn:
             return
-        paths = self._state.tensor_paths()
         names = tuple(paths[i] for i in torn)
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         raise TornSnapshotError(
@@ -249,8 +250,14 @@ class Fill:
     def _changed(self) -> list[int]:
         return [i for i, (t, v) in enumerate(zip(self._tensors, self._versions, strict=True)) if v is not None and t._version != v]
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether `check_versions` would raise now."""
+        with self._lock:
+            return bool(self._changed())
+
     def accept_changes(self) -> None:
-        """From now on tensors change behind their queued device copies, in the order of streams: no sign of a torn snapshot."""
+        """From now on tensors may change: it is no sign of a torn snapshot. What has changed already still is."""
         with self._lock:
             changed = set(self._changed())
             self._versions = [v if i in changed else None for i, v in enumerate(self._versions)]
@@ -263,10 +270,11 @@ class Fill:
                     uninterrupted(self._streams[device].synchronize)
 
     def drop_sources(self) -> None:
-        """Let go of the user's tensors: their bytes are in the arena now."""
+        """Let go of the user's tensors: their bytes are in the arena, and no change of theirs matters any more."""
         with self._lock:
             self._tensors = ()
             self._versions = []
+            self._paths = list
         self.storages = []
 
 

@@ -12,7 +12,9 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 from async_ckpt.guard.turns import Turns
+from async_ckpt.snapshot.bystanders import Bystanders
 from tests.engine.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
+from tests.support.stepping import Doing, until
 
 from .torn import KINDS, sweep
 
@@ -105,3 +107,46 @@ def test_the_schedules_find_a_guard_without_turns(monkeypatch: pytest.MonkeyPatc
     counts = sweep(7, num_ordered=20, num_free=0, kinds={"adamw-foreach": KINDS["adamw-foreach"]})
     wrong = {count.name: count.wrong for count in counts}
     assert wrong["adamw-foreach, guarded"] > 0 and wrong["adamw-foreach, not guarded"] == 0
+
+
+def _slow_operation(size: int = 1 << 20) -> tuple[torch.Tensor, torch.Tensor, Callable[[], object]]:
+    """A tensor, what it holds, and one in-place operation that takes long compared with a copy."""
+    tensor = torch.full((size,), 2.5)
+    return tensor, tensor.clone(), lambda: tensor.digamma_()
+
+
+def _save_in_the_middle(root: Path, *, guarded: bool) -> tuple[BaseException | None, bool]:
+    """What became of a checkpoint that was saved while another thread's operation changed it, and whether its bytes are right."""
+    tensor, before, change = _slow_operation()
+    with torch.no_grad(), AsyncCheckpointEngine(root, staging_bytes=32 << 20) as engine:
+        if guarded:
+            engine.guard(torch.optim.SGD([tensor], lr=0.1))
+        engine.prewarm(states={"t.pt": {"t": tensor}})
+        engine.create("t")
+        changing = Doing(change)
+        until(lambda: tensor[0] != before[0])
+        error: BaseException | None = None
+        try:
+            engine.save({"t": tensor}, "t.pt")
+        except TornSnapshotError as torn:
+            error = torn
+        pending = engine.commit("t")
+        error = pending.exception(60) or error
+        changing.result()
+    saved = None if error is not None else torch.load(root / "t" / "t.pt")["t"]
+    return error, saved is None or torch.equal(saved, before) or torch.equal(saved, tensor)
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["eager", "lazy"])
+def test_an_operation_that_lasts_longer_than_the_copy_is_seen(tmp_path: Path, guarded: bool) -> None:
+    """Its version counter moves only when it ends: a mixture of before and after was committed."""
+    error, _ = _save_in_the_middle(tmp_path, guarded=guarded)
+    assert isinstance(error, TornSnapshotError) and error.tensors == ("['t']",)
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["eager", "lazy"])
+def test_without_a_look_at_other_threads_the_mixture_is_committed(tmp_path: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test."""
+    monkeypatch.setattr(Bystanders, "wait", lambda *_: None)
+    outcomes = [_save_in_the_middle(tmp_path / str(k), guarded=guarded) for k in range(20)]
+    assert any(error is None and not is_right for error, is_right in outcomes)
