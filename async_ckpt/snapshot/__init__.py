@@ -29,7 +29,8 @@ from ..locks import Condition
 from ..staging import StagingArena, StagingChunk
 from ..writer import Chunk, FileWrite, WriterPool
 from .bystanders import Bystanders
-from .copying import ChunkCut, Fill, OnCopied, cut
+from .copying import Fill, OnCopied
+from .cutting import Cuts, cut
 from .team import CopyTeam, num_copy_helpers
 
 __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
@@ -38,20 +39,10 @@ __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 _PATIENCE_S = 0.01
 
 
-# How many chunks an eager save hands over while it still needs all cores for its copy: an eighth of those above 16 (what the
-# disk's queue holds; fewer are copied before it would have written much), at most 8.
-_EARLY_SHARE = 1 / 8
-_FEW_CHUNKS = 16
-_MAX_EARLY = 8
-
 # How long an eager save waits, at its end, for other threads to leave the operation they are in, and how long a commit does. Nearly
 # always there is none: it takes a thread that computes, or that sleeps, in code of the user's.
 _BYSTANDERS_TIMEOUT_S = 0.25
 _JUDGE_TIMEOUT_S = 10.0
-
-
-def _num_early(num_chunks: int) -> int:
-    return min(_MAX_EARLY, int(_EARLY_SHARE * max(0, num_chunks - _FEW_CHUNKS)))
 
 
 class _Courtesy:
@@ -131,10 +122,10 @@ class Snapshotter:
     def __init__(self, arena: StagingArena, pool: WriterPool, *, timeout_s: float) -> None:
         self._arena = arena
         self._submit_copy = pool.submit_copy
-        self._team = CopyTeam(pool.submit_help, pool.num_helpers)
+        self._team = CopyTeam(pool.submit_help, pool.num_helpers, pool.helper_native_ids)
         self._alone = CopyTeam(pool.submit_help, 0)
         self._timeout_s = timeout_s
-        self._cuts: dict[str, tuple[Sequence[int], int, list[ChunkCut]]] = {}
+        self._cuts: dict[str, tuple[Sequence[int], Cuts]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._courtesy = _Courtesy()
 
@@ -170,7 +161,7 @@ class Snapshotter:
         fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
         is_lazy = list(map(guarded.__contains__, state.sources.identities())) if guarded else []
         reserved = self._arena.try_reserve(len(fill.cuts))
-        file = _File(fill, write, self._arena, self._team if fill.has_large_parts else self._alone)
+        file = _File(fill, write, self._arena, self._alone if fill.devices else self._team)
         if reserved is None:
             # Chunks come back only when the copies that hold them have been made.
             self.hurry()
@@ -204,14 +195,14 @@ class Snapshotter:
         self._courtesy.wait()
         file.copy_behind(chunks, callers, chosen)
 
-    def _cuts_for(self, plan: FilePlan, name: str) -> list[ChunkCut]:
+    def _cuts_for(self, plan: FilePlan, name: str) -> Cuts:
         known = self._cuts.get(name)
-        if known is not None and known[0] is plan.payload_offsets and known[1] == plan.file_bytes:
-            return known[2]
+        if known is not None and known[0] is plan.payload_offsets and known[1].file_bytes == plan.file_bytes:
+            return known[1]
         cuts = cut(plan, self._arena.chunk_bytes)
         if len(self._cuts) > 64:
             self._cuts.clear()
-        self._cuts[name] = (plan.payload_offsets, plan.file_bytes, cuts)
+        self._cuts[name] = (plan.payload_offsets, cuts)
         return cuts
 
 
@@ -240,7 +231,7 @@ class _File:
                 job.backpressure_s += time.perf_counter() - before
                 self.copy_all([chunk], callers, first=k)
             except BaseException:
-                if not self._write.has_taken(fill.cuts[k].offset):
+                if not self._write.has_taken(fill.cuts.offset(k)):
                     self._arena.release(chunk)
                 raise
 
@@ -284,7 +275,7 @@ class _File:
         """Those that the writer has not taken over, once no device writes to them."""
         self.fill.finish_device_copies()
         for k, chunk in enumerate(chunks, first):
-            if not self._write.has_taken(self.fill.cuts[k].offset):
+            if not self._write.has_taken(self.fill.cuts.offset(k)):
                 self._arena.release(chunk)
 
     def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
@@ -297,21 +288,21 @@ class _File:
         queued = []
         for k, chunk in enumerate(chunks):
             began = time.perf_counter()
-            queued.append((k, self.fill.copy(k, chunk, chosen), began))
+            queued.append((k, self.fill.copy(k, chunk, chosen, literals=False), began))
         for k, events, began in queued:
             self.fill.wait_devices(events)
             self.fill.report(k, chosen, began)
 
     def _copy_urgently(self, chunks: list[StagingChunk], first: int) -> None:
-        # CRC and writes on the cores that copy make the caller wait for them: what fills the disk's queue must do.
-        num_sent_early = len(chunks) if self._team.leaves_cores(len(chunks)) else _num_early(len(chunks))
+        # CRC and writes on the cores that copy would make the caller wait for them.
+        sends_early = self._team.leaves_cores(len(chunks))
         self._share(
             chunks,
             lambda i, chunk: self._fill_on_cpu(first + i, chunk, None, is_urgent=True),
-            lambda i: self._send(first + i, chunks[i]) if i < num_sent_early else None,
+            lambda i: self._send(first + i, chunks[i]) if sends_early else None,
         )
-        if rest := chunks[num_sent_early:]:
-            self._send(first + num_sent_early, *rest)
+        if not sends_early:
+            self._send(first, *chunks)
 
     def _share(self, chunks: list[StagingChunk], fill: Callable[[int, StagingChunk], None], on_ended: Callable[[int], None]) -> None:
         """Run `fill(i, chunks[i])` for all of them, on the caller's thread and its helpers."""
@@ -330,9 +321,7 @@ class _File:
         self, k: int, chunk: StagingChunk, chosen: list[bool] | None, *, is_urgent: bool = False, literals: bool = True
     ) -> None:
         began = time.perf_counter()
-        if literals:
-            self.fill.copy_literals(k, chunk)
-        self.fill.copy(k, chunk, chosen, is_urgent=is_urgent)
+        self.fill.copy(k, chunk, chosen, literals=literals, is_urgent=is_urgent)
         self.fill.report(k, chosen, began)
 
     def _copy_from_devices(
@@ -343,7 +332,6 @@ class _File:
         queued = []
         for k, chunk in enumerate(chunks, first):
             began = time.perf_counter()
-            self.fill.copy_literals(k, chunk)
             queued.append((k, chunk, self.fill.copy(k, chunk, chosen), began))
         self.job.events.extend(event for _, _, events, _ in queued for event in events)
         if first + len(chunks) > self._last:
@@ -385,8 +373,7 @@ class _File:
             self.fill.drop_sources()
 
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
-        piece = self.fill.cuts[k]
-        return Chunk(piece.offset, piece.nbytes, chunk.view, lambda: self._arena.release(chunk))
+        return Chunk(self.fill.cuts.offset(k), self.fill.cuts.nbytes(k), chunk.view, lambda: self._arena.release(chunk))
 
     def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:
         """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""

@@ -1,90 +1,53 @@
-"""How the bytes of a planned state get into staging chunks: cut at chunk boundaries, copied by the fastest way each allows.
+"""How the bytes of a planned state get into staging chunks: by the fastest way each piece allows.
 
-Parts on the CPU are copied by memmove, in C-level loops, so that a tensor costs microseconds; CUDA parts are queued on a
-side stream. Both release the GIL while they copy, but for small parts on a thread that somebody waits for: getting the GIL
-back takes longer than copying them.
+Pieces on the CPU are copied by address, in C-level loops, so that a tensor costs microseconds; CUDA pieces are queued on a side
+stream. Both release the GIL while they copy, but for small pieces: getting the GIL back takes longer than copying them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from bisect import bisect_left, bisect_right
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 
 from ..errors import TornSnapshotError, UnsupportedStateError
-from ..layout import FilePlan, PlannedState
+from ..layout import PlannedState
+from ..layout.plan import version_counters
 from ..locks import Lock, uninterrupted
 from ..staging import StagingChunk
+from .cutting import Cuts, LargePiece, literal_sources
 
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
 
-# Below this, copying takes less time than to give the GIL away and get it back from a busy thread.
-_SMALL_BYTES = 64 << 10
-
 _memmove = ctypes.CDLL(None).memmove
-_memmove.restype = None
-_memmove.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
 _memmove_holding_gil = ctypes.PyDLL(None).memmove
-_memmove_holding_gil.restype = None
-_memmove_holding_gil.argtypes = _memmove.argtypes
+for _function in (_memmove, _memmove_holding_gil):
+    _function.restype = None
+    _function.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
 
-# How many copies one C-level loop makes before a signal is looked at (about 1 ms): with the GIL held for small parts.
-_BATCH = 1000
-_SMALL_BATCH = 100
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkCut:
-    """The payload parts of one chunk, as parallel lists."""
-
-    offset: int
-    nbytes: int
-    payloads: list[int]
-    source_offsets: list[int]
-    chunk_offsets: list[int]
-    sizes: list[int]
-
-
-def cut(plan: FilePlan, chunk_bytes: int) -> list[ChunkCut]:
-    """Cut a plan's payloads at chunk boundaries; pure data, one entry per chunk."""
-    num_chunks = max(1, -(-plan.file_bytes // chunk_bytes))
-    cuts = [ChunkCut(k * chunk_bytes, min(chunk_bytes, plan.file_bytes - k * chunk_bytes), [], [], [], []) for k in range(num_chunks)]
-    for index, (offset, nbytes) in enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True)):
-        done = 0
-        while done < nbytes:
-            k, start = divmod(offset + done, chunk_bytes)
-            size = min(nbytes - done, chunk_bytes - start)
-            piece = cuts[k]
-            piece.payloads.append(index)
-            piece.source_offsets.append(done)
-            piece.chunk_offsets.append(start)
-            piece.sizes.append(size)
-            done += size
-    return cuts
+# How many small pieces one C-level loop copies before a signal is looked at: well under 1 ms, with the GIL held.
+_BATCH = 100
 
 
 class Fill:
     """The sources of one file and how to copy their parts into chunks."""
 
-    def __init__(
-        self, state: PlannedState, cuts: list[ChunkCut], streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None
-    ) -> None:
+    def __init__(self, state: PlannedState, cuts: Cuts, streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None) -> None:
         self.cuts = cuts
         self._on_copied = on_copied
-        self._payload_nbytes = state.plan.payload_nbytes
-        self._paths = state.tensor_paths
         self._streams = streams
         self.storages = state.sources.storage
         self._tensors: Sequence[torch.Tensor] = state.tensors
         self._versions = state.versions
-        self._literals = state.plan.literals
-        self._literal_offsets: list[int] = []
+        self._payload_nbytes = state.plan.payload_nbytes
+        self._paths = state.tensor_paths
+        self._literals = literal_sources(state.plan, cuts)
         self._starts = state.sources.offset_bytes
         devices = state.sources.all_devices()
         for device in devices:
@@ -95,6 +58,7 @@ class Fill:
                 )
         self.devices = {device for device in devices if device.type == "cuda"}
         self._addresses: list[int] = []
+        self._small_addresses: list[int] = []
         self._lock = Lock()
 
     def _find_addresses(self) -> list[int]:
@@ -110,86 +74,84 @@ class Fill:
             bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
         return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
 
-    @property
-    def has_large_parts(self) -> bool:
-        """Whether most of the time of its copy is spent without the GIL, so that threads can share it."""
-        return not self.devices and self.cuts[-1].offset >= _SMALL_BYTES * sum(len(piece.sizes) for piece in self.cuts)
-
     def find_sources(self) -> None:
         """Before the first `copy`: where the bytes lie, for all threads."""
         if not self._addresses:
-            self._addresses = self._find_addresses()
-            self._literal_offsets = [offset for offset, _ in self._literals]
+            addresses = [*self._find_addresses(), *map(_address_of, self._literals)]
+            self._small_addresses = self.cuts.small.addresses(addresses)
+            self._addresses = addresses
 
-    def copy(self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, is_urgent: bool = False) -> list[torch.cuda.Event]:
-        """Copy the chosen payload parts (None: all) of chunk `k`; returns events of queued device copies.
+    def copy(
+        self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, literals: bool = True, is_urgent: bool = False
+    ) -> list[torch.cuda.Event]:
+        """Copy pieces of chunk `k`: of the chosen payloads (None: all), and with `literals` all that is no payload.
+
+        Returns the events of queued device copies.
 
         Args:
-            is_urgent: hold the GIL for small parts, at most about 1 ms at a time.
+            is_urgent: somebody waits for it: keep the GIL between small pieces too.
         """
-        piece = self.cuts[k]
-        picked: Sequence[int] = range(len(piece.sizes))
-        if chosen is not None:
-            picked = [i for i in picked if chosen[piece.payloads[i]]]
-        on_device: list[int] = []
-        if self.devices:
-            on_device = [i for i in picked if not self._addresses[piece.payloads[i]]]
-            picked = [i for i in picked if self._addresses[piece.payloads[i]]]
-        if is_urgent:
-            small = [i for i in picked if piece.sizes[i] < _SMALL_BYTES]
-            picked = [i for i in picked if piece.sizes[i] >= _SMALL_BYTES]
-            self._copy_from_cpu(piece, small, chunk, _memmove_holding_gil, _SMALL_BATCH)
-        self._copy_from_cpu(piece, picked, chunk, _memmove, _BATCH)
-        return self._copy_from_devices(piece, on_device, chunk) if on_device else []
+        wanted = None
+        if chosen is not None or not literals or self.devices:
+            payloads = [True] * self.cuts.num_payloads if chosen is None else chosen
+            wanted = [*payloads, *[literals] * len(self._literals)]
+        large = self.cuts.large[k] if wanted is None else [piece for piece in self.cuts.large[k] if wanted[piece.source]]
+        on_device: list[LargePiece] = []
+        if wanted is not None and self.devices:
+            on_device = [piece for piece in self._pieces(k) if wanted[piece.source] and not self._addresses[piece.source]]
+            large = [piece for piece in large if self._addresses[piece.source]]
+            wanted = [bool(is_wanted and address) for is_wanted, address in zip(wanted, self._addresses, strict=True)]
+        self._copy_small(k, chunk, wanted, is_urgent=is_urgent)
+        for piece in large:
+            _memmove(chunk.address + piece.chunk_offset, self._addresses[piece.source] + piece.source_offset, piece.nbytes)
+        return self._copy_from_devices(on_device, chunk) if on_device else []
 
-    def _copy_from_cpu(
-        self, piece: ChunkCut, parts: Sequence[int], chunk: StagingChunk, move: Callable[[int, int, int], object], batch_size: int
-    ) -> None:
-        addresses, base = self._addresses, chunk.address
-        for low in range(0, len(parts), batch_size):
-            batch = parts[low : low + batch_size]
-            targets = [base + piece.chunk_offsets[i] for i in batch]
-            sources = [addresses[piece.payloads[i]] + piece.source_offsets[i] for i in batch]
-            deque(map(move, targets, sources, [piece.sizes[i] for i in batch]), maxlen=0)
+    def _copy_small(self, k: int, chunk: StagingChunk, wanted: list[bool] | None, *, is_urgent: bool) -> None:
+        small, base = self.cuts.small, chunk.address
+        rows: Sequence[int] = small.rows(k)
+        if wanted is not None:
+            rows = [row for row in rows if wanted[small.sources[row]]]
+        for low in range(0, len(rows), _BATCH):
+            batch = rows[low : low + _BATCH]
+            targets = [base + small.chunk_offsets[row] for row in batch]
+            sources, nbytes = [self._small_addresses[row] for row in batch], [small.nbytes[row] for row in batch]
+            deque(map(_memmove_holding_gil, targets, sources, nbytes), maxlen=0)
+            if not is_urgent:
+                time.sleep(0)
+
+    def _pieces(self, k: int) -> Iterator[LargePiece]:
+        """All of chunk `k`, one by one."""
+        small = self.cuts.small
+        rows = slice(small.starts[k], small.starts[k + 1])
+        columns = small.sources[rows], small.source_offsets[rows], small.chunk_offsets[rows], small.nbytes[rows]
+        return chain(self.cuts.large[k], map(LargePiece, *columns))
 
     def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
         """Tell the observers that the chosen parts of chunk `k` are copied."""
         if self._on_copied is None:
             return
-        piece = self.cuts[k]
-        num_bytes = piece.nbytes
+        num_bytes = self.cuts.nbytes(k)
         if chosen is not None:
-            num_bytes = sum(size for payload, size in zip(piece.payloads, piece.sizes, strict=True) if chosen[payload])
+            wanted = [*chosen, *[False] * len(self._literals)]
+            num_bytes = sum(piece.nbytes for piece in self._pieces(k) if wanted[piece.source])
         if num_bytes:
-            self._on_copied("d2h" if self.devices else "copy", began, piece.offset, num_bytes)
-
-    def copy_literals(self, k: int, chunk: StagingChunk) -> None:
-        """Copy everything of chunk `k` that is not payload."""
-        piece = self.cuts[k]
-        view, end = chunk.view, piece.offset + piece.nbytes
-        first = max(0, bisect_right(self._literal_offsets, piece.offset) - 1)
-        last = bisect_left(self._literal_offsets, end)
-        for offset, data in self._literals[first:last]:
-            low, high = max(offset, piece.offset), min(offset + len(data), end)
-            if low < high:
-                view[low - piece.offset : high - piece.offset] = data[low - offset : high - offset]
+            self._on_copied("d2h" if self.devices else "copy", began, self.cuts.offset(k), num_bytes)
 
     def _bytes_of(self, payload: int, offset: int, nbytes: int) -> torch.Tensor:
         storage = self.storages[payload]
         view = torch.empty(0, dtype=torch.uint8, device=storage.device)
         return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
 
-    def _copy_from_devices(self, piece: ChunkCut, parts: list[int], chunk: StagingChunk) -> list[torch.cuda.Event]:
-        by_device: dict[torch.device, list[int]] = {}
-        for i in parts:
-            by_device.setdefault(self.storages[piece.payloads[i]].device, []).append(i)
+    def _copy_from_devices(self, pieces: list[LargePiece], chunk: StagingChunk) -> list[torch.cuda.Event]:
+        by_device: dict[torch.device, list[LargePiece]] = {}
+        for piece in pieces:
+            by_device.setdefault(self.storages[piece.source].device, []).append(piece)
         events = []
-        for device, indices in by_device.items():
+        for device, theirs in by_device.items():
             with torch.cuda.stream(self._stream(device)):
-                for i in indices:
-                    source = self._bytes_of(piece.payloads[i], piece.source_offsets[i], piece.sizes[i])
-                    low = piece.chunk_offsets[i]
-                    chunk.tensor[low : low + piece.sizes[i]].copy_(source, non_blocking=True)
+                for piece in theirs:
+                    source = self._bytes_of(piece.source, piece.source_offset, piece.nbytes)
+                    chunk.tensor[piece.chunk_offset : piece.chunk_offset + piece.nbytes].copy_(source, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
             events.append(event)
@@ -248,6 +210,8 @@ class Fill:
         )
 
     def _changed(self) -> list[int]:
+        if version_counters(self._tensors) == self._versions:
+            return []
         return [i for i, (t, v) in enumerate(zip(self._tensors, self._versions, strict=True)) if v is not None and t._version != v]
 
     @property
@@ -276,6 +240,11 @@ class Fill:
             self._versions = []
             self._paths = list
         self.storages = []
+
+
+def _address_of(data: bytes) -> int:
+    """Of the first byte; valid while `data` is alive."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 def storage_ids(tensor: torch.Tensor) -> list[int]:

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from ..config import local_world_size
@@ -40,30 +40,19 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextlib.contextmanager
-def _away_from(core: int) -> Iterator[None]:
-    """Keep this thread off `core`: a kernel that sees no cache shared between cores (a virtual machine) starts a woken thread
-    beside the one that woke it, and two copies then share one core while another idles."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    if not allowed - {core}:
-        yield
-        return
-    with contextlib.suppress(OSError):  # The cores were taken away meanwhile: slower, not wrong.
-        os.sched_setaffinity(0, allowed - {core})
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, allowed)
-
-
 class CopyTeam:
-    """The caller's thread and `num_helpers` others, reached through `submit`. Any thread."""
+    """The caller's thread and `num_helpers` others, reached through `submit`. Any thread.
 
-    def __init__(self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int) -> None:
+    Args:
+        native_ids: of the threads that run what is submitted; they are kept off the caller's core.
+    """
+
+    def __init__(self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int, native_ids: Sequence[int] = ()) -> None:
         self._submit = submit
         self._num_helpers = num_helpers
         self._num_cores = _share_of_cores()
+        self._allowed = {thread: _allowed_cores(thread) for thread in native_ids}
+        self._kept_off: int | None = None
 
     def leaves_cores(self, num_jobs: int) -> bool:
         """Whether the disk side has a core to itself while `num_jobs` jobs run, on every rank of this host."""
@@ -75,15 +64,13 @@ class CopyTeam:
         Args:
             on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
         """
-        jobs, callers_core = _Jobs(num_jobs), _current_core()
-
-        def help_out() -> None:
-            with _away_from(callers_core):
-                jobs.help(help_with)
-
+        jobs = _Jobs(num_jobs)
+        num_helpers = min(self._num_helpers, num_jobs - 1)
         try:
-            for _ in range(min(self._num_helpers, num_jobs - 1)):
-                self._submit(help_out)
+            if num_helpers > 0:
+                self._keep_off(_current_core())
+            for _ in range(num_helpers):
+                self._submit(lambda: jobs.help(help_with))
             for k in range(num_jobs):
                 while not jobs.has_ended(k) and jobs.do_next(work):
                     pass
@@ -92,6 +79,25 @@ class CopyTeam:
         except BaseException:
             jobs.drop()
             raise
+
+    def _keep_off(self, core: int) -> None:
+        """Before helpers are woken: a kernel that sees no cache shared between cores (a virtual machine) wakes a thread beside the one
+        that wakes it, where it waits for milliseconds, and then two copies share one core while another idles."""
+        if core == self._kept_off:
+            return
+        for thread, allowed in self._allowed.items():
+            if allowed - {core}:
+                with contextlib.suppress(OSError):  # The cores were taken away meanwhile, or the thread is gone: slower, not wrong.
+                    os.sched_setaffinity(thread, allowed - {core})
+        self._kept_off = core
+
+
+def _allowed_cores(thread: int) -> set[int]:
+    try:
+        return os.sched_getaffinity(thread)
+    except (AttributeError, OSError):
+        # Another system, or the thread is gone.
+        return set()
 
 
 class _Jobs:

@@ -170,6 +170,11 @@ class WriterPool:
         self._check()
         return self._helpers.submit(fn)
 
+    @property
+    def helper_native_ids(self) -> list[int]:
+        """Of the threads behind `submit_help`, as the kernel counts them."""
+        return self._helpers.native_ids
+
     def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""
         try:

@@ -116,6 +116,11 @@ class DaemonExecutor(Executor):
         """Why no work is accepted any more; None while it is."""
         return self._refusal
 
+    @property
+    def native_ids(self) -> list[int]:
+        """Of its threads, as the kernel counts them."""
+        return [thread.native_id for thread in self._threads if thread.native_id is not None]
+
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Queue `fn`, first in first out. Never blocks.
 

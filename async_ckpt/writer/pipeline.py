@@ -128,13 +128,16 @@ class Pipeline:
             self.file.done.resolve(None, self.file.failure or broken)
 
     async def _put_on_disk(self) -> WrittenFile:
-        opening = self._spawn(self._open())
+        opening: asyncio.Task[WritableFile] | None = None
         sealed = 0
         while sealed < self.file.size_bytes:
             chunk = await self._next_chunk()
+            # Not before: to reserve the file's blocks takes milliseconds of a core, while the caller copies on all of them.
+            opening = opening or self._spawn(self._open())
             await self._seal_chunk(chunk)
             self._spawn(self._write(chunk, opening))
             sealed += chunk.nbytes
+        opening = opening or self._spawn(self._open())
         self._waits_for = "a free writer"
         await asyncio.wait(self._tasks)
         if self.file.failure is not None:

@@ -32,7 +32,8 @@ from async_ckpt import (
 from async_ckpt.layout import Planner
 from async_ckpt.restore.undo import Undo
 from async_ckpt.retention import RetentionPolicy
-from async_ckpt.snapshot.copying import Fill, cut
+from async_ckpt.snapshot.copying import Fill
+from async_ckpt.snapshot.cutting import cut
 from async_ckpt.staging import StagingArena, StagingChunk
 from async_ckpt.writer import executor
 
