@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from .oracle import check_recovery
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Told
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +80,12 @@ def count(folder: Folder, call: str) -> tuple[int, int, int]:
     return len(lines) - started, first, max(max(threads.values()), first + 1)
 
 
-def sweep(folder: Folder, call: str, *, sample: int | None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(folder: Folder, call: str, *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
     row = Row(call)
     row.operations, first, last = count(folder, call)
     # The signal comes when any one thread makes its k-th such call.
     chosen = list(range(first, last))
-    if sample is not None:
+    if isinstance(sample, int):
         # Threads share the calls differently each time; some thread always makes its first few.
         chosen = chosen[: max(1, len(chosen) // 3)]
     chosen = sampled(chosen, sample, random.Random(seed))
@@ -104,7 +104,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder(on_disk=options.folder) as folder:
         for call in CALLS:
-            rows.append(sweep(folder, call, sample=None if options.full else 3, seed=options.seed, stop=False))
+            rows.append(sweep(folder, call, sample=sample_of(options, 3), seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

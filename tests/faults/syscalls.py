@@ -24,7 +24,7 @@ from async_ckpt import CheckpointError, KeepLast
 
 from .kills import why_not
 from .oracle import check_recovery
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine, state
 
 FAULTS = {
@@ -133,7 +133,7 @@ def count(folder: Folder, call: str) -> tuple[int, int]:
     return sum(threads.values()), max(threads.values(), default=0)
 
 
-def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: int | None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
     """Each errno at each call, or at `sample` of them."""
     row = Row(call)
     row.operations, most = count(folder, call)
@@ -156,7 +156,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     with Folder(on_disk=options.folder) as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
-                rows.append(sweep(folder, call, codes, sample=None if options.full else 4, seed=options.seed, stop=False))
+                rows.append(sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False))
                 print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 
