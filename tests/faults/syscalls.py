@@ -69,7 +69,11 @@ def job(root: Path, fault: str, log: str) -> None:
     inject = ["-e", f"inject={fault}"] if ":" in fault else []
     arguments = ["strace", "-f", "-o", log, "-e", f"trace={call}", "-e", "signal=none", *inject, "-p", str(os.getpid())]
     tracer = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    assert tracer.stderr is not None and b"attached" in tracer.stderr.readline()
+    assert tracer.stderr is not None
+    # Not with a call that is made to fail: the first one is this one's.
+    said = bytearray(4096)
+    os.readv(tracer.stderr.fileno(), [said])
+    assert b"attached" in said, said
 
     def note(text: str) -> None:
         os.writev(out, [text.encode() + b"\n"])
