@@ -68,9 +68,11 @@ def job(root: Path, fault: str, log: str) -> None:
     call = fault.partition(":")[0]
     inject = ["-e", f"inject={fault}"] if ":" in fault else []
     arguments = ["strace", "-f", "-o", log, "-e", f"trace={call}", "-e", "signal=none", *inject, "-p", str(os.getpid())]
-    tracer = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    # Not with a call that is made to fail: the first one is this one's.
+    # It attaches when told, and is heard, by calls that are not made to fail: all of Popen's own are over by then.
+    waiting = ["sh", "-c", 'read go; exec "$@"', "sh", *arguments]
+    tracer = subprocess.Popen(waiting, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tracer.stdin is not None and tracer.stderr is not None
+    os.writev(tracer.stdin.fileno(), [b"\n"])
     said = bytearray(4096)
     os.readv(tracer.stderr.fileno(), [said])
     assert b"attached" in said, said
