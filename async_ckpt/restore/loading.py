@@ -209,7 +209,8 @@ def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | Non
 def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
     opened.file.verify_rest()
     with _translated(opened):
-        return torch.load(opened.path, map_location=map_location, weights_only=weights_only, mmap=True)
+        # Not by its name: the tag may be replaced, and what has that name then was not verified.
+        return torch.load(opened.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
 
 
 @contextlib.contextmanager

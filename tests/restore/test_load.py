@@ -21,6 +21,8 @@ from async_ckpt import (
     UnsupportedStateError,
     restore,
 )
+from async_ckpt.restore.loading import load_opened
+from async_ckpt.restore.verified_open import open_committed
 
 from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
@@ -139,6 +141,29 @@ def test_links_and_fifos_are_refused(tmp_path: Path) -> None:
     for name in ("m.pt", "f.pt"):
         with pytest.raises(CorruptCheckpointError):
             restore.load_committed(catalog, "a", name)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_a_manifest_of_the_wrong_kind_is_damage_to_whoever_loads_by_path(tmp_path: Path, kind: str) -> None:
+    """The message was that there is no checkpoint, and that torch.load reads the file, unverified."""
+    commit(tmp_path, "a", {"m.pt": torch_bytes(1)})
+    manifest = tmp_path / "a/manifest.json"
+    manifest.rename(tmp_path / "moved")
+    {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(tmp_path / "moved"), "directory": os.mkdir}[kind](manifest)
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json"):
+        async_ckpt.load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_the_file_that_is_mapped_is_the_one_that_was_verified(tmp_path: Path, change: str) -> None:
+    """It was opened a second time by its name, which a replacement had taken by then."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
+    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=None) as opened:
+        (tmp_path / "a").rename(tmp_path / "moved")
+        if change == "replaced":
+            commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.zeros(1000)})})
+        loaded = load_opened(opened, mmap=True)
+    assert torch.equal(loaded["w"], torch.ones(1000))
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
