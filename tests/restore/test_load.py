@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -184,6 +185,57 @@ def test_load_by_path_finds_the_manifest_above(tmp_path: Path, monkeypatch: pyte
         async_ckpt.load(tmp_path / "loose.pt")
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
         async_ckpt.load(tmp_path / "nothing.pt")
+
+
+def _container(pickled: bytes) -> bytes:
+    """What `torch.save` writes, around any pickle."""
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for name, data in {"data.pkl": pickled, "byteorder": b"little", "data/0": bytes(4000)}.items():
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+_TENSOR = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuM\xe8\x03tQ"
+_REST = b"\x89ccollections\nOrderedDict\n)RtR."
+CRAFTED = {
+    "empty": b"",
+    "no end": b"\x80\x02}",
+    "text cut off": b"\x80\x02X\xff\xff\xff\x7fabc.",
+    "no storage": b"\x80\x02(X\x07\0\0\0storageX\1\0\0\0xtQ.",
+    "storage too small": _TENSOR + b"K\0M\0\x10\x85K\1\x85" + _REST,
+    "offset below zero": _TENSOR + b"J\xfc\xff\xff\xffK\x0a\x85K\1\x85" + _REST,
+    "size below zero": _TENSOR + b"K\0J\xfb\xff\xff\xff\x85K\1\x85" + _REST,
+    "size of 72 bits": _TENSOR + b"K\0\x8a\x09" + b"\xff" * 8 + b"\x01\x85K\1\x85" + _REST,
+    "bytearray of a length": pickle.dumps(bytearray, 2)[:-1] + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+}
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(tmp_path: Path, kind: str, mode: dict[str, bool]) -> None:
+    """torch's own EOFError, RuntimeError, TypeError passed; and a few bytes made as many gigabytes as they said."""
+    catalog = commit(tmp_path, "a", {"m.pt": _container(CRAFTED[kind])})
+    with pytest.raises(CorruptCheckpointError, match=r"a/m\.pt"):
+        restore.load_committed(catalog, "a", "m.pt", **mode)
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
+def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bool]) -> None:
+    data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse()}
+    loaded = restore.load_committed(commit(tmp_path, "a", {"m.pt": torch_bytes(data)}), "a", "m.pt", **mode)
+    assert (loaded["b"], loaded["e"]) == (data["b"], data["e"]) and torch.equal(loaded["w"].to_dense(), torch.ones(3))
+
+
+def test_errors_of_the_callers_own_code_pass(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(3)})})
+
+    def place(storage: object, location: str) -> object:
+        raise LookupError("where to?")
+
+    with pytest.raises(LookupError, match="where to"):
+        restore.load_committed(catalog, "a", "m.pt", map_location=place)
 
 
 class Bomb:
