@@ -25,6 +25,7 @@ from .building import TensorBuilder, place_for
 from .damage import naming_the_record
 from .into import Restored, fill, read_inventory, safetensors_inventory
 from .plain_pickle import NotPlainError, load_plain
+from .read_errors import ReadError
 from .reading import MemorySource, VerifiedFile
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
+_OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
+"""What torch says of a failed system call."""
 _ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
 
 __all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
@@ -225,10 +228,15 @@ def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -
 @contextlib.contextmanager
 def _translated(opened: Opened, map_location: Any, weights_only: bool | None) -> Iterator[None]:
     """torch's errors about the file become ours; those about `map_location`, devices, memory and trusted code pass."""
+    may_be_foreign = weights_only is False or callable(map_location) or isinstance(map_location, Mapping)
     try:
         yield
     except CheckpointError:
         raise
+    except OSError as error:
+        if may_be_foreign:
+            raise
+        raise ReadError(error, path=opened.path) from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs {refused.group(1)!r}" if refused else str(error).strip().splitlines()[0]
@@ -238,10 +246,12 @@ def _translated(opened: Opened, map_location: Any, weights_only: bool | None) ->
         )
         raise UnsupportedStateError(message) from error
     except _FILE_ERRORS as error:
+        if shortage := re.search(_OF_THE_SYSTEM, str(error)):
+            code = int(shortage[1] or shortage[2])
+            raise ReadError(OSError(code, os.strerror(code)), path=opened.path) from error
         # Where neither the caller's code nor the file's runs, and it is not about the machine, it is about the file.
         # (The lines after the first are torch's own stack.)
         said = str(error).partition("\n")[0]
-        may_be_foreign = weights_only is False or callable(map_location) or isinstance(map_location, Mapping)
         if not re.search(_ABOUT_FILES, str(error)) and (may_be_foreign or re.search(_ABOUT_MACHINES, said)):
             raise
         raise CorruptCheckpointError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from async_ckpt import (
     restore,
 )
 from async_ckpt.restore.loading import load_opened
+from async_ckpt.restore.read_errors import ReadError
 from async_ckpt.restore.verified_open import open_committed
 
 from .committed import commit, torch_bytes
@@ -226,6 +229,24 @@ def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bo
     data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse()}
     loaded = restore.load_committed(commit(tmp_path, "a", {"m.pt": torch_bytes(data)}), "a", "m.pt", **mode)
     assert (loaded["b"], loaded["e"]) == (data["b"], data["e"]) and torch.equal(loaded["w"].to_dense(), torch.ones(3))
+
+
+@pytest.mark.parametrize("num_spare", [0, 1])
+def test_a_shortage_while_mapping_is_no_damage(tmp_path: Path, num_spare: int) -> None:
+    """torch opens the file itself, and its RuntimeError passed for a damaged file."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
+    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=1) as opened:
+        opened.file.verify_rest()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + num_spare, limits[1]))
+        try:
+            with pytest.raises(ReadError, match=r"m\.pt") as caught:
+                load_opened(opened, mmap=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
 
 
 def test_errors_of_the_callers_own_code_pass(tmp_path: Path) -> None:
