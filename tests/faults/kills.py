@@ -106,7 +106,7 @@ def main(options: argparse.Namespace) -> list[Row]:
         sys.exit(reason)
     rows = []
     with Folder(on_disk=options.folder) as folder:
-        for call in CALLS:
+        for call in CALLS if options.call is None else [options.call]:
             rows.append(sweep(folder, call, sample=sample_of(options, 3), seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
@@ -114,5 +114,9 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 if __name__ == "__main__":
     command(
-        "SIGKILL at real system calls", __doc__, main, ("--folder", {"default": None, "help": "where the roots are (default: in memory)"})
+        "SIGKILL at real system calls",
+        __doc__,
+        main,
+        ("--folder", {"default": None, "help": "where the roots are (default: in memory)"}),
+        ("--call", {"default": None, "choices": CALLS, "help": "only this system call"}),
     )
