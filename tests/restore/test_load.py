@@ -211,6 +211,8 @@ CRAFTED = {
     "offset below zero": _TENSOR + b"J\xfc\xff\xff\xffK\x0a\x85K\1\x85" + _REST,
     "size below zero": _TENSOR + b"K\0J\xfb\xff\xff\xff\x85K\1\x85" + _REST,
     "size of 72 bits": _TENSOR + b"K\0\x8a\x09" + b"\xff" * 8 + b"\x01\x85K\1\x85" + _REST,
+    "storage of a length": b"\x80\x02ctorch.storage\nUntypedStorage\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+    "tensor of a length": b"\x80\x02ctorch\nFloatTensor\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
     "bytearray of a length": pickle.dumps(bytearray, 2)[:-1] + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
 }
 
@@ -226,7 +228,7 @@ def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(tmp_path: Path
 
 @pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
 def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bool]) -> None:
-    data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse()}
+    data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse(), "s": torch.ones(3).untyped_storage()}
     loaded = restore.load_committed(commit(tmp_path, "a", {"m.pt": torch_bytes(data)}), "a", "m.pt", **mode)
     assert (loaded["b"], loaded["e"]) == (data["b"], data["e"]) and torch.equal(loaded["w"].to_dense(), torch.ones(3))
 
