@@ -195,11 +195,11 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     Checkpoints with a damaged manifest are left alone.
 
     The newest checkpoint must hold all its files at their committed sizes, else nothing is deleted: an older one may
-    be the newest good one.
+    be the newest good one. Whoever published it, its name is made durable before the first deletion.
 
     Raises:
         ConfigError: the policy cannot judge these checkpoints; nothing was deleted.
-        WriteError: a deletion failed.
+        WriteError: a deletion failed. OSError: the root cannot be read or synced; nothing was deleted.
     """
     catalog = Catalog(root, filesystem)
     manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
@@ -208,6 +208,9 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     if doomed and not _is_good(catalog, decisions[-1].tag):
         reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"
         return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
+    if doomed:
+        # Another process may have renamed the newest one just now and not have synced the root yet.
+        filesystem.fsync_dir(root)
     carried_out = {decision.tag: decision for decision in decisions}
     for decision in doomed:
         try:

@@ -87,6 +87,10 @@ class ReadableFile(Protocol):
         """Where the file was when it was opened."""
 
     @property
+    def map_path(self) -> str:
+        """A path to this very file while it is open here, whoever has its name by now: for code that maps by path."""
+
+    @property
     def size_bytes(self) -> int:
         """Length when it was opened."""
 

@@ -41,6 +41,11 @@ class LocalReadableFile:
         return self._path
 
     @property
+    def map_path(self) -> str:
+        descriptors = "/proc/self/fd"
+        return f"{descriptors}/{self._fd}" if self._fd is not None and self._calls.isdir(descriptors) else self._path
+
+    @property
     def size_bytes(self) -> int:
         return self._size_bytes
 

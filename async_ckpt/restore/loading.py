@@ -14,16 +14,18 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from .bombs import refuse_bombs
 from .building import TensorBuilder, place_for
 from .damage import naming_the_record
 from .into import Restored, fill, read_inventory, safetensors_inventory
 from .plain_pickle import NotPlainError, load_plain
+from .read_errors import ReadError
 from .reading import MemorySource, VerifiedFile
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
@@ -33,6 +35,12 @@ from .zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 if TYPE_CHECKING:
     from ..catalog import Catalog
+
+_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+_ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
+_OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
+"""What torch says of a failed system call."""
+_ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
 
 __all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
 
@@ -194,9 +202,11 @@ def _load_plain(opened: Opened, map_location: Any) -> Any:
 
 
 def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
+    if weights_only is not False:
+        refuse_bombs(opened.file)
     source = TorchFile(opened.file)
     try:
-        with _translated(opened):
+        with _translated(opened, map_location, weights_only):
             state = torch.load(source, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
     except Exception:
         if source.failure is not None:
@@ -208,15 +218,25 @@ def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | Non
 
 def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
     opened.file.verify_rest()
-    with _translated(opened):
-        return torch.load(opened.path, map_location=map_location, weights_only=weights_only, mmap=True)
+    if weights_only is not False:
+        refuse_bombs(opened.file)
+    with _translated(opened, map_location, weights_only):
+        # Not by its name: the tag may be replaced, and what has that name then was not verified.
+        return torch.load(opened.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
 
 
 @contextlib.contextmanager
-def _translated(opened: Opened) -> Iterator[None]:
-    """torch's errors about the file become ours; those about `map_location` or devices pass."""
+def _translated(opened: Opened, map_location: Any, weights_only: bool | None) -> Iterator[None]:
+    """torch's errors about the file become ours; those about `map_location`, devices, memory and trusted code pass."""
+    may_be_foreign = weights_only is False or callable(map_location) or isinstance(map_location, Mapping)
     try:
         yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        if may_be_foreign:
+            raise
+        raise ReadError(error, path=opened.path) from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs {refused.group(1)!r}" if refused else str(error).strip().splitlines()[0]
@@ -225,7 +245,15 @@ def _translated(opened: Opened) -> Iterator[None]:
             "or pass weights_only=False, which runs code from the file: only for files you trust"
         )
         raise UnsupportedStateError(message) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, CheckpointError) or not re.search("PytorchStreamReader|archive|unpickling|pickle", str(error)):
+    except _FILE_ERRORS as error:
+        if shortage := re.search(_OF_THE_SYSTEM, str(error)):
+            code = int(shortage[1] or shortage[2])
+            raise ReadError(OSError(code, os.strerror(code)), path=opened.path) from error
+        # Where neither the caller's code nor the file's runs, and it is not about the machine, it is about the file.
+        # (The lines after the first are torch's own stack.)
+        said = str(error).partition("\n")[0]
+        if not re.search(_ABOUT_FILES, str(error)) and (may_be_foreign or re.search(_ABOUT_MACHINES, said)):
             raise
-        raise CorruptCheckpointError(f"{opened.path} is no readable torch file: {error}", path=opened.path) from error
+        raise CorruptCheckpointError(
+            f"{opened.path} is no readable torch file: {type(error).__name__}: {said}", path=opened.path
+        ) from error

@@ -168,11 +168,16 @@ class VerifiedFile:
         return bytes(self.view(offset, num_bytes))
 
     def unverified(self, offset: int, num_bytes: int) -> bytes:
-        """Bytes as they are on disk, compared with nothing: only for telling what is damaged."""
+        """Bytes as they are on disk, compared with nothing: only for telling what is damaged, or laid out by nobody's torch."""
         if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size_bytes:
             raise CorruptCheckpointError(f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name)
         data = bytearray(num_bytes)
-        self._file.pread_into(memoryview(data), offset)
+        try:
+            self._file.pread_into(memoryview(data), offset)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise ReadError(error, path=self.name, offset=offset) from error
         return bytes(data)
 
     def stream(self, consume: Consume | None, extents: Iterable[int] | None = None) -> None:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class Opened:
-    """A `VerifiedFile`, its manifest entry and its path. A context manager that closes the file."""
+    """A `VerifiedFile`, its manifest entry, its path, and one that names this very file. A context manager that closes it."""
 
-    def __init__(self, file: VerifiedFile, entry: manifest.FileEntry, path: str) -> None:
+    def __init__(self, file: VerifiedFile, entry: manifest.FileEntry, path: str, map_path: str) -> None:
         self.file = file
         self.entry = entry
         self.path = path
+        self.map_path = map_path
 
     def __enter__(self) -> Opened:
         return self
@@ -70,7 +71,7 @@ def open_committed(
         except BaseException:
             file.close()
             raise
-        return Opened(verified, entry, file.path)
+        return Opened(verified, entry, file.path, file.map_path)
 
     try:
         return catalog.read(tag, open_file)
@@ -92,7 +93,8 @@ def split_path(path: str | os.PathLike[str], filesystem: FileSystem) -> tuple[st
         above, tag = os.path.split(folder)
         if not tag:
             break
-        if filesystem.stat(os.path.join(folder, manifest.MANIFEST_NAME)).kind == "file":
+        # A link or FIFO in its place is damage, which whoever opens the checkpoint tells.
+        if filesystem.stat(os.path.join(folder, manifest.MANIFEST_NAME)).kind != "missing":
             return above, tag, name
         folder, name = above, f"{tag}/{name}"
     there = "torch.load reads it if it is a plain torch file" if filesystem.stat(given).kind == "file" else "there is no such file"

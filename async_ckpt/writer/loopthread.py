@@ -179,7 +179,10 @@ class LoopThread:
     def _cancelled_error(self, cause: BaseException | None) -> BaseException:
         if self.death is not None:
             return self.death
-        error = WriteError("a task of the checkpoint writer was cancelled; this checkpoint is not committed")
+        # A thread that was renaming it goes on.
+        error = WriteError(
+            "a task of the checkpoint writer was cancelled; unless it was being renamed, this checkpoint is not committed: list the root"
+        )
         error.__cause__ = cause
         return error
 

@@ -20,7 +20,7 @@ from async_ckpt import CheckpointNotFoundError, KeepLast, transaction
 from tests.support.faulty_filesystem import Killed, Operation
 
 from .oracle import Contents, contents, private_names
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 
 Victim = str  # "first", "second" or "nobody"
@@ -204,7 +204,7 @@ def sweep(
     folder: Folder,
     contest: Contest,
     *,
-    sample: int | None = None,
+    sample: Sample = None,
     seed: int = 1,
     stop: bool = True,
     begins_at: Callable[[Operation], bool] = lambda op: True,
@@ -232,7 +232,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
         for contest in CONTESTS:
-            rows.append(sweep(folder, contest, sample=None if options.full else 60, seed=options.seed, stop=False))
+            rows.append(sweep(folder, contest, sample=sample_of(options, 60), seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

@@ -17,7 +17,7 @@ from async_ckpt.layout.zipdirectory import read_directory
 from async_ckpt.manifest import MANIFEST_NAME
 from async_ckpt.restore.loading import load_committed
 
-from .report import Row, command
+from .report import Part, Row, command, sampled
 from .workloads import Folder, quiet, version_of
 
 Damage = tuple[str, Callable[[Path], None]]
@@ -89,8 +89,8 @@ def check(root: Path, name: str, what: str, is_same: bool) -> None:
         raise AssertionError(f"loaded as version {version_of(loaded, 'model.pt')}")
 
 
-def sweep(folder: Folder, name: str, *, num_flips: int | None, seed: int = 1, stop: bool = True) -> Row:
-    """All damage to one file of the newer checkpoint."""
+def sweep(folder: Folder, name: str, *, num_flips: int | None, part: Part | None = None, seed: int = 1, stop: bool = True) -> Row:
+    """All damage (or a part of it) to one file of the newer checkpoint."""
     row = Row(name)
     chance = random.Random(seed)
     root, _ = folder.root()
@@ -102,7 +102,7 @@ def sweep(folder: Folder, name: str, *, num_flips: int | None, seed: int = 1, st
         edges = {at for record in directory for at in (record.offset - 1, record.offset, record.offset + record.nbytes) if at < len(data)}
         damages += flips(data, chance, None, sorted(edges))
     row.operations = len(damages)
-    for what, damage in damages:
+    for what, damage in sampled(damages, part, chance):
         damage(path)
         is_same = path.is_file() and not path.is_symlink() and path.read_bytes() == data
         with quiet():
@@ -119,7 +119,8 @@ def sweep(folder: Folder, name: str, *, num_flips: int | None, seed: int = 1, st
 def main(options: argparse.Namespace) -> list[Row]:
     with Folder() as folder:
         num = None if options.full else 300
-        return [sweep(folder, name, num_flips=num, seed=options.seed, stop=False) for name in (MANIFEST_NAME, "model.pt")]
+        names = (MANIFEST_NAME, "model.pt")
+        return [sweep(folder, name, num_flips=num, part=options.part, seed=options.seed, stop=False) for name in names]
 
 
 if __name__ == "__main__":

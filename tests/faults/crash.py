@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed, When
 
 from .oracle import check_recovery
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
 
 WRITERS = (1, 2, 4)
@@ -68,7 +68,7 @@ def sweep(
     num_writers: int,
     dirty: bool,
     direct: bool,
-    sample: int | None = None,
+    sample: Sample = None,
     seed: int = 1,
     stop: bool = True,
 ) -> Row:
@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     with Folder() as folder:
         for workload, num_writers, dirty in itertools.product(WORKLOADS.values(), WRITERS, (False, True)):
             direct = dirty != (num_writers == 2)
-            sample = None if options.full else 12
+            sample = sample_of(options, 12)
             rows.append(
                 sweep(folder, workload, num_writers=num_writers, dirty=dirty, direct=direct, sample=sample, seed=options.seed, stop=False)
             )

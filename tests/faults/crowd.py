@@ -8,8 +8,10 @@ overwrite, exactly one wins. Some are killed, some stopped for a while as new on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from async_ckpt import Catalog, CheckpointNotFoundError
 from async_ckpt.restore.loading import load_committed
 
 from .oracle import contents, private_names
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import TIMEOUT_S, Folder, make_engine, version_of
 
 ROOT = Path(__file__).parents[2]
@@ -142,11 +144,12 @@ def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop
 def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
-        for num_writers, rounds in ((2, 200), (4, 100), (8, 50)) if options.full else ((2, 20), (4, 10)):
-            for kill, stop in ((False, False), (True, False), (False, True)):
-                root, _ = folder.root()
-                rows.append(crowd(root, num_writers, rounds, kill=kill, stop=stop))
-                print(rows[-1].name, rows[-1].operations, flush=True)
+        sizes = ((2, 200), (4, 100), (8, 50)) if options.full else ((2, 20), (4, 10))
+        cases = list(itertools.product(sizes, ((False, False), (True, False), (False, True))))
+        for (num_writers, rounds), (kill, stop) in sampled(cases, options.part, random.Random(options.seed)):
+            root, _ = folder.root()
+            rows.append(crowd(root, num_writers, rounds, kill=kill, stop=stop))
+            print(rows[-1].name, rows[-1].operations, flush=True)
     return rows
 
 

@@ -19,7 +19,7 @@ from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapsh
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 from .oracle import check_legal, contents, private_names
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EINTR)
@@ -150,7 +150,7 @@ def sweep(
     num_writers: int,
     direct: bool,
     sticky: bool,
-    sample: int | None = None,
+    sample: Sample = None,
     seed: int = 1,
     stop: bool = True,
 ) -> Row:
@@ -205,7 +205,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
         for name, (num_writers, direct, sticky) in itertools.product(WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))):
-            sample = None if options.full else 20
+            sample = sample_of(options, 20)
             rows.append(
                 sweep(
                     folder, name, CODES, num_writers=num_writers, direct=direct, sticky=sticky, sample=sample, seed=options.seed, stop=False

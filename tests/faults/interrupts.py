@@ -28,7 +28,7 @@ from async_ckpt import AsyncCheckpointEngine, CheckpointError, transaction
 from async_ckpt.filesystem import LocalFileSystem
 
 from .oracle import check_legal, contents
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
 
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
@@ -188,7 +188,7 @@ def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None
         raise AssertionError(f"interrupted at {interrupter.raised}: {error}") from error
 
 
-def sweep(folder: Folder, name: str, *, sample: int | None = None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True) -> Row:
     """Every step (or `sample` of them) of one of `GAMES`."""
     row = Row(name)
     life, again = GAMES[name]
@@ -218,7 +218,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
         for name in list(GAMES) if options.row is None else list(GAMES)[options.row : options.row + 1]:
-            rows.append(sweep(folder, name, sample=None if options.full else 150, seed=options.seed, stop=False))
+            rows.append(sweep(folder, name, sample=sample_of(options, 150), seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 from .diskmodel import DiskModel, State, write_state
 from .oracle import check_sweep
-from .report import Row, command
+from .report import Row, command, sampled
 from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
 
 
@@ -210,22 +211,16 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
         every, num_random = (1, 12) if options.full else (3, 3)
-        for name in WORKLOADS:
-            for direct, num_writers in ((False, 1), (True, 2), (True, 4))[: None if options.full else 2]:
-                rows.append(
-                    sweep(
-                        folder,
-                        name,
-                        direct=direct,
-                        num_writers=num_writers,
-                        every=every,
-                        num_random=num_random,
-                        seed=options.seed,
-                        stop=False,
-                    )
+        modes = ((False, 1), (True, 2), (True, 4))[: None if options.full else 2]
+        cases = list(itertools.product(WORKLOADS, modes))
+        for name, (direct, num_writers) in sampled(cases, options.part, random.Random(options.seed)):
+            rows.append(
+                sweep(
+                    folder, name, direct=direct, num_writers=num_writers, every=every, num_random=num_random, seed=options.seed, stop=False
                 )
-                print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-        for name in BROKEN:
+            )
+            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
+        for name in sampled(BROKEN, options.part, random.Random(options.seed)):
             broken = sweep_broken(folder, name, every=every, seed=options.seed)
             print(f"{broken.name}: {broken.lost} of {broken.injected} states lose data: {'caught' if broken.lost else 'NOT CAUGHT'}")
             # What counts as lost here is a variant that goes unnoticed.

@@ -41,9 +41,37 @@ class Row:
             self.survived += 1
 
 
-def sampled(points: Iterable[Point], num: int | None, chance: random.Random) -> list[Point]:
-    """All points of a sweep, in their order, or `num` of them."""
+@dataclass(frozen=True)
+class Part:
+    """Every `num_parts`-th point, from the `number`-th on (from 1): all parts together are the whole sweep."""
+
+    number: int
+    num_parts: int
+
+    @staticmethod
+    def parse(text: str) -> Part:
+        number, _, num_parts = text.partition("/")
+        part = Part(int(number), int(num_parts))
+        if not 1 <= part.number <= part.num_parts:
+            raise ValueError(f"part {text} of a sweep: the first of three is 1/3, the last 3/3")
+        return part
+
+
+Sample = int | Part | None
+"""How much of a sweep: so many points, a part of all, or all of them."""
+
+
+def sample_of(options: argparse.Namespace, num: int) -> Sample:
+    """As the command line wants it: `num` points, unless it says --full or --part."""
+    part: Part | None = options.part
+    return part if part is not None else None if options.full else num
+
+
+def sampled(points: Iterable[Point], num: Sample, chance: random.Random) -> list[Point]:
+    """All points of a sweep, in their order, or a part or `num` of them."""
     chosen = list(points)
+    if isinstance(num, Part):
+        return chosen[num.number - 1 :: num.num_parts]
     return chosen if num is None or num >= len(chosen) else sorted(chance.sample(chosen, num))  # type: ignore[type-var]
 
 
@@ -73,16 +101,20 @@ def command(
     """Parse the options every sweep has, run it, print the table (or JSON); exit code 1 when anything was lost."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--full", action="store_true", help="every point; without it, a sample")
+    parser.add_argument("--part", type=Part.parse, default=None, metavar="K/N", help="the K-th of N parts of --full")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the table there too")
     parser.add_argument("--seed", type=int, default=1)
     for name, options in extra:
         parser.add_argument(name, **options)
     options = parser.parse_args()
     started = time.perf_counter()
+    options.full = options.full or options.part is not None
     rows = run(options)
     print_table(title, rows, columns)
     seconds = time.perf_counter() - started
-    print(f"{seconds:.0f} s, seed {options.seed}{', every point' if options.full else ', a sample (--full for every point)'}")
+    part = options.part
+    extent = f"part {part.number} of {part.num_parts}" if part else "every point" if options.full else "a sample (--full for every point)"
+    print(f"{seconds:.0f} s, seed {options.seed}, {extent}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(

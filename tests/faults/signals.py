@@ -21,7 +21,7 @@ from typing import Any
 from tests.support.faulty_filesystem import Operation
 
 from .oracle import check_recovery, contents
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine
 
 COMMITS = (("new", 10), ("older", 11), ("new", 12))
@@ -146,7 +146,7 @@ def count(folder: Folder, case: Case) -> int:
     return num_calls
 
 
-def sweep(folder: Folder, case: Case, *, sample: int | None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(folder: Folder, case: Case, *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
     """The signal at every call (or `sample` of them)."""
     row = Row(case.name)
     row.operations = count(folder, case)
@@ -172,7 +172,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
         for case in CASES:
-            rows.append(sweep(folder, case, sample=None if options.full else 12, seed=options.seed, stop=False))
+            rows.append(sweep(folder, case, sample=sample_of(options, 12), seed=options.seed, stop=False))
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

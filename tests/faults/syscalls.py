@@ -24,7 +24,7 @@ from async_ckpt import CheckpointError, KeepLast
 
 from .kills import why_not
 from .oracle import check_recovery
-from .report import Row, command, sampled
+from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Job, Told, Workload, make_engine, state
 
 FAULTS = {
@@ -68,8 +68,14 @@ def job(root: Path, fault: str, log: str) -> None:
     call = fault.partition(":")[0]
     inject = ["-e", f"inject={fault}"] if ":" in fault else []
     arguments = ["strace", "-f", "-o", log, "-e", f"trace={call}", "-e", "signal=none", *inject, "-p", str(os.getpid())]
-    tracer = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    assert tracer.stderr is not None and b"attached" in tracer.stderr.readline()
+    # It attaches when told, and is heard, by calls that are not made to fail: all of Popen's own are over by then.
+    waiting = ["sh", "-c", 'read go; exec "$@"', "sh", *arguments]
+    tracer = subprocess.Popen(waiting, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tracer.stdin is not None and tracer.stderr is not None
+    os.writev(tracer.stdin.fileno(), [b"\n"])
+    said = bytearray(4096)
+    os.readv(tracer.stderr.fileno(), [said])
+    assert b"attached" in said, said
 
     def note(text: str) -> None:
         os.writev(out, [text.encode() + b"\n"])
@@ -133,7 +139,7 @@ def count(folder: Folder, call: str) -> tuple[int, int]:
     return sum(threads.values()), max(threads.values(), default=0)
 
 
-def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: int | None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
     """Each errno at each call, or at `sample` of them."""
     row = Row(call)
     row.operations, most = count(folder, call)
@@ -156,7 +162,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     with Folder(on_disk=options.folder) as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
-                rows.append(sweep(folder, call, codes, sample=None if options.full else 4, seed=options.seed, stop=False))
+                rows.append(sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False))
                 print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import random
+import shutil
 import stat
 import sys
 import threading
@@ -22,6 +24,7 @@ from async_ckpt import (
     BackpressureTimeout,
     Catalog,
     CheckpointError,
+    CommitError,
     ConfigError,
     KeepLast,
     OutOfSpaceError,
@@ -37,6 +40,7 @@ from async_ckpt.snapshot.cutting import cut
 from async_ckpt.staging import StagingArena, StagingChunk
 from async_ckpt.writer import executor
 
+from .diskmodel import DiskModel
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
 
@@ -146,6 +150,28 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
         assert fs.calls.before is None
         assert contents(tmp_path)["a"] == 3
         assert engine.tags()[-1] == "a"
+
+
+def test_retention_deletes_nothing_for_a_newer_one_whose_name_is_not_durable_yet(tmp_path: Path) -> None:
+    """Another process had renamed it and not synced the root: after power loss it could be in staging again, and the older one gone."""
+    root, before = tmp_path / "root", tmp_path / "before"
+    fs = faulty_filesystem(keep_data=True)
+    with quiet(), make_engine(root, fs) as engine:
+        Job(engine, Told()).whole("reported", 1)
+        shutil.copytree(root, before)
+        first = len(fs.operations)
+        fs.fail_when(lambda op: op.name == "fsync" and op.path == str(root), errno.EIO)
+        assert isinstance(Job(engine, Told()).start("unknown", 2).exception(TIMEOUT_S), CommitError)
+        fs.heal()
+        assert engine.tags() == ["reported", "unknown"]
+        retention.apply(fs, str(root), KeepLast(1))
+    model = DiskModel(before)
+    for op in fs.operations[first:]:
+        op.path = op.path.replace(str(root), str(before))
+        op.dst = op.dst and op.dst.replace(str(root), str(before))
+        model.apply(op)
+        for text, after in model.states(random.Random(1), 2):
+            assert {"reported/manifest.json", "unknown/manifest.json"} & set(after), f"after {op.name} {op.path}: {text}"
 
 
 def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path) -> None:

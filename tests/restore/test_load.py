@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +24,9 @@ from async_ckpt import (
     UnsupportedStateError,
     restore,
 )
+from async_ckpt.restore.loading import load_opened
+from async_ckpt.restore.read_errors import ReadError
+from async_ckpt.restore.verified_open import open_committed
 
 from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
@@ -141,6 +147,29 @@ def test_links_and_fifos_are_refused(tmp_path: Path) -> None:
             restore.load_committed(catalog, "a", name)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_a_manifest_of_the_wrong_kind_is_damage_to_whoever_loads_by_path(tmp_path: Path, kind: str) -> None:
+    """The message was that there is no checkpoint, and that torch.load reads the file, unverified."""
+    commit(tmp_path, "a", {"m.pt": torch_bytes(1)})
+    manifest = tmp_path / "a/manifest.json"
+    manifest.rename(tmp_path / "moved")
+    {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(tmp_path / "moved"), "directory": os.mkdir}[kind](manifest)
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json"):
+        async_ckpt.load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_the_file_that_is_mapped_is_the_one_that_was_verified(tmp_path: Path, change: str) -> None:
+    """It was opened a second time by its name, which a replacement had taken by then."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
+    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=None) as opened:
+        (tmp_path / "a").rename(tmp_path / "moved")
+        if change == "replaced":
+            commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.zeros(1000)})})
+        loaded = load_opened(opened, mmap=True)
+    assert torch.equal(loaded["w"], torch.ones(1000))
+
+
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(1)})
     with pytest.raises(ConfigError, match="verify"):
@@ -159,6 +188,77 @@ def test_load_by_path_finds_the_manifest_above(tmp_path: Path, monkeypatch: pyte
         async_ckpt.load(tmp_path / "loose.pt")
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
         async_ckpt.load(tmp_path / "nothing.pt")
+
+
+def _container(pickled: bytes) -> bytes:
+    """What `torch.save` writes, around any pickle."""
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for name, data in {"data.pkl": pickled, "byteorder": b"little", "data/0": bytes(4000)}.items():
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+_TENSOR = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuM\xe8\x03tQ"
+_REST = b"\x89ccollections\nOrderedDict\n)RtR."
+CRAFTED = {
+    "empty": b"",
+    "no end": b"\x80\x02}",
+    "text cut off": b"\x80\x02X\xff\xff\xff\x7fabc.",
+    "no storage": b"\x80\x02(X\x07\0\0\0storageX\1\0\0\0xtQ.",
+    "storage too small": _TENSOR + b"K\0M\0\x10\x85K\1\x85" + _REST,
+    "offset below zero": _TENSOR + b"J\xfc\xff\xff\xffK\x0a\x85K\1\x85" + _REST,
+    "size below zero": _TENSOR + b"K\0J\xfb\xff\xff\xff\x85K\1\x85" + _REST,
+    "size of 72 bits": _TENSOR + b"K\0\x8a\x09" + b"\xff" * 8 + b"\x01\x85K\1\x85" + _REST,
+    "storage of a length": b"\x80\x02ctorch.storage\nUntypedStorage\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+    "tensor of a length": b"\x80\x02ctorch\nFloatTensor\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+    "bytearray of a length": pickle.dumps(bytearray, 2)[:-1] + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+}
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(tmp_path: Path, kind: str, mode: dict[str, bool]) -> None:
+    """torch's own EOFError, RuntimeError, TypeError passed; and a few bytes made as many gigabytes as they said."""
+    catalog = commit(tmp_path, "a", {"m.pt": _container(CRAFTED[kind])})
+    with pytest.raises(CorruptCheckpointError, match=r"a/m\.pt"):
+        restore.load_committed(catalog, "a", "m.pt", **mode)
+
+
+@pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
+def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bool]) -> None:
+    data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse(), "s": torch.ones(3).untyped_storage()}
+    loaded = restore.load_committed(commit(tmp_path, "a", {"m.pt": torch_bytes(data)}), "a", "m.pt", **mode)
+    assert (loaded["b"], loaded["e"]) == (data["b"], data["e"]) and torch.equal(loaded["w"].to_dense(), torch.ones(3))
+
+
+@pytest.mark.parametrize("num_spare", [0, 1])
+def test_a_shortage_while_mapping_is_no_damage(tmp_path: Path, num_spare: int) -> None:
+    """torch opens the file itself, and its RuntimeError passed for a damaged file."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
+    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=1) as opened:
+        opened.file.verify_rest()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + num_spare, limits[1]))
+        try:
+            with pytest.raises(ReadError, match=r"m\.pt") as caught:
+                load_opened(opened, mmap=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
+
+
+def test_errors_of_the_callers_own_code_pass(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(3)})})
+
+    def place(storage: object, location: str) -> object:
+        raise LookupError("where to?")
+
+    with pytest.raises(LookupError, match="where to"):
+        restore.load_committed(catalog, "a", "m.pt", map_location=place)
 
 
 class Bomb:

@@ -81,7 +81,7 @@ def _load_verified(filesystem: FileSystem, place: Place, entry: FileEntry, map_l
     except BaseException:
         file.close()
         raise
-    with Opened(verified, entry, place.final) as opened:
+    with Opened(verified, entry, place.final, file.map_path) as opened:
         return load_opened(opened, map_location=map_location, weights_only=weights_only)
 
 
