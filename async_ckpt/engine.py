@@ -28,8 +28,8 @@ from .catalog import Catalog
 from .config import EngineConfig
 from .errors import BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard, SaveTurn
-from .inflight import InFlight, given_up
-from .inflight.checkpoint import OpenCheckpoint, SavedFile
+from .inflight import InFlight
+from .inflight.checkpoint import OpenCheckpoint, SavedFile, given_up
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
 from .locks import Lock

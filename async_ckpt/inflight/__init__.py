@@ -36,7 +36,7 @@ from ..transaction import State
 from ..writer import FileWrite, WriterPool, WrittenFile
 from ..writer.executor import DaemonExecutor
 from . import leaving, publishing
-from .checkpoint import OpenCheckpoint, SavedFile
+from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .observing import Observers
 
 if TYPE_CHECKING:
@@ -427,15 +427,6 @@ class InFlight:
         if self.publisher is not None:
             self.publisher.close()
         self._has_stopped = True
-
-
-def given_up(message: str, reason: BaseException | None) -> TransactionStateError:
-    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that has led to it."""
-    if reason is None:
-        return TransactionStateError(message)
-    error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")
-    error.__cause__ = reason
-    return error
 
 
 def _joined(directory: Future[str], path: str) -> str | Future[str]:
