@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,7 @@ from .config import EngineConfig
 from .errors import BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard, SaveTurn
 from .inflight import InFlight
-from .inflight.checkpoint import OpenCheckpoint, SavedFile
+from .inflight.checkpoint import OpenCheckpoint, SavedFile, given_up
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
 from .locks import Lock
@@ -316,11 +317,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
     # Leaving.
 
     def abort(self, tag: Any) -> None:
-        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended."""
+        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended.
+
+        Called in an ``except`` block, the other ranks of the job learn that exception as the cause.
+        """
         name = manifest.check_tag(tag_of(tag))
         with self._lock:
             self._usable()
-            self._inflight.abort(name, TransactionStateError(f"checkpoint {name!r} was aborted by its owner"))
+            self._inflight.abort(name, given_up(f"checkpoint {name!r} was aborted by its owner", sys.exc_info()[1]))
 
     def close(self) -> None:
         """Wait for every pending commit, give up what was not committed (with a warning), stop all threads.
@@ -330,6 +334,10 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Raises:
             CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in time.
         """
+        self._close(sys.exc_info()[1])
+
+    def _close(self, reason: BaseException | None) -> None:
+        """`reason`: the exception that has led here, if there is one."""
         with self._lock:
             if os.getpid() != self._inflight.pid:
                 raise TransactionStateError(self._inflight.forked_message())
@@ -343,7 +351,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             with self._lock:
                 self._guard.wait(block=True)
                 self._guard.remove()
-            self._inflight.close(self._preemption.remaining_s if self._preemption is not None else float("inf"))
+            self._inflight.close(self._preemption.remaining_s if self._preemption is not None else float("inf"), reason)
         self._inflight.raise_unacknowledged()
 
     def __enter__(self) -> AsyncCheckpointEngine:
@@ -358,7 +366,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
             # The state that the block left behind may be half way through a step.
             self._preemption.cancel_save()
         try:
-            self.close()
+            # Given by hand: `__aexit__` runs this on a thread that handles no exception.
+            self._close(error)
         except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
             warnings.warn(f"while leaving the block with {error!r}, closing the engine failed too: {failure}", RuntimeWarning, stacklevel=2)
 

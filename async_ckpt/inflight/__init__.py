@@ -36,7 +36,7 @@ from ..transaction import State
 from ..writer import FileWrite, WriterPool, WrittenFile
 from ..writer.executor import DaemonExecutor
 from . import leaving, publishing
-from .checkpoint import OpenCheckpoint, SavedFile
+from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .observing import Observers
 
 if TYPE_CHECKING:
@@ -374,16 +374,16 @@ class InFlight:
 
     # Ending.
 
-    def close(self, timeout_s: float = float("inf")) -> None:
+    def close(self, timeout_s: float = float("inf"), reason: BaseException | None = None) -> None:
         """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads.
 
-        Bounded by `timeout_s` and the configuration's `close_timeout_s`.
+        Bounded by `timeout_s` and the configuration's `close_timeout_s`. `reason`: the exception that has led here.
         """
         timeout_s = min(timeout_s, self._config.close_timeout_s)
         deadline = time.monotonic() + timeout_s
         is_impatient = True
         try:
-            self._abandon_open()
+            self._abandon_open(reason)
             for pending in self.unfinished():
                 if not pending.wait(deadline - time.monotonic()):
                     raise BackpressureTimeout(
@@ -405,16 +405,16 @@ class InFlight:
                     raise
                 logger.warning("the engine on %r was interrupted while it was closing: %s", self.root, timeout)
 
-    def _abandon_open(self) -> None:
+    def _abandon_open(self, reason: BaseException | None) -> None:
         for tag in list(self._open):
             checkpoint = self._open[tag]
             if checkpoint.error is None and checkpoint.state is State.OPEN:
                 warnings.warn(
                     f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
-            self.abort(tag, checkpoint.error or TransactionStateError(f"the engine was closed before commit({tag!r})"))
+            self.abort(tag, checkpoint.error or given_up(f"the engine was closed before commit({tag!r})", reason))
 
     def stop(self, timeout_s: float) -> None:
         """The threads' end; goes on where an interrupt has cut it short, and does nothing once it is done."""

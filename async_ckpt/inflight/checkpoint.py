@@ -110,3 +110,12 @@ class OpenCheckpoint:
         for n in range(1, len(parts) + 1):
             self.directories.add(parts[:n])
         return is_new
+
+
+def given_up(message: str, reason: BaseException | None) -> TransactionStateError:
+    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that has led to it."""
+    if reason is None:
+        return TransactionStateError(message)
+    error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")
+    error.__cause__ = reason
+    return error

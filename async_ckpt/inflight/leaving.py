@@ -88,7 +88,8 @@ def finish(inflight: InFlight) -> None:
 
 def _close(inflight: InFlight) -> None:
     try:
-        inflight.close()
+        # At exit: the exception that has ended the program, which the other ranks learn as the cause.
+        inflight.close(reason=getattr(sys, "last_value", None))
         inflight.raise_unacknowledged()
     except Exception as error:  # noqa: BLE001 -- whatever failed it, the others are still to be finished, and the exit code tells
         logger.error("a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)

@@ -157,12 +157,14 @@ def _one(job: Job, engine: AsyncCheckpointEngine, rank: int, tag: str, act: str)
     try:
         engine.save(state_of(rank, tag, job.numel), f"rank{rank}.pt")
         if act == "raise":
-            raise ZeroDivisionError
+            raise ZeroDivisionError("by hand")
         if act in ("die", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if act == "die" else signal.SIGSTOP)
         if act == "hang":
             # Until the others have given this tag up.
             dist.FileStore(f"{job.results}/gate", -1).wait([tag], timedelta(seconds=60))
+        if act == "raise out":
+            raise RuntimeError("out of the block")
     except ZeroDivisionError:
         engine.abort(tag)
         raise

@@ -58,7 +58,7 @@ def test_every_rank_commits_into_one_directory(tmp_path: Path, store: Any, world
 
 
 FAILURES = {
-    "raise": ("raised", "aborted by its owner"),
+    "raise": ("raised", "aborted by its owner because of ZeroDivisionError: by hand"),
     "full": ("OutOfSpaceError", "disk is full"),
     "die": (None, "its process has ended"),
 }
@@ -84,6 +84,15 @@ def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path:
         assert learnt[2][1]["outcome"] == own
         assert [[record["outcome"] for record in rank][2:] for rank in learnt] == [["ok", "closed"]] * 3
         assert_whole(job.root, ["a", "c"], [0, 1, 2])
+
+
+def test_an_exception_that_leaves_the_block_on_one_rank_is_the_cause_on_the_others(tmp_path: Path, store: Any) -> None:
+    job = make_job(tmp_path, store, 3)
+    learnt = run(job, [[("a", "commit")], [("a", "raise out")], [("a", "commit")]], [0, 1, 0])
+    for rank in (0, 2):
+        record = learnt[rank][0]
+        assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 1, False)
+        assert "closed before commit('a') because of RuntimeError: out of the block" in record["message"]
 
 
 def test_a_hanging_rank_is_named_and_may_join_the_next_checkpoint(tmp_path: Path, store: Any) -> None:

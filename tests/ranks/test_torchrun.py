@@ -74,6 +74,21 @@ def test_the_pacers_decision_latest_and_retention_are_the_same_on_all_ranks(tmp_
     assert len(Catalog(tmp_path / "root").tags()) == min(2, num_saved)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 4, 8])
+def test_any_number_of_ranks_saves_and_the_next_run_resumes_with_another(tmp_path: Path, num_ranks: int) -> None:
+    learnt, code, output = torchrun(tmp_path, num_ranks, 30, None)
+    assert code == 0, output
+    newest = f"step-{learnt[0]['saved'][-1]}"
+    assert [one["after"] for one in learnt] == [[newest, newest]] * num_ranks
+    catalog = Catalog(tmp_path / "root")
+    files = {entry.path: entry.rank for entry in catalog.manifest(newest).files}
+    assert files == {"train.pt": 0 if num_ranks > 1 else None} | {f"rank-{r}.pt": r if num_ranks > 1 else None for r in range(num_ranks)}
+    assert all(catalog.verify(tag).ok for tag in catalog.tags()) and catalog.staging() == []
+    again, code, output = torchrun(tmp_path, 2, 10, None)
+    assert code == 0, output
+    assert [one["before"] for one in again] == [[newest, newest]] * 2
+
+
 def test_sigterm_to_one_rank_stops_all_with_the_same_last_checkpoint(tmp_path: Path) -> None:
     learnt, code, output = torchrun(tmp_path, 2, 100_000, lambda process, pids: os.kill(pids[1], signal.SIGTERM))
     assert code == 0, output

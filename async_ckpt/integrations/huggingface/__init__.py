@@ -11,7 +11,7 @@ files and formats (``checkpoint-500/model.safetensors``, ``optimizer.pt``, ...),
 stock `Trainer` read them. A directory appears under its name in one rename, when all of it is durable.
 
 For Accelerate: `save_accelerator_state` and `load_accelerator_state`. Needs ``pip install 'async-ckpt[huggingface]'``;
-run with transformers 5.23.0 and accelerate 1.15.0, and with 4.57.6 and 1.10.1.
+run with transformers 5.24.0 and accelerate 1.15.0, and with 4.57.6 and 1.10.1.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     - No older checkpoint is deleted, and no ``last.ckpt`` link switched, before the newer one is durable.
     - `load_checkpoint` waits for what is pending and compares every byte with the manifest.
 
-    One thread at a time. May be used for several ``fit`` calls; after the last one, a save by hand
-    (``trainer.save_checkpoint``) is finished by `teardown`, `wait`, or the end of the process.
+    One thread at a time. May be used for several ``fit`` calls. A save by hand (``trainer.save_checkpoint``) after ``fit`` has ended
+    returns when the file is there: no training overlaps with it, and nothing would tear down after it.
 
     Args:
         on_commit: called with the path of each committed file, on a background thread, in order; it may block (an
@@ -64,12 +64,14 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         self._engine: AsyncCheckpointEngine | None = None
         self._coordinator: FileCoordinator | None = None
         self._after: FollowUps | None = None
+        # Lightning's trainer has torn down and has not begun again.
+        self._is_over = False
         cooperate(AsyncCkptIO)
 
     # Lightning's interface.
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Snapshot `checkpoint` and write it to `path` in the background.
+        """Snapshot `checkpoint` and write it to `path` in the background; after `teardown`, until the file is there.
 
         Blocks for the copy (about one memcpy), while staging memory is full, and while `max_pending_commits` are unfinished.
 
@@ -95,6 +97,12 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             engine.abort(place.tag)
             raise
         after.saved(place, number, pending)
+        if self._is_over:
+            try:
+                # Raises, also where `teardown` would only log: the caller may be handling another exception.
+                self.wait()
+            finally:
+                self.teardown()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, verified; waits for pending saves first. Files of stock Lightning are read as stock does.
@@ -130,6 +138,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         Raises:
             CheckpointError: the first failure that was not raised yet; while another exception is on its way out, it is logged instead.
         """
+        self._is_over = True
         engine, after = self._engine, self._after
         if engine is None or after is None:
             return
@@ -149,7 +158,11 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     # What Lightning does not ask for.
 
     def prepare(self, dirpath: Any) -> None:
-        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does it."""
+        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does it.
+
+        From now on until `teardown`, saves go on in the background.
+        """
+        self._is_over = False
         self._running(Place.of(os.path.join(dirpath, "any")))
 
     def wait(self) -> None:

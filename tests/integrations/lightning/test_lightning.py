@@ -204,6 +204,32 @@ def test_a_failed_last_commit_raises_at_teardown(tmp_path: Path) -> None:
     assert visible(tmp_path) == {}
 
 
+def test_a_save_by_hand_after_fit_is_there_when_it_returns(tmp_path: Path) -> None:
+    files = GatedFileSystem()
+    files.gate.set()
+    io, model = plugin(filesystem=files), job()
+    t = trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path)], max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "by_hand.ckpt")
+    assert Job.load_from_checkpoint(tmp_path / "by_hand.ckpt", weights_only=False).hparams.width == 8
+    assert io.engine is None, "nobody would stop its threads"
+    files.fail_manifest = OSError(errno.EIO, "by hand")
+    try:
+        raise KeyError
+    except KeyError:
+        # Raised, though another exception is being handled.
+        with pytest.raises(CommitError, match="by hand"):
+            t.save_checkpoint(tmp_path / "lost.ckpt")
+    files.fail_manifest = None
+    # The next training overlaps again.
+    files.gate.clear()
+    io.prepare(tmp_path)
+    io.save_checkpoint(STATE, tmp_path / "later.ckpt")
+    assert io.is_pending(tmp_path / "later.ckpt")
+    files.gate.set()
+    io.teardown()
+
+
 def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
     files, model = GatedFileSystem(), job()
     files.fail_manifest = OSError(errno.EIO, "broken disk")
