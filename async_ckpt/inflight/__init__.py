@@ -303,8 +303,7 @@ class InFlight:
 
     def _complete(self, checkpoint: OpenCheckpoint, location: str, entries: list[FileEntry]) -> None:
         """Make the directories that hold no file, and read everything back where that was asked for; refuse torn snapshots."""
-        for job in checkpoint.jobs():
-            job.judge()
+        checkpoint.judge()
         transaction.make_directories(self.filesystem, location, sorted(map("/".join, checkpoint.directories)))
         if self._config.read_back:
             verify.read_back(self.filesystem, location, entries)

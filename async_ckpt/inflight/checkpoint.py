@@ -17,6 +17,9 @@ from ..writer import FileWrite, WrittenFile
 if TYPE_CHECKING:
     from ..snapshot import SnapshotJob
 
+# How long a commit waits for other threads to leave what may be a change of a tensor that was copied lazily.
+_JUDGE_TIMEOUT_S = 10.0
+
 
 @dataclass(slots=True)
 class SavedFile:
@@ -101,6 +104,12 @@ class OpenCheckpoint:
     def jobs(self) -> list[SnapshotJob]:
         """The snapshots of its files."""
         return [saved.job for saved in self.files.values() if saved.job is not None]
+
+    def judge(self) -> None:
+        """Raise `TornSnapshotError` for the first torn file. After all copies; blocks, see `SnapshotJob.judge`."""
+        deadline = time.monotonic() + _JUDGE_TIMEOUT_S
+        for job in self.jobs():
+            job.judge(max(0.0, deadline - time.monotonic()))
 
     def add_directory(self, parts: tuple[str, ...]) -> bool:
         """Remember a directory and its parents; False when it was there."""

@@ -6,10 +6,10 @@ Guarantees:
   guarded; guarded ones are copied in the background, and `SnapshotJob.copied` says when they are safe to change.
 - A tensor whose version counter moved before its copy ended fails the checkpoint with `TornSnapshotError`. Counters move when
   an operation ends, so they are compared when no other thread can be inside one any more that ran during the copy: at the end of
-  an eager `take`, and of lazy copies when the checkpoint is about to be published (`SnapshotJob.judge`).
+  an eager `take`; of a lazy copy soon after it, before a step may begin, or at the latest when the checkpoint is to be published.
 - Sources are kept alive until their copy has ended; every chunk is handed to the writer or given back.
 
-Which thread: `take` on the caller's thread, with helpers where parts are large; lazy fills on the writer pool's one copy
+Which thread: `take` on the caller's thread, with helpers; lazy fills on the writer pool's one copy
 thread, in the order of the saves, so a lazy fill never waits for another chunk (its chunks are reserved before it is queued).
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..layout import FilePlan, PlannedState
-from ..locks import Condition
+from ..locks import Condition, Lock
 from ..staging import StagingArena, StagingChunk
 from ..writer import Chunk, FileWrite, WriterPool
 from .bystanders import Bystanders
@@ -39,10 +39,11 @@ __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 _PATIENCE_S = 0.01
 
 
-# How long an eager save waits, at its end, for other threads to leave the operation they are in, and how long a commit does. Nearly
-# always there is none: it takes a thread that computes, or that sleeps, in code of the user's.
+# How long an eager save, or the step after a lazy one, waits for other threads to leave the operation they are in. Nearly always there
+# is none: it takes a thread that computes in code of the user's.
 _BYSTANDERS_TIMEOUT_S = 0.25
-_JUDGE_TIMEOUT_S = 10.0
+# How long the copy thread looks after them when it has nothing else to do.
+_SETTLE_TIMEOUT_S = 0.1
 
 
 class _Courtesy:
@@ -83,6 +84,10 @@ def _nothing() -> None:
     """What an eager snapshot, or one that is over, has to do."""
 
 
+def _no_verdict(timeout_s: float) -> None:
+    """As `_nothing`."""
+
+
 @dataclass(slots=True)
 class SnapshotJob:
     """One file's snapshot. `copied` resolves when no source byte is needed any more."""
@@ -93,9 +98,9 @@ class SnapshotJob:
     events: list[torch.cuda.Event] = field(default_factory=list)
     accept_changes: Callable[[], None] = _nothing
     """To be called before the sources are changed: once they are copied, or the streams that will change them wait for `events`."""
-    judge: Callable[[], None] = _nothing
+    judge: Callable[[float], None] = _no_verdict
     """Raises `TornSnapshotError` if lazily copied tensors changed too soon. After the copies; blocks while another thread may be in
-    the middle of a change."""
+    the middle of a change, for so many seconds at most."""
     is_settled: bool = True
     """False while a change of the sources would still be taken for a torn snapshot."""
     mode: str = "eager"
@@ -113,7 +118,7 @@ class SnapshotJob:
     def forget(self) -> None:
         """Nobody asks for the outcome any more: let go of the sources."""
         self.is_settled = True
-        self.accept_changes = self.judge = _nothing
+        self.accept_changes, self.judge = _nothing, _no_verdict
 
 
 class Snapshotter:
@@ -128,6 +133,11 @@ class Snapshotter:
         self._cuts: dict[str, tuple[Sequence[int], Cuts]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._courtesy = _Courtesy()
+        self._lock = Lock()
+        self._num_waiting = 0
+        """Lazy copies that have not begun."""
+        self._unsettled: list[_File] = []
+        """Of the copy thread."""
 
     def hurry(self) -> None:
         """Start the queued lazy copies now: the caller has nothing more to save, or waits for them. Any thread."""
@@ -186,6 +196,8 @@ class Snapshotter:
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
         job.is_settled, job.accept_changes, job.judge = False, file.accept_changes, file.judge
+        with self._lock:
+            self._num_waiting += 1
         done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
@@ -193,7 +205,12 @@ class Snapshotter:
         self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None
     ) -> None:
         self._courtesy.wait()
+        with self._lock:
+            self._num_waiting -= 1
         file.copy_behind(chunks, callers, chosen)
+        self._unsettled = [other for other in (*self._unsettled, file) if not other.job.is_settled]
+        for other in self._unsettled:
+            other.settle(lambda: self._num_waiting > 0)
 
     def _cuts_for(self, plan: FilePlan, name: str) -> Cuts:
         known = self._cuts.get(name)
@@ -267,9 +284,10 @@ class _File:
             raise
         self.job.copy_s += time.perf_counter() - started
         if first + len(chunks) > self._last:
+            # In this order: `accept_changes` looks at the first, then the second.
+            self.job.end(None)
             if self.job.is_settled:
                 self.fill.drop_sources()
-            self.job.end(None)
 
     def give_back(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Those that the writer has not taken over, once no device writes to them."""
@@ -357,15 +375,29 @@ class _File:
 
     def accept_changes(self) -> None:
         """See `SnapshotJob`. Any thread."""
+        if self._bystanders is not None and self.job.copied.done():
+            self._bystanders.wait(_BYSTANDERS_TIMEOUT_S, lambda: self.fill.has_changed)
         self.fill.accept_changes()
         self.job.is_settled = True
         if self.job.copied.done() and not self.fill.has_changed:
             self.fill.drop_sources()
 
-    def judge(self) -> None:
+    def settle(self, is_needed: Callable[[], bool]) -> None:
+        """On the copy thread, after the copies: `accept_changes` once nobody can be inside a change any more.
+
+        Gives up when `is_needed()` or after a while: a step, or the commit, does it then.
+        """
+        bystanders = self._bystanders
+        if bystanders is None or self.job.is_settled:
+            return
+        bystanders.wait(_SETTLE_TIMEOUT_S, lambda: self.job.is_settled or self.fill.has_changed or is_needed())
+        if not bystanders.any_inside:
+            self.accept_changes()
+
+    def judge(self, timeout_s: float) -> None:
         """See `SnapshotJob`. After the copies; any thread."""
         if self._bystanders is not None:
-            self._bystanders.wait(_JUDGE_TIMEOUT_S, lambda: self.job.is_settled or self.fill.has_changed)
+            self._bystanders.wait(timeout_s, lambda: self.job.is_settled or self.fill.has_changed)
         try:
             self.fill.check_versions()
         finally:

@@ -184,10 +184,10 @@ class Fill:
             event.synchronize()
 
     def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
-        """Compare the version counters with those at plan time; tensors found unchanged are final and not looked at again.
+        """Compare the version counters with those at plan time.
 
         Args:
-            all_but: storages whose tensors are not copied yet, and are left for a later check.
+            all_but: storages whose tensors are not copied yet, and are left for a later check; the others are final then.
 
         Raises:
             TornSnapshotError: some moved; names up to ten.

@@ -1,16 +1,14 @@
-"""A file cut into chunks, as plain data: every piece of every chunk, and where its bytes come from.
+"""A file cut into chunks, as plain data: every piece of every chunk, and where its bytes come from. No torch here: modes and default
+devices of the user's must not reach it.
 
-The pieces of a chunk tile it. There may be tens of thousands of them, and their addresses are worked out anew for each save, so
-they are columns of int64 and no Python objects.
+The pieces of a chunk tile it. There may be tens of thousands of them, and their addresses are worked out anew for each save, so the
+small ones are columns of numbers and no objects.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-
-import torch
 
 from ..layout import FilePlan
 
@@ -28,18 +26,26 @@ class LargePiece:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
 class SmallPieces:
     """As `LargePiece`, all small ones of a file in columns; those of chunk k are rows `starts[k]` to `starts[k + 1]`."""
 
-    def __init__(self, columns: torch.Tensor, starts: list[int]) -> None:
-        self.starts = starts
-        self._sources, self._source_offsets = columns[:, 0].contiguous(), columns[:, 1].contiguous()
-        self.sources, self.source_offsets, self.chunk_offsets, self.nbytes = (column.tolist() for column in columns.unbind(1))
+    sources: list[int] = field(default_factory=list)
+    source_offsets: list[int] = field(default_factory=list)
+    chunk_offsets: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+
+    def add(self, source: int, source_offset: int, chunk_offset: int, nbytes: int) -> None:
+        """Append a row."""
+        self.sources.append(source)
+        self.source_offsets.append(source_offset)
+        self.chunk_offsets.append(chunk_offset)
+        self.nbytes.append(nbytes)
 
     def addresses(self, sources: list[int]) -> list[int]:
         """Of each row's bytes, where `sources` are the addresses of all sources."""
-        found: list[int] = (torch.tensor(sources, dtype=torch.int64, device="cpu")[self._sources] + self._source_offsets).tolist()
-        return found
+        return [sources[source] + offset for source, offset in zip(self.sources, self.source_offsets, strict=True)]
 
     def rows(self, k: int) -> range:
         """Of chunk `k`."""
@@ -80,28 +86,25 @@ def literal_sources(plan: FilePlan, cuts: Cuts) -> list[bytes]:
 
 
 def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
-    """Cut a plan at chunk boundaries: about a microsecond per payload."""
-    num_chunks = max(1, -(-plan.file_bytes // chunk_bytes))
-    payloads = [
-        (offset, nbytes, index, 0) for index, (offset, nbytes) in enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True))
-    ]
-    extents = torch.tensor(sorted([*payloads, *_literal_extents(plan)]), dtype=torch.int64).reshape(-1, 4)
-    offsets, nbytes, sources, source_starts = extents[extents[:, 1] > 0].unbind(1)
-    first_chunks = offsets // chunk_bytes
-    num_parts = (offsets + nbytes - 1) // chunk_bytes - first_chunks + 1
-    part_of = torch.repeat_interleave(torch.arange(len(offsets), device="cpu"), num_parts)
-    # The number of each part among those of its extent: counted on from where the extent's parts begin.
-    number = torch.arange(len(part_of), device="cpu") - (num_parts.cumsum(0) - num_parts)[part_of]
-    chunks = first_chunks[part_of] + number
-    lows = torch.maximum(offsets[part_of], chunks * chunk_bytes)
-    sizes = torch.minimum((offsets + nbytes)[part_of], (chunks + 1) * chunk_bytes) - lows
-    columns = torch.stack((sources[part_of], source_starts[part_of] + lows - offsets[part_of], lows - chunks * chunk_bytes, sizes), 1)
-    is_large = sizes >= LARGE_BYTES
-    large: list[list[LargePiece]] = [[] for _ in range(num_chunks)]
-    for k, piece in zip(chunks[is_large].tolist(), columns[is_large].tolist(), strict=True):
-        large[k].append(LargePiece(*piece))
-    small_chunks = chunks[~is_large].tolist()
-    small = SmallPieces(columns[~is_large], [bisect_left(small_chunks, k) for k in range(num_chunks + 1)])
+    """Cut a plan at chunk boundaries: about two microseconds per payload."""
+    payloads = enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True))
+    extents = sorted([*_literal_extents(plan), *((offset, nbytes, index, 0) for index, (offset, nbytes) in payloads)])
+    small = SmallPieces()
+    large: list[list[LargePiece]] = [[] for _ in range(max(1, -(-plan.file_bytes // chunk_bytes)))]
+    for offset, nbytes, source, source_start in extents:
+        done = 0
+        while done < nbytes:
+            k, chunk_offset = divmod(offset + done, chunk_bytes)
+            size = min(nbytes - done, chunk_bytes - chunk_offset)
+            while len(small.starts) <= k:
+                small.starts.append(len(small.nbytes))
+            if size >= LARGE_BYTES:
+                large[k].append(LargePiece(source, source_start + done, chunk_offset, size))
+            else:
+                small.add(source, source_start + done, chunk_offset, size)
+            done += size
+    while len(small.starts) <= len(large):
+        small.starts.append(len(small.nbytes))
     middle = b"".join(data for _, data in plan.literals[1:-1])
     return Cuts(plan.file_bytes, chunk_bytes, len(plan.payload_offsets), small, large, middle)
 

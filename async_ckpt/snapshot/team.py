@@ -51,8 +51,10 @@ class CopyTeam:
         self._submit = submit
         self._num_helpers = num_helpers
         self._num_cores = _share_of_cores()
-        self._allowed = {thread: _allowed_cores(thread) for thread in native_ids}
-        self._kept_off: int | None = None
+        self._native_ids = native_ids
+        self._given: dict[int, set[int]] = {}
+        """The cores that this class has left each thread, and the user's own choice before that."""
+        self._allowed: dict[int, set[int]] = {}
 
     def leaves_cores(self, num_jobs: int) -> bool:
         """Whether the disk side has a core to itself while `num_jobs` jobs run, on every rank of this host."""
@@ -83,21 +85,16 @@ class CopyTeam:
     def _keep_off(self, core: int) -> None:
         """Before helpers are woken: a kernel that sees no cache shared between cores (a virtual machine) wakes a thread beside the one
         that wakes it, where it waits for milliseconds, and then two copies share one core while another idles."""
-        if core == self._kept_off:
-            return
-        for thread, allowed in self._allowed.items():
-            if allowed - {core}:
-                with contextlib.suppress(OSError):  # The cores were taken away meanwhile, or the thread is gone: slower, not wrong.
-                    os.sched_setaffinity(thread, allowed - {core})
-        self._kept_off = core
-
-
-def _allowed_cores(thread: int) -> set[int]:
-    try:
-        return os.sched_getaffinity(thread)
-    except (AttributeError, OSError):
-        # Another system, or the thread is gone.
-        return set()
+        for thread in self._native_ids:
+            # The cores were taken away meanwhile, the thread is gone, or this is another system: slower, not wrong.
+            with contextlib.suppress(OSError, AttributeError):
+                now = os.sched_getaffinity(thread)
+                if now != self._given.get(thread):
+                    self._allowed[thread] = now
+                wanted = self._allowed[thread] - {core} or self._allowed[thread]
+                if now != wanted:
+                    os.sched_setaffinity(thread, wanted)
+                    self._given[thread] = wanted
 
 
 class _Jobs:

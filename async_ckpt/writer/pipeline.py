@@ -96,7 +96,7 @@ class Pipeline:
 
     def waiting_for(self) -> str:
         """What it waits for now, in words; any thread."""
-        waits_for = self._waits_for if self._lane.path else "the directory"
+        waits_for = self._waits_for if self._lane.path or not self._tasks else "the directory"
         return self._lane.oldest() or f"{waits_for} of {self.file.path}"
 
     async def _serve(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from async_ckpt.snapshot import bystanders as bystanders_module
 from async_ckpt.snapshot.bystanders import Bystanders
 from tests.support.stepping import Doing, until
 
@@ -90,3 +92,34 @@ def test_where_the_system_says_nothing_of_its_threads_sleeping_ones_may_be_insid
     with computing():
         bystanders = Bystanders()
         assert [bystanders.any_inside for _ in range(10)] == [True] * 10
+
+
+def test_a_thread_that_sleeps_is_outside_however_busy_others_are() -> None:
+    """A heartbeat in user code beside a decoder's threads made every save wait for the time limit."""
+    with computing():
+        doing = Doing(lambda: _libc.usleep(50_000) and None)
+        bystanders = Bystanders()
+        until(lambda: bystanders.any_inside is True and len(bystanders._inside) == 1)
+        doing.result()
+
+
+def test_a_thread_that_sleeps_at_a_lock_beside_busy_ones_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might be a barrier, and the busy ones compute for it."""
+    monkeypatch.setattr(bystanders_module, "running_threads", lambda: frozenset([-1]))
+    jobs: queue.SimpleQueue[object] = queue.SimpleQueue()
+    doing = Doing(lambda: jobs.get())
+    until(lambda: Bystanders()._inside)
+    bystanders = Bystanders()
+    assert [bystanders.any_inside for _ in range(10)] == [True] * 10
+    monkeypatch.setattr(bystanders_module, "_SLEEP_BESIDE_OTHERS_S", 0.0)
+    assert not bystanders.any_inside and not Bystanders()._inside
+    jobs.put(None)
+    doing.result()
+
+
+def test_a_load_of_sharded_state_changes_tensors() -> None:
+    from async_ckpt.integrations.dcp import reader
+
+    assert not bystanders_module._is_harmless(reader.DcpReader.read_data.__code__)
+    assert bystanders_module._is_harmless(Bystanders.wait.__code__) and bystanders_module._is_harmless(threading.Event.wait.__code__)
+    assert not bystanders_module._is_harmless(threading.Thread.run.__code__)

@@ -106,6 +106,10 @@ def test_helpers_keep_off_the_callers_core() -> None:
             finally:
                 os.sched_setaffinity(0, allowed)
             assert seen.pop() == allowed - {callers}
+        os.sched_setaffinity(team._native_ids[0], {callers})
+        looked.clear()
+        team.run(2, lambda k: looked.wait(TIMEOUT_S) and None, look, lambda k: None)
+        assert seen.pop() == {callers}, "the user's own choice"
 
 
 def test_after_an_interrupt_no_job_begins(gate: Gate) -> None:

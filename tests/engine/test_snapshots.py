@@ -256,3 +256,22 @@ def test_state_eight_times_larger_than_staging(tmp_path: Path) -> None:
         assert pending.metrics.saves[0].mode == "streamed"
     loaded = torch.load(tmp_path / "big" / "s.pt")
     assert all(loaded[k].abs().sum() > 0 for k in state)
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_default_device_and_modes_do_not_reach_into_a_save(tmp_path: Path, is_guarded: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight = torch.nn.Parameter(torch.ones(3, 5))
+    state = {"w": weight, "many": [torch.full((7,), float(k)) for k in range(50)]}
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20) as engine:
+        if is_guarded:
+            engine.guard(torch.optim.SGD([weight], lr=0.1))
+        for tag, mode in (("device", torch.device("meta")), ("fake", FakeTensorMode())):
+            with mode:
+                engine.create(tag)
+                engine.save(state, "s.pt")
+                engine.save_bytes(b"hello", "b.txt")
+                pending = engine.commit(tag)
+            pending.result(60)
+            assert_same(torch.load(tmp_path / tag / "s.pt"), state)

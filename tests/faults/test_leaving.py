@@ -143,6 +143,7 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         "        except (TransactionStateError, TimeoutError): continue\n"
         "        os._exit(9)\n"
         "    fs.calls.before = None\n"
+        "    import torch; torch.set_num_threads(1)  # OpenMP's threads did not survive the fork\n"
         "    with make_engine(root) as own: own.create('child'); own.save(state(5), 'model.pt'); own.commit('child')\n"
         "    sys.exit(0)\n"
         "assert os.waitpid(child, 0)[1] == 0; gate.set(); p.result(20); engine.close()",
