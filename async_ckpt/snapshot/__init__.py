@@ -208,9 +208,10 @@ class Snapshotter:
         with self._lock:
             self._num_waiting -= 1
         file.copy_behind(chunks, callers, chosen)
-        self._unsettled = [other for other in (*self._unsettled, file) if not other.job.is_settled]
-        for other in self._unsettled:
+        files = [*self._unsettled, file]
+        for other in files:
             other.settle(lambda: self._num_waiting > 0)
+        self._unsettled = [other for other in files if not other.job.is_settled]
 
     def _cuts_for(self, plan: FilePlan, name: str) -> Cuts:
         known = self._cuts.get(name)
