@@ -270,7 +270,7 @@ class _File:
         started = time.perf_counter()
         try:
             callers = self.fill.record_callers() if callers is None else callers
-            self.fill.find_sources()
+            self.fill.find_sources(again=not is_urgent)
             if self.fill.devices:
                 self._copy_from_devices(chunks, callers, chosen, first)
             elif is_urgent:

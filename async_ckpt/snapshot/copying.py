@@ -74,9 +74,9 @@ class Fill:
             bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
         return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
 
-    def find_sources(self) -> None:
-        """Before the first `copy`: where the bytes lie, for all threads."""
-        if not self._addresses:
+    def find_sources(self, *, again: bool = False) -> None:
+        """Before the first `copy`: where the bytes lie, for all threads; `again` where the user may have moved them meanwhile."""
+        if again or not self._addresses:
             addresses = [*self._find_addresses(), *map(_address_of, self._literals)]
             self._small_addresses = self.cuts.small.addresses(addresses)
             self._addresses = addresses

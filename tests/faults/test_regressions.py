@@ -331,7 +331,8 @@ def test_an_old_checkpoint_is_read_into_tensors_after_the_writer_died(tmp_path: 
         engine.close()
 
 
-def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, held_copies: Any) -> None:
+@pytest.mark.parametrize("others", [{}, {"buffer": torch.zeros(10)}], ids=["alone", "beside unguarded ones"])
+def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, held_copies: Any, others: dict[str, Any]) -> None:
     """Its bytes were copied from where it no longer was."""
     weight = torch.nn.Parameter(torch.ones(1000))
     with quiet():
@@ -340,7 +341,7 @@ def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, he
         engine.guard(optimizer)
         held = held_copies(engine)
         engine.create("a")
-        engine.save({"w": weight.detach()}, "s.pt")
+        engine.save({"w": weight.detach(), **others}, "s.pt")
         weight.untyped_storage().resize_(0)
         held.let_go()
         error = engine.commit("a").exception(TIMEOUT_S)
