@@ -113,7 +113,7 @@ def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:
     """(file offset, bytes, source, offset in the source) of each literal."""
     first, middle, last = range(len(plan.payload_offsets), len(plan.payload_offsets) + 3)
     between = plan.literals[1:-1]
-    starts = accumulate((len(data) for _, data in between), initial=0)
+    starts = list(accumulate([len(data) for _, data in between], initial=0))
     extents = [(offset, len(data), middle, start) for (offset, data), start in zip(between, starts, strict=False)]
     ends = [(plan.literals[0], first), (plan.literals[-1], last)][: len(plan.literals)]
     return [*extents, *((offset, len(data), source, 0) for (offset, data), source in ends)]
