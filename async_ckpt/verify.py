@@ -222,7 +222,7 @@ def _windows(work: Sequence[tuple[FileEntry, ReadableFile]]) -> Iterator[tuple[F
 
 def _check_window(buffers: threading.local, entry: FileEntry, file: ReadableFile, first: int, last: int) -> tuple[int, list[Problem]]:
     if not hasattr(buffers, "memory"):
-        buffers.memory = memoryview(mmap.mmap(-1, _WINDOW_BYTES))
+        buffers.memory = memoryview(mmap.mmap(-1, _WINDOW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     memory: memoryview = buffers.memory
     start = first * entry.extent_bytes
     end = min(last * entry.extent_bytes, entry.size_bytes)

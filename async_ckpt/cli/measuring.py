@@ -83,14 +83,18 @@ def measure_memory(seconds: float) -> MemoryResult:
     share_s = seconds / 3
     return MemoryResult(
         copy_warm_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, target)),
-        copy_fresh_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, mmap.mmap(-1, num_bytes))),
+        copy_fresh_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, _fresh(num_bytes))),
         crc_bytes_per_s=_rate(num_bytes, share_s, lambda: crc32(memoryview(source))),
         available_bytes=available_memory_bytes(),
     )
 
 
+def _fresh(num_bytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def _touched(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes)
+    memory = _fresh(num_bytes)
     ctypes.memset(_address(memory), 0x5A, num_bytes)
     return memory
 
