@@ -50,13 +50,16 @@ class StagingChunk:
     that it was taken.
     """
 
-    __slots__ = ("__weakref__", "_arena", "address", "is_held", "num_users", "piece", "tensor", "view")
+    __slots__ = ("__weakref__", "_arena", "address", "imprint", "inherited", "is_held", "num_users", "piece", "tensor", "view")
 
     def __init__(self, piece: _Piece, arena: StagingArena) -> None:
         self.is_held = False
         self.num_users = 0
         self.piece = piece
         self.tensor, self.view, self.address = piece
+        self.imprint: object = None
+        """Its holder's own mark of what it has put into the memory, to be found in `inherited` by the next holder of that memory."""
+        self.inherited: object = None
         # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
         self._arena = arena
 
@@ -89,6 +92,8 @@ class StagingArena:
         self._pieces = {piece[2]: piece for piece in self._cold}
         self._holders: dict[int, weakref.ref[StagingChunk]] = {}
         """The last chunk made of each piece, by address."""
+        self._imprints: dict[int, object] = {}
+        """Of free pieces, by address."""
         self._registered: list[int] = []
         self._num_unmapped = 0
         self._lock = self._changed = Condition()
@@ -123,6 +128,8 @@ class StagingArena:
                 self._reclaim()
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
+            # In the order of addresses, so that a file that is saved again and again finds its bytes of last time.
+            self._warm = deque(sorted(self._warm, key=_address_of))
             return [self._take() for _ in range(num_chunks)]
 
     def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
@@ -212,6 +219,7 @@ class StagingArena:
     def _return_unused(self, chunk: StagingChunk) -> None:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
+            self._imprints[chunk.address] = chunk.imprint
             self._warm.append(chunk.piece)
             self._changed.notify_all()
 
@@ -242,6 +250,7 @@ class StagingArena:
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
         chunk = StagingChunk(pieces[0], self)
         self._holders[chunk.address] = weakref.ref(chunk)
+        chunk.inherited = self._imprints.pop(chunk.address, None)
         try:
             # No signal is looked at between these two.
             chunk.is_held = True
@@ -257,6 +266,10 @@ class StagingArena:
         if self.pinned:
             _check_cuda(torch.cuda.cudart().cudaHostRegister(chunk.address, self.chunk_bytes, 0))
             self._registered.append(chunk.address)
+
+
+def _address_of(piece: _Piece) -> int:
+    return piece[2]
 
 
 def _check_cuda(status: object) -> None:

@@ -45,7 +45,6 @@ class FastPlan:
         self.structure = structure
         self.tensor_kinds = frozenset(zip(map(type, live.tensors), live.dtypes, live.devices, strict=True))
         self._pattern = pattern
-        self._extents = extents
         self._facts = TensorFacts(live)
         self._devices = frozenset(live.devices)
         self._pieces = encoded.pieces
@@ -55,8 +54,9 @@ class FastPlan:
         self._float_pieces = [encoded.piece_of[position] for position in structure.float_positions]
         self._storage_nbytes = [extents.nbytes[storage] for storage in encoded.key_order]
         filled = [storage for storage in encoded.key_order if extents.nbytes[storage]]
-        self._filled = filled
+        self._copied = [(position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied]
         self._pick_sources = picker([pattern.distinct[storage] for storage in filled])
+        self._pick_addresses = picker(filled)
         self._source_offsets = [extents.starts[storage] for storage in filled]
         self._source_nbytes = [extents.nbytes[storage] for storage in filled]
         self.container = lay_out(
@@ -118,14 +118,13 @@ class FastPlan:
             return [all_paths[position] for position in structure.tensor_positions]
 
         storages, ids = list(self._pick_sources(live.storages)), list(self._pick_sources(live.storage_ids))
-        for position, storage in enumerate(self._filled):
-            tensor_index = self._extents.copied.get(storage)
-            if tensor_index is not None:
-                storages[position] = dense_copy(tensors[tensor_index])
-                ids[position] = storages[position]._cdata
+        addresses = list(self._pick_addresses(live.addresses))
+        for position, tensor_index in self._copied:
+            storages[position] = dense_copy(tensors[tensor_index])
+            ids[position], addresses[position] = storages[position]._cdata, storages[position].data_ptr()
         return PlannedState(
             plan=self._plan,
-            sources=Sources(storages, self._source_offsets, self._source_nbytes, ids, self._devices),
+            sources=Sources(storages, self._source_offsets, self._source_nbytes, ids, self._devices, addresses),
             tensors=list(tensors),
             versions=versions,
             cached=cached,

@@ -63,6 +63,8 @@ class Sources:
     """What tells the storages apart (`_cdata`); read from them where the planner has not."""
     devices: frozenset[torch.device] | None = None
     """At least those of the storages; None where the planner has not looked."""
+    addresses: list[int] = field(default_factory=list)
+    """Where the bytes of each storage lay while it was planned, at full length; empty where the planner has not looked."""
 
     def identities(self) -> list[int]:
         return self.ids or [storage._cdata for storage in self.storage]

@@ -126,8 +126,8 @@ class Planner:
 def _collector_paused() -> Iterator[None]:
     # A match makes and drops some tuples per tensor; a full collection in the middle of it costs ten times the match.
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if enabled:

@@ -4,14 +4,18 @@ Guarantees:
 - Extents come in file order and may be cut anywhere, even inside a CRC field.
 - Each payload byte is read once; short payloads and the literals between them are read a second time while still in cache,
   which is cheaper than combining CRCs.
-- No Python work longer than about a millisecond without giving other threads a chance to run.
+- No Python work longer than about a millisecond without giving other threads a chance to run (a CRC of more than 5 KiB is one).
 """
 
 from __future__ import annotations
 
 import struct
 import time
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
+from operator import add, sub
 
 from ..checksum import crc32, crc32_combine
 from .zipdirectory import DESCRIPTOR_MAGIC
@@ -19,9 +23,11 @@ from .zipformat import SERIALIZATION_ID_NBYTES, SealMap
 
 _UINT64_MASK = (1 << 64) - 1
 _put_u32 = struct.Struct("<I").pack_into
-_COMBINE_FROM_NBYTES = 16 << 10
-"""A payload part this long is folded in by CRC combination (about 1 us) instead of being read again."""
-_PAYLOADS_PER_BREATH = 512
+_COMBINE_FROM_NBYTES = 128 << 10
+"""A payload this long is folded in by CRC combination (about 1 us) instead of being read again."""
+_RUN_NBYTES = 512 << 10
+"""Short payloads in a row are looked at together, as many as stay in a core's cache."""
+_RUN_LENGTH = 512
 _COPY_NBYTES = 1 << 20
 
 
@@ -77,19 +83,16 @@ class Sealer:
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
         while index < count and offsets[index] < end:
-            past = self._take_small(index, offset, end, view)
-            if past > index:
-                if past - index == _PAYLOADS_PER_BREATH:
-                    time.sleep(0)
-                index = past
+            stop = self._take_run(index, self._run_end(index, offset, end), offset, view)
+            if stop > index:
+                past = offsets[stop - 1] + sizes[stop - 1] + 8
+                crc, done, index = crc32(view[done - offset : past - offset], crc), past, stop
                 continue
             payload_start = offsets[index]
             payload_end = payload_start + sizes[index]
             start, stop = max(payload_start, offset), min(payload_end, end)
             part = crc32(view[start - offset : stop - offset])
-            if stop - start >= _COMBINE_FROM_NBYTES:
-                crc = crc32_combine(crc32(view[done - offset : start - offset], crc), part, stop - start)
-                done = stop
+            crc, done = crc32_combine(crc32(view[done - offset : start - offset], crc), part, stop - start), stop
             if start == payload_start:
                 self._running_crc = part
                 self._head = b""
@@ -103,26 +106,36 @@ class Sealer:
         self._next_payload = index
         return crc, done
 
-    def _take_small(self, index: int, offset: int, end: int, view: memoryview) -> int:
-        """Short payloads that lie in this extent with their descriptors, up to one breath of them; returns the next index.
+    def _run_end(self, index: int, offset: int, end: int) -> int:
+        """Where the run of short payloads ends that begins with payload `index`: all in this extent with their descriptors."""
+        offsets, sizes = self._offsets, self._nbytes
+        if offsets[index] < offset:
+            return index
+        # The last payload's descriptor is in the tail.
+        stop = min(len(offsets) - 1, index + _RUN_LENGTH)
+        stop = bisect_left(offsets, min(end, offsets[index] + _RUN_NBYTES), index, max(index, stop))
+        if stop > index and offsets[stop - 1] + sizes[stop - 1] + 8 > end:
+            stop -= 1
+        long = (i for i in range(index, stop) if sizes[i] >= _COMBINE_FROM_NBYTES)
+        return stop if max(sizes[index:stop], default=0) < _COMBINE_FROM_NBYTES else next(long)
 
-        The common case without its exceptions: no parts, no last payload (the tail has its descriptor), no descriptor look-alike.
-        """
-        offsets, sizes, crcs, value = self._offsets, self._nbytes, self._crcs, self._hash
-        stop = min(len(offsets) - 1, index + _PAYLOADS_PER_BREATH)
-        while index < stop:
-            size = sizes[index]
-            start = offsets[index] - offset
-            behind = start + size
-            if start < 0 or behind + 8 > end - offset or size >= _COMBINE_FROM_NBYTES or view[start] == DESCRIPTOR_MAGIC[0]:
-                break
-            crc = crc32(view[start:behind])
-            _put_u32(view, behind + 4, crc)
-            crcs.append(crc)
+    def _take_run(self, index: int, stop: int, offset: int, view: memoryview) -> int:
+        """Checksum a run and patch its descriptors; returns the next index: a payload that may be taken for a descriptor ends the run."""
+        starts = list(map(sub, self._offsets[index:stop], repeat(offset)))
+        suspect = bytes(map(view.__getitem__, starts)).find(DESCRIPTOR_MAGIC[0])
+        if suspect >= 0:
+            del starts[suspect:]
+            stop = index + suspect
+        sizes = self._nbytes[index:stop]
+        ends = list(map(add, starts, sizes))
+        crcs = list(map(crc32, map(view.__getitem__, map(slice, starts, ends))))
+        deque(map(_put_u32, repeat(view), map(add, ends, repeat(4)), crcs), maxlen=0)
+        self._crcs += crcs
+        value = self._hash
+        for crc in crcs:
             value ^= (crc + 0x9E3779B9 + (value << 6) + (value >> 2)) & _UINT64_MASK
-            index += 1
         self._hash = value
-        return index
+        return stop
 
     def _look_at_head(self, position: int, head: memoryview) -> None:
         # torch's writer takes every write that starts like a data descriptor for one and mixes the four bytes behind the magic into the
@@ -170,10 +183,11 @@ class Sealer:
         tail, base = bytearray(self._tail_bytes), self._tail_offset
         if self._crcs:
             _put_u32(tail, 4, self._crcs[-1])
-        for index, (at, crc) in enumerate(zip(seal_map.entry_crc_offsets, self._crcs, strict=True)):
-            _put_u32(tail, at - base, crc)
-            if index % (8 * _PAYLOADS_PER_BREATH) == 0:
-                time.sleep(0)
+        for low in range(0, len(self._crcs), 8 * _RUN_LENGTH):
+            part = slice(low, low + 8 * _RUN_LENGTH)
+            places = map(sub, seal_map.entry_crc_offsets[part], repeat(base))
+            deque(map(_put_u32, repeat(tail), places, self._crcs[part]), maxlen=0)
+            time.sleep(0)
         for crc in seal_map.crcs_after:
             self._mix(crc)
         digits = seal_map.name_hash + b"%020d" % self._hash

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
 from typing import Any
@@ -30,6 +30,8 @@ class LiveStorages:
     storages: list[torch.UntypedStorage]
     """The same storage may come as several Python objects."""
     storage_ids: list[int]
+    addresses: list[int] = field(default_factory=list, init=False)
+    """Of each distinct storage, once it was found readable."""
 
 
 @dataclass(slots=True)
@@ -137,17 +139,18 @@ class StoragePattern:
             self.storage_of.append(first[value])
         self._pick_distinct = picker(self.distinct)
         self.nbytes = self._measure(live.storages)
-        if not self._readable(live.storages):
+        if not self._readable(live):
             raise NotPlainError("storages without data, or two storages over the same memory")
 
     def _measure(self, storages: Sequence[torch.UntypedStorage]) -> list[int]:
         return list(map(torch.UntypedStorage.nbytes, self._pick_distinct(storages)))
 
-    def _readable(self, storages: Sequence[torch.UntypedStorage]) -> bool:
+    def _readable(self, live: LiveStorages) -> bool:
         """False where a non-empty storage has no address or two have the same one (torch then compares dtypes across them)."""
-        addresses = list(compress(map(torch.UntypedStorage.data_ptr, self._pick_distinct(storages)), self.nbytes))
-        return all(addresses) and len(set(addresses)) == len(addresses)
+        live.addresses = list(map(torch.UntypedStorage.data_ptr, self._pick_distinct(live.storages)))
+        filled = list(compress(live.addresses, self.nbytes))
+        return all(filled) and len(set(filled)) == len(filled)
 
     def matches(self, live: LiveStorages) -> bool:
         """True where a plan made for this pattern holds for `live`."""
-        return self.sharing.matches(live.storage_ids) and self._measure(live.storages) == self.nbytes and self._readable(live.storages)
+        return self.sharing.matches(live.storage_ids) and self._measure(live.storages) == self.nbytes and self._readable(live)

@@ -11,7 +11,8 @@ import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, compress, repeat
+from operator import add, le
 
 import torch
 
@@ -49,6 +50,7 @@ class Fill:
         self._paths = state.tensor_paths
         self._literals = literal_sources(state.plan, cuts)
         self._starts = state.sources.offset_bytes
+        self._planned_addresses = state.sources.addresses
         devices = state.sources.all_devices()
         for device in devices:
             if device.type not in ("cpu", "cuda"):
@@ -61,28 +63,41 @@ class Fill:
         self._small_addresses: list[int] = []
         self._lock = Lock()
 
-    def _find_addresses(self) -> list[int]:
+    def _find_addresses(self, *, again: bool) -> list[int]:
         """Where each payload's bytes lie; 0 on a device. CPU bytes are copied by address: no torch call per tensor."""
-        for storage, start, num_bytes in zip(self.storages, self._starts, self._payload_nbytes, strict=True):
-            if storage.nbytes() < start + num_bytes:
-                raise TornSnapshotError(
-                    f"a tensor's storage was resized from {start + num_bytes} bytes or more to {storage.nbytes()} before its snapshot was "
-                    "taken. This checkpoint is not committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
-                )
-        bases = [storage.data_ptr() for storage in self.storages]
-        if self.devices:
-            bases = [base if storage.device.type == "cpu" else 0 for base, storage in zip(bases, self.storages, strict=True)]
-        return [base + start if base else 0 for base, start in zip(bases, self._starts, strict=True)]
+        if self._planned_addresses and not again and not self.devices:
+            return list(map(add, self._planned_addresses, self._starts))
+        storage_nbytes = list(map(torch.UntypedStorage.nbytes, self.storages))
+        if not all(map(le, map(add, self._starts, self._payload_nbytes), storage_nbytes)):
+            raise self._resized(storage_nbytes)
+        addresses = list(map(add, map(torch.UntypedStorage.data_ptr, self.storages), self._starts))
+        if not self.devices:
+            return addresses
+        return [address if storage.device.type == "cpu" else 0 for address, storage in zip(addresses, self.storages, strict=True)]
+
+    def _resized(self, storage_nbytes: list[int]) -> TornSnapshotError:
+        ends = map(add, self._starts, self._payload_nbytes)
+        end, now = next((end, now) for end, now in zip(ends, storage_nbytes, strict=True) if end > now)
+        return TornSnapshotError(
+            f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was taken. This checkpoint is not "
+            "committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
+        )
 
     def find_sources(self, *, again: bool = False) -> None:
         """Before the first `copy`: where the bytes lie, for all threads; `again` where the user may have moved them meanwhile."""
         if again or not self._addresses:
-            addresses = [*self._find_addresses(), *map(_address_of, self._literals)]
-            self._small_addresses = self.cuts.small.addresses(addresses)
-            self._addresses = addresses
+            payloads = self._find_addresses(again=again)
+            self._small_addresses = self.cuts.small_addresses(payloads)
+            self._addresses = [*payloads, *map(_address_of, self._literals)]
 
     def copy(
-        self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, literals: bool = True, is_urgent: bool = False
+        self,
+        k: int,
+        chunk: StagingChunk,
+        chosen: Sequence[bool] | None,
+        *,
+        literals: bool = True,
+        is_urgent: bool = False,
     ) -> list[torch.cuda.Event]:
         """Copy pieces of chunk `k`: of the chosen payloads (None: all), and with `literals` all that is no payload.
 
@@ -98,33 +113,41 @@ class Fill:
         large = self.cuts.large[k] if wanted is None else [piece for piece in self.cuts.large[k] if wanted[piece.source]]
         on_device: list[LargePiece] = []
         if wanted is not None and self.devices:
-            on_device = [piece for piece in self._pieces(k) if wanted[piece.source] and not self._addresses[piece.source]]
+            on_device = [piece for piece in self._payload_pieces(k) if wanted[piece.source] and not self._addresses[piece.source]]
             large = [piece for piece in large if self._addresses[piece.source]]
             wanted = [bool(is_wanted and address) for is_wanted, address in zip(wanted, self._addresses, strict=True)]
+        if literals:
+            self._copy_between(k, chunk, is_urgent=is_urgent)
         self._copy_small(k, chunk, wanted, is_urgent=is_urgent)
         for piece in large:
             _memmove(chunk.address + piece.chunk_offset, self._addresses[piece.source] + piece.source_offset, piece.nbytes)
         return self._copy_from_devices(on_device, chunk) if on_device else []
 
     def _copy_small(self, k: int, chunk: StagingChunk, wanted: list[bool] | None, *, is_urgent: bool) -> None:
-        small, base = self.cuts.small, chunk.address
-        rows: Sequence[int] = small.rows(k)
+        rows = self.cuts.small.rows(k)
+        columns = [self.cuts.small.chunk_offsets[rows], self._small_addresses[rows], self.cuts.small.nbytes[rows]]
         if wanted is not None:
-            rows = [row for row in rows if wanted[small.sources[row]]]
-        for low in range(0, len(rows), _BATCH):
-            batch = rows[low : low + _BATCH]
-            targets = [base + small.chunk_offsets[row] for row in batch]
-            sources, nbytes = [self._small_addresses[row] for row in batch], [small.nbytes[row] for row in batch]
-            deque(map(_memmove_holding_gil, targets, sources, nbytes), maxlen=0)
-            if not is_urgent:
-                time.sleep(0)
+            chosen = list(map(wanted.__getitem__, self.cuts.small.sources[rows]))
+            columns = [list(compress(column, chosen)) for column in columns]
+        _copy_rows(chunk.address, *columns, is_urgent=is_urgent)
 
-    def _pieces(self, k: int) -> Iterator[LargePiece]:
+    def _copy_between(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
+        """The literals between payloads: they depend on the layout alone, and may be there from the save before."""
+        imprint = (self.cuts.key, k)
+        if chunk.inherited != imprint:
+            between = self.cuts.between
+            rows = between.rows(k)
+            addresses = list(map(add, between.source_offsets[rows], repeat(_address_of(self.cuts.middle))))
+            _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
+        chunk.imprint = imprint
+
+    def _payload_pieces(self, k: int) -> Iterator[LargePiece]:
         """All of chunk `k`, one by one."""
         small = self.cuts.small
-        rows = slice(small.starts[k], small.starts[k + 1])
+        rows = small.rows(k)
         columns = small.sources[rows], small.source_offsets[rows], small.chunk_offsets[rows], small.nbytes[rows]
-        return chain(self.cuts.large[k], map(LargePiece, *columns))
+        large = (piece for piece in self.cuts.large[k] if piece.source < self.cuts.num_payloads)
+        return chain(large, map(LargePiece, *columns))
 
     def report(self, k: int, chosen: Sequence[bool] | None, began: float) -> None:
         """Tell the observers that the chosen parts of chunk `k` are copied."""
@@ -132,8 +155,7 @@ class Fill:
             return
         num_bytes = self.cuts.nbytes(k)
         if chosen is not None:
-            wanted = [*chosen, *[False] * len(self._literals)]
-            num_bytes = sum(piece.nbytes for piece in self._pieces(k) if wanted[piece.source])
+            num_bytes = sum(piece.nbytes for piece in self._payload_pieces(k) if chosen[piece.source])
         if num_bytes:
             self._on_copied("d2h" if self.devices else "copy", began, self.cuts.offset(k), num_bytes)
 
@@ -240,6 +262,15 @@ class Fill:
             self._versions = []
             self._paths = list
         self.storages = []
+
+
+def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[int], *, is_urgent: bool) -> None:
+    """Copy `nbytes[i]` bytes from address `sources[i]` to `base + offsets[i]`."""
+    for low in range(0, len(nbytes), _BATCH):
+        batch = slice(low, low + _BATCH)
+        deque(map(_memmove_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
+        if not is_urgent:
+            time.sleep(0)
 
 
 def _address_of(data: bytes) -> int:

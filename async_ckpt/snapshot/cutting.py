@@ -7,10 +7,13 @@ small ones are columns of numbers and no objects.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import add
 
 from ..layout import FilePlan
+from ..layout.structure import picker
 
 # From here on a piece is worth a call of its own.
 LARGE_BYTES = 64 << 10
@@ -34,22 +37,24 @@ class SmallPieces:
     source_offsets: list[int] = field(default_factory=list)
     chunk_offsets: list[int] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=lambda: [0])
+    starts: list[int] = field(default_factory=list)
 
-    def add(self, source: int, source_offset: int, chunk_offset: int, nbytes: int) -> None:
-        """Append a row."""
-        self.sources.append(source)
-        self.source_offsets.append(source_offset)
-        self.chunk_offsets.append(chunk_offset)
-        self.nbytes.append(nbytes)
+    def add(self, k: int, piece: LargePiece) -> None:
+        """Append a row to chunk `k`, the last one or a later one."""
+        self.begin(k)
+        self.sources.append(piece.source)
+        self.source_offsets.append(piece.source_offset)
+        self.chunk_offsets.append(piece.chunk_offset)
+        self.nbytes.append(piece.nbytes)
 
-    def addresses(self, sources: list[int]) -> list[int]:
-        """Of each row's bytes, where `sources` are the addresses of all sources."""
-        return [sources[source] + offset for source, offset in zip(self.sources, self.source_offsets, strict=True)]
+    def begin(self, k: int) -> None:
+        """No row is added to a chunk before `k` any more."""
+        while len(self.starts) <= k:
+            self.starts.append(len(self.nbytes))
 
-    def rows(self, k: int) -> range:
+    def rows(self, k: int) -> slice:
         """Of chunk `k`."""
-        return range(self.starts[k], self.starts[k + 1])
+        return slice(self.starts[k], self.starts[k + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +69,23 @@ class Cuts:
     chunk_bytes: int
     num_payloads: int
     small: SmallPieces
+    """Of payloads."""
     large: list[list[LargePiece]]
-    """Per chunk."""
+    """Per chunk: of payloads, and all of the first and the last literal."""
+    between: SmallPieces
+    """Of the literals between them."""
     middle: bytes
+    """The source of `between`."""
+    key: object
+    """Equal for cuts with the same `between` and `middle`."""
+    _pick_small: Callable[[Sequence[int]], tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.large)
+
+    def small_addresses(self, sources: Sequence[int]) -> list[int]:
+        """Of the bytes of each row of `small`, where `sources` are the addresses of all payloads."""
+        return list(map(add, self._pick_small(sources), self.small.source_offsets))
 
     def offset(self, k: int) -> int:
         """Of chunk `k` in the file."""
@@ -89,24 +105,26 @@ def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
     """Cut a plan at chunk boundaries: about two microseconds per payload."""
     payloads = enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True))
     extents = sorted([*_literal_extents(plan), *((offset, nbytes, index, 0) for index, (offset, nbytes) in payloads)])
-    small = SmallPieces()
-    large: list[list[LargePiece]] = [[] for _ in range(max(1, -(-plan.file_bytes // chunk_bytes)))]
+    num_payloads, num_chunks = len(plan.payload_offsets), max(1, -(-plan.file_bytes // chunk_bytes))
+    small, between = SmallPieces(), SmallPieces()
+    large: list[list[LargePiece]] = [[] for _ in range(num_chunks)]
     for offset, nbytes, source, source_start in extents:
         done = 0
         while done < nbytes:
             k, chunk_offset = divmod(offset + done, chunk_bytes)
             size = min(nbytes - done, chunk_bytes - chunk_offset)
-            while len(small.starts) <= k:
-                small.starts.append(len(small.nbytes))
-            if size >= LARGE_BYTES:
-                large[k].append(LargePiece(source, source_start + done, chunk_offset, size))
+            piece = LargePiece(source, source_start + done, chunk_offset, size)
+            if source == num_payloads + 1:
+                between.add(k, piece)
+            elif source >= num_payloads or size >= LARGE_BYTES:
+                large[k].append(piece)
             else:
-                small.add(source, source_start + done, chunk_offset, size)
+                small.add(k, piece)
             done += size
-    while len(small.starts) <= len(large):
-        small.starts.append(len(small.nbytes))
+    small.begin(num_chunks)
+    between.begin(num_chunks)
     middle = b"".join(data for _, data in plan.literals[1:-1])
-    return Cuts(plan.file_bytes, chunk_bytes, len(plan.payload_offsets), small, large, middle)
+    return Cuts(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), picker(small.sources))
 
 
 def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:

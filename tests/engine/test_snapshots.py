@@ -275,3 +275,41 @@ def test_a_default_device_and_modes_do_not_reach_into_a_save(tmp_path: Path, is_
                 pending = engine.commit(tag)
             pending.result(60)
             assert_same(torch.load(tmp_path / tag / "s.pt"), state)
+
+
+def test_bytes_that_are_left_from_an_earlier_save_are_those_of_this_one(tmp_path: Path) -> None:
+    """Headers between payloads are not copied again where the memory still holds them: never those of another file, nor half of them."""
+    torch.manual_seed(0)
+
+    def tensors(count: int, size: int) -> dict[str, torch.Tensor]:
+        return {f"t{k}": torch.randn(size + k % 3) for k in range(count)}
+
+    kinds: list[Callable[[], Any]] = [
+        lambda: tensors(300, 70),
+        lambda: tensors(300, 71),
+        lambda: {**tensors(40, 900), "step": torch.randn(1).item()},
+        lambda: tensors(3, 9000),
+        lambda: tensors(60, 7000),
+    ]
+    order = [0, 0, 1, 0, 2, 2, 2, 3, 2, 4, 0, 4, 2, 0, 3, 3, 1, 1, 0]
+    saved: dict[str, bytes] = {}
+    from .test_interface import torch_bytes
+
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=16384) as engine:
+        for k, kind in enumerate(order):
+            state = kinds[kind]()
+            engine.create(f"t{k}")
+            engine.save(state, "s.pt")
+            saved[f"t{k}"] = torch_bytes(state)
+            if k % 4 == 1:
+                engine.commit(f"t{k}").result()
+                # Restoring borrows the same memory for the old bytes.
+                engine.load_into(kinds[kind](), f"t{k}/s.pt")
+            elif k % 4 == 3:
+                engine.abort(f"t{k}")
+                del saved[f"t{k}"]
+            else:
+                engine.commit(f"t{k}")
+    for tag, expected in saved.items():
+        assert (tmp_path / tag / "s.pt").read_bytes() == expected, tag
+    assert len(saved) == sum(k % 4 != 3 for k in range(len(order)))
