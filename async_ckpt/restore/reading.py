@@ -21,8 +21,8 @@ from ..locks import Lock, uninterrupted
 from ..progress import read_progress
 from .read_errors import ExtentMismatch, ReadError
 
-BLOCK_BYTES = 4 << 20
-"""One read: a block is still in the core's cache when its CRC is taken."""
+BLOCK_BYTES = 2 << 20
+"""One read, one huge page: still in the core's cache when its CRC is taken."""
 DEFAULT_NUM_THREADS = 8
 """Four reads in flight fill a fast disk's queue, while the others' blocks are checked and moved."""
 _PAGE_BYTES = 4096
