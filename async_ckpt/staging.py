@@ -12,7 +12,6 @@ not inherited by forked children, so that a fork never makes the parent pay for 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import time
@@ -24,10 +23,7 @@ import torch
 
 from .errors import BackpressureTimeout, TransactionStateError
 from .locks import Condition
-
-_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+from .memory import populate
 
 _Piece = tuple[torch.Tensor, memoryview, int]
 
@@ -261,7 +257,7 @@ class StagingArena:
         return chunk
 
     def _touch(self, chunk: StagingChunk) -> None:
-        if _libc.madvise(chunk.address, self.chunk_bytes, _MADV_POPULATE_WRITE) != 0:
+        if not populate(chunk.address, self.chunk_bytes):
             chunk.tensor.zero_()
         if self.pinned:
             _check_cuda(torch.cuda.cudart().cudaHostRegister(chunk.address, self.chunk_bytes, 0))

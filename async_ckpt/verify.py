@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +21,7 @@ from .checksum import crc32
 from .errors import CommitError, CorruptCheckpointError
 from .filesystem import DirHandle, FileSystem, ReadableFile
 from .manifest import MANIFEST_NAME, FileEntry
+from .memory import region
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]
@@ -222,7 +222,7 @@ def _windows(work: Sequence[tuple[FileEntry, ReadableFile]]) -> Iterator[tuple[F
 
 def _check_window(buffers: threading.local, entry: FileEntry, file: ReadableFile, first: int, last: int) -> tuple[int, list[Problem]]:
     if not hasattr(buffers, "memory"):
-        buffers.memory = memoryview(mmap.mmap(-1, _WINDOW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        buffers.memory = region(_WINDOW_BYTES)
     memory: memoryview = buffers.memory
     start = first * entry.extent_bytes
     end = min(last * entry.extent_bytes, entry.size_bytes)

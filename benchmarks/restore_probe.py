@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import async_ckpt
+from async_ckpt.memory import region
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
-from async_ckpt.restore.reading import aligned_memory
 from benchmarks.environment import describe
 from benchmarks.limits import MIB, run_fio
 
@@ -40,7 +40,7 @@ def ways(catalog: async_ckpt.Catalog, path: Path, plain: Path, num_bytes: int) -
     from safetensors.torch import load_file
 
     target = {name: torch.ones_like(tensor) for name, tensor in torch.load(path).items()}
-    pool = [aligned_memory(16 * MIB) for _ in range(num_bytes // (16 * MIB) + 2)]
+    pool = [region(16 * MIB) for _ in range(num_bytes // (16 * MIB) + 2)]
     for memory in pool:
         memory[:] = bytes(16 * MIB)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import mmap
 import os
 import queue
 import shutil
@@ -23,6 +22,7 @@ from ..config import available_memory_bytes
 from ..errors import ConfigError
 from ..filesystem import LocalFileSystem
 from ..filesystem.owner import Owner, OwnerState, current_owner, owner_state
+from ..memory import address_of, move, region
 from ..writer import Chunk, WriterPool
 
 CHUNK_BYTES = 16 << 20
@@ -83,28 +83,20 @@ def measure_memory(seconds: float) -> MemoryResult:
     share_s = seconds / 3
     return MemoryResult(
         copy_warm_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, target)),
-        copy_fresh_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, _fresh(num_bytes))),
-        crc_bytes_per_s=_rate(num_bytes, share_s, lambda: crc32(memoryview(source))),
+        copy_fresh_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, region(num_bytes))),
+        crc_bytes_per_s=_rate(num_bytes, share_s, lambda: crc32(source)),
         available_bytes=available_memory_bytes(),
     )
 
 
-def _fresh(num_bytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _touched(num_bytes: int) -> mmap.mmap:
-    memory = _fresh(num_bytes)
-    ctypes.memset(_address(memory), 0x5A, num_bytes)
+def _touched(num_bytes: int) -> memoryview:
+    memory = region(num_bytes)
+    ctypes.memset(address_of(memory), 0x5A, num_bytes)
     return memory
 
 
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def _copy(source: mmap.mmap, target: mmap.mmap) -> None:
-    ctypes.memmove(_address(target), _address(source), len(source))
+def _copy(source: memoryview, target: memoryview) -> None:
+    move(address_of(target), address_of(source), len(source))
 
 
 def _rate(num_bytes: int, seconds: float, work: Callable[[], object]) -> float:

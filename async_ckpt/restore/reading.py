@@ -8,7 +8,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Protocol
 from ..checksum import crc32, crc32_combine
 from ..errors import CheckpointError, CorruptCheckpointError
 from ..locks import Lock, uninterrupted
+from ..memory import region
 from ..progress import read_progress
 from .read_errors import ExtentMismatch, ReadError
 
@@ -25,7 +25,6 @@ BLOCK_BYTES = 2 << 20
 """One read, one huge page: still in the core's cache when its CRC is taken."""
 DEFAULT_NUM_THREADS = 8
 """Four reads in flight fill a fast disk's queue, while the others' blocks are checked and moved."""
-_PAGE_BYTES = 4096
 
 Consume = Callable[[int, memoryview], None]
 """Called on a worker thread with a file offset and the bytes there; they are only valid during the call."""
@@ -58,19 +57,6 @@ class _Block:
     crc: int = 0
 
 
-def aligned_memory(num_bytes: int) -> memoryview:
-    """Page-aligned, zeroed, writable memory; its capacity is rounded up to whole pages, its length is not."""
-    # Private: the kernel gives shared memory no huge pages, and every first touch of 4 KiB costs as much as reading them.
-    memory = mmap.mmap(-1, max(_PAGE_BYTES, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if num_bytes >= 2 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            # A kernel without huge pages; only the first touch is slower.
-            return memoryview(memory)[:num_bytes]
-    return memoryview(memory)[:num_bytes]
-
-
 class VerifiedFile:
     """One open file and the CRCs of its extents. One caller at a time; owns `file` and closes it.
 
@@ -93,7 +79,7 @@ class VerifiedFile:
         self.extent_bytes = extent_bytes
         self.num_extents = -(-self.size_bytes // extent_bytes) if self.size_bytes else 0
         self.check = check
-        self.new_buffer: Callable[[int], memoryview] = aligned_memory
+        self.new_buffer: Callable[[int], memoryview] = region
         self._file = file
         self._crcs = extent_crc32
         self._num_threads = max(1, num_threads)
@@ -206,7 +192,7 @@ class VerifiedFile:
         first, end = self.extent_range(extent)
         lent = self.lend(end - first) if self.lend is not None else None
         if lent is None:
-            return aligned_memory(end - first)
+            return region(end - first)
         self._give_back[extent] = lent[1]
         return lent[0][: end - first]
 

@@ -2,8 +2,6 @@
 
 Guarantees:
 - Each byte of a piece is written exactly once per `stream`; nothing outside the pieces is touched.
-- CPU moves of `_LONG_BYTES` or more run without the GIL; shorter ones keep it, because handing it back and forth
-  between workers costs more than the copy.
 - When `__call__` has returned, the bytes are where they belong, on a GPU too.
 """
 
@@ -15,24 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from ..memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move
 from .reading import VerifiedFile
-
-_LONG_BYTES = 64 << 10
-_HUGE_PAGE_BYTES = 2 << 20
-_MADV_HUGEPAGE = 14
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_short_move = ctypes.PyDLL(None).memmove
-_short_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_short_move.restype = None
-_long_move = ctypes.CDLL(None).memmove
-_long_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_long_move.restype = None
-
-
-def move_bytes(target: int, source: int, num_bytes: int) -> None:
-    """Copy between addresses; without the GIL where that pays."""
-    (_long_move if num_bytes >= _LONG_BYTES else _short_move)(target, source, num_bytes)
 
 
 class Scatter:
@@ -93,14 +75,14 @@ class Scatter:
         stop = bisect_right(self._starts, end - 1)
         if first >= stop:
             return
-        source = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        source = address_of(view)
         tensor: torch.Tensor | None = None
         for start, num_bytes, address, target in self._pieces[first:stop]:
             low, high = max(start, offset), min(start + num_bytes, end)
             if low >= high:
                 continue
             if target is None:
-                move_bytes(address + low - start, source + low - offset, high - low)
+                move(address + low - start, source + low - offset, high - low)
             else:
                 if tensor is None:
                     tensor = torch.frombuffer(view, dtype=torch.uint8)
@@ -132,10 +114,6 @@ def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
     The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
     """
     storage = torch.UntypedStorage(num_bytes, device=device)
-    if device.type == "cpu" and num_bytes >= 2 * _HUGE_PAGE_BYTES:
-        first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        last = (storage.data_ptr() + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if last > first:
-            # Advice only: a kernel that refuses it is slower, not wrong.
-            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_HUGEPAGE))
+    if device.type == "cpu" and num_bytes >= 2 * HUGE_PAGE_BYTES:
+        advise_huge_pages(storage.data_ptr(), num_bytes)
     return storage

@@ -7,11 +7,11 @@ Guarantees:
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 from typing import Any
 
+from ..memory import address_of, move
 from .reading import VerifiedFile
 
 _HELD_EXTENTS = 4
@@ -77,10 +77,10 @@ class TorchFile(io.RawIOBase):
         return first <= low and high <= end and not self._verified.is_kept(extent)
 
     def _stream_into(self, target: memoryview, first: int, extents: list[int]) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+        address = address_of(target)
 
         def consume(offset: int, view: memoryview) -> None:
-            ctypes.memmove(address + offset - first, ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
+            move(address + offset - first, address_of(view), len(view))
 
         self._verified.stream(consume, extents)
 

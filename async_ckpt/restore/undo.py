@@ -9,13 +9,13 @@ The old bytes are set aside while the disk is being waited for, which holding th
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable
 
 from ..locks import Condition, uninterrupted
-from .reading import MemorySource, aligned_memory
-from .scatter import Scatter, move_bytes
+from ..memory import address_of, move, region
+from .reading import MemorySource
+from .scatter import Scatter
 
 
 class Undo:
@@ -58,7 +58,7 @@ class Undo:
             at = self._take(sum(size for _, size in targets))
             entries = []
             for address, size in targets:
-                move_bytes(at, address, size)
+                move(at, address, size)
                 entries.append((address, at, size))
                 at += size
             # Whoever writes to the same bytes later has set aside what this thread wrote, and stands behind this in the log.
@@ -72,14 +72,11 @@ class Undo:
             if num_bytes > self._left:
                 wanted = max(num_bytes, self._region_bytes)
                 lent = self._lend(wanted) if self._lend is not None else None
-                if lent is None:
-                    region = aligned_memory(wanted)
-                else:
-                    region = lent[0]
-                    self._give_back.append(lent[1])
-                self._regions.append(region)
-                self._left = region.nbytes
-                self._next = ctypes.addressof(ctypes.c_char.from_buffer(region))
+                memory, give_back = (region(wanted), None) if lent is None else lent
+                if give_back is not None:
+                    self._give_back.append(give_back)
+                self._regions.append(memory)
+                self._left, self._next = memory.nbytes, address_of(memory)
             at = self._next
             self._next += num_bytes
             self._left -= num_bytes
@@ -95,7 +92,7 @@ class Undo:
             # What this thread was writing was interrupted, or there would be no roll-back.
             self._changed.wait_for(lambda: self._writing <= {threading.get_ident()})
         for address, saved, size in reversed(self._log):
-            move_bytes(address, saved, size)
+            move(address, saved, size)
         self._log.clear()
 
     def close(self) -> None:

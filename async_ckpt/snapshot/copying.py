@@ -20,17 +20,12 @@ from ..errors import TornSnapshotError, UnsupportedStateError
 from ..layout import PlannedState
 from ..layout.plan import version_counters
 from ..locks import Lock, uninterrupted
+from ..memory import move_holding_gil, move_releasing_gil
 from ..staging import StagingChunk
 from .cutting import Cuts, LargePiece, literal_sources
 
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
-
-_memmove = ctypes.CDLL(None).memmove
-_memmove_holding_gil = ctypes.PyDLL(None).memmove
-for _function in (_memmove, _memmove_holding_gil):
-    _function.restype = None
-    _function.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
 
 # How many small pieces one C-level loop copies before a signal is looked at: well under 1 ms, with the GIL held.
 _BATCH = 100
@@ -120,7 +115,7 @@ class Fill:
             self._copy_between(k, chunk, is_urgent=is_urgent)
         self._copy_small(k, chunk, wanted, is_urgent=is_urgent)
         for piece in large:
-            _memmove(chunk.address + piece.chunk_offset, self._addresses[piece.source] + piece.source_offset, piece.nbytes)
+            move_releasing_gil(chunk.address + piece.chunk_offset, self._addresses[piece.source] + piece.source_offset, piece.nbytes)
         return self._copy_from_devices(on_device, chunk) if on_device else []
 
     def _copy_small(self, k: int, chunk: StagingChunk, wanted: list[bool] | None, *, is_urgent: bool) -> None:
@@ -268,7 +263,7 @@ def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[i
     """Copy `nbytes[i]` bytes from address `sources[i]` to `base + offsets[i]`."""
     for low in range(0, len(nbytes), _BATCH):
         batch = slice(low, low + _BATCH)
-        deque(map(_memmove_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
+        deque(map(move_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
         if not is_urgent:
             time.sleep(0)
 

@@ -14,9 +14,7 @@ from operator import add
 
 from ..layout import FilePlan
 from ..layout.structure import picker
-
-# From here on a piece is worth a call of its own.
-LARGE_BYTES = 64 << 10
+from ..memory import LONG_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +114,7 @@ def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
             piece = LargePiece(source, source_start + done, chunk_offset, size)
             if source == num_payloads + 1:
                 between.add(k, piece)
-            elif source >= num_payloads or size >= LARGE_BYTES:
+            elif source >= num_payloads or size >= LONG_BYTES:
                 large[k].append(piece)
             else:
                 small.add(k, piece)

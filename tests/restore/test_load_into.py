@@ -10,10 +10,10 @@ import torch
 
 import async_ckpt
 from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError
+from async_ckpt.memory import region
 from async_ckpt.progress import read_progress
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
-from async_ckpt.restore import reading
 from async_ckpt.restore.state_tree import flatten
 
 from .committed import commit, torch_bytes
@@ -257,7 +257,7 @@ def test_lent_memory_is_used_and_given_back(tmp_path: Path) -> None:
             return None
         lent += 1
         out.append(num_bytes)
-        return reading.aligned_memory(1 << 20), lambda: out.remove(num_bytes)
+        return region(1 << 20), lambda: out.remove(num_bytes)
 
     target = {"w": torch.zeros(40_000, dtype=torch.int64)}
     restore.load_committed_into(catalog, "a", "m.pt", target, lend=lend)

@@ -1,0 +1,61 @@
+"""Bytes in memory by address: regions of it, and moving them. Any thread.
+
+Guarantees:
+- Regions are page-aligned, zeroed and private, and of huge pages where the kernel has them: it gives none to shared memory, and the
+  first touch of each page is what fresh memory costs.
+- Moves of `LONG_BYTES` or more run without the GIL; shorter ones keep it, because handing it back and forth between threads costs
+  more than the copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+LONG_BYTES = 64 << 10
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+move_releasing_gil = ctypes.CDLL(None).memmove
+"""C's memmove(target, source, num_bytes) itself: for loops in C over columns of numbers."""
+move_holding_gil = ctypes.PyDLL(None).memmove
+for _function in (move_releasing_gil, move_holding_gil):
+    _function.restype = None
+    _function.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
+
+
+def move(target: int, source: int, num_bytes: int) -> None:
+    """Copy between addresses; they may overlap."""
+    (move_releasing_gil if num_bytes >= LONG_BYTES else move_holding_gil)(target, source, num_bytes)
+
+
+def address_of(buffer: memoryview | mmap.mmap) -> int:
+    """Of the first byte of a writable buffer; valid while the buffer is alive."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def region(num_bytes: int) -> memoryview:
+    """Fresh memory. Its capacity is rounded up to whole pages, its length is not."""
+    capacity = max(PAGE_BYTES, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
+    memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = memoryview(memory)
+    if num_bytes >= HUGE_PAGE_BYTES:
+        advise_huge_pages(address_of(view), capacity)
+    return view[:num_bytes]
+
+
+def advise_huge_pages(address: int, num_bytes: int) -> None:
+    """For the huge pages that lie wholly in these bytes. Advice only: a kernel that refuses it is slower, not wrong."""
+    first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if end > first:
+        _libc.madvise(first, end - first, _MADV_HUGEPAGE)
+
+
+def populate(address: int, num_bytes: int) -> bool:
+    """Touch whole pages, without the GIL; False where the kernel cannot."""
+    return bool(_libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) == 0)
