@@ -15,13 +15,13 @@ Guarantees:
 from __future__ import annotations
 
 import enum
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from types import CodeType, FrameType
 
 from ..errors import BackpressureTimeout
+from ..frames import calling_frame, innermost_frames
 from ..locks import Condition
 
 # How soon a waiter learns that a step has raised; it is only then that nobody wakes it.
@@ -143,7 +143,7 @@ class Turns:
         """Drop the turns whose function was left without a word."""
         if not self._running:
             return
-        frames = sys._current_frames()
+        frames = innermost_frames()
         # A turn is entered under the lock held here, so its function was on the stack when the frames were taken.
         ended = [ident for ident, turn in self._running.items() if not _runs(turn.code, frames.get(ident))]
         for ident in ended:
@@ -155,7 +155,7 @@ def _runs(code: CodeType, frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code is code:
             return True
-        frame = frame.f_back
+        frame = calling_frame(frame)
     return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from typing import Any
 
@@ -77,9 +76,10 @@ class Planner:
         """From the cache or the fast encoder; None where torch has to plan."""
         if name in self._cache:
             self._cache.move_to_end(name)
-        matched = self._reuse(obj)
-        if matched is not None:
-            return matched
+        for entry in reversed(self._cache.values()):
+            matched = entry.match(obj)
+            if matched is not None:
+                return matched
         try:
             entry = FastPlan(obj, alignment=self._alignment, compact_views=self._compact_views, encode=self._encode)
         except (NotPlainError, RecursionError):
@@ -92,21 +92,6 @@ class Planner:
         while len(self._cache) > self._cache_entries:
             self._cache.popitem(last=False)
         return entry.take_first()
-
-    def _reuse(self, obj: Any) -> PlannedState | None:
-        # A match makes and drops some tuples per tensor; a full collection in the middle of it costs ten times the match.
-        was_enabled = gc.isenabled()
-        try:
-            gc.disable()
-            for entry in reversed(self._cache.values()):
-                matched = entry.match(obj)
-                if matched is not None:
-                    return matched
-            return None
-        finally:
-            # No context manager: an interrupt can strike before its exit has begun.
-            if was_enabled:
-                gc.enable()
 
     def _plan_recorded(self, obj: Any) -> PlannedState:
         try:

@@ -15,13 +15,13 @@ Guarantees:
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
 from ..filesystem.running import may_wait_for_threads, running_threads
+from ..frames import innermost_frames
 from ..locks import Lock
 
 # The first wait between two looks; each next one is longer by half, up to the last.
@@ -62,7 +62,7 @@ class Bystanders:
         self._lock = Lock()
         self._inside = {
             ident: _place(frame)
-            for ident, frame in sys._current_frames().items()
+            for ident, frame in innermost_frames().items()
             if ident != me and not _is_harmless(frame.f_code) and _sleepers.get(ident) != _place(frame)
         }
         self._asleep: dict[int, tuple[int, float]] = {}
@@ -73,7 +73,7 @@ class Bystanders:
         """Whether one of them may still be inside what it was in. To be asked until it is False; does not block."""
         with self._lock:
             if self._inside:
-                now = {ident: _place(frame) for ident, frame in sys._current_frames().items()}
+                now = {ident: _place(frame) for ident, frame in innermost_frames().items()}
                 self._inside = {ident: place for ident, place in self._inside.items() if now.get(ident) == place}
             if self._inside:
                 self._look_at_sleepers()

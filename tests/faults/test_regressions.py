@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 import weakref
@@ -40,6 +41,7 @@ from async_ckpt.snapshot.cutting import cut
 from async_ckpt.staging import StagingArena, StagingChunk
 from async_ckpt.writer import executor
 
+from .crowd import ROOT
 from .diskmodel import DiskModel
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
@@ -416,3 +418,11 @@ def test_targets_that_are_copied_to_get_their_old_values_back_too(tmp_path: Path
             engine.load_into(target, "a/s.pt")
         assert not refuses
         assert all((tensor == 1).all() for tensor in target.values())
+
+
+def test_frames_of_other_threads_are_looked_at_without_harm() -> None:
+    """On Python 3.11 a garbage collection during `sys._current_frames()` handed out freed memory: a crash of the training."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.looking_at_frames"], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "seen\n"), done.stderr

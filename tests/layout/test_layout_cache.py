@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections import OrderedDict
-from types import FrameType
 
 import pytest
 import torch
@@ -211,32 +209,3 @@ def test_the_check_runs_once_per_kind(no_verdicts):
     checked = len(calls)
     planner.plan({"a": torch.ones(1), "b": torch.ones(2)})
     assert len(calls) == checked + 1
-
-
-def test_an_interrupt_leaves_the_collector_as_it_was() -> None:
-    """At every point of a reused plan where the interpreter looks for signals."""
-    planner, state = Planner(), {"w": torch.ones(3), "step": 1}
-    planner.plan(state, name="s")
-    num_steps, stop_at = 0, -1
-
-    def step(frame: FrameType, event: str, arg: object) -> None:
-        nonlocal num_steps
-        num_steps += event in ("call", "c_return")
-        if num_steps == stop_at:
-            raise KeyboardInterrupt
-
-    for stop_at in range(1000):
-        num_steps = 0
-        try:
-            sys.setprofile(step)
-            planner.plan(state, name="s")
-        except KeyboardInterrupt:
-            assert gc.isenabled(), stop_at
-        else:
-            sys.setprofile(None)
-            if 0 < num_steps < stop_at:
-                break
-        finally:
-            sys.setprofile(None)
-            gc.enable()
-    assert 50 < stop_at < 999
