@@ -83,10 +83,10 @@ class Sealer:
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
         while index < count and offsets[index] < end:
-            stop = self._take_run(index, self._run_end(index, offset, end), offset, view)
-            if stop > index:
-                past = offsets[stop - 1] + sizes[stop - 1] + 8
-                crc, done, index = crc32(view[done - offset : past - offset], crc), past, stop
+            behind = self._take_run(index, self._run_end(index, offset, end), offset, view)
+            if behind > index:
+                past = offsets[behind - 1] + sizes[behind - 1] + 8
+                crc, done, index = crc32(view[done - offset : past - offset], crc), past, behind
                 continue
             payload_start = offsets[index]
             payload_end = payload_start + sizes[index]
@@ -120,7 +120,7 @@ class Sealer:
         return stop if max(sizes[index:stop], default=0) < _COMBINE_FROM_NBYTES else next(long)
 
     def _take_run(self, index: int, stop: int, offset: int, view: memoryview) -> int:
-        """Checksum a run and patch its descriptors; returns the next index: a payload that may be taken for a descriptor ends the run."""
+        """Checksum a run and patch its descriptors; returns the index behind it. A payload that may be taken for a descriptor ends it."""
         starts = list(map(sub, self._offsets[index:stop], repeat(offset)))
         suspect = bytes(map(view.__getitem__, starts)).find(DESCRIPTOR_MAGIC[0])
         if suspect >= 0:

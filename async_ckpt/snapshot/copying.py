@@ -86,13 +86,7 @@ class Fill:
             self._addresses = [*payloads, *map(_address_of, self._literals)]
 
     def copy(
-        self,
-        k: int,
-        chunk: StagingChunk,
-        chosen: Sequence[bool] | None,
-        *,
-        literals: bool = True,
-        is_urgent: bool = False,
+        self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, literals: bool = True, is_urgent: bool = False
     ) -> list[torch.cuda.Event]:
         """Copy pieces of chunk `k`: of the chosen payloads (None: all), and with `literals` all that is no payload.
 
