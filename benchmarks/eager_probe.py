@@ -1,0 +1,94 @@
+"""What an eager save adds to the copy itself: in turn, in one process, on the same memory; several processes.
+
+    python -m benchmarks.eager_probe DIRECTORY [--workload adamw] [--size-mib 1024] [--repeats 7] [--processes 5] [--json FILE]
+
+How fast a process copies depends on which pages it got (here by a factor of two from one process to the next), so a copy in another
+process says little: the ratio is taken in each, and the median of the processes' ratios is what counts. Three things are timed: one
+contiguous copy of as many bytes into warm memory with torch's threads; the state's own tensors into warm ones, by torch in one call;
+and `create` + `save` + `commit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contenders.async_ckpt_engine import AsyncCkptEager
+from benchmarks.contenders.base import flatten
+from benchmarks.environment import describe
+from benchmarks.workloads import build
+
+WAYS = ("one copy", "tensor by tensor", "save")
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, in this process; the first round is not counted."""
+    workload = build(workload_name, size_mib, seed=0, device="cpu")
+    source, target = torch.ones(workload.num_bytes, dtype=torch.uint8), torch.ones(workload.num_bytes, dtype=torch.uint8)
+    tensors, _ = flatten(workload.state())
+    warm = [torch.ones_like(tensor) for tensor in tensors.values()]
+    contender = AsyncCkptEager()
+    contender.setup(directory, workload)
+    contender.prewarm()
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for k in range(repeats + 1):
+        workload.advance()
+        state = workload.state()
+        tensors, _ = flatten(state)
+        os.sync()
+        with torch.no_grad():
+            taken["one copy"].append(timed(lambda: target.copy_(source)))
+            taken["tensor by tensor"].append(timed(lambda: torch._foreach_copy_(warm, [*tensors.values()])))
+        taken["save"].append(timed(lambda k=k, state=state: contender.save(k, state)))  # type: ignore[misc]
+        contender.wait_durable()
+        contender.discard(k)
+    contender.close()
+    return {way: seconds[1:] for way, seconds in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--workload", default="adamw")
+    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.processes == 0:
+        print(json.dumps(measure(options.directory, options.workload, options.size_mib, options.repeats)))
+        return
+    runs: list[dict[str, list[float]]] = []
+    for k in range(options.processes):
+        arguments = ["--workload", options.workload, "--size-mib", str(options.size_mib), "--repeats", str(options.repeats)]
+        command = [sys.executable, "-m", "benchmarks.eager_probe", str(options.directory / f"process-{k}"), *arguments, "--processes", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {way: statistics.median(seconds) for way, seconds in runs[-1].items()}
+        print("  ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in medians.items()), flush=True)
+    for way in WAYS[:-1]:
+        ratios = sorted(statistics.median(run["save"]) / statistics.median(run[way]) for run in runs)
+        print(f"save over {way}: {statistics.median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]")
+    if options.json is not None:
+        result: dict[str, Any] = {"workload": options.workload, "size_mib": options.size_mib, "seconds": runs}
+        options.json.write_text(json.dumps({**result, "machine": describe(options.directory)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
