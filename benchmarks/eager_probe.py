@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) ->
     """Seconds of each way, in this process; the first round is not counted."""
     workload = build(workload_name, size_mib, seed=0, device="cpu")
     source, target = torch.ones(workload.num_bytes, dtype=torch.uint8), torch.ones(workload.num_bytes, dtype=torch.uint8)
-    tensors, _ = flatten(workload.state())
-    warm = [torch.ones_like(tensor) for tensor in tensors.values()]
+    warm = [torch.ones_like(tensor) for tensor in flatten(workload.state())[0].values()]
     contender = AsyncCkptEager()
     contender.setup(directory, workload)
     contender.prewarm()
@@ -50,12 +50,12 @@ def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) ->
     for k in range(repeats + 1):
         workload.advance()
         state = workload.state()
-        tensors, _ = flatten(state)
+        live = [*flatten(state)[0].values()]
         os.sync()
         with torch.no_grad():
-            taken["one copy"].append(timed(lambda: target.copy_(source)))
-            taken["tensor by tensor"].append(timed(lambda: torch._foreach_copy_(warm, [*tensors.values()])))
-        taken["save"].append(timed(lambda k=k, state=state: contender.save(k, state)))  # type: ignore[misc]
+            taken["one copy"].append(timed(partial(target.copy_, source)))
+            taken["tensor by tensor"].append(timed(partial(torch._foreach_copy_, warm, live)))
+        taken["save"].append(timed(partial(contender.save, k, state)))
         contender.wait_durable()
         contender.discard(k)
     contender.close()
