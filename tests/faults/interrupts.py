@@ -173,10 +173,20 @@ GAMES: dict[str, tuple[Life, int | None]] = {
 """What is interrupted, and within how many calls it is interrupted again."""
 
 
+@contextlib.contextmanager
+def _unraisable_forgotten() -> Iterator[None]:
+    """Pytest keeps what is raised in a `__del__`, and with the traceback the chunk whose end was interrupted."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None:
     interrupter = Interrupter(k, again)
     try:
-        with quiet():
+        with quiet(), _unraisable_forgotten():
             life(root, told, interrupter)
         found = contents(root, skip="lazy.pt")
         check_legal(found, told)

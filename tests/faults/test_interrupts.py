@@ -7,8 +7,6 @@ import pytest
 from .interrupts import sweep
 from .workloads import Folder
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize("name", ["eager", "lazy, close too", "lazy, close too, twice", "load_into", "load_into, twice"])
