@@ -33,7 +33,7 @@ def move(target: int, source: int, num_bytes: int) -> None:
     (move_releasing_gil if num_bytes >= LONG_BYTES else move_holding_gil)(target, source, num_bytes)
 
 
-def address_of(buffer: memoryview | mmap.mmap) -> int:
+def address_of(buffer: memoryview) -> int:
     """Of the first byte of a writable buffer; valid while the buffer is alive."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 

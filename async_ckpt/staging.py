@@ -16,8 +16,10 @@ import mmap
 import os
 import time
 import weakref
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 
@@ -26,6 +28,7 @@ from .locks import Condition
 from .memory import populate
 
 _Piece = tuple[torch.Tensor, memoryview, int]
+_address_of = itemgetter(2)
 
 _arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
 _inherited: list[StagingArena] = []
@@ -85,6 +88,7 @@ class StagingArena:
             piece = whole[low:high]
             self._cold.append((piece, view[low:high], piece.data_ptr()))
         self._warm: deque[_Piece] = deque()
+        """In the order of addresses, so that a file that is saved again and again finds its bytes of last time."""
         self._pieces = {piece[2]: piece for piece in self._cold}
         self._holders: dict[int, weakref.ref[StagingChunk]] = {}
         """The last chunk made of each piece, by address."""
@@ -124,8 +128,6 @@ class StagingArena:
                 self._reclaim()
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
-            # In the order of addresses, so that a file that is saved again and again finds its bytes of last time.
-            self._warm = deque(sorted(self._warm, key=_address_of))
             return [self._take() for _ in range(num_chunks)]
 
     def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
@@ -216,7 +218,7 @@ class StagingArena:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
             self._imprints[chunk.address] = chunk.imprint
-            self._warm.append(chunk.piece)
+            insort(self._warm, chunk.piece, key=_address_of)
             self._changed.notify_all()
 
     def _reclaim(self) -> None:
@@ -226,7 +228,7 @@ class StagingArena:
             if chunk is None or not (chunk.is_held or chunk.num_users):
                 tensor, view, _ = self._pieces[address]
                 self._pieces[address] = tensor, view, address
-                self._warm.append(self._pieces[address])
+                insort(self._warm, self._pieces[address], key=_address_of)
 
     def _free_addresses(self) -> set[int]:
         return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}
@@ -262,10 +264,6 @@ class StagingArena:
         if self.pinned:
             _check_cuda(torch.cuda.cudart().cudaHostRegister(chunk.address, self.chunk_bytes, 0))
             self._registered.append(chunk.address)
-
-
-def _address_of(piece: _Piece) -> int:
-    return piece[2]
 
 
 def _check_cuda(status: object) -> None:
