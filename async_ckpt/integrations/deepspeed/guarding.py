@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
+from ..guarding import check_guardable, torch_optimizer
 
 # Read for each: gradients alone are touched before the inner step; half precision copies and gathered weights follow it.
 _KNOWN = frozenset(("BF16_Optimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "FP16_Optimizer", "FP16_UnfusedOptimizer"))
@@ -22,11 +23,10 @@ def guardable_optimizers(ds_engine: Any) -> list[torch.optim.Optimizer]:
     outer = ds_engine.optimizer
     if not isinstance(outer, torch.optim.Optimizer) and type(outer).__name__ not in _KNOWN:
         raise ConfigError(f"guard=True needs an engine with a torch optimizer, not {type(outer).__name__}; leave it out")
-    inner = outer
-    while not isinstance(inner, torch.optim.Optimizer):
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise ConfigError("guard=True needs an engine with a torch optimizer; leave it out")
+    inner = torch_optimizer(outer)
+    if inner is None:
+        raise ConfigError("guard=True needs an engine with a torch optimizer; leave it out")
+    check_guardable(inner, ds_engine.module)
     reason = None
     if ds_engine.zero_nvme_offload_optimizer():
         reason = "its states are swapped through buffers that change before the step"

@@ -17,6 +17,7 @@ from ...engine import AsyncCheckpointEngine
 from ...errors import CheckpointError, ConfigError
 from ...pending import PendingCommit
 from ...retention import RetentionPolicy
+from ..guarding import check_guardable, torch_optimizer
 
 logger = logging.getLogger("async_ckpt")
 
@@ -66,12 +67,16 @@ class Saver:
             self._root = root
         return self._engine
 
-    def guard(self, optimizer: Any) -> None:
-        """Make saves lazy for the torch optimizer inside Accelerate's wrappers."""
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer
-        if self._engine is not None and isinstance(optimizer, torch.optim.Optimizer):
-            self._engine.guard(optimizer)
+    def guard(self, optimizer: Any, model: torch.nn.Module) -> None:
+        """Make saves lazy for the torch optimizer inside Accelerate's wrappers.
+
+        Raises:
+            ConfigError: its tensors also change between its steps.
+        """
+        inner = torch_optimizer(optimizer)
+        if self._engine is not None and inner is not None:
+            check_guardable(inner, model)
+            self._engine.guard(inner)
 
     def follow(self, path: str, pending: PendingCommit, then: Callable[[str], object]) -> None:
         """Call `then(path)` from `poll` or `drain` once this is committed."""

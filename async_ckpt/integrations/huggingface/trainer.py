@@ -33,7 +33,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     """Put it before `Trainer` (or a subclass) in a class's bases, or use `attach`. Everything else stays as it is.
 
     Guarantees:
-    - A save has copied the state, or protected it until the next optimizer step, when training goes on.
+    - A save has copied the state when training goes on (with ``guard=True``: protected it until the next optimizer step).
     - ``checkpoint-<step>`` appears in one rename, complete and durable; a killed save leaves nothing under such a name.
     - ``resume_from_checkpoint=True`` takes the newest checkpoint whose every byte verifies; a path that is given is verified too.
     - ``save_total_limit`` deletes only after the newer checkpoint is durable, never the best one; ``load_best_model_at_end`` waits.
@@ -45,11 +45,12 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
 
     Args:
         async_ckpt: `EngineConfig` fields, such as ``{"staging_bytes": 4 << 30}``; not root, format and overwrite.
-        guard: copy parameters and optimizer state behind the next forward and backward. Only where nothing but the
-            optimizer's own step changes them; otherwise a save fails with `TornSnapshotError`.
+        guard: copy parameters and optimizer state behind the next forward and backward instead of inside the save. Not the
+            default: only for training in which nothing but the optimizer's own step changes them. `train` refuses optimizers and
+            layers that are known to change weights otherwise; others fail a checkpoint with `TornSnapshotError`.
     """
 
-    def __init__(self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = False, **kwargs: Any) -> None:
         require("transformers")
         super().__init__(*args, **kwargs)
         self._set_up_async(async_ckpt or {}, guard)
@@ -112,7 +113,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
 
     def _set_up_async(self, config: Mapping[str, Any], guard: bool) -> None:
         self._saver = Saver(config)
-        self._guards = guard and not any(name in str(self.args.optim) for name in _STEPS_IN_BACKWARD)
+        self._guards = guard
         self._scratch: str | None = None
         self._push_wanted = False
         self.add_callback(_watcher(self))
@@ -126,7 +127,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             retention=SaveTotalLimit(limit) if limit is not None and limit > 0 else None,
         )
         if self._guards:
-            self._saver.guard(self.optimizer)
+            self._saver.guard(self.optimizer, self.model)
         return engine
 
     @contextlib.contextmanager
@@ -181,7 +182,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         return resume
 
 
-def attach(trainer: Any, *, guard: bool = True, **config: Any) -> Any:
+def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
     """Make an existing `Trainer` (or SFTTrainer, Seq2SeqTrainer, ...) save asynchronously; returns it.
 
     Its class becomes one that derives from `AsyncCheckpointTrainerMixin` and from its own class. Call it before ``train``.
@@ -227,6 +228,8 @@ def _check_supported(trainer: Any) -> None:
         raise ConfigError(
             "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use async_ckpt.integrations.dcp"
         )
+    if trainer._guards and any(name in str(trainer.args.optim) for name in _STEPS_IN_BACKWARD):
+        raise ConfigError(f"guard=True cannot protect {trainer.args.optim}: it steps inside the backward pass. Give guard=False")
     if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
         raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ...config import EngineConfig
 from ...engine import AsyncCheckpointEngine
 from ...errors import CheckpointError, ConfigError
 from ...filesystem import FileSystem, LocalFileSystem
+from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
 from .loading import load_file
@@ -40,6 +41,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     returns when the file is there: no training overlaps with it, and nothing would tear down after it.
 
     Args:
+        guard: make saves lazy for the trainer's optimizers, from the start of each ``fit`` on. Not the default: only for
+            training in which nothing but an optimizer's own step changes its tensors (no `EMAWeightAveraging`, say).
         on_commit: called with the path of each committed file, on a background thread, in order; it may block (an
             upload), and the file is not deleted before it returns.
         verify: "full" checks every byte on load, "off" nothing.
@@ -50,12 +53,15 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         ConfigError: a field that is unknown, wrong, or set by this plugin itself.
     """
 
-    def __init__(self, *, on_commit: Callable[[str], object] | None = None, verify: str = "full", **config: Any) -> None:
+    def __init__(
+        self, *, guard: bool = False, on_commit: Callable[[str], object] | None = None, verify: str = "full", **config: Any
+    ) -> None:
         own = [name for name in _OWN_FIELDS if name in config]
         if own:
             raise ConfigError(f"AsyncCkptIO sets {', '.join(own)} itself: Lightning's callbacks decide where files go and which stay")
         checked = EngineConfig.from_params({"root": ".", **config})
         self._config = config
+        self._guards = guard
         self._on_commit = on_commit
         self._verify = verify
         self._sweeps = checked.sweep_on_start
@@ -165,6 +171,17 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         self._is_over = False
         self._running(Place.of(os.path.join(dirpath, "any")))
 
+    def fit_started(self, optimizers: Sequence[torch.optim.Optimizer], module: torch.nn.Module) -> None:
+        """With ``guard=True``, guard what trains `module`; `ModelCheckpoint` calls it on every rank.
+
+        Raises:
+            ConfigError: their tensors also change between their steps.
+        """
+        if self._guards:
+            for optimizer in optimizers:
+                check_guardable(optimizer, module)
+            self.guard(*optimizers)
+
     def wait(self) -> None:
         """Block until every save so far is committed, linked and deleted.
 
@@ -176,7 +193,13 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             self._raise_failure()
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in ``on_fit_start``."""
+        """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in ``on_fit_start``.
+
+        Raises:
+            ConfigError: one of them changes weights outside of its own step.
+        """
+        for optimizer in optimizers:
+            check_guardable(optimizer)
         self._guarded += [optimizer for optimizer in optimizers if optimizer not in self._guarded]
         if self._engine is not None:
             self._engine.guard(*optimizers)

@@ -2,8 +2,8 @@
 
 `ModelCheckpoint` looks at the disk to choose a free file name, and points ``last.ckpt`` at a file in the moment it is
 saved. Neither is right for a file that is still on its way, and a plugin is not asked: so the two methods are wrapped,
-and `setup` too, which is the first to know the directory: staging memory is prepared then instead of in the first save.
-They behave as before under every trainer whose plugin is not ours.
+`setup` too, which is the first to know the directory (staging memory is prepared then instead of in the first save), and
+`on_train_start`, the first to know the optimizers. They behave as before under every trainer whose plugin is not ours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class KnowsPending(Protocol):
 
     def prepare(self, dirpath: Any) -> None:
         """Make ready for saves to this directory."""
+
+    def fit_started(self, optimizers: Any, module: Any) -> None:
+        """Training begins, with these optimizers."""
 
 
 def checkpoint_io_class() -> Any:
@@ -70,7 +73,8 @@ def default_weights_only() -> bool | None:
 def _teach(callback_class: Any) -> None:
     if getattr(callback_class.file_exists, "_is_async_ckpt", False):
         return
-    stock_exists, stock_link, stock_setup = callback_class.file_exists, callback_class._link_checkpoint, callback_class.setup
+    stock_exists, stock_link = callback_class.file_exists, callback_class._link_checkpoint
+    stock_setup, stock_start = callback_class.setup, callback_class.on_train_start
 
     @functools.wraps(stock_exists)
     def file_exists(self: Any, filepath: Any, trainer: Any) -> bool:
@@ -98,7 +102,15 @@ def _teach(callback_class: Any) -> None:
         if isinstance(plugin, KnowsPending) and trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
             plugin.prepare(self.dirpath)
 
+    @functools.wraps(stock_start)
+    def on_train_start(self: Any, trainer: Any, pl_module: Any) -> None:
+        stock_start(self, trainer, pl_module)
+        plugin = trainer.strategy.checkpoint_io
+        if isinstance(plugin, KnowsPending):
+            plugin.fit_started(trainer.optimizers, pl_module)
+
     file_exists._is_async_ckpt = True  # type: ignore[attr-defined]
     callback_class.setup = setup
+    callback_class.on_train_start = on_train_start
     callback_class.file_exists = file_exists
     callback_class._link_checkpoint = staticmethod(link_checkpoint)

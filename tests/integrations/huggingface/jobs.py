@@ -40,7 +40,7 @@ def rows(num: int = 64, seed: int = 1) -> list[dict[str, Any]]:
 
 def trainer(output_dir: Path, *, asynchronous: bool = True, kind: type[Trainer] = Trainer, max_steps: int = 8, **options: Any) -> Trainer:
     config = options.pop("config", {})
-    guard = options.pop("guard", True)
+    guard = options.pop("guard", False)
     made = options.pop("model", None)
     callbacks = options.pop("callbacks", None)
     settings: dict[str, Any] = {

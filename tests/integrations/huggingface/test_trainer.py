@@ -89,6 +89,17 @@ def test_the_same_checkpoints_as_stock(tmp_path: Path, stock: Any, guard: bool) 
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "checkpoint-8").convert_tokens_to_ids("w7") == 7
 
 
+def test_a_guard_is_refused_before_the_first_step_for_what_it_cannot_protect(tmp_path: Path) -> None:
+    net = model()
+    net.transformer.wte.max_norm = 1.0
+    guarded = trainer(tmp_path, guard=True, model=net)
+    with pytest.raises(ConfigError, match=r"Embedding.max_norm=1. .*wte.*guard=False"):
+        guarded.train()
+    assert guarded.state.global_step == 0 and names(tmp_path) == []
+    trainer(tmp_path, model=net).train()
+    assert Catalog(tmp_path).verify("checkpoint-8").ok
+
+
 @pytest.mark.parametrize("back_in", ["ours", "stock"])
 def test_resume_is_exact(tmp_path: Path, stock: Any, back_in: str) -> None:
     trainer(tmp_path, callbacks=[StopAt(4)]).train()

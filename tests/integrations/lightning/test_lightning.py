@@ -408,16 +408,25 @@ class Modes(Observer):
         self.modes.append(metrics.mode)
 
 
-def test_guarded_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["eager", "asked", "by_hand"])
+def test_guarded_saves(tmp_path: Path, how: str) -> None:
     model = job()
-    io = plugin()
-    model.on_fit_start = lambda: io.guard(*model.trainer.optimizers)  # type: ignore[method-assign]
     modes: list[str] = []
-    io._config["observers"] = (Modes(modes),)
+    io = plugin(observers=(Modes(modes),), guard=how == "asked")
+    if how == "by_hand":
+        model.on_fit_start = lambda: io.guard(*model.trainer.optimizers)  # type: ignore[method-assign]
     trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1)]).fit(model, data())
-    assert len(visible(tmp_path)) == 6 and "lazy" in modes
+    assert len(visible(tmp_path)) == 6 and ("lazy" in modes) == (how != "eager")
     steps = [torch.load(tmp_path / f"epoch=0-step={n}.ckpt", weights_only=False) for n in range(1, 7)]
     assert all(not same(a["state_dict"]["net.0.weight"], b["state_dict"]["net.0.weight"]) for a, b in itertools.pairwise(steps))
+
+
+def test_a_guard_is_refused_before_the_first_step_for_what_it_cannot_protect(tmp_path: Path) -> None:
+    model = job()
+    model.net.append(torch.nn.Embedding(2, 2, max_norm=1.0))
+    with pytest.raises(ConfigError, match=r"Embedding.*guard=False"):
+        trainer(tmp_path, plugin(guard=True), callbacks=[ModelCheckpoint(dirpath=tmp_path)]).fit(model, data())
+    assert model.losses == [] and visible(tmp_path) == {}
 
 
 def test_the_older_package_name_works_too(tmp_path: Path) -> None:
