@@ -31,8 +31,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .config import EngineConfig
-    from .coordination.ranks import Node, RankCoordinator
+    from .coordination.ranks import RankCoordinator
     from .engine import AsyncCheckpointEngine
+    from .host.facts import Node
     from .interface import CheckpointEngine
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
     from .observers.logs import LoggingObserver
@@ -63,7 +64,7 @@ _HOME = {
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
     "LoggingObserver": "observers.logs",
-    "Node": "coordination.ranks",
+    "Node": "host.facts",
     "Observer": "metrics",
     "PendingCommit": "pending",
     "PreemptionOutcome": "preemption",

@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 
 from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError
 from .filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
-from .filesystem.owner import OwnerState
+from .host.process import OwnerState
 from .manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,

@@ -9,15 +9,14 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from .coordination import Coordinator
 from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .coordination import Coordinator
-    from .filesystem import FileSystem
-    from .metrics import Observer
-    from .retention import RetentionPolicy
+from .filesystem import FileSystem
+from .host.facts import available_memory_bytes, local_world_size
+from .metrics import Observer
+from .retention import RetentionPolicy
 
 PAGE_BYTES = 4096
 MAX_CHUNK_BYTES = 1 << 30
@@ -185,45 +184,3 @@ class EngineConfig:
         while chunk > PAGE_BYTES and chunk * 8 > self.resolved_staging_bytes():
             chunk //= 2
         return chunk
-
-
-def local_world_size() -> int:
-    """Ranks that share this host's memory, from LOCAL_WORLD_SIZE; 1 when unset."""
-    raw = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not raw.isdigit() or int(raw) < 1:
-        raise ConfigError(f"environment variable LOCAL_WORLD_SIZE must be a positive integer, not {raw!r}")
-    return int(raw)
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new allocation may take now: MemAvailable, or what the cgroup leaves where that is less."""
-    available = _meminfo_available_bytes()
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _read_int(limit_path), _read_int(used_path)
-        if limit is not None and used is not None:
-            available = min(available, max(0, limit - used))
-    return available
-
-
-def _meminfo_available_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        # Not Linux: a conservative figure is better than none.
-        return 4 << 30
-    return 4 << 30
-
-
-def _read_int(path: str) -> int | None:
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

@@ -32,13 +32,13 @@ from .inflight import InFlight
 from .inflight.checkpoint import OpenCheckpoint, SavedFile, given_up
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
-from .locks import Lock
 from .metrics import SaveMetrics
 from .paths import split_committed, split_root
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 from .snapshot import Snapshotter, num_copy_helpers
 from .staging import StagingArena
+from .threads.locks import Lock
 from .warmup import Warmup
 
 # Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.

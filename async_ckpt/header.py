@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from .checksum import crc32
 from .errors import CorruptCheckpointError, UnsupportedStateError
+from .format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from .inert_pickle import MalformedPickleError, read_inert
 from .inventory import ITEM_BYTES, MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
-from .restore.zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000

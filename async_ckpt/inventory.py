@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import CorruptCheckpointError, UnsupportedStateError
+from .format.zip_records import RecordExtent
 from .inert_pickle import Inert, InertDict, Name, PersistentId, describe
-from .restore.zip_records import RecordExtent
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000

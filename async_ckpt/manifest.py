@@ -14,7 +14,7 @@ one JSON object in ASCII, with these members:
 
 Names that are not committed checkpoints begin with a dot, which no tag does: `.staging.<tag>.<owner>.<n>` is being
 written, `.trash.<tag>.<owner>.<n>` is being deleted, `.aside.<tag>.<owner>.<n>` is an old checkpoint set aside for
-the moment of its replacement, on file systems that cannot exchange two names. <owner> is described in `owner.py`.
+the moment of its replacement, on file systems that cannot exchange two names. <owner> is described in `host/process.py`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from .errors import UnsafePathError
-from .filesystem.owner import Owner
+from .host.process import Owner
 
 MANIFEST_NAME = "manifest.json"
 DCP_METADATA_NAME = ".metadata"

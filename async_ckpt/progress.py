@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from .errors import BackpressureTimeout
-from .locks import Lock
 from .metrics import CommitMetrics, Observer, Span
+from .threads.locks import Lock
 
 if TYPE_CHECKING:
     from rich.console import Console

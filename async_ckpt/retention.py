@@ -18,8 +18,8 @@ from . import transaction
 from .catalog import Catalog
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from .filesystem import FileSystem
+from .filesystem.write_error import write_error
 from .manifest import Manifest
-from .transaction.trees import write_error
 
 
 @dataclass(frozen=True)

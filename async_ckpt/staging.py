@@ -24,8 +24,8 @@ from operator import itemgetter
 import torch
 
 from .errors import BackpressureTimeout, TransactionStateError
-from .locks import Condition
-from .memory import populate
+from .host.memory import populate
+from .threads.locks import Condition
 
 _Piece = tuple[torch.Tensor, memoryview, int]
 _address_of = itemgetter(2)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import ConfigError, CorruptCheckpointError
-from .locks import Lock
 from .metrics import Observer, Span
+from .threads.locks import Lock
 
 _COLOURS = {
     "save": "#b2182b",

@@ -20,8 +20,8 @@ from typing import Literal
 from .checksum import crc32
 from .errors import CommitError, CorruptCheckpointError
 from .filesystem import DirHandle, FileSystem, ReadableFile
+from .host.memory import region
 from .manifest import MANIFEST_NAME, FileEntry
-from .memory import region
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]
@@ -195,7 +195,7 @@ def _check_extents(
     buffers = threading.local()
     windows = _windows(work)
     # Here, because it brings asyncio with it: a command line that only lists must not wait for that.
-    from .writer.executor import DaemonExecutor
+    from .threads.executor import DaemonExecutor
 
     pool = DaemonExecutor("async-ckpt-verify", limit)
     running: set[Future[tuple[int, list[Problem]]]] = set()
@@ -264,7 +264,7 @@ def name_records(file: ReadableFile, entry: FileEntry, start: int, stop: int) ->
     """The container's records that touch bytes [start, stop), narrowed to those whose own CRC fails; None if unknown."""
     if entry.format != "torch":
         return None
-    from .layout.zipdirectory import read_directory
+    from .format.zip_directory import read_directory
 
     def pread(offset: int, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)

@@ -19,7 +19,7 @@ from async_ckpt.cli import main as command_line
 from async_ckpt.cli.output import recording
 from async_ckpt.demo.report import plot_steps
 from async_ckpt.demo.training import DemoConfig, train
-from async_ckpt.filesystem.owner import current_owner
+from async_ckpt.host.process import current_owner
 from async_ckpt.metrics import Span
 
 FIGURES = Path(__file__).resolve().parent / "figures"

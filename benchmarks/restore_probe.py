@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import async_ckpt
-from async_ckpt.memory import region
+from async_ckpt.host.memory import region
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
 from benchmarks.environment import describe

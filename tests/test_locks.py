@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from async_ckpt import locks
+from async_ckpt.threads import locks
 
 
 class Struck(BaseException):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt.memory import HUGE_PAGE_BYTES, LONG_BYTES, PAGE_BYTES, address_of, move, populate, region
+from async_ckpt.host.memory import HUGE_PAGE_BYTES, LONG_BYTES, PAGE_BYTES, address_of, move, populate, region
 
 
 def mapping_of(address: int) -> list[str]:

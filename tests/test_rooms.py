@@ -29,9 +29,9 @@ MAY_IMPORT_TORCH = (
     "cli.exporting",
 )
 # Inside layout/, the container's arithmetic is plain Python.
-NEVER_TORCH = ("coordination.__init__", "coordination.rank_protocol", "layout.zipformat", "layout.zipdirectory", "layout.sealer")
+NEVER_TORCH = ("coordination.__init__", "coordination.rank_protocol", "layout.zipformat", "layout.sealer")
 MAY_IMPORT_AIOFILES = ("filesystem",)
-MAY_START_THREADS = ("writer.__init__", "writer.executor", "writer.loopthread", "restore.reading", "restore.undo")
+MAY_START_THREADS = ("writer.__init__", "threads.executor", "writer.loopthread", "restore.reading", "restore.undo")
 
 
 def tree(module: str) -> ast.Module:
@@ -95,7 +95,7 @@ def test_only_the_writer_owns_threads_and_loops(module: str) -> None:
             assert node.attr not in ("Thread", "ThreadPoolExecutor", "new_event_loop"), f"{node.attr} at line {node.lineno}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "locks"])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "threads.locks"])
 def test_locks_are_those_that_an_interrupt_cannot_leave_locked(module: str) -> None:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.With):
@@ -103,7 +103,7 @@ def test_locks_are_those_that_an_interrupt_cannot_leave_locked(module: str) -> N
             assert not any(name.startswith("threading.") for name in entered), f"{entered} at line {node.lineno}"
         # Only tried, never entered: a commit in progress is told apart from none.
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("threading.Lock", "threading.RLock", "threading.Condition"):
-            assert module == "preemption.__init__", f"{ast.unparse(node)} at line {node.lineno}: see locks.py"
+            assert module == "preemption.__init__", f"{ast.unparse(node)} at line {node.lineno}: see threads/locks.py"
 
 
 @pytest.mark.parametrize("module", MODULES)

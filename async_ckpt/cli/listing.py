@@ -10,7 +10,7 @@ from typing import Any
 
 from ..catalog import Catalog, CatalogEntry, StagingInfo
 from ..errors import CheckpointNotFoundError
-from ..filesystem.owner import OwnerState
+from ..host.process import OwnerState
 from ..units import format_age, format_bytes
 from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of

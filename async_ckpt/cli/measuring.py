@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checksum import crc32
-from ..config import available_memory_bytes
 from ..errors import ConfigError
 from ..filesystem import LocalFileSystem
-from ..filesystem.owner import Owner, OwnerState, current_owner, owner_state
-from ..memory import address_of, move, region
+from ..host.facts import available_memory_bytes
+from ..host.memory import address_of, move, region
+from ..host.process import Owner, OwnerState, current_owner, owner_state
 from ..writer import Chunk, WriterPool
 
 CHUNK_BYTES = 16 << 20

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..catalog import Catalog
-from ..filesystem.owner import OwnerState
+from ..host.process import OwnerState
 from ..observers.published import read_statuses
 from ..observers.status_document import Status
 from ..units import format_age, format_bytes, format_rate, format_seconds

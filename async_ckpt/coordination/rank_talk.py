@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RankFailedError
-from ..locks import Lock
+from ..threads.locks import Lock
 from . import OpenTag, rank_protocol
 from .rank_outcome import error_of
 from .rank_requests import AttemptFailed, Seat, Step, Verdict

@@ -26,10 +26,11 @@ from ..catalog import Catalog
 from ..checksum import crc32
 from ..errors import CheckpointError, CommitError, ConfigError
 from ..filesystem import FileSystem
+from ..host.facts import Node, node_from_env
 from ..manifest import FileEntry, Manifest
-from ..writer.executor import DaemonExecutor
+from ..threads.executor import DaemonExecutor
 from . import OpenTag, rank_protocol
-from .rank_env import Node, default_run_id, node_from_env
+from .rank_env import default_run_id
 from .rank_outcome import cause_of, error_of
 from .rank_parts import merge_parts, write_part
 from .rank_requests import Announcements, AttemptFailed, Seat, Step, Verdict

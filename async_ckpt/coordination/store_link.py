@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Protocol
 
-from ..locks import Condition
-from ..writer.executor import DaemonExecutor
+from ..threads.executor import DaemonExecutor
+from ..threads.locks import Condition
 from . import rank_requests as requests
 from .rank_requests import Await, AwaitCount, Sleep, Step
 

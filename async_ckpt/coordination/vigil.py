@@ -8,7 +8,7 @@ import time
 from concurrent.futures import Future
 
 from ..filesystem import FileSystem
-from ..filesystem.owner import Owner, OwnerState
+from ..host.process import Owner, OwnerState
 from ..manifest import parse_private_name
 from ..transaction.trees import NO_LOCKS
 from .liveness import Signs, beat, leave, watch

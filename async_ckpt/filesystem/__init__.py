@@ -22,9 +22,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ..host.process import Owner, OwnerState, current_owner, owner_state
 from . import file_read as _file_read
 from . import file_write as _file_write
-from .owner import Owner, OwnerState, current_owner, owner_state
 from .syscalls import EXCHANGE, NOREPLACE, Syscalls
 
 Kind = Literal["file", "dir", "other", "missing"]

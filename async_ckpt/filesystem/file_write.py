@@ -18,40 +18,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
-from ..errors import OutOfSpaceError, WriteError
-from ..locks import Condition
+from ..errors import WriteError
+from ..threads.locks import Condition
 from .syscalls import O_DIRECT, Syscalls
+from .write_error import write_error
 
 PAGE_BYTES = 4096
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
 _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o644  # the kernel takes the umask off; group and others never get to write
 _MAX_STALLED_WRITES = 3
-
-
-def write_error(
-    calls: Syscalls, error: OSError, what: str, path: str, *, offset: int | None = None, needed_bytes: int | None = None
-) -> WriteError:
-    """`error` as one of our tree, saying what failed; disk-full errors also say how much is free."""
-    if error.errno not in FULL:
-        return WriteError(f"{what} failed; the file is incomplete and is not committed", errno=error.errno, path=path, offset=offset)
-    free_bytes: int | None = None
-    with contextlib.suppress(OSError):
-        free_bytes = calls.free_bytes(os.path.dirname(path) or ".")
-    full = "quota is used up" if error.errno == errno.EDQUOT else "disk is full"
-    return OutOfSpaceError(
-        f"{what} failed, the {full}: {needed_bytes} bytes needed, {free_bytes} free; the file is not committed",
-        errno=error.errno,
-        path=path,
-        offset=offset,
-        needed_bytes=needed_bytes,
-        free_bytes=free_bytes,
-    )
+_INCOMPLETE = " failed, the file is incomplete and is not committed"
 
 
 def create_file(calls: Syscalls, path: str, data: bytes) -> None:
@@ -70,7 +51,7 @@ def create_file(calls: Syscalls, path: str, data: bytes) -> None:
         finally:
             calls.close(fd)
     except OSError as error:
-        raise write_error(calls, error, "writing", path, offset=offset, needed_bytes=len(data) - offset) from error
+        raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
 
 
 async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> LocalWritableFile:
@@ -82,7 +63,7 @@ async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: boo
 
         file = await aiofiles.open(path, "xb", buffering=0, opener=opening, executor=executor)
     except OSError as error:
-        raise write_error(calls, error, "opening", path, needed_bytes=size_bytes) from error
+        raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=size_bytes) from error
     return LocalWritableFile(calls, path, size_bytes, file, direct=opening.direct, executor=executor)
 
 
@@ -173,7 +154,7 @@ class LocalWritableFile:
         try:
             await self._file.close()
         except OSError as error:
-            raise write_error(self._calls, error, "closing", self._path) from error
+            raise write_error(self._calls, error, f"closing{_INCOMPLETE}", self._path, needed_bytes=self._size_bytes) from error
 
     async def _offload(self, function: Callable[..., None], *args: object) -> None:
         import aiofiles.os
@@ -181,7 +162,7 @@ class LocalWritableFile:
         await aiofiles.os.wrap(function)(*args, executor=self._executor)
 
     @contextlib.contextmanager
-    def _running(self, what: str, offset: int | None = None, needed_bytes: int | None = None) -> Iterator[None]:
+    def _running(self, what: str, offset: int | None = None) -> Iterator[None]:
         """Hold the descriptor open, and keep the first failure."""
         with self._idle:
             if self._failure is not None:
@@ -194,7 +175,7 @@ class LocalWritableFile:
         except BaseException as error:
             failure: BaseException = error
             if isinstance(error, OSError):
-                failure = write_error(self._calls, error, what, self._path, offset=offset, needed_bytes=needed_bytes)
+                failure = write_error(self._calls, error, f"{what}{_INCOMPLETE}", self._path, offset=offset, needed_bytes=self._size_bytes)
             with self._idle:
                 self._failure = self._failure or failure
             if failure is error:
@@ -220,7 +201,7 @@ class LocalWritableFile:
             self._calls.fsync(self._fd)
 
     def _write_all(self, buffer: memoryview, offset: int) -> None:
-        with self._running("writing", offset, buffer.nbytes):
+        with self._running("writing", offset):
             done = self._write_direct(buffer, offset) if self._direct else 0
             while done < buffer.nbytes:
                 done += self._write_some(buffer[done:], offset + done)

@@ -24,8 +24,8 @@ import torch
 from torch._compile import _disable_dynamo
 
 from ..errors import BackpressureTimeout, TransactionStateError
-from ..locks import Lock
 from ..snapshot import SnapshotJob
+from ..threads.locks import Lock
 from .storages import OwnedStorages
 from .turns import Turns, Work
 

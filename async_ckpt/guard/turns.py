@@ -22,7 +22,7 @@ from types import CodeType, FrameType
 
 from ..errors import BackpressureTimeout
 from ..frames import calling_frame, innermost_frames
-from ..locks import Condition
+from ..threads.locks import Condition
 
 # How soon a waiter learns that a step has raised; it is only then that nobody wakes it.
 _LOOK_AGAIN_S = 0.02

@@ -32,9 +32,9 @@ from ..filesystem import FileSystem, LocalFileSystem
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span, on_publish_step
 from ..pending import PendingCommit
+from ..threads.executor import DaemonExecutor
 from ..transaction import State
 from ..writer import FileWrite, WriterPool, WrittenFile
-from ..writer.executor import DaemonExecutor
 from . import leaving, publishing
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .observing import Observers

@@ -6,8 +6,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 
-from ..locks import Lock
 from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
+from ..threads.locks import Lock
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..filesystem.owner import Owner, current_owner
-from ..locks import Lock
+from ..host.process import Owner, current_owner
 from ..observers import status_writer
 from ..observers.published import remove_stale_runtime
 from ..observers.status import StatusObserver
 from ..observers.status_document import RATE_WINDOW_S, encode
 from ..observers.status_places import RuntimePlace, SharedPlace, StatusPlace
 from ..observers.status_writer import StatusWriter
+from ..threads.locks import Lock
 from ..transaction import State
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Memory side: which bytes, at which offset.
 
-`zipformat` and `zipdirectory` need no torch; the names below load on first use, so that readers stay free of it.
+`zipformat` needs no torch; the names below load on first use, so that readers stay free of it.
 """
 
 from __future__ import annotations

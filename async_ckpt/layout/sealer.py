@@ -18,7 +18,7 @@ from itertools import repeat
 from operator import add, sub
 
 from ..checksum import crc32, crc32_combine
-from .zipdirectory import DESCRIPTOR_MAGIC
+from ..format.zip_directory import DESCRIPTOR_MAGIC
 from .zipformat import SERIALIZATION_ID_NBYTES, SealMap
 
 _UINT64_MASK = (1 << 64) - 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from ..checksum import crc32
 from ..errors import CorruptCheckpointError
-from .zipdirectory import DESCRIPTOR_MAGIC, UINT32_MAX, Record, read_directory
+from ..format.zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX, Record, read_directory
 
 __all__ = ["MAX_ALIGNMENT", "Container", "Record", "SealMap", "lay_out", "read_directory", "scan", "with_pickle"]
 

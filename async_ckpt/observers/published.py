@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from ..errors import CheckpointError
 from ..filesystem import FileSystem, LocalFileSystem
-from ..filesystem.owner import Owner, OwnerState
+from ..host.process import Owner, OwnerState
 from ..names import parse_status_name
 from .status_document import MAX_STATUS_BYTES, Status, decode
 from .status_places import parse_runtime_name, remove_folder_if_empty, root_key, runtime_homes

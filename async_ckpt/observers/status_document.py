@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..filesystem.owner import Owner, OwnerState
+from ..host.process import Owner, OwnerState
 
 MAX_STATUS_BYTES = 1 << 20
 MAX_FLYING = 64

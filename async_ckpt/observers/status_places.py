@@ -23,7 +23,7 @@ import stat
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..filesystem.owner import Owner
+from ..host.process import Owner
 from ..names import status_name
 
 _RUNTIME_NAME = re.compile(r"([0-9a-f-]+)\.[0-9]{1,9}\.json")

@@ -13,8 +13,8 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
-from ..locks import Condition
-from ..writer.executor import DaemonExecutor
+from ..threads.executor import DaemonExecutor
+from ..threads.locks import Condition
 from .status_places import StatusPlace
 
 logger = logging.getLogger("async_ckpt")

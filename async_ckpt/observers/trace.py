@@ -14,8 +14,8 @@ import time
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..locks import Lock
 from ..metrics import CommitMetrics, Observer, Span
+from ..threads.locks import Lock
 
 _TAIL = b"\n]}\n"
 _MAX_BUFFERED = 4096

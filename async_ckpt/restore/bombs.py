@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from ..errors import CorruptCheckpointError
+from ..format.zip_directory import Record, read_directory
 from ..inert_pickle import MalformedPickleError, Name, describe, read_inert
-from ..layout.zipdirectory import Record, read_directory
 from .reading import VerifiedFile
 
 _NAMES_IN_BYTES = re.compile(rb"bytearray|(?:Tensor|UntypedStorage|TypedStorage)\b")

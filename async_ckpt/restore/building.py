@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpointError
+from ..format.zip_records import RecordExtent
 from .plain_pickle import NotPlainError, StorageRef
 from .scatter import Scatter, new_storage
-from .zip_records import RecordExtent
 
 _STORAGE_DTYPES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,

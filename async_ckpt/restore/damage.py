@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from ..checksum import crc32
 from ..errors import CheckpointError
+from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from .read_errors import ExtentMismatch
 from .reading import BLOCK_BYTES, VerifiedFile
-from .zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import available_memory_bytes
 from ..errors import StateMismatchError
-from ..locks import uninterrupted
+from ..format.zip_records import RecordExtent, UnusualLayoutError
+from ..host.facts import available_memory_bytes
+from ..threads.locks import uninterrupted
 from .building import PlainObjects, check_inside, element_type, storage_extent
 from .plain_pickle import NotPlainError, StorageRef, load_plain
 from .read_errors import ExtentMismatch, ReadError
@@ -27,7 +28,6 @@ from .safetensors_file import tensor_extents
 from .scatter import Scatter, new_storage, stream_into
 from .state_tree import flatten, replace_leaves
 from .undo import Undo
-from .zip_records import RecordExtent, UnusualLayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

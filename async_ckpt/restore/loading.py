@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from .bombs import refuse_bombs
 from .building import TensorBuilder, place_for
 from .damage import naming_the_record
@@ -31,7 +32,6 @@ from .safetensors_file import load_safetensors
 from .scatter import stream_into
 from .torch_file import TorchFile
 from .verified_open import Opened, open_committed, split_path
-from .zip_records import RecordExtent, UnusualLayoutError, record_extents
 
 if TYPE_CHECKING:
     from ..catalog import Catalog

@@ -16,9 +16,9 @@ from typing import Protocol
 
 from ..checksum import crc32, crc32_combine
 from ..errors import CheckpointError, CorruptCheckpointError
-from ..locks import Lock, uninterrupted
-from ..memory import region
+from ..host.memory import region
 from ..progress import read_progress
+from ..threads.locks import Lock, uninterrupted
 from .read_errors import ExtentMismatch, ReadError
 
 BLOCK_BYTES = 2 << 20

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move
+from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move
 from .reading import VerifiedFile
 
 

@@ -11,7 +11,7 @@ import io
 import os
 from typing import Any
 
-from ..memory import address_of, move
+from ..host.memory import address_of, move
 from .reading import VerifiedFile
 
 _HELD_EXTENTS = 4

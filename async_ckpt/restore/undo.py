@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..locks import Condition, uninterrupted
-from ..memory import address_of, move, region
+from ..host.memory import address_of, move, region
+from ..threads.locks import Condition, uninterrupted
 from .reading import MemorySource
 from .scatter import Scatter
 

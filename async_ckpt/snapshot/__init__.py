@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..layout import FilePlan, PlannedState
-from ..locks import Condition, Lock
 from ..staging import StagingArena, StagingChunk
+from ..threads.locks import Condition, Lock
 from ..writer import Chunk, FileWrite, WriterPool
 from .bystanders import Bystanders
 from .copying import Fill, OnCopied

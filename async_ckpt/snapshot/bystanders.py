@@ -22,7 +22,7 @@ from types import CodeType, FrameType
 
 from ..filesystem.running import may_wait_for_threads, running_threads
 from ..frames import innermost_frames
-from ..locks import Lock
+from ..threads.locks import Lock
 
 # The first wait between two looks; each next one is longer by half, up to the last.
 _FIRST_POLL_S = 0.0005

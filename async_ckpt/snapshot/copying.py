@@ -17,11 +17,11 @@ from operator import add, le
 import torch
 
 from ..errors import TornSnapshotError, UnsupportedStateError
+from ..host.memory import move_holding_gil, move_releasing_gil
 from ..layout import PlannedState
 from ..layout.plan import version_counters
-from ..locks import Lock, uninterrupted
-from ..memory import move_holding_gil, move_releasing_gil
 from ..staging import StagingChunk
+from ..threads.locks import Lock, uninterrupted
 from .cutting import Cuts, LargePiece, literal_sources
 
 OnCopied = Callable[[str, float, int, int], None]

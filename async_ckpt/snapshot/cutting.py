@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import add
 
+from ..host.memory import LONG_BYTES
 from ..layout import FilePlan
 from ..layout.structure import picker
-from ..memory import LONG_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from ..config import local_world_size
-from ..locks import Condition
+from ..host.facts import local_world_size, num_cores
+from ..threads.locks import Condition
 
 # More threads than this no longer copy faster from memory to memory.
 _MAX_THREADS = 8
@@ -33,11 +33,7 @@ def num_copy_helpers() -> int:
 
 
 def _share_of_cores() -> int:
-    return max(1, _num_cores() // local_world_size())
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores() // local_world_size())
 
 
 class CopyTeam:

@@ -38,13 +38,14 @@ from ..errors import (
 )
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
 from ..filesystem.file_write import UNSUPPORTED
-from ..locks import Lock
+from ..filesystem.write_error import write_error
 from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
 from ..metrics import publish_step
+from ..threads.locks import Lock
 from .claims import claimed
 from .removing import remove
 from .sweeping import Swept, sweep
-from .trees import lock_or_none, make_private, move_aside, remove_tree, write_error
+from .trees import lock_or_none, make_private, move_aside, remove_tree
 
 logger = logging.getLogger("async_ckpt")
 

@@ -7,9 +7,10 @@ import os
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..filesystem import FileSystem
+from ..filesystem.write_error import write_error
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode
 from .claims import claimed
-from .trees import move_aside, remove_tree, write_error
+from .trees import move_aside, remove_tree
 
 
 def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = None) -> None:

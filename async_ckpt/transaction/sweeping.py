@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..filesystem import LOCAL_TYPES, FileSystem
-from ..filesystem.owner import OwnerState
+from ..filesystem.write_error import write_error
+from ..host.process import OwnerState
 from ..manifest import PrivateName, parse_private_name
-from .trees import NO_LOCKS, move_aside, remove_tree, write_error
+from .trees import NO_LOCKS, move_aside, remove_tree
 
 UNDECIDED_AGE_S = 60.0
 """How old an unlocked staging directory must be to be swept when its owner cannot be looked up."""

@@ -8,9 +8,8 @@ import itertools
 import os
 from typing import Literal
 
-from ..errors import OutOfSpaceError, WriteError
 from ..filesystem import FileSystem, LockHandle
-from ..filesystem.file_write import FULL, UNSUPPORTED
+from ..filesystem.file_write import UNSUPPORTED
 from ..manifest import PrivateName
 
 NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
@@ -65,20 +64,3 @@ def remove_tree(fs: FileSystem, path: str) -> None:
     for folder in reversed(folders):
         with contextlib.suppress(FileNotFoundError):
             fs.rmdir(folder)
-
-
-def write_error(fs: FileSystem, error: OSError, message: str, path: str) -> WriteError:
-    if error.errno not in FULL:
-        return WriteError(f"{message} ({error})", errno=error.errno, path=path)
-    free_bytes = _free_bytes(fs, path)
-    free = "" if free_bytes is None else f", {free_bytes} bytes free"
-    return OutOfSpaceError(f"{message}: the disk or quota is full{free}", errno=error.errno, path=path, free_bytes=free_bytes)
-
-
-def _free_bytes(fs: FileSystem, path: str) -> int | None:
-    """Where `path` is or was to be: of the nearest directory above it that is there (still, or yet)."""
-    while (above := os.path.dirname(path)) != path:
-        with contextlib.suppress(OSError):
-            return fs.free_bytes(above)
-        path = above
-    return None

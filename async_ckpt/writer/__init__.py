@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureTimeout, TransactionStateError, WriteError
 from ..filesystem import FileSystem
-from ..locks import Lock
 from ..metrics import Span
-from .executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
+from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
+from ..threads.locks import Lock
 from .filewrite import Chunk, FileWrite, WrittenFile
 from .iomode import ModeChooser
 from .lane import Lane, Slots

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ..errors import CheckpointError, TransactionStateError, WriteError
-from ..locks import Lock
-from .executor import check_process
+from ..threads.executor import check_process
+from ..threads.locks import Lock
 from .lane import Outcome
 
 

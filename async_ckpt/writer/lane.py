@@ -19,9 +19,9 @@ from concurrent.futures import Executor, Future, InvalidStateError
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from ..locks import Lock
 from ..metrics import Span
-from .executor import check_process
+from ..threads.executor import check_process
+from ..threads.locks import Lock
 
 T = TypeVar("T")
 

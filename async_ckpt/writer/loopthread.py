@@ -18,8 +18,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError, WriteError
-from ..locks import Lock
-from .executor import start_thread
+from ..threads.executor import start_thread
+from ..threads.locks import Lock
 from .lane import Outcome
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 from ..filesystem import FileSystem, WritableFile
-from ..transaction.trees import write_error
+from ..filesystem.write_error import write_error
 from .filewrite import Chunk, FileWrite, WrittenFile
 from .iomode import Arm, DiskTime
 from .lane import Lane, Slots, ended, job_label, wake

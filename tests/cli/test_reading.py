@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from async_ckpt.filesystem.owner import current_owner
+from async_ckpt.host.process import current_owner
 from async_ckpt.manifest import MANIFEST_NAME
 
 from .conftest import flip, listing

@@ -38,7 +38,7 @@ def test_prune_by_age(cli, root):
 
 @pytest.mark.leaves_staging
 def test_sweep_removes_only_what_dead_owners_left(cli, root):
-    from async_ckpt.filesystem.owner import current_owner
+    from async_ckpt.host.process import current_owner
 
     stage(root, "step-300", str(current_owner()))
     stage(root, "step-400", dead_owner())

@@ -18,7 +18,7 @@ from async_ckpt import transaction, verify
 from async_ckpt.catalog import Catalog
 from async_ckpt.errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, UnsafePathError
 from async_ckpt.filesystem import LocalFileSystem
-from async_ckpt.filesystem.owner import OwnerState
+from async_ckpt.host.process import OwnerState
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from .making import NEW, OLD, commit, entry, private_names, stage

@@ -27,7 +27,7 @@ from async_ckpt.errors import (
     WriteError,
 )
 from async_ckpt.filesystem import LocalFileSystem
-from async_ckpt.filesystem.owner import current_owner
+from async_ckpt.host.process import current_owner
 from async_ckpt.manifest import PrivateName, parse_private_name
 from async_ckpt.transaction import State
 from tests.support.faulty_filesystem import FaultyFileSystem

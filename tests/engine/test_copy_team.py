@@ -158,7 +158,7 @@ def test_an_eager_save_with_helpers_has_the_right_bytes(
     tmp_path: Path, num_cores: int, num_ranks: int, num_helpers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With cores to spare chunks go to the writer as they are copied, otherwise most of them afterwards."""
-    monkeypatch.setattr(team_module, "_num_cores", lambda: num_cores)
+    monkeypatch.setattr(team_module, "num_cores", lambda: num_cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
     engine = AsyncCheckpointEngine(tmp_path, staging_bytes=64 << 20, chunk_bytes=1 << 20)
     state = {f"w{k}": torch.randint(0, 255, (3_000_000 + 17 * k,), dtype=torch.uint8) for k in range(9)}

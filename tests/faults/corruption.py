@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError
-from async_ckpt.layout.zipdirectory import read_directory
+from async_ckpt.format.zip_directory import read_directory
 from async_ckpt.manifest import MANIFEST_NAME
 from async_ckpt.restore.loading import load_committed
 

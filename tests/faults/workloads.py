@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
-from async_ckpt.filesystem.owner import current_owner
+from async_ckpt.host.process import current_owner
 from async_ckpt.names import PrivateName
 from tests.support.faulty_filesystem import FaultyFileSystem
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, StatusObserver
-from async_ckpt.filesystem.owner import OwnerState, current_owner
+from async_ckpt.host.process import OwnerState, current_owner
 from async_ckpt.observers.published import read_statuses, remove_stale, remove_stale_runtime
 from async_ckpt.observers.status_document import RATE_WINDOW_S, encode
 from async_ckpt.observers.status_places import RuntimePlace, SharedPlace, root_key

@@ -10,7 +10,7 @@ import torch
 
 import async_ckpt
 from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError
-from async_ckpt.memory import region
+from async_ckpt.host.memory import region
 from async_ckpt.progress import read_progress
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore

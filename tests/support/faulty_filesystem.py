@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 from async_ckpt.filesystem import LocalFileSystem, WritableFile
 from async_ckpt.filesystem.file_write import LocalWritableFile
-from async_ckpt.filesystem.owner import Owner, current_owner
 from async_ckpt.filesystem.syscalls import EXCHANGE, O_DIRECT, Syscalls
+from async_ckpt.host.process import Owner, current_owner
 
 COUNTED = frozenset(
     {

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import pytest
 
 from async_ckpt.errors import TransactionStateError
-from async_ckpt.writer.executor import BACKGROUND_NICENESS, DaemonExecutor
+from async_ckpt.threads.executor import BACKGROUND_NICENESS, DaemonExecutor
 from async_ckpt.writer.lane import Lane, Outcome, Slots, ended
 
 from .fakes import TIMEOUT_S, Gate

@@ -15,8 +15,8 @@ from typing import Any
 from ...coordination import Coordinator, OpenTag
 from ...errors import CheckpointError, CommitError, RankFailedError
 from ...filesystem import FileSystem
-from ...locks import Lock
 from ...manifest import FileEntry
+from ...threads.locks import Lock
 from ...transaction import make_root
 from .agreement import Store, await_value
 from .destination import Destination

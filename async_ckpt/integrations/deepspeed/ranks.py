@@ -14,7 +14,7 @@ from ...coordination.store_link import private_connection
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...coordination.ranks import Node
+    from ...host.facts import Node
 
 # Engines are made in the same order on every rank, so the same number means the same engine.
 _numbers = itertools.count()
@@ -62,7 +62,7 @@ class Ranks:
 
 def _this_node(rank: int, world_size: int) -> Node:
     """From the variables of DeepSpeed's launcher, or torchrun's: both deal ranks node by node."""
-    from ...coordination.ranks import Node
+    from ...host.facts import Node
 
     local_rank = _number("LOCAL_RANK")
     first = rank - local_rank

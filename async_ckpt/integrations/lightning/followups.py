@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...filesystem import FileSystem
-from ...locks import Lock
 from ...pending import PendingCommit
-from ...writer.executor import DaemonExecutor
+from ...threads.executor import DaemonExecutor
+from ...threads.locks import Lock
 from .places import Place
 from .single_file import FileCoordinator, remove
 

@@ -19,8 +19,8 @@ from ...catalog import Catalog
 from ...coordination import LocalCoordinator, OpenTag
 from ...errors import CheckpointError, CheckpointNotFoundError, CommitError
 from ...filesystem import FileSystem
-from ...locks import Lock
 from ...manifest import FileEntry
+from ...threads.locks import Lock
 from .places import INODE_NAME, Place
 
 logger = logging.getLogger("async_ckpt")

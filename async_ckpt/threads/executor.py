@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
-from ..locks import Lock
+from .locks import Lock
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CorruptCheckpointError
-from ..layout.zipdirectory import ENTRY, LOCAL, UINT32_MAX, PRead, read_end, read_zip64
+from .zip_directory import ENTRY, LOCAL, UINT32_MAX, PRead, read_end, read_zip64
 
 _PADDING_BYTES = 65535
 

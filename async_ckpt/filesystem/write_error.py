@@ -1,0 +1,47 @@
+"""An `OSError` of the disk as one of the package's own errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Protocol
+
+from ..errors import OutOfSpaceError, WriteError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class TellsFreeBytes(Protocol):
+    """Whatever can say how much room is left: a `FileSystem`, or its table of system calls."""
+
+    def free_bytes(self, path: str) -> int:
+        """Bytes that this user may still write on the file system of `path`."""
+
+
+def write_error(
+    disk: TellsFreeBytes, error: OSError, message: str, path: str, *, offset: int | None = None, needed_bytes: int | None = None
+) -> WriteError:
+    """The error to raise for `error`: an `OutOfSpaceError`, with what is free, where the disk or the quota is full.
+
+    Args:
+        message: what failed and what is on disk now; a file's errors say what the whole file needs in `needed_bytes`.
+    """
+    if error.errno not in _FULL:
+        return WriteError(f"{message} ({error})", errno=error.errno, path=path, offset=offset)
+    free_bytes = _free_bytes(disk, path)
+    needed = "" if needed_bytes is None else f", the file needs {needed_bytes} bytes"
+    free = "" if free_bytes is None else f", {free_bytes} bytes are free"
+    full = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
+    return OutOfSpaceError(
+        f"{message}: {full}{needed}{free}", errno=error.errno, path=path, offset=offset, needed_bytes=needed_bytes, free_bytes=free_bytes
+    )
+
+
+def _free_bytes(disk: TellsFreeBytes, path: str) -> int | None:
+    """Where `path` is or was to be: of the nearest directory above it that is there (still, or yet)."""
+    while (above := os.path.dirname(path)) != path:
+        with contextlib.suppress(OSError):
+            return disk.free_bytes(above or ".")
+        path = above
+    return None

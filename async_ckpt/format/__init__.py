@@ -1,0 +1,1 @@
+"""What the files of a checkpoint are: bytes and numbers alone, no torch and no I/O."""

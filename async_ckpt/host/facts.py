@@ -1,0 +1,160 @@
+"""What this process may use of its host: memory, cores, and how many ranks share them. Any thread; reads of /proc and /sys alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+_UNKNOWN_MEMORY_BYTES = 4 << 30
+"""Where the system does not say (no /proc): a conservative figure is better than none."""
+
+
+@dataclass(frozen=True)
+class _Hierarchy:
+    """How one version of control groups writes down limits, use, and the page cache that counts as use."""
+
+    limits: tuple[str, ...]
+    used: str
+    cache: tuple[str, ...]
+    mount: str
+    """Where it is usually mounted, below /sys/fs/cgroup."""
+
+
+_V1 = _Hierarchy(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), "memory")
+# Above memory.high, every allocation waits for reclaim: that is a limit too.
+_V2 = _Hierarchy(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"), "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node among those with a root of their own: its number, how many there are, and the ranks that run on it."""
+
+    number: int
+    num_nodes: int
+    ranks: tuple[int, ...]
+
+
+def node_from_env(rank: int, world_size: int) -> Node:
+    """torchrun's layout: ranks are dealt node by node.
+
+    Raises:
+        ConfigError: one of torchrun's variables is missing or no number.
+    """
+    try:
+        number, local_rank, local_size = (int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"node_local needs torchrun's variables, or give node=Node(...): {error} is missing or no number") from error
+    first = rank - local_rank
+    return Node(number, num_nodes, tuple(range(first, min(first + local_size, world_size))))
+
+
+def local_world_size() -> int:
+    """Ranks that share this host's memory, from LOCAL_WORLD_SIZE; 1 when unset.
+
+    Raises:
+        ConfigError: the variable is set and is no positive integer.
+    """
+    raw = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not raw.isdigit() or int(raw) < 1:
+        raise ConfigError(f"environment variable LOCAL_WORLD_SIZE must be a positive integer, not {raw!r}")
+    return int(raw)
+
+
+def num_cores() -> int:
+    """Cores that this process may run on, at least 1."""
+    # A sandbox may refuse the question.
+    with contextlib.suppress(AttributeError, OSError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
+    """Memory that a new allocation may take now, in bytes.
+
+    The least of what the host has available and of what each control group of this process, up to the root, leaves
+    below its limit. Page cache does not count as used: it is given up when the memory is asked for.
+
+    Args:
+        proc: where the process file system is mounted.
+        cgroups: where control groups are mounted, unless `proc` names another place.
+    """
+    available = _meminfo_available_bytes(proc)
+    for hierarchy, folder in _own_groups(proc, cgroups):
+        limits = [limit for name in hierarchy.limits if (limit := _read_int(os.path.join(folder, name))) is not None]
+        used = _read_int(os.path.join(folder, hierarchy.used))
+        if limits and used is not None:
+            stat = _read_table(os.path.join(folder, "memory.stat"))
+            held = max(0, used - sum(stat.get(name, 0) for name in hierarchy.cache))
+            available = min(available, max(0, min(limits) - held))
+    return available
+
+
+def _own_groups(proc: str, cgroups: str) -> Iterator[tuple[_Hierarchy, str]]:
+    """Directories of the control groups that this process is in, and of all their parents that can be seen from here."""
+    mounts = _mounted_hierarchies(proc)
+    for line in _read_lines(os.path.join(proc, "self/cgroup")):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        hierarchy = _V2 if number == "0" else _V1
+        for root, mount in mounts.get(hierarchy, [("/", os.path.join(cgroups, hierarchy.mount))]):
+            # A container may see only its own part of the tree, mounted as if it were the root.
+            inside = path[len(root.rstrip("/")) :] if f"{path}/".startswith(f"{root.rstrip('/')}/") else ""
+            parts = [part for part in inside.split("/") if part]
+            parts = parts if ".." not in parts else []
+            for depth in range(len(parts), -1, -1):
+                yield hierarchy, os.path.join(mount, *parts[:depth])
+
+
+def _mounted_hierarchies(proc: str) -> dict[_Hierarchy, list[tuple[str, str]]]:
+    """(root inside the hierarchy, mount point) of each mount that tells about memory."""
+    found: dict[_Hierarchy, list[tuple[str, str]]] = {}
+    for line in _read_lines(os.path.join(proc, "self/mountinfo")):
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        if kind[0] == "cgroup2":
+            found.setdefault(_V2, []).append((_unescaped(fields[3]), _unescaped(fields[4])))
+        elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
+            found.setdefault(_V1, []).append((_unescaped(fields[3]), _unescaped(fields[4])))
+    return found
+
+
+def _unescaped(path: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        path = path.replace(code, char)
+    return path
+
+
+def _meminfo_available_bytes(proc: str) -> int:
+    for line in _read_lines(os.path.join(proc, "meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return _UNKNOWN_MEMORY_BYTES
+
+
+def _read_table(path: str) -> dict[str, int]:
+    """Lines of "name number"."""
+    pairs = (line.split() for line in _read_lines(path))
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _read_int(path: str) -> int | None:
+    """The number in a file; None where it is missing or says "max"."""
+    lines = _read_lines(path)
+    return int(lines[0]) if lines and lines[0].isdigit() else None
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
