@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .observers.prometheus import PrometheusObserver
     from .observers.status import StatusObserver
     from .observers.tensorboard import TensorBoardObserver
+    from .observers.timeline import SpanRecorder, read_trace, write_timeline
     from .observers.trace import TraceObserver
     from .pacing import CheckpointPacer
     from .pending import PendingCommit
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .progress import CommitProgress, show_progress
     from .restore import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
-    from .timeline import SpanRecorder, read_trace, write_timeline
 
 __version__ = "0.1.0"
 
@@ -72,15 +72,15 @@ _HOME = {
     "RankCoordinator": "coordination.ranks",
     "SaveMetrics": "metrics",
     "Span": "metrics",
-    "SpanRecorder": "timeline",
+    "SpanRecorder": "observers.timeline",
     "StatusObserver": "observers.status",
     "TensorBoardObserver": "observers.tensorboard",
     "TraceObserver": "observers.trace",
     "load": "restore",
     "load_into": "restore",
-    "read_trace": "timeline",
+    "read_trace": "observers.timeline",
     "show_progress": "progress",
-    "write_timeline": "timeline",
+    "write_timeline": "observers.timeline",
 }
 
 __all__ = [

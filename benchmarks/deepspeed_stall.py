@@ -1,6 +1,6 @@
 """How long `save_checkpoint` blocks training: DeepSpeed's own torch engine against the attached one, real DeepSpeed on CPU.
 
-    python -m benchmarks.deepspeed_stall DIRECTORY [--megabytes 200] [--saves 5] [--stages 0 1 2 3] [--json FILE]
+    python -m benchmarks.deepspeed_stall DIRECTORY [--megabytes 200] [--saves 5] [--stages 0 1 2 3] [--out FOLDER]
 
 One process per row. A save is timed from the call to the return; a few training steps lie between any two saves, and
 no save starts before the one before it is on disk (the stock engine's files are synced for that, outside the timing).
@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.contenders.base import single_rank_environment, sync_tree, tree_bytes
 from benchmarks.environment import describe
+from benchmarks.results import append
 
 CONTENDERS = {"stock torch engine": None, "attached": {}, "attached, guard=True": {"guard": True}}
 WIDTH = 512
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of results")
     parser.add_argument("--row", nargs=2, metavar=("CONTENDER", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
@@ -142,8 +143,8 @@ def main() -> None:
             rows.append(json.loads((own / "row.json").read_text()))
             shutil.rmtree(own)
     print(table(rows))
-    if given.json:
-        given.json.write_text(json.dumps({"environment": measured_on, "rows": rows}, indent=1))
+    if given.out:
+        append({"probe": "deepspeed_stall", "environment": measured_on, "rows": rows}, given.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What an eager save adds to the copy itself: in turn, in one process, on the same memory; several processes.
 
-    python -m benchmarks.eager_probe DIRECTORY [--workload adamw] [--size-mib 1024] [--repeats 7] [--processes 5] [--json FILE]
+    python -m benchmarks.eager_probe DIRECTORY [--workload adamw] [--size-mib 1024] [--repeats 7] [--processes 5] [--out FOLDER]
 
 How fast a process copies depends on which pages it got (here by a factor of two from one process to the next), so a copy in another
 process says little: the ratio is taken in each, and the median of the processes' ratios is what counts. Three things are timed: one
@@ -27,6 +27,7 @@ import torch
 from benchmarks.contenders.async_ckpt_engine import AsyncCkptEager
 from benchmarks.contenders.base import flatten
 from benchmarks.environment import describe
+from benchmarks.results import append
 from benchmarks.workloads import build
 
 WAYS = ("one copy", "tensor by tensor", "save")
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     if options.processes == 0:
         print(json.dumps(measure(options.directory, options.workload, options.size_mib, options.repeats)))
@@ -85,9 +86,9 @@ def main() -> None:
     for way in WAYS[:-1]:
         ratios = sorted(statistics.median(run["save"]) / statistics.median(run[way]) for run in runs)
         print(f"save over {way}: {statistics.median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]")
-    if options.json is not None:
+    if options.out is not None:
         result: dict[str, Any] = {"workload": options.workload, "size_mib": options.size_mib, "seconds": runs}
-        options.json.write_text(json.dumps({**result, "machine": describe(options.directory)}, indent=1))
+        append({"probe": "eager", "environment": describe(options.directory), **result}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long a save blocks training in Lightning and in Hugging Face's Trainer: stock against this package, on this machine.
 
-    python -m benchmarks.frameworks_stall DIRECTORY [--megabytes 200] [--saves 5] [--json FILE]
+    python -m benchmarks.frameworks_stall DIRECTORY [--megabytes 200] [--saves 5] [--out FOLDER]
 
 One process per row. A save is timed from the framework's call to its return; three training steps lie between any two,
 and no save starts before the one before it is on disk (what stock code leaves in the page cache is synced for that, outside
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
+from benchmarks.results import append
 
 WIDTH = 512
 ROWS = (
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of results")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -189,8 +190,9 @@ def main() -> None:
         found = json.loads(output.strip().splitlines()[-1])
         results.append(found)
         print(f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | {found['steps_s']:.3f} |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"environment": measured_on, "megabytes": options.megabytes, "rows": results}, indent=1))
+    if options.out:
+        found = {"environment": measured_on, "megabytes": options.megabytes, "rows": results}
+        append({"probe": "frameworks_stall", **found}, options.out)
 
 
 if __name__ == "__main__":

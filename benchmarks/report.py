@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report results/ --out benchmarks/figures`: tables (report.md) and PNG plots from the JSON files."""
+"""`python -m benchmarks.report results/ --out benchmarks/figures`: tables (report.md) and PNG plots from the JSON lines."""
 
 from __future__ import annotations
 

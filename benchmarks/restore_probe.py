@@ -1,6 +1,6 @@
 """Where a restore's time goes: every way of reading one committed file, cold, alternating with fio on the same file.
 
-    python -m benchmarks.restore_probe DIRECTORY [--size-mib 1024] [--tensors 300] [--repeats 5] [--json FILE]
+    python -m benchmarks.restore_probe DIRECTORY [--size-mib 1024] [--tensors 300] [--repeats 5] [--out FOLDER]
 
 One process, so that the ways differ in nothing else; the contenders in processes of their own are in `scenarios/restore.py`.
 """
@@ -8,7 +8,6 @@ One process, so that the ways differ in nothing else; the contenders in processe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -24,6 +23,7 @@ from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
 from benchmarks.environment import describe
 from benchmarks.limits import MIB, run_fio
+from benchmarks.results import append
 
 
 def evict(path: Path) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     from safetensors.torch import save_file
 
@@ -114,8 +114,9 @@ def main() -> None:
         print(
             f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  ({min(samples):.2f} to {max(samples):.2f} s)"
         )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"num_bytes": num_bytes, "seconds": taken, "machine": describe(options.directory)}, indent=1))
+    if options.out is not None:
+        environment = describe(options.directory)
+        append({"probe": "restore", "environment": environment, "num_bytes": num_bytes, "seconds": taken}, options.out)
 
 
 if __name__ == "__main__":

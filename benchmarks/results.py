@@ -1,17 +1,23 @@
-"""Reads the JSON files of a results folder and reduces them: medians with their spread, per contender, workload and size.
+"""Keeps results as JSON lines, one file per machine and month, and reduces them: medians with their spread, per contender,
+workload and size.
 
 Guarantees: every number in a table or plot comes out of these files; a contender without numbers keeps its reason.
+Lines are only ever appended; where a run was repeated, its newest line counts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.environment import describe
 
 Run = dict[str, Any]
 
@@ -87,15 +93,40 @@ class Row:
         return f"{part}{bad[0]['status']}: {bad[0]['reason']}"
 
 
+def file_of(environment: dict[str, Any], folder: Path) -> Path:
+    """The file of this machine and month, such as ``amd-epyc-2-cores-2026-11.jsonl``."""
+    name = environment["gpu"]["name"] if environment.get("gpu") else environment["cpu"]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / f"{slug}-{environment['num_cores']}-cores-{time.strftime('%Y-%m')}.jsonl"
+
+
+def append(run: Run, folder: Path) -> Path:
+    """Add one run as a line; returns the file. A probe's line has its name under "probe", and figures of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = file_of(run.get("environment") or describe(folder), folder)
+    with path.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    return path
+
+
+def key_of(run: Run) -> tuple[Any, ...]:
+    """Equal for repetitions of one run."""
+    request = run["request"]
+    return run["scenario"], request["workload"], request["size_mib"], request["device"], run["contender"], run["repeat"]
+
+
 def read(folder: Path) -> list[Run]:
-    """Every run in a folder. Raises ValueError for a file of another schema."""
-    runs = []
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
-        if run.get("schema") != 1:
-            raise ValueError(f"{path.name}: schema {run.get('schema')!r}, this report reads schema 1")
-        runs.append(run)
-    return runs
+    """Every run of the harness in a folder; lines of the probes are their own. Raises ValueError for another schema."""
+    runs: dict[tuple[Any, ...], Run] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            if run.get("probe"):
+                continue
+            if run.get("schema") != 1:
+                raise ValueError(f"{path.name}: schema {run.get('schema')!r}, this report reads schema 1")
+            runs[key_of(run)] = run
+    return list(runs.values())
 
 
 def group(runs: Iterable[Run]) -> dict[Group, dict[str, Row]]:

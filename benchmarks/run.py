@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: one process per contender and repeat, in alternating order, one JSON file each.
+"""`python -m benchmarks.run`: one process per contender and repeat, in alternating order, one line of JSON each.
 
 Guarantees: contenders take turns within a repeat and the order turns round between repeats; a missing, failing, hanging or
 memory-exhausting contender is a row with its reason; scratch files are removed after every child.
@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, workloads
+from benchmarks import contenders, results, workloads
 from benchmarks.limits import LIMITS
 from benchmarks.request import SCENARIOS, Request
 from benchmarks.scenarios import planning, restore
@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--drop-caches", action="store_true", help="restore: also write to drop_caches (root)")
     parser.add_argument("--scratch", type=Path, default=None, help="directory on the disk under test; default: --out")
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--resume", action="store_true", help="skip runs whose JSON file is there and ok")
+    parser.add_argument("--resume", action="store_true", help="skip runs that have a good line already")
     return parser.parse_args(argv)
 
 
@@ -174,8 +174,12 @@ def requests_of(arguments: argparse.Namespace) -> list[Request]:
     return found
 
 
-def file_name(request: Request) -> str:
-    return f"{request.scenario}-{request.workload}-{request.size_mib}-{request.contender}-r{request.repeat}.json"
+def group_of(request: Request) -> tuple[str, str, int, str]:
+    return request.scenario, request.workload, request.size_mib, request.device
+
+
+def name_of(request: Request) -> str:
+    return f"{request.scenario}-{request.workload}-{request.size_mib}-{request.contender}-r{request.repeat}"
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -199,14 +203,15 @@ def main(argv: list[str] | None = None) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     line = "python -m benchmarks.run " + " ".join(argv if argv is not None else sys.argv[1:])
     todo = requests_of(arguments)
+    kept = {results.key_of(run) for run in results.read(arguments.out) if run["status"] == "ok"} if arguments.resume else set()
+    done = [request for request in todo if (*group_of(request), request.contender, request.repeat) in kept]
     for number, request in enumerate(todo, 1):
-        path = arguments.out / file_name(request)
-        if arguments.resume and path.exists() and json.loads(path.read_text()).get("status") == "ok":
+        if request in done:
             continue
         result = run_one(request, arguments.timeout_s, scratch)
         result["command_line"] = line
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"[{number}/{len(todo)}] {path.stem}: {headline(result)}", flush=True)
+        results.append(result, arguments.out)
+        print(f"[{number}/{len(todo)}] {name_of(request)}: {headline(result)}", flush=True)
     return 0
 
 

@@ -17,7 +17,6 @@ _MODULES = {
     "sweep": "sweeping",
     "watch": "watching",
     "export": "exporting",
-    "timeline": "drawing",
     "demo": "demonstrating",
     "bench": "benching",
 }

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def results_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    (file,) = folder.glob("*.jsonl")
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    return {f"{r['scenario']}-{r['request']['workload']}-{r['request']['size_mib']}-{r['contender']}-r{r['repeat']}": r for r in runs}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_contender_leaves_a_file_with_its_samples(saved: Path) -> None:
+def test_every_contender_leaves_a_line_with_its_samples(saved: Path) -> None:
     results = results_of(saved)
     assert len(results) == 3
     for name in ("torch_save", "thread_clone"):
@@ -48,7 +50,7 @@ def test_every_contender_leaves_a_file_with_its_samples(saved: Path) -> None:
         assert result["config"]
 
 
-def test_a_file_tells_where_its_numbers_come_from(saved: Path) -> None:
+def test_a_line_tells_where_its_numbers_come_from(saved: Path) -> None:
     result = results_of(saved)["save-adamw-2-torch_save-r0"]
     environment = result["environment"]
     assert environment["num_cores"] >= 1
@@ -71,7 +73,7 @@ def test_a_missing_contender_is_a_row_with_its_reason(saved: Path, tmp_path: Pat
 
 
 def test_scratch_files_are_gone_after_a_run(saved: Path) -> None:
-    assert [path.name for path in saved.iterdir() if path.suffix != ".json"] == []
+    assert [path.name for path in saved.iterdir() if path.suffix != ".jsonl"] == []
 
 
 def test_the_report_renders_tables_and_plots(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

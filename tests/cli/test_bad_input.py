@@ -40,8 +40,6 @@ from async_ckpt.manifest import FileEntry, Manifest, encode
         (("export", "{root}/step-100/model.pt", "{tmp}/x.zip"), 2, ".safetensors"),
         (("export", "{root}/step-100/model.pt", "{tmp}/no/such/folder/x.pt"), 3, "folder"),
         (("bench", "{tmp}/nothing"), 3, "not a directory"),
-        (("timeline", "{tmp}/nothing.json", "{tmp}/x.png"), 3, "nothing.json"),
-        (("timeline", "{root}/step-100/manifest.json", "{tmp}/x.png"), 1, "not a trace"),
         (("lsit", "{root}"), 2, "lsit"),
         (("list",), 2, ""),
         (("list", "{root}", "--frobnicate"), 2, "frobnicate"),

@@ -1,4 +1,4 @@
-"""prune, sweep, export, watch, timeline, demo, bench."""
+"""prune, sweep, export, watch, demo, bench."""
 
 from __future__ import annotations
 
@@ -108,7 +108,6 @@ def test_demo_trains_saves_and_resumes(cli, tmp_path):
     assert "resumed from step-000004" in cli(*arguments, "--steps", "6").out
     assert "was reached" in cli(*arguments, "--steps", "6").out
     assert cli("verify", tmp_path / "root").code == 0
-    assert cli("timeline", tmp_path / "trace.json", tmp_path / "t.png").code == 0
 
 
 KILLED_BENCH = """

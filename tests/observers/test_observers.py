@@ -21,7 +21,7 @@ from async_ckpt import (
 )
 from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
-from async_ckpt.timeline import read_trace, write_timeline
+from async_ckpt.observers.timeline import read_trace, write_timeline
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ConfigError, CorruptCheckpointError
-from .metrics import Observer, Span
-from .threads.locks import Lock
+from ..errors import ConfigError, CorruptCheckpointError
+from ..metrics import Observer, Span
+from ..threads.locks import Lock
 
 _COLOURS = {
     "save": "#b2182b",
