@@ -39,7 +39,7 @@ from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.copying import Fill
 from async_ckpt.snapshot.cutting import cut
 from async_ckpt.staging import StagingArena, StagingChunk
-from async_ckpt.writer import executor
+from async_ckpt.threads import executor
 
 from .crowd import ROOT
 from .diskmodel import DiskModel
