@@ -1,11 +1,12 @@
 """Reads a `.ckpt` file back: verified against its manifest where it has one.
 
-A file that was replaced by somebody else (another inode than the manifest's, and other bytes) is read as stock
-Lightning reads it, with a warning; bytes that changed in the committed file itself are an error.
+Bytes that differ from the manifest are an error, wherever the folder was copied to. Only a file that somebody else put there,
+whole by its own checksums, is read as stock Lightning reads it, with a warning (see `content_id`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from ...catalog import Catalog
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from ...filesystem import FileSystem
-from ...manifest import FileEntry
+from ...manifest import FileEntry, Manifest
 from ...restore.loading import load_opened
 from ...restore.reading import VerifiedFile
 from ...restore.verified_open import Opened
-from .places import DATA_NAME, INODE_NAME, Place
+from .content_id import CONTENT_ID, check_own_crcs, read_content_id
+from .places import DATA_NAME, Place
 
 logger = logging.getLogger("async_ckpt")
 
@@ -38,8 +40,14 @@ def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weight
         found = filesystem.stat(place.final)
     if found.kind != "file":
         raise CheckpointNotFoundError(f"Checkpoint file not found: {place.final}")
-    entry = _entry(filesystem, place)
-    if entry is None or verify == "off":
+    manifest = None if verify == "off" else _manifest(filesystem, place)
+    entry = None if manifest is None else manifest.file(DATA_NAME)
+    if manifest is None or entry is None:
+        return _load_unverified(place, map_location, weights_only)
+    if filesystem.stat(place.staged).kind == "file":
+        # A crash came between the two renames: the manifest speaks of the file that is not here yet.
+        check_own_crcs(place.final)
+        logger.warning("%s is older than its manifest, and only its own checksums were compared; the next save here ends that", place.final)
         return _load_unverified(place, map_location, weights_only)
     try:
         if found.size_bytes != entry.size_bytes:
@@ -47,31 +55,28 @@ def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weight
             raise CorruptCheckpointError(message, path=place.final)
         return _load_verified(filesystem, place, entry, map_location, weights_only)
     except CorruptCheckpointError as error:
-        if _is_committed_file(filesystem, place, found.identity[1]):
+        with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
+            content_id = read_content_id(file)
+        if content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id):
             raise
-        logger.warning("%s was replaced after this package wrote it, and is read without verification (%s)", place.final, error)
+        check_own_crcs(place.final)
+        logger.warning("%s was replaced after this package wrote it; only its own checksums were compared (%s)", place.final, error)
         return _load_unverified(place, map_location, weights_only)
 
 
-def _entry(filesystem: FileSystem, place: Place) -> FileEntry | None:
-    """The manifest's line for the file; None where there is no manifest.
+def _manifest(filesystem: FileSystem, place: Place) -> Manifest | None:
+    """The manifest of the file; None where there is none.
 
     Raises:
         CorruptCheckpointError: the manifest itself is damaged.
     """
     if filesystem.stat(place.record).kind != "dir":
         return None
-    if filesystem.stat(place.staged).kind == "file":
-        # A crash came between the two renames: the manifest speaks of the file that is not here yet.
-        logger.warning(
-            "%s is older than its manifest, and is read without verification; the next save here brings the newer one", place.final
-        )
-        return None
     try:
         manifest = Catalog(place.root, filesystem).manifest(place.tag)
     except CheckpointNotFoundError:
         return None
-    return manifest.file(DATA_NAME) if manifest.metadata.get("file") == place.name else None
+    return manifest if manifest.metadata.get("file") == place.name else None
 
 
 def _load_verified(filesystem: FileSystem, place: Place, entry: FileEntry, map_location: Any, weights_only: bool | None) -> Any:
@@ -87,11 +92,3 @@ def _load_verified(filesystem: FileSystem, place: Place, entry: FileEntry, map_l
 
 def _load_unverified(place: Place, map_location: Any, weights_only: bool | None) -> Any:
     return torch.load(place.final, map_location=map_location, weights_only=weights_only)
-
-
-def _is_committed_file(filesystem: FileSystem, place: Place, inode: int) -> bool:
-    try:
-        return int(filesystem.read_file(os.path.join(place.record, INODE_NAME), 64)) == inode
-    except (FileNotFoundError, ValueError):
-        # Not known: then a difference must not pass in silence.
-        return True

@@ -2,7 +2,6 @@
 
     <dirpath>/epoch=3.ckpt                            the checkpoint: one plain torch file, its only name
     <dirpath>/.async_ckpt/epoch=3.ckpt/manifest.json  its sizes and CRCs
-    <dirpath>/.async_ckpt/epoch=3.ckpt/inode          which file the manifest speaks of
     <dirpath>/.async_ckpt/.staging...                 in flight
 
 Deleting a `.ckpt` by hand frees its space; the next run removes the left-over manifest.
@@ -20,7 +19,6 @@ from ...manifest import check_tag
 
 FOLDER_NAME = ".async_ckpt"
 DATA_NAME = "state.ckpt"
-INODE_NAME = "inode"
 
 
 @dataclass(frozen=True)

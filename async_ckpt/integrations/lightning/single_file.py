@@ -21,7 +21,8 @@ from ...errors import CheckpointError, CheckpointNotFoundError, CommitError
 from ...filesystem import FileSystem
 from ...manifest import FileEntry
 from ...threads.locks import Lock
-from .places import INODE_NAME, Place
+from .content_id import CONTENT_ID, read_content_id
+from .places import DATA_NAME, Place
 
 logger = logging.getLogger("async_ckpt")
 
@@ -57,8 +58,9 @@ class FileCoordinator(LocalCoordinator):
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         place = self._places[id(opened)]
+        marks = {CONTENT_ID: _content_id(self._fs, opened.location.result())}
         with self.lock:
-            super().publish(opened, files, metadata, created_unix_ns)
+            super().publish(opened, files, {**metadata, **marks}, created_unix_ns)
             move_into_place(self._fs, place)
         del self._places[id(opened)]
 
@@ -71,6 +73,15 @@ class FileCoordinator(LocalCoordinator):
         return
 
 
+def _content_id(fs: FileSystem, staging: str) -> str | None:
+    try:
+        with contextlib.closing(fs.open_read(staging, (DATA_NAME,))) as file:
+            return read_content_id(file)
+    except OSError as error:
+        message = f"the written file in {staging!r} cannot be read ({error}); what was there before is unchanged"
+        raise CommitError(message, step="read", errno=error.errno, path=staging) from error
+
+
 def move_into_place(fs: FileSystem, place: Place) -> None:
     """The second rename of a commit, made durable.
 
@@ -78,18 +89,12 @@ def move_into_place(fs: FileSystem, place: Place) -> None:
         CommitError: the file is whole and durable in the hidden folder, and the next run will move it.
     """
     try:
-        inode = fs.stat(place.staged).identity[1]
-        marker = os.path.join(place.record, INODE_NAME)
-        if fs.stat(marker).kind != "missing":
-            # An earlier attempt made it; the tree may have been copied since.
-            fs.unlink(marker)
-        fs.create_file(marker, str(inode).encode())
-        fs.fsync_dir(place.record)
+        identity = fs.stat(place.staged).identity
         try:
             fs.rename(place.staged, place.final)
         except FileNotFoundError:
             # Another process that started on this folder has moved it.
-            if fs.stat(place.final).identity[1] != inode:
+            if fs.stat(place.final).identity != identity:
                 raise
         fs.fsync_dir(place.folder)
     except OSError as error:

@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -301,6 +302,32 @@ def test_a_file_that_stock_lightning_wrote_over_ours_is_read(tmp_path: Path, cap
     assert same(io.load_checkpoint(tmp_path / "stock.ckpt"), STATE)
     with pytest.raises(CheckpointNotFoundError):
         io.load_checkpoint(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("where", ["payload", "head", "padding", "id", "directory", "cut", "longer"])
+def test_damage_is_found_in_a_copied_folder(tmp_path: Path, where: str) -> None:
+    (tmp_path / "run").mkdir()
+    saved(tmp_path / "run").teardown()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    file = tmp_path / "copy" / "a.ckpt"
+    assert same(plugin().load_checkpoint(file), STATE)
+    raw = file.read_bytes()
+    if where in ("cut", "longer"):
+        os.truncate(file, len(raw) + (1 if where == "longer" else -1))
+    else:
+        places = {"payload": 100_000, "head": 3, "padding": raw.index(b"ZZZZ")}
+        flip(file, places.get(where, raw.rindex(b".data/serialization_id") - 100 if where == "id" else raw.rindex(b"PK\1\2") + 20))
+    with pytest.raises(CorruptCheckpointError):
+        plugin().load_checkpoint(file)
+
+
+def test_a_damaged_file_that_stock_lightning_wrote_over_ours_is_refused(tmp_path: Path) -> None:
+    io = saved(tmp_path)
+    io.teardown()
+    torch.save({**STATE, "global_step": 9}, tmp_path / "a.ckpt")
+    flip(tmp_path / "a.ckpt", 100_000)
+    with pytest.raises(CorruptCheckpointError, match="damaged in record"):
+        io.load_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_load_waits_for_the_pending_save(tmp_path: Path) -> None:
