@@ -207,18 +207,21 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap
         )
 
-    def load_into(self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full") -> Any:
+    def load_into(
+        self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full", atomic: Any = "auto", weights_only: bool = True
+    ) -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
-        Names, shapes and dtypes are checked before the first byte moves; after an error the tensors hold what they held before.
-        Lazy snapshots are waited for first. Returns the loaded structure's other leaves.
+        Names, shapes and dtypes are checked before the first byte moves. Lazy snapshots are waited for first. Returns the
+        loaded structure's other leaves. For `atomic` (what the tensors hold after an error) see `restore.load_committed_into`.
 
         Raises:
-            StateMismatchError: lists every mismatch. Otherwise as `load`.
+            StateMismatchError: lists every mismatch. ConfigError: too little memory for `atomic=True`. Otherwise as `load`.
         """
         tag, name = self._committed_path(path)
         self.wait_snapshot()
-        return restore.load_committed_into(self._catalog, tag, name, state_dict, strict=strict, verify=verify, lend=self._arena.lend)
+        how = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
+        return restore.load_committed_into(self._catalog, tag, name, state_dict, **how)
 
     # Looking.
 

@@ -20,6 +20,7 @@ MAY_IMPORT_TORCH = (
     "restore.loading",
     "restore.into",
     "restore.scatter",
+    "restore.shared_memory",
     "restore.building",
     "restore.torch_file",
     "restore.safetensors_file",

@@ -1,8 +1,9 @@
 """Fills existing tensors from a committed file.
 
 Guarantees:
-- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves.
-- With `atomic`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back, tensors
+- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves; so are the values for
+  memory that several of the given tensors share. What is returned is put together before it, too.
+- With `atomic=True`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back, tensors
   on a GPU are untouched until every byte was read (and verified, with `verify="full"`).
 - Values are moved bit by bit; autograd's version counters see the change.
 """
@@ -10,13 +11,13 @@ Guarantees:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import StateMismatchError
+from ..errors import ConfigError, StateMismatchError
 from ..format.zip_records import RecordExtent, UnusualLayoutError
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
@@ -26,6 +27,7 @@ from .read_errors import ExtentMismatch, ReadError
 from .reading import VerifiedFile
 from .safetensors_file import tensor_extents
 from .scatter import Scatter, new_storage, stream_into
+from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
 from .state_tree import flatten, replace_leaves
 from .undo import Undo
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _OVERWRITTEN = "the given tensors are partly overwritten"
 _CPU = torch.device("cpu")
+Atomic = bool | Literal["auto"]
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -109,7 +112,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: bool) -> Restored:
+def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic) -> Restored:
     """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`. Blocks.
 
     Raises:
@@ -118,20 +121,22 @@ def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomi
     found = {path: leaf for path, leaf in flatten(structure) if isinstance(leaf, (FileTensor, torch.Tensor))}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
     differences = compare(found, wanted)
+    differences |= compare_shared(file, {path: (found[path], wanted[path]) for path in wanted if path not in differences})
     if strict and differences:
         listed = "".join(f"\n  {line}" for line in differences.values())
         raise StateMismatchError(
             f"{file.name} does not match the given state in {len(differences)} places; no tensor was changed:{listed}",
             tuple(differences.values()),
         )
-    pairs = [(found[path], tensor) for path, tensor in wanted.items() if path not in differences]
     mover = _Mover()
-    for source, tensor in pairs:
-        mover.add(source, tensor)
-    rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in wanted or path in differences}
-    mover.run(file, atomic)
     loaded = {path: tensor for path, tensor in wanted.items() if path not in differences}
-    return Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
+    for path, tensor in loaded.items():
+        mover.add(found[path], tensor)
+    rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
+    # Whatever may fail comes before the first byte moves.
+    restored = Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
+    mover.run(file, atomic)
+    return restored
 
 
 def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -166,8 +171,41 @@ def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[
     elif tensor.layout != torch.strided:
         if isinstance(source, FileTensor):
             yield f"layout torch.strided in the file, {tensor.layout} given"
-    elif any(num > 1 and step == 0 for num, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        yield "elements of the given tensor share memory (expanded)"
+    elif shares_own_memory(tensor):
+        yield "elements of the given tensor share memory (expanded, or overlapping windows)"
+
+
+def compare_shared(file: VerifiedFile, pairs: Mapping[str, tuple[FileTensor | torch.Tensor, torch.Tensor]]) -> dict[str, str]:
+    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values decide."""
+    strided = [_pair(path, source, target) for path, (source, target) in pairs.items() if _has_address(target)]
+    clashes = list(disagreements(strided, lambda cluster: _read(file, [pair.source for pair in cluster])))
+    objects: dict[int, tuple[str, object]] = {}
+    for path, (source, target) in pairs.items():
+        first, known = objects.setdefault(id(target), (path, source))
+        if not _has_address(target) and known is not source:
+            clashes.append((first, path))
+    words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
+    return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _pair(path: str, source: FileTensor | torch.Tensor, target: torch.Tensor) -> Pair:
+    if isinstance(source, FileTensor):
+        return Pair(path, target, source, source.first_byte, layout_of(source.dtype, source.shape, source.stride, False, False))
+    layout = layout_of(source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
+    return Pair(path, target, source, source.data_ptr(), layout)
+
+
+def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> list[torch.Tensor]:
+    """The values of some tensors of the file, in fresh memory."""
+    mover = _Mover()
+    values = [mover.fresh(source).detach() for source in sources]
+    extents = {e for s in sources if isinstance(s, FileTensor) for e in file.extents_of(s.storage.offset, s.storage.num_bytes)}
+    mover.read(file, sorted(extents))
+    return values
 
 
 class _Mover:
@@ -177,7 +215,7 @@ class _Mover:
         self._scatter = Scatter()
         self._direct: list[torch.Tensor] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[RecordExtent, torch.UntypedStorage] = {}
 
     def add(self, source: FileTensor | torch.Tensor, target: torch.Tensor) -> None:
         """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""
@@ -194,18 +232,25 @@ class _Mover:
         """A new CPU tensor for `source`; tensors that share a storage in the file share one again."""
         if isinstance(source, torch.Tensor):
             return source
-        storage = self._storages.get(source.storage.offset)
+        # By offset and size: an empty tensor begins where the next one does.
+        storage = self._storages.get(source.storage)
         if storage is None:
-            storage = self._storages[source.storage.offset] = new_storage(source.storage.num_bytes, _CPU)
+            storage = self._storages[source.storage] = new_storage(source.storage.num_bytes, _CPU)
             self._scatter.add(source.storage.offset, source.storage.num_bytes, storage, fresh=True)
         tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)
         if source.is_parameter:
             return torch.nn.Parameter(tensor, source.requires_grad)
         return tensor.requires_grad_() if source.requires_grad else tensor
 
-    def run(self, file: VerifiedFile, atomic: bool) -> None:
-        """Read, verify, move. Raises what `VerifiedFile` raises."""
+    def read(self, file: VerifiedFile, extents: Iterable[int]) -> None:
+        """Fill what `fresh` has made. Blocks."""
         self._scatter.freeze()
+        stream_into(file, self._scatter, extents)
+
+    def run(self, file: VerifiedFile, atomic: Atomic) -> None:
+        """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile` raises."""
+        self._scatter.freeze()
+        held = self._held_extents(file, atomic)
         for device in {tensor.device for tensor in self._direct if tensor.is_cuda}:
             # Kernels that still read the old values may be queued on any stream.
             torch.cuda.synchronize(device)
@@ -216,25 +261,37 @@ class _Mover:
         if not atomic:
             self._overwrite(file)
         elif self._scatter.devices:
-            held = _extents_that_fit(file)
             file.keep(held)
             file.stream(None, range(len(held), file.num_extents))
             self._overwrite(file)
         else:
-            self._overwrite_or_restore(file)
+            self._overwrite_or_restore(file, held)
         if not atomic or self._scatter.devices:
             self._copy()
         for tensor in tracked:
             torch.autograd.graph.increment_version(tensor)
 
-    def _overwrite_or_restore(self, file: VerifiedFile) -> None:
+    def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> range:
+        """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it takes."""
+        available = available_memory_bytes()
+        if atomic is not True:
+            return range(min(file.num_extents, available // 2 // file.extent_bytes))
+        copied = sum(target.nbytes for target, _ in self._copies)
+        needed = copied + (file.size_bytes if self._scatter.devices else self._scatter.num_target_bytes)
+        if needed > available:
+            raise ConfigError(
+                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was changed. "
+                "atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
+            )
+        return range(file.num_extents)
+
+    def _overwrite_or_restore(self, file: VerifiedFile, held: range) -> None:
         """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
-        fitting = _extents_that_fit(file)
-        rest = range(len(fitting), file.num_extents)
+        rest = range(len(held), file.num_extents)
         undo = Undo(self._scatter, file.lend, file.extent_bytes)
         try:
             file.stream(None, rest)
-            file.stream(undo, fitting)
+            file.stream(undo, held)
             if rest:
                 self._overwrite(file, rest)
             self._copy_or_restore()
@@ -265,11 +322,6 @@ class _Mover:
             raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
         except ReadError as error:
             raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
-
-
-def _extents_that_fit(file: VerifiedFile) -> range:
-    """The first extents of the file, as many as half of the available memory can hold."""
-    return range(min(file.num_extents, available_memory_bytes() // 2 // file.extent_bytes))
 
 
 def _same_order(source: FileTensor, target: torch.Tensor) -> bool:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
 from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from .bombs import refuse_bombs
 from .building import TensorBuilder, place_for
 from .damage import naming_the_record
-from .into import Restored, fill, read_inventory, safetensors_inventory
+from .into import Atomic, Restored, fill, read_inventory, safetensors_inventory
 from .plain_pickle import NotPlainError, load_plain
 from .read_errors import ReadError
 from .reading import MemorySource, VerifiedFile
@@ -79,7 +79,7 @@ def load_into(
     *,
     strict: bool = True,
     verify: str = "full",
-    atomic: bool = True,
+    atomic: Atomic = "auto",
     weights_only: bool = True,
     num_threads: int | None = None,
 ) -> Restored:
@@ -139,26 +139,31 @@ def load_committed_into(
     *,
     strict: bool = True,
     verify: str = "full",
-    atomic: bool = True,
+    atomic: Atomic = "auto",
     weights_only: bool = True,
     num_threads: int | None = None,
     lend: MemorySource | None = None,
 ) -> Restored:
     """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from a committed file. Blocks; any thread.
 
-    Names, shapes and dtypes are compared before the first byte moves. Tensors are written in place, other leaves are
+    Names, shapes and dtypes are compared before the first byte moves, and, where given tensors share memory, whether the file
+    has the same bytes for it. Tensors are written in place, other leaves are
     in `Restored.state`: the file's structure with your tensors in it.
 
     Args:
         strict: False loads what matches and reports the rest in `Restored.mismatches`.
-        atomic: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
-            memory for that; of a file above half of the memory available, the rest is read twice. False takes no
-            memory, and after an error the tensors are partly overwritten.
+        atomic: True: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
+            memory for that, and where it is too little, ConfigError says so before anything is changed. "auto": the same up to
+            half of the memory available; of a larger file, the rest is verified before it is overwritten, and read twice: an
+            error of the second reading leaves the tensors partly overwritten, and says so. False takes no memory, and after an
+            error the tensors are partly overwritten.
         lend: warm memory for that (an idle staging arena's), one extent at a time.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
+    if atomic not in (True, False, "auto"):
+        raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     with (
         open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as opened,
         naming_the_record(opened.file),

@@ -60,6 +60,11 @@ class Scatter:
             furthest = max(furthest, offset + num_bytes)
             self._ends.append(furthest)
 
+    @property
+    def num_target_bytes(self) -> int:
+        """Bytes of CPU memory, not fresh, that are written to."""
+        return sum(size for _, size, address, target in self._pieces if target is None and address not in self._fresh)
+
     def targets(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Address and size of the CPU memory, not fresh, that the file bytes [offset, offset + num_bytes) go to."""
         end = offset + num_bytes

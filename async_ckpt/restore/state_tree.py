@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedStateError
 
+MAX_DEPTH = 2000
+"""Key paths of deeper structures would take far more memory than the structures themselves."""
+
 
 def flatten(state: Any) -> list[tuple[str, Any]]:
-    """(key path, leaf) of every leaf, in order; a container inside itself is passed over.
+    """(key path, leaf) of every leaf, in order; a container inside itself is passed over. Nothing recurses.
 
     Raises:
-        UnsupportedStateError: nested too deeply.
+        UnsupportedStateError: nested deeper than `MAX_DEPTH`.
     """
-    try:
-        return list(_walk(state, "", set()))
-    except RecursionError as error:
-        raise UnsupportedStateError("the state is nested too deeply to be matched by key path") from error
+    found: list[tuple[str, Any]] = []
+    _walk(state, lambda path, leaf: found.append((path, leaf)), lambda container, items, done: container)
+    return found
+
+
+def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
+    """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew. Nothing recurses.
+
+    Raises:
+        UnsupportedStateError: as `flatten`.
+    """
+    return _walk(state, new.get, _rebuilt)
+
+
+def _walk(state: Any, on_leaf: Callable[[str, Any], Any], on_end: Callable[[Any, list[tuple[Any, Any]], list[Any]], Any]) -> Any:
+    """Depth first: `on_leaf` gives what takes a leaf's place, `on_end(container, its items, what took their places)` a container's."""
+    stack: list[tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = [(None, "", [("", state)], [])]
+    above: set[int] = set()
+    while True:
+        container, path, items, done = stack[-1]
+        if len(done) < len(items):
+            key, item = items[len(done)]
+            item_path = f"{path}[{key!r}]" if len(stack) > 1 else ""
+            inner = _items(item)
+            if inner is None:
+                done.append(on_leaf(item_path, item))
+            elif id(item) in above:
+                done.append(item)
+            elif len(stack) > MAX_DEPTH:
+                raise UnsupportedStateError(f"the state is nested deeper than {MAX_DEPTH} levels, too deep to be matched by key path")
+            else:
+                above.add(id(item))
+                stack.append((item, item_path, inner, []))
+            continue
+        stack.pop()
+        if not stack:
+            return done[0]
+        above.discard(id(container))
+        stack[-1][3].append(on_end(container, items, done))
 
 
 def _items(container: Any) -> list[tuple[Any, Any]] | None:
@@ -28,35 +66,11 @@ def _items(container: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _walk(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, Any]]:
-    items = _items(value)
-    if items is None:
-        yield path, value
-    elif id(value) not in above:
-        above.add(id(value))
-        for key, item in items:
-            yield from _walk(item, f"{path}[{key!r}]", above)
-        above.discard(id(value))
-
-
-def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
-    """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew."""
-    return _replace(state, "", new, set())
-
-
-def _replace(value: Any, path: str, new: Mapping[str, Any], above: set[int]) -> Any:
-    items = _items(value)
-    if items is None:
-        return new.get(path, value)
-    if id(value) in above:
-        return value
-    above.add(id(value))
-    replaced = [_replace(item, f"{path}[{key!r}]", new, above) for key, item in items]
-    above.discard(id(value))
-    if isinstance(value, tuple):
-        if all(old is now for (_, old), now in zip(items, replaced, strict=True)):
-            return value
-        return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
-    for (key, _), item in zip(items, replaced, strict=True):
-        value[key] = item
-    return value
+def _rebuilt(container: Any, items: list[tuple[Any, Any]], done: list[Any]) -> Any:
+    if isinstance(container, tuple):
+        if all(old is now for (_, old), now in zip(items, done, strict=True)):
+            return container
+        return type(container)(*done) if hasattr(container, "_fields") else type(container)(done)
+    for (key, _), item in zip(items, done, strict=True):
+        container[key] = item
+    return container

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import async_ckpt
-from async_ckpt import Catalog, CorruptCheckpointError, StateMismatchError
+from async_ckpt import Catalog, ConfigError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
 from async_ckpt.host.memory import region
 from async_ckpt.progress import read_progress
 from async_ckpt.restore import into as restore_into
@@ -21,19 +23,34 @@ from .faulty import FaultyFileSystem
 from .states import plain, torch_only, trained, zeroed
 
 
+def pickled_deep(state: object) -> bytes:
+    """`torch_bytes` of what is nested deeper than the recursion limit allows a pickler to go."""
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(torch_bytes(state)))
+    limit, size = sys.getrecursionlimit(), threading.stack_size(256 << 20)
+    sys.setrecursionlimit(100_000)
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        sys.setrecursionlimit(limit)
+        threading.stack_size(size)
+    return found[0]
+
+
 def tensors(state: object) -> dict[str, torch.Tensor]:
     return {path: leaf for path, leaf in flatten(state) if isinstance(leaf, torch.Tensor)}
 
 
 @pytest.fixture(params=["held", "read twice", "half held", "streamed"])
-def atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool | str:
     """All ways to read: held in memory, too large for that, both, or straight into the targets."""
     budget = {"held": 1 << 40, "read twice": 0, "half held": 5 * 4096}.get(request.param, 0)
     monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: budget)
-    return request.param != "streamed"
+    return "auto" if request.param != "streamed" else False
 
 
-def test_a_trained_state_is_restored_in_place(tmp_path: Path, atomic: bool) -> None:
+def test_a_trained_state_is_restored_in_place(tmp_path: Path, atomic: bool | str) -> None:
     state = trained()
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
     target = zeroed(state)
@@ -47,7 +64,7 @@ def test_a_trained_state_is_restored_in_place(tmp_path: Path, atomic: bool) -> N
     assert done.state["model"]["0.weight"] is target["model"]["0.weight"]
 
 
-def test_all_plain_kinds(tmp_path: Path, atomic: bool) -> None:
+def test_all_plain_kinds(tmp_path: Path, atomic: bool | str) -> None:
     state = plain()
     state["views"].pop()  # An expanded tensor cannot be written to; it has its own test.
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
@@ -67,7 +84,7 @@ def test_what_only_torch_can_read(tmp_path: Path) -> None:
     assert done.state["set"] == {1, 2}
 
 
-def test_targets_of_any_layout(tmp_path: Path, atomic: bool) -> None:
+def test_targets_of_any_layout(tmp_path: Path, atomic: bool | str) -> None:
     image = torch.randn(2, 3, 4, 5)
     matrix = torch.randn(40, 30)
     state = {
@@ -160,7 +177,7 @@ def test_tuples_are_rebuilt_around_the_given_tensors(tmp_path: Path) -> None:
     assert moved == pair(1, 5)
 
 
-def test_damage_leaves_the_targets_alone(tmp_path: Path, atomic: bool) -> None:
+def test_damage_leaves_the_targets_alone(tmp_path: Path, atomic: bool | str) -> None:
     if not atomic:
         pytest.skip("only atomic loads promise this")
     data = bytearray(torch_bytes(trained()))
@@ -190,10 +207,10 @@ def test_a_failing_read_leaves_the_targets_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_an_interrupted_load_leaves_the_targets_alone(tmp_path: Path) -> None:
-    state = {"a": torch.arange(20_000.0), "b": torch.ones(20_000)}
+    state = {"a": torch.arange(20_000.0), "b": torch.arange(20_000.0)}
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
     shared = torch.full((20_000,), 7.0)
-    # Both records go to the same memory: old bytes are set aside twice.
+    # Both records, equal by value, go to the same memory: old bytes are set aside twice.
     target = {"a": shared, "b": shared}
     left = 0
 
@@ -229,6 +246,75 @@ def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="partly overwritten"):
         restore.load_committed_into(catalog, "a", "m.pt", target, num_threads=1)
     assert target["w"].eq(1).any()
+    # Who asks for more than that is told so before anything is read.
+    faulty.fail_at(1 << 30)
+    before = faulty.num_reads
+    with pytest.raises(ConfigError, match=r"atomic=True sets 160000 bytes aside and 0 are available; no tensor was changed"):
+        restore.load_committed_into(catalog, "a", "m.pt", {"w": torch.zeros(40_000)}, num_threads=1, atomic=True)
+    assert faulty.num_reads - before < 4
+
+
+def test_atomic_holds_above_half_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: 170_000)
+    state = {"w": torch.ones(40_000)}
+    commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
+    faulty = FaultyFileSystem()
+    catalog = Catalog(tmp_path, faulty)
+    restore.load_committed_into(catalog, "a", "m.pt", {"w": torch.zeros(40_000)}, atomic=True)
+    for k in range(faulty.num_reads):
+        faulty.fail_at(k)
+        target = {"w": torch.zeros(40_000)}
+        with pytest.raises(OSError, match="nothing was loaded"):
+            restore.load_committed_into(catalog, "a", "m.pt", target, atomic=True)
+        assert target["w"].eq(0).all()
+
+
+@pytest.mark.parametrize("depth", [500, 900, 990, 1900])
+def test_deep_structures_are_loaded(tmp_path: Path, depth: int) -> None:
+    def nested(leaf: torch.Tensor) -> object:
+        state: object = leaf
+        for level in range(depth):
+            state = [state] if level % 2 else {"d": state}
+        return state
+
+    catalog = commit(tmp_path, "a", {"m.pt": pickled_deep(nested(torch.ones(3)))})
+    weight = torch.zeros(3)
+    done = restore.load_committed_into(catalog, "a", "m.pt", nested(weight))
+    assert weight.eq(1).all()
+    assert len(done.loaded) == 1
+
+
+def test_deeper_ones_are_refused_before_anything_is_overwritten(tmp_path: Path) -> None:
+    state: object = torch.ones(3)
+    for _ in range(3000):
+        state = [state]
+    catalog = commit(tmp_path, "a", {"m.pt": pickled_deep({"w": torch.ones(3), "deep": state})})
+    weight = torch.zeros(3)
+    with pytest.raises(UnsupportedStateError, match="nested deeper"):
+        restore.load_committed_into(catalog, "a", "m.pt", {"w": weight}, strict=False)
+    assert weight.eq(0).all()
+
+
+class Refusing(tuple):
+    """What cannot be made again from its items."""
+
+    __slots__ = ()
+
+    def __new__(cls, items: object = None) -> Refusing:
+        if items is not None:
+            raise ValueError("no")
+        return super().__new__(cls, (torch.ones(2),))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Refusing, ()
+
+
+def test_what_is_returned_is_put_together_before_anything_is_overwritten(tmp_path: Path) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(3), "t": Refusing()})})
+    target = {"w": torch.zeros(3), "t": (torch.zeros(2),)}
+    with pytest.raises(ValueError, match="no"):
+        restore.load_committed_into(catalog, "a", "m.pt", target, weights_only=False)
+    assert target["w"].eq(0).all()
 
 
 def test_autograd_sees_the_change(tmp_path: Path) -> None:

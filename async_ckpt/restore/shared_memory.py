@@ -1,0 +1,124 @@
+"""Finds the targets of a load that share memory, and whether the file has one value for every byte of it.
+
+Two targets agree where both map target bytes to file bytes in the same way (tied in the file too), or where what the file holds
+for both is equal wherever they overlap: then the order in which they are filled does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+_ALIGNMENT_BYTES = 64
+
+
+class Pair(NamedTuple):
+    """A target, its key path, and the geometry and identity of what is to fill it."""
+
+    path: str
+    target: torch.Tensor
+    source: Any
+    source_byte: int
+    """Address of its first byte, in the file or in memory."""
+    source_layout: tuple[Any, ...]
+
+
+Read = Callable[[Sequence[Pair]], Sequence[torch.Tensor]]
+"""Reads the sources of these pairs into memory."""
+
+
+def shares_own_memory(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a strided tensor lie in the same place (expanded, overlapping windows)."""
+    dims = sorted((step, num) for num, step in zip(tensor.shape, tensor.stride(), strict=True) if num > 1)
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for step, num in dims:
+        if step <= reach:
+            break
+        reach += (num - 1) * step
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    # Interleaved dimensions may still miss each other: count the places.
+    reach = sum((num - 1) * step for step, num in dims)
+    places = torch.zeros(reach + 1, dtype=torch.uint8)
+    places.as_strided(tensor.shape, tensor.stride()).fill_(1)
+    return int(places.count_nonzero()) < tensor.numel()
+
+
+def disagreements(pairs: Iterable[Pair], read: Read) -> Iterator[tuple[str, str]]:
+    """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it must."""
+    for cluster in _overlapping(pairs):
+        if not all(_agree(cluster[0], other) for other in cluster):
+            yield from _differing(cluster, read(cluster))
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((num - 1) * step for num, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr()
+    return first, first + (last + 1) * tensor.dtype.itemsize
+
+
+def _overlapping(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Groups of more than one target, each overlapping the next in its range of bytes."""
+    places = sorted(((str(p.target.device), *_extent(p.target), p) for p in pairs if p.target.numel()), key=lambda place: place[:3])
+    group: list[Pair] = []
+    where, reach = "", 0
+    for device, first, end, pair in places:
+        if device != where or first >= reach:
+            if len(group) > 1:
+                yield group
+            group, where, reach = [], device, 0
+        group.append(pair)
+        reach = max(reach, end)
+    if len(group) > 1:
+        yield group
+
+
+def _agree(a: Pair, b: Pair) -> bool:
+    if _layout(a.target) == _layout(b.target) and a.target.data_ptr() == b.target.data_ptr():
+        return (a.source_byte, a.source_layout) == (b.source_byte, b.source_layout)
+    distance = a.source_byte - a.target.data_ptr()
+    return distance == b.source_byte - b.target.data_ptr() and all(p.source_layout == _layout(p.target) for p in (a, b))
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return layout_of(tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+
+
+def layout_of(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], is_conj: bool, is_neg: bool) -> tuple[Any, ...]:
+    """What decides which byte is which element, comparable between a file's tensor and one in memory."""
+    dims = tuple((num, step) for num, step in zip(shape, stride, strict=True) if num > 1)
+    return dtype, tuple(shape), dims, is_conj, is_neg
+
+
+def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Fill a copy of the memory in order, and see whom the later ones have overwritten with something else."""
+    start = min(_extent(pair.target)[0] for pair in cluster) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+    storage = torch.UntypedStorage(max(_extent(pair.target)[1] for pair in cluster) - start)
+    places = [_place(pair.target, storage, start) for pair in cluster]
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
+    for i, (pair, place, value) in enumerate(zip(cluster, places, values, strict=True)):
+        if _same_bytes(place, value):
+            continue
+        for k in range(i + 1, len(cluster)):
+            place.copy_(value)
+            places[k].copy_(values[k])
+            if not _same_bytes(place, value):
+                yield pair.path, cluster[k].path
+
+
+def _place(target: torch.Tensor, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
+    offset = (target.data_ptr() - start) // target.dtype.itemsize
+    place: torch.Tensor = torch.empty(0, dtype=target.dtype).set_(storage, offset, target.shape, target.stride())
+    place = torch._neg_view(place) if target.is_neg() else place
+    return place.conj() if target.is_conj() else place
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(*(t.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, b)))
