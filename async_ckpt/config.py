@@ -75,7 +75,7 @@ class EngineConfig:
     """Read every file back from the disk and compare its CRCs before the rename; costs a second pass of I/O."""
 
     pin_memory: bool | Literal["auto"] = "auto"
-    """Register staging memory with CUDA. "auto": when a CUDA device is there."""
+    """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that can."""
 
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""

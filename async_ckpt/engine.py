@@ -28,6 +28,7 @@ from .catalog import Catalog
 from .config import EngineConfig
 from .errors import BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard, SaveTurn
+from .host.device import pinning
 from .inflight import InFlight
 from .inflight.checkpoint import OpenCheckpoint, SavedFile, given_up
 from .interface import CheckpointEngine, StrPath, tag_of
@@ -69,12 +70,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self.config = config
         self.root = os.path.abspath(os.fspath(config.root))
         self._lock = Lock()
-        pin = torch.cuda.is_available() if config.pin_memory == "auto" else config.pin_memory
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = config.resolved_staging_bytes() // chunk_bytes
         # Memory first: what fails from here on must not leave threads behind.
         try:
-            self._arena = StagingArena(num_chunks, chunk_bytes, pin=bool(pin))
+            self._arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
         except (OSError, MemoryError) as error:
             raise ConfigError(
                 f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
@@ -129,7 +129,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
 
         The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
-        layout on the CPU or on CUDA; everything else must be picklable and is copied now. Blocks for the copy of what
+        layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the copy of what
         no guard protects (about one memcpy), and while the staging memory is full (backpressure).
 
         Args:

@@ -24,7 +24,8 @@ from operator import itemgetter
 import torch
 
 from .errors import BackpressureTimeout, TransactionStateError
-from .host.memory import populate
+from .host.device import Pinning, enter_for_good
+from .host.memory import populate, view_at
 from .threads.locks import Condition
 
 _Piece = tuple[torch.Tensor, memoryview, int]
@@ -71,10 +72,11 @@ class StagingChunk:
 class StagingArena:
     """Staging memory of `num_chunks` chunks of `chunk_bytes` bytes; all methods may be called from any thread."""
 
-    def __init__(self, num_chunks: int, chunk_bytes: int, *, pin: bool) -> None:
+    def __init__(self, num_chunks: int, chunk_bytes: int, *, pinning: Pinning | None = None) -> None:
+        """`pinning` makes chunks page-locked, one by one, when they are first used; None leaves them pageable."""
         self.num_chunks = num_chunks
         self.chunk_bytes = chunk_bytes
-        self.pinned = pin
+        self.pinning = pinning
         self._pid = os.getpid()
         self._map = mmap.mmap(-1, num_chunks * chunk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
@@ -83,6 +85,7 @@ class StagingArena:
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         view = memoryview(self._map)
         self._cold: deque[_Piece] = deque()
+        """In the order of addresses, as `_warm` is."""
         for k in range(num_chunks):
             low, high = k * chunk_bytes, (k + 1) * chunk_bytes
             piece = whole[low:high]
@@ -94,8 +97,12 @@ class StagingArena:
         """The last chunk made of each piece, by address."""
         self._imprints: dict[int, object] = {}
         """Of free pieces, by address."""
-        self._registered: list[int] = []
+        self._ready: set[int] = set()
+        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are free."""
         self._num_unmapped = 0
+        # Memory that goes back to the system while it is registered stays registered, whatever is mapped there next.
+        self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
+        self._unpin.atexit = False
         self._lock = self._changed = Condition()
         self._poison: BaseException | None = None
         _arenas.add(self)
@@ -111,7 +118,7 @@ class StagingArena:
     def num_faulted(self) -> int:
         """Chunks whose memory has been touched, in use or free."""
         with self._lock:
-            return self.num_chunks - len(self._cold)
+            return len(self._ready)
 
     @property
     def num_taken(self) -> int:
@@ -186,15 +193,26 @@ class StagingArena:
                 self._poison = error
             self._changed.notify_all()
 
-    def fault_in(self, target_bytes: int) -> None:
-        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile."""
+    def fault_in(self, target_bytes: int, *, for_good: bool = False) -> None:
+        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile.
+
+        Waits for what other threads are touching. `for_good`: on a thread of the package, whose device may stay as it is set here.
+        Raises TransactionStateError where the device refuses to pin.
+        """
+        if for_good and self.pinning is not None:
+            enter_for_good(self.pinning.stream)
         while True:
             with self._lock:
-                if self._poison is not None or not self._cold or self.num_faulted * self.chunk_bytes >= target_bytes:
+                while self._poison is None and len(self._ready) * self.chunk_bytes < target_bytes and not self._cold:
+                    self._changed.wait(1.0)
+                    self._reclaim()
+                if self._poison is not None or len(self._ready) * self.chunk_bytes >= target_bytes:
                     return
                 chunk = self._hold(self._cold)
-            self._touch(chunk)
-            self.release(chunk)
+            try:
+                self._touch(chunk)
+            finally:
+                self.release(chunk)
 
     def close(self) -> None:
         """Unpin the memory and hand it back to the system once no chunk is referenced any more."""
@@ -203,7 +221,6 @@ class StagingArena:
             return
         with self._lock:
             self._reclaim()
-            registered, self._registered = self._registered, []
             cold: deque[_Piece] = deque()
             warm: deque[_Piece] = deque()
             num_unmapped = self._num_unmapped + len(self._cold) + len(self._warm)
@@ -211,15 +228,17 @@ class StagingArena:
             taken = {address: piece for address, piece in self._pieces.items() if address not in free}
             # One statement without a call, in which no signal handler runs: the numbers stay true to each other.
             self._cold, self._warm, self._num_unmapped, self._pieces = cold, warm, num_unmapped, taken
-        for address in registered:
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(address))
+        self._unpin()
 
     def _return_unused(self, chunk: StagingChunk) -> None:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
             self._imprints[chunk.address] = chunk.imprint
-            insort(self._warm, chunk.piece, key=_address_of)
+            self._put_back(chunk.piece)
             self._changed.notify_all()
+
+    def _put_back(self, piece: _Piece) -> None:
+        insort(self._warm if piece[2] in self._ready else self._cold, piece, key=_address_of)
 
     def _reclaim(self) -> None:
         """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of its chunk."""
@@ -228,7 +247,7 @@ class StagingArena:
             if chunk is None or not (chunk.is_held or chunk.num_users):
                 tensor, view, _ = self._pieces[address]
                 self._pieces[address] = tensor, view, address
-                insort(self._warm, self._pieces[address], key=_address_of)
+                self._put_back(self._pieces[address])
 
     def _free_addresses(self) -> set[int]:
         return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}
@@ -241,8 +260,10 @@ class StagingArena:
         if self._warm:
             return self._hold(self._warm)
         chunk = self._hold(self._cold)
-        if self.pinned:
+        if self.pinning is not None:
             self._touch(chunk)
+        # Else its holder touches it.
+        self._ready.add(chunk.address)
         return chunk
 
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
@@ -259,14 +280,28 @@ class StagingArena:
         return chunk
 
     def _touch(self, chunk: StagingChunk) -> None:
-        if not populate(chunk.address, self.chunk_bytes):
+        """A chunk for which it fails stays cold."""
+        if self.pinning is not None and self.pinning.needs_own_memory:
+            self._replace(chunk, self.pinning.allocate(self.chunk_bytes))
+        elif not populate(chunk.address, self.chunk_bytes):
             chunk.tensor.zero_()
-        if self.pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(chunk.address, self.chunk_bytes, 0))
-            self._registered.append(chunk.address)
+        if self.pinning is not None:
+            self.pinning.register(chunk.address, self.chunk_bytes)
+        with self._lock:
+            self._ready.add(chunk.address)
+            self._changed.notify_all()
+
+    def _replace(self, chunk: StagingChunk, memory: torch.Tensor) -> None:
+        """Give `chunk` other memory; what it had was never touched."""
+        with self._lock:
+            old = chunk.address
+            chunk.piece = memory, view_at(memory.data_ptr(), self.chunk_bytes, owner=memory), memory.data_ptr()
+            chunk.tensor, chunk.view, chunk.address = chunk.piece
+            self._holders[chunk.address] = weakref.ref(chunk)
+            self._pieces[chunk.address] = chunk.piece
+            del self._pieces[old], self._holders[old]
 
 
-def _check_cuda(status: object) -> None:
-    code = int(status)  # type: ignore[call-overload]
-    if code != 0:
-        raise TransactionStateError(f"CUDA refused to pin or unpin staging memory (cudaError {code}); set pin_memory=False")
+def _unpin(pinning: Pinning | None, addresses: set[int], pid: int) -> None:
+    if pinning is not None and os.getpid() == pid:
+        pinning.unregister(*addresses)

@@ -12,6 +12,7 @@ MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")).replace("/", ".") f
 
 # Only the memory side, the engine and what stands above it import torch.
 MAY_IMPORT_TORCH = (
+    "host.device",
     "staging",
     "snapshot",
     "guard",

@@ -1,7 +1,7 @@
 """The guard: which storages cannot change before the next optimizer step, and the waits that make it true.
 
 Guarantees:
-- No guarded optimizer's `step` starts before every lazy snapshot has been copied (on CUDA: before the training stream
+- No guarded optimizer's `step` starts before every lazy snapshot has been copied (on a device: before the training stream
   has been ordered behind the copies; the CPU does not block there).
 - A step and a save on different threads never overlap: each waits for the other to end, whichever came first, for a
   bounded time. A save inside a step, on the same thread, does not wait, and copies everything at once.
@@ -24,6 +24,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from ..errors import BackpressureTimeout, TransactionStateError
+from ..host.device import wait_on_stream
 from ..snapshot import SnapshotJob
 from ..threads.locks import Lock
 from .storages import OwnedStorages
@@ -90,7 +91,7 @@ class Guard:
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
 
-        With CUDA sources and `block=False` the current streams are made to wait instead of the CPU. A forked child has
+        With sources on a device and `block=False` the current streams are made to wait instead of the CPU. A forked child has
         memory of its own, in which no copy runs.
 
         Raises:
@@ -118,7 +119,7 @@ class Guard:
                 return
             if job.events and not block:
                 for event in job.events:
-                    torch.cuda.current_stream(event.device).wait_event(event)
+                    wait_on_stream(event)
             else:
                 job.copied.exception(deadline)
             job.accept_changes()

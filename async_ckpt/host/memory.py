@@ -48,6 +48,13 @@ def region(num_bytes: int) -> memoryview:
     return view[:num_bytes]
 
 
+def view_at(address: int, num_bytes: int, *, owner: object) -> memoryview:
+    """The bytes at `address`, which `owner` keeps there; the view keeps `owner`."""
+    array = (ctypes.c_char * num_bytes).from_address(address)
+    array.owner = owner  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
 def advise_huge_pages(address: int, num_bytes: int) -> None:
     """For the huge pages that lie wholly in these bytes. Advice only: a kernel that refuses it is slower, not wrong."""
     first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES

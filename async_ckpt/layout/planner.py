@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedStateError
+from ..host.device import is_copyable
 from .compaction import record_compact
 from .encoder import encode
 from .fastplan import Encode, FastPlan
@@ -121,7 +122,7 @@ class Planner:
 def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
     """Raise for storages that have a size but no bytes to read (meta and fake tensors)."""
     for storage in storages:
-        if storage.device.type == "meta" or storage.data_ptr() == 0:
+        if not is_copyable(storage.device) or storage.data_ptr() == 0:
             path = storage_path(obj, storage)
             raise UnsupportedStateError(f"state{path} has no readable data (device {storage.device}); nothing was written")
 

@@ -122,7 +122,7 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
         resolved = tensor.detach().resolve_conj().resolve_neg()
         look_at([resolved])
     except (NotPlainError, RuntimeError, NotImplementedError) as error:
-        message = f"state[{name!r}]: safetensors takes dense tensors on cpu or cuda ({error}); nothing was written"
+        message = f"state[{name!r}]: safetensors takes dense tensors whose bytes can be copied ({error}); nothing was written"
         raise UnsupportedStateError(message) from error
     return resolved
 

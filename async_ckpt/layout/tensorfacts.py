@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..host.device import is_copyable
 from .samefacts import same_facts
 from .structure import NotPlainError, SharingPattern, picker
 
@@ -18,7 +19,6 @@ _device_of = attrgetter("device")
 _requires_grad_of = attrgetter("requires_grad")
 _attributes_of = attrgetter("__dict__")
 _identity_of = attrgetter("_cdata")
-_READABLE_DEVICES = frozenset(("cpu", "cuda"))
 
 Columns = tuple[list[Any], ...]
 
@@ -88,8 +88,9 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
             storages = list(map(tensor.untyped_storage, tensors))
     except (RuntimeError, NotImplementedError) as error:
         raise NotPlainError(f"a tensor without a plain storage: {error}") from error
-    if not _READABLE_DEVICES.issuperset(device.type for device in set(columns[4])):
-        raise NotPlainError("a tensor on a device whose storage torch treats specially")
+    for device in set(columns[4]):
+        if not is_copyable(device):
+            raise NotPlainError(f"a tensor on device '{device}', whose bytes cannot be copied")
     return LiveTensors(storages, list(map(_identity_of, storages)), tensors, columns)
 
 

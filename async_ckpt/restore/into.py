@@ -19,6 +19,7 @@ import torch
 
 from ..errors import ConfigError, StateMismatchError
 from ..format.zip_records import RecordExtent, UnusualLayoutError
+from ..host.device import is_copyable
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
 from .building import PlainObjects, check_inside, element_type, storage_extent
@@ -251,9 +252,9 @@ class _Mover:
         """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile` raises."""
         self._scatter.freeze()
         held = self._held_extents(file, atomic)
-        for device in {tensor.device for tensor in self._direct if tensor.is_cuda}:
+        for device in {tensor.device for tensor in self._direct if tensor.device.type != "cpu"}:
             # Kernels that still read the old values may be queued on any stream.
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device)
         tracked = [tensor for tensor in self._direct if not tensor.is_inference()]
         for tensor in tracked:
             # A snapshot that is being taken of it must see the first change, not only the last.
@@ -325,7 +326,7 @@ class _Mover:
 
 
 def _same_order(source: FileTensor, target: torch.Tensor) -> bool:
-    if type(target) not in _PLAIN_TYPES or target.device.type not in ("cpu", "cuda") or target.is_conj() or target.is_neg():
+    if type(target) not in _PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
         return False
     if target.is_contiguous():
         return _is_contiguous(source.shape, source.stride)

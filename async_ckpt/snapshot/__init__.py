@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..host.device import enter_for_good
 from ..layout import FilePlan, PlannedState
 from ..staging import StagingArena, StagingChunk
 from ..threads.locks import Condition, Lock
@@ -95,7 +96,7 @@ class SnapshotJob:
     copied: Future[None] = field(default_factory=Future)
     enqueued: Future[None] = field(default_factory=Future)
     """Resolves when all device copies are queued, i.e. when `events` is complete."""
-    events: list[torch.cuda.Event] = field(default_factory=list)
+    events: list[torch.Event] = field(default_factory=list)
     accept_changes: Callable[[], None] = _nothing
     """To be called before the sources are changed: once they are copied, or the streams that will change them wait for `events`."""
     judge: Callable[[float], None] = _no_verdict
@@ -131,7 +132,7 @@ class Snapshotter:
         self._alone = CopyTeam(pool.submit_help, 0)
         self._timeout_s = timeout_s
         self._cuts: dict[str, tuple[Sequence[int], Cuts]] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.Stream] = {}
         self._courtesy = _Courtesy()
         self._lock = Lock()
         self._num_waiting = 0
@@ -202,11 +203,13 @@ class Snapshotter:
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
     def _copy_behind(
-        self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None
+        self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None
     ) -> None:
         self._courtesy.wait()
         with self._lock:
             self._num_waiting -= 1
+        for device in file.fill.devices:
+            enter_for_good(file.fill.stream(device))
         file.copy_behind(chunks, callers, chosen)
         files = [*self._unsettled, file]
         for other in files:
@@ -256,7 +259,7 @@ class _File:
     def copy_all(
         self,
         chunks: list[StagingChunk],
-        callers: dict[torch.device, torch.cuda.Event] | None = None,
+        callers: dict[torch.device, torch.Event] | None = None,
         chosen: list[bool] | None = None,
         *,
         first: int = 0,
@@ -297,7 +300,7 @@ class _File:
             if not self._write.has_taken(self.fill.cuts.offset(k)):
                 self._arena.release(chunk)
 
-    def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.cuda.Event]) -> None:
+    def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.Event]) -> None:
         """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
         self.fill.find_sources()
         if not self.fill.devices:
@@ -344,7 +347,7 @@ class _File:
         self.fill.report(k, chosen, began)
 
     def _copy_from_devices(
-        self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None, first: int
+        self, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None, first: int
     ) -> None:
         """Queue the copies of all chunks before the first one is waited for."""
         self.fill.wait_callers(callers)
@@ -408,7 +411,7 @@ class _File:
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         return Chunk(self.fill.cuts.offset(k), self.fill.cuts.nbytes(k), chunk.view, lambda: self._arena.release(chunk))
 
-    def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.cuda.Event], chosen: list[bool] | None) -> None:
+    def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None) -> None:
         """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""
         self._has_started = True
         try:

@@ -1,6 +1,6 @@
 """How the bytes of a planned state get into staging chunks: by the fastest way each piece allows.
 
-Pieces on the CPU are copied by address, in C-level loops, so that a tensor costs microseconds; CUDA pieces are queued on a side
+Pieces on the CPU are copied by address, in C-level loops, so that a tensor costs microseconds; pieces on devices are queued on a side
 stream. Both release the GIL while they copy, but for small pieces: getting the GIL back takes longer than copying them.
 """
 
@@ -16,7 +16,8 @@ from operator import add, le
 
 import torch
 
-from ..errors import TornSnapshotError, UnsupportedStateError
+from ..errors import TornSnapshotError
+from ..host.device import accelerators, on_stream, record_now, side_stream
 from ..host.memory import move_holding_gil, move_releasing_gil
 from ..layout import PlannedState
 from ..layout.plan import version_counters
@@ -34,7 +35,7 @@ _BATCH = 100
 class Fill:
     """The sources of one file and how to copy their parts into chunks."""
 
-    def __init__(self, state: PlannedState, cuts: Cuts, streams: dict[torch.device, torch.cuda.Stream], on_copied: OnCopied | None) -> None:
+    def __init__(self, state: PlannedState, cuts: Cuts, streams: dict[torch.device, torch.Stream], on_copied: OnCopied | None) -> None:
         self.cuts = cuts
         self._on_copied = on_copied
         self._streams = streams
@@ -46,14 +47,7 @@ class Fill:
         self._literals = literal_sources(state.plan, cuts)
         self._starts = state.sources.offset_bytes
         self._planned_addresses = state.sources.addresses
-        devices = state.sources.all_devices()
-        for device in devices:
-            if device.type not in ("cpu", "cuda"):
-                raise UnsupportedStateError(
-                    f"a tensor lies on device '{device}', which cannot be snapshotted (cpu and cuda can); "
-                    "move it with .cpu() before save. Nothing was written for this file"
-                )
-        self.devices = {device for device in devices if device.type == "cuda"}
+        self.devices = accelerators(state.sources.all_devices())
         self._addresses: list[int] = []
         self._small_addresses: list[int] = []
         self._lock = Lock()
@@ -87,7 +81,7 @@ class Fill:
 
     def copy(
         self, k: int, chunk: StagingChunk, chosen: Sequence[bool] | None, *, literals: bool = True, is_urgent: bool = False
-    ) -> list[torch.cuda.Event]:
+    ) -> list[torch.Event]:
         """Copy pieces of chunk `k`: of the chosen payloads (None: all), and with `literals` all that is no payload.
 
         Returns the events of queued device copies.
@@ -153,43 +147,37 @@ class Fill:
         view = torch.empty(0, dtype=torch.uint8, device=storage.device)
         return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
 
-    def _copy_from_devices(self, pieces: list[LargePiece], chunk: StagingChunk) -> list[torch.cuda.Event]:
+    def _copy_from_devices(self, pieces: list[LargePiece], chunk: StagingChunk) -> list[torch.Event]:
         by_device: dict[torch.device, list[LargePiece]] = {}
         for piece in pieces:
             by_device.setdefault(self.storages[piece.source].device, []).append(piece)
         events = []
         for device, theirs in by_device.items():
-            with torch.cuda.stream(self._stream(device)):
+            with on_stream(self.stream(device)):
                 for piece in theirs:
                     source = self._bytes_of(piece.source, piece.source_offset, piece.nbytes)
                     chunk.tensor[piece.chunk_offset : piece.chunk_offset + piece.nbytes].copy_(source, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            events.append(event)
+                events.append(record_now(device))
         return events
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+    def stream(self, device: torch.device) -> torch.Stream:
+        """Where copies from `device` are queued."""
         stream = self._streams.get(device)
         if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device] = side_stream(device)
         return stream
 
-    def record_callers(self) -> dict[torch.device, torch.cuda.Event]:
+    def record_callers(self) -> dict[torch.device, torch.Event]:
         """Mark, on the caller's streams, the point after which the sources are final."""
-        events = {}
-        for device in self.devices:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            events[device] = event
-        return events
+        return {device: record_now(device) for device in self.devices}
 
-    def wait_callers(self, events: dict[torch.device, torch.cuda.Event]) -> None:
+    def wait_callers(self, events: dict[torch.device, torch.Event]) -> None:
         """Order the side streams behind the callers' events; does not block the CPU."""
         for device, event in events.items():
-            self._stream(device).wait_event(event)
+            self.stream(device).wait_event(event)
 
     @staticmethod
-    def wait_devices(events: list[torch.cuda.Event]) -> None:
+    def wait_devices(events: list[torch.Event]) -> None:
         """Block this thread (not the GIL) until the queued copies ended."""
         for event in events:
             event.synchronize()

@@ -139,7 +139,7 @@ def test_after_an_interrupt_no_job_begins(gate: Gate) -> None:
 
 
 def test_a_chunk_that_is_given_up_comes_back_after_its_last_user() -> None:
-    arena = StagingArena(1, 4096, pin=False)
+    arena = StagingArena(1, 4096)
     [chunk] = arena.try_reserve(1) or []
     assert arena.begin_use(chunk)
     arena.release(chunk)

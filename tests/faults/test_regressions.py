@@ -223,7 +223,7 @@ def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_rep
 
 def test_a_chunk_that_the_garbage_collector_finds_is_given_back() -> None:
     """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost for good."""
-    arena = StagingArena(2, 16384, pin=False)
+    arena = StagingArena(2, 16384)
     held: list[object] = list(arena.try_reserve(2) or ())
     assert arena.num_taken == 2
     held.append(held)
@@ -244,7 +244,7 @@ _ASKS: tuple[Callable[[StagingArena], object], ...] = (
 @pytest.mark.parametrize("ask", _ASKS)
 def test_a_chunk_whose_end_is_interrupted_is_reclaimed(ask: Callable[[StagingArena], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C at the very moment when a chunk was being given back lost it for the engine's life."""
-    arena = StagingArena(2, 16384, pin=False)
+    arena = StagingArena(2, 16384)
     held = arena.try_reserve(2)
     addresses = arena._free_addresses() | {chunk.address for chunk in held or ()}
 
@@ -264,7 +264,7 @@ def test_a_chunk_whose_end_is_interrupted_is_reclaimed(ask: Callable[[StagingAre
 
 def test_a_chunk_that_was_reclaimed_is_not_given_back_by_its_former_holder() -> None:
     """The garbage collector clears references to what it has found before it ends it."""
-    arena = StagingArena(1, 16384, pin=False)
+    arena = StagingArena(1, 16384)
     [former] = arena.try_reserve(1) or []
     arena._holders[former.address] = weakref.ref(StagingChunk(former.piece, arena))
     [present] = arena.try_reserve(1) or []

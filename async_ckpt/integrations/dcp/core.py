@@ -7,11 +7,10 @@ import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...config import EngineConfig
 from ...errors import TransactionStateError
 from ...filesystem import FileSystem, LocalFileSystem
+from ...host.device import pinning
 from ...snapshot import Snapshotter, num_copy_helpers
 from ...staging import StagingArena
 from ...writer import WriterPool, WrittenFile
@@ -26,7 +25,6 @@ class Core:
 
     def __init__(self, config: EngineConfig) -> None:
         chunk_bytes = config.resolved_chunk_bytes()
-        pin = torch.cuda.is_available() if config.pin_memory == "auto" else bool(config.pin_memory)
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
         self.planner = BlobPlanner()
         self._pid = os.getpid()
@@ -38,7 +36,7 @@ class Core:
             io_mode=config.io_mode,
             name="async-ckpt-dcp",
         )
-        self._arena = StagingArena(max(2, config.resolved_staging_bytes() // chunk_bytes), chunk_bytes, pin=pin)
+        self._arena = StagingArena(max(2, config.resolved_staging_bytes() // chunk_bytes), chunk_bytes, pinning=pinning(config.pin_memory))
         self._pool.on_death(self._arena.poison)
         self._snapshotter = Snapshotter(self._arena, self._pool, timeout_s=config.backpressure_timeout_s)
         self._finalizer = weakref.finalize(self, _close, self._pool, self._arena, self._pid, 60.0)

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
+from ...host.device import pinning
 from ...staging import StagingArena, StagingChunk
 
 _ALIGNMENT = 64
@@ -76,8 +77,7 @@ class ArenaStager(AsyncStager):
         wanted = max(needed_bytes, self._slot_bytes or 0, 1)
         if self._arena is None or self._arena.chunk_bytes < needed_bytes:
             size = -(-wanted // _SLOT_STEP_BYTES) * _SLOT_STEP_BYTES
-            pin = torch.cuda.is_available()
-            old, self._arena = self._arena, StagingArena(self._num_slots, size, pin=pin)
+            old, self._arena = self._arena, StagingArena(self._num_slots, size, pinning=pinning("auto"))
             if old is not None:
                 old.close()
         return self._arena
@@ -154,7 +154,7 @@ class _Storages:
                 devices.add(storage.device)
             self._staged[key] = torch.frombuffer(memory[offset : offset + nbytes], dtype=torch.uint8).untyped_storage()
         for device in devices:
-            torch.cuda.synchronize(device)
+            torch.accelerator.current_stream(device).synchronize()
 
     def rebuild(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor on the staged storage."""
