@@ -9,9 +9,10 @@ Guarantees:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .checksum import crc32
@@ -75,6 +76,13 @@ class TensorInfo:
     """An earlier tensor has the same bytes (tied weights, views): totals count them once."""
     kind: str = ""
     """The class of the object around it (a tensor subclass, a quantized tensor); "" for a plain tensor."""
+    key: tuple[str, ...] = ()
+    """Its key path, whole: two tensors of one file may have the same `name`, none the same key."""
+    is_conj: bool = False
+    is_neg: bool = False
+    """Its values are those of its bytes, conjugated or negated."""
+    extra: str = ""
+    """A checksum of what belongs to its value besides the elements (a scale, attributes); "" for a plain tensor."""
 
     @property
     def name(self) -> str:
@@ -90,6 +98,8 @@ class FileHeader:
     num_others: int
     records: dict[str, RecordExtent]
     others: tuple[OtherInfo, ...] = ()
+    rest: str = ""
+    """A checksum of the values behind those in `others`."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -149,11 +159,17 @@ def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> Fil
     others: list[OtherInfo] = []
     seen_bytes: set[tuple[int, int]] = set()
     num_others = 0
-    for path, leaf in leaves(structure):
+    rest = hashlib.blake2b(digest_size=16)
+    for path, key, leaf in leaves(structure):
         if not isinstance(leaf, FoundTensor):
             num_others += 1
+            record = records.get(leaf.exact)
+            if record is not None:
+                leaf = replace(leaf, exact=f"{record.num_bytes} bytes {record.crc32:08x}")
             if len(others) < MAX_OTHERS:
                 others.append(leaf)
+            else:
+                rest.update(repr(leaf).encode("utf-8", "surrogatepass"))
             continue
         if len(tensors) >= MAX_TENSORS:
             raise too_many(name)
@@ -172,10 +188,14 @@ def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> Fil
                 covers_record=leaf.extent_bytes == leaf.extent.num_bytes,
                 is_shared=where in seen_bytes and leaf.extent_bytes > 0,
                 kind=leaf.kind,
+                key=key,
+                is_conj=leaf.is_conj,
+                is_neg=leaf.is_neg,
+                extra=leaf.extra,
             )
         )
         seen_bytes.add(where)
-    return FileHeader(tuple(tensors), num_others, records, tuple(others))
+    return FileHeader(tuple(tensors), num_others, records, tuple(others), rest.hexdigest())
 
 
 def _safetensors_header(file: HeaderFile, name: str) -> FileHeader:
@@ -211,4 +231,5 @@ def _safetensors_tensor(key: str, entry: Any, start: int, file_bytes: int) -> Te
     if last - first != math.prod(shape) * ITEM_BYTES[dtype] or start + last > file_bytes:
         raise ValueError(f"tensor {key!r} has a size that does not fit")
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return TensorInfo(tuple(key.split(".")), dtype, shape, stride, last - first, start + first, last - first, "", None, False, False)
+    path = tuple(key.split("."))
+    return TensorInfo(path, dtype, shape, stride, last - first, start + first, last - first, "", None, False, False, key=("s" + key,))

@@ -8,9 +8,11 @@ Guarantees:
 from __future__ import annotations
 
 import codecs
+import hashlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 MAX_OPCODES = 20_000_000
@@ -36,7 +38,9 @@ class InertDict:
             self.entries["s" + key] = (key, value)
         else:
             text = describe(key)
-            unique = text if not isinstance(key, (Inert, list, InertDict, tuple)) else f"{text}#{len(self.entries)}"
+            # Of these the text says too little.
+            vague = isinstance(key, (Inert, list, InertDict, tuple, bytes)) or (isinstance(key, int) and key.bit_length() > 256)
+            unique = f"{text}#{len(self.entries)}" if vague else text
             self.entries[unique] = (text, value)
 
 
@@ -82,6 +86,39 @@ def read_inert(pickled: bytes, call: Call) -> Any:
         return reader.run()
     except (LookupError, ValueError, TypeError, OverflowError, AttributeError, struct.error) as error:
         raise MalformedPickleError(f"malformed at byte {reader.at}: {type(error).__name__}: {error}") from error
+
+
+def fingerprint(*values: Any) -> str:
+    """A checksum of everything that `values` hold, but for what is in place of tensors. Time is linear; nothing recurses."""
+    digest = hashlib.blake2b(digest_size=16)
+    seen: dict[int, int] = {}
+    todo: list[Any] = list(values)
+    while todo:
+        value = todo.pop()
+        parts: list[Any] = []
+        if isinstance(value, (Inert, InertDict, list, tuple)):
+            if id(value) in seen:
+                text = f"again {seen[id(value)]}"
+            else:
+                seen[id(value)] = len(seen)
+                if isinstance(value, InertDict):
+                    parts = [part for key, (_, item) in value.entries.items() for part in (key, item)]
+                else:
+                    parts = [value.name, value.args, value.state, value.items] if isinstance(value, Inert) else list(value)
+                text = f"{type(value).__name__} of {len(parts)}"
+        elif isinstance(value, PersistentId):
+            text, parts = "persistent id", [value.value]
+        elif isinstance(value, int):
+            text = f"{type(value).__name__} {value:x}"
+        elif isinstance(value, (Name, float, NoneType)):
+            text = repr(value)
+        else:
+            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value if isinstance(value, bytes) else b""
+            text = f"{type(value).__name__} of {len(raw)}"
+            digest.update(raw)
+        digest.update(f";{text};".encode("utf-8", "surrogatepass"))
+        todo += parts
+    return digest.hexdigest()
 
 
 def describe(value: Any) -> str:

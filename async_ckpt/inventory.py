@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import CorruptCheckpointError, UnsupportedStateError
 from .format.zip_records import RecordExtent
-from .inert_pickle import Inert, InertDict, Name, PersistentId, describe
+from .inert_pickle import Inert, InertDict, Name, PersistentId, describe, fingerprint
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000
@@ -65,7 +65,11 @@ class FoundTensor:
     extent_bytes: int
     record: str
     extent: RecordExtent
+    is_conj: bool = False
+    is_neg: bool = False
     kind: str = ""
+    extra: str = ""
+    """A checksum of what belongs to its value besides the elements (a scale, attributes)."""
 
     @property
     def num_bytes(self) -> int:
@@ -87,8 +91,15 @@ class Inventory:
             return None
         what = name.rpartition("._rebuild_")[2]
         if what in ("tensor", "tensor_v2", "tensor_v3") and len(args) >= 4:
-            return self._tensor(args[0], args[1], args[2], args[3], args[6] if what == "tensor_v3" and len(args) > 6 else None)
+            is_v3 = what == "tensor_v3"
+            made = self._tensor(args[0], args[1], args[2], args[3], args[6] if is_v3 and len(args) > 6 else None)
+            bits = args[7 if is_v3 else 6 :][:1]
+            if made is not None and bits and isinstance(bits[0], InertDict):
+                made.is_conj, made.is_neg = ((name, True) in bits[0].entries.values() for name in ("conj", "neg"))
+            return made
         if what in ("parameter", "parameter_with_state") and args:
+            if what == "parameter_with_state" and isinstance(args[0], FoundTensor):
+                args[0].extra = fingerprint(args[3:])
             return args[0]
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
             made = self(args[0].text, args[2])
@@ -167,6 +178,10 @@ class OtherInfo:
 
     path: tuple[str, ...]
     text: str
+    key: tuple[str, ...] = ()
+    """Its key path, whole: no two values have the same."""
+    exact: str = ""
+    """A checksum of the value, where `text` says less; "data/3" for a bare storage."""
 
     @property
     def is_object(self) -> bool:
@@ -174,55 +189,68 @@ class OtherInfo:
         return self.text.startswith("<")
 
 
-def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], FoundTensor | OtherInfo]]:
-    """Tensors and other leaves in order, without recursion; a container that occurs twice is shown where it occurs first."""
+def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], FoundTensor | OtherInfo]]:
+    """(path to be shown, key path, leaf) in order, without recursion; a container that occurs twice is shown where it occurs first."""
     seen: set[int] = set()
-    todo: list[tuple[tuple[str, ...], Any]] = [((), structure)]
+    todo: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), structure)]
     while todo:
-        path, value = todo.pop()
+        path, key, value = todo.pop()
         if isinstance(value, FoundTensor):
-            yield path, value
+            yield path, key, value
             continue
         if isinstance(value, Inert):
             if value.data is not None:
-                value.data.kind = value.name
-                yield path, value.data
+                value.data.kind, value.data.extra = value.name, fingerprint(*_own_parts(value))
+                yield path, key, value.data
             else:
-                yield path, OtherInfo(path, describe(value))
+                yield path, key, OtherInfo(path, describe(value), key, fingerprint(*_own_parts(value)))
         elif isinstance(value, PersistentId):
-            yield path, OtherInfo(path, "<a bare storage>")
+            record = f"data/{value.value[2]}" if isinstance(value.value, tuple) and len(value.value) > 2 else ""
+            yield path, key, OtherInfo(path, "<a bare storage>", key, record)
             continue
         elif not isinstance(value, (InertDict, list, tuple)):
-            yield path, OtherInfo(path, describe(value))
+            exact = fingerprint(value) if isinstance(value, (str, int, bytes)) else ""
+            yield path, key, OtherInfo(path, describe(value), key, exact)
             continue
         if id(value) in seen:
             continue
         seen.add(id(value))
         if len(path) > _MAX_DEPTH:
-            yield path, OtherInfo(path, "<nested too deeply to be shown>")
+            yield path, key, OtherInfo(path, "<nested too deeply to be shown>", key, fingerprint(value))
             continue
-        todo.extend((path + parts, child) for parts, child in reversed(list(_children(value))))
+        todo.extend((path + parts, (*key, step), child) for parts, step, child in reversed(list(_children(value))))
 
 
-def _children(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+_CONTAINERS = (Inert, InertDict, list, tuple, FoundTensor)
+
+
+def _own_parts(value: Inert) -> list[Any]:
+    """What an object holds apart from its `_children`."""
+    if value.name.startswith(("numpy.", "_codecs.")):
+        return [value]
+    states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
+    return [value.name, *(type(part).__name__ if isinstance(part, _CONTAINERS) else part for part in (*value.args, *states))]
+
+
+def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """(path parts to be shown, step of the key path, child)."""
     if isinstance(value, InertDict):
-        for key, child in value.entries.values():
+        for unique, (key, child) in value.entries.items():
             parts = tuple(key.split(".")) if 0 < key.count(".") < _MAX_KEY_PARTS and all(key.split(".")) else (key or "''",)
-            yield parts, child
+            yield parts, unique, child
     elif isinstance(value, (list, tuple)):
         for index, child in enumerate(value):
-            yield (str(index),), child
+            yield (str(index),), f"[{index}]", child
     elif not value.name.startswith(("numpy.", "_codecs.")):
-        containers = (Inert, InertDict, list, tuple, FoundTensor)
         for index, child in enumerate(value.args):
-            if isinstance(child, containers) and child != ():
-                yield (f"({index})",), child
+            if isinstance(child, _CONTAINERS) and child != ():
+                yield (f"({index})",), f".({index})", child
         states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
         for index, state in enumerate(states):
             if isinstance(state, InertDict):
-                yield from _children(state)
-            elif isinstance(state, containers):
-                yield (f"(state {index})",), state
+                yield from ((parts, f".(state {index}) {step}", child) for parts, step, child in _children(state))
+            elif isinstance(state, _CONTAINERS):
+                yield (f"(state {index})",), f".(state {index})", state
         if value.items is not None:
             yield from _children(value.items)
 

@@ -8,9 +8,10 @@ differing ones are read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +20,7 @@ from ..checksum import crc32
 from ..errors import CheckpointNotFoundError
 from ..filesystem import ReadableFile
 from ..header import FileHeader, TensorInfo, read_header
+from ..inventory import MAX_OTHERS, OtherInfo
 from ..manifest import FileEntry
 from ..units import format_bytes
 from . import EXIT_FAILED
@@ -110,8 +112,7 @@ def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
     if x.header is None or y.header is None:
         is_equal = x.entry.size_bytes == y.entry.size_bytes and _range_crc(x, 0, x.entry.size_bytes) == _range_crc(y, 0, y.entry.size_bytes)
         return ([] if is_equal else [_change("changed", name, None, "contents")]), 0
-    left = {tensor.name: tensor for tensor in x.header.tensors}
-    right = {tensor.name: tensor for tensor in y.header.tensors}
+    left, right = _by_name(x.header.tensors, y.header.tensors)
     changes = [_change("removed", name, path, _describe(left[path])) for path in left if path not in right]
     changes += [_change("added", name, path, _describe(right[path])) for path in right if path not in left]
     num_equal = 0
@@ -127,13 +128,38 @@ def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
 
 
 def _differing_others(x: _Side, y: _Side) -> list[str]:
-    left, right = ({other.path: other.text for other in side.header.others} if side.header else {} for side in (x, y))
-    return [f"{y.entry.path}: {'.'.join(path)}" for path in {**left, **right} if left.get(path) != right.get(path)]
+    if x.header is None or y.header is None:
+        return []
+    left, right = _by_name(x.header.others, y.header.others)
+    values = [{name: (other.text, other.exact) for name, other in side.items()} for side in (left, right)]
+    differing = [f"{y.entry.path}: {name}" for name in {**left, **right} if values[0].get(name) != values[1].get(name)]
+    if x.header.rest != y.header.rest:
+        differing.append(f"{y.entry.path}: some of the values behind the first {MAX_OTHERS}")
+    return differing
+
+
+_Leaf = TypeVar("_Leaf", TensorInfo, OtherInfo)
+
+
+def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], dict[str, _Leaf]]:
+    """Two files' leaves by dotted name; by key path where a file has two of that name (`{"a.b": x}` beside `{"a": {"b": y}}`)."""
+    counts = [Counter(leaf.path for leaf in side) for side in (a, b)]
+
+    def name(leaf: _Leaf) -> str:
+        if all(count[leaf.path] <= 1 for count in counts):
+            return ".".join(leaf.path)
+        return "".join(f"[{step[1:]!r}]" if step.startswith("s") else f"[{step}]" for step in leaf.key)
+
+    return {name(leaf): leaf for leaf in a}, {name(leaf): leaf for leaf in b}
 
 
 def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{_describe(a)} -> {_describe(b)}"
+    if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
+        return "the conjugate or the negative bit, and so the values"
+    if (a.kind, a.extra) != (b.kind, b.extra):
+        return f"{a.kind or 'plain'} -> {b.kind}" if a.kind != b.kind else "what belongs to it besides the elements (a scale, attributes)"
     if a.stride != b.stride and a.num_bytes:
         return f"strides {a.stride} -> {b.stride}"
     both_whole = a.covers_record and b.covers_record

@@ -161,4 +161,6 @@ def _tensor(torch: Any, source: _PlainFile, tensor: TensorInfo, place: Place) ->
     memory = bytearray(tensor.extent_bytes)
     source.pread_into(memoryview(memory), tensor.offset)
     # Tied and strided tensors become whole ones of their own: the format knows no sharing.
-    return torch.frombuffer(memory, dtype=dtype).as_strided(tensor.shape, tensor.stride).contiguous().clone()
+    found = torch.frombuffer(memory, dtype=dtype).as_strided(tensor.shape, tensor.stride)
+    found = torch._neg_view(found) if tensor.is_neg else found
+    return (found.conj() if tensor.is_conj else found).resolve_conj().resolve_neg().contiguous().clone()
