@@ -10,42 +10,17 @@ Guarantees:
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .checksum import crc32
 from .errors import CorruptCheckpointError, UnsupportedStateError
+from .format.safetensors import read_safetensors
 from .format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from .inert_pickle import MalformedPickleError, read_inert
-from .inventory import ITEM_BYTES, MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
+from .inventory import MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
 
 MAX_PICKLE_BYTES = 256 << 20
-MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
-
-_SAFETENSORS_TYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-
-SAFETENSORS_DTYPES = frozenset(_SAFETENSORS_TYPES.values())
-"""What a safetensors file can hold."""
 
 
 class HeaderFile(Protocol):
@@ -199,37 +174,21 @@ def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> Fil
 
 
 def _safetensors_header(file: HeaderFile, name: str) -> FileHeader:
-    def bad(what: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"{name} is no valid safetensors file: {what}", path=name)
-
-    length = int.from_bytes(_read(file, 0, 8), "little") if file.size_bytes >= 8 else -1
-    if not 2 <= length <= min(MAX_SAFETENSORS_HEADER_BYTES, file.size_bytes - 8):
-        raise bad(f"header length {length} does not fit the file")
-    try:
-        header = json.loads(bytes(_read(file, 8, length)))
-        header.pop("__metadata__", None)
-        tensors = [_safetensors_tensor(key, entry, 8 + length, file.size_bytes) for key, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise bad(f"{type(error).__name__}: {error}") from error
-    tensors.sort(key=lambda tensor: tensor.offset)
-    end = 8 + length
-    for tensor in tensors:
-        if tensor.offset < end:
-            raise bad("tensors overlap")
-        end = tensor.offset + tensor.num_bytes
-    return FileHeader(tuple(tensors), 0, {})
-
-
-def _safetensors_tensor(key: str, entry: Any, start: int, file_bytes: int) -> TensorInfo:
-    first, last = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    dtype = _SAFETENSORS_TYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"tensor {key!r} has the unknown dtype {entry['dtype']!r}")
-    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (first, last, *shape)):
-        raise ValueError(f"tensor {key!r} has bad numbers")
-    if last - first != math.prod(shape) * ITEM_BYTES[dtype] or start + last > file_bytes:
-        raise ValueError(f"tensor {key!r} has a size that does not fit")
-    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    path = tuple(key.split("."))
-    return TensorInfo(path, dtype, shape, stride, last - first, start + first, last - first, "", None, False, False, key=("s" + key,))
+    tensors = [
+        TensorInfo(
+            path=tuple(tensor.name.split(".")),
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            stride=tensor.stride,
+            num_bytes=tensor.num_bytes,
+            offset=tensor.offset,
+            extent_bytes=tensor.num_bytes,
+            record="",
+            record_crc32=None,
+            covers_record=False,
+            is_shared=False,
+            key=("s" + tensor.name,),
+        )
+        for tensor in read_safetensors(lambda offset, num_bytes: _read(file, offset, num_bytes), file.size_bytes, name=name)
+    ]
+    return FileHeader(tuple(sorted(tensors, key=lambda tensor: tensor.offset)), 0, {})

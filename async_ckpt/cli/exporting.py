@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UnsupportedStateError
-from ..header import SAFETENSORS_DTYPES, FileHeader, TensorInfo, read_header
+from ..format.safetensors import DTYPE_NAMES
+from ..header import FileHeader, TensorInfo, read_header
 from ..units import format_bytes
 from .failing import UsageError, clean
 from .locating import Place, place_of
@@ -138,7 +139,7 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
         if tensor.name in seen:
             raise UnsupportedStateError(f"two tensors would be called {clean(tensor.name)!r} in a .safetensors file; nothing was written")
         seen.add(tensor.name)
-        if tensor.dtype not in SAFETENSORS_DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             kind = f" of a {tensor.kind}" if tensor.kind else ""
             raise UnsupportedStateError(
                 f"{place.name}: {clean(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "

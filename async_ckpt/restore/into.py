@@ -26,7 +26,7 @@ from .building import PlainObjects, check_inside, element_type, storage_extent
 from .plain_pickle import NotPlainError, StorageRef, load_plain
 from .read_errors import ExtentMismatch, ReadError
 from .reading import VerifiedFile
-from .safetensors_file import tensor_extents
+from .safetensors_file import read_tensors
 from .scatter import Scatter, new_storage, stream_into
 from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
 from .state_tree import flatten, replace_leaves
@@ -104,13 +104,8 @@ def read_inventory(file: VerifiedFile, records: Mapping[str, RecordExtent]) -> A
 def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
     """The flat structure of a safetensors file."""
     return {
-        name: FileTensor(t.dtype, t.size, _contiguous_stride(t.size), t.offset, 0, RecordExtent(t.offset, t.num_bytes, 0))
-        for name, t in tensor_extents(file).items()
+        t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, RecordExtent(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)
     }
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic) -> Restored:
@@ -149,10 +144,12 @@ def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str,
             differences[path] = f"missing: {path} is not in the file"
             continue
         words = []
-        if tuple(source.shape) != tuple(tensor.shape):
-            words.append(f"shape {tuple(source.shape)} in the file, {tuple(tensor.shape)} given")
         if source.dtype != tensor.dtype:
             words.append(f"dtype {source.dtype} in the file, {tensor.dtype} given")
+        if tensor.is_nested or (isinstance(source, torch.Tensor) and source.is_nested):
+            words.append("nested tensors cannot be filled in place")
+        elif tuple(source.shape) != tuple(tensor.shape):
+            words.append(f"shape {tuple(source.shape)} in the file, {tuple(tensor.shape)} given")
         words += _unfit(source, tensor)
         if words:
             differences[path] = f"{path}: " + ", ".join(words)
@@ -169,6 +166,8 @@ def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[
         yield f"the given tensor is a {type(tensor).__name__}, the one in the file is plain"
     elif isinstance(source, torch.Tensor) and source.layout != tensor.layout:
         yield f"layout {source.layout} in the file, {tensor.layout} given"
+    elif tensor.is_nested:
+        return
     elif tensor.layout != torch.strided:
         if isinstance(source, FileTensor):
             yield f"layout torch.strided in the file, {tensor.layout} given"

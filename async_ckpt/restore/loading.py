@@ -120,6 +120,10 @@ def load_committed(
 def load_opened(opened: Opened, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
     """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
     with naming_the_record(opened.file):
+        if opened.entry.format == "opaque" and opened.file.read(0, min(2, opened.file.size_bytes)) not in (b"PK", b"\x80\x02"):
+            raise UnsupportedStateError(
+                f"{opened.path} was saved as bytes (save_bytes) and is no state that could be loaded; read it at its path"
+            )
         if opened.entry.format == "safetensors":
             return load_safetensors(opened.file, map_location)
         if mmap:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, PathExistsError, load
+from async_ckpt import AsyncCheckpointEngine, Catalog, PathExistsError, UnsupportedStateError, load
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -25,6 +25,9 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
             engine.save_bytes(b"again", "config.json")
         engine.commit("t").result(60)
         assert engine.load("t/optim.pt")["step"] == 3
+        for name in ("config.json", "empty"):
+            with pytest.raises(UnsupportedStateError, match="saved as bytes"):
+                engine.load(f"t/{name}")
     found = safetensors_torch.load_file(tmp_path / "t/model.safetensors")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert json.loads((tmp_path / "t/config.json").read_text()) == {"a": 1}

@@ -78,6 +78,11 @@ def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
         headed({"w": tensor(offsets=(-8, 0))}),
         headed({"w": tensor(offsets=(0, 8, 16))}),
         headed({"w": tensor(shape=[True, 2])}),
+        headed({"w": tensor(shape=[1] * 100_000)}),
+        headed({"w": tensor(shape=[2**62] * 100_000)}),
+        headed({"w": tensor(shape=[0, 2**62, 2**62], offsets=(0, 0))}),
+        headed({"w": tensor(dtype="F4", shape=[15])}),
+        headed(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'),
         headed({"w": tensor(), "v": tensor(offsets=(4, 12))}),
     ],
 )
