@@ -10,24 +10,34 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .compaction import dense_copy, plan_extents
 from .encoder import Encoded, Written, encode, encode_scalar
-from .plan import PlannedState, Sources, container_plan, version_counters
+from .plan import FilePlan, PlannedState, Sources, container_plan, version_counters
 from .recording import name_hash
 from .structure import NotPlainError, Structure, picker
 from .tensorfacts import LiveStorages, LiveTensors, StoragePattern, TensorFacts, look_at
 from .tensorkinds import TensorKind, tensor_kind
-from .zipformat import lay_out, with_pickle
+from .zipformat import Container, lay_out, with_pickle
 
 Encode = Callable[[Structure, list[Any], LiveTensors, Sequence[TensorKind], Written], Encoded]
 
 
+class _Scalars(NamedTuple):
+    """The file as one state's scalars make it. Never changed: a later state's is another one."""
+
+    pieces: list[bytes]
+    exact: tuple[Any, ...]
+    floats: array[float]
+    container: Container
+    plan: FilePlan
+
+
 class FastPlan:
-    """One structure's plan. Not thread safe: `match` updates the scalars it remembers."""
+    """One structure's plan. One thread at a time; signal handlers of that thread may come in between."""
 
     def __init__(self, root: Any, *, alignment: int, compact_views: bool, encode: Encode = encode) -> None:
         """Plan `root` from scratch. Raises NotPlainError (or RecursionError) where torch has to do it."""
@@ -47,10 +57,7 @@ class FastPlan:
         self._pattern = pattern
         self._facts = TensorFacts(live)
         self._devices = frozenset(live.devices)
-        self._pieces = encoded.pieces
-        self._exact = structure.pick_exact(leaves)
         self._exact_pieces = [encoded.piece_of[position] for position in structure.exact_positions]
-        self._floats = array("d", structure.pick_floats(leaves))
         self._float_pieces = [encoded.piece_of[position] for position in structure.float_positions]
         self._storage_nbytes = [extents.nbytes[storage] for storage in encoded.key_order]
         filled = [storage for storage in encoded.key_order if extents.nbytes[storage]]
@@ -59,11 +66,17 @@ class FastPlan:
         self._pick_addresses = picker(filled)
         self._source_offsets = [extents.starts[storage] for storage in filled]
         self._source_nbytes = [extents.nbytes[storage] for storage in filled]
-        self.container = lay_out(
-            b"".join(self._pieces), self._storage_nbytes, name_hash=name_hash(len(encoded.key_order)), alignment=alignment
+        container = lay_out(
+            b"".join(encoded.pieces), self._storage_nbytes, name_hash=name_hash(len(encoded.key_order)), alignment=alignment
         )
-        self._plan = container_plan(self.container, "fast")
-        self.first = self._planned(leaves, tensors, versions, live, cached=False)
+        exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
+        self._scalars = _Scalars(encoded.pieces, exact, floats, container, container_plan(container, "fast"))
+        self.first = self._planned(self._scalars.plan, leaves, tensors, versions, live, cached=False)
+
+    @property
+    def container(self) -> Container:
+        """The file as it was written last."""
+        return self._scalars.container
 
     def take_first(self) -> PlannedState:
         """The planned state this was made from; can be taken once, so that nothing of it is kept."""
@@ -82,34 +95,37 @@ class FastPlan:
         live = self._facts.storages_if_same(tensors)
         if live is None or not self._pattern.matches(live):
             return None
-        if self._update_scalars(leaves):
-            self.container = with_pickle(self.container, b"".join(self._pieces), self._storage_nbytes)
-            moved = self.container.payload_offsets is not self._plan.payload_offsets
-            self._plan = container_plan(self.container, "fast", None if moved else self._plan.plan_hash)
-        return self._planned(leaves, tensors, versions, live, cached=True)
+        # One assignment: a signal handler may raise, or save by this very plan, before it or after it.
+        scalars = self._scalars = self._with_scalars(self._scalars, leaves)
+        return self._planned(scalars.plan, leaves, tensors, versions, live, cached=True)
 
-    def _update_scalars(self, leaves: list[Any]) -> bool:
-        """Encode the scalars that changed; True if any did."""
-        changed = False
+    def _with_scalars(self, before: _Scalars, leaves: list[Any]) -> _Scalars:
+        """`before` with the scalars of `leaves`; `before` itself where all are equal."""
         exact = self.structure.pick_exact(leaves)
-        if exact != self._exact:
-            changed = True
-            for piece, old, new in zip(self._exact_pieces, self._exact, exact, strict=True):
-                if old != new:
-                    self._pieces[piece] = encode_scalar(new)
-            self._exact = exact
         floats = array("d", self.structure.pick_floats(leaves))
-        # Compared as bytes: 0.0 == -0.0 and nan != nan would mislead.
-        if floats.tobytes() != self._floats.tobytes():
-            changed = True
-            for index, piece in enumerate(self._float_pieces):
-                if floats[index : index + 1].tobytes() != self._floats[index : index + 1].tobytes():
-                    self._pieces[piece] = encode_scalar(floats[index])
-            self._floats = floats
-        return changed
+        # Floats are compared as bytes: 0.0 == -0.0 and nan != nan would mislead.
+        if exact == before.exact and floats.tobytes() == before.floats.tobytes():
+            return before
+        pieces = list(before.pieces)
+        for piece, old, new in zip(self._exact_pieces, before.exact, exact, strict=True):
+            if old != new:
+                pieces[piece] = encode_scalar(new)
+        for index, piece in enumerate(self._float_pieces):
+            if floats[index : index + 1].tobytes() != before.floats[index : index + 1].tobytes():
+                pieces[piece] = encode_scalar(floats[index])
+        container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
+        moved = container.payload_offsets is not before.container.payload_offsets
+        return _Scalars(pieces, exact, floats, container, container_plan(container, "fast", None if moved else before.plan.plan_hash))
 
     def _planned(
-        self, leaves: list[Any], tensors: Sequence[torch.Tensor], versions: list[int | None], live: LiveStorages, *, cached: bool
+        self,
+        plan: FilePlan,
+        leaves: list[Any],
+        tensors: Sequence[torch.Tensor],
+        versions: list[int | None],
+        live: LiveStorages,
+        *,
+        cached: bool,
     ) -> PlannedState:
         structure = self.structure
 
@@ -123,7 +139,7 @@ class FastPlan:
             storages[position] = dense_copy(tensors[tensor_index])
             ids[position], addresses[position] = storages[position]._cdata, storages[position].data_ptr()
         return PlannedState(
-            plan=self._plan,
+            plan=plan,
             sources=Sources(storages, self._source_offsets, self._source_nbytes, ids, self._devices, addresses),
             tensors=list(tensors),
             versions=versions,

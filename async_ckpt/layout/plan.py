@@ -110,11 +110,19 @@ class PlannedState:
 
 
 def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """Version counter of each tensor; None for inference tensors, which keep none."""
+    """Version counter of each tensor; None for one that keeps none, as a tensor made in inference mode does."""
     try:
         return list(map(_version_of, tensors))
     except RuntimeError:
-        return [None if t.is_inference() else t._version for t in tensors]
+        return list(map(_version_or_none, tensors))
+
+
+def _version_or_none(tensor: torch.Tensor) -> int | None:
+    # `is_inference` is no question to ask: a module that was converted since says no, and an uninitialised tensor refuses to answer.
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def hash_layout(file_format: str, file_bytes: int, offsets: Sequence[int], nbytes: Sequence[int]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,8 +38,8 @@ class Planner:
         self._alignment = alignment
         self._compact_views = compact_views
         self._format = format
-        self._cache: OrderedDict[str, FastPlan] = OrderedDict()
-        self._safetensors: OrderedDict[str, SafetensorsPlan] = OrderedDict()
+        self._cache: dict[str, FastPlan] = {}
+        self._safetensors: dict[str, SafetensorsPlan] = {}
         self._cache_entries = cache_entries
         self._encode = encode
         self._disagreements: set[tuple[Any, ...]] = set()
@@ -67,19 +66,16 @@ class Planner:
 
     def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
         plan, planned = plan_safetensors(obj, self._safetensors.get(name))
-        self._safetensors[name] = plan
-        self._safetensors.move_to_end(name)
-        while len(self._safetensors) > self._cache_entries:
-            self._safetensors.popitem(last=False)
+        self._safetensors = _remembered(self._safetensors, name, plan, self._cache_entries)
         return planned
 
     def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
         """From the cache or the fast encoder; None where torch has to plan."""
-        if name in self._cache:
-            self._cache.move_to_end(name)
-        for entry in reversed(self._cache.values()):
+        latest_first = sorted(reversed(self._cache.items()), key=lambda item: item[0] != name)
+        for key, entry in latest_first:
             matched = entry.match(obj)
             if matched is not None:
+                self._cache = _remembered(self._cache, key, entry, self._cache_entries)
                 return matched
         try:
             entry = FastPlan(obj, alignment=self._alignment, compact_views=self._compact_views, encode=self._encode)
@@ -88,11 +84,9 @@ class Planner:
         if not agrees(entry, obj, alignment=self._alignment, encode=self._encode):
             self._disagreements.add((frozenset(entry.structure.types), entry.tensor_kinds))
             return None
-        self._cache[name] = entry
-        self._cache.move_to_end(name)
-        while len(self._cache) > self._cache_entries:
-            self._cache.popitem(last=False)
-        return entry.take_first()
+        first = entry.take_first()
+        self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+        return first
 
     def _plan_recorded(self, obj: Any) -> PlannedState:
         try:
@@ -117,6 +111,15 @@ class Planner:
             cached=False,
             _paths=lazy_paths,
         )
+
+
+Entry = TypeVar("Entry")
+
+
+def _remembered(cache: dict[str, Entry], name: str, entry: Entry, max_entries: int) -> dict[str, Entry]:
+    """`cache` with `entry` as the latest, without the oldest ones. A new dict: a signal handler may save while it is made, or while one is gone through."""
+    kept = {**{key: value for key, value in cache.items() if key != name}, name: entry}
+    return dict(list(kept.items())[-max_entries:])
 
 
 def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils import serialization as torch_serialization
 
-from .zipformat import Container, scan
+from .zipformat import MAX_PADDED_ALIGNMENT, Container, lay_out, scan
 
 Substitute = Callable[[torch.Tensor], Any]
 """Returns a reduce value to pickle instead of the tensor's own, or NotImplemented."""
@@ -84,6 +85,7 @@ class _Recorder:
         self.persistent_ids: dict[str, tuple[Any, ...]] = {}
         self.tensors: list[torch.Tensor] = []
         self.refused: list[Any] = []
+        self.pickled = b""
         self.skipping = torch.serialization.skip_data()
         self.substitute = substitute
 
@@ -116,6 +118,10 @@ class _Recorder:
 
                 cls.persistent_id = persistent_id  # type: ignore[method-assign]
 
+            def __init__(self, file: BytesIO, *arguments: Any, **options: Any) -> None:
+                super().__init__(file, *arguments, **options)
+                self._file = file
+
             def dump(self, obj: Any) -> None:
                 # Reducers must not see skip_data: under it quantised and nested tensors refuse to be pickled, meta tensors warn.
                 recorder.skipping.__exit__(None, None, None)
@@ -123,6 +129,7 @@ class _Recorder:
                     super().dump(obj)
                 finally:
                     recorder.skipping.__enter__()
+                recorder.pickled = self._file.getvalue()
 
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, torch.Tensor):
@@ -151,11 +158,15 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
             torch.save(obj, file, pickle_module=module)  # type: ignore[arg-type]
     except Exception as error:
         raise RecordingError(recorder.refused) from error
-    literals = file.literals()
-    container = scan(literals, file.position, alignment)
+    storages = list(recorder.storages.values())
+    if alignment <= MAX_PADDED_ALIGNMENT:
+        container = scan(file.literals(), file.position, alignment)
+    else:
+        nbytes = [storage.nbytes() for storage in storages]
+        container = lay_out(recorder.pickled, nbytes, name_hash=name_hash(len(storages)), alignment=alignment)
     return Recorded(
         container=container,
-        storages=list(recorder.storages.values()),
+        storages=storages,
         persistent_ids=list(recorder.persistent_ids.values()),
         uses=[recorder.uses[key] for key in recorder.storages],
         tensors=recorder.tensors,

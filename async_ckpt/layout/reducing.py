@@ -151,7 +151,7 @@ def _reduce(obj: Any, kind: type) -> Any:
         return builtin(obj)
     if not _is_plain(kind):
         raise NotPlainError(f"holds a {kind.__qualname__}")
-    if getattr(obj, "nbytes", 0) > MAX_BLOB_BYTES and _is_numpy(kind):
+    if _is_numpy(kind) and getattr(obj, "nbytes", 0) > MAX_BLOB_BYTES:
         raise NotPlainError("holds a large array")
     registered = copyreg.dispatch_table.get(kind)
     if registered is not None and kind is not complex:

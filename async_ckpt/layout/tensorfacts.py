@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..host.device import is_copyable
-from .samefacts import same_facts
 from .structure import NotPlainError, SharingPattern, picker
 
 _dtype_of = attrgetter("dtype")
@@ -99,23 +98,12 @@ class TensorFacts:
 
     def __init__(self, live: LiveTensors) -> None:
         self._columns = live.columns
-        self._same = same_facts(live.tensors)
 
     def storages_if_same(self, tensors: Sequence[torch.Tensor]) -> LiveStorages | None:
-        """The storages of `tensors` if they have these facts, else None. About 0.3 us per tensor."""
-        if self._same is None:
-            return self._compare_all(tensors)
-        tensor = torch.Tensor
-        with torch._C.DisableTorchFunction():
-            if not self._same(tensors):
-                # Modes make the guards say no to equal tensors.
-                return self._compare_all(tensors)
-            if any(map(_attributes_of, tensors)) or list(map(tensor.storage_offset, tensors)) != self._columns[2]:
-                return None
-            storages = list(map(tensor.untyped_storage, tensors))
-        return LiveStorages(storages, list(map(_identity_of, storages)))
+        """The storages of `tensors` if they have these facts, else None. About 0.5 us per tensor.
 
-    def _compare_all(self, tensors: Sequence[torch.Tensor]) -> LiveStorages | None:
+        torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes a dense one's place.
+        """
         try:
             live = look_at(tensors)
         except NotPlainError:
@@ -148,7 +136,11 @@ class StoragePattern:
 
     def _readable(self, live: LiveStorages) -> bool:
         """False where a non-empty storage has no address or two have the same one (torch then compares dtypes across them)."""
-        live.addresses = list(map(torch.UntypedStorage.data_ptr, self._pick_distinct(live.storages)))
+        try:
+            live.addresses = list(map(torch.UntypedStorage.data_ptr, self._pick_distinct(live.storages)))
+        except RuntimeError:
+            # A tensor that is known to be zero has a storage without an address.
+            return False
         filled = list(compress(live.addresses, self.nbytes))
         return all(filled) and len(set(filled)) == len(filled)
 

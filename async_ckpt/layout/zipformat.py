@@ -24,6 +24,8 @@ from ..format.zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX, Record, read_di
 __all__ = ["MAX_ALIGNMENT", "Container", "Record", "SealMap", "lay_out", "read_directory", "scan", "with_pickle"]
 
 MAX_ALIGNMENT = 65536
+MAX_PADDED_ALIGNMENT = 65500
+"""Up to this one, padding always fits a zip header."""
 ARCHIVE = b"archive/"
 SERIALIZATION_ID_NBYTES = 40
 _UINT16_MAX = 0xFFFF
@@ -90,13 +92,10 @@ class _Builder:
         pos = self.pos
         zip64 = b"" if nbytes < UINT32_MAX and pos < UINT32_MAX else _local_zip64(nbytes, pos)
         start = pos + 30 + len(name) + len(zip64) + 4
-        pad_nbytes = -start % self.alignment
+        # Where an alignment of almost 64 KiB needs more padding than a zip header holds, torch writes a file that nobody can read.
+        # Here that one payload starts a few bytes early instead.
+        pad_nbytes = min(-start % self.alignment, _UINT16_MAX - 4 - len(zip64))
         extra_nbytes = len(zip64) + 4 + pad_nbytes
-        if extra_nbytes > _UINT16_MAX:
-            raise ValueError(
-                f"record {name.decode()} would need {extra_nbytes} bytes of padding and a zip header holds {_UINT16_MAX}; "
-                f"choose a smaller alignment than {self.alignment}"
-            )
         prefix = _LOCAL_HEADER if nbytes else _LOCAL_HEADER_EMPTY
         lengths = struct.pack("<HH", len(name), extra_nbytes)
         self.run.append(prefix + lengths + name + zip64 + b"FB" + pad_nbytes.to_bytes(2, "little") + self.padding[:pad_nbytes])
@@ -192,7 +191,7 @@ def lay_out(pickle_bytes: bytes, storage_nbytes: Sequence[int], *, name_hash: by
     """The container that `torch.save` writes around `pickle_bytes` and storages of these sizes, in key order.
 
     `name_hash`: the 20 digits torch gives to this set of record names. Costs about 4 us per storage.
-    Raises ValueError for an alignment outside 1..65536 or one whose padding does not fit a zip header.
+    Raises ValueError for an alignment outside 1..65536.
     """
     if not 1 <= alignment <= MAX_ALIGNMENT:
         raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -27,9 +28,11 @@ import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError, transaction
 from async_ckpt.filesystem import LocalFileSystem
 
+from tests.support.states import torch_bytes
+
 from .oracle import check_legal, contents
 from .report import Row, Sample, command, sample_of, sampled
-from .workloads import TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
+from .workloads import CHUNK_BYTES, TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
 
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
 READ_BYTES = 5 << 20
@@ -41,6 +44,8 @@ CLOSE_S = 10.0
 class Interrupter:
     """Raises at the k-th step of this thread (None: only counts them), and again `again` function calls later.
 
+    With `act` it does not raise but calls that, once, as a signal handler would be called.
+
     The steps are the points at which CPython looks for signals in the package's code: the beginning of each function
     and the return of each C call.
     """
@@ -51,6 +56,7 @@ class Interrupter:
         self._k = k
         self._again = again
         self._num_calls = 0
+        self.act: Callable[[], object] | None = None
 
     def _profile(self, frame: FrameType, event: str, arg: object) -> None:
         if event in ("call", "c_return") and frame.f_code.co_filename.startswith(_PACKAGE):
@@ -66,6 +72,10 @@ class Interrupter:
 
     def _raise(self, frame: FrameType) -> None:
         self.raised.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
+        if self.act is not None:
+            self._k = None
+            self.act()
+            return
         raise KeyboardInterrupt("injected")
 
     @contextlib.contextmanager
@@ -121,6 +131,56 @@ def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, c
     assert not lazy_file.exists() or lazy_file.stat().st_size > 20_000
 
 
+def _scalars(version: int) -> dict[str, Any]:
+    """A state whose scalars of every kind, and the length of what is written of them, are the version's."""
+    text = f"{version}".encode()
+    return {**state(version), "lr": version / 7, "huge": version << version % 90, "blob": text * 3, "losses": [version, -version, 0.1 * version]}
+
+
+def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves: bool) -> None:
+    """A cached plan takes over changed scalars, watched; the user saves the same again, and then others. Each file is torch.save's."""
+    engine = make_engine(root, overwrite="replace", staging_bytes=24 * CHUNK_BYTES)
+    expected = {"warm": 10, "warm2": 300, "next": 300, "last": 70_000}
+    files = ["model.pt"]
+
+    def commit(tag: str) -> None:
+        told.attempt(tag, expected[tag])
+        engine.create(tag)
+        engine.save(_scalars(expected[tag]), "model.pt")
+        engine.commit(tag).result(TIMEOUT_S)
+        told.commit(tag, expected[tag])
+
+    def handler() -> None:
+        files.append("signal.pt")
+        engine.save(_scalars(11), "signal.pt")
+
+    commit("warm")
+    try:
+        told.attempt("warm2", 300)
+        engine.create("warm2")
+        interrupter.act = handler if handler_saves else None
+        with interrupter.watching():
+            engine.save(_scalars(300), "model.pt")
+        engine.commit("warm2").result(TIMEOUT_S)
+    except KeyboardInterrupt:
+        pass
+    else:
+        told.commit("warm2", 300)
+    try:
+        if "warm2" not in told.committed:
+            with contextlib.suppress(CheckpointError):
+                engine.abort("warm2")
+        commit("next")
+        commit("last")
+        for tag in told.committed:
+            for name in files if tag == "warm2" else files[:1]:
+                if tag in expected:
+                    version = 11 if name == "signal.pt" else expected[tag]
+                    assert (root / tag / name).read_bytes() == torch_bytes(_scalars(version)), f"{tag}/{name} is not what torch.save writes"
+    finally:
+        _end(engine)
+
+
 def load_life(root: Path, told: Told, interrupter: Interrupter) -> None:
     """Load into existing tensors, watched; what they hold is the old or the new, and a second try succeeds."""
     engine = make_engine(root, staging_bytes=32 << 20, chunk_bytes=8 << 20)
@@ -167,6 +227,8 @@ GAMES: dict[str, tuple[Life, int | None]] = {
     "lazy": (partial(save_life, lazy=True, close_inside=False), None),
     "lazy, close too": (partial(save_life, lazy=True, close_inside=True), None),
     "lazy, close too, twice": (partial(save_life, lazy=True, close_inside=True), 12),
+    "warm, other scalars": (partial(warm_life, handler_saves=False), None),
+    "warm, a handler saves": (partial(warm_life, handler_saves=True), None),
     "load_into": (load_life, None),
     "load_into, twice": (load_life, 12),
 }
@@ -188,7 +250,7 @@ def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None
     try:
         with quiet(), _unraisable_forgotten():
             life(root, told, interrupter)
-        found = contents(root, skip="lazy.pt")
+        found = contents(root, skip=("lazy.pt", "signal.pt"))
         check_legal(found, told)
         transaction.sweep(LocalFileSystem(), str(root))
         for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:

@@ -14,7 +14,7 @@ from .workloads import Job, Told, Workload, make_engine, version_of
 Contents = dict[str, int]
 
 
-def contents(root: Path, *, skip: str = "") -> Contents:
+def contents(root: Path, *, skip: tuple[str, ...] = ()) -> Contents:
     """The version of every listed tag, each verified and loaded, all its files (but `skip`); and `latest` agrees."""
     catalog = Catalog(root)
     found: Contents = {}
@@ -23,7 +23,7 @@ def contents(root: Path, *, skip: str = "") -> Contents:
         report = catalog.verify(entry.tag)
         assert report.ok, report.problems
         versions = {
-            version_of(load_committed(catalog, entry.tag, file.path), file.path) for file in entry.manifest.files if file.path != skip
+            version_of(load_committed(catalog, entry.tag, file.path), file.path) for file in entry.manifest.files if file.path not in skip
         }
         assert len(versions) == 1, f"files of several versions in {entry.tag!r}: {versions}"
         found[entry.tag] = versions.pop()
