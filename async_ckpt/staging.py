@@ -12,6 +12,7 @@ not inherited by forked children, so that a fork never makes the parent pay for 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
@@ -135,7 +136,10 @@ class StagingArena:
                 self._reclaim()
             if len(self._warm) + len(self._cold) < num_chunks:
                 return None
-            return [self._take() for _ in range(num_chunks)]
+            try:
+                return [self._take() for _ in range(num_chunks)]
+            except IndexError:
+                return None
 
     def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
         """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is too small."""
@@ -156,7 +160,7 @@ class StagingArena:
                 self._check()
                 if not self._warm and not self._cold:
                     self._reclaim()
-                if self._warm or self._cold:
+                with contextlib.suppress(IndexError):
                     return self._take()
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise BackpressureTimeout(
@@ -267,17 +271,22 @@ class StagingArena:
         return chunk
 
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
-        chunk = StagingChunk(pieces[0], self)
-        self._holders[chunk.address] = weakref.ref(chunk)
-        chunk.inherited = self._imprints.pop(chunk.address, None)
-        try:
-            # No signal is looked at between these two.
-            chunk.is_held = True
-            pieces.popleft()
-        except BaseException:
-            self.release(chunk)
-            raise
-        return chunk
+        """Raises IndexError where there is none, as where a signal handler that saves has taken the last one meanwhile."""
+        while True:
+            piece = pieces[0]
+            chunk = StagingChunk(piece, self)
+            holder = weakref.ref(chunk)
+            try:
+                # No signal is looked at from here to the end of `popleft`. Before, a handler may have taken this very piece.
+                if pieces[0] is piece:
+                    self._holders[chunk.address] = holder
+                    chunk.is_held = True
+                    pieces.popleft()
+                    chunk.inherited = self._imprints.pop(chunk.address, None)
+                    return chunk
+            except BaseException:
+                self.release(chunk)
+                raise
 
     def _touch(self, chunk: StagingChunk) -> None:
         """A chunk for which it fails stays cold."""

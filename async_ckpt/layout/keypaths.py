@@ -14,11 +14,26 @@ UNKNOWN = "(inside an object)"
 _MAX_STEPS = 40
 
 
-def children(obj: Any) -> Iterator[tuple[str, Any]]:
+def children(obj: Any) -> list[tuple[str, Any]]:
     """(path step, child) of a container or of an object with attributes; nothing for leaves."""
+    try:
+        return list(_children(obj))
+    except Exception:  # noqa: BLE001 - a class's own `items` or property, which pickle does not call: what is inside has no name then
+        return []
+
+
+def in_brackets(key: Any) -> str:
+    """The path step of a dict's key."""
+    try:
+        return f"[{key!r}]"
+    except Exception:  # noqa: BLE001 - the key's own
+        return f"[<{type(key).__name__}>]"
+
+
+def _children(obj: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, Mapping):
         for key, value in obj.items():
-            yield f"[{key!r}]", value
+            yield in_brackets(key), value
         for name, value in getattr(obj, "__dict__", {}).items():
             yield f".{name}", value
     elif isinstance(obj, (list, tuple)):
@@ -109,5 +124,5 @@ def find_culprit(root: Any) -> tuple[str, Any, Exception] | None:
         for key in obj:
             key_error = pickling_error(key)
             if key_error is not None:
-                return f"{path}[{key!r}] (the key)", key, key_error
+                return f"{path}{in_brackets(key)} (the key)", key, key_error
     return path, obj, error

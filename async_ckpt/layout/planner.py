@@ -71,8 +71,8 @@ class Planner:
 
     def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
         """From the cache or the fast encoder; None where torch has to plan."""
-        latest_first = sorted(reversed(self._cache.items()), key=lambda item: item[0] != name)
-        for key, entry in latest_first:
+        latest_first = list(self._cache.items())[::-1]
+        for key, entry in sorted(latest_first, key=lambda item: item[0] != name):
             matched = entry.match(obj)
             if matched is not None:
                 self._cache = _remembered(self._cache, key, entry, self._cache_entries)
@@ -117,7 +117,10 @@ Entry = TypeVar("Entry")
 
 
 def _remembered(cache: dict[str, Entry], name: str, entry: Entry, max_entries: int) -> dict[str, Entry]:
-    """`cache` with `entry` as the latest, without the oldest ones. A new dict: a signal handler may save while it is made, or while one is gone through."""
+    """`cache` with `entry` as the latest, without the oldest ones.
+
+    A new dict: a signal handler may save while it is made, or while the old one is gone through.
+    """
     kept = {**{key: value for key, value in cache.items() if key != name}, name: entry}
     return dict(list(kept.items())[-max_entries:])
 

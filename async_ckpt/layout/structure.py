@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .keypaths import in_brackets
 from .reducing import LATIN1, MAX_BLOB_BYTES, Form, NotPlainError, expand, global_opcode, is_global, is_still_global
 
 __all__ = ["NotPlainError", "Opened", "SharingPattern", "Structure", "picker"]
@@ -159,7 +160,7 @@ class Structure:
         for index in range(form.num_items):
             paths[items + index] = f"{prefix}[{index}]"
         for index in range(form.num_pairs):
-            paths[keys + form.num_pairs + index] = f"{prefix}[{leaves[keys + index]!r}]"
+            paths[keys + form.num_pairs + index] = prefix + in_brackets(leaves[keys + index])
 
     def paths(self, leaves: list[Any]) -> list[str]:
         """The key path of every position, for messages."""
@@ -177,7 +178,7 @@ class Structure:
                 elif is_sequence:
                     paths[item.first + index] = f"{prefix}[{index}]"
                 else:
-                    paths[item.first + item.count + index] = f"{prefix}[{leaves[item.first + index]!r}]"
+                    paths[item.first + item.count + index] = prefix + in_brackets(leaves[item.first + index])
             if item.attributes >= 0:
                 paths[item.attributes] = f"{prefix}.__dict__"
         return paths

@@ -258,6 +258,6 @@ def _address_of(data: bytes) -> int:
 def storage_ids(tensor: torch.Tensor) -> list[int]:
     """`UntypedStorage._cdata` of the bytes of a dense tensor (of a DTensor's local part); empty for other layouts, and without bytes."""
     local = getattr(tensor, "_local_tensor", tensor)
-    if isinstance(local, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(local):
         return []
     return [local.untyped_storage()._cdata] if local.layout == torch.strided else []

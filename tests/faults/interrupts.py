@@ -27,7 +27,6 @@ import torch
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError, transaction
 from async_ckpt.filesystem import LocalFileSystem
-
 from tests.support.states import torch_bytes
 
 from .oracle import check_legal, contents
@@ -44,22 +43,23 @@ CLOSE_S = 10.0
 class Interrupter:
     """Raises at the k-th step of this thread (None: only counts them), and again `again` function calls later.
 
-    With `act` it does not raise but calls that, once, as a signal handler would be called.
+    With `act` it does not raise but calls that, once, as a signal handler would be called. Only steps in the folder `within` count.
 
     The steps are the points at which CPython looks for signals in the package's code: the beginning of each function
     and the return of each C call.
     """
 
-    def __init__(self, k: int | None, again: int | None = None) -> None:
+    def __init__(self, k: int | None, again: int | None = None, *, within: str = "") -> None:
         self.num_steps = 0
         self.raised: list[str] = []
         self._k = k
         self._again = again
         self._num_calls = 0
+        self._folder = os.path.join(_PACKAGE, within)
         self.act: Callable[[], object] | None = None
 
     def _profile(self, frame: FrameType, event: str, arg: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(_PACKAGE):
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(self._folder):
             self.num_steps += 1
             if self._k is not None and self.num_steps > self._k:
                 self._raise(frame)
@@ -134,7 +134,13 @@ def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, c
 def _scalars(version: int) -> dict[str, Any]:
     """A state whose scalars of every kind, and the length of what is written of them, are the version's."""
     text = f"{version}".encode()
-    return {**state(version), "lr": version / 7, "huge": version << version % 90, "blob": text * 3, "losses": [version, -version, 0.1 * version]}
+    return {
+        **state(version),
+        "lr": version / 7,
+        "huge": version << version % 90,
+        "blob": text * 3,
+        "losses": [version, -version, 0.1 * version],
+    }
 
 
 def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves: bool) -> None:
@@ -245,8 +251,7 @@ def _unraisable_forgotten() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None:
-    interrupter = Interrupter(k, again)
+def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
     try:
         with quiet(), _unraisable_forgotten():
             life(root, told, interrupter)
@@ -260,11 +265,11 @@ def check(root: Path, told: Told, k: int, again: int | None, life: Life) -> None
         raise AssertionError(f"interrupted at {interrupter.raised}: {error}") from error
 
 
-def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True) -> Row:
-    """Every step (or `sample` of them) of one of `GAMES`."""
+def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True, within: str = "") -> Row:
+    """Every step (or `sample` of them) of one of `GAMES`, in one folder of the package or all of it."""
     row = Row(name)
     life, again = GAMES[name]
-    counter = Interrupter(None)
+    counter = Interrupter(None, within=within)
     for _ in range(2):
         # The second time, plans are made as they will be.
         root, told = folder.root()
@@ -279,7 +284,7 @@ def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, st
         second = None if again is None else chance.randrange(again)
         row.check(
             f"step {k}, again after {second}",
-            lambda root=root, told=told, k=k, second=second: check(root, told, k, second, life),  # type: ignore[misc]
+            lambda root=root, told=told, k=k, second=second: check(root, told, Interrupter(k, second, within=within), life),  # type: ignore[misc]
             stop=stop,
         )
         folder.drop(root)
