@@ -180,6 +180,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             started = time.perf_counter()
             self._usable()
             checkpoint = self._inflight.require_open(name)
+            checkpoint.budget.check_metadata(checked)
             self._inflight.await_slot()
             pending = self._inflight.commit(checkpoint, checked, started)
             self._snapshotter.hurry()
@@ -319,6 +320,21 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     # Leaving.
 
+    def delete(self, tag: Any) -> None:
+        """Delete a committed checkpoint: renamed away first, so that it is never visible in part. Blocks; any thread.
+
+        A commit of that tag that is pending here is waited for first. In a job of several ranks, call it on all of them when
+        none reads it any more: the rank that commits deletes it, the others do nothing.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint (any more). UnsafePathError: the tag is malformed.
+            WriteError: the disk refused; the checkpoint is whole under its name, or what is left of it is tried again later.
+        """
+        name = manifest.check_tag(tag_of(tag))
+        self._usable()
+        self._await_commit(name)
+        self._inflight.delete(name)
+
     def abort(self, tag: Any) -> None:
         """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended.
 
@@ -400,6 +416,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s = time.perf_counter() - began
+        checkpoint.budget.add_file(path, state.plan.file_bytes, self._arena.chunk_bytes)
         write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
         saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
         checkpoint.add_file(path, saved)
@@ -433,10 +450,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def _committed_path(self, path: StrPath) -> tuple[str, str]:
         self._usable()
         tag, name = split_committed(self.config.root, path)
+        self._await_commit(tag)
+        return tag, name
+
+    def _await_commit(self, tag: str) -> None:
         pending = self._inflight.find_unfinished(tag)
         if pending is not None and not pending.wait(self.config.backpressure_timeout_s):
             raise BackpressureTimeout(f"the commit of {tag!r} did not end within {self.config.backpressure_timeout_s:g} s")
-        return tag, name
 
     def _usable(self) -> None:
         self._inflight.check_usable()

@@ -65,10 +65,17 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
+CLOCK_KEY = "clock_unix_ns"
+"""In "writer": what the clock said when the manifest was written, which "created_unix_ns" need not be."""
+NOT_FINITE_KEY = "_not_finite"
+"""In metadata: what the numbers were that JSON cannot hold, by where they stand."""
 
 _MAX_DEPTH = 40
 _MAX_METADATA_DEPTH = 32
 _MAX_ITEMS = 2_000_000
+# At most, of one file's entry without its path and checksums, and of all that is no file and no metadata.
+_ENTRY_BYTES, _ENTRY_ITEMS = 600, 40
+_OTHER_BYTES, _OTHER_ITEMS = 4096, 200
 _MAX_INT_DIGITS = 80
 _MAX_FILE_BYTES = (1 << 63) - 1
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -122,6 +129,8 @@ class Manifest:
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
     """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
 
+    JSON has no NaN and no infinity: such a number becomes null, and `NOT_FINITE_KEY` in the copy says what it was.
+
     Raises:
         UnsupportedStateError: something in it is not JSON; the message names where.
     """
@@ -129,7 +138,50 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
         return {}
     if not isinstance(metadata, Mapping):
         raise UnsupportedStateError(f"metadata must be a mapping of str to JSON values, not {type(metadata).__name__}")
-    return cast("dict[str, JSON]", _plain(metadata, "metadata", 0))
+    not_finite: dict[str, str] = {}
+    plain = cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
+    return {**plain, NOT_FINITE_KEY: not_finite} if not_finite else plain
+
+
+class ManifestBudget:
+    """What is left of a manifest's limits while a checkpoint is being filled. Pure arithmetic; one thread at a time."""
+
+    def __init__(self) -> None:
+        self._num_bytes = _OTHER_BYTES
+        self._num_items = _OTHER_ITEMS
+
+    def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> None:
+        """Count a file in, before its bytes are written.
+
+        Raises:
+            UnsupportedStateError: the manifest could not hold it; the file is not counted.
+        """
+        num_bytes = self._num_bytes + _ENTRY_BYTES + len(path) + 8 * -(-size_bytes // extent_bytes)
+        num_items = self._num_items + _ENTRY_ITEMS
+        if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
+            raise UnsupportedStateError(
+                f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at most "
+                f"{MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer files. Nothing of this file was written"
+            )
+        self._num_bytes, self._num_items = num_bytes, num_items
+
+    def check_metadata(self, metadata: Mapping[str, JSON]) -> None:
+        """Refuse metadata that does not fit beside the files.
+
+        Raises:
+            UnsupportedStateError: the manifest could not hold it.
+        """
+        raw = json.dumps(metadata)
+        num_bytes, num_items = self._num_bytes + len(raw), self._num_items + _count_items(raw.encode("ascii"))
+        if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
+            raise UnsupportedStateError(
+                f"the metadata does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at "
+                f"most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); give less. The checkpoint stays open"
+            )
+
+
+def _count_items(raw: bytes) -> int:
+    return sum(raw.count(char) for char in (b",", b'"', b"[", b"{"))
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -189,7 +241,7 @@ def decode(raw: bytes, *, source: str) -> Manifest:
         raise CorruptCheckpointError(f"{source} is not a valid manifest: {what}", path=source) from error
 
 
-def _plain(value: Any, where: str, depth: int) -> JSON:
+def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JSON:
     if depth > _MAX_METADATA_DEPTH:
         raise UnsupportedStateError(f"{where} is nested deeper than {_MAX_METADATA_DEPTH} levels; nothing was committed")
     if value is None or isinstance(value, bool):
@@ -200,7 +252,8 @@ def _plain(value: Any, where: str, depth: int) -> JSON:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise UnsupportedStateError(f"{where} is {value!r}, which JSON cannot hold; nothing was committed")
+            not_finite[where] = str(float(value))
+            return None
         return float(value)
     if isinstance(value, str):
         # Not str(value): an enum's str() is its label.
@@ -209,9 +262,9 @@ def _plain(value: Any, where: str, depth: int) -> JSON:
         for key in value:
             if not isinstance(key, str):
                 raise UnsupportedStateError(f"{where} has the key {key!r}; JSON keys are str; nothing was committed")
-        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [_plain(item, f"{where}[{index}]", depth + 1, not_finite) for index, item in enumerate(value)]
     hint = "; call .item() for a number" if hasattr(value, "item") else ""
     raise UnsupportedStateError(f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed")
 
@@ -228,7 +281,7 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
     if int(tail[1], 16) != crc32(raw[:-_TAIL_BYTES]):
         raise corrupt("its checksum does not match")
     # The checksum keeps accidents out; from here on it is about files made by hand.
-    if sum(raw.count(char) for char in (b",", b'"', b"[", b"{")) > _MAX_ITEMS:
+    if _count_items(raw) > _MAX_ITEMS:
         raise corrupt("it holds too many items")
     outside_strings = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     brackets = b"".join(outside_strings).translate(None, _NOT_BRACKETS)
@@ -293,7 +346,7 @@ def _entry_from(item: Any, index: int) -> FileEntry:
     where = f"files[{index}]"
     _typed(item, dict, where)
     path = _typed(item["path"], str, f"{where}.path")
-    check_relative_path(path)
+    check_relative_path(path, stored=True)
     size_bytes = _bounded(item["size_bytes"], _MAX_FILE_BYTES, f"{where}.size_bytes")
     extent_bytes = _bounded(item["extent_bytes"], _MAX_FILE_BYTES, f"{where}.extent_bytes")
     text = _typed(item["extent_crc32"], str, f"{where}.extent_crc32")

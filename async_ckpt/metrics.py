@@ -95,6 +95,8 @@ class CommitMetrics:
     publish_s: float = 0.0
     max_queue_chunks: int = 0
     """The most chunks that waited for the disk at once, since the commit before this one ended."""
+    num_undeleted: int = 0
+    """Old checkpoints that the disk would not delete after this commit; they are tried again after the next."""
     saves: list[SaveMetrics] = field(default_factory=list)
 
     @property

@@ -44,17 +44,22 @@ def check_tag(tag: str) -> str:
 
     Raises:
         UnsafePathError: not a str, empty, too long, a separator or leading dot, or a character outside
-            letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only).
+            letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only); or the manifest's own name.
     """
     _check_component(tag, "tag", MAX_TAG_BYTES)
+    if tag.lower() == MANIFEST_NAME:
+        raise UnsafePathError(f"tag {shown(tag)}: {MANIFEST_NAME!r} is the checkpoint's own file; choose another tag")
     return tag
 
 
-def check_relative_path(path: str) -> tuple[str, ...]:
+def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
     """The components of `path`, when it can name a file or directory inside a checkpoint.
 
+    Args:
+        stored: it is in a checkpoint already: earlier versions accepted the manifest's name below the top.
+
     Raises:
-        UnsafePathError: as `check_tag` for each component; also absolute paths, "..", and the manifest's own name.
+        UnsafePathError: as `check_tag` for each component; also absolute paths and "..".
     """
     if not isinstance(path, str):
         raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched")
@@ -64,7 +69,7 @@ def check_relative_path(path: str) -> tuple[str, ...]:
     for part in parts:
         if path != DCP_METADATA_NAME:
             _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
-    if parts[0].lower() == MANIFEST_NAME:
+    if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
     return parts
 
@@ -86,12 +91,12 @@ def resolve_in_tag(root: str | os.PathLike[str], tag: str, path: str | os.PathLi
         if allow_top and text.rstrip("/") == prefix:
             return ()
         if text.startswith(prefix + "/"):
-            return check_relative_path(text[len(prefix) + 1 :])
+            return check_relative_path(text[len(prefix) + 1 :], stored=True)
     if text.startswith("/"):
         raise UnsafePathError(
             f"path {shown(text)} is absolute and not below {shown(os.path.join(home, tag))}; give a path relative to the tag"
         )
-    return check_relative_path(text)
+    return check_relative_path(text, stored=True)
 
 
 def parse_private_name(name: str) -> PrivateName | None:

@@ -10,7 +10,7 @@ from .manifest import check_relative_path, check_tag
 StrPath = str | os.PathLike[str]
 
 
-def split_root(root: StrPath, path: StrPath) -> tuple[str | None, tuple[str, ...]]:
+def split_root(root: StrPath, path: StrPath, *, stored: bool = False) -> tuple[str | None, tuple[str, ...]]:
     """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a tag.
 
     "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as the user gave it or absolute.
@@ -25,10 +25,10 @@ def split_root(root: StrPath, path: StrPath) -> tuple[str | None, tuple[str, ...
     inner = _below(root, text)
     if inner is not None:
         tag, _, rest = inner.partition("/")
-        return check_tag(tag), check_relative_path(rest) if rest else ()
+        return check_tag(tag), check_relative_path(rest, stored=stored) if rest else ()
     if text.startswith("/"):
         raise UnsafePathError(f"path {text[:200]!a} is absolute and not below the root {os.fspath(root)!r}; nothing was touched")
-    return None, check_relative_path(text)
+    return None, check_relative_path(text, stored=stored)
 
 
 def split_committed(root: StrPath, path: StrPath) -> tuple[str, str]:
@@ -37,7 +37,7 @@ def split_committed(root: StrPath, path: StrPath) -> tuple[str, str]:
     Raises:
         UnsafePathError: malformed, outside the root, or no file inside a tag.
     """
-    tag, parts = split_root(root, path)
+    tag, parts = split_root(root, path, stored=True)
     if tag is None:
         tag, parts = check_tag(parts[0]), parts[1:]
     if not parts:

@@ -8,6 +8,8 @@ Guarantees:
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,10 +18,9 @@ from typing import Any, Literal
 
 from . import transaction
 from .catalog import Catalog
-from .errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError
 from .filesystem import FileSystem
-from .filesystem.write_error import write_error
-from .manifest import Manifest
+from .manifest import CLOCK_KEY, Manifest
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class CheckpointInfo:
 
     tag: str
     created_unix_ns: int
+    """The order among checkpoints: later than all before, also when a clock ran ahead and was set back."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    clock_unix_ns: int | None = None
+    """What the writer's clock said; None is `created_unix_ns`."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> CheckpointInfo:
         """The part of a manifest that policies look at."""
-        return cls(manifest.tag, manifest.created_unix_ns, manifest.metadata)
+        clock = manifest.writer.get(CLOCK_KEY, "")
+        return cls(manifest.tag, manifest.created_unix_ns, manifest.metadata, int(clock) if re.fullmatch("[0-9]{1,19}", clock) else None)
 
     @property
     def step(self) -> int | None:
@@ -52,6 +57,8 @@ class Decision:
     tag: str
     keep: bool
     reasons: tuple[str, ...]
+    failure: WriteError | None = None
+    """Why the disk would not delete it; it is to be tried again."""
 
 
 class RetentionPolicy:
@@ -125,7 +132,7 @@ class KeepEvery(RetentionPolicy):
 
 @dataclass(frozen=True)
 class KeepBest(RetentionPolicy):
-    """Keeps the `num` best by a number in their metadata; checkpoints without that number are not among the best."""
+    """Keeps the `num` best by a number in their metadata; checkpoints without it, or where it is null, are not among the best."""
 
     metric: str
     num: int = 1
@@ -142,13 +149,13 @@ class KeepBest(RetentionPolicy):
         values: list[tuple[float, int, str]] = []
         for age, info in enumerate(reversed(checkpoints)):
             value = info.metadata.get(self.metric)
-            # NaN is no number to compare by; commits refuse it, other writers may not.
-            if value is None or value != value:
+            # A commit writes null for NaN and infinity, other writers may not.
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number")
             values.append((value if self.mode == "min" else -value, age, info.tag))
-        if checkpoints and not values:
+        if checkpoints and not any(self.metric in info.metadata for info in checkpoints):
             known = sorted({name for info in checkpoints for name in info.metadata})
             raise ConfigError(
                 f"KeepBest: no checkpoint has metadata {self.metric!r}; they have {', '.join(known) or 'none'}. "
@@ -160,7 +167,10 @@ class KeepBest(RetentionPolicy):
 
 @dataclass(frozen=True)
 class KeepNewerThan(RetentionPolicy):
-    """Keeps those committed less than `age_s` seconds ago."""
+    """Keeps those committed less than `age_s` seconds ago.
+
+    A checkpoint dated in the future was made before the one after it, whose date is taken instead.
+    """
 
     age_s: float
 
@@ -169,7 +179,14 @@ class KeepNewerThan(RetentionPolicy):
             raise ConfigError(f"KeepNewerThan: age_s must be a positive number of seconds, not {self.age_s!r}")
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
-        return {info.tag: f"newer than {self.age_s:g} s" for info in checkpoints if (now_unix_ns - info.created_unix_ns) / 1e9 < self.age_s}
+        kept: dict[str, str] = {}
+        made_unix_ns = now_unix_ns
+        for info in reversed(checkpoints):
+            clock_unix_ns = info.created_unix_ns if info.clock_unix_ns is None else info.clock_unix_ns
+            made_unix_ns = clock_unix_ns if clock_unix_ns <= now_unix_ns else made_unix_ns
+            if (now_unix_ns - made_unix_ns) / 1e9 < self.age_s:
+                kept[info.tag] = f"newer than {self.age_s:g} s"
+        return kept
 
 
 def decide(checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, now_unix_ns: int | None = None) -> list[Decision]:
@@ -197,9 +214,11 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     The newest checkpoint must hold all its files at their committed sizes, else nothing is deleted: an older one may
     be the newest good one. Whoever published it, its name is made durable before the first deletion.
 
+    One that cannot be deleted does not keep the others from being deleted; its decision says so.
+
     Raises:
         ConfigError: the policy cannot judge these checkpoints; nothing was deleted.
-        WriteError: a deletion failed. OSError: the root cannot be read or synced; nothing was deleted.
+        OSError: the root cannot be read or synced; nothing was deleted.
     """
     catalog = Catalog(root, filesystem)
     manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
@@ -219,20 +238,36 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
             # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
             if decision.tag in catalog.tags():
                 carried_out[decision.tag] = Decision(decision.tag, True, ("another process replaced it meanwhile",))
+        except WriteError as error:
+            carried_out[decision.tag] = Decision(decision.tag, True, (f"it cannot be deleted: {error}",), error)
     return list(carried_out.values())
 
 
-def failure(filesystem: FileSystem, root: str, error: Exception) -> CheckpointError:
-    """`error`, which cut `apply` short, as one of our tree."""
-    if isinstance(error, CheckpointError):
-        return error
-    told: CheckpointError
-    if isinstance(error, OSError):
-        told = write_error(filesystem, error, "retention was cut short; what it had not deleted is left whole", root)
-    else:
-        told = ConfigError(f"the retention policy raised {error!r}: nothing more is deleted in {root!r}; the new checkpoint is committed")
-    told.__cause__ = error
-    return told
+def tidy(filesystem: FileSystem, root: str, policy: RetentionPolicy | None) -> dict[str, OSError]:
+    """What a commit does afterwards: delete what could not be deleted before, then `apply` the policy. Blocks.
+
+    Returns the names below the root that the disk would not delete (the root's own where it cannot be looked at), and why:
+    that is to be told and tried again, and never the end of a training.
+
+    Raises:
+        ConfigError: the policy cannot judge these checkpoints, or raised; nothing was deleted.
+    """
+    failures: dict[str, OSError] = {}
+    try:
+        failures.update(transaction.empty_trash(filesystem, root))
+        if policy is not None:
+            failures.update(
+                {decision.tag: decision.failure for decision in apply(filesystem, root, policy) if decision.failure is not None}
+            )
+    except OSError as error:
+        failures[os.path.basename(root)] = error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the retention policy raised {error!r}: nothing is deleted in {root!r}; the new checkpoint is committed"
+        ) from error
+    return failures
 
 
 def _is_good(catalog: Catalog, tag: str) -> bool:

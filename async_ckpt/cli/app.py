@@ -14,6 +14,7 @@ _MODULES = {
     "verify": "verifying",
     "diff": "differing",
     "prune": "pruning",
+    "delete": "deleting",
     "sweep": "sweeping",
     "watch": "watching",
     "export": "exporting",
@@ -31,7 +32,7 @@ def build(arguments: list[str]) -> Callable[..., Any]:
     """The command line for these arguments: with all commands, or only the one that is asked for."""
     app = typer.Typer(
         name="async-ckpt",
-        help="Look after checkpoints: list, inspect, verify, compare, prune, watch, export, measure.",
+        help="Look after checkpoints: list, inspect, verify, compare, prune, delete, watch, export, measure.",
         epilog=_EPILOG,
         add_completion=False,
         no_args_is_help=True,

@@ -33,7 +33,7 @@ def catalog_of(root: str) -> Catalog:
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.exists(root) else "does not exist"
         raise NotFoundError(f"root {clean(root)!r} {what}")
-    if _is_checkpoint(root):
+    if is_checkpoint(root):
         above, tag = os.path.split(os.path.abspath(root))
         raise UsageError(f"{clean(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
     return Catalog(root)
@@ -47,7 +47,7 @@ def place_of(path: str) -> Place:
     """
     given = os.path.abspath(path)
     folder, inner = given, ""
-    while not _is_checkpoint(folder):
+    while not is_checkpoint(folder):
         above, name = os.path.split(folder)
         if above == folder:
             raise _no_place(path, given)
@@ -56,7 +56,8 @@ def place_of(path: str) -> Place:
     return Place(Catalog(root), tag, inner or None)
 
 
-def _is_checkpoint(folder: str) -> bool:
+def is_checkpoint(folder: str) -> bool:
+    """Whether it has a manifest, whole or damaged."""
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 

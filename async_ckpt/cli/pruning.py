@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..filesystem import LocalFileSystem
 from ..retention import AnyOf, CheckpointInfo, Decision, KeepBest, KeepEvery, KeepLast, KeepNewerThan, RetentionPolicy, apply, decide
 from ..units import parse_duration_s
+from . import EXIT_FAILED
 from .failing import NotFoundError, UsageError
 from .locating import catalog_of
 from .output import print_json, print_table
@@ -33,7 +34,7 @@ def command(
     The newest is always kept, and nothing is deleted while it is damaged. A deletion is a rename first, so that a crash
     leaves nothing half-deleted under a checkpoint's name.
 
-    JSON: a list of {tag, keep, deleted, reasons}
+    JSON: a list of {tag, keep, deleted, reasons}; the exit code is 1 when one cannot be deleted
     """
     policy = _policy(keep_last, keep_every, keep_best, best_num, best_mode, keep_newer_than)
     catalog = catalog_of(root)
@@ -44,15 +45,18 @@ def command(
     decisions = decide(checkpoints, policy) if dry_run else apply(LocalFileSystem(), root, policy)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
-        return
-    if not decisions:
+    elif not decisions:
         typer.echo(f"no checkpoints in {root!r}")
-        return
-    rows = [(d.tag, _action(d, dry_run), "; ".join(d.reasons)) for d in decisions]
-    print_table(("tag", "action", "reason"), rows, styles=["" if d.keep else "yellow" for d in decisions])
+    else:
+        rows = [(d.tag, _action(d, dry_run), "; ".join(d.reasons)) for d in decisions]
+        print_table(("tag", "action", "reason"), rows, styles=["" if d.keep else "yellow" for d in decisions])
+    if any(decision.failure is not None for decision in decisions):
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _action(decision: Decision, dry_run: bool) -> str:
+    if decision.failure is not None:
+        return "not deleted"
     return "kept" if decision.keep else "would be deleted" if dry_run else "deleted"
 
 

@@ -6,7 +6,7 @@ one outcome, and tests swap the whole object (or its `_syscalls.Syscalls`) inste
 Guarantees:
 - Nothing is followed: files inside a checkpoint are opened component by component with O_NOFOLLOW, and only
   regular files are read.
-- New files are made with O_EXCL and are never writable by group or others; private directories are 0700.
+- New files are made with O_EXCL; their modes and those of directories are what the umask leaves. Private directories are 0700.
 - Synchronous methods may block on the disk and may be called from any thread. They raise the plain `OSError` with
   its path; the writing side (`open_write`, `WritableFile`, `create_file`) raises `WriteError` and `OutOfSpaceError`.
 """
@@ -156,10 +156,10 @@ class FileSystem(Protocol):
         """Whether `owner` can still be alive."""
 
     def mkdir(self, path: str, *, private: bool = False) -> None:
-        """Make one directory: 0700 if `private`, else 0755 less the umask. FileExistsError if it is there."""
+        """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
 
     def makedirs(self, path: str) -> None:
-        """Make `path` and its missing parents, 0755 less the umask; being there already is fine."""
+        """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
 
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, in no order."""
@@ -240,7 +240,7 @@ class LocalFileSystem:
         return owner_state(owner, self.owner())
 
     def mkdir(self, path: str, *, private: bool = False) -> None:
-        self._calls.mkdir(path, 0o700 if private else 0o755)
+        self._calls.mkdir(path, 0o700 if private else 0o777)
 
     def makedirs(self, path: str) -> None:
         if self._calls.isdir(path):

@@ -30,7 +30,7 @@ OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
 _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_MODE = 0o644  # the kernel takes the umask off; group and others never get to write
+_MODE = 0o666  # the kernel takes the umask off
 _MAX_STALLED_WRITES = 3
 _INCOMPLETE = " failed, the file is incomplete and is not committed"
 

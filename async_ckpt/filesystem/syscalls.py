@@ -47,7 +47,7 @@ _MAGIC = {
 class Syscalls:
     """The calls of this machine; a subclass may record, refuse or shorten them."""
 
-    def open(self, path: str, flags: int, mode: int = 0o644, *, dir_fd: int | None = None) -> int:
+    def open(self, path: str, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
         return os.open(path, flags, mode, dir_fd=dir_fd)
 
     def close(self, fd: int) -> None:

@@ -27,7 +27,7 @@ from .. import retention, transaction, verify
 from ..catalog import Catalog
 from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
-from ..errors import BackpressureTimeout, TransactionStateError, WriteError
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..filesystem import FileSystem, LocalFileSystem
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span, on_publish_step
@@ -73,6 +73,7 @@ class InFlight:
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
+        self._undeleted: set[str] = set()
         self._last_created_ns = 0
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
@@ -259,8 +260,8 @@ class InFlight:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
             raise
-        if self._config.retention is not None and self._coordinator.leads:
-            await self._retain()
+        if self._coordinator.leads:
+            await self._tidy(checkpoint.metrics)
 
     async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         entries = []
@@ -331,14 +332,30 @@ class InFlight:
             # The staging directory stays; the sweep of a later start removes it.
             logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
 
-    async def _retain(self) -> None:
-        policy = self._config.retention
-        assert policy is not None
+    async def _tidy(self, metrics: CommitMetrics) -> None:
+        """Retention; what the disk will not delete is told once, counted, and tried again after every commit."""
         try:
-            await self._in_helper(lambda: retention.apply(self.filesystem, self.root, policy))
-        except Exception as failure:  # noqa: BLE001 -- also of the user's policy
+            failures = await self._in_helper(lambda: retention.tidy(self.filesystem, self.root, self._config.retention))
+        except CheckpointError as failure:
             # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
-            self._failures.append(retention.failure(self.filesystem, self.root, failure))
+            self._failures.append(failure)
+            return
+        metrics.num_undeleted = len(failures)
+        if failures.keys() - self._undeleted:
+            name, error = next(iter(failures.items()))
+            logger.warning(
+                "%d old checkpoint(s) in %r cannot be deleted, the first is %r (%s): tried again after every commit",
+                len(failures),
+                self.root,
+                name,
+                error,
+            )
+        self._undeleted = set(failures)
+
+    def delete(self, tag: str) -> None:
+        """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
+        if self._coordinator.leads:
+            transaction.remove(self.filesystem, self.root, tag)
 
     def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self.helpers.submit(call))

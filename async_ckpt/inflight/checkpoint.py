@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..coordination import OpenTag
 from ..errors import PathExistsError, TransactionStateError
-from ..manifest import FileEntry, FileFormat
+from ..manifest import FileEntry, FileFormat, ManifestBudget
 from ..metrics import CommitMetrics, SaveMetrics
 from ..pending import PendingCommit
 from ..transaction import State
@@ -58,6 +58,7 @@ class OpenCheckpoint:
     state: State = State.OPEN
     files: dict[str, SavedFile] = field(default_factory=dict)
     directories: set[tuple[str, ...]] = field(default_factory=set)
+    budget: ManifestBudget = field(default_factory=ManifestBudget)
     error: BaseException | None = None
     opened_unix_s: float = field(default_factory=time.time)
     first_save_s: float | None = None

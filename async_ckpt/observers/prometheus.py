@@ -48,6 +48,7 @@ class PrometheusObserver(Observer):
         self._last = library.Gauge(f"{prefix}_last_commit_timestamp_seconds", "When the newest checkpoint was committed", **options)
         self._rate = library.Gauge(f"{prefix}_last_commit_bytes_per_second", "Durable throughput of the newest checkpoint", **options)
         self._queue = library.Gauge(f"{prefix}_max_queue_chunks", "Most chunks that waited for the disk at once", **options)
+        self._undeleted = library.Gauge(f"{prefix}_undeleted_checkpoints", "Old checkpoints that cannot be deleted now", **options)
 
     def on_save(self, metrics: SaveMetrics) -> None:
         self._files.labels("direct" if metrics.direct else "buffered").inc()
@@ -69,3 +70,4 @@ class PrometheusObserver(Observer):
         self._last.set(time.time())
         self._rate.set(metrics.bytes_per_s)
         self._queue.set(metrics.max_queue_chunks)
+        self._undeleted.set(metrics.num_undeleted)

@@ -23,6 +23,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -39,17 +40,40 @@ from ..errors import (
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
 from ..filesystem.file_write import UNSUPPORTED
 from ..filesystem.write_error import write_error
-from ..manifest import MANIFEST_NAME, FileEntry, Manifest, check_metadata, check_relative_path, check_tag, encode, parse_private_name
+from ..manifest import (
+    CLOCK_KEY,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    check_metadata,
+    check_relative_path,
+    check_tag,
+    encode,
+    parse_private_name,
+)
 from ..metrics import publish_step
 from ..threads.locks import Lock
 from .claims import claimed
-from .removing import remove
+from .removing import empty_trash, remove
 from .sweeping import Swept, sweep
 from .trees import lock_or_none, make_private, move_aside, remove_tree
 
 logger = logging.getLogger("async_ckpt")
 
-__all__ = ["State", "Staging", "Swept", "abort", "begin", "join", "make_directories", "make_root", "publish", "remove", "sweep"]
+__all__ = [
+    "State",
+    "Staging",
+    "Swept",
+    "abort",
+    "begin",
+    "empty_trash",
+    "join",
+    "make_directories",
+    "make_root",
+    "publish",
+    "remove",
+    "sweep",
+]
 
 _MAX_RACES = 16
 
@@ -198,8 +222,8 @@ def publish(
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
-    the old checkpoint is deleted after that; if the deletion fails, it is left for a later `sweep`. `marks` are added
-    to the manifest's "writer".
+    the old checkpoint is deleted after that; if the deletion fails, it is left for `empty_trash` and later sweeps. `marks`
+    are added to the manifest's "writer".
 
     Raises:
         TagExistsError: the tag was committed in the meantime; it was left as it is.
@@ -212,7 +236,10 @@ def publish(
         try:
             remove_tree(fs, old_path)
         except OSError as error:
-            logger.warning("tag %r is committed, but the replaced tree stays at %r for a later sweep: %s", staging.tag, old_path, error)
+            left = old_path
+            with contextlib.suppress(OSError):
+                left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
+            logger.warning("tag %r is committed; the tree it replaced cannot be deleted yet, it is at %r: %s", staging.tag, left, error)
     return manifest
 
 
@@ -304,8 +331,12 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
 
 
 def _writer() -> dict[str, str]:
-    """What wrote this: versions, for people who look into it years later. torch only where it is loaded anyway."""
-    versions = {"python": platform.python_version(), "platform": f"{platform.system()}-{platform.machine()}"}
+    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is loaded anyway."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        CLOCK_KEY: str(time.time_ns()),
+    }
     for module in ("async_ckpt", "torch"):
         version = getattr(sys.modules.get(module), "__version__", None)
         if version is not None:
@@ -353,9 +384,11 @@ def _refuse(staging: Staging, why: str) -> NoReturn:
 
 def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
     """Give the private directory the mode a new one would have; the manifest's mode tells the umask without a race."""
-    read_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o444
+    file_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o666
+    # Who may read a directory may search it. The set-group-id bit, which a directory inherits from its root, stays.
+    inherited = fs.stat(staging.path).mode & 0o2000
     try:
-        fs.chmod(staging.path, 0o700 | read_bits | read_bits >> 2)
+        fs.chmod(staging.path, inherited | 0o700 | file_bits | (file_bits & 0o444) >> 2)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise

@@ -8,7 +8,7 @@ import os
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..filesystem import FileSystem
 from ..filesystem.write_error import write_error
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode, parse_private_name
 from .claims import claimed
 from .trees import move_aside, remove_tree
 
@@ -36,6 +36,32 @@ def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = N
         raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
     except OSError as error:
         raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
+
+
+def empty_trash(fs: FileSystem, root: str) -> dict[str, OSError]:
+    """Try again to delete what this process could not delete before; tags of what stays, and why. Blocks; any thread.
+
+    Raises:
+        OSError: the root cannot be listed or synced; nothing was deleted.
+    """
+    failures: dict[str, OSError] = {}
+    doomed: list[tuple[str, str]] = []
+    for name in fs.listdir(root):
+        parsed = parse_private_name(name)
+        if parsed is not None and parsed.kind == "trash" and parsed.owner == fs.owner():
+            try:
+                # A new name: the new entry rewrites what a failed sync of the root may have lost before.
+                doomed.append((parsed.tag, move_aside(fs, root, parsed.tag, os.path.join(root, name), "trash")))
+            except OSError as error:
+                failures[parsed.tag] = error
+    if doomed:
+        fs.fsync_dir(root)
+    for tag, path in doomed:
+        try:
+            remove_tree(fs, path)
+        except OSError as error:
+            failures[tag] = error
+    return failures
 
 
 def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:

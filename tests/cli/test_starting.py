@@ -79,7 +79,7 @@ def test_module_and_exit_codes(root, tmp_path):
 
 def test_help_names_every_command_and_the_exit_codes(cli):
     ran = cli("--help")
-    for command in ("list", "inspect", "verify", "diff", "prune", "sweep", "watch", "export", "demo", "bench"):
+    for command in ("list", "inspect", "verify", "diff", "prune", "delete", "sweep", "watch", "export", "demo", "bench"):
         assert f"  {command} " in ran.out
     assert "Exit codes" in ran.out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -34,6 +35,31 @@ def test_prune_keeps_everything_while_the_newest_is_damaged(cli, root):
 
 def test_prune_by_age(cli, root):
     assert all(decision["keep"] for decision in json.loads(cli("prune", root, "--keep-newer-than", "2d", "--json").out))
+
+
+def test_prune_says_what_cannot_be_deleted(cli, root):
+    if os.geteuid() == 0:
+        pytest.skip("root may delete everything")
+    root.chmod(0o555)
+    try:
+        ran = cli("prune", root, "--keep-last", "1")
+    finally:
+        root.chmod(0o755)
+    assert ran.code == 1
+    assert "not deleted" in ran.out
+
+
+def test_delete_of_named_checkpoints(cli, root):
+    assert cli("delete", root / "step-100" / "model.pt").code == 2
+    assert cli("delete", root, "step-100", "step-999").code == 3
+    assert (root / "step-100").exists(), "all are looked for before the first is deleted"
+    assert json.loads(cli("delete", root / "step-100", "--json").out) == ["step-100"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-200"]
+    (root / "step-200" / "manifest.json").write_text("damaged")
+    assert "deleted step-200" in cli("delete", root, "step-200").out
+    assert list(root.iterdir()) == []
+    assert cli("delete", root, "step-200").code == 3
+    assert cli("delete", root).code == 3
 
 
 @pytest.mark.leaves_staging

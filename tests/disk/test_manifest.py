@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,7 +15,17 @@ from hypothesis import strategies as st
 from async_ckpt import manifest
 from async_ckpt.checksum import crc32
 from async_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError
-from async_ckpt.manifest import FileEntry, Manifest, check_metadata, check_relative_path, check_tag, decode, encode, resolve_in_tag
+from async_ckpt.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestBudget,
+    check_metadata,
+    check_relative_path,
+    check_tag,
+    decode,
+    encode,
+    resolve_in_tag,
+)
 
 SAMPLE = Manifest(
     "step-1",
@@ -164,8 +175,6 @@ class Scalar:
     ("metadata", "where"),
     [
         ({"a": {"b": [0, object()]}}, r"metadata\['a'\]\['b'\]\[1\]"),
-        ({"loss": math.nan}, r"metadata\['loss'\] is nan"),
-        ({"loss": math.inf}, r"metadata\['loss'\] is inf"),
         ({1: 2}, "keys are str"),
         ({"x": b"bytes"}, "bytes"),
         ({"x": {1, 2}}, "set"),
@@ -177,6 +186,34 @@ class Scalar:
 def test_bad_metadata_names_the_field(metadata: object, where: str) -> None:
     with pytest.raises(UnsupportedStateError, match=where):
         check_metadata(metadata)  # type: ignore[arg-type]
+
+
+def test_numbers_that_json_cannot_hold_are_null_and_the_manifest_says_so() -> None:
+    plain = check_metadata({"loss": math.nan, "eval": {"bound": [1.0, -math.inf]}, "lr": 0.1})
+    told = {"metadata['loss']": "nan", "metadata['eval']['bound'][1]": "-inf"}
+    assert plain == {"loss": None, "eval": {"bound": [1.0, None]}, "lr": 0.1, "_not_finite": told}
+    assert check_metadata(plain) == plain
+    assert decode(encode(Manifest("t", 1, (), plain)), source="m").metadata == plain
+
+
+def test_what_will_not_fit_is_refused_while_the_checkpoint_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget never accepts what `encode` would refuse, and refuses no more than a small part of what would fit."""
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 200_000)
+    budget, entries = ManifestBudget(), []
+    with pytest.raises(UnsupportedStateError, match="larger chunk_bytes"):
+        budget.add_file("huge.pt", 4096 * 25_000, 4096)
+    with contextlib.suppress(UnsupportedStateError):
+        for k in range(10_000):
+            budget.add_file(f"sub/{k}.pt", 10 * 4096, 4096)
+            entries.append(FileEntry(f"sub/{k}.pt", 10 * 4096, 4096, (1,) * 10, "safetensors", "safetensors", "0" * 64, 12345))
+    assert len(entries) < 10_000
+    raw = encode(Manifest("t" * 128, 1 << 62, tuple(entries), {}, {"async_ckpt": "0.1"}))
+    assert len(raw) > 80_000
+    budget.check_metadata({"step": 1})
+    with pytest.raises(UnsupportedStateError, match="metadata"):
+        budget.check_metadata({"x": "y" * 200_000})
+    with pytest.raises(UnsupportedStateError, match="items"):
+        ManifestBudget().check_metadata({"x": "," * 3_000_000})
 
 
 def test_cyclic_metadata_ends() -> None:
@@ -221,8 +258,21 @@ def test_accepted_names_are_harmless(text: str) -> None:
 @given(st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9._+=@, -]{0,60}[A-Za-z0-9._+=@-])?", fullmatch=True))
 def test_the_documented_alphabet_is_accepted(name: str) -> None:
     assert check_tag(name) == name
-    if name.lower() != "manifest.json":
-        assert check_relative_path(f"sub/{name}") == ("sub", name)
+    assert check_relative_path(f"sub/{name}") == ("sub", name)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "MANIFEST.JSON", "Manifest.Json"])
+def test_the_manifests_name_is_refused_everywhere(name: str) -> None:
+    for path in (name, f"sub/{name}", f"{name}/sub", f"a/{name}/b"):
+        with pytest.raises(UnsafePathError, match="own"):
+            check_relative_path(path)
+    with pytest.raises(UnsafePathError, match="another tag"):
+        check_tag(name)
+    # What an earlier version has committed stays readable.
+    assert check_relative_path(f"sub/{name}", stored=True) == ("sub", name)
+    entry = FileEntry(f"sub/{name}", 0, 1, (), "opaque", "test", None)
+    manifest = Manifest("t", 1, (entry,), {}, {})
+    assert decode(encode(manifest), source="m") == manifest
 
 
 @pytest.mark.parametrize("bad", [None, 1, b"bytes", "manifest.json", "MANIFEST.json/x", "a//b", "a/", "/a", "a/../b", "a/./b", "x" * 1025])

@@ -145,12 +145,49 @@ def test_failures_and_races_of_deletion(fast_path: Path) -> None:
 
     fs.calls.before = race
     fs.fail_when(lambda op: op.name == "rename" and op.path.endswith("s2"), 5)
-    with pytest.raises(WriteError):
-        retention.apply(fs, str(fast_path), KeepLast(1))
-    assert Catalog(fast_path).tags() == ["s2", "s3", "s4"]
+    decisions = {decision.tag: decision for decision in retention.apply(fs, str(fast_path), KeepLast(1))}
+    assert Catalog(fast_path).tags() == ["s2", "s4"], "one that cannot be deleted does not keep the others"
+    assert isinstance(decisions["s2"].failure, WriteError)
+    assert decisions["s2"].keep
+    assert retention.tidy(fs, str(fast_path), KeepLast(1)).keys() == {"s2"}
     fs.heal()
-    retention.apply(fs, str(fast_path), KeepLast(1))
+    assert retention.tidy(fs, str(fast_path), KeepLast(1)) == {}
     assert Catalog(fast_path).tags() == ["s4"]
+
+
+def test_a_root_that_cannot_be_looked_at_is_told_and_a_policy_that_raises_is_an_error(fast_path: Path) -> None:
+    class Broken(RetentionPolicy):
+        def kept(self, checkpoints: object, now_unix_ns: int) -> dict[str, str]:
+            raise KeyError("loss")
+
+    commit(fast_path, "a", OLD)
+    fs = FaultyFileSystem()
+    fs.fail_when(lambda op: op.name == "open" and op.path.endswith("a/manifest.json"), 24)
+    assert {name: error.errno for name, error in retention.tidy(fs, str(fast_path), KeepLast(1)).items()} == {fast_path.name: 24}
+    with pytest.raises(ConfigError, match="KeyError"):
+        retention.tidy(LocalFileSystem(), str(fast_path), Broken())
+
+
+def test_one_commit_dated_in_the_future_does_not_keep_all() -> None:
+    """Its successors are ordered after it, so their order says nothing about their age; their writers' clocks do."""
+    ahead = 1_000_000
+    seconds = {"old": (1, 1), "ahead": (ahead, ahead), "b": (ahead + 1, 20), "c": (ahead + 11, 30), "d": (ahead + 16, 35)}
+    run = [CheckpointInfo(tag, made * SECOND_NS, {}, clock * SECOND_NS) for tag, (made, clock) in seconds.items()]
+    decisions = decide(run, KeepNewerThan(8), now_unix_ns=36 * SECOND_NS)
+    assert [decision.tag for decision in decisions if decision.keep] == ["c", "d"]
+    # The newest is dated in the future: it was made before now, and before nothing else.
+    assert [d.tag for d in decide(run[:2], KeepNewerThan(8), now_unix_ns=5 * SECOND_NS) if d.keep] == ["old", "ahead"]
+    assert [d.tag for d in decide(run[:2], KeepNewerThan(8), now_unix_ns=36 * SECOND_NS) if d.keep] == ["ahead"]
+
+
+def test_null_is_never_the_best_and_never_an_error() -> None:
+    run = [CheckpointInfo("a", 1, {"loss": None}), CheckpointInfo("b", 2, {"loss": None})]
+    assert [d.tag for d in decide(run, KeepBest("loss")) if d.keep] == ["b"]
+    run.append(CheckpointInfo("c", 3, {"loss": float("inf")}))
+    run.append(CheckpointInfo("d", 4, {"loss": 5}))
+    run.append(CheckpointInfo("e", 5, {}))
+    assert [d.tag for d in decide(run, KeepBest("loss", 2)) if d.keep] == ["d", "e"]
+    assert [d.tag for d in decide(run, KeepBest("loss", 2, "max")) if d.keep] == ["d", "e"]
 
 
 def test_not_a_number_is_never_the_best() -> None:

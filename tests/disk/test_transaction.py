@@ -8,7 +8,9 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +200,12 @@ def test_readers_see_whole_checkpoints_beside_replaces_and_removals(fast_path: P
     assert num_seen > 0
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
-def test_modes_follow_the_umask_and_are_never_writable_by_others(tmp_path: Path, umask: int) -> None:
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o007, 0o022, 0o027, 0o077])
+@pytest.mark.parametrize("setgid", [0o2000, 0])
+def test_modes_follow_the_umask_and_keep_the_group(tmp_path: Path, umask: int, setgid: int) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    root.chmod(0o2770)
+    root.chmod(setgid | 0o770)
     before = os.umask(umask)
     try:
         staging = stage(FS, root, "t", NEW)
@@ -210,11 +213,79 @@ def test_modes_follow_the_umask_and_are_never_writable_by_others(tmp_path: Path,
         publish(FS, staging, NEW)
     finally:
         os.umask(before)
-    assert root.stat().st_mode & 0o7777 == 0o2770
+    assert root.stat().st_mode & 0o7777 == setgid | 0o770
     for path in [root / "t", *(root / "t").rglob("*")]:
-        mode = path.stat().st_mode & 0o777
-        expected = (0o777 if path.is_dir() else 0o666) & ~umask & ~0o022
+        mode = path.stat().st_mode & 0o7777
+        expected = (setgid | 0o777 if path.is_dir() else 0o666) & ~umask
         assert mode == expected, (path, oct(mode))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_a_colleague_of_the_group_reads_and_rotates() -> None:
+    """Two users of one group, umask 002, a set-group-id root: each deletes and replaces what the other has committed."""
+    group, first, second = 4000, 4001, 4002
+
+    def as_user(user: int, work: Callable[[], object]) -> None:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setgroups([group])
+                os.setgid(user)
+                os.setuid(user)
+                os.umask(0o002)
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = Path(folder) / "root"
+        root.mkdir()
+        os.chown(root, first, group)
+        root.chmod(0o2770)
+        as_user(first, lambda: [commit(root, tag, NEW, created=k) for k, tag in enumerate(("a", "b", "c"))])
+        as_user(second, lambda: transaction.remove(FS, str(root), "a"))
+        as_user(second, lambda: commit(root, "b", OLD, overwrite="replace", created=9))
+        as_user(first, lambda: commit(root, "b", NEW, overwrite="replace", created=10))
+        assert sorted(os.listdir(root)) == ["b", "c"]
+        assert content(root, "b") == NEW
+        assert {path.stat().st_gid for path in root.rglob("*")} == {group}
+
+
+@pytest.mark.leaves_staging
+def test_what_cannot_be_deleted_is_trash_that_is_tried_again(tmp_path: Path) -> None:
+    fs = FaultyFileSystem()
+    commit(tmp_path, "t", OLD, fs=fs)
+    commit(tmp_path, "u", OLD, fs=fs)
+    fs.fail_when(lambda op: op.name == "unlink", errno.EPERM)
+    commit(tmp_path, "t", NEW, fs=fs, overwrite="replace")
+    with pytest.raises(WriteError):
+        transaction.remove(fs, str(tmp_path), "u")
+    assert sorted(name.split(".")[1:3] for name in private_names(tmp_path)) == [["trash", "t"], ["trash", "u"]]
+    assert {tag: error.errno for tag, error in transaction.empty_trash(fs, str(tmp_path)).items()} == {"t": errno.EPERM, "u": errno.EPERM}
+    fs.heal()
+    assert transaction.empty_trash(FS, str(tmp_path)) == {}, "another process' trash is left to the sweep"
+    assert len(private_names(tmp_path)) == 2
+    assert transaction.empty_trash(fs, str(tmp_path)) == {}
+    assert os.listdir(tmp_path) == ["t"]
+    assert content(tmp_path, "t") == NEW
+
+
+def test_trash_is_deleted_only_after_its_renaming_is_durable(tmp_path: Path) -> None:
+    fs = FaultyFileSystem()
+    commit(tmp_path, "t", OLD, fs=fs)
+    fs.fail_when(lambda op: op.name == "fsync" and op.path == str(tmp_path), errno.EIO)
+    with pytest.raises(WriteError):
+        transaction.remove(fs, str(tmp_path), "t")
+    with pytest.raises(OSError, match="Input/output"):
+        transaction.empty_trash(fs, str(tmp_path))
+    (left,) = private_names(tmp_path)
+    assert (tmp_path / left / "model.bin").read_bytes() == OLD["model.bin"]
+    fs.heal()
+    assert transaction.empty_trash(fs, str(tmp_path)) == {}
 
 
 def test_a_failed_root_sync_is_unknown_and_deletes_nothing(tmp_path: Path) -> None:

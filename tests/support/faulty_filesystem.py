@@ -165,7 +165,7 @@ class FaultySyscalls(Syscalls):
 
     # --- the calls
 
-    def open(self, path: str, flags: int, mode: int = 0o644, *, dir_fd: int | None = None) -> int:
+    def open(self, path: str, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
         full = self._full(path, dir_fd)
         name = "create" if flags & os.O_CREAT else "open"
         direct = bool(O_DIRECT and flags & O_DIRECT)
