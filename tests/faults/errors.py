@@ -35,17 +35,22 @@ class Outcome:
         self.root, self.told, self.workload, self.fs, self.code = root, told, workload, fs, code
         self.errors: list[BaseException] = []
         self._for_sync: set[int] = set()
+        self._tidying: set[int] = set()
         fs.calls.before = self._note
 
     def _note(self, op: Operation) -> None:
-        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not."""
-        frame = sys._getframe() if op.name == "open" else None
+        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not; deleting is tried again."""
+        frame = sys._getframe() if op.name in ("open", "rename", "fsync") else None
         while frame is not None:
             if frame.f_code.co_name == "fsync_dir":
                 self._for_sync.add(op.index)
+            if frame.f_code.co_name == "tidy":
+                self._tidying.add(op.index)
             frame = frame.f_back
 
     def _may_fail_unseen(self, op: Operation) -> bool:
+        if op.index in self._tidying or ".trash." in (op.dst or ""):
+            return True
         if op.name == "open":
             return op.index not in self._for_sync
         # What is given up anyway has nobody to tell; a write that was interrupted is resumed.
