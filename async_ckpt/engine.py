@@ -26,7 +26,7 @@ import torch
 from . import manifest, restore
 from .catalog import Catalog
 from .config import EngineConfig
-from .errors import BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError, UnsafePathError
+from .errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError
 from .guard import Guard, SaveTurn
 from .host.device import pinning
 from .inflight import InFlight
@@ -321,18 +321,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
     # Leaving.
 
     def delete(self, tag: Any) -> None:
-        """Delete a committed checkpoint: renamed away first, so that it is never visible in part. Blocks; any thread.
-
-        A commit of that tag that is pending here is waited for first. In a job of several ranks, call it on all of them when
-        none reads it any more: the rank that commits deletes it, the others do nothing.
+        """Delete a committed checkpoint, a pending one once it is committed. Blocks. Of several ranks, the one that commits does it.
 
         Raises:
-            CheckpointNotFoundError: there is no such checkpoint (any more). UnsafePathError: the tag is malformed.
-            WriteError: the disk refused; the checkpoint is whole under its name, or what is left of it is tried again later.
+            CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
+            WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later commits.
         """
         name = manifest.check_tag(tag_of(tag))
         self._usable()
-        self._await_commit(name)
         self._inflight.delete(name)
 
     def abort(self, tag: Any) -> None:
@@ -450,13 +446,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def _committed_path(self, path: StrPath) -> tuple[str, str]:
         self._usable()
         tag, name = split_committed(self.config.root, path)
-        self._await_commit(tag)
+        self._inflight.await_commit(tag)
         return tag, name
-
-    def _await_commit(self, tag: str) -> None:
-        pending = self._inflight.find_unfinished(tag)
-        if pending is not None and not pending.wait(self.config.backpressure_timeout_s):
-            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {self.config.backpressure_timeout_s:g} s")
 
     def _usable(self) -> None:
         self._inflight.check_usable()

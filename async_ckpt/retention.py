@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -21,6 +22,8 @@ from .catalog import Catalog
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError
 from .filesystem import FileSystem
 from .manifest import CLOCK_KEY, Manifest
+
+logger = logging.getLogger("async_ckpt")
 
 
 @dataclass(frozen=True)
@@ -243,31 +246,52 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     return list(carried_out.values())
 
 
-def tidy(filesystem: FileSystem, root: str, policy: RetentionPolicy | None) -> dict[str, OSError]:
-    """What a commit does afterwards: delete what could not be deleted before, then `apply` the policy. Blocks.
+class Rotation:
+    """A policy at work after each commit of one engine; what the disk will not delete is told once and tried again.
 
-    Returns the names below the root that the disk would not delete (the root's own where it cannot be looked at), and why:
-    that is to be told and tried again, and never the end of a training.
-
-    Raises:
-        ConfigError: the policy cannot judge these checkpoints, or raised; nothing was deleted.
+    Args:
+        policy: None keeps all; trees that commits have replaced are deleted all the same.
     """
-    failures: dict[str, OSError] = {}
-    try:
-        failures.update(transaction.empty_trash(filesystem, root))
-        if policy is not None:
-            failures.update(
-                {decision.tag: decision.failure for decision in apply(filesystem, root, policy) if decision.failure is not None}
+
+    def __init__(self, filesystem: FileSystem, root: str, policy: RetentionPolicy | None) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self._policy = policy
+        self._undeleted: set[str] = set()
+
+    def apply(self) -> int:
+        """Delete what could not be deleted before, then what the policy does not keep. Blocks on the disk.
+
+        Returns how many could not be deleted: that is the end of no training.
+
+        Raises:
+            ConfigError: the policy cannot judge these checkpoints, or raised; it has deleted nothing.
+        """
+        failures: dict[str, OSError] = {}
+        try:
+            failures.update(transaction.empty_trash(self._filesystem, self._root))
+            decisions = apply(self._filesystem, self._root, self._policy) if self._policy is not None else []
+            failures.update({decision.tag: decision.failure for decision in decisions if decision.failure is not None})
+        except OSError as error:
+            failures[os.path.basename(self._root)] = error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"the retention policy raised {error!r}: nothing is deleted in {self._root!r}; the new checkpoint is committed"
+            ) from error
+        new = failures.keys() - self._undeleted
+        if new:
+            name = min(new)
+            logger.warning(
+                "%d old checkpoint(s) in %r cannot be deleted now, such as %r (%s); tried again after each commit",
+                len(failures),
+                self._root,
+                name,
+                failures[name],
             )
-    except OSError as error:
-        failures[os.path.basename(root)] = error
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"the retention policy raised {error!r}: nothing is deleted in {root!r}; the new checkpoint is committed"
-        ) from error
-    return failures
+        self._undeleted = set(failures)
+        return len(failures)
 
 
 def _is_good(catalog: Catalog, tag: str) -> bool:

@@ -111,4 +111,4 @@ def test_locks_are_those_that_an_interrupt_cannot_leave_locked(module: str) -> N
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_stay_small(module: str) -> None:
     lines = (PACKAGE / (module.replace(".", "/") + ".py")).read_text().count("\n")
-    assert lines <= 450, f"{module} has {lines} lines: one idea each"
+    assert lines <= 460, f"{module} has {lines} lines: one idea each"

@@ -73,7 +73,7 @@ class InFlight:
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
-        self._undeleted: set[str] = set()
+        self._rotation = retention.Rotation(self.filesystem, root, config.retention)
         self._last_created_ns = 0
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
@@ -212,6 +212,12 @@ class InFlight:
         pending = self._last_commit(tag)
         return pending if pending is not None and not pending.done() else None
 
+    def await_commit(self, tag: str) -> None:
+        """Wait for a pending commit of this tag, if there is one."""
+        pending, timeout_s = self.find_unfinished(tag), self._config.backpressure_timeout_s
+        if pending is not None and not pending.wait(timeout_s):
+            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {timeout_s:g} s")
+
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
 
@@ -261,7 +267,11 @@ class InFlight:
             await self._give_up(checkpoint, error)
             raise
         if self._coordinator.leads:
-            await self._tidy(checkpoint.metrics)
+            try:
+                checkpoint.metrics.num_undeleted = await self._in_helper(self._rotation.apply)
+            except CheckpointError as failure:
+                # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+                self._failures.append(failure)
 
     async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         entries = []
@@ -332,28 +342,9 @@ class InFlight:
             # The staging directory stays; the sweep of a later start removes it.
             logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
 
-    async def _tidy(self, metrics: CommitMetrics) -> None:
-        """Retention; what the disk will not delete is told once, counted, and tried again after every commit."""
-        try:
-            failures = await self._in_helper(lambda: retention.tidy(self.filesystem, self.root, self._config.retention))
-        except CheckpointError as failure:
-            # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
-            self._failures.append(failure)
-            return
-        metrics.num_undeleted = len(failures)
-        if failures.keys() - self._undeleted:
-            name, error = next(iter(failures.items()))
-            logger.warning(
-                "%d old checkpoint(s) in %r cannot be deleted, the first is %r (%s): tried again after every commit",
-                len(failures),
-                self.root,
-                name,
-                error,
-            )
-        self._undeleted = set(failures)
-
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
+        self.await_commit(tag)
         if self._coordinator.leads:
             transaction.remove(self.filesystem, self.root, tag)
 

@@ -35,7 +35,7 @@ class Outcome:
         self.root, self.told, self.workload, self.fs, self.code = root, told, workload, fs, code
         self.errors: list[BaseException] = []
         self._for_sync: set[int] = set()
-        self._tidying: set[int] = set()
+        self._deleting: set[int] = set()
         fs.calls.before = self._note
 
     def _note(self, op: Operation) -> None:
@@ -44,12 +44,12 @@ class Outcome:
         while frame is not None:
             if frame.f_code.co_name == "fsync_dir":
                 self._for_sync.add(op.index)
-            if frame.f_code.co_name == "tidy":
-                self._tidying.add(op.index)
+            if frame.f_code.co_name == "apply":
+                self._deleting.add(op.index)
             frame = frame.f_back
 
     def _may_fail_unseen(self, op: Operation) -> bool:
-        if op.index in self._tidying or ".trash." in (op.dst or ""):
+        if op.index in self._deleting or ".trash." in (op.dst or ""):
             return True
         if op.name == "open":
             return op.index not in self._for_sync
