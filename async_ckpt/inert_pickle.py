@@ -27,10 +27,11 @@ class MalformedPickleError(Exception):
 class InertDict:
     """A dict by the text of its keys: text -> (key as a path part, value)."""
 
-    __slots__ = ("entries",)
+    __slots__ = ("_keys", "entries")
 
     def __init__(self) -> None:
         self.entries: dict[str, tuple[str, Any]] = {}
+        self._keys: dict[str, Any] = {}
 
     def set(self, key: Any, value: Any) -> None:
         """As ``self[key] = value``; keys that are no plain values are never equal."""
@@ -42,6 +43,11 @@ class InertDict:
             vague = isinstance(key, (Inert, list, InertDict, tuple, bytes)) or (isinstance(key, int) and key.bit_length() > 256)
             unique = f"{text}#{len(self.entries)}" if vague else text
             self.entries[unique] = (text, value)
+            self._keys[unique] = key
+
+    def key(self, text: str) -> Any:
+        """The key itself of the entry `text`."""
+        return self._keys[text] if text in self._keys else self.entries[text][0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def refuse_bombs(file: VerifiedFile) -> None:
             pickled = file.read(record.offset, record.nbytes)
             # A name cannot be put together from parts: it stands there, or is not called.
             if _NAMES_IN_BYTES.search(pickled):
-                _refuse_length(pickled, file.name, record.name)
+                refuse_length(pickled, file.name, record.name)
 
 
 def _directory(file: VerifiedFile) -> list[Record]:
@@ -42,7 +42,13 @@ def _directory(file: VerifiedFile) -> list[Record]:
         raise CorruptCheckpointError(f"{file.name}: {error}", path=file.name, record=error.record) from error
 
 
-def _refuse_length(pickled: bytes, path: str, record: str) -> None:
+def refuse_length(pickled: bytes, path: str, record: str) -> None:
+    """Refuse a pickle that makes objects by their length.
+
+    Raises:
+        CorruptCheckpointError: it does, or is no pickle.
+    """
+
     def call(name: str, args: tuple[Any, ...]) -> None:
         is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in args)
         if is_length or (args and _MADE_BY_LENGTH.fullmatch(name)):

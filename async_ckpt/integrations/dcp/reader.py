@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import uuid
 from typing import Any
 
@@ -20,11 +19,22 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 
 from ...catalog import Catalog, OpenCheckpoint
-from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ...errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    StateMismatchError,
+    UnsupportedStateError,
+)
 from ...restore.reading import VerifiedFile
-from .metadata_pickle import decode_metadata
+from .metadata import decode_metadata
+from .objects import why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
 from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
+
+# In these, `copy_` wants room for as many values as there are.
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class DcpReader(StorageReader):
@@ -33,7 +43,8 @@ class DcpReader(StorageReader):
     Args:
         path: the checkpoint's path, where none is given to ``dcp.load``.
         verify: "full" compares checksums, "size" only sizes, "off" nothing.
-        weights_only: refuse objects (not tensors) that hold more than plain data; DCP's own planner would run their code.
+        weights_only: refuse objects that are more than plain data (see `objects`), all of them in one error; DCP's own
+            planner would run their code. False is for files whose writer you trust.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True) -> None:
@@ -46,7 +57,7 @@ class DcpReader(StorageReader):
         self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
         self._described: dict[str, Any] = {}
-        self._unpacker = Unpacker()
+        self._unpacker = Unpacker(weights_only=weights_only)
         self.failure: CheckpointError | None = None
 
     @classmethod
@@ -97,17 +108,22 @@ class DcpReader(StorageReader):
         for item in plan.items:
             info = self._storage_data[item.storage_index]
             per_file.setdefault(info.relative_path, []).append((info, item))
+        refused: dict[str, str] = {}
         with self._open() as checkpoint:
             for path, wanted in per_file.items():
                 # In file order, so that each extent is read once and few are held.
                 wanted.sort(key=lambda pair: pair[0].offset)
                 with self._file(checkpoint, path) as file:
-                    self._read_file(file, wanted, planner)
+                    self._read_file(file, wanted, planner, refused)
+        if refused:
+            listed = "; ".join(f"{name!r} holds {what}" for name, what in refused.items())
+            raise UnsupportedStateError(f"not plain data: {listed}. Give weights_only=False if you trust the writer of {self._path!r}")
         future: torch.futures.Future[None] = torch.futures.Future()
         future.set_result(None)
         return future
 
-    def _read_file(self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner) -> None:
+    def _read_file(self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner, refused: dict[str, str]) -> None:
+        """Hand every item to the planner; objects that are no plain data go to `refused`."""
         small = [(info.offset, info.length) for info, _ in wanted if info.length < LARGE_BYTES]
         next_small = 0
         for info, item in wanted:
@@ -120,15 +136,27 @@ class DcpReader(StorageReader):
             name = f"{file.name}, item {item.storage_index.fqn!r}"
             if item.type == LoadItemType.BYTE_IO:
                 blob = file.view(info.offset, info.length)
-                if self._weights_only:
-                    _check_plain(blob, name)
-                planner.load_bytes(item, io.BytesIO(blob))
+                reason = why_not_plain(blob, name) if self._weights_only else None
+                if reason is None:
+                    planner.load_bytes(item, io.BytesIO(blob))
+                else:
+                    refused[item.storage_index.fqn] = reason
                 continue
             stored = self._unpacker.tensor(file, self._part(info, item, name))
-            target = planner.resolve_tensor(item).detach()
+            target = planner.resolve_tensor(item)
             if target.size() != stored.size():
                 raise CorruptCheckpointError(f"{name} has shape {tuple(stored.size())}, {tuple(target.size())} is wanted", path=file.name)
-            target.copy_(stored)
+            if _quantization(target) != _quantization(stored):
+                # Copied, the same numbers would mean other values.
+                raise StateMismatchError(f"{name} has another quantization than the tensor in its place", (name,))
+            try:
+                # Not into a detached view: of a sparse tensor that would be another one.
+                with torch.no_grad():
+                    if stored.layout in _COMPRESSED and target.layout is stored.layout:
+                        target.resize_as_sparse_(stored)
+                    target.copy_(stored)
+            except RuntimeError as error:
+                raise StateMismatchError(f"{name} does not fit the tensor in its place: {error}", (name,)) from error
             planner.commit_tensor(item, target)
 
     def _part(self, info: Any, item: ReadItem, name: str) -> Part:
@@ -161,8 +189,11 @@ class DcpReader(StorageReader):
             raise
 
 
-def _check_plain(blob: memoryview, source: str) -> None:
-    try:
-        torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsupportedStateError(f"{source} is not plain data; give weights_only=False if you trust its writer: {error}") from error
+def _quantization(tensor: torch.Tensor) -> Any:
+    """What the numbers of a quantised tensor mean, to be compared; None for any other."""
+    if not tensor.is_quantized:
+        return None
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point()
+    scales, zero_points = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
+    return tensor.qscheme(), tensor.q_per_channel_axis(), scales, zero_points

@@ -84,6 +84,8 @@ def save_sharded(
     Blocks for DCP's planning (two small gathers on `process_group`) and for the copy. The engine needs a `RankCoordinator` where there
     is more than one rank.
 
+    Objects of classes that `load_sharded` takes only with ``weights_only=False`` are named in a logged warning.
+
     Raises:
         CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible under `tag`.
         RankFailedError: another rank's.
@@ -102,7 +104,7 @@ def save_sharded(
     try:
         state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
     except BaseException as error:
-        failure = _own_or_first(error, writer.rank) if isinstance(error, CheckpointException) else error
+        failure = _unplannable(_own_or_first(error, writer.rank)) if isinstance(error, CheckpointException) else error
         if writer.is_open:
             engine.abort(tag)
         raise failure from error
@@ -117,13 +119,18 @@ def load_sharded(
     process_group: dist.ProcessGroup | None = None,
     planner: LoadPlanner | None = None,
     verify: str = "full",
+    weights_only: bool = True,
 ) -> None:
     """Load checkpoint `tag` into `state_dict`, in place, whatever number of ranks has saved it. All ranks call it; blocks.
 
     A pending commit of that tag is waited for first.
 
+    Args:
+        weights_only: False loads objects of any class, and runs their code: only for checkpoints whose writer you trust.
+
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError: this rank's. RankFailedError: another rank's.
+        UnsupportedStateError: the checkpoint holds objects of classes that `weights_only` refuses; names them all.
         StateMismatchError: `state_dict` wants what the checkpoint does not hold, or in another size. Give
             ``planner=DefaultLoadPlanner(allow_partial_load=True)`` to load what is there.
     """
@@ -132,7 +139,7 @@ def load_sharded(
         if pending.tag == tag and not pending.wait(engine.config.backpressure_timeout_s):
             raise BackpressureTimeout(f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s")
     rank = dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
-    reader = DcpReader(os.path.join(engine.root, tag), verify=verify)
+    reader = DcpReader(os.path.join(engine.root, tag), verify=verify, weights_only=weights_only)
     try:
         state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
     except CheckpointException as error:
@@ -147,11 +154,23 @@ def _check_arguments(engine: Any, state_dict: Any) -> None:
         raise UnsupportedStateError(f"the state must be a dict, not {type(state_dict).__name__}{hint}; nothing was read or written")
 
 
+def _unplannable(error: BaseException) -> BaseException:
+    """DCP's planner fails in torch's own words where it has no way to save a tensor (nested ones, say)."""
+    if isinstance(error, (AttributeError, NotImplementedError, RuntimeError, TypeError)) and not isinstance(error, CheckpointError):
+        return UnsupportedStateError(f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint")
+    return error
+
+
 def _mismatch(error: BaseException, tag: str) -> BaseException:
     """DCP's planner says by a bare RuntimeError or ValueError that state and checkpoint do not fit."""
     message = str(error)
     if not isinstance(error, CheckpointError) and message.startswith(("Missing key", "Size mismatch")):
-        return StateMismatchError(f"checkpoint {tag!r} does not fit the given state: {message}", (message,))
+        hint = ""
+        if message.startswith("Missing key"):
+            hint = (
+                "; a parameter without a gradient has no optimizer state. DefaultLoadPlanner(allow_partial_load=True) loads what is there"
+            )
+        return StateMismatchError(f"checkpoint {tag!r} does not fit the given state: {message}{hint}", (message,))
     return error
 
 

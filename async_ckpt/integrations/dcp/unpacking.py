@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import CorruptCheckpointError
+from ...errors import CorruptCheckpointError, UnsupportedStateError
 from ...restore.reading import VerifiedFile
 from ...restore.scatter import Scatter, new_storage
 from .blobs import BlobPlanner
+from .objects import why_not_plain
 
 _MAX_KNOWN = 4096
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 # Above it, a blob's payload is read straight to its place; below, many blobs share an extent, which is read once.
 LARGE_BYTES = 1 << 20
 _AHEAD_BYTES = 32 << 20
@@ -51,9 +53,13 @@ class _Template:
 
 
 class Unpacker:
-    """Knows what blobs look like; keep it for all files of a load. One thread at a time."""
+    """Knows what blobs look like; keep it for all files of a load. One thread at a time.
 
-    def __init__(self) -> None:
+    `weights_only=False` lets a tensor of another class run its code.
+    """
+
+    def __init__(self, *, weights_only: bool = True) -> None:
+        self._weights_only = weights_only
         self._planner = BlobPlanner()
         self._templates: dict[tuple[torch.dtype, torch.Size], _Template | None] = {}
 
@@ -65,7 +71,7 @@ class Unpacker:
         """
         template = self._template(part)
         if template is None or template.file_bytes != part.length or file.view(part.offset, len(template.head)) != template.head:
-            return _narrow(_load(file.view(part.offset, part.length), part), part)
+            return _narrow(self._load(file.view(part.offset, part.length), part), part)
         _check_box(part.shape, part)
         payload = part.offset + len(template.head)
         if not part.shape:
@@ -84,13 +90,32 @@ class Unpacker:
                 self._templates.clear()
             template = None
             # A damaged shape must not take memory: a blob is longer than its payload.
-            if min(part.shape, default=0) >= 0 and math.prod(part.shape) * part.dtype.itemsize <= part.length:
+            if (
+                part.dtype not in _QUANTIZED
+                and min(part.shape, default=0) >= 0
+                and math.prod(part.shape) * part.dtype.itemsize <= part.length
+            ):
                 # Never touched: only its description matters.
                 plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype))
                 if kept is not None and plan.literals[0][0] == 0 and len(plan.literals[0][1]) == plan.payload_offsets[0]:
                     template = _Template(plan.file_bytes, plan.literals[0][1], plan.payload_nbytes[0])
             self._templates[key] = template
         return self._templates[key]
+
+    def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
+        """Whatever is not laid out as this package would: other tools' blobs, sparse and quantised tensors, subclasses."""
+        if self._weights_only:
+            reason = why_not_plain(blob, part.name)
+            if reason is not None:
+                raise UnsupportedStateError(f"{part.name} is not plain data ({reason}); give weights_only=False if you trust its writer")
+        try:
+            tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=self._weights_only)
+        # torch raises whatever its unpickler and zip reader meet.
+        except Exception as error:
+            raise CorruptCheckpointError(f"{part.name} is not a torch container: {error}", path=part.name) from error
+        if not isinstance(tensor, torch.Tensor):
+            raise CorruptCheckpointError(f"{part.name} holds no tensor", path=part.name)
+        return tensor
 
 
 def read_ahead(file: VerifiedFile, blobs: Iterable[tuple[int, int]]) -> None:
@@ -133,16 +158,7 @@ def _check_box(shape: torch.Size, part: Part) -> None:
 def _narrow(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     _check_box(tensor.size(), part)
     for dim, (start, length) in enumerate(zip(part.starts, part.lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
-
-
-def _load(blob: memoryview, part: Part) -> torch.Tensor:
-    try:
-        tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    # torch raises whatever its unpickler and zip reader meet.
-    except Exception as error:
-        raise CorruptCheckpointError(f"{part.name} is not a torch container: {error}", path=part.name) from error
-    if not isinstance(tensor, torch.Tensor):
-        raise CorruptCheckpointError(f"{part.name} holds no tensor", path=part.name)
+        # Sparse and quantised tensors are stored whole, and know no narrower view.
+        if length != tensor.size(dim):
+            tensor = tensor.narrow(dim, start, length)
     return tensor

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pickle
 import time
@@ -21,6 +22,7 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +40,9 @@ from ...manifest import FileEntry, check_metadata, check_tag, parse_private_name
 from ...writer import WrittenFile
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, kept_core
+from .objects import unknown_types
+
+logger = logging.getLogger("async_ckpt")
 
 METADATA_NAME = ".metadata"
 
@@ -76,17 +81,29 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
 def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str) -> tuple[Any, list[tuple[Any, Extent]]]:
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no tensor."""
     described = []
+    classes: dict[str, str] = {}
     for item in plan.items:
         try:
             data = planner.resolve_data(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UnsupportedStateError(f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint") from error
         if item.type == WriteItemType.BYTE_IO:
-            described.append((item.index.fqn, raw_plan(data.getvalue()), None))  # type: ignore[union-attr]
+            raw = data.getvalue()  # type: ignore[union-attr]
+            described.append((item.index.fqn, raw_plan(raw), None))
+            if names := unknown_types(raw):
+                classes[item.index.fqn] = ", ".join(names)
         else:
             described.append((item.index.fqn, *blobs.tensor(data)))  # type: ignore[arg-type]
+    if classes:
+        listed = "; ".join(f"{name!r}: {kinds}" for name, kinds in list(classes.items())[:20])
+        _tell_once(f"loads take these objects only with weights_only=False, which runs their classes' code: {listed}")
     state, extents = join_blobs(described)
     return state, list(zip(plan.items, extents, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _tell_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:

@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import pickle
+import resource
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +17,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from async_ckpt import (
     AsyncCheckpointEngine,
@@ -30,7 +41,7 @@ from async_ckpt import (
 )
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.blobs import BlobPlanner, join_blobs, raw_plan
-from async_ckpt.integrations.dcp.metadata_pickle import decode_metadata
+from async_ckpt.integrations.dcp.metadata import decode_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 
@@ -125,6 +136,69 @@ def test_a_crafted_metadata_file_runs_nothing() -> None:
         with pytest.raises(CorruptCheckpointError):
             decode_metadata(raw, source="x")
     assert not os.path.exists("/tmp/async-ckpt-was-here")
+
+
+def fitting(**changes: Any) -> Metadata:
+    sizes = torch.Size([2, 3])
+    chunk = ChunkStorageMetadata(torch.Size([0, 0]), sizes)
+    known: dict[str, Any] = {"x": TensorStorageMetadata(TensorProperties(torch.bfloat16), sizes, [chunk]), "y": BytesStorageMetadata()}
+    stored = {MetadataIndex("x", torch.Size([0, 0]), 0): _StorageInfo("__0_0.distcp", 0, 9), MetadataIndex("y"): _StorageInfo("f", 9, 1)}
+    meta = StorageMeta(Path("/somewhere/s1"), "save id", None)
+    fields = {
+        "state_dict_metadata": known,
+        "planner_data": {"x": ("a", 1)},
+        "storage_data": stored,
+        "storage_meta": meta,
+        "version": "1.0.0",
+    }
+    return Metadata(**{**fields, **changes})
+
+
+def test_metadata_is_read_as_pickle_reads_it() -> None:
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert decode_metadata(pickle.dumps(fitting(), protocol), source="x") == fitting()
+    assert decode_metadata(pickle.dumps(fitting(storage_meta=None)), source="x").storage_meta is None
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+def sizes_of_one_tuple(num: int) -> bytes:
+    return b"\x80\x02](" + b"(" + b"K\x01" * num + b"tq\x00" + b"0" + b"ctorch\nSize\nh\x00\x85R" * num + b"e."
+
+
+HOSTILE = {
+    "a memo index of four bytes": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "deeply nested lists": nested(1_500_000),
+    "deeply nested tuples": b"\x80\x02)" + b"\x85" * 3_000_000 + b".",
+    "a deep tuple as a key": b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.",
+    "many sizes of one long tuple": sizes_of_one_tuple(6000),
+    "a size of a huge number": b"\x80\x02ctorch\nSize\n\x8a\x0a" + b"\xff" * 9 + b"\x7f\x85\x85R.",
+    "metadata in metadata": pickle.dumps(fitting(planner_data=fitting())),
+    "a negative offset": pickle.dumps(fitting(storage_data={MetadataIndex("x"): _StorageInfo("f", -1, 9)})),
+    "an offset of another type": pickle.dumps(fitting(storage_data={MetadataIndex("x"): _StorageInfo("f", "0", 9)})),  # type: ignore[arg-type]
+    "a path of another type": pickle.dumps(fitting(storage_data={MetadataIndex("x"): _StorageInfo(7, 0, 9)})),  # type: ignore[arg-type]
+    "keys of another type": pickle.dumps(fitting(storage_data={"x": _StorageInfo("f", 0, 9)})),
+    "no description": pickle.dumps(fitting(state_dict_metadata=[])),
+    "chunks of other dimensions": pickle.dumps(
+        fitting(
+            state_dict_metadata={
+                "x": TensorStorageMetadata(
+                    TensorProperties(), torch.Size([2]), [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3]))]
+                )
+            }
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_crafted_metadata_is_an_error_in_little_memory(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptCheckpointError):
+        decode_metadata(HOSTILE[name], source="x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 << 10, "in KiB"
 
 
 class Custom:

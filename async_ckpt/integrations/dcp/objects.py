@@ -1,0 +1,96 @@
+"""What is no tensor in a checkpoint of DCP: which of it is plain data, and refusing the rest before anything is made of it.
+
+DCP's own planner unpickles these blobs and runs their code. Under ``weights_only`` a blob reaches it only if torch's restricted
+unpickler takes it, with a few more types that can do no harm: NumPy arrays and scalars, frozen sets, paths, dates.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import pathlib
+import pickle
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+import numpy
+import torch
+
+from ...errors import CorruptCheckpointError
+from ...format.zip_records import UnusualLayoutError, record_extents
+from ...inert_pickle import MalformedPickleError, read_inert
+from ...restore.bombs import refuse_length
+
+_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+
+
+def check_container(blob: memoryview, source: str) -> None:
+    """Refuse what would need more memory than the blob holds: compressed records, objects made by their length.
+
+    Raises:
+        CorruptCheckpointError: it does, or is no container that ``torch.save`` has written.
+    """
+    try:
+        records = record_extents(lambda offset, num_bytes: bytes(blob[offset : offset + num_bytes]), len(blob))
+        pickled = records["data.pkl"]
+    except (CorruptCheckpointError, UnusualLayoutError, KeyError) as error:
+        raise CorruptCheckpointError(f"{source} is no torch container: {error}", path=source) from error
+    data = bytes(blob[pickled.offset : pickled.offset + pickled.num_bytes])
+    refuse_length(data, source, "data.pkl")
+    if b"_reconstruct" in data:
+        _check_arrays(data, source)
+
+
+def _check_arrays(data: bytes, source: str) -> None:
+    def call(name: str, args: tuple[Any, ...]) -> None:
+        # NumPy makes an empty array, and fills it from bytes that are there.
+        if name.endswith("._reconstruct") and args[1:2] != ((0,),):
+            raise CorruptCheckpointError(f"{source} asks for an array that it does not hold", path=source)
+
+    try:
+        read_inert(data, call)
+    except MalformedPickleError as error:
+        raise CorruptCheckpointError(f"{source} is no pickle: {error}", path=source) from error
+
+
+def why_not_plain(blob: memoryview, source: str) -> str | None:
+    """What keeps a blob from being plain data: its classes by name, or torch's words; None where it is plain.
+
+    Raises:
+        CorruptCheckpointError: as `check_container`.
+    """
+    check_container(blob, source)
+    with _more_types():
+        try:
+            torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            return ", ".join(unknown_types(blob)) or str(error).partition("\n")[0]
+        # torch raises whatever the pickle's calls raise.
+        except Exception as error:
+            raise CorruptCheckpointError(f"{source} cannot be read: {error}", path=source) from error
+    return None
+
+
+def unknown_types(blob: bytes | memoryview) -> list[str]:
+    """Names in a ``torch.save`` container that are no plain data; none in other bytes."""
+    if blob[:2] != b"PK":
+        return []
+    with _more_types():
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+
+
+def _more_types() -> AbstractContextManager[Any]:
+    return torch.serialization.safe_globals(list(_plain_types()))
+
+
+@lru_cache(maxsize=1)
+def _plain_types() -> tuple[Any, ...]:
+    found: list[Any] = [frozenset, pathlib.PosixPath, pathlib.PurePosixPath]
+    found += [(pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+    found += [datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone]
+    found += [numpy.ndarray, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFDGSUVOMm"}]
+    # Where these lie has changed with NumPy 2: files of both are read by both.
+    reconstruct, scalar = numpy.empty(0).__reduce__()[0], numpy.float32(0).__reduce__()[0]
+    found += [(made, f"{module}.{name}") for module in _ARRAY_MODULES for made, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))]
+    return tuple(found)
