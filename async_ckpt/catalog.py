@@ -29,9 +29,9 @@ from .manifest import (
     check_tag,
     decode,
     parse_private_name,
-    resolve_in_tag,
 )
 from .names import NameKind
+from .paths import Root, StrPath
 from .verify import DAMAGE_ERRNOS, Level, Problem, Progress, VerifyReport, find_extra, verify_files
 
 logger = logging.getLogger("async_ckpt")
@@ -43,19 +43,20 @@ T = TypeVar("T")
 class OpenCheckpoint:
     """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
 
-    def __init__(self, filesystem: FileSystem, root: str, manifest: Manifest, directory: DirHandle) -> None:
-        self.root = root
+    def __init__(self, filesystem: FileSystem, root: Root, manifest: Manifest, directory: DirHandle) -> None:
+        self.root = root.path
+        self._paths = root
         self.manifest = manifest
         self.directory = directory
         self._filesystem = filesystem
 
-    def entry(self, path: str | os.PathLike[str]) -> FileEntry:
+    def entry(self, path: StrPath) -> FileEntry:
         """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
 
         Raises:
             UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
         """
-        inner = "/".join(resolve_in_tag(self.root, self.manifest.tag, path))
+        inner = self._paths.inside(self.manifest.tag, path)
         entry = self.manifest.file(inner)
         if entry is None:
             there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
@@ -122,11 +123,12 @@ class StagingInfo:
 class Catalog:
     """The checkpoints under one root; holds no state, so every call sees the disk as it is.
 
-    A root that does not exist has no checkpoints.
+    A root that does not exist has no checkpoints. A relative one is resolved once, when the catalog is made.
     """
 
-    def __init__(self, root: str | os.PathLike[str], filesystem: FileSystem | None = None) -> None:
-        self._root = os.fspath(root)
+    def __init__(self, root: StrPath | Root, filesystem: FileSystem | None = None) -> None:
+        self._paths = root if isinstance(root, Root) else Root(root)
+        self._root = self._paths.path
         self._filesystem: FileSystem = LocalFileSystem() if filesystem is None else filesystem
 
     @property
@@ -278,7 +280,7 @@ class Catalog:
                     raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
                 # Deleted or replaced between the two steps: look again.
                 continue
-            return OpenCheckpoint(self._filesystem, self._root, manifest, directory)
+            return OpenCheckpoint(self._filesystem, self._paths, manifest, directory)
         raise _gone(tag)
 
     def read(self, tag: str, function: Callable[[OpenCheckpoint], T]) -> T:

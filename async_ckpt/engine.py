@@ -34,7 +34,7 @@ from .inflight.checkpoint import OpenCheckpoint, SavedFile, given_up
 from .interface import CheckpointEngine, StrPath, tag_of
 from .layout import PlannedState, Planner, opaque_state
 from .metrics import SaveMetrics
-from .paths import split_committed, split_root
+from .paths import Root
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 from .snapshot import Snapshotter, num_copy_helpers
@@ -68,7 +68,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         config = EngineConfig.from_params(config_params, **overrides)
         self.name = "async_ckpt"
         self.config = config
-        self.root = os.path.abspath(os.fspath(config.root))
+        self._paths = Root(config.root)
+        self.root = self._paths.path
         self._lock = Lock()
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = config.resolved_staging_bytes() // chunk_bytes
@@ -85,7 +86,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
-        self._catalog = Catalog(self.root, self._inflight.filesystem)
+        self._catalog = Catalog(self._paths, self._inflight.filesystem)
         self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.prefault)
         self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
         self._inflight.finalize_with(self)
@@ -117,7 +118,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         with self._lock:
             self._usable()
-            if os.path.abspath(os.fspath(path)) == self.root:
+            if self._paths.is_named_by(path):
                 if not exist_ok:
                     raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
                 return
@@ -272,7 +273,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         with self._lock:
             self._usable()
-            named = {"/".join(split_root(self.config.root, path)[1]): state for path, state in (states or {}).items()}
+            named = {"/".join(self._paths.split(path)[1]): state for path, state in (states or {}).items()}
             planned_bytes = self._warmup.plan(named)
         self._warmup.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
@@ -440,12 +441,12 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:
         """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
-        tag, parts = split_root(self.config.root, path)
+        tag, parts = self._paths.split(path)
         return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
 
     def _committed_path(self, path: StrPath) -> tuple[str, str]:
         self._usable()
-        tag, name = split_committed(self.config.root, path)
+        tag, name = self._paths.split_committed(path)
         self._inflight.await_commit(tag)
         return tag, name
 

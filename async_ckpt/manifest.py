@@ -39,7 +39,6 @@ from .names import (
     check_relative_path,
     check_tag,
     parse_private_name,
-    resolve_in_tag,
     shown,
 )
 
@@ -60,7 +59,6 @@ __all__ = [
     "decode",
     "encode",
     "parse_private_name",
-    "resolve_in_tag",
 ]
 
 FORMAT_VERSION = 1

@@ -6,7 +6,6 @@ a few signs, no leading dot, bounded length. Names are looked up, never joined f
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -72,31 +71,6 @@ def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
     if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
     return parts
-
-
-def resolve_in_tag(root: str | os.PathLike[str], tag: str, path: str | os.PathLike[str], *, allow_top: bool = False) -> tuple[str, ...]:
-    """The components of `path` inside `tag`: given relative to the tag, or as `<root>/<tag>/...`.
-
-    `allow_top` accepts the tag's directory itself, as ().
-
-    Raises:
-        UnsafePathError: it is malformed, or points elsewhere than into this tag.
-    """
-    check_tag(tag)
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise UnsafePathError(f"path {text!r} must be a str, not {type(text).__name__}; nothing was touched")
-    home = os.fspath(root)
-    for prefix in (f"{home.rstrip('/')}/{tag}", os.path.join(os.path.abspath(home), tag)):
-        if allow_top and text.rstrip("/") == prefix:
-            return ()
-        if text.startswith(prefix + "/"):
-            return check_relative_path(text[len(prefix) + 1 :], stored=True)
-    if text.startswith("/"):
-        raise UnsafePathError(
-            f"path {shown(text)} is absolute and not below {shown(os.path.join(home, tag))}; give a path relative to the tag"
-        )
-    return check_relative_path(text, stored=True)
 
 
 def parse_private_name(name: str) -> PrivateName | None:

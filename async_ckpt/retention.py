@@ -224,6 +224,7 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
         OSError: the root cannot be read or synced; nothing was deleted.
     """
     catalog = Catalog(root, filesystem)
+    root = catalog.root
     manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
     decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
     doomed = [decision for decision in decisions if not decision.keep]

@@ -42,7 +42,7 @@ def command(
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
         raise NotFoundError(f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}")
-    decisions = decide(checkpoints, policy) if dry_run else apply(LocalFileSystem(), root, policy)
+    decisions = decide(checkpoints, policy) if dry_run else apply(LocalFileSystem(), catalog.root, policy)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
     elif not decisions:

@@ -46,7 +46,7 @@ def command(
     else:
         results = [
             {"name": swept.name, "tag": swept.tag, "action": swept.action, "reason": swept.reason, "size_bytes": None}
-            for swept in sweep(LocalFileSystem(), root)
+            for swept in sweep(LocalFileSystem(), catalog.root)
         ]
         results += [
             {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}

@@ -165,6 +165,7 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Sta
     check_tag(tag)
     if overwrite not in ("refuse", "replace"):
         raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
+    root = os.path.abspath(root)
     final = os.path.join(root, tag)
     try:
         _check_final(fs, final, tag, overwrite, step="create")
@@ -190,6 +191,7 @@ def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
     parsed = parse_private_name(name)
     if parsed is None or parsed.kind != "staging" or parsed.tag != tag:
         raise UnsafePathError(f"{name!a} is not a staging directory of tag {tag!r}")
+    root = os.path.abspath(root)
     path = os.path.join(root, name)
     found = fs.stat(path)
     if found.kind != "dir":

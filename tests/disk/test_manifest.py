@@ -24,7 +24,6 @@ from async_ckpt.manifest import (
     check_tag,
     decode,
     encode,
-    resolve_in_tag,
 )
 
 SAMPLE = Manifest(
@@ -279,25 +278,3 @@ def test_the_manifests_name_is_refused_everywhere(name: str) -> None:
 def test_bad_paths(bad: object) -> None:
     with pytest.raises(UnsafePathError):
         check_relative_path(bad)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("root", "path", "parts"),
-    [
-        ("runs", "x.pt", ("x.pt",)),
-        ("runs", "runs/t/sub/x.pt", ("sub", "x.pt")),
-        ("./runs", "./runs/t/x", ("x",)),
-        (".", "./t/x", ("x",)),
-        (".", "t/x", ("t", "x")),
-        ("/abs/", "/abs/t/x", ("x",)),
-    ],
-)
-def test_paths_inside_a_tag(root: str, path: str, parts: tuple[str, ...]) -> None:
-    assert resolve_in_tag(root, "t", path) == parts
-
-
-@pytest.mark.parametrize("path", ["/abs/u/x", "/abs/t/../u/x", "/abs/t/", "/abs/t", "/etc/passwd", "../t/x", "/abs/tx/y", "", b"x"])
-def test_paths_outside_a_tag(path: str) -> None:
-    with pytest.raises(UnsafePathError):
-        resolve_in_tag("/abs", "t", path)
-    assert resolve_in_tag("/abs", "t", "/abs/t/", allow_top=True) == ()

@@ -53,7 +53,7 @@ class DcpReader(StorageReader):
             raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
         self._verify = verify
         self._weights_only = weights_only
-        self._path = None if path is None else os.fspath(path)
+        self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
         self._described: dict[str, Any] = {}
@@ -67,7 +67,7 @@ class DcpReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self._storage_data, self.failure = {}, None
         if checkpoint_id is not None:
-            self._path = os.fspath(checkpoint_id)
+            self._path = os.path.abspath(os.fspath(checkpoint_id))
         if self._path is None:
             raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
         self._load_id = str(uuid.uuid4())

@@ -112,6 +112,8 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     # Inside.
 
     def _set_up_async(self, config: Mapping[str, Any], guard: bool) -> None:
+        # A relative directory means the same to all of `Trainer`, also after an `os.chdir`.
+        self.args.output_dir = os.path.abspath(self.args.output_dir)
         self._saver = Saver(config)
         self._guards = guard
         self._scratch: str | None = None
@@ -213,7 +215,7 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not state.is_hyper_param_search:
                 _check_supported(trainer)
-                trainer._open_engine(os.path.abspath(args.output_dir))
+                trainer._open_engine(args.output_dir)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer._saver.poll()
