@@ -81,7 +81,8 @@ class StagingArena:
         self._pid = os.getpid()
         self._map = mmap.mmap(-1, num_chunks * chunk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            if hasattr(mmap, advice):
+            # Advice only: a kernel or a sandbox that refuses it makes staging slower, not wrong.
+            with contextlib.suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, advice))
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         view = memoryview(self._map)

@@ -25,7 +25,7 @@ from typing import Literal, Protocol
 from ..host.process import Owner, OwnerState, current_owner, owner_state
 from . import file_read as _file_read
 from . import file_write as _file_write
-from .syscalls import EXCHANGE, NOREPLACE, Syscalls
+from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
 
 Kind = Literal["file", "dir", "other", "missing"]
 
@@ -275,7 +275,7 @@ class LocalFileSystem:
         try:
             self._calls.renameat2(src, dst, NOREPLACE)
         except OSError as error:
-            if error.errno not in _file_write.UNSUPPORTED:
+            if error.errno not in REFUSED:
                 raise
             if self.stat(dst).kind != "missing":
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst) from error

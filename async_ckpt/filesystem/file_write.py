@@ -20,11 +20,10 @@ from typing import Any
 
 from ..errors import WriteError
 from ..threads.locks import Condition
-from .syscalls import O_DIRECT, Syscalls
+from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import write_error
 
 PAGE_BYTES = 4096
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
 
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
@@ -93,7 +92,7 @@ class _Opening:
             try:
                 return self._calls.open(path, _CREATE | O_DIRECT, _MODE)
             except OSError as error:
-                if error.errno not in UNSUPPORTED:
+                if error.errno not in REFUSED:
                     raise
                 # The kernel makes the file before it looks at the flag.
                 self.direct = False
@@ -109,7 +108,7 @@ class _Opening:
                 self._calls.allocate(fd, self._size_bytes)
                 return
             except OSError as error:
-                if error.errno not in UNSUPPORTED:
+                if error.errno not in REFUSED:
                     raise
         self._calls.ftruncate(fd, self._size_bytes)
 

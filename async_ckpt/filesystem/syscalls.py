@@ -18,6 +18,8 @@ from typing import Any
 
 NOREPLACE = 1
 EXCHANGE = 2
+REFUSED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
+"""How a file system or a sandbox refuses a call that can be done without. Where EPERM meant the file, the other way meets it too."""
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 _AT_FDCWD = -100
@@ -120,11 +122,17 @@ class Syscalls:
         return found.f_bavail * found.f_frsize
 
     def fs_type(self, path: str) -> str:
+        """Name of the type, "0x..." for one unknown here, "" where the system does not tell."""
         if not sys.platform.startswith("linux"):
             return ""
         # struct statfs begins with the type; its full size is below 256 bytes on every architecture.
         buffer = (ctypes.c_long * 32)()
-        _check(_libc().statfs(os.fsencode(path), ctypes.byref(buffer)), path)
+        try:
+            _check(_libc().statfs(os.fsencode(path), ctypes.byref(buffer)), path)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return ""
         magic = buffer[0] & 0xFFFFFFFF
         return _MAGIC.get(magic, hex(magic))
 

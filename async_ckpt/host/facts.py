@@ -67,8 +67,8 @@ def local_world_size() -> int:
 
 def num_cores() -> int:
     """Cores that this process may run on, at least 1."""
-    # A sandbox may refuse the question.
-    with contextlib.suppress(AttributeError, OSError):
+    # A sandbox may refuse the question; EINVAL makes Python look for a larger and larger set.
+    with contextlib.suppress(AttributeError, OSError, OverflowError):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

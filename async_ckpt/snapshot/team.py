@@ -83,7 +83,7 @@ class CopyTeam:
         that wakes it, where it waits for milliseconds, and then two copies share one core while another idles."""
         for thread in self._native_ids:
             # The cores were taken away meanwhile, the thread is gone, or this is another system: slower, not wrong.
-            with contextlib.suppress(OSError, AttributeError):
+            with contextlib.suppress(OSError, OverflowError, AttributeError):
                 now = os.sched_getaffinity(thread)
                 if now != self._given.get(thread):
                     self._allowed[thread] = now

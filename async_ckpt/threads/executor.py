@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
@@ -180,5 +181,7 @@ class DaemonExecutor(Executor):
         if sys.platform == "linux" and self._niceness:
             # On Linux niceness belongs to the thread, by its native id.
             thread = threading.get_native_id()
-            current = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))
+            # A sandbox may refuse it: then the threads compete with training, and work.
+            with contextlib.suppress(OSError):
+                current = os.getpriority(os.PRIO_PROCESS, thread)
+                os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))

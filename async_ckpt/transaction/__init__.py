@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import os
 import platform
@@ -38,7 +39,7 @@ from ..errors import (
     UnsafePathError,
 )
 from ..filesystem import LOCAL_TYPES, FileSystem, LockHandle
-from ..filesystem.file_write import UNSUPPORTED
+from ..filesystem.syscalls import REFUSED
 from ..filesystem.write_error import write_error
 from ..manifest import (
     CLOCK_KEY,
@@ -388,11 +389,13 @@ def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
     """Give the private directory the mode a new one would have; the manifest's mode tells the umask without a race."""
     file_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o666
     # Who may read a directory may search it. The set-group-id bit, which a directory inherits from its root, stays.
-    inherited = fs.stat(staging.path).mode & 0o2000
+    now = fs.stat(staging.path).mode
+    mode = now & 0o2000 | 0o700 | file_bits | (file_bits & 0o444) >> 2
     try:
-        fs.chmod(staging.path, inherited | 0o700 | file_bits | (file_bits & 0o444) >> 2)
+        if mode != now:
+            fs.chmod(staging.path, mode)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in REFUSED - {errno.EPERM}:
             raise
 
 
@@ -413,7 +416,7 @@ def _rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
             if fs.stat(staging.path).kind == "missing":
                 raise
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in REFUSED:
                 raise
             return _replace_without_exchange(fs, staging)
     _refuse(staging, f"other processes kept creating and deleting {staging.final_path!r}")

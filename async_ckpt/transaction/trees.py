@@ -9,10 +9,10 @@ import os
 from typing import Literal
 
 from ..filesystem import FileSystem, LockHandle
-from ..filesystem.file_write import UNSUPPORTED
+from ..filesystem.syscalls import REFUSED
 from ..manifest import PrivateName
 
-NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
+NO_LOCKS = REFUSED | {errno.ENOLCK}
 _MAX_NAME_TRIES = 1000
 
 _numbers = itertools.count()

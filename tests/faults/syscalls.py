@@ -51,6 +51,17 @@ FAULTS = {
     "clone3,clone": ("EAGAIN",),
     "mmap,madvise": ("ENOMEM",),
 }
+OPTIONAL = (
+    "setpriority,getpriority",
+    "madvise",
+    "sched_setaffinity,sched_getaffinity",
+    "fallocate",
+    "renameat2",
+    "statfs",
+    "statx",
+    "flock",
+)
+"""What a sandbox may refuse for good: the package does without."""
 COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))
 KEEPS = Workload("syscalls", lambda job: None, keeps=3)
 
@@ -154,6 +165,24 @@ def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, 
     return row
 
 
+def refuse(folder: Folder, call: str, codes: tuple[str, ...] = ("EPERM", "ENOSYS", "EINVAL"), *, stop: bool = True) -> Row:
+    """Every one of these calls fails, as in a sandbox: all commits succeed all the same."""
+    row = Row(f"{call} refused")
+    for code in codes:
+        root, told = folder.root()
+        process = run(root, told, f"{call}:error={code}", folder.path / "strace.log")
+
+        def whole(root: Path = root, told: Told = told, process: BaseProcess = process) -> None:
+            check(root, told, process)
+            assert process.exitcode == 0 and told.committed == told.committed | dict(COMMITS), Path(f"{root}.notes").read_text()
+
+        row.check(f"{code} at every {call}", whole, stop=stop)
+        row.operations += (folder.path / "strace.log").read_text().count("INJECTED")
+        process.close()
+        folder.drop(root)
+    return row
+
+
 def main(options: argparse.Namespace) -> list[Row]:
     reason = why_not()
     if reason is not None:
@@ -163,6 +192,10 @@ def main(options: argparse.Namespace) -> list[Row]:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
                 rows.append(sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False))
+                print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
+        for call in OPTIONAL:
+            if options.call is None or options.call in call:
+                rows.append(refuse(folder, call, stop=False))
                 print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .kills import why_not
-from .syscalls import FAULTS, sweep
+from .syscalls import FAULTS, OPTIONAL, refuse, sweep
 from .workloads import Folder
 
 
@@ -17,3 +17,13 @@ def test_an_errno_at_a_sample_of_system_calls(call: str) -> None:
     with Folder() as folder:
         row = sweep(folder, call, FAULTS[call], sample=3)
         assert row.operations > 3 and row.survived == row.injected == 3
+
+
+@pytest.mark.parametrize("call", OPTIONAL)
+def test_a_sandbox_that_refuses_an_optional_call_for_good(call: str) -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with Folder() as folder:
+        row = refuse(folder, call)
+        assert row.survived == row.injected == 3
