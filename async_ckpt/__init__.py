@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
     from .observers.logs import LoggingObserver
     from .observers.prometheus import PrometheusObserver
-    from .observers.status import StatusObserver
     from .observers.tensorboard import TensorBoardObserver
     from .observers.timeline import SpanRecorder, read_trace, write_timeline
     from .observers.trace import TraceObserver
@@ -73,7 +72,6 @@ _HOME = {
     "SaveMetrics": "metrics",
     "Span": "metrics",
     "SpanRecorder": "observers.timeline",
-    "StatusObserver": "observers.status",
     "TensorBoardObserver": "observers.tensorboard",
     "TraceObserver": "observers.trace",
     "load": "restore",
@@ -115,7 +113,6 @@ __all__ = [
     "Span",
     "SpanRecorder",
     "StateMismatchError",
-    "StatusObserver",
     "TagExistsError",
     "TensorBoardObserver",
     "TornSnapshotError",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError
+from .errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
 from .filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
 from .host.process import OwnerState
 from .manifest import (
@@ -34,7 +34,6 @@ from .names import NameKind
 from .paths import Root, StrPath
 from .verify import DAMAGE_ERRNOS, Level, Problem, Progress, VerifyReport, find_extra, verify_files
 
-logger = logging.getLogger("async_ckpt")
 _MAX_RACES = 32
 
 T = TypeVar("T")
@@ -182,16 +181,16 @@ class Catalog:
             vanished = False
             for entry in reversed(self._readable(self.entries())):
                 try:
-                    report = self.verify(entry.tag, level=level)
+                    found = self.verify(entry.tag, level=level)
                 except CheckpointNotFoundError:
                     vanished = True
                     continue
                 except CorruptCheckpointError as error:
-                    logger.warning("latest: checkpoint %r is skipped: %s", entry.tag, error)
+                    report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, error)
                     continue
-                if report.ok:
+                if found.ok:
                     return entry.tag
-                logger.warning("latest: checkpoint %r is skipped: %s", entry.tag, report.problems[0])
+                report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, found.problems[0])
             if not vanished:
                 return None
         return None
@@ -297,7 +296,7 @@ class Catalog:
     def _readable(self, entries: list[CatalogEntry]) -> list[CatalogEntry]:
         for entry in entries:
             if entry.problem is not None:
-                logger.warning("checkpoint %r is left out: %s", entry.tag, entry.problem)
+                report(logging.WARNING, "checkpoint %r is left out: %s", entry.tag, entry.problem)
         return [entry for entry in entries if entry.problem is None]
 
     def _possible_tags(self) -> list[str]:

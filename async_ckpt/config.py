@@ -89,10 +89,6 @@ class EngineConfig:
     observers: tuple[Observer, ...] = ()
     """Told about every chunk, save and commit."""
 
-    publish_status: bool = True
-    """Publish what the engine is doing for `async-ckpt watch`: a small file in this user's runtime directory (never in
-    `root`), written by a thread of its own, removed when the engine is closed."""
-
     filesystem: FileSystem | None = None
     """The seam to the disk; None is the local file system. Tests inject faults here."""
 
@@ -113,7 +109,7 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
-        for name in ("compact_views", "read_back", "sweep_on_start", "publish_status"):
+        for name in ("compact_views", "read_back", "sweep_on_start"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.pin_memory not in (True, False, "auto"):

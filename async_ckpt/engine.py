@@ -5,18 +5,19 @@ Guarantees:
   of checkpoints never mixes. Within a tag, `save` must return before `commit` is called.
 - The first failure of a tag stays: its pending commit, the next `save` or `commit` of the tag, and (unless somebody
   has asked the pending commit for it) the next `create` and the end of the block raise it.
-- A forked child cannot use, close or harm its parent's engine; it may make its own.
+- A forked child cannot use, close or harm its parent's engine (every call looks at the process id before any lock); it may make its own.
 
 States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED from any of the first three.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -26,7 +27,7 @@ import torch
 from . import manifest, restore
 from .catalog import Catalog
 from .config import EngineConfig
-from .errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError
+from .errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
 from .guard import Guard, SaveTurn
 from .host.device import pinning
 from .inflight import InFlight
@@ -102,6 +103,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
         """
         name = manifest.check_tag(tag_of(tag))
+        self._usable()
         with self._lock:
             started = time.perf_counter()
             self._usable()
@@ -116,6 +118,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Raises:
             PathExistsError: it is there already and `exist_ok` is False.
         """
+        self._usable()
         with self._lock:
             self._usable()
             if self._paths.is_named_by(path):
@@ -177,6 +180,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         name = manifest.check_tag(tag_of(tag))
         checked = manifest.check_metadata(metadata or {})
+        self._usable()
         with self._lock:
             started = time.perf_counter()
             self._usable()
@@ -249,6 +253,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         (``load_state_dict``, in-place edits) before the copy ended are detected and fail that checkpoint with
         `TornSnapshotError`; call `wait_snapshot` before doing so.
         """
+        self._usable()
         with self._lock:
             self._usable()
             for optimizer in optimizers:
@@ -271,6 +276,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Raises:
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
         """
+        self._usable()
         with self._lock:
             self._usable()
             named = {"/".join(self._paths.split(path)[1]): state for path, state in (states or {}).items()}
@@ -297,6 +303,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Raises:
             ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
         """
+        self._usable()
         with self._lock:
             self._usable()
             if self._preemption is not None:
@@ -338,6 +345,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Called in an ``except`` block, the other ranks of the job learn that exception as the cause.
         """
         name = manifest.check_tag(tag_of(tag))
+        self._usable()
         with self._lock:
             self._usable()
             self._inflight.abort(name, given_up(f"checkpoint {name!r} was aborted by its owner", sys.exc_info()[1]))
@@ -354,12 +362,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     def _close(self, reason: BaseException | None) -> None:
         """`reason`: the exception that has led here, if there is one."""
-        with self._lock:
-            if os.getpid() != self._inflight.pid:
-                raise TransactionStateError(self._inflight.forked_message())
-            if self._inflight.closed:
-                self._inflight.stop(self.config.close_timeout_s)
-                return
+        if os.getpid() != self._inflight.pid:
+            raise TransactionStateError(self._inflight.forked_message())
+        if self._inflight.closed:
+            self._inflight.stop(self.config.close_timeout_s)
+            return
         try:
             if self._preemption is not None:
                 self._preemption.leave()
@@ -385,14 +392,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
             # Given by hand: `__aexit__` runs this on a thread that handles no exception.
             self._close(error)
         except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
-            warnings.warn(f"while leaving the block with {error!r}, closing the engine failed too: {failure}", RuntimeWarning, stacklevel=2)
+            told = "while leaving the block with %r, closing the engine failed too: %s"
+            report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=2)
 
     async def __aenter__(self) -> AsyncCheckpointEngine:
         return self.__enter__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        import asyncio
-
         await asyncio.get_running_loop().run_in_executor(self._inflight.helpers, self.__exit__, kind, error, trace)
 
     # Inside.

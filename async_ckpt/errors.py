@@ -1,15 +1,46 @@
-"""The error tree: one root, and every class is also the builtin a caller would expect.
+"""The error tree: one root, and every class is also the builtin a caller would expect. And how people hear of what is not raised.
 
 Guarantees:
 - Every message says what is on disk now, and what to do where there is something to do.
 - The cause (an ``OSError``, the framework's own exception) is kept as ``__cause__``.
 - Whoever catches the builtin (``OSError``, ``ValueError``, ``TimeoutError``, ...) catches ours too.
+- Act, note, resolve, and only then `report`: it cannot raise, and it is the package's only way to log and to warn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
+import logging
 import os
+import warnings
+
+_logger = logging.getLogger("async_ckpt")
+
+
+def report(
+    level: int,
+    message: str,
+    *args: object,
+    cause: BaseException | None = None,
+    warning: type[Warning] | None = None,
+    stacklevel: int = 1,
+) -> None:
+    """Log `message % args` as "async_ckpt", or issue it as `warning`. Any thread; blocks for as long as the user's handlers do.
+
+    Never raises, whatever handlers, filters, hooks and closed streams do, `BaseException` included: a message is never worth a
+    checkpoint. A warning that is turned into an error, or that cannot be shown, is logged instead.
+
+    Args:
+        cause: its traceback is logged too.
+        stacklevel: as in `warnings.warn`; 1 is the caller.
+    """
+    if warning is not None:
+        with contextlib.suppress(BaseException):
+            warnings.warn(message % args, warning, stacklevel=stacklevel + 1)
+            return
+    with contextlib.suppress(BaseException):
+        _logger.log(level, message, *args, exc_info=cause)
 
 
 class CheckpointError(Exception):

@@ -5,7 +5,8 @@ one JSON object in ASCII, with these members:
 
 - "format": "async-ckpt"; "format_version": 1. Readers refuse other versions and ignore members they do not know.
 - "tag": the name it was committed under; "created_unix_ns": time of the commit, the order among checkpoints.
-- "metadata": what the user gave to `commit`; "writer": names and versions of the software that wrote it.
+- "metadata": what the user gave to `commit`; "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the training
+  thread and "durable_s" from the first `save` until every file was synced; "writer": names and versions of the software that wrote it.
 - "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
   "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
   of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
@@ -113,6 +114,7 @@ class Manifest:
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    timing: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -195,6 +197,7 @@ def encode(manifest: Manifest) -> bytes:
         "tag": manifest.tag,
         "created_unix_ns": manifest.created_unix_ns,
         "metadata": check_metadata(manifest.metadata),
+        **({"timing": dict(manifest.timing)} if manifest.timing else {}),
         "writer": dict(manifest.writer),
         "files": [
             {
@@ -337,7 +340,10 @@ def _manifest_from(document: dict[str, Any]) -> Manifest:
     if not all(isinstance(value, str) for value in writer.values()):
         raise ValueError("writer holds something that is not a string")
     created = _bounded(document["created_unix_ns"], _MAX_FILE_BYTES, "created_unix_ns")
-    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION)
+    timing = _typed(document.get("timing", {}), dict, "timing")
+    if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
+        raise ValueError("timing holds something that is not a number of seconds")
+    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing)
 
 
 def _entry_from(item: Any, index: int) -> FileEntry:

@@ -88,17 +88,6 @@ def parse_private_name(name: str) -> PrivateName | None:
     return parsed if str(parsed) == name else None
 
 
-def status_name(owner: Owner, number: int) -> str:
-    """Name of the file in a root where a process publishes what its engine `number` is doing."""
-    return f".status.{owner}.{number}.json"
-
-
-def parse_status_name(name: str) -> Owner | None:
-    """The owner of a status file exactly as `status_name` names it; None for every other name."""
-    match = re.fullmatch(r"\.status\.([0-9a-f-]+)\.[0-9]{1,9}\.json", name)
-    return None if match is None else Owner.parse(match[1])
-
-
 def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
     if not isinstance(part, str):
         raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 
-from .errors import BackpressureTimeout
+from .errors import BackpressureTimeout, TransactionStateError
 from .metrics import CommitMetrics
 
 
@@ -17,17 +18,26 @@ class PendingCommit:
     Guarantees:
     - Resolves exactly once: to the tag, when the checkpoint is durable and visible, or to the first failure.
     - Giving up waiting (a timeout, a cancelled ``await``) never cancels the commit itself.
-    - May be used from any thread and awaited from any event loop, any number of times.
+    - May be used from any thread and awaited from any event loop, any number of times; a forked child is refused at once
+      (`TransactionStateError`): the commit is its parent's.
 
     A failure that nobody has asked for (`result`, `exception` or ``await``) is raised by the engine's next `create`
     and when the engine is closed.
     """
 
-    def __init__(self, tag: str, metrics: CommitMetrics, waiting_for: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        tag: str,
+        metrics: CommitMetrics,
+        waiting_for: Callable[[], str],
+        run_callback: Callable[[Callable[[], object]], object] = lambda call: call(),
+    ) -> None:
+        self._pid = os.getpid()
         self.tag = tag
         self.metrics = metrics
         self._future: Future[str] = Future()
         self._waiting_for = waiting_for
+        self._run_callback = run_callback
         self._acknowledged = False
         # A running future cannot be cancelled: a stray cancel() must not look like a lost checkpoint.
         self._future.set_running_or_notify_cancel()
@@ -46,6 +56,7 @@ class PendingCommit:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Block until the commit ended; returns its failure, or None. Raises `BackpressureTimeout` like `result`."""
+        self._check_process()
         try:
             error = self._future.exception(timeout)
         # On Python 3.10 this is not the builtin TimeoutError.
@@ -59,16 +70,19 @@ class PendingCommit:
 
     def done(self) -> bool:
         """Whether the commit has ended, well or badly. Never blocks."""
+        self._check_process()
         return self._future.done()
 
     def add_done_callback(self, callback: Callable[[PendingCommit], object]) -> None:
-        """Call `callback(self)` once the commit ended: on the writer's side, or here and now when it has ended already.
+        """Call `callback(self)` once the commit ended, on the engine's thread for callbacks and observers, one after the other.
 
-        The callback must be quick; an exception in it is logged by ``concurrent.futures`` and harms no checkpoint.
+        No checkpoint waits for it: it may block, and call the engine. What it raises is logged and harms nothing.
         """
-        self._future.add_done_callback(lambda _: callback(self))
+        self._check_process()
+        self._future.add_done_callback(lambda _: self._run_callback(lambda: callback(self)))
 
     def __await__(self) -> Generator[object, None, str]:
+        self._check_process()
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 
@@ -85,7 +99,16 @@ class PendingCommit:
         yield from ended.__await__()
         return self.result()
 
+    def _check_process(self) -> None:
+        # Before the future's own lock, which a thread of the parent may have held.
+        if os.getpid() != self._pid:
+            raise TransactionStateError(
+                f"the commit of {self.tag!r} belongs to process {self._pid} and goes on there; this is its forked child {os.getpid()}"
+            )
+
     def __repr__(self) -> str:
+        if os.getpid() != self._pid:
+            return f"<PendingCommit {self.tag!r} of process {self._pid}>"
         state = "pending" if not self.done() else ("committed" if self._future.exception() is None else "failed")
         return f"<PendingCommit {self.tag!r} {state}>"
 
@@ -98,10 +121,12 @@ class PendingCommit:
 
     def failure(self) -> BaseException | None:
         """The failure of an ended commit, without marking it as asked for; None while it runs."""
+        self._check_process()
         return self._future.exception() if self._future.done() else None
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block up to `timeout_s` seconds (None: until it ends); True when ended. Does not mark the outcome as asked for."""
+        self._check_process()
         done, _ = concurrent.futures.wait([self._future], timeout=None if timeout_s is None else max(0.0, timeout_s))
         return bool(done)
 

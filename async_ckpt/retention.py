@@ -19,11 +19,9 @@ from typing import Any, Literal
 
 from . import transaction
 from .catalog import Catalog
-from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError
+from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError, report
 from .filesystem import FileSystem
 from .manifest import CLOCK_KEY, Manifest
-
-logger = logging.getLogger("async_ckpt")
 
 
 @dataclass(frozen=True)
@@ -277,21 +275,22 @@ class Rotation:
             failures[os.path.basename(self._root)] = error
         except CheckpointError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit would end the writer.
             raise ConfigError(
                 f"the retention policy raised {error!r}: nothing is deleted in {self._root!r}; the new checkpoint is committed"
             ) from error
-        new = failures.keys() - self._undeleted
+        new, self._undeleted = failures.keys() - self._undeleted, set(failures)
         if new:
             name = min(new)
-            logger.warning(
+            report(
+                logging.WARNING,
                 "%d old checkpoint(s) in %r cannot be deleted now, such as %r (%s); tried again after each commit",
                 len(failures),
                 self._root,
                 name,
                 failures[name],
             )
-        self._undeleted = set(failures)
         return len(failures)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from .errors import report
 from .layout import Planner
 from .snapshot import Snapshotter
 from .staging import StagingArena
@@ -52,6 +53,9 @@ class Warmup:
 
 def _warn_of_failure(done: Future[None]) -> None:
     if not done.cancelled() and done.exception() is not None:
-        warnings.warn(
-            f"faulting in staging memory ahead failed, the first saves will be slower: {done.exception()}", RuntimeWarning, stacklevel=1
+        report(
+            logging.WARNING,
+            "faulting in staging memory ahead failed, the first saves will be slower: %s",
+            done.exception(),
+            warning=RuntimeWarning,
         )

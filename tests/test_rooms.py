@@ -108,6 +108,13 @@ def test_locks_are_those_that_an_interrupt_cannot_leave_locked(module: str) -> N
             assert module == "preemption.__init__", f"{ast.unparse(node)} at line {node.lineno}: see threads/locks.py"
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "errors" and not is_in(m, ("cli", "demo", "observers"))])
+def test_people_are_told_through_the_one_helper_that_cannot_raise(module: str) -> None:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("warnings.warn", "logging.getLogger", "logging.warning"), f"line {node.lineno}: errors.report"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_stay_small(module: str) -> None:
     lines = (PACKAGE / (module.replace(".", "/") + ".py")).read_text().count("\n")

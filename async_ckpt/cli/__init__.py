@@ -9,7 +9,7 @@ Exit codes:
 - 130: interrupted
 
 Guarantees: `list`, `inspect`, `verify`, `diff` and `watch` write nothing, lock nothing and sweep nothing in the root, so they are
-safe beside a running training (`watch` removes status files of dead processes); they do not import torch.
+safe beside a running training; they do not import torch.
 Errors are one line on standard error; `--debug` adds the traceback.
 """
 

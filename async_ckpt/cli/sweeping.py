@@ -24,7 +24,6 @@ def command(
 
     JSON: a list of {name, tag, action, reason, size_bytes}; action is removed, restored, left or (with --dry-run) none
     """
-    from ..observers.published import remove_stale
     from ..transaction import sweep
     from .measuring import remove_dead_measurements
 
@@ -50,7 +49,7 @@ def command(
         ]
         results += [
             {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}
-            for name in [*remove_stale(root), *remove_dead_measurements(root)]
+            for name in remove_dead_measurements(root)
         ]
     if as_json:
         print_json(results)

@@ -24,7 +24,7 @@ from typing import Any
 from .. import transaction
 from ..catalog import Catalog
 from ..checksum import crc32
-from ..errors import CheckpointError, CommitError, ConfigError
+from ..errors import CheckpointError, CommitError, ConfigError, report
 from ..filesystem import FileSystem
 from ..host.facts import Node, node_from_env
 from ..manifest import FileEntry, Manifest
@@ -40,8 +40,6 @@ from .survey import Survey
 from .vigil import Vigil
 
 __all__ = ["Node", "RankCoordinator", "RankTag"]
-
-logger = logging.getLogger("async_ckpt")
 
 _PROMPT_REMOVAL_S = 1.0
 _STALL_S = 60.0
@@ -194,7 +192,7 @@ class RankCoordinator:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
                 if not isinstance(cause, AttemptFailed):
-                    logger.warning("the other ranks could not be told that %r was given up: %s", opened.tag, failure)
+                    report(logging.WARNING, "the other ranks could not be told that %r was given up: %s", opened.tag, failure)
         else:
             self._tell_once_joined(opened, error)
         self._leave(opened, attempt)
@@ -338,7 +336,7 @@ class RankCoordinator:
             self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(seat, attempt, verdict)))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
-            logger.error("the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost)
+            report(logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost)
 
     def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
         seat = self.seat
@@ -403,9 +401,9 @@ class RankCoordinator:
 
 def _chain(source: Future[None], target: Future[None]) -> None:
     def done(ended: Future[None]) -> None:
+        target.set_result(None)
         error = ended.exception()
         if error is not None:
-            logger.warning("a staging directory could not be removed: %s", error)
-        target.set_result(None)
+            report(logging.WARNING, "a staging directory could not be removed: %s", error)
 
     source.add_done_callback(done)

@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import Future
 
+from ..errors import report
 from ..filesystem import FileSystem
 from ..host.process import Owner, OwnerState
 from ..manifest import parse_private_name
@@ -14,8 +15,6 @@ from ..transaction.trees import NO_LOCKS
 from .liveness import Signs, beat, leave, watch
 from .rank_requests import Seat
 from .store_link import StoreLink
-
-logger = logging.getLogger("async_ckpt")
 
 # A killed process lets go of its connections a moment before it has ended.
 _DYING_S = 2.0
@@ -97,7 +96,7 @@ class Vigil:
             return True
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                logger.warning("whether %r is still held cannot be seen: %s", location, error)
+                report(logging.WARNING, "whether %r is still held cannot be seen: %s", location, error)
             return False
         if lock is not None:
             lock.close()

@@ -17,7 +17,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -27,7 +26,7 @@ from .. import retention, transaction, verify
 from ..catalog import Catalog
 from ..config import EngineConfig
 from ..coordination import Coordinator, LocalCoordinator
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError, report
 from ..filesystem import FileSystem, LocalFileSystem
 from ..manifest import FileEntry
 from ..metrics import CommitMetrics, Span, on_publish_step
@@ -35,16 +34,16 @@ from ..pending import PendingCommit
 from ..threads.executor import DaemonExecutor
 from ..transaction import State
 from ..writer import FileWrite, WriterPool, WrittenFile
-from . import leaving, publishing
+from . import leaving
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
-from .observing import Observers
+from .observing import Callbacks
 
 if TYPE_CHECKING:
     from ..staging import StagingArena
 
-logger = logging.getLogger("async_ckpt")
-
 _NUM_REMEMBERED = 128
+# Warming ahead ends at the next chunk or plan; nothing of it waits for the disk.
+_WARMUP_END_S = 10.0
 
 
 class InFlight:
@@ -58,7 +57,6 @@ class InFlight:
         self._config = config
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
-        self.observers = Observers(config.observers)
         with contextlib.ExitStack() as undo:
             self._start_threads(undo, num_helpers)
             transaction.make_root(self.filesystem, root)
@@ -69,7 +67,6 @@ class InFlight:
             undo.pop_all()
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
-        self.publisher: publishing.StatusPublisher | None = None
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
@@ -82,12 +79,14 @@ class InFlight:
     def _start_threads(self, undo: contextlib.ExitStack, num_helpers: int) -> None:
         """All of them, before anything is made on disk; `undo` ends them."""
         try:
+            self.callbacks = Callbacks(self._config.observers)
+            undo.callback(self.callbacks.close, 0.0)
             self.pool = WriterPool(
                 self.filesystem,
                 num_writers=self._config.num_writers,
                 num_helpers=num_helpers,
                 io_mode=self._config.io_mode,
-                on_span=self.observers.on_span if self._config.observers else None,
+                on_span=self.callbacks.on_span if self._config.observers else None,
                 name="async-ckpt",
             )
             undo.callback(self.pool.close)
@@ -113,11 +112,6 @@ class InFlight:
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
         self._call_off = leaving.watch(engine, self)
-        try:
-            self.publisher = publishing.start(self._config, self.root, self.pool, self._coordinator)
-        except (OSError, RuntimeError) as error:
-            # No thread left for it: checkpoints do without being watched.
-            logger.warning("what the engine on %r is doing is not published: %s", self.root, error)
 
     # Which calls are legal now.
 
@@ -173,7 +167,6 @@ class InFlight:
         self.pool.check()
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
         self._open[tag] = checkpoint
-        publishing.opened(self.publisher, checkpoint)
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
@@ -182,7 +175,7 @@ class InFlight:
 
     def report(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
         """Tell the observers about a piece of work that ended now, on this thread."""
-        self.observers.on_span(Span(kind, start_s, time.perf_counter(), threading.current_thread().name, tag, path, offset, num_bytes))
+        self.callbacks.on_span(Span(kind, start_s, time.perf_counter(), threading.current_thread().name, tag, path, offset, num_bytes))
 
     def copy_reporter(self, tag: str, path: str) -> Callable[[str, float, int, int], None] | None:
         """What the snapshot of one file calls per copied chunk; None when nobody observes."""
@@ -243,7 +236,7 @@ class InFlight:
         # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
         self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
         self._first_created_ns = self._first_created_ns or self._last_created_ns
-        pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for)
+        pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for, self.callbacks.run)
         if len(self._commits) >= 2 * self.num_remembered:
             self._forget_some()
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
@@ -293,6 +286,8 @@ class InFlight:
 
     def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         started = time.perf_counter()
+        if checkpoint.opened.staging is not None:
+            checkpoint.opened.staging.timing = checkpoint.timing()
         token = on_publish_step.set(lambda kind, start_s: self.report(kind, start_s, checkpoint.tag))
         try:
             self._coordinator.publish(checkpoint.opened, entries, metadata, created_unix_ns)
@@ -307,7 +302,7 @@ class InFlight:
                 entries = Catalog(self.root, self.filesystem).entries()
             except OSError as error:
                 # Only the order after a clock that was set back is at stake; the next commit looks again.
-                logger.warning("the times of older checkpoints in %r cannot be read, this clock is trusted: %s", self.root, error)
+                report(logging.WARNING, "the times of older checkpoints in %r cannot be read, this clock is trusted: %s", self.root, error)
                 return created_unix_ns
             self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
@@ -324,8 +319,7 @@ class InFlight:
         if checkpoint.state is State.OPEN:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
-            self.observers.on_abort(checkpoint.metrics, error)
-            publishing.aborted(self.publisher, checkpoint)
+            self.callbacks.on_abort(checkpoint.metrics, error)
 
     async def _give_up(self, checkpoint: OpenCheckpoint, error: BaseException) -> None:
         """End all writes of a failed checkpoint, then remove what it staged; the first failure stays the one reported."""
@@ -338,9 +332,9 @@ class InFlight:
             job.forget()
         try:
             await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
-        except Exception as failure:  # noqa: BLE001 -- the first failure is the one to be told
+        except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
             # The staging directory stays; the sweep of a later start removes it.
-            logger.warning("could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
+            report(logging.WARNING, "could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
 
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
@@ -357,7 +351,7 @@ class InFlight:
         metrics.durable_s = written.durable_s - saved.started_s
         if saved.job is not None:
             metrics.copy_s = saved.job.copy_s
-        self.observers.on_save(metrics)
+        self.callbacks.on_save(metrics)
 
     def _measure(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], publish_started_s: float) -> None:
         metrics, now = checkpoint.metrics, time.perf_counter()
@@ -372,12 +366,11 @@ class InFlight:
 
     def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:
         error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")
-        if error is not None:
-            logger.error("checkpoint %r was not committed: %s", checkpoint.tag, error)
         pending.resolve(error)
-        if self.publisher is not None:
-            self.publisher.ended(checkpoint, error)
-        self.observers.on_commit(checkpoint.metrics, error)
+        self.callbacks.on_commit(checkpoint.metrics, error)
+        if error is not None:
+            # Log handlers are the user's code too.
+            self.callbacks.run(lambda: report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error))
 
     # Ending.
 
@@ -387,10 +380,11 @@ class InFlight:
         Bounded by `timeout_s` and the configuration's `close_timeout_s`. `reason`: the exception that has led here.
         """
         timeout_s = min(timeout_s, self._config.close_timeout_s)
+        forgotten: list[str] = []
         deadline = time.monotonic() + timeout_s
         is_impatient = True
         try:
-            self._abandon_open(reason)
+            self._abandon_open(reason, forgotten)
             for pending in self.unfinished():
                 if not pending.wait(deadline - time.monotonic()):
                     raise BackpressureTimeout(
@@ -410,33 +404,38 @@ class InFlight:
             except BackpressureTimeout as timeout:
                 if not is_impatient:
                     raise
-                logger.warning("the engine on %r was interrupted while it was closing: %s", self.root, timeout)
+                report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", self.root, timeout)
+            finally:
+                for tag in forgotten:
+                    told = "checkpoint %r was created but never committed: it is given up, nothing is visible under that tag"
+                    report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=4)
 
-    def _abandon_open(self, reason: BaseException | None) -> None:
+    def _abandon_open(self, reason: BaseException | None, forgotten: list[str]) -> None:
+        """Give up all open checkpoints; those that the user does not know of yet are added to `forgotten`."""
         for tag in list(self._open):
             checkpoint = self._open[tag]
             if checkpoint.error is None and checkpoint.state is State.OPEN:
-                warnings.warn(
-                    f"checkpoint {tag!r} was created but never committed: it is given up, nothing is visible under that tag",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
+                forgotten.append(tag)
             self.abort(tag, checkpoint.error or given_up(f"the engine was closed before commit({tag!r})", reason))
 
     def stop(self, timeout_s: float) -> None:
         """The threads' end; goes on where an interrupt has cut it short, and does nothing once it is done."""
         if self._has_stopped:
             return
+        deadline = time.monotonic() + timeout_s
         if self._arena is not None:
             self._arena.poison(TransactionStateError("the engine is closed"))
+        # A thread that is inside torch when the interpreter ends takes the process down with it.
+        self.prefault.shutdown(wait=False)
+        self.prefault.join(max(_WARMUP_END_S, timeout_s))
         self.pool.close(timeout_s)
-        for executor in (self.helpers, self.prefault):
-            executor.shutdown(wait=False)
+        self.helpers.shutdown(wait=False)
+        if not self.helpers.join(max(0.1, deadline - time.monotonic())):
+            raise BackpressureTimeout(f"the threads of the engine on {self.root!r} did not end within {timeout_s:g} s: one is stuck")
         self._coordinator.close()
         if self._arena is not None:
             self._arena.close()
-        if self.publisher is not None:
-            self.publisher.close()
+        self.callbacks.close(max(0.1, deadline - time.monotonic()))
         self._has_stopped = True
 
 

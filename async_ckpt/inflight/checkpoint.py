@@ -60,7 +60,6 @@ class OpenCheckpoint:
     directories: set[tuple[str, ...]] = field(default_factory=set)
     budget: ManifestBudget = field(default_factory=ManifestBudget)
     error: BaseException | None = None
-    opened_unix_s: float = field(default_factory=time.time)
     first_save_s: float | None = None
     commit_s: float = 0.0
     after: PendingCommit | None = None
@@ -105,6 +104,14 @@ class OpenCheckpoint:
     def jobs(self) -> list[SnapshotJob]:
         """The snapshots of its files."""
         return [saved.job for saved in self.files.values() if saved.job is not None]
+
+    def timing(self) -> dict[str, float]:
+        """What the manifest says of the time it took; once all files are synced."""
+        if self.first_save_s is None:
+            return {}
+        stall_s = self.metrics.stall_s + sum(job.guard_wait_s for job in self.jobs())
+        synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
+        return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
 
     def judge(self) -> None:
         """Raise `TornSnapshotError` for the first torn file. After all copies; blocks, see `SnapshotJob.judge`."""

@@ -1,51 +1,83 @@
-"""Hands spans and metrics to observers; a broken observer is left out after one warning and never harms a checkpoint."""
+"""Runs the user's code: observers and done-callbacks, on one thread that nothing else waits for.
+
+Guarantees:
+- Whatever it does (raise anything, block, call the engine), it harms no checkpoint: no lock of ours is held around it.
+- One after the other, in the order of the events. A broken observer is left out after one warning.
+"""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 
+from ..errors import TransactionStateError, report
 from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
-from ..threads.locks import Lock
+from ..threads.executor import DaemonExecutor
 
-logger = logging.getLogger(__name__)
+# Of spans: an observer that is this far behind hears of checkpoints, and no more of chunks.
+_MAX_BEHIND = 10_000
 
 
-class Observers:
-    """Several observers as one. Any thread."""
+class Callbacks:
+    """Several observers as one, and their thread. Any thread; only `close` blocks; nothing raises.
+
+    Raises:
+        RuntimeError: the thread could not be started.
+    """
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self._observers = list(observers)
-        self._lock = Lock()
+        self._thread = DaemonExecutor("async-ckpt-callbacks", 1)
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Run `call` on the thread, after everything before it; here and now once the thread has ended."""
+        try:
+            self._thread.submit(_guarded, call)
+        except TransactionStateError:
+            _guarded(call)
 
     def on_span(self, span: Span) -> None:
-        self._tell(lambda observer: observer.on_span(span))
+        """See `Observer`."""
+        if self._observers and self._thread.num_queued < _MAX_BEHIND:
+            self._tell(lambda observer: observer.on_span(span))
 
     def on_save(self, metrics: SaveMetrics) -> None:
+        """See `Observer`."""
         self._tell(lambda observer: observer.on_save(metrics))
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
+        """See `Observer`."""
         self._tell(lambda observer: observer.on_commit(metrics, error))
 
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
-        # Newer than the other events: an observer that does not derive from `Observer` may not have it.
+        """See `Observer`. Newer than the other events: an observer that does not derive from `Observer` may not have it."""
         self._tell(lambda observer: getattr(observer, "on_abort", _ignore)(metrics, error))
 
+    def close(self, timeout_s: float) -> None:
+        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody else."""
+        self._thread.shutdown(wait=False)
+        if not self._thread.join(timeout_s):
+            report(logging.WARNING, "a callback or observer did not end within %.1f s and goes on; no checkpoint waits for it", timeout_s)
+
     def _tell(self, call: Callable[[Observer], None]) -> None:
+        if self._observers:
+            self.run(lambda: self._tell_now(call))
+
+    def _tell_now(self, call: Callable[[Observer], None]) -> None:
         for observer in tuple(self._observers):
             try:
                 call(observer)
-            except Exception as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
-                with self._lock:
-                    if observer in self._observers:
-                        self._observers.remove(observer)
-                told = f"observer {observer!r} raised {error!r} and is left out from now on"
-                try:
-                    warnings.warn(told, RuntimeWarning, stacklevel=2)
-                except RuntimeWarning:
-                    # Warnings are errors here, and this one must not fail a checkpoint either.
-                    logger.warning(told)
+            except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
+                self._observers.remove(observer)
+                told = "observer %r raised %r and is left out from now on"
+                report(logging.WARNING, told, observer, error, warning=RuntimeWarning)
+
+
+def _guarded(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - as above
+        report(logging.ERROR, "a callback of a commit raised %r", error, cause=error)
 
 
 def _ignore(*_: object) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -21,10 +22,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import ConfigError, TagExistsError, TransactionStateError
+from ..errors import ConfigError, TagExistsError, TransactionStateError, report
 from .signal_flag import SignalFlag
-
-logger = logging.getLogger("async_ckpt")
 
 _NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS})
@@ -130,6 +129,9 @@ class Preemption:
             BaseException: whatever the hook raised, after the draining and the logging.
             SystemExit: with `exit_after`.
         """
+        if os.getpid() != self._flag.pid:
+            # The parent's business, and the parent's engine.
+            return False
         if not self._busy.acquire(blocking=False):
             # The hook's own commit, or another thread while the hook runs.
             return True
@@ -180,7 +182,7 @@ class Preemption:
 
     def _finish(self, *, run_hook: bool) -> None:
         name = signal.Signals(self._flag.signum).name if self._flag.signum is not None else "another rank"
-        logger.warning("preempted (%s): saving and draining within %.1f s", name, self.remaining_s)
+        report(logging.WARNING, "preempted (%s): saving and draining within %.1f s", name, self.remaining_s)
         # The newest state may be on its way already, under the tag the hook will use; half the time is for the hook.
         waited = self._drain(self.remaining_s / 2 if self._save is not None and run_hook else self.remaining_s)
         error = None
@@ -204,7 +206,7 @@ class Preemption:
         try:
             save()
         except TagExistsError as error:
-            logger.info("preempted: the last checkpoint is committed already (%s)", error)
+            report(logging.INFO, "preempted: the last checkpoint is committed already (%s)", error)
         except BaseException as error:  # noqa: BLE001 - kept, and raised by poll once the other commits are safe
             return error
         return None
@@ -245,4 +247,4 @@ def _log(outcome: PreemptionOutcome) -> None:
     if outcome.hook_error is not None:
         what += f"; the last save failed: {outcome.hook_error}"
     level = logging.WARNING if outcome.ok else logging.ERROR
-    logger.log(level, "preempted (%s), %.1f s after the signal: %s", outcome.signal_name, outcome.elapsed_s, what)
+    report(level, "preempted (%s), %.1f s after the signal: %s", outcome.signal_name, outcome.elapsed_s, what)

@@ -118,6 +118,11 @@ class DaemonExecutor(Executor):
         return self._refusal
 
     @property
+    def num_queued(self) -> int:
+        """Jobs that no thread has taken yet, about."""
+        return self._jobs.qsize()
+
+    @property
     def native_ids(self) -> list[int]:
         """Of its threads, as the kernel counts them."""
         return [thread.native_id for thread in self._threads if thread.native_id is not None]

@@ -4,20 +4,28 @@ KeyboardInterrupt strikes wherever the interpreter looks for signals. From Pytho
 by ``with threading.Lock()`` and the body, and on every version inside ``with threading.Condition()``: the lock is then
 held for ever, and the next `close()` hangs. (The same holds inside the standard library's queues, events and futures,
 which no caller can mend.) So the package enters no lock of `threading`; tests/test_rooms.py holds that.
+
+And no lock is held for ever in a forked child because a thread of the parent held it in that moment. What the lock protects may be
+half changed there: whatever belongs to the parent refuses to be used in a child, by its process id.
 """
 
 from __future__ import annotations
 
 import _thread
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 
 class Lock(_thread.RLock):  # type: ignore[misc]  # final for type checkers, not for the interpreter
     """A re-entrant lock, for ``with``: held in the body, and by nobody after it, whatever a signal handler raises and when.
 
-    Any thread. `__exit__` must stay the C method of the base: a Python one could be interrupted before it releases.
+    Any thread, and any process. `__exit__` must stay the C method of the base: a Python one could be interrupted before it releases.
     """
+
+    def __init__(self) -> None:
+        _locks.add(self)
 
     def __enter__(self) -> bool:  # type: ignore[override]  # typeshed writes it with the arguments of `acquire`
         """Blocks until this thread has the lock."""
@@ -38,6 +46,7 @@ class Condition(Lock):  # type: ignore[misc]  # as above
     """A lock whose holder can wait for another's word; `wait` gives it up meanwhile. Any thread."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._waiters = threading.Condition(self)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -52,6 +61,18 @@ class Condition(Lock):  # type: ignore[misc]  # as above
         """Wake everybody who waits. Only with the lock held; never blocks."""
         self._waiters.notify_all()
 
+
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _free_in_child() -> None:
+    for lock in list(_locks):
+        # The thread that forked goes on in the child, and leaves what it has entered.
+        if not lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks it
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does with its own
+
+
+os.register_at_fork(after_in_child=_free_in_child)
 
 _MAX_INTERRUPTS = 1000
 

@@ -37,6 +37,7 @@ from ..errors import (
     TagExistsError,
     TransactionStateError,
     UnsafePathError,
+    report,
 )
 from ..filesystem import FileSystem, LockHandle
 from ..filesystem.syscalls import REFUSED
@@ -59,8 +60,6 @@ from .removing import empty_trash, remove
 from .root import make_root
 from .sweeping import Swept, sweep
 from .trees import lock_or_none, make_private, move_aside, remove_tree
-
-logger = logging.getLogger("async_ckpt")
 
 __all__ = [
     "State",
@@ -106,6 +105,7 @@ class Staging:
     """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
     given_up: bool = False
     """`abort` was called; a publish that has not renamed yet must not."""
+    timing: Mapping[str, float] = field(default_factory=dict)
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)
     """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
 
@@ -208,7 +208,7 @@ def publish(
             left = old_path
             with contextlib.suppress(OSError):
                 left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
-            logger.warning("tag %r is committed; the tree it replaced cannot be deleted yet, it is at %r: %s", staging.tag, left, error)
+            report(logging.WARNING, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
     return manifest
 
 
@@ -224,7 +224,8 @@ def _publish(
     if staging.state not in (State.OPEN, State.SEALED):
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
-    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), {**_writer(), **(marks or {})})
+    writer = {**_writer(), **(marks or {})}
+    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing)
     raw = encode(manifest)
     with _step("manifest", staging):
         fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)

@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 
+from ..errors import report
 from ..filesystem import LOCAL_TYPES, FileSystem
 from ..filesystem.write_error import write_error
-
-logger = logging.getLogger("async_ckpt")
 
 
 def make_root(fs: FileSystem, root: str) -> None:
@@ -44,4 +43,4 @@ def make_root(fs: FileSystem, root: str) -> None:
                 fs.rmdir(path)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if fs_type and fs_type not in LOCAL_TYPES:
-        logger.warning("root %r is on %s: atomic and durable renames are not promised there", root, fs_type)
+        report(logging.WARNING, "root %r is on %s: atomic and durable renames are not promised there", root, fs_type)

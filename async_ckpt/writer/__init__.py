@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Literal, TypeVar
 
-from ..errors import BackpressureTimeout, TransactionStateError, WriteError
+from ..errors import BackpressureTimeout, TransactionStateError, WriteError, report
 from ..filesystem import FileSystem
 from ..metrics import Span
 from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
@@ -35,7 +35,6 @@ from .pipeline import Pipeline
 __all__ = ["Chunk", "FileWrite", "WriterPool", "WrittenFile"]
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 # Threads beyond the writers, so that opening, syncing and closing never wait behind long writes.
 _NUM_SPARE_THREADS = 2
@@ -296,10 +295,9 @@ class WriterPool:
             return
         try:
             on_span(span)
-        except Exception:
-            # An observer never harms a checkpoint.
+        except BaseException as error:  # noqa: BLE001 - an observer never harms a checkpoint
             self._on_span = None
-            logger.warning("an observer of the writer raised and is left out from now on", exc_info=True)
+            report(logging.WARNING, "an observer of the writer raised and is left out from now on", cause=error)
 
 
 def _left(deadline: float | None) -> float | None:

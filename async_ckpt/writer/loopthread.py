@@ -17,13 +17,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ..errors import TransactionStateError, WriteError
+from ..errors import TransactionStateError, WriteError, report
 from ..threads.executor import start_thread
 from ..threads.locks import Lock
 from .lane import Outcome
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 _NUM_DRAIN_TRIES = 8
 _HEARTBEAT_S = 1.0
@@ -126,7 +125,7 @@ class LoopThread:
             f"the checkpoint writer died ({reason}); what it had not synced is not committed, older checkpoints are untouched"
         )
         death.__cause__ = cause
-        logger.error("%s", death, exc_info=cause)
+        report(logging.ERROR, "%s", death, cause=cause)
         with self._lock:
             self.death = death
             runs = list(self._runs)
@@ -142,7 +141,7 @@ class LoopThread:
                 self.loop.run_until_complete(ending)
                 return
             except BaseException as error:  # noqa: BLE001 -- the death has been told; only the clean-up is at stake
-                logger.info("the dying writer's loop was interrupted again: %r", error)
+                report(logging.INFO, "the dying writer's loop was interrupted again: %r", error)
         self._on_undrained()
 
     async def _end_tasks(self) -> None:

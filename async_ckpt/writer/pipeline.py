@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, report
 from ..filesystem import FileSystem, WritableFile
 from ..filesystem.write_error import write_error
 from .filewrite import Chunk, FileWrite, WrittenFile
@@ -24,7 +24,6 @@ from .iomode import Arm, DiskTime
 from .lane import Lane, Slots, ended, job_label, wake
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 PAGE_BYTES = 4096
 
 
@@ -258,7 +257,7 @@ class Pipeline:
         except asyncio.CancelledError:
             return False
         except (CheckpointError, OSError, RuntimeError) as late:
-            logger.info("closing %s after %r: %r", self.file.path, self.file.failure, late)
+            report(logging.INFO, "closing %s after %r: %r", self.file.path, self.file.failure, late)
         self._opened = None
         return True
 

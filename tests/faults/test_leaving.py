@@ -158,6 +158,66 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["b"],
         ["raw"],
     ),
+    **{
+        f"a failure, {name}": (
+            "engine = make_engine(root, fs); fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
+            f"commit(engine, 'a'); commit(engine, 'b'); {code}",
+            1,
+            ["a"],
+            [],
+        )
+        for name, code in {
+            "warnings are errors": "warnings.simplefilter('error')",
+            "showwarning raises": "warnings.showwarning = lambda *_, **__: 1 / 0",
+            "stderr is closed": "sys.stderr.close()",
+            "stdout is closed": "sys.stdout.close()",
+            "stdout is a full disk": "sys.stdout = open('/dev/full', 'w'); print('x')",
+            "no streams": "sys.stdout = sys.stderr = None",
+            "handlers exit": "import logging; logging.Handler.handle = lambda *_: sys.exit(0)",
+        }.items()
+    },
+    "no close, warnings are errors": (
+        "engine = make_engine(root, fs); commit(engine, 'a'); engine.create('x'); warnings.simplefilter('error')",
+        0,
+        ["a"],
+        ["never closed", "'x'"],
+    ),
+    "Ctrl-C while exit waits": (
+        "gate, reached = hold('fsync'); engine = make_engine(root, fs); commit(engine, 'b'); assert reached.wait(20)\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler); signal.setitimer(signal.ITIMER_REAL, 0.3)",
+        1,
+        [],
+        ["lost"],
+    ),
+    "Ctrl-C while exit waits, and another engine": (
+        "other = make_engine(root + '-2'); commit(other, 'c')\n"
+        "gate, reached = hold('fsync'); engine = make_engine(root, fs); commit(engine, 'b'); assert reached.wait(20)\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler); signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+        "import atexit; from async_ckpt import Catalog\n"
+        "flush = sys.stdout.flush; sys.stdout.flush = lambda: (os.write(2, str(Catalog(root + '-2').tags()).encode()), flush())",
+        1,
+        [],
+        ["lost", "['c']"],
+    ),
+    "a log record that cannot be written": (
+        "import logging\n"
+        "class Broken(logging.Handler):\n"
+        "    def emit(self, record): sys.exit(3)\n"
+        "logging.getLogger().addHandler(Broken())\n"
+        "with make_engine(root, fs) as engine:\n"
+        "    fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
+        "    assert commit(engine, 'b').exception(20) is not None; commit(engine, 'a').result(20)",
+        0,
+        ["a"],
+        [],
+    ),
+    "a callback that exits": (
+        "with make_engine(root, fs) as engine:\n    p = commit(engine, 'a')\n"
+        "    p.add_done_callback(lambda p: sys.exit(5)); p.result(20); commit(engine, 'c').result(20)",
+        0,
+        ["a", "c"],
+        ["SystemExit"],
+    ),
     "a callback that raises": (
         "with make_engine(root, fs) as engine:\n    p = commit(engine, 'a')\n"
         "    p.add_done_callback(lambda p: 1 / 0); p.add_done_callback(lambda p: print('second'))",
@@ -181,3 +241,28 @@ def test_an_ending(tmp_path: Path, name: str) -> None:
     assert set(tags) <= set(found) <= {*tags, "b"}, done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
+
+
+OPEN_AND_CLOSE = """
+import os, sys, tempfile
+sys.path.insert(0, {package!r})
+import async_ckpt, torch
+
+# Forked, for each to end as an interpreter does without importing torch anew.
+root, failed, child = tempfile.mkdtemp(dir={folder!r}), [], 0
+for k in range({num_processes}):
+    child = os.fork()
+    if child == 0:
+        async_ckpt.AsyncCheckpointEngine(os.path.join(root, str(k)), staging_bytes=16 << 20).close()
+        break
+    failed.append(os.waitpid(child, 0)[1])
+if child:
+    print(sorted(set(failed)))
+"""
+
+
+@pytest.mark.parametrize("num_processes", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_processes_that_open_and_close_end_well(tmp_path: Path, num_processes: int) -> None:
+    script = OPEN_AND_CLOSE.format(package=str(ROOT), folder=str(tmp_path), num_processes=num_processes)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[0]", "")

@@ -34,15 +34,21 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from ... import transaction
 from ...checksum import crc32
 from ...config import EngineConfig
-from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError, UnsupportedStateError
+from ...errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    TransactionStateError,
+    UnsafePathError,
+    UnsupportedStateError,
+    report,
+)
 from ...filesystem import FileSystem
 from ...manifest import FileEntry, check_metadata, check_tag, parse_private_name
 from ...writer import WrittenFile
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, kept_core
 from .objects import unknown_types
-
-logger = logging.getLogger("async_ckpt")
 
 METADATA_NAME = ".metadata"
 
@@ -103,7 +109,7 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_nam
 
 @lru_cache(maxsize=64)
 def _tell_once(message: str) -> None:
-    logger.warning("%s", message)
+    report(logging.WARNING, "%s", message)
 
 
 def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:

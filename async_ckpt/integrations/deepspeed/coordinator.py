@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...coordination import Coordinator, OpenTag
-from ...errors import CheckpointError, CommitError, RankFailedError
+from ...errors import CheckpointError, CommitError, RankFailedError, report
 from ...filesystem import FileSystem
 from ...manifest import FileEntry
 from ...threads.locks import Lock
@@ -23,8 +23,6 @@ from .destination import Destination
 from .foreign import adopt, take_in
 from .latest import write_latest
 from .ranks import Ranks
-
-logger = logging.getLogger("async_ckpt")
 
 _PARTING_S = 60.0
 _DONE = "done"
@@ -74,7 +72,7 @@ class DeepSpeedCoordinator:
                 adopt(self._fs, destination.root, tag)
             except (CheckpointError, OSError) as error:
                 # It cannot be replaced then: the inner coordinator refuses, and tells the other ranks.
-                logger.warning("%s cannot be replaced: %s", destination.folder, error)
+                report(logging.WARNING, "%s cannot be replaced: %s", destination.folder, error)
         opened = inner.begin(tag, overwrite)
         self._open[id(opened)] = (inner, destination, number)
         return opened
@@ -157,8 +155,8 @@ class DeepSpeedCoordinator:
         try:
             while (num_heard := self._store.add("heard", 0)) < self._num_told:
                 if time.monotonic() > deadline:
-                    logger.warning("%d checkpoint(s) are committed, but not every rank has heard of it", self._num_told - num_heard)
+                    report(logging.WARNING, "%d checkpoint(s) are committed, but some rank has not heard of it", self._num_told - num_heard)
                     return
                 time.sleep(0.005)
         except RuntimeError as error:
-            logger.warning("the store went away before every rank had heard how its checkpoints ended: %s", error)
+            report(logging.WARNING, "the store went away before every rank had heard how its checkpoints ended: %s", error)

@@ -14,7 +14,7 @@ import torch
 from ... import restore
 from ...config import EngineConfig
 from ...engine import AsyncCheckpointEngine
-from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError
+from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
 from ...filesystem import FileSystem, LocalFileSystem
 from ...interface import CheckpointEngine, StrPath
 from ...manifest import MANIFEST_NAME
@@ -25,8 +25,6 @@ from .destination import Destination
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
 from .ranks import Ranks
-
-logger = logging.getLogger("async_ckpt")
 
 
 class AsyncDeepSpeedEngine(CheckpointEngine):
@@ -281,13 +279,13 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
     def _give_up(self, error: BaseException, *, is_raised: bool) -> None:
         destination, self._destination = self._destination, None
         assert destination is not None
-        logger.warning("checkpoint %r was not completed and is given up: %s", destination.tag, error)
         self._failed = None
         self._outcomes.add(self._info, None, error, is_raised=is_raised)
         if self._is_open:
             self._is_open = False
             self._coordinator.reason = error
             self._engine(destination).abort(destination.name)
+        report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.tag, error)
 
     def _make_outside(self, path: str, exist_ok: bool) -> None:
         if not exist_ok and self._filesystem.stat(path).kind != "missing":

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 from ... import manifest
 from ...checksum import crc32
+from ...errors import report
 from ...filesystem import FileSystem
 from ...manifest import MANIFEST_NAME, FileEntry, Manifest
-
-logger = logging.getLogger("async_ckpt")
 
 OFFLOADED_NAME = "offloaded_tensors"
 _EXTENT_BYTES = 16 << 20
@@ -34,7 +33,7 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     folder = os.path.join(root, tag)
     if filesystem.stat(folder).kind != "dir" or filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
         return False
-    logger.warning("%s was not written by this package: reading it once, so that it can be replaced as a whole", folder)
+    report(logging.WARNING, "%s was not written by this package: reading it once, so that it can be replaced as a whole", folder)
     entries = tuple(_entries(filesystem, folder, "", None))
     # Older than anything that will be committed from now on.
     created_unix_ns = filesystem.stat(folder).mtime_ns

@@ -7,13 +7,11 @@ import logging
 import os
 import re
 
-from ...errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ...errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, report
 from ...filesystem import FileSystem, LocalFileSystem
 from ...interface import StrPath
 from ...manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
 from ...verify import verify_files
-
-logger = logging.getLogger("async_ckpt")
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _LAST_FILE_OF_STOCK = "trainer_state.json"
@@ -39,17 +37,17 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
         try:
             verify_directory(path, fs)
         except CheckpointError as error:
-            logger.warning("%s is not resumed from: %s", path, error)
+            report(logging.WARNING, "%s is not resumed from: %s", path, error)
             damaged = damaged or error
             continue
         if foreign:
-            logger.warning("%s and %d others have no manifest and are not resumed from", foreign[0], len(foreign) - 1)
+            report(logging.WARNING, "%s and %d others have no manifest and are not resumed from", foreign[0], len(foreign) - 1)
         return path
     if damaged is not None:
         raise damaged
     for path in foreign:
         if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind == "file":
-            logger.warning("%s was saved by stock Trainer: it cannot be verified", path)
+            report(logging.WARNING, "%s was saved by stock Trainer: it cannot be verified", path)
             return path
     return None
 

@@ -14,12 +14,10 @@ import torch
 from ...config import EngineConfig
 from ...coordination import Coordinator
 from ...engine import AsyncCheckpointEngine
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, report
 from ...pending import PendingCommit
 from ...retention import RetentionPolicy
 from ..guarding import check_guardable, torch_optimizer
-
-logger = logging.getLogger("async_ckpt")
 
 _OWN_FIELDS = ("root", "format", "overwrite")
 
@@ -115,7 +113,7 @@ class Saver:
                 if first is None:
                     first = error
                 else:
-                    logger.error("and another checkpoint failed: %s", error)
+                    report(logging.ERROR, "and another checkpoint failed: %s", error)
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
@@ -127,7 +125,7 @@ class Saver:
         try:
             self.close()
         except Exception as failure:  # noqa: BLE001 - see above
-            logger.error("while training ended with %r, a checkpoint was lost too: %s", error, failure)
+            report(logging.ERROR, "while training ended with %r, a checkpoint was lost too: %s", error, failure)
 
     def _report(self, flight: _InFlight) -> None:
         failure = flight.pending.exception()

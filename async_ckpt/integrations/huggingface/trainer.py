@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = logging.getLogger("async_ckpt")
 
 _STATE_NAME = "trainer_state.json"
 _JIT_MARKER = "checkpoint-is-incomplete.txt"

@@ -12,7 +12,7 @@ import torch
 
 from ...config import EngineConfig
 from ...engine import AsyncCheckpointEngine
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, report
 from ...filesystem import FileSystem, LocalFileSystem
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
@@ -20,8 +20,6 @@ from .framework import checkpoint_io_class, cooperate, default_weights_only
 from .loading import load_file
 from .places import DATA_NAME, Place
 from .single_file import FileCoordinator, remove, try_settle
-
-logger = logging.getLogger("async_ckpt")
 
 _OWN_FIELDS = ("root", "overwrite", "coordinator", "format", "retention")
 
@@ -157,7 +155,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             engine.close()
         failure = after.take_failure()
         if failure is not None and is_unwinding:
-            logger.error("a checkpoint was lost: %s", failure)
+            report(logging.ERROR, "a checkpoint was lost: %s", failure)
         elif failure is not None:
             raise failure
 

@@ -17,14 +17,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...errors import report
 from ...filesystem import FileSystem
 from ...pending import PendingCommit
 from ...threads.executor import DaemonExecutor
 from ...threads.locks import Lock
 from .places import Place
 from .single_file import FileCoordinator, remove
-
-logger = logging.getLogger("async_ckpt")
 
 
 @dataclass(slots=True)
@@ -127,9 +126,9 @@ class FollowUps:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - also a user's hook may fail in any way; the next save raises it
-            logger.error("after a checkpoint was committed: %s", error)
             with self._lock:
                 self._failures.append(error)
+            report(logging.ERROR, "after a checkpoint was committed: %s", error)
 
     def _ended(self, save: _Save) -> None:
         if save.pending.exception() is None and self.on_commit is not None and self.filesystem.stat(save.place.final).kind == "file":
@@ -137,7 +136,7 @@ class FollowUps:
 
     def _link(self, target: Place, link: Place, waits: list[_Save]) -> None:
         if any(save.pending.exception() is not None for save in waits):
-            logger.warning("%s still points where it did: %s was not committed", link.final, target.final)
+            report(logging.WARNING, "%s still points where it did: %s was not committed", link.final, target.final)
             return
         switch_link(self.filesystem, target, link)
         self._retry_postponed(force=False)
@@ -145,7 +144,7 @@ class FollowUps:
     def _remove(self, place: Place, number: int, before: list[_Save]) -> None:
         failed = [save for save in before if save.pending.exception() is not None]
         if failed:
-            logger.warning("%s is kept: the save of %s, which was to replace it, failed", place.final, failed[0].place.final)
+            report(logging.WARNING, "%s is kept: the save of %s, which was to replace it, failed", place.final, failed[0].place.final)
             return
         if self._is_linked(place):
             self._postponed.append((place, number))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...catalog import Catalog
-from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...filesystem import FileSystem
 from ...manifest import FileEntry, Manifest
 from ...restore.loading import load_opened
@@ -22,8 +22,6 @@ from ...restore.reading import VerifiedFile
 from ...restore.verified_open import Opened
 from .content_id import CONTENT_ID, check_own_crcs, read_content_id
 from .places import DATA_NAME, Place
-
-logger = logging.getLogger("async_ckpt")
 
 
 def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weights_only: bool | None, verify: str) -> Any:
@@ -47,7 +45,11 @@ def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weight
     if filesystem.stat(place.staged).kind == "file":
         # A crash came between the two renames: the manifest speaks of the file that is not here yet.
         check_own_crcs(place.final)
-        logger.warning("%s is older than its manifest, and only its own checksums were compared; the next save here ends that", place.final)
+        report(
+            logging.WARNING,
+            "%s is older than its manifest, and only its own checksums were compared; the next save here ends that",
+            place.final,
+        )
         return _load_unverified(place, map_location, weights_only)
     try:
         if found.size_bytes != entry.size_bytes:
@@ -60,7 +62,9 @@ def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weight
         if content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id):
             raise
         check_own_crcs(place.final)
-        logger.warning("%s was replaced after this package wrote it; only its own checksums were compared (%s)", place.final, error)
+        report(
+            logging.WARNING, "%s was replaced after this package wrote it; only its own checksums were compared (%s)", place.final, error
+        )
         return _load_unverified(place, map_location, weights_only)
 
 

@@ -17,14 +17,12 @@ from typing import Any
 from ... import transaction
 from ...catalog import Catalog
 from ...coordination import LocalCoordinator, OpenTag
-from ...errors import CheckpointError, CheckpointNotFoundError, CommitError
+from ...errors import CheckpointError, CheckpointNotFoundError, CommitError, report
 from ...filesystem import FileSystem
 from ...manifest import FileEntry
 from ...threads.locks import Lock
 from .content_id import CONTENT_ID, read_content_id
 from .places import DATA_NAME, Place
-
-logger = logging.getLogger("async_ckpt")
 
 
 class FileCoordinator(LocalCoordinator):
@@ -124,7 +122,7 @@ def settle(fs: FileSystem, folder: str) -> None:
             continue
         staged, final = fs.stat(place.staged), fs.stat(place.final)
         if staged.kind == "file" and (final.kind == "missing" or final.mtime_ns <= staged.mtime_ns):
-            logger.warning("%s was committed by a process that ended before it was in place; it is moved there now", place.final)
+            report(logging.WARNING, "%s was committed by a process that ended before it was in place; it is moved there now", place.final)
             move_into_place(fs, place)
         elif staged.kind == "file" or final.kind == "missing":
             forget(fs, place)
@@ -165,4 +163,4 @@ def try_settle(fs: FileSystem, folder: str) -> None:
         try:
             settle(fs, folder)
         except (CheckpointError, OSError) as error:
-            logger.warning("%s could not be tidied before reading: %s", folder, error)
+            report(logging.WARNING, "%s could not be tidied before reading: %s", folder, error)
