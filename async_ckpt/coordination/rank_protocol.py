@@ -15,14 +15,15 @@ Keys, all below the run's prefix; n is the attempt, counted by rank 0, never use
 Guarantees:
 - Whoever loses the claim of "n/verdict" obeys the winner: no rank reports a failure of a checkpoint that is then published.
 - Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts), plus the polls of its waits.
-- Every wait is bounded (`liveness` ends it early for a lost rank). Rank 0 drops an attempt's keys when all ranks have seen its result,
-  or `timeout_s` later; a rank that asks after that is told that the outcome is unknown.
+- Every wait is bounded by `timeout_s`, whose end names the ranks that were not heard of.
+- Rank 0 drops an attempt's keys when all ranks have seen its result, or `timeout_s` later; a rank that asks after that is told that
+  the outcome is unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .rank_requests import Add, Announcements, AttemptFailed, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Seat, Step, Verdict
 
@@ -46,8 +47,8 @@ def announce(seat: Seat, tag: str, staging_name: str | None, error: str = "") ->
 # The other ranks join.
 
 
-def join(seat: Seat, tag: str, known: Announcements, first_lost: Callable[[], str | None] = lambda: None) -> Step:
-    """Another rank: wait until rank 0 has begun `tag`, or is lost; returns the attempt and its announcement.
+def join(seat: Seat, tag: str, known: Announcements) -> Step:
+    """Another rank: wait until rank 0 has begun `tag`; returns the attempt and its announcement.
 
     Raises:
         AttemptFailed: rank 0 did not begin this tag in time or could not, or the jobs differ in size.
@@ -62,11 +63,9 @@ def join(seat: Seat, tag: str, known: Announcements, first_lost: Callable[[], st
         if found is not None:
             break
         patience = patience_s if noted and ended is None else grace_s
-        head = yield Await("head", patience, str(known.last) if known.last else None, lambda: first_lost() is not None)
+        head = yield Await("head", patience, str(known.last) if known.last else None)
         if head is not None:
             yield from _read_announcements(known, int(head))
-        elif (cause := first_lost()) is not None:
-            raise AttemptFailed(None, Verdict(False, 0, f"it has not opened tag {tag!r}, and will not: {cause}", seat.rank))
         elif ended is not None:
             # Not an older try whose successor is about to be announced: this very attempt failed before we came.
             raise ended

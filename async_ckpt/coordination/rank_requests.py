@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,8 +60,6 @@ class Await:
     key: str
     timeout_s: float
     other_than: str | None = None
-    given_up: Callable[[], bool] | None = None
-    """Ends the wait early, with None; asked at each poll."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +71,7 @@ class AwaitCount:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Nothing, for `seconds`."""
-
-    seconds: float
-
-
-StoreRequest = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
-Request = StoreRequest | Sleep
+Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
 Step = Generator[Request, Any, Any]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RankFailedError
@@ -13,8 +13,7 @@ from ..threads.locks import Lock
 from . import OpenTag, rank_protocol
 from .rank_outcome import error_of
 from .rank_requests import AttemptFailed, Seat, Step, Verdict
-from .store_link import LinkClosedError, LinkLostError, StoreLink
-from .vigil import Vigil
+from .store_link import LinkLostError, StoreLink
 
 
 @dataclass(slots=True)
@@ -24,15 +23,12 @@ class RankTag(OpenTag):
     attempt: Future[int] = field(default_factory=Future)
     verdict: Verdict | None = None
     """How it ended, once this rank has learnt it."""
-    identity: tuple[int, int] = (-1, -1)
-    """Of the staging directory that another rank has made."""
 
 
 class RankTalk:
-    """One coordinator's link and vigil. Any thread; `learn` blocks, nothing else does."""
+    """One coordinator's link. Any thread; `learn` and `ask` block, nothing else does."""
 
-    def __init__(self, link: StoreLink, vigil: Vigil, seat: Seat, root: str) -> None:
-        self.vigil = vigil
+    def __init__(self, link: StoreLink, seat: Seat, root: str) -> None:
         self._link = link
         self._seat = seat
         self._root = root
@@ -77,19 +73,13 @@ class RankTalk:
             raise self.translated(opened, failure, reported) from failure
 
     def translated(self, opened: RankTag, error: BaseException, reported: bool) -> BaseException:
-        """A step's failure as what the caller of `commit` gets. May block a moment, where rank 0 seems to be lost."""
+        """A step's failure as what the caller of `commit` gets."""
         if isinstance(error, AttemptFailed):
             opened.verdict = verdict = error.verdict
         elif isinstance(error, LinkLostError):
             verdict = Verdict(False, None, str(error), self._seat.rank, None if reported else False)
-            if not isinstance(error, LinkClosedError) and self.vigil.first_has_ended():
-                verdict = replace(verdict, rank=0, cause=f"its process has ended, and the store is lost: {error}")
         else:
             return error
-        # Only rank 0 renames a shared directory; where it has certainly ended, the disk tells.
-        may_look = verdict.committed is None and self._seat.rank != 0 and self._seat.num_nodes == 1 and opened.identity[0] >= 0
-        if may_look and self.vigil.will_never_be_renamed(opened.location.result(), opened.identity):
-            verdict = replace(verdict, rank=0, committed=False)
         translated = error_of(opened.tag, self._root, verdict)
         translated.__cause__ = error
         return translated
@@ -103,7 +93,7 @@ class RankTalk:
             self._unretired.discard(attempt)
 
     def close(self, linger_s: float) -> None:
-        """Let the others read the last outcome, for at most `linger_s`; then say goodbye and stop the link."""
+        """Let the others read the last outcome, for at most `linger_s`; then stop the link."""
         deadline = time.monotonic() + min(linger_s, self._seat.timeout_s)
         while time.monotonic() < deadline:
             with self._lock:
@@ -113,5 +103,5 @@ class RankTalk:
             concurrent.futures.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         # A later engine over this store must not take these for its own.
         last = [self._link.submit(rank_protocol.retire(self._seat, attempt, 0.0)) for attempt in tuple(self._unretired)]
-        concurrent.futures.wait([*last, self.vigil.leave()], timeout=linger_s)
+        concurrent.futures.wait(last, timeout=linger_s)
         self._link.close(linger_s)

@@ -8,7 +8,6 @@ Guarantees:
 - A rank that raises, is killed, hangs, names another tag or runs out of disk fails the commit on every surviving rank within
   `timeout_s` of its own part being durable, with `RankFailedError` (`rank`, cause); nothing is renamed, and the next checkpoint
   works. If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is unknown.
-- A killed or closed rank is noticed within seconds (another host's after `silence_s`), not at the end of `timeout_s`; see `liveness`.
 - Nothing here runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
 """
 
@@ -37,7 +36,6 @@ from .rank_requests import Announcements, AttemptFailed, Seat, Step, Verdict
 from .rank_talk import RankTag, RankTalk
 from .store_link import StoreLink, private_connection
 from .survey import Survey
-from .vigil import Vigil
 
 __all__ = ["Node", "RankCoordinator", "RankTag"]
 
@@ -56,8 +54,6 @@ class RankCoordinator:
         node: this node, where each node has a root of its own; None for one root on a file system that all ranks see.
         channel: keeps several engines over one store apart; by default made from the root's path.
         linger_s: how long `close` waits for the other ranks to read the last outcome.
-        silence_s: a rank that has shown no sign of life for so long, while a checkpoint needs it, fails that checkpoint. Longer than
-            any pause in which a healthy process cannot run a thread. A kill on the same host is noticed within seconds anyway.
 
     Raises:
         ConfigError: ranks, nodes or run id do not fit.
@@ -74,7 +70,6 @@ class RankCoordinator:
         node: Node | None = None,
         channel: str | None = None,
         linger_s: float = 10.0,
-        silence_s: float = 60.0,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in a job of {world_size} ranks")
@@ -82,8 +77,6 @@ class RankCoordinator:
             raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number} of {node.num_nodes}")
         if not 0 < timeout_s < float("inf"):
             raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        if not 0 < silence_s < float("inf"):
-            raise ConfigError(f"silence_s must be a positive number of seconds, not {silence_s!r}")
         self.rank = rank
         self.world_size = world_size
         self.seat = Seat(rank, world_size, timeout_s)
@@ -93,7 +86,6 @@ class RankCoordinator:
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
-        self._silence_s = silence_s
         self._known = Announcements()
         self._num_surveys = 0
         self._filesystem: FileSystem | None = None
@@ -136,7 +128,7 @@ class RankCoordinator:
         prefix = f"async_ckpt/{self._run_id}/{channel}/"
         patience_s = min(self.seat.timeout_s, _STALL_S)
         link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
-        self._talking = RankTalk(link, Vigil(link, filesystem, self.seat, self._silence_s), self.seat, root)
+        self._talking = RankTalk(link, self.seat, root)
 
     def begin(self, tag: str, overwrite: str) -> RankTag:
         staging = None
@@ -152,7 +144,6 @@ class RankCoordinator:
             opened.attempt = self._talk.submit(rank_protocol.announce(self.seat, tag, os.path.basename(staging.path)))
         else:
             opened.attempt = self._joins[tag] = self._join_after(self._joins.get(tag), opened)
-        self._talk.vigil.begin(id(opened), opened.attempt)
         if staging is not None:
             opened.location.set_result(staging.path)
         else:
@@ -161,12 +152,6 @@ class RankCoordinator:
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         assert isinstance(opened, RankTag)
-        try:
-            self._publish(opened, files, metadata, created_unix_ns)
-        finally:
-            self._talk.vigil.end(id(opened))
-
-    def _publish(self, opened: RankTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         attempt = self._talk.learn(opened, opened.attempt)
         part = Manifest(opened.tag, created_unix_ns, tuple(files))
         digest = write_part(self._fs, opened.location.result(), self.rank, part)
@@ -181,7 +166,6 @@ class RankCoordinator:
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         assert isinstance(opened, RankTag)
-        self._talk.vigil.end(id(opened))
         attempt: int | None = None
         if self.rank == 0 or opened.attempt.done():
             try:
@@ -281,7 +265,7 @@ class RankCoordinator:
     def _join(self, opened: RankTag) -> Step:
         """Another rank's way into an attempt; resolves the location."""
         seat = self.seat
-        attempt, announcement = yield from rank_protocol.join(seat, opened.tag, self._known, self._talk.vigil.first_lost)
+        attempt, announcement = yield from rank_protocol.join(seat, opened.tag, self._known)
         if opened.staging is not None:
             yield from rank_protocol.open_node(seat, attempt, os.path.basename(opened.staging.path))
             return attempt
@@ -290,12 +274,9 @@ class RankCoordinator:
             name = yield from rank_protocol.await_node(seat, attempt)
         try:
             joined = transaction.join(self._fs, self._root, opened.tag, name)
-            if seat.num_nodes == 1:
-                self._talk.vigil.staging_of_first = joined.path
         except (CheckpointError, OSError) as error:
             verdict = yield from rank_protocol.fail(seat, attempt, cause_of(error))
             raise AttemptFailed(attempt, verdict) from error
-        opened.identity = joined.identity
         opened.location.set_result(joined.path)
         return attempt
 

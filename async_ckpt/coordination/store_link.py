@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Condition
 from . import rank_requests as requests
-from .rank_requests import Await, AwaitCount, Sleep, Step
+from .rank_requests import Await, AwaitCount, Step
 
 # Never a value of ours: comparing a key with it reads the key in one request that does not wait for a missing one.
 _ABSENT = "\x00"
@@ -44,10 +44,6 @@ class LinkLostError(Exception):
     """The store does not answer any more, or the link was closed."""
 
 
-class LinkClosedError(LinkLostError):
-    """The link was closed by its owner."""
-
-
 def private_connection(store: Any) -> Any:
     """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be busy waiting."""
     clone = getattr(store, "clone", None)
@@ -65,7 +61,7 @@ class StoreClient:
         self._store = store
         self._prefix = prefix
 
-    def answer(self, request: requests.StoreRequest) -> Any:
+    def answer(self, request: requests.Request) -> Any:
         """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
         store = self._store
         if isinstance(request, requests.Put):
@@ -111,7 +107,7 @@ class _Task:
         self.result: Any = None
         self._step = step
         self._pace = pace
-        self._wait: Await | AwaitCount | Sleep | None = None
+        self._wait: Await | AwaitCount | None = None
         self._deadline_s = 0.0
         self._interval_s = 0.0
 
@@ -124,13 +120,7 @@ class _Task:
         try:
             request = self._step.send(None) if self._wait is None else self._wait
             while True:
-                if isinstance(request, Sleep):
-                    if self._wait is not request:
-                        self._wait, self.due_s = request, time.monotonic() + request.seconds
-                        return False
-                    answer = None
-                else:
-                    answer = _ask(client, request)
+                answer = _ask(client, request)
                 if isinstance(request, (Await, AwaitCount)) and not answer and not self._is_over(request):
                     return False
                 self._wait = None
@@ -146,10 +136,10 @@ class _Task:
             self._wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
         self._interval_s = self._pace.after(self._interval_s)
         self.due_s = min(now + self._interval_s, self._deadline_s)
-        return now >= self._deadline_s or (isinstance(wait, Await) and wait.given_up is not None and wait.given_up())
+        return now >= self._deadline_s
 
 
-def _ask(client: StoreClient, request: requests.StoreRequest) -> Any:
+def _ask(client: StoreClient, request: requests.Request) -> Any:
     try:
         return client.answer(request)
     # torch raises DistError, a RuntimeError, for all that can happen to a store.
@@ -190,7 +180,7 @@ class StoreLink:
         """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most `timeout_s` for the request that is under way."""
         with self._changed:
             if self._closing is None:
-                self._closing = LinkClosedError("the coordinator was closed")
+                self._closing = LinkLostError("the coordinator was closed")
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.shutdown(wait=False)
@@ -216,7 +206,7 @@ class StoreLink:
                     task.done.set_result(task.result)
             finally:
                 self._busy_since_s = None
-        self._end_all(LinkClosedError("the link has ended"))
+        self._end_all(LinkLostError("the link has ended"))
 
     def _guard(self) -> None:
         """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch waits for ever."""
@@ -227,7 +217,7 @@ class StoreLink:
                 if since_s is not None and time.monotonic() - since_s > self._patience_s:
                     where = "it lives with rank 0 or with its launcher"
                     self._closing = LinkLostError(f"the store has not answered for {self._patience_s:g} s; {where}")
-        self._end_all(LinkClosedError("the link has ended"))
+        self._end_all(LinkLostError("the link has ended"))
 
     def _end_all(self, otherwise: LinkLostError) -> None:
         with self._changed:

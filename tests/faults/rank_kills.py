@@ -33,7 +33,7 @@ class Tally:
     failed: int = 0
     unknown: int = 0
     others: int = 0
-    """Failures that name a rank that was not killed: one that was late, or had ended by itself."""
+    """Failures that name another rank, one that was late on a busy machine, or none, where the store was lost."""
     slowest_s: float = 0.0
     """The longest that a rank waited to hear of a failure."""
 
@@ -53,8 +53,7 @@ def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tal
             if kind == "failed":
                 assert record["outcome"] == "RankFailedError", (rank, record)
                 tally.slowest_s = max(tally.slowest_s, record["s"])
-                # Survivors end, and so leave, one after the other; on a busy machine a living rank may be late.
-                others = ("it has left", f"within {job.timeout_s:g} s")
+                others = ("the store does not answer", f"within {job.timeout_s:g} s")
                 assert record["blamed"] == killed or any(other in record["message"] for other in others), (rank, record)
                 tally.others += record["blamed"] != killed
     for tag, kinds in outcomes.items():
@@ -81,7 +80,7 @@ def kill_one(folder: Path, world_size: int, seed: int, tally: Tally, kind: str =
     address = f"127.0.0.1:{store.port}"
     root = str(folder / "root")
     used = {"tcp": address, "file": str(folder / "store"), "zero": f"zero:{free_port()}"}[kind]
-    job = Job(root, str(folder / "first"), world_size, used, timeout_s=8.0, run_id="1", numel=40_000, linger_s=3.0)
+    job = Job(root, str(folder / "first"), world_size, used, timeout_s=5.0, run_id="1", numel=40_000, linger_s=3.0)
     tags = [f"k{n}" for n in range(TAGS_PER_JOB)]
     killed = chance.randrange(world_size)
     # What follows a kill fails too: two are enough to see that the survivors stay well.

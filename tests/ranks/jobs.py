@@ -80,7 +80,6 @@ class Job:
     run_id: str = "r"
     node_size: int = 0
     numel: int = 3000
-    silence_s: float = 60.0
     linger_s: float = 5.0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +105,6 @@ class Job:
             run_id=self.run_id,
             node=node,
             linger_s=self.linger_s,
-            silence_s=self.silence_s,
             channel="c",
         )
 

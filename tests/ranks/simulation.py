@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any
 
-from async_ckpt.coordination.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request, Sleep
+from async_ckpt.coordination.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
 from async_ckpt.coordination.store_link import PollPace
 
 
@@ -83,9 +83,8 @@ class Simulation:
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
 
-    def run(self, scripts: dict[int, Script], beside: Sequence[tuple[int, Script]] = ()) -> None:
-        """`beside` runs on the ranks' links too, without an outcome of its own."""
-        for rank, script in (*scripts.items(), *((~rank, script) for rank, script in beside)):
+    def run(self, scripts: dict[int, Script]) -> None:
+        for rank, script in scripts.items():
             self._at(0.0, lambda rank=rank, script=script: self._step(rank, script, None))  # type: ignore[misc]
         while self._events:
             self.now_s, _, event = heapq.heappop(self._events)
@@ -104,18 +103,18 @@ class Simulation:
         except Exception as error:  # noqa: BLE001 - an outcome like any other
             self._end(rank, error)
         else:
-            if isinstance(request, (Pause, Sleep)):
+            if isinstance(request, Pause):
                 self._at(self.now_s + request.seconds, lambda: self._step(rank, script, None))
             else:
                 self._ask(rank, script, request, self.now_s, 0.0)
 
     def _ask(self, rank: int, script: Script, request: Request, began_s: float, interval_s: float) -> None:
-        back_s = self.store.arrive(self.now_s, rank if rank >= 0 else ~rank, request)
+        back_s = self.store.arrive(self.now_s, rank, request)
         answer = self.store.answer(request)
 
         def answered() -> None:
             is_over = not isinstance(request, (Await, AwaitCount)) or answer or self.now_s >= began_s + request.timeout_s
-            if is_over or (isinstance(request, Await) and request.given_up is not None and request.given_up()):
+            if is_over:
                 self._step(rank, script, answer)
             else:
                 pace_s = self._pace.after(interval_s)
@@ -124,9 +123,5 @@ class Simulation:
         self._at(back_s, answered)
 
     def _end(self, rank: int, outcome: Any) -> None:
-        if rank < 0:
-            if isinstance(outcome, Exception):
-                raise outcome
-            return
         self.outcomes[rank] = outcome
         self.ended_s[rank] = self.now_s

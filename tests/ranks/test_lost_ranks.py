@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or leave, as real processes: named with the cause, long before the timeout, and nothing is renamed."""
+"""Ranks that are killed, stopped or leave, as real processes: named at the timeout, and nothing is renamed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.ranks.test_processes import assert_whole, make_job, run
 from tests.support.mounts import mounted
 from tests.support.processes import free_port
 
+SHORT_S = 3.0
 LONG_S = 50.0
 SOON_S = 20.0
 GOOD: Plan = [("a", "commit"), ("b", "commit")]
@@ -39,35 +40,27 @@ def restart(job: Job, tmp_path: Path, store: Any, world_size: int) -> None:
     assert [name for name in os.listdir(job.root) if name.startswith(".")] == []
 
 
-LOST = {
-    "die": "its process has ended",
-    "die early": "its process has ended",
-    "death before report": "its process has ended",
-    "leave": "it has left",
-}
-
-
-@pytest.mark.parametrize("act", LOST)
+@pytest.mark.parametrize("act", ["die", "die early", "death before report", "leave"])
 @pytest.mark.parametrize("kind", ["launcher", "file"])
-def test_a_lost_rank_is_named_long_before_the_timeout(tmp_path: Path, store: Any, act: str, kind: str) -> None:
-    job = make_job(tmp_path, address(kind, store, tmp_path), 3, timeout_s=LONG_S, linger_s=0.5)
+def test_a_lost_rank_is_named_at_the_timeout(tmp_path: Path, store: Any, act: str, kind: str) -> None:
+    job = make_job(tmp_path, address(kind, store, tmp_path), 3, timeout_s=SHORT_S, linger_s=0.5)
     learnt = run(job, [GOOD, GOOD, [("a", "commit"), ("b", act)]], [0, 0, 0 if act == "leave" else -9])
     for rank in (0, 1):
         record = learnt[rank][1]
         assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 2, False), record
-        assert LOST[act] in record["message"]
-        assert record["s"] < SOON_S
+        assert "not reported its part durable within 3 s" in record["message"]
+        assert record["s"] < 2 * SHORT_S + 3
     assert_whole(job.root, ["a"], [0, 1, 2])
     restart(job, tmp_path, store, 2)
 
 
-def test_several_ranks_of_one_host_are_killed_at_once(tmp_path: Path, store: Any) -> None:
-    job = make_job(tmp_path, store, 5, timeout_s=LONG_S, linger_s=0.5)
+def test_several_lost_ranks_are_all_named(tmp_path: Path, store: Any) -> None:
+    job = make_job(tmp_path, store, 5, timeout_s=SHORT_S, linger_s=0.5)
     dying: Plan = [("a", "commit"), ("b", "die")]
     learnt = run(job, [GOOD, GOOD, dying, dying, dying], [0, 0, -9, -9, -9])
     for rank in (0, 1):
-        assert learnt[rank][1]["blamed"] in (2, 3, 4)
-        assert learnt[rank][1]["s"] < SOON_S
+        assert learnt[rank][1]["blamed"] == 2
+        assert "(missing: 2, 3, 4)" in learnt[rank][1]["message"]
 
 
 def test_a_rank_that_is_alive_but_never_creates_is_named_at_the_timeout(tmp_path: Path, store: Any) -> None:
@@ -86,7 +79,7 @@ def test_a_rank_that_is_alive_but_never_creates_is_named_at_the_timeout(tmp_path
 
 
 def test_a_stopped_rank_fails_the_commit_and_takes_part_again_when_it_goes_on(tmp_path: Path, store: Any) -> None:
-    job = make_job(tmp_path, store, 3, timeout_s=LONG_S, silence_s=2.0)
+    job = make_job(tmp_path, store, 3, timeout_s=SHORT_S)
     processes = Processes(job, [GOOD, GOOD, [("a", "stop"), ("b", "commit")]])
     while not all(processes.learnt(rank) for rank in (0, 1)):
         processes.ranks[0].join(0.05)
@@ -97,8 +90,7 @@ def test_a_stopped_rank_fails_the_commit_and_takes_part_again_when_it_goes_on(tm
     for rank in (0, 1):
         first, second = processes.learnt(rank)[:2]
         assert (first["outcome"], first["blamed"], first["committed"]) == ("RankFailedError", 2, False)
-        assert "no sign of life for 2 s" in first["message"]
-        assert first["s"] < SOON_S
+        assert "not reported its part durable within 3 s" in first["message"]
         assert second["outcome"] == "ok"
     assert [record["outcome"] for record in processes.learnt(2)] == ["RankFailedError", "ok", "closed"]
     assert_whole(job.root, ["b"], [0, 1, 2])
@@ -108,17 +100,18 @@ def test_a_stopped_rank_fails_the_commit_and_takes_part_again_when_it_goes_on(tm
 @pytest.mark.parametrize("kind", ["launcher", "rank 0"])
 @pytest.mark.parametrize("act", ["die", "die early", "death before report", "death in rename", "death after rename"])
 def test_rank_zero_is_killed(tmp_path: Path, store: Any, kind: str, act: str) -> None:
-    job = make_job(tmp_path, address(kind, store, tmp_path), 3, timeout_s=LONG_S, linger_s=0.5)
+    job = make_job(tmp_path, address(kind, store, tmp_path), 3, timeout_s=SHORT_S, linger_s=0.5)
     learnt = run(job, [[("a", "commit"), ("b", act)], GOOD, GOOD], [-9, 0, 0])
     for rank in (1, 2):
         record = learnt[rank][1]
-        assert record["s"] < SOON_S, record
-        if act == "death after rename":
-            assert (record["outcome"], record["committed"]) == ("CommitError", None), record
-            assert "list" in record["message"]
+        assert record["s"] < 2 * SHORT_S + 3, record
+        if record["committed"] is None:
+            # It had begun to publish, or the store went with it: nobody can know.
+            assert record["outcome"] == "CommitError" and "list" in record["message"], record
+            assert "rename" in act or kind == "rank 0"
         else:
-            assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 0, False), record
-            assert "process has ended" in record["message"]
+            assert (record["outcome"], record["committed"]) == ("RankFailedError", False), record
+            assert "rename" not in act and record["blamed"] == (0 if kind == "launcher" else None)
     assert_whole(job.root, ["a", "b"] if act == "death after rename" else ["a"], [0, 1, 2])
     if act != "death after rename":
         restart(job, tmp_path, store, 4)
