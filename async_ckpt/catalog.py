@@ -32,7 +32,9 @@ from .manifest import (
 )
 from .names import NameKind
 from .paths import Root, StrPath
-from .verify import DAMAGE_ERRNOS, Level, Problem, Progress, VerifyReport, find_extra, verify_files
+from .restore.read_errors import DAMAGE_ERRNOS
+from .restore.reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files
 
 _MAX_RACES = 32
 
@@ -83,6 +85,17 @@ class OpenCheckpoint:
                 path=entry.path,
             )
         return file
+
+    def open_verified(
+        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
+    ) -> VerifiedFile:
+        """Open a file of the checkpoint to read it with its checksums, around the page cache. Raises as `open_file`."""
+        file = self.open_file(entry, direct=True)
+        try:
+            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
+        except BaseException:
+            file.close()
+            raise
 
     def is_current(self) -> bool:
         """Whether the tag still names this very directory."""
@@ -208,12 +221,13 @@ class Catalog:
         def check(checkpoint: OpenCheckpoint) -> VerifyReport:
             files = checkpoint.manifest.files
             problems: list[Problem] = []
+            extra: list[str] = []
             if checked != "off":
-                problems = verify_files(checkpoint.directory, files, level=checked, num_threads=num_threads, progress=progress)
-                problems += find_extra(checkpoint.directory, files)
+                extra, problems = find_extra(checkpoint.directory, files)
+                problems += verify_files(checkpoint.directory, files, level=checked, num_threads=num_threads, progress=progress)
             if problems and not checkpoint.is_current():
                 raise _gone(tag)
-            return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems))
+            return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems), tuple(extra))
 
         try:
             return self.read(tag, check)

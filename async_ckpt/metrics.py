@@ -158,3 +158,24 @@ class Observer(Protocol):
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
         """A checkpoint was given up before its commit was called; `error` says why. No `on_commit` follows."""
         return None
+
+
+ReadProgress = Callable[[str, int, int], None]
+"""Called with (file, bytes just read, bytes of the file) on the thread that read them."""
+
+_listeners: list[ReadProgress] = []
+
+
+def read_listener() -> ReadProgress | None:
+    """Who is told about the reads of a load that starts now."""
+    return _listeners[-1] if _listeners else None
+
+
+@contextlib.contextmanager
+def listening_to_reads(on_read: ReadProgress) -> Iterator[None]:
+    """Tell `on_read` about the reads of every `load` and `load_into` that starts within the block, in all threads of the process."""
+    _listeners.append(on_read)
+    try:
+        yield
+    finally:
+        _listeners.remove(on_read)

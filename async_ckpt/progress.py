@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import BackpressureTimeout
-from .metrics import CommitMetrics, Observer, Span
+from .metrics import CommitMetrics, Observer, Span, listening_to_reads
 from .threads.locks import Lock
 
 if TYPE_CHECKING:
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .pending import PendingCommit
-
-ReadProgress = Callable[[str, int, int], None]
-"""Called with (file, bytes just read, bytes of the file) on the thread that read them."""
-
-read_progress: ContextVar[ReadProgress | None] = ContextVar("async_ckpt_read_progress", default=None)
-"""Who is told about the reads of loads that start in this context."""
 
 _REFRESH_S = 0.1
 
@@ -73,11 +66,8 @@ def show_progress(console: Console | None = None) -> Iterator[None]:
                     tasks[name] = bar.add_task(f"loading {name}", total=total_bytes)
             bar.advance(tasks[name], num_bytes)
 
-        token = read_progress.set(on_read)
-        try:
+        with listening_to_reads(on_read):
             yield
-        finally:
-            read_progress.reset(token)
 
 
 class CommitProgress(Observer):

@@ -85,7 +85,7 @@ def _copy(place: Place, file: str, fresh: str) -> None:
     with open_committed(place.catalog, place.tag, file, verify="full", num_threads=None) as opened:
         handle = os.open(fresh, os.O_WRONLY)
         try:
-            opened.file.stream(lambda offset, memory: _write(handle, offset, memory))
+            opened.stream(lambda offset, memory: _write(handle, offset, memory))
         finally:
             os.close(handle)
 

@@ -15,7 +15,7 @@ from ..manifest import check_tag
 from ..units import format_bytes, format_rate, format_seconds
 from ..verify import Progress, VerifyReport
 from . import EXIT_FAILED
-from .failing import UsageError
+from .failing import UsageError, clean
 from .locating import catalog_of, place_of
 from .output import print_json, print_table
 
@@ -33,7 +33,9 @@ def command(
 ) -> None:
     """Check all checksums, in parallel; names the damaged files and records. Exit code 1 if anything is damaged.
 
-    JSON: a list of {tag, ok, level, num_files, size_bytes, seconds, bytes_per_s, problems: [{path, record, message}]}
+    Files that somebody else has put into a checkpoint are noted; they damage nothing.
+
+    JSON: a list of {tag, ok, level, num_files, size_bytes, seconds, bytes_per_s, problems: [{path, record, message}], extra: [path]}
     """
     if level not in ("full", "size"):
         raise UsageError(f"--level must be 'full' or 'size', not {level!r}")
@@ -105,6 +107,7 @@ def _result(report: VerifyReport, seconds: float) -> dict[str, Any]:
         "size_bytes": report.size_bytes,
         "seconds": seconds,
         "bytes_per_s": report.size_bytes / seconds if report.level == "full" and seconds > 0 else None,
+        "extra": list(report.extra),
         "problems": [{"path": p.path, "record": p.record, "message": p.message} for p in report.problems],
     }
 
@@ -122,6 +125,10 @@ def _print(results: list[dict[str, Any]], root: str) -> None:
         )
     styles = ["" if result["ok"] else "red" for result in results]
     print_table(("tag", "files", "size", "time", "rate", "state"), rows, right=("files", "size", "time", "rate"), styles=styles)
+    for result in results:
+        if result["extra"]:
+            names = ", ".join(result["extra"][:5]) + (f" and {len(result['extra']) - 5} more" if len(result["extra"]) > 5 else "")
+            typer.echo(clean(f"{result['tag']} also holds, from somebody else: {names}"))
     problems = [(result["tag"], problem) for result in results for problem in result["problems"]]
     if problems:
         typer.echo("")

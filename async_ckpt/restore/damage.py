@@ -1,4 +1,4 @@
-"""Says which record of a damaged file is the bad one: an extent's checksum only says where to look."""
+"""Says which records of a damaged file are the bad ones: an extent's checksum only says where to look."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extent
 from .read_errors import ExtentMismatch
 from .reading import BLOCK_BYTES, VerifiedFile
 
+_MAX_SUMMED = 64
+_MAX_NAMED = 3
+
 
 @contextlib.contextmanager
 def naming_the_record(file: VerifiedFile) -> Iterator[None]:
@@ -18,23 +21,26 @@ def naming_the_record(file: VerifiedFile) -> Iterator[None]:
     try:
         yield
     except ExtentMismatch as mismatch:
-        record = _bad_record(file, mismatch)
+        record = damaged_records(file, mismatch.extent)
         if record is None:
             raise
         raise ExtentMismatch(file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence) from mismatch
 
 
-def _bad_record(file: VerifiedFile, mismatch: ExtentMismatch) -> str | None:
+def damaged_records(file: VerifiedFile, extent: int) -> str | None:
+    """The records that touch an extent, narrowed to those whose own CRC fails; None if unknown. Any thread; blocks for their bytes."""
+    if file.entry.format == "safetensors":
+        return None
+    first, end = file.extent_range(extent)
     try:
         records = record_extents(file.unverified, file.size_bytes)
-        for name, record in records.items():
-            touches = record.offset < mismatch.end and record.offset + record.num_bytes > mismatch.first
-            if touches and _crc(file, record) != record.crc32:
-                return name
+        touching = [name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first]
+        broken = [name for name in touching[:_MAX_SUMMED] if _crc(file, records[name]) != records[name].crc32]
     except (CheckpointError, UnusualLayoutError):
         # The directory is damaged too (or there is none): the byte range has to do.
         return None
-    return None
+    names = broken or touching
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "") or None
 
 
 def _crc(file: VerifiedFile, record: RecordExtent) -> int:

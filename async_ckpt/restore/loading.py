@@ -3,7 +3,7 @@
 Guarantees:
 - With `verify="full"` nothing is returned, and no existing tensor is touched, before every byte of the file was
   compared with the manifest; unpicklers are fed verified bytes only.
-- Nothing is opened outside the checkpoint, and no link is followed.
+- Nothing is file outside the checkpoint, and no link is followed.
 - Pickles run no code unless `weights_only=False` asks for it.
 """
 
@@ -31,7 +31,7 @@ from .reading import MemorySource, VerifiedFile
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
 from .torch_file import TorchFile
-from .verified_open import Opened, open_committed, split_path
+from .verified_open import open_committed, split_path
 
 if TYPE_CHECKING:
     from ..catalog import Catalog
@@ -113,26 +113,26 @@ def load_committed(
     num_threads: int | None = None,
 ) -> Any:
     """`load` of file `name` in checkpoint `tag` of `catalog`."""
-    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as opened:
-        return load_opened(opened, map_location=map_location, weights_only=weights_only, mmap=mmap)
+    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as file:
+        return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
 
 
-def load_opened(opened: Opened, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
+def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
     """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
-    with naming_the_record(opened.file):
-        if opened.entry.format == "opaque" and opened.file.read(0, min(2, opened.file.size_bytes)) not in (b"PK", b"\x80\x02"):
+    with naming_the_record(file):
+        if file.entry.format == "opaque" and file.read(0, min(2, file.size_bytes)) not in (b"PK", b"\x80\x02"):
             raise UnsupportedStateError(
-                f"{opened.path} was saved as bytes (save_bytes) and is no state that could be loaded; read it at its path"
+                f"{file.name} was saved as bytes (save_bytes) and is no state that could be loaded; read it at its path"
             )
-        if opened.entry.format == "safetensors":
-            return load_safetensors(opened.file, map_location)
+        if file.entry.format == "safetensors":
+            return load_safetensors(file, map_location)
         if mmap:
-            return _load_mapped(opened, map_location, weights_only)
+            return _load_mapped(file, map_location, weights_only)
         try:
-            return _load_plain(opened, map_location)
+            return _load_plain(file, map_location)
         except (NotPlainError, UnusualLayoutError):
             # A valid file may hold more than plain tensors: torch knows how to read it.
-            return _load_with_torch(opened, map_location, weights_only)
+            return _load_with_torch(file, map_location, weights_only)
 
 
 def load_committed_into(
@@ -169,21 +169,21 @@ def load_committed_into(
     if atomic not in (True, False, "auto"):
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     with (
-        open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as opened,
-        naming_the_record(opened.file),
+        open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
+        naming_the_record(file),
     ):
-        structure = _structure(opened, weights_only)
-        return fill(opened.file, structure, state_dict, strict=strict, atomic=atomic)
+        structure = _structure(file, weights_only)
+        return fill(file, structure, state_dict, strict=strict, atomic=atomic)
 
 
-def _structure(opened: Opened, weights_only: bool) -> Any:
+def _structure(file: VerifiedFile, weights_only: bool) -> Any:
     """The file's structure, its tensors still on disk where they can be read one by one."""
-    if opened.entry.format == "safetensors":
-        return safetensors_inventory(opened.file)
+    if file.entry.format == "safetensors":
+        return safetensors_inventory(file)
     try:
-        return read_inventory(opened.file, _plain_records(opened.file))
+        return read_inventory(file, _plain_records(file))
     except (NotPlainError, UnusualLayoutError):
-        return _load_with_torch(opened, "cpu", weights_only)
+        return _load_with_torch(file, "cpu", weights_only)
 
 
 def _plain_records(file: VerifiedFile) -> dict[str, RecordExtent]:
@@ -194,11 +194,10 @@ def _plain_records(file: VerifiedFile) -> dict[str, RecordExtent]:
     return records
 
 
-def _load_plain(opened: Opened, map_location: Any) -> Any:
+def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
     place = place_for(map_location)
     if place is None:
         raise NotPlainError("map_location is a callable or a mapping")
-    file = opened.file
     records = _plain_records(file)
     pickled = records.get("data.pkl")
     if pickled is None:
@@ -210,32 +209,32 @@ def _load_plain(opened: Opened, map_location: Any) -> Any:
     return state
 
 
-def _load_with_torch(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
+def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Any:
     if weights_only is not False:
-        refuse_bombs(opened.file)
-    source = TorchFile(opened.file)
+        refuse_bombs(file)
+    source = TorchFile(file)
     try:
-        with _translated(opened, map_location, weights_only):
+        with _translated(file, map_location, weights_only):
             state = torch.load(source, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
     except Exception:
         if source.failure is not None:
             raise source.failure from None
         raise
-    opened.file.verify_rest()
+    file.verify_rest()
     return state
 
 
-def _load_mapped(opened: Opened, map_location: Any, weights_only: bool | None) -> Any:
-    opened.file.verify_rest()
+def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Any:
+    file.verify_rest()
     if weights_only is not False:
-        refuse_bombs(opened.file)
-    with _translated(opened, map_location, weights_only):
+        refuse_bombs(file)
+    with _translated(file, map_location, weights_only):
         # Not by its name: the tag may be replaced, and what has that name then was not verified.
-        return torch.load(opened.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
+        return torch.load(file.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
 
 
 @contextlib.contextmanager
-def _translated(opened: Opened, map_location: Any, weights_only: bool | None) -> Iterator[None]:
+def _translated(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Iterator[None]:
     """torch's errors about the file become ours; those about `map_location`, devices, memory and trusted code pass."""
     may_be_foreign = weights_only is False or callable(map_location) or isinstance(map_location, Mapping)
     try:
@@ -245,24 +244,22 @@ def _translated(opened: Opened, map_location: Any, weights_only: bool | None) ->
     except OSError as error:
         if may_be_foreign:
             raise
-        raise ReadError(error, path=opened.path) from error
+        raise ReadError(error, path=file.name) from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs {refused.group(1)!r}" if refused else str(error).strip().splitlines()[0]
         message = (
-            f"{opened.path} cannot be read with weights_only=True: {what}. Allow the type with torch.serialization.add_safe_globals, "
+            f"{file.name} cannot be read with weights_only=True: {what}. Allow the type with torch.serialization.add_safe_globals, "
             "or pass weights_only=False, which runs code from the file: only for files you trust"
         )
         raise UnsupportedStateError(message) from error
     except _FILE_ERRORS as error:
         if shortage := re.search(_OF_THE_SYSTEM, str(error)):
             code = int(shortage[1] or shortage[2])
-            raise ReadError(OSError(code, os.strerror(code)), path=opened.path) from error
+            raise ReadError(OSError(code, os.strerror(code)), path=file.name) from error
         # Where neither the caller's code nor the file's runs, and it is not about the machine, it is about the file.
         # (The lines after the first are torch's own stack.)
         said = str(error).partition("\n")[0]
         if not re.search(_ABOUT_FILES, str(error)) and (may_be_foreign or re.search(_ABOUT_MACHINES, said)):
             raise
-        raise CorruptCheckpointError(
-            f"{opened.path} is no readable torch file: {type(error).__name__}: {said}", path=opened.path
-        ) from error
+        raise CorruptCheckpointError(f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name) from error

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
 from ..errors import CheckpointError, CorruptCheckpointError
 
 NOTHING_LOADED = "nothing was loaded"
+DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE, errno.ENODATA, errno.EREMOTEIO})
+"""The disk or the kernel says that the data is bad or gone: damage, and no passing shortage (EMFILE, ENOMEM)."""
 
 
 class ReadError(CheckpointError, OSError):

@@ -12,27 +12,11 @@ from typing import TYPE_CHECKING
 from .. import manifest
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from .read_errors import ReadError
-from .reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+from .reading import MemorySource, VerifiedFile
 
 if TYPE_CHECKING:
-    from ..catalog import Catalog, OpenCheckpoint
+    from ..catalog import Catalog
     from ..filesystem import FileSystem
-
-
-class Opened:
-    """A `VerifiedFile`, its manifest entry, its path, and one that names this very file. A context manager that closes it."""
-
-    def __init__(self, file: VerifiedFile, entry: manifest.FileEntry, path: str, map_path: str) -> None:
-        self.file = file
-        self.entry = entry
-        self.path = path
-        self.map_path = map_path
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.file.close()
 
 
 def open_committed(
@@ -43,7 +27,7 @@ def open_committed(
     verify: str,
     num_threads: int | None,
     lend: MemorySource | None = None,
-) -> Opened:
+) -> VerifiedFile:
     """Open file `name` of a committed tag. Any thread; blocks for the manifest.
 
     Raises:
@@ -54,31 +38,15 @@ def open_committed(
         raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
     if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 256):
         raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
-
-    def open_file(checkpoint: OpenCheckpoint) -> Opened:
-        entry = checkpoint.entry(name)
-        file = checkpoint.open_file(entry, direct=True)
-        try:
-            verified = VerifiedFile(
-                file,
-                name=file.path,
-                extent_bytes=entry.extent_bytes,
-                extent_crc32=entry.extent_crc32,
-                check=verify == "full",
-                num_threads=num_threads or DEFAULT_NUM_THREADS,
-                lend=lend,
-            )
-        except BaseException:
-            file.close()
-            raise
-        return Opened(verified, entry, file.path, file.map_path)
-
     try:
-        return catalog.read(tag, open_file)
+        return catalog.read(
+            tag,
+            lambda checkpoint: checkpoint.open_verified(checkpoint.entry(name), check=verify == "full", num_threads=num_threads, lend=lend),
+        )
     except CheckpointError:
         raise
     except OSError as error:
-        raise ReadError(error, path=f"{os.fspath(catalog.root)}/{tag}/{name}") from error
+        raise ReadError(error, path=f"{catalog.root}/{tag}/{name}") from error
 
 
 def split_path(path: str | os.PathLike[str], filesystem: FileSystem) -> tuple[str, str, str]:

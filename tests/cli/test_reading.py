@@ -84,6 +84,15 @@ def test_verify_all_and_one(cli, root):
     assert json.loads(cli("verify", root / "step-200", "--json").out)[0]["tag"] == "step-200"
 
 
+def test_verify_notes_files_of_others(cli, root):
+    (root / "step-100" / "eval_results.json").write_text("{}")
+    ran = cli("verify", root)
+    assert ran.code == 0
+    assert "step-100 also holds, from somebody else: eval_results.json" in ran.out
+    assert [result["extra"] for result in json.loads(cli("verify", root, "--json").out)] == [["eval_results.json"], []]
+    assert cli("list", root).code == 0
+
+
 def test_verify_names_file_and_record(cli, root):
     records = json.loads(cli("inspect", root / "step-200" / "model.pt", "--records", "--json").out)[0]["records"]
     bias = next(record for record in records if record["name"] == "data/1")

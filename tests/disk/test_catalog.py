@@ -163,8 +163,15 @@ def test_extra_files_are_named_and_empty_directories_are_fine(tmp_path: Path) ->
     (tmp_path / "t" / "other" / "more\n").write_text("")
     (tmp_path / "t" / "empty" / "x").write_text("")
     (tmp_path / "t" / "link").symlink_to("/")
-    paths = [problem.path for problem in Catalog(tmp_path).verify("t", level="size").problems]
-    assert sorted(paths) == ["empty", "link", "other/more\\n"]
+    for name in ("eval_results.json", ".DS_Store", ".nfs0000000000000001", ".ipynb_checkpoints"):
+        (tmp_path / "t" / name).write_text("")
+    for level in ("size", "full"):
+        report = Catalog(tmp_path).verify("t", level=level)
+        assert report.ok
+        assert sorted(report.extra) == sorted(
+            ["empty", "link", "other/more\\n", "eval_results.json", ".DS_Store", ".nfs0000000000000001", ".ipynb_checkpoints"]
+        )
+    assert Catalog(tmp_path).latest() == "t"
 
 
 @pytest.mark.parametrize("extent_bytes", [1, 1000, 4096, 5 << 20, 64 << 20])

@@ -238,7 +238,7 @@ def test_a_shortage_while_mapping_is_no_damage(tmp_path: Path, num_spare: int) -
     """torch opens the file itself, and its RuntimeError passed for a damaged file."""
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
     with open_committed(catalog, "a", "m.pt", verify="full", num_threads=1) as opened:
-        opened.file.verify_rest()
+        opened.verify_rest()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest = os.open(os.devnull, os.O_RDONLY)
         os.close(lowest)
@@ -292,6 +292,7 @@ def test_an_unverified_pickle_is_never_unpickled(tmp_path: Path, mode: dict[str,
     assert not trap.exists()
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("mode", [{}, {"map_location": lambda storage, loc: storage}])
 def test_each_failing_read_is_an_error_and_leaves_nothing(tmp_path: Path, mode: dict[str, object]) -> None:
     data = torch_bytes(trained())

@@ -13,7 +13,7 @@ import torch
 import async_ckpt
 from async_ckpt import Catalog, ConfigError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
 from async_ckpt.host.memory import region
-from async_ckpt.progress import read_progress
+from async_ckpt.metrics import listening_to_reads
 from async_ckpt.restore import into as restore_into
 from async_ckpt.restore import loading as restore
 from async_ckpt.restore.state_tree import flatten
@@ -43,7 +43,7 @@ def tensors(state: object) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=["held", "read twice", "half held", "streamed"])
-def atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool | str:
+def atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> bool | str:
     """All ways to read: held in memory, too large for that, both, or straight into the targets."""
     budget = {"held": 1 << 40, "read twice": 0, "half held": 5 * 4096}.get(request.param, 0)
     monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: budget)
@@ -192,6 +192,7 @@ def test_damage_leaves_the_targets_alone(tmp_path: Path, atomic: bool | str) -> 
         assert all(tensor.eq(0).all() for tensor in tensors(target).values())
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_a_failing_read_leaves_the_targets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained()
     commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
@@ -206,6 +207,7 @@ def test_a_failing_read_leaves_the_targets_alone(tmp_path: Path, monkeypatch: py
         assert all(tensor.eq(0).all() for tensor in tensors(target).values())
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_an_interrupted_load_leaves_the_targets_alone(tmp_path: Path) -> None:
     state = {"a": torch.arange(20_000.0), "b": torch.arange(20_000.0)}
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
@@ -220,19 +222,17 @@ def test_an_interrupted_load_leaves_the_targets_alone(tmp_path: Path) -> None:
         if left == 0:
             raise KeyboardInterrupt
 
-    token = read_progress.set(interrupt)
-    try:
+    with listening_to_reads(interrupt):
         for stop_after in range(3, 40, 3):
             left = stop_after
             with pytest.raises(KeyboardInterrupt):
                 restore.load_committed_into(catalog, "a", "m.pt", target)
             assert shared.eq(7).all()
-    finally:
-        read_progress.reset(token)
     restore.load_committed_into(catalog, "a", "m.pt", {"a": target["a"], "b": torch.zeros(20_000)})
     assert torch.equal(shared, state["a"])
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Read twice, and the disk fails in the second pass: the one case in which the message is all that can be done.
     monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: 0)
@@ -254,6 +254,7 @@ def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pyt
     assert faulty.num_reads - before < 4
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_atomic_holds_above_half_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: 170_000)
     state = {"w": torch.ones(40_000)}

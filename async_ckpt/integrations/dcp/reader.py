@@ -178,15 +178,7 @@ class DcpReader(StorageReader):
         return Catalog(root).open(tag)
 
     def _file(self, checkpoint: OpenCheckpoint, path: str) -> VerifiedFile:
-        entry = checkpoint.entry(path)
-        file = checkpoint.open_file(entry)
-        try:
-            return VerifiedFile(
-                file, name=file.path, extent_bytes=entry.extent_bytes, extent_crc32=entry.extent_crc32, check=self._verify == "full"
-            )
-        except BaseException:
-            file.close()
-            raise
+        return checkpoint.open_verified(checkpoint.entry(path), check=self._verify == "full")
 
 
 def _quantization(tensor: torch.Tensor) -> Any:

@@ -19,7 +19,6 @@ from ...filesystem import FileSystem
 from ...manifest import FileEntry, Manifest
 from ...restore.loading import load_opened
 from ...restore.reading import VerifiedFile
-from ...restore.verified_open import Opened
 from .content_id import CONTENT_ID, check_own_crcs, read_content_id
 from .places import DATA_NAME, Place
 
@@ -86,12 +85,12 @@ def _manifest(filesystem: FileSystem, place: Place) -> Manifest | None:
 def _load_verified(filesystem: FileSystem, place: Place, entry: FileEntry, map_location: Any, weights_only: bool | None) -> Any:
     file = filesystem.open_read(place.folder, (place.name,), direct=True)
     try:
-        verified = VerifiedFile(file, name=place.final, extent_bytes=entry.extent_bytes, extent_crc32=entry.extent_crc32, check=True)
+        verified = VerifiedFile(file, entry, check=True)
     except BaseException:
         file.close()
         raise
-    with Opened(verified, entry, place.final, file.map_path) as opened:
-        return load_opened(opened, map_location=map_location, weights_only=weights_only)
+    with verified:
+        return load_opened(verified, map_location=map_location, weights_only=weights_only)
 
 
 def _load_unverified(place: Place, map_location: Any, weights_only: bool | None) -> Any:
