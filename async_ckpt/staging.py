@@ -25,7 +25,7 @@ from operator import itemgetter
 import torch
 
 from .errors import BackpressureTimeout, TransactionStateError
-from .host.device import Pinning, enter_for_good
+from .host.device import Pinning
 from .host.memory import populate, view_at
 from .threads.locks import Condition
 
@@ -198,14 +198,11 @@ class StagingArena:
                 self._poison = error
             self._changed.notify_all()
 
-    def fault_in(self, target_bytes: int, *, for_good: bool = False) -> None:
+    def fault_in(self, target_bytes: int) -> None:
         """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile.
 
-        Waits for what other threads are touching. `for_good`: on a thread of the package, whose device may stay as it is set here.
-        Raises TransactionStateError where the device refuses to pin.
+        Waits for what other threads are touching. Raises TransactionStateError where the device refuses to pin.
         """
-        if for_good and self.pinning is not None:
-            enter_for_good(self.pinning.stream)
         while True:
             with self._lock:
                 while self._poison is None and len(self._ready) * self.chunk_bytes < target_bytes and not self._cold:

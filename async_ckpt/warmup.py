@@ -31,7 +31,7 @@ class Warmup:
         """Fault in memory until `target_bytes` are warm, in the background. A failure is warned about: saves are slower then."""
         # A closure over the arena alone: the background thread must not keep the engine alive.
         arena = self._arena
-        self._begin(lambda: arena.fault_in(target_bytes, for_good=True))
+        self._begin(lambda: arena.fault_in(target_bytes))
 
     def begin_more(self, more_bytes: int) -> None:
         """`begin` for so many bytes on top of what is warm already."""

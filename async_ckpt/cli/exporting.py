@@ -158,7 +158,7 @@ def _tensor(torch: Any, source: _PlainFile, tensor: TensorInfo, place: Place) ->
     if dtype is None:
         raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {clean(tensor.name)!r}")
     if not tensor.extent_bytes:
-        return torch.empty(tensor.shape, dtype=dtype)
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     memory = bytearray(tensor.extent_bytes)
     source.pread_into(memoryview(memory), tensor.offset)
     # Tied and strided tensors become whole ones of their own: the format knows no sharing.

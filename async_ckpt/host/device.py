@@ -1,7 +1,8 @@
 """Every device that torch has, through `torch.accelerator`, `torch.Stream` and `torch.Event`: nothing else knows how devices differ.
 
 Guarantees:
-- The device and stream that a caller has chosen are the same after each call here.
+- The device and stream that a caller has chosen are the same after each call here. A thread of the package keeps what it was given:
+  to go back to device 0 would make a context there, in every rank.
 - Memory is pinned under the device that was the caller's when it asked for it, on whatever thread that happens.
 """
 
@@ -9,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 
 from ..errors import ConfigError, TransactionStateError, UnsupportedStateError
+
+THREAD_PREFIX = "async-ckpt"
+"""Of the names of all threads of the package."""
 
 Registrar = tuple[Callable[[int, int], object], Callable[[int], object]]
 """What pins (address, bytes) of memory that exists already, and what unpins it; both return 0, or an error code of the device's."""
@@ -59,16 +64,21 @@ def on_stream(stream: torch.Stream) -> Iterator[None]:
         torch.accelerator.set_stream(stream)
         yield
     finally:
-        torch.accelerator.set_stream(inner)
-        torch.accelerator.set_stream(outer)
+        if not threading.current_thread().name.startswith(THREAD_PREFIX):
+            torch.accelerator.set_stream(inner)
+            torch.accelerator.set_stream(outer)
 
 
-def enter_for_good(stream: torch.Stream) -> None:
-    """Make `stream` and its device this thread's own. For threads of the package.
+def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
+    """Keep the memory of `tensor` from being given to others, should its owner free it, until `stream` has done what it has now."""
+    with contextlib.suppress(NotImplementedError):  # A device whose memory is never given to others early.
+        tensor.record_stream(stream)
 
-    To go back to device 0 would make a context there, in every rank.
-    """
-    torch.accelerator.set_stream(stream)
+
+def without_default_device() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made in the block lie where it says, or on the CPU, whatever default device the caller has set."""
+    is_set = torch.get_default_device().type != "cpu"
+    return torch._C.DisableTorchFunction() if is_set else contextlib.nullcontext()
 
 
 def side_stream(device: torch.device) -> torch.Stream:

@@ -237,7 +237,9 @@ class _Mover:
         if storage is None:
             storage = self._storages[source.storage] = new_storage(source.storage.num_bytes, _CPU)
             self._scatter.add(source.storage.offset, source.storage.num_bytes, storage, fresh=True)
-        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype).set_(storage, source.storage_offset, source.shape, source.stride)
+        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype, device=_CPU).set_(
+            storage, source.storage_offset, source.shape, source.stride
+        )
         if source.is_parameter:
             return torch.nn.Parameter(tensor, source.requires_grad)
         return tensor.requires_grad_() if source.requires_grad else tensor
@@ -251,7 +253,8 @@ class _Mover:
         """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile` raises."""
         self._scatter.freeze()
         held = self._held_extents(file, atomic)
-        for device in {tensor.device for tensor in self._direct if tensor.device.type != "cpu"}:
+        targets = [*self._direct, *(target for target, _ in self._copies)]
+        for device in {tensor.device for tensor in targets if tensor.device.type != "cpu"}:
             # Kernels that still read the old values may be queued on any stream.
             torch.accelerator.synchronize(device)
         tracked = [tensor for tensor in self._direct if not tensor.is_inference()]
@@ -260,13 +263,13 @@ class _Mover:
             torch.autograd.graph.increment_version(tensor)
         if not atomic:
             self._overwrite(file)
-        elif self._scatter.devices:
+        elif self._scatter.streams:
             file.keep(held)
             file.stream(None, range(len(held), file.num_extents))
             self._overwrite(file)
         else:
             self._overwrite_or_restore(file, held)
-        if not atomic or self._scatter.devices:
+        if not atomic or self._scatter.streams:
             self._copy()
         for tensor in tracked:
             torch.autograd.graph.increment_version(tensor)
@@ -277,7 +280,7 @@ class _Mover:
         if atomic is not True:
             return range(min(file.num_extents, available // 2 // file.extent_bytes))
         copied = sum(target.nbytes for target, _ in self._copies)
-        needed = copied + (file.size_bytes if self._scatter.devices else self._scatter.num_target_bytes)
+        needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
         if needed > available:
             raise ConfigError(
                 f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was changed. "

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
 from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
+from ..host.device import without_default_device
 from .bombs import refuse_bombs
 from .building import TensorBuilder, place_for
 from .damage import naming_the_record
@@ -119,7 +120,7 @@ def load_committed(
 
 def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
     """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
-    with naming_the_record(file):
+    with naming_the_record(file), without_default_device():
         if file.entry.format == "opaque" and file.read(0, min(2, file.size_bytes)) not in (b"PK", b"\x80\x02"):
             raise UnsupportedStateError(
                 f"{file.name} was saved as bytes (save_bytes) and is no state that could be loaded; read it at its path"
@@ -171,6 +172,7 @@ def load_committed_into(
     with (
         open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
         naming_the_record(file),
+        without_default_device(),
     ):
         structure = _structure(file, weights_only)
         return fill(file, structure, state_dict, strict=strict, atomic=atomic)

@@ -2,18 +2,20 @@
 
 Guarantees:
 - Each byte of a piece is written exactly once per `stream`; nothing outside the pieces is touched.
-- When `__call__` has returned, the bytes are where they belong, on a GPU too.
+- When `__call__` has returned, the bytes are where they belong, on a device too.
 """
 
 from __future__ import annotations
 
-import ctypes
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
-from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move
+from ..errors import TransactionStateError
+from ..host.device import Pinning, on_stream, refuse_capture
+from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
 from .reading import VerifiedFile
 
 
@@ -26,7 +28,8 @@ class Scatter:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._keep_alive: list[object] = []
-        self.devices: set[torch.device] = set()
+        self.streams: dict[torch.device, torch.Stream] = {}
+        """What was current on the caller's thread: there the memory was allocated, and may have been used before."""
 
     def add(
         self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0, *, fresh: bool = False
@@ -43,14 +46,18 @@ class Scatter:
         target = None
         address = storage.data_ptr() + storage_offset_bytes
         if storage.device.type != "cpu":
-            self.devices.add(storage.device)
+            self.streams.setdefault(storage.device, torch.accelerator.current_stream(storage.device))
             target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))
         self._pieces.append((file_offset, num_bytes, address, target))
         if fresh:
             self._fresh.add(address)
 
     def freeze(self) -> None:
-        """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors)."""
+        """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors).
+
+        Raises TransactionStateError: the caller captures a graph.
+        """
+        refuse_capture("a file cannot be read into tensors", self.streams)
         self._pieces.sort(key=lambda piece: piece[0])
         self._starts = [piece[0] for piece in self._pieces]
         # Running maximum: with overlapping pieces the ends alone are not sorted, and bisect needs them to be.
@@ -81,35 +88,36 @@ class Scatter:
         if first >= stop:
             return
         source = address_of(view)
-        tensor: torch.Tensor | None = None
-        for start, num_bytes, address, target in self._pieces[first:stop]:
-            low, high = max(start, offset), min(start + num_bytes, end)
-            if low >= high:
-                continue
-            if target is None:
-                move(address + low - start, source + low - offset, high - low)
-            else:
-                if tensor is None:
-                    tensor = torch.frombuffer(view, dtype=torch.uint8)
-                target[low - start : high - start].copy_(tensor[low - offset : high - offset], non_blocking=True)
-        if tensor is not None:
+        tensor = torch.frombuffer(view, dtype=torch.uint8) if self.streams else None
+        try:
+            for start, num_bytes, address, target in self._pieces[first:stop]:
+                low, high = max(start, offset), min(start + num_bytes, end)
+                if low >= high:
+                    continue
+                if target is None or tensor is None:
+                    move(address + low - start, source + low - offset, high - low)
+                    continue
+                with on_stream(self.streams[target.device]):
+                    target[low - start : high - start].copy_(tensor[low - offset : high - offset], non_blocking=True)
+        finally:
             # The block is reused as soon as this returns.
-            for device in self.devices:
-                torch.accelerator.current_stream(device).synchronize()
+            for stream in self.streams.values():
+                stream.synchronize()
 
 
-def pinned_memory(num_bytes: int) -> memoryview:
-    """Page-locked memory, from which a GPU copies at full rate; torch caches it for the next load."""
-    tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    array = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
-    array.owner = tensor  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
+def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
+    """From which a device copies at full rate (torch caches it for the next load); pageable where the device gives none."""
+    try:
+        memory = pinning.allocate(num_bytes)
+    except TransactionStateError:
+        return region(num_bytes)
+    return view_at(memory.data_ptr(), num_bytes, owner=memory)
 
 
 def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | None = None) -> None:
-    """Read `extents` (None: all) into the scatter's memory, through pinned blocks where some of it is on a GPU. Blocks."""
-    if any(device.type == "cuda" for device in scatter.devices):
-        file.new_buffer = pinned_memory
+    """Read `extents` (None: all) into the scatter's memory, through pinned blocks where some of it is on a device. Blocks."""
+    if scatter.streams:
+        file.new_buffer = partial(_pinned_memory, Pinning(next(iter(scatter.streams.values()))))
     file.stream(scatter, extents)
 
 

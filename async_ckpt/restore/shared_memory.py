@@ -45,7 +45,7 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
         return True
     # Interleaved dimensions may still miss each other: count the places.
     reach = sum((num - 1) * step for step, num in dims)
-    places = torch.zeros(reach + 1, dtype=torch.uint8)
+    places = torch.zeros(reach + 1, dtype=torch.uint8, device="cpu")
     places.as_strided(tensor.shape, tensor.stride()).fill_(1)
     return int(places.count_nonzero()) < tensor.numel()
 
@@ -115,7 +115,7 @@ def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Itera
 
 def _place(target: torch.Tensor, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
     offset = (target.data_ptr() - start) // target.dtype.itemsize
-    place: torch.Tensor = torch.empty(0, dtype=target.dtype).set_(storage, offset, target.shape, target.stride())
+    place: torch.Tensor = torch.empty(0, dtype=target.dtype, device="cpu").set_(storage, offset, target.shape, target.stride())
     place = torch._neg_view(place) if target.is_neg() else place
     return place.conj() if target.is_conj() else place
 

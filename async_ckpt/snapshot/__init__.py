@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..host.device import enter_for_good
 from ..layout import FilePlan, PlannedState
 from ..staging import StagingArena, StagingChunk
 from ..threads.locks import Condition, Lock
@@ -208,8 +207,6 @@ class Snapshotter:
         self._courtesy.wait()
         with self._lock:
             self._num_waiting -= 1
-        for device in file.fill.devices:
-            enter_for_good(file.fill.stream(device))
         file.copy_behind(chunks, callers, chosen)
         files = [*self._unsettled, file]
         for other in files:

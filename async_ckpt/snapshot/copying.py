@@ -17,7 +17,7 @@ from operator import add, le
 import torch
 
 from ..errors import TornSnapshotError
-from ..host.device import accelerators, on_stream, record_now, side_stream
+from ..host.device import accelerators, keep_for, on_stream, record_now, side_stream
 from ..host.memory import move_holding_gil, move_releasing_gil
 from ..layout import PlannedState
 from ..layout.plan import version_counters
@@ -153,15 +153,16 @@ class Fill:
             by_device.setdefault(self.storages[piece.source].device, []).append(piece)
         events = []
         for device, theirs in by_device.items():
-            with on_stream(self.stream(device)):
+            stream = self._stream(device)
+            with on_stream(stream):
                 for piece in theirs:
                     source = self._bytes_of(piece.source, piece.source_offset, piece.nbytes)
+                    keep_for(source, stream)
                     chunk.tensor[piece.chunk_offset : piece.chunk_offset + piece.nbytes].copy_(source, non_blocking=True)
                 events.append(record_now(device))
         return events
 
-    def stream(self, device: torch.device) -> torch.Stream:
-        """Where copies from `device` are queued."""
+    def _stream(self, device: torch.device) -> torch.Stream:
         stream = self._streams.get(device)
         if stream is None:
             stream = self._streams[device] = side_stream(device)
@@ -174,7 +175,7 @@ class Fill:
     def wait_callers(self, events: dict[torch.device, torch.Event]) -> None:
         """Order the side streams behind the callers' events; does not block the CPU."""
         for device, event in events.items():
-            self.stream(device).wait_event(event)
+            self._stream(device).wait_event(event)
 
     @staticmethod
     def wait_devices(events: list[torch.Event]) -> None:

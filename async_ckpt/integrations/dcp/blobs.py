@@ -82,7 +82,7 @@ class BlobPlanner:
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             # Never touched: only its description is pickled.
-            alike = _flip_bits(torch.empty(source.shape, dtype=source.dtype), source)
+            alike = _flip_bits(torch.empty(source.shape, dtype=source.dtype, device="cpu"), source)
             plan = self._templates[key] = self._planner.plan(alike).plan
         return plan, source if source.numel() else None
 

@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import weakref
@@ -18,8 +19,9 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from ...host.device import pinning
+from ...host.device import accelerators, pinning
 from ...staging import StagingArena, StagingChunk
+from ...threads.locks import uninterrupted
 
 _ALIGNMENT = 64
 _SLOT_STEP_BYTES = 2 << 20
@@ -142,7 +144,20 @@ class _Storages:
 
     def copy(self, chunk: StagingChunk, memory: memoryview) -> None:
         """Copy all ranges into the slot, and make a storage on each."""
-        devices = set()
+        devices = accelerators(storage.device for storage, _, _ in self._ranges.values())
+        streams = {device: torch.accelerator.current_stream(device) for device in devices}
+        try:
+            self._queue_copies(chunk, memory)
+            for stream in streams.values():
+                stream.synchronize()
+        except BaseException:
+            # The slot must not be given back while a device still writes to it.
+            for stream in streams.values():
+                with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
+                    uninterrupted(stream.synchronize)
+            raise
+
+    def _queue_copies(self, chunk: StagingChunk, memory: memoryview) -> None:
         for key, (storage, low, high) in self._ranges.items():
             if high <= low:
                 self._staged[key] = torch.UntypedStorage(0)
@@ -150,11 +165,7 @@ class _Storages:
             offset, nbytes = self._offsets[key], high - low
             source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (nbytes,), (1,))
             chunk.tensor[offset : offset + nbytes].copy_(source, non_blocking=True)
-            if storage.device.type != "cpu":
-                devices.add(storage.device)
             self._staged[key] = torch.frombuffer(memory[offset : offset + nbytes], dtype=torch.uint8).untyped_storage()
-        for device in devices:
-            torch.accelerator.current_stream(device).synchronize()
 
     def rebuild(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor on the staged storage."""
@@ -182,7 +193,7 @@ class _Storages:
         key = tensor.untyped_storage()._cdata
         _, low, _ = self._ranges[key]
         offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
-        staged = torch.empty(0, dtype=tensor.dtype).set_(self._staged[key], offset, tensor.size(), tensor.stride())
+        staged = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(self._staged[key], offset, tensor.size(), tensor.stride())
         staged = staged.conj() if tensor.is_conj() else staged
         return torch._neg_view(staged) if tensor.is_neg() else staged
 

@@ -96,7 +96,7 @@ class Unpacker:
                 and math.prod(part.shape) * part.dtype.itemsize <= part.length
             ):
                 # Never touched: only its description matters.
-                plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype))
+                plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype, device="cpu"))
                 if kept is not None and plan.literals[0][0] == 0 and len(plan.literals[0][1]) == plan.payload_offsets[0]:
                     template = _Template(plan.file_bytes, plan.literals[0][1], plan.payload_nbytes[0])
             self._templates[key] = template
@@ -137,8 +137,8 @@ def _read(file: VerifiedFile, offset: int, nbytes: int, dtype: torch.dtype) -> t
         scatter.add(offset, nbytes, storage)
         scatter.freeze()
         file.stream(scatter, file.extents_of(offset, nbytes))
-        return torch.empty(0, dtype=dtype).set_(storage, 0, (num,), (1,))
-    flat = torch.empty(num, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (num,), (1,))
+    flat = torch.empty(num, dtype=dtype, device="cpu")
     if nbytes:
         with warnings.catch_warnings():
             # The bytes may be read-only: they are only read.
