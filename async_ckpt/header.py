@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from .checksum import crc32
 from .errors import CorruptCheckpointError, UnsupportedStateError
+from .format.inert import read_inert
+from .format.pickles import MalformedPickleError
 from .format.safetensors import read_safetensors
 from .format.zip_records import RecordExtent, UnusualLayoutError, record_extents
-from .inert_pickle import MalformedPickleError, read_inert
 from .inventory import MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
 
 MAX_PICKLE_BYTES = 256 << 20

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import CorruptCheckpointError, UnsupportedStateError
+from .format.inert import Inert, PersistentId, describe, fingerprint
+from .format.pickles import Name, OpaqueKey
 from .format.zip_records import RecordExtent
-from .inert_pickle import Inert, InertDict, Name, PersistentId, describe, fingerprint
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000
@@ -84,7 +85,7 @@ class Inventory:
         self._records = records
 
     def __call__(self, name: str, args: tuple[Any, ...]) -> Any:
-        """See `inert_pickle.Call`. Raises CorruptCheckpointError where a tensor does not fit its record."""
+        """See `inert.Call`. Raises CorruptCheckpointError where a tensor does not fit its record."""
         if name in ("torch.Size", "torch.device") and len(args) <= 2:
             return Name(f"{name} {_plain_text(args)}")
         if not name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
@@ -94,8 +95,8 @@ class Inventory:
             is_v3 = what == "tensor_v3"
             made = self._tensor(args[0], args[1], args[2], args[3], args[6] if is_v3 and len(args) > 6 else None)
             bits = args[7 if is_v3 else 6 :][:1]
-            if made is not None and bits and isinstance(bits[0], InertDict):
-                made.is_conj, made.is_neg = ((name, True) in bits[0].entries.values() for name in ("conj", "neg"))
+            if made is not None and bits and isinstance(bits[0], dict):
+                made.is_conj, made.is_neg = (bits[0].get(name) is True for name in ("conj", "neg"))
             return made
         if what in ("parameter", "parameter_with_state") and args:
             if what == "parameter_with_state" and isinstance(args[0], FoundTensor):
@@ -152,10 +153,7 @@ def _sparse(layout: Any, parts: tuple[Any, ...]) -> Inert:
 
 
 def _parts(name: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Inert:
-    state = InertDict()
-    for key, value in zip(names, values, strict=False):
-        state.set(key, value)
-    return Inert(name, state=state)
+    return Inert(name, state=dict(zip(names, values, strict=False)))
 
 
 def _dims_of(size: Any) -> tuple[int, ...] | None:
@@ -208,7 +206,7 @@ def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], F
             record = f"data/{value.value[2]}" if isinstance(value.value, tuple) and len(value.value) > 2 else ""
             yield path, key, OtherInfo(path, "<a bare storage>", key, record)
             continue
-        elif not isinstance(value, (InertDict, list, tuple)):
+        elif not isinstance(value, (dict, list, tuple)):
             exact = fingerprint(value) if isinstance(value, (str, int, bytes)) else ""
             yield path, key, OtherInfo(path, describe(value), key, exact)
             continue
@@ -221,7 +219,7 @@ def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], F
         todo.extend((path + parts, (*key, step), child) for parts, step, child in reversed(list(_children(value))))
 
 
-_CONTAINERS = (Inert, InertDict, list, tuple, FoundTensor)
+_CONTAINERS = (Inert, dict, list, tuple, FoundTensor)
 
 
 def _own_parts(value: Inert) -> list[Any]:
@@ -234,10 +232,11 @@ def _own_parts(value: Inert) -> list[Any]:
 
 def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """(path parts to be shown, step of the key path, child)."""
-    if isinstance(value, InertDict):
-        for unique, (key, child) in value.entries.items():
-            parts = tuple(key.split(".")) if 0 < key.count(".") < _MAX_KEY_PARTS and all(key.split(".")) else (key or "''",)
-            yield parts, unique, child
+    if isinstance(value, dict):
+        for number, (key, child) in enumerate(value.items()):
+            text = key if isinstance(key, str) else describe(key)
+            parts = tuple(text.split(".")) if 0 < text.count(".") < _MAX_KEY_PARTS and all(text.split(".")) else (text or "''",)
+            yield parts, _step(key, text, number), child
     elif isinstance(value, (list, tuple)):
         for index, child in enumerate(value):
             yield (str(index),), f"[{index}]", child
@@ -247,12 +246,20 @@ def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
                 yield (f"({index})",), f".({index})", child
         states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
         for index, state in enumerate(states):
-            if isinstance(state, InertDict):
+            if isinstance(state, dict):
                 yield from ((parts, f".(state {index}) {step}", child) for parts, step, child in _children(state))
             elif isinstance(state, _CONTAINERS):
                 yield (f"(state {index})",), f".(state {index})", state
-        if value.items is not None:
-            yield from _children(value.items)
+        yield from _children(value.items or ())
+        yield from _children(value.pairs or {})
+
+
+def _step(key: Any, text: str, number: int) -> str:
+    """A step that no other key of the dict has; of some keys the text says too little."""
+    if isinstance(key, str):
+        return f"s{text}"
+    is_vague = isinstance(key, (OpaqueKey, tuple, bytes)) or (isinstance(key, int) and key.bit_length() > 256)
+    return f"{text}#{number}" if is_vague else text
 
 
 def too_many(name: str) -> UnsupportedStateError:

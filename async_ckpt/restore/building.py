@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpointError
+from ..format.plain import NotPlainError, StorageRef
 from ..format.zip_records import RecordExtent
-from .plain_pickle import NotPlainError, StorageRef
 from .scatter import Scatter, new_storage
 
 _STORAGE_DTYPES: dict[str, torch.dtype] = {
@@ -78,7 +78,7 @@ def check_inside(ref: StorageRef, offset: int, size: tuple[int, ...], stride: tu
 
 
 class PlainObjects:
-    """The parts of `plain_pickle.Builder` that need no storage."""
+    """The parts of `plain.Builder` that need no storage."""
 
     def size(self, dims: tuple[int, ...]) -> Any:
         """A `torch.Size`."""
@@ -90,7 +90,8 @@ class PlainObjects:
 
     def dtype(self, name: str) -> Any:
         """A `torch.dtype` by name, or None."""
-        found = getattr(torch, name, None)
+        # Not `getattr`: torch imports hundreds of modules for names that it does not have yet.
+        found = vars(torch).get(name)
         return found if isinstance(found, torch.dtype) else None
 
 
@@ -103,7 +104,7 @@ def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]
 
 
 class TensorBuilder(PlainObjects):
-    """A `plain_pickle.Builder` that allocates storages and notes in `scatter` how to fill them."""
+    """A `plain.Builder` that allocates storages and notes in `scatter` how to fill them."""
 
     def __init__(self, records: Mapping[str, RecordExtent], place: Place, *, name: str) -> None:
         self.scatter = Scatter()

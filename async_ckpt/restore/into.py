@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import ConfigError, StateMismatchError
+from ..format.plain import NotPlainError, StorageRef, load_plain
 from ..format.zip_records import RecordExtent, UnusualLayoutError
 from ..host.device import is_copyable
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
 from .building import PlainObjects, check_inside, element_type, storage_extent
-from .plain_pickle import NotPlainError, StorageRef, load_plain
 from .read_errors import ExtentMismatch, ReadError
 from .reading import VerifiedFile
 from .safetensors_file import read_tensors
@@ -70,7 +70,7 @@ class Restored:
 
 
 class Inventory(PlainObjects):
-    """A `plain_pickle.Builder` that allocates nothing: tensors become `FileTensor`."""
+    """A `plain.Builder` that allocates nothing: tensors become `FileTensor`."""
 
     def __init__(self, records: Mapping[str, RecordExtent], *, name: str) -> None:
         self._records = records

@@ -13,6 +13,7 @@ import contextlib
 import os
 import pickle
 import re
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ..format.plain import NotPlainError, load_plain
 from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
 from ..host.device import without_default_device
 from .bombs import refuse_bombs
 from .building import TensorBuilder, place_for
 from .damage import naming_the_record
 from .into import Atomic, Restored, fill, read_inventory, safetensors_inventory
-from .plain_pickle import NotPlainError, load_plain
 from .read_errors import ReadError
 from .reading import MemorySource, VerifiedFile
 from .safetensors_file import load_safetensors
@@ -37,7 +38,7 @@ from .verified_open import open_committed, split_path
 if TYPE_CHECKING:
     from ..catalog import Catalog
 
-_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, struct.error)
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
 _OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
 """What torch says of a failed system call."""

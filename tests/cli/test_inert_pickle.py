@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError
-from async_ckpt.inert_pickle import Inert, InertDict, MalformedPickleError, Name, describe, read_inert
+from async_ckpt.format.inert import Inert, describe, read_inert
+from async_ckpt.format.pickles import MalformedPickleError, Name, key_value
 from async_ckpt.inventory import Inventory, leaves
 
 from .conftest import PYTHON
@@ -166,8 +167,8 @@ PROTOCOLS = [
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_protocol_is_read(protocol):
     def plain(value):
-        if isinstance(value, InertDict):
-            return {text: plain(child) for text, child in value.entries.values()}
+        if isinstance(value, dict):
+            return {str(key_value(key)): plain(child) for key, child in value.items()}
         return [plain(child) for child in value] if isinstance(value, (list, tuple, set, frozenset)) else value
 
     def expected(value):
@@ -225,7 +226,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from async_ckpt.errors import CheckpointError
-from async_ckpt.inert_pickle import MalformedPickleError, read_inert
+from async_ckpt.format.inert import read_inert
+from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.inventory import Inventory, leaves
 try:
     print("leaves", sum(1 for _ in leaves(read_inert(sys.stdin.buffer.read(), Inventory({})))))
@@ -238,7 +240,7 @@ except (CheckpointError, MalformedPickleError) as error:
 
 
 def test_the_number_of_opcodes_is_bounded(monkeypatch):
-    monkeypatch.setattr("async_ckpt.inert_pickle.MAX_OPCODES", 1000)
+    monkeypatch.setattr("async_ckpt.format.pickles.MAX_OPCODES", 1000)
     with pytest.raises(MalformedPickleError, match="more than 1000 opcodes"):
         read_inert(b"\x80\x02" + b"N0" * 1000 + b"N.", lambda *_: None)
 

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from async_ckpt.format.plain import NotPlainError, load_plain
 from async_ckpt.format.zip_records import UnusualLayoutError, record_extents
 from async_ckpt.restore.building import PlainObjects
-from async_ckpt.restore.plain_pickle import NotPlainError, load_plain
 
 from .committed import torch_bytes
 from .states import plain, trained

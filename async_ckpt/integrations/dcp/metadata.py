@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ...errors import CorruptCheckpointError
-from ...inert_pickle import Inert, InertDict, MalformedPickleError, Name, read_inert
+from ...format.inert import Inert, read_inert
+from ...format.pickles import MalformedPickleError, Name, key_value
 
 _MAX_DEPTH = 100
 # A tensor has at most 64; one number more per reference to a tuple would make memory quadratic in the file's size.
@@ -83,8 +84,8 @@ class _Builder:
     def _make(self, node: Any, depth: int) -> Any:
         if isinstance(node, (list, tuple)):
             return type(node)(self.value(item, depth) for item in node)
-        if isinstance(node, InertDict):
-            return {self.value(node.key(text), depth): self.value(value, depth) for text, (_, value) in node.entries.items()}
+        if isinstance(node, dict):
+            return {self.value(key_value(key), depth): self.value(value, depth) for key, value in node.items()}
         if isinstance(node, Name):
             found = vars(torch).get(node.text.removeprefix("torch."))
             if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):

@@ -18,8 +18,9 @@ import numpy
 import torch
 
 from ...errors import CorruptCheckpointError
+from ...format.inert import read_inert
+from ...format.pickles import MalformedPickleError
 from ...format.zip_records import UnusualLayoutError, record_extents
-from ...inert_pickle import MalformedPickleError, read_inert
 from ...restore.bombs import refuse_length
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")

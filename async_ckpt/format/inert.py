@@ -1,0 +1,193 @@
+"""Reads any pickle as plain data: what it would import or call becomes an inert note of the name and the arguments. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+from .opcodes import EVERY_OPCODE
+from .pickles import MalformedPickleError, Name, PickleReader, key_value
+
+_MAX_TEXT = 80
+
+
+@dataclass(frozen=True, slots=True)
+class PersistentId:
+    """What the pickle leaves to its reader: in torch's files, a storage."""
+
+    value: Any
+
+
+@dataclass(eq=False, slots=True)
+class Inert:
+    """An object that was not made: who would make it, from what, and what it would be given."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] | None = None
+    pairs: dict[Any, Any] | None = None
+    data: Any = None
+    """What a maker found in it: for a tensor subclass, its tensor."""
+
+
+class Notes:
+    """A `Maker` of inert notes: of every name, and of every call with its arguments."""
+
+    def name(self, module: str, attribute: str) -> Any:
+        """What stands for a class or function."""
+        return Name(f"{module}.{attribute}")
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        """What stands for the result of a call."""
+        name = function.text if type(function) is Name else describe(function)
+        if not args and name == "collections.OrderedDict":
+            return OrderedDict()
+        return Inert(name, args)
+
+    def persistent(self, value: Any) -> Any:
+        """What stands for a persistent id."""
+        return PersistentId(value)
+
+    def build(self, target: Any, state: Any) -> None:
+        """Give an object its state."""
+        if type(target) is Inert:
+            target.state = state
+        elif type(target) is OrderedDict:
+            # `Module.state_dict` carries its versions this way.
+            vars(target)["state"] = state
+
+    def extend(self, target: Any, items: list[Any]) -> None:
+        """Add items to what is no list."""
+        if type(target) is not Inert:
+            raise MalformedPickleError(f"items for a {type(target).__name__}")
+        if target.items is None:
+            target.items = []
+        target.items.extend(items)
+
+    def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
+        """Add pairs to what is no dict."""
+        if type(target) is not Inert:
+            raise MalformedPickleError(f"pairs for a {type(target).__name__}")
+        if target.pairs is None:
+            target.pairs = {}
+        target.pairs.update(pairs)
+
+
+Call = Callable[[str, tuple[Any, ...]], Any]
+"""Gets the name and the arguments of a call; returns what to put in its place, or None."""
+
+
+class _Knowing(Notes):
+    """Inert notes, but for what `call` knows, and for containers and bytes that pickles spell as calls."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        name = function.text if type(function) is Name else describe(function)
+        found = self._call(name, args)
+        if found is None:
+            found = _known(name, args)
+        return Inert(name, args) if found is None else found
+
+
+def read_inert(pickled: bytes | memoryview, call: Call) -> Any:
+    """The structure that `pickled` describes: str, numbers, bytes, list, tuple, dict, `Inert`, `Name`, `PersistentId`.
+
+    Raises:
+        MalformedPickleError: see there.
+    """
+    return PickleReader(pickled, _Knowing(call), EVERY_OPCODE).read()
+
+
+def _known(name: str, args: tuple[Any, ...]) -> Any:
+    if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
+        return OrderedDict()
+    if name.partition(".")[2] in ("set", "frozenset", "list", "bytearray") and name.startswith(("builtins.", "__builtin__.")):
+        return list(args[0]) if args and isinstance(args[0], (list, tuple)) else None
+    if name == "_codecs.encode" and len(args) == 2 and args[1] == "latin1" and isinstance(args[0], str):
+        return args[0].encode("latin1")
+    return None
+
+
+def fingerprint(*values: Any) -> str:
+    """A checksum of everything that `values` hold, but for what is in place of tensors. Time is linear; nothing recurses."""
+    digest = hashlib.blake2b(digest_size=16)
+    seen: dict[int, int] = {}
+    todo: list[Any] = list(values)
+    while todo:
+        value = key_value(todo.pop())
+        parts: list[Any] = []
+        if isinstance(value, (Inert, dict, list, tuple)):
+            if id(value) in seen:
+                text = f"again {seen[id(value)]}"
+            else:
+                seen[id(value)] = len(seen)
+                if isinstance(value, dict):
+                    parts = [part for pair in value.items() for part in pair]
+                elif isinstance(value, Inert):
+                    parts = [value.name, value.args, value.state, value.items, value.pairs]
+                else:
+                    parts = list(value)
+                text = f"{'dict' if isinstance(value, dict) else type(value).__name__} of {len(parts)}"
+        elif isinstance(value, PersistentId):
+            text, parts = "persistent id", [value.value]
+        elif isinstance(value, int):
+            text = f"{type(value).__name__} {value:x}"
+        elif isinstance(value, (Name, float, NoneType)):
+            text = repr(value)
+        else:
+            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value if isinstance(value, bytes) else b""
+            text = f"{type(value).__name__} of {len(raw)}"
+            digest.update(raw)
+        digest.update(f";{text};".encode("utf-8", "surrogatepass"))
+        todo += parts
+    return digest.hexdigest()
+
+
+def describe(value: Any) -> str:
+    """`value` in at most some 100 printable characters, without looking deep into it."""
+    value = key_value(value)
+    if isinstance(value, Inert):
+        return _describe_inert(value)
+    if isinstance(value, Name):
+        return f"<{printable(value.text)}>"
+    if isinstance(value, PersistentId):
+        return "<persistent id>"
+    if isinstance(value, (dict, list)):
+        return f"<{'dict' if isinstance(value, dict) else 'list'} of {len(value)}>"
+    if isinstance(value, tuple):
+        shown = [describe(part) if not isinstance(part, (tuple, list)) else "..." for part in value[:8]]
+        return _short("(" + ", ".join(shown) + (", ..." if len(value) > 8 else "") + ")")
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"<int of {value.bit_length()} bits>"
+    if isinstance(value, (bytes, bytearray)) and len(value) > 16:
+        return f"<{len(value)} bytes>"
+    return _short(repr(value if not isinstance(value, str) else value[:_MAX_TEXT]))
+
+
+def printable(text: str) -> str:
+    """`text` without control characters or anything else that a terminal would obey."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _describe_inert(value: Inert) -> str:
+    state = value.state
+    if value.name.endswith("multiarray._reconstruct") and isinstance(state, tuple) and len(state) >= 3:
+        kind = state[2].args[0] if isinstance(state[2], Inert) and state[2].args else "?"
+        return _short(f"<numpy.ndarray {printable(str(kind))} {_dims(state[1])}>")
+    plain = [describe(arg) for arg in value.args[:4] if isinstance(arg, (str, int, float, bool, Name, bytes))]
+    return _short(f"<{printable(value.name)}{'(' + ', '.join(plain) + ')' if plain else ''}>")
+
+
+def _dims(shape: Any) -> str:
+    return "[" + ", ".join(str(n) for n in shape[:16] if type(n) is int and n.bit_length() < 64) + "]" if isinstance(shape, tuple) else "?"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 4] + "..." + text[-1]

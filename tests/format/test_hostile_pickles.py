@@ -1,0 +1,148 @@
+"""Crafted pickles end soon, in little memory, and as an error of this package: in `load`, in `inspect`, and before torch sees them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from async_ckpt import CheckpointError, load
+from async_ckpt.format.inert import describe, read_inert
+from async_ckpt.format.pickles import MalformedPickleError, OpaqueKey
+from tests.restore.committed import commit
+
+from .pickle_fuzz import NAMES, check, fuzz
+
+_NUM = 20_000
+_SIZE, _TENSOR, _ODICT = b"ctorch\nSize\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n"
+_ONES = b"(" + b"K\x01" * 16384 + b"t"
+_STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x01tQ"
+
+
+def _again(head: bytes, each: bytes, num: int = _NUM) -> bytes:
+    return b"\x80\x02" + head + b"](" + each * num + b"e."
+
+
+def _number_of_hash_0(k: int) -> bytes:
+    return b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N"
+
+
+CRAFTED = {
+    "one size many times": _again(_SIZE + b"q\0" + _ONES + b"\x85q\x01", b"h\0h\x01R"),
+    "one tuple in many sizes": _again(_SIZE + b"q\0" + _ONES + b"q\x01", b"h\0h\x01\x85R"),
+    "tensors of many dimensions": _again(
+        _TENSOR + b"q\0" + _ONES + b"q\x01" + _STORAGE + b"q\x02", b"h\0(h\x02K\0h\x01h\x01\x89" + _ODICT + b")RtR", 3000
+    ),
+    "one long tuple as key": b"\x80\x02" + _ONES + b"q\0](" + b"}h\0Ns" * _NUM + b"e.",
+    "one huge number as key": b"\x80\x02\x8b" + struct.pack("<i", 100_000) + b"\x7f" * 100_000 + b"q\0](" + b"}h\0Ns" * _NUM + b"e.",
+    "a set of one list": _again(b"cbuiltins\nset\nq\0](" + b"N" * 16384 + b"e\x85q\x01", b"h\0h\x01R"),
+    "a list of one list": _again(b"c__builtin__\nlist\nq\0](" + b"N" * 16384 + b"e\x85q\x01", b"h\0h\x01R"),
+    "bytes of one text": _again(b"c_codecs\nencode\nq\0X\0\x80\0\0" + b"a" * 32768 + b"X\x06\0\0\0latin1\x86q\x01", b"h\0h\x01R"),
+    "a deep key": b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns.",
+    "a deep key in a set": b"\x80\x02cbuiltins\nset\n](" + b")" + b"\x85" * 100_000 + b"e\x85R.",
+    "a key of keys": b"\x80\x02}N\x85q\0" + b"h\0h\0\x86q\0" * 60 + b"Ns.",
+    "numbers of one hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(20_000))
+    + b"u.",
+    "deep lists": b"\x80\x02" + b"](" * 900 + b"e" * 899 + b"e.",
+    "a length": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "a module by name": b"\x80\x02ctorch\nonnx\n.",
+    "arguments that are no tuple": b"\x80\x02" + _ODICT + b"]R.",
+    "a cut double": b"\x80\x02G\0\0",
+    "a name that a terminal obeys": b"\x80\x02cos\n\x1b[31msystem\n)R.",
+    "nothing": b"",
+    "no size": b"\x80\x02" + _SIZE + b"X\x01\0\0\0a\x85R.",
+    "a size of text": b"\x80\x02" + _SIZE + b"(X\x01\0\0\0at\x85R.",
+    "no dimensions": b"\x80\x02" + _TENSOR + b"(" + _STORAGE + b"K\0K\0K\0\x89" + _ODICT + b")RtR.",
+    "an unknown storage": b"\x80\x02X\x01\0\0\0aQ.",
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_it_is_read_or_refused_within_its_bounds(name: str) -> None:
+    check(CRAFTED[name])
+
+
+def _file_with(pickled: bytes) -> bytes:
+    buffer, made = io.BytesIO(), io.BytesIO()
+    torch.save([torch.ones(1)], buffer)
+    writer = torch._C.PyTorchFileWriter(made, True, 64)
+    with zipfile.ZipFile(buffer) as archive:
+        for record in archive.infolist():
+            record_name = record.filename.partition("/")[2]
+            data = pickled if record_name == "data.pkl" else archive.read(record)
+            if record_name not in ("version", ".data/serialization_id"):
+                writer.write_record(record_name, data, len(data))
+    writer.write_end_of_file()
+    return made.getvalue()
+
+
+def test_load_gives_an_error_of_this_package_or_a_value(tmp_path: Path) -> None:
+    """In one process of its own: a crash, or 512 MiB more than torch itself takes, ends it."""
+    files = {f"{number}.pt": _file_with(pickled) for number, pickled in enumerate(CRAFTED.values()) if pickled}
+    commit(tmp_path, "tag", files)
+    script = f"""
+import resource, sys, time
+import torch
+from async_ckpt import CheckpointError, load
+torch.ones(1).sum()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
+for name in {sorted(files)!r}:
+    started = time.thread_time()
+    try:
+        load(sys.argv[1] + "/tag/" + name, num_threads=1)
+    except CheckpointError as error:
+        assert str(error).isprintable(), str(error)
+    assert time.thread_time() - started < 5, name
+    print(name)
+assert "torch.onnx" not in sys.modules
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-300:] + ended.stderr[-2000:]
+
+
+def test_references_that_torch_itself_writes_cost_nothing() -> None:
+    """Many objects with one shared tuple, many equal sizes, keys of every kind."""
+    pair = (3, 4)
+    shared = [torch.Size(pair) for _ in range(5000)]
+    state = {"sizes": shared, "keys": [{pair: n, 1 << 70: n, "text": n, None: n} for n in range(3000)], "bytes": [b"ab" * 50] * 2000}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    found = read_inert(zipfile.ZipFile(buffer).read("archive/data.pkl"), lambda name, args: None)
+    assert len(found["sizes"]) == 5000 and list(found["keys"][7]) == [pair, 1 << 70, "text", None]
+
+
+def test_keys_that_are_not_hashed_are_equal_to_nothing() -> None:
+    found = read_inert(b"\x80\x02}(N\x85\x85q\0K\x01h\0K\x02]K\x03u.", lambda name, args: None)
+    assert [type(key) for key in found] == [OpaqueKey] * 3
+    assert describe(found) == "<dict of 3>"
+
+
+def test_what_cannot_be_printed_is_not() -> None:
+    called = read_inert(b"\x80\x02cos\n\x1b[31msystem\nX\x05\0\0\0\x1b[31m\x85R.", lambda name, args: None)
+    assert describe(called) == r"<os.\x1b[31msystem('\x1b[31m')>"
+
+
+def test_the_opcodes_of_other_protocols_are_not_plain(tmp_path: Path) -> None:
+    with pytest.raises(MalformedPickleError, match="opcode"):
+        read_inert(b"\x80\x02\xff.", lambda name, args: None)
+    commit(tmp_path, "tag", {"a.pt": _file_with(b"\x80\x02\xff.")})
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "tag" / "a.pt")
+
+
+def test_a_sample_of_the_fuzzer() -> None:
+    assert len(NAMES) > 10
+    fuzz(4000, seed=7)
+
+
+@pytest.mark.slow
+def test_the_fuzzer() -> None:
+    fuzz(60_000, seed=1)
