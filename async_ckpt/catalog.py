@@ -4,17 +4,20 @@ Guarantees:
 - Nothing is written, deleted, locked or swept; no thread outlives a call; torch is not imported.
 - A checkpoint is read through one directory descriptor: replaced or deleted while it is being read, it is read whole
   in its old form, or again in its new one, or reported as gone. Bytes of two checkpoints are never mixed.
-- What cannot be a checkpoint (a stray directory, a link, a damaged manifest) is never listed.
+- What cannot be a checkpoint (a stray directory, a damaged manifest) is never listed.
+- A checkpoint that was renamed, copied or is reached through a link is one, under the name that it has here.
 
 Methods block on the disk and may be called from any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -30,7 +33,7 @@ from .manifest import (
     decode,
     parse_private_name,
 )
-from .names import NameKind
+from .names import NameKind, check_existing_tag
 from .paths import Root, StrPath
 from .restore.read_errors import DAMAGE_ERRNOS
 from .restore.reading import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
@@ -44,8 +47,12 @@ T = TypeVar("T")
 class OpenCheckpoint:
     """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
 
-    def __init__(self, filesystem: FileSystem, root: Root, manifest: Manifest, directory: DirHandle) -> None:
+    def __init__(
+        self, filesystem: FileSystem, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None
+    ) -> None:
         self.root = root.path
+        self.copied_from = copied_from
+        """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
         self._paths = root
         self.manifest = manifest
         self.directory = directory
@@ -57,7 +64,7 @@ class OpenCheckpoint:
         Raises:
             UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
         """
-        inner = self._paths.inside(self.manifest.tag, path)
+        _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
         entry = self.manifest.file(inner)
         if entry is None:
             there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
@@ -99,7 +106,7 @@ class OpenCheckpoint:
 
     def is_current(self) -> bool:
         """Whether the tag still names this very directory."""
-        return self._filesystem.stat(os.path.join(self.root, self.manifest.tag)).identity == self.directory.identity
+        return _identity(self._filesystem, os.path.join(self.root, self.manifest.tag)) == self.directory.identity
 
     def close(self) -> None:
         """Close the directory; idempotent. Files opened from it stay open."""
@@ -119,6 +126,8 @@ class CatalogEntry:
     tag: str
     manifest: Manifest | None
     problem: str | None
+    copied_from: str | None = None
+    """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,9 @@ class Catalog:
             for tag in self._possible_tags():
                 try:
                     if self._looks_like_checkpoint(tag):
-                        found.append(CatalogEntry(tag, self.manifest(tag), None))
+                        found.append(
+                            self.read(tag, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from))
+                        )
                         continue
                 except CheckpointNotFoundError:
                     vanished = True
@@ -181,7 +192,7 @@ class Catalog:
                 vanished = vanished or self._filesystem.stat(os.path.join(self._root, tag)).kind == "missing"
             if not vanished:
                 break
-        return sorted(found, key=lambda entry: (entry.manifest.created_unix_ns if entry.manifest else -1, entry.tag))
+        return sorted(found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag))
 
     def latest(self, verify: str = "full") -> str | None:
         """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
@@ -248,7 +259,7 @@ class Catalog:
         Raises:
             CheckpointNotFoundError, UnsafePathError.
         """
-        if self._filesystem.stat(os.path.join(self._root, check_tag(tag), MANIFEST_NAME)).kind != "file":
+        if self._filesystem.stat(os.path.join(self._root, check_existing_tag(tag), MANIFEST_NAME)).kind != "file":
             raise self._not_found(tag)
         return Path(self._root, tag)
 
@@ -266,11 +277,12 @@ class Catalog:
         Raises:
             CheckpointNotFoundError, CorruptCheckpointError (its manifest is damaged), UnsafePathError.
         """
-        check_tag(tag)
-        path = os.path.join(self._root, tag)
+        path = os.path.join(self._root, check_existing_tag(tag))
         for _ in range(_MAX_RACES):
+            # The checkpoint itself may be reached through a link; nothing below it may.
+            is_link = self._filesystem.stat(path).kind == "other"
             try:
-                directory = self._filesystem.open_dir(self._root, (tag,))
+                directory = self._filesystem.open_dir(path) if is_link else self._filesystem.open_dir(self._root, (tag,))
             except FileNotFoundError:
                 raise self._not_found(tag) from None
             except OSError as error:
@@ -280,8 +292,6 @@ class Catalog:
             try:
                 raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
                 manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
-                if manifest.tag != tag:
-                    raise CorruptCheckpointError(f"{path!r} holds the checkpoint {manifest.tag!r}, not {tag!r}", path=path)
             except BaseException as error:
                 identity = directory.identity
                 directory.close()
@@ -289,11 +299,12 @@ class Catalog:
                     raise CorruptCheckpointError(f"{path!r}: its manifest cannot be read: {error}", path=path) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
-                if self._filesystem.stat(path).identity == identity:
+                if _identity(self._filesystem, path) == identity:
                     raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
                 # Deleted or replaced between the two steps: look again.
                 continue
-            return OpenCheckpoint(self._filesystem, self._paths, manifest, directory)
+            copied_from = manifest.tag if is_link or manifest.tag != tag else None
+            return OpenCheckpoint(self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
         raise _gone(tag)
 
     def read(self, tag: str, function: Callable[[OpenCheckpoint], T]) -> T:
@@ -324,11 +335,13 @@ class Catalog:
         return [name for name in sorted(names) if _is_tag(name)]
 
     def _looks_like_checkpoint(self, name: str) -> bool:
-        path = os.path.join(self._root, name)
-        if self._filesystem.stat(path).kind != "dir":
-            return False
         # A manifest that is a link or a FIFO is a damaged checkpoint, not a stray directory.
-        return self._filesystem.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing"
+        try:
+            return self._filesystem.stat(os.path.join(self._root, name, MANIFEST_NAME)).kind != "missing"
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return False
 
     def _listdir(self) -> list[str]:
         try:
@@ -339,6 +352,7 @@ class Catalog:
             raise CheckpointNotFoundError(f"{self._root!r} is not a directory: give the root that holds the checkpoints") from error
 
     def _not_found(self, tag: str) -> CheckpointNotFoundError:
+        check_tag(tag)
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
         shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}")
@@ -346,10 +360,23 @@ class Catalog:
 
 def _is_tag(name: str) -> bool:
     try:
-        check_tag(name)
+        check_existing_tag(name)
     except UnsafePathError:
         return False
     return True
+
+
+def _identity(filesystem: FileSystem, path: str) -> tuple[int, int]:
+    """Device and inode of the directory that has this name, a link followed."""
+    found = filesystem.stat(path)
+    if found.kind != "other":
+        return found.identity
+    try:
+        with contextlib.closing(filesystem.open_dir(path)) as directory:
+            return directory.identity
+    except OSError:
+        # It leads nowhere (any more).
+        return 0, 0
 
 
 def _gone(tag: str) -> CheckpointNotFoundError:

@@ -17,6 +17,7 @@ MANIFEST_NAME = "manifest.json"
 DCP_METADATA_NAME = ".metadata"
 """The only file that may begin with a dot: torch.distributed.checkpoint looks for it under this name."""
 MAX_TAG_BYTES = 128
+_MAX_NAME_BYTES = 255
 MAX_COMPONENT_BYTES = 200
 MAX_PATH_BYTES = 1024
 
@@ -49,6 +50,17 @@ def check_tag(tag: str) -> str:
     if tag.lower() == MANIFEST_NAME:
         raise UnsafePathError(f"tag {shown(tag)}: {MANIFEST_NAME!r} is the checkpoint's own file; choose another tag")
     return tag
+
+
+def check_existing_tag(name: str) -> str:
+    """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name, without a leading dot.
+
+    Raises:
+        UnsafePathError: it is no such name.
+    """
+    if not isinstance(name, str) or not name.isprintable() or name.startswith(".") or "/" in name or len(name.encode()) > _MAX_NAME_BYTES:
+        return check_tag(name)
+    return name if name else check_tag(name)
 
 
 def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:

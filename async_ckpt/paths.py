@@ -6,7 +6,7 @@ import os
 
 from .errors import UnsafePathError
 from .manifest import check_relative_path, check_tag
-from .names import shown
+from .names import check_existing_tag, shown
 
 StrPath = str | os.PathLike[str]
 
@@ -25,46 +25,45 @@ class Root:
         """Whether `path` is the root itself."""
         return os.fspath(path).rstrip("/") in self._prefixes or os.path.abspath(os.fspath(path)) == self.path
 
-    def split(self, path: StrPath, *, stored: bool = False) -> tuple[str | None, tuple[str, ...]]:
+    def split(self, path: StrPath) -> tuple[str | None, tuple[str, ...]]:
         """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a tag.
 
         "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as it was given or absolute.
-        No component is ever resolved: ".." and links are refused, not followed. For `stored` see `check_relative_path`.
+        No component is ever resolved: ".." and links are refused, not followed.
 
         Raises:
             UnsafePathError: malformed, or absolute and outside the root.
         """
+        is_below, inner = self._below(path)
+        if not is_below:
+            return None, check_relative_path(inner)
+        tag, _, rest = inner.partition("/")
+        return check_tag(tag), check_relative_path(rest) if rest else ()
+
+    def split_committed(self, path: StrPath, *, tag: str | None = None) -> tuple[str, str]:
+        """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that checkpoint.
+
+        Raises:
+            UnsafePathError: malformed, outside the root, in another checkpoint than `tag`, or no file inside one.
+        """
+        is_below, inner = self._below(path)
+        if tag is None or is_below:
+            found, _, inner = inner.partition("/")
+            check_existing_tag(found)
+            if tag not in (None, found) or not inner:
+                what = "a checkpoint; give '<tag>/<file>'" if tag is None else f"the checkpoint {shown(tag)}"
+                raise UnsafePathError(f"path {shown(os.fspath(path))} names no file inside {what}; nothing was touched")
+            tag = found
+        return tag, "/".join(check_relative_path(inner, stored=True))
+
+    def _below(self, path: StrPath) -> tuple[bool, str]:
+        """Whether the path begins with the root, and what it says behind that."""
         text = os.fspath(path)
         if not isinstance(text, str):
             raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(text).__name__}; nothing was touched")
         for prefix in self._prefixes:
             if text.startswith(prefix + "/"):
-                tag, _, rest = text[len(prefix) + 1 :].partition("/")
-                return check_tag(tag), check_relative_path(rest, stored=stored) if rest else ()
+                return True, text[len(prefix) + 1 :]
         if text.startswith("/"):
             raise UnsafePathError(f"path {shown(text)} is absolute and not below the root {shown(self.path)}; nothing was touched")
-        return None, check_relative_path(text, stored=stored)
-
-    def split_committed(self, path: StrPath) -> tuple[str, str]:
-        """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt".
-
-        Raises:
-            UnsafePathError: malformed, outside the root, or no file inside a tag.
-        """
-        tag, parts = self.split(path, stored=True)
-        if tag is None:
-            tag, parts = check_tag(parts[0]), parts[1:]
-        if not parts:
-            raise UnsafePathError(f"path {shown(os.fspath(path))} names no file inside a checkpoint; give '<tag>/<file>'")
-        return tag, "/".join(parts)
-
-    def inside(self, tag: str, path: StrPath) -> str:
-        """The file of checkpoint `tag` that `path` names: relative to the tag, or as "<root>/<tag>/...".
-
-        Raises:
-            UnsafePathError: malformed, or it points elsewhere than into this tag.
-        """
-        found, parts = self.split(path, stored=True)
-        if found not in (None, tag) or not parts:
-            raise UnsafePathError(f"path {shown(os.fspath(path))} names no file inside the checkpoint {shown(tag)}; nothing was touched")
-        return "/".join(parts)
+        return False, text

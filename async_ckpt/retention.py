@@ -62,6 +62,11 @@ class Decision:
     """Why the disk would not delete it; it is to be tried again."""
 
 
+def committed_here(catalog: Catalog) -> list[Manifest]:
+    """The checkpoints that policies judge, oldest first: not those that somebody has copied, renamed or linked, to keep them."""
+    return [entry.manifest for entry in catalog.entries() if entry.manifest is not None and entry.copied_from is None]
+
+
 class RetentionPolicy:
     """Says which checkpoints to keep; `a | b` keeps what either keeps."""
 
@@ -223,7 +228,7 @@ def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[De
     """
     catalog = Catalog(root, filesystem)
     root = catalog.root
-    manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
+    manifests = {manifest.tag: manifest for manifest in committed_here(catalog)}
     decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
     doomed = [decision for decision in decisions if not decision.keep]
     if doomed and not _is_good(catalog, decisions[-1].tag):

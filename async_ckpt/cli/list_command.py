@@ -15,8 +15,8 @@ def command(
 ) -> None:
     """List checkpoints with step, metadata, age, size and state; oldest first.
 
-    JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, num_files, problem, owner, owner_state} and,
-    for what is not committed, name; state is committed, damaged, staging, trash or aside.
+    JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, num_files, problem, copied_from, owner,
+    owner_state} and, for what is not committed, name; state is committed, damaged, staging, trash or aside.
 
     Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
     """

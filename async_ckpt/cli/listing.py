@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import time
+from dataclasses import replace
 from typing import Any
 
 from ..catalog import Catalog, CatalogEntry, StagingInfo
@@ -61,6 +62,7 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str,
         entry.tag,
         "committed" if problem is None else "damaged",
         problem=problem,
+        copied_from=entry.copied_from,
         step=_step(entry),
         metadata=dict(manifest.metadata),
         created_unix_ns=manifest.created_unix_ns,
@@ -85,14 +87,16 @@ def _staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]
 
 
 def _item(tag: str, state: str, **fields: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("step", "metadata", "created_unix_ns", "age_s", "size_bytes", "num_files", "problem", "owner", "owner_state"))
+    empty = dict.fromkeys(
+        ("step", "metadata", "created_unix_ns", "age_s", "size_bytes", "num_files", "problem", "copied_from", "owner", "owner_state")
+    )
     return {"tag": tag, "state": state, **empty, **fields}
 
 
 def _step(entry: CatalogEntry) -> int | None:
     from ..retention import CheckpointInfo
 
-    return None if entry.manifest is None else CheckpointInfo.of(entry.manifest).step
+    return None if entry.manifest is None else CheckpointInfo.of(replace(entry.manifest, tag=entry.copied_from or entry.tag)).step
 
 
 def measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
@@ -146,7 +150,7 @@ def _state(item: dict[str, Any]) -> str:
     if item["state"] == "damaged":
         return f"damaged: {item['problem']}"
     if item["owner_state"] is None:
-        return str(item["state"])
+        return str(item["state"]) + (f", copied from {item['copied_from']}" if item["copied_from"] is not None else "")
     return f"{item['state']}, {OWNERS[OwnerState(item['owner_state'])]}"
 
 

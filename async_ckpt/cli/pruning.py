@@ -8,7 +8,19 @@ import typer
 
 from ..errors import ConfigError
 from ..filesystem import LocalFileSystem
-from ..retention import AnyOf, CheckpointInfo, Decision, KeepBest, KeepEvery, KeepLast, KeepNewerThan, RetentionPolicy, apply, decide
+from ..retention import (
+    AnyOf,
+    CheckpointInfo,
+    Decision,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    KeepNewerThan,
+    RetentionPolicy,
+    apply,
+    committed_here,
+    decide,
+)
 from ..units import parse_duration_s
 from . import EXIT_FAILED
 from .failing import NotFoundError, UsageError
@@ -38,7 +50,7 @@ def command(
     """
     policy = _policy(keep_last, keep_every, keep_best, best_num, best_mode, keep_newer_than)
     catalog = catalog_of(root)
-    checkpoints = [CheckpointInfo.of(entry.manifest) for entry in catalog.entries() if entry.manifest is not None]
+    checkpoints = [CheckpointInfo.of(manifest) for manifest in committed_here(catalog)]
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
         raise NotFoundError(f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}")

@@ -36,7 +36,7 @@ def test_paths_below_a_root(root: str, path: str, parts: object) -> None:
 @pytest.mark.parametrize("path", ["/abs/u/x", "/abs/t/../u/x", "/abs/t/", "/abs/t", "/etc/passwd", "../t/x", "/abs/tx/y", "", b"x"])
 def test_paths_outside_a_tag(path: str) -> None:
     with pytest.raises(UnsafePathError):
-        Root("/abs").inside("t", path)
+        Root("/abs").split_committed(path, tag="t")
 
 
 def test_the_root_itself_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

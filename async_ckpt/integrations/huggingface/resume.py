@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 
-from ...errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, report
+from ...catalog import Catalog
+from ...errors import CheckpointError, report
 from ...filesystem import FileSystem, LocalFileSystem
 from ...interface import StrPath
-from ...manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
-from ...verify import verify_files
+from ...manifest import MANIFEST_NAME
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _LAST_FILE_OF_STOCK = "trainer_state.json"
@@ -59,19 +58,7 @@ def verify_directory(path: str, fs: FileSystem) -> None:
         CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    try:
-        directory = fs.open_dir(folder, (name,))
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{path!r} cannot be opened: {error}") from error
-    with contextlib.closing(directory):
-        try:
-            raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
-        except OSError as error:
-            raise CheckpointNotFoundError(f"{path!r} has no readable {MANIFEST_NAME}: {error}") from error
-        manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
-        problems = verify_files(directory, manifest.files)
-    if problems:
-        raise CorruptCheckpointError(f"{path!r} is damaged: {problems[0]}", path=path, record=problems[0].record)
+    Catalog(folder, fs).verify(name).raise_if_bad()
 
 
 def _newest_first(root: str) -> list[str]:
