@@ -29,35 +29,35 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .catalog import Catalog
-    from .config import EngineConfig
-    from .coordination.ranks import RankCoordinator
-    from .engine import AsyncCheckpointEngine
+    from .engine.config import EngineConfig
+    from .engine.engine import AsyncCheckpointEngine
+    from .engine.interface import CheckpointEngine
+    from .engine.pacing import CheckpointPacer
+    from .engine.pending import PendingCommit
+    from .engine.preemption import PreemptionOutcome
     from .host.facts import Node
-    from .interface import CheckpointEngine
     from .metrics import CommitMetrics, Observer, SaveMetrics, Span
     from .observers.logs import LoggingObserver
+    from .observers.progress import CommitProgress, show_progress
     from .observers.prometheus import PrometheusObserver
     from .observers.tensorboard import TensorBoardObserver
     from .observers.timeline import SpanRecorder, read_trace, write_timeline
     from .observers.trace import TraceObserver
-    from .pacing import CheckpointPacer
-    from .pending import PendingCommit
-    from .preemption import PreemptionOutcome
-    from .progress import CommitProgress, show_progress
-    from .restore import load, load_into
+    from .ranks.rank_coordinator import RankCoordinator
+    from .reading.catalog import Catalog
+    from .reading.load import load, load_into
     from .retention import KeepBest, KeepEvery, KeepLast, KeepNewerThan
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AsyncCheckpointEngine": "engine",
-    "Catalog": "catalog",
-    "CheckpointEngine": "interface",
-    "CheckpointPacer": "pacing",
+    "AsyncCheckpointEngine": "engine.engine",
+    "Catalog": "reading.catalog",
+    "CheckpointEngine": "engine.interface",
+    "CheckpointPacer": "engine.pacing",
     "CommitMetrics": "metrics",
-    "CommitProgress": "progress",
-    "EngineConfig": "config",
+    "CommitProgress": "observers.progress",
+    "EngineConfig": "engine.config",
     "KeepBest": "retention",
     "KeepEvery": "retention",
     "KeepLast": "retention",
@@ -65,19 +65,19 @@ _HOME = {
     "LoggingObserver": "observers.logs",
     "Node": "host.facts",
     "Observer": "metrics",
-    "PendingCommit": "pending",
-    "PreemptionOutcome": "preemption",
+    "PendingCommit": "engine.pending",
+    "PreemptionOutcome": "engine.preemption",
     "PrometheusObserver": "observers.prometheus",
-    "RankCoordinator": "coordination.ranks",
+    "RankCoordinator": "ranks.rank_coordinator",
     "SaveMetrics": "metrics",
     "Span": "metrics",
     "SpanRecorder": "observers.timeline",
     "TensorBoardObserver": "observers.tensorboard",
     "TraceObserver": "observers.trace",
-    "load": "restore",
-    "load_into": "restore",
+    "load": "reading.load",
+    "load_into": "reading.load",
     "read_trace": "observers.timeline",
-    "show_progress": "progress",
+    "show_progress": "observers.progress",
     "write_timeline": "observers.timeline",
 }
 

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from . import transaction
-from .catalog import Catalog
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError, report
-from .filesystem import FileSystem
-from .manifest import CLOCK_KEY, Manifest
+from .format.manifest import CLOCK_KEY, Manifest
+from .reading.catalog import Catalog
+from .storage import transaction
+from .storage.filesystem import FileSystem
 
 
 @dataclass(frozen=True)

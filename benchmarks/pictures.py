@@ -16,9 +16,9 @@ from rich.console import Console
 
 from async_ckpt import SpanRecorder, write_timeline
 from async_ckpt.cli import main as command_line
+from async_ckpt.cli.demo.report import plot_steps
+from async_ckpt.cli.demo.training import DemoConfig, train
 from async_ckpt.cli.output import recording
-from async_ckpt.demo.report import plot_steps
-from async_ckpt.demo.training import DemoConfig, train
 from async_ckpt.host.process import current_owner
 from async_ckpt.metrics import Span
 

@@ -19,8 +19,8 @@ import torch
 
 import async_ckpt
 from async_ckpt.host.memory import region
-from async_ckpt.restore import into as restore_into
-from async_ckpt.restore import loading as restore
+from async_ckpt.reading import load as restore
+from async_ckpt.reading import load_into as restore_into
 from benchmarks.environment import describe
 from benchmarks.limits import MIB, run_fio
 from benchmarks.results import append

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     for thread in alive:
         thread.join(10)
     assert [t.name for t in alive if t.is_alive()] == [], "threads of the package are still alive"
-    staging = sys.modules.get("async_ckpt.staging")
+    staging = sys.modules.get("async_ckpt.snapshot.arena")
     if staging is not None:
         assert [a.num_taken for a in staging._arenas if a.num_taken] == [], "staging chunks were not given back"
     leaked = _open_files() - before
@@ -80,3 +82,16 @@ def held_copies() -> Iterator[Any]:
     yield hold
     for held in made:
         held.let_go()
+
+
+@pytest.fixture
+def fast_path(tmp_path: Path) -> Iterator[Path]:
+    """A fresh directory on tmpfs, else on disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="async-ckpt-test-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
 _MODULES = {
     "list": "list_command",
-    "inspect": "inspecting",
-    "verify": "verifying",
-    "diff": "differing",
-    "prune": "pruning",
-    "delete": "deleting",
-    "sweep": "sweeping",
-    "watch": "watching",
-    "export": "exporting",
-    "demo": "demonstrating",
-    "bench": "benching",
+    "inspect": "inspect",
+    "verify": "verify",
+    "diff": "diff",
+    "prune": "prune",
+    "delete": "delete",
+    "sweep": "sweep",
+    "watch": "watch",
+    "export": "export",
+    "demo": "demo_command",
+    "bench": "bench",
 }
 
 _EPILOG = (
@@ -49,9 +50,7 @@ def build(arguments: list[str]) -> Callable[..., Any]:
 
 def _version(value: bool) -> None:
     if value:
-        from .. import __version__
-
-        print(f"async-ckpt {__version__}")
+        print(f"async-ckpt {version('async-ckpt')}")
         raise typer.Exit
 
 

@@ -9,10 +9,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ..catalog import Catalog, CatalogEntry, StagingInfo
 from ..errors import CheckpointNotFoundError
 from ..host.process import OwnerState
-from ..units import format_age, format_bytes
+from ..observers.units import format_age, format_bytes
+from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
 from . import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..catalog import Catalog
-from ..manifest import MANIFEST_NAME
+from ..format.manifest import MANIFEST_NAME
+from ..reading.catalog import Catalog
 from .failing import NotFoundError, UsageError, clean
 
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checksum import crc32
 from ..errors import ConfigError
-from ..filesystem import LocalFileSystem
+from ..format.checksum import crc32
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
 from ..host.process import Owner, OwnerState, current_owner, owner_state
-from ..writer import Chunk, WriterPool
+from ..storage.filesystem import LocalFileSystem
+from ..writer.file_write import Chunk
+from ..writer.pool import WriterPool
 
 CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 16

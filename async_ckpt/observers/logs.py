@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..metrics import CommitMetrics, Observer, SaveMetrics
-from ..units import format_bytes, format_rate, format_seconds
+from .units import format_bytes, format_rate, format_seconds
 
 
 class LoggingObserver(Observer):

@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
-from ..filesystem.running import may_wait_for_threads, running_threads
-from ..frames import innermost_frames
+from ..host.frames import innermost_frames
+from ..host.running import may_wait_for_threads, running_threads
 from ..threads.locks import Lock
 
 # The first wait between two looks; each next one is longer by half, up to the last.

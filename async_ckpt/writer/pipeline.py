@@ -17,10 +17,10 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, report
-from ..filesystem import FileSystem, WritableFile
-from ..filesystem.write_error import write_error
-from .filewrite import Chunk, FileWrite, WrittenFile
-from .iomode import Arm, DiskTime
+from ..storage.filesystem import FileSystem, WritableFile
+from ..storage.write_error import write_error
+from .file_write import Chunk, FileWrite, WrittenFile
+from .io_mode import Arm, DiskTime
 from .lane import Lane, Slots, ended, job_label, wake
 
 T = TypeVar("T")

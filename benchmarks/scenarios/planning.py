@@ -19,7 +19,7 @@ def run(request: Request, result: Result) -> None:
     workload = build_workload(request, result)
     result["config"] = "Planner().plan(state): first, then repeated with fresh containers and changed values"
     try:
-        planner = importlib.import_module("async_ckpt.layout.planner").Planner()
+        planner = importlib.import_module("async_ckpt.plan.planner").Planner()
     except (ImportError, AttributeError) as error:
         raise Unavailable(f"no planner: {error}") from error
     num_tensors = len(workload.tensors)

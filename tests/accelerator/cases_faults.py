@@ -13,7 +13,7 @@ import torch
 from async_ckpt.errors import TransactionStateError
 from async_ckpt.host.device import pinning
 from async_ckpt.integrations.dcp.stager import ArenaStager
-from async_ckpt.staging import StagingArena
+from async_ckpt.snapshot.arena import StagingArena
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved
 

@@ -10,8 +10,8 @@ import zlib
 import pytest
 import torch
 
-from async_ckpt.checksum import crc32
-from async_ckpt.manifest import FileEntry, Manifest, encode
+from async_ckpt.format.checksum import crc32
+from async_ckpt.format.manifest import FileEntry, Manifest, encode
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,10 @@ def test_every_answer_is_right_while_everything_changes(cli, training, tmp_path)
 
 def test_a_listing_that_retention_outruns_is_made_again(tmp_path):
     """All that was listed is deleted before it is read: once, an empty root was reported, and `latest` found nothing."""
-    from async_ckpt import transaction
-    from async_ckpt.catalog import Catalog
-    from async_ckpt.filesystem import LocalFileSystem
-    from tests.disk.making import OLD, commit
+    from async_ckpt.reading.catalog import Catalog
+    from async_ckpt.storage import transaction
+    from async_ckpt.storage.filesystem import LocalFileSystem
+    from tests.support.making import OLD, commit
 
     class Outrun(LocalFileSystem):
         num_listings = 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..restore.committed import commit, torch_bytes
+from ..reading.committed import commit, torch_bytes
 
 ANOTHER = torch.arange(4.0)
 

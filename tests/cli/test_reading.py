@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from async_ckpt.format.manifest import MANIFEST_NAME
 from async_ckpt.host.process import current_owner
-from async_ckpt.manifest import MANIFEST_NAME
 
 from .conftest import flip, listing
 
@@ -163,7 +163,7 @@ def test_diff_of_equal_checkpoints_and_files(cli, root):
 
 
 def test_diff_reads_no_tensor_data(root, monkeypatch, cli):
-    from async_ckpt.filesystem import file_read as _file_read
+    from async_ckpt.storage import read_file as _file_read
 
     read = []
     original = _file_read.LocalReadableFile.pread_into

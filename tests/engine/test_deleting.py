@@ -21,7 +21,7 @@ from async_ckpt import (
     UnsupportedStateError,
     WriteError,
 )
-from async_ckpt.engine import AsyncCheckpointEngine as Engine
+from async_ckpt.engine.engine import AsyncCheckpointEngine as Engine
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 STATE = {"w": torch.arange(1000.0)}
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_a_number_never_ends_a_training(tmp_path: Path) -> No
 
 
 def test_what_the_manifest_cannot_hold_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("async_ckpt.manifest.MAX_MANIFEST_BYTES", 20_000)
+    monkeypatch.setattr("async_ckpt.format.manifest.MAX_MANIFEST_BYTES", 20_000)
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=4096) as engine:
         engine.create("a")
         engine.save(STATE, "model.pt")

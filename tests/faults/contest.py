@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from async_ckpt import CheckpointNotFoundError, KeepLast, transaction
+from async_ckpt import CheckpointNotFoundError, KeepLast
+from async_ckpt.storage import transaction
 from tests.support.faulty_filesystem import Killed, Operation
 
 from .oracle import Contents, contents, private_names

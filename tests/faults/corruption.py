@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError
+from async_ckpt.format.manifest import MANIFEST_NAME
 from async_ckpt.format.zip_directory import read_directory
-from async_ckpt.manifest import MANIFEST_NAME
-from async_ckpt.restore.loading import load_committed
+from async_ckpt.reading.load import load_committed
 
 from .report import Part, Row, command, sampled
 from .workloads import Folder, quiet, version_of

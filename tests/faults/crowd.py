@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from async_ckpt import Catalog, CheckpointNotFoundError
-from async_ckpt.restore.loading import load_committed
+from async_ckpt.reading.load import load_committed
 
 from .oracle import contents, private_names
 from .report import Row, command, sampled
@@ -30,8 +30,9 @@ ROOT = Path(__file__).parents[2]
 WRITER = """
 import json, sys
 from pathlib import Path
-from async_ckpt import CheckpointError, CheckpointNotFoundError, TagExistsError, transaction
-from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt import CheckpointError, CheckpointNotFoundError, TagExistsError
+from async_ckpt.storage import transaction
+from async_ckpt.storage.filesystem import LocalFileSystem
 from tests.faults.workloads import Job, Told, make_engine
 root, me, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 outcomes = {"won": [], "refused": 0, "replaced": 0, "deleted": 0}

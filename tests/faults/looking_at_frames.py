@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from async_ckpt.frames import calling_frame, innermost_frames
+from async_ckpt.host.frames import calling_frame, innermost_frames
 
 NUM_ROUNDS = 1000
 NUM_GARBAGE = 30

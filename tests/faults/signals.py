@@ -30,7 +30,7 @@ LAST = ("last", 99)
 PARALLEL = 2
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "async_ckpt.engine", "tests.faults.workloads"])
+context.set_forkserver_preload(["torch", "async_ckpt.engine.engine", "tests.faults.workloads"])
 
 
 @dataclass(frozen=True)

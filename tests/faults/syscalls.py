@@ -66,7 +66,7 @@ COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))
 KEEPS = Workload("syscalls", lambda job: None, keeps=3)
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "async_ckpt.engine", "tests.faults.workloads"])
+context.set_forkserver_preload(["torch", "async_ckpt.engine.engine", "tests.faults.workloads"])
 
 
 def job(root: Path, fault: str, log: str) -> None:

@@ -33,12 +33,12 @@ from async_ckpt import (
     WriteError,
     retention,
 )
-from async_ckpt.layout import Planner
-from async_ckpt.restore.undo import Undo
+from async_ckpt.plan.planner import Planner
+from async_ckpt.reading.rollback import Undo
 from async_ckpt.retention import RetentionPolicy
-from async_ckpt.snapshot.copying import Fill
-from async_ckpt.snapshot.cutting import cut
-from async_ckpt.staging import StagingArena, StagingChunk
+from async_ckpt.snapshot.arena import StagingArena, StagingChunk
+from async_ckpt.snapshot.chunk_map import cut
+from async_ckpt.snapshot.file_copy import Fill
 from async_ckpt.threads import executor
 
 from .crowd import ROOT

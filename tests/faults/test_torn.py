@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
-from async_ckpt.guard.turns import Turns
 from async_ckpt.snapshot.bystanders import Bystanders
-from tests.engine.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
+from async_ckpt.snapshot.step_exclusion import Turns
+from tests.snapshot.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
 from tests.support.stepping import Doing, until
 
 from .torn import KINDS, sweep

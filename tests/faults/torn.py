@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
-from tests.engine.test_snapshots import assert_same, frozen
+from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.stepping import Doing, Gate, gated, until, waits_for
 
 from .report import command

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
+from async_ckpt.format.names import PrivateName
 from async_ckpt.host.process import current_owner
-from async_ckpt.names import PrivateName
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 NUM_FLOATS = 6000

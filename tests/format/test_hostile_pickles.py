@@ -15,7 +15,7 @@ import torch
 from async_ckpt import CheckpointError, load
 from async_ckpt.format.inert import describe, read_inert
 from async_ckpt.format.pickles import MalformedPickleError, OpaqueKey
-from tests.restore.committed import commit
+from tests.reading.committed import commit
 
 from .pickle_fuzz import NAMES, check, fuzz
 

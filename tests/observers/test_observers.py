@@ -298,7 +298,7 @@ class HeldCommit:
 
 def test_progress_raises_the_failure_of_a_commit():
 
-    from async_ckpt.pending import PendingCommit
+    from async_ckpt.engine.pending import PendingCommit
 
     pending = PendingCommit("t", CommitMetrics("t"), lambda: "nothing")
     pending.resolve(WriteError("disk gone"))

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine
-from async_ckpt.coordination.ranks import Node, RankCoordinator
 from async_ckpt.errors import CheckpointError, OutOfSpaceError
-from async_ckpt.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
+from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
 from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]

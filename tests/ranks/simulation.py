@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
-from async_ckpt.coordination.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
-from async_ckpt.coordination.store_link import PollPace
+from async_ckpt.ranks.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
+from async_ckpt.ranks.store_link import PollPace
 
 
 class Pause:

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
-from async_ckpt.coordination.rank_env import default_run_id
-from async_ckpt.coordination.rank_protocol import announce, join
-from async_ckpt.coordination.rank_requests import Announcements, Seat
-from async_ckpt.coordination.ranks import Node, RankCoordinator
-from async_ckpt.coordination.store_link import LinkLostError, StoreLink
-from async_ckpt.filesystem import LocalFileSystem
 from async_ckpt.host.facts import node_from_env
+from async_ckpt.ranks.protocol import announce, join
+from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
+from async_ckpt.ranks.rank_env import default_run_id
+from async_ckpt.ranks.rank_requests import Announcements, Seat
+from async_ckpt.ranks.store_link import LinkLostError, StoreLink
+from async_ckpt.storage.filesystem import LocalFileSystem
 
 
 def engine_of(root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any) -> AsyncCheckpointEngine:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from async_ckpt.coordination import rank_protocol as protocol
-from async_ckpt.coordination.rank_requests import Announcements, AttemptFailed, Seat, Verdict
+from async_ckpt.ranks import protocol as protocol
+from async_ckpt.ranks.rank_requests import Announcements, AttemptFailed, Seat, Verdict
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
 
 TIMEOUT_S = 60.0

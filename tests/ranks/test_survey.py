@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, RankFailedError
-from async_ckpt.coordination.ranks import RankCoordinator
+from async_ckpt.ranks.rank_coordinator import RankCoordinator
 from tests.ranks.jobs import Job
 from tests.ranks.test_processes import make_job, run
 from tests.support.processes import context
@@ -93,7 +93,7 @@ def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:
     store = dist.HashStore()
 
     def work(rank: int) -> str:
-        from async_ckpt.coordination.ranks import Node
+        from async_ckpt.ranks.rank_coordinator import Node
 
         coordinator = RankCoordinator(store, rank, 2, timeout_s=10.0, linger_s=1.0, node=Node(rank, 2, (rank,)))
         with AsyncCheckpointEngine(tmp_path / str(rank), staging_bytes=1 << 20, coordinator=coordinator):

@@ -28,10 +28,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from async_ckpt.filesystem import LocalFileSystem, WritableFile
-from async_ckpt.filesystem.file_write import LocalWritableFile
-from async_ckpt.filesystem.syscalls import EXCHANGE, O_DIRECT, Syscalls
 from async_ckpt.host.process import Owner, current_owner
+from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT, Syscalls
+from async_ckpt.storage.write_file import LocalWritableFile
 
 COUNTED = frozenset(
     {

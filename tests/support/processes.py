@@ -18,9 +18,9 @@ context.set_forkserver_preload(
         "torch",
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
-        "async_ckpt.engine",
-        "async_ckpt.coordination.ranks",
-        "async_ckpt.catalog",
+        "async_ckpt.engine.engine",
+        "async_ckpt.ranks.rank_coordinator",
+        "async_ckpt.reading.catalog",
         "async_ckpt.integrations.dcp",
     ]
 )

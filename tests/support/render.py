@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
-from async_ckpt.checksum import crc32
-from async_ckpt.layout import PlannedState
+from async_ckpt.format.checksum import crc32
+from async_ckpt.plan.plan import PlannedState
 
 
 def storage_bytes(storage, offset_bytes: int, nbytes: int) -> bytes:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from async_ckpt.guard import Guard
-from async_ckpt.guard.turns import Turns
+from async_ckpt.snapshot.guard import Guard
+from async_ckpt.snapshot.step_exclusion import Turns
 
 TIMEOUT_S = 60.0
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from async_ckpt.writer import WriterPool
+from async_ckpt.writer.pool import WriterPool
 
 from .fakes import TIMEOUT_S, FakeFileSystem
 

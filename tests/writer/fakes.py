@@ -10,8 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from async_ckpt.checksum import crc32
-from async_ckpt.writer import Chunk, FileWrite
+from async_ckpt.format.checksum import crc32
+from async_ckpt.writer.file_write import Chunk, FileWrite
 
 TIMEOUT_S = 20.0
 

@@ -121,7 +121,7 @@ SCRIPT = """
 import atexit, sys, threading
 sys.path.insert(0, {root!r})
 from async_ckpt.errors import BackpressureTimeout
-from async_ckpt.writer import WriterPool
+from async_ckpt.writer.pool import WriterPool
 from tests.writer.fakes import FakeFileSystem, Gate, Source, seal
 
 fs = FakeFileSystem()

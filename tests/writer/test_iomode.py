@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.writer.iomode import (
+from async_ckpt.writer.io_mode import (
     BUFFERED,
     CLEARLY_BETTER,
     MAX_WRITERS,

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ...checksum import crc32_combine
-from ...layout.plan import FilePlan, PlannedState, Sources, hash_layout
-from ...layout.planner import Planner
-from ...layout.sealer import Sealer
+from ...format.checksum import crc32_combine
+from ...format.sealer import Sealer
+from ...plan.plan import FilePlan, PlannedState, Sources, hash_layout
+from ...plan.planner import Planner
 
 _MAX_TEMPLATES = 4096
 

@@ -7,17 +7,19 @@ import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from ...config import EngineConfig
+from ...engine.config import EngineConfig
 from ...errors import TransactionStateError
-from ...filesystem import FileSystem, LocalFileSystem
 from ...host.device import pinning
-from ...snapshot import Snapshotter, num_copy_helpers
-from ...staging import StagingArena
-from ...writer import WriterPool, WrittenFile
+from ...snapshot.arena import StagingArena
+from ...snapshot.copy_threads import num_copy_helpers
+from ...snapshot.snapshotter import Snapshotter
+from ...storage.filesystem import FileSystem, LocalFileSystem
+from ...writer.file_write import WrittenFile
+from ...writer.pool import WriterPool
 from .blobs import BlobPlanner
 
 if TYPE_CHECKING:
-    from ...layout import PlannedState
+    from ...plan.plan import PlannedState
 
 
 class Core:

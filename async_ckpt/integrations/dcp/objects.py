@@ -21,7 +21,7 @@ from ...errors import CorruptCheckpointError
 from ...format.inert import read_inert
 from ...format.pickles import MalformedPickleError
 from ...format.zip_records import UnusualLayoutError, record_extents
-from ...restore.bombs import refuse_length
+from ...reading.limits import refuse_length
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from ...catalog import Catalog, OpenCheckpoint
 from ...errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -27,7 +26,8 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from ...restore.reading import VerifiedFile
+from ...reading.catalog import Catalog, OpenCheckpoint
+from ...reading.extents import VerifiedFile
 from .metadata import decode_metadata
 from .objects import why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from ...engine import AsyncCheckpointEngine
+from ...engine.engine import AsyncCheckpointEngine
+from ...engine.pending import PendingCommit
 from ...errors import (
     BackpressureTimeout,
     CheckpointError,
@@ -31,8 +32,7 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from ...manifest import check_metadata
-from ...pending import PendingCommit
+from ...format.manifest import check_metadata
 from .blobs import BlobPlanner, join_blobs, raw_plan
 from .reader import DcpReader
 from .writer import METADATA_NAME, Place, encode_metadata, plan_file, write_results

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
 from ...host.device import accelerators, pinning
-from ...staging import StagingArena, StagingChunk
+from ...snapshot.arena import StagingArena, StagingChunk
 from ...threads.locks import uninterrupted
 
 _ALIGNMENT = 64

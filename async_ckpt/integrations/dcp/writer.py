@@ -31,9 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from ... import transaction
-from ...checksum import crc32
-from ...config import EngineConfig
+from ...engine.config import EngineConfig
 from ...errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -43,9 +41,11 @@ from ...errors import (
     UnsupportedStateError,
     report,
 )
-from ...filesystem import FileSystem
-from ...manifest import FileEntry, check_metadata, check_tag, parse_private_name
-from ...writer import WrittenFile
+from ...format.checksum import crc32
+from ...format.manifest import FileEntry, check_metadata, check_tag, parse_private_name
+from ...storage import transaction
+from ...storage.filesystem import FileSystem
+from ...writer.file_write import WrittenFile
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, kept_core
 from .objects import unknown_types

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ...engine.interface import StrPath
 from ...errors import ConfigError
-from ...interface import StrPath
 from .engine import AsyncDeepSpeedEngine
 from .guarding import guardable_optimizers
 

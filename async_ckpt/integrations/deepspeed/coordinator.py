@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...coordination import Coordinator, OpenTag
 from ...errors import CheckpointError, CommitError, RankFailedError, report
-from ...filesystem import FileSystem
-from ...manifest import FileEntry
+from ...format.manifest import FileEntry
+from ...ranks.coordinator import Coordinator, OpenTag
+from ...storage.filesystem import FileSystem
+from ...storage.root import make_root
 from ...threads.locks import Lock
-from ...transaction import make_root
 from .agreement import Store, await_value
 from .destination import Destination
 from .foreign import adopt, take_in

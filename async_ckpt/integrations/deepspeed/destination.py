@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ...engine.interface import StrPath, tag_of
 from ...errors import ConfigError, UnsafePathError
-from ...interface import StrPath, tag_of
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ... import restore
-from ...config import EngineConfig
-from ...engine import AsyncCheckpointEngine
+from ...engine.config import EngineConfig
+from ...engine.engine import AsyncCheckpointEngine
+from ...engine.interface import CheckpointEngine, StrPath
+from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
-from ...filesystem import FileSystem, LocalFileSystem
-from ...interface import CheckpointEngine, StrPath
-from ...manifest import MANIFEST_NAME
-from ...pending import PendingCommit
+from ...format.manifest import MANIFEST_NAME
+from ...reading.load import load as load_file
+from ...storage.filesystem import FileSystem, LocalFileSystem
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import Destination
@@ -138,7 +138,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         """
         given = os.path.abspath(os.fspath(path))
         if self._filesystem.stat(os.path.join(os.path.dirname(given), MANIFEST_NAME)).kind == "file":
-            return restore.load(given, map_location=map_location, weights_only=False)
+            return load_file(given, map_location=map_location, weights_only=False)
         return torch.load(given, map_location=map_location, weights_only=False)
 
     def commit(self, tag: Any) -> bool:

@@ -11,11 +11,11 @@ import logging
 import os
 from collections.abc import Iterator
 
-from ... import manifest
-from ...checksum import crc32
 from ...errors import report
-from ...filesystem import FileSystem
-from ...manifest import MANIFEST_NAME, FileEntry, Manifest
+from ...format import manifest
+from ...format.checksum import crc32
+from ...format.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ...storage.filesystem import FileSystem
 
 OFFLOADED_NAME = "offloaded_tensors"
 _EXTENT_BYTES = 16 << 20

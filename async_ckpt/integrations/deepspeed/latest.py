@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...errors import CommitError, WriteError
-from ...filesystem import FileSystem
 from ...retention import CheckpointInfo, RetentionPolicy
+from ...storage.filesystem import FileSystem
 
 LATEST_NAME = "latest"
 _MAX_LATEST_BYTES = 4096

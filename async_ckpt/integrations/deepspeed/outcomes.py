@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from ...engine.pending import PendingCommit
 from ...errors import CheckpointError
-from ...pending import PendingCommit
 from .agreement import Agreement
 
 

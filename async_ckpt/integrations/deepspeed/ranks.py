@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
-from ...coordination import Coordinator, LocalCoordinator
-from ...coordination.store_link import private_connection
 from ...errors import ConfigError
+from ...ranks.coordinator import Coordinator, LocalCoordinator
+from ...ranks.store_link import private_connection
 
 if TYPE_CHECKING:
     from ...host.facts import Node
@@ -52,7 +52,7 @@ class Ranks:
         """A coordinator for one checkpoint root; the ranks use the same numbers for the same roots."""
         if self.store is None:
             return LocalCoordinator()
-        from ...coordination.ranks import RankCoordinator
+        from ...ranks.rank_coordinator import RankCoordinator
 
         # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
         return RankCoordinator(

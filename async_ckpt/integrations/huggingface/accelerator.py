@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ...catalog import Catalog
-from ...engine import AsyncCheckpointEngine
+from ...engine.engine import AsyncCheckpointEngine
+from ...engine.interface import StrPath
+from ...engine.pending import PendingCommit
 from ...errors import CheckpointNotFoundError, ConfigError
-from ...interface import StrPath
-from ...pending import PendingCommit
+from ...reading.catalog import Catalog
 from .capture import capture, require
 
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ...engine import AsyncCheckpointEngine
+from ...engine.engine import AsyncCheckpointEngine
 
 # Modules that hold safetensors' function under a name of their own.
 _SAFETENSORS_USERS = (

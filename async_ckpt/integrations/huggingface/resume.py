@@ -6,11 +6,11 @@ import logging
 import os
 import re
 
-from ...catalog import Catalog
+from ...engine.interface import StrPath
 from ...errors import CheckpointError, report
-from ...filesystem import FileSystem, LocalFileSystem
-from ...interface import StrPath
-from ...manifest import MANIFEST_NAME
+from ...format.manifest import MANIFEST_NAME
+from ...reading.catalog import Catalog
+from ...storage.filesystem import FileSystem, LocalFileSystem
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _LAST_FILE_OF_STOCK = "trainer_state.json"

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ...config import EngineConfig
-from ...coordination import Coordinator
-from ...engine import AsyncCheckpointEngine
+from ...engine.config import EngineConfig
+from ...engine.engine import AsyncCheckpointEngine
+from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, report
-from ...pending import PendingCommit
+from ...ranks.coordinator import Coordinator
 from ...retention import RetentionPolicy
 from ..guarding import check_guardable, torch_optimizer
 
@@ -135,7 +135,7 @@ class Saver:
 
 
 def _coordinator(config: Mapping[str, Any], node_local: bool) -> Coordinator:
-    from ...coordination.ranks import RankCoordinator
+    from ...ranks.rank_coordinator import RankCoordinator
 
     if not torch.distributed.is_initialized():
         raise CheckpointError("training on many ranks without a torch.distributed process group: give a `coordinator`")

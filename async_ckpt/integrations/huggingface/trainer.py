@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ...filesystem import LocalFileSystem
-from ...manifest import MANIFEST_NAME
+from ...format.manifest import MANIFEST_NAME
+from ...storage.filesystem import LocalFileSystem
 from .capture import capture, require
 from .limit import BEST, SaveTotalLimit
 from .resume import last_committed_checkpoint, verify_directory

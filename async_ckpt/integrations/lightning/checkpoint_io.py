@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...config import EngineConfig
-from ...engine import AsyncCheckpointEngine
+from ...engine.config import EngineConfig
+from ...engine.engine import AsyncCheckpointEngine
 from ...errors import CheckpointError, ConfigError, report
-from ...filesystem import FileSystem, LocalFileSystem
+from ...storage.filesystem import FileSystem, LocalFileSystem
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only

@@ -11,8 +11,8 @@ import os
 import zipfile
 
 from ...errors import CorruptCheckpointError
-from ...filesystem import ReadableFile
 from ...format.zip_records import UnusualLayoutError, record_extents
+from ...storage.filesystem import ReadableFile
 
 CONTENT_ID = "content_id"
 """Metadata: torch's id of the committed file."""

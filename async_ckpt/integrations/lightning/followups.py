@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...engine.pending import PendingCommit
 from ...errors import report
-from ...filesystem import FileSystem
-from ...pending import PendingCommit
+from ...storage.filesystem import FileSystem
 from ...threads.executor import DaemonExecutor
 from ...threads.locks import Lock
 from .places import Place

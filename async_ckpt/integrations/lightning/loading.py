@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ...catalog import Catalog
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
-from ...filesystem import FileSystem
-from ...manifest import FileEntry, Manifest
-from ...restore.loading import load_opened
-from ...restore.reading import VerifiedFile
+from ...format.manifest import FileEntry, Manifest
+from ...reading.catalog import Catalog
+from ...reading.extents import VerifiedFile
+from ...reading.load import load_opened
+from ...storage.filesystem import FileSystem
 from .content_id import CONTENT_ID, check_own_crcs, read_content_id
 from .places import DATA_NAME, Place
 

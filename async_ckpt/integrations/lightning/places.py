@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError, UnsafePathError
-from ...manifest import check_tag
+from ...format.manifest import check_tag
 
 FOLDER_NAME = ".async_ckpt"
 DATA_NAME = "state.ckpt"

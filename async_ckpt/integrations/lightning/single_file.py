@@ -14,12 +14,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ... import transaction
-from ...catalog import Catalog
-from ...coordination import LocalCoordinator, OpenTag
 from ...errors import CheckpointError, CheckpointNotFoundError, CommitError, report
-from ...filesystem import FileSystem
-from ...manifest import FileEntry
+from ...format.manifest import FileEntry
+from ...ranks.coordinator import LocalCoordinator, OpenTag
+from ...reading.catalog import Catalog
+from ...storage import transaction
+from ...storage.filesystem import FileSystem
 from ...threads.locks import Lock
 from .content_id import CONTENT_ID, read_content_id
 from .places import DATA_NAME, Place

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, CheckpointNotFoundError, ConfigError, UnsafePathError, UnsupportedStateError
+from async_ckpt import (
+    AsyncCheckpointEngine,
+    Catalog,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsafePathError,
+    UnsupportedStateError,
+)
 from async_ckpt.errors import StateMismatchError
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
 from tests.integrations.dcp import work

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
-from async_ckpt.coordination.ranks import RankCoordinator
 from async_ckpt.errors import CheckpointError, CorruptCheckpointError, OutOfSpaceError
-from async_ckpt.filesystem import LocalFileSystem, WritableFile
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
+from async_ckpt.ranks.rank_coordinator import RankCoordinator
+from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
 
 OPTIONS: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 8192, "num_writers": 2}
 

@@ -17,7 +17,15 @@ from async_ckpt import Catalog, CheckpointError, OutOfSpaceError, RankFailedErro
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from tests.integrations.deepspeed.one_rank import KEPT, SMALL, load_stock
-from tests.integrations.deepspeed.world import GatedFileSystem, differences, make, make_pipeline, state_of, train, train_pipeline
+from tests.integrations.deepspeed.world import (
+    GatedFileSystem,
+    differences,
+    make,
+    make_pipeline,
+    state_of,
+    train,
+    train_pipeline,
+)
 
 RANK = int(os.environ["RANK"])
 MANY_STEPS = 3000

@@ -24,10 +24,15 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, Trai
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError  # noqa: E402
-from async_ckpt.filesystem import LocalFileSystem  # noqa: E402
-from async_ckpt.integrations.huggingface import AsyncCheckpointTrainerMixin, attach, capture, last_committed_checkpoint  # noqa: E402
+from async_ckpt.integrations.huggingface import (  # noqa: E402
+    AsyncCheckpointTrainerMixin,
+    attach,
+    capture,
+    last_committed_checkpoint,
+)
 from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
+from async_ckpt.storage.filesystem import LocalFileSystem  # noqa: E402
 from tests.support.processes import free_port  # noqa: E402
 
 from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402

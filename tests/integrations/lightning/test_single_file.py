@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt.checksum import crc32
 from async_ckpt.errors import CheckpointError
-from async_ckpt.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.format.checksum import crc32
+from async_ckpt.format.manifest import FileEntry
 from async_ckpt.integrations.lightning.loading import load_file
 from async_ckpt.integrations.lightning.places import DATA_NAME, Place
 from async_ckpt.integrations.lightning.single_file import FileCoordinator, remove
-from async_ckpt.manifest import FileEntry
+from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 

@@ -1,0 +1,200 @@
+"""`async-ckpt diff`: which tensors differ between two checkpoints, by checksum.
+
+A torch file's directory has a CRC for each storage, so nothing but headers is read, except for tensors that are a part
+of a storage that differs. A safetensors file has none: there the manifest's CRCs settle equal extents, and only tensors in
+differing ones are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import CheckpointNotFoundError
+from ..format.checksum import crc32
+from ..format.manifest import FileEntry
+from ..observers.units import format_bytes
+from ..reading.catalog import OpenCheckpoint
+from ..reading.header import FileHeader, TensorInfo, read_header
+from ..reading.inventory import MAX_OTHERS, OtherInfo
+from ..storage.filesystem import ReadableFile
+from . import EXIT_FAILED
+from .failing import UsageError, clean
+from .locating import Place, place_of
+from .output import print_json, print_table
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class _Side:
+    entry: FileEntry
+    file: ReadableFile
+    header: FileHeader | None
+
+
+def command(
+    a: Annotated[str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the older one.", metavar="A", show_default=False)],
+    b: Annotated[str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the newer one.", metavar="B", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal.
+
+    Values that are no tensors (step counts, learning rates) are named when they differ, and change no exit code.
+
+    JSON: {changes: [{change, file, tensor, detail}], num_equal, other_values: ["file: path"]}
+    """
+    older, newer = place_of(a), place_of(b)
+    if (older.file is None) != (newer.file is None):
+        raise UsageError("compare two checkpoints or two files, not a checkpoint with a file")
+    with older.catalog.open(older.tag) as first, newer.catalog.open(newer.tag) as second:
+        others: list[str] = []
+        changes, num_equal = _compare(first, second, older, newer, others)
+    if as_json:
+        print_json({"changes": changes, "num_equal": num_equal, "other_values": others})
+    elif not changes:
+        typer.echo(f"equal: {num_equal} tensors")
+    else:
+        rows = [(c["change"], c["file"], c["tensor"] or "(file)", c["detail"]) for c in changes]
+        print_table(("change", "file", "tensor", "detail"), rows, styles=[_STYLES[c["change"]] for c in changes])
+        counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
+        typer.echo(f"{counts}, {num_equal} equal")
+    if others and not as_json:
+        typer.echo(clean(f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")))
+    if changes:
+        raise typer.Exit(EXIT_FAILED)
+
+
+_STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
+
+
+def _compare(
+    first: OpenCheckpoint, second: OpenCheckpoint, older: Place, newer: Place, others: list[str]
+) -> tuple[list[dict[str, Any]], int]:
+    if older.file is not None and newer.file is not None:
+        pairs = [(first.entry(older.file), second.entry(newer.file))]
+        changes: list[dict[str, Any]] = []
+    else:
+        left = {entry.path: entry for entry in first.manifest.files}
+        right = {entry.path: entry for entry in second.manifest.files}
+        pairs = [(left[path], right[path]) for path in left if path in right]
+        changes = [_change("removed", path, None, format_bytes(left[path].size_bytes)) for path in left if path not in right]
+        changes += [_change("added", path, None, format_bytes(right[path].size_bytes)) for path in right if path not in left]
+    num_equal = 0
+    for one, other in pairs:
+        with _opened(first, one) as x, _opened(second, other) as y:
+            found, equal = _compare_files(x, y)
+            others += _differing_others(x, y)
+        changes += found
+        num_equal += equal
+    return changes, num_equal
+
+
+@contextlib.contextmanager
+def _opened(checkpoint: OpenCheckpoint, entry: FileEntry) -> Iterator[_Side]:
+    file = checkpoint.open_file(entry)
+    try:
+        header = None if entry.format == "opaque" else read_header(file, entry.format, name=entry.path)
+        yield _Side(entry, file, header)
+    finally:
+        file.close()
+    if not checkpoint.is_current():
+        raise CheckpointNotFoundError(f"checkpoint {checkpoint.manifest.tag!r} was deleted or replaced while it was compared")
+
+
+def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
+    name = y.entry.path
+    if x.header is None or y.header is None:
+        is_equal = x.entry.size_bytes == y.entry.size_bytes and _range_crc(x, 0, x.entry.size_bytes) == _range_crc(y, 0, y.entry.size_bytes)
+        return ([] if is_equal else [_change("changed", name, None, "contents")]), 0
+    left, right = _by_name(x.header.tensors, y.header.tensors)
+    changes = [_change("removed", name, path, _describe(left[path])) for path in left if path not in right]
+    changes += [_change("added", name, path, _describe(right[path])) for path in right if path not in left]
+    num_equal = 0
+    for path in left:
+        if path not in right:
+            continue
+        detail = _difference(x, left[path], y, right[path])
+        if detail is None:
+            num_equal += 1
+        else:
+            changes.append(_change("changed", name, path, detail))
+    return changes, num_equal
+
+
+def _differing_others(x: _Side, y: _Side) -> list[str]:
+    if x.header is None or y.header is None:
+        return []
+    left, right = _by_name(x.header.others, y.header.others)
+    values = [{name: (other.text, other.exact) for name, other in side.items()} for side in (left, right)]
+    differing = [f"{y.entry.path}: {name}" for name in {**left, **right} if values[0].get(name) != values[1].get(name)]
+    if x.header.rest != y.header.rest:
+        differing.append(f"{y.entry.path}: some of the values behind the first {MAX_OTHERS}")
+    return differing
+
+
+_Leaf = TypeVar("_Leaf", TensorInfo, OtherInfo)
+
+
+def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], dict[str, _Leaf]]:
+    """Two files' leaves by dotted name; by key path where a file has two of that name (`{"a.b": x}` beside `{"a": {"b": y}}`)."""
+    counts = [Counter(leaf.path for leaf in side) for side in (a, b)]
+
+    def name(leaf: _Leaf) -> str:
+        if all(count[leaf.path] <= 1 for count in counts):
+            return ".".join(leaf.path)
+        return "".join(f"[{step[1:]!r}]" if step.startswith("s") else f"[{step}]" for step in leaf.key)
+
+    return {name(leaf): leaf for leaf in a}, {name(leaf): leaf for leaf in b}
+
+
+def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return f"{_describe(a)} -> {_describe(b)}"
+    if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
+        return "the conjugate or the negative bit, and so the values"
+    if (a.kind, a.extra) != (b.kind, b.extra):
+        return f"{a.kind or 'plain'} -> {b.kind}" if a.kind != b.kind else "what belongs to it besides the elements (a scale, attributes)"
+    if a.stride != b.stride and a.num_bytes:
+        return f"strides {a.stride} -> {b.stride}"
+    both_whole = a.covers_record and b.covers_record
+    same_place = both_whole or (a.record, a.offset) == (b.record, b.offset)
+    if a.record_crc32 is not None and a.record_crc32 == b.record_crc32 and same_place:
+        return None
+    if a.record_crc32 is not None and both_whole:
+        return "values"
+    if a.record_crc32 is None and _same_extents(x.entry, a, y.entry, b):
+        return None
+    return "values" if _range_crc(x, a.offset, a.extent_bytes) != _range_crc(y, b.offset, b.extent_bytes) else None
+
+
+def _same_extents(x: FileEntry, a: TensorInfo, y: FileEntry, b: TensorInfo) -> bool:
+    """Whether the manifests' CRCs alone say that these bytes are equal."""
+    if x.extent_bytes != y.extent_bytes or a.offset != b.offset or not a.extent_bytes:
+        return not a.extent_bytes
+    first, last = a.offset // x.extent_bytes, (a.offset + a.extent_bytes - 1) // x.extent_bytes
+    same_length = x.size_bytes == y.size_bytes or last < min(len(x.extent_crc32), len(y.extent_crc32)) - 1
+    return same_length and x.extent_crc32[first : last + 1] == y.extent_crc32[first : last + 1]
+
+
+def _range_crc(side: _Side, offset: int, num_bytes: int) -> int:
+    memory = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
+    value = 0
+    for done in range(0, num_bytes, _BLOCK_BYTES):
+        part = memory[: min(_BLOCK_BYTES, num_bytes - done)]
+        side.file.pread_into(part, offset + done)
+        value = crc32(part, value)
+    return value
+
+
+def _describe(tensor: TensorInfo) -> str:
+    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+
+
+def _change(kind: str, file: str, tensor: str | None, detail: str) -> dict[str, Any]:
+    return {"change": kind, "file": file, "tensor": tensor, "detail": detail}

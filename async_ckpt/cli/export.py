@@ -1,0 +1,167 @@
+"""`async-ckpt export`: a verified copy of one file, as a plain `.pt` or `.safetensors` outside any checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UnsupportedStateError
+from ..format.safetensors import DTYPE_NAMES
+from ..observers.units import format_bytes
+from ..reading.header import FileHeader, TensorInfo, read_header
+from .failing import UsageError, clean
+from .locating import Place, place_of
+
+_FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="The file in a checkpoint.", metavar="ROOT/TAG/FILE", show_default=False)],
+    target: Annotated[str, typer.Argument(help="The new file: .pt, .pth, .bin or .safetensors.", metavar="FILE", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    tensors_only: Annotated[bool, typer.Option("--tensors-only", help="For .safetensors: leave out what is no tensor.")] = False,
+) -> None:
+    """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not at all.
+
+    Nested keys are joined with dots for .safetensors; what is no tensor is refused there, or left out with --tensors-only.
+    Runs no code of the file: tensors inside objects of any class are exported too, under their attributes' names.
+    """
+    place = place_of(source)
+    wanted = _FORMATS.get(os.path.splitext(target)[1].lower())
+    if wanted is None:
+        raise UsageError(f"{clean(target)!r} must end in {', '.join(_FORMATS)}")
+    if place.file is None:
+        files = [entry.path for entry in place.catalog.manifest(place.tag).files]
+        raise UsageError(f"name one file of checkpoint {place.tag!r}: {', '.join(files)}")
+    if os.path.lexists(target) and not overwrite:
+        raise UsageError(f"{clean(target)!r} exists; --overwrite replaces it")
+    entry = place.catalog.manifest(place.tag).file(place.file)
+    with _new_file(target) as fresh:
+        if entry is not None and entry.format == wanted:
+            _copy(place, place.file, fresh)
+        else:
+            _convert(place, place.file, wanted, fresh, tensors_only)
+    typer.echo(f"{target}: {format_bytes(os.path.getsize(target))}, verified copy of {place.name}")
+
+
+@contextlib.contextmanager
+def _new_file(target: str) -> Iterator[str]:
+    """A temporary path beside `target` that takes its place, synced, when the block ends well."""
+    folder = os.path.dirname(os.path.abspath(target))
+    handle, fresh = tempfile.mkstemp(dir=folder, prefix=".export-")
+    os.close(handle)
+    try:
+        yield fresh
+        _sync(fresh)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(fresh, 0o644 & ~mask)
+        os.replace(fresh, target)
+        _sync(folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        raise
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy(place: Place, file: str, fresh: str) -> None:
+    """The committed bytes as they are: the file is a plain one already. No torch."""
+    from ..reading.verified_file import open_committed
+
+    with open_committed(place.catalog, place.tag, file, verify="full", num_threads=None) as opened:
+        handle = os.open(fresh, os.O_WRONLY)
+        try:
+            opened.stream(lambda offset, memory: _write(handle, offset, memory))
+        finally:
+            os.close(handle)
+
+
+def _write(handle: int, offset: int, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(handle, memory[done:], offset + done)
+
+
+def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: bool) -> None:
+    import importlib
+
+    # Through importlib: the command line as such must not depend on torch.
+    torch = importlib.import_module("torch")
+    if wanted == "torch":
+        restore = importlib.import_module("async_ckpt.reading.load")
+        torch.save(restore.load_committed(place.catalog, place.tag, file, map_location="cpu"), fresh)
+        return
+    from safetensors.torch import save_file
+
+    # The verified copy is taken apart by its header: nothing of its pickle is run, so every file can be exported.
+    _copy(place, file, fresh)
+    with open(fresh, "rb") as copy:
+        source = _PlainFile(copy.fileno())
+        header = read_header(source, "torch", name=place.name)
+        _check_exportable(header, place, tensors_only)
+        tensors = {tensor.name: _tensor(torch, source, tensor, place) for tensor in header.tensors}
+    save_file(tensors, fresh, metadata={"format": "pt"})
+
+
+class _PlainFile:
+    """What `read_header` needs of a file."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self.size_bytes = os.fstat(handle).st_size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            num_bytes = os.preadv(self._handle, [buffer[done:]], offset + done)
+            if num_bytes == 0:
+                raise OSError(errno.EIO, "the copy ended early")
+            done += num_bytes
+
+
+def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> None:
+    seen: set[str] = set()
+    for tensor in header.tensors:
+        if tensor.name in seen:
+            raise UnsupportedStateError(f"two tensors would be called {clean(tensor.name)!r} in a .safetensors file; nothing was written")
+        seen.add(tensor.name)
+        if tensor.dtype not in DTYPE_NAMES:
+            kind = f" of a {tensor.kind}" if tensor.kind else ""
+            raise UnsupportedStateError(
+                f"{place.name}: {clean(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "
+                "nothing was written. Export it to .pt"
+            )
+    if header.num_others and not tensors_only:
+        names = [f"{'.'.join(other.path)} {other.text}" for other in header.others[:5]]
+        shown = clean(", ".join(names)) + (f" and {header.num_others - 5} more" if header.num_others > 5 else "")
+        raise UnsupportedStateError(f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out")
+    if not header.tensors:
+        raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
+
+
+def _tensor(torch: Any, source: _PlainFile, tensor: TensorInfo, place: Place) -> Any:
+    dtype = getattr(torch, tensor.dtype, None)
+    if dtype is None:
+        raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {clean(tensor.name)!r}")
+    if not tensor.extent_bytes:
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    memory = bytearray(tensor.extent_bytes)
+    source.pread_into(memoryview(memory), tensor.offset)
+    # Tied and strided tensors become whole ones of their own: the format knows no sharing.
+    found = torch.frombuffer(memory, dtype=dtype).as_strided(tensor.shape, tensor.stride)
+    found = torch._neg_view(found) if tensor.is_neg else found
+    return (found.conj() if tensor.is_conj else found).resolve_conj().resolve_neg().contiguous().clone()

@@ -1,0 +1,199 @@
+"""`async-ckpt inspect`: the tensors of a checkpoint, from the files' headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from ..format.manifest import FileEntry
+from ..observers.units import format_bytes
+from ..reading.catalog import OpenCheckpoint
+from ..reading.header import FileHeader, TensorInfo, read_header, read_records
+from ..reading.inventory import OtherInfo
+from .failing import UsageError, clean
+from .locating import place_of
+from .output import console, print_json, print_table
+
+_MAX_OBJECTS = 200
+_ROOT = ("(the whole file)",)
+"""Where a file holds one tensor or object and no dict."""
+
+
+def command(
+    path: Annotated[str, typer.Argument(help="ROOT/TAG, or ROOT/TAG/FILE for one file.", metavar="ROOT/TAG", show_default=False)],
+    prefix: Annotated[str, typer.Option(help="Only tensors whose key path starts with this.", show_default=False)] = "",
+    depth: Annotated[int | None, typer.Option(help="Fold the tree below this many levels.", min=1, show_default=False)] = None,
+    flat: Annotated[bool, typer.Option("--flat", help="A plain table instead of a tree.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="The zip records instead of tensors; works for every torch file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show key path, shape, dtype, bytes and offset of every tensor, as a tree with totals per prefix.
+
+    Reads the headers only, and runs no code from them: objects of other classes are shown as <their class>, with the tensors
+    inside. A crafted or damaged header is refused.
+
+    JSON: a list of {file, format, size_bytes, tensor_bytes, num_tensors, num_others, tensors: [{path, dtype, shape, num_bytes,
+    offset, record, shared, kind}], others: [{path, text}]}; with --records {file, format, size_bytes, records: [{name, offset,
+    num_bytes, crc32}]}; for opaque files {file, format, size_bytes, tensors: [], note}
+    """
+    if records and (prefix or flat or depth):
+        raise UsageError("--records shows no tensors: it goes without --prefix, --depth and --flat")
+    place = place_of(path)
+
+    def look(checkpoint: OpenCheckpoint) -> list[tuple[FileEntry, Any]]:
+        entries = checkpoint.manifest.files if place.file is None else (checkpoint.entry(place.file),)
+        return [(entry, _look_at(checkpoint, entry, records)) for entry in entries]
+
+    found = place.catalog.read(place.tag, look)
+    if as_json:
+        print_json([_as_json(entry, header, prefix) for entry, header in found])
+        return
+    for entry, header in found:
+        if isinstance(header, str):
+            typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}  {header}")
+        elif records:
+            _print_records(entry, header)
+        elif flat:
+            _print_flat(entry, _chosen(header, prefix))
+        else:
+            _print_tree(entry, header, prefix, depth)
+
+
+def _look_at(checkpoint: OpenCheckpoint, entry: FileEntry, records: bool) -> Any:
+    if entry.format == "opaque":
+        return "no tensors: an opaque file"
+    file = checkpoint.open_file(entry)
+    try:
+        if not records:
+            return read_header(file, entry.format, name=entry.path)
+        return read_records(file, name=entry.path) if entry.format == "torch" else "no zip records: a safetensors file"
+    finally:
+        file.close()
+
+
+def _chosen(header: FileHeader, prefix: str) -> list[TensorInfo]:
+    return [tensor for tensor in header.tensors if tensor.name.startswith(prefix)]
+
+
+def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
+    common = {"file": entry.path, "format": entry.format, "size_bytes": entry.size_bytes}
+    if isinstance(header, str):
+        return {**common, "tensors": [], "note": header}
+    if isinstance(header, dict):
+        return {
+            **common,
+            "records": [{"name": n, "offset": r.offset, "num_bytes": r.num_bytes, "crc32": r.crc32} for n, r in header.items()],
+        }
+    tensors = [
+        {
+            "path": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "num_bytes": tensor.num_bytes,
+            "offset": tensor.offset,
+            "record": tensor.record or None,
+            "shared": tensor.is_shared,
+            "kind": tensor.kind or None,
+        }
+        for tensor in _chosen(header, prefix)
+    ]
+    return {
+        **common,
+        "tensor_bytes": header.tensor_bytes,
+        "num_tensors": len(header.tensors),
+        "num_others": header.num_others,
+        "tensors": tensors,
+        "others": [
+            {"path": ".".join(other.path), "text": other.text} for other in header.others if ".".join(other.path).startswith(prefix)
+        ],
+    }
+
+
+def _print_records(entry: FileEntry, records: Any) -> None:
+    typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
+    rows = [(name, format_bytes(r.num_bytes), str(r.offset), f"{r.crc32:08x}") for name, r in records.items()]
+    print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
+
+
+def _print_flat(entry: FileEntry, tensors: list[TensorInfo]) -> None:
+    typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
+    rows = [(t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "") for t in tensors]
+    print_table(("tensor", "dtype", "shape", "size", "offset", ""), rows, right=("size", "offset"))
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"
+
+
+@dataclass
+class _Node:
+    children: dict[str, _Node] = field(default_factory=dict)
+    tensor: TensorInfo | None = None
+    text: str = ""
+    num_tensors: int = 0
+    num_bytes: int = 0
+
+
+def _grow(tensors: list[TensorInfo], others: list[OtherInfo]) -> _Node:
+    root = _Node()
+    for other in others:
+        node = root
+        for part in other.path or _ROOT:
+            node = node.children.setdefault(part, _Node())
+        node.text = other.text
+    for tensor in tensors:
+        node = root
+        for part in ("", *(tensor.path or _ROOT)):
+            node = node.children.setdefault(part, _Node()) if part else node
+            node.num_tensors += 1
+            node.num_bytes += 0 if tensor.is_shared else tensor.num_bytes
+        node.tensor = tensor
+    return root
+
+
+def _print_tree(entry: FileEntry, header: FileHeader, prefix: str, depth: int | None) -> None:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    others = f", {header.num_others} other values" if header.num_others else ""
+    # Plain values are counted, objects are shown: some, for there may be thousands.
+    objects = [other for other in header.others if other.is_object and ".".join(other.path).startswith(prefix)]
+    if len(objects) > _MAX_OBJECTS:
+        others += f" ({len(objects) - _MAX_OBJECTS} of them objects that are left out here; --json has them)"
+    size, tensor_size = format_bytes(entry.size_bytes), format_bytes(header.tensor_bytes)
+    head = f"{entry.path}  {size}, {entry.format}: {len(header.tensors)} tensors of {tensor_size}{others}"
+    tree = Tree(Text(clean(head), style="bold"), guide_style="dim")
+    todo: list[tuple[Any, _Node, int]] = [(tree, _grow(_chosen(header, prefix), objects[:_MAX_OBJECTS]), 0)]
+    while todo:
+        branch, node, level = todo.pop()
+        for name, child in node.children.items():
+            # A chain of single children is one line: "transformer.h.0", not three.
+            label = name
+            while child.tensor is None and not child.text and len(child.children) == 1:
+                ((part, child),) = child.children.items()
+                label = f"{label}.{part}"
+            twig = branch.add(_label(label, child))
+            if child.children and (depth is None or level + 1 < depth):
+                todo.append((twig, child, level + 1))
+    console().print(tree)
+
+
+def _label(name: str, node: _Node) -> Any:
+    from rich.text import Text
+
+    text = Text(clean(name))
+    if node.text:
+        text.append(f"  {clean(node.text)}", style="magenta")
+    if node.tensor is not None:
+        shared = "  shared" if node.tensor.is_shared else ""
+        text.append(
+            f"  {node.tensor.dtype} {_shape(node.tensor)}  {format_bytes(node.tensor.num_bytes)}  @{node.tensor.offset}{shared}",
+            style="cyan",
+        )
+        if node.tensor.kind:
+            text.append(f"  <{clean(node.tensor.kind)}>", style="magenta")
+    if node.num_tensors > (node.tensor is not None):
+        text.append(f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim")
+    return text

@@ -1,0 +1,112 @@
+"""What happens when an engine is dropped, or the interpreter exits, without `close`. Also in children of multiprocessing.
+
+Guarantees: pending commits are finished (with a warning), checkpoints that were never committed are named, nothing
+hangs past `close_timeout_s`, and a checkpoint that is lost this way makes the exit code non-zero, whatever warnings,
+streams and Ctrl-C do meanwhile.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import report
+
+if TYPE_CHECKING:
+    from .commits import InFlight
+
+_live: weakref.WeakSet[InFlight] = weakref.WeakSet()
+_lost: list[BaseException] = []
+_watched_worker: int | None = None
+
+# What the parent has lost is told by the parent's exit code.
+os.register_at_fork(after_in_child=_lost.clear)
+
+
+def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
+    """Finish `inflight` when `engine` is dropped or the interpreter exits; returns what calls that off."""
+    _live.add(inflight)
+    _watch_worker()
+    finalizer = weakref.finalize(engine, finish, inflight)
+    # At exit, the order matters: all engines first, then the exit code.
+    finalizer.atexit = False
+    return finalizer.detach
+
+
+def _at_exit() -> None:
+    try:
+        _finish_all()
+    finally:
+        _exit_if_lost()
+
+
+def _finish_all() -> None:
+    for inflight in list(_live):
+        try:
+            finish(inflight)
+        except BaseException as error:  # noqa: BLE001 -- Ctrl-C: the others are still to be finished, and the exit code tells
+            _lost.append(error)
+
+
+def _exit_if_lost() -> None:
+    if not _lost:
+        return
+    try:
+        # Closed, or None, or a full disk.
+        with contextlib.suppress(BaseException):
+            logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+    finally:
+        # Exit code 0 would be a lie, and nothing that runs later could change it.
+        os._exit(1)
+
+
+atexit.register(_at_exit)
+
+
+def _watch_worker() -> None:
+    """Children of multiprocessing end by `os._exit`, after their own list of finalizers and without atexit's."""
+    global _watched_worker
+    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+    if process is None or util is None or process.parent_process() is None or _watched_worker == os.getpid():
+        return
+    _watched_worker = os.getpid()
+    # Commits first; the exit code last of all, so that what the child has put into queues still gets out.
+    util.Finalize(None, _finish_all, exitpriority=1000)
+    util.Finalize(None, _exit_if_lost, exitpriority=-1000)
+
+
+def finish(inflight: InFlight) -> None:
+    """Finish what a dropped engine left pending, then say so. Any thread, also in the middle of garbage collection."""
+    if os.getpid() != inflight.pid or inflight.closed:
+        return
+    pending = [p.tag for p in inflight.unfinished()]
+    if threading.current_thread().name.startswith("async-ckpt"):
+        # Collected on one of its own threads: waiting here for that thread would never end.
+        inflight.prefault.submit(_close, inflight)
+    else:
+        _close(inflight)
+    what = f"pending were {', '.join(map(repr, pending))}" if pending else "nothing was pending"
+    told = "the engine on %r was never closed (%s); use `with` or close()"
+    report(logging.WARNING, told, inflight.root, what, warning=ResourceWarning, stacklevel=2)
+    if pending:
+        report(logging.WARNING, told, inflight.root, what)
+
+
+def _close(inflight: InFlight) -> None:
+    try:
+        # At exit: the exception that has ended the program, which the other ranks learn as the cause.
+        inflight.close(reason=getattr(sys, "last_value", None))
+        inflight.raise_unacknowledged()
+    except BaseException as error:  # noqa: BLE001 -- whatever failed it, the others are still to be finished, and the exit code tells
+        _lost.append(error)
+        report(logging.ERROR, "a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)

@@ -1,0 +1,182 @@
+"""The engine's configuration: one frozen dataclass, every field with its unit and the reason for its default.
+
+Bad fields, units and combinations are refused when the configuration is made, with the fix named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..host.facts import available_memory_bytes, local_world_size
+from ..metrics import Observer
+from ..ranks.coordinator import Coordinator
+from ..retention import RetentionPolicy
+from ..storage.filesystem import FileSystem
+
+PAGE_BYTES = 4096
+MAX_CHUNK_BYTES = 1 << 30
+DEFAULT_CHUNK_BYTES = 16 << 20
+MAX_AUTO_STAGING_BYTES = 16 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an `AsyncCheckpointEngine` works; immutable and checked as a whole.
+
+    Raises:
+        ConfigError: a field has a wrong type, unit or range; the message names the field and the fix.
+    """
+
+    root: str | os.PathLike[str]
+    """Directory that holds the checkpoints, one sub-directory per tag. Made if it is missing."""
+
+    staging_bytes: int | Literal["auto"] = "auto"
+    """Upper bound of host memory for snapshots, in bytes. "auto" is a quarter of the memory available now (of the
+    cgroup's limit, where that is lower), divided by LOCAL_WORLD_SIZE, at most 16 GiB. Give at least the size of one
+    checkpoint to make saves lazy; a larger checkpoint streams through."""
+
+    chunk_bytes: int | Literal["auto"] = "auto"
+    """Size of one staging chunk and of one write, in bytes, a multiple of 4096. "auto" is 16 MiB, or an eighth of
+    `staging_bytes` where that is less: large enough for a disk's full rate, small enough to overlap copy, CRC and write."""
+
+    num_writers: int | Literal["auto"] = "auto"
+    """Writes in flight at once, over all files. "auto" is what the disk shows."""
+
+    io_mode: Literal["auto", "direct", "buffered"] = "auto"
+    """O_DIRECT, page cache, or what the disk shows to be faster. "direct" falls back per file where it is refused."""
+
+    overwrite: Literal["refuse", "replace"] = "refuse"
+    """What `create` of a committed tag does: raise, or exchange the old for the new one atomically at commit."""
+
+    max_pending_commits: int = 4
+    """Commits in flight before `commit` waits; bounds the work that is lost when the process dies."""
+
+    backpressure_timeout_s: float = 1800.0
+    """How long `save`, `commit` and the guard wait for the disk before `BackpressureTimeout`, in seconds."""
+
+    close_timeout_s: float = 1800.0
+    """How long leaving the block, `close` and interpreter exit wait for pending commits, in seconds."""
+
+    format: Literal["torch", "safetensors"] = "torch"
+    """File format of `save`; safetensors takes flat dicts of tensors only."""
+
+    storage_alignment: int = 64
+    """Alignment of every tensor's bytes in the file; 64 is torch's own and keeps files byte-identical to `torch.save`."""
+
+    compact_views: bool = False
+    """Write only the bytes that views cover, not their whole storages (torch writes whole storages)."""
+
+    read_back: bool = False
+    """Read every file back from the disk and compare its CRCs before the rename; costs a second pass of I/O."""
+
+    pin_memory: bool | Literal["auto"] = "auto"
+    """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that can."""
+
+    sweep_on_start: bool = True
+    """Remove what crashed processes left staged in `root`; never a live process's staging."""
+
+    retention: RetentionPolicy | None = None
+    """Which older checkpoints to delete after each commit; None keeps all."""
+
+    coordinator: Coordinator | None = None
+    """Commits as one among many ranks; None is a single process."""
+
+    observers: tuple[Observer, ...] = ()
+    """Told about every chunk, save and commit."""
+
+    filesystem: FileSystem | None = None
+    """The seam to the disk; None is the local file system. Tests inject faults here."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.root, (str, os.PathLike)) or not os.fspath(self.root):
+            raise ConfigError(f"root must be a non-empty path, not {self.root!r}")
+        if "\0" in str(os.fspath(self.root)):
+            raise ConfigError(f"root {self.root!r} holds a NUL character")
+        self._check_sizes()
+        self._check_choice("io_mode", ("auto", "direct", "buffered"))
+        self._check_choice("overwrite", ("refuse", "replace"))
+        self._check_choice("format", ("torch", "safetensors"))
+        if self.num_writers != "auto":
+            self._check_int("num_writers", 1, 256)
+        self._check_int("max_pending_commits", 1, 1024)
+        self._check_int("storage_alignment", 1, 65536)
+        for name in ("backpressure_timeout_s", "close_timeout_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+        for name in ("compact_views", "read_back", "sweep_on_start"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.pin_memory not in (True, False, "auto"):
+            raise ConfigError(f"pin_memory must be True, False or 'auto', not {self.pin_memory!r}")
+
+    def _check_sizes(self) -> None:
+        if self.chunk_bytes != "auto":
+            self._check_int("chunk_bytes", PAGE_BYTES, MAX_CHUNK_BYTES, hint="bytes, e.g. 16 << 20")
+            if self.chunk_bytes % PAGE_BYTES:
+                raise ConfigError(f"chunk_bytes must be a multiple of {PAGE_BYTES} (direct I/O), not {self.chunk_bytes}")
+        if self.staging_bytes != "auto":
+            self._check_int("staging_bytes", 1, 1 << 50, hint="bytes, e.g. 4 << 30 for 4 GiB")
+            smallest = PAGE_BYTES if self.chunk_bytes == "auto" else self.chunk_bytes
+            if self.staging_bytes < smallest:
+                raise ConfigError(
+                    f"staging_bytes={self.staging_bytes} is smaller than one chunk ({smallest} bytes); "
+                    "it is given in bytes (4 << 30 is 4 GiB): raise it or lower chunk_bytes"
+                )
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+
+    def _check_int(self, name: str, low: int, high: int, hint: str = "") -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            what = f" ({hint})" if hint else ""
+            raise ConfigError(f"{name} must be an integer{what} from {low} to {high}, not {value!r}")
+
+    @classmethod
+    def from_params(cls, params: EngineConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any) -> EngineConfig:
+        """Build a configuration from a root, a mapping or a configuration; keyword arguments override.
+
+        Raises:
+            ConfigError: an unknown field (the nearest known name is suggested) or a bad value.
+        """
+        known = {f.name for f in fields(cls)}
+        given: dict[str, Any] = dict(overrides)
+        if isinstance(params, Mapping):
+            given = {**params, **overrides}
+        elif isinstance(params, (str, os.PathLike)):
+            given = {"root": params, **overrides}
+        elif params is not None and not isinstance(params, EngineConfig):
+            raise ConfigError(f"expected a root path, a mapping or an EngineConfig, not {type(params).__name__}")
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                raise ConfigError(f"unknown configuration field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if isinstance(params, EngineConfig):
+            return replace(params, **given)
+        if "root" not in given:
+            raise ConfigError("root is missing: give the directory that holds the checkpoints")
+        return cls(**given)
+
+    def resolved_staging_bytes(self) -> int:
+        """`staging_bytes` as a number; "auto" is measured now (see the field)."""
+        if self.staging_bytes != "auto":
+            return self.staging_bytes
+        share = available_memory_bytes() // 4 // local_world_size()
+        floor = 2 * (DEFAULT_CHUNK_BYTES if self.chunk_bytes == "auto" else self.chunk_bytes)
+        return max(floor, min(share, MAX_AUTO_STAGING_BYTES))
+
+    def resolved_chunk_bytes(self) -> int:
+        """`chunk_bytes` as a number; "auto" keeps at least eight chunks in staging."""
+        if self.chunk_bytes != "auto":
+            return self.chunk_bytes
+        chunk = DEFAULT_CHUNK_BYTES
+        while chunk > PAGE_BYTES and chunk * 8 > self.resolved_staging_bytes():
+            chunk //= 2
+        return chunk

@@ -1,0 +1,462 @@
+"""The engine: joins the memory side (plan, snapshot) and the disk side (writer pool, commit).
+
+Guarantees:
+- `create`, `save`, `commit` and `close` may be called from any thread; they take turns under one lock, so the content
+  of checkpoints never mixes. Within a tag, `save` must return before `commit` is called.
+- The first failure of a tag stays: its pending commit, the next `save` or `commit` of the tag, and (unless somebody
+  has asked the pending commit for it) the next `create` and the end of the block raise it.
+- A forked child cannot use, close or harm its parent's engine (every call looks at the process id before any lock); it may make its own.
+
+States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED from any of the first three.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from ..errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
+from ..format import manifest
+from ..format.paths import Root
+from ..host.device import pinning
+from ..metrics import SaveMetrics
+from ..plan.opaque import opaque_state
+from ..plan.plan import PlannedState
+from ..plan.planner import Planner
+from ..reading.catalog import Catalog
+from ..reading.load import load_committed, load_committed_into
+from ..snapshot.arena import StagingArena
+from ..snapshot.copy_threads import num_copy_helpers
+from ..snapshot.guard import Guard, SaveTurn
+from ..snapshot.snapshotter import Snapshotter
+from ..threads.locks import Lock
+from .checkpoint import OpenCheckpoint, SavedFile, given_up
+from .commits import InFlight
+from .config import EngineConfig
+from .interface import CheckpointEngine, StrPath, tag_of
+from .pending import PendingCommit
+from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
+from .warmup import Warmup
+
+# Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
+_AUTO_WARM_BYTES = 256 << 20
+
+
+class AsyncCheckpointEngine(CheckpointEngine):
+    """Saves checkpoints in the background; see the module's guarantees.
+
+    Args:
+        config_params: the root directory, a mapping of `EngineConfig` fields, or an `EngineConfig`.
+        overrides: `EngineConfig` fields; they win over `config_params`.
+
+    Making an engine makes `root` if it is missing, sweeps what crashed processes left there, and starts to fault in
+    staging memory in the background; it blocks for well under a second. Works in synchronous code, in asyncio, and as
+    ``with`` or ``async with`` block, whose end waits for every pending commit.
+
+    Raises:
+        ConfigError: a bad field or unit, or more staging memory than there is.
+        WriteError: the root cannot be made, or is not a directory; or the system has no threads or descriptors left.
+            No thread, descriptor or directory is left behind.
+    """
+
+    def __init__(self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any) -> None:
+        super().__init__(config_params)
+        config = EngineConfig.from_params(config_params, **overrides)
+        self.name = "async_ckpt"
+        self.config = config
+        self._paths = Root(config.root)
+        self.root = self._paths.path
+        self._lock = Lock()
+        chunk_bytes = config.resolved_chunk_bytes()
+        num_chunks = config.resolved_staging_bytes() // chunk_bytes
+        # Memory first: what fails from here on must not leave threads behind.
+        try:
+            self._arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
+        except (OSError, MemoryError) as error:
+            raise ConfigError(
+                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
+            ) from error
+        self._inflight = InFlight(config, self.root, num_copy_helpers())
+        self._inflight.adopt(self._arena)
+        self._preemption: Preemption | None = None
+        self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
+        self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
+        self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
+        self._catalog = Catalog(self._paths, self._inflight.filesystem)
+        self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.prefault)
+        self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
+        self._inflight.finalize_with(self)
+
+    # The five calls.
+
+    def create(self, tag: Any) -> None:
+        """Open a staging directory for `tag`. Blocks for a few file-system calls.
+
+        Raises:
+            TagExistsError: the tag is committed and `overwrite` is "refuse".
+            UnsafePathError: the tag is malformed. TransactionStateError: the tag is open already.
+            CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
+        """
+        name = manifest.check_tag(tag_of(tag))
+        self._usable()
+        with self._lock:
+            started = time.perf_counter()
+            self._usable()
+            self._inflight.raise_unacknowledged()
+            self._guard.refresh()
+            checkpoint = self._inflight.open(name)
+            checkpoint.metrics.stall_s += time.perf_counter() - started
+
+    def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
+        """Make a sub-directory of the open checkpoint (parents too), or the root itself. Does not block.
+
+        Raises:
+            PathExistsError: it is there already and `exist_ok` is False.
+        """
+        self._usable()
+        with self._lock:
+            self._usable()
+            if self._paths.is_named_by(path):
+                if not exist_ok:
+                    raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
+                return
+            checkpoint, parts = self._locate(path)
+            if not checkpoint.add_directory(parts) and not exist_ok:
+                raise PathExistsError(f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}")
+
+    def save(self, state_dict: Any, path: StrPath, *, format: Literal["torch", "safetensors"] | None = None) -> None:
+        """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
+
+        The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
+        layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the copy of what
+        no guard protects (about one memcpy), and while the staging memory is full (backpressure).
+
+        Args:
+            path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
+            format: of this file; None is the configuration's. "safetensors" takes a flat dict of tensors, whose
+                "__metadata__" may be a dict of str for the file's header.
+
+        Raises:
+            TransactionStateError: no such tag is open. PathExistsError: the path was saved already.
+            UnsupportedStateError: the state cannot be saved, with its key path; the checkpoint stays usable.
+            TornSnapshotError: the state changed meanwhile. BackpressureTimeout: the disk did not keep up.
+            CheckpointError: the first failure of this tag, if it has failed already.
+        """
+        started = time.perf_counter()
+        self._usable()
+        # The turn comes before the lock: a closure of the step that is waited for may call this engine.
+        with self._guard.saving() as turn, self._lock:
+            self._usable()
+            checkpoint, parts = self._locate(path)
+            if not parts:
+                raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
+            checkpoint.check_healthy()
+            with self._snapshotter.planning():
+                self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
+
+    def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
+        """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
+
+        As `save` in every other way. The data is held in memory until it is copied.
+        """
+        self.save(opaque_state(bytes(data)), path)
+
+    def commit(self, tag: Any, metadata: Mapping[str, Any] | None = None) -> PendingCommit:
+        """Seal `tag` and make it durable and visible in the background; returns at once.
+
+        Blocks only while `max_pending_commits` earlier ones are unfinished.
+
+        Args:
+            metadata: JSON values (e.g. ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without torch.
+
+        Raises:
+            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not JSON.
+            BackpressureTimeout: too many commits are pending; the tag stays open.
+        """
+        name = manifest.check_tag(tag_of(tag))
+        checked = manifest.check_metadata(metadata or {})
+        self._usable()
+        with self._lock:
+            started = time.perf_counter()
+            self._usable()
+            checkpoint = self._inflight.require_open(name)
+            checkpoint.budget.check_metadata(checked)
+            self._inflight.await_slot()
+            pending = self._inflight.commit(checkpoint, checked, started)
+            self._snapshotter.hurry()
+        if self._preemption is not None:
+            self._preemption.after_commit(pending)
+        return pending
+
+    def load(self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False) -> Any:
+        """Load a committed file and check every byte against the manifest. Blocks; any thread.
+
+        A commit of that tag that is pending here is waited for first.
+
+        Args:
+            path: "<tag>/file.pt", or "<root>/<tag>/file.pt".
+            map_location: as in `torch.load`.
+            weights_only: False runs the pickle's code: only for files you trust.
+            verify: "full" checks CRCs, "size" only sizes, "off" nothing.
+            mmap: map the file instead of reading it.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError.
+        """
+        tag, name = self._committed_path(path)
+        return load_committed(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
+
+    def load_into(
+        self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full", atomic: Any = "auto", weights_only: bool = True
+    ) -> Any:
+        """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
+
+        Names, shapes and dtypes are checked before the first byte moves. Lazy snapshots are waited for first. Returns the
+        loaded structure's other leaves. For `atomic` (what the tensors hold after an error) see `load_committed_into`.
+
+        Raises:
+            StateMismatchError: lists every mismatch. ConfigError: too little memory for `atomic=True`. Otherwise as `load`.
+        """
+        tag, name = self._committed_path(path)
+        self.wait_snapshot()
+        how = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
+        return load_committed_into(self._catalog, tag, name, state_dict, **how)
+
+    # Looking.
+
+    def latest(self, verify: str = "full") -> str | None:
+        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading."""
+        return self._catalog.latest(verify=verify)
+
+    def tags(self) -> list[str]:
+        """Committed tags, oldest first."""
+        return self._catalog.tags()
+
+    def pending(self) -> list[PendingCommit]:
+        """Commits that have not ended yet, oldest first."""
+        return self._inflight.unfinished()
+
+    # Snapshots.
+
+    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the copies.
+
+        Everything else in a state dict is still copied inside `save`. A step on another thread and a `save` wait for each
+        other to end, from the first step after this call on. Guarded tensors that are changed by other means
+        (``load_state_dict``, in-place edits) before the copy ended are detected and fail that checkpoint with
+        `TornSnapshotError`; call `wait_snapshot` before doing so.
+        """
+        self._usable()
+        with self._lock:
+            self._usable()
+            for optimizer in optimizers:
+                if not isinstance(optimizer, torch.optim.Optimizer):
+                    raise TransactionStateError(f"guard takes torch.optim.Optimizer objects, not {type(optimizer).__name__}")
+                self._warmup.begin_more(self._guard.add(optimizer))
+
+    def wait_snapshot(self) -> None:
+        """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
+        self._guard.wait(block=True)
+
+    def prewarm(self, state_bytes: int | None = None, *, states: Mapping[str, Any] | None = None) -> None:
+        """Block until a save of this size is a warm one: staging memory is faulted in, and `states` are planned.
+
+        Args:
+            state_bytes: None is the size of `states`, or all staging memory without them.
+            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing of it is
+                copied or kept; later states of the same structure reuse the plan.
+
+        Raises:
+            UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
+        """
+        self._usable()
+        with self._lock:
+            self._usable()
+            named = {"/".join(self._paths.split(path)[1]): state for path, state in (states or {}).items()}
+            planned_bytes = self._warmup.plan(named)
+        self._warmup.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
+
+    # Being stopped.
+
+    def on_preemption(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM,),
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        save: Callable[[], object] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+        exit_after: bool = False,
+    ) -> None:
+        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
+
+        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
+        last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
+        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments.
+
+        Raises:
+            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
+        """
+        self._usable()
+        with self._lock:
+            self._usable()
+            if self._preemption is not None:
+                raise TransactionStateError("on_preemption was called already on this engine; its signals and hook stay as they are")
+            self._preemption = Preemption(
+                signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after, pending=self._inflight.unfinished
+            )
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a preemption signal has come. Never blocks; any thread."""
+        return self._preemption is not None and self._preemption.preempted
+
+    def poll_preemption(self) -> bool:
+        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
+        return self._preemption is not None and self._preemption.poll()
+
+    @property
+    def preemption_outcome(self) -> PreemptionOutcome | None:
+        """How the preemption ended; None before it was handled."""
+        return None if self._preemption is None else self._preemption.outcome
+
+    # Leaving.
+
+    def delete(self, tag: Any) -> None:
+        """Delete a committed checkpoint, a pending one once it is committed. Blocks. Of several ranks, the one that commits does it.
+
+        Raises:
+            CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
+            WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later commits.
+        """
+        name = manifest.check_tag(tag_of(tag))
+        self._usable()
+        self._inflight.delete(name)
+
+    def abort(self, tag: Any) -> None:
+        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended.
+
+        Called in an ``except`` block, the other ranks of the job learn that exception as the cause.
+        """
+        name = manifest.check_tag(tag_of(tag))
+        self._usable()
+        with self._lock:
+            self._usable()
+            self._inflight.abort(name, given_up(f"checkpoint {name!r} was aborted by its owner", sys.exc_info()[1]))
+
+    def close(self) -> None:
+        """Wait for every pending commit, give up what was not committed (with a warning), stop all threads.
+
+        Blocks, at most `close_timeout_s`. Calling it again does nothing.
+
+        Raises:
+            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in time.
+        """
+        self._close(sys.exc_info()[1])
+
+    def _close(self, reason: BaseException | None) -> None:
+        """`reason`: the exception that has led here, if there is one."""
+        if os.getpid() != self._inflight.pid:
+            raise TransactionStateError(self._inflight.forked_message())
+        if self._inflight.closed:
+            self._inflight.stop(self.config.close_timeout_s)
+            return
+        try:
+            if self._preemption is not None:
+                self._preemption.leave()
+        finally:
+            with self._lock:
+                self._guard.wait(block=True)
+                self._guard.remove()
+            self._inflight.close(self._preemption.remaining_s if self._preemption is not None else float("inf"), reason)
+        self._inflight.raise_unacknowledged()
+
+    def __enter__(self) -> AsyncCheckpointEngine:
+        self._usable()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        if self._preemption is not None:
+            # The state that the block left behind may be half way through a step.
+            self._preemption.cancel_save()
+        try:
+            # Given by hand: `__aexit__` runs this on a thread that handles no exception.
+            self._close(error)
+        except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
+            told = "while leaving the block with %r, closing the engine failed too: %s"
+            report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=2)
+
+    async def __aenter__(self) -> AsyncCheckpointEngine:
+        return self.__enter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._inflight.helpers, self.__exit__, kind, error, trace)
+
+    # Inside.
+
+    def _save(
+        self,
+        checkpoint: OpenCheckpoint,
+        path: str,
+        state_dict: Any,
+        started: float,
+        format: Literal["torch", "safetensors"] | None,
+        turn: SaveTurn,
+    ) -> None:
+        checkpoint.check_new(path)
+        began = time.perf_counter()
+        # An integration may have planned the file itself.
+        state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path, format=format)
+        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
+        metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
+        metrics.plan_s = time.perf_counter() - began
+        checkpoint.budget.add_file(path, state.plan.file_bytes, self._arena.chunk_bytes)
+        write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
+        saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
+        checkpoint.add_file(path, saved)
+        try:
+            guarded = self._guard.storages()
+            if guarded.isdisjoint(state.sources.identities()):
+                # Nothing here is changed by a guarded step: those of other threads may go on.
+                guarded = frozenset()
+                turn.release()
+            job = self._snapshotter.take(
+                state, write, guarded=guarded, name=path, on_copied=self._inflight.copy_reporter(checkpoint.tag, path)
+            )
+        except BaseException as error:
+            # A file that ends half way must never be committed, whatever interrupted it.
+            checkpoint.fail(error)
+            write.abort(error)
+            raise
+        saved.job = job
+        if not job.is_settled:
+            self._guard.track(job)
+        metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
+        metrics.stall_s = time.perf_counter() - started
+        self._inflight.report("save", started, checkpoint.tag, path, 0, metrics.size_bytes)
+        checkpoint.metrics.stall_s += metrics.stall_s
+
+    def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:
+        """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
+        tag, parts = self._paths.split(path)
+        return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
+
+    def _committed_path(self, path: StrPath) -> tuple[str, str]:
+        self._usable()
+        tag, name = self._paths.split_committed(path)
+        self._inflight.await_commit(tag)
+        return tag, name
+
+    def _usable(self) -> None:
+        self._inflight.check_usable()

@@ -1,0 +1,390 @@
+"""The manifest: what one committed checkpoint consists of; and, from `_names`, every on-disk name. No I/O.
+
+A committed checkpoint is a directory `<root>/<tag>` with a regular file `manifest.json` at its top. The manifest is
+one JSON object in ASCII, with these members:
+
+- "format": "async-ckpt"; "format_version": 1. Readers refuse other versions and ignore members they do not know.
+- "tag": the name it was committed under; "created_unix_ns": time of the commit, the order among checkpoints.
+- "metadata": what the user gave to `commit`; "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the training
+  thread and "durable_s" from the first `save` until every file was synced; "writer": names and versions of the software that wrote it.
+- "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
+  "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
+  of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
+- "crc32", always last: 8 lower-case hex digits, the CRC-32 of every byte of the file before the text
+  `,"crc32":"`. After the digits come exactly `"}` and a newline. So each flipped, missing or extra byte is found.
+
+Names that are not committed checkpoints begin with a dot, which no tag does: `.staging.<tag>.<owner>.<n>` is being
+written, `.trash.<tag>.<owner>.<n>` is being deleted, `.aside.<tag>.<owner>.<n>` is an old checkpoint set aside for
+the moment of its replacement, on file systems that cannot exchange two names. <owner> is described in `host/process.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from .checksum import crc32
+from .names import (
+    MANIFEST_NAME,
+    MAX_COMPONENT_BYTES,
+    MAX_PATH_BYTES,
+    MAX_TAG_BYTES,
+    PrivateName,
+    check_relative_path,
+    check_tag,
+    parse_private_name,
+    shown,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "MAX_COMPONENT_BYTES",
+    "MAX_MANIFEST_BYTES",
+    "MAX_PATH_BYTES",
+    "MAX_TAG_BYTES",
+    "FileEntry",
+    "FileFormat",
+    "Manifest",
+    "PrivateName",
+    "check_metadata",
+    "check_relative_path",
+    "check_tag",
+    "decode",
+    "encode",
+    "parse_private_name",
+]
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 32 << 20
+CLOCK_KEY = "clock_unix_ns"
+"""In "writer": what the clock said when the manifest was written, which "created_unix_ns" need not be."""
+NOT_FINITE_KEY = "_not_finite"
+"""In metadata: what the numbers were that JSON cannot hold, by where they stand."""
+
+_MAX_DEPTH = 40
+_MAX_METADATA_DEPTH = 32
+_MAX_ITEMS = 2_000_000
+# At most, of one file's entry without its path and checksums, and of all that is no file and no metadata.
+_ENTRY_BYTES, _ENTRY_ITEMS = 600, 40
+_OTHER_BYTES, _OTHER_ITEMS = 4096, 200
+_MAX_INT_DIGITS = 80
+_MAX_FILE_BYTES = (1 << 63) - 1
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
+_TAIL_BYTES = len(',"crc32":"00000000"}\n')
+
+JSON = Any
+FileFormat = Literal["torch", "safetensors", "opaque"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint; `extent_crc32[i]` covers bytes [i * extent_bytes, (i + 1) * extent_bytes)."""
+
+    path: str
+    size_bytes: int
+    extent_bytes: int
+    extent_crc32: tuple[int, ...]
+    format: FileFormat
+    planner: str
+    plan_hash: str | None
+    rank: int | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The components of `path`."""
+        return tuple(self.path.split("/"))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint's contents."""
+
+    tag: str
+    created_unix_ns: int
+    files: tuple[FileEntry, ...]
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    writer: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    timing: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum over all files, without the manifest."""
+        return sum(entry.size_bytes for entry in self.files)
+
+    def file(self, path: str) -> FileEntry | None:
+        """The entry of `path`, or None."""
+        return next((entry for entry in self.files if entry.path == path), None)
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
+    """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
+
+    JSON has no NaN and no infinity: such a number becomes null, and `NOT_FINITE_KEY` in the copy says what it was.
+
+    Raises:
+        UnsupportedStateError: something in it is not JSON; the message names where.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise UnsupportedStateError(f"metadata must be a mapping of str to JSON values, not {type(metadata).__name__}")
+    not_finite: dict[str, str] = {}
+    plain = cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
+    return {**plain, NOT_FINITE_KEY: not_finite} if not_finite else plain
+
+
+class ManifestBudget:
+    """What is left of a manifest's limits while a checkpoint is being filled. Pure arithmetic; one thread at a time."""
+
+    def __init__(self) -> None:
+        self._num_bytes = _OTHER_BYTES
+        self._num_items = _OTHER_ITEMS
+
+    def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> None:
+        """Count a file in, before its bytes are written.
+
+        Raises:
+            UnsupportedStateError: the manifest could not hold it; the file is not counted.
+        """
+        num_bytes = self._num_bytes + _ENTRY_BYTES + len(path) + 8 * -(-size_bytes // extent_bytes)
+        num_items = self._num_items + _ENTRY_ITEMS
+        if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
+            raise UnsupportedStateError(
+                f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at most "
+                f"{MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer files. Nothing of this file was written"
+            )
+        self._num_bytes, self._num_items = num_bytes, num_items
+
+    def check_metadata(self, metadata: Mapping[str, JSON]) -> None:
+        """Refuse metadata that does not fit beside the files.
+
+        Raises:
+            UnsupportedStateError: the manifest could not hold it.
+        """
+        raw = json.dumps(metadata)
+        num_bytes, num_items = self._num_bytes + len(raw), self._num_items + _count_items(raw.encode("ascii"))
+        if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
+            raise UnsupportedStateError(
+                f"the metadata does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at "
+                f"most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); give less. The checkpoint stays open"
+            )
+
+
+def _count_items(raw: bytes) -> int:
+    return sum(raw.count(char) for char in (b",", b'"', b"[", b"{"))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`.
+
+    Raises:
+        UnsupportedStateError: metadata that is not JSON, with the field named.
+        CheckpointError: it would be larger than readers accept.
+    """
+    document = {
+        "format": "async-ckpt",
+        "format_version": manifest.format_version,
+        "tag": manifest.tag,
+        "created_unix_ns": manifest.created_unix_ns,
+        "metadata": check_metadata(manifest.metadata),
+        **({"timing": dict(manifest.timing)} if manifest.timing else {}),
+        "writer": dict(manifest.writer),
+        "files": [
+            {
+                "path": entry.path,
+                "size_bytes": entry.size_bytes,
+                "format": entry.format,
+                "planner": entry.planner,
+                "plan_hash": entry.plan_hash,
+                "rank": entry.rank,
+                "extent_bytes": entry.extent_bytes,
+                "extent_crc32": struct.pack(f">{len(entry.extent_crc32)}I", *entry.extent_crc32).hex(),
+            }
+            for entry in manifest.files
+        ],
+    }
+    body = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))[:-1].encode("ascii")
+    raw = body + f',"crc32":"{crc32(body):08x}"}}\n'.encode("ascii")
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"the manifest of tag {manifest.tag!r} would have {len(raw)} bytes, more than {MAX_MANIFEST_BYTES}: "
+            "use larger chunk_bytes, fewer files or less metadata; nothing was committed"
+        )
+    # What readers would refuse must not be committed: metadata may nest or count beyond their limits.
+    try:
+        decode(raw, source="the new manifest")
+    except CorruptCheckpointError as error:
+        raise CheckpointError(f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}") from error
+    return raw
+
+
+def decode(raw: bytes, *, source: str) -> Manifest:
+    """The manifest in `raw`, fully checked, in bounded time and memory; `source` is named in errors.
+
+    Raises:
+        CorruptCheckpointError: anything about it is not as `encode` writes it, or the version is unknown.
+    """
+    document = _parse(raw, source)
+    try:
+        return _manifest_from(document)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"member {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CorruptCheckpointError(f"{source} is not a valid manifest: {what}", path=source) from error
+
+
+def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JSON:
+    if depth > _MAX_METADATA_DEPTH:
+        raise UnsupportedStateError(f"{where} is nested deeper than {_MAX_METADATA_DEPTH} levels; nothing was committed")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if abs(value) >= 10**_MAX_INT_DIGITS:
+            raise UnsupportedStateError(f"{where} is an integer of more than {_MAX_INT_DIGITS} digits; nothing was committed")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            not_finite[where] = str(float(value))
+            return None
+        return float(value)
+    if isinstance(value, str):
+        # Not str(value): an enum's str() is its label.
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UnsupportedStateError(f"{where} has the key {key!r}; JSON keys are str; nothing was committed")
+        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]", depth + 1, not_finite) for index, item in enumerate(value)]
+    hint = "; call .item() for a number" if hasattr(value, "item") else ""
+    raise UnsupportedStateError(f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed")
+
+
+def _parse(raw: bytes, source: str) -> dict[str, Any]:
+    def corrupt(why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{source} is damaged: {why}", path=source)
+
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise corrupt(f"{len(raw)} bytes, more than {MAX_MANIFEST_BYTES}")
+    tail = _TAIL.fullmatch(raw[-_TAIL_BYTES:]) if len(raw) > _TAIL_BYTES else None
+    if tail is None:
+        raise corrupt("it does not end in its checksum")
+    if int(tail[1], 16) != crc32(raw[:-_TAIL_BYTES]):
+        raise corrupt("its checksum does not match")
+    # The checksum keeps accidents out; from here on it is about files made by hand.
+    if _count_items(raw) > _MAX_ITEMS:
+        raise corrupt("it holds too many items")
+    outside_strings = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    brackets = b"".join(outside_strings).translate(None, _NOT_BRACKETS)
+    if max(itertools.accumulate(1 if char in b"[{" else -1 for char in brackets), default=0) > _MAX_DEPTH:
+        raise corrupt("it is nested too deeply")
+    try:
+        document = json.loads(
+            raw.decode("ascii"),
+            object_pairs_hook=_unique_pairs,
+            parse_int=_bounded_int,
+            parse_float=_finite_float,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise corrupt(str(error)) from error
+    if not isinstance(document, dict) or document.get("format") != "async-ckpt":
+        raise corrupt("it is not an async-ckpt manifest")
+    version = document.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"{source} has format_version {shown(str(version))}; this release reads {FORMAT_VERSION}: use a newer release", path=source
+        )
+    return document
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > _MAX_INT_DIGITS + 1:
+        raise ValueError("a number has too many digits")
+    return int(text)
+
+
+def _finite_float(text: str) -> float:
+    value = float(text) if len(text) <= 64 else math.inf
+    if not math.isfinite(value):
+        raise ValueError("a number is out of range")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not allowed")
+
+
+def _manifest_from(document: dict[str, Any]) -> Manifest:
+    files = tuple(_entry_from(item, index) for index, item in enumerate(_typed(document["files"], list, "files")))
+    _check_tree([entry.path for entry in files])
+    metadata = _typed(document["metadata"], dict, "metadata")
+    writer = _typed(document["writer"], dict, "writer")
+    if not all(isinstance(value, str) for value in writer.values()):
+        raise ValueError("writer holds something that is not a string")
+    created = _bounded(document["created_unix_ns"], _MAX_FILE_BYTES, "created_unix_ns")
+    timing = _typed(document.get("timing", {}), dict, "timing")
+    if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
+        raise ValueError("timing holds something that is not a number of seconds")
+    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing)
+
+
+def _entry_from(item: Any, index: int) -> FileEntry:
+    where = f"files[{index}]"
+    _typed(item, dict, where)
+    path = _typed(item["path"], str, f"{where}.path")
+    check_relative_path(path, stored=True)
+    size_bytes = _bounded(item["size_bytes"], _MAX_FILE_BYTES, f"{where}.size_bytes")
+    extent_bytes = _bounded(item["extent_bytes"], _MAX_FILE_BYTES, f"{where}.extent_bytes")
+    text = _typed(item["extent_crc32"], str, f"{where}.extent_crc32")
+    num_extents = -(-size_bytes // extent_bytes) if extent_bytes else -1
+    if len(text) != 8 * num_extents or not re.fullmatch("[0-9a-f]*", text):
+        raise ValueError(f"{where}.extent_crc32 does not have 8 hex digits for each of {num_extents} extents")
+    if item["format"] not in ("torch", "safetensors", "opaque"):
+        raise ValueError(f"{where}.format is unknown")
+    planner = _typed(item["planner"], str, f"{where}.planner")
+    plan_hash = item["plan_hash"] if item["plan_hash"] is None else _typed(item["plan_hash"], str, f"{where}.plan_hash")
+    rank = item["rank"] if item["rank"] is None else _bounded(item["rank"], 1 << 31, f"{where}.rank")
+    if len(planner) > 64 or len(plan_hash or "") > 256:
+        raise ValueError(f"{where}: planner or plan_hash is too long")
+    crcs = struct.unpack(f">{num_extents}I", bytes.fromhex(text))
+    return FileEntry(path, size_bytes, extent_bytes, crcs, item["format"], planner, plan_hash, rank)
+
+
+def _check_tree(paths: Sequence[str]) -> None:
+    known = set(paths)
+    if len(known) != len(paths):
+        raise ValueError("a path occurs twice")
+    for path in paths:
+        parts = path.split("/")
+        if any("/".join(parts[:depth]) in known for depth in range(1, len(parts))):
+            raise ValueError(f"{path!r} lies below another file")
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is not a {kind.__name__}")
+    return value
+
+
+def _bounded(value: Any, high: int, where: str) -> int:
+    if type(value) is not int or not 0 <= value <= high:
+        raise ValueError(f"{where} is not an integer from 0 to {high}")
+    return value

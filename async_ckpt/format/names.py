@@ -1,0 +1,123 @@
+"""Every on-disk name: what a tag, a file in a checkpoint and a private directory may be called. Pure functions.
+
+The rules are strict so that a name means the same to every file system, shell and reader: ASCII letters, digits and
+a few signs, no leading dot, bounded length. Names are looked up, never joined from unchecked text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from ..errors import UnsafePathError
+from ..host.process import Owner
+
+MANIFEST_NAME = "manifest.json"
+DCP_METADATA_NAME = ".metadata"
+"""The only file that may begin with a dot: torch.distributed.checkpoint looks for it under this name."""
+MAX_TAG_BYTES = 128
+_MAX_NAME_BYTES = 255
+MAX_COMPONENT_BYTES = 200
+MAX_PATH_BYTES = 1024
+
+NameKind = Literal["staging", "trash", "aside"]
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@, -]*[A-Za-z0-9._+=@-])?")
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A staging, trash or aside directory's name, taken apart; `str` puts it together again."""
+
+    kind: NameKind
+    tag: str
+    owner: Owner
+    number: int
+
+    def __str__(self) -> str:
+        return f".{self.kind}.{self.tag}.{self.owner}.{self.number}"
+
+
+def check_tag(tag: str) -> str:
+    """`tag` itself, when it can name a checkpoint directory.
+
+    Raises:
+        UnsafePathError: not a str, empty, too long, a separator or leading dot, or a character outside
+            letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only); or the manifest's own name.
+    """
+    _check_component(tag, "tag", MAX_TAG_BYTES)
+    if tag.lower() == MANIFEST_NAME:
+        raise UnsafePathError(f"tag {shown(tag)}: {MANIFEST_NAME!r} is the checkpoint's own file; choose another tag")
+    return tag
+
+
+def check_existing_tag(name: str) -> str:
+    """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name, without a leading dot.
+
+    Raises:
+        UnsafePathError: it is no such name.
+    """
+    if not isinstance(name, str) or not name.isprintable() or name.startswith(".") or "/" in name or len(name.encode()) > _MAX_NAME_BYTES:
+        return check_tag(name)
+    return name if name else check_tag(name)
+
+
+def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
+    """The components of `path`, when it can name a file or directory inside a checkpoint.
+
+    Args:
+        stored: it is in a checkpoint already: earlier versions accepted the manifest's name below the top.
+
+    Raises:
+        UnsafePathError: as `check_tag` for each component; also absolute paths and "..".
+    """
+    if not isinstance(path, str):
+        raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched")
+    if len(path) > MAX_PATH_BYTES:
+        raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
+    parts = tuple(path.split("/"))
+    for part in parts:
+        if path != DCP_METADATA_NAME:
+            _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
+    if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
+        raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
+    return parts
+
+
+def parse_private_name(name: str) -> PrivateName | None:
+    """The parts of a staging, trash or aside name exactly as this package writes them; None for every other name."""
+    head, _, number = name.rpartition(".")
+    head, _, owner_text = head.rpartition(".")
+    owner = Owner.parse(owner_text)
+    empty, _, rest = head.partition(".")
+    kind, _, tag = rest.partition(".")
+    if empty or owner is None or kind not in ("staging", "trash", "aside") or not re.fullmatch("[0-9]{1,12}", number):
+        return None
+    if len(tag) > MAX_TAG_BYTES or not _COMPONENT.fullmatch(tag):
+        return None
+    parsed = PrivateName(cast(NameKind, kind), tag, owner, int(number))
+    return parsed if str(parsed) == name else None
+
+
+def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
+    if not isinstance(part, str):
+        raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")
+    quoted = shown(part if whole is None else whole)
+    if not part:
+        why = "is empty" if not whole else "has an empty component"
+        raise UnsafePathError(f"{what} {quoted} {why}; nothing was touched")
+    if len(part) > max_bytes:
+        raise UnsafePathError(f"{what} {quoted} is longer than {max_bytes} bytes; nothing was touched")
+    if part.startswith("."):
+        raise UnsafePathError(f"{what} {quoted} starts a name with a dot; nothing was touched")
+    if not _COMPONENT.fullmatch(part):
+        raise UnsafePathError(
+            f"{what} {quoted} holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , "
+            "and spaces inside; nothing was touched"
+        )
+
+
+def shown(text: str) -> str:
+    """Escaped and shortened, so that a message cannot be forged or flooded by what it quotes."""
+    return ascii(text) if len(text) <= 160 else ascii(text[:150]) + f"... ({len(text)} characters)"

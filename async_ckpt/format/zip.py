@@ -1,0 +1,287 @@
+"""The zip container that `torch.save` writes, as plain arithmetic: no torch, no I/O.
+
+    record  = local header (30) + name + [zip64 extra] + "FB" padding extra + payload + data descriptor
+    file    = data.pkl, .format_version, .storage_alignment, byteorder, data/0.., version, .data/serialization_id,
+              central directory, zip64 end record + locator, end record
+
+Padding makes every payload start on a multiple of the alignment. An empty record has flag bit 3 clear and no descriptor.
+A record gets zip64 fields where its size or the offset of its header reaches 2^32 - 1, and its descriptor grows to 24 bytes.
+CRCs stand only behind the payload (descriptor, central directory), so one sequential pass can fill them in.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import CorruptCheckpointError
+from .checksum import crc32
+from .zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX, Record, read_directory
+
+__all__ = ["MAX_ALIGNMENT", "Container", "Record", "SealMap", "lay_out", "read_directory", "scan", "with_pickle"]
+
+MAX_ALIGNMENT = 65536
+MAX_PADDED_ALIGNMENT = 65500
+"""Up to this one, padding always fits a zip header."""
+ARCHIVE = b"archive/"
+SERIALIZATION_ID_NBYTES = 40
+_UINT16_MAX = 0xFFFF
+_DATA_PREFIX = "archive/data/"
+_ID_NAME = "archive/.data/serialization_id"
+_VERSION_NAME = "archive/version"
+
+_LOCAL_HEADER = b"PK\3\4\0\0" + struct.pack("<H", 0x0808) + bytes(18)
+_LOCAL_HEADER_EMPTY = b"PK\3\4\0\0" + struct.pack("<H", 0x0800) + bytes(18)
+_ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_END64 = struct.Struct("<4sQHHIIQQQQ")
+_LOCATOR = struct.Struct("<4sIQI")
+_END = struct.Struct("<4sHHHHIIH")
+
+
+@dataclass(frozen=True, slots=True)
+class SealMap:
+    """Where the bytes lie that depend on payload CRCs, and what else goes into the serialization id. Offsets are file offsets."""
+
+    entry_crc_offsets: Sequence[int]
+    """One per non-empty payload: its CRC field in the central directory. The descriptor's one is 4 bytes behind the payload."""
+    id_offset: int
+    """The 40 digits of the serialization id."""
+    id_crc_offsets: tuple[int, int]
+    """CRC fields of the id record: descriptor, central directory."""
+    crcs_before: tuple[int, ...]
+    """CRCs of the non-empty records before the first payload, in file order."""
+    crcs_after: tuple[int, ...]
+    """CRCs of the non-empty records between the last payload and the id."""
+    name_hash: bytes
+    """First 20 digits of the id: a hash of the record names alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One laid-out file: everything but the payload bytes. Payload CRC fields and the serialization id are zero."""
+
+    file_bytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    payload_offsets: Sequence[int]
+    payload_nbytes: Sequence[int]
+    seal_map: SealMap
+    alignment: int
+    directory_offset: int
+
+
+class _Builder:
+    """Appends records and keeps literals, payload extents and central-directory entries."""
+
+    def __init__(self, alignment: int) -> None:
+        self.alignment = alignment
+        self.padding = b"Z" * alignment
+        self.pos = 0
+        self.literals: list[tuple[int, bytes]] = []
+        self.run: list[bytes] = []
+        self.run_start = 0
+        self.entries: list[bytes] = []
+        self.entries_nbytes = 0
+        self.payload_offsets: list[int] = []
+        self.payload_nbytes: list[int] = []
+        self.payload_entries: list[int] = []
+
+    def _header(self, name: bytes, nbytes: int) -> None:
+        pos = self.pos
+        zip64 = b"" if nbytes < UINT32_MAX and pos < UINT32_MAX else _local_zip64(nbytes, pos)
+        start = pos + 30 + len(name) + len(zip64) + 4
+        # Where an alignment of almost 64 KiB needs more padding than a zip header holds, torch writes a file that nobody can read.
+        # Here that one payload starts a few bytes early instead.
+        pad_nbytes = min(-start % self.alignment, _UINT16_MAX - 4 - len(zip64))
+        extra_nbytes = len(zip64) + 4 + pad_nbytes
+        prefix = _LOCAL_HEADER if nbytes else _LOCAL_HEADER_EMPTY
+        lengths = struct.pack("<HH", len(name), extra_nbytes)
+        self.run.append(prefix + lengths + name + zip64 + b"FB" + pad_nbytes.to_bytes(2, "little") + self.padding[:pad_nbytes])
+        self.pos = start + pad_nbytes
+
+    def _close(self, name: bytes, nbytes: int, header_offset: int, crc: int) -> None:
+        if nbytes:
+            wide = nbytes >= UINT32_MAX or header_offset >= UINT32_MAX
+            descriptor = DESCRIPTOR_MAGIC + struct.pack("<IQQ" if wide else "<III", crc, nbytes, nbytes)
+            self.run.append(descriptor)
+            self.pos += len(descriptor)
+        entry = _central_entry(name, nbytes, header_offset, crc)
+        self.entries.append(entry)
+        self.entries_nbytes += len(entry)
+
+    def add_literal(self, name: bytes, data: bytes, crc: int) -> tuple[int, int]:
+        """Append a record whose bytes are known; returns its payload offset and its entry's offset inside the directory."""
+        header_offset = self.pos
+        self._header(name, len(data))
+        offset, entry_at = self.pos, self.entries_nbytes
+        self.run.append(data)
+        self.pos += len(data)
+        self._close(name, len(data), header_offset, crc)
+        return offset, entry_at
+
+    def add_payload(self, name: bytes, nbytes: int) -> None:
+        """Append a record whose bytes come later."""
+        header_offset = self.pos
+        self._header(name, nbytes)
+        if nbytes:
+            self.payload_entries.append(self.entries_nbytes)
+            self.payload_offsets.append(self.pos)
+            self.payload_nbytes.append(nbytes)
+            self.flush()
+            self.pos += nbytes
+            self.run_start = self.pos
+        self._close(name, nbytes, header_offset, 0)
+
+    def flush(self) -> None:
+        """End the current literal: a payload starts here, or the file ends."""
+        self.literals.append((self.run_start, b"".join(self.run)))
+        self.run = []
+
+    def finish(self) -> int:
+        """Append the central directory and the end records; returns the directory's offset."""
+        directory = self.pos
+        nbytes, count, end = self.entries_nbytes, len(self.entries), directory + self.entries_nbytes
+        self.run += self.entries
+        self.run.append(_END64.pack(b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, nbytes, directory))
+        self.run.append(_LOCATOR.pack(b"PK\6\7", 0, end, 1))
+        few, size32, offset32 = min(count, _UINT16_MAX), min(nbytes, UINT32_MAX), min(directory, UINT32_MAX)
+        self.run.append(_END.pack(b"PK\5\6", 0, 0, few, few, size32, offset32, 0))
+        self.flush()
+        self.pos = end + _END64.size + _LOCATOR.size + _END.size
+        return directory
+
+
+def _local_zip64(nbytes: int, header_offset: int) -> bytes:
+    # The compressed size is 0 here: torch's zip writer learns it only after the data.
+    fields = struct.pack("<QQ", nbytes, 0) if nbytes >= UINT32_MAX else b""
+    if header_offset >= UINT32_MAX:
+        fields += struct.pack("<Q", header_offset)
+    return struct.pack("<HH", 1, len(fields)) + fields
+
+
+def _central_entry(name: bytes, nbytes: int, header_offset: int, crc: int) -> bytes:
+    extra = b""
+    if nbytes >= UINT32_MAX or header_offset >= UINT32_MAX:
+        fields = struct.pack("<QQ", nbytes, nbytes) if nbytes >= UINT32_MAX else b""
+        if header_offset >= UINT32_MAX:
+            fields += struct.pack("<Q", header_offset)
+        extra = struct.pack("<HH", 1, len(fields)) + fields
+    flags = 0x0808 if nbytes else 0x0800
+    size32, offset32 = min(nbytes, UINT32_MAX), min(header_offset, UINT32_MAX)
+    head = _ENTRY.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, size32, size32, len(name), len(extra), 0, 0, 0, 0, offset32)
+    return head + name + extra
+
+
+def _add_head(builder: _Builder, pickle_bytes: bytes) -> tuple[int, ...]:
+    head = (
+        (b"data.pkl", pickle_bytes),
+        (b".format_version", b"1"),
+        (b".storage_alignment", b"%d" % builder.alignment),
+        (b"byteorder", sys.byteorder.encode()),
+    )
+    crcs = tuple(crc32(data) for _, data in head)
+    for (name, data), crc in zip(head, crcs, strict=True):
+        builder.add_literal(ARCHIVE + name, data, crc)
+    return crcs
+
+
+def lay_out(pickle_bytes: bytes, storage_nbytes: Sequence[int], *, name_hash: bytes, alignment: int = 64) -> Container:
+    """The container that `torch.save` writes around `pickle_bytes` and storages of these sizes, in key order.
+
+    `name_hash`: the 20 digits torch gives to this set of record names. Costs about 4 us per storage.
+    Raises ValueError for an alignment outside 1..65536.
+    """
+    if not 1 <= alignment <= MAX_ALIGNMENT:
+        raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
+    builder = _Builder(alignment)
+    crcs_before = _add_head(builder, pickle_bytes)
+    prefix = ARCHIVE + b"data/%d"
+    for key, nbytes in enumerate(storage_nbytes):
+        builder.add_payload(prefix % key, nbytes)
+    builder.add_literal(ARCHIVE + b"version", b"3\n", crc32(b"3\n"))
+    id_offset, id_entry = builder.add_literal(ARCHIVE + b".data/serialization_id", bytes(SERIALIZATION_ID_NBYTES), 0)
+    directory = builder.finish()
+    seal_map = SealMap(
+        entry_crc_offsets=[directory + at + 16 for at in builder.payload_entries],
+        id_offset=id_offset,
+        id_crc_offsets=(id_offset + SERIALIZATION_ID_NBYTES + 4, directory + id_entry + 16),
+        crcs_before=crcs_before,
+        crcs_after=(crc32(b"3\n"),),
+        name_hash=name_hash,
+    )
+    return Container(
+        file_bytes=builder.pos,
+        literals=tuple(builder.literals),
+        payload_offsets=builder.payload_offsets,
+        payload_nbytes=builder.payload_nbytes,
+        seal_map=seal_map,
+        alignment=alignment,
+        directory_offset=directory,
+    )
+
+
+def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Sequence[int]) -> Container:
+    """`container` with another data.pkl in front of the same storages; cheap where no payload has to move."""
+    first = next((key for key, nbytes in enumerate(storage_nbytes) if nbytes), None)
+    builder = _Builder(container.alignment)
+    crcs_before = _add_head(builder, pickle_bytes)
+    if first is not None:
+        for key in range(first + 1):
+            builder.add_payload(ARCHIVE + b"data/%d" % key, storage_nbytes[key])
+    if first is None or builder.payload_offsets[0] != container.payload_offsets[0]:
+        return lay_out(pickle_bytes, storage_nbytes, name_hash=container.seal_map.name_hash, alignment=container.alignment)
+    tail_offset, tail = container.literals[-1]
+    at = container.directory_offset - tail_offset
+    # The last entry built is the first payload's: unchanged, so its (then zero) CRC field stays blank.
+    entries = b"".join(builder.entries)
+    tail = tail[:at] + entries + tail[at + len(entries) :]
+    return replace(
+        container,
+        literals=(builder.literals[0], *container.literals[1:-1], (tail_offset, tail)),
+        seal_map=replace(container.seal_map, crcs_before=crcs_before),
+    )
+
+
+def scan(literals: Sequence[tuple[int, bytes]], file_bytes: int, alignment: int) -> Container:
+    """Read torch's own layout back from the literal bytes it wrote around the holes; blanks what depends on payload CRCs.
+
+    `literals`: ascending runs, merged so that each lies between two holes. Raises CorruptCheckpointError where they are no container.
+    """
+    starts = [offset for offset, _ in literals]
+
+    def pread(offset: int, nbytes: int) -> bytes:
+        start, data = literals[bisect_right(starts, offset) - 1]
+        return data[offset - start : offset - start + nbytes]
+
+    records = read_directory(pread, file_bytes)
+    payloads = [record for record in records if record.name.startswith(_DATA_PREFIX) and record.nbytes]
+    first = payloads[0].offset if payloads else file_bytes
+    id_record = records[-1]
+    if id_record.name != _ID_NAME or id_record.nbytes != SERIALIZATION_ID_NBYTES:
+        raise CorruptCheckpointError("the last record is not the serialization id", record=id_record.name)
+    plain = [record for record in records[:-1] if record.nbytes and not record.name.startswith(_DATA_PREFIX)]
+    id_crc_offsets = (id_record.offset + SERIALIZATION_ID_NBYTES + 4, id_record.entry_offset + 16)
+    name_hash = pread(id_record.offset, 20)
+    tail_offset, tail = literals[-1]
+    blank = bytearray(tail)
+    for offset, nbytes in ((id_record.offset, SERIALIZATION_ID_NBYTES), (id_crc_offsets[0], 4), (id_crc_offsets[1], 4)):
+        blank[offset - tail_offset : offset - tail_offset + nbytes] = bytes(nbytes)
+    version = next(record.offset for record in records if record.name == _VERSION_NAME)
+    return Container(
+        file_bytes=file_bytes,
+        literals=(*literals[:-1], (tail_offset, bytes(blank))),
+        payload_offsets=[record.offset for record in payloads],
+        payload_nbytes=[record.nbytes for record in payloads],
+        seal_map=SealMap(
+            entry_crc_offsets=[record.entry_offset + 16 for record in payloads],
+            id_offset=id_record.offset,
+            id_crc_offsets=id_crc_offsets,
+            crcs_before=tuple(record.crc32 for record in plain if record.offset < first and record.offset < version),
+            crcs_after=tuple(record.crc32 for record in plain if record.offset >= version),
+            name_hash=name_hash,
+        ),
+        alignment=alignment,
+        directory_offset=records[0].entry_offset,
+    )

@@ -1,0 +1,1 @@
+"""Which bytes a state becomes, as plain data."""

@@ -1,0 +1,154 @@
+"""How much of each storage is written: all of it, as torch does, or (compact) only the bytes that views cover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .tensor_columns import LiveTensors, StoragePattern
+from .torch_layout import Recorded, record
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Per distinct storage the bytes to write, per tensor its place in them."""
+
+    starts: Sequence[int]
+    nbytes: Sequence[int]
+    offsets: Sequence[int]
+    """In elements, from the start of what is written."""
+    strides: Sequence[tuple[int, ...]]
+    copied: Mapping[int, int]
+    """Storage -> index of its only tensor, where the elements are written row major from a copy instead of a span with gaps."""
+
+
+def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
+    """Half-open range of elements that a view touches; empty for a view without elements."""
+    if 0 in sizes:
+        return 0, 0
+    return offset, offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a row-major tensor, as torch gives them (a size of 0 counts as 1)."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def num_elements(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
+
+
+def plan_extents(live: LiveTensors, pattern: StoragePattern, *, compact_views: bool) -> Extents:
+    """Whole storages, or with `compact_views` the union span of each storage's views."""
+    if not compact_views:
+        return Extents([0] * len(pattern.nbytes), pattern.nbytes, live.offsets, live.strides, {})
+    low, high, views = [0] * len(pattern.nbytes), [0] * len(pattern.nbytes), [0] * len(pattern.nbytes)
+    for index, storage in enumerate(pattern.storage_of):
+        views[storage] += 1
+        start, stop = view_span(live.sizes[index], live.strides[index], live.offsets[index])
+        if start == stop:
+            continue
+        item = live.dtypes[index].itemsize
+        start, stop = start * item, stop * item
+        if low[storage] == high[storage]:
+            low[storage], high[storage] = start, stop
+        else:
+            low[storage], high[storage] = min(low[storage], start), max(high[storage], stop)
+    nbytes = [stop - start for start, stop in zip(low, high, strict=True)]
+    offsets, strides, copied = list(live.offsets), list(live.strides), {}
+    for index, storage in enumerate(pattern.storage_of):
+        item, sizes = live.dtypes[index].itemsize, live.sizes[index]
+        if views[storage] == 1 and num_elements(sizes) * item < nbytes[storage]:
+            copied[storage] = index
+            low[storage], nbytes[storage] = 0, num_elements(sizes) * item
+            offsets[index], strides[index] = 0, dense_strides(sizes)
+        else:
+            offsets[index] = 0 if 0 in sizes else offsets[index] - low[storage] // item
+    return Extents(low, nbytes, offsets, strides, copied)
+
+
+def dense_copy(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """A storage with exactly the elements of `tensor`, row major, on the same device."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage()
+
+
+def record_compact(obj: Any, *, alignment: int) -> Recorded:
+    """`record` with `compact_views`: torch pickles shortened storages in place of those of which only views are met.
+
+    Two runs: the first learns every view, the second writes. Raises RecordingError like `record`.
+    """
+    compactor = _Compactor()
+    first = record(obj, alignment=alignment, substitute=compactor.learn)
+    compactor.settle({storage._cdata: uses for storage, uses in zip(first.storages, first.uses, strict=True)})
+    return record(obj, alignment=alignment, substitute=compactor.shorten)
+
+
+class _Compactor:
+    def __init__(self) -> None:
+        self.low: dict[int, int] = {}
+        self.high: dict[int, int] = {}
+        self.views: dict[int, int] = {}
+        self.shortened: dict[int, torch.UntypedStorage] = {}
+
+    @staticmethod
+    def _reduced(tensor: torch.Tensor) -> Any:
+        """torch's reduce value if it is (rebuild, (storage, offset, size, stride, ...)) of a plain strided view, else None."""
+        if type(tensor) is not torch.Tensor:
+            return None
+        reduced = tensor.__reduce_ex__(2)
+        return reduced if reduced[0].__name__ in ("_rebuild_tensor_v2", "_rebuild_tensor_v3") else None
+
+    @staticmethod
+    def _storage(reduced: Any) -> torch.UntypedStorage:
+        held: Any = reduced[1][0]
+        storage: torch.UntypedStorage = held if isinstance(held, torch.UntypedStorage) else held._untyped_storage
+        return storage
+
+    def learn(self, tensor: torch.Tensor) -> Any:
+        reduced = self._reduced(tensor)
+        if reduced is None:
+            return NotImplemented
+        key, item = self._storage(reduced)._cdata, tensor.dtype.itemsize
+        _, offset, size, stride = reduced[1][:4]
+        start, stop = (edge * item for edge in view_span(size, stride, offset))
+        self.views[key] = self.views.get(key, 0) + 1
+        if start < stop:
+            self.low[key] = min(self.low.get(key, start), start)
+            self.high[key] = max(self.high.get(key, stop), stop)
+        return reduced
+
+    def settle(self, uses: Mapping[int, int]) -> None:
+        """Forget storages that something else than a plain view refers to: those are written whole."""
+        self.views = {key: count for key, count in self.views.items() if uses.get(key) == count}
+
+    def shorten(self, tensor: torch.Tensor) -> Any:
+        reduced = self._reduced(tensor)
+        if reduced is None:
+            return NotImplemented
+        storage, item = self._storage(reduced), tensor.dtype.itemsize
+        key = storage._cdata
+        if key not in self.views:
+            return reduced
+        held, offset, size, stride, *rest = reduced[1]
+        low, high = self.low.get(key, 0), self.high.get(key, 0)
+        lazy_bits = type(rest[-1]) is dict
+        if self.views[key] == 1 and num_elements(size) * item < high - low and not lazy_bits:
+            short, offset, stride = dense_copy(tensor), 0, dense_strides(size)
+        else:
+            short = self.shortened.setdefault(key, storage[low:high])
+            offset = 0 if 0 in size else offset - low // item
+        wrapped: Any = short
+        if not isinstance(held, torch.UntypedStorage):
+            wrapped = torch.storage.TypedStorage(wrap_storage=short, dtype=held.dtype, _internal=True)
+        return reduced[0], (wrapped, offset, size, stride, *rest)

@@ -1,0 +1,160 @@
+"""From a state to a plan."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import UnsupportedStateError
+from ..format.zip import MAX_ALIGNMENT
+from ..host.device import is_copyable
+from .cached_plan import Encode, FastPlan
+from .compaction import record_compact
+from .encoder import encode
+from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
+from .plan import FileFormat, PlannedState, Sources, container_plan
+from .safetensors import SafetensorsPlan, plan_safetensors
+from .selfcheck import agrees, check_ahead
+from .structure import NotPlainError
+from .torch_layout import RecordingError, record
+
+
+class Planner:
+    """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        alignment: int = 64,
+        compact_views: bool = False,
+        format: FileFormat = "torch",
+        cache_entries: int = 16,
+        encode: Encode = encode,
+    ) -> None:
+        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover. `encode` is for tests."""
+        if not 1 <= alignment <= MAX_ALIGNMENT:
+            raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
+        self._alignment = alignment
+        self._compact_views = compact_views
+        self._format = format
+        self._cache: dict[str, FastPlan] = {}
+        self._safetensors: dict[str, SafetensorsPlan] = {}
+        self._cache_entries = cache_entries
+        self._encode = encode
+        self._disagreements: set[tuple[Any, ...]] = set()
+
+    @property
+    def fallbacks(self) -> int:
+        """Number of structure kinds for which the fast plan disagreed with torch's own, so that torch plans them."""
+        return len(self._disagreements)
+
+    def check_ahead(self) -> None:
+        """Compare the fast encoder with torch's own before the first save needs the answer. Any thread; once per process."""
+        if self._format == "torch":
+            check_ahead(self._encode)
+
+    def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
+        """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
+
+        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
+        """
+        if (format or self._format) == "safetensors":
+            return self._plan_safetensors(obj, name)
+        fast = self._plan_fast(obj, name)
+        return self._plan_recorded(obj) if fast is None else fast
+
+    def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
+        plan, planned = plan_safetensors(obj, self._safetensors.get(name))
+        self._safetensors = _remembered(self._safetensors, name, plan, self._cache_entries)
+        return planned
+
+    def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
+        """From the cache or the fast encoder; None where torch has to plan."""
+        latest_first = list(self._cache.items())[::-1]
+        for key, entry in sorted(latest_first, key=lambda item: item[0] != name):
+            matched = entry.match(obj)
+            if matched is not None:
+                self._cache = _remembered(self._cache, key, entry, self._cache_entries)
+                return matched
+        try:
+            entry = FastPlan(obj, alignment=self._alignment, compact_views=self._compact_views, encode=self._encode)
+        except (NotPlainError, RecursionError):
+            return None
+        if not agrees(entry, obj, alignment=self._alignment, encode=self._encode):
+            self._disagreements.add((frozenset(entry.structure.types), entry.tensor_kinds))
+            return None
+        first = entry.take_first()
+        self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+        return first
+
+    def _plan_recorded(self, obj: Any) -> PlannedState:
+        try:
+            recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
+        except RecordingError as error:
+            raise refusal(obj, error) from error.__cause__
+        storages = [storage for storage in recorded.storages if storage.nbytes()]
+        nbytes = [storage.nbytes() for storage in storages]
+        if nbytes != recorded.container.payload_nbytes:
+            raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
+        refuse_unreadable(obj, storages)
+        paths: list[str] = []
+
+        def lazy_paths() -> list[str]:
+            return paths
+
+        paths = tensor_paths(obj, recorded.tensors)
+        return PlannedState(
+            plan=container_plan(recorded.container, "torch"),
+            sources=Sources(storages, [0] * len(storages), nbytes),
+            tensors=recorded.tensors,
+            cached=False,
+            _paths=lazy_paths,
+        )
+
+
+Entry = TypeVar("Entry")
+
+
+def _remembered(cache: dict[str, Entry], name: str, entry: Entry, max_entries: int) -> dict[str, Entry]:
+    """`cache` with `entry` as the latest, without the oldest ones.
+
+    A new dict: a signal handler may save while it is made, or while the old one is gone through.
+    """
+    kept = {**{key: value for key, value in cache.items() if key != name}, name: entry}
+    return dict(list(kept.items())[-max_entries:])
+
+
+def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
+    """Raise for storages that have a size but no bytes to read (meta and fake tensors)."""
+    for storage in storages:
+        if not is_copyable(storage.device) or storage.data_ptr() == 0:
+            path = storage_path(obj, storage)
+            raise UnsupportedStateError(f"state{path} has no readable data (device {storage.device}); nothing was written")
+
+
+def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
+    """Path of the first tensor that views `storage`."""
+    for place, item in walk(obj):
+        if isinstance(item, torch.Tensor):
+            try:
+                found = item.untyped_storage()._cdata
+            except (RuntimeError, NotImplementedError):
+                continue
+            if found == storage._cdata:
+                return path_of(place)
+    return " (somewhere inside)"
+
+
+def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
+    """What torch.save's refusal means for the caller, with the key path."""
+    cause = error.__cause__
+    if error.suspects:
+        path = next((found for found in places_of(obj, error.suspects) if found is not None), f" {UNKNOWN}")
+        return UnsupportedStateError(f"state{path} cannot be saved: {cause}; nothing was written")
+    culprit = find_culprit(obj)
+    if culprit is None:
+        return UnsupportedStateError(f"state cannot be saved: {cause}; nothing was written")
+    path, item, reason = culprit
+    kind = type(item).__name__
+    return UnsupportedStateError(f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written")

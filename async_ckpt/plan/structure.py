@@ -1,0 +1,274 @@
+"""The shape of a plain state, as data: flat lists that a later state can be compared with at C speed.
+
+A state is flattened breadth first: position 0 is the root, every container adds its children behind those before it (a dict its keys,
+then its values; an OrderedDict also its instance `__dict__`; any other object the parts that pickle would take it to). A container met
+again adds nothing. Pickle remembers objects by identity, so besides types, lengths and strings the pattern of which positions hold the
+same object belongs to the structure.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .key_paths import in_brackets
+from .object_parts import (
+    LATIN1,
+    MAX_BLOB_BYTES,
+    Form,
+    NotPlainError,
+    expand,
+    global_opcode,
+    is_global,
+    is_still_global,
+)
+
+__all__ = ["NotPlainError", "Opened", "SharingPattern", "Structure", "picker"]
+
+CONTAINER_TYPES = (dict, OrderedDict, list, tuple, torch.Size)
+TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+_EXACT_TYPES = (int, bool, type(None))
+_ALL_TYPES = frozenset((*CONTAINER_TYPES, *TENSOR_TYPES, *_EXACT_TYPES, float, str))
+
+SINGLE_CHARACTER_KEYS = tuple(str(number) for number in range(10))
+"""Storage keys that the interpreter shares with equal strings of the user; longer ones are always fresh objects."""
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """`itemgetter` that gives a tuple for no and one position too."""
+    if not positions:
+        return lambda items: ()
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda items: (items[only],)
+    return itemgetter(*positions)
+
+
+class SharingPattern:
+    """Which of a row of objects are the same object, without keeping any of them."""
+
+    __slots__ = ("_pick_firsts", "_pick_repeats", "num_distinct")
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        first: dict[int, int] = {}
+        repeats: list[tuple[int, int]] = []
+        for position, value in enumerate(ids):
+            before = first.setdefault(value, position)
+            if before != position:
+                repeats.append((position, before))
+        self._pick_repeats = picker([position for position, _ in repeats])
+        self._pick_firsts = picker([before for _, before in repeats])
+        self.num_distinct = len(first)
+
+    def matches(self, ids: Sequence[int]) -> bool:
+        """True where `ids` fall into the same groups: every repeat equals its first, and no two groups have become one."""
+        return self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == self.num_distinct
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A container whose children are in the flat list: `count` items from `first`, then `attributes` (OrderedDict's dict) or -1."""
+
+    position: int
+    kind: type
+    count: int
+    first: int
+    attributes: int
+    form: Form | None = None
+    """How the children make up an object that is no plain container; `count` is their number then."""
+
+
+class Structure:
+    """What must be the same for a plan to be reused. Holds strings, numbers, classes and functions of the user, never tensors."""
+
+    def __init__(self, root: Any) -> None:
+        flat = _Flat(root)
+        leaves = self.first_leaves = flat.leaves
+        self.opened = flat.opened
+        self.types = list(map(type, leaves))
+        self.global_opcodes = flat.global_opcodes
+        """By identity: objects that pickle writes by name."""
+        tensors: dict[int, int] = {}
+        blobs: dict[int, int] = {}
+        globals_: dict[int, int] = {}
+        exact: list[int] = []
+        floats: list[int] = []
+        strings: list[int] = []
+        remembered: list[int] = []
+        for position, kind in enumerate(self.types):
+            if kind is float:
+                floats.append(position)
+            elif kind in _EXACT_TYPES:
+                exact.append(position)
+            else:
+                remembered.append(position)
+                if kind is str:
+                    strings.append(position)
+                elif kind in TENSOR_TYPES:
+                    tensors.setdefault(id(leaves[position]), position)
+                elif kind is bytes and len(leaves[position]) > 1:
+                    blobs.setdefault(id(leaves[position]), position)
+                elif id(leaves[position]) in self.global_opcodes:
+                    globals_.setdefault(id(leaves[position]), position)
+        # The content of bytes may change like a number's; which of them are the same object may not.
+        self.blob_positions = blobs
+        self.exact_positions = exact + list(blobs.values())
+        self.float_positions = floats
+        self.tensor_positions = list(tensors.values())
+        self.pick_exact = picker(self.exact_positions)
+        self.pick_floats = picker(floats)
+        self.pick_tensors = picker(self.tensor_positions)
+        self._pick_strings = picker(strings)
+        self._pick_remembered = picker(remembered)
+        self._pick_blobs = picker(list(blobs.values()))
+        self._pick_globals = picker(list(globals_.values()))
+        self._strings = self._pick_strings(leaves)
+        self._globals = self._pick_globals(leaves)
+        self._constants: tuple[str, ...] = ()
+        self._sharing = SharingPattern(())
+        self._walk_plan = [(item.position, item.kind, item.count, item.attributes >= 0, item.form) for item in flat.opened]
+        if sum(map(len, self._pick_blobs(leaves))) > MAX_BLOB_BYTES:
+            raise NotPlainError("holds large bytes objects")
+        if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):
+            raise NotPlainError("a string that pickle may or may not take for its own")
+
+    def _remembered_ids(self, leaves: list[Any]) -> list[int]:
+        ids = list(map(id, self._pick_remembered(leaves)))
+        ids.extend(map(id, self._constants))
+        return ids
+
+    def finish(self, constants: tuple[str, ...]) -> list[Any]:
+        """Note the sharing pattern; returns the flat list of the first state and from now on keeps none of its objects.
+
+        `constants`: strings that torch itself pickles. A user's equal string may or may not be the same object.
+        """
+        leaves, self.first_leaves = self.first_leaves, []
+        self._constants = (*constants, *SINGLE_CHARACTER_KEYS)
+        self._sharing = SharingPattern(self._remembered_ids(leaves))
+        return leaves
+
+    @property
+    def _attribute_dicts(self) -> frozenset[int]:
+        """Positions of the `__dict__` of objects."""
+        return frozenset(item.first + item.form.num_called for item in self.opened if item.form is not None and item.form.has_state)
+
+    def _name_parts(self, item: Opened, form: Form, paths: list[str], leaves: list[Any]) -> None:
+        prefix = paths[item.position]
+        items = item.first + form.num_called + form.has_state
+        keys = items + form.num_items
+        for index in range(item.first, items):
+            paths[index] = f"{prefix}(part {index - item.first})"
+        if form.has_state:
+            paths[item.first + form.num_called] = prefix
+        for index in range(form.num_items):
+            paths[items + index] = f"{prefix}[{index}]"
+        for index in range(form.num_pairs):
+            paths[keys + form.num_pairs + index] = prefix + in_brackets(leaves[keys + index])
+
+    def paths(self, leaves: list[Any]) -> list[str]:
+        """The key path of every position, for messages."""
+        paths = [""] * len(leaves)
+        attribute_dicts = self._attribute_dicts
+        for item in self.opened:
+            prefix = paths[item.position]
+            if item.form is not None:
+                self._name_parts(item, item.form, paths, leaves)
+                continue
+            is_sequence = item.kind in (list, tuple, torch.Size)
+            for index in range(item.count):
+                if item.position in attribute_dicts:
+                    paths[item.first + item.count + index] = f"{prefix}.{leaves[item.first + index]}"
+                elif is_sequence:
+                    paths[item.first + index] = f"{prefix}[{index}]"
+                else:
+                    paths[item.first + item.count + index] = prefix + in_brackets(leaves[item.first + index])
+            if item.attributes >= 0:
+                paths[item.attributes] = f"{prefix}.__dict__"
+        return paths
+
+    def match(self, root: Any) -> list[Any] | None:
+        """The flat list of `root` if it has this structure, else None. Scalars may differ."""
+        leaves = [root]
+        append, extend = leaves.append, leaves.extend
+        container: Any
+        for position, kind, count, has_attributes, form in self._walk_plan:
+            container = leaves[position]
+            actual: type = type(container)
+            if actual is not kind:
+                return None
+            if form is not None:
+                try:
+                    found, parts = expand(container)
+                except NotPlainError:
+                    return None
+                if found != form:
+                    return None
+                extend(parts)
+                continue
+            if len(container) != count:
+                return None
+            extend(container)
+            if kind is dict:
+                extend(container.values())
+            elif kind is OrderedDict:
+                extend(container.values())
+                attributes = vars(container)
+                if bool(attributes) is not has_attributes:
+                    return None
+                if has_attributes:
+                    append(attributes)
+        if list(map(type, leaves)) != self.types or self._pick_strings(leaves) != self._strings:
+            return None
+        if not self._sharing.matches(self._remembered_ids(leaves)):
+            return None
+        return leaves if self._same_globals(leaves) and all(len(blob) > 1 for blob in self._pick_blobs(leaves)) else None
+
+    def _same_globals(self, leaves: list[Any]) -> bool:
+        found, opcodes = self._pick_globals(leaves), self.global_opcodes
+        return all(map(operator.is_, found, self._globals)) and all(is_still_global(obj, opcodes[id(obj)]) for obj in found)
+
+
+class _Flat:
+    """A state as a flat list."""
+
+    def __init__(self, root: Any) -> None:
+        leaves: list[Any] = [root]
+        opened: list[Opened] = []
+        self.leaves = leaves
+        self.opened = opened
+        self.global_opcodes: dict[int, bytes] = {}
+        seen: set[int] = set()
+        position = 0
+        while position < len(leaves):
+            obj = leaves[position]
+            kind = type(obj)
+            if kind not in _ALL_TYPES:
+                if id(obj) not in seen and not self._is_leaf(obj):
+                    seen.add(id(obj))
+                    form, parts = expand(obj)
+                    opened.append(Opened(position, kind, len(parts), len(leaves), -1, form))
+                    leaves.extend(parts)
+            elif kind in CONTAINER_TYPES and id(obj) not in seen:
+                seen.add(id(obj))
+                first, attributes = len(leaves), -1
+                leaves.extend(obj)
+                if kind is dict or kind is OrderedDict:
+                    leaves.extend(obj.values())
+                if kind is OrderedDict and vars(obj):
+                    attributes = len(leaves)
+                    leaves.append(vars(obj))
+                opened.append(Opened(position, kind, len(obj), first, attributes))
+            position += 1
+
+    def _is_leaf(self, obj: Any) -> bool:
+        if is_global(obj):
+            if id(obj) not in self.global_opcodes:
+                self.global_opcodes[id(obj)] = global_opcode(obj)
+            return True
+        return type(obj) is bytes and len(obj) > 1

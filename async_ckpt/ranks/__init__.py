@@ -1,0 +1,1 @@
+"""Many ranks that commit one checkpoint."""

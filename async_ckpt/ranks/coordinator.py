@@ -1,0 +1,108 @@
+"""Who renames: the seam between an engine and the other ranks of its job.
+
+A `Coordinator` opens one staging directory per checkpoint, learns from every rank that its part is durable, and
+publishes. `LocalCoordinator` is the single process: no waiting, no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..format.manifest import FileEntry
+from ..storage import transaction
+from ..storage.filesystem import FileSystem
+
+
+@dataclass(slots=True)
+class OpenTag:
+    """One checkpoint that is being staged by this rank.
+
+    `location` resolves to the absolute path of the staging directory (at once for a single process; for other ranks
+    when rank 0 has made it). `staging` is set where this rank made the directory and so renames or removes it.
+    """
+
+    tag: str
+    overwrite: str
+    location: Future[str]
+    staging: transaction.Staging | None = None
+
+
+class Coordinator(Protocol):
+    """Opens, publishes and gives up checkpoints on behalf of one rank."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes, renames and deletes checkpoint directories."""
+
+    def bind(self, filesystem: FileSystem, root: str) -> None:
+        """Called once by the engine that uses this coordinator."""
+
+    def begin(self, tag: str, overwrite: str) -> OpenTag:
+        """Open `tag`. Training thread; must not wait for other ranks."""
+
+    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        """Make the checkpoint durable and visible once every rank's part is durable. Worker thread; blocks.
+
+        Raises:
+            CommitError: nothing is visible (or, with `committed=None`, that is unknown); on every rank alike.
+        """
+
+    def abort(self, opened: OpenTag, error: BaseException) -> None:
+        """Give the checkpoint up, tell the other ranks why, and remove what is staged. Worker thread."""
+
+    def sweep(self) -> None:
+        """Remove stale staging of dead owners. Called once, when the engine starts."""
+
+    def close(self) -> None:
+        """Let go of connections; no call follows."""
+
+
+class LocalCoordinator:
+    """A single process: it makes, publishes and removes its own staging directories."""
+
+    rank = 0
+    world_size = 1
+    leads = True
+
+    def __init__(self) -> None:
+        self._filesystem: FileSystem | None = None
+        self._root = ""
+
+    def bind(self, filesystem: FileSystem, root: str) -> None:
+        self._filesystem = filesystem
+        self._root = root
+
+    @property
+    def _fs(self) -> FileSystem:
+        assert self._filesystem is not None, "bind() comes first"
+        return self._filesystem
+
+    def begin(self, tag: str, overwrite: str) -> OpenTag:
+        return self.begin_at(self._root, tag, overwrite)
+
+    def begin_at(self, root: str, tag: str, overwrite: str) -> OpenTag:
+        """`begin` below another root, for integrations that write to several."""
+        staging = transaction.begin(self._fs, root, tag, overwrite)
+        location: Future[str] = Future()
+        location.set_result(staging.path)
+        return OpenTag(tag, overwrite, location, staging)
+
+    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        assert opened.staging is not None
+        transaction.publish(self._fs, opened.staging, files, metadata, created_unix_ns)
+
+    def abort(self, opened: OpenTag, error: BaseException) -> None:
+        assert opened.staging is not None
+        transaction.abort(self._fs, opened.staging)
+
+    def sweep(self) -> None:
+        transaction.sweep(self._fs, self._root)
+
+    def close(self) -> None:
+        return None

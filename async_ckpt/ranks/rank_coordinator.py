@@ -1,0 +1,391 @@
+"""Many ranks, one checkpoint: every rank writes its own files, rank 0 renames, all ranks report the same outcome.
+
+Guarantees:
+- Shared root (the default): nothing is renamed before every rank's part is durable; then one rename makes all of it visible.
+- Node-local roots (`node=`): no node renames before every rank of every node is durable. Each node's lowest rank then renames its own
+  directory; a crash in that moment can leave the tag on some nodes only, so restart from `latest_on_all()`.
+  Where a rename failed, all ranks raise `CommitError` with `committed=None` that names the nodes.
+- A rank that raises, is killed, hangs, names another tag or runs out of disk fails the commit on every surviving rank within
+  `timeout_s` of its own part being durable, with `RankFailedError` (`rank`, cause); nothing is renamed, and the next checkpoint
+  works. If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is unknown.
+- Nothing here runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import CheckpointError, CommitError, ConfigError, report
+from ..format.checksum import crc32
+from ..format.manifest import FileEntry, Manifest
+from ..host.facts import Node, node_from_env
+from ..reading.catalog import Catalog
+from ..storage import transaction
+from ..storage.filesystem import FileSystem
+from ..threads.executor import DaemonExecutor
+from . import protocol as rank_protocol
+from .coordinator import OpenTag
+from .latest_on_all import Survey
+from .rank_env import default_run_id
+from .rank_outcome import cause_of, error_of
+from .rank_parts import merge_parts, write_part
+from .rank_requests import Announcements, AttemptFailed, Seat, Step, Verdict
+from .rank_talk import RankTag, RankTalk
+from .store_link import StoreLink, private_connection
+
+__all__ = ["Node", "RankCoordinator", "RankTag"]
+
+_PROMPT_REMOVAL_S = 1.0
+_STALL_S = 60.0
+
+
+class RankCoordinator:
+    """Commits as one of `world_size` ranks that share a ``torch.distributed`` store. Give it to the engine as `coordinator`.
+
+    Args:
+        store: a TCPStore, FileStore, HashStore or PrefixStore on them, the same for all ranks. It is cloned where torch can do that.
+        timeout_s: how far apart the ranks' `create` calls, and their parts becoming durable, may be.
+        run_id: a text that all ranks share and that is new in every run; needed where the store outlives a run (FileStore).
+            By default torchrun's run id and restart count.
+        node: this node, where each node has a root of its own; None for one root on a file system that all ranks see.
+        channel: keeps several engines over one store apart; by default made from the root's path.
+        linger_s: how long `close` waits for the other ranks to read the last outcome.
+
+    Raises:
+        ConfigError: ranks, nodes or run id do not fit.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        *,
+        timeout_s: float = 600.0,
+        run_id: str | None = None,
+        node: Node | None = None,
+        channel: str | None = None,
+        linger_s: float = 10.0,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is not in a job of {world_size} ranks")
+        if node is not None and (rank not in node.ranks or not 0 <= node.number < node.num_nodes):
+            raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number} of {node.num_nodes}")
+        if not 0 < timeout_s < float("inf"):
+            raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        self.rank = rank
+        self.world_size = world_size
+        self.seat = Seat(rank, world_size, timeout_s)
+        if node is not None:
+            self.seat = Seat(rank, world_size, timeout_s, node.number, node.num_nodes, tuple(sorted(node.ranks)))
+        self._store = store
+        self._run_id = run_id if run_id is not None else default_run_id(store)
+        self._channel = channel
+        self._linger_s = linger_s
+        self._known = Announcements()
+        self._num_surveys = 0
+        self._filesystem: FileSystem | None = None
+        self._talking: RankTalk | None = None
+        self._root = ""
+        self._joins: dict[str, Future[int]] = {}
+        self._cleaner: DaemonExecutor | None = None
+
+    @classmethod
+    def from_env(cls, **options: Any) -> RankCoordinator:
+        """For a script under torchrun, or one that has called ``init_process_group``: rank, size and store come from there.
+
+        ``node_local=True`` means that each node has a root of its own. Other options as in the class. Blocks until the store answers.
+        """
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        if dist.is_initialized():
+            store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        else:
+            store, rank, world_size = next(iter(rendezvous("env://")))
+        if options.pop("node_local", False):
+            options["node"] = node_from_env(rank, world_size)
+        return cls(store, rank, world_size, **options)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes, renames and sweeps staging directories."""
+        return self.seat.leads
+
+    # The engine's calls; see `coordination.Coordinator`.
+
+    def bind(self, filesystem: FileSystem, root: str) -> None:
+        if self._talking is not None:
+            raise ConfigError("this RankCoordinator has an engine already; make one for each engine")
+        self._filesystem, self._root = filesystem, root
+        self._cleaner = DaemonExecutor("async-ckpt-ranks-cleanup", 1)
+        channel = self._channel or ("node-local" if self.seat.num_nodes > 1 else f"{crc32(root.encode()):08x}")
+        store = self._store
+        prefix = f"async_ckpt/{self._run_id}/{channel}/"
+        patience_s = min(self.seat.timeout_s, _STALL_S)
+        link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
+        self._talking = RankTalk(link, self.seat, root)
+
+    def begin(self, tag: str, overwrite: str) -> RankTag:
+        staging = None
+        if self.leads:
+            try:
+                staging = transaction.begin(self._fs, self._root, tag, overwrite)
+            except Exception as error:
+                self._tell_begin_failed(tag, error)
+                raise
+        opened = RankTag(tag, overwrite, Future(), staging)
+        if self.rank == 0:
+            assert staging is not None
+            opened.attempt = self._talk.submit(rank_protocol.announce(self.seat, tag, os.path.basename(staging.path)))
+        else:
+            opened.attempt = self._joins[tag] = self._join_after(self._joins.get(tag), opened)
+        if staging is not None:
+            opened.location.set_result(staging.path)
+        else:
+            opened.attempt.add_done_callback(lambda attempt: self._location_failed(opened, attempt))
+        return opened
+
+    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        assert isinstance(opened, RankTag)
+        attempt = self._talk.learn(opened, opened.attempt)
+        part = Manifest(opened.tag, created_unix_ns, tuple(files))
+        digest = write_part(self._fs, opened.location.result(), self.rank, part)
+        self._talk.learn(opened, self._talk.submit(rank_protocol.report(self.seat, attempt, digest)), reported=True)
+        if self.rank == 0:
+            self._publish_as_first(opened, attempt, metadata, created_unix_ns)
+        elif self.leads:
+            self._publish_own_node(opened, attempt, metadata)
+        else:
+            opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(self.seat, attempt)), reported=True)
+            self._talk.later(rank_protocol.settle(self.seat, attempt))
+
+    def abort(self, opened: OpenTag, error: BaseException) -> None:
+        assert isinstance(opened, RankTag)
+        attempt: int | None = None
+        if self.rank == 0 or opened.attempt.done():
+            try:
+                attempt = self._talk.learn(opened, opened.attempt)
+                if opened.verdict is None:
+                    opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.fail(self.seat, attempt, cause_of(error))))
+            except CommitError as failure:
+                cause = failure.__cause__
+                attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
+                if not isinstance(cause, AttemptFailed):
+                    report(logging.WARNING, "the other ranks could not be told that %r was given up: %s", opened.tag, failure)
+        else:
+            self._tell_once_joined(opened, error)
+        self._leave(opened, attempt)
+
+    def sweep(self) -> None:
+        if self.leads:
+            transaction.sweep(self._fs, self._root)
+
+    def close(self) -> None:
+        if self._talking is not None:
+            self._talking.close(self._linger_s)
+        if self._cleaner is not None:
+            self._cleaner.shutdown(wait=False)
+            self._cleaner.join(self._linger_s)
+
+    # Resuming.
+
+    def latest_on_all(self, verify: str = "full") -> str | None:
+        """The newest checkpoint that every node has and that verifies on every node; the same answer on all ranks. None: there is none.
+
+        All ranks call it, on a coordinator whose engine exists; each node's lowest rank reads, the others wait. Blocks for the reading
+        and for the slowest rank. It needs no process group. With one shared root, rank 0 alone reads.
+
+        Raises:
+            RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
+        """
+        self._num_surveys += 1
+        survey = Survey(self.seat, self._num_surveys, Catalog(self._root, self._fs), self._talk.ask)
+        try:
+            return survey.newest(verify)
+        finally:
+            if self.rank == 0:
+                self._talk.later(survey.tidy())
+
+    # Beginning.
+
+    def _tell_begin_failed(self, tag: str, error: BaseException) -> None:
+        def tell() -> Step:
+            if self.rank == 0:
+                attempt = yield from rank_protocol.announce(self.seat, tag, None, cause_of(error))
+                yield from self._talk.retire(attempt)
+            else:
+                attempt, _ = yield from rank_protocol.join(self.seat, tag, self._known)
+                yield from rank_protocol.fail(self.seat, attempt, cause_of(error))
+                yield from rank_protocol.settle(self.seat, attempt)
+
+        self._talk.later(tell())
+
+    def _tell_once_joined(self, opened: RankTag, error: BaseException) -> None:
+        """This rank gave up before rank 0 had begun: the others are told as soon as there is somebody to tell."""
+        told: Future[None] = Future()
+
+        def joined(attempt: Future[int]) -> None:
+            if attempt.exception() is None:
+                self._talk.later(rank_protocol.fail(self.seat, attempt.result(), cause_of(error)))
+                self._talk.later(rank_protocol.settle(self.seat, attempt.result()))
+            told.set_result(None)
+
+        self._talk.track(told)
+        opened.attempt.add_done_callback(joined)
+
+    def _join_after(self, earlier: Future[int] | None, opened: RankTag) -> Future[int]:
+        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts is its."""
+        self._joins = {tag: join for tag, join in self._joins.items() if not join.done()}
+        if earlier is None or earlier.done():
+            return self._talk.submit(self._join(opened))
+        attempt: Future[int] = Future()
+
+        def passed_on(join: Future[int]) -> None:
+            error = join.exception()
+            if error is not None:
+                attempt.set_exception(error)
+            else:
+                attempt.set_result(join.result())
+
+        def join(_: Future[int]) -> None:
+            try:
+                self._talk.submit(self._join(opened)).add_done_callback(passed_on)
+            except Exception as error:  # noqa: BLE001 -- whoever waits for the attempt must learn it
+                attempt.set_exception(error)
+
+        self._talk.track(attempt)
+        earlier.add_done_callback(join)
+        return attempt
+
+    def _join(self, opened: RankTag) -> Step:
+        """Another rank's way into an attempt; resolves the location."""
+        seat = self.seat
+        attempt, announcement = yield from rank_protocol.join(seat, opened.tag, self._known)
+        if opened.staging is not None:
+            yield from rank_protocol.open_node(seat, attempt, os.path.basename(opened.staging.path))
+            return attempt
+        name = announcement["name"]
+        if announcement["node"] != seat.node:
+            name = yield from rank_protocol.await_node(seat, attempt)
+        try:
+            joined = transaction.join(self._fs, self._root, opened.tag, name)
+        except (CheckpointError, OSError) as error:
+            verdict = yield from rank_protocol.fail(seat, attempt, cause_of(error))
+            raise AttemptFailed(attempt, verdict) from error
+        opened.location.set_result(joined.path)
+        return attempt
+
+    def _location_failed(self, opened: RankTag, attempt: Future[int]) -> None:
+        error = attempt.exception()
+        if error is not None:
+            opened.location.set_exception(self._talk.translated(opened, error, reported=False))
+
+    # Committing.
+
+    def _publish_as_first(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        seat = self.seat
+        digests = self._talk.learn(opened, self._talk.submit(rank_protocol.gather(seat, attempt)))
+        assert opened.staging is not None
+        entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
+        self._talk.learn(opened, self._talk.submit(rank_protocol.decide(seat, attempt, created_unix_ns)))
+        try:
+            self._rename(opened, entries, metadata, created_unix_ns)
+        except BaseException as error:
+            committed = error.committed if isinstance(error, CommitError) else False
+            opened.verdict = Verdict(False, 0, cause_of(error), 0, committed)
+            self._tell_outcome(opened, attempt, opened.verdict, cause_of(error))
+            raise
+        opened.verdict = Verdict(True, None, "", 0, True)
+        self._tell_outcome(opened, attempt, opened.verdict, "")
+        self._talk.later(self._talk.retire(attempt))
+
+    def _tell_outcome(self, opened: RankTag, attempt: int, verdict: Verdict, error: str) -> None:
+        seat = self.seat
+        if seat.num_nodes > 1:
+            self._talk.submit(rank_protocol.renamed(seat, attempt, error))
+            verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.conclude_nodes(seat, attempt)), reported=True)
+            if not verdict.ok and not error:
+                opened.verdict = verdict
+                raise error_of(opened.tag, self._root, verdict)
+            return
+        try:
+            self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(seat, attempt, verdict)))
+        except CommitError as lost:
+            # The rename has been done, or not, already: the others find out by listing the root.
+            report(logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost)
+
+    def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
+        seat = self.seat
+        decided = self._talk.learn(opened, self._talk.submit(rank_protocol.await_decision(seat, attempt)), reported=True)
+        error = ""
+        try:
+            digests = self._talk.learn(opened, self._talk.submit(rank_protocol.parts(seat, attempt)))
+            assert opened.staging is not None
+            entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
+            self._rename(opened, entries, metadata, decided.created_unix_ns)
+        except (CheckpointError, OSError) as failure:
+            error = cause_of(failure)
+        self._talk.learn(opened, self._talk.submit(rank_protocol.renamed(seat, attempt, error)), reported=True)
+        opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(seat, attempt)), reported=True)
+        self._talk.later(rank_protocol.settle(seat, attempt))
+
+    def _rename(self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+        assert opened.staging is not None
+        marks = {}
+        if self.seat.num_nodes > 1:
+            marks = {"shared": "False", "node": str(self.seat.node), "num_nodes": str(self.seat.num_nodes)}
+        transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns, marks=marks)
+
+    # Leaving.
+
+    def _leave(self, opened: RankTag, attempt: int | None) -> None:
+        """Remove what is staged once no rank writes there any more, and tidy the store up."""
+        staging = opened.staging
+        if staging is None or attempt is None:
+            if attempt is not None:
+                self._talk.later(rank_protocol.settle(self.seat, attempt))
+            if staging is not None:
+                transaction.abort(self._fs, staging)
+            return
+        removed: Future[None] = Future()
+
+        def remove() -> None:
+            transaction.abort(self._fs, staging)
+            self._talk.later(self._talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.seat, attempt))
+
+        def others_quit(_: Future[Any]) -> None:
+            # Also where the link was lost: an unremoved directory would hold its space until this process ends.
+            assert self._cleaner is not None
+            _chain(self._cleaner.submit(remove), removed)
+
+        self._talk.track(removed)
+        self._talk.submit(rank_protocol.await_quit(self.seat, attempt)).add_done_callback(others_quit)
+        concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.seat.timeout_s / 4))
+
+    # Inside.
+
+    @property
+    def _talk(self) -> RankTalk:
+        assert self._talking is not None, "bind() comes first"
+        return self._talking
+
+    @property
+    def _fs(self) -> FileSystem:
+        assert self._filesystem is not None, "bind() comes first"
+        return self._filesystem
+
+
+def _chain(source: Future[None], target: Future[None]) -> None:
+    def done(ended: Future[None]) -> None:
+        target.set_result(None)
+        error = ended.exception()
+        if error is not None:
+            report(logging.WARNING, "a staging directory could not be removed: %s", error)
+
+    source.add_done_callback(done)

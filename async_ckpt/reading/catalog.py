@@ -1,0 +1,389 @@
+"""What is committed under a root: list, find the newest good one, verify, open. Read-only, beside running writers.
+
+Guarantees:
+- Nothing is written, deleted, locked or swept; no thread outlives a call; torch is not imported.
+- A checkpoint is read through one directory descriptor: replaced or deleted while it is being read, it is read whole
+  in its old form, or again in its new one, or reported as gone. Bytes of two checkpoints are never mixed.
+- What cannot be a checkpoint (a stray directory, a damaged manifest) is never listed.
+- A checkpoint that was renamed, copied or is reached through a link is one, under the name that it has here.
+
+Methods block on the disk and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+from ..errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
+from ..format.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    check_tag,
+    decode,
+    parse_private_name,
+)
+from ..format.names import NameKind, check_existing_tag
+from ..format.paths import Root, StrPath
+from ..host.process import OwnerState
+from ..storage.filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
+from .errors import DAMAGE_ERRNOS
+from .extents import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files
+
+_MAX_RACES = 32
+
+T = TypeVar("T")
+
+
+class OpenCheckpoint:
+    """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
+
+    def __init__(
+        self, filesystem: FileSystem, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None
+    ) -> None:
+        self.root = root.path
+        self.copied_from = copied_from
+        """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
+        self._paths = root
+        self.manifest = manifest
+        self.directory = directory
+        self._filesystem = filesystem
+
+    def entry(self, path: StrPath) -> FileEntry:
+        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
+
+        Raises:
+            UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
+        """
+        _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
+        entry = self.manifest.file(inner)
+        if entry is None:
+            there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
+            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
+        return entry
+
+    def open_file(self, entry: FileEntry, *, direct: bool = False) -> ReadableFile:
+        """Open a file of the checkpoint, of exactly the committed size.
+
+        Raises:
+            CorruptCheckpointError: missing, not a regular file, or another size.
+            CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
+        """
+        try:
+            file = self.directory.open_read(entry.parts, direct=direct)
+        except FileNotFoundError as error:
+            if not self.is_current():
+                raise _gone(self.manifest.tag) from error
+            raise CorruptCheckpointError(f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}", path=entry.path) from error
+        if file.size_bytes != entry.size_bytes:
+            size_bytes = file.size_bytes
+            file.close()
+            raise CorruptCheckpointError(
+                f"{entry.path!r} in checkpoint {self.manifest.tag!r} has {size_bytes} bytes, {entry.size_bytes} were committed",
+                path=entry.path,
+            )
+        return file
+
+    def open_verified(
+        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
+    ) -> VerifiedFile:
+        """Open a file of the checkpoint to read it with its checksums, around the page cache. Raises as `open_file`."""
+        file = self.open_file(entry, direct=True)
+        try:
+            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
+        except BaseException:
+            file.close()
+            raise
+
+    def is_current(self) -> bool:
+        """Whether the tag still names this very directory."""
+        return _identity(self._filesystem, os.path.join(self.root, self.manifest.tag)) == self.directory.identity
+
+    def close(self) -> None:
+        """Close the directory; idempotent. Files opened from it stay open."""
+        self.directory.close()
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One directory that looks like a checkpoint: a readable manifest, or what is wrong with it."""
+
+    tag: str
+    manifest: Manifest | None
+    problem: str | None
+    copied_from: str | None = None
+    """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
+
+
+@dataclass(frozen=True)
+class StagingInfo:
+    """A directory that is being written, deleted or replaced, or was left by a crash."""
+
+    name: str
+    kind: NameKind
+    tag: str
+    owner: str
+    owner_state: OwnerState
+
+
+class Catalog:
+    """The checkpoints under one root; holds no state, so every call sees the disk as it is.
+
+    A root that does not exist has no checkpoints. A relative one is resolved once, when the catalog is made.
+    """
+
+    def __init__(self, root: StrPath | Root, filesystem: FileSystem | None = None) -> None:
+        self._paths = root if isinstance(root, Root) else Root(root)
+        self._root = self._paths.path
+        self._filesystem: FileSystem = LocalFileSystem() if filesystem is None else filesystem
+
+    @property
+    def root(self) -> str:
+        """The directory that holds the checkpoints."""
+        return self._root
+
+    @property
+    def filesystem(self) -> FileSystem:
+        """What it reads through."""
+        return self._filesystem
+
+    def tags(self) -> list[str]:
+        """Committed tags, oldest commit first. Those with a damaged manifest are left out and logged."""
+        return [entry.tag for entry in self._readable(self.entries())]
+
+    def entries(self) -> list[CatalogEntry]:
+        """Everything that looks like a checkpoint, oldest commit first; damaged ones first of all.
+
+        Where retention deletes faster than this reads, it looks again: else all could be gone, and the newest not yet seen.
+        """
+        found: list[CatalogEntry] = []
+        for _ in range(_MAX_RACES):
+            found.clear()
+            vanished = False
+            for tag in self._possible_tags():
+                try:
+                    if self._looks_like_checkpoint(tag):
+                        found.append(
+                            self.read(tag, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from))
+                        )
+                        continue
+                except CheckpointNotFoundError:
+                    vanished = True
+                    continue
+                except CorruptCheckpointError as error:
+                    found.append(CatalogEntry(tag, None, str(error)))
+                    continue
+                # A directory that is no checkpoint is still there.
+                vanished = vanished or self._filesystem.stat(os.path.join(self._root, tag)).kind == "missing"
+            if not vanished:
+                break
+        return sorted(found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag))
+
+    def latest(self, verify: str = "full") -> str | None:
+        """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
+
+        Raises:
+            OSError: a shortage of this machine (not damage) kept a checkpoint from being checked.
+        """
+        level = _check_level(verify)
+        for _ in range(_MAX_RACES):
+            vanished = False
+            for entry in reversed(self._readable(self.entries())):
+                try:
+                    found = self.verify(entry.tag, level=level)
+                except CheckpointNotFoundError:
+                    vanished = True
+                    continue
+                except CorruptCheckpointError as error:
+                    report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, error)
+                    continue
+                if found.ok:
+                    return entry.tag
+                report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, found.problems[0])
+            if not vanished:
+                return None
+        return None
+
+    def verify(self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None) -> VerifyReport:
+        """Check every file of a checkpoint against its manifest; see `verify.py`.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint (any more).
+            UnsafePathError: the tag is malformed.
+            OSError: a shortage of this machine (not damage) kept a file from being read.
+        """
+        checked = _check_level(level)
+
+        def check(checkpoint: OpenCheckpoint) -> VerifyReport:
+            files = checkpoint.manifest.files
+            problems: list[Problem] = []
+            extra: list[str] = []
+            if checked != "off":
+                extra, problems = find_extra(checkpoint.directory, files)
+                problems += verify_files(checkpoint.directory, files, level=checked, num_threads=num_threads, progress=progress)
+            if problems and not checkpoint.is_current():
+                raise _gone(tag)
+            return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems), tuple(extra))
+
+        try:
+            return self.read(tag, check)
+        except CorruptCheckpointError as error:
+            return VerifyReport(tag, checked, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
+
+    def manifest(self, tag: str) -> Manifest:
+        """What a checkpoint consists of, with its user metadata.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError.
+        """
+        return self.read(tag, lambda checkpoint: checkpoint.manifest)
+
+    def path(self, tag: str) -> Path:
+        """The directory of a committed checkpoint.
+
+        Raises:
+            CheckpointNotFoundError, UnsafePathError.
+        """
+        if self._filesystem.stat(os.path.join(self._root, check_existing_tag(tag), MANIFEST_NAME)).kind != "file":
+            raise self._not_found(tag)
+        return Path(self._root, tag)
+
+    def staging(self) -> list[StagingInfo]:
+        """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
+        parsed = [private for name in sorted(self._listdir()) if (private := parse_private_name(name)) is not None]
+        return [
+            StagingInfo(str(private), private.kind, private.tag, str(private.owner), self._filesystem.owner_state(private.owner))
+            for private in parsed
+        ]
+
+    def open(self, tag: str) -> OpenCheckpoint:
+        """Hold a checkpoint open for reading; use as a context manager.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError (its manifest is damaged), UnsafePathError.
+        """
+        path = os.path.join(self._root, check_existing_tag(tag))
+        for _ in range(_MAX_RACES):
+            # The checkpoint itself may be reached through a link; nothing below it may.
+            is_link = self._filesystem.stat(path).kind == "other"
+            try:
+                directory = self._filesystem.open_dir(path) if is_link else self._filesystem.open_dir(self._root, (tag,))
+            except FileNotFoundError:
+                raise self._not_found(tag) from None
+            except OSError as error:
+                if error.errno not in DAMAGE_ERRNOS:
+                    raise
+                raise CorruptCheckpointError(f"{path!r} cannot be opened: {error}", path=path) from error
+            try:
+                raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+                manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
+            except BaseException as error:
+                identity = directory.identity
+                directory.close()
+                if isinstance(error, OSError) and error.errno in DAMAGE_ERRNOS:
+                    raise CorruptCheckpointError(f"{path!r}: its manifest cannot be read: {error}", path=path) from error
+                if not isinstance(error, FileNotFoundError):
+                    raise
+                if _identity(self._filesystem, path) == identity:
+                    raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
+                # Deleted or replaced between the two steps: look again.
+                continue
+            copied_from = manifest.tag if is_link or manifest.tag != tag else None
+            return OpenCheckpoint(self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
+        raise _gone(tag)
+
+    def read(self, tag: str, function: Callable[[OpenCheckpoint], T]) -> T:
+        """`function` of the open checkpoint; run again when the checkpoint was replaced under it (CheckpointNotFoundError)."""
+        for _ in range(_MAX_RACES):
+            with self.open(tag) as checkpoint:
+                try:
+                    return function(checkpoint)
+                except CheckpointNotFoundError:
+                    if checkpoint.is_current():
+                        raise
+        raise _gone(tag)
+
+    def _readable(self, entries: list[CatalogEntry]) -> list[CatalogEntry]:
+        for entry in entries:
+            if entry.problem is not None:
+                report(logging.WARNING, "checkpoint %r is left out: %s", entry.tag, entry.problem)
+        return [entry for entry in entries if entry.problem is None]
+
+    def _possible_tags(self) -> list[str]:
+        """Names that may be tags. A listing may miss a name that is being exchanged: list until two agree."""
+        names = set(self._listdir())
+        for _ in range(4):
+            again = set(self._listdir())
+            if again == names:
+                break
+            names |= again
+        return [name for name in sorted(names) if _is_tag(name)]
+
+    def _looks_like_checkpoint(self, name: str) -> bool:
+        # A manifest that is a link or a FIFO is a damaged checkpoint, not a stray directory.
+        try:
+            return self._filesystem.stat(os.path.join(self._root, name, MANIFEST_NAME)).kind != "missing"
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return False
+
+    def _listdir(self) -> list[str]:
+        try:
+            return self._filesystem.listdir(self._root)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"there is no directory {self._root!r}: check the root's path") from error
+        except NotADirectoryError as error:
+            raise CheckpointNotFoundError(f"{self._root!r} is not a directory: give the root that holds the checkpoints") from error
+
+    def _not_found(self, tag: str) -> CheckpointNotFoundError:
+        check_tag(tag)
+        there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
+        shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+        return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}")
+
+
+def _is_tag(name: str) -> bool:
+    try:
+        check_existing_tag(name)
+    except UnsafePathError:
+        return False
+    return True
+
+
+def _identity(filesystem: FileSystem, path: str) -> tuple[int, int]:
+    """Device and inode of the directory that has this name, a link followed."""
+    found = filesystem.stat(path)
+    if found.kind != "other":
+        return found.identity
+    try:
+        with contextlib.closing(filesystem.open_dir(path)) as directory:
+            return directory.identity
+    except OSError:
+        # It leads nowhere (any more).
+        return 0, 0
+
+
+def _gone(tag: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
+
+
+def _check_level(level: str) -> Level:
+    if level not in ("full", "size", "off"):
+        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {level!r}")
+    return cast(Level, level)

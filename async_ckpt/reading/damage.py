@@ -1,0 +1,50 @@
+"""Says which records of a damaged file are the bad ones: an extent's checksum only says where to look."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ..errors import CheckpointError
+from ..format.checksum import crc32
+from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
+from .errors import ExtentMismatch
+from .extents import BLOCK_BYTES, VerifiedFile
+
+_MAX_SUMMED = 64
+_MAX_NAMED = 3
+
+
+@contextlib.contextmanager
+def naming_the_record(file: VerifiedFile) -> Iterator[None]:
+    """Let `ExtentMismatch` pass with the record's name added where it can be told. Blocks for the records' bytes, on failure only."""
+    try:
+        yield
+    except ExtentMismatch as mismatch:
+        record = damaged_records(file, mismatch.extent)
+        if record is None:
+            raise
+        raise ExtentMismatch(file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence) from mismatch
+
+
+def damaged_records(file: VerifiedFile, extent: int) -> str | None:
+    """The records that touch an extent, narrowed to those whose own CRC fails; None if unknown. Any thread; blocks for their bytes."""
+    if file.entry.format == "safetensors":
+        return None
+    first, end = file.extent_range(extent)
+    try:
+        records = record_extents(file.unverified, file.size_bytes)
+        touching = [name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first]
+        broken = [name for name in touching[:_MAX_SUMMED] if _crc(file, records[name]) != records[name].crc32]
+    except (CheckpointError, UnusualLayoutError):
+        # The directory is damaged too (or there is none): the byte range has to do.
+        return None
+    names = broken or touching
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "") or None
+
+
+def _crc(file: VerifiedFile, record: RecordExtent) -> int:
+    crc = 0
+    for offset in range(record.offset, record.offset + record.num_bytes, BLOCK_BYTES):
+        crc = crc32(file.unverified(offset, min(BLOCK_BYTES, record.offset + record.num_bytes - offset)), crc)
+    return crc

@@ -1,0 +1,352 @@
+"""Fills existing tensors from a committed file.
+
+Guarantees:
+- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves; so are the values for
+  memory that several of the given tensors share. What is returned is put together before it, too.
+- With `atomic=True`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back, tensors
+  on a GPU are untouched until every byte was read (and verified, with `verify="full"`).
+- Values are moved bit by bit; autograd's version counters see the change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..errors import ConfigError, StateMismatchError
+from ..format.plain import NotPlainError, StorageRef, load_plain
+from ..format.zip_records import RecordExtent, UnusualLayoutError
+from ..host.device import is_copyable
+from ..host.facts import available_memory_bytes
+from ..threads.locks import uninterrupted
+from .build import PlainObjects, check_inside, element_type, storage_extent
+from .errors import ExtentMismatch, ReadError
+from .extents import VerifiedFile
+from .rollback import Undo
+from .safetensors_file import read_tensors
+from .scatter import Scatter, new_storage, stream_into
+from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
+from .state_tree import flatten, replace_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_OVERWRITTEN = "the given tensors are partly overwritten"
+_CPU = torch.device("cpu")
+Atomic = bool | Literal["auto"]
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(eq=False, slots=True)
+class FileTensor:
+    """A tensor that is still on disk: geometry in elements, extents in file bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    first_byte: int
+    storage_offset: int
+    storage: RecordExtent
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `load_into` did. `state` is the file's structure with your tensors in it; `loaded` and `mismatches` name key paths."""
+
+    state: Any
+    loaded: tuple[str, ...]
+    mismatches: tuple[str, ...] = ()
+
+
+class Inventory(PlainObjects):
+    """A `plain.Builder` that allocates nothing: tensors become `FileTensor`."""
+
+    def __init__(self, records: Mapping[str, RecordExtent], *, name: str) -> None:
+        self._records = records
+        self._name = name
+
+    def tensor(
+        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
+    ) -> FileTensor:
+        """Where the tensor's bytes are."""
+        counted, actual = element_type(storage, dtype)
+        check_inside(storage, offset, size, stride, actual.itemsize // counted.itemsize)
+        record = storage_extent(storage, self._records, counted, self._name)
+        return FileTensor(actual, size, stride, record.offset + offset * actual.itemsize, offset, record, requires_grad)
+
+    def parameter(self, data: Any, requires_grad: bool) -> Any:
+        """The tensor inside, marked."""
+        if not isinstance(data, FileTensor):
+            raise NotPlainError("a parameter around no tensor")
+        data.requires_grad, data.is_parameter = requires_grad, True
+        return data
+
+
+def read_inventory(file: VerifiedFile, records: Mapping[str, RecordExtent]) -> Any:
+    """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can read it."""
+    pickled = records.get("data.pkl")
+    if pickled is None:
+        raise UnusualLayoutError("no data.pkl")
+    return load_plain(file.view(pickled.offset, pickled.num_bytes), Inventory(records, name=file.name))
+
+
+def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
+    """The flat structure of a safetensors file."""
+    return {
+        t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, RecordExtent(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)
+    }
+
+
+def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic) -> Restored:
+    """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`. Blocks.
+
+    Raises:
+        StateMismatchError: with `strict`, if anything differs.
+    """
+    found = {path: leaf for path, leaf in flatten(structure) if isinstance(leaf, (FileTensor, torch.Tensor))}
+    wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
+    differences = compare(found, wanted)
+    differences |= compare_shared(file, {path: (found[path], wanted[path]) for path in wanted if path not in differences})
+    if strict and differences:
+        listed = "".join(f"\n  {line}" for line in differences.values())
+        raise StateMismatchError(
+            f"{file.name} does not match the given state in {len(differences)} places; no tensor was changed:{listed}",
+            tuple(differences.values()),
+        )
+    mover = _Mover()
+    loaded = {path: tensor for path, tensor in wanted.items() if path not in differences}
+    for path, tensor in loaded.items():
+        mover.add(found[path], tensor)
+    rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
+    # Whatever may fail comes before the first byte moves.
+    restored = Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
+    mover.run(file, atomic)
+    return restored
+
+
+def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What differs, by key path, in words."""
+    differences: dict[str, str] = {}
+    for path, tensor in wanted.items():
+        source = found.get(path)
+        if source is None:
+            differences[path] = f"missing: {path} is not in the file"
+            continue
+        words = []
+        if source.dtype != tensor.dtype:
+            words.append(f"dtype {source.dtype} in the file, {tensor.dtype} given")
+        if tensor.is_nested or (isinstance(source, torch.Tensor) and source.is_nested):
+            words.append("nested tensors cannot be filled in place")
+        elif tuple(source.shape) != tuple(tensor.shape):
+            words.append(f"shape {tuple(source.shape)} in the file, {tuple(tensor.shape)} given")
+        words += _unfit(source, tensor)
+        if words:
+            differences[path] = f"{path}: " + ", ".join(words)
+    for path in found:
+        if path not in wanted:
+            differences[path] = f"unexpected: {path} is only in the file"
+    return differences
+
+
+def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[str]:
+    if tensor.is_meta:
+        yield "the given tensor has no memory (meta device)"
+    elif type(tensor) not in _PLAIN_TYPES and type(tensor) is not type(source):
+        yield f"the given tensor is a {type(tensor).__name__}, the one in the file is plain"
+    elif isinstance(source, torch.Tensor) and source.layout != tensor.layout:
+        yield f"layout {source.layout} in the file, {tensor.layout} given"
+    elif tensor.is_nested:
+        return
+    elif tensor.layout != torch.strided:
+        if isinstance(source, FileTensor):
+            yield f"layout torch.strided in the file, {tensor.layout} given"
+    elif shares_own_memory(tensor):
+        yield "elements of the given tensor share memory (expanded, or overlapping windows)"
+
+
+def compare_shared(file: VerifiedFile, pairs: Mapping[str, tuple[FileTensor | torch.Tensor, torch.Tensor]]) -> dict[str, str]:
+    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values decide."""
+    strided = [_pair(path, source, target) for path, (source, target) in pairs.items() if _has_address(target)]
+    clashes = list(disagreements(strided, lambda cluster: _read(file, [pair.source for pair in cluster])))
+    objects: dict[int, tuple[str, object]] = {}
+    for path, (source, target) in pairs.items():
+        first, known = objects.setdefault(id(target), (path, source))
+        if not _has_address(target) and known is not source:
+            clashes.append((first, path))
+    words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
+    return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _pair(path: str, source: FileTensor | torch.Tensor, target: torch.Tensor) -> Pair:
+    if isinstance(source, FileTensor):
+        return Pair(path, target, source, source.first_byte, layout_of(source.dtype, source.shape, source.stride, False, False))
+    layout = layout_of(source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
+    return Pair(path, target, source, source.data_ptr(), layout)
+
+
+def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> list[torch.Tensor]:
+    """The values of some tensors of the file, in fresh memory."""
+    mover = _Mover()
+    values = [mover.fresh(source).detach() for source in sources]
+    extents = {e for s in sources if isinstance(s, FileTensor) for e in file.extents_of(s.storage.offset, s.storage.num_bytes)}
+    mover.read(file, sorted(extents))
+    return values
+
+
+class _Mover:
+    """Collects moves, then does them all at once."""
+
+    def __init__(self) -> None:
+        self._scatter = Scatter()
+        self._direct: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._storages: dict[RecordExtent, torch.UntypedStorage] = {}
+
+    def add(self, source: FileTensor | torch.Tensor, target: torch.Tensor) -> None:
+        """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""
+        if isinstance(source, torch.Tensor):
+            self._copies.append((target, source))
+        elif _same_order(source, target):
+            itemsize = source.dtype.itemsize
+            self._scatter.add(source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize)
+            self._direct.append(target)
+        else:
+            self._copies.append((target, self.fresh(source).detach()))
+
+    def fresh(self, source: FileTensor | torch.Tensor) -> torch.Tensor:
+        """A new CPU tensor for `source`; tensors that share a storage in the file share one again."""
+        if isinstance(source, torch.Tensor):
+            return source
+        # By offset and size: an empty tensor begins where the next one does.
+        storage = self._storages.get(source.storage)
+        if storage is None:
+            storage = self._storages[source.storage] = new_storage(source.storage.num_bytes, _CPU)
+            self._scatter.add(source.storage.offset, source.storage.num_bytes, storage, fresh=True)
+        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype, device=_CPU).set_(
+            storage, source.storage_offset, source.shape, source.stride
+        )
+        if source.is_parameter:
+            return torch.nn.Parameter(tensor, source.requires_grad)
+        return tensor.requires_grad_() if source.requires_grad else tensor
+
+    def read(self, file: VerifiedFile, extents: Iterable[int]) -> None:
+        """Fill what `fresh` has made. Blocks."""
+        self._scatter.freeze()
+        stream_into(file, self._scatter, extents)
+
+    def run(self, file: VerifiedFile, atomic: Atomic) -> None:
+        """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile` raises."""
+        self._scatter.freeze()
+        held = self._held_extents(file, atomic)
+        targets = [*self._direct, *(target for target, _ in self._copies)]
+        for device in {tensor.device for tensor in targets if tensor.device.type != "cpu"}:
+            # Kernels that still read the old values may be queued on any stream.
+            torch.accelerator.synchronize(device)
+        tracked = [tensor for tensor in self._direct if not tensor.is_inference()]
+        for tensor in tracked:
+            # A snapshot that is being taken of it must see the first change, not only the last.
+            torch.autograd.graph.increment_version(tensor)
+        if not atomic:
+            self._overwrite(file)
+        elif self._scatter.streams:
+            file.keep(held)
+            file.stream(None, range(len(held), file.num_extents))
+            self._overwrite(file)
+        else:
+            self._overwrite_or_restore(file, held)
+        if not atomic or self._scatter.streams:
+            self._copy()
+        for tensor in tracked:
+            torch.autograd.graph.increment_version(tensor)
+
+    def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> range:
+        """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it takes."""
+        available = available_memory_bytes()
+        if atomic is not True:
+            return range(min(file.num_extents, available // 2 // file.extent_bytes))
+        copied = sum(target.nbytes for target, _ in self._copies)
+        needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
+        if needed > available:
+            raise ConfigError(
+                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was changed. "
+                "atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
+            )
+        return range(file.num_extents)
+
+    def _overwrite_or_restore(self, file: VerifiedFile, held: range) -> None:
+        """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
+        rest = range(len(held), file.num_extents)
+        undo = Undo(self._scatter, file.lend, file.extent_bytes)
+        try:
+            file.stream(None, rest)
+            file.stream(undo, held)
+            if rest:
+                self._overwrite(file, rest)
+            self._copy_or_restore()
+        except BaseException:
+            undo.roll_back()
+            raise
+        finally:
+            undo.close()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for target, source in self._copies:
+            target.copy_(source)
+
+    @torch.no_grad()
+    def _copy_or_restore(self) -> None:
+        before = [(target, target.clone()) for target, _ in self._copies]
+        try:
+            self._copy()
+        except BaseException:
+            uninterrupted(lambda: [target.copy_(old) for target, old in before])
+            raise
+
+    def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
+        try:
+            stream_into(file, self._scatter, extents)
+        except ExtentMismatch as error:
+            raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
+        except ReadError as error:
+            raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
+
+
+def _same_order(source: FileTensor, target: torch.Tensor) -> bool:
+    if type(target) not in _PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
+        return False
+    if target.is_contiguous():
+        return _is_contiguous(source.shape, source.stride)
+    # The same dense permutation on both sides, such as channels_last or a transpose, is one run of bytes as well.
+    return tuple(source.stride) == target.stride() and _is_dense(source.shape, source.stride)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for num, step in zip(reversed(shape), reversed(stride), strict=True):
+        if num == 0:
+            return True
+        if num != 1 and step != expected:
+            return False
+        expected *= num
+    return True
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    order = sorted(range(len(shape)), key=lambda i: -stride[i])
+    return _is_contiguous(tuple(shape[i] for i in order), tuple(stride[i] for i in order))

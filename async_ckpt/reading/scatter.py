@@ -1,0 +1,132 @@
+"""Moves verified file bytes to where they belong in memory, many threads at once.
+
+Guarantees:
+- Each byte of a piece is written exactly once per `stream`; nothing outside the pieces is touched.
+- When `__call__` has returned, the bytes are where they belong, on a device too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+
+from ..errors import TransactionStateError
+from ..host.device import Pinning, on_stream, refuse_capture
+from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
+from .extents import VerifiedFile
+
+
+class Scatter:
+    """Where the bytes of a file go: a `reading.Consume`. Fill with `add`, then call from any thread."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, int, int, torch.Tensor | None]] = []
+        self._fresh: set[int] = set()
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._keep_alive: list[object] = []
+        self.streams: dict[torch.device, torch.Stream] = {}
+        """What was current on the caller's thread: there the memory was allocated, and may have been used before."""
+
+    def add(
+        self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0, *, fresh: bool = False
+    ) -> None:
+        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped.
+
+        `fresh`: nobody has seen this memory yet.
+        """
+        if storage_offset_bytes < 0 or storage_offset_bytes + num_bytes > storage.nbytes():
+            raise ValueError(f"{num_bytes} bytes at {storage_offset_bytes} do not fit a storage of {storage.nbytes()}")
+        if num_bytes == 0:
+            return
+        self._keep_alive.append(storage)
+        target = None
+        address = storage.data_ptr() + storage_offset_bytes
+        if storage.device.type != "cpu":
+            self.streams.setdefault(storage.device, torch.accelerator.current_stream(storage.device))
+            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))
+        self._pieces.append((file_offset, num_bytes, address, target))
+        if fresh:
+            self._fresh.add(address)
+
+    def freeze(self) -> None:
+        """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors).
+
+        Raises TransactionStateError: the caller captures a graph.
+        """
+        refuse_capture("a file cannot be read into tensors", self.streams)
+        self._pieces.sort(key=lambda piece: piece[0])
+        self._starts = [piece[0] for piece in self._pieces]
+        # Running maximum: with overlapping pieces the ends alone are not sorted, and bisect needs them to be.
+        self._ends = []
+        furthest = 0
+        for offset, num_bytes, _, _ in self._pieces:
+            furthest = max(furthest, offset + num_bytes)
+            self._ends.append(furthest)
+
+    @property
+    def num_target_bytes(self) -> int:
+        """Bytes of CPU memory, not fresh, that are written to."""
+        return sum(size for _, size, address, target in self._pieces if target is None and address not in self._fresh)
+
+    def targets(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Address and size of the CPU memory, not fresh, that the file bytes [offset, offset + num_bytes) go to."""
+        end = offset + num_bytes
+        for start, size, address, target in self._pieces[bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)]:
+            low, high = max(start, offset), min(start + size, end)
+            if low < high and target is None and address not in self._fresh:
+                yield address + low - start, high - low
+
+    def __call__(self, offset: int, view: memoryview) -> None:
+        """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not written)."""
+        end = offset + len(view)
+        first = bisect_right(self._ends, offset)
+        stop = bisect_right(self._starts, end - 1)
+        if first >= stop:
+            return
+        source = address_of(view)
+        tensor = torch.frombuffer(view, dtype=torch.uint8) if self.streams else None
+        try:
+            for start, num_bytes, address, target in self._pieces[first:stop]:
+                low, high = max(start, offset), min(start + num_bytes, end)
+                if low >= high:
+                    continue
+                if target is None or tensor is None:
+                    move(address + low - start, source + low - offset, high - low)
+                    continue
+                with on_stream(self.streams[target.device]):
+                    target[low - start : high - start].copy_(tensor[low - offset : high - offset], non_blocking=True)
+        finally:
+            # The block is reused as soon as this returns.
+            for stream in self.streams.values():
+                stream.synchronize()
+
+
+def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
+    """From which a device copies at full rate (torch caches it for the next load); pageable where the device gives none."""
+    try:
+        memory = pinning.allocate(num_bytes)
+    except TransactionStateError:
+        return region(num_bytes)
+    return view_at(memory.data_ptr(), num_bytes, owner=memory)
+
+
+def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | None = None) -> None:
+    """Read `extents` (None: all) into the scatter's memory, through pinned blocks where some of it is on a device. Blocks."""
+    if scatter.streams:
+        file.new_buffer = partial(_pinned_memory, Pinning(next(iter(scatter.streams.values()))))
+    file.stream(scatter, extents)
+
+
+def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
+    """Fresh, uninitialised memory; on the CPU backed by huge pages where the kernel gives them.
+
+    The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
+    """
+    storage = torch.UntypedStorage(num_bytes, device=device)
+    if device.type == "cpu" and num_bytes >= 2 * HUGE_PAGE_BYTES:
+        advise_huge_pages(storage.data_ptr(), num_bytes)
+    return storage

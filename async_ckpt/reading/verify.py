@@ -1,0 +1,197 @@
+"""Does a checkpoint hold exactly the bytes that were committed? Presence, sizes and the CRC of every extent.
+
+Problems are collected, not raised: a report names every bad file and, where the container can still be read, the records in
+the damaged bytes. Files that somebody else put there are noted, and are no problem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import CheckpointError, CommitError, CorruptCheckpointError
+from ..format.manifest import MANIFEST_NAME, FileEntry
+from ..storage.filesystem import DirHandle, FileSystem
+from ..threads.locks import Lock
+from .damage import damaged_records
+from .errors import DAMAGE_ERRNOS, ExtentMismatch
+from .extents import DEFAULT_NUM_THREADS, VerifiedFile, check_files
+
+Level = Literal["full", "size", "off"]
+Progress = Callable[[int, int], None]
+"""Called with (bytes checked, bytes in all) on the threads that read, one at a time."""
+
+_MAX_PROBLEMS = 1000
+_MAX_OPEN_FILES = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as committed; `record` names what lies in the damaged bytes, where that is known."""
+
+    path: str
+    message: str
+    record: str | None = None
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" + (f" (record {self.record})" if self.record else "")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a verification found; `ok` when all that was committed is there as it was."""
+
+    tag: str
+    level: Level
+    num_files: int
+    size_bytes: int
+    problems: tuple[Problem, ...]
+    extra: tuple[str, ...] = ()
+    """Files in the directory that are no part of the checkpoint (an evaluation's results, a file manager's): no problem."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def raise_if_bad(self) -> None:
+        """Raises CorruptCheckpointError with the first problem, and the number of others."""
+        if self.problems:
+            first, more = self.problems[0], len(self.problems) - 1
+            text = f"checkpoint {self.tag!r}: {first}" + (f"; and {more} more problems" if more else "")
+            raise CorruptCheckpointError(text, path=first.path, record=first.record)
+
+
+def verify_files(
+    directory: DirHandle,
+    entries: Sequence[FileEntry],
+    *,
+    level: Level = "full",
+    num_threads: int | None = None,
+    direct: bool = False,
+    progress: Progress | None = None,
+) -> list[Problem]:
+    """Compare files below `directory` with their manifest entries; blocks until all are read.
+
+    `direct` reads around the page cache, so that what the disk holds is checked rather than what was written.
+
+    Raises:
+        OSError: a shortage of this process or machine (descriptors, memory, permissions) kept a file from being read.
+    """
+    found = _Problems(sum(entry.size_bytes for entry in entries), progress)
+    # Descriptors are bounded, however many files there are.
+    for first in range(0, len(entries) if level != "off" else 0, _MAX_OPEN_FILES):
+        with contextlib.ExitStack() as opened:
+            files = []
+            for entry in entries[first : first + _MAX_OPEN_FILES]:
+                file = found.open(directory, entry, direct)
+                if file is not None:
+                    opened.enter_context(file)
+                    files.append(file)
+            if level == "full":
+                check_files(files, found.add_damage, num_threads=num_threads or DEFAULT_NUM_THREADS)
+    order = {entry.path: index for index, entry in enumerate(entries)}
+    return sorted(found.problems, key=lambda problem: (order[problem.path], problem.offset))
+
+
+class _Problems:
+    """Collects what is wrong, and counts what was read. Any thread."""
+
+    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
+        self.problems: list[Problem] = []
+        self._lock = Lock()
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
+        self._progress = progress
+
+    def open(self, directory: DirHandle, entry: FileEntry, direct: bool) -> VerifiedFile | None:
+        """The file, or None where it is no file of the right size."""
+        try:
+            file = directory.open_read(entry.parts, direct=direct)
+        except FileNotFoundError:
+            self._add(Problem(entry.path, "is missing"))
+            return None
+        except (CorruptCheckpointError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in DAMAGE_ERRNOS:
+                raise
+            self._add(Problem(entry.path, str(error)))
+            return None
+        if file.size_bytes != entry.size_bytes:
+            file.close()
+            self._add(Problem(entry.path, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"))
+            return None
+        verified = VerifiedFile(file, entry, check=True)
+        verified.on_read = self._on_read
+        return verified
+
+    def add_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
+        """A `reading.OnDamage`."""
+        first, end = file.extent_range(extent)
+        if len(self.problems) < _MAX_PROBLEMS:
+            is_mismatch = isinstance(error, ExtentMismatch)
+            message = f"bytes {first} to {end - 1} differ from what was committed" if is_mismatch else str(error)
+            self._add(Problem(file.entry.path, message, damaged_records(file, extent) if is_mismatch else None, first))
+
+    def _add(self, problem: Problem) -> None:
+        with self._lock:
+            if len(self.problems) < _MAX_PROBLEMS:
+                self.problems.append(problem)
+
+    def _on_read(self, name: str, num_bytes: int, file_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += num_bytes
+            if self._progress is not None:
+                self._progress(self._done_bytes, self._total_bytes)
+
+
+def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> None:
+    """Read staged files from the disk, around the page cache where it lets, and compare them with their entries.
+
+    Raises:
+        CommitError: they differ, or cannot be read; nothing was committed.
+    """
+    try:
+        with contextlib.closing(fs.open_dir(location)) as directory:
+            problems = verify_files(directory, entries, direct=True)
+    except OSError as error:
+        raise CommitError(
+            f"the staged files cannot be read ({error}); nothing was committed", step="read back", errno=error.errno, path=location
+        ) from error
+    if problems:
+        raise CommitError(f"{problems[0]}; nothing was committed", step="read back", path=os.path.join(location, problems[0].path))
+
+
+def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list[str], list[Problem]]:
+    """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are fine."""
+    expected = {entry.path for entry in entries} | {MANIFEST_NAME}
+    folders = {tuple(path.split("/")[:depth]) for path in expected for depth in range(path.count("/") + 1)}
+    extra: list[str] = []
+    problems: list[Problem] = []
+    for folder in sorted(folders):
+        try:
+            found = directory.entries(folder)
+        except (FileNotFoundError, CorruptCheckpointError):
+            # Whatever should be in there is reported as missing already.
+            continue
+        except OSError as error:
+            if error.errno not in DAMAGE_ERRNOS:
+                raise
+            problems.append(Problem("/".join(folder) or ".", str(error)))
+            continue
+        for name, kind in found:
+            path = "/".join((*folder, name))
+            is_known = (*folder, name) in folders if kind == "dir" else path in expected
+            if not is_known and not (kind == "dir" and _is_empty(directory, (*folder, name))) and len(extra) < _MAX_PROBLEMS:
+                extra.append(ascii(path)[1:-1])
+    return extra, problems
+
+
+def _is_empty(directory: DirHandle, parts: Sequence[str]) -> bool:
+    try:
+        return all(kind == "dir" and _is_empty(directory, (*parts, name)) for name, kind in directory.entries(parts))
+    except (FileNotFoundError, CorruptCheckpointError, RecursionError):
+        return False

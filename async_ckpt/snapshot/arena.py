@@ -1,0 +1,314 @@
+"""Where snapshots wait in RAM: one arena of page-aligned chunks, faulted in early and reused for ever.
+
+Guarantees:
+- The arena never holds more than `num_chunks * chunk_bytes`; every chunk is owned by one snapshot at a time.
+- A chunk is handed out again only after `release`; reservations are all or nothing.
+- `poison` ends every wait with its cause, now and later.
+
+Touching fresh memory costs 10 to 30 times a copy into warm memory, so chunks are faulted in ahead (`fault_in`)
+and warm chunks are handed out first. The mapping is private, backed by huge pages where the kernel has them, and
+not inherited by forked children, so that a fork never makes the parent pay for copy-on-write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+import weakref
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+from operator import itemgetter
+
+import torch
+
+from ..errors import BackpressureTimeout, TransactionStateError
+from ..host.device import Pinning
+from ..host.memory import populate, view_at
+from ..threads.locks import Condition
+
+_Piece = tuple[torch.Tensor, memoryview, int]
+_address_of = itemgetter(2)
+
+_arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
+_inherited: list[StagingArena] = []
+
+
+def _keep_in_child() -> None:
+    # A forked child must never unmap these addresses: they are not mapped there, and may be somebody else's by then.
+    _inherited.extend(_arenas)
+
+
+os.register_at_fork(after_in_child=_keep_in_child)
+
+
+class StagingChunk:
+    """One aligned piece of the arena, held: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory.
+
+    Dropping the last reference gives it back: an exception out of a signal handler can strike before anybody knows
+    that it was taken.
+    """
+
+    __slots__ = ("__weakref__", "_arena", "address", "imprint", "inherited", "is_held", "num_users", "piece", "tensor", "view")
+
+    def __init__(self, piece: _Piece, arena: StagingArena) -> None:
+        self.is_held = False
+        self.num_users = 0
+        self.piece = piece
+        self.tensor, self.view, self.address = piece
+        self.imprint: object = None
+        """Its holder's own mark of what it has put into the memory, to be found in `inherited` by the next holder of that memory."""
+        self.inherited: object = None
+        # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
+        self._arena = arena
+
+    def __del__(self) -> None:
+        # An exception out of a signal handler is caught by nobody here: `StagingArena._reclaim` is for that.
+        if getattr(self, "is_held", False):
+            self._arena.release(self)
+
+
+class StagingArena:
+    """Staging memory of `num_chunks` chunks of `chunk_bytes` bytes; all methods may be called from any thread."""
+
+    def __init__(self, num_chunks: int, chunk_bytes: int, *, pinning: Pinning | None = None) -> None:
+        """`pinning` makes chunks page-locked, one by one, when they are first used; None leaves them pageable."""
+        self.num_chunks = num_chunks
+        self.chunk_bytes = chunk_bytes
+        self.pinning = pinning
+        self._pid = os.getpid()
+        self._map = mmap.mmap(-1, num_chunks * chunk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            # Advice only: a kernel or a sandbox that refuses it makes staging slower, not wrong.
+            with contextlib.suppress(AttributeError, OSError):
+                self._map.madvise(getattr(mmap, advice))
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        view = memoryview(self._map)
+        self._cold: deque[_Piece] = deque()
+        """In the order of addresses, as `_warm` is."""
+        for k in range(num_chunks):
+            low, high = k * chunk_bytes, (k + 1) * chunk_bytes
+            piece = whole[low:high]
+            self._cold.append((piece, view[low:high], piece.data_ptr()))
+        self._warm: deque[_Piece] = deque()
+        """In the order of addresses, so that a file that is saved again and again finds its bytes of last time."""
+        self._pieces = {piece[2]: piece for piece in self._cold}
+        self._holders: dict[int, weakref.ref[StagingChunk]] = {}
+        """The last chunk made of each piece, by address."""
+        self._imprints: dict[int, object] = {}
+        """Of free pieces, by address."""
+        self._ready: set[int] = set()
+        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are free."""
+        self._num_unmapped = 0
+        # Memory that goes back to the system while it is registered stays registered, whatever is mapped there next.
+        self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
+        self._unpin.atexit = False
+        self._lock = self._changed = Condition()
+        self._poison: BaseException | None = None
+        _arenas.add(self)
+
+    @property
+    def num_free(self) -> int:
+        """Chunks that nobody owns."""
+        with self._lock:
+            self._reclaim()
+            return len(self._warm) + len(self._cold)
+
+    @property
+    def num_faulted(self) -> int:
+        """Chunks whose memory has been touched, in use or free."""
+        with self._lock:
+            return len(self._ready)
+
+    @property
+    def num_taken(self) -> int:
+        """Chunks that somebody owns."""
+        with self._lock:
+            self._reclaim()
+            return self.num_chunks - self._num_unmapped - len(self._warm) - len(self._cold)
+
+    def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
+        """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
+        with self._lock:
+            self._check()
+            if len(self._warm) + len(self._cold) < num_chunks:
+                self._reclaim()
+            if len(self._warm) + len(self._cold) < num_chunks:
+                return None
+            try:
+                return [self._take() for _ in range(num_chunks)]
+            except IndexError:
+                return None
+
+    def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
+        """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is too small."""
+        chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes and self._poison is None else None
+        if chunks is None:
+            return None
+        return chunks[0].view, lambda: self.release(chunks[0])
+
+    def acquire(self, timeout_s: float) -> StagingChunk:
+        """Take one chunk, waiting for the disk to free one.
+
+        Raises:
+            BackpressureTimeout: none became free within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                self._check()
+                if not self._warm and not self._cold:
+                    self._reclaim()
+                with contextlib.suppress(IndexError):
+                    return self._take()
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise BackpressureTimeout(
+                        f"no staging chunk became free within {timeout_s:g} s: all {self.num_chunks} chunks "
+                        f"({self.num_chunks * self.chunk_bytes} bytes) wait for the disk; raise staging_bytes or save less often"
+                    )
+
+    def release(self, chunk: StagingChunk) -> None:
+        """Give a chunk back; giving it back again does nothing. Any thread; never blocks for long."""
+        with self._lock:
+            if chunk.is_held:
+                chunk.is_held = False
+                self._return_unused(chunk)
+
+    def begin_use(self, chunk: StagingChunk) -> bool:
+        """Keep `chunk` from being handed out again before `end_use`; False when it was given back already.
+
+        For threads that fill a chunk whose owner may give it up meanwhile, and that no signal handler runs in.
+        """
+        with self._lock:
+            chunk.num_users += chunk.is_held
+            return chunk.is_held
+
+    def end_use(self, chunk: StagingChunk) -> None:
+        """The last user gives back what its owner gave up meanwhile."""
+        with self._lock:
+            chunk.num_users -= 1
+            self._return_unused(chunk)
+
+    def poison(self, error: BaseException) -> None:
+        """End every present and future wait with `error`: nobody is left to free chunks."""
+        with self._lock:
+            if self._poison is None:
+                self._poison = error
+            self._changed.notify_all()
+
+    def fault_in(self, target_bytes: int) -> None:
+        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile.
+
+        Waits for what other threads are touching. Raises TransactionStateError where the device refuses to pin.
+        """
+        while True:
+            with self._lock:
+                while self._poison is None and len(self._ready) * self.chunk_bytes < target_bytes and not self._cold:
+                    self._changed.wait(1.0)
+                    self._reclaim()
+                if self._poison is not None or len(self._ready) * self.chunk_bytes >= target_bytes:
+                    return
+                chunk = self._hold(self._cold)
+            try:
+                self._touch(chunk)
+            finally:
+                self.release(chunk)
+
+    def close(self) -> None:
+        """Unpin the memory and hand it back to the system once no chunk is referenced any more."""
+        self.poison(TransactionStateError("the engine is closed: its staging memory is gone"))
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._reclaim()
+            cold: deque[_Piece] = deque()
+            warm: deque[_Piece] = deque()
+            num_unmapped = self._num_unmapped + len(self._cold) + len(self._warm)
+            free = self._free_addresses()
+            taken = {address: piece for address, piece in self._pieces.items() if address not in free}
+            # One statement without a call, in which no signal handler runs: the numbers stay true to each other.
+            self._cold, self._warm, self._num_unmapped, self._pieces = cold, warm, num_unmapped, taken
+        self._unpin()
+
+    def _return_unused(self, chunk: StagingChunk) -> None:
+        # One that was reclaimed may be somebody else's by now.
+        if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
+            self._imprints[chunk.address] = chunk.imprint
+            self._put_back(chunk.piece)
+            self._changed.notify_all()
+
+    def _put_back(self, piece: _Piece) -> None:
+        insort(self._warm if piece[2] in self._ready else self._cold, piece, key=_address_of)
+
+    def _reclaim(self) -> None:
+        """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of its chunk."""
+        for address in self._pieces.keys() - self._free_addresses():
+            chunk = self._holders[address]()
+            if chunk is None or not (chunk.is_held or chunk.num_users):
+                tensor, view, _ = self._pieces[address]
+                self._pieces[address] = tensor, view, address
+                self._put_back(self._pieces[address])
+
+    def _free_addresses(self) -> set[int]:
+        return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}
+
+    def _check(self) -> None:
+        if self._poison is not None:
+            raise self._poison
+
+    def _take(self) -> StagingChunk:
+        if self._warm:
+            return self._hold(self._warm)
+        chunk = self._hold(self._cold)
+        if self.pinning is not None:
+            self._touch(chunk)
+        # Else its holder touches it.
+        self._ready.add(chunk.address)
+        return chunk
+
+    def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
+        """Raises IndexError where there is none, as where a signal handler that saves has taken the last one meanwhile."""
+        while True:
+            piece = pieces[0]
+            chunk = StagingChunk(piece, self)
+            holder = weakref.ref(chunk)
+            try:
+                # No signal is looked at from here to the end of `popleft`. Before, a handler may have taken this very piece.
+                if pieces[0] is piece:
+                    self._holders[chunk.address] = holder
+                    chunk.is_held = True
+                    pieces.popleft()
+                    chunk.inherited = self._imprints.pop(chunk.address, None)
+                    return chunk
+            except BaseException:
+                self.release(chunk)
+                raise
+
+    def _touch(self, chunk: StagingChunk) -> None:
+        """A chunk for which it fails stays cold."""
+        if self.pinning is not None and self.pinning.needs_own_memory:
+            self._replace(chunk, self.pinning.allocate(self.chunk_bytes))
+        elif not populate(chunk.address, self.chunk_bytes):
+            chunk.tensor.zero_()
+        if self.pinning is not None:
+            self.pinning.register(chunk.address, self.chunk_bytes)
+        with self._lock:
+            self._ready.add(chunk.address)
+            self._changed.notify_all()
+
+    def _replace(self, chunk: StagingChunk, memory: torch.Tensor) -> None:
+        """Give `chunk` other memory; what it had was never touched."""
+        with self._lock:
+            old = chunk.address
+            chunk.piece = memory, view_at(memory.data_ptr(), self.chunk_bytes, owner=memory), memory.data_ptr()
+            chunk.tensor, chunk.view, chunk.address = chunk.piece
+            self._holders[chunk.address] = weakref.ref(chunk)
+            self._pieces[chunk.address] = chunk.piece
+            del self._pieces[old], self._holders[old]
+
+
+def _unpin(pinning: Pinning | None, addresses: set[int], pid: int) -> None:
+    if pinning is not None and os.getpid() == pid:
+        pinning.unregister(*addresses)

@@ -1,0 +1,1 @@
+"""The file system: the seam, whole files, and the transaction that publishes a checkpoint."""

@@ -1,0 +1,95 @@
+"""Deleting a committed checkpoint: never partly visible, and never another one than was meant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode, parse_private_name
+from .filesystem import FileSystem
+from .private_dirs import move_aside, remove_tree
+from .publish_lock import claimed
+from .write_error import write_error
+
+
+def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = None) -> None:
+    """Delete a committed checkpoint: renamed away, root synced, then deleted. Blocks; any thread.
+
+    Args:
+        expected: delete only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint of that name (any more), or it is another one; nothing was deleted.
+        WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
+    """
+    final = os.path.join(root, check_tag(tag))
+    try:
+        if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
+            raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
+        trash = _take_away(fs, root, tag, final, expected)
+        fs.fsync_dir(root)
+        remove_tree(fs, trash)
+    except CheckpointNotFoundError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
+    except OSError as error:
+        raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
+
+
+def empty_trash(fs: FileSystem, root: str) -> dict[str, OSError]:
+    """Try again to delete what this process could not delete before; tags of what stays, and why. Blocks; any thread.
+
+    Raises:
+        OSError: the root cannot be listed or synced; nothing was deleted.
+    """
+    failures: dict[str, OSError] = {}
+    doomed: list[tuple[str, str]] = []
+    for name in fs.listdir(root):
+        parsed = parse_private_name(name)
+        if parsed is not None and parsed.kind == "trash" and parsed.owner == fs.owner():
+            try:
+                # A new name: the new entry rewrites what a failed sync of the root may have lost before.
+                doomed.append((parsed.tag, move_aside(fs, root, parsed.tag, os.path.join(root, name), "trash")))
+            except OSError as error:
+                failures[parsed.tag] = error
+    if doomed:
+        fs.fsync_dir(root)
+    for tag, path in doomed:
+        try:
+            remove_tree(fs, path)
+        except OSError as error:
+            failures[tag] = error
+    return failures
+
+
+def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:
+    """Rename the tree to a private name of which nobody makes anything but rubbish; returns that."""
+    with claimed(fs, final) as is_exclusive:
+        identity = fs.stat(final).identity
+        if expected is not None and _manifest(fs, final) != expected:
+            raise _replaced(tag)
+        if is_exclusive:
+            return move_aside(fs, root, tag, final, "trash")
+    # No locks here: look at what was moved before it counts as rubbish. A sweep gives an "aside" its name back.
+    aside = move_aside(fs, root, tag, final, "aside")
+    if fs.stat(aside).identity != identity:
+        # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
+        with contextlib.suppress(FileExistsError):
+            fs.rename_noreplace(aside, final)
+            raise _replaced(tag)
+    return move_aside(fs, root, tag, aside, "trash")
+
+
+def _manifest(fs: FileSystem, final: str) -> Manifest | None:
+    """Not the directory's identity: the number of a deleted directory is soon that of a new one."""
+    path = os.path.join(final, MANIFEST_NAME)
+    try:
+        return decode(fs.read_file(path, MAX_MANIFEST_BYTES), source=path)
+    except CorruptCheckpointError:
+        return None
+
+
+def _replaced(tag: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"checkpoint {tag!r} was replaced by another process; nothing was deleted")

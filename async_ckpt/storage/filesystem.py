@@ -1,0 +1,368 @@
+"""The seam to the disk: every file system call of the package passes through `FileSystem`.
+
+It is this narrow so that a fault can be put at every single step: each method is one system call or a handful with
+one outcome, and tests swap the whole object (or its `_syscalls.Syscalls`) instead of patching `os`.
+
+Guarantees:
+- Nothing is followed: files inside a checkpoint are opened component by component with O_NOFOLLOW, and only
+  regular files are read.
+- New files are made with O_EXCL; their modes and those of directories are what the umask leaves. Private directories are 0700.
+- Synchronous methods may block on the disk and may be called from any thread. They raise the plain `OSError` with
+  its path; the writing side (`open_write`, `WritableFile`, `create_file`) raises `WriteError` and `OutOfSpaceError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat as _stat
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..host.process import Owner, OwnerState, current_owner, owner_state
+from . import read_file as _file_read
+from . import write_file as _file_write
+from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
+
+Kind = Literal["file", "dir", "other", "missing"]
+
+LOCAL_TYPES = frozenset({"ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "bcachefs", "overlay"})
+"""File systems that one kernel owns, with atomic rename: the promises are made for these."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What lstat says; `identity` is (device, inode), `mode` the permission bits."""
+
+    kind: Kind
+    size_bytes: int
+    mode: int
+    identity: tuple[int, int]
+    mtime_ns: int
+
+
+class WritableFile(Protocol):
+    """One new file being written. Coroutines run on the loop thread, the system calls in the given executor.
+
+    The first failure stays: every later call but `close` raises it again. A failed fsync is never repeated.
+    """
+
+    @property
+    def path(self) -> str:
+        """Where the file is."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether O_DIRECT is in use; turns False when the file system refuses it."""
+
+    async def pwrite(self, buffer: memoryview, offset: int) -> None:
+        """Write all of `buffer` at `offset`; short writes and EINTR are resumed.
+
+        Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
+        of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
+        A cancelled call may still be writing: the buffer is free again only after `close` has returned.
+
+        Raises:
+            WriteError, OutOfSpaceError: with path, offset and errno.
+        """
+
+    async def truncate(self, size_bytes: int) -> None:
+        """Set the length of the file."""
+
+    async def fsync(self) -> None:
+        """Make content and length durable. Fails once and for good."""
+
+    async def close(self) -> None:
+        """Close the descriptor once no write on it is running any more; idempotent."""
+
+
+class ReadableFile(Protocol):
+    """One open regular file; any thread, calls may overlap, except with `close`."""
+
+    @property
+    def path(self) -> str:
+        """Where the file was when it was opened."""
+
+    @property
+    def map_path(self) -> str:
+        """A path to this very file while it is open here, whoever has its name by now: for code that maps by path."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length when it was opened."""
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill all of `buffer` from `offset`.
+
+        Raises:
+            CorruptCheckpointError: the file ends before that.
+            OSError: the disk failed.
+        """
+
+    def close(self) -> None:
+        """Close the descriptors; idempotent."""
+
+
+class DirHandle(Protocol):
+    """One open directory: keeps naming the same tree when its path is renamed or exchanged. Any thread."""
+
+    @property
+    def path(self) -> str:
+        """Where the directory was when it was opened."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """(device, inode); not reused by another directory while the handle is open."""
+
+    def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
+        """Names and kinds in the sub-directory `parts`."""
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """Open the regular file `parts` below this directory, following nothing.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            CorruptCheckpointError: it, or a directory on the way, is a symbolic link or not a regular file.
+        """
+
+    def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
+        """The whole content of a small file; CorruptCheckpointError if it is larger than `max_bytes`."""
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+
+
+class LockHandle(Protocol):
+    """A held lock of a directory or file; ends with `close` or with the process."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """(device, inode) of what is locked; not reused while the lock is held."""
+
+    def close(self) -> None:
+        """Let go; idempotent."""
+
+
+class FileSystem(Protocol):
+    """Every file operation of the package. See the module docstring for threads, blocking and errors."""
+
+    def owner(self) -> Owner:
+        """Who makes staging directories through this object: this process."""
+
+    def owner_state(self, owner: Owner) -> OwnerState:
+        """Whether `owner` can still be alive."""
+
+    def mkdir(self, path: str, *, private: bool = False) -> None:
+        """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
+
+    def makedirs(self, path: str) -> None:
+        """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
+
+    def listdir(self, path: str) -> list[str]:
+        """Names in a directory, in no order."""
+
+    def stat(self, path: str) -> FileStat:
+        """lstat; `kind` is "missing" where nothing is there."""
+
+    def chmod(self, path: str, mode: int) -> None:
+        """Set permission bits."""
+
+    def rename(self, src: str, dst: str) -> None:
+        """Plain rename."""
+
+    def rename_noreplace(self, src: str, dst: str) -> None:
+        """Rename a directory, atomically refusing (FileExistsError) a `dst` that exists."""
+
+    def rename_exchange(self, a: str, b: str) -> None:
+        """Swap two names atomically; OSError EINVAL, ENOSYS or ENOTSUP where it cannot be done."""
+
+    def unlink(self, path: str) -> None:
+        """Remove a file or link."""
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory."""
+
+    def fsync_dir(self, path: str) -> None:
+        """Make the names in a directory durable."""
+
+    def create_file(self, path: str, data: bytes) -> None:
+        """Make a new file with `data`, complete, synced and closed (O_EXCL)."""
+
+    def read_file(self, path: str, max_bytes: int) -> bytes:
+        """The whole content of a small regular file; the last component is not followed."""
+
+    def open_dir(self, root: str, parts: Sequence[str] = ()) -> DirHandle:
+        """Open the directory `parts` below `root`; `root` itself may be a link, nothing below it may."""
+
+    def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """Open the regular file `parts` below `root`; as `DirHandle.open_read`."""
+
+    def lock_dir(self, path: str) -> LockHandle | None:
+        """Take the directory's exclusive lock (flock) without waiting; None if someone holds it.
+
+        Raises:
+            OSError: ENOTSUP or ENOLCK where the file system has no locks.
+        """
+
+    def lock_file(self, path: str) -> LockHandle | None:
+        """As `lock_dir`, of a regular file."""
+
+    def free_bytes(self, path: str) -> int:
+        """Bytes that this user may still write on the file system of `path`."""
+
+    def fs_type(self, path: str) -> str:
+        """Name of the file system type, "0x..." for one unknown here, "" where the system does not tell."""
+
+    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+        """Make a new file of (later) `size_bytes` and open it for parallel writes.
+
+        Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
+        parallel (ext4, xfs). On failure nothing is left behind.
+
+        Raises:
+            WriteError, OutOfSpaceError: with path and errno.
+        """
+
+
+class LocalFileSystem:
+    """The real one. Stateless apart from its table of system calls, which tests replace."""
+
+    def __init__(self, calls: Syscalls | None = None) -> None:
+        self._calls = Syscalls() if calls is None else calls
+
+    def owner(self) -> Owner:
+        return current_owner()
+
+    def owner_state(self, owner: Owner) -> OwnerState:
+        return owner_state(owner, self.owner())
+
+    def mkdir(self, path: str, *, private: bool = False) -> None:
+        self._calls.mkdir(path, 0o700 if private else 0o777)
+
+    def makedirs(self, path: str) -> None:
+        if self._calls.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        if parent and parent != path:
+            self.makedirs(parent)
+        try:
+            self.mkdir(path)
+        except FileExistsError:
+            if not self._calls.isdir(path):
+                raise
+
+    def listdir(self, path: str) -> list[str]:
+        return self._calls.listdir(path)
+
+    def stat(self, path: str) -> FileStat:
+        try:
+            found = self._calls.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return FileStat("missing", 0, 0, (0, 0), 0)
+        kind = _file_read.kind_of(found.st_mode)
+        return FileStat(kind, found.st_size, _stat.S_IMODE(found.st_mode), (found.st_dev, found.st_ino), found.st_mtime_ns)
+
+    def chmod(self, path: str, mode: int) -> None:
+        self._calls.chmod(path, mode)
+
+    def rename(self, src: str, dst: str) -> None:
+        self._calls.rename(src, dst)
+
+    def rename_noreplace(self, src: str, dst: str) -> None:
+        try:
+            self._calls.renameat2(src, dst, NOREPLACE)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            if self.stat(dst).kind != "missing":
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst) from error
+            # A checkpoint is never an empty directory, so the kernel's own ENOTEMPTY closes the gap after the check.
+            try:
+                self._calls.rename(src, dst)
+            except OSError as refused:
+                if refused.errno in _file_write.OCCUPIED:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst) from refused
+                raise
+
+    def rename_exchange(self, a: str, b: str) -> None:
+        self._calls.renameat2(a, b, EXCHANGE)
+
+    def unlink(self, path: str) -> None:
+        self._calls.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        self._calls.rmdir(path)
+
+    def fsync_dir(self, path: str) -> None:
+        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._calls.fsync(fd)
+        finally:
+            self._calls.close(fd)
+
+    def create_file(self, path: str, data: bytes) -> None:
+        _file_write.create_file(self._calls, path, data)
+
+    def read_file(self, path: str, max_bytes: int) -> bytes:
+        folder, name = os.path.split(path)
+        with _file_read.open_directory(self._calls, folder or ".", ()) as handle:
+            return handle.read_file((name,), max_bytes)
+
+    def open_dir(self, root: str, parts: Sequence[str] = ()) -> DirHandle:
+        return _file_read.open_directory(self._calls, root, parts)
+
+    def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        with _file_read.open_directory(self._calls, root, ()) as handle:
+            return handle.open_read(parts, direct=direct)
+
+    def lock_dir(self, path: str) -> LockHandle | None:
+        return self._lock(path, os.O_DIRECTORY)
+
+    def lock_file(self, path: str) -> LockHandle | None:
+        # A FIFO in its place must not hang the open.
+        return self._lock(path, os.O_NONBLOCK)
+
+    def _lock(self, path: str, flags: int) -> LockHandle | None:
+        fd = self._calls.open(path, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = None
+        try:
+            if self._calls.flock(fd):
+                lock = _Lock(self._calls, fd)
+        finally:
+            if lock is None:
+                self._calls.close(fd)
+        return lock
+
+    def free_bytes(self, path: str) -> int:
+        return self._calls.free_bytes(path)
+
+    def fs_type(self, path: str) -> str:
+        return self._calls.fs_type(path)
+
+    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+        return await _file_write.open_write(self._calls, path, size_bytes, direct=direct, executor=executor)
+
+
+class _Lock:
+    """Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it for it."""
+
+    def __init__(self, calls: Syscalls, fd: int) -> None:
+        found = calls.fstat(fd)
+        self.identity = (found.st_dev, found.st_ino)
+        self._pid = os.getpid()
+        self._calls = calls
+        self._fd: int | None = fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        # A descriptor that was never written through has nothing to lose when its close fails.
+        with contextlib.suppress(OSError):
+            if fd is not None:
+                try:
+                    if os.getpid() == self._pid:
+                        self._calls.unlock(fd)
+                finally:
+                    self._calls.close(fd)

@@ -1,0 +1,66 @@
+"""Private directories under the root: made, renamed to, locked and deleted. Shared by `transaction` and its sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+from typing import Literal
+
+from ..format.manifest import PrivateName
+from .filesystem import FileSystem, LockHandle
+from .syscalls import REFUSED
+
+NO_LOCKS = REFUSED | {errno.ENOLCK}
+_MAX_NAME_TRIES = 1000
+
+_numbers = itertools.count()
+
+
+def make_private(fs: FileSystem, root: str, tag: str) -> str:
+    for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
+        path = os.path.join(root, str(PrivateName("staging", tag, fs.owner(), number)))
+        with contextlib.suppress(FileExistsError):
+            fs.mkdir(path, private=True)
+            return path
+    raise FileExistsError(f"no free staging name in {root!r}")
+
+
+def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: Literal["trash", "aside"]) -> str:
+    for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
+        path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
+        with contextlib.suppress(FileExistsError):
+            fs.rename_noreplace(src, path)
+            return path
+    raise FileExistsError(f"no free {kind} name in {root!r}")
+
+
+def lock_or_none(fs: FileSystem, path: str) -> LockHandle | None:
+    """The lock, or None where the file system has none: then the owner in the name alone protects it."""
+    try:
+        return fs.lock_dir(path)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+
+
+def remove_tree(fs: FileSystem, path: str) -> None:
+    """Delete a private tree; links are removed, never followed; what another sweeper deleted first is fine."""
+    if fs.stat(path).kind == "other":
+        fs.unlink(path)
+        return
+    folders = [path]
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            for name in fs.listdir(folder):
+                inner = os.path.join(folder, name)
+                if fs.stat(inner).kind == "dir":
+                    folders.append(inner)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        fs.unlink(inner)
+    for folder in reversed(folders):
+        with contextlib.suppress(FileNotFoundError):
+            fs.rmdir(folder)

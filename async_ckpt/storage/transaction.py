@@ -1,0 +1,429 @@
+"""One checkpoint's way to its final name: staging directory, syncs, rename; and what crashes leave behind.
+
+The order, each step only after the one before has succeeded: manifest written and synced, every directory of the
+staging tree synced (deepest first), rename to the final name, root synced. Only then is anything reported or an old
+tree deleted. Before a `sweep` or `remove` deletes, the root is synced too: otherwise power loss could bring a name
+back and find its files gone.
+
+Guarantees:
+- `<root>/<tag>` is absent or whole at every instant, also for a process killed between any two calls here.
+- Of several writers of one tag with overwrite "refuse" exactly one publishes.
+- A tree is deleted only under a private name, and only if it is ours or its owner is certainly gone.
+- A deletion or replacement takes away the very tree it has looked at, whoever else is at work on that tag.
+
+All functions are synchronous, block on the disk and may run in any thread; one `Staging` belongs to one thread at a
+time. They raise the package's errors; the `OSError` is the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from ..errors import (
+    CheckpointNotFoundError,
+    CommitError,
+    ConfigError,
+    OutOfSpaceError,
+    TagExistsError,
+    TransactionStateError,
+    UnsafePathError,
+    report,
+)
+from ..format.manifest import (
+    CLOCK_KEY,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    check_metadata,
+    check_relative_path,
+    check_tag,
+    encode,
+    parse_private_name,
+)
+from ..metrics import publish_step
+from ..threads.locks import Lock
+from .delete import empty_trash, remove
+from .filesystem import FileSystem, LockHandle
+from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
+from .publish_lock import claimed
+from .root import make_root
+from .sweep import Swept, sweep
+from .syscalls import REFUSED
+from .write_error import write_error
+
+__all__ = [
+    "State",
+    "Staging",
+    "Swept",
+    "abort",
+    "begin",
+    "empty_trash",
+    "join",
+    "make_directories",
+    "make_root",
+    "publish",
+    "remove",
+    "sweep",
+]
+
+_MAX_RACES = 16
+
+
+class State(enum.Enum):
+    """A checkpoint's life, in order. ABORTED is reached from every state before COMMITTED."""
+
+    OPEN = "open"
+    SEALED = "sealed"
+    DURABLE = "durable"
+    """Every byte and name below the staging directory is synced; only the rename is missing."""
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Staging:
+    """A staging directory of this process. `path` holds the files until `publish`."""
+
+    root: str
+    tag: str
+    path: str
+    overwrite: str
+    identity: tuple[int, int]
+    lock: LockHandle | None
+    state: State = State.OPEN
+    renamed: bool = False
+    """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
+    given_up: bool = False
+    """`abort` was called; a publish that has not renamed yet must not."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
+
+    @property
+    def final_path(self) -> str:
+        """Where the checkpoint will be."""
+        return os.path.join(self.root, self.tag)
+
+    def unlock(self) -> None:
+        """Let go of the directory lock; idempotent."""
+        lock, self.lock = self.lock, None
+        if lock is not None:
+            lock.close()
+
+
+def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Staging:
+    """Make the private (0700), locked staging directory of a new checkpoint.
+
+    Raises:
+        TagExistsError: the tag is committed and `overwrite` is "refuse", or what is there is no checkpoint.
+        UnsafePathError: the tag is malformed.
+        WriteError, OutOfSpaceError: the directory cannot be made.
+    """
+    check_tag(tag)
+    if overwrite not in ("refuse", "replace"):
+        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
+    root = os.path.abspath(root)
+    final = os.path.join(root, tag)
+    try:
+        _check_final(fs, final, tag, overwrite, step="create")
+        path = make_private(fs, root, tag)
+        try:
+            return Staging(root, tag, path, overwrite, fs.stat(path).identity, lock_or_none(fs, path))
+        except OSError:
+            fs.rmdir(path)
+            raise
+    except OSError as error:
+        if isinstance(error, CommitError):
+            raise
+        raise write_error(fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final) from error
+
+
+def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
+    """Another rank's staging directory, by its name; this side never publishes, removes or locks it.
+
+    Raises:
+        UnsafePathError: `name` is not the name of a staging directory of `tag`.
+        CheckpointNotFoundError: it is not there (any more).
+    """
+    parsed = parse_private_name(name)
+    if parsed is None or parsed.kind != "staging" or parsed.tag != tag:
+        raise UnsafePathError(f"{name!a} is not a staging directory of tag {tag!r}")
+    root = os.path.abspath(root)
+    path = os.path.join(root, name)
+    found = fs.stat(path)
+    if found.kind != "dir":
+        raise CheckpointNotFoundError(f"staging directory {path!r} is not there; does every rank see the same root?")
+    return Staging(root, tag, path, "refuse", found.identity, None)
+
+
+def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) -> None:
+    """Make sub-directories ("a/b") of a staging directory; being there already is fine.
+
+    Raises:
+        UnsafePathError: a path is malformed. WriteError, OutOfSpaceError: one cannot be made.
+    """
+    for directory in directories:
+        path = os.path.join(location, *check_relative_path(directory))
+        try:
+            fs.makedirs(path)
+        except OSError as error:
+            raise write_error(fs, error, f"directory {directory!r} cannot be made in the staging directory", path) from error
+
+
+def publish(
+    fs: FileSystem,
+    staging: Staging,
+    files: Sequence[FileEntry],
+    metadata: Mapping[str, Any],
+    created_unix_ns: int,
+    marks: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
+
+    Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
+    the old checkpoint is deleted after that; if the deletion fails, it is left for `empty_trash` and later sweeps. `marks`
+    are added to the manifest's "writer".
+
+    Raises:
+        TagExistsError: the tag was committed in the meantime; it was left as it is.
+        CommitError: `step` names what failed; `committed` is None if it is not known whether the tag is visible.
+        UnsupportedStateError: metadata that is not JSON.
+    """
+    with staging.turn:
+        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, marks)
+    for old_path in replaced:
+        try:
+            remove_tree(fs, old_path)
+        except OSError as error:
+            left = old_path
+            with contextlib.suppress(OSError):
+                left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
+            report(logging.WARNING, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
+    return manifest
+
+
+def _publish(
+    fs: FileSystem,
+    staging: Staging,
+    files: Sequence[FileEntry],
+    metadata: Mapping[str, Any],
+    created_unix_ns: int,
+    marks: Mapping[str, str] | None,
+) -> tuple[Manifest, list[str]]:
+    """All of `publish` but the deletion; returns also where the replaced trees are."""
+    if staging.state not in (State.OPEN, State.SEALED):
+        raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
+    staging.state = State.SEALED
+    writer = {**_writer(), **(marks or {})}
+    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing)
+    raw = encode(manifest)
+    with _step("manifest", staging):
+        fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)
+        folders = _check_contents(fs, staging, manifest, len(raw))
+    with _step("sync", staging):
+        _open_to_readers(fs, staging)
+        for folder in folders:
+            fs.fsync_dir(folder)
+    staging.state = State.DURABLE
+    with _step("rename", staging):
+        if staging.given_up:
+            raise CommitError(f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename")
+        try:
+            replaced = _rename_to_final(fs, staging)
+        except OSError as error:
+            # Network file systems may report the failure of a rename that they did.
+            if fs.stat(staging.final_path).identity != staging.identity:
+                raise
+            raise _unknown(staging, error, "rename") from error
+    staging.renamed = True
+    try:
+        with publish_step("sync root"):
+            fs.fsync_dir(staging.root)
+    except OSError as error:
+        raise _unknown(staging, error, "sync root") from error
+    staging.state = State.COMMITTED
+    staging.unlock()
+    return manifest, replaced
+
+
+def abort(fs: FileSystem, staging: Staging) -> None:
+    """Delete a staging directory that will not be published, freeing its space. Does nothing after the rename.
+
+    Waits for a publish that runs on another thread, which then ends before its rename if it has not made it yet.
+
+    Raises:
+        WriteError: it could not be deleted; it stays private and is swept once this process is gone.
+    """
+    staging.given_up = True
+    with staging.turn:
+        _abort(fs, staging)
+
+
+def _abort(fs: FileSystem, staging: Staging) -> None:
+    if staging.state in (State.COMMITTED, State.ABORTED):
+        return
+    staging.state = State.ABORTED
+    try:
+        # A rename that reported failure may have happened: only a directory that is still ours is deleted.
+        if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
+            remove_tree(fs, staging.path)
+    except OSError as error:
+        raise write_error(fs, error, "the staging directory could not be deleted; it is left for a later sweep", staging.path) from error
+    finally:
+        staging.unlock()
+
+
+@contextlib.contextmanager
+def _step(step: str, staging: Staging) -> Iterator[None]:
+    """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the steps."""
+    try:
+        with publish_step(step):
+            yield
+    except (CommitError, OutOfSpaceError):
+        raise
+    except OSError as error:
+        raise CommitError(
+            f"{error}; tag {staging.tag!r} was not committed, what was there before is unchanged",
+            step=step,
+            errno=error.errno,
+            path=error.filename if isinstance(error.filename, str) else staging.path,
+        ) from error
+
+
+def _writer() -> dict[str, str]:
+    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is loaded anyway."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        CLOCK_KEY: str(time.time_ns()),
+    }
+    for module in ("async_ckpt", "torch"):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if version is not None:
+            versions[module] = str(version)
+    return versions
+
+
+def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
+    """The directories of the staging tree, deepest first, once it holds exactly the manifest's files."""
+    expected = {entry.path: entry.size_bytes for entry in manifest.files} | {MANIFEST_NAME: manifest_bytes}
+    folders: list[str] = []
+    stack = [""]
+    while stack:
+        folder = stack.pop()
+        path = os.path.join(staging.path, folder) if folder else staging.path
+        folders.append(path)
+        for name in fs.listdir(path):
+            inner = f"{folder}/{name}" if folder else name
+            found = fs.stat(os.path.join(path, name))
+            if found.kind == "dir":
+                stack.append(inner)
+            elif found.kind != "file" or expected.pop(inner, None) != found.size_bytes:
+                _refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
+    if expected:
+        _refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
+    # Parents were found before their children.
+    return folders[::-1]
+
+
+def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
+    staging.renamed = True
+    return CommitError(
+        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is unknown; "
+        f"nothing was deleted ({error})",
+        step=step,
+        errno=error.errno,
+        path=staging.root,
+        committed=None,
+    )
+
+
+def _refuse(staging: Staging, why: str) -> NoReturn:
+    raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
+
+
+def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
+    """Give the private directory the mode a new one would have; the manifest's mode tells the umask without a race."""
+    file_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o666
+    # Who may read a directory may search it. The set-group-id bit, which a directory inherits from its root, stays.
+    now = fs.stat(staging.path).mode
+    mode = now & 0o2000 | 0o700 | file_bits | (file_bits & 0o444) >> 2
+    try:
+        if mode != now:
+            fs.chmod(staging.path, mode)
+    except OSError as error:
+        if error.errno not in REFUSED - {errno.EPERM}:
+            raise
+
+
+def _rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
+    """Rename; returns where the replaced tree is now, if there was one."""
+    for _ in range(_MAX_RACES):
+        try:
+            fs.rename_noreplace(staging.path, staging.final_path)
+            return []
+        except FileExistsError:
+            _check_final(fs, staging.final_path, staging.tag, staging.overwrite, step="rename")
+        try:
+            with claimed(fs, staging.final_path):
+                fs.rename_exchange(staging.path, staging.final_path)
+            return [staging.path]
+        except FileNotFoundError:
+            # Deleted in between: then there is nothing to replace. Unless our own side is what is missing.
+            if fs.stat(staging.path).kind == "missing":
+                raise
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return _replace_without_exchange(fs, staging)
+    _refuse(staging, f"other processes kept creating and deleting {staging.final_path!r}")
+
+
+def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
+    """Two renames; between them the tag is absent, and `sweep` gives the old tree its name back."""
+    aside: list[str] = []
+    for _ in range(_MAX_RACES):
+        with contextlib.suppress(FileNotFoundError), claimed(fs, staging.final_path):
+            aside.append(move_aside(fs, staging.root, staging.tag, staging.final_path, "aside"))
+        try:
+            fs.rename_noreplace(staging.path, staging.final_path)
+            return aside
+        except FileExistsError:
+            # Another writer used the gap: its checkpoint is the one to replace now.
+            continue
+        except OSError as error:
+            if not aside:
+                raise
+            try:
+                fs.rename_noreplace(aside[-1], staging.final_path)
+            except OSError as second:
+                raise CommitError(
+                    f"{error}; and the old checkpoint could not be given its name back ({second}): it is whole at {aside[-1]!r}",
+                    step="rename",
+                    errno=error.errno,
+                    path=aside[-1],
+                ) from error
+            raise
+    _refuse(staging, f"other processes kept creating {staging.final_path!r}")
+
+
+def _check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
+    if fs.stat(final).kind == "missing":
+        return
+    if overwrite == "refuse":
+        raise TagExistsError(
+            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'", step=step, path=final
+        )
+    is_checkpoint = fs.stat(os.path.join(final, MANIFEST_NAME)).kind == "file" and fs.stat(final).kind == "dir"
+    if not is_checkpoint and fs.stat(final).kind != "missing":
+        raise TagExistsError(f"{final!r} is not a checkpoint (it has no {MANIFEST_NAME}) and is not replaced", step=step, path=final)

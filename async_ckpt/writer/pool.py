@@ -1,0 +1,304 @@
+"""The asyncio writer pool: one daemon thread with one event loop puts staging chunks on disk.
+
+Guarantees:
+- `open_file`, `FileWrite.submit`, `submit_copy`, `submit_help` and `run` never block; what they start always resolves.
+- At most `num_writers` writes are in flight over all files; fsync of a file starts as soon as its data is written.
+- When the loop thread dies, is stopped from outside or loses its executors, every outstanding future fails at once
+  with an error of our tree that holds the cause, and every later call raises it. Memory is still given back only when
+  no thread uses it.
+- Nothing here keeps the interpreter from exiting; whoever wants the writes finished calls `close`, which is bounded.
+- A forked child is refused by every call and touches nothing of its parent's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
+from typing import Any, Literal, TypeVar
+
+from ..errors import BackpressureTimeout, TransactionStateError, WriteError, report
+from ..metrics import Span
+from ..storage.filesystem import FileSystem
+from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
+from ..threads.locks import Lock
+from ..threads.loop import LoopThread
+from .file_write import Chunk, FileWrite, WrittenFile
+from .io_mode import ModeChooser
+from .lane import Lane, Slots
+from .pipeline import Pipeline
+
+__all__ = ["Chunk", "FileWrite", "WriterPool", "WrittenFile"]
+
+T = TypeVar("T")
+
+# Threads beyond the writers, so that opening, syncing and closing never wait behind long writes.
+_NUM_SPARE_THREADS = 2
+_NUM_SEALERS = 2
+
+_pools: weakref.WeakSet[WriterPool] = weakref.WeakSet()
+_inherited: list[WriterPool] = []
+
+
+def _keep_in_child() -> None:
+    # Collecting a parent's loop in the child would close or unregister descriptors of an epoll set that both share.
+    _inherited.extend(_pools)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)
+
+
+class WriterPool:
+    """Writes files from chunks. Any thread but the pool's own; only `close` blocks.
+
+    Args:
+        num_writers: writes in flight at once over all files; "auto" is up to 16 and learned from the disk.
+        num_helpers: threads for `submit_help`.
+        io_mode: past the page cache, through it, or as `iomode.ModeChooser` learns.
+        on_span: told about every crc, write, fsync, open and close, on the thread that did it; must be quick.
+        name: prefix of the thread names.
+    """
+
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        *,
+        num_writers: int | Literal["auto"] = "auto",
+        num_helpers: int = 0,
+        io_mode: Literal["auto", "direct", "buffered"] = "auto",
+        on_span: Callable[[Span], None] | None = None,
+        name: str = "async-ckpt",
+    ) -> None:
+        self._pid = os.getpid()
+        self.num_helpers = num_helpers
+        self._on_span = on_span
+        self._lock = Lock()
+        self._files: dict[Pipeline, None] = {}
+        self._death: BaseException | None = None
+        self._death_callbacks: list[Callable[[BaseException], None]] = []
+        self._is_closing = False
+        self._num_queued = 0
+        self._max_queued = 0
+        # Sizes are decided before any thread starts: a bad value must not leave threads behind.
+        self._chooser = ModeChooser(io_mode, num_writers)
+        self._filesystem = filesystem
+        self._slots = Slots(self._chooser.max_writers)
+        with contextlib.ExitStack() as undo:
+            self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
+            undo.callback(self._thread.loop.close)
+
+            def start(what: str, num_threads: int, niceness: int = BACKGROUND_NICENESS) -> DaemonExecutor:
+                executor = DaemonExecutor(f"{name}-{what}", num_threads, niceness=niceness)
+                undo.callback(executor.shutdown)
+                return executor
+
+            self._writers = start("write", self._chooser.max_writers + _NUM_SPARE_THREADS)
+            self._sealers = start("crc", _NUM_SEALERS)
+            self._copier = start("copy", 1, niceness=0)
+            self._helpers = start("help", num_helpers, niceness=0)
+            self._executors = (self._writers, self._sealers, self._copier, self._helpers)
+            self._thread.start()
+            undo.pop_all()
+        _pools.add(self)
+
+    # The caller's side.
+
+    def open_file(
+        self,
+        location: str | Future[str],
+        *,
+        size_bytes: int,
+        seal: Callable[[int, memoryview], int],
+        make_parents: bool = False,
+        tag: str = "",
+    ) -> FileWrite:
+        """Start a file of `size_bytes` bytes at `location`, or where that future will say. Never blocks.
+
+        Args:
+            seal: called once per chunk, strictly in file order, with (offset, its bytes) on a CRC thread; may patch the
+                bytes; returns the CRC32 of the extent as it is to be written.
+            make_parents: make missing parent directories.
+            tag: goes into spans.
+
+        Raises:
+            TransactionStateError: closed, or in a forked child.
+            WriteError: the pool has died; holds the cause.
+        """
+        self._check()
+        with self._lock:
+            arm = self._chooser.choose(size_bytes)
+        file = FileWrite(location, size_bytes, on_change=lambda: self._thread.call(pipeline.notice), count=self._count)
+        pipeline = Pipeline(
+            file,
+            Lane(self._writers, self._tell if self._on_span is not None else None, tag),
+            filesystem=self._filesystem,
+            loop=self._thread.loop,
+            slots=self._slots,
+            sealers=self._sealers,
+            seal=seal,
+            make_parents=make_parents,
+            arm=arm,
+            on_end=self._file_ended,
+        )
+        with self._lock:
+            self._check_open()
+            for other in self._files:
+                other.disk_time.had_company = pipeline.disk_time.had_company = True
+            try:
+                self._files[pipeline] = None
+                self._thread.call(pipeline.start)
+            except BaseException as error:
+                # An interrupt in between: a file that was never started must not be waited for, one that was must end.
+                self._files.pop(pipeline, None)
+                file.abort(error)
+                raise
+        return file
+
+    def submit_copy(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn` on the one copy thread, first in first out. Never blocks; raises as `open_file` does."""
+        self._check()
+        return self._copier.submit(fn)
+
+    def submit_help(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file` does."""
+        self._check()
+        return self._helpers.submit(fn)
+
+    @property
+    def helper_native_ids(self) -> list[int]:
+        """Of the threads behind `submit_help`, as the kernel counts them."""
+        return self._helpers.native_ids
+
+    def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""
+        try:
+            self._check()
+            self._check_open()
+        except BaseException:
+            coro.close()
+            raise
+        return self._thread.run(coro)
+
+    def on_death(self, callback: Callable[[BaseException], None]) -> None:
+        """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or block."""
+        with self._lock:
+            death = self._death
+            if death is None:
+                self._death_callbacks.append(callback)
+        if death is not None:
+            callback(death)
+
+    @property
+    def num_queued(self) -> int:
+        """Chunks submitted and not yet released."""
+        return self._num_queued
+
+    def restart_max_queued(self) -> int:
+        """The most chunks that were queued since this was last asked."""
+        with self._lock:
+            most, self._max_queued = self._max_queued, self._num_queued
+        return most
+
+    def waiting_for(self) -> str:
+        """What the oldest unfinished file waits for, in words; never blocks."""
+        check_process(self._pid, "this writer pool")
+        with self._lock:
+            files, num_runs = list(self._files), len(self._thread.runs())
+        if not files:
+            return f"{num_runs} commit(s) or clean-up(s)" if num_runs else "nothing"
+        more = f", and {len(files) - 1} more file(s)" if len(files) > 1 else ""
+        return files[0].waiting_for() + more
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for every file and coroutine, then stop the threads; may be called again. Files that lack chunks fail.
+
+        Raises:
+            BackpressureTimeout: not done within `timeout_s` seconds; says what it waits for. Writes go on in the
+                background, and the process may exit.
+            TransactionStateError: called on the pool's own thread or in a forked child.
+        """
+        check_process(self._pid, "this writer pool")
+        if self._thread.is_current:
+            raise TransactionStateError("the writer pool cannot be closed from its own thread: it would wait for itself")
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            self._is_closing = True
+            incomplete = [pipeline.file for pipeline in self._files if pipeline.file.lacks_chunks]
+            outstanding = [*(pipeline.file.done for pipeline in self._files), *self._thread.runs()]
+        for file in incomplete:
+            file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
+        if wait(outstanding, _left(deadline)).not_done:
+            raise BackpressureTimeout(f"the writer did not end within {timeout_s} s; it waits for {self.waiting_for()}")
+        self._thread.stop()
+        if not self._thread.join(_left(deadline)):
+            raise BackpressureTimeout(f"the writer's thread did not end within {timeout_s} s; it waits for {self.waiting_for()}")
+        for executor in self._executors:
+            executor.shutdown(wait=False)
+        if not all(executor.join(_left(deadline)) for executor in self._executors):
+            raise BackpressureTimeout(f"the writer's threads did not end within {timeout_s} s: one is stuck in the system")
+
+    # What files report.
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._num_queued += change
+            self._max_queued = max(self._max_queued, self._num_queued)
+
+    def _file_ended(self, pipeline: Pipeline) -> None:
+        if pipeline.disk_time.busy_s:
+            with self._lock:
+                self._chooser.observe(pipeline.arm, pipeline.file.size_bytes, pipeline.disk_time.busy_s)
+        with self._lock:
+            self._files.pop(pipeline, None)
+
+    def _die(self, death: BaseException) -> None:
+        with self._lock:
+            self._death = death
+            pipelines, callbacks, self._death_callbacks = list(self._files), self._death_callbacks, []
+        for pipeline in pipelines:
+            pipeline.die(death)
+        for callback in callbacks:
+            callback(death)
+
+    def _abandon_files(self) -> None:
+        for pipeline in list(self._files):
+            pipeline.abandon()
+
+    # Checks.
+
+    def check(self) -> None:
+        """Raise what keeps files from being written, as `open_file` does."""
+        self._check()
+        with self._lock:
+            self._check_open()
+
+    def _check(self) -> None:
+        check_process(self._pid, "this writer pool")
+        for executor in self._executors:
+            if executor.refusal is not None and not self._is_closing:
+                raise WriteError(f"the checkpoint writer is dead: {executor.refusal}") from executor.refusal
+
+    def _check_open(self) -> None:
+        if self._death is not None:
+            raise self._death
+        if self._is_closing:
+            raise TransactionStateError("the writer pool is closed")
+
+    def _tell(self, span: Span) -> None:
+        on_span = self._on_span
+        if on_span is None:
+            return
+        try:
+            on_span(span)
+        except BaseException as error:  # noqa: BLE001 - an observer never harms a checkpoint
+            self._on_span = None
+            report(logging.WARNING, "an observer of the writer raised and is left out from now on", cause=error)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -1,0 +1,212 @@
+"""A cached plan is reused exactly where it is right: every kind of change gives the new bytes, and nothing of the user is kept alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from async_ckpt.plan import selfcheck
+from async_ckpt.plan.encoder import encode
+from async_ckpt.plan.planner import Planner
+from tests.support.render import render
+from tests.support.states import torch_bytes
+
+
+def base_state():
+    weight = torch.arange(12.0).view(3, 4)
+    ordered = OrderedDict([("layer.weight", weight), ("layer.bias", torch.zeros(4, dtype=torch.float64)), ("view", weight[1:])])
+    ordered._metadata = OrderedDict([("", {"version": 1})])
+    return {
+        "model": ordered,
+        "step": 7,
+        "lr": 0.1,
+        "flags": [True, None, (0.9, 0.999)],
+        "shared": [[1], [1]],
+        "same": ["".join(["wo", "rd"])] * 2,
+        3: "text",
+    }
+
+
+def _set(path, value):
+    def change(state):
+        place = state
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value(place[path[-1]]) if callable(value) else value
+        return state
+
+    return change
+
+
+def _alias(state):
+    state["shared"][1] = state["shared"][0]
+    return state
+
+
+def _unalias_string(state):
+    state["same"][1] = "".join(["wor", "d"])
+    return state
+
+
+def _rename(state):
+    state["model"] = OrderedDict([("layer.weighx", v) if k == "layer.weight" else (k, v) for k, v in state["model"].items()])
+    return state
+
+
+def _metadata(state):
+    state["model"]._metadata["x"] = {}
+    return state
+
+
+def _attribute(state):
+    state["model"]["layer.bias"].note = 1
+    return state
+
+
+def _grow_storage(state):
+    state["model"]["layer.bias"] = torch.zeros(9, dtype=torch.float64)[:4]
+    return state
+
+
+SCALAR_CHANGES = {
+    "int": _set(("step",), 8),
+    "int_wider": _set(("step",), 70_000),
+    "int_huge": _set(("step",), 1 << 4000),
+    "float": _set(("lr",), 0.2),
+    "negative_zero": _set(("lr",), -0.0),
+    "bool": _set(("flags", 0), False),
+    "tuple_float": _set(("flags", 2), (0.5, 0.999)),
+    "nothing": lambda state: state,
+}
+MISSES = {
+    "text": _set((3,), "other"),
+    "scalar_type": _set(("step",), 7.0),
+    "bool_for_int": _set(("step",), True),
+    "none_for_float": _set(("lr",), None),
+    "length": _set(("flags",), lambda old: [*old, 1]),
+    "key": _rename,
+    "alias": _alias,
+    "string_identity": _unalias_string,
+    "metadata": _metadata,
+    "dtype": _set(("model", "layer.bias"), lambda old: old.float()),
+    "shape": _set(("model", "layer.bias"), lambda old: old.view(2, 2)),
+    "stride": _set(("model", "layer.weight"), lambda old: old.t().contiguous().t()),
+    "offset": _set(("model", "view"), lambda old: state_view(old)),
+    "requires_grad": _set(("model", "layer.bias"), lambda old: old.clone().requires_grad_()),
+    "parameter": _set(("model", "layer.bias"), lambda old: nn.Parameter(old)),
+    "sharing_ends": _set(("model", "view"), lambda old: old.clone()),
+    "sharing_starts": _set(("model", "layer.bias"), lambda old: torch.zeros(24, dtype=torch.float64)[:4]),
+    "storage_grew": _grow_storage,
+    "same_tensor_twice": _set(("flags", 1), lambda old: torch.ones(1)),
+    "attribute": _attribute,
+    "meta": _set(("model", "layer.bias"), lambda old: torch.empty(4, dtype=torch.float64, device="meta")),
+    "object": _set(("step",), {1, 2}),
+    "conj": _set(("model", "layer.bias"), lambda old: torch.ones(4, dtype=torch.cfloat).conj()),
+}
+
+
+def state_view(old):
+    return old.as_strided((2, 4), (4, 1), 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", SCALAR_CHANGES)
+def test_changed_scalars_are_spliced_in(change):
+    planner = Planner()
+    first = planner.plan(base_state(), name="a")
+    state = SCALAR_CHANGES[change](base_state())
+    again = planner.plan(state, name="a")
+    assert (first.cached, again.cached) == (False, True)
+    assert render(again) == torch_bytes(state)
+    back = planner.plan(base_state(), name="a")
+    assert back.cached
+    assert render(back) == render(first) == torch_bytes(base_state())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", MISSES)
+def test_a_changed_structure_is_planned_anew(change):
+    planner = Planner()
+    planner.plan(base_state(), name="a")
+    state = MISSES[change](base_state())
+    again = planner.plan(state, name="a")
+    assert not again.cached
+    assert render(again) == torch_bytes(state)
+
+
+def test_fresh_state_dicts_of_a_module_hit():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    planner = Planner()
+    assert [planner.plan(model.state_dict()).cached for _ in range(3)] == [False, True, True]
+    model(torch.randn(4, 2))
+    assert render(planner.plan(model.state_dict())) == torch_bytes(model.state_dict())
+
+
+def test_plans_keep_nothing_of_the_user_alive():
+    planner = Planner()
+    state = base_state()
+    planned = planner.plan(state)
+    planned = planner.plan(state)
+    watched = [weakref.ref(state["model"]["layer.weight"]), weakref.ref(state["model"])]
+    plan = planned.plan
+    del state, planned
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+    assert plan.file_bytes > 0
+
+
+def test_the_cache_is_bounded_and_remembers_by_structure():
+    planner = Planner(cache_entries=2)
+    states = [{"t": torch.ones(n)} for n in range(1, 5)]
+    for number, state in enumerate(states):
+        planner.plan(state, name=str(number))
+    assert not planner.plan(states[0], name="0").cached
+    assert planner.plan(states[3], name="other").cached
+
+
+def test_tensor_paths_and_counts():
+    planned = Planner().plan(base_state())
+    assert planned.num_tensors == 3
+    assert planned.tensor_paths() == ["['model']['layer.weight']", "['model']['layer.bias']", "['model']['view']"]
+    recorded = Planner().plan({"o": bytearray(1), "m": [torch.ones(1)]})
+    assert recorded.plan.planner == "torch"
+    assert recorded.tensor_paths() == ["['m'][0]"]
+
+
+def _wrong(structure, leaves, live, kinds, written):
+    encoded = encode(structure, leaves, live, kinds, written)
+    encoded.pieces[-1] = encoded.pieces[-1][:-1] + b"0."
+    return encoded
+
+
+@pytest.fixture
+def no_verdicts(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+
+
+def test_a_wrong_encoder_is_found_out_and_torch_takes_over(no_verdicts):
+    planner = Planner(encode=_wrong)
+    for _ in range(2):
+        planned = planner.plan(base_state())
+        assert planned.plan.planner == "torch"
+        assert render(planned) == torch_bytes(base_state())
+    assert planner.fallbacks == 1
+
+
+def test_the_check_runs_once_per_kind(no_verdicts):
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return encode(*arguments)
+
+    planner = Planner(encode=counting)
+    planner.plan({"a": torch.ones(1)})
+    checked = len(calls)
+    planner.plan({"a": torch.ones(1), "b": torch.ones(2)})
+    assert len(calls) == checked + 1

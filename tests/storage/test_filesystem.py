@@ -1,0 +1,328 @@
+"""The seam itself, on real file systems: complete writes, alignment, fallbacks, descriptors, and nothing followed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import mmap
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, WriteError
+from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
+from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+from tests.support.mounts import mounted
+
+CHUNK_BYTES = 64 << 10
+FS = LocalFileSystem()
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def aligned(data: bytes) -> memoryview:
+    memory = memoryview(mmap.mmap(-1, max(4096, -(-len(data) // 4096) * 4096)))
+    memory[: len(data)] = data
+    return memory[: len(data)]
+
+
+async def write(fs: LocalFileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool) -> WritableFile:
+    file = await fs.open_write(str(path), len(data), direct=direct, executor=executor)
+    try:
+        offsets = list(range(0, len(data), CHUNK_BYTES))
+        random.Random(1).shuffle(offsets)
+        await asyncio.gather(*(file.pwrite(aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets))
+        await file.truncate(len(data))
+        await file.fsync()
+    finally:
+        await file.close()
+    return file
+
+
+def everything(num_bytes: int) -> bytes:
+    return random.Random(num_bytes).randbytes(num_bytes)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4095, 4096, CHUNK_BYTES, 3 * CHUNK_BYTES + 4097])
+@pytest.mark.parametrize("direct", [True, False])
+async def test_written_and_read_back(tmp_path: Path, executor: ThreadPoolExecutor, num_bytes: int, direct: bool) -> None:
+    data = everything(num_bytes)
+    file = await write(FS, tmp_path / "f", data, executor, direct=direct)
+    assert file.direct is (direct and FS.fs_type(str(tmp_path)) != "tmpfs")
+    assert (tmp_path / "f").read_bytes() == data
+    for direct_read in (True, False):
+        reader = FS.open_read(str(tmp_path), ["f"], direct=direct_read)
+        assert reader.size_bytes == num_bytes
+        for start, length in ((0, num_bytes), (num_bytes // 3, num_bytes // 2), (0, num_bytes // 2)):
+            memory = aligned(bytes(length))
+            reader.pread_into(memory, start)
+            assert bytes(memory) == data[start : start + length]
+        with pytest.raises(CorruptCheckpointError, match="too early"):
+            reader.pread_into(memoryview(bytearray(num_bytes + 1)), 0)
+        reader.close()
+        reader.close()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+async def test_on_every_file_system(tmp_path: Path, executor: ThreadPoolExecutor, kind: str) -> None:
+    data = everything(5 * CHUNK_BYTES + 1234)
+    with mounted(kind, tmp_path, 400 << 20) as root:
+        assert FS.fs_type(str(root)) == kind
+        file = await write(FS, root / "f", data, executor, direct=True)
+        assert file.direct is (kind != "tmpfs")
+        assert (root / "f").read_bytes() == data
+        assert FS.free_bytes(str(root)) > 0
+        (root / "a").mkdir()
+        (root / "b").mkdir()
+        (root / "a" / "x").touch()
+        FS.rename_exchange(str(root / "a"), str(root / "b"))
+        assert (root / "b" / "x").exists()
+        with pytest.raises(FileExistsError):
+            FS.rename_noreplace(str(root / "a"), str(root / "b"))
+
+
+SHORTENERS: dict[str, Callable[[Operation], int]] = {
+    "to one byte once in a while": lambda op: 1 if op.index % 5 == 0 else 1 << 30,
+    "inside a page": lambda op: 5000,
+    "by a page": lambda op: max(4096, (op.num_bytes or 0) - 4096),
+}
+
+
+@pytest.mark.parametrize("shorten", SHORTENERS)
+@pytest.mark.parametrize("direct", [True, False])
+async def test_short_writes_are_completed(tmp_path: Path, executor: ThreadPoolExecutor, shorten: str, direct: bool) -> None:
+    fs = FaultyFileSystem()
+    fs.calls.short_writes = SHORTENERS[shorten]
+    data = everything(3 * CHUNK_BYTES + 777)
+    file = await write(fs, tmp_path / "f", data, executor, direct=direct)
+    assert (tmp_path / "f").read_bytes() == data
+    for op in fs.operations:
+        if op.name == "pwrite" and op.direct:
+            assert op.offset is not None
+            assert op.offset % 4096 == 0
+    assert file.direct is direct
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_interrupted_writes_are_completed(tmp_path: Path, executor: ThreadPoolExecutor, direct: bool) -> None:
+    fs = FaultyFileSystem()
+    fs.fail_when(lambda op: op.name == "pwrite" and op.index % 2 == 0, errno.EINTR)
+    data = everything(3 * CHUNK_BYTES + 777)
+    await write(fs, tmp_path / "f", data, executor, direct=direct)
+    assert (tmp_path / "f").read_bytes() == data
+    (tmp_path / "g").unlink(missing_ok=True)
+    fs.create_file(str(tmp_path / "g"), data)
+    assert (tmp_path / "g").read_bytes() == data
+
+
+@pytest.mark.parametrize("refusal", ["refuse_direct_open", "refuse_direct_write"])
+async def test_refused_direct_io_falls_back_per_file(tmp_path: Path, executor: ThreadPoolExecutor, refusal: str) -> None:
+    fs = FaultyFileSystem()
+    setattr(fs.calls, refusal, True)
+    data = everything(3 * CHUNK_BYTES + 777)
+    file = await write(fs, tmp_path / "f", data, executor, direct=True)
+    assert not file.direct
+    assert (tmp_path / "f").read_bytes() == data
+
+
+@pytest.mark.parametrize("what", ["memory", "offset", "length"])
+async def test_unaligned_requests_are_right_all_the_same(tmp_path: Path, executor: ThreadPoolExecutor, what: str) -> None:
+    data = everything(4 * 4096)
+    file = await FS.open_write(str(tmp_path / "f"), len(data), direct=True, executor=executor)
+    cuts = {"memory": [0, 4096], "offset": [0, 100, 4096], "length": [0, 8192, 8292]}[what] + [len(data)]
+    for start, stop in itertools.pairwise(cuts):
+        part = memoryview(bytearray(1) + bytearray(data[start:stop]))[1:] if what == "memory" else aligned(data[start:stop])
+        await file.pwrite(part, start)
+    await file.truncate(len(data))
+    await file.fsync()
+    await file.close()
+    assert (tmp_path / "f").read_bytes() == data
+
+
+async def test_direct_files_on_ext4_are_reserved_ahead(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    if FS.fs_type(str(tmp_path)) not in ("ext4", "xfs"):
+        pytest.skip("the scratch directory is neither on ext4 nor on xfs")
+    fs = FaultyFileSystem()
+    await write(fs, tmp_path / "f", everything(CHUNK_BYTES + 5), executor, direct=True)
+    assert [op.num_bytes for op in fs.operations if op.name == "allocate"] == [CHUNK_BYTES + 5]
+    await write(fs, tmp_path / "g", everything(CHUNK_BYTES + 5), executor, direct=False)
+    assert sum(op.name == "allocate" for op in fs.operations) == 1
+
+
+FAULTS = [
+    (name, code)
+    for name in ("create", "allocate", "pwrite", "truncate", "fsync", "close")
+    for code in (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+]
+
+
+@pytest.mark.parametrize(("name", "code"), FAULTS)
+async def test_every_failure_is_raised_with_path_and_errno(tmp_path: Path, executor: ThreadPoolExecutor, name: str, code: int) -> None:
+    if name == "allocate" and FS.fs_type(str(tmp_path)) not in ("ext4", "xfs"):
+        pytest.skip("nothing is reserved here")
+    fs = FaultyFileSystem()
+    fs.fail_when(lambda op: op.name == name, code)
+    with pytest.raises(WriteError) as caught:
+        await write(fs, tmp_path / "f", everything(3 * CHUNK_BYTES), executor, direct=True)
+    assert caught.value.errno == code
+    assert caught.value.path == str(tmp_path / "f")
+    assert isinstance(caught.value.__cause__, OSError)
+    if code != errno.EIO:
+        assert isinstance(caught.value, OutOfSpaceError)
+        assert caught.value.free_bytes is not None
+    if name == "pwrite":
+        assert caught.value.offset is not None
+    if name == "allocate":
+        assert not (tmp_path / "f").exists()
+
+
+async def test_a_failed_fsync_is_never_repeated(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    fs = FaultyFileSystem()
+    file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
+    await file.pwrite(aligned(everything(4096)), 0)
+    fs.fail_when(lambda op: op.name == "fsync", errno.EIO)
+    with pytest.raises(WriteError) as first:
+        await file.fsync()
+    fs.heal()
+    for call in (file.fsync, lambda: file.truncate(4096), lambda: file.pwrite(aligned(b"x"), 0)):
+        with pytest.raises(WriteError) as again:
+            await call()
+        assert again.value is first.value
+    await file.close()
+    assert sum(op.name == "fsync" for op in fs.operations) == 1
+
+
+async def test_close_waits_for_a_write_whose_task_was_cancelled(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    fs = FaultyFileSystem()
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(op: Operation) -> None:
+        if op.name == "pwrite":
+            started.set()
+            go_on.wait(20)
+
+    fs.calls.before = hold
+    file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
+    writing = asyncio.ensure_future(file.pwrite(aligned(everything(4096)), 0))
+    await asyncio.get_running_loop().run_in_executor(None, started.wait, 20)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    closing = asyncio.ensure_future(file.close())
+    done, _ = await asyncio.wait({closing}, timeout=0.1)
+    assert not done, "closed under a running write"
+    go_on.set()
+    await closing
+    assert (tmp_path / "f").read_bytes() == everything(4096), "the write went into another file"
+    with pytest.raises(WriteError, match="after close"):
+        await file.pwrite(aligned(b"x"), 0)
+    await file.close()
+
+
+async def test_an_existing_file_or_link_is_never_written_to(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    (tmp_path / "victim").write_text("keep")
+    (tmp_path / "link").symlink_to("victim")
+    (tmp_path / "dangling").symlink_to("new")
+    for name in ("victim", "link", "dangling"):
+        for direct in (True, False):
+            with pytest.raises(WriteError) as caught:
+                await FS.open_write(str(tmp_path / name), 1, direct=direct, executor=executor)
+            assert caught.value.errno == errno.EEXIST
+        with pytest.raises(WriteError):
+            FS.create_file(str(tmp_path / name), b"x")
+    assert (tmp_path / "victim").read_text() == "keep"
+    assert not (tmp_path / "new").exists()
+
+
+async def test_a_full_disk_names_need_and_free(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    for kind in ("tmpfs", "ext4"):
+        with mounted(kind, tmp_path, 8 << 20) as root:
+            with pytest.raises(OutOfSpaceError) as caught:
+                await write(FS, root / "f", bytes(64 << 20), executor, direct=True)
+            assert caught.value.errno == errno.ENOSPC
+            assert caught.value.needed_bytes
+            assert caught.value.free_bytes is not None
+
+
+# --- reading ---
+
+
+@pytest.mark.timeout(20)
+def test_nothing_but_regular_files_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("x")
+    (tmp_path / "link").symlink_to("real/file")
+    (tmp_path / "folder").symlink_to("real")
+    os.mkfifo(tmp_path / "fifo")
+    for parts in (["link"], ["folder", "file"], ["fifo"], ["real"], ["real", "file", "more"]):
+        with pytest.raises(CorruptCheckpointError):
+            FS.open_read(str(tmp_path), parts)
+    for parts in (["..", tmp_path.name, "real", "file"], ["real", "..", "real", "file"], ["real/file"], ["real", ""], ["."]):
+        with pytest.raises(CorruptCheckpointError):
+            FS.open_read(str(tmp_path), parts)
+    with pytest.raises(FileNotFoundError):
+        FS.open_read(str(tmp_path), ["real", "none"])
+    with pytest.raises(CorruptCheckpointError):
+        FS.read_file(str(tmp_path / "real" / "file"), 0)
+    assert FS.read_file(str(tmp_path / "real" / "file"), 1) == b"x"
+    with pytest.raises(CorruptCheckpointError):
+        FS.open_dir(str(tmp_path), ("folder",))
+
+
+def test_a_directory_handle_keeps_its_tree(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    handle = FS.open_dir(str(tmp_path), ("a",))
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("new")
+    assert handle.read_file(("x",), 10) == b"old"
+    assert handle.entries() == [("x", "file")]
+    assert handle.identity != FS.stat(str(tmp_path / "a")).identity
+    handle.close()
+    with pytest.raises(ValueError, match="closed"):
+        handle.entries()
+
+
+def test_read_errors_are_raised_with_path_and_offset(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(8192))
+    fs = FaultyFileSystem()
+    reader = fs.open_read(str(tmp_path), ["x"], direct=True)
+    fs.fail_when(lambda op: op.name == "read", errno.EIO)
+    with pytest.raises(OSError, match="offset 0") as caught:
+        reader.pread_into(aligned(bytes(8192)), 0)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(tmp_path / "x")
+    fs.heal()
+    fs.calls.faults.append((lambda op: op.name == "read" and op.index % 2 == 0, errno.EINTR))
+    reader.pread_into(aligned(bytes(8192)), 0)
+    reader.close()
+
+
+def test_locks_exclude_and_end_with_close(tmp_path: Path) -> None:
+    first = FS.lock_dir(str(tmp_path))
+    assert first is not None
+    assert FS.lock_dir(str(tmp_path)) is None
+    first.close()
+    first.close()
+    second = FS.lock_dir(str(tmp_path))
+    assert second is not None
+    second.close()
+
+
+def test_errors_of_calls_without_a_python_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        FS.rename_exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        FS.fs_type(str(tmp_path / "a"))
