@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+from .failing import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_code, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
-        from .failing import exit_code, one_line
-
         if debug:
             raise
         code = exit_code(error)
@@ -65,4 +63,4 @@ def _run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_NOT_FOUND", "EXIT_OK", "EXIT_USAGE", "main"]
+__all__ = ["main"]

@@ -23,8 +23,7 @@ from ..reading.catalog import OpenCheckpoint
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.inventory import MAX_OTHERS, OtherInfo
 from ..storage.filesystem import ReadableFile
-from . import EXIT_FAILED
-from .failing import UsageError, clean
+from .failing import EXIT_FAILED, UsageError, clean
 from .locating import Place, place_of
 from .output import print_json, print_table
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsafePathError
-from . import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class UsageError(ConfigError):

@@ -13,7 +13,7 @@ from ..errors import CheckpointNotFoundError
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
 from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
-from . import EXIT_FAILED, EXIT_OK
+from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table
 

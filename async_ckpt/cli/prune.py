@@ -22,8 +22,7 @@ from ..retention import (
     decide,
 )
 from ..storage.filesystem import LocalFileSystem
-from . import EXIT_FAILED
-from .failing import NotFoundError, UsageError
+from .failing import EXIT_FAILED, NotFoundError, UsageError
 from .locating import catalog_of
 from .output import print_json, print_table
 

@@ -14,8 +14,7 @@ from ..format.manifest import check_tag
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import Progress, VerifyReport
-from . import EXIT_FAILED
-from .failing import UsageError, clean
+from .failing import EXIT_FAILED, UsageError, clean
 from .locating import catalog_of, place_of
 from .output import print_json, print_table
 
