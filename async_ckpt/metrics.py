@@ -64,6 +64,8 @@ class SaveMetrics:
     """"fast", "torch" or "safetensors"; "torch" is the slower path that is right for every object."""
     plan_cached: bool = False
     direct: bool = False
+    pinned: bool = False
+    """Whether the staging chunks are page-locked: a device copies into them at its full rate."""
     stall_s: float = 0.0
     """Time the calling thread was blocked in `save`."""
     plan_s: float = 0.0

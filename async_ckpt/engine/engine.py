@@ -420,7 +420,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path, format=format)
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
-        metrics.plan_s = time.perf_counter() - began
+        metrics.plan_s, metrics.pinned = time.perf_counter() - began, self._arena.pinning is not None
         checkpoint.budget.add_file(path, state.plan.file_bytes, self._arena.chunk_bytes)
         write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
         saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())

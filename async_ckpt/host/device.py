@@ -45,6 +45,7 @@ def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
 
     Raises:
         UnsupportedStateError: bytes on one of them cannot be copied; it is named.
+        TransactionStateError: the caller captures a graph there.
     """
     found = {device for device in devices if device.type != "cpu"}
     for device in found:
@@ -53,6 +54,7 @@ def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
                 f"a tensor lies on device '{device}', whose bytes cannot be copied; "
                 "move it with .cpu() before save. Nothing was written for this file"
             )
+    refuse_capture("tensors cannot be snapshotted", found)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UnsupportedStateError
 from ..format.zip import MAX_ALIGNMENT
-from ..host.device import is_copyable
+from ..host.device import accelerators, is_copyable
 from .cached_plan import Encode, FastPlan
 from .compaction import record_compact
 from .encoder import encode
@@ -57,12 +57,15 @@ class Planner:
     def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
         """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
 
-        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved.
+        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved, and
+        TransactionStateError while the caller captures a graph.
         """
         if (format or self._format) == "safetensors":
-            return self._plan_safetensors(obj, name)
-        fast = self._plan_fast(obj, name)
-        return self._plan_recorded(obj) if fast is None else fast
+            planned = self._plan_safetensors(obj, name)
+        else:
+            planned = self._plan_fast(obj, name) or self._plan_recorded(obj)
+        accelerators(planned.sources.all_devices())
+        return planned
 
     def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
         plan, planned = plan_safetensors(obj, self._safetensors.get(name))
