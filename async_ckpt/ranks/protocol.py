@@ -41,6 +41,9 @@ from .rank_requests import (
     Verdict,
 )
 
+DISAGREE_S = 5.0
+"""How long after rank 0 another rank may begin a checkpoint if it has begun another one first."""
+
 # Rank 0 begins.
 
 
@@ -69,7 +72,7 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
     """
     patience_s = seat.timeout_s
     grace_s = min(1.0, patience_s / 4)
-    noted = False
+    noted = disputed = False
     ended: AttemptFailed | None = None
     while True:
         found, failure = yield from _next_open(tag, known)
@@ -77,16 +80,23 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
         if found is not None:
             break
         patience = patience_s if noted and ended is None else grace_s
+        if noted and (known.waiting or disputed):
+            patience = min(patience, DISAGREE_S)
         head = yield Await("head", patience, str(known.last) if known.last else None)
         if head is not None:
             yield from _read_announcements(known, int(head))
         elif ended is not None:
             # Not an older try whose successor is about to be announced: this very attempt failed before we came.
             raise ended
+        elif noted and known.waiting and not disputed:
+            # Rank 0 waits for us there, as we wait for it here: none of us would end before its timeout.
+            disputed, newest = True, ", ".join(map(repr, list(known.waiting)[-3:]))
+            yield from _refuse_waiting(seat, known, f"it has opened tag {tag!r} instead")
         elif noted:
-            newest = ", ".join(repr(other) for other in list(known.waiting)[-3:]) or "no other"
             known.in_vain = tag
-            cause = f"rank 0 has not opened tag {tag!r} within {seat.timeout_s:g} s (it has opened {newest})"
+            cause = f"rank 0 has not opened tag {tag!r} within {seat.timeout_s:g} s"
+            if disputed:
+                cause = f"rank 0 has opened tag {newest}, not {tag!r}"
             raise AttemptFailed(None, Verdict(False, 0, cause, seat.rank))
         else:
             noted = True
@@ -104,6 +114,15 @@ def join(seat: Seat, tag: str, known: Announcements) -> Step:
         cause = f"it counts {seat.world_size} ranks on {seat.num_nodes} nodes, rank 0 counts {theirs}"
         raise AttemptFailed(attempt, (yield from fail(seat, attempt, cause)))
     return attempt, announcement
+
+
+def _refuse_waiting(seat: Seat, known: Announcements, cause: str) -> Step:
+    """Give up, for all ranks, what rank 0 has announced and this rank has not begun."""
+    waiting, known.waiting = known.waiting, {}
+    for attempt, announcement in (found for queue in waiting.values() for found in queue):
+        if not announcement["error"]:
+            yield from fail(seat, attempt, cause)
+        yield from settle(seat, attempt)
 
 
 def _next_open(tag: str, known: Announcements) -> Step:

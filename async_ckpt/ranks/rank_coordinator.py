@@ -7,7 +7,8 @@ Guarantees:
   Where a rename failed, all ranks raise `CommitError` with `committed=None` that names the nodes.
 - A rank that raises, is killed, hangs, names another tag or runs out of disk fails the commit on every surviving rank within
   `timeout_s` of its own part being durable, with `RankFailedError` (`rank`, cause); nothing is renamed, and the next checkpoint
-  works. If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is unknown.
+  works. Ranks that wait for each other in different tags fail both within seconds.
+- If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is unknown.
 - Nothing here runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
 """
 

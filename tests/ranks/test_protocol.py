@@ -174,6 +174,7 @@ def test_ranks_that_disagree_on_the_tag_are_named_with_their_tag() -> None:
         assert simulation.outcomes[rank].rank == 2
         assert "step-101" in simulation.outcomes[rank].cause
     assert "'step-100'" in simulation.outcomes[2].cause
+    assert max(simulation.ended_s.values()) < 3 * protocol.DISAGREE_S, "not the whole timeout"
 
 
 def test_jobs_of_different_size_do_not_mix() -> None:
