@@ -156,7 +156,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
         with self._guard.saving() as turn, self._lock:
             self._usable()
-            checkpoint, parts = self._locate(path)
+            checkpoint, parts = self._locate(path, carried=isinstance(state_dict, PlannedState))
             if not parts:
                 raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
             checkpoint.check_healthy()
@@ -166,7 +166,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
 
-        As `save` in every other way. The data is held in memory until it is copied.
+        As `save`, under a name of any printable characters. The data is held in memory until it is copied.
         """
         self.save(opaque_state(bytes(data)), path)
 
@@ -447,9 +447,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._inflight.report("save", started, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
-    def _locate(self, path: StrPath) -> tuple[OpenCheckpoint, tuple[str, ...]]:
+    def _locate(self, path: StrPath, *, carried: bool = False) -> tuple[OpenCheckpoint, tuple[str, ...]]:
         """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
-        tag, parts = self._paths.split(path)
+        tag, parts = self._paths.split(path, carried=carried)
         return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
 
     def _committed_path(self, path: StrPath) -> tuple[str, str]:

@@ -21,6 +21,9 @@ _MAX_NAME_BYTES = 255
 MAX_COMPONENT_BYTES = 200
 MAX_PATH_BYTES = 1024
 
+_PART_PREFIX = ".part."
+"""A rank's own list of files, in the staging directory."""
+
 NameKind = Literal["staging", "trash", "aside"]
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@, -]*[A-Za-z0-9._+=@-])?")
@@ -67,7 +70,8 @@ def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
     """The components of `path`, when it can name a file or directory inside a checkpoint.
 
     Args:
-        stored: it is in a checkpoint already: earlier versions accepted the manifest's name below the top.
+        stored: another tool chose it (``.gitattributes``, ``notes (1).txt``), or it is in a checkpoint already: any printable
+            characters, a leading dot, and the manifest's name below the top.
 
     Raises:
         UnsafePathError: as `check_tag` for each component; also absolute paths and "..".
@@ -78,7 +82,9 @@ def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
     for part in parts:
-        if path != DCP_METADATA_NAME:
+        if stored:
+            _check_foreign(part, path)
+        elif path != DCP_METADATA_NAME:
             _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
     if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
@@ -116,6 +122,18 @@ def _check_component(part: str, what: str, max_bytes: int, whole: str | None = N
             f"{what} {quoted} holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , "
             "and spaces inside; nothing was touched"
         )
+
+
+def _check_foreign(part: str, whole: str) -> None:
+    """What a name must be even where another tool chose it: one component, printable, none of this package's own."""
+    quoted = shown(whole)
+    if not part or part in (".", ".."):
+        raise UnsafePathError(f"path {quoted} has a component that is empty or only dots; nothing was touched")
+    if not part.isprintable() or len(part.encode("utf-8", "surrogatepass")) > MAX_COMPONENT_BYTES:
+        message = f"path {quoted} has a component with characters that cannot be printed, or longer than {MAX_COMPONENT_BYTES} bytes"
+        raise UnsafePathError(f"{message}; nothing was touched")
+    if part.startswith(_PART_PREFIX) or parse_private_name(part) is not None:
+        raise UnsafePathError(f"path {quoted} has a component that this package uses itself; nothing was touched")
 
 
 def shown(text: str) -> str:

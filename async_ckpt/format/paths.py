@@ -25,20 +25,20 @@ class Root:
         """Whether `path` is the root itself."""
         return os.fspath(path).rstrip("/") in self._prefixes or os.path.abspath(os.fspath(path)) == self.path
 
-    def split(self, path: StrPath) -> tuple[str | None, tuple[str, ...]]:
+    def split(self, path: StrPath, *, carried: bool = False) -> tuple[str | None, tuple[str, ...]]:
         """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a tag.
 
         "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as it was given or absolute.
-        No component is ever resolved: ".." and links are refused, not followed.
+        No component is ever resolved: ".." and links are refused, not followed. The file's name is another tool's where it is `carried`.
 
         Raises:
             UnsafePathError: malformed, or absolute and outside the root.
         """
         is_below, inner = self._below(path)
         if not is_below:
-            return None, check_relative_path(inner)
+            return None, check_relative_path(inner, stored=carried)
         tag, _, rest = inner.partition("/")
-        return check_tag(tag), check_relative_path(rest) if rest else ()
+        return check_tag(tag), check_relative_path(rest, stored=carried) if rest else ()
 
     def split_committed(self, path: StrPath, *, tag: str | None = None) -> tuple[str, str]:
         """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that checkpoint.

@@ -41,7 +41,7 @@ def merge_parts(fs: FileSystem, location: str, ranks: Sequence[int], digests: Se
 
 
 def _part_name(rank: int) -> str:
-    # Starts with a dot, as no file that users save may.
+    # As no file in a checkpoint may be called.
     return f".part.{rank}.json"
 
 

@@ -274,6 +274,25 @@ def test_the_manifests_name_is_refused_everywhere(name: str) -> None:
     assert decode(encode(manifest), source="m") == manifest
 
 
+@pytest.mark.parametrize("name", [".gitattributes", "notes (1).txt", "größe.txt", ".a/b", "~x", "a&b;c"])
+def test_names_of_other_tools_are_carried_but_not_made(name: str) -> None:
+    with pytest.raises(UnsafePathError):
+        check_relative_path(name)
+    assert "/".join(check_relative_path(name, stored=True)) == name
+    manifest = Manifest("t", 1, (FileEntry(name, 0, 1, (), "opaque", "test", None),), {}, {})
+    assert decode(encode(manifest), source="m") == manifest
+
+
+BAD_FOREIGN = ["", ".", "..", "a//b", "/a", "a/..", "a\nb", "a\x00b", "a\u202eb", "\ud800", "x" * 201, "ü" * 101, ".part.0.json"]
+
+
+@pytest.mark.parametrize("name", [*BAD_FOREIGN, "a\u200bb", "manifest.json"])
+def test_bad_names_of_other_tools(name: str) -> None:
+    with pytest.raises(UnsafePathError) as caught:
+        check_relative_path(name, stored=True)
+    assert str(caught.value).isascii() and str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("bad", [None, 1, b"bytes", "manifest.json", "MANIFEST.json/x", "a//b", "a/", "/a", "a/../b", "a/./b", "x" * 1025])
 def test_bad_paths(bad: object) -> None:
     with pytest.raises(UnsafePathError):

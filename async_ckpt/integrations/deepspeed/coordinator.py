@@ -18,9 +18,10 @@ from ...ranks.coordinator import Coordinator, OpenTag
 from ...storage.filesystem import FileSystem
 from ...storage.root import make_root
 from ...threads.locks import Lock
+from ..adopting import adopt
 from .agreement import Store, await_value
 from .destination import Destination
-from .foreign import adopt, take_in
+from .foreign import take_in
 from .latest import write_latest
 from .ranks import Ranks
 

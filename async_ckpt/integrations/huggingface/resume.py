@@ -7,12 +7,14 @@ import os
 import re
 
 from ...engine.interface import StrPath
-from ...errors import CheckpointError, report
-from ...format.manifest import MANIFEST_NAME
+from ...errors import CheckpointError, ConfigError, report
+from ...format.manifest import MANIFEST_NAME, Manifest
 from ...reading.catalog import Catalog
 from ...storage.filesystem import FileSystem, LocalFileSystem
+from ..adopting import ADOPTED, adopt
 
 _NAME = re.compile("checkpoint-([0-9]+)")
+JIT_MARKER = "checkpoint-is-incomplete.txt"
 _LAST_FILE_OF_STOCK = "trainer_state.json"
 
 
@@ -34,7 +36,9 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
             foreign.append(path)
             continue
         try:
-            verify_directory(path, fs)
+            if ADOPTED in verify_directory(path, fs).metadata:
+                foreign.append(path)
+                continue
         except CheckpointError as error:
             report(logging.WARNING, "%s is not resumed from: %s", path, error)
             damaged = damaged or error
@@ -51,14 +55,40 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     return None
 
 
-def verify_directory(path: str, fs: FileSystem) -> None:
+def adopt_ahead(run_dir: str, step: int, last_step: int) -> None:
+    """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be replaced. Blocks.
+
+    Raises:
+        ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes there.
+    """
+    fs: FileSystem = LocalFileSystem()
+    for path in _newest_first(run_dir):
+        folder, name = os.path.split(path)
+        if not step < int(name.rpartition("-")[2]) <= last_step or fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing":
+            continue
+        if os.listdir(path) == [JIT_MARKER]:
+            continue
+        try:
+            if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind != "file":
+                raise ConfigError(f"it has no {_LAST_FILE_OF_STOCK}")
+            adopt(fs, folder, name)
+        except (CheckpointError, OSError) as error:
+            message = (
+                f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or delete it. Nothing was changed"
+            )
+            raise ConfigError(message) from error
+
+
+def verify_directory(path: str, fs: FileSystem) -> Manifest:
     """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are fine.
 
     Raises:
         CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    Catalog(folder, fs).verify(name).raise_if_bad()
+    catalog = Catalog(folder, fs)
+    catalog.verify(name).raise_if_bad()
+    return catalog.manifest(name)
 
 
 def _newest_first(root: str) -> list[str]:

@@ -12,7 +12,7 @@ from ...format.manifest import MANIFEST_NAME
 from ...storage.filesystem import LocalFileSystem
 from .capture import capture, require
 from .limit import BEST, SaveTotalLimit
-from .resume import last_committed_checkpoint, verify_directory
+from .resume import JIT_MARKER, adopt_ahead, last_committed_checkpoint, verify_directory
 from .saver import Saver
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ else:
 
 
 _STATE_NAME = "trainer_state.json"
-_JIT_MARKER = "checkpoint-is-incomplete.txt"
 # These step inside the backward pass, where no hook can wait for a lazy copy.
 _STEPS_IN_BACKWARD = ("layerwise", "lomo")
 
@@ -213,6 +212,8 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not state.is_hyper_param_search:
                 _check_supported(trainer)
+                if args.should_save:
+                    adopt_ahead(os.path.abspath(args.output_dir), state.global_step, state.max_steps)
                 trainer._open_engine(args.output_dir)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,6 +237,6 @@ def _check_supported(trainer: Any) -> None:
 
 def _remove_jit_marker(path: str) -> None:
     """Trainer's just-in-time saving marks a directory as incomplete before it saves into it; ours is never incomplete."""
-    if os.path.isdir(path) and os.listdir(path) == [_JIT_MARKER]:
-        os.unlink(os.path.join(path, _JIT_MARKER))
+    if os.path.isdir(path) and os.listdir(path) == [JIT_MARKER]:
+        os.unlink(os.path.join(path, JIT_MARKER))
         os.rmdir(path)

@@ -15,6 +15,9 @@ from accelerate.utils import ProjectConfiguration  # noqa: E402
 
 from async_ckpt import AsyncCheckpointEngine, CheckpointNotFoundError, ConfigError, CorruptCheckpointError  # noqa: E402
 from async_ckpt.integrations.huggingface import load_accelerator_state, save_accelerator_state  # noqa: E402
+from tests.support.processes import run_ranks  # noqa: E402
+
+from .accelerate_ranks import load_from_own_root  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,3 +107,33 @@ def test_a_failing_save_gives_the_tag_up(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="automatic_checkpoint_naming"):
             save_accelerator_state(named.accelerator, engine, "b")
         assert engine.tags() == ["a"]
+
+
+def make_roots(root: Path) -> None:
+    """Each rank is a node with a root of its own: "a" and "b" on both, "c" on rank 0 alone."""
+    for rank in range(2):
+        with AsyncCheckpointEngine(root / str(rank), **SMALL) as engine:
+            for tag in ("a", "b", "c")[: 3 - rank]:
+                engine.create(tag)
+                engine.save({"x": torch.ones(10)}, "x.pt")
+                engine.commit(tag).result(60)
+
+
+def test_all_ranks_load_the_same_checkpoint_or_raise_alike(tmp_path: Path) -> None:
+    make_roots(tmp_path)
+    assert run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), None) == ["b", "b"]
+    raw = bytearray((tmp_path / "1/b/x.pt").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "1/b/x.pt").write_bytes(raw)
+    assert run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), None) == ["a", "a"]
+    found = run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), "b")
+    assert found == ["RankFailedError 1", "CorruptCheckpointError None"]
+    assert run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), "c")[0] == "RankFailedError 1"
+
+
+def test_files_that_others_have_added_do_no_harm(tmp_path: Path) -> None:
+    job = Job()
+    with AsyncCheckpointEngine(tmp_path, **SMALL) as engine:
+        save_accelerator_state(job.accelerator, engine, "a").result(60)
+        (tmp_path / "a/eval_results.json").write_text("{}")
+        assert load_accelerator_state(job.accelerator, engine) == load_accelerator_state(job.accelerator, engine, "a") == "a"

@@ -372,6 +372,45 @@ def test_what_is_refused(tmp_path: Path) -> None:
         attach(object())
 
 
+FOREIGN = [".gitattributes", "notes (1).txt", "größe.txt", ".cache/x"]
+
+
+class Untidy(Trainer):
+    """Leaves files of other tools in its checkpoints."""
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        for name in FOREIGN:
+            path = Path(output_dir, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(name)
+
+
+def test_files_of_other_tools_are_carried(tmp_path: Path) -> None:
+    trainer(tmp_path, kind=Untidy, max_steps=2).train()
+    assert all((tmp_path / "checkpoint-2" / name).read_text() == name for name in FOREIGN)
+    assert Catalog(tmp_path).verify("checkpoint-2").ok
+    assert last_committed_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_checkpoints_of_stock_trainer_that_training_will_come_to(tmp_path: Path, stock: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stock[1], run)
+    (run / "checkpoint-6" / "trainer_state.json").unlink()
+    again = trainer(run)
+    with pytest.raises(ConfigError, match=r"checkpoint-6.*move or delete"):
+        again.train()
+    assert again.state.global_step == 0
+    shutil.rmtree(run / "checkpoint-6")
+    trainer(run, callbacks=[StopAt(3)]).train()
+    # Step 2 was replaced, steps 4 and 8 would have been.
+    assert sorted(Catalog(run).tags()) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"] and Catalog(run).verify("checkpoint-8").ok
+    assert last_committed_checkpoint(run) == str(run / "checkpoint-2"), "the newest that this package saved"
+    resumed = trainer(run)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[8] == losses(stock[0])[8]
+
+
 def test_the_exchange_of_functions_ends(tmp_path: Path) -> None:
     import safetensors.torch
     import transformers.modeling_utils as user

@@ -1,0 +1,77 @@
+"""Directories that another tool has saved: given a manifest, so that they are replaced, listed and deleted as a whole.
+
+Guarantees: nothing is ever listed in a manifest that was not read, checksummed and synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from ..errors import report
+from ..format import manifest
+from ..format.checksum import crc32
+from ..format.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ..storage.filesystem import FileSystem
+
+ADOPTED = "adopted"
+"""Metadata of such a manifest."""
+
+_EXTENT_BYTES = 16 << 20
+
+
+def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
+    """Give the folder of another tool's checkpoint a manifest, so that it can be replaced atomically; True if there was one.
+
+    Its files stay as they are, and stay loadable. Reads and syncs all of them: blocks for as long as that takes.
+
+    Raises:
+        UnsafePathError: it holds names that a checkpoint cannot have. WriteError: the manifest could not be written.
+    """
+    folder = os.path.join(root, tag)
+    if filesystem.stat(folder).kind != "dir" or filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
+        return False
+    report(logging.WARNING, "%s was not written by this package: reading it once, so that it can be replaced as a whole", folder)
+    entries = tuple(read_entries(filesystem, folder, "", None))
+    # Older than anything that will be committed from now on.
+    created_unix_ns = filesystem.stat(folder).mtime_ns
+    adopted = Manifest(tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"})
+    with contextlib.suppress(FileExistsError):
+        filesystem.create_file(os.path.join(folder, MANIFEST_NAME), manifest.encode(adopted))
+    filesystem.fsync_dir(folder)
+    return True
+
+
+def read_entries(filesystem: FileSystem, top: str, inner: str, rank: int | None) -> Iterator[FileEntry]:
+    """What is below `<top>/<inner>`, each file read and synced. Blocks."""
+    folder = os.path.join(top, inner) if inner else top
+    for name in sorted(filesystem.listdir(folder)):
+        path = f"{inner}/{name}" if inner else name
+        if filesystem.stat(os.path.join(folder, name)).kind == "dir":
+            yield from read_entries(filesystem, top, path, rank)
+        else:
+            yield _entry(filesystem, top, path, rank)
+
+
+def _entry(filesystem: FileSystem, top: str, path: str, rank: int | None) -> FileEntry:
+    parts = manifest.check_relative_path(path, stored=True)
+    buffer = memoryview(bytearray(_EXTENT_BYTES))
+    crcs = []
+    with contextlib.closing(filesystem.open_read(top, parts)) as file:
+        for offset in range(0, file.size_bytes, _EXTENT_BYTES):
+            part = buffer[: min(_EXTENT_BYTES, file.size_bytes - offset)]
+            file.pread_into(part, offset)
+            crcs.append(crc32(part))
+        size_bytes = file.size_bytes
+    _sync(os.path.join(top, path))
+    return FileEntry(path, size_bytes, _EXTENT_BYTES, tuple(crcs), "opaque", "none", None, rank)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
