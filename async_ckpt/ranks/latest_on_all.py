@@ -1,7 +1,7 @@
 """Which checkpoint to resume from, when each node has a root of its own: the newest one that every node has, whole.
 
-Keys, below the run's prefix; n counts the surveys: "survey/n/tags/g": what node g has; "survey/n/say/k": rank 0's k-th word, a tag to
-check or the answer; "survey/n/said/k/g": what node g has found; "survey/n/seen": how many ranks know the answer.
+Keys, below the run's prefix; n counts the questions: "latest/n/tags/g": what node g has; "latest/n/say/k": rank 0's k-th word, a tag to
+check or the answer; "latest/n/said/k/g": what node g has found; "latest/n/seen": how many ranks know the answer.
 
 Guarantees:
 - All ranks get the same answer, or all raise. A node's leader reads and checks; the other ranks only wait.
@@ -18,17 +18,17 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError, RankFailedError
 from ..reading.catalog import Catalog
-from .rank_requests import Add, Await, AwaitCount, Drop, Put, Seat, Step
+from .rank_requests import Add, Await, AwaitCount, Drop, Put, RankInfo, Step
 
 Ask = Callable[[Step], Any]
 
 
-class Survey:
+class LatestOnAll:
     """One question to all ranks. `ask` runs a protocol step and returns its result; blocks."""
 
-    def __init__(self, seat: Seat, number: int, catalog: Catalog, ask: Ask) -> None:
-        self._seat = seat
-        self._prefix = f"survey/{number}"
+    def __init__(self, info: RankInfo, number: int, catalog: Catalog, ask: Ask) -> None:
+        self._info = info
+        self._prefix = f"latest/{number}"
         self._catalog = catalog
         self._ask = ask
         self.num_said = 0
@@ -39,9 +39,9 @@ class Survey:
         Raises:
             RankFailedError: a node does not answer, or could not read its root.
         """
-        if self._seat.leads:
-            self._put(f"tags/{self._seat.node}", self._look(self._list))
-        return self._lead(verify) if self._seat.rank == 0 else self._follow(verify)
+        if self._info.leads:
+            self._put(f"tags/{self._info.node}", self._look(self._list))
+        return self._lead(verify) if self._info.rank == 0 else self._follow(verify)
 
     def _list(self) -> list[tuple[str, int]]:
         return [(entry.tag, entry.manifest.created_unix_ns) for entry in self._catalog.entries() if entry.manifest is not None]
@@ -55,11 +55,11 @@ class Survey:
 
     def _lead(self, verify: str) -> str | None:
         try:
-            found = [{(tag, created) for tag, created in self._hear(f"tags/{node}", node)} for node in range(self._seat.num_nodes)]
+            found = [{(tag, created) for tag, created in self._hear(f"tags/{node}", node)} for node in range(self._info.num_nodes)]
             for tag, _ in sorted(set.intersection(*found), key=lambda pair: (pair[1], pair[0]), reverse=True):
                 self._say({"check": tag})
-                self._put(f"said/{self.num_said}/{self._seat.node}", self._look(partial(self._check, tag, verify)))
-                if not any(self._hear(f"said/{self.num_said}/{node}", node) for node in range(self._seat.num_nodes)):
+                self._put(f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, tag, verify)))
+                if not any(self._hear(f"said/{self.num_said}/{node}", node) for node in range(self._info.num_nodes)):
                     return self._answer({"tag": tag})
             return self._answer({"tag": None})
         except RankFailedError as error:
@@ -70,23 +70,23 @@ class Survey:
         while True:
             self.num_said += 1
             # A round lasts as long as the slowest node, which rank 0 gives `timeout_s`.
-            said = self._await(f"say/{self.num_said}", 0, 2 * self._seat.timeout_s)
+            said = self._await(f"say/{self.num_said}", 0, 2 * self._info.timeout_s)
             if "check" not in said:
                 break
-            if self._seat.leads:
-                self._put(f"said/{self.num_said}/{self._seat.node}", self._look(partial(self._check, said["check"], verify)))
+            if self._info.leads:
+                self._put(f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, said["check"], verify)))
         self._ask(_one(Add(f"{self._prefix}/seen")))
         if "error" in said:
-            raise RankFailedError(said["error"], rank=said["rank"], step="survey")
+            raise RankFailedError(said["error"], rank=said["rank"], step="latest_on_all")
         tag: str | None = said["tag"]
         return tag
 
     def tidy(self) -> Step:
-        """Rank 0: drop this survey's keys once all ranks know the answer, or after `timeout_s`."""
-        seat, prefix = self._seat, self._prefix
-        yield AwaitCount(f"{prefix}/seen", seat.world_size - 1, seat.timeout_s)
-        names = [f"tags/{node}" for node in range(seat.num_nodes)] + [f"say/{k + 1}" for k in range(self.num_said)]
-        names += [f"said/{k + 1}/{node}" for k in range(self.num_said) for node in range(seat.num_nodes)]
+        """Rank 0: drop this question's keys once all ranks know the answer, or after `timeout_s`."""
+        info, prefix = self._info, self._prefix
+        yield AwaitCount(f"{prefix}/seen", info.world_size - 1, info.timeout_s)
+        names = [f"tags/{node}" for node in range(info.num_nodes)] + [f"say/{k + 1}" for k in range(self.num_said)]
+        names += [f"said/{k + 1}/{node}" for k in range(self.num_said) for node in range(info.num_nodes)]
         for name in (*names, "seen"):
             yield Drop(f"{prefix}/{name}")
 
@@ -107,9 +107,9 @@ class Survey:
             return {"error": f"{type(error).__name__}: {error}"[:600]}
 
     def _hear(self, key: str, node: int) -> Any:
-        said = self._await(key, node, self._seat.timeout_s)
+        said = self._await(key, node, self._info.timeout_s)
         if "error" in said:
-            raise RankFailedError(f"node {node} could not read its checkpoints: {said['error']}", rank=None, step="survey")
+            raise RankFailedError(f"node {node} could not read its checkpoints: {said['error']}", rank=None, step="latest_on_all")
         return said["found"]
 
     def _put(self, key: str, word: Any) -> None:
@@ -119,7 +119,7 @@ class Survey:
         raw = self._ask(_one(Await(f"{self._prefix}/{key}", timeout_s)))
         if raw is None:
             message = f"node {node} has not answered within {timeout_s:g} s; every rank must ask for the newest checkpoint"
-            raise RankFailedError(message, rank=0 if node == 0 else None, step="survey")
+            raise RankFailedError(message, rank=0 if node == 0 else None, step="latest_on_all")
         return json.loads(raw)
 
 

@@ -31,11 +31,11 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import OpenTag
-from .latest_on_all import Survey
+from .latest_on_all import LatestOnAll
 from .rank_env import default_run_id
 from .rank_outcome import cause_of, error_of
 from .rank_parts import merge_parts, write_part
-from .rank_requests import Announcements, AttemptFailed, Seat, Step, Verdict
+from .rank_requests import Announcements, AttemptFailed, CommitOutcome, RankInfo, Step
 from .rank_talk import RankTag, RankTalk
 from .store_link import StoreLink, private_connection
 
@@ -81,15 +81,15 @@ class RankCoordinator:
             raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         self.rank = rank
         self.world_size = world_size
-        self.seat = Seat(rank, world_size, timeout_s)
+        self.info = RankInfo(rank, world_size, timeout_s)
         if node is not None:
-            self.seat = Seat(rank, world_size, timeout_s, node.number, node.num_nodes, tuple(sorted(node.ranks)))
+            self.info = RankInfo(rank, world_size, timeout_s, node.number, node.num_nodes, tuple(sorted(node.ranks)))
         self._store = store
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
         self._known = Announcements()
-        self._num_surveys = 0
+        self._num_asked = 0
         self._filesystem: FileSystem | None = None
         self._talking: RankTalk | None = None
         self._root = ""
@@ -116,7 +116,7 @@ class RankCoordinator:
     @property
     def leads(self) -> bool:
         """Whether this rank makes, renames and sweeps staging directories."""
-        return self.seat.leads
+        return self.info.leads
 
     # The engine's calls; see `coordination.Coordinator`.
 
@@ -125,12 +125,12 @@ class RankCoordinator:
             raise ConfigError("this RankCoordinator has an engine already; make one for each engine")
         self._filesystem, self._root = filesystem, root
         self._cleaner = DaemonExecutor("async-ckpt-ranks-cleanup", 1)
-        channel = self._channel or ("node-local" if self.seat.num_nodes > 1 else f"{crc32(root.encode()):08x}")
+        channel = self._channel or ("node-local" if self.info.num_nodes > 1 else f"{crc32(root.encode()):08x}")
         store = self._store
         prefix = f"async_ckpt/{self._run_id}/{channel}/"
-        patience_s = min(self.seat.timeout_s, _STALL_S)
+        patience_s = min(self.info.timeout_s, _STALL_S)
         link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
-        self._talking = RankTalk(link, self.seat, root)
+        self._talking = RankTalk(link, self.info, root)
 
     def begin(self, tag: str, overwrite: str) -> RankTag:
         staging = None
@@ -143,7 +143,7 @@ class RankCoordinator:
         opened = RankTag(tag, overwrite, Future(), staging)
         if self.rank == 0:
             assert staging is not None
-            opened.attempt = self._talk.submit(rank_protocol.announce(self.seat, tag, os.path.basename(staging.path)))
+            opened.attempt = self._talk.submit(rank_protocol.announce(self.info, tag, os.path.basename(staging.path)))
         else:
             opened.attempt = self._joins[tag] = self._join_after(self._joins.get(tag), opened)
         if staging is not None:
@@ -157,14 +157,14 @@ class RankCoordinator:
         attempt = self._talk.learn(opened, opened.attempt)
         part = Manifest(opened.tag, created_unix_ns, tuple(files))
         digest = write_part(self._fs, opened.location.result(), self.rank, part)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.report(self.seat, attempt, digest)), reported=True)
+        self._talk.learn(opened, self._talk.submit(rank_protocol.report(self.info, attempt, digest)), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
         elif self.leads:
             self._publish_own_node(opened, attempt, metadata)
         else:
-            opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(self.seat, attempt)), reported=True)
-            self._talk.later(rank_protocol.settle(self.seat, attempt))
+            opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True)
+            self._talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         assert isinstance(opened, RankTag)
@@ -172,8 +172,8 @@ class RankCoordinator:
         if self.rank == 0 or opened.attempt.done():
             try:
                 attempt = self._talk.learn(opened, opened.attempt)
-                if opened.verdict is None:
-                    opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.fail(self.seat, attempt, cause_of(error))))
+                if opened.outcome is None:
+                    opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error))))
             except CommitError as failure:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
@@ -205,25 +205,25 @@ class RankCoordinator:
         Raises:
             RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
         """
-        self._num_surveys += 1
-        survey = Survey(self.seat, self._num_surveys, Catalog(self._root, self._fs), self._talk.ask)
+        self._num_asked += 1
+        question = LatestOnAll(self.info, self._num_asked, Catalog(self._root, self._fs), self._talk.ask)
         try:
-            return survey.newest(verify)
+            return question.newest(verify)
         finally:
             if self.rank == 0:
-                self._talk.later(survey.tidy())
+                self._talk.later(question.tidy())
 
     # Beginning.
 
     def _tell_begin_failed(self, tag: str, error: BaseException) -> None:
         def tell() -> Step:
             if self.rank == 0:
-                attempt = yield from rank_protocol.announce(self.seat, tag, None, cause_of(error))
+                attempt = yield from rank_protocol.announce(self.info, tag, None, cause_of(error))
                 yield from self._talk.retire(attempt)
             else:
-                attempt, _ = yield from rank_protocol.join(self.seat, tag, self._known)
-                yield from rank_protocol.fail(self.seat, attempt, cause_of(error))
-                yield from rank_protocol.settle(self.seat, attempt)
+                attempt, _ = yield from rank_protocol.join(self.info, tag, self._known)
+                yield from rank_protocol.fail(self.info, attempt, cause_of(error))
+                yield from rank_protocol.settle(self.info, attempt)
 
         self._talk.later(tell())
 
@@ -233,8 +233,8 @@ class RankCoordinator:
 
         def joined(attempt: Future[int]) -> None:
             if attempt.exception() is None:
-                self._talk.later(rank_protocol.fail(self.seat, attempt.result(), cause_of(error)))
-                self._talk.later(rank_protocol.settle(self.seat, attempt.result()))
+                self._talk.later(rank_protocol.fail(self.info, attempt.result(), cause_of(error)))
+                self._talk.later(rank_protocol.settle(self.info, attempt.result()))
             told.set_result(None)
 
         self._talk.track(told)
@@ -266,19 +266,19 @@ class RankCoordinator:
 
     def _join(self, opened: RankTag) -> Step:
         """Another rank's way into an attempt; resolves the location."""
-        seat = self.seat
-        attempt, announcement = yield from rank_protocol.join(seat, opened.tag, self._known)
+        info = self.info
+        attempt, announcement = yield from rank_protocol.join(info, opened.tag, self._known)
         if opened.staging is not None:
-            yield from rank_protocol.open_node(seat, attempt, os.path.basename(opened.staging.path))
+            yield from rank_protocol.open_node(info, attempt, os.path.basename(opened.staging.path))
             return attempt
         name = announcement["name"]
-        if announcement["node"] != seat.node:
-            name = yield from rank_protocol.await_node(seat, attempt)
+        if announcement["node"] != info.node:
+            name = yield from rank_protocol.await_node(info, attempt)
         try:
             joined = transaction.join(self._fs, self._root, opened.tag, name)
         except (CheckpointError, OSError) as error:
-            verdict = yield from rank_protocol.fail(seat, attempt, cause_of(error))
-            raise AttemptFailed(attempt, verdict) from error
+            outcome = yield from rank_protocol.fail(info, attempt, cause_of(error))
+            raise AttemptFailed(attempt, outcome) from error
         opened.location.set_result(joined.path)
         return attempt
 
@@ -290,57 +290,57 @@ class RankCoordinator:
     # Committing.
 
     def _publish_as_first(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
-        seat = self.seat
-        digests = self._talk.learn(opened, self._talk.submit(rank_protocol.gather(seat, attempt)))
+        info = self.info
+        digests = self._talk.learn(opened, self._talk.submit(rank_protocol.gather(info, attempt)))
         assert opened.staging is not None
-        entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.decide(seat, attempt, created_unix_ns)))
+        entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
+        self._talk.learn(opened, self._talk.submit(rank_protocol.decide(info, attempt, created_unix_ns)))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
         except BaseException as error:
             committed = error.committed if isinstance(error, CommitError) else False
-            opened.verdict = Verdict(False, 0, cause_of(error), 0, committed)
-            self._tell_outcome(opened, attempt, opened.verdict, cause_of(error))
+            opened.outcome = CommitOutcome(False, 0, cause_of(error), 0, committed)
+            self._tell_outcome(opened, attempt, opened.outcome, cause_of(error))
             raise
-        opened.verdict = Verdict(True, None, "", 0, True)
-        self._tell_outcome(opened, attempt, opened.verdict, "")
+        opened.outcome = CommitOutcome(True, None, "", 0, True)
+        self._tell_outcome(opened, attempt, opened.outcome, "")
         self._talk.later(self._talk.retire(attempt))
 
-    def _tell_outcome(self, opened: RankTag, attempt: int, verdict: Verdict, error: str) -> None:
-        seat = self.seat
-        if seat.num_nodes > 1:
-            self._talk.submit(rank_protocol.renamed(seat, attempt, error))
-            verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.conclude_nodes(seat, attempt)), reported=True)
-            if not verdict.ok and not error:
-                opened.verdict = verdict
-                raise error_of(opened.tag, self._root, verdict)
+    def _tell_outcome(self, opened: RankTag, attempt: int, outcome: CommitOutcome, error: str) -> None:
+        info = self.info
+        if info.num_nodes > 1:
+            self._talk.submit(rank_protocol.renamed(info, attempt, error))
+            outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True)
+            if not outcome.ok and not error:
+                opened.outcome = outcome
+                raise error_of(opened.tag, self._root, outcome)
             return
         try:
-            self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(seat, attempt, verdict)))
+            self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(info, attempt, outcome)))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
             report(logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost)
 
     def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
-        seat = self.seat
-        decided = self._talk.learn(opened, self._talk.submit(rank_protocol.await_decision(seat, attempt)), reported=True)
+        info = self.info
+        decided = self._talk.learn(opened, self._talk.submit(rank_protocol.await_decision(info, attempt)), reported=True)
         error = ""
         try:
-            digests = self._talk.learn(opened, self._talk.submit(rank_protocol.parts(seat, attempt)))
+            digests = self._talk.learn(opened, self._talk.submit(rank_protocol.parts(info, attempt)))
             assert opened.staging is not None
-            entries = merge_parts(self._fs, opened.staging.path, seat.group, digests)
+            entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.renamed(seat, attempt, error)), reported=True)
-        opened.verdict = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(seat, attempt)), reported=True)
-        self._talk.later(rank_protocol.settle(seat, attempt))
+        self._talk.learn(opened, self._talk.submit(rank_protocol.renamed(info, attempt, error)), reported=True)
+        opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(info, attempt)), reported=True)
+        self._talk.later(rank_protocol.settle(info, attempt))
 
     def _rename(self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         assert opened.staging is not None
         marks = {}
-        if self.seat.num_nodes > 1:
-            marks = {"shared": "False", "node": str(self.seat.node), "num_nodes": str(self.seat.num_nodes)}
+        if self.info.num_nodes > 1:
+            marks = {"shared": "False", "node": str(self.info.node), "num_nodes": str(self.info.num_nodes)}
         transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns, marks=marks)
 
     # Leaving.
@@ -350,7 +350,7 @@ class RankCoordinator:
         staging = opened.staging
         if staging is None or attempt is None:
             if attempt is not None:
-                self._talk.later(rank_protocol.settle(self.seat, attempt))
+                self._talk.later(rank_protocol.settle(self.info, attempt))
             if staging is not None:
                 transaction.abort(self._fs, staging)
             return
@@ -358,7 +358,7 @@ class RankCoordinator:
 
         def remove() -> None:
             transaction.abort(self._fs, staging)
-            self._talk.later(self._talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.seat, attempt))
+            self._talk.later(self._talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))
 
         def others_quit(_: Future[Any]) -> None:
             # Also where the link was lost: an unremoved directory would hold its space until this process ends.
@@ -366,8 +366,8 @@ class RankCoordinator:
             _chain(self._cleaner.submit(remove), removed)
 
         self._talk.track(removed)
-        self._talk.submit(rank_protocol.await_quit(self.seat, attempt)).add_done_callback(others_quit)
-        concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.seat.timeout_s / 4))
+        self._talk.submit(rank_protocol.await_quit(self.info, attempt)).add_done_callback(others_quit)
+        concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.info.timeout_s / 4))
 
     # Inside.
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from ..errors import CommitError, RankFailedError
-from .rank_requests import Verdict
+from .rank_requests import CommitOutcome
 
 
-def error_of(tag: str, root: str, verdict: Verdict) -> CommitError:
-    """What a rank raises for a verdict that is no success."""
-    who = "the ranks have lost each other" if verdict.rank is None else f"rank {verdict.rank} failed"
-    if verdict.committed is None:
+def error_of(tag: str, root: str, outcome: CommitOutcome) -> CommitError:
+    """What a rank raises for a outcome that is no success."""
+    who = "the ranks have lost each other" if outcome.rank is None else f"rank {outcome.rank} failed"
+    if outcome.committed is None:
         state = f"whether checkpoint {tag!r} is visible is unknown: list {root!r}"
-        return CommitError(f"{who}: {verdict.cause}; {state}", step="ranks", committed=None)
+        return CommitError(f"{who}: {outcome.cause}; {state}", step="ranks", committed=None)
     state = f"checkpoint {tag!r} is not visible on any rank, older ones are untouched"
-    return RankFailedError(f"{who}: {verdict.cause}; {state}", rank=verdict.rank)
+    return RankFailedError(f"{who}: {outcome.cause}; {state}", rank=outcome.rank)
 
 
 def cause_of(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the ranks' protocol is made of: requests to a store, this rank's seat, verdicts. Plain data."""
+"""What the ranks' protocol is made of: requests to a store, this rank's info, outcomes. Plain data."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ Step = Generator[Request, Any, Any]
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """This rank's place in the job. `ranks` are those that share its staging directory; the lowest of them leads."""
 
     rank: int
@@ -98,7 +98,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CommitOutcome:
     """How an attempt ended, as every rank reads it. `rank` is the one to blame, `by` the one that says so."""
 
     ok: bool
@@ -112,17 +112,17 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, text: str) -> Verdict:
+    def decode(cls, text: str) -> CommitOutcome:
         return cls(**json.loads(text))
 
 
 class AttemptFailed(Exception):
-    """The attempt is over for all ranks; `verdict` says why. `attempt` is None where this rank never took part."""
+    """The attempt is over for all ranks; `outcome` says why. `attempt` is None where this rank never took part."""
 
-    def __init__(self, attempt: int | None, verdict: Verdict) -> None:
-        super().__init__(verdict.cause)
+    def __init__(self, attempt: int | None, outcome: CommitOutcome) -> None:
+        super().__init__(outcome.cause)
         self.attempt = attempt
-        self.verdict = verdict
+        self.outcome = outcome
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..threads.locks import Lock
 from . import protocol as rank_protocol
 from .coordinator import OpenTag
 from .rank_outcome import error_of
-from .rank_requests import AttemptFailed, Seat, Step, Verdict
+from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, Step
 from .store_link import LinkLostError, StoreLink
 
 
@@ -22,16 +22,16 @@ class RankTag(OpenTag):
     """A checkpoint that this rank stages with others."""
 
     attempt: Future[int] = field(default_factory=Future)
-    verdict: Verdict | None = None
+    outcome: CommitOutcome | None = None
     """How it ended, once this rank has learnt it."""
 
 
 class RankTalk:
     """One coordinator's link. Any thread; `learn` and `ask` block, nothing else does."""
 
-    def __init__(self, link: StoreLink, seat: Seat, root: str) -> None:
+    def __init__(self, link: StoreLink, info: RankInfo, root: str) -> None:
         self._link = link
-        self._seat = seat
+        self._info = info
         self._root = root
         self._lock = Lock()
         self._background: list[Future[Any]] = []
@@ -66,7 +66,7 @@ class RankTalk:
         """The result of a protocol step; `reported` says that the others may publish without this rank.
 
         Raises:
-            RankFailedError, CommitError: the attempt is over; the verdict is kept in `opened`.
+            RankFailedError, CommitError: the attempt is over; the outcome is kept in `opened`.
         """
         try:
             return future.result()
@@ -76,12 +76,12 @@ class RankTalk:
     def translated(self, opened: RankTag, error: BaseException, reported: bool) -> BaseException:
         """A step's failure as what the caller of `commit` gets."""
         if isinstance(error, AttemptFailed):
-            opened.verdict = verdict = error.verdict
+            opened.outcome = outcome = error.outcome
         elif isinstance(error, LinkLostError):
-            verdict = Verdict(False, None, str(error), self._seat.rank, None if reported else False)
+            outcome = CommitOutcome(False, None, str(error), self._info.rank, None if reported else False)
         else:
             return error
-        translated = error_of(opened.tag, self._root, verdict)
+        translated = error_of(opened.tag, self._root, outcome)
         translated.__cause__ = error
         return translated
 
@@ -89,13 +89,13 @@ class RankTalk:
         """Rank 0: forget an attempt once all ranks have seen how it ended; `close` does it if need be."""
         with self._lock:
             self._unretired.add(attempt)
-        yield from rank_protocol.retire(self._seat, attempt)
+        yield from rank_protocol.retire(self._info, attempt)
         with self._lock:
             self._unretired.discard(attempt)
 
     def close(self, linger_s: float) -> None:
         """Let the others read the last outcome, for at most `linger_s`; then stop the link."""
-        deadline = time.monotonic() + min(linger_s, self._seat.timeout_s)
+        deadline = time.monotonic() + min(linger_s, self._info.timeout_s)
         while time.monotonic() < deadline:
             with self._lock:
                 waiting = [future for future in self._background if not future.done()]
@@ -103,6 +103,6 @@ class RankTalk:
                 break
             concurrent.futures.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         # A later engine over this store must not take these for its own.
-        last = [self._link.submit(rank_protocol.retire(self._seat, attempt, 0.0)) for attempt in tuple(self._unretired)]
+        last = [self._link.submit(rank_protocol.retire(self._info, attempt, 0.0)) for attempt in tuple(self._unretired)]
         concurrent.futures.wait(last, timeout=linger_s)
         self._link.close(linger_s)

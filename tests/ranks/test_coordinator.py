@@ -18,7 +18,7 @@ from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.protocol import announce, join
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_env import default_run_id
-from async_ckpt.ranks.rank_requests import Announcements, Seat
+from async_ckpt.ranks.rank_requests import Announcements, RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink
 from async_ckpt.storage.filesystem import LocalFileSystem
 
@@ -193,10 +193,10 @@ def test_a_rank_that_gives_up_before_rank_zero_has_begun(tmp_path: Path) -> None
 
 def test_closing_ends_every_wait(tmp_path: Path) -> None:
     link = StoreLink(dist.HashStore, "p/", world_size=2)
-    waiting = link.submit(join(Seat(1, 2, 600.0), "never", Announcements()))
+    waiting = link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements()))
     link.close()
     assert isinstance(waiting.exception(5), LinkLostError)
-    assert isinstance(link.submit(join(Seat(1, 2, 600.0), "never", Announcements())).exception(5), LinkLostError)
+    assert isinstance(link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements())).exception(5), LinkLostError)
 
 
 def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path
 
 def test_steps_do_not_interleave_between_waits() -> None:
     link = StoreLink(dist.HashStore, "p/", world_size=2)
-    futures = [link.submit(announce(Seat(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
+    futures = [link.submit(announce(RankInfo(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
     assert [future.result(5) for future in futures] == list(range(1, 51))
     link.close()
 

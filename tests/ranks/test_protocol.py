@@ -7,59 +7,59 @@ from typing import Any
 import pytest
 
 from async_ckpt.ranks import protocol as protocol
-from async_ckpt.ranks.rank_requests import Announcements, AttemptFailed, Seat, Verdict
+from async_ckpt.ranks.rank_requests import Announcements, AttemptFailed, CommitOutcome, RankInfo
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
 
 TIMEOUT_S = 60.0
 
 
-def _seat(rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> Seat:
-    return Seat(rank, world_size, timeout_s)
+def _info(rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> RankInfo:
+    return RankInfo(rank, world_size, timeout_s)
 
 
-def rank_zero(seat: Seat, tag: str, write_s: float, publish_s: float, renames: list[str], merge_s: float = 0.0) -> Script:
-    attempt = yield from protocol.announce(seat, tag, f".staging.{tag}")
+def rank_zero(info: RankInfo, tag: str, write_s: float, publish_s: float, renames: list[str], merge_s: float = 0.0) -> Script:
+    attempt = yield from protocol.announce(info, tag, f".staging.{tag}")
     yield Pause(write_s)
     try:
-        yield from protocol.report(seat, attempt, "digest of 0")
-        yield from protocol.gather(seat, attempt)
+        yield from protocol.report(info, attempt, "digest of 0")
+        yield from protocol.gather(info, attempt)
         yield Pause(merge_s)
-        yield from protocol.decide(seat, attempt, 1)
+        yield from protocol.decide(info, attempt, 1)
     except AttemptFailed as failed:
-        yield from protocol.await_quit(seat, attempt)
-        yield from protocol.retire(seat, attempt)
-        return failed.verdict
+        yield from protocol.await_quit(info, attempt)
+        yield from protocol.retire(info, attempt)
+        return failed.outcome
     renames.append(tag)
     yield Pause(publish_s)
-    verdict = Verdict(True, None, "", 0, True)
-    yield from protocol.conclude(seat, attempt, verdict)
-    yield from protocol.retire(seat, attempt)
-    return verdict
+    outcome = CommitOutcome(True, None, "", 0, True)
+    yield from protocol.conclude(info, attempt, outcome)
+    yield from protocol.retire(info, attempt)
+    return outcome
 
 
-def other_rank(seat: Seat, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = "") -> Script:
+def other_rank(info: RankInfo, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = "") -> Script:
     try:
-        attempt, _ = yield from protocol.join(seat, tag, known or Announcements())
+        attempt, _ = yield from protocol.join(info, tag, known or Announcements())
     except AttemptFailed as failed:
         if failed.attempt is not None:
-            yield from protocol.settle(seat, failed.attempt)
-        return failed.verdict
+            yield from protocol.settle(info, failed.attempt)
+        return failed.outcome
     yield Pause(write_s)
     if dies == "writing":
         raise Dies
     if fails:
-        verdict = yield from protocol.fail(seat, attempt, fails)
-        yield from protocol.settle(seat, attempt)
-        return verdict
+        outcome = yield from protocol.fail(info, attempt, fails)
+        yield from protocol.settle(info, attempt)
+        return outcome
     try:
-        yield from protocol.report(seat, attempt, f"digest of {seat.rank}")
+        yield from protocol.report(info, attempt, f"digest of {info.rank}")
         if dies == "reported":
             raise Dies
-        verdict = yield from protocol.await_result(seat, attempt)
+        outcome = yield from protocol.await_result(info, attempt)
     except AttemptFailed as failed:
-        verdict = failed.verdict
-    yield from protocol.settle(seat, attempt)
-    return verdict
+        outcome = failed.outcome
+    yield from protocol.settle(info, attempt)
+    return outcome
 
 
 def run(scripts: dict[int, Script], world_size: int) -> Simulation:
@@ -70,7 +70,7 @@ def run(scripts: dict[int, Script], world_size: int) -> Simulation:
 
 def outcomes(simulation: Simulation, *, without: tuple[int, ...] = ()) -> list[Any]:
     found = [outcome for rank, outcome in simulation.outcomes.items() if rank not in without]
-    unexpected = [outcome for outcome in found if not isinstance(outcome, Verdict)]
+    unexpected = [outcome for outcome in found if not isinstance(outcome, CommitOutcome)]
     assert unexpected == []
     return found
 
@@ -82,11 +82,11 @@ def left_keys(simulation: Simulation) -> set[str]:
 @pytest.mark.parametrize("world_size", [1, 2, 64, 1024, pytest.param(16384, marks=pytest.mark.timeout(120))])
 def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, world_size), "a", 5.0, 0.1, renames)}
-    scripts |= {rank: other_rank(_seat(rank, world_size), "a", 5.0) for rank in range(1, world_size)}
+    scripts = {0: rank_zero(_info(0, world_size), "a", 5.0, 0.1, renames)}
+    scripts |= {rank: other_rank(_info(rank, world_size), "a", 5.0) for rank in range(1, world_size)}
     simulation = run(scripts, world_size)
     assert renames == ["a"]
-    assert all(verdict.ok for verdict in outcomes(simulation))
+    assert all(outcome.ok for outcome in outcomes(simulation))
     assert left_keys(simulation) == set()
     requests = simulation.store.requests
     polls = requests.pop("Poll", 0)
@@ -106,19 +106,19 @@ def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
 def test_a_failed_rank_fails_all_and_is_named(world_size: int, how: dict[str, str], expected: str) -> None:
     culprit = world_size - 1
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, world_size), "a", 1.0, 0.1, renames)}
-    scripts |= {rank: other_rank(_seat(rank, world_size), "a", 1.0) for rank in range(1, culprit)}
-    scripts[culprit] = other_rank(_seat(culprit, world_size), "a", 1.0, **how)
+    scripts = {0: rank_zero(_info(0, world_size), "a", 1.0, 0.1, renames)}
+    scripts |= {rank: other_rank(_info(rank, world_size), "a", 1.0) for rank in range(1, culprit)}
+    scripts[culprit] = other_rank(_info(culprit, world_size), "a", 1.0, **how)
     simulation = run(scripts, world_size)
-    verdicts = outcomes(simulation, without=(culprit,))
+    found = outcomes(simulation, without=(culprit,))
     if not how:
         assert renames == ["a"]
-        assert all(v.ok for v in verdicts)
+        assert all(v.ok for v in found)
         return
     assert renames == []
-    for verdict in verdicts:
-        assert (verdict.ok, verdict.rank, verdict.committed) == (False, culprit, False)
-        assert expected in verdict.cause
+    for outcome in found:
+        assert (outcome.ok, outcome.rank, outcome.committed) == (False, culprit, False)
+        assert expected in outcome.cause
     limit_s = 1.0 + (TIMEOUT_S if "dies" in how else 0.0) + 12.0
     others = [ended for rank, ended in simulation.ended_s.items() if rank not in (0, culprit)]
     assert all(ended < limit_s for ended in others)
@@ -127,8 +127,8 @@ def test_a_failed_rank_fails_all_and_is_named(world_size: int, how: dict[str, st
 
 def test_a_rank_that_dies_after_its_report_does_no_harm() -> None:
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 1.0)}
-    scripts[2] = other_rank(_seat(2, 3), "a", 0.5, dies="reported")
+    scripts = {0: rank_zero(_info(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 1.0)}
+    scripts[2] = other_rank(_info(2, 3), "a", 0.5, dies="reported")
     simulation = run(scripts, 3)
     assert renames == ["a"]
     assert simulation.outcomes[1].ok
@@ -137,37 +137,37 @@ def test_a_rank_that_dies_after_its_report_does_no_harm() -> None:
 
 
 def test_rank_zero_dies_before_it_decides() -> None:
-    def dies(seat: Seat) -> Script:
-        attempt = yield from protocol.announce(seat, "a", "x")
-        yield from protocol.report(seat, attempt, "d")
+    def dies(info: RankInfo) -> Script:
+        attempt = yield from protocol.announce(info, "a", "x")
+        yield from protocol.report(info, attempt, "d")
         raise Dies
 
-    scripts = {0: dies(_seat(0, 4))} | {rank: other_rank(_seat(rank, 4), "a", 1.0) for rank in range(1, 4)}
+    scripts = {0: dies(_info(0, 4))} | {rank: other_rank(_info(rank, 4), "a", 1.0) for rank in range(1, 4)}
     simulation = run(scripts, 4)
-    for verdict in outcomes(simulation, without=(0,)):
-        assert (verdict.ok, verdict.rank, verdict.committed) == (False, 0, False)
+    for outcome in outcomes(simulation, without=(0,)):
+        assert (outcome.ok, outcome.rank, outcome.committed) == (False, 0, False)
     assert max(simulation.ended_s.values()) < 1.0 + TIMEOUT_S + 12.0
 
 
 def test_rank_zero_dies_while_it_renames() -> None:
-    def dies(seat: Seat) -> Script:
-        attempt = yield from protocol.announce(seat, "a", "x")
-        yield from protocol.report(seat, attempt, "d")
-        yield from protocol.gather(seat, attempt)
-        yield from protocol.decide(seat, attempt, 1)
+    def dies(info: RankInfo) -> Script:
+        attempt = yield from protocol.announce(info, "a", "x")
+        yield from protocol.report(info, attempt, "d")
+        yield from protocol.gather(info, attempt)
+        yield from protocol.decide(info, attempt, 1)
         raise Dies
 
-    scripts = {0: dies(_seat(0, 3))} | {rank: other_rank(_seat(rank, 3), "a", 1.0) for rank in (1, 2)}
+    scripts = {0: dies(_info(0, 3))} | {rank: other_rank(_info(rank, 3), "a", 1.0) for rank in (1, 2)}
     simulation = run(scripts, 3)
-    for verdict in outcomes(simulation, without=(0,)):
-        assert (verdict.ok, verdict.rank, verdict.committed) == (False, 0, None)
+    for outcome in outcomes(simulation, without=(0,)):
+        assert (outcome.ok, outcome.rank, outcome.committed) == (False, 0, None)
     assert max(simulation.ended_s.values()) < 1.0 + 2 * TIMEOUT_S + 12.0
 
 
 def test_ranks_that_disagree_on_the_tag_are_named_with_their_tag() -> None:
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, 3), "step-100", 3.0, 0.1, renames), 1: other_rank(_seat(1, 3), "step-100", 3.0)}
-    scripts[2] = other_rank(_seat(2, 3), "step-101", 3.0)
+    scripts = {0: rank_zero(_info(0, 3), "step-100", 3.0, 0.1, renames), 1: other_rank(_info(1, 3), "step-100", 3.0)}
+    scripts[2] = other_rank(_info(2, 3), "step-101", 3.0)
     simulation = run(scripts, 3)
     assert renames == []
     for rank in (0, 1):
@@ -179,7 +179,7 @@ def test_ranks_that_disagree_on_the_tag_are_named_with_their_tag() -> None:
 
 def test_jobs_of_different_size_do_not_mix() -> None:
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, 2), "a", 3.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 3.0)}
+    scripts = {0: rank_zero(_info(0, 2), "a", 3.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 3.0)}
     simulation = run(scripts, 2)
     assert renames == []
     assert "counts 3 ranks" in simulation.outcomes[0].cause
@@ -189,20 +189,20 @@ def test_a_late_rank_cannot_undo_a_decision() -> None:
     # Rank 2 gives up at the very moment at which rank 0 publishes: the claim decides, and both report the same.
     for publish_s in (0.0, 30.0, 59.0):
         renames: list[str] = []
-        scripts = {0: rank_zero(_seat(0, 3), "a", 50.0, publish_s, renames), 1: other_rank(_seat(1, 3), "a", 50.0)}
-        scripts[2] = other_rank(Seat(2, 3, 20.0), "a", 31.0)
+        scripts = {0: rank_zero(_info(0, 3), "a", 50.0, publish_s, renames), 1: other_rank(_info(1, 3), "a", 50.0)}
+        scripts[2] = other_rank(RankInfo(2, 3, 20.0), "a", 31.0)
         simulation = run(scripts, 3)
         # "Not committed" is never said of what was renamed; at the worst the outcome is unknown.
-        assert {verdict.committed for verdict in outcomes(simulation)} <= ({True, None} if renames else {False})
+        assert {outcome.committed for outcome in outcomes(simulation)} <= ({True, None} if renames else {False})
 
 
 def test_rank_zero_obeys_a_rank_that_gave_up_while_it_merged() -> None:
     renames: list[str] = []
-    scripts = {0: rank_zero(_seat(0, 3), "a", 50.0, 0.1, renames, merge_s=10.0), 1: other_rank(_seat(1, 3), "a", 50.0)}
-    scripts[2] = other_rank(Seat(2, 3, 20.0), "a", 35.0)
+    scripts = {0: rank_zero(_info(0, 3), "a", 50.0, 0.1, renames, merge_s=10.0), 1: other_rank(_info(1, 3), "a", 50.0)}
+    scripts[2] = other_rank(RankInfo(2, 3, 20.0), "a", 35.0)
     simulation = run(scripts, 3)
     assert renames == []
-    assert {(verdict.ok, verdict.by) for verdict in outcomes(simulation)} == {(False, 2)}
+    assert {(outcome.ok, outcome.by) for outcome in outcomes(simulation)} == {(False, 2)}
 
 
 def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins_the_next() -> None:
@@ -210,14 +210,14 @@ def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins
     known = Announcements()
 
     def zero() -> Script:
-        first = yield from rank_zero(_seat(0, 2), "a", 1.0, 0.1, renames)
-        second = yield from rank_zero(_seat(0, 2), "a", 1.0, 0.1, renames)
+        first = yield from rank_zero(_info(0, 2), "a", 1.0, 0.1, renames)
+        second = yield from rank_zero(_info(0, 2), "a", 1.0, 0.1, renames)
         return (first.ok, second.ok)
 
     def one() -> Script:
         # The first attempt has ended, and its successor is about to be announced.
         yield Pause(3 * TIMEOUT_S + 0.9)
-        return (yield from other_rank(_seat(1, 2), "a", 1.0, known))
+        return (yield from other_rank(_info(1, 2), "a", 1.0, known))
 
     simulation = run({0: zero(), 1: one()}, 2)
     assert simulation.outcomes[0] == (False, True)
@@ -228,12 +228,12 @@ def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins
 def test_an_attempt_that_failed_before_a_rank_came_is_that_ranks_failure_too() -> None:
     renames: list[str] = []
 
-    def late(seat: Seat) -> Script:
+    def late(info: RankInfo) -> Script:
         yield Pause(1.0)
-        return (yield from other_rank(seat, "a", 1.0))
+        return (yield from other_rank(info, "a", 1.0))
 
-    scripts = {0: rank_zero(_seat(0, 3), "a", 5.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 0.0, fails="OSError: disk full")}
-    scripts[2] = late(_seat(2, 3))
+    scripts = {0: rank_zero(_info(0, 3), "a", 5.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 0.0, fails="OSError: disk full")}
+    scripts[2] = late(_info(2, 3))
     simulation = run(scripts, 3)
     assert renames == []
     assert (simulation.outcomes[2].rank, simulation.outcomes[2].cause) == (1, "OSError: disk full")
@@ -244,17 +244,17 @@ def test_an_attempt_that_failed_before_a_rank_came_is_that_ranks_failure_too() -
 def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_was_committed() -> None:
     renames: list[str] = []
 
-    def away(seat: Seat) -> Script:
-        attempt, _ = yield from protocol.join(seat, "a", Announcements())
-        yield from protocol.report(seat, attempt, "digest")
+    def away(info: RankInfo) -> Script:
+        attempt, _ = yield from protocol.join(info, "a", Announcements())
+        yield from protocol.report(info, attempt, "digest")
         # Stopped here, while the others end and rank 0 drops the keys.
         yield Pause(5 * TIMEOUT_S)
         try:
-            return (yield from protocol.await_result(seat, attempt))
+            return (yield from protocol.await_result(info, attempt))
         except AttemptFailed as failed:
-            return failed.verdict
+            return failed.outcome
 
-    scripts = {0: rank_zero(_seat(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_seat(1, 3), "a", 1.0), 2: away(_seat(2, 3))}
+    scripts = {0: rank_zero(_info(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 1.0), 2: away(_info(2, 3))}
     simulation = run(scripts, 3)
     assert renames == ["a"]
     assert (simulation.outcomes[2].ok, simulation.outcomes[2].committed) == (False, None)

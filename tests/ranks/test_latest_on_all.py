@@ -72,7 +72,7 @@ def test_the_newest_checkpoint_that_all_nodes_have_whole(tmp_path: Path, store: 
     shutil.rmtree(f"{job.root}/node1/b")
     os.rename(f"{job.root}/node1/a", f"{job.root}/node1/b")
     assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="6", timeout_s=30.0)) == [None] * 4
-    # What is left are counters and signs of life, not surveys.
+    # What is left are counters, not questions.
     assert store.num_keys() <= 1 + 6 * (3 + 2 * 4)
 
 
