@@ -185,6 +185,19 @@ class CorruptCheckpointError(CheckpointError, ValueError):
         self.record = record
 
 
+class MirrorError(CheckpointError, OSError):
+    """A mirror could not be written or read; says what the store holds now. Local checkpoints are untouched."""
+
+    def __init__(self, message: str, *, url: str) -> None:
+        # Not EIO: a store that cannot be reached is no damage of what it holds.
+        super().__init__(_errno.ECONNABORTED, message)
+        self.message = message
+        self.url = url
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.url}]"
+
+
 class UnsafePathError(CheckpointError, ValueError):
     """A tag or path is malformed or would leave the checkpoint root; nothing was touched."""
 

@@ -137,6 +137,27 @@ class CommitMetrics:
         return self.size_bytes / self.total_s if self.total_s > 0 else 0.0
 
 
+@dataclass(slots=True)
+class MirrorMetrics:
+    """One checkpoint on its way to one mirror, or (with an empty `url`) to all of them, summed."""
+
+    tag: str
+    url: str = ""
+    size_bytes: int = 0
+    num_objects: int = 0
+    num_parts: int = 0
+    sent_bytes: int = 0
+    """Read and handed to the store; more than `size_bytes` where objects had to be sent again, less after a restart."""
+    wait_s: float = 0.0
+    """From the local commit until the upload began."""
+    upload_s: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Upload rate; 0.0 before the upload ended."""
+        return self.sent_bytes / self.upload_s if self.upload_s > 0 else 0.0
+
+
 class Observer(Protocol):
     """Told about every step, on the thread that did it; must return fast and must not raise.
 
@@ -161,6 +182,9 @@ class Observer(Protocol):
         """A checkpoint was given up before its commit was called; `error` says why. No `on_commit` follows."""
         return None
 
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        """An upload to one mirror ended; `error` is None on success."""
+        return None
 
 ReadProgress = Callable[[str, int, int], None]
 """Called with (file, bytes just read, bytes of the file) on the thread that read them."""

@@ -93,12 +93,14 @@ class DaemonExecutor(Executor):
 
     Args:
         niceness: added scheduling niceness of the threads on Linux, so that they yield to training.
+        on_start: called on each thread before its first job.
     """
 
-    def __init__(self, name: str, num_threads: int, *, niceness: int = 0) -> None:
+    def __init__(self, name: str, num_threads: int, *, niceness: int = 0, on_start: Callable[[], object] = lambda: None) -> None:
         self._pid = os.getpid()
         self._name = name
         self._niceness = niceness
+        self._on_start = on_start
         self._lock = Lock()
         self._refusal: BaseException | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -173,6 +175,7 @@ class DaemonExecutor(Executor):
     def _work(self) -> None:
         try:
             self._be_nice()
+            self._on_start()
             while (job := self._jobs.get()) is not None:
                 job.run()
                 # An idle thread must not keep the last job's memory alive.

@@ -1,0 +1,157 @@
+"""A mirror on another disk or a network mount, with the same layout as in an object store.
+
+Objects are written under a private name, synced and renamed. Conditions are checked and met under a lock of the object's
+directory; they hold among writers that see each other's locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Executor
+
+from ..errors import CheckpointError, MirrorError, WriteError
+from ..filesystem import FileSystem
+from .store import ANY_VERSION, ConditionFailed, Listing, ObjectInfo
+
+_PART = ".part-"
+_LOCK_TIMEOUT_S = 10.0
+_numbers = itertools.count()
+
+
+class FileStore:
+    """See `store.Store`."""
+
+    def __init__(self, url: str, directory: str, filesystem: FileSystem, executor: Executor | None) -> None:
+        self.url = url
+        self._directory = directory
+        self._fs = filesystem
+        self._executor = executor
+
+    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+        path = self._path(key)
+        private = self._private(path)
+        assert self._executor is not None, "this store was opened for reading"
+        try:
+            self._fs.makedirs(os.path.dirname(path))
+            file = await self._fs.open_write(private, size_bytes, direct=False, executor=self._executor)
+            try:
+                offset = 0
+                async for part in parts:
+                    await file.pwrite(part, offset)
+                    offset += part.nbytes
+                    del part
+                await file.truncate(offset)
+                await file.fsync()
+            finally:
+                await file.close()
+            self._fs.rename(private, path)
+            self._sync_parents(path)
+        except (WriteError, OSError) as error:
+            if isinstance(error, CheckpointError) and not isinstance(error, WriteError):
+                raise
+            raise self._translated(error, f"writing {key!r} failed") from error
+
+    def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
+        path = self._path(key)
+        private = self._private(path)
+        try:
+            self._fs.makedirs(os.path.dirname(path))
+            self._fs.create_file(private, data)
+            try:
+                with self._locked(os.path.dirname(path)):
+                    found = self.head(key)
+                    if e_tag != ANY_VERSION and (found.e_tag if found else None) != e_tag:
+                        raise ConditionFailed(f"{key!r} {'is there already' if e_tag is None else 'was changed'}", url=self.url)
+                    self._fs.rename(private, path)
+            except BaseException:
+                self._fs.unlink(private)
+                raise
+            self._sync_parents(path)
+        except (WriteError, OSError) as error:
+            if isinstance(error, MirrorError):
+                raise
+            raise self._translated(error, f"writing {key!r} failed") from error
+
+    def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        parts = key.split("/")
+        try:
+            with contextlib.closing(self._fs.open_read(self._directory, parts)) as file:
+                data = memoryview(bytearray(max(0, min(num_bytes, file.size_bytes - offset))))
+                file.pread_into(data, offset)
+                return data
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._translated(error, f"reading {key!r} failed") from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        found = self._fs.stat(self._path(key))
+        if found.kind != "file":
+            return None
+        return ObjectInfo(found.size_bytes, f"{found.identity[1]:x}-{found.mtime_ns:x}-{found.size_bytes:x}")
+
+    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
+        try:
+            names = sorted(self._fs.listdir(self._path(prefix)))
+        except FileNotFoundError:
+            return
+        kinds = {name: self._fs.stat(os.path.join(self._path(prefix), name)).kind for name in names if not name.startswith(_PART)}
+        folders = tuple(name for name, kind in kinds.items() if kind == "dir")
+        below = f"{prefix}/" if prefix else ""
+        yield Listing(() if deep else folders, tuple(below + name for name, kind in kinds.items() if kind == "file"))
+        for name in folders if deep else ():
+            yield from self.list(below + name, deep=True)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.unlink(path)
+            # Folders are the file system's own; an object store has none.
+            folder = os.path.dirname(path)
+            while len(folder) > len(self._directory):
+                try:
+                    self._fs.rmdir(folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                        raise self._translated(error, f"deleting {key!r} failed") from error
+                    break
+                folder = os.path.dirname(folder)
+
+    def discard_parts(self, key: str) -> None:
+        folder, name = os.path.split(self._path(key))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for found in self._fs.listdir(folder):
+                if found.startswith(f"{_PART}{name}-"):
+                    self._fs.unlink(os.path.join(folder, found))
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._directory, key) if key else self._directory
+
+    def _private(self, path: str) -> str:
+        folder, name = os.path.split(path)
+        return os.path.join(folder, f"{_PART}{name}-{self._fs.owner()}-{next(_numbers)}")
+
+    def _sync_parents(self, path: str) -> None:
+        folder = os.path.dirname(path)
+        while len(folder) >= len(self._directory):
+            self._fs.fsync_dir(folder)
+            folder = os.path.dirname(folder)
+
+    @contextlib.contextmanager
+    def _locked(self, folder: str) -> Iterator[None]:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while (lock := self._fs.lock_dir(folder)) is None:
+            if time.monotonic() > deadline:
+                raise MirrorError(f"another process has held {folder!r} for {_LOCK_TIMEOUT_S:g} s", url=self.url)
+            time.sleep(0.01)
+        with contextlib.closing(lock):
+            yield
+
+    def _translated(self, error: OSError, what: str) -> MirrorError:
+        return MirrorError(f"{what} ({error}); local checkpoints are untouched", url=self.url)

@@ -1,0 +1,189 @@
+"""All mirrors of one engine: their thread, what is pending, what failed, and how long leaving waits.
+
+Guarantees:
+- One thread runs all of it; reading and small requests happen on a few more, at the lowest priority for processor and disk.
+- A `PendingMirror` always resolves. Nothing here harms a commit, and nothing waits longer than it was told to.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+
+from ..errors import MirrorError, TransactionStateError
+from ..filesystem import FileSystem
+from ..host.process import lower_priority
+from ..metrics import MirrorMetrics
+from ..threads.executor import DaemonExecutor
+from ..threads.locks import Lock
+from ..writer.loopthread import LoopThread
+from .config import Mirror
+from .pending import PendingMirror
+from .turns import UploadTurns
+from .upload import Agreement, Alone
+from .worker import Worker, WorkerHooks
+
+_MAX_THREADS = 16
+_STOP_S = 5.0
+_CHECK_S = 30.0
+
+
+class Mirrors:
+    """Calls come from the engine, on any thread. Making it starts threads and reads the states; it does not connect before that.
+
+    Raises:
+        ConfigError: a mirror's library is not installed (from `check`). WriteError: the states cannot be read, or no thread is left.
+    """
+
+    def __init__(
+        self,
+        mirrors: Sequence[Mirror],
+        *,
+        filesystem: FileSystem,
+        root: str,
+        agreement: Agreement | None = None,
+        may_overwrite: bool = False,
+        uploaders_per_node: int | None = None,
+        hooks: WorkerHooks | None = None,
+    ) -> None:
+        self.mirrors = tuple(mirrors)
+        self._hooks = hooks or WorkerHooks()
+        self._lock = Lock()
+        self._pending: list[PendingMirror] = []
+        self._failures: list[tuple[PendingMirror | None, BaseException]] = []
+        self._is_checked = self._is_closed = False
+        num_threads = min(_MAX_THREADS, 4 + max((mirror.parallel for mirror in self.mirrors), default=1))
+        self._executor = DaemonExecutor("async-ckpt-mirror-io", num_threads, on_start=lower_priority)
+        self._loop = LoopThread("async-ckpt-mirror", on_death=self._died, on_undrained=lambda: None)
+        try:
+            self._workers = [
+                Worker(
+                    mirror,
+                    filesystem=filesystem,
+                    root=root,
+                    agreement=agreement or Alone(),
+                    may_overwrite=may_overwrite,
+                    executor=self._executor,
+                    hooks=replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
+                    turns=UploadTurns(filesystem, root, uploaders_per_node),
+                )
+                for mirror in self.mirrors
+            ]
+            self._loop.start()
+        except BaseException:
+            self._executor.shutdown()
+            raise
+        self._loop.call(lower_priority)
+        self._runs = [self._loop.run(worker.run()) for worker in self._workers]
+        for run in self._runs:
+            run.add_done_callback(self._run_ended)
+
+    # The engine's calls.
+
+    def check(self) -> None:
+        """The first call waits until every store has been tried, and says what is wrong with them; later ones do nothing.
+
+        Raises:
+            CheckpointError: a store cannot be used, and its mirror says `on_failure="raise"`. Otherwise that is a warning.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        deadline = time.monotonic() + _CHECK_S
+        for worker in self._workers:
+            try:
+                worker.ready.result(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                told = error if isinstance(error, MirrorError | ValueError) else None
+                problem = told or MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=worker.mirror.url)
+                if worker.mirror.on_failure == "raise":
+                    raise problem from error
+                warnings.warn(f"checkpoints are not mirrored: {problem}", RuntimeWarning, stacklevel=4)
+
+    def expect(self, tag: str) -> PendingMirror:
+        """A commit was called; `committed` or `not_committed` follows."""
+        pending = PendingMirror(tag, tuple(mirror.url for mirror in self.mirrors))
+        with self._lock:
+            self._pending = [known for known in self._pending if not known.done()]
+            self._pending.append(pending)
+        return pending
+
+    def committed(self, pending: PendingMirror, error: BaseException | None) -> None:
+        """The commit has ended: mirror it, or fail with it."""
+        if self._is_closed or self._loop.death is not None:
+            pending.fail(error or self._loop.death or TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored"))
+        for worker in self._workers:
+            self._loop.call(functools.partial(worker.wake, pending, error))
+
+    def is_mirrored(self, tag: str, created_unix_ns: int) -> bool:
+        """Whether every mirror has had this very checkpoint."""
+        return all(worker.states.is_mirrored(tag, created_unix_ns) for worker in self._workers)
+
+    def raise_unacknowledged(self) -> None:
+        """Raise the first failure of a mirror with `on_failure="raise"` that nobody has asked for; each once."""
+        with self._lock:
+            failures, self._failures = self._failures, []
+        for k, (pending, error) in enumerate(failures):
+            if pending is None or not pending.acknowledged:
+                with self._lock:
+                    self._failures = [*failures[k + 1 :], *self._failures]
+                raise error
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it goes on."""
+        deadline = time.monotonic() + timeout_s
+        self._is_closed = True
+        with self._lock:
+            pending = list(self._pending)
+        left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
+        for worker in self._workers:
+            self._loop.call(worker.cancel if left else worker.finish)
+        wait(self._runs, max(_STOP_S / 5, deadline - time.monotonic()))
+        for worker in self._workers:
+            self._loop.call(worker.cancel)
+        stop_by = time.monotonic() + _STOP_S
+        wait(self._runs, max(0.0, stop_by - time.monotonic()))
+        self._loop.stop()
+        self._executor.shutdown(wait=False)
+        self._loop.join(max(0.1, stop_by - time.monotonic()))
+        cut_short = MirrorError("the engine was closed before the upload ended; it goes on at the next start", url=self._urls)
+        for one in pending:
+            one.fail(cut_short)
+        if left:
+            warnings.warn(
+                f"{len(left)} checkpoint(s) are not mirrored yet after {timeout_s:g} s of waiting: {', '.join(map(repr, left[:8]))}. They "
+                f"are whole on disk, and the next engine on this root goes on (or `async-ckpt mirror`)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def _urls(self) -> str:
+        return ", ".join(mirror.url for mirror in self.mirrors)
+
+    # The workers' side.
+
+    def _worker_ended(self, mirror: Mirror, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        with self._lock:
+            # Tried again, and there now.
+            self._failures = [(one, known) for one, known in self._failures if error is not None or one is None or one.tag != metrics.tag]
+            if error is not None and mirror.on_failure == "raise":
+                pending = next((one for one in reversed(self._pending) if one.tag == metrics.tag), None)
+                self._failures.append((pending, error))
+        self._hooks.on_ended(metrics, error)
+
+    def _run_ended(self, run: Future[None]) -> None:
+        error = run.exception()
+        if error is not None and not self._is_closed:
+            self._died(error)
+
+    def _died(self, error: BaseException) -> None:
+        with self._lock:
+            pending = list(self._pending)
+            self._failures.append((None, error))
+        for one in pending:
+            one.fail(error)

@@ -1,0 +1,158 @@
+"""S3, GCS and Azure through obstore, which is imported when the first store is made.
+
+Requests are tried again by the library, within the mirror's `retry_timeout_s`. S3 is asked to check the SHA-256 of every
+part, which the library computes anyway to sign it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, MirrorError
+from .config import Mirror, split_url
+from .s3_parts import S3Parts
+from .store import ANY_VERSION, PROBE_TIMEOUT_S, ConditionFailed, Listing, ObjectInfo
+
+_MAX_RETRIES = 100
+_HINTS = {
+    "RequestTimeTooSkewed": "this machine's clock differs from the store's: set it (NTP)",
+    "InvalidAccessKeyId": "the access key is unknown to the store: check the credentials",
+    "SignatureDoesNotMatch": "the secret key is wrong, or this machine's clock: check the credentials",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "AccessDenied": "the credentials do not allow this: check their permissions",
+    "NoSuchBucket": "there is no such bucket: make it, or correct the URL",
+    "401": "the store knows nobody of these credentials",
+    "403": "the credentials do not allow this: check them, and this machine's clock",
+}
+
+
+class ObjectStore:
+    """See `store.Store`.
+
+    Raises:
+        ConfigError: obstore is not installed, or does not take the options.
+    """
+
+    def __init__(self, mirror: Mirror, *, quick: bool = False) -> None:
+        self.url = mirror.url
+        try:
+            self._obstore: Any = import_module("obstore")
+            from_url = import_module("obstore.store").from_url
+        except ImportError as error:
+            raise ConfigError(f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})") from error
+        scheme, bucket, prefix = split_url(mirror.url)
+        options = dict(mirror.options)
+        client = {"timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))}
+        client["connect_timeout"] = timedelta(seconds=PROBE_TIMEOUT_S / 2)
+        if (_endpoint(options) or "").startswith("http://"):
+            client["allow_http"] = True  # type: ignore[assignment]
+        options["client_options"] = {**client, **options.get("client_options", {})}
+        patience_s = min(mirror.retry_timeout_s, PROBE_TIMEOUT_S if quick else float("inf"))
+        backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
+        retry = {"max_retries": 2 if quick else _MAX_RETRIES, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
+        options["retry_config"] = {**retry, **options.get("retry_config", {})}
+        is_s3 = scheme in ("s3", "s3a")
+        if is_s3:
+            options.setdefault("checksum_algorithm", "SHA256")
+        try:
+            self._store = from_url(mirror.url, **options)
+        except Exception as error:
+            raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
+        self._parts = S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url) if is_s3 else None
+
+    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+        try:
+            if size_bytes > part_bytes:
+                await self._obstore.put_async(self._store, key, parts, chunk_size=part_bytes, max_concurrency=parallel)
+            else:
+                async for part in parts:
+                    await self._obstore.put_async(self._store, key, part, use_multipart=False)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise self._translated(error, f"writing {key!r}") from error
+
+    def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
+        mode = "create" if e_tag is None else "overwrite" if e_tag == ANY_VERSION else {"e_tag": e_tag}
+        try:
+            self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        except Exception as error:
+            raise self._translated(error, f"writing {key!r}") from error
+
+    def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        if not num_bytes:
+            return memoryview(b"")
+        try:
+            return memoryview(self._obstore.get_range(self._store, key, start=offset, length=num_bytes))
+        except Exception as error:
+            # It ends before the first byte asked for.
+            if "status code: 416" in str(error):
+                return memoryview(b"")
+            raise self._translated(error, f"reading {key!r}") from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            found = self._obstore.head(self._store, key)
+        except Exception as error:
+            translated = self._translated(error, f"looking at {key!r}")
+            if isinstance(translated, FileNotFoundError):
+                return None
+            raise translated from error
+        return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""))
+
+    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
+        try:
+            if deep:
+                for page in self._obstore.list(self._store, prefix or None):
+                    yield Listing((), tuple(str(found["path"]) for found in page))
+                return
+            found = self._obstore.list_with_delimiter(self._store, prefix or None)
+        except Exception as error:
+            raise self._translated(error, f"listing {prefix!r}") from error
+        folders = tuple(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
+        yield Listing(folders, tuple(str(meta["path"]) for meta in found["objects"]))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            # One by one: bulk deletion is answered in ways that not all stores agree on.
+            try:
+                self._obstore.delete(self._store, key)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                raise self._translated(error, f"deleting {key!r}") from error
+
+    def discard_parts(self, key: str) -> None:
+        if self._parts is not None:
+            self._parts.discard(key)
+
+    def _translated(self, error: Exception, what: str) -> Exception:
+        exceptions = self._obstore.exceptions
+        text = str(error)
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        status = re.search(r"status code: (\d+)", text)
+        if isinstance(error, FileNotFoundError) and not (code and code[1] == "NoSuchBucket"):
+            return FileNotFoundError(f"{self.url} has no object {what.split(' ', 1)[1]}")
+        if isinstance(error, (exceptions.AlreadyExistsError, exceptions.PreconditionError)):
+            return ConditionFailed(f"{what}: the condition does not hold", url=self.url)
+        hint = next((_HINTS[found[1]] for found in (code, status) if found and found[1] in _HINTS), "")
+        if not hint and not status:
+            hint = "the store cannot be reached: check the endpoint and the network"
+        said = re.search(r"<Message>([^<]*)</Message>", text)
+        reason = f"{code[1]}: {said[1]}" if code and said else _first_line(error)
+        return MirrorError(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)
+
+
+def _endpoint(options: dict[str, Any]) -> str | None:
+    named = (options.get(name) for name in ("endpoint", "aws_endpoint_url_s3", "endpoint_url", "aws_endpoint"))
+    from_env = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    return next((found for found in (*named, *from_env) if found), None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,181 @@
+"""The parts of one file on their way to a store: bounded memory, every byte compared with the manifest before it is sent.
+
+Each part lies in a slot; a slot is free again when the store has let go of the part, which is seen by the end of the
+memory view that was handed over. So however a library schedules its requests, at most `parallel` parts exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol, TypeVar
+
+from ..checksum import crc32
+from ..errors import CorruptCheckpointError
+from ..filesystem import ReadableFile
+from ..host.memory import region
+from .plan import ObjectPlan
+
+OnPart = Callable[[float, int, int], None]
+"""Called with (start on ``time.perf_counter``, offset, bytes) when a part was read; must be quick."""
+
+
+class Closable(Protocol):
+    """What must be closed by whoever has it."""
+
+    def close(self) -> object: ...
+
+
+C = TypeVar("C", bound=Closable | None)
+
+
+async def opened(executor: Executor, call: Callable[[], C]) -> C:
+    """What `call` opens on a thread; closed again where the waiting is cancelled in between."""
+    opening = asyncio.get_running_loop().run_in_executor(executor, call)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.wait([opening])
+        found = None if opening.exception() is not None else opening.result()
+        if found is not None:
+            found.close()
+        raise
+
+
+class Slots:
+    """Memory for parts. Made and used on one event loop; the memory is given back with the object."""
+
+    def __init__(self, num_slots: int, part_bytes: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._part_bytes = part_bytes
+        self._free: list[memoryview] = []
+        self._num_unmade = num_slots
+        self._semaphore = asyncio.Semaphore(num_slots)
+        self._lent: dict[int, weakref.ref[memoryview]] = {}
+
+    async def take(self, num_bytes: int) -> memoryview:
+        """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view ends."""
+        await self._semaphore.acquire()
+        if not self._free:
+            self._num_unmade -= 1
+            self._free.append(region(self._part_bytes))
+        memory = self._free.pop()
+        view = memory[:num_bytes]
+
+        def ended(reference: weakref.ref[memoryview]) -> None:
+            # On whichever thread dropped it last; when the loop is gone, nobody waits for a slot any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._give_back, id(reference), memory)
+
+        reference = weakref.ref(view, ended)
+        # By its number: a reference to memory that can be written has no hash.
+        self._lent[id(reference)] = reference
+        return view
+
+    def _give_back(self, number: int, memory: memoryview) -> None:
+        del self._lent[number]
+        self._free.append(memory)
+        self._semaphore.release()
+
+
+class Pace:
+    """Bounds a rate by sleeping; None bounds nothing. One event loop."""
+
+    def __init__(self, max_bytes_per_s: float | None) -> None:
+        self._max_bytes_per_s = max_bytes_per_s
+        self._free_at_s = 0.0
+
+    async def wait(self, num_bytes: int) -> None:
+        """Return when `num_bytes` more may be sent."""
+        if self._max_bytes_per_s is None:
+            return
+        now_s = time.monotonic()
+        start_s = max(now_s, self._free_at_s)
+        self._free_at_s = start_s + num_bytes / self._max_bytes_per_s
+        await asyncio.sleep(start_s - now_s)
+
+
+class PartStream:
+    """The parts of one file, in order, for one call of `Store.put`. One event loop.
+
+    Raises (from the iteration; also kept in `failure`, because libraries wrap what their source raises):
+        CorruptCheckpointError: the file on disk is not what was committed.
+        OSError: it cannot be read.
+    """
+
+    def __init__(
+        self, file: ReadableFile, plan: ObjectPlan, *, slots: Slots, pace: Pace, part_bytes: int, executor: Executor, on_part: OnPart
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._file = file
+        self._plan = plan
+        self._slots = slots
+        self._pace = pace
+        self._executor = executor
+        self._on_part = on_part
+        self._todo = plan.parts(part_bytes)
+        self._md5s: list[asyncio.Future[bytes]] = []
+        self._reading: asyncio.Future[None] | None = None
+        self._crc = 0
+
+    def __aiter__(self) -> PartStream:
+        return self
+
+    async def __anext__(self) -> memoryview:
+        part = next(self._todo, None)
+        if part is None:
+            raise StopAsyncIteration
+        offset, num_bytes = part
+        try:
+            view = await self._slots.take(num_bytes)
+            await self._pace.wait(num_bytes)
+            started_s = time.perf_counter()
+            loop = asyncio.get_running_loop()
+            self._reading = loop.run_in_executor(self._executor, self._fill, view, offset)
+            await self._reading
+        except BaseException as error:
+            self.failure = error if self.failure is None else self.failure
+            raise
+        # Beside the sending: the store's own checksum is compared with it afterwards.
+        self._md5s.append(loop.run_in_executor(self._executor, _md5, view))
+        self._on_part(started_s, offset, num_bytes)
+        return view
+
+    async def md5s(self) -> list[bytes]:
+        """The MD5 of each part, once all were sent."""
+        return list(await asyncio.gather(*self._md5s))
+
+    async def close(self) -> None:
+        """Wait until nothing reads the file any more."""
+        pending = [future for future in (self._reading, *self._md5s) if future is not None and not future.done()]
+        if pending:
+            await asyncio.wait(pending)
+        for future in self._md5s:
+            # Never asked for where the put failed.
+            if future.done() and not future.cancelled():
+                future.exception()
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        self._file.pread_into(view, offset)
+        entry = self._plan.entry
+        done, end = offset, offset + view.nbytes
+        while done < end:
+            extent = done // entry.extent_bytes
+            stop = min(end, (extent + 1) * entry.extent_bytes)
+            self._crc = crc32(view[done - offset : stop - offset], self._crc)
+            if stop == min(entry.size_bytes, (extent + 1) * entry.extent_bytes):
+                if self._crc != entry.extent_crc32[extent]:
+                    first = extent * entry.extent_bytes
+                    message = f"{self._file.path}: bytes {first} to {stop - 1} differ from what was committed; it is not mirrored"
+                    raise CorruptCheckpointError(message, path=self._file.path)
+                self._crc = 0
+            done = stop
+
+
+def _md5(view: memoryview) -> bytes:
+    return hashlib.md5(view, usedforsecurity=False).digest()

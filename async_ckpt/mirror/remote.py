@@ -1,0 +1,172 @@
+"""A store as the reading side of a file system, so that catalog, verification and loads are the same code for both.
+
+A checkpoint is what its manifest names: opening a tag reads the manifest, and files are looked for below the attempt that
+it tells. Blocks for requests; any thread; nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from ..filesystem import FileStat, Kind, LocalFileSystem
+from ..host.process import Owner, OwnerState
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
+from .config import Mirror
+from .plan import attempt_of, object_key
+from .store import ObjectInfo, Store, open_store
+
+if TYPE_CHECKING:
+    from ..catalog import Catalog
+
+T = TypeVar("T")
+R = TypeVar("R")
+_NUM_REQUESTS = 32
+"""Small requests in flight at once; their cost is the way there and back."""
+
+
+def remote_catalog(mirror: Mirror | str) -> Catalog:
+    """The checkpoints in a mirror; does not connect.
+
+    Raises:
+        ConfigError: no such scheme, or the extra is not installed.
+    """
+    from ..catalog import Catalog
+
+    known = Mirror(mirror) if isinstance(mirror, str) else mirror
+    return Catalog(known.url.rstrip("/"), RemoteFileSystem(known))  # type: ignore[arg-type]
+
+
+class RemoteFileSystem:
+    """What the reading side needs of `filesystem.FileSystem`. Paths begin with the mirror's URL."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.store = open_store(mirror, executor=None, filesystem=LocalFileSystem())
+        self._root = mirror.url.rstrip("/")
+
+    def owner_state(self, owner: Owner) -> OwnerState:
+        return OwnerState.UNKNOWN
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """`function` of each item, many at once, in their order; the first failure is raised when all have ended."""
+        from ..threads.executor import DaemonExecutor
+
+        todo = list(items)
+        if len(todo) < 2:
+            return [function(item) for item in todo]
+        pool = DaemonExecutor("async-ckpt-remote", min(_NUM_REQUESTS, len(todo)))
+        try:
+            futures = [pool.submit(function, item) for item in todo]
+            wait(futures)
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def listdir(self, path: str) -> list[str]:
+        return [folder for page in self.store.list(self._key(path)) for folder in page.folders]
+
+    def stat(self, path: str) -> FileStat:
+        key = self._key(path)
+        if not key:
+            return FileStat("dir", 0, 0, (0, 0), 0)
+        is_file = "/" in key
+        info = self.store.head(key if is_file else f"{key}/{MANIFEST_NAME}")
+        if info is None:
+            return FileStat("missing", 0, 0, (0, 0), 0)
+        return FileStat("file" if is_file else "dir", info.size_bytes, 0, _identity(info), 0)
+
+    def open_dir(self, root: str, parts: Sequence[str] = ()) -> RemoteDirectory:
+        tag = self._key("/".join((root.rstrip("/"), *parts)))
+        info = self.store.head(f"{tag}/{MANIFEST_NAME}")
+        if info is None:
+            raise FileNotFoundError(f"{self._root}/{tag} has no {MANIFEST_NAME}")
+        raw = bytes(self.store.get_range(f"{tag}/{MANIFEST_NAME}", 0, min(info.size_bytes, MAX_MANIFEST_BYTES + 1)))
+        return RemoteDirectory(self.store, f"{self._root}/{tag}", tag, raw, _identity(info))
+
+    def _key(self, path: str) -> str:
+        if path.rstrip("/") == self._root:
+            return ""
+        if not path.startswith(self._root + "/"):
+            raise CheckpointNotFoundError(f"{path!r} is not below {self._root!r}")
+        return path[len(self._root) + 1 :].rstrip("/")
+
+
+class RemoteDirectory:
+    """One checkpoint in a store, as its manifest was when it was opened."""
+
+    def __init__(self, store: Store, path: str, tag: str, raw: bytes, identity: tuple[int, int]) -> None:
+        self.path = path
+        self.identity = identity
+        self._store = store
+        self._tag = tag
+        self._raw = raw
+        self._attempt = ""
+
+    def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
+        folder = "/".join(parts)
+        base = self._attempt_key(folder).rstrip("/")
+        found: list[tuple[str, Kind]] = [] if folder else [(MANIFEST_NAME, "file")]
+        for page in self._store.list(base):
+            found += [(name, "dir") for name in page.folders]
+            found += [(key.rpartition("/")[2], "file") for key in page.keys]
+        return found
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> RemoteFile:
+        key = self._attempt_key("/".join(parts))
+        info = self._store.head(key)
+        if info is None:
+            raise FileNotFoundError(f"{self.path}: there is no object {key!r}")
+        return RemoteFile(self._store, key, f"{self.path}/{'/'.join(parts)}", info)
+
+    def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
+        if tuple(parts) == (MANIFEST_NAME,):
+            return self._raw
+        file = self.open_read(parts)
+        if file.size_bytes > max_bytes:
+            raise CorruptCheckpointError(f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path)
+        return bytes(self._store.get_range(self._attempt_key("/".join(parts)), 0, file.size_bytes))
+
+    def close(self) -> None:
+        return None
+
+    def _attempt_key(self, inner: str) -> str:
+        if not self._attempt:
+            source = f"{self.path}/{MANIFEST_NAME}"
+            decode(self._raw, source=source)
+            self._attempt = attempt_of(self._raw, source=source)
+        return object_key(self._tag, self._attempt, inner)
+
+
+class RemoteFile:
+    """One object, read in ranges. Calls may overlap."""
+
+    def __init__(self, store: Store, key: str, path: str, info: ObjectInfo) -> None:
+        self.path = path
+        self.size_bytes = info.size_bytes
+        self._store = store
+        self._key = key
+
+    @property
+    def map_path(self) -> str:
+        raise ConfigError(f"{self.path} lies in a store and cannot be mapped: load it without mmap=True")
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        try:
+            data = self._store.get_range(self._key, offset, buffer.nbytes)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"{self.path} was deleted or replaced in the store while it was being read") from error
+        if data.nbytes != buffer.nbytes:
+            raise CorruptCheckpointError(
+                f"{self.path} ends at byte {offset + data.nbytes}, {buffer.nbytes - data.nbytes} bytes too early", path=self.path
+            )
+        buffer[:] = data
+
+    def close(self) -> None:
+        return None
+
+
+def _identity(info: ObjectInfo) -> tuple[int, int]:
+    return int.from_bytes(hashlib.sha256(info.e_tag.encode()).digest()[:8], "big"), info.size_bytes

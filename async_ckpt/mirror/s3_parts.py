@@ -1,0 +1,134 @@
+"""Aborts multipart uploads that a killed process left in S3; the library has no call for it.
+
+Two signed requests (Signature Version 4): list the uploads of a key, abort each. Without keys that can be read here
+(credentials of the instance, say), they are left to the bucket's lifecycle rule, and that is logged once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import http.client
+import logging
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from html import unescape
+from typing import Any
+
+from ..errors import MirrorError
+
+logger = logging.getLogger("async_ckpt")
+
+_TIMEOUT_S = 20.0
+_TRIES = 3
+
+
+class S3Parts:
+    """The unfinished uploads below a prefix of a bucket."""
+
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], endpoint: str | None, url: str) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+        self._options = options
+        self._endpoint = (endpoint or "").rstrip("/")
+        self._url = url
+        self._is_told = False
+
+    def discard(self, key: str) -> None:
+        """Abort every unfinished upload of exactly this key. Blocks.
+
+        Raises:
+            MirrorError: the store refused, or cannot be reached.
+        """
+        credentials = self._credentials()
+        if credentials is None:
+            if not self._is_told:
+                self._is_told = True
+                logger.warning(
+                    "the credentials of %s cannot be read here: parts of interrupted uploads stay until the bucket's lifecycle rule "
+                    "(AbortIncompleteMultipartUpload) removes them",
+                    self._url,
+                )
+            return
+        full = f"{self._prefix}/{key}" if self._prefix else key
+        listed = self._request(credentials, "GET", "", {"uploads": "", "prefix": full})
+        for upload in re.findall(r"<Upload>(.*?)</Upload>", listed, re.S):
+            found = {name: unescape(value) for name, value in re.findall(r"<(Key|UploadId)>([^<]*)</", upload)}
+            if found.get("Key") == full and "UploadId" in found:
+                self._request(credentials, "DELETE", full, {"uploadId": found["UploadId"]})
+
+    def _credentials(self) -> tuple[str, str, str | None] | None:
+        provider = self._options.get("credential_provider")
+        if provider is not None:
+            given = provider()
+            return (given["access_key_id"], given["secret_access_key"], given.get("token")) if isinstance(given, Mapping) else None
+        key, secret = self._option("access_key_id"), self._option("secret_access_key")
+        return (key, secret, self._option("session_token")) if key and secret else None
+
+    def _option(self, name: str) -> str | None:
+        for known in (name, f"aws_{name}"):
+            if self._options.get(known):
+                return str(self._options[known])
+        return os.environ.get(f"AWS_{name.upper()}")
+
+    def _address(self, region: str, key: str) -> str:
+        quoted = urllib.parse.quote(key, safe="/-_.~")
+        if self._endpoint and str(self._options.get("virtual_hosted_style_request", "")).lower() == "true":
+            return f"{self._endpoint}/{quoted}"
+        if self._endpoint:
+            return f"{self._endpoint}/{self._bucket}/{quoted}".rstrip("/")
+        return f"https://s3.{region}.amazonaws.com/{self._bucket}/{quoted}".rstrip("/")
+
+    def _request(self, credentials: tuple[str, str, str | None], method: str, key: str, query: Mapping[str, str]) -> str:
+        region = self._option("region") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        address = self._address(region, key)
+        for attempt in range(_TRIES):
+            request = _signed(credentials, region, method, address, query)
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+                    return str(reply.read().decode("utf-8", "replace"))
+            except urllib.error.HTTPError as error:
+                # Aborted by somebody else, or finished: nothing is left to discard.
+                with error:
+                    if error.code == 404 and method == "DELETE":
+                        return ""
+                    if (error.code < 500 and error.code != 429) or attempt == _TRIES - 1:
+                        raise MirrorError(f"aborting unfinished uploads of {key!r} was refused: {error}", url=self._url) from error
+            except (OSError, http.client.HTTPException) as error:
+                if attempt == _TRIES - 1:
+                    raise MirrorError(f"aborting unfinished uploads of {key!r} failed: {error}", url=self._url) from error
+        raise AssertionError("unreachable")
+
+
+def _signed(
+    credentials: tuple[str, str, str | None], region: str, method: str, address: str, query: Mapping[str, str]
+) -> urllib.request.Request:
+    access_key, secret, token = credentials
+    now = datetime.datetime.now(datetime.timezone.utc)
+    stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
+    parsed = urllib.parse.urlsplit(address)
+    canonical_query = "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in sorted(query.items()))
+    empty = hashlib.sha256(b"").hexdigest()
+    headers = {"host": parsed.netloc, "x-amz-content-sha256": empty, "x-amz-date": stamp}
+    if token:
+        headers["x-amz-security-token"] = token
+    names = ";".join(sorted(headers))
+    lines = [method, parsed.path or "/", canonical_query, *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, empty]
+    scope = f"{day}/{region}/s3/aws4_request"
+    to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest()))
+    secret_key = f"AWS4{secret}".encode()
+    for part in (day, region, "s3", "aws4_request"):
+        secret_key = hmac.new(secret_key, part.encode(), hashlib.sha256).digest()
+    signature = hmac.new(secret_key, to_sign.encode(), hashlib.sha256).hexdigest()
+    headers["authorization"] = f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
+    del headers["host"]
+    return urllib.request.Request(f"{address}?{canonical_query}", method=method, headers=headers)
+
+
+def _quoted(text: str) -> str:
+    return urllib.parse.quote(text, safe="-_.~")

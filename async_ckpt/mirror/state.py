@@ -1,0 +1,155 @@
+"""What is uploaded, kept durably in the root: one small file per tag, mirror and rank, below ``<root>/.mirrors``.
+
+Each is replaced whole (temporary, fsync, rename, fsync of the directory), so that a crash leaves the old text or the new
+one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import CorruptCheckpointError, UnsafePathError
+from ..filesystem import FileSystem
+from ..filesystem.write_error import write_error
+from ..host.process import Owner, OwnerState
+from ..manifest import check_tag
+from ..threads.locks import Lock
+
+logger = logging.getLogger("async_ckpt")
+
+DIRECTORY = ".mirrors"
+_MAX_BYTES = 64 << 20
+_TEMPORARY = ".tmp."
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class TagState:
+    """How far one checkpoint is on its way to one mirror."""
+
+    tag: str
+    attempt: str
+    created_unix_ns: int
+    keys: tuple[str, ...] = ()
+    """All data objects that this rank puts, whether they are there yet or not."""
+    done: Mapping[str, str] = field(default_factory=dict)
+    """Those that were found whole in the store, with their entity tags."""
+    mirrored: bool = False
+    """The manifest is in the store too. (Retention may have deleted it there since.)"""
+    ours: tuple[str, ...] = ()
+    """Earlier attempts of this tag that this root has put; they may be replaced."""
+    doomed: tuple[str, ...] = ()
+    """Objects that no manifest names any more and that are still to be deleted."""
+
+
+class States:
+    """The states of one mirror, held in memory and on disk. Any thread; writes block.
+
+    Raises:
+        WriteError: the directory cannot be made or read.
+    """
+
+    def __init__(self, filesystem: FileSystem, root: str, url: str, rank: int) -> None:
+        self._fs = filesystem
+        self._root = root
+        self._home = os.path.join(root, DIRECTORY)
+        self._folder = os.path.join(self._home, hashlib.sha256(url.encode()).hexdigest()[:16])
+        self._suffix = f".{rank}.json"
+        self._lock = Lock()
+        try:
+            self._states = self._load()
+        except OSError as error:
+            raise write_error(filesystem, error, "the states of a mirror cannot be read", self._folder) from error
+
+    def get(self, tag: str) -> TagState | None:
+        """The state of a tag; None where nothing was begun."""
+        with self._lock:
+            return self._states.get(tag)
+
+    def all(self) -> list[TagState]:
+        """All states, in no order."""
+        with self._lock:
+            return list(self._states.values())
+
+    def is_mirrored(self, tag: str, created_unix_ns: int) -> bool:
+        """Whether this very checkpoint has been mirrored."""
+        state = self.get(tag)
+        return state is not None and state.mirrored and state.created_unix_ns == created_unix_ns
+
+    def write(self, state: TagState) -> None:
+        """Make `state` durable.
+
+        Raises:
+            WriteError, OutOfSpaceError: it could not be; the old state stays.
+        """
+        path = os.path.join(self._folder, state.tag + self._suffix)
+        temporary = os.path.join(self._folder, f"{_TEMPORARY}{self._fs.owner()}.{next(_numbers)}")
+        try:
+            if self._fs.stat(self._folder).kind == "missing":
+                self._fs.makedirs(self._folder)
+                self._fs.fsync_dir(self._home)
+                self._fs.fsync_dir(self._root)
+            try:
+                self._fs.create_file(temporary, json.dumps(asdict(state)).encode())
+                self._fs.rename(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._fs.unlink(temporary)
+                raise
+            self._fs.fsync_dir(self._folder)
+        except OSError as error:
+            raise write_error(self._fs, error, f"how far the mirroring of {state.tag!r} is cannot be noted", path) from error
+        with self._lock:
+            self._states[state.tag] = state
+
+    def forget(self, tag: str) -> None:
+        """Remove the state of a tag; fine where there is none. Need not be durable: a state that comes back is looked into again."""
+        with self._lock:
+            self._states.pop(tag, None)
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.unlink(os.path.join(self._folder, tag + self._suffix))
+
+    def _load(self) -> dict[str, TagState]:
+        states: dict[str, TagState] = {}
+        if self._fs.stat(self._folder).kind != "dir":
+            return states
+        for name in self._fs.listdir(self._folder):
+            path = os.path.join(self._folder, name)
+            if name.startswith(_TEMPORARY):
+                self._sweep(path, name)
+            elif name.endswith(self._suffix):
+                try:
+                    state = _decoded(json.loads(self._fs.read_file(path, _MAX_BYTES)))
+                    if state.tag + self._suffix != name:
+                        raise ValueError(f"it is about {state.tag!r}")
+                except (ValueError, TypeError, KeyError, CorruptCheckpointError, UnsafePathError) as error:
+                    logger.warning("the mirror state %s is damaged and left out (%s): the store is asked instead", path, error)
+                    continue
+                except FileNotFoundError:
+                    # Another process has forgotten it meanwhile.
+                    continue
+                states[state.tag] = state
+        return states
+
+    def _sweep(self, path: str, name: str) -> None:
+        owner = Owner.parse(name[len(_TEMPORARY) :].rpartition(".")[0])
+        if owner is not None and self._fs.owner_state(owner) in (OwnerState.DEAD, OwnerState.REBOOTED):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.unlink(path)
+
+
+def _decoded(document: dict[str, Any]) -> TagState:
+    keys, ours, doomed = (tuple(map(str, document[name])) for name in ("keys", "ours", "doomed"))
+    done = {str(key): str(e_tag) for key, e_tag in document["done"].items()}
+    created = document["created_unix_ns"]
+    if type(created) is not int or type(document["mirrored"]) is not bool:
+        raise ValueError("created_unix_ns or mirrored has another type")
+    return TagState(check_tag(document["tag"]), str(document["attempt"]), created, keys, done, document["mirrored"], ours, doomed)

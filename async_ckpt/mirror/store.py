@@ -1,0 +1,94 @@
+"""The seam to a store: seven methods, so that another library or service can be brought.
+
+Keys are below the mirror's prefix. Every method may be called from any thread; all block but `put`, which is a
+coroutine. They raise `FileNotFoundError` for an object that is not there, and `MirrorError` for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import MirrorError
+from .config import Mirror, split_url
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from ..filesystem import FileSystem
+
+PROBE_TIMEOUT_S = 10.0
+ANY_VERSION = "*"
+"""For `Store.put_if`: whatever is there, or nothing."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store says of an object; `e_tag` changes with its content."""
+
+    size_bytes: int
+    e_tag: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One page of a listing: sub-folders (names alone) and objects (keys)."""
+
+    folders: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+class ConditionFailed(MirrorError):
+    """The object is there already, or is no longer the one that was to be replaced. Nothing was changed."""
+
+
+class Store(Protocol):
+    """One mirror's place in a store. See the module docstring for threads and errors."""
+
+    url: str
+
+    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+        """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go once it is sent."""
+
+    def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
+        """Put a small object only where there is none (`e_tag` None), in place of exactly that one, or always (`ANY_VERSION`).
+
+        Raises:
+            ConditionFailed: the condition does not hold (in a store that knows conditions).
+        """
+
+    def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        """Bytes of an object; fewer where it ends before."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """What is there; None where nothing is."""
+
+    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
+        """What is directly below the folder `prefix`, page by page, or with `deep` all objects below it."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; those that are not there do not matter."""
+
+    def discard_parts(self, key: str) -> None:
+        """Remove what interrupted calls of `put` left of this object."""
+
+
+def open_store(mirror: Mirror, *, executor: Executor | None, filesystem: FileSystem, quick: bool = False) -> Store:
+    """The store of a mirror. Does not connect.
+
+    Args:
+        executor: where ``file://`` writes; None where nothing is written.
+        quick: give up within `PROBE_TIMEOUT_S` instead of the mirror's own patience.
+
+    Raises:
+        ConfigError: the extra is not installed, or the options are not those of the store.
+    """
+    scheme, _, prefix = split_url(mirror.url)
+    if scheme == "file":
+        from .file_store import FileStore
+
+        return FileStore(mirror.url, prefix or "/", filesystem, executor)
+    from .object_store import ObjectStore
+
+    return ObjectStore(mirror, quick=quick)

@@ -1,0 +1,306 @@
+"""Puts one committed checkpoint into one store: its files, each looked at afterwards, then the manifest.
+
+Steps, each of which may be cut short and is done again or gone on with later:
+
+1. The state says which objects will be put. Those of an earlier attempt that never got its manifest are deleted first.
+2. Every object is put, found in the store with the right size and checksum, and noted in the state.
+3. All ranks have said that their objects are there (`Agreement`); the disk still has this very checkpoint.
+4. The manifest is put if absent, or in place of one that may be replaced, and read back.
+5. What the replaced manifest named is deleted. The state says "mirrored".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from ..catalog import Catalog, OpenCheckpoint
+from ..errors import CheckpointNotFoundError, MirrorError
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from ..metrics import MirrorMetrics, Span
+from .config import Mirror
+from .parts import Pace, PartStream, Slots, opened
+from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
+from .probe import Abilities
+from .remote_manifest import may_replace, publish, read_manifest
+from .state import States, TagState
+from .store import ConditionFailed, Store
+
+logger = logging.getLogger("async_ckpt")
+
+T = TypeVar("T")
+_TRIES = 3
+"""Times that an object is put anew where the store then holds other bytes."""
+
+
+class Agreement(Protocol):
+    """How the ranks of a job agree that all objects are there; blocks."""
+
+    rank: int | None
+    """This rank, or None where there is only one."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank puts the manifest."""
+
+    def all_sent(self, name: str) -> None:
+        """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the manifest is there.
+
+        Raises:
+            RankFailedError: not within the time; names the ranks that were not heard of.
+        """
+
+    def concluded(self, name: str, error: str) -> None:
+        """The leader tells the others that the manifest is there, or why it is not."""
+
+
+class Alone:
+    """The agreement of a single process."""
+
+    rank: int | None = None
+    leads = True
+
+    def all_sent(self, name: str) -> None:
+        return None
+
+    def concluded(self, name: str, error: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class UploadContext:
+    """What all uploads to one mirror share."""
+
+    mirror: Mirror
+    store: Store
+    abilities: Abilities
+    states: States
+    catalog: Catalog
+    executor: Executor
+    pace: Pace
+    agreement: Agreement
+    may_overwrite: bool
+    on_span: Callable[[Span], object]
+
+
+class Upload:
+    """One checkpoint on its way. Made and run once, on one event loop."""
+
+    def __init__(self, context: UploadContext, tag: str, metrics: MirrorMetrics) -> None:
+        self._context = context
+        self._tag = tag
+        self._metrics = metrics
+        self._is_resumed = False
+
+    async def run(self) -> None:
+        """Mirror the checkpoint, unless it is mirrored already.
+
+        Raises:
+            CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
+            CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of that tag.
+            MirrorError: the store failed. WriteError: the state could not be written. What is there is gone on with later.
+        """
+        try:
+            checkpoint = await opened(self._context.executor, lambda: self._context.catalog.open(self._tag))
+            try:
+                if not self._context.states.is_mirrored(self._tag, checkpoint.manifest.created_unix_ns):
+                    await self._run(checkpoint)
+            finally:
+                checkpoint.close()
+        except (CheckpointNotFoundError, ConditionFailed):
+            await self._in_thread(self._abandon_own)
+            raise
+
+    async def _run(self, checkpoint: OpenCheckpoint) -> None:
+        context = self._context
+        raw = await self._in_thread(checkpoint.directory.read_file, (MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+        plan = plan_upload(
+            checkpoint.manifest, raw, rank=context.agreement.rank, part_bytes=context.mirror.part_bytes, url=context.mirror.url
+        )
+        state = await self._in_thread(self._begin, plan)
+        self._metrics.size_bytes = sum(one.entry.size_bytes for one in plan.objects)
+        self._metrics.num_objects = len(plan.objects)
+        await self._put_all(checkpoint, plan, state)
+        name = f"{plan.tag}/{plan.attempt}"
+        await self._in_thread(context.agreement.all_sent, name)
+        if context.agreement.leads:
+            error = "rank 0 was interrupted"
+            try:
+                await self._in_thread(self._publish, checkpoint, plan)
+                error = ""
+            except BaseException as failure:
+                error = str(failure) or error
+                raise
+            finally:
+                await self._in_thread(context.agreement.concluded, name, error)
+        else:
+            self._finish(plan, ())
+
+    def _begin(self, plan: UploadPlan) -> TagState:
+        states = self._context.states
+        before = states.get(plan.tag)
+        if before is not None and before.attempt == plan.attempt:
+            self._is_resumed = True
+            return before
+        ours: tuple[str, ...] = ()
+        if before is not None:
+            ours = (*before.ours, before.attempt)
+            if not before.mirrored:
+                abandon(self._context, before)
+        state = TagState(plan.tag, plan.attempt, plan.created_unix_ns, tuple(one.key for one in plan.objects), ours=ours)
+        states.write(state)
+        return state
+
+    # The objects.
+
+    async def _put_all(self, checkpoint: OpenCheckpoint, plan: UploadPlan, state: TagState) -> None:
+        context = self._context
+        slots = Slots(context.mirror.parallel, context.mirror.part_bytes)
+        turn = asyncio.Semaphore(context.mirror.parallel)
+        done = dict(state.done)
+        writing = asyncio.Lock()
+
+        async def put(one: ObjectPlan) -> None:
+            async with turn:
+                e_tag = await self._put_object(checkpoint, one, slots, done.get(one.key))
+            async with writing:
+                if done.get(one.key) != e_tag:
+                    done[one.key] = e_tag
+                    await self._in_thread(context.states.write, replace(state, done=dict(done)))
+
+        tasks = [asyncio.ensure_future(put(one)) for one in plan.objects]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _put_object(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None) -> str:
+        """Returns the entity tag of the object, once it is there and whole."""
+        context = self._context
+        if known_tag is not None:
+            found = await self._in_thread(context.store.head, one.key)
+            if found is not None and (found.size_bytes, found.e_tag) == (one.entry.size_bytes, known_tag):
+                return known_tag
+        if self._is_resumed:
+            await self._in_thread(context.store.discard_parts, one.key)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                md5s = await self._send(checkpoint, one, slots)
+                return await self._in_thread(self._look_at, one, md5s)
+            except _ObjectDamaged as damaged:
+                logger.warning("%s (try %d of %d)", damaged, attempt, _TRIES)
+                if attempt == _TRIES:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _send(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
+        context, started_s = self._context, time.perf_counter()
+        file = await opened(context.executor, lambda: checkpoint.open_file(one.entry, direct=True))
+        part_bytes = context.mirror.part_bytes
+        stream = PartStream(
+            file, one, slots=slots, pace=context.pace, part_bytes=part_bytes, executor=context.executor, on_part=self._on_part
+        )
+        try:
+            await context.store.put(
+                one.key, stream, size_bytes=one.entry.size_bytes, part_bytes=part_bytes, parallel=context.mirror.parallel
+            )
+            self._told("upload", started_s, one.entry.path, 0, one.entry.size_bytes)
+            return await stream.md5s()
+        except Exception:
+            with contextlib.suppress(MirrorError):
+                # Best effort: the next try, or the next start, does it again.
+                await self._in_thread(context.store.discard_parts, one.key)
+            failure = stream.failure
+            if failure is not None:
+                if isinstance(failure, FileNotFoundError | ValueError) and not await self._in_thread(checkpoint.is_current):
+                    raise CheckpointNotFoundError(f"checkpoint {self._tag!r} was deleted while it was being mirrored") from failure
+                raise failure from None
+            raise
+        finally:
+            await stream.close()
+            file.close()
+
+    def _look_at(self, one: ObjectPlan, md5s: list[bytes]) -> str:
+        context, size_bytes = self._context, one.entry.size_bytes
+        found = context.store.head(one.key)
+        if found is None or found.size_bytes != size_bytes:
+            there = "is not there" if found is None else f"has {found.size_bytes} bytes, {size_bytes} were sent"
+            raise _ObjectDamaged(f"the store has accepted {one.key!r}, which {there}", url=context.store.url)
+        is_single = size_bytes <= context.mirror.part_bytes
+        expected, e_tag = md5s[0].hex() if is_single else combined_md5(md5s), found.e_tag.strip('"')
+        # Some stores give an object of several parts a tag of another form: nothing can be said of that.
+        is_told = context.abilities.md5_tags and re.fullmatch("[0-9a-f]{32}" + ("" if is_single else f"-{len(md5s)}"), e_tag)
+        if is_told and e_tag != expected:
+            raise _ObjectDamaged(f"the store holds other bytes of {one.key!r} than were sent (checksum {e_tag})", url=context.store.url)
+        return found.e_tag
+
+    # The manifest.
+
+    def _publish(self, checkpoint: OpenCheckpoint, plan: UploadPlan) -> None:
+        context = self._context
+        if not checkpoint.is_current():
+            raise CheckpointNotFoundError(f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored")
+        started_s = time.perf_counter()
+        state = context.states.get(plan.tag)
+        ours = state.ours if state is not None else ()
+        replaced = publish(
+            context.store,
+            plan,
+            conditional=context.abilities.conditional,
+            may_replace=lambda found: may_replace(found, plan, ours, context.may_overwrite),
+        )
+        self._told("upload manifest", started_s, MANIFEST_NAME, 0, len(plan.manifest))
+        self._finish(plan, replaced)
+
+    def _finish(self, plan: UploadPlan, doomed: tuple[str, ...]) -> None:
+        states = self._context.states
+        state = states.get(plan.tag)
+        assert state is not None and state.attempt == plan.attempt
+        states.write(replace(state, mirrored=True, ours=(), doomed=doomed))
+        if doomed:
+            self._context.store.delete(doomed)
+            states.write(replace(state, mirrored=True, ours=(), doomed=()))
+
+    # Inside.
+
+    def _abandon_own(self) -> None:
+        state = self._context.states.get(self._tag)
+        if state is not None and not state.mirrored:
+            abandon(self._context, state)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._context.executor, call, *args)
+
+    def _on_part(self, started_s: float, offset: int, num_bytes: int) -> None:
+        self._metrics.num_parts += 1
+        self._metrics.sent_bytes += num_bytes
+
+    def _told(self, kind: str, started_s: float, path: str, offset: int, num_bytes: int) -> None:
+        self._context.on_span(Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._tag, path, offset, num_bytes))
+
+
+def abandon(context: UploadContext, state: TagState) -> None:
+    """Delete what an attempt without a manifest has put, and forget it. Blocks.
+
+    Raises:
+        MirrorError: the store failed; it is tried again at the next start.
+    """
+    found = read_manifest(context.store, state.tag)
+    if found is None or found.attempt != state.attempt:
+        for key in state.keys:
+            context.store.discard_parts(key)
+        context.store.delete(state.keys)
+    context.states.forget(state.tag)
+
+
+class _ObjectDamaged(MirrorError):
+    """What the store holds is not what was sent."""

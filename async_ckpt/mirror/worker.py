@@ -1,0 +1,250 @@
+"""One mirror's work: one checkpoint after the other, on the mirrors' event loop.
+
+What is to be done follows from the disk: what is committed there and not noted as mirrored. So a restart needs no queue,
+and what failed is tried again with the next commit. Checkpoints of this run come first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ..catalog import Catalog
+from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError
+from ..filesystem import FileSystem
+from ..metrics import MirrorMetrics, Span
+from .config import Mirror
+from .parts import Pace
+from .pending import PendingMirror
+from .probe import probe
+from .remote import remote_catalog
+from .remote_retention import apply_remote
+from .state import States
+from .store import ConditionFailed, open_store
+from .turns import UploadTurns
+from .upload import Agreement, Upload, UploadContext, abandon
+
+logger = logging.getLogger("async_ckpt")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WorkerHooks:
+    """What a worker tells, on its own threads. None of them may raise."""
+
+    on_span: Callable[[Span], object] = lambda span: None
+    on_ended: Callable[[MirrorMetrics, BaseException | None], object] = lambda metrics, error: None
+    protected: Callable[[], Collection[str]] = tuple
+    """Tags that retention must not delete: those that the run resumed from."""
+
+
+class Worker:
+    """Made on any thread; `run` and `wake` belong to the loop."""
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        *,
+        filesystem: FileSystem,
+        root: str,
+        agreement: Agreement,
+        may_overwrite: bool,
+        executor: Executor,
+        hooks: WorkerHooks,
+        turns: UploadTurns,
+    ) -> None:
+        self.mirror = mirror
+        self.states = States(filesystem, root, mirror.url, agreement.rank or 0)
+        self.ready: Future[None] = Future()
+        """Resolves when the store has been tried; with what is wrong with it, if something is."""
+        self._fs = filesystem
+        self._catalog = Catalog(root, filesystem)
+        self._agreement = agreement
+        self._may_overwrite = may_overwrite
+        self._executor = executor
+        self._hooks = hooks
+        self._turns = turns
+        self._context: UploadContext | None = None
+        self._todo: OrderedDict[str, list[PendingMirror]] = OrderedDict()
+        self._backlog: list[str] = []
+        self._given_up: set[str] = set()
+        self._wakened = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._is_finishing = self._is_busy = False
+
+    def wake(self, pending: PendingMirror | None, error: BaseException | None = None) -> None:
+        """A commit has ended: mirror it, or learn that there is nothing to mirror."""
+        if pending is not None and error is not None:
+            pending.ended(self.mirror.url, error)
+        elif pending is not None:
+            self._todo.setdefault(pending.tag, []).append(pending)
+        self._wakened.set()
+
+    def finish(self) -> None:
+        """Stop after what is being done for this run; what is left of earlier runs waits for the next start."""
+        self._is_finishing = True
+        self._wakened.set()
+        if not self._is_busy:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop at the next await; what is half sent is gone on with at the next start."""
+        if self._task is not None:
+            self._task.cancel()
+
+    @property
+    def waiting(self) -> list[str]:
+        """Tags of this run that are not mirrored yet."""
+        return list(self._todo)
+
+    async def run(self) -> None:
+        """Mirror until cancelled."""
+        self._task = asyncio.current_task()
+        try:
+            while not self._is_finishing:
+                self._wakened.clear()
+                if await self._prepare():
+                    await self._work()
+                await self._wakened.wait()
+        finally:
+            if not self.ready.done():
+                self.ready.set_result(None)
+
+    # Before the first upload.
+
+    async def _prepare(self) -> bool:
+        if self._context is not None:
+            return True
+        try:
+            self._context = await self._in_thread(self._connect)
+            await self._in_thread(self._recover)
+        except CheckpointError as error:
+            self._context = None
+            if not self.ready.done():
+                self.ready.set_exception(error)
+            for pendings in list(self._todo.values()):
+                for pending in pendings:
+                    self._tell(pending.metrics_of(self.mirror.url), error)
+                    pending.ended(self.mirror.url, error)
+            self._backlog = [*self._backlog, *(tag for tag in self._todo if tag not in self._backlog)]
+            self._todo.clear()
+            return False
+        if not self.ready.done():
+            self.ready.set_result(None)
+        return True
+
+    def _connect(self) -> UploadContext:
+        mirror = self.mirror
+        abilities = probe(open_store(mirror, executor=self._executor, filesystem=self._fs, quick=True), self._executor)
+        if not abilities.conditional:
+            ignored = "the store ignores conditions (If-None-Match): two writers could overwrite each other's manifests"
+            if self._agreement.rank is not None:
+                raise MirrorError(f"{ignored}, and this job has several ranks: nothing is mirrored there", url=mirror.url)
+            logger.warning("%s. See to it that only this process writes to %s", ignored, mirror.url)
+        return UploadContext(
+            mirror=mirror,
+            store=open_store(mirror, executor=self._executor, filesystem=self._fs),
+            abilities=abilities,
+            states=self.states,
+            catalog=self._catalog,
+            executor=self._executor,
+            pace=Pace(mirror.max_bytes_per_s),
+            agreement=self._agreement,
+            may_overwrite=self._may_overwrite,
+            on_span=self._hooks.on_span,
+        )
+
+    def _recover(self) -> None:
+        """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note what is missing."""
+        context = self._context
+        assert context is not None
+        local = {entry.tag: entry.manifest for entry in self._catalog.entries() if entry.manifest is not None}
+        for state in self.states.all():
+            manifest = local.get(state.tag)
+            if state.doomed:
+                context.store.delete(state.doomed)
+                self.states.write(replace(state, doomed=()))
+            if manifest is None and state.mirrored:
+                self.states.forget(state.tag)
+            elif not state.mirrored and (manifest is None or manifest.created_unix_ns != state.created_unix_ns):
+                abandon(context, state)
+        self._backlog = [tag for tag, manifest in local.items() if not self.states.is_mirrored(tag, manifest.created_unix_ns)]
+
+    # Uploads.
+
+    async def _work(self) -> None:
+        """All that is to be done now; what fails waits for the next call."""
+        failed: list[str] = []
+        while (self._todo or self._backlog) and not self._is_finishing:
+            self._is_busy = bool(self._todo)
+            if self._todo:
+                tag, pendings = self._todo.popitem(last=False)
+                self._given_up.discard(tag)
+            else:
+                tag, pendings = self._backlog.pop(0), []
+                if tag in self._given_up:
+                    continue
+            try:
+                error = await self._mirror(tag, pendings)
+            except asyncio.CancelledError:
+                self._backlog.append(tag)
+                for pending in pendings:
+                    pending.ended(self.mirror.url, _cut_short(tag, self.mirror.url))
+                raise
+            if error is not None and not isinstance(error, CheckpointNotFoundError):
+                if isinstance(error, (ConditionFailed, CorruptCheckpointError)):
+                    self._given_up.add(tag)
+                elif tag not in failed:
+                    failed.append(tag)
+        self._is_busy = False
+        self._backlog = [*failed, *self._backlog]
+
+    async def _mirror(self, tag: str, pendings: list[PendingMirror]) -> BaseException | None:
+        assert self._context is not None
+        metrics = pendings[0].metrics_of(self.mirror.url) if pendings else MirrorMetrics(tag, self.mirror.url)
+        error: BaseException | None = None
+        try:
+            async with self._turns.taken(self._executor):
+                started_s = time.perf_counter()
+                await Upload(self._context, tag, metrics).run()
+                metrics.upload_s = time.perf_counter() - started_s
+        except Exception as failure:  # noqa: BLE001 -- whatever it is, those who wait get it
+            error = failure
+        self._tell(metrics, error)
+        for pending in pendings:
+            pending.ended(self.mirror.url, error)
+        if error is None and self.mirror.retention is not None and self._agreement.leads:
+            await self._retain(tag)
+        return error
+
+    async def _retain(self, tag: str) -> None:
+        context, policy = self._context, self.mirror.retention
+        assert context is not None and policy is not None
+        try:
+            await self._in_thread(
+                lambda: apply_remote(
+                    context.store, remote_catalog(self.mirror), self.states, policy, protected=(*self._hooks.protected(), *self._todo)
+                )
+            )
+        except (CheckpointError, OSError) as error:
+            # The checkpoint is mirrored: only older ones stay longer than they should.
+            self._hooks.on_ended(MirrorMetrics(tag, self.mirror.url), error)
+
+    def _tell(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        if error is not None:
+            logger.warning("checkpoint %r was not mirrored to %s: %s", metrics.tag, self.mirror.url, error)
+        self._hooks.on_ended(metrics, error)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+
+def _cut_short(tag: str, url: str) -> MirrorError:
+    return MirrorError(f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk", url=url)

@@ -1,0 +1,102 @@
+"""Checkpoints on disk, mirrors of them, and the oracle that every test asks at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from async_ckpt.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.mirror.config import Mirror
+from async_ckpt.mirror.mirrors import Mirrors
+from async_ckpt.mirror.pending import PendingMirror
+from async_ckpt.mirror.plan import attempt_of
+from async_ckpt.mirror.remote import remote_catalog
+
+from ..disk.making import commit, content
+from .servers import BUCKET, client, keys
+
+PART_BYTES = 5 << 20
+SMALL = {"model.bin": b"m" * 9000, "sub/optim.bin": b"o" * 5000}
+
+
+def big(seed: int = 0) -> dict[str, bytes]:
+    """A checkpoint whose first file needs three parts."""
+    block = bytes((seed + k) % 251 for k in range(4096))
+    return {"model.bin": block * (12 << 20 >> 12) + b"tail", "small.bin": b"s" * 100}
+
+
+def s3_mirror(server: Any, prefix: str, **fields: Any) -> Mirror:
+    """A mirror with little patience, so that a test of a failure is short."""
+    options = dict(server.options(), **fields.pop("options", {}))
+    if "endpoint" in fields:
+        options["endpoint"] = fields.pop("endpoint")
+    given = {"part_bytes": PART_BYTES, "retry_timeout_s": 10.0, "request_timeout_s": 5.0, **fields}
+    return Mirror(f"s3://{BUCKET}/{prefix}", options=options, **given)
+
+
+@contextlib.contextmanager
+def mirroring(root: Path, *mirrors: Mirror, fs: FileSystem | None = None, close_s: float = 20.0, **more: Any) -> Iterator[Mirrors]:
+    made = Mirrors(mirrors, filesystem=fs or LocalFileSystem(), root=os.fspath(root), **more)
+    try:
+        yield made
+    finally:
+        made.close(close_s)
+
+
+def commit_and_send(
+    made: Mirrors, root: Path, tag: str, files: dict[str, bytes] = SMALL, *, created: int = 1, **more: Any
+) -> PendingMirror:
+    pending = made.expect(tag)
+    commit(root, tag, files, created=created, **more)
+    made.committed(pending, None)
+    return pending
+
+
+def remote_content(mirror: Mirror, tag: str) -> dict[str, bytes] | None:
+    """The files of a mirrored tag, after full verification; None if it is not there."""
+    catalog = remote_catalog(mirror)
+    if tag not in catalog.tags():
+        return None
+    catalog.verify(tag).raise_if_bad()
+
+    def read(checkpoint: Any) -> dict[str, bytes]:
+        found = {}
+        for entry in checkpoint.manifest.files:
+            file = checkpoint.open_file(entry)
+            data = bytearray(entry.size_bytes)
+            file.pread_into(memoryview(data), 0)
+            file.close()
+            found[entry.path] = bytes(data)
+        return found
+
+    return catalog.read(tag, read)
+
+
+def check_store(mirror: Mirror) -> list[str]:
+    """Every manifest that can be read names only whole, right objects; returns the tags."""
+    catalog = remote_catalog(mirror)
+    tags = catalog.tags()
+    for tag in tags:
+        catalog.verify(tag).raise_if_bad()
+    return tags
+
+
+def garbage(server: Any, prefix: str) -> list[str]:
+    """Objects below the prefix that no manifest names."""
+    s3 = client(server)
+    named = set()
+    there = keys(server, prefix + "/")
+    for key in there:
+        if key.endswith("/manifest.json"):
+            from async_ckpt.manifest import decode
+
+            raw = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+            manifest, attempt = decode(raw, source=key), attempt_of(raw, source=key)
+            named |= {key, *(f"{prefix}/{manifest.tag}/{attempt}/{entry.path}" for entry in manifest.files)}
+    return [key for key in there if key not in named]
+
+
+__all__ = ["SMALL", "big", "check_store", "commit", "commit_and_send", "content", "garbage", "mirroring", "remote_content", "s3_mirror"]

@@ -1,0 +1,191 @@
+"""Uploads that succeed: what is in the store then, and what the rest of the package sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorError
+from async_ckpt.mirror.config import Mirror
+from async_ckpt.mirror.remote import remote_catalog
+from async_ckpt.mirror.store import ConditionFailed
+from async_ckpt.retention import KeepLast
+
+from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .servers import BUCKET, client, keys, unfinished_uploads
+
+
+@pytest.mark.parametrize("server", ["moto", "seaweedfs"])
+def test_a_committed_checkpoint_is_mirrored_and_read_back(server: str, tmp_path: Path, prefix: str, request: Any) -> None:
+    running = request.getfixturevalue(server)
+    mirror = s3_mirror(running, prefix)
+    files = {**big(), "empty.bin": b"", "deep/er/x.bin": b"x"}
+    with mirroring(tmp_path, mirror) as made:
+        made.check()
+        pending = commit_and_send(made, tmp_path, "step-1", files)
+        assert pending.result(60) == "step-1"
+        assert pending.metrics.sent_bytes == pending.metrics.size_bytes == sum(map(len, files.values()))
+        assert made.is_mirrored("step-1", 1)
+    assert remote_content(mirror, "step-1") == files == content(tmp_path, "step-1")
+    assert check_store(mirror) == ["step-1"] and garbage(running, prefix) == [] and unfinished_uploads(running) == []
+
+
+def test_what_any_client_copies_out_is_the_file(moto: Any, tmp_path: Path, prefix: str) -> None:
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+    (key,) = [key for key in keys(moto, prefix) if key.endswith("model.bin")]
+    assert client(moto).get_object(Bucket=BUCKET, Key=key)["Body"].read() == SMALL["model.bin"]
+    assert key.split("/")[1] == "step-1" and len(key.split("/")[2]) == 16
+
+
+def test_a_directory_is_a_mirror_too(tmp_path: Path) -> None:
+    root, mirror = tmp_path / "root", Mirror(f"file://{tmp_path}/other/run", part_bytes=5 << 20)
+    with mirroring(root_of(root), mirror) as made:
+        commit_and_send(made, root, "step-1", big()).result(60)
+        commit_and_send(made, root, "step-1", big(3), created=2, overwrite="replace").result(60)
+    assert remote_content(mirror, "step-1") == big(3)
+    assert sum(1 for path in (tmp_path / "other").rglob("*") if path.is_file()) == 3
+
+
+def test_replaced_locally_is_replaced_in_the_store(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with mirroring(tmp_path, mirror) as made:
+        commit_and_send(made, tmp_path, "latest", SMALL).result(60)
+        commit_and_send(made, tmp_path, "latest", big(), created=2, overwrite="replace").result(60)
+    assert remote_content(mirror, "latest") == big()
+    assert garbage(moto, prefix) == []
+
+
+def test_of_two_runs_on_one_prefix_the_second_is_refused(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    first, second = root_of(tmp_path / "a"), root_of(tmp_path / "b")
+    with mirroring(first, mirror) as one, mirroring(second, mirror) as other:
+        commit_and_send(one, first, "step-1", SMALL).result(60)
+        with pytest.raises(ConditionFailed, match=r"another run.*overwrite='replace'"):
+            commit_and_send(other, second, "step-1", big(), created=2).result(60)
+    assert remote_content(mirror, "step-1") == SMALL and garbage(moto, prefix) == []
+    with mirroring(second, mirror, may_overwrite=True) as other:
+        commit_and_send(other, second, "step-1", big(7), created=3, overwrite="replace").result(60)
+    assert remote_content(mirror, "step-1") == big(7) and garbage(moto, prefix) == []
+
+
+def test_a_restart_goes_on_with_what_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    for step in range(3):
+        commit(tmp_path, f"step-{step}", SMALL, created=step + 1)
+    with mirroring(tmp_path, mirror) as made:
+        commit_and_send(made, tmp_path, "step-3", SMALL, created=9).result(60)
+        done_when(lambda: made.is_mirrored("step-2", 3))
+    assert check_store(mirror) == ["step-0", "step-1", "step-2", "step-3"]
+
+
+def test_deleted_locally_before_it_was_mirrored(moto: Any, tmp_path: Path, prefix: str) -> None:
+    import shutil
+
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        made.check()
+        pending = made.expect("gone")
+        commit(tmp_path, "gone", SMALL)
+        shutil.rmtree(tmp_path / "gone")
+        made.committed(pending, None)
+        with pytest.raises(CheckpointNotFoundError):
+            pending.result(60)
+    assert keys(moto, prefix) == []
+
+
+def test_damaged_on_disk_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with mirroring(tmp_path, mirror) as made:
+        made.check()
+        pending = made.expect("bad")
+        commit(tmp_path, "bad", SMALL)
+        (tmp_path / "bad" / "model.bin").write_bytes(b"M" + SMALL["model.bin"][1:])
+        made.committed(pending, None)
+        with pytest.raises(CorruptCheckpointError, match=r"model\.bin.*differ from what was committed"):
+            pending.result(60)
+    assert check_store(mirror) == []
+
+
+def test_retention_in_the_store_deletes_manifest_and_objects_but_not_what_was_resumed_from(moto: Any, tmp_path: Path, prefix: str) -> None:
+    from async_ckpt.mirror.worker import WorkerHooks
+
+    mirror = s3_mirror(moto, prefix, retention=KeepLast(2))
+    with mirroring(tmp_path, mirror, hooks=WorkerHooks(protected=lambda: {"step-1"})) as made:
+        for step in range(5):
+            commit_and_send(made, tmp_path, f"step-{step}", SMALL, created=step + 1).result(60)
+        commit_and_send(made, tmp_path, "last", SMALL, created=9).result(60)
+    assert check_store(mirror) == ["step-1", "step-4", "last"] and garbage(moto, prefix) == []
+    assert len(content_tags(tmp_path)) == 6
+
+
+def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, tmp_path: Path, prefix: str) -> None:
+    from dataclasses import replace
+
+    from async_ckpt.filesystem import LocalFileSystem
+    from async_ckpt.manifest import FileEntry, Manifest
+    from async_ckpt.mirror.plan import plan_upload
+
+    entry = FileEntry("model.bin", 60 << 30, 1 << 30, (0,) * 60, "opaque", "test", None)
+    manifest = Manifest("huge", 1, (entry,))
+    with pytest.raises(MirrorError, match=r"more than 10000 parts.*part_bytes to 6442451 or more"):
+        plan_upload(manifest, b"x" * 30, rank=None, part_bytes=5 << 20, url="s3://b/r")
+    assert plan_upload(replace(manifest), b"x" * 30, rank=None, part_bytes=8 << 20, url="s3://b/r").objects
+    assert LocalFileSystem is not None
+
+
+def test_await_and_callbacks(moto: Any, tmp_path: Path, prefix: str) -> None:
+    told = []
+
+    async def main() -> None:
+        with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+            pending = commit_and_send(made, tmp_path, "a", SMALL)
+            pending.add_done_callback(lambda one: told.append(one.tag))
+            assert await asyncio.wait_for(pending, 60) == "a" and pending.done()
+
+    asyncio.run(main())
+    assert told == ["a"]
+
+
+def test_the_catalog_of_a_store(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with mirroring(tmp_path, mirror) as made:
+        for step in range(3):
+            commit_and_send(made, tmp_path, f"step-{step}", SMALL, created=step + 1).result(60)
+    catalog = remote_catalog(mirror)
+    assert catalog.tags() == ["step-0", "step-1", "step-2"] and catalog.latest() == "step-2"
+    assert catalog.manifest("step-1").metadata == {"step": 2}
+    with pytest.raises(CheckpointNotFoundError, match="step-0"):
+        catalog.manifest("step-9")
+    s3 = client(moto)
+    (key,) = [key for key in keys(moto, f"{prefix}/step-2") if key.endswith("model.bin")]
+    s3.put_object(Bucket=BUCKET, Key=key, Body=b"x" * len(SMALL["model.bin"]))
+    assert "model.bin" in str(catalog.verify("step-2").problems[0]) and catalog.latest() == "step-1"
+    s3.put_object(Bucket=BUCKET, Key=key, Body=b"short")
+    assert "has 5 bytes" in str(catalog.verify("step-2", level="size").problems[0])
+    s3.delete_object(Bucket=BUCKET, Key=key)
+    assert "missing" in str(catalog.verify("step-2", level="size").problems[0])
+    s3.copy_object(Bucket=BUCKET, Key=f"{prefix}/step-1/manifest.json", CopySource=f"{BUCKET}/{prefix}/step-0/manifest.json")
+    assert "holds the checkpoint 'step-0'" in str(catalog.verify("step-1").problems[0]) and catalog.latest() == "step-0"
+
+
+def root_of(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def content_tags(root: Path) -> list[str]:
+    from async_ckpt.catalog import Catalog
+
+    return Catalog(root).tags()
+
+
+def done_when(condition: Any, timeout_s: float = 60) -> None:
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
