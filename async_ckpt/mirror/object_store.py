@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError, MirrorError
 from .config import Mirror, split_url
 from .s3_parts import S3Parts
-from .store import ANY_VERSION, PROBE_TIMEOUT_S, ConditionFailed, Listing, ObjectInfo
+from .store import ANY_VERSION, PROBE_TIMEOUT_S, ConditionFailed, Listing, ObjectInfo, PassingFailure
 
 _MAX_RETRIES = 100
 _HINTS = {
@@ -59,6 +59,8 @@ class ObjectStore:
         is_s3 = scheme in ("s3", "s3a")
         if is_s3:
             options.setdefault("checksum_algorithm", "SHA256")
+            # Deleting in bulk is a POST, which is not sent again when the connection breaks.
+            options.setdefault("disable_bulk_delete", True)
         try:
             self._store = from_url(mirror.url, **options)
         except Exception as error:
@@ -93,7 +95,22 @@ class ObjectStore:
             # It ends before the first byte asked for.
             if "status code: 416" in str(error):
                 return memoryview(b"")
+            # Some servers (rclone) say 200 where they mean 206, which the library refuses to trust.
+            if "non-partial response" in str(error):
+                return self._read_from_the_start(key, offset, num_bytes)
             raise self._translated(error, f"reading {key!r}") from error
+
+    def _read_from_the_start(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        data, at = bytearray(), 0
+        try:
+            for chunk in self._obstore.get(self._store, key).stream(min_chunk_size=1 << 20):
+                data += memoryview(chunk)[max(0, offset - at) : max(0, offset + num_bytes - at)]
+                at += len(chunk)
+                if at >= offset + num_bytes:
+                    break
+        except Exception as error:
+            raise self._translated(error, f"reading {key!r}") from error
+        return memoryview(data)
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
@@ -119,7 +136,6 @@ class ObjectStore:
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
-            # One by one: bulk deletion is answered in ways that not all stores agree on.
             try:
                 self._obstore.delete(self._store, key)
             except FileNotFoundError:
@@ -145,7 +161,9 @@ class ObjectStore:
             hint = "the store cannot be reached: check the endpoint and the network"
         said = re.search(r"<Message>([^<]*)</Message>", text)
         reason = f"{code[1]}: {said[1]}" if code and said else _first_line(error)
-        return MirrorError(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)
+        may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "429")
+        kind = PassingFailure if may_pass else MirrorError
+        return kind(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)
 
 
 def _endpoint(options: dict[str, Any]) -> str | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CorruptCheckpointError, MirrorError
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode
 from .plan import UploadPlan, attempt_of, object_key
-from .store import ANY_VERSION, ConditionFailed, Store
+from .state import States
+from .store import ANY_VERSION, ConditionFailed, PassingFailure, Store
 
-_TRIES = 12
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_PAUSE_S, _MAX_PAUSE_S = 0.05, 5.0
 
 
 @dataclass(frozen=True)
@@ -63,35 +63,57 @@ def may_replace(found: FoundManifest, plan: UploadPlan, ours: Iterable[str], may
     return (may_overwrite or found.attempt in set(ours)) and found.manifest.created_unix_ns < plan.created_unix_ns
 
 
-def publish(store: Store, plan: UploadPlan, *, conditional: bool, may_replace: Callable[[FoundManifest], bool]) -> tuple[str, ...]:
-    """Put the manifest and read it back; returns the objects that a replaced one named and nobody names now.
+def publish(
+    store: Store,
+    plan: UploadPlan,
+    *,
+    conditional: bool,
+    may_replace: Callable[[FoundManifest], bool],
+    on_replace: Callable[[FoundManifest], object],
+    patience_s: float,
+) -> None:
+    """Put the manifest and read it back. `on_replace` is called before one is replaced: its objects are to be deleted afterwards.
 
-    A conflict (409), a reply that was lost and a manifest that arrived damaged are tried again.
+    A conflict (409), a reply that was lost and a manifest that arrived damaged are tried again, for `patience_s`.
 
     Raises:
         ConditionFailed: the store has a manifest that may not be replaced. MirrorError: the store failed.
     """
-    replaced: set[str] = set()
-    failure: MirrorError | None = None
-    for attempt in range(_TRIES):
+    failure = MirrorError(f"the store accepts the manifest of {plan.tag!r} but holds other bytes", url=store.url)
+    give_up_s, pause_s = time.monotonic() + patience_s, _PAUSE_S
+    while True:
         found = read_manifest(store, plan.tag)
         if found is not None and found.raw == plan.manifest:
-            return tuple(sorted(replaced - set(found.keys)))
+            return
+        if found is not None and not may_replace(found):
+            raise _refusal(store, plan, found)
+        if time.monotonic() > give_up_s:
+            raise failure
         if found is not None:
-            if not may_replace(found):
-                raise _refusal(store, plan, found)
-            replaced |= set(found.keys)
+            on_replace(found)
+        absent_or_this = found.e_tag if found is not None else None
         try:
-            absent_or_this = found.e_tag if found is not None else None
             store.put_if(plan.manifest_key, plan.manifest, absent_or_this if conditional else ANY_VERSION)
-        except MirrorError as error:
-            # The reply may have been lost after the store had done it, so the store is asked before anything is said.
+        except (ConditionFailed, PassingFailure) as error:
+            # It may have been done all the same, or the other side be about to end: the store is asked before anything is said.
             failure = error
-            time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt))
-    found = read_manifest(store, plan.tag)
-    if found is not None and found.raw == plan.manifest:
-        return tuple(sorted(replaced - set(found.keys)))
-    raise failure or MirrorError(f"the store accepts the manifest of {plan.tag!r} but holds other bytes", url=store.url)
+            time.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+
+
+def delete_doomed(store: Store, states: States, tag: str) -> None:
+    """Delete what the state of `tag` says is to be deleted, except what the manifest in the store (still) names.
+
+    Raises:
+        MirrorError: the store failed; it is tried again at the next start.
+    """
+    state = states.get(tag)
+    if state is not None and state.doomed:
+        found = read_manifest(store, tag)
+        named = found.keys if found is not None else ()
+        store.delete([key for key in state.doomed if key not in named])
+        # Not published yet: then what is to be replaced is still named.
+        states.write(replace(state, doomed=() if state.mirrored else tuple(key for key in state.doomed if key in named)))
 
 
 def _refusal(store: Store, plan: UploadPlan, found: FoundManifest) -> ConditionFailed:

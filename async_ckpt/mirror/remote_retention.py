@@ -9,7 +9,7 @@ from ..catalog import Catalog
 from ..errors import CheckpointNotFoundError
 from ..manifest import MANIFEST_NAME, Manifest
 from ..retention import CheckpointInfo, Decision, RetentionPolicy, decide
-from .remote_manifest import read_manifest
+from .remote_manifest import delete_doomed, read_manifest
 from .state import States, TagState
 from .store import Store
 
@@ -53,11 +53,10 @@ def remove_remote(store: Store, states: States | None, expected: Manifest) -> bo
         states.write(replace(kept, doomed=(*kept.doomed, *found.keys)))
     store.delete([f"{expected.tag}/{MANIFEST_NAME}"])
     store.delete(found.keys)
-    if states is not None:
-        if state is None:
-            states.forget(expected.tag)
-        else:
-            states.write(state)
+    if states is not None and state is None:
+        states.forget(expected.tag)
+    elif states is not None:
+        delete_doomed(store, states, expected.tag)
     return True
 
 

@@ -43,6 +43,10 @@ class ConditionFailed(MirrorError):
     """The object is there already, or is no longer the one that was to be replaced. Nothing was changed."""
 
 
+class PassingFailure(MirrorError):
+    """A failure that may pass: a connection that broke, a server that is overloaded or restarting. It may have been done all the same."""
+
+
 class Store(Protocol):
     """One mirror's place in a store. See the module docstring for threads and errors."""
 

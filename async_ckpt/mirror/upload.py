@@ -29,15 +29,16 @@ from .config import Mirror
 from .parts import Pace, PartStream, Slots, opened
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
 from .probe import Abilities
-from .remote_manifest import may_replace, publish, read_manifest
+from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
 from .state import States, TagState
-from .store import ConditionFailed, Store
+from .store import ConditionFailed, PassingFailure, Store
 
 logger = logging.getLogger("async_ckpt")
 
 T = TypeVar("T")
-_TRIES = 3
-"""Times that an object is put anew where the store then holds other bytes."""
+_MAX_DAMAGED = 3
+"""Times that an object is put where the store then holds other bytes."""
+_PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
 
 
 class Agreement(Protocol):
@@ -141,7 +142,7 @@ class Upload:
             finally:
                 await self._in_thread(context.agreement.concluded, name, error)
         else:
-            self._finish(plan, ())
+            await self._in_thread(self._finish, plan)
 
     def _begin(self, plan: UploadPlan) -> TagState:
         states = self._context.states
@@ -192,15 +193,22 @@ class Upload:
                 return known_tag
         if self._is_resumed:
             await self._in_thread(context.store.discard_parts, one.key)
-        for attempt in range(1, _TRIES + 1):
+        give_up_s, num_damaged, pause_s = time.monotonic() + context.mirror.retry_timeout_s, 0, _PAUSE_S
+        while True:
             try:
                 md5s = await self._send(checkpoint, one, slots)
                 return await self._in_thread(self._look_at, one, md5s)
             except _ObjectDamaged as damaged:
-                logger.warning("%s (try %d of %d)", damaged, attempt, _TRIES)
-                if attempt == _TRIES:
+                num_damaged += 1
+                if num_damaged == _MAX_DAMAGED:
                     raise
-        raise AssertionError("unreachable")
+                logger.warning("%s; it is sent again", damaged)
+            except PassingFailure:
+                # What the library does not send again by itself: requests that begin and end an upload of several parts.
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
     async def _send(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
         context, started_s = self._context, time.perf_counter()
@@ -213,6 +221,9 @@ class Upload:
             await context.store.put(
                 one.key, stream, size_bytes=one.entry.size_bytes, part_bytes=part_bytes, parallel=context.mirror.parallel
             )
+            if one.entry.size_bytes > part_bytes:
+                # Where the reply to its beginning was lost, the library has begun a second upload, and nobody knows the first.
+                await self._in_thread(context.store.discard_parts, one.key)
             self._told("upload", started_s, one.entry.path, 0, one.entry.size_bytes)
             return await stream.md5s()
         except Exception:
@@ -252,23 +263,30 @@ class Upload:
         started_s = time.perf_counter()
         state = context.states.get(plan.tag)
         ours = state.ours if state is not None else ()
-        replaced = publish(
+        publish(
             context.store,
             plan,
             conditional=context.abilities.conditional,
             may_replace=lambda found: may_replace(found, plan, ours, context.may_overwrite),
+            on_replace=lambda found: self._doom(plan, found.keys),
+            patience_s=context.mirror.retry_timeout_s,
         )
         self._told("upload manifest", started_s, MANIFEST_NAME, 0, len(plan.manifest))
-        self._finish(plan, replaced)
+        self._finish(plan)
 
-    def _finish(self, plan: UploadPlan, doomed: tuple[str, ...]) -> None:
-        states = self._context.states
-        state = states.get(plan.tag)
+    def _finish(self, plan: UploadPlan) -> None:
+        self._context.states.write(replace(self._own_state(plan), mirrored=True, ours=()))
+        delete_doomed(self._context.store, self._context.states, plan.tag)
+
+    def _doom(self, plan: UploadPlan, keys: tuple[str, ...]) -> None:
+        state = self._own_state(plan)
+        if not set(keys) <= set(state.doomed):
+            self._context.states.write(replace(state, doomed=tuple(sorted({*state.doomed, *keys}))))
+
+    def _own_state(self, plan: UploadPlan) -> TagState:
+        state = self._context.states.get(plan.tag)
         assert state is not None and state.attempt == plan.attempt
-        states.write(replace(state, mirrored=True, ours=(), doomed=doomed))
-        if doomed:
-            self._context.store.delete(doomed)
-            states.write(replace(state, mirrored=True, ours=(), doomed=()))
+        return state
 
     # Inside.
 

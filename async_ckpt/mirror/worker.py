@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..catalog import Catalog
@@ -24,15 +24,17 @@ from .parts import Pace
 from .pending import PendingMirror
 from .probe import probe
 from .remote import remote_catalog
+from .remote_manifest import delete_doomed
 from .remote_retention import apply_remote
 from .state import States
-from .store import ConditionFailed, open_store
+from .store import ConditionFailed, PassingFailure, open_store
 from .turns import UploadTurns
 from .upload import Agreement, Upload, UploadContext, abandon
 
 logger = logging.getLogger("async_ckpt")
 
 T = TypeVar("T")
+_PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
 
 
 @dataclass(frozen=True)
@@ -120,25 +122,32 @@ class Worker:
     # Before the first upload.
 
     async def _prepare(self) -> bool:
-        if self._context is not None:
-            return True
-        try:
-            self._context = await self._in_thread(self._connect)
-            await self._in_thread(self._recover)
-        except CheckpointError as error:
-            self._context = None
-            if not self.ready.done():
-                self.ready.set_exception(error)
-            for pendings in list(self._todo.values()):
-                for pending in pendings:
-                    self._tell(pending.metrics_of(self.mirror.url), error)
-                    pending.ended(self.mirror.url, error)
-            self._backlog = [*self._backlog, *(tag for tag in self._todo if tag not in self._backlog)]
-            self._todo.clear()
-            return False
+        """Try the store, with the mirror's patience; where that ends, those who wait get the reason."""
+        give_up_s, pause_s = time.monotonic() + self.mirror.retry_timeout_s, _PAUSE_S
+        while self._context is None:
+            try:
+                context = await self._in_thread(self._connect)
+                await self._in_thread(self._recover, context)
+                self._context = context
+            except CheckpointError as error:
+                if not self.ready.done():
+                    self.ready.set_exception(error)
+                if isinstance(error, PassingFailure) and time.monotonic() < give_up_s and not self._is_finishing:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+                    continue
+                self._fail_all(error)
+                return False
         if not self.ready.done():
             self.ready.set_result(None)
         return True
+
+    def _fail_all(self, error: CheckpointError) -> None:
+        while self._todo:
+            _, pendings = self._todo.popitem(last=False)
+            for pending in pendings:
+                self._tell(pending.metrics_of(self.mirror.url), error)
+                pending.ended(self.mirror.url, error)
 
     def _connect(self) -> UploadContext:
         mirror = self.mirror
@@ -161,16 +170,12 @@ class Worker:
             on_span=self._hooks.on_span,
         )
 
-    def _recover(self) -> None:
+    def _recover(self, context: UploadContext) -> None:
         """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note what is missing."""
-        context = self._context
-        assert context is not None
         local = {entry.tag: entry.manifest for entry in self._catalog.entries() if entry.manifest is not None}
         for state in self.states.all():
             manifest = local.get(state.tag)
-            if state.doomed:
-                context.store.delete(state.doomed)
-                self.states.write(replace(state, doomed=()))
+            delete_doomed(context.store, self.states, state.tag)
             if manifest is None and state.mirrored:
                 self.states.forget(state.tag)
             elif not state.mirrored and (manifest is None or manifest.created_unix_ns != state.created_unix_ns):

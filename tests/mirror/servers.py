@@ -66,14 +66,13 @@ class Server:
         """Make the bucket; the server answers already."""
 
     def start(self) -> None:
-        log = open(self.directory / "log", "ab")
-        with log:
-            self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, cwd=self.directory, env={**os.environ, "HOME": str(self.directory)}, start_new_session=True
-            )
+        environment = {**os.environ, "HOME": str(self.directory)}
+        with open(self.directory / "log", "ab") as log:
+            process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.directory, env=environment, start_new_session=True)
+        self.process = process
         deadline = time.monotonic() + 60
         while not self._answers():
-            if time.monotonic() > deadline or self.process.poll() is not None:
+            if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError(f"{self.name} did not start: {(self.directory / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
         self.prepare()
@@ -154,6 +153,8 @@ class SeaweedFS(Server):
             "-s3",
             f"-s3.port={s3}",
             "-s3.config=s3.json",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             "-master.volumeSizeLimitMB=256",
             "-volume.max=100",
             "-master.telemetry=false",
@@ -195,6 +196,7 @@ def keys(server: Any, prefix: str = "") -> list[str]:
     return sorted(found["Key"] for page in pages for found in page.get("Contents", []))
 
 
-def unfinished_uploads(server: Any) -> list[str]:
-    """Keys that have multipart uploads in progress."""
-    return [upload["Key"] for upload in client(server).list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+def unfinished_uploads(server: Any, prefix: str) -> list[str]:
+    """Keys below the prefix that have multipart uploads in progress."""
+    listed = client(server).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix + "/").get("Uploads", [])
+    return [upload["Key"] for upload in listed if upload["Key"].startswith(prefix + "/")]

@@ -30,7 +30,7 @@ def test_a_committed_checkpoint_is_mirrored_and_read_back(server: str, tmp_path:
         assert pending.metrics.sent_bytes == pending.metrics.size_bytes == sum(map(len, files.values()))
         assert made.is_mirrored("step-1", 1)
     assert remote_content(mirror, "step-1") == files == content(tmp_path, "step-1")
-    assert check_store(mirror) == ["step-1"] and garbage(running, prefix) == [] and unfinished_uploads(running) == []
+    assert check_store(mirror) == ["step-1"] and garbage(running, prefix) == [] and unfinished_uploads(running, prefix) == []
 
 
 def test_what_any_client_copies_out_is_the_file(moto: Any, tmp_path: Path, prefix: str) -> None:

@@ -1,0 +1,127 @@
+"""The process is killed at every request and at every step that changes its state; the next one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.mirror.state import DIRECTORY, States
+
+from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .proxy import Fault, Proxy
+from .servers import BUCKET, unfinished_uploads
+from .test_upload import done_when, root_of
+
+NUM_REQUESTS, NUM_STEPS = 34, 24
+
+
+@pytest.mark.parametrize("at", [3, 9, 13, 17, 22, 28])
+def test_killed_at_a_request(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
+    _killed_at_request(moto, tmp_path, prefix, at)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 9, 12, 16])
+def test_killed_at_a_step_of_the_state(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
+    _killed_at_step(moto, tmp_path, prefix, at)
+
+
+@pytest.mark.slow
+def test_killed_at_every_request_and_every_step(moto: Any, tmp_path: Path, prefix: str) -> None:
+    for at in range(1, NUM_REQUESTS):
+        _killed_at_request(moto, root_of(tmp_path / f"request-{at}"), f"{prefix}-request-{at}", at)
+    for at in range(1, NUM_STEPS):
+        _killed_at_step(moto, root_of(tmp_path / f"step-{at}"), f"{prefix}-step-{at}", at)
+
+
+def _begun(server: Any, root: Path, where: str) -> None:
+    """One tag is mirrored and replaced on disk since, another one is new."""
+    with mirroring(root, s3_mirror(server, where)) as made:
+        commit_and_send(made, root, "latest", SMALL).result(60)
+    commit(root, "latest", big(), created=2, overwrite="replace")
+    commit(root, "step-3", SMALL, created=3)
+
+
+def _victim(root: Path, where: str, endpoint: str, server: Any, kill_at: int) -> subprocess.Popen[bytes]:
+    options = json.dumps({**server.options(), "endpoint": endpoint})
+    command = [sys.executable, "-m", "tests.mirror.victim", str(root), f"s3://{BUCKET}/{where}", options, str(kill_at)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _killed_at_request(server: Any, root: Path, where: str, at: int) -> None:
+    _begun(server, root, where)
+
+    def kill(number: int, method: str, path: str) -> Fault:
+        if number == at:
+            os.kill(victim.pid, signal.SIGKILL)
+            return "lost" if at % 2 else "reset"
+        return None
+
+    with Proxy(server.endpoint, kill) as proxy:
+        victim = _victim(root, where, proxy.endpoint, server, 0)
+        said, _ = victim.communicate(timeout=60)
+        assert victim.returncode in (0, -signal.SIGKILL), said.decode()
+    _goes_on(server, root, where)
+
+
+def _killed_at_step(server: Any, root: Path, where: str, at: int) -> None:
+    _begun(server, root, where)
+    victim = _victim(root, where, server.endpoint, server, at)
+    said, _ = victim.communicate(timeout=60)
+    assert victim.returncode in (0, -signal.SIGKILL), said.decode()
+    _goes_on(server, root, where)
+
+
+def _goes_on(server: Any, root: Path, where: str) -> None:
+    """Whatever is reported as mirrored is there; everything is, in the end; nothing is left over."""
+    mirror = s3_mirror(server, where)
+    check_store(mirror)
+    states = States(LocalFileSystem(), str(root), mirror.url, 0)
+    for tag, created in (("latest", 2), ("step-3", 3)):
+        if states.is_mirrored(tag, created):
+            assert remote_content(mirror, tag) == content(root, tag)
+    with mirroring(root, mirror) as made:
+        done_when(lambda: made.is_mirrored("latest", 2) and made.is_mirrored("step-3", 3))
+    assert remote_content(mirror, "latest") == big() == content(root, "latest")
+    assert remote_content(mirror, "step-3") == SMALL
+    assert garbage(server, where) == [] and unfinished_uploads(server, where) == []
+    assert [path.name for path in (root / DIRECTORY).rglob(".tmp.*")] == []
+
+
+def test_deleted_on_disk_after_a_crash_ends_cleanly(moto: Any, tmp_path: Path, prefix: str) -> None:
+    import shutil
+
+    commit(tmp_path, "gone", big())
+
+    def kill(number: int, method: str, path: str) -> Fault:
+        if method == "PUT" and "partNumber=2" in path:
+            os.kill(victim.pid, signal.SIGKILL)
+        return None
+
+    with Proxy(moto.endpoint, kill) as proxy:
+        victim = _victim(tmp_path, prefix, proxy.endpoint, moto, 0)
+        victim.communicate(timeout=60)
+    assert victim.returncode == -signal.SIGKILL and unfinished_uploads(moto, prefix) != []
+    shutil.rmtree(tmp_path / "gone")
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        made.check()
+    assert unfinished_uploads(moto, prefix) == [] and garbage(moto, prefix) == [] and check_store(s3_mirror(moto, prefix)) == []
+    assert list((tmp_path / DIRECTORY).rglob("*.json")) == []
+
+
+def test_a_damaged_state_is_left_out_and_the_store_asked(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with mirroring(tmp_path, mirror) as made:
+        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+    (state,) = (tmp_path / DIRECTORY).rglob("*.json")
+    state.write_text(state.read_text()[:-10])
+    with mirroring(tmp_path, mirror) as made:
+        done_when(lambda: made.is_mirrored("step-1", 1))
+    assert remote_content(mirror, "step-1") == SMALL and garbage(moto, prefix) == []

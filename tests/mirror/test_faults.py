@@ -1,0 +1,293 @@
+"""What breaks on the way: replies, requests, servers, credentials. Each against a real server behind the tests' own proxy."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_ckpt.errors import CheckpointNotFoundError, MirrorError, OutOfSpaceError
+from async_ckpt.filesystem import LocalFileSystem
+from async_ckpt.mirror.config import Mirror
+
+from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .proxy import Fault, Proxy
+from .servers import Server, free_ports, keys, unfinished_uploads
+from .test_upload import root_of
+
+
+def every_other(kind: Fault, what: Callable[[str, str], bool] = lambda method, path: True) -> Callable[[int, str, str], Fault]:
+    """Break each request once, the first time that its method and path are seen."""
+    seen: set[tuple[str, str]] = set()
+    lock = threading.Lock()
+
+    def plan(number: int, method: str, path: str) -> Fault:
+        # Sent again as a whole, an object has another upload.
+        path = re.sub(r"probe-[0-9a-f]*", "probe", re.sub(r"uploadId=[^&]*", "uploadId", path))
+        with lock:
+            if (method, path) in seen or not what(method, path):
+                return None
+            seen.add((method, path))
+            return kind
+
+    return plan
+
+
+def is_data(method: str, path: str) -> bool:
+    return method in ("PUT", "POST") and "manifest.json" not in path and ".probe" not in path
+
+
+@pytest.mark.parametrize("kind", ["503", "429", "reset", "lost", "cut request", "duplicate"])
+def test_every_request_fails_once_and_the_upload_ends_well(kind: str, moto: Any, tmp_path: Path, prefix: str) -> None:
+    with Proxy(moto.endpoint, every_other(kind)) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint)
+        with mirroring(tmp_path, mirror) as made:
+            commit_and_send(made, tmp_path, "step-1", big()).result(60)
+        assert len(proxy.seen) > 15
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == big()
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
+
+
+def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Path, prefix: str) -> None:
+    with Proxy(moto.endpoint, every_other("stall", is_data)) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, request_timeout_s=1.0)
+        with mirroring(tmp_path, mirror) as made:
+            commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
+
+
+def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> None:
+    conflict = every_other("409", lambda method, path: method == "PUT" and "manifest.json" in path)
+    with Proxy(moto.endpoint, conflict) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
+
+
+@pytest.mark.parametrize("what", ["model.bin", "small.bin", "manifest.json"])
+def test_a_body_that_arrives_damaged_is_sent_again(what: str, moto: Any, tmp_path: Path, prefix: str) -> None:
+    # This server compares no checksums.
+    damage = every_other("wrong request", lambda method, path: method == "PUT" and what in path)
+    with Proxy(moto.endpoint, damage) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+        commit_and_send(made, tmp_path, "step-1", big()).result(60)
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == big() and garbage(moto, prefix) == []
+
+
+def test_bodies_that_always_arrive_damaged_are_an_error_and_no_manifest(moto: Any, tmp_path: Path, prefix: str) -> None:
+    def damage(number: int, method: str, path: str) -> Fault:
+        return "wrong request" if is_data(method, path) else None
+
+    with Proxy(moto.endpoint, damage) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+        pending = commit_and_send(made, tmp_path, "step-1", {"model.bin": b"m" * 999})
+        with pytest.raises(MirrorError, match=r"holds other bytes of 'step-1/.*model\.bin' than were sent"):
+            pending.result(60)
+    assert check_store(s3_mirror(moto, prefix)) == []
+
+
+@pytest.mark.parametrize("kind", ["wrong body", "cut"])
+def test_replies_that_are_damaged_never_reach_a_reader(kind: str, moto: Any, tmp_path: Path, prefix: str) -> None:
+    from async_ckpt.mirror.remote import remote_catalog
+
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+
+    def damage(number: int, method: str, path: str) -> Fault:
+        return kind if method == "GET" and "model.bin" in path else None
+
+    with Proxy(moto.endpoint, damage) as proxy:
+        catalog = remote_catalog(s3_mirror(moto, prefix, endpoint=proxy.endpoint, retry_timeout_s=1.0))
+        if kind == "cut":
+            with pytest.raises(MirrorError, match="reading"):
+                catalog.verify("step-1")
+        else:
+            assert not catalog.verify("step-1").ok
+
+
+def test_a_clock_that_is_wrong_is_named(moto: Any, tmp_path: Path, prefix: str) -> None:
+    with Proxy(moto.endpoint, lambda number, method, path: "skew") as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, on_failure="raise")
+        with mirroring(tmp_path, mirror) as made, pytest.raises(MirrorError, match="clock differs"):
+            made.check()
+
+
+def test_wrong_credentials_are_told_at_once(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(seaweedfs, prefix, options={"secret_access_key": "wrong"}, on_failure="raise")
+    with mirroring(tmp_path, mirror) as made:
+        with pytest.raises(MirrorError, match=r"secret key is wrong.*SignatureDoesNotMatch"):
+            made.check()
+        made.check()
+
+
+def test_a_missing_bucket_is_told_at_once(moto: Any, tmp_path: Path) -> None:
+    mirror = Mirror("s3://no-such-bucket/run", options=moto.options(), on_failure="raise")
+    with mirroring(tmp_path, mirror) as made, pytest.raises(MirrorError, match="no such bucket"):
+        made.check()
+
+
+def test_no_network_is_a_warning_where_training_is_to_go_on(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    mirror = Mirror(
+        "s3://bucket/run",
+        options={"endpoint": f"http://127.0.0.1:{port}", "access_key_id": "a", "secret_access_key": "b"},
+        retry_timeout_s=0.5,
+    )
+    with mirroring(tmp_path, mirror) as made:
+        with pytest.warns(RuntimeWarning, match="cannot be reached"):
+            made.check()
+        pending = commit_and_send(made, tmp_path, "step-1", SMALL)
+        assert isinstance(pending.exception(60), MirrorError)
+        made.raise_unacknowledged()
+    assert content(tmp_path, "step-1") == SMALL
+
+
+def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Path, prefix: str) -> None:
+    is_down = True
+    with Proxy(moto.endpoint, lambda number, method, path: "reset" if is_down else None) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, retry_timeout_s=0.5, on_failure="raise")
+        with mirroring(tmp_path, mirror) as made:
+            with pytest.raises(MirrorError):
+                made.check()
+            first = commit_and_send(made, tmp_path, "step-1", SMALL)
+            assert first.exception(60) is not None
+            is_down = False
+            commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
+            from .test_upload import done_when
+
+            done_when(lambda: made.is_mirrored("step-1", 1))
+            made.raise_unacknowledged()
+    assert check_store(s3_mirror(moto, prefix)) == ["step-1", "step-2"]
+
+
+def test_a_store_that_ignores_conditions_is_found_and_said(rclone: Any, tmp_path: Path, prefix: str, caplog: Any) -> None:
+    mirror = s3_mirror(rclone, prefix)
+    with caplog.at_level(logging.WARNING, "async_ckpt"), mirroring(tmp_path, mirror) as made:
+        made.check()
+        commit_and_send(made, tmp_path, "step-1", big()).result(60)
+    assert "ignores conditions" in caplog.text
+    assert remote_content(mirror, "step-1") == big() and garbage(rclone, prefix) == []
+
+
+def test_a_store_that_ignores_conditions_is_refused_to_several_ranks(rclone: Any, tmp_path: Path, prefix: str) -> None:
+    class OneOfTwo:
+        rank = 0
+        leads = True
+
+        def all_sent(self, name: str) -> None:
+            return None
+
+        def concluded(self, name: str, error: str) -> None:
+            return None
+
+    mirror, refused = s3_mirror(rclone, prefix, on_failure="raise"), r"ignores conditions.*several ranks"
+    with mirroring(tmp_path, mirror, agreement=OneOfTwo()) as made, pytest.raises(MirrorError, match=refused):
+        made.check()
+    assert [key for key in keys(rclone, prefix) if "step" in key] == []
+
+
+class FullForStates(LocalFileSystem):
+    """A disk that is full when the mirror's state is written."""
+
+    def create_file(self, path: str, data: bytes) -> None:
+        if ".mirrors" in path:
+            raise OutOfSpaceError("no space", path=path)
+        super().create_file(path, data)
+
+
+def test_a_disk_that_is_full_for_the_state_fails_the_mirroring_and_nothing_else(moto: Any, tmp_path: Path, prefix: str) -> None:
+    with mirroring(tmp_path, s3_mirror(moto, prefix), fs=FullForStates()) as made:
+        pending = commit_and_send(made, tmp_path, "step-1", SMALL)
+        assert isinstance(pending.exception(60), OutOfSpaceError) and "cannot be noted" in str(pending.exception())
+        assert not made.is_mirrored("step-1", 1)
+    assert content(tmp_path, "step-1") == SMALL and keys(moto, prefix) == []
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
+
+
+def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """At each request of the upload in turn; both versions are whole, and the newer one is what stays."""
+    for at in range(8, 30, 5):
+        root = root_of(tmp_path / f"root-{at}")
+        where = f"{prefix}-{at}"
+        replaced = threading.Event()
+
+        def replace(number: int, method: str, path: str, at: int = at, root: Path = root, replaced: threading.Event = replaced) -> Fault:
+            if number == at and (root / "latest").exists() and not replaced.is_set():
+                replaced.set()
+                commit(root, "latest", big(5), created=2, overwrite="replace")
+            return None
+
+        with Proxy(moto.endpoint, replace) as proxy, mirroring(root, s3_mirror(moto, where, endpoint=proxy.endpoint)) as made:
+            made.check()
+            first = commit_and_send(made, root, "latest", big())
+            assert isinstance(first.exception(60), CheckpointNotFoundError | None)
+            if replaced.is_set():
+                second = made.expect("latest")
+                made.committed(second, None)
+                second.result(60)
+        assert remote_content(s3_mirror(moto, where), "latest") == content(root, "latest")
+        assert garbage(moto, where) == [] and unfinished_uploads(moto, where) == []
+
+
+def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(seaweedfs, prefix)
+    roots = [root_of(tmp_path / str(k)) for k in range(3)]
+    with mirroring(roots[0], mirror) as a, mirroring(roots[1], mirror) as b, mirroring(roots[2], mirror) as c:
+        pending = [
+            commit_and_send(made, root, f"step-{step}", {"model.bin": f"{root} {step}".encode() * 99}, created=step + 1)
+            for step in range(3)
+            for made, root in zip((a, b, c), roots, strict=True)
+        ]
+        outcomes = [one.exception(60) is None for one in pending]
+    assert [sum(outcomes[3 * step : 3 * step + 3]) for step in range(3)] == [1, 1, 1]
+    assert len(check_store(mirror)) == 3 and garbage(seaweedfs, prefix) == []
+
+
+def test_the_server_is_killed_in_the_middle_of_an_upload(tmp_path: Path, prefix: str, tmp_path_factory: Any) -> None:
+    from .servers import SeaweedFS
+
+    server = SeaweedFS(tmp_path_factory.mktemp("mortal"))
+    server.start()
+    try:
+        for at in (13,):
+            _upload_with_a_crash_of(server, at, root_of(tmp_path / str(at)), f"{prefix}-{at}")
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_the_server_is_killed_at_every_request(tmp_path: Path, prefix: str, tmp_path_factory: Any) -> None:
+    from .servers import SeaweedFS
+
+    server = SeaweedFS(tmp_path_factory.mktemp("mortal"))
+    server.start()
+    try:
+        for at in range(1, 28):
+            _upload_with_a_crash_of(server, at, root_of(tmp_path / str(at)), f"{prefix}-{at}")
+    finally:
+        server.kill()
+
+
+def _upload_with_a_crash_of(server: Server, at: int, root: Path, where: str) -> None:
+    """The server is killed when request `at` comes, and started again at once."""
+
+    restarts = []
+
+    def crash(number: int, method: str, path: str) -> Fault:
+        if number == at:
+            server.kill()
+            restarts.append(threading.Thread(target=server.start))
+            restarts[0].start()
+            return "reset"
+        return None
+
+    with Proxy(server.endpoint, crash) as proxy:
+        mirror = s3_mirror(server, where, endpoint=proxy.endpoint, retry_timeout_s=60.0)
+        with mirroring(root, mirror) as made:
+            commit_and_send(made, root, "step-1", big()).result(90)
+    for restart in restarts:
+        restart.join()
+    assert remote_content(s3_mirror(server, where, retry_timeout_s=30.0), "step-1") == big() and garbage(server, where) == []
