@@ -186,6 +186,7 @@ class Observer(Protocol):
         """An upload to one mirror ended; `error` is None on success."""
         return None
 
+
 ReadProgress = Callable[[str, int, int], None]
 """Called with (file, bytes just read, bytes of the file) on the thread that read them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from ..errors import UnsafePathError
 from .manifest import check_relative_path, check_tag
@@ -11,13 +12,22 @@ from .names import check_existing_tag, shown
 StrPath = str | os.PathLike[str]
 
 
+def is_url(path: object) -> bool:
+    """Whether `path` names a store ("s3://bucket/run") rather than a local path."""
+    return isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
 class Root:
     """A directory of checkpoints. A relative one is resolved once, here: a later `os.chdir` does not move it."""
 
     def __init__(self, root: StrPath) -> None:
         given = os.fspath(root)
+        if is_url(given):
+            self.path = given.rstrip("/")
+            self._prefixes = [self.path]
+            return
         self.path = os.path.abspath(given)
-        """Absolute; links in it are kept."""
+        """Absolute; links in it are kept. Of a store: its URL."""
         # However the user writes it. (The root "/" leaves nothing to compare with: its paths are relative ones.)
         self._prefixes = [prefix for prefix in (given.rstrip("/"), self.path.rstrip("/"), os.path.realpath(given).rstrip("/")) if prefix]
 

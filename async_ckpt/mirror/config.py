@@ -78,11 +78,6 @@ class Mirror:
             raise ConfigError(f"Mirror: {name} must be an integer from {low} to {high}, not {value!r}")
 
 
-def is_url(path: object) -> bool:
-    """Whether `path` names a store rather than a local path."""
-    return isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
-
-
 def split_url(url: str) -> tuple[str, str, str]:
     """Scheme, bucket (empty for a file) and prefix of a mirror's URL; the prefix has no slash at its ends.
 

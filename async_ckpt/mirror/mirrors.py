@@ -8,13 +8,13 @@ Guarantees:
 from __future__ import annotations
 
 import functools
+import logging
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
-from ..errors import MirrorError, TransactionStateError
+from ..errors import MirrorError, TransactionStateError, report
 from ..filesystem import FileSystem
 from ..host.process import lower_priority
 from ..metrics import MirrorMetrics
@@ -102,7 +102,7 @@ class Mirrors:
                 problem = told or MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=worker.mirror.url)
                 if worker.mirror.on_failure == "raise":
                     raise problem from error
-                warnings.warn(f"checkpoints are not mirrored: {problem}", RuntimeWarning, stacklevel=4)
+                report(logging.WARNING, "checkpoints are not mirrored: %s", problem, warning=RuntimeWarning, stacklevel=3)
 
     def expect(self, tag: str) -> PendingMirror:
         """A commit was called; `committed` or `not_committed` follows."""
@@ -154,12 +154,12 @@ class Mirrors:
         for one in pending:
             one.fail(cut_short)
         if left:
-            warnings.warn(
-                f"{len(left)} checkpoint(s) are not mirrored yet after {timeout_s:g} s of waiting: {', '.join(map(repr, left[:8]))}. They "
-                f"are whole on disk, and the next engine on this root goes on (or `async-ckpt mirror`)",
-                RuntimeWarning,
-                stacklevel=3,
+            told = (
+                "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and the next engine on this root "
+                "goes on (or `async-ckpt mirror`)"
             )
+            tags = ", ".join(map(repr, left[:8]))
+            report(logging.WARNING, told, len(left), timeout_s, tags, warning=RuntimeWarning, stacklevel=3)
 
     @property
     def _urls(self) -> str:

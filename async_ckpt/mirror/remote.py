@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..filesystem import FileStat, Kind, LocalFileSystem
 from ..host.process import Owner, OwnerState
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
@@ -145,13 +145,11 @@ class RemoteFile:
 
     def __init__(self, store: Store, key: str, path: str, info: ObjectInfo) -> None:
         self.path = path
+        self.map_path = ""
+        """There is none: nothing in a store can be mapped."""
         self.size_bytes = info.size_bytes
         self._store = store
         self._key = key
-
-    @property
-    def map_path(self) -> str:
-        raise ConfigError(f"{self.path} lies in a store and cannot be mapped: load it without mmap=True")
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         try:

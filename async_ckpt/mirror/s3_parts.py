@@ -20,9 +20,7 @@ from collections.abc import Mapping
 from html import unescape
 from typing import Any
 
-from ..errors import MirrorError
-
-logger = logging.getLogger("async_ckpt")
+from ..errors import MirrorError, report
 
 _TIMEOUT_S = 20.0
 _TRIES = 3
@@ -49,7 +47,8 @@ class S3Parts:
         if credentials is None:
             if not self._is_told:
                 self._is_told = True
-                logger.warning(
+                report(
+                    logging.WARNING,
                     "the credentials of %s cannot be read here: parts of interrupted uploads stay until the bucket's lifecycle rule "
                     "(AbortIncompleteMultipartUpload) removes them",
                     self._url,

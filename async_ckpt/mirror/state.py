@@ -16,14 +16,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import CorruptCheckpointError, UnsafePathError
+from ..errors import CorruptCheckpointError, UnsafePathError, report
 from ..filesystem import FileSystem
 from ..filesystem.write_error import write_error
 from ..host.process import Owner, OwnerState
 from ..manifest import check_tag
 from ..threads.locks import Lock
-
-logger = logging.getLogger("async_ckpt")
 
 DIRECTORY = ".mirrors"
 _MAX_BYTES = 64 << 20
@@ -131,7 +129,7 @@ class States:
                     if state.tag + self._suffix != name:
                         raise ValueError(f"it is about {state.tag!r}")
                 except (ValueError, TypeError, KeyError, CorruptCheckpointError, UnsafePathError) as error:
-                    logger.warning("the mirror state %s is damaged and left out (%s): the store is asked instead", path, error)
+                    report(logging.WARNING, "the mirror state %s is damaged and left out (%s): the store is asked instead", path, error)
                     continue
                 except FileNotFoundError:
                     # Another process has forgotten it meanwhile.

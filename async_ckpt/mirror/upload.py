@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ..catalog import Catalog, OpenCheckpoint
-from ..errors import CheckpointNotFoundError, MirrorError
+from ..errors import CheckpointNotFoundError, MirrorError, report
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ..metrics import MirrorMetrics, Span
 from .config import Mirror
@@ -32,8 +32,6 @@ from .probe import Abilities
 from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
 from .state import States, TagState
 from .store import ConditionFailed, PassingFailure, Store
-
-logger = logging.getLogger("async_ckpt")
 
 T = TypeVar("T")
 _MAX_DAMAGED = 3
@@ -202,7 +200,7 @@ class Upload:
                 num_damaged += 1
                 if num_damaged == _MAX_DAMAGED:
                     raise
-                logger.warning("%s; it is sent again", damaged)
+                report(logging.WARNING, "%s; it is sent again", damaged)
             except PassingFailure:
                 # What the library does not send again by itself: requests that begin and end an upload of several parts.
                 if time.monotonic() > give_up_s:

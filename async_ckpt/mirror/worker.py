@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..catalog import Catalog
-from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError
+from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError, report
 from ..filesystem import FileSystem
 from ..metrics import MirrorMetrics, Span
 from .config import Mirror
@@ -30,8 +30,6 @@ from .state import States
 from .store import ConditionFailed, PassingFailure, open_store
 from .turns import UploadTurns
 from .upload import Agreement, Upload, UploadContext, abandon
-
-logger = logging.getLogger("async_ckpt")
 
 T = TypeVar("T")
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
@@ -156,7 +154,7 @@ class Worker:
             ignored = "the store ignores conditions (If-None-Match): two writers could overwrite each other's manifests"
             if self._agreement.rank is not None:
                 raise MirrorError(f"{ignored}, and this job has several ranks: nothing is mirrored there", url=mirror.url)
-            logger.warning("%s. See to it that only this process writes to %s", ignored, mirror.url)
+            report(logging.WARNING, "%s. See to it that only this process writes to %s", ignored, mirror.url)
         return UploadContext(
             mirror=mirror,
             store=open_store(mirror, executor=self._executor, filesystem=self._fs),
@@ -244,7 +242,7 @@ class Worker:
 
     def _tell(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
         if error is not None:
-            logger.warning("checkpoint %r was not mirrored to %s: %s", metrics.tag, self.mirror.url, error)
+            report(logging.WARNING, "checkpoint %r was not mirrored to %s: %s", metrics.tag, self.mirror.url, error)
         self._hooks.on_ended(metrics, error)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
