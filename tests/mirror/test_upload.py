@@ -168,7 +168,7 @@ def test_the_catalog_of_a_store(moto: Any, tmp_path: Path, prefix: str) -> None:
     s3.delete_object(Bucket=BUCKET, Key=key)
     assert "missing" in str(catalog.verify("step-2", level="size").problems[0])
     s3.copy_object(Bucket=BUCKET, Key=f"{prefix}/step-1/manifest.json", CopySource=f"{BUCKET}/{prefix}/step-0/manifest.json")
-    assert "holds the checkpoint 'step-0'" in str(catalog.verify("step-1").problems[0]) and catalog.latest() == "step-0"
+    assert "model.bin: is missing" in str(catalog.verify("step-1").problems[0]) and catalog.latest() == "step-0"
 
 
 def root_of(path: Path) -> Path:
