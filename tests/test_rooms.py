@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "retention": {"errors", "format", "storage", "reading"},
     "ranks": {"errors", "host", "threads", "format", "storage", "reading"},
     "observers": _GROUND | {"threads"},
-    "mirror": _READERS | {"reading"},
+    "mirror": _READERS | {"reading", "retention"},
     "engine": _ENGINE_USES,
     "integrations": _ENGINE_USES | {"engine"},
     "cli": _ENGINE_USES | {"engine"},

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
 
 from ..errors import CheckpointError, MirrorError, WriteError
-from ..filesystem import FileSystem
+from ..storage.filesystem import FileSystem
 from .store import ANY_VERSION, ConditionFailed, Listing, ObjectInfo
 
 _PART = ".part-"

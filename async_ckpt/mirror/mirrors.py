@@ -15,12 +15,12 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 
 from ..errors import MirrorError, TransactionStateError, report
-from ..filesystem import FileSystem
 from ..host.process import lower_priority
 from ..metrics import MirrorMetrics
+from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
-from ..writer.loopthread import LoopThread
+from ..threads.loop import LoopThread
 from .config import Mirror
 from .pending import PendingMirror
 from .turns import UploadTurns

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol, TypeVar
 
-from ..checksum import crc32
 from ..errors import CorruptCheckpointError
-from ..filesystem import ReadableFile
+from ..format.checksum import crc32
 from ..host.memory import region
+from ..storage.filesystem import ReadableFile
 from .plan import ObjectPlan
 
 OnPart = Callable[[float, int, int], None]

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..checksum import crc32
 from ..errors import CorruptCheckpointError, MirrorError
-from ..manifest import MANIFEST_NAME, FileEntry, Manifest
+from ..format.checksum import crc32
+from ..format.manifest import MANIFEST_NAME, FileEntry, Manifest
 from .config import MAX_PARTS
 
 _TAIL = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\n\Z')

@@ -12,15 +12,15 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..filesystem import FileStat, Kind, LocalFileSystem
+from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
 from ..host.process import Owner, OwnerState
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
+from ..storage.filesystem import FileStat, Kind, LocalFileSystem
 from .config import Mirror
 from .plan import attempt_of, object_key
 from .store import ObjectInfo, Store, open_store
 
 if TYPE_CHECKING:
-    from ..catalog import Catalog
+    from ..reading.catalog import Catalog
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +34,7 @@ def remote_catalog(mirror: Mirror | str) -> Catalog:
     Raises:
         ConfigError: no such scheme, or the extra is not installed.
     """
-    from ..catalog import Catalog
+    from ..reading.catalog import Catalog
 
     known = Mirror(mirror) if isinstance(mirror, str) else mirror
     return Catalog(known.url.rstrip("/"), RemoteFileSystem(known))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..errors import CorruptCheckpointError, MirrorError
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode
+from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode
 from .plan import UploadPlan, attempt_of, object_key
 from .state import States
 from .store import ANY_VERSION, ConditionFailed, PassingFailure, Store

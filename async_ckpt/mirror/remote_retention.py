@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ..catalog import Catalog
 from ..errors import CheckpointNotFoundError
-from ..manifest import MANIFEST_NAME, Manifest
+from ..format.manifest import MANIFEST_NAME, Manifest
+from ..reading.catalog import Catalog
 from ..retention import CheckpointInfo, Decision, RetentionPolicy, decide
 from .remote_manifest import delete_doomed, read_manifest
 from .state import States, TagState

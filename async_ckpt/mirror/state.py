@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsafePathError, report
-from ..filesystem import FileSystem
-from ..filesystem.write_error import write_error
+from ..format.manifest import check_tag
 from ..host.process import Owner, OwnerState
-from ..manifest import check_tag
+from ..storage.filesystem import FileSystem
+from ..storage.write_error import write_error
 from ..threads.locks import Lock
 
 DIRECTORY = ".mirrors"

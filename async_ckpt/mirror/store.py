@@ -16,7 +16,7 @@ from .config import Mirror, split_url
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from ..filesystem import FileSystem
+    from ..storage.filesystem import FileSystem
 
 PROBE_TIMEOUT_S = 10.0
 ANY_VERSION = "*"

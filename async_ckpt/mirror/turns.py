@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from ..filesystem import FileSystem, LockHandle
+from ..storage.filesystem import FileSystem, LockHandle
 from .parts import opened
 from .state import DIRECTORY
 

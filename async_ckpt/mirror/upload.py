@@ -21,10 +21,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from ..catalog import Catalog, OpenCheckpoint
 from ..errors import CheckpointNotFoundError, MirrorError, report
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ..metrics import MirrorMetrics, Span
+from ..reading.catalog import Catalog, OpenCheckpoint
 from .config import Mirror
 from .parts import Pace, PartStream, Slots, opened
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload

@@ -15,10 +15,10 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..catalog import Catalog
 from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError, report
-from ..filesystem import FileSystem
 from ..metrics import MirrorMetrics, Span
+from ..reading.catalog import Catalog
+from ..storage.filesystem import FileSystem
 from .config import Mirror
 from .parts import Pace
 from .pending import PendingMirror

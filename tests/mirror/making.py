@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from async_ckpt.filesystem import FileSystem, LocalFileSystem
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.mirrors import Mirrors
 from async_ckpt.mirror.pending import PendingMirror
 from async_ckpt.mirror.plan import attempt_of
 from async_ckpt.mirror.remote import remote_catalog
+from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
 
-from ..disk.making import commit, content
+from ..support.making import commit, content
 from .servers import BUCKET, client, keys
 
 PART_BYTES = 5 << 20
@@ -91,7 +91,7 @@ def garbage(server: Any, prefix: str) -> list[str]:
     there = keys(server, prefix + "/")
     for key in there:
         if key.endswith("/manifest.json"):
-            from async_ckpt.manifest import decode
+            from async_ckpt.format.manifest import decode
 
             raw = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
             manifest, attempt = decode(raw, source=key), attempt_of(raw, source=key)

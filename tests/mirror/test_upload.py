@@ -124,9 +124,9 @@ def test_retention_in_the_store_deletes_manifest_and_objects_but_not_what_was_re
 def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, tmp_path: Path, prefix: str) -> None:
     from dataclasses import replace
 
-    from async_ckpt.filesystem import LocalFileSystem
-    from async_ckpt.manifest import FileEntry, Manifest
+    from async_ckpt.format.manifest import FileEntry, Manifest
     from async_ckpt.mirror.plan import plan_upload
+    from async_ckpt.storage.filesystem import LocalFileSystem
 
     entry = FileEntry("model.bin", 60 << 30, 1 << 30, (0,) * 60, "opaque", "test", None)
     manifest = Manifest("huge", 1, (entry,))
@@ -177,7 +177,7 @@ def root_of(path: Path) -> Path:
 
 
 def content_tags(root: Path) -> list[str]:
-    from async_ckpt.catalog import Catalog
+    from async_ckpt.reading.catalog import Catalog
 
     return Catalog(root).tags()
 

@@ -11,10 +11,10 @@ import signal
 import sys
 import time
 
-from async_ckpt.catalog import Catalog
-from async_ckpt.filesystem import LocalFileSystem
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.mirrors import Mirrors
+from async_ckpt.reading.catalog import Catalog
+from async_ckpt.storage.filesystem import LocalFileSystem
 
 
 class Mortal(LocalFileSystem):
