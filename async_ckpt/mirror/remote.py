@@ -16,8 +16,9 @@ from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileStat, Kind, LocalFileSystem
 from .config import Mirror
+from .open_store import open_store
 from .plan import attempt_of, object_key
-from .store import ObjectInfo, Store, open_store
+from .store import ObjectInfo, Store
 
 if TYPE_CHECKING:
     from ..reading.catalog import Catalog

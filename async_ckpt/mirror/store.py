@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..errors import MirrorError
-from .config import Mirror, split_url
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
-    from ..storage.filesystem import FileSystem
 
 PROBE_TIMEOUT_S = 10.0
 ANY_VERSION = "*"
@@ -76,23 +70,3 @@ class Store(Protocol):
 
     def discard_parts(self, key: str) -> None:
         """Remove what interrupted calls of `put` left of this object."""
-
-
-def open_store(mirror: Mirror, *, executor: Executor | None, filesystem: FileSystem, quick: bool = False) -> Store:
-    """The store of a mirror. Does not connect.
-
-    Args:
-        executor: where ``file://`` writes; None where nothing is written.
-        quick: give up within `PROBE_TIMEOUT_S` instead of the mirror's own patience.
-
-    Raises:
-        ConfigError: the extra is not installed, or the options are not those of the store.
-    """
-    scheme, _, prefix = split_url(mirror.url)
-    if scheme == "file":
-        from .file_store import FileStore
-
-        return FileStore(mirror.url, prefix or "/", filesystem, executor)
-    from .object_store import ObjectStore
-
-    return ObjectStore(mirror, quick=quick)

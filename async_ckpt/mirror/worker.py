@@ -20,6 +20,7 @@ from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
 from .config import Mirror
+from .open_store import open_store
 from .parts import Pace
 from .pending import PendingMirror
 from .probe import probe
@@ -27,7 +28,7 @@ from .remote import remote_catalog
 from .remote_manifest import delete_doomed
 from .remote_retention import apply_remote
 from .state import States
-from .store import ConditionFailed, PassingFailure, open_store
+from .store import ConditionFailed, PassingFailure
 from .turns import UploadTurns
 from .upload import Agreement, Upload, UploadContext, abandon
 
