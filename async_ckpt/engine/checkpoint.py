@@ -10,7 +10,7 @@ from ..errors import PathExistsError, TransactionStateError
 from ..format.manifest import FileEntry, FileFormat, ManifestBudget
 from ..metrics import CommitMetrics, SaveMetrics
 from ..ranks.coordinator import OpenTag
-from ..storage.transaction import State
+from ..storage.staged import State
 from ..writer.file_write import FileWrite, WrittenFile
 from .pending import PendingCommit
 

@@ -31,7 +31,7 @@ from ..reading import verify
 from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem, LocalFileSystem
-from ..storage.transaction import State
+from ..storage.staged import State
 from ..threads.executor import DaemonExecutor
 from ..writer.file_write import FileWrite, WrittenFile
 from ..writer.pool import WriterPool

@@ -94,6 +94,19 @@ def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup")
     return available
 
 
+def mount_type(path: str) -> str:
+    """The type that `path` is mounted with, as the mount table has it ("fuse.rclone"); "" where the system does not tell."""
+    where, longest, found = f"{os.path.realpath(path)}/", 0, ""
+    for line in _read_lines("/proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        point = f"{_unescaped(fields[4]).rstrip('/')}/" if len(fields) > 4 else "/"
+        # Of two mounts in one place, the later hides the earlier.
+        if kind and where.startswith(point) and len(point) >= longest:
+            longest, found = len(point), kind[0]
+    return found
+
+
 def _own_groups(proc: str, cgroups: str) -> Iterator[tuple[_Hierarchy, str]]:
     """Directories of the control groups that this process is in, and of all their parents that can be seen from here."""
     mounts = _mounted_hierarchies(proc)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode, parse_private_name
 from .filesystem import FileSystem
-from .private_dirs import move_aside, remove_tree
+from .private_dirs import move_aside, remove_tree, take_apart
 from .publish_lock import claimed
 from .write_error import write_error
 
@@ -65,15 +66,22 @@ def empty_trash(fs: FileSystem, root: str) -> dict[str, OSError]:
 
 
 def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:
-    """Rename the tree to a private name of which nobody makes anything but rubbish; returns that."""
+    """Rename the tree to a private name of which nobody makes anything but rubbish; returns where it is."""
     with claimed(fs, final) as is_exclusive:
         identity = fs.stat(final).identity
         if expected is not None and _manifest(fs, final) != expected:
             raise _replaced(tag)
-        if is_exclusive:
-            return move_aside(fs, root, tag, final, "trash")
+        try:
+            if is_exclusive:
+                return move_aside(fs, root, tag, final, "trash")
+            aside = move_aside(fs, root, tag, final, "aside")
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # A directory in the lower layer of an overlay.
+            take_apart(fs, final)
+            return final
     # No locks here: look at what was moved before it counts as rubbish. A sweep gives an "aside" its name back.
-    aside = move_aside(fs, root, tag, final, "aside")
     if fs.stat(aside).identity != identity:
         # Replaced between the look and the rename: give it its name back, unless a yet newer one has that already.
         with contextlib.suppress(FileExistsError):

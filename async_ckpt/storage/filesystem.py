@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ..host.process import Owner, OwnerState, current_owner, owner_state
+from . import probe as _probe
 from . import read_file as _file_read
 from . import write_file as _file_write
+from .probe import OCCUPIED, Findings
 from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
 
 Kind = Literal["file", "dir", "other", "missing"]
@@ -179,6 +181,9 @@ class FileSystem(Protocol):
     def rename_exchange(self, a: str, b: str) -> None:
         """Swap two names atomically; OSError EINVAL, ENOSYS or ENOTSUP where it cannot be done."""
 
+    def link(self, path: str, name: str) -> None:
+        """Give a file a second name."""
+
     def unlink(self, path: str) -> None:
         """Remove a file or link."""
 
@@ -210,6 +215,13 @@ class FileSystem(Protocol):
     def lock_file(self, path: str) -> LockHandle | None:
         """As `lock_dir`, of a regular file."""
 
+    @property
+    def findings(self) -> Findings:
+        """What the last `probe` has found."""
+
+    def probe(self, folder: str) -> None:
+        """Try in an empty private directory what a file system does that is not known to be local."""
+
     def free_bytes(self, path: str) -> int:
         """Bytes that this user may still write on the file system of `path`."""
 
@@ -228,10 +240,11 @@ class FileSystem(Protocol):
 
 
 class LocalFileSystem:
-    """The real one. Stateless apart from its table of system calls, which tests replace."""
+    """The real one. It remembers its table of system calls, which tests replace, and what a `probe` has found."""
 
     def __init__(self, calls: Syscalls | None = None) -> None:
         self._calls = Syscalls() if calls is None else calls
+        self._findings = Findings()
 
     def owner(self) -> Owner:
         return current_owner()
@@ -275,6 +288,9 @@ class LocalFileSystem:
         try:
             self._calls.renameat2(src, dst, NOREPLACE)
         except OSError as error:
+            if error.errno in OCCUPIED:
+                # Not EEXIST: the flag was ignored, and the rename itself refused.
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst) from error
             if error.errno not in REFUSED:
                 raise
             if self.stat(dst).kind != "missing":
@@ -283,12 +299,15 @@ class LocalFileSystem:
             try:
                 self._calls.rename(src, dst)
             except OSError as refused:
-                if refused.errno in _file_write.OCCUPIED:
+                if refused.errno in OCCUPIED | {errno.ENOTDIR}:
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst) from refused
                 raise
 
     def rename_exchange(self, a: str, b: str) -> None:
         self._calls.renameat2(a, b, EXCHANGE)
+
+    def link(self, path: str, name: str) -> None:
+        self._calls.link(path, name)
 
     def unlink(self, path: str) -> None:
         self._calls.unlink(path)
@@ -300,6 +319,10 @@ class LocalFileSystem:
         fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._calls.fsync(fd)
+        except OSError as error:
+            # How a file system says that it has no such call for directories: then names are durable when they are made, or never.
+            if error.errno != errno.EINVAL:
+                raise
         finally:
             self._calls.close(fd)
 
@@ -336,6 +359,13 @@ class LocalFileSystem:
                 self._calls.close(fd)
         return lock
 
+    @property
+    def findings(self) -> Findings:
+        return self._findings
+
+    def probe(self, folder: str) -> None:
+        self._findings = _probe.probe(self._calls, folder)
+
     def free_bytes(self, path: str) -> int:
         return self._calls.free_bytes(path)
 
@@ -343,6 +373,8 @@ class LocalFileSystem:
         return self._calls.fs_type(path)
 
     async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+        # The padded end of a direct write must be cut off again.
+        direct = direct and not self._findings.ignores_truncate
         return await _file_write.open_write(self._calls, path, size_bytes, direct=direct, executor=executor)
 
 

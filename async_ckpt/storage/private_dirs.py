@@ -6,9 +6,9 @@ import contextlib
 import errno
 import itertools
 import os
-from typing import Literal
 
-from ..format.manifest import PrivateName
+from ..format.manifest import MANIFEST_NAME, PrivateName
+from ..format.names import NameKind
 from .filesystem import FileSystem, LockHandle
 from .syscalls import REFUSED
 
@@ -18,22 +18,47 @@ _MAX_NAME_TRIES = 1000
 _numbers = itertools.count()
 
 
-def make_private(fs: FileSystem, root: str, tag: str) -> str:
+def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging") -> str:
     for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
-        path = os.path.join(root, str(PrivateName("staging", tag, fs.owner(), number)))
+        path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
         with contextlib.suppress(FileExistsError):
             fs.mkdir(path, private=True)
             return path
     raise FileExistsError(f"no free staging name in {root!r}")
 
 
-def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: Literal["trash", "aside"]) -> str:
+def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: NameKind) -> str:
     for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
         path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
         with contextlib.suppress(FileExistsError):
             fs.rename_noreplace(src, path)
             return path
     raise FileExistsError(f"no free {kind} name in {root!r}")
+
+
+def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:
+    """A second tree of the same files under a private name, durable, where `src` itself cannot be renamed."""
+    aside = make_private(fs, root, tag, "aside")
+    folders = [""]
+    for folder in folders:
+        for name in fs.listdir(os.path.join(src, folder)):
+            inner = os.path.join(folder, name)
+            if fs.stat(os.path.join(src, inner)).kind == "dir":
+                fs.mkdir(os.path.join(aside, inner))
+                folders.append(inner)
+            else:
+                fs.link(os.path.join(src, inner), os.path.join(aside, inner))
+    fs.chmod(aside, fs.stat(src).mode)
+    for folder in reversed(folders):
+        fs.fsync_dir(os.path.join(aside, folder))
+    fs.fsync_dir(root)
+    return aside
+
+
+def take_apart(fs: FileSystem, final: str) -> None:
+    """Make a tree that cannot be renamed no checkpoint any more, durably and in one step; what is left of it is rubbish."""
+    fs.unlink(os.path.join(final, MANIFEST_NAME))
+    fs.fsync_dir(final)
 
 
 def lock_or_none(fs: FileSystem, path: str) -> LockHandle | None:

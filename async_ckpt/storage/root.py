@@ -7,7 +7,9 @@ import logging
 import os
 
 from ..errors import report
+from ..host.facts import mount_type
 from .filesystem import LOCAL_TYPES, FileSystem
+from .private_dirs import make_private, remove_tree
 from .write_error import write_error
 
 
@@ -35,12 +37,28 @@ def make_root(fs: FileSystem, root: str) -> None:
             # A parent that may not be opened was there before us, with the root in it.
             with contextlib.suppress(PermissionError):
                 fs.fsync_dir(os.path.join(root, os.pardir))
-        fs_type = fs.fs_type(root)
+        kind = fs.fs_type(root) or mount_type(root)
     except OSError as error:
         with contextlib.suppress(OSError):
             # Only what is empty, and was not there before; what cannot be removed is an empty directory.
             for path in reversed(made):
                 fs.rmdir(path)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
-    if fs_type and fs_type not in LOCAL_TYPES:
-        report(logging.WARNING, "root %r is on %s: atomic and durable renames are not promised there", root, fs_type)
+    if kind not in LOCAL_TYPES:
+        _try_out(fs, root, mount_type(root) or kind or "an unknown file system")
+
+
+def _try_out(fs: FileSystem, root: str, kind: str) -> None:
+    """Find out what the file system does that is not known to be local, and say so, in the log and as a warning."""
+    try:
+        folder = make_private(fs, root, "probe")
+        try:
+            fs.probe(folder)
+        finally:
+            remove_tree(fs, folder)
+        found = str(fs.findings) or "nothing else was found that is not as on a local disk"
+    except OSError as error:
+        found = f"it could not be tried out ({error})"
+    message = f"root {root!r} is on {kind}: atomic and durable renames are not promised there; {found}"
+    report(logging.WARNING, "%s", message)
+    report(logging.WARNING, "%s", message, warning=RuntimeWarning, stacklevel=3)

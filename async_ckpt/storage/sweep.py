@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ..format.manifest import PrivateName, parse_private_name
+from ..format.manifest import MANIFEST_NAME, PrivateName, parse_private_name
 from ..host.process import OwnerState
 from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import NO_LOCKS, move_aside, remove_tree
@@ -96,6 +96,8 @@ def _claim(
         with contextlib.suppress(FileExistsError):
             fs.rename_noreplace(path, os.path.join(root, tag))
             return [Swept(name, tag, "restored", "its replacement was never published")]
+        if fs.stat(os.path.join(root, tag, MANIFEST_NAME)).kind == "missing":
+            return [Swept(name, tag, "left", "it is a whole checkpoint, and what has its name now is none")]
     # A new name for trash too: the new entry rewrites what a failed sync of the root may have lost before.
     doomed.append((parsed, move_aside(fs, root, tag, path, "trash")))
     return []

@@ -82,6 +82,9 @@ class Syscalls:
     def unlink(self, path: str) -> None:
         os.unlink(path)
 
+    def link(self, path: str, name: str) -> None:
+        os.link(path, name, follow_symlinks=False)
+
     def rename(self, src: str, dst: str) -> None:
         os.rename(src, dst)
 

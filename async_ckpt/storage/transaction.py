@@ -18,7 +18,6 @@ time. They raise the package's errors; the `OSError` is the cause.
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import logging
 import os
@@ -26,8 +25,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import (
     CheckpointNotFoundError,
@@ -50,13 +48,14 @@ from ..format.manifest import (
     encode,
     parse_private_name,
 )
+from ..host.process import OwnerState
 from ..metrics import publish_step
-from ..threads.locks import Lock
 from .delete import empty_trash, remove
-from .filesystem import FileSystem, LockHandle
+from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
-from .publish_lock import claimed
+from .renaming import check_final, rename_to_final
 from .root import make_root
+from .staged import Staging, State, refuse
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
@@ -76,50 +75,6 @@ __all__ = [
     "sweep",
 ]
 
-_MAX_RACES = 16
-
-
-class State(enum.Enum):
-    """A checkpoint's life, in order. ABORTED is reached from every state before COMMITTED."""
-
-    OPEN = "open"
-    SEALED = "sealed"
-    DURABLE = "durable"
-    """Every byte and name below the staging directory is synced; only the rename is missing."""
-    COMMITTED = "committed"
-    ABORTED = "aborted"
-
-
-@dataclass
-class Staging:
-    """A staging directory of this process. `path` holds the files until `publish`."""
-
-    root: str
-    tag: str
-    path: str
-    overwrite: str
-    identity: tuple[int, int]
-    lock: LockHandle | None
-    state: State = State.OPEN
-    renamed: bool = False
-    """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
-    given_up: bool = False
-    """`abort` was called; a publish that has not renamed yet must not."""
-    timing: Mapping[str, float] = field(default_factory=dict)
-    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
-    """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
-
-    @property
-    def final_path(self) -> str:
-        """Where the checkpoint will be."""
-        return os.path.join(self.root, self.tag)
-
-    def unlock(self) -> None:
-        """Let go of the directory lock; idempotent."""
-        lock, self.lock = self.lock, None
-        if lock is not None:
-            lock.close()
-
 
 def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Staging:
     """Make the private (0700), locked staging directory of a new checkpoint.
@@ -135,9 +90,11 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Sta
     root = os.path.abspath(root)
     final = os.path.join(root, tag)
     try:
-        _check_final(fs, final, tag, overwrite, step="create")
+        check_final(fs, final, tag, overwrite, step="create")
         path = make_private(fs, root, tag)
         try:
+            if fs.findings.replaces:
+                _check_no_other_writer(fs, root, tag)
             return Staging(root, tag, path, overwrite, fs.stat(path).identity, lock_or_none(fs, path))
         except OSError:
             fs.rmdir(path)
@@ -146,6 +103,21 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Sta
         if isinstance(error, CommitError):
             raise
         raise write_error(fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final) from error
+
+
+def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
+    """Where a rename replaces what it should refuse: whoever makes a staging directory and then sees another gives way."""
+    for name in fs.listdir(root):
+        other = parse_private_name(name)
+        if other is None or (other.kind, other.tag) != ("staging", tag) or other.owner == fs.owner():
+            continue
+        if fs.owner_state(other.owner) is not OwnerState.DEAD:
+            raise TagExistsError(
+                f"another process has tag {tag!r} open ({name!r}), and this file system could not keep one from replacing the other's: "
+                "use another tag, or delete that directory if its process is gone. Nothing was written",
+                step="create",
+                path=root,
+            )
 
 
 def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
@@ -239,7 +211,7 @@ def _publish(
         if staging.given_up:
             raise CommitError(f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename")
         try:
-            replaced = _rename_to_final(fs, staging)
+            replaced = rename_to_final(fs, staging)
         except OSError as error:
             # Network file systems may report the failure of a rename that they did.
             if fs.stat(staging.final_path).identity != staging.identity:
@@ -329,9 +301,9 @@ def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manife
             if found.kind == "dir":
                 stack.append(inner)
             elif found.kind != "file" or expected.pop(inner, None) != found.size_bytes:
-                _refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
+                refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
     if expected:
-        _refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
+        refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
     # Parents were found before their children.
     return folders[::-1]
 
@@ -348,10 +320,6 @@ def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
     )
 
 
-def _refuse(staging: Staging, why: str) -> NoReturn:
-    raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
-
-
 def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
     """Give the private directory the mode a new one would have; the manifest's mode tells the umask without a race."""
     file_bits = fs.stat(os.path.join(staging.path, MANIFEST_NAME)).mode & 0o666
@@ -364,66 +332,3 @@ def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
     except OSError as error:
         if error.errno not in REFUSED - {errno.EPERM}:
             raise
-
-
-def _rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
-    """Rename; returns where the replaced tree is now, if there was one."""
-    for _ in range(_MAX_RACES):
-        try:
-            fs.rename_noreplace(staging.path, staging.final_path)
-            return []
-        except FileExistsError:
-            _check_final(fs, staging.final_path, staging.tag, staging.overwrite, step="rename")
-        try:
-            with claimed(fs, staging.final_path):
-                fs.rename_exchange(staging.path, staging.final_path)
-            return [staging.path]
-        except FileNotFoundError:
-            # Deleted in between: then there is nothing to replace. Unless our own side is what is missing.
-            if fs.stat(staging.path).kind == "missing":
-                raise
-        except OSError as error:
-            if error.errno not in REFUSED:
-                raise
-            return _replace_without_exchange(fs, staging)
-    _refuse(staging, f"other processes kept creating and deleting {staging.final_path!r}")
-
-
-def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
-    """Two renames; between them the tag is absent, and `sweep` gives the old tree its name back."""
-    aside: list[str] = []
-    for _ in range(_MAX_RACES):
-        with contextlib.suppress(FileNotFoundError), claimed(fs, staging.final_path):
-            aside.append(move_aside(fs, staging.root, staging.tag, staging.final_path, "aside"))
-        try:
-            fs.rename_noreplace(staging.path, staging.final_path)
-            return aside
-        except FileExistsError:
-            # Another writer used the gap: its checkpoint is the one to replace now.
-            continue
-        except OSError as error:
-            if not aside:
-                raise
-            try:
-                fs.rename_noreplace(aside[-1], staging.final_path)
-            except OSError as second:
-                raise CommitError(
-                    f"{error}; and the old checkpoint could not be given its name back ({second}): it is whole at {aside[-1]!r}",
-                    step="rename",
-                    errno=error.errno,
-                    path=aside[-1],
-                ) from error
-            raise
-    _refuse(staging, f"other processes kept creating {staging.final_path!r}")
-
-
-def _check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
-    if fs.stat(final).kind == "missing":
-        return
-    if overwrite == "refuse":
-        raise TagExistsError(
-            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'", step=step, path=final
-        )
-    is_checkpoint = fs.stat(os.path.join(final, MANIFEST_NAME)).kind == "file" and fs.stat(final).kind == "dir"
-    if not is_checkpoint and fs.stat(final).kind != "missing":
-        raise TagExistsError(f"{final!r} is not a checkpoint (it has no {MANIFEST_NAME}) and is not replaced", step=step, path=final)

@@ -24,7 +24,6 @@ from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import write_error
 
 PAGE_BYTES = 4096
-OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
 
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
 _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})

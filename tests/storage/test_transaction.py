@@ -31,7 +31,7 @@ from async_ckpt.host.process import current_owner
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import LocalFileSystem
-from async_ckpt.storage.transaction import State
+from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 

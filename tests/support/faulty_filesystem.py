@@ -45,6 +45,7 @@ COUNTED = frozenset(
         "mkdir",
         "rmdir",
         "unlink",
+        "link",
         "rename",
         "exchange",
         "chmod",
@@ -258,6 +259,10 @@ class FaultySyscalls(Syscalls):
     def unlink(self, path: str) -> None:
         with self._call("unlink", self._full(path)):
             super().unlink(path)
+
+    def link(self, path: str, name: str) -> None:
+        with self._call("link", self._full(path), dst=self._full(name)):
+            super().link(path, name)
 
     def rename(self, src: str, dst: str) -> None:
         with self._call("rename", self._full(src), dst=self._full(dst)):

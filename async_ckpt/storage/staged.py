@@ -1,0 +1,64 @@
+"""A staging directory and how far its checkpoint has come."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from ..errors import CommitError
+from ..threads.locks import Lock
+from .filesystem import LockHandle
+
+
+class State(enum.Enum):
+    """A checkpoint's life, in order. ABORTED is reached from every state before COMMITTED."""
+
+    OPEN = "open"
+    SEALED = "sealed"
+    DURABLE = "durable"
+    """Every byte and name below the staging directory is synced; only the rename is missing."""
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Staging:
+    """A staging directory of this process. `path` holds the files until `publish`."""
+
+    root: str
+    tag: str
+    path: str
+    overwrite: str
+    identity: tuple[int, int]
+    lock: LockHandle | None
+    state: State = State.OPEN
+    renamed: bool = False
+    """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
+    given_up: bool = False
+    """`abort` was called; a publish that has not renamed yet must not."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
+
+    @property
+    def final_path(self) -> str:
+        """Where the checkpoint will be."""
+        return os.path.join(self.root, self.tag)
+
+    def unlock(self) -> None:
+        """Let go of the directory lock; idempotent."""
+        lock, self.lock = self.lock, None
+        if lock is not None:
+            lock.close()
+
+
+def refuse(staging: Staging, why: str) -> NoReturn:
+    """Say why it is not committed.
+
+    Raises:
+        CommitError: always.
+    """
+    raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)

@@ -1,0 +1,379 @@
+"""File systems that are not what they seem: overlays, and a lying one in user space that stands for networks and buckets.
+
+Each case: a clear error of our tree or the right result; what was committed before is whole; nothing hangs past its timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError
+from async_ckpt.format.names import PrivateName
+from async_ckpt.host.process import current_owner
+from async_ckpt.storage import transaction
+from async_ckpt.storage.filesystem import LocalFileSystem
+from tests.support.lying_fuse import Mounted, lying, why_not
+from tests.support.mounts import mounted, overlaid
+
+from .oracle import contents
+from .workloads import TIMEOUT_S, Job, Told, make_engine, quiet
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@pytest.fixture
+def lies(tmp_path: Path) -> Iterator[Mounted]:
+    with lying(tmp_path, "fuse.rclone") as mount:
+        yield mount
+
+
+@pytest.fixture
+def root(lies: Mounted) -> Path:
+    """A root on the lying file system that has told no lie yet, with the checkpoint "old" (version 1)."""
+    root = lies.point / "root"
+    with quiet(), make_engine(root) as engine:
+        Job(engine, Told()).whole("old", 1)
+    return root
+
+
+@contextlib.contextmanager
+def engine_on(root: Path, **config: object) -> Iterator[Job]:
+    with quiet(), make_engine(root, **config) as engine:
+        yield Job(engine, Told())
+
+
+def finish(job: Job) -> None:
+    """The open checkpoint "new"."""
+    job.engine.save({"x": b"x" * 50_000}, "model.pt")
+    job.engine.commit("new").result(TIMEOUT_S)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(os.listdir(root))
+
+
+class Talking(subprocess.Popen[str]):
+    """A process with `root` as its argument that is told lines and says some; it has ended after the block."""
+
+    def __init__(self, code: str, root: Path) -> None:
+        super().__init__([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def say(self, line: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(f"{line}\n")
+        self.stdin.flush()
+
+    def hear(self) -> str:
+        assert self.stdout is not None
+        return self.stdout.readline().strip()
+
+
+# Overlays.
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    lower = tmp_path / "image"
+    with make_engine(lower) as engine:
+        for version, tag in enumerate(("a", "b", "c"), 1):
+            Job(engine, Told()).whole(tag, version, ("model.pt", "sub/optim.pt"))
+    return lower
+
+
+def test_checkpoints_in_the_lower_layer_of_an_overlay_are_replaced_and_rotated(lower: Path, tmp_path: Path) -> None:
+    """A directory there cannot be renamed (EXDEV): its files are linked, or it is taken apart with its manifest first."""
+    with overlaid(lower, tmp_path) as root:
+        with engine_on(root, overwrite="replace", retention=KeepLast(2)) as job:
+            job.whole("b", 10, ("model.pt", "sub/optim.pt"))
+            job.engine.delete("c")
+            job.whole("d", 11)
+        assert names(root) == ["b", "d"]
+        assert contents(root) == {"b": 10, "d": 11}
+        with engine_on(root) as job:
+            job.whole("a", 12)
+        assert contents(root) == {"a": 12, "b": 10, "d": 11}
+    assert contents(lower) == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize("call", ["link", "rmdir", "unlink"])
+def test_a_failed_replacement_in_a_lower_layer_loses_nothing(lower: Path, tmp_path: Path, call: str) -> None:
+    from tests.support.faulty_filesystem import FaultyFileSystem
+
+    with overlaid(lower, tmp_path) as root:
+        fs = FaultyFileSystem()
+        staging = transaction.begin(fs, str(root), "b", "replace")
+        fs.fail_when(lambda op: op.name == call and op.path.startswith(str(root / "b")), errno.EIO)
+        with pytest.raises(CommitError) as caught:
+            transaction.publish(fs, staging, [], {}, 10)
+        fs.heal()
+        transaction.abort(fs, staging)
+        if contents(root).get("b") is None:
+            assert caught.value.path is not None
+            assert Path(caught.value.path).name.startswith(".aside.b.")
+            subprocess.run(["rm", "-rf", str(root / "b")], check=True)
+            os.rename(caught.value.path, root / "b")
+        assert contents(root)["b"] == 2
+        subprocess.run(f"rm -rf {root}/.aside.* {root}/.staging.*", shell=True, check=True)
+
+
+@pytest.mark.leaves_staging
+def test_a_sweep_keeps_an_old_tree_whose_name_something_else_has(tmp_path: Path) -> None:
+    import dataclasses
+
+    with make_engine(tmp_path) as engine:
+        Job(engine, Told()).whole("a", 1)
+    dead = dataclasses.replace(current_owner(), start_ticks=current_owner().start_ticks + 10**12)
+    aside = tmp_path / str(PrivateName("aside", "a", dead, 0))
+    os.rename(tmp_path / "a", aside)
+    (tmp_path / "a").mkdir()
+    (swept,) = transaction.sweep(LocalFileSystem(), str(tmp_path))
+    assert swept.action == "left"
+    assert (aside / "model.pt").exists()
+    (tmp_path / "a").rmdir()
+    (swept,) = transaction.sweep(LocalFileSystem(), str(tmp_path))
+    assert swept.action == "restored"
+    assert contents(tmp_path) == {"a": 1}
+
+
+# What is said at the start.
+
+
+def warned(root: Path, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    with pytest.warns(RuntimeWarning, match="promised") as caught:
+        transaction.make_root(LocalFileSystem(), str(root))
+    assert len(caught) == 1
+    logged = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert logged == [str(caught[0].message)]
+    assert names(root) == []
+    return logged[0]
+
+
+def test_one_warning_names_the_mount_and_what_was_found(lies: Mounted, caplog: pytest.LogCaptureFixture) -> None:
+    root = lies.point / "root"
+    assert "fuse.rclone: atomic and durable renames are not promised there; nothing else was found" in warned(root, caplog)
+    lies.lie(rename="replaces")
+    assert "a rename replaces a directory that is not empty" in warned(root, caplog)
+    lies.lie(ignored=["truncate"])
+    assert "cannot be shortened" in warned(root, caplog)
+    lies.lie(identity="unstable")
+    assert "change their numbers" in warned(root, caplog)
+    lies.lie(errors={"RENAME2": errno.EINVAL})
+    assert "RENAME_NOREPLACE" in warned(root, caplog)
+    lies.lie(rename="no flags")
+    assert "nothing else was found" in warned(root, caplog), "what is not empty is refused all the same"
+    lies.lie(errors={"MKDIR": errno.EACCES})
+    assert "could not be tried out" in warned(root, caplog)
+
+
+def test_local_file_systems_are_not_tried_out(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transaction.make_root(LocalFileSystem(), str(tmp_path))
+        with mounted("btrfs", tmp_path, 128 << 20) as point:
+            transaction.make_root(LocalFileSystem(), str(point))
+
+
+# Lies about renames.
+
+
+@pytest.mark.parametrize("rename", ["replaces", "no flags", ""])
+@pytest.mark.parametrize("code", [0, errno.EINVAL, errno.ENOSYS, errno.ENOTEMPTY])
+def test_replacing_and_rotating_whatever_renames_do(lies: Mounted, root: Path, rename: str, code: int) -> None:
+    if code == errno.ENOTEMPTY and not rename:
+        pytest.skip("an honest file system does not say so of a free name")
+    lies.lie(rename=rename, errors={"RENAME2": code} if code and code != errno.ENOTEMPTY else {})
+    with engine_on(root, overwrite="replace", retention=KeepLast(2)) as job:
+        job.whole("old", 2)
+        job.whole("new", 3)
+        job.whole("new", 4)
+        job.whole("newer", 5)
+        job.engine.delete("newer")
+    assert contents(root) == {"new": 4}
+    assert names(root) == ["new"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from async_ckpt import CheckpointError
+from async_ckpt.storage import transaction
+from async_ckpt.storage.filesystem import LocalFileSystem
+from tests.support.making import publish, stage
+fs, root = LocalFileSystem(), Path(sys.argv[1])
+transaction.make_root(fs, str(root))
+print("ready", flush=True)
+for line in sys.stdin:
+    files, staging = {"which": line.encode()}, None
+    try:
+        staging = stage(fs, root, "t", files)
+        if line == "hold\\n":
+            print("holds", flush=True)
+            sys.stdin.readline()
+        publish(fs, staging, files)
+        print("committed", flush=True)
+    except CheckpointError as error:
+        if staging is not None:
+            transaction.abort(fs, staging)
+        print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["replaces", "no flags"])
+def test_of_several_writers_of_a_tag_one_wins_or_all_are_refused(lies: Mounted, root: Path, how: str) -> None:
+    lies.lie(rename=how)
+    with contextlib.ExitStack() as ended:
+        writers = [ended.enter_context(Talking(WRITER, root)) for _ in range(3)]
+        for writer in writers:
+            assert writer.hear() == "ready"
+        for version, writer in enumerate(writers, 10):
+            writer.say(str(version))
+        told = [writer.hear() for writer in writers]
+    won = [version for version, line in enumerate(told, 10) if line == "committed"]
+    assert set(told) <= {"committed", "TagExistsError", "CommitError"}
+    assert len(won) <= 1
+    if won:
+        assert (root / "t" / "which").read_text() == f"{won[0]}\n"
+    assert sorted(Catalog(root).tags()) == ["old", *(["t"] if won else [])]
+    assert how == "replaces" or won
+
+
+def test_where_a_rename_replaces_a_tag_that_another_process_has_open_is_refused(lies: Mounted, root: Path) -> None:
+    lies.lie(rename="replaces")
+    with engine_on(root) as job:
+        with Talking(WRITER, root) as other:
+            assert other.hear() == "ready"
+            other.say("hold")
+            assert other.hear() == "holds"
+            with pytest.raises(TagExistsError, match="another process has tag 't' open"):
+                job.engine.create("t")
+            other.kill()
+        job.whole("t", 5)
+    transaction.sweep(LocalFileSystem(), str(root))
+    assert contents(root)["t"] == 5
+
+
+# Other lies, and errors.
+
+
+@pytest.mark.parametrize("io_mode", ["direct", "buffered"])
+def test_a_file_system_that_ignores_truncate(lies: Mounted, root: Path, io_mode: str) -> None:
+    lies.lie(ignored=["truncate"])
+    with engine_on(root, io_mode=io_mode) as job:
+        job.whole("new", 2)
+    assert contents(root) == {"old": 1, "new": 2}
+
+
+@pytest.mark.parametrize("io_mode", ["direct", "buffered"])
+def test_files_that_change_their_numbers(lies: Mounted, root: Path, io_mode: str) -> None:
+    lies.lie(identity="unstable")
+    with engine_on(root, overwrite="replace", retention=KeepLast(1), io_mode=io_mode) as job:
+        job.whole("new", 2)
+        job.whole("new", 3)
+        assert job.engine.latest() == "new"
+    assert contents(root) == {"new": 3}
+
+
+def test_an_fsync_that_does_nothing_and_a_slow_answer_are_no_failure(lies: Mounted, root: Path) -> None:
+    lies.lie(ignored=["fsync"], latency_s=0.005)
+    with engine_on(root) as job:
+        job.whole("new", 2)
+    assert contents(root) == {"old": 1, "new": 2}
+
+
+ERRORS: dict[str, tuple[str, int]] = {
+    "ESTALE while writing": ("WRITE", errno.ESTALE),
+    "EIO at the sync of a file": ("FSYNC", errno.EIO),
+    "EIO at the sync of a directory": ("FSYNCDIR", errno.EIO),
+    "ESTALE at the rename": ("RENAME2", errno.ESTALE),
+    "ENOTCONN at the rename": ("RENAME2", errno.ENOTCONN),
+    "EDQUOT while writing": ("WRITE", errno.EDQUOT),
+    "ESTALE at the making of a file": ("CREATE", errno.ESTALE),
+    "EIO at the look at a file": ("GETATTR", errno.EIO),
+}
+
+
+@pytest.mark.leaves_staging
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_told_and_nothing_is_lost(lies: Mounted, root: Path, case: str) -> None:
+    request, code = ERRORS[case]
+    with engine_on(root) as job:
+        job.engine.create("new")
+        lies.lie(errors={request: code})
+        with pytest.raises(CheckpointError) as caught:
+            finish(job)
+        assert isinstance(caught.value, OSError)
+        assert caught.value.errno == code
+        lies.lie()
+        assert Catalog(root).tags() == ["old"]
+        job.whole("newer", 3)
+    assert contents(root) == {"old": 1, "newer": 3}
+
+
+def test_directories_that_cannot_be_synced_at_all(lies: Mounted, root: Path) -> None:
+    """EINVAL: the file system has no such call, as CIFS."""
+    lies.lie(errors={"FSYNCDIR": errno.EINVAL})
+    with engine_on(root) as job:
+        job.whole("new", 2)
+    assert contents(root) == {"old": 1, "new": 2}
+
+
+@pytest.mark.leaves_staging
+def test_a_server_that_goes_away_is_an_error_in_bounded_time(lies: Mounted, root: Path) -> None:
+    began = time.monotonic()
+    with quiet():
+        engine = make_engine(root, close_timeout_s=5.0)
+        engine.create("new")
+        lies.kill()
+        with pytest.raises(CheckpointError, match="connected"):
+            finish(Job(engine, Told()))
+        with contextlib.suppress(CheckpointError):
+            engine.close()
+    assert time.monotonic() - began < 30
+    assert contents(lies.real / "root") == {"old": 1}
+
+
+HANG = """
+import sys, time, warnings
+warnings.simplefilter("ignore")
+from tests.faults.workloads import Job, Told, make_engine
+engine = make_engine(sys.argv[1], close_timeout_s=2.0)
+engine.create("new")
+print("open", flush=True)
+sys.stdin.readline()
+engine.save({"x": b"x" * 50_000}, "model.pt")
+pending = engine.commit("new")
+try:
+    pending.result(1.0)
+except TimeoutError as error:
+    print("waits", flush=True)
+try:
+    engine.close()
+except TimeoutError as error:
+    print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("request_name", [pytest.param(name, marks=pytest.mark.slow) for name in ("FSYNC", "RENAME2")] + ["WRITE"])
+@pytest.mark.leaves_staging
+def test_a_disk_that_hangs_keeps_nobody_for_longer_than_the_timeouts(lies: Mounted, root: Path, request_name: str) -> None:
+    with Talking(HANG, root) as job:
+        assert job.hear() == "open"
+        lies.lie(hangs=[request_name])
+        began = time.monotonic()
+        job.say("go on")
+        assert [job.hear(), job.hear()] == ["waits", "closed"]
+        assert time.monotonic() - began < 20
+        lies.kill()
+    assert contents(lies.real / "root")["old"] == 1
