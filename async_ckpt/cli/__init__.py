@@ -15,6 +15,7 @@ Errors are one line on standard error; `--debug` adds the traceback.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from .failing import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_code, one_line
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code (SystemExit)."""
+    for name in ("stdout", "stderr"):
+        # Closed by the caller (`>&-`): there is nobody to read it.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:
@@ -36,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing is left to say, also not while the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone (`| head`): nothing is left to say.
+        _drop_output()
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         if debug:
@@ -46,8 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if code is None:
             # A bug of ours, not a known failure: then the traceback is what helps.
             raise
-        print(f"async-ckpt: {one_line(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        with contextlib.suppress(OSError):
+            print(f"async-ckpt: {one_line(error)}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again while the interpreter exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

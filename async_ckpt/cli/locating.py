@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ..format.manifest import MANIFEST_NAME
+from ..format.names import SINGLE_FILES_NAME, single_file_tag
 from ..reading.catalog import Catalog
 from .failing import NotFoundError, UsageError, clean
 
@@ -25,7 +26,7 @@ class Place:
 
 
 def catalog_of(root: str) -> Catalog:
-    """The catalog of an existing root directory.
+    """The catalog of an existing root directory, or of a folder of single-file checkpoints.
 
     Raises:
         NotFoundError: there is no such directory. UsageError: it is itself a checkpoint.
@@ -36,16 +37,21 @@ def catalog_of(root: str) -> Catalog:
     if is_checkpoint(root):
         above, tag = os.path.split(os.path.abspath(root))
         raise UsageError(f"{clean(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
-    return Catalog(root)
+    beside = os.path.join(root, SINGLE_FILES_NAME)
+    return Catalog(beside if os.path.isdir(beside) and not Catalog(root).entries() else root)
 
 
 def place_of(path: str) -> Place:
-    """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file.
+    """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file, or the one that is one file.
 
     Raises:
         NotFoundError: there is no checkpoint at or above it. UsageError: it is a root.
     """
     given = os.path.abspath(path)
+    home, name = os.path.split(given)
+    beside, tag = os.path.join(home, SINGLE_FILES_NAME), single_file_tag(name)
+    if is_checkpoint(os.path.join(beside, tag)) and os.path.isfile(given):
+        return Place(Catalog(beside), tag, None)
     folder, inner = given, ""
     while not is_checkpoint(folder):
         above, name = os.path.split(folder)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PIPE_COLUMNS = 240
+_PAD_COLUMNS = 40
 
 
 def print_json(value: Any) -> None:
@@ -71,7 +72,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[
 
 def _print_plain(columns: Sequence[str], cells: list[list[str]], numbers: frozenset[str]) -> None:
     lines = [list(columns), *cells]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    # One long cell (metadata, an error) does not make all lines as long.
+    widths = [max([len(columns[k]), *(len(line[k]) for line in cells if len(line[k]) <= _PAD_COLUMNS)]) for k in range(len(columns))]
     for line in lines:
         parts = [
             cell.rjust(width) if name in numbers else cell.ljust(width) for name, cell, width in zip(columns, line, widths, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ..format.manifest import check_tag
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import Progress, VerifyReport
-from .failing import EXIT_FAILED, UsageError, clean
+from .failing import EXIT_FAILED, NotFoundError, UsageError, clean
 from .locating import catalog_of, place_of
 from .output import print_json, print_table
 
@@ -72,7 +73,10 @@ def _asked(root: str, tag: str | None) -> tuple[Catalog, list[str]]:
         return catalog_of(root), [check_tag(tag)]
     try:
         catalog = catalog_of(root)
-    except UsageError:
+    except (UsageError, NotFoundError):
+        # One checkpoint: a directory, or a single file.
+        if not os.path.exists(root):
+            raise
         place = place_of(root)
         return place.catalog, [place.tag]
     return catalog, [entry.tag for entry in catalog.entries()]
@@ -89,9 +93,11 @@ def _bar(as_json: bool) -> Iterator[Any]:
     from ..observers.progress import progress_bar, terminal
 
     with progress_bar(terminal()) as bar:
+        task = bar.add_task("verifying", total=None)
 
         def progress_for(tag: str) -> Progress:
-            task = bar.add_task(f"verifying {tag}", total=None)
+            # One bar for all of them: each is drawn as often as the screen is.
+            bar.reset(task, description=f"verifying {tag}", total=None)
             return lambda done_bytes, total_bytes: bar.update(task, completed=done_bytes, total=total_bytes)
 
         yield progress_for

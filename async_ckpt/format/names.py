@@ -6,6 +6,8 @@ a few signs, no leading dot, bounded length. Names are looked up, never joined f
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -16,6 +18,8 @@ from ..host.process import Owner
 MANIFEST_NAME = "manifest.json"
 DCP_METADATA_NAME = ".metadata"
 """The only file that may begin with a dot: torch.distributed.checkpoint looks for it under this name."""
+SINGLE_FILES_NAME = ".async_ckpt"
+"""The root, beside checkpoints that are one file each, of their manifests; those name the file in their metadata."""
 MAX_TAG_BYTES = 128
 _MAX_NAME_BYTES = 255
 MAX_COMPONENT_BYTES = 200
@@ -89,6 +93,14 @@ def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
     if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
     return parts
+
+
+def single_file_tag(name: str) -> str:
+    """The tag below `SINGLE_FILES_NAME` of a checkpoint that is one file called `name`: that, or a digest where it can be no tag."""
+    try:
+        return check_tag(name)
+    except UnsafePathError:
+        return "file-" + hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
 def parse_private_name(name: str) -> PrivateName | None:

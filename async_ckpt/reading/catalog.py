@@ -16,7 +16,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -31,7 +31,7 @@ from ..format.manifest import (
     decode,
     parse_private_name,
 )
-from ..format.names import NameKind, check_existing_tag
+from ..format.names import SINGLE_FILES_NAME, NameKind, check_existing_tag
 from ..format.paths import Root, StrPath
 from ..host.process import OwnerState
 from ..storage.filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
@@ -79,7 +79,7 @@ class OpenCheckpoint:
             CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
         """
         try:
-            file = self.directory.open_read(entry.parts, direct=direct)
+            file = self.open_read(entry.parts, direct=direct)
         except FileNotFoundError as error:
             if not self.is_current():
                 raise _gone(self.manifest.tag) from error
@@ -92,6 +92,17 @@ class OpenCheckpoint:
                 path=entry.path,
             )
         return file
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """As `DirHandle.open_read`; the file of a single-file checkpoint is looked for where its manifest says, too."""
+        try:
+            return self.directory.open_read(parts, direct=direct)
+        except FileNotFoundError:
+            home, name = os.path.split(self.root)
+            beside = self.manifest.metadata.get("file")
+            if name != SINGLE_FILES_NAME or not isinstance(beside, str):
+                raise
+            return self._filesystem.open_read(home, (beside,), direct=direct)
 
     def open_verified(
         self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
@@ -235,7 +246,7 @@ class Catalog:
             extra: list[str] = []
             if checked != "off":
                 extra, problems = find_extra(checkpoint.directory, files)
-                problems += verify_files(checkpoint.directory, files, level=checked, num_threads=num_threads, progress=progress)
+                problems += verify_files(checkpoint, files, level=checked, num_threads=num_threads, progress=progress)
             if problems and not checkpoint.is_current():
                 raise _gone(tag)
             return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems), tuple(extra))

@@ -10,11 +10,11 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..errors import CheckpointError, CommitError, CorruptCheckpointError
 from ..format.manifest import MANIFEST_NAME, FileEntry
-from ..storage.filesystem import DirHandle, FileSystem
+from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
 from ..threads.locks import Lock
 from .damage import damaged_records
 from .errors import DAMAGE_ERRNOS, ExtentMismatch
@@ -66,8 +66,15 @@ class VerifyReport:
             raise CorruptCheckpointError(text, path=first.path, record=first.record)
 
 
+class Opener(Protocol):
+    """What files are opened through: a `DirHandle`, an `OpenCheckpoint`."""
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """See `DirHandle.open_read`."""
+
+
 def verify_files(
-    directory: DirHandle,
+    directory: Opener,
     entries: Sequence[FileEntry],
     *,
     level: Level = "full",
@@ -108,7 +115,7 @@ class _Problems:
         self._done_bytes = 0
         self._progress = progress
 
-    def open(self, directory: DirHandle, entry: FileEntry, direct: bool) -> VerifiedFile | None:
+    def open(self, directory: Opener, entry: FileEntry, direct: bool) -> VerifiedFile | None:
         """The file, or None where it is no file of the right size."""
         try:
             file = directory.open_read(entry.parts, direct=direct)

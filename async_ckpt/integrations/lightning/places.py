@@ -9,15 +9,13 @@ Deleting a `.ckpt` by hand frees its space; the next run removes the left-over m
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import ConfigError, UnsafePathError
-from ...format.manifest import check_tag
+from ...errors import ConfigError
+from ...format.names import SINGLE_FILES_NAME, single_file_tag
 
-FOLDER_NAME = ".async_ckpt"
 DATA_NAME = "state.ckpt"
 
 
@@ -55,15 +53,12 @@ class Place:
     @property
     def root(self) -> str:
         """Where the folder's manifests and staging directories are."""
-        return os.path.join(self.folder, FOLDER_NAME)
+        return os.path.join(self.folder, SINGLE_FILES_NAME)
 
     @property
     def tag(self) -> str:
         """The checkpoint's tag below `root`: the file's name, or a digest of one that cannot be a tag."""
-        try:
-            return check_tag(self.name)
-        except UnsafePathError:
-            return "file-" + hashlib.blake2b(os.fsencode(self.name), digest_size=16).hexdigest()
+        return single_file_tag(self.name)
 
     @property
     def record(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,13 @@ import pytest
 import torch
 
 from async_ckpt.errors import CheckpointError
-from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import FileEntry
 from async_ckpt.integrations.lightning.loading import load_file
-from async_ckpt.integrations.lightning.places import DATA_NAME, Place
-from async_ckpt.integrations.lightning.single_file import FileCoordinator, remove
-from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.integrations.lightning.places import Place
+from async_ckpt.integrations.lightning.single_file import remove
+from async_ckpt.storage.filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
-
-def commit(fs: FileSystem, place: Place, step: int) -> None:
-    """What engine and writer do with a checkpoint, in one thread."""
-    buffer = io.BytesIO()
-    torch.save({"step": step, "w": torch.full((100,), float(step))}, buffer)
-    data = buffer.getvalue()
-    coordinator = FileCoordinator(sweep=True)
-    coordinator.bind(fs, place.root)
-    coordinator.route(place)
-    opened = coordinator.begin(place.tag, "replace")
-    entry = FileEntry(DATA_NAME, len(data), len(data), (crc32(data),), "torch", "torch", None)
-    try:
-        fs.create_file(os.path.join(opened.location.result(), DATA_NAME), data)
-        coordinator.publish(opened, [entry], {"file": place.name}, step)
-    except Exception as error:
-        coordinator.abort(opened, error)
-        raise
+from .single_files import commit
 
 
 def step_at(place: Place) -> Any:

@@ -1,0 +1,37 @@
+"""Single-file checkpoints, committed without Lightning."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from async_ckpt.format.checksum import crc32
+from async_ckpt.format.manifest import FileEntry
+from async_ckpt.integrations.lightning.places import DATA_NAME, Place
+from async_ckpt.integrations.lightning.single_file import FileCoordinator
+from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
+
+
+def commit(fs: FileSystem, place: Place, step: int) -> None:
+    """What engine and writer do with a checkpoint, in one thread."""
+    buffer = io.BytesIO()
+    torch.save({"step": step, "w": torch.full((100,), float(step))}, buffer)
+    data = buffer.getvalue()
+    coordinator = FileCoordinator(sweep=True)
+    coordinator.bind(fs, place.root)
+    coordinator.route(place)
+    opened = coordinator.begin(place.tag, "replace")
+    entry = FileEntry(DATA_NAME, len(data), len(data), (crc32(data),), "torch", "torch", None)
+    try:
+        fs.create_file(f"{opened.location.result()}/{DATA_NAME}", data)
+        coordinator.publish(opened, [entry], {"file": place.name}, step)
+    except Exception as error:
+        coordinator.abort(opened, error)
+        raise
+
+
+def commit_file(path: Path, step: int) -> None:
+    """A checkpoint at `path`."""
+    commit(LocalFileSystem(), Place(str(path)), step)
