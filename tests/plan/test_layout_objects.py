@@ -57,7 +57,7 @@ def test_what_is_not_provably_plain_is_left_to_torch(kind):
 
 def test_the_encoder_agrees_without_the_check_of_the_whole_state(monkeypatch):
     monkeypatch.setattr(selfcheck, "agrees", lambda *arguments, **options: True)
-    monkeypatch.setattr("async_ckpt.layout.planner.agrees", lambda *arguments, **options: True)
+    monkeypatch.setattr("async_ckpt.plan.planner.agrees", lambda *arguments, **options: True)
     for kind in OBJECTS:
         state = make(kind)
         planned = Planner().plan(state)

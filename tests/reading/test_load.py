@@ -23,9 +23,7 @@ from async_ckpt import (
     UnsafePathError,
     UnsupportedStateError,
 )
-from async_ckpt import (
-    reading as restore,
-)
+from async_ckpt.reading import load as restore
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.reading.load import load_opened
 from async_ckpt.reading.verified_file import open_committed
@@ -333,6 +331,6 @@ def test_load_from_threads_at_once(tmp_path: Path) -> None:
 
 
 def test_reading_modules_need_no_torch() -> None:
-    modules = ", ".join(f"async_ckpt.{name}" for name in ("restore.reading", "format.plain"))
+    modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.extents", "format.plain"))
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

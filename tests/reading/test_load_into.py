@@ -16,6 +16,7 @@ from async_ckpt.host.memory import region
 from async_ckpt.metrics import listening_to_reads
 from async_ckpt.reading import load as restore
 from async_ckpt.reading import load_into as restore_into
+from async_ckpt.reading import state_tree
 from async_ckpt.reading.state_tree import flatten
 
 from .committed import commit, torch_bytes
@@ -173,7 +174,7 @@ def test_tuples_are_rebuilt_around_the_given_tensors(tmp_path: Path) -> None:
     assert done.state["t"][2][1] == "x"
     assert done.state["t"][1] is target["t"][1]
     pair = namedtuple("pair", "a b")
-    moved = async_ckpt.restore.state_tree.replace_leaves(pair(1, 2), {"[1]": 5})
+    moved = state_tree.replace_leaves(pair(1, 2), {"[1]": 5})
     assert moved == pair(1, 5)
 
 
