@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,6 @@ from .pending import PendingCommit
 
 if TYPE_CHECKING:
     from ..snapshot.snapshotter import SnapshotJob
-
-# How long a commit waits for other threads to leave what may be a change of a tensor that was copied lazily.
-_JUDGE_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -112,12 +108,6 @@ class OpenCheckpoint:
         stall_s = self.metrics.stall_s + sum(job.guard_wait_s for job in self.jobs())
         synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
         return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
-
-    def judge(self) -> None:
-        """Raise `TornSnapshotError` for the first torn file. After all copies; blocks, see `SnapshotJob.judge`."""
-        deadline = time.monotonic() + _JUDGE_TIMEOUT_S
-        for job in self.jobs():
-            job.judge(max(0.0, deadline - time.monotonic()))
 
     def add_directory(self, parts: tuple[str, ...]) -> bool:
         """Remember a directory and its parents; False when it was there."""

@@ -311,8 +311,7 @@ class InFlight:
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
     def _complete(self, checkpoint: OpenCheckpoint, location: str, entries: list[FileEntry]) -> None:
-        """Make the directories that hold no file, and read everything back where that was asked for; refuse torn snapshots."""
-        checkpoint.judge()
+        """Make the directories that hold no file, and read everything back where that was asked for."""
         transaction.make_directories(self.filesystem, location, sorted(map("/".join, checkpoint.directories)))
         if self._config.read_back:
             verify.read_back(self.filesystem, location, entries)
@@ -331,8 +330,6 @@ class InFlight:
             saved.write.abort(error)
         writes = [asyncio.wrap_future(saved.write.done) for saved in checkpoint.files.values()]
         await asyncio.gather(*writes, return_exceptions=True)
-        for job in checkpoint.jobs():
-            job.forget()
         try:
             await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
         except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told

@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
-
 from ..errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
 from ..format import manifest
 from ..format.paths import Root
@@ -36,8 +34,9 @@ from ..reading.catalog import Catalog
 from ..reading.load import load_committed, load_committed_into
 from ..snapshot.arena import StagingArena
 from ..snapshot.copy_threads import num_copy_helpers
-from ..snapshot.guard import Guard, SaveTurn
+from ..snapshot.guard import Guard
 from ..snapshot.snapshotter import Snapshotter
+from ..snapshot.step_exclusion import Turn
 from ..threads.locks import Lock
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .commits import InFlight
@@ -153,15 +152,19 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         started = time.perf_counter()
         self._usable()
+
+        def in_turn(turn: Turn) -> None:
+            with self._lock:
+                self._usable()
+                checkpoint, parts = self._locate(path, carried=isinstance(state_dict, PlannedState))
+                if not parts:
+                    raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
+                checkpoint.check_healthy()
+                with self._snapshotter.planning():
+                    self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
+
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
-        with self._guard.saving() as turn, self._lock:
-            self._usable()
-            checkpoint, parts = self._locate(path, carried=isinstance(state_dict, PlannedState))
-            if not parts:
-                raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
-            checkpoint.check_healthy()
-            with self._snapshotter.planning():
-                self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
+        self._guard.save(in_turn)
 
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
@@ -247,20 +250,17 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     # Snapshots.
 
-    def guard(self, *optimizers: torch.optim.Optimizer) -> None:
+    def guard(self, *optimizers: Any) -> None:
         """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the copies.
 
-        Everything else in a state dict is still copied inside `save`. A step on another thread and a `save` wait for each
-        other to end, from the first step after this call on. Guarded tensors that are changed by other means
-        (``load_state_dict``, in-place edits) before the copy ended are detected and fail that checkpoint with
-        `TornSnapshotError`; call `wait_snapshot` before doing so.
+        Everything else in a state dict is still copied inside `save`. Every other optimizer's `step` waits for the copies too. A step
+        of these on another thread and a `save` wait for each other to end. Guarded tensors that are changed by other means than steps
+        (``load_state_dict``, `.data`) before they are copied fail that checkpoint with `TornSnapshotError`: call `wait_snapshot` first.
         """
         self._usable()
         with self._lock:
             self._usable()
             for optimizer in optimizers:
-                if not isinstance(optimizer, torch.optim.Optimizer):
-                    raise TransactionStateError(f"guard takes torch.optim.Optimizer objects, not {type(optimizer).__name__}")
                 self._warmup.begin_more(self._guard.add(optimizer))
 
     def wait_snapshot(self) -> None:
@@ -412,7 +412,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         state_dict: Any,
         started: float,
         format: Literal["torch", "safetensors"] | None,
-        turn: SaveTurn,
+        turn: Turn,
     ) -> None:
         checkpoint.check_new(path)
         began = time.perf_counter()
@@ -430,17 +430,17 @@ class AsyncCheckpointEngine(CheckpointEngine):
             if guarded.isdisjoint(state.sources.identities()):
                 # Nothing here is changed by a guarded step: those of other threads may go on.
                 guarded = frozenset()
-                turn.release()
-            job = self._snapshotter.take(
-                state, write, guarded=guarded, name=path, on_copied=self._inflight.copy_reporter(checkpoint.tag, path)
-            )
+                turn.end()
+            owners = self._guard.owners() if guarded else ()
+            on_copied = self._inflight.copy_reporter(checkpoint.tag, path)
+            job = self._snapshotter.take(state, write, guarded=guarded, owners=owners, name=path, on_copied=on_copied)
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
             write.abort(error)
             raise
         saved.job = job
-        if not job.is_settled:
+        if not job.copied.done():
             self._guard.track(job)
         metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
         metrics.stall_s = time.perf_counter() - started

@@ -111,6 +111,7 @@ class Planner:
             plan=container_plan(recorded.container, "torch"),
             sources=Sources(storages, [0] * len(storages), nbytes),
             tensors=recorded.tensors,
+            versions=recorded.versions,
             cached=False,
             _paths=lazy_paths,
         )

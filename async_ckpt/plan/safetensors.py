@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigError, UnsupportedStateError
 from .compaction import dense_copy, num_elements
-from .plan import FilePlan, PlannedState, Sources, hash_layout
+from .plan import FilePlan, PlannedState, Sources, hash_layout, version_counters
 from .structure import TENSOR_TYPES, NotPlainError
 from .tensor_columns import LiveTensors, look_at
 
@@ -59,8 +59,8 @@ class SafetensorsPlan:
             plan_hash=hash_layout("safetensors", file_bytes, offsets, self.nbytes),
         )
 
-    def planned(self, tensors: list[torch.Tensor], live: LiveTensors, *, cached: bool) -> PlannedState:
-        """Attach live storages; copies what is not contiguous."""
+    def planned(self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool) -> PlannedState:
+        """Attach live storages; copies what is not contiguous, after `versions` were read."""
         sources = Sources([], [], self.nbytes)
         for index in self.filled:
             tensor = live.tensors[index]
@@ -71,7 +71,14 @@ class SafetensorsPlan:
                 sources.storage.append(dense_copy(tensor))
                 sources.offset_bytes.append(0)
         names = self.names
-        return PlannedState(plan=self.plan, sources=sources, tensors=tensors, cached=cached, _paths=lambda: [f"[{n!r}]" for n in names])
+        return PlannedState(
+            plan=self.plan,
+            sources=sources,
+            tensors=tensors,
+            versions=versions,
+            cached=cached,
+            _paths=lambda: [f"[{n!r}]" for n in names],
+        )
 
 
 def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[SafetensorsPlan, PlannedState]:
@@ -81,6 +88,8 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
     """
     metadata, obj = _metadata(obj)
     names, tensors = _flat(obj)
+    # Before anything is copied, here (conjugate bits) or in `planned`.
+    versions = version_counters(tensors)
     try:
         live = look_at(tensors)
     except NotPlainError:
@@ -88,11 +97,11 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
     if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
     if previous is not None and (previous.names, previous.columns, previous.metadata) == (names, live.columns, metadata):
-        return previous, previous.planned(tensors, live, cached=True)
+        return previous, previous.planned(tensors, versions, live, cached=True)
     for name, dtype in zip(names, live.dtypes, strict=True):
         _format_of(name, dtype)
     plan = SafetensorsPlan(names, live, metadata)
-    return plan, plan.planned(tensors, live, cached=False)
+    return plan, plan.planned(tensors, versions, live, cached=False)
 
 
 def _metadata(obj: Any) -> tuple[dict[str, str] | None, Any]:

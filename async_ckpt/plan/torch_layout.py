@@ -21,6 +21,7 @@ import torch
 from torch.utils import serialization as torch_serialization
 
 from ..format.zip import MAX_PADDED_ALIGNMENT, Container, lay_out, scan
+from .plan import version_counters
 
 Substitute = Callable[[torch.Tensor], Any]
 """Returns a reduce value to pickle instead of the tensor's own, or NotImplemented."""
@@ -39,6 +40,8 @@ class Recorded:
     """Per storage key, how often it was met."""
     tensors: list[torch.Tensor]
     """Every tensor object, in pickling order."""
+    versions: list[int | None]
+    """The version counter of each when it was met, before anything of it was copied."""
 
 
 class RecordingError(Exception):
@@ -84,6 +87,7 @@ class _Recorder:
         self.uses: Counter[str] = Counter()
         self.persistent_ids: dict[str, tuple[Any, ...]] = {}
         self.tensors: list[torch.Tensor] = []
+        self.versions: list[int | None] = []
         self.refused: list[Any] = []
         self.pickled = b""
         self.skipping = torch.serialization.skip_data()
@@ -134,6 +138,8 @@ class _Recorder:
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, torch.Tensor):
                     recorder.tensors.append(obj)
+                    # At once: a substitute may hold a copy.
+                    recorder.versions += version_counters([obj])
                     if recorder.substitute is not None:
                         return recorder.substitute(obj)
                 return NotImplemented
@@ -170,6 +176,7 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
         persistent_ids=list(recorder.persistent_ids.values()),
         uses=[recorder.uses[key] for key in recorder.storages],
         tensors=recorder.tensors,
+        versions=recorder.versions,
     )
 
 

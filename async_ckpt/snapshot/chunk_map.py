@@ -7,7 +7,7 @@ small ones are columns of numbers and no objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import add
@@ -15,6 +15,7 @@ from operator import add
 from ..host.memory import LONG_BYTES
 from ..plan.plan import FilePlan
 from ..plan.structure import picker
+from .probes import ProbeMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ class SmallPieces:
         """Of chunk `k`."""
         return slice(self.starts[k], self.starts[k + 1])
 
+    def pieces(self, k: int) -> Iterator[LargePiece]:
+        """The rows of chunk `k`, one by one."""
+        rows = self.rows(k)
+        return map(LargePiece, self.sources[rows], self.source_offsets[rows], self.chunk_offsets[rows], self.nbytes[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
@@ -76,6 +82,7 @@ class Cuts:
     """The source of `between`."""
     key: object
     """Equal for cuts with the same `between` and `middle`."""
+    probes: ProbeMap
     _pick_small: Callable[[Sequence[int]], tuple[int, ...]]
 
     def __len__(self) -> int:
@@ -122,7 +129,8 @@ def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
     small.begin(num_chunks)
     between.begin(num_chunks)
     middle = b"".join(data for _, data in plan.literals[1:-1])
-    return Cuts(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), picker(small.sources))
+    probes = ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks)
+    return Cuts(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), probes, picker(small.sources))
 
 
 def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:

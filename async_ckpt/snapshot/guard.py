@@ -1,36 +1,41 @@
 """The guard: which storages cannot change before the next optimizer step, and the waits that make it true.
 
 Guarantees:
-- No guarded optimizer's `step` starts before every lazy snapshot has been copied (on a device: before the training stream
-  has been ordered behind the copies; the CPU does not block there).
-- A step and a save on different threads never overlap: each waits for the other to end, whichever came first, for a
+- No optimizer of this process, guarded or not, begins a `step` before every lazy snapshot has been copied (on a device: before the training
+  stream has been ordered behind the copies; the CPU does not block there). Torch calls the one process-wide hook behind this before
+  the optimizers' own hooks. An optimizer without torch's base class has no hooks: it waits where it is guarded.
+- A guarded step and a save on different threads never overlap: each waits for the other to end, whichever came first, for a
   bounded time. A save inside a step, on the same thread, does not wait, and copies everything at once.
-- The optimizer can be copied, pickled, dropped, and stepped in a forked child: none of that waits or fails because of
+- The optimizer can be copied, pickled, compiled, dropped, and stepped in a forked child: none of that waits or fails because of
   the guard, and neither does a step that raised.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
-import sys
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..host.device import wait_on_stream
 from ..threads.locks import Lock
-from .owned_storages import OwnedStorages
+from .owned_storages import OwnedStorages, owned_tensors
 from .snapshotter import SnapshotJob
-from .step_exclusion import Turns, Work
+from .step_exclusion import StepExclusion, Turn, Work
 
-_STEP_FILE = torch.optim.Optimizer.register_step_pre_hook.__code__.co_filename
+T = TypeVar("T")
+
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+_hook: Any = None
 
 
 class Guard:
@@ -40,25 +45,26 @@ class Guard:
         self._timeout_s = timeout_s
         self._hurry = hurry
         self._pid = os.getpid()
-        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._handles: list[Any] = []
+        self._optimizers: list[weakref.ref[Any]] = []
         self._jobs: list[SnapshotJob] = []
         self._lock = Lock()
-        self._turns = Turns(timeout_s)
+        self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
         self._known: frozenset[int] | None = None
 
-    def add(self, optimizer: torch.optim.Optimizer) -> int:
-        """Hook `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes nothing.
+    def add(self, optimizer: Any) -> int:
+        """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes nothing.
 
-        Protects from its next step on: one that runs now on another thread has passed the hook already.
+        Protects from its next step on: one that runs now on another thread has begun already.
         """
-        optimizer = _hookable(optimizer)
-        if not any(known is optimizer for known in self._alive()):
+        global _hook
+        optimizer = _steppable(optimizer)
+        if not self._guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
             self._known = None
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self, Guard._after_step)))
-            self._handles.append(optimizer.register_step_pre_hook(_Hook(self, Guard._before_step)))
+            optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
+            _guards.add(self)
+            _hook = _hook or register_optimizer_step_pre_hook(_before_any_step)
         parameters: int = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
         # Adam keeps two moments per parameter, and its state does not exist before the first step.
         return 3 * parameters
@@ -66,27 +72,32 @@ class Guard:
     def track(self, job: SnapshotJob) -> None:
         """Make the next step wait for `job`."""
         with self._lock:
-            self._jobs = [*filter(_matters, self._jobs), job]
+            self._jobs = [*(job for job in self._jobs if not job.copied.done()), job]
 
     def refresh(self) -> None:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
         self._known = None
 
-    def saving(self) -> SaveTurn:
-        """Around a save, before any lock that a step's closure may want: no guarded step runs on another thread meanwhile."""
-        return SaveTurn(self._turns if self._optimizers and os.getpid() == self._pid else None)
+    def save(self, work: Callable[[Turn], T]) -> T:
+        """`work(turn)`, a save, while no guarded step runs on another thread. Before any lock that a step's closure may want."""
+        turn = Turn(self._exclusion if self._optimizers and os.getpid() == self._pid else None, Work.SAVE)
+        return turn.run(lambda: work(turn))
 
     def storages(self) -> frozenset[int]:
         """`UntypedStorage._cdata` of every parameter and state tensor of the guarded optimizers, as of the last `refresh`.
 
         None at all inside a step of this thread: nothing waits between here and what the rest of the step changes.
         """
-        if not self._optimizers or self._turns.in_own_step(sys._getframe()):
+        if not self._optimizers or self._exclusion.in_own_step():
             return frozenset()
         known = self._known
         if known is None:
             known = self._known = self._owned.look(self._alive())
         return known
+
+    def owners(self) -> list[torch.Tensor]:
+        """The parameters and state tensors themselves."""
+        return owned_tensors(self._alive())
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -102,8 +113,8 @@ class Guard:
         self.refresh()
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
-            jobs = self._jobs = list(filter(_matters, self._jobs))
-        if not all(job.copied.done() for job in jobs):
+            jobs = self._jobs = [job for job in self._jobs if not job.copied.done()]
+        if jobs:
             self._hurry()
         started = time.perf_counter()
         for job in jobs:
@@ -120,110 +131,77 @@ class Guard:
             if job.events and not block:
                 for event in job.events:
                     wait_on_stream(event)
+                job.accept_changes()
             else:
                 job.copied.exception(deadline)
-            job.accept_changes()
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.
         except concurrent.futures.TimeoutError:
             raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None
 
     def remove(self) -> None:
-        """Take the hooks off the optimizers. Where a step runs or waits, they stay without effect: torch iterates over them."""
-        if self._turns.idle:
-            for handle in self._handles:
-                handle.remove()
-        self._handles.clear()
+        """Guard nothing any more. What is wrapped around `step` stays where something else was wrapped around it, and does nothing."""
+        for optimizer in self._alive():
+            wrapped: Any = getattr(optimizer.__dict__.get("step"), "__func__", None)
+            if getattr(wrapped, "guard", lambda: None)() is self:
+                optimizer.step = wrapped.inner
         self._optimizers.clear()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
-        if os.getpid() != self._pid or not self._optimizers:
-            return
-        # The turn comes first: no save can begin between the wait for the copies and the step.
-        self._turns.begin(Work.STEP, optimizer, frame)
-        try:
+    def step(self, optimizer: Any, call: Callable[[], Any]) -> Any:
+        """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not guarded."""
+        if os.getpid() != self._pid or not self._guards(optimizer):
+            return call()
+
+        def after_copies() -> Any:
             self.wait()
-        except BaseException:
-            self._turns.end(optimizer)
-            raise
+            return call()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
-        if os.getpid() == self._pid:
-            self._turns.end(optimizer)
+        # The turn comes first: no save can begin between the wait for the copies and the step.
+        return Turn(self._exclusion, Work.STEP).run(after_copies)
 
-    def _alive(self) -> Iterator[torch.optim.Optimizer]:
-        for reference in self._optimizers:
+    def _guards(self, optimizer: Any) -> bool:
+        return any(known is optimizer for known in self._alive())
+
+    def _alive(self) -> Iterator[Any]:
+        for reference in list(self._optimizers):
             optimizer = reference()
             if optimizer is not None:
                 yield optimizer
 
 
-class SaveTurn:
-    """A save's turn, as a context."""
+def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:
+    """`step`, a bound method as a rule, as a function of the optimizer that asks `guard`.
 
-    def __init__(self, turns: Turns | None) -> None:
-        self._turns = turns
+    Whatever looks at its attributes or its signature (schedulers, scalers) finds those of `step`. In a copy of the optimizer it is
+    bound to the copy, which nobody guards.
+    """
+    function = getattr(step, "__func__", None)
 
-    def __enter__(self) -> SaveTurn:
-        if self._turns is not None:
-            self._turns.begin(Work.SAVE, self, sys._getframe(1))
-        return self
+    def excluding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        alive = guard()
+        call = functools.partial(step, *args, **kwargs) if function is None else functools.partial(function, self, *args, **kwargs)
+        return call() if alive is None else alive.step(self, call)
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """End it early: what remains to be done touches nothing that a step changes."""
-        if self._turns is not None:
-            self._turns.end(self)
-            self._turns = None
-
-
-class _Hook:
-    """A step hook. It does not keep the guard alive, and a copy or a pickle of it does nothing: it guards other tensors, or none."""
-
-    __slots__ = ("_act", "_guard")
-
-    def __init__(self, guard: Guard, act: Callable[[Guard, torch.optim.Optimizer, FrameType], None]) -> None:
-        self._guard = weakref.ref(guard)
-        self._act = act
-
-    # A compiled step comes back to Python here.
-    @_disable_dynamo
-    def __call__(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        guard = self._guard()
-        if guard is not None:
-            self._act(guard, optimizer, _frame_of_step())
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _no_hook, ()
+    functools.update_wrapper(excluding, function or step, updated=())
+    # A compiled step is compiled inside of it.
+    wrapped: Any = torch._dynamo.disable(excluding, recursive=False)
+    wrapped.__dict__.update({name: value for name, value in vars(function or step).items() if name not in wrapped.__dict__})
+    wrapped.guard, wrapped.inner = guard, step
+    return wrapped
 
 
-def _matters(job: SnapshotJob) -> bool:
-    """Whether a step has to wait for `job`, or to say that what it changes is no sign of a torn snapshot."""
-    return not (job.copied.done() and job.is_settled)
+@_disable_dynamo
+def _before_any_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Torch's hook for every optimizer."""
+    for guard in list(_guards):
+        guard.wait()
 
 
-def _frame_of_step() -> FrameType:
-    """Of torch's wrapper around `step`, which calls the hooks, and runs until the step has ended or raised."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename != _STEP_FILE:
-        frame = frame.f_back
-    return frame or sys._getframe(2)
-
-
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*_: object) -> None:
-    """What is left of a hook in a copy of its optimizer."""
-
-
-def _hookable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _steppable(optimizer: Any) -> Any:
     """`optimizer`, or the one inside wrappers that pretend to be one and have no hooks (Accelerate's)."""
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            raise TransactionStateError(f"{type(optimizer).__name__} has no step hooks: guard the torch optimizer inside it")
+    while isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        if not isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            break
         optimizer = inner
+    if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
+        raise TransactionStateError(f"guard takes optimizers, with `step` and `param_groups`, not {type(optimizer).__name__}")
     return optimizer

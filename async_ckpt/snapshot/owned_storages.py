@@ -6,6 +6,7 @@ not even when it lies where one of theirs lay. The tensors are not kept alive.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .file_copy import storage_ids
+from .file_copy import storages_of
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -46,9 +47,8 @@ class OwnedStorages:
         self._forget()
         storages = _plain_storages(values) if addresses is not None else None
         if storages is None:
-            tensors = [value for value in values if isinstance(value, torch.Tensor)]
-            self._ids = frozenset(chain.from_iterable(map(storage_ids, tensors)))
-            return self._ids
+            # Their data may lie where it lay and be another storage's: these are looked at again each time.
+            addresses, storages = None, _storages(values)
         # A weak reference to a storage is its `_cdata`.
         taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, storages))
         self._letting_go = weakref.finalize(self, _let_go, taken)
@@ -67,13 +67,19 @@ def _let_go(taken: list[int]) -> None:
     deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
 
 
+def owned_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """The parameters and the tensors of the states."""
+    values = _values(optimizers)
+    return values if _PLAIN.issuperset(map(type, values)) else [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def _values(optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
     """Parameters and whatever the states hold, in the optimizers' order."""
     values: list[Any] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             values.extend(group["params"])
-        states = list(optimizer.state.values())
+        states = list(getattr(optimizer, "state", {}).values())
         if set(map(type, states)) <= {dict}:
             values.extend(chain.from_iterable(map(dict.values, states)))
         else:
@@ -90,3 +96,13 @@ def _plain_storages(tensors: list[torch.Tensor]) -> list[torch.UntypedStorage] |
             return list(map(torch.Tensor.untyped_storage, tensors))
     except RuntimeError:
         return None
+
+
+def _storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
+    """The storages of those that are tensors and have one."""
+    found: list[torch.UntypedStorage] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                found.extend(storages_of(value))
+    return found

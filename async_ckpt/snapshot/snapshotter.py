@@ -4,9 +4,9 @@ Guarantees:
 - Chunk k of a file holds its bytes [k*C, (k+1)*C); it reaches the writer as soon as those bytes are copied.
 - Eager: when `take` returns, every source byte has been copied. Lazy: the same for every storage that is not
   guarded; guarded ones are copied in the background, and `SnapshotJob.copied` says when they are safe to change.
-- A tensor whose version counter moved before its copy ended fails the checkpoint with `TornSnapshotError`. Counters move when
-  an operation ends, so they are compared when no other thread can be inside one any more that ran during the copy: at the end of
-  an eager `take`; of a lazy copy soon after it, before a step may begin, or at the latest when the checkpoint is to be published.
+- A tensor that changed before its copy ended fails the checkpoint with `TornSnapshotError`: version counters (its own and those of
+  other tensors over the same storage) are compared at the end of the copies, and each filled chunk with the content probes that `take`
+  noted when it began.
 - Sources are kept alive until their copy has ended; every chunk is handed to the writer or given back.
 
 Which thread: `take` on the caller's thread, with helpers; lazy fills on the writer pool's one copy
@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..plan.plan import FilePlan, PlannedState
-from ..threads.locks import Condition, Lock
+from ..threads.locks import Condition
 from ..writer.file_write import Chunk, FileWrite
 from ..writer.pool import WriterPool
 from .arena import StagingArena, StagingChunk
-from .bystanders import Bystanders
 from .chunk_map import Cuts, cut
 from .copy_threads import CopyTeam, num_copy_helpers
 from .file_copy import Fill, OnCopied
@@ -38,13 +37,6 @@ __all__ = ["SnapshotJob", "Snapshotter", "num_copy_helpers"]
 
 # How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds of each other.
 _PATIENCE_S = 0.01
-
-
-# How long an eager save, or the step after a lazy one, waits for other threads to leave the operation they are in. Nearly always there
-# is none: it takes a thread that computes in code of the user's.
-_BYSTANDERS_TIMEOUT_S = 0.25
-# How long the copy thread looks after them when it has nothing else to do.
-_SETTLE_TIMEOUT_S = 0.1
 
 
 class _Courtesy:
@@ -85,10 +77,6 @@ def _nothing() -> None:
     """What an eager snapshot, or one that is over, has to do."""
 
 
-def _no_verdict(timeout_s: float) -> None:
-    """As `_nothing`."""
-
-
 @dataclass(slots=True)
 class SnapshotJob:
     """One file's snapshot. `copied` resolves when no source byte is needed any more."""
@@ -98,12 +86,7 @@ class SnapshotJob:
     """Resolves when all device copies are queued, i.e. when `events` is complete."""
     events: list[torch.Event] = field(default_factory=list)
     accept_changes: Callable[[], None] = _nothing
-    """To be called before the sources are changed: once they are copied, or the streams that will change them wait for `events`."""
-    judge: Callable[[float], None] = _no_verdict
-    """Raises `TornSnapshotError` if lazily copied tensors changed too soon. After the copies; blocks while another thread may be in
-    the middle of a change, for so many seconds at most."""
-    is_settled: bool = True
-    """False while a change of the sources would still be taken for a torn snapshot."""
+    """To be called before the sources are changed by streams that wait for `events`: what has not changed by then is not torn."""
     mode: str = "eager"
     backpressure_s: float = 0.0
     copy_s: float = 0.0
@@ -111,15 +94,9 @@ class SnapshotJob:
 
     def end(self, error: BaseException | None) -> None:
         """Let everybody who waits for this snapshot go on."""
-        self.is_settled = self.is_settled or error is not None
         for future in (self.enqueued, self.copied):
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
-
-    def forget(self) -> None:
-        """Nobody asks for the outcome any more: let go of the sources."""
-        self.is_settled = True
-        self.accept_changes, self.judge = _nothing, _no_verdict
 
 
 class Snapshotter:
@@ -134,11 +111,6 @@ class Snapshotter:
         self._cuts: dict[str, tuple[Sequence[int], Cuts]] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
         self._courtesy = _Courtesy()
-        self._lock = Lock()
-        self._num_waiting = 0
-        """Lazy copies that have not begun."""
-        self._unsettled: list[_File] = []
-        """Of the copy thread."""
 
     def hurry(self) -> None:
         """Start the queued lazy copies now: the caller has nothing more to save, or waits for them. Any thread."""
@@ -153,7 +125,14 @@ class Snapshotter:
         return len(self._cuts_for(plan, name)) * self._arena.chunk_bytes
 
     def take(
-        self, state: PlannedState, write: FileWrite, *, guarded: frozenset[int], name: str, on_copied: OnCopied | None = None
+        self,
+        state: PlannedState,
+        write: FileWrite,
+        *,
+        guarded: frozenset[int],
+        name: str,
+        owners: Sequence[torch.Tensor] = (),
+        on_copied: OnCopied | None = None,
     ) -> SnapshotJob:
         """Snapshot `state` into chunks and hand them to `write`.
 
@@ -161,6 +140,7 @@ class Snapshotter:
 
         Args:
             guarded: `UntypedStorage._cdata` of storages that cannot change before the guard's hook has waited.
+            owners: tensors that may share storages with those of `state`.
             name: cache key, the file's path inside its tag.
             on_copied: told about each chunk's copy, on the thread that did it.
 
@@ -169,7 +149,8 @@ class Snapshotter:
             BackpressureTimeout: the disk freed no chunk in time.
             UnsupportedStateError: a storage's device cannot be copied from.
         """
-        fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied)
+        fill = Fill(state, self._cuts_for(state.plan, name), self._streams, on_copied, owners)
+        fill.begin()
         is_lazy = list(map(guarded.__contains__, state.sources.identities())) if guarded else []
         reserved = self._arena.try_reserve(len(fill.cuts))
         file = _File(fill, write, self._arena, self._alone if fill.devices else self._team)
@@ -191,14 +172,12 @@ class Snapshotter:
             callers = file.fill.record_callers()
             if chosen is not None:
                 file.copy_chosen(chunks, [not lazy for lazy in chosen], callers)
-                file.check_versions(all_but=guarded)
+                file.fill.check_torn(all_but=guarded)
         except BaseException:
             file.give_back(chunks)
             raise
         job.mode, job.copy_s = "lazy", time.perf_counter() - started
-        job.is_settled, job.accept_changes, job.judge = False, file.accept_changes, file.judge
-        with self._lock:
-            self._num_waiting += 1
+        job.accept_changes = file.fill.accept_changes
         done = self._submit_copy(lambda: self._copy_behind(file, chunks, callers, chosen))
         done.add_done_callback(lambda future: file.give_back_unstarted(chunks, future))
 
@@ -206,13 +185,7 @@ class Snapshotter:
         self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None
     ) -> None:
         self._courtesy.wait()
-        with self._lock:
-            self._num_waiting -= 1
         file.copy_behind(chunks, callers, chosen)
-        files = [*self._unsettled, file]
-        for other in files:
-            other.settle(lambda: self._num_waiting > 0)
-        self._unsettled = [other for other in files if not other.job.is_settled]
 
     def _cuts_for(self, plan: FilePlan, name: str) -> Cuts:
         known = self._cuts.get(name)
@@ -236,7 +209,6 @@ class _File:
         self._team = team
         self._last = len(fill.cuts) - 1
         self._has_started = False
-        self._bystanders: Bystanders | None = None
 
     def stream_through(self, timeout_s: float) -> None:
         """Eager, chunk by chunk, as the disk frees them: works for a state of any size."""
@@ -271,7 +243,8 @@ class _File:
         started = time.perf_counter()
         try:
             callers = self.fill.record_callers() if callers is None else callers
-            self.fill.find_sources(again=not is_urgent)
+            if not is_urgent:
+                self.fill.find_again()
             if self.fill.devices:
                 self._copy_from_devices(chunks, callers, chosen, first)
             elif is_urgent:
@@ -286,10 +259,8 @@ class _File:
             raise
         self.job.copy_s += time.perf_counter() - started
         if first + len(chunks) > self._last:
-            # In this order: `accept_changes` looks at the first, then the second.
             self.job.end(None)
-            if self.job.is_settled:
-                self.fill.drop_sources()
+            self.fill.drop_sources()
 
     def give_back(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Those that the writer has not taken over, once no device writes to them."""
@@ -300,7 +271,6 @@ class _File:
 
     def copy_chosen(self, chunks: list[StagingChunk], chosen: list[bool], callers: dict[torch.device, torch.Event]) -> None:
         """Copy the chosen parts of every chunk, on the caller's thread; returns when they are copied."""
-        self.fill.find_sources()
         if not self.fill.devices:
             self._share(chunks, lambda k, chunk: self._fill_on_cpu(k, chunk, chosen, is_urgent=True, literals=False), lambda i: None)
             return
@@ -342,6 +312,9 @@ class _File:
     ) -> None:
         began = time.perf_counter()
         self.fill.copy(k, chunk, chosen, literals=literals, is_urgent=is_urgent)
+        if literals:
+            # With them the chunk is complete.
+            self.fill.compare_probes(k, chunk)
         self.fill.report(k, chosen, began)
 
     def _copy_from_devices(
@@ -358,53 +331,16 @@ class _File:
             self.job.enqueued.set_result(None)
         for k, chunk, events, began in queued:
             self.fill.wait_devices(events)
+            self.fill.compare_probes(k, chunk)
             self.fill.report(k, chosen, began)
             self._send(k, chunk)
 
     def _send(self, first: int, *chunks: StagingChunk) -> None:
         """Hand over the chunks from number `first` on."""
         if first + len(chunks) > self._last:
-            self.check_versions()
+            self.fill.check_torn()
         # The writer takes chunks over in every case, also when it refuses them.
         self._write.submit(*(self._handed_over(k, chunk) for k, chunk in enumerate(chunks, first)))
-
-    def check_versions(self, all_but: frozenset[int] = frozenset()) -> None:
-        """`Fill.check_versions` at the end of the copies. On the caller's thread it is final; of lazy copies `judge` looks again."""
-        self._bystanders = Bystanders()
-        if not self._has_started:
-            self._bystanders.wait(_BYSTANDERS_TIMEOUT_S, lambda: self.fill.has_changed)
-        self.fill.check_versions(all_but)
-
-    def accept_changes(self) -> None:
-        """See `SnapshotJob`. Any thread."""
-        if self._bystanders is not None and self.job.copied.done():
-            self._bystanders.wait(_BYSTANDERS_TIMEOUT_S, lambda: self.fill.has_changed)
-        self.fill.accept_changes()
-        self.job.is_settled = True
-        if self.job.copied.done() and not self.fill.has_changed:
-            self.fill.drop_sources()
-
-    def settle(self, is_needed: Callable[[], bool]) -> None:
-        """On the copy thread, after the copies: `accept_changes` once nobody can be inside a change any more.
-
-        Gives up when `is_needed()` or after a while: a step, or the commit, does it then.
-        """
-        bystanders = self._bystanders
-        if bystanders is None or self.job.is_settled:
-            return
-        bystanders.wait(_SETTLE_TIMEOUT_S, lambda: self.job.is_settled or self.fill.has_changed or is_needed())
-        if not bystanders.any_inside:
-            self.accept_changes()
-
-    def judge(self, timeout_s: float) -> None:
-        """See `SnapshotJob`. After the copies; any thread."""
-        if self._bystanders is not None:
-            self._bystanders.wait(timeout_s, lambda: self.job.is_settled or self.fill.has_changed)
-        try:
-            self.fill.check_versions()
-        finally:
-            self.job.forget()
-            self.fill.drop_sources()
 
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         return Chunk(self.fill.cuts.offset(k), self.fill.cuts.nbytes(k), chunk.view, lambda: self._arena.release(chunk))

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import stat
-import subprocess
 import sys
 import threading
 import weakref
@@ -41,7 +40,6 @@ from async_ckpt.snapshot.chunk_map import cut
 from async_ckpt.snapshot.file_copy import Fill
 from async_ckpt.threads import executor
 
-from .crowd import ROOT
 from .diskmodel import DiskModel
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
@@ -358,7 +356,7 @@ def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
     fill.accept_changes()
     kept.add_(1)
     with pytest.raises(TornSnapshotError) as caught:
-        fill.check_versions()
+        fill.check_torn()
     assert len(caught.value.tensors) == 1 and "changed" in caught.value.tensors[0]
 
 
@@ -416,11 +414,3 @@ def test_targets_that_are_copied_to_get_their_old_values_back_too(tmp_path: Path
             engine.load_into(target, "a/s.pt")
         assert not refuses
         assert all((tensor == 1).all() for tensor in target.values())
-
-
-def test_frames_of_other_threads_are_looked_at_without_harm() -> None:
-    """On Python 3.11 a garbage collection during `sys._current_frames()` handed out freed memory: a crash of the training."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.looking_at_frames"], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "seen\n"), done.stderr

@@ -47,7 +47,14 @@ def _kinds() -> dict[str, Make]:
 
 
 KINDS = _kinds()
-MEDDLING = ("ema", "load_state_dict", "optimizer.load_state_dict", "in place", "wait_snapshot")
+MEDDLING = (
+    "ema",
+    "load_state_dict",
+    "optimizer.load_state_dict",
+    "in place",
+    "wait_snapshot",
+    *(UNCOUNTED := (".data", "swapped", "fused")),
+)
 
 
 @dataclass
@@ -114,7 +121,7 @@ class Training:
         self.data = torch.randn(8, width)
         self.gate: Gate | None = None
         self.is_stepping = False
-        # Post-hooks run in order: this one before the guard's, that is inside the step's turn.
+        # Hooks run inside the step's turn.
         self.optimizer.register_step_post_hook(lambda *_: setattr(self, "is_stepping", False))
 
     def guard(self, engine: AsyncCheckpointEngine) -> None:
@@ -158,6 +165,15 @@ class Training:
         elif how == "in place":
             with torch.no_grad():
                 self.model[2].weight.mul_(1.5)
+        elif how == ".data":
+            self.model[2].weight.data.mul_(1.5)
+        elif how == "swapped":
+            for name, parameter in self.model.named_parameters():
+                parameter.data.copy_(self.ema[name] + 1)
+        elif how == "fused":
+            weights = [self.model[0].weight.detach(), self.model[2].weight.detach()]
+            options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.5, "dampening": 0.0, "nesterov": False, "maximize": False}
+            torch._fused_sgd_(weights, list(map(torch.ones_like, weights)), [], **options, is_first_step=True)
         else:
             engine.wait_snapshot()
 
@@ -181,11 +197,11 @@ class Actor:
         """Whether nothing of it will happen before somebody else does something."""
         if self.doing.ended or self.gate.is_held:
             return True
-        turns = engine._guard._turns
+        exclusion = engine._guard._exclusion
         # One that waits for what has come to pass already is only slow to notice. A turn is taken under this lock.
-        with turns._changed:
+        with exclusion._changed:
             if waits_for("turn", self.doing.thread):
-                return bool(turns._running)
+                return any(not turn.is_over for turn in exclusion._running)
         return waits_for("copies", self.doing.thread) and not is_copying
 
     def go_on(self) -> None:
@@ -218,12 +234,15 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
                     # The first one's failure, told once; it is judged below.
                     engine.create(f"t{k}")
                 state = training.state()
+
                 # The reference is taken in the same turn as the snapshot.
-                with engine._guard.saving():
+                def in_turn(_: object, k: int = k, state: Any = state) -> None:
                     submit(copying.reach)
                     engine.save(state, "state.pt")
                     assert not training.is_stepping, "a save came into a guarded step"
                     saved.append((f"t{k}", engine.commit(f"t{k}"), frozen(state), changes[0]))
+
+                engine._guard.save(in_turn)
                 yield
 
         def meddle() -> Iterator[None]:
@@ -306,7 +325,7 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
     saved: list[tuple[str, PendingCommit, int, int]] = []
     with _engine(folder, staging_bytes=8 << 20, chunk_bytes=256 << 10) as engine:
         note()
-        # Torch calls post-hooks in order: this one while the guard's still excludes saves.
+        # Hooks run while the guard still excludes saves.
         handle = training.optimizer.register_step_post_hook(note)
         engine.guard(training.optimizer)
 

@@ -334,7 +334,7 @@ def test_stall_includes_the_wait_of_the_guard(tmp_path, held_copies):
         pending = engine.commit("t")
 
         def let_go_once_the_step_waits() -> None:
-            while engine._guard._turns.idle:
+            while engine._guard._exclusion.idle:
                 os.sched_yield()
             held.let_go()
 

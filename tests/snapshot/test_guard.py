@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -208,7 +210,7 @@ def test_nobody_starves(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
 
 def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: Net) -> None:
     with make_engine(tmp_path) as engine:
-        engine._guard._turns._timeout_s = 0.05
+        engine._guard._exclusion._timeout_s = 0.05
         engine.guard(net.optimizer)
         with gated(net.optimizer) as gate:
             gate.close()
@@ -228,7 +230,7 @@ def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: 
 def test_a_step_that_waited_too_long_for_a_save_has_not_begun(tmp_path: Path, net: Net) -> None:
     reached, go_on = threading.Event(), threading.Event()
     with make_engine(tmp_path) as engine:
-        engine._guard._turns._timeout_s = 0.05
+        engine._guard._exclusion._timeout_s = 0.05
         engine.guard(net.optimizer)
         engine.create("t")
         saving = Doing(lambda: engine.save({**net.state(), "x": Hooked(lambda: bool(reached.set() or go_on.wait(60)))}, "s.pt"))
@@ -412,7 +414,7 @@ def test_nested_steps(engine: AsyncCheckpointEngine, net: Net, tmp_path: Path, w
     first, second = net.steps_in(tmp_path / "t" / "s.pt")
     # Where only the inner one is guarded, a save may come between its steps, but never into one.
     assert first == second and (first in (2, 3) if which == "inner" else first == 3)
-    assert engine._guard._turns.idle
+    assert engine._guard._exclusion.idle
 
 
 def test_a_nested_step_that_raised_and_was_caught(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_a_nested_step_that_raised_and_was_caught(engine: AsyncCheckpointEngine,
     outer = Catching(net.optimizer)
     engine.guard(outer, net.optimizer)
     outer.step()
-    assert engine._guard._turns._running == {}
+    assert not engine._guard._exclusion._running
 
 
 def test_accelerates_wrapper(engine: AsyncCheckpointEngine, net: Net, held_copies: Any) -> None:
@@ -445,13 +447,43 @@ def test_accelerates_wrapper(engine: AsyncCheckpointEngine, net: Net, held_copie
     stepping.result()
 
 
-def test_an_optimizer_without_hooks_is_refused(engine: AsyncCheckpointEngine, net: Net) -> None:
+def test_what_is_no_optimizer_is_refused(engine: AsyncCheckpointEngine, net: Net) -> None:
     class Bare(torch.optim.Optimizer):
         def __init__(self) -> None:
             pass
 
-    with pytest.raises(TransactionStateError, match="Bare has no step hooks"):
+    with pytest.raises(TransactionStateError, match="with `step` and `param_groups`, not Bare"):
         engine.guard(Bare())
+
+
+class Homemade:
+    """An optimizer without torch's base class, hence without its hooks."""
+
+    def __init__(self, net: Net) -> None:
+        self.param_groups = net.optimizer.param_groups
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= parameter.grad
+
+
+def test_a_guarded_optimizer_without_torchs_base_class_waits_too(
+    engine: AsyncCheckpointEngine, net: Net, held_copies: Any, tmp_path: Path
+) -> None:
+    optimizer = Homemade(net)
+    engine.guard(optimizer)
+    held = held_copies(engine)
+    engine.create("t")
+    engine.save(net.state(), "s.pt")
+    pending = engine.commit("t")
+    assert pending.metrics.saves[0].mode == "lazy"
+    stepping = Doing(optimizer.step).settle()
+    assert stepping.blocked
+    held.let_go()
+    stepping.result()
+    pending.result(60)
+    assert net.steps_in(tmp_path / "t" / "s.pt") == (0, 0) and net.first[0] == -1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -493,7 +525,7 @@ def test_a_compiled_step(engine: AsyncCheckpointEngine, net: Net, held_copies: A
     stepping.result()
     pending.result(60)
     assert net.steps_in(tmp_path / "t" / "s.pt") == (1, 1) and net.first[0] == -2
-    assert engine._guard._turns.idle
+    assert engine._guard._exclusion.idle
 
 
 # The end of things.
@@ -523,12 +555,29 @@ def test_close_during_a_step(tmp_path: Path, net: Net, held_copies: Any, while_i
     assert net.first[0] == -2
 
 
-def test_close_takes_the_hooks_off(tmp_path: Path, net: Net) -> None:
+def test_close_gives_the_step_back(tmp_path: Path, net: Net) -> None:
     with make_engine(tmp_path) as engine:
+        own = net.optimizer.step
         engine.guard(net.optimizer)
+        guarded = net.optimizer.step
         engine.guard(net.optimizer)
-        assert len(net.optimizer._optimizer_step_pre_hooks) == len(net.optimizer._optimizer_step_post_hooks) == 1
-    assert not net.optimizer._optimizer_step_pre_hooks and not net.optimizer._optimizer_step_post_hooks
+        assert net.optimizer.step == guarded != own
+    assert net.optimizer.step == own
+
+
+def test_a_scheduler_and_a_scaler_see_the_step_that_they_know(engine: AsyncCheckpointEngine, net: Net) -> None:
+    """Schedulers wrap `step` and mark it, scalers and trainers read its signature."""
+    before = inspect.signature(net.optimizer.step)
+    earlier = torch.optim.lr_scheduler.StepLR(net.optimizer, 1, 0.5)
+    engine.guard(net.optimizer)
+    later = torch.optim.lr_scheduler.StepLR(net.optimizer, 1, 0.5)
+    assert inspect.signature(net.optimizer.step) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.optimizer.step()
+        earlier.step()
+        later.step()
+    assert net.first[0] == -1
 
 
 def test_a_dropped_optimizer_is_gone(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
@@ -587,13 +636,18 @@ def test_a_guarded_optimizer_can_be_copied_and_pickled(
         torch.load(buffer, weights_only=False),
     ]
     for other in copies:
+        # It is not guarded: a save on another thread does not wait for its step.
+        assert not engine._guard._guards(other)
         weight = other.param_groups[0]["params"][0]
         weight.grad = torch.ones(5000)
-        # Its tensors are its own: it waits for nothing.
-        other.step()
-        assert weight[0] == -1
-    assert net.first[0] == 0
+        # Like the step of any optimizer, it waits for the copies.
+        stepping = Doing(other.step).settle()
+        assert stepping.blocked and weight[0] == 0
     held.let_go()
+    for other in copies:
+        other.step()
+        assert other.param_groups[0]["params"][0][0] <= -1
+    assert net.first[0] == 0
 
 
 FORKING = """
@@ -616,7 +670,7 @@ with gated(net.optimizer) as step_gate:
     saving = Doing(lambda: engine.save(net.state(), "s.pt")).settle()
     assert saving.blocked
     # One thread is in its step, another waits in a save; every lock of the guard may be taken.
-    with engine._guard._turns._changed, engine._guard._lock, engine._lock:
+    with engine._guard._exclusion._changed, engine._guard._lock, engine._lock:
         child = os.fork()
     if child == 0:
         step_gate.open()
@@ -648,5 +702,4 @@ def test_a_forked_child_steps_and_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_guarding_costs_nothing_without_an_optimizer(engine: AsyncCheckpointEngine, net: Net) -> None:
-    with engine._guard.saving():
-        assert engine._guard._turns._running == {}
+    assert not engine._guard.save(lambda turn: engine._guard._exclusion._running)

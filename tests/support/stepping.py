@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from async_ckpt.snapshot.guard import Guard
-from async_ckpt.snapshot.step_exclusion import Turns
+from async_ckpt.snapshot.step_exclusion import StepExclusion
 
 TIMEOUT_S = 60.0
 
@@ -35,7 +35,7 @@ def _noted(wait: Callable[..., Any], threads: Counter[int]) -> Callable[..., Any
     return noted
 
 
-Turns._wait = _noted(Turns._wait, _waiting["turn"])  # type: ignore[method-assign]
+StepExclusion._wait = _noted(StepExclusion._wait, _waiting["turn"])  # type: ignore[method-assign]
 Guard._wait_for = _noted(Guard._wait_for, _waiting["copies"])  # type: ignore[method-assign]
 
 
