@@ -21,7 +21,7 @@ from typing import Any
 
 from async_ckpt.format.checksum import crc32
 from async_ckpt.storage.filesystem import LocalFileSystem
-from async_ckpt.writer.file_write import Chunk, WrittenFile
+from async_ckpt.writer.chunks import Chunk, WrittenFile
 from async_ckpt.writer.pool import WriterPool
 from benchmarks.environment import describe
 from benchmarks.limits import fio_buffered_fsync, fio_direct_depth_4, fio_direct_depth_16

@@ -23,7 +23,7 @@ from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
 from ..host.process import Owner, OwnerState, current_owner, owner_state
 from ..storage.filesystem import LocalFileSystem
-from ..writer.file_write import Chunk
+from ..writer.chunks import Chunk
 from ..writer.pool import WriterPool
 
 CHUNK_BYTES = 16 << 20

@@ -92,7 +92,7 @@ def finish(inflight: InFlight) -> None:
     pending = [p.tag for p in inflight.unfinished()]
     if threading.current_thread().name.startswith("async-ckpt"):
         # Collected on one of its own threads: waiting here for that thread would never end.
-        inflight.prefault.submit(_close, inflight)
+        inflight.pool.submit_io(lambda: _close(inflight))
     else:
         _close(inflight)
     what = f"pending were {', '.join(map(repr, pending))}" if pending else "nothing was pending"

@@ -10,7 +10,8 @@ from ..format.manifest import FileEntry, FileFormat, ManifestBudget
 from ..metrics import CommitMetrics, SaveMetrics
 from ..ranks.coordinator import OpenTag
 from ..storage.staged import State
-from ..writer.file_write import FileWrite, WrittenFile
+from ..writer.chunks import WrittenFile
+from ..writer.file import FileWrite
 from .pending import PendingCommit
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem, LocalFileSystem
 from ..storage.staged import State
-from ..threads.executor import DaemonExecutor
-from ..writer.file_write import FileWrite, WrittenFile
+from ..writer.chunks import WrittenFile
+from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
 from . import at_exit as leaving
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
@@ -78,6 +78,7 @@ class InFlight:
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
         self._call_off: Callable[[], object] = lambda: None
+        self.warming: list[Future[None]] = []
 
     def _start_threads(self, undo: contextlib.ExitStack, num_helpers: int) -> None:
         """All of them, before anything is made on disk; `undo` ends them."""
@@ -93,10 +94,6 @@ class InFlight:
                 name="async-ckpt",
             )
             undo.callback(self.pool.close)
-            self.helpers = DaemonExecutor("async-ckpt-commit", self._config.max_pending_commits + 1)
-            undo.callback(self.helpers.shutdown)
-            self.prefault = DaemonExecutor("async-ckpt-prefault", 1)
-            undo.callback(self.prefault.shutdown)
         except (OSError, RuntimeError, MemoryError) as error:
             # RuntimeError: Python could not start a thread.
             code = (error.errno if isinstance(error, OSError) else None) or errno.EAGAIN
@@ -106,6 +103,11 @@ class InFlight:
                 errno=code,
                 path=self.root,
             ) from error
+
+    def warm(self, work: Callable[[], None]) -> Future[None]:
+        """Run `work`, which prepares later saves, in the background. It must end soon once the arena is poisoned."""
+        self.warming = [*(job for job in self.warming if not job.done()), self.pool.submit_io(work)]
+        return self.warming[-1]
 
     def adopt(self, arena: StagingArena) -> None:
         """The arena whose waits must end when the writer dies, and which closing gives back."""
@@ -262,12 +264,6 @@ class InFlight:
             checkpoint.fail(error)
             await self._give_up(checkpoint, error)
             raise
-        if self._coordinator.leads:
-            try:
-                checkpoint.metrics.num_undeleted = await self._in_helper(self._rotation.apply)
-            except CheckpointError as failure:
-                # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
-                self._failures.append(failure)
 
     async def _finish(self, checkpoint: OpenCheckpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         entries = []
@@ -277,15 +273,26 @@ class InFlight:
             self._record(saved, written)
             entries.append(saved.entry(path, written, rank))
         if checkpoint.after is not None:
-            await self._in_helper(lambda: checkpoint.after.wait(None) if checkpoint.after else None)
+            await checkpoint.after.ended()
         location = await asyncio.wrap_future(checkpoint.opened.location)
-        created_unix_ns = await self._in_helper(lambda: self._after_older(created_unix_ns))
-        await self._in_helper(lambda: self._complete(checkpoint, location, entries))
+        await self._on_io_thread(lambda: self._conclude(checkpoint, location, entries, metadata, created_unix_ns))
+
+    def _conclude(
+        self, checkpoint: OpenCheckpoint, location: str, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
+        """All that is left to do once the files are synced."""
+        self._complete(checkpoint, location, entries)
         checkpoint.state = State.DURABLE
         started = time.perf_counter()
-        await self._in_helper(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
+        self._publish(checkpoint, entries, metadata, self._after_older(created_unix_ns))
         checkpoint.state = State.COMMITTED
         self._measure(checkpoint, entries, started)
+        if self._coordinator.leads:
+            try:
+                checkpoint.metrics.num_undeleted = self._rotation.apply()
+            except CheckpointError as failure:
+                # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+                self._failures.append(failure)
 
     def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         started = time.perf_counter()
@@ -331,7 +338,7 @@ class InFlight:
         writes = [asyncio.wrap_future(saved.write.done) for saved in checkpoint.files.values()]
         await asyncio.gather(*writes, return_exceptions=True)
         try:
-            await self._in_helper(lambda: self._coordinator.abort(checkpoint.opened, error))
+            await self._on_io_thread(lambda: self._coordinator.abort(checkpoint.opened, error))
         except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
             # The staging directory stays; the sweep of a later start removes it.
             report(logging.WARNING, "could not remove the staging directory of %r after %r: %s", checkpoint.tag, error, failure)
@@ -342,8 +349,8 @@ class InFlight:
         if self._coordinator.leads:
             transaction.remove(self.filesystem, self.root, tag)
 
-    def _in_helper(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(self.helpers.submit(call))
+    def _on_io_thread(self, call: Callable[[], None]) -> asyncio.Future[None]:
+        return asyncio.wrap_future(self.pool.submit_io(call))
 
     def _record(self, saved: SavedFile, written: WrittenFile) -> None:
         metrics = saved.metrics
@@ -426,12 +433,8 @@ class InFlight:
         if self._arena is not None:
             self._arena.poison(TransactionStateError("the engine is closed"))
         # A thread that is inside torch when the interpreter ends takes the process down with it.
-        self.prefault.shutdown(wait=False)
-        self.prefault.join(max(_WARMUP_END_S, timeout_s))
+        wait(self.warming, _WARMUP_END_S)
         self.pool.close(timeout_s)
-        self.helpers.shutdown(wait=False)
-        if not self.helpers.join(max(0.1, deadline - time.monotonic())):
-            raise BackpressureTimeout(f"the threads of the engine on {self.root!r} did not end within {timeout_s:g} s: one is stuck")
         self._coordinator.close()
         if self._arena is not None:
             self._arena.close()

@@ -12,7 +12,6 @@ States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED f
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -37,6 +36,7 @@ from ..snapshot.copy_threads import num_copy_helpers
 from ..snapshot.guard import Guard
 from ..snapshot.snapshotter import Snapshotter
 from ..snapshot.step_exclusion import Turn
+from ..threads.executor import run_aside
 from ..threads.locks import Lock
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .commits import InFlight
@@ -91,7 +91,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
         self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
         self._catalog = Catalog(self._paths, self._inflight.filesystem)
-        self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.prefault)
+        self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.warm)
         self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
         self._inflight.finalize_with(self)
 
@@ -401,7 +401,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         return self.__enter__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._inflight.helpers, self.__exit__, kind, error, trace)
+        await run_aside("async-ckpt-close", lambda: self.__exit__(kind, error, trace))
 
     # Inside.
 

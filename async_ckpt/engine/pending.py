@@ -130,6 +130,10 @@ class PendingCommit:
         done, _ = concurrent.futures.wait([self._future], timeout=None if timeout_s is None else max(0.0, timeout_s))
         return bool(done)
 
+    async def ended(self) -> None:
+        """Wait until it has ended, however. Does not mark the outcome as asked for."""
+        await asyncio.wait([asyncio.wrap_future(self._future)])
+
     def resolve(self, error: BaseException | None) -> None:
         """End it: `error` is None when the checkpoint is committed."""
         if error is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from typing import Any
 
 from ..errors import report
@@ -20,7 +20,9 @@ class Warmup:
         background: where `begin` works; nothing there keeps the engine alive.
     """
 
-    def __init__(self, arena: StagingArena, planner: Planner, snapshotter: Snapshotter, background: Executor) -> None:
+    def __init__(
+        self, arena: StagingArena, planner: Planner, snapshotter: Snapshotter, background: Callable[[Callable[[], None]], Future[None]]
+    ) -> None:
         self._arena = arena
         self._planner = planner
         self._snapshotter = snapshotter
@@ -38,7 +40,7 @@ class Warmup:
         self.begin(self._arena.num_faulted * self._arena.chunk_bytes + more_bytes)
 
     def _begin(self, work: Callable[[], None]) -> None:
-        self._background.submit(work).add_done_callback(_warn_of_failure)
+        self._background(work).add_done_callback(_warn_of_failure)
 
     def plan(self, states: Mapping[str, Any]) -> int:
         """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need. The planner's thread."""

@@ -6,6 +6,7 @@ directory; they hold among writers that see each other's locks.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -42,7 +43,7 @@ class FileStore:
             try:
                 offset = 0
                 async for part in parts:
-                    await file.pwrite(part, offset)
+                    await asyncio.get_running_loop().run_in_executor(self._executor, file.pwrite, part, offset)
                     offset += part.nbytes
                     del part
                 await file.truncate(offset)

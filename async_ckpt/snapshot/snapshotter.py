@@ -26,7 +26,8 @@ import torch
 
 from ..plan.plan import FilePlan, PlannedState
 from ..threads.locks import Condition
-from ..writer.file_write import Chunk, FileWrite
+from ..writer.chunks import Chunk
+from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
 from .arena import StagingArena, StagingChunk
 from .chunk_map import Cuts, cut

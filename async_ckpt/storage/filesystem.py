@@ -47,7 +47,7 @@ class FileStat:
 
 
 class WritableFile(Protocol):
-    """One new file being written. Coroutines run on the loop thread, the system calls in the given executor.
+    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor.
 
     The first failure stays: every later call but `close` raises it again. A failed fsync is never repeated.
     """
@@ -60,12 +60,11 @@ class WritableFile(Protocol):
     def direct(self) -> bool:
         """Whether O_DIRECT is in use; turns False when the file system refuses it."""
 
-    async def pwrite(self, buffer: memoryview, offset: int) -> None:
-        """Write all of `buffer` at `offset`; short writes and EINTR are resumed.
+    def pwrite(self, buffer: memoryview, offset: int) -> None:
+        """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
 
         Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
         of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
-        A cancelled call may still be writing: the buffer is free again only after `close` has returned.
 
         Raises:
             WriteError, OutOfSpaceError: with path, offset and errno.

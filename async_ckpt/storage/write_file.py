@@ -136,8 +136,8 @@ class LocalWritableFile:
     def direct(self) -> bool:
         return self._direct
 
-    async def pwrite(self, buffer: memoryview, offset: int) -> None:
-        await self._offload(self._write_all, buffer.cast("B"), offset)
+    def pwrite(self, buffer: memoryview, offset: int) -> None:
+        self._write_all(buffer.cast("B"), offset)
 
     async def truncate(self, size_bytes: int) -> None:
         await self._offload(self._truncate, size_bytes)

@@ -193,3 +193,14 @@ class DaemonExecutor(Executor):
             with contextlib.suppress(OSError):
                 current = os.getpriority(os.PRIO_PROCESS, thread)
                 os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))
+
+
+async def run_aside(name: str, fn: Callable[[], T]) -> T:
+    """Run `fn` on a daemon thread of its own. Raises RuntimeError: the system has no more threads."""
+    import asyncio
+
+    executor = DaemonExecutor(name, 1)
+    try:
+        return await asyncio.wrap_future(executor.submit(fn))
+    finally:
+        executor.shutdown(wait=False)

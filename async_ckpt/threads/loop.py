@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError, WriteError, report
-from ..writer.lane import Outcome
 from .executor import start_thread
 from .locks import Lock
+from .outcome import Outcome
 
 T = TypeVar("T")
 

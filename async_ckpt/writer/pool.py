@@ -1,8 +1,8 @@
-"""The asyncio writer pool: one daemon thread with one event loop puts staging chunks on disk.
+"""The asyncio writer pool: one daemon thread with one event loop, and I/O threads, put staging chunks on disk.
 
 Guarantees:
-- `open_file`, `FileWrite.submit`, `submit_copy`, `submit_help` and `run` never block; what they start always resolves.
-- At most `num_writers` writes are in flight over all files; fsync of a file starts as soon as its data is written.
+- `open_file`, `FileWrite.submit`, `submit_io`, `submit_copy`, `submit_help` and `run` never block; what they start always resolves.
+- At most `num_writers` chunks are written at once over all files; fsync of a file starts as soon as its data is written.
 - When the loop thread dies, is stopped from outside or loses its executors, every outstanding future fails at once
   with an error of our tree that holds the cause, and every later call raises it. Memory is still given back only when
   no thread uses it.
@@ -25,20 +25,20 @@ from ..errors import BackpressureTimeout, TransactionStateError, WriteError, rep
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
 from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
-from ..threads.locks import Lock
 from ..threads.loop import LoopThread
-from .file_write import Chunk, FileWrite, WrittenFile
-from .io_mode import ModeChooser
-from .lane import Lane, Slots
-from .pipeline import Pipeline
-
-__all__ = ["Chunk", "FileWrite", "WriterPool", "WrittenFile"]
+from .chunks import Slots
+from .file import Disk, FileWrite
+from .io_mode import choose
 
 T = TypeVar("T")
 
-# Threads beyond the writers, so that opening, syncing and closing never wait behind long writes.
-_NUM_SPARE_THREADS = 2
-_NUM_SEALERS = 2
+MAX_WRITERS = 16
+_MIN_WRITERS = 4
+# For whatever is no write of a chunk: opening, syncing and closing never wait behind long writes.
+_NUM_SPARE_THREADS = 1
+# The loop, the copy thread, and the engine's thread for callbacks.
+_NUM_OTHER_THREADS = 3
+_MAX_THREADS = 21
 
 _pools: weakref.WeakSet[WriterPool] = weakref.WeakSet()
 _inherited: list[WriterPool] = []
@@ -53,13 +53,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_in_child)
 
 
+def auto_num_writers(num_helpers: int) -> int:
+    """As many as a disk makes use of, beside so many threads that copy, without crowding the process."""
+    return max(_MIN_WRITERS, min(MAX_WRITERS, _MAX_THREADS - _NUM_OTHER_THREADS - _NUM_SPARE_THREADS - num_helpers))
+
+
 class WriterPool:
     """Writes files from chunks. Any thread but the pool's own; only `close` blocks.
 
     Args:
-        num_writers: writes in flight at once over all files; "auto" is up to 16 and learned from the disk.
+        num_writers: chunks that are written at once, over all files.
         num_helpers: threads for `submit_help`.
-        io_mode: past the page cache, through it, or as `iomode.ModeChooser` learns.
+        io_mode: past the page cache, through it, or as `io_mode.choose` says.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; must be quick.
         name: prefix of the thread names.
     """
@@ -77,31 +82,26 @@ class WriterPool:
         self._pid = os.getpid()
         self.num_helpers = num_helpers
         self._on_span = on_span
-        self._lock = Lock()
-        self._files: dict[Pipeline, None] = {}
+        self._io_mode = io_mode
+        self._num_writers = auto_num_writers(num_helpers) if num_writers == "auto" else num_writers
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []
         self._is_closing = False
-        self._num_queued = 0
-        self._max_queued = 0
-        # Sizes are decided before any thread starts: a bad value must not leave threads behind.
-        self._chooser = ModeChooser(io_mode, num_writers)
-        self._filesystem = filesystem
-        self._slots = Slots(self._chooser.max_writers)
         with contextlib.ExitStack() as undo:
             self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
             undo.callback(self._thread.loop.close)
 
-            def start(what: str, num_threads: int, niceness: int = BACKGROUND_NICENESS) -> DaemonExecutor:
+            def start(what: str, num_threads: int, niceness: int) -> DaemonExecutor:
                 executor = DaemonExecutor(f"{name}-{what}", num_threads, niceness=niceness)
                 undo.callback(executor.shutdown)
                 return executor
 
-            self._writers = start("write", self._chooser.max_writers + _NUM_SPARE_THREADS)
-            self._sealers = start("crc", _NUM_SEALERS)
-            self._copier = start("copy", 1, niceness=0)
-            self._helpers = start("help", num_helpers, niceness=0)
-            self._executors = (self._writers, self._sealers, self._copier, self._helpers)
+            self._io = start("io", self._num_writers + _NUM_SPARE_THREADS, BACKGROUND_NICENESS)
+            self._copier = start("copy", 1, 0)
+            self._helpers = start("help", num_helpers, 0)
+            self._executors = (self._io, self._copier, self._helpers)
+            tell = self._tell if on_span is not None else None
+            self._disk = Disk(filesystem, self._io, self._thread, Slots(self._num_writers), tell)
             self._thread.start()
             undo.pop_all()
         _pools.add(self)
@@ -120,7 +120,7 @@ class WriterPool:
         """Start a file of `size_bytes` bytes at `location`, or where that future will say. Never blocks.
 
         Args:
-            seal: called once per chunk, strictly in file order, with (offset, its bytes) on a CRC thread; may patch the
+            seal: called once per chunk, strictly in file order, with (offset, its bytes) on an I/O thread; may patch the
                 bytes; returns the CRC32 of the extent as it is to be written.
             make_parents: make missing parent directories.
             tag: goes into spans.
@@ -130,34 +130,24 @@ class WriterPool:
             WriteError: the pool has died; holds the cause.
         """
         self._check()
-        with self._lock:
-            arm = self._chooser.choose(size_bytes)
-        file = FileWrite(location, size_bytes, on_change=lambda: self._thread.call(pipeline.notice), count=self._count)
-        pipeline = Pipeline(
-            file,
-            Lane(self._writers, self._tell if self._on_span is not None else None, tag),
-            filesystem=self._filesystem,
-            loop=self._thread.loop,
-            slots=self._slots,
-            sealers=self._sealers,
-            seal=seal,
-            make_parents=make_parents,
-            arm=arm,
-            on_end=self._file_ended,
-        )
-        with self._lock:
+        mode = choose(self._io_mode, self._num_writers, size_bytes)
+        file = FileWrite(self._disk, location, size_bytes, seal, mode=mode, make_parents=make_parents, tag=tag)
+        with self._disk.lock:
             self._check_open()
-            for other in self._files:
-                other.disk_time.had_company = pipeline.disk_time.had_company = True
             try:
-                self._files[pipeline] = None
-                self._thread.call(pipeline.start)
+                self._disk.files[file] = None
+                self._thread.call(file.start)
             except BaseException as error:
                 # An interrupt in between: a file that was never started must not be waited for, one that was must end.
-                self._files.pop(pipeline, None)
+                self._disk.files.pop(file, None)
                 file.abort(error)
                 raise
         return file
+
+    def submit_io(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn`, which may block on the disk, on an I/O thread. Never blocks; raises as `open_file` does."""
+        self._check()
+        return self._io.submit(fn)
 
     def submit_copy(self, fn: Callable[[], T]) -> Future[T]:
         """Run `fn` on the one copy thread, first in first out. Never blocks; raises as `open_file` does."""
@@ -177,8 +167,7 @@ class WriterPool:
     def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""
         try:
-            self._check()
-            self._check_open()
+            self.check()
         except BaseException:
             coro.close()
             raise
@@ -186,7 +175,7 @@ class WriterPool:
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
         """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or block."""
-        with self._lock:
+        with self._disk.lock:
             death = self._death
             if death is None:
                 self._death_callbacks.append(callback)
@@ -196,43 +185,43 @@ class WriterPool:
     @property
     def num_queued(self) -> int:
         """Chunks submitted and not yet released."""
-        return self._num_queued
+        return self._disk.num_queued
 
     def restart_max_queued(self) -> int:
         """The most chunks that were queued since this was last asked."""
-        with self._lock:
-            most, self._max_queued = self._max_queued, self._num_queued
+        with self._disk.lock:
+            most, self._disk.max_queued = self._disk.max_queued, self._disk.num_queued
         return most
 
     def waiting_for(self) -> str:
         """What the oldest unfinished file waits for, in words; never blocks."""
         check_process(self._pid, "this writer pool")
-        with self._lock:
-            files, num_runs = list(self._files), len(self._thread.runs())
+        with self._disk.lock:
+            files, num_runs = list(self._disk.files), len(self._thread.runs())
         if not files:
             return f"{num_runs} commit(s) or clean-up(s)" if num_runs else "nothing"
         more = f", and {len(files) - 1} more file(s)" if len(files) > 1 else ""
         return files[0].waiting_for() + more
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait for every file and coroutine, then stop the threads; may be called again. Files that lack chunks fail.
+        """Wait for every file and coroutine, then stop and join the threads; may be called again. Files that lack chunks fail.
 
         Raises:
             BackpressureTimeout: not done within `timeout_s` seconds; says what it waits for. Writes go on in the
                 background, and the process may exit.
-            TransactionStateError: called on the pool's own thread or in a forked child.
+            TransactionStateError: called on the loop's own thread or in a forked child.
         """
         check_process(self._pid, "this writer pool")
         if self._thread.is_current:
             raise TransactionStateError("the writer pool cannot be closed from its own thread: it would wait for itself")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._lock:
+        with self._disk.lock:
             self._is_closing = True
-            incomplete = [pipeline.file for pipeline in self._files if pipeline.file.lacks_chunks]
-            outstanding = [*(pipeline.file.done for pipeline in self._files), *self._thread.runs()]
-        for file in incomplete:
-            file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
-        if wait(outstanding, _left(deadline)).not_done:
+            files = list(self._disk.files)
+        for file in files:
+            if file.lacks_chunks:
+                file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
+        if wait([*(file.done for file in files), *self._thread.runs()], _left(deadline)).not_done:
             raise BackpressureTimeout(f"the writer did not end within {timeout_s} s; it waits for {self.waiting_for()}")
         self._thread.stop()
         if not self._thread.join(_left(deadline)):
@@ -242,40 +231,26 @@ class WriterPool:
         if not all(executor.join(_left(deadline)) for executor in self._executors):
             raise BackpressureTimeout(f"the writer's threads did not end within {timeout_s} s: one is stuck in the system")
 
-    # What files report.
+    def check(self) -> None:
+        """Raise what keeps files from being written, as `open_file` does."""
+        self._check()
+        with self._disk.lock:
+            self._check_open()
 
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._num_queued += change
-            self._max_queued = max(self._max_queued, self._num_queued)
-
-    def _file_ended(self, pipeline: Pipeline) -> None:
-        if pipeline.disk_time.busy_s:
-            with self._lock:
-                self._chooser.observe(pipeline.arm, pipeline.file.size_bytes, pipeline.disk_time.busy_s)
-        with self._lock:
-            self._files.pop(pipeline, None)
+    # Inside.
 
     def _die(self, death: BaseException) -> None:
-        with self._lock:
+        with self._disk.lock:
             self._death = death
-            pipelines, callbacks, self._death_callbacks = list(self._files), self._death_callbacks, []
-        for pipeline in pipelines:
-            pipeline.die(death)
+            files, callbacks, self._death_callbacks = list(self._disk.files), self._death_callbacks, []
+        for file in files:
+            file.die(death)
         for callback in callbacks:
             callback(death)
 
     def _abandon_files(self) -> None:
-        for pipeline in list(self._files):
-            pipeline.abandon()
-
-    # Checks.
-
-    def check(self) -> None:
-        """Raise what keeps files from being written, as `open_file` does."""
-        self._check()
-        with self._lock:
-            self._check_open()
+        for file in list(self._disk.files):
+            file.abandon()
 
     def _check(self) -> None:
         check_process(self._pid, "this writer pool")

@@ -25,7 +25,7 @@ class Observing(Observer):
         self.act(metrics.tag)
 
 
-def save_that_waits_for_memory(root: Path, meet: Any, **options: Any) -> list[str]:
+def save_that_waits_for_memory(root: Path, meet: Any, met: threading.Event, **options: Any) -> list[str]:
     """Save a second checkpoint while the first one's commit holds all staging memory; `meet(engine, pending)` in between."""
     gate = threading.Event()
     fs = FaultyFileSystem()
@@ -42,6 +42,7 @@ def save_that_waits_for_memory(root: Path, meet: Any, **options: Any) -> list[st
         engine.save(state, "x.pt")
         assert engine._arena.num_chunks == 1
         engine.commit("second").result(TIMEOUT_S)
+        assert met.wait(TIMEOUT_S)
         return engine.tags()
 
 
@@ -53,20 +54,24 @@ def test_a_callback_that_creates_while_a_save_waits_for_memory(tmp_path: Path) -
         engine.abort("third")
         created.set()
 
-    tags = save_that_waits_for_memory(tmp_path, lambda engine, pending: pending.add_done_callback(lambda _: create(engine)))
-    assert tags == ["first", "second"]
-    assert created.is_set()
+    def meet(engine: Any, pending: Any) -> None:
+        pending.add_done_callback(lambda _: create(engine))
+
+    assert save_that_waits_for_memory(tmp_path, meet, created) == ["first", "second"]
 
 
 def test_an_observer_that_creates_while_a_save_waits_for_memory(tmp_path: Path) -> None:
     engines: list[Any] = []
+    created = threading.Event()
 
     def act(tag: str) -> None:
         if tag == "first":
             engines[0].create("third")
             engines[0].abort("third")
+            created.set()
 
-    tags = save_that_waits_for_memory(tmp_path, lambda engine, _: engines.append(engine), observers=(Observing(act),))
+    options = {"observers": (Observing(act),)}
+    tags = save_that_waits_for_memory(tmp_path, lambda engine, _: engines.append(engine), created, **options)
     assert tags == ["first", "second"]
 
 

@@ -8,6 +8,7 @@ commits again once the fault is gone. Short writes must not matter at all.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import errno
 import itertools
 import random
@@ -69,7 +70,7 @@ class Outcome:
                 for version, tag in enumerate(("new", "older", "later"), 500):
                     if self.workload.config.get("overwrite") == "replace" or tag not in engine.tags():
                         Job(engine, self.told).whole(tag, version)
-                engine._inflight.prefault.submit(lambda: None).result(TIMEOUT_S)
+                concurrent.futures.wait(engine._inflight.warming, TIMEOUT_S)
                 assert engine._arena.num_taken == 0, "staging memory was not given back"
             finally:
                 self.fs.heal()

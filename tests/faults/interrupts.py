@@ -221,8 +221,6 @@ def _end(engine: AsyncCheckpointEngine) -> None:
     elapsed = time.perf_counter() - started
     assert elapsed < CLOSE_S, f"closing took {elapsed:.1f} s"
     # A chunk in the hands of an interrupted frame comes back with the traceback, which the last job of a thread may hold.
-    for executor in (engine._inflight.helpers, engine._inflight.prefault):
-        executor.join(CLOSE_S)
     gc.collect()
     assert engine._arena.num_taken == 0, f"{engine._arena.num_taken} chunks were not given back"
 

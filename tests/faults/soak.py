@@ -7,6 +7,7 @@ descriptors, threads and staging chunks are those of the start, memory has not g
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import errno
 import gc
@@ -81,7 +82,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
             row.operations += len(fs.operations)
             fs.operations.clear()
             if k == num_commits // 2:
-                engine._inflight.prefault.submit(lambda: None).result(TIMEOUT_S)
+                concurrent.futures.wait(engine._inflight.warming, TIMEOUT_S)
                 middle = resources()
         _give_up_open(job)
         assert engine._arena.num_taken == 0

@@ -279,8 +279,8 @@ class HeldCommit:
         import threading
 
         self._gate = threading.Event()
-        for _ in range(8):
-            engine._inflight.helpers.submit(self._gate.wait)
+        for _ in range(64):
+            engine._inflight.pool.submit_io(self._gate.wait)
 
     def open(self) -> None:
         self._gate.set()

@@ -41,7 +41,7 @@ async def write(fs: LocalFileSystem, path: Path, data: bytes, executor: ThreadPo
     try:
         offsets = list(range(0, len(data), CHUNK_BYTES))
         random.Random(1).shuffle(offsets)
-        await asyncio.gather(*(file.pwrite(aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets))
+        await asyncio.gather(*(asyncio.to_thread(file.pwrite, aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets))
         await file.truncate(len(data))
         await file.fsync()
     finally:
@@ -142,7 +142,7 @@ async def test_unaligned_requests_are_right_all_the_same(tmp_path: Path, executo
     cuts = {"memory": [0, 4096], "offset": [0, 100, 4096], "length": [0, 8192, 8292]}[what] + [len(data)]
     for start, stop in itertools.pairwise(cuts):
         part = memoryview(bytearray(1) + bytearray(data[start:stop]))[1:] if what == "memory" else aligned(data[start:stop])
-        await file.pwrite(part, start)
+        await asyncio.to_thread(file.pwrite, part, start)
     await file.truncate(len(data))
     await file.fsync()
     await file.close()
@@ -189,12 +189,12 @@ async def test_every_failure_is_raised_with_path_and_errno(tmp_path: Path, execu
 async def test_a_failed_fsync_is_never_repeated(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
     fs = FaultyFileSystem()
     file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
-    await file.pwrite(aligned(everything(4096)), 0)
+    file.pwrite(aligned(everything(4096)), 0)
     fs.fail_when(lambda op: op.name == "fsync", errno.EIO)
     with pytest.raises(WriteError) as first:
         await file.fsync()
     fs.heal()
-    for call in (file.fsync, lambda: file.truncate(4096), lambda: file.pwrite(aligned(b"x"), 0)):
+    for call in (file.fsync, lambda: file.truncate(4096), lambda: asyncio.to_thread(file.pwrite, aligned(b"x"), 0)):
         with pytest.raises(WriteError) as again:
             await call()
         assert again.value is first.value
@@ -213,7 +213,7 @@ async def test_close_waits_for_a_write_whose_task_was_cancelled(tmp_path: Path, 
 
     fs.calls.before = hold
     file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
-    writing = asyncio.ensure_future(file.pwrite(aligned(everything(4096)), 0))
+    writing = asyncio.ensure_future(asyncio.to_thread(file.pwrite, aligned(everything(4096)), 0))
     await asyncio.get_running_loop().run_in_executor(None, started.wait, 20)
     writing.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -225,7 +225,7 @@ async def test_close_waits_for_a_write_whose_task_was_cancelled(tmp_path: Path, 
     await closing
     assert (tmp_path / "f").read_bytes() == everything(4096), "the write went into another file"
     with pytest.raises(WriteError, match="after close"):
-        await file.pwrite(aligned(b"x"), 0)
+        file.pwrite(aligned(b"x"), 0)
     await file.close()
 
 

@@ -11,7 +11,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 from async_ckpt.format.checksum import crc32
-from async_ckpt.writer.file_write import Chunk, FileWrite
+from async_ckpt.writer.chunks import Chunk
+from async_ckpt.writer.file import FileWrite
 
 TIMEOUT_S = 20.0
 
@@ -63,12 +64,12 @@ class FakeFile:
         finally:
             self.num_running -= kind != "close"
 
-    async def pwrite(self, buffer: memoryview, offset: int) -> None:
+    def pwrite(self, buffer: memoryview, offset: int) -> None:
         def work() -> None:
             self.data.extend(bytes(max(0, offset + len(buffer) - len(self.data))))
             self.data[offset : offset + len(buffer)] = buffer
 
-        await self._do("write", work, offset)
+        self._work("write", work, offset)
 
     async def truncate(self, size_bytes: int) -> None:
         def work() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from async_ckpt.errors import CheckpointError, TransactionStateError, WriteError
-from async_ckpt.writer.file_write import Chunk
+from async_ckpt.writer.chunks import Chunk
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 

@@ -42,18 +42,6 @@ def test_what_seal_patches_is_written(make_pool, fs):
     assert [fs.files["f"].data[k * 4096] for k in range(4)] == [255] * 4
 
 
-def test_the_first_seal_runs_beside_the_open(make_pool, fs):
-    both = threading.Barrier(2)
-    fs.on["open"] = lambda path, offset: both.wait(TIMEOUT_S)
-    source = Source(4096, 4096)
-
-    def sealing(offset: int, view: memoryview) -> int:
-        both.wait(TIMEOUT_S)
-        return 0
-
-    source.submit(make_pool().open_file("f", size_bytes=4096, seal=sealing)).done.result(TIMEOUT_S)
-
-
 def test_files_are_sealed_in_parallel(make_pool):
     both = threading.Barrier(2)
 
@@ -141,8 +129,8 @@ def test_spans_tell_kind_thread_and_extent(make_pool):
     told = {(s.kind, s.offset, s.num_bytes) for s in spans}
     extents = {(kind, offset, 4096) for kind in ("crc", "write") for offset in (0, 4096)}
     assert told == extents | {("open", 0, 0), ("fsync", 0, 0), ("close", 0, 0)}
-    assert all(s.tag == "t" and s.path == "f" and s.end_s >= s.start_s for s in spans if s.kind != "crc")
-    assert {s.thread.rsplit("-", 1)[0] for s in spans} == {"async-ckpt-write", "async-ckpt-crc"}
+    assert all(s.tag == "t" and s.path == "f" and s.end_s >= s.start_s for s in spans)
+    assert {s.thread.rsplit("-", 1)[0] for s in spans} == {"async-ckpt-io"}
 
 
 def test_an_observer_that_raises_harms_no_file(make_pool, caplog):

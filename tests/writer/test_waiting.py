@@ -1,19 +1,17 @@
-"""Executors, lanes, slots and outcomes."""
+"""Executors and outcomes."""
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import sys
 import threading
-from concurrent.futures import Future
 
 import pytest
 
 from async_ckpt.errors import TransactionStateError
 from async_ckpt.threads.executor import BACKGROUND_NICENESS, DaemonExecutor
-from async_ckpt.writer.lane import Lane, Outcome, Slots, ended
+from async_ckpt.threads.outcome import Outcome
 
 from .fakes import TIMEOUT_S, Gate
 
@@ -85,52 +83,6 @@ def test_a_killed_thread_fails_what_is_queued():
     assert executor.join(TIMEOUT_S)
     with pytest.raises(TransactionStateError):
         executor.submit(lambda: None)
-
-
-async def test_a_lane_is_idle_only_when_its_threads_have_left(executor):
-    lane, gate, idle = Lane(executor, None, ""), Gate(), threading.Event()
-    waiting = asyncio.get_running_loop().run_in_executor(lane, gate)
-    gate.wait_inside(1)
-    waiting.cancel()
-    lane.on_idle(idle.set)
-    assert not lane.is_idle
-    assert lane.oldest() is not None
-    assert not idle.is_set()
-    gate.open()
-    assert idle.wait(TIMEOUT_S)
-    assert lane.is_idle
-
-
-async def test_cancelling_a_wait_leaves_the_future_alone():
-    future: Future[int] = Future()
-    waiting = asyncio.ensure_future(ended(future))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    future.set_result(1)
-    assert await ended(future) == 1
-
-
-async def test_slots_are_handed_over_in_order_and_survive_cancelled_waiters():
-    slots = Slots(1)
-    await slots.acquire()
-    order: list[int] = []
-
-    async def take(k: int) -> None:
-        await slots.acquire()
-        order.append(k)
-        slots.release()
-
-    tasks = [asyncio.ensure_future(take(k)) for k in range(4)]
-    await asyncio.sleep(0)
-    tasks[0].cancel()
-    slots.release()
-    # Handed to the second, which is cancelled in the same round: it must go on to the third.
-    tasks[1].cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert order == [2, 3]
-    await asyncio.wait_for(slots.acquire(), TIMEOUT_S)
 
 
 def test_an_outcome_resolves_once_and_cannot_be_cancelled():

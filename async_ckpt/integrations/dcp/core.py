@@ -14,7 +14,7 @@ from ...snapshot.arena import StagingArena
 from ...snapshot.copy_threads import num_copy_helpers
 from ...snapshot.snapshotter import Snapshotter
 from ...storage.filesystem import FileSystem, LocalFileSystem
-from ...writer.file_write import WrittenFile
+from ...writer.chunks import WrittenFile
 from ...writer.pool import WriterPool
 from .blobs import BlobPlanner
 

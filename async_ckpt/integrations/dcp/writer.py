@@ -45,7 +45,7 @@ from ...format.checksum import crc32
 from ...format.manifest import FileEntry, check_metadata, check_tag, parse_private_name
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...writer.file_write import WrittenFile
+from ...writer.chunks import WrittenFile
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, kept_core
 from .objects import unknown_types
