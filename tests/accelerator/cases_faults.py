@@ -131,7 +131,7 @@ def test_calls_leave_the_callers_device_and_streams_as_they_were(tmp_path: Path)
         assert torch.accelerator.current_stream(OTHER).stream_id == 0
 
 
-@pytest.mark.parametrize("default", ["meta", "simulated:1", "cpu"])
+@pytest.mark.parametrize("default", ["meta", str(OTHER), "cpu"])
 def test_a_default_device_changes_nothing(tmp_path: Path, default: str) -> None:
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     state = {"cpu": base, "device": base.to(DEVICE), "sparse": base.to_sparse(), "p": torch.nn.Parameter(base.t())}
@@ -184,7 +184,7 @@ def test_a_chunk_that_could_not_be_pinned_is_pinned_later_or_not_used(simulator:
     from async_ckpt.host import device
 
     if not is_registered:
-        monkeypatch.delitem(device.registrars, "simulated")
+        monkeypatch.delitem(device.registrars, DEVICE.type)
     arena = StagingArena(3, 64 << 10, pinning=pinning(True))
     with simulator.inject("pin", after=1), pytest.raises(TransactionStateError, match="refused to pin"):
         arena.fault_in(3 * 64 << 10)

@@ -13,7 +13,7 @@ import torch
 from async_ckpt.errors import CheckpointError, ConfigError, TransactionStateError, UnsupportedStateError
 from async_ckpt.host import device as devices
 
-from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved
+from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, busy, distinct, engine, on, on_disk, saved
 from .simulator import Graph
 
 
@@ -29,6 +29,7 @@ def test_kernels_before_the_save_are_in_it_and_kernels_after_are_not(
 ) -> None:
     with engine(tmp_path) as made, on(torch.accelerator.current_stream(device) if is_default else torch.Stream(device)):
         weight = torch.zeros(SIZE, device=device)
+        busy(device)
         weight.add_(1)
         pending = saved(made, "t", model={"w": weight})
         weight.add_(1)
@@ -43,6 +44,7 @@ def test_a_guarded_step_is_queued_behind_the_copies(tmp_path: Path, any_mode: st
         made.guard(optimizer)
         for step in range(4):
             weight.grad = torch.ones_like(weight)
+            busy(DEVICE)
             pending = saved(made, f"{step}", model={"w": weight.detach()}, optim=optimizer.state_dict())
             optimizer.step()
             pending.result(TIMEOUT_S)
@@ -176,7 +178,7 @@ def test_a_state_larger_than_the_staging_memory_streams_through(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
-@pytest.mark.parametrize("map_location", [None, "cpu", "simulated:1"])
+@pytest.mark.parametrize("map_location", [None, "cpu", str(OTHER)])
 def test_load_and_load_into_give_what_was_saved(tmp_path: Path, any_mode: str, format: Any, map_location: Any) -> None:
     wanted = torch.randn(SIZE, device=DEVICE).cpu()
     with engine(tmp_path, format=format) as made:
@@ -189,7 +191,7 @@ def test_load_and_load_into_give_what_was_saved(tmp_path: Path, any_mode: str, f
 
 
 def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(tmp_path: Path, any_mode: str, monkeypatch: Any) -> None:
-    monkeypatch.delitem(devices.registrars, "simulated")
+    monkeypatch.delitem(devices.registrars, DEVICE.type, raising=False)
     weight, optimizer = guarded()
     with engine(tmp_path) as made:
         made.guard(optimizer)
@@ -208,7 +210,7 @@ def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(t
 def test_a_device_without_pinned_memory_works_with_pageable_chunks_and_the_metrics_say_so(
     tmp_path: Path, any_mode: str, monkeypatch: Any, simulator: Any
 ) -> None:
-    monkeypatch.delitem(devices.registrars, "simulated")
+    monkeypatch.delitem(devices.registrars, DEVICE.type, raising=False)
     simulator.extension.set_has_pinned_memory(False)
     try:
         weight, optimizer = guarded()
@@ -233,7 +235,7 @@ def test_a_device_whose_bytes_cannot_be_copied_is_refused_by_its_name(tmp_path: 
         with monkeypatch.context() as patched:
             # As of the devices that torch does not count among its accelerators, such as XLA.
             patched.setattr(torch.accelerator, "current_accelerator", lambda *_: None)
-            with pytest.raises(UnsupportedStateError, match=r"'w'.*device '?simulated:0"):
+            with pytest.raises(UnsupportedStateError, match=rf"'w'.*device '?{DEVICE}"):
                 made.save({"w": torch.ones(3, device=DEVICE)}, "model.pt", format=format)
         made.save({"w": torch.ones(3, device=DEVICE)}, "model.pt")
         made.commit("t").result(TIMEOUT_S)

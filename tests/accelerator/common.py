@@ -11,11 +11,21 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine
 
-DEVICE = torch.device("simulated", 0)
-OTHER = torch.device("simulated", 1)
+_KIND = torch.accelerator.current_accelerator()
+assert _KIND is not None, "these cases run where there is an accelerator, real or simulated"
+DEVICE = torch.device(_KIND.type, 0)
+OTHER = torch.device(_KIND.type, torch.accelerator.device_count() - 1)
 SIZE = 1 << 16
 """Elements of a tensor that is several chunks long."""
 TIMEOUT_S = 60.0
+
+
+def busy(device: torch.device) -> None:
+    """Keeps a real device's current stream at work, so that what is queued behind it has not run yet."""
+    if device.type != "simulated":
+        matrix = torch.ones(4096, 4096, device=device)
+        for _ in range(20):
+            matrix @ matrix
 
 
 @contextlib.contextmanager

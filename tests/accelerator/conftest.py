@@ -10,18 +10,19 @@ import pytest
 
 from . import simulator as simulators
 
-IN_OWN_PROCESS = os.environ.get("ASYNC_CKPT_SIMULATED") == "1"
+KIND = os.environ.get("ASYNC_CKPT_TEST_DEVICE", "")
+"""In a process of its own: "simulated", or "real" for the accelerator of this machine."""
 
-if IN_OWN_PROCESS:
+if KIND == "simulated":
     from async_ckpt.host import device
 
     _loaded = simulators.load()
     device.registrars[simulators.NAME] = lambda: (_loaded.extension.host_register, _loaded.extension.host_unregister)
 
 
-@pytest.fixture(autouse=IN_OWN_PROCESS)
-def simulator(invariant: None, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The simulator; after each test no two accesses are without an order, and no memory is left registered.
+@pytest.fixture(autouse=KIND == "simulated")
+def nothing_left(invariant: None) -> Iterator[None]:
+    """After each test no two accesses are without an order, and no memory is registered.
 
     A test that makes races on purpose takes them from `races()` itself.
     """
@@ -30,15 +31,26 @@ def simulator(invariant: None, request: pytest.FixtureRequest) -> Iterator[Any]:
     made.races()
     made.forget_waits()
     made.extension.take_contexts()
-    yield made
+    yield
     made.drain()
     made.extension.take_back_injected()
     assert made.races() == []
     assert made.num_registered == 0, "memory was left registered with the device"
 
 
-@pytest.fixture(params=simulators.MODES)
-def any_mode(request: pytest.FixtureRequest, simulator: Any) -> Iterator[str]:
-    """The test under each schedule."""
-    with simulator.mode(request.param, seed=1):
+@pytest.fixture
+def simulator() -> Any:
+    """The simulator, for tests that a real device cannot be asked to take part in."""
+    if KIND != "simulated":
+        pytest.skip("needs the simulated device")
+    return simulators.loaded()
+
+
+@pytest.fixture(params=simulators.MODES if KIND == "simulated" else ("real",))
+def any_mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test under each schedule; on a real device under its own."""
+    if KIND != "simulated":
+        yield "real"
+        return
+    with simulators.loaded().mode(request.param, seed=1):
         yield request.param
