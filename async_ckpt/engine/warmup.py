@@ -1,4 +1,4 @@
-"""What a first save would otherwise pay for, paid before: memory faulted in, the encoder checked, structures planned."""
+"""What a first save would otherwise pay for, paid before: memory faulted in, structures planned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Warmup:
         self._planner = planner
         self._snapshotter = snapshotter
         self._background = background
-        self._begin(planner.check_ahead)
 
     def begin(self, target_bytes: int) -> None:
         """Fault in memory until `target_bytes` are warm, in the background. A failure is warned about: saves are slower then."""
@@ -44,7 +43,6 @@ class Warmup:
 
     def plan(self, states: Mapping[str, Any]) -> int:
         """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need. The planner's thread."""
-        self._planner.check_ahead()
         return sum(self._snapshotter.plan_ahead(self._planner.plan(state, name=name).plan, name) for name, state in states.items())
 
     def fault_in(self, num_bytes: int | None) -> None:

@@ -10,13 +10,13 @@ its size before it is allocated; a parallel restore needs both.
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
+from ..host.memory import collector_paused
 from .opcodes import PROTOCOL_2
 from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
 
@@ -73,21 +73,16 @@ def load_plain(pickled: bytes | memoryview, builder: Builder) -> Any:
         NotPlainError: damaged, or not within the plain subset.
     """
     reader = PickleReader(pickled, _PlainObjects(builder), PROTOCOL_2)
-    # Hundreds of thousands of new containers and no garbage: the collector would only walk torch's whole heap in vain.
-    collecting = gc.isenabled()
-    gc.disable()
+    if not reader.data.startswith(b"\x80\x02"):
+        raise NotPlainError("not protocol 2")
     try:
-        if not reader.data.startswith(b"\x80\x02"):
-            raise NotPlainError("not protocol 2")
-        result = reader.read()
+        with collector_paused():
+            result = reader.read()
     except (CheckpointError, NotPlainError):
         raise
     except (MalformedPickleError, RuntimeError) as error:
         # RuntimeError: torch has no such device. The caller's fallback to torch.load says it in torch's words.
         raise NotPlainError(f"malformed at byte {reader.position}: {type(error).__name__}: {error}") from error
-    finally:
-        if collecting:
-            gc.enable()
     if reader.marks or reader.stack:
         raise NotPlainError("stack not empty at the end")
     for _ in _strangers(result):

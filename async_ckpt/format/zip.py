@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import struct
 import sys
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import CorruptCheckpointError
 from .checksum import crc32
-from .zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX, Record, read_directory
+from .zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX
 
-__all__ = ["MAX_ALIGNMENT", "Container", "Record", "SealMap", "lay_out", "read_directory", "scan", "with_pickle"]
+__all__ = ["MAX_ALIGNMENT", "Container", "SealMap", "lay_out", "with_pickle"]
 
 MAX_ALIGNMENT = 65536
-MAX_PADDED_ALIGNMENT = 65500
-"""Up to this one, padding always fits a zip header."""
 ARCHIVE = b"archive/"
 SERIALIZATION_ID_NBYTES = 40
 _UINT16_MAX = 0xFFFF
-_DATA_PREFIX = "archive/data/"
-_ID_NAME = "archive/.data/serialization_id"
-_VERSION_NAME = "archive/version"
 
 _LOCAL_HEADER = b"PK\3\4\0\0" + struct.pack("<H", 0x0808) + bytes(18)
 _LOCAL_HEADER_EMPTY = b"PK\3\4\0\0" + struct.pack("<H", 0x0800) + bytes(18)
@@ -241,47 +234,4 @@ def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Seque
         container,
         literals=(builder.literals[0], *container.literals[1:-1], (tail_offset, tail)),
         seal_map=replace(container.seal_map, crcs_before=crcs_before),
-    )
-
-
-def scan(literals: Sequence[tuple[int, bytes]], file_bytes: int, alignment: int) -> Container:
-    """Read torch's own layout back from the literal bytes it wrote around the holes; blanks what depends on payload CRCs.
-
-    `literals`: ascending runs, merged so that each lies between two holes. Raises CorruptCheckpointError where they are no container.
-    """
-    starts = [offset for offset, _ in literals]
-
-    def pread(offset: int, nbytes: int) -> bytes:
-        start, data = literals[bisect_right(starts, offset) - 1]
-        return data[offset - start : offset - start + nbytes]
-
-    records = read_directory(pread, file_bytes)
-    payloads = [record for record in records if record.name.startswith(_DATA_PREFIX) and record.nbytes]
-    first = payloads[0].offset if payloads else file_bytes
-    id_record = records[-1]
-    if id_record.name != _ID_NAME or id_record.nbytes != SERIALIZATION_ID_NBYTES:
-        raise CorruptCheckpointError("the last record is not the serialization id", record=id_record.name)
-    plain = [record for record in records[:-1] if record.nbytes and not record.name.startswith(_DATA_PREFIX)]
-    id_crc_offsets = (id_record.offset + SERIALIZATION_ID_NBYTES + 4, id_record.entry_offset + 16)
-    name_hash = pread(id_record.offset, 20)
-    tail_offset, tail = literals[-1]
-    blank = bytearray(tail)
-    for offset, nbytes in ((id_record.offset, SERIALIZATION_ID_NBYTES), (id_crc_offsets[0], 4), (id_crc_offsets[1], 4)):
-        blank[offset - tail_offset : offset - tail_offset + nbytes] = bytes(nbytes)
-    version = next(record.offset for record in records if record.name == _VERSION_NAME)
-    return Container(
-        file_bytes=file_bytes,
-        literals=(*literals[:-1], (tail_offset, bytes(blank))),
-        payload_offsets=[record.offset for record in payloads],
-        payload_nbytes=[record.nbytes for record in payloads],
-        seal_map=SealMap(
-            entry_crc_offsets=[record.entry_offset + 16 for record in payloads],
-            id_offset=id_record.offset,
-            id_crc_offsets=id_crc_offsets,
-            crcs_before=tuple(record.crc32 for record in plain if record.offset < first and record.offset < version),
-            crcs_after=tuple(record.crc32 for record in plain if record.offset >= version),
-            name_hash=name_hash,
-        ),
-        alignment=alignment,
-        directory_offset=records[0].entry_offset,
     )

@@ -9,8 +9,11 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import mmap
+from collections.abc import Iterator
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
@@ -66,3 +69,15 @@ def advise_huge_pages(address: int, num_bytes: int) -> None:
 def populate(address: int, num_bytes: int) -> bool:
     """Touch whole pages, without the GIL; False where the kernel cannot."""
     return bool(_libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) == 0)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Around work that makes very many objects and no garbage: the collector would walk torch's whole heap again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,87 +1,117 @@
-"""A plan for plain states that can be reused: torch's bytes without torch's pickler, and only changed scalars encoded again.
+"""A plan for plain states that can be reused: torch's own bytes, with only the changed scalars put in.
 
 Guarantees:
 - A cached plan keeps no tensor and no storage of the user alive.
 - It is reused only where types, lengths, strings, the identity pattern, tensor facts and storage sizes are all equal;
-  otherwise `match` gives None and a new plan is made.
+  otherwise `match` gives None and torch is asked anew.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from ..format.zip import Container, lay_out, with_pickle
-from .compaction import dense_copy, plan_extents
-from .encoder import Encoded, Written, encode, encode_scalar
+from ..format.zip import Container, with_pickle
+from .compaction import Extents, dense_copy, plan_extents
 from .plan import FilePlan, PlannedState, Sources, container_plan, version_counters
+from .scalar_sites import Sites, find_sites, written
 from .structure import NotPlainError, Structure, picker
-from .tensor_columns import LiveStorages, LiveTensors, StoragePattern, TensorFacts, look_at
-from .tensorkinds import TensorKind, tensor_kind
-from .torch_layout import name_hash
+from .tensor_columns import LiveStorages, StoragePattern, TensorFacts, look_at
+from .torch_layout import Recorded
 
-Encode = Callable[[Structure, list[Any], LiveTensors, Sequence[TensorKind], Written], Encoded]
+
+class Draft:
+    """What is known of a plain state before torch has written it: the versions of its tensors are read now."""
+
+    def __init__(self, root: Any, *, compact_views: bool) -> None:
+        """Raises NotPlainError (or RecursionError) where only torch knows what becomes of `root`."""
+        self.structure = Structure(root)
+        self.tensors = self.structure.pick_tensors(self.structure.first_leaves)
+        self.versions = version_counters(self.tensors)
+        self.live = look_at(self.tensors)
+        self.pattern = StoragePattern(self.live)
+        self.compact_views = compact_views
+        self.extents = plan_extents(self.live, self.pattern, compact_views=compact_views)
+
+    def key_order(self, recorded: Recorded) -> list[int]:
+        """The written storages in the order of their keys. Raises NotPlainError where torch has met others."""
+        index_of = {id(tensor): index for index, tensor in enumerate(self.tensors)}
+        # A parameter is followed by the tensor in it.
+        met = [index_of[id(tensor)] for tensor in recorded.tensors if id(tensor) in index_of]
+        order = list(dict.fromkeys(self.pattern.storage_of[index] for index in met))
+        nbytes = [self.extents.nbytes[storage] for storage in order]
+        is_so = nbytes == [storage.nbytes() for storage in recorded.storages]
+        if is_so and not self.compact_views:
+            ids = [self.live.storage_ids[self.pattern.distinct[storage]] for storage in order]
+            is_so = ids == [storage._cdata for storage in recorded.storages]
+        if not is_so or [size for size in nbytes if size] != recorded.container.payload_nbytes:
+            raise NotPlainError("torch writes storages that are no tensor's")
+        return order
 
 
 class _Scalars(NamedTuple):
     """The file as one state's scalars make it. Never changed: a later state's is another one."""
 
     pieces: list[bytes]
+    """Of the pickle; every second one is a scalar's."""
     exact: tuple[Any, ...]
     floats: array[float]
+    runs: list[bytes]
     container: Container
     plan: FilePlan
 
 
-class FastPlan:
+class CachedPlan:
     """One structure's plan. One thread at a time; signal handlers of that thread may come in between."""
 
-    def __init__(self, root: Any, *, alignment: int, compact_views: bool, encode: Encode = encode) -> None:
-        """Plan `root` from scratch. Raises NotPlainError (or RecursionError) where torch has to do it."""
-        structure = Structure(root)
-        tensors = structure.pick_tensors(structure.first_leaves)
-        versions = version_counters(tensors)
-        live = look_at(tensors)
-        kinds = list(map(tensor_kind, live.dtypes, live.devices))
-        leaves = structure.finish(_constants(kinds))
-        pattern = StoragePattern(live)
-        _refuse_two_dtypes(pattern, kinds)
-        extents = plan_extents(live, pattern, compact_views=compact_views)
-        written = Written(extents.offsets, extents.strides, pattern.storage_of, extents.nbytes)
-        encoded = encode(structure, leaves, live, kinds, written)
+    def __init__(self, draft: Draft, recorded: Recorded) -> None:
+        """Raises NotPlainError where it is not certain which bytes of the pickle are whose."""
+        structure, extents = draft.structure, draft.extents
+        order = draft.key_order(recorded)
+        leaves = structure.finish(_constants(recorded))
+        sites = find_sites(structure, leaves, recorded.pickled)
+        if draft.compact_views:
+            _check_geometry(structure, sites, extents)
+        runs = structure.runs(leaves)
+        if runs is None:
+            raise NotPlainError("the state has changed meanwhile")
         self.structure = structure
-        self.tensor_kinds = frozenset(zip(map(type, live.tensors), live.dtypes, live.devices, strict=True))
-        self._pattern = pattern
-        self._facts = TensorFacts(live)
-        self._devices = frozenset(live.devices)
-        self._exact_pieces = [encoded.piece_of[position] for position in structure.exact_positions]
-        self._float_pieces = [encoded.piece_of[position] for position in structure.float_positions]
-        self._storage_nbytes = [extents.nbytes[storage] for storage in encoded.key_order]
-        filled = [storage for storage in encoded.key_order if extents.nbytes[storage]]
+        self._pattern = draft.pattern
+        self._facts = TensorFacts(draft.live)
+        self._devices = frozenset(draft.live.devices)
+        self._storage_nbytes = [extents.nbytes[storage] for storage in order]
+        filled = [storage for storage in order if extents.nbytes[storage]]
         self._copied = [(position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied]
-        self._pick_sources = picker([pattern.distinct[storage] for storage in filled])
+        self._pick_sources = picker([draft.pattern.distinct[storage] for storage in filled])
         self._pick_addresses = picker(filled)
         self._source_offsets = [extents.starts[storage] for storage in filled]
         self._source_nbytes = [extents.nbytes[storage] for storage in filled]
-        container = lay_out(
-            b"".join(encoded.pieces), self._storage_nbytes, name_hash=name_hash(len(encoded.key_order)), alignment=alignment
-        )
+        pieces = self._cut(recorded.pickled, sites)
         exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
-        self._scalars = _Scalars(encoded.pieces, exact, floats, container, container_plan(container, "fast"))
-        self.first = self._planned(self._scalars.plan, leaves, tensors, versions, live, cached=False)
+        container = recorded.container
+        self._scalars = _Scalars(pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast"))
+        self._first = self._planned(self._scalars.plan, leaves, draft.tensors, draft.versions, draft.live, cached=False)
 
-    @property
-    def container(self) -> Container:
-        """The file as it was written last."""
-        return self._scalars.container
+    def _cut(self, pickled: bytes, sites: Sites) -> list[bytes]:
+        found = [*sites.exact, *sites.floats, *sites.runs]
+        order = sorted(range(len(found)), key=found.__getitem__)
+        edges = [0, *chain.from_iterable(found[index] for index in order), len(pickled)]
+        piece_of = {index: 2 * number + 1 for number, index in enumerate(order)}
+        pieces = [piece_of[index] for index in range(len(found))]
+        num_exact, num_floats = len(sites.exact), len(sites.floats)
+        self._exact_pieces = pieces[:num_exact]
+        self._float_pieces = pieces[num_exact : num_exact + num_floats]
+        self._run_pieces = pieces[num_exact + num_floats :]
+        return [pickled[start:end] for start, end in pairwise(edges)]
 
     def take_first(self) -> PlannedState:
         """The planned state this was made from; can be taken once, so that nothing of it is kept."""
-        first = self.first
-        del self.first
+        first = self._first
+        del self._first
         return first
 
     def match(self, root: Any) -> PlannedState | None:
@@ -93,29 +123,33 @@ class FastPlan:
         # Read at once: a change from here on is seen as torn.
         versions = version_counters(tensors)
         live = self._facts.storages_if_same(tensors)
-        if live is None or not self._pattern.matches(live):
+        runs = self.structure.runs(leaves)
+        if live is None or runs is None or not self._pattern.matches(live):
             return None
         # One assignment: a signal handler may raise, or save by this very plan, before it or after it.
-        scalars = self._scalars = self._with_scalars(self._scalars, leaves)
+        scalars = self._scalars = self._with_scalars(self._scalars, leaves, list(map(written, runs)))
         return self._planned(scalars.plan, leaves, tensors, versions, live, cached=True)
 
-    def _with_scalars(self, before: _Scalars, leaves: list[Any]) -> _Scalars:
+    def _with_scalars(self, before: _Scalars, leaves: list[Any], runs: list[bytes]) -> _Scalars:
         """`before` with the scalars of `leaves`; `before` itself where all are equal."""
         exact = self.structure.pick_exact(leaves)
         floats = array("d", self.structure.pick_floats(leaves))
         # Floats are compared as bytes: 0.0 == -0.0 and nan != nan would mislead.
-        if exact == before.exact and floats.tobytes() == before.floats.tobytes():
+        if exact == before.exact and floats.tobytes() == before.floats.tobytes() and runs == before.runs:
             return before
         pieces = list(before.pieces)
         for piece, old, new in zip(self._exact_pieces, before.exact, exact, strict=True):
             if old != new:
-                pieces[piece] = encode_scalar(new)
+                pieces[piece] = written(new)
         for index, piece in enumerate(self._float_pieces):
             if floats[index : index + 1].tobytes() != before.floats[index : index + 1].tobytes():
-                pieces[piece] = encode_scalar(floats[index])
+                pieces[piece] = written(floats[index])
+        for piece, run in zip(self._run_pieces, runs, strict=True):
+            pieces[piece] = run
         container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
         moved = container.payload_offsets is not before.container.payload_offsets
-        return _Scalars(pieces, exact, floats, container, container_plan(container, "fast", None if moved else before.plan.plan_hash))
+        plan = container_plan(container, "fast", None if moved else before.plan.plan_hash)
+        return _Scalars(pieces, exact, floats, runs, container, plan)
 
     def _planned(
         self,
@@ -148,18 +182,29 @@ class FastPlan:
         )
 
 
-def _constants(kinds: Sequence[TensorKind]) -> tuple[str, ...]:
-    constants: dict[int, str] = {}
-    for kind in set(kinds):
-        constants[id(kind.marker)] = kind.marker
-        if not kind.fresh_location:
-            constants[id(kind.location)] = kind.location
-    return tuple(constants.values())
+def _constants(recorded: Recorded) -> tuple[str, ...]:
+    """Strings of torch's own in the pickle, which a user's may be the same objects as; those made anew for each storage are left out."""
+    found: dict[int, str] = {}
+    asked: dict[str, str] = {}
+    for storage, (marker, _, _, location, _) in zip(recorded.storages, recorded.persistent_ids, strict=True):
+        found[id(marker)] = marker
+        if location not in asked:
+            asked[location] = torch.serialization.location_tag(storage)
+        if asked[location] is location:
+            found[id(location)] = location
+    return tuple(found.values())
 
 
-def _refuse_two_dtypes(pattern: StoragePattern, kinds: Sequence[TensorKind]) -> None:
-    # torch refuses it; its own path then says so.
-    class_of: dict[int, bytes] = {}
-    for storage, kind in zip(pattern.storage_of, kinds, strict=True):
-        if class_of.setdefault(storage, kind.storage_class) != kind.storage_class and pattern.nbytes[storage]:
-            raise NotPlainError("one storage viewed as two dtypes")
+def _check_geometry(structure: Structure, sites: Sites, extents: Extents) -> None:
+    """Raise NotPlainError where torch has written other offsets or strides than the extents have."""
+    for position, offset, strides in zip(structure.tensor_positions, extents.offsets, extents.strides, strict=True):
+        args = sites.nodes[position].args
+        if len(args) == 3:
+            # A parameter is made of a tensor.
+            args = args[0].args
+        if args[1].value != offset or tuple(_values(args[3])) != tuple(strides):
+            raise NotPlainError("torch writes other views")
+
+
+def _values(node: Any) -> Iterator[int]:
+    return (part.value for part in node)

@@ -33,7 +33,7 @@ class FilePlan:
     """Ascending, none empty, none overlapping."""
     format: FileFormat
     planner: PlannerName
-    """"torch": torch's own pickler laid it out; "fast": this package's encoder, checked against torch's."""
+    """"fast": torch's own bytes, whose scalars can be patched for a later state; "torch": torch is asked for each state."""
     plan_hash: str
     """Equal for files with the same format and the same payload extents."""
     seal_map: SealMap | None = field(repr=False, default=None)

@@ -9,50 +9,31 @@ import torch
 from ..errors import UnsupportedStateError
 from ..format.zip import MAX_ALIGNMENT
 from ..host.device import accelerators, is_copyable
-from .cached_plan import Encode, FastPlan
+from ..host.memory import collector_paused
+from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
-from .encoder import encode
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .safetensors import SafetensorsPlan, plan_safetensors
-from .selfcheck import agrees, check_ahead
-from .structure import NotPlainError
-from .torch_layout import RecordingError, record
+from .structure import LooseStateError, NotPlainError
+from .torch_layout import Recorded, RecordingError, record
 
 
 class Planner:
     """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
 
-    def __init__(
-        self,
-        *,
-        alignment: int = 64,
-        compact_views: bool = False,
-        format: FileFormat = "torch",
-        cache_entries: int = 16,
-        encode: Encode = encode,
-    ) -> None:
-        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover. `encode` is for tests."""
+    def __init__(self, *, alignment: int = 64, compact_views: bool = False, format: FileFormat = "torch", cache_entries: int = 16) -> None:
+        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover."""
         if not 1 <= alignment <= MAX_ALIGNMENT:
             raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
         self._alignment = alignment
         self._compact_views = compact_views
         self._format = format
-        self._cache: dict[str, FastPlan] = {}
+        self._cache: dict[str, CachedPlan] = {}
         self._safetensors: dict[str, SafetensorsPlan] = {}
         self._cache_entries = cache_entries
-        self._encode = encode
-        self._disagreements: set[tuple[Any, ...]] = set()
-
-    @property
-    def fallbacks(self) -> int:
-        """Number of structure kinds for which the fast plan disagreed with torch's own, so that torch plans them."""
-        return len(self._disagreements)
-
-    def check_ahead(self) -> None:
-        """Compare the fast encoder with torch's own before the first save needs the answer. Any thread; once per process."""
-        if self._format == "torch":
-            check_ahead(self._encode)
+        self._loose: dict[str, bool] = {}
+        """Files whose states hold so many more small objects than tensors that torch writes them faster than they are compared."""
 
     def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
         """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
@@ -63,7 +44,8 @@ class Planner:
         if (format or self._format) == "safetensors":
             planned = self._plan_safetensors(obj, name)
         else:
-            planned = self._plan_fast(obj, name) or self._plan_recorded(obj)
+            with collector_paused():
+                planned = self._plan_from_cache(obj, name) or self._plan_anew(obj, name)
         accelerators(planned.sources.all_devices())
         return planned
 
@@ -72,49 +54,58 @@ class Planner:
         self._safetensors = _remembered(self._safetensors, name, plan, self._cache_entries)
         return planned
 
-    def _plan_fast(self, obj: Any, name: str) -> PlannedState | None:
-        """From the cache or the fast encoder; None where torch has to plan."""
+    def _plan_from_cache(self, obj: Any, name: str) -> PlannedState | None:
         latest_first = list(self._cache.items())[::-1]
         for key, entry in sorted(latest_first, key=lambda item: item[0] != name):
             matched = entry.match(obj)
             if matched is not None:
                 self._cache = _remembered(self._cache, key, entry, self._cache_entries)
                 return matched
-        try:
-            entry = FastPlan(obj, alignment=self._alignment, compact_views=self._compact_views, encode=self._encode)
-        except (NotPlainError, RecursionError):
-            return None
-        if not agrees(entry, obj, alignment=self._alignment, encode=self._encode):
-            self._disagreements.add((frozenset(entry.structure.types), entry.tensor_kinds))
-            return None
-        first = entry.take_first()
-        self._cache = _remembered(self._cache, name, entry, self._cache_entries)
-        return first
+        return None
 
-    def _plan_recorded(self, obj: Any) -> PlannedState:
+    def _plan_anew(self, obj: Any, name: str) -> PlannedState:
+        """Let torch write it, and remember the plan where its structure is known."""
+        draft = None if name in self._loose else self._draft(obj, name)
         try:
             recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
-        storages = [storage for storage in recorded.storages if storage.nbytes()]
-        nbytes = [storage.nbytes() for storage in storages]
-        if nbytes != recorded.container.payload_nbytes:
-            raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
-        refuse_unreadable(obj, storages)
-        paths: list[str] = []
+        if draft is not None:
+            try:
+                entry = CachedPlan(draft, recorded)
+            except NotPlainError:
+                pass
+            else:
+                first = entry.take_first()
+                self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+                return first
+        return _as_recorded(obj, recorded)
 
-        def lazy_paths() -> list[str]:
-            return paths
+    def _draft(self, obj: Any, name: str) -> Draft | None:
+        try:
+            return Draft(obj, compact_views=self._compact_views)
+        except LooseStateError:
+            self._loose = _remembered(self._loose, name, True, self._cache_entries)
+        except (NotPlainError, RecursionError):
+            pass
+        return None
 
-        paths = tensor_paths(obj, recorded.tensors)
-        return PlannedState(
-            plan=container_plan(recorded.container, "torch"),
-            sources=Sources(storages, [0] * len(storages), nbytes),
-            tensors=recorded.tensors,
-            versions=recorded.versions,
-            cached=False,
-            _paths=lazy_paths,
-        )
+
+def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
+    storages = [storage for storage in recorded.storages if storage.nbytes()]
+    nbytes = [storage.nbytes() for storage in storages]
+    if nbytes != recorded.container.payload_nbytes:
+        raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
+    refuse_unreadable(obj, storages)
+    paths = tensor_paths(obj, recorded.tensors)
+    return PlannedState(
+        plan=container_plan(recorded.container, "torch"),
+        sources=Sources(storages, [0] * len(storages), nbytes),
+        tensors=recorded.tensors,
+        versions=recorded.versions,
+        cached=False,
+        _paths=lambda: paths,
+    )
 
 
 Entry = TypeVar("Entry")

@@ -34,10 +34,27 @@ __all__ = ["NotPlainError", "Opened", "SharingPattern", "Structure", "picker"]
 CONTAINER_TYPES = (dict, OrderedDict, list, tuple, torch.Size)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 _EXACT_TYPES = (int, bool, type(None))
+_SCALAR_TYPES = frozenset((*_EXACT_TYPES, float))
 _ALL_TYPES = frozenset((*CONTAINER_TYPES, *TENSOR_TYPES, *_EXACT_TYPES, float, str))
+
+MIN_RUN = 16
+"""From so many items on, a list or tuple of nothing but scalars is a leaf: its length may change, as a loss history's does."""
 
 SINGLE_CHARACTER_KEYS = tuple(str(number) for number in range(10))
 """Storage keys that the interpreter shares with equal strings of the user; longer ones are always fresh objects."""
+
+
+_MAX_LOOSE_LEAVES = 50_000
+_MAX_LEAVES_PER_TENSOR = 20
+
+
+class LooseStateError(NotPlainError):
+    """So many more small objects than tensors that comparing them is dearer than to have them written again."""
+
+
+def is_run(obj: Any) -> bool:
+    """Whether `obj`, a list or tuple, is a leaf: long, and of scalars alone."""
+    return len(obj) >= MIN_RUN and _SCALAR_TYPES.issuperset(map(type, obj))
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -100,6 +117,7 @@ class Structure:
         exact: list[int] = []
         floats: list[int] = []
         strings: list[int] = []
+        runs: dict[int, int] = {}
         remembered: list[int] = []
         for position, kind in enumerate(self.types):
             if kind is float:
@@ -112,17 +130,23 @@ class Structure:
                     strings.append(position)
                 elif kind in TENSOR_TYPES:
                     tensors.setdefault(id(leaves[position]), position)
+                elif id(leaves[position]) in flat.runs:
+                    runs.setdefault(id(leaves[position]), position)
                 elif kind is bytes and len(leaves[position]) > 1:
                     blobs.setdefault(id(leaves[position]), position)
                 elif id(leaves[position]) in self.global_opcodes:
                     globals_.setdefault(id(leaves[position]), position)
         # The content of bytes may change like a number's; which of them are the same object may not.
-        self.blob_positions = blobs
         self.exact_positions = exact + list(blobs.values())
+        if len(leaves) > max(_MAX_LOOSE_LEAVES, _MAX_LEAVES_PER_TENSOR * len(tensors)):
+            raise LooseStateError(f"{len(leaves)} parts and {len(tensors)} tensors")
         self.float_positions = floats
+        self.run_positions = list(runs.values())
+        self.string_positions = strings
         self.tensor_positions = list(tensors.values())
         self.pick_exact = picker(self.exact_positions)
         self.pick_floats = picker(floats)
+        self._pick_runs = picker(self.run_positions)
         self.pick_tensors = picker(self.tensor_positions)
         self._pick_strings = picker(strings)
         self._pick_remembered = picker(remembered)
@@ -149,9 +173,14 @@ class Structure:
         `constants`: strings that torch itself pickles. A user's equal string may or may not be the same object.
         """
         leaves, self.first_leaves = self.first_leaves, []
-        self._constants = (*constants, *SINGLE_CHARACTER_KEYS)
+        self._constants = (*constants, LATIN1, *SINGLE_CHARACTER_KEYS)
         self._sharing = SharingPattern(self._remembered_ids(leaves))
         return leaves
+
+    def runs(self, leaves: list[Any]) -> list[Any] | None:
+        """A copy of each list (or the tuple) of scalars; None where one holds something else by now."""
+        copies = [run[:] for run in self._pick_runs(leaves)]
+        return copies if all(map(is_run, copies)) else None
 
     @property
     def _attribute_dicts(self) -> frozenset[int]:
@@ -243,6 +272,7 @@ class _Flat:
         self.leaves = leaves
         self.opened = opened
         self.global_opcodes: dict[int, bytes] = {}
+        self.runs: set[int] = set()
         seen: set[int] = set()
         position = 0
         while position < len(leaves):
@@ -256,6 +286,10 @@ class _Flat:
                     leaves.extend(parts)
             elif kind in CONTAINER_TYPES and id(obj) not in seen:
                 seen.add(id(obj))
+                if kind in (list, tuple) and is_run(obj):
+                    self.runs.add(id(obj))
+                    position += 1
+                    continue
                 first, attributes = len(leaves), -1
                 leaves.extend(obj)
                 if kind is dict or kind is OrderedDict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import attrgetter
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -72,8 +72,6 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
     try:
         # A default device installs a function mode, which would turn each of these calls into Python.
         with torch._C.DisableTorchFunction():
-            if any(map(tensor.is_neg, tensors)) or any(map(_attributes_of, tensors)):
-                raise NotPlainError("a tensor has the negative bit or Python attributes")
             columns: Columns = (
                 list(map(tensor.size, tensors)),
                 list(map(tensor.stride, tensors)),
@@ -82,8 +80,8 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
                 list(map(_device_of, tensors)),
                 list(map(_requires_grad_of, tensors)),
             )
-            if any(dtype.is_complex for dtype in set(columns[3])) and any(map(tensor.is_conj, tensors)):
-                raise NotPlainError("a tensor has the conjugate bit")
+            if _has_more(tensors, columns[3]):
+                raise NotPlainError("a tensor has the negative or conjugate bit, or Python attributes")
             storages = list(map(tensor.untyped_storage, tensors))
     except (RuntimeError, NotImplementedError) as error:
         raise NotPlainError(f"a tensor without a plain storage: {error}") from error
@@ -91,6 +89,16 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
         if not is_copyable(device):
             raise NotPlainError(f"a tensor on device '{device}', whose bytes cannot be copied")
     return LiveTensors(storages, list(map(_identity_of, storages)), tensors, columns)
+
+
+def _has_more(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether some tensor has lazy bits or Python attributes, which pickle writes too."""
+    has_complex = any(dtype.is_complex for dtype in set(dtypes))
+    return (
+        any(map(torch.Tensor.is_neg, tensors))
+        or any(map(_attributes_of, tensors))
+        or (has_complex and any(map(torch.Tensor.is_conj, tensors)))
+    )
 
 
 class TensorFacts:
@@ -104,11 +112,23 @@ class TensorFacts:
 
         torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes a dense one's place.
         """
+        tensor, (sizes, strides, offsets, dtypes, devices, requires_grad) = torch.Tensor, self._columns
         try:
-            live = look_at(tensors)
-        except NotPlainError:
+            with torch._C.DisableTorchFunction():
+                # One by one where the facts are objects: thousands of new ones at once would wake the garbage collector.
+                same = (
+                    all(map(eq, map(tensor.size, tensors), sizes))
+                    and all(map(eq, map(tensor.stride, tensors), strides))
+                    and list(map(tensor.storage_offset, tensors)) == offsets
+                    and list(map(_dtype_of, tensors)) == dtypes
+                    and all(map(eq, map(_device_of, tensors), devices))
+                    and list(map(_requires_grad_of, tensors)) == requires_grad
+                    and not _has_more(tensors, dtypes)
+                )
+                storages = list(map(tensor.untyped_storage, tensors)) if same else []
+        except (RuntimeError, NotImplementedError):
             return None
-        return LiveStorages(live.storages, live.storage_ids) if live.columns == self._columns else None
+        return LiveStorages(storages, list(map(_identity_of, storages))) if same else None
 
 
 class StoragePattern:

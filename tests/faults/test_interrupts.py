@@ -20,5 +20,5 @@ def test_interrupted_at_a_sample_of_steps(name: str) -> None:
 @pytest.mark.parametrize("name", ["warm, other scalars", "warm, a handler saves"])
 def test_a_cached_plan_that_is_interrupted_takes_over_all_scalars_or_none(name: str) -> None:
     with Folder() as folder:
-        row = sweep(folder, name, within="layout")
+        row = sweep(folder, name, within="plan")
         assert row.operations > 50 and row.survived == row.injected == row.operations

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from async_ckpt.plan import selfcheck
-from async_ckpt.plan.encoder import encode
 from async_ckpt.plan.planner import Planner
 from tests.support.render import render
 from tests.support.states import torch_bytes
@@ -176,37 +174,3 @@ def test_tensor_paths_and_counts():
     recorded = Planner().plan({"o": bytearray(1), "m": [torch.ones(1)]})
     assert recorded.plan.planner == "torch"
     assert recorded.tensor_paths() == ["['m'][0]"]
-
-
-def _wrong(structure, leaves, live, kinds, written):
-    encoded = encode(structure, leaves, live, kinds, written)
-    encoded.pieces[-1] = encoded.pieces[-1][:-1] + b"0."
-    return encoded
-
-
-@pytest.fixture
-def no_verdicts(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_verdicts", {})
-
-
-def test_a_wrong_encoder_is_found_out_and_torch_takes_over(no_verdicts):
-    planner = Planner(encode=_wrong)
-    for _ in range(2):
-        planned = planner.plan(base_state())
-        assert planned.plan.planner == "torch"
-        assert render(planned) == torch_bytes(base_state())
-    assert planner.fallbacks == 1
-
-
-def test_the_check_runs_once_per_kind(no_verdicts):
-    calls = []
-
-    def counting(*arguments):
-        calls.append(1)
-        return encode(*arguments)
-
-    planner = Planner(encode=counting)
-    planner.plan({"a": torch.ones(1)})
-    checked = len(calls)
-    planner.plan({"a": torch.ones(1), "b": torch.ones(2)})
-    assert len(calls) == checked + 1

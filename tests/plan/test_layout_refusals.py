@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
-from async_ckpt.format.zip import read_directory
+from async_ckpt.format.zip_directory import read_directory
 from async_ckpt.plan.planner import Planner
 from tests.support.states import torch_bytes
 
