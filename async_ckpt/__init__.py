@@ -16,6 +16,7 @@ from .errors import (
     CommitError,
     ConfigError,
     CorruptCheckpointError,
+    MirrorError,
     OutOfSpaceError,
     PathExistsError,
     RankFailedError,
@@ -27,6 +28,7 @@ from .errors import (
     UnsupportedStateError,
     WriteError,
 )
+from .storage.filesystem import ReadSide, open_urls_with
 
 if TYPE_CHECKING:
     from .engine.config import EngineConfig
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from .engine.pending import PendingCommit
     from .engine.preemption import PreemptionOutcome
     from .host.facts import Node
-    from .metrics import CommitMetrics, Observer, SaveMetrics, Span
+    from .metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
+    from .mirror.config import Mirror
+    from .mirror.pending import PendingMirror
     from .observers.logs import LoggingObserver
     from .observers.progress import CommitProgress, show_progress
     from .observers.prometheus import PrometheusObserver
@@ -63,9 +67,12 @@ _HOME = {
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
     "LoggingObserver": "observers.logs",
+    "Mirror": "mirror.config",
+    "MirrorMetrics": "metrics",
     "Node": "host.facts",
     "Observer": "metrics",
     "PendingCommit": "engine.pending",
+    "PendingMirror": "mirror.pending",
     "PreemptionOutcome": "engine.preemption",
     "PrometheusObserver": "observers.prometheus",
     "RankCoordinator": "ranks.rank_coordinator",
@@ -100,11 +107,15 @@ __all__ = [
     "KeepLast",
     "KeepNewerThan",
     "LoggingObserver",
+    "Mirror",
+    "MirrorError",
+    "MirrorMetrics",
     "Node",
     "Observer",
     "OutOfSpaceError",
     "PathExistsError",
     "PendingCommit",
+    "PendingMirror",
     "PreemptionOutcome",
     "PrometheusObserver",
     "RankCoordinator",
@@ -140,3 +151,12 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _open_url(url: str) -> ReadSide:
+    from .mirror.remote import open_url
+
+    return open_url(url)
+
+
+open_urls_with(_open_url)

@@ -15,7 +15,7 @@ from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileStat, Kind, LocalFileSystem
-from .config import Mirror
+from .config import Mirror, split_url
 from .open_store import open_store
 from .plan import attempt_of, object_key
 from .store import ObjectInfo, Store
@@ -38,7 +38,17 @@ def remote_catalog(mirror: Mirror | str) -> Catalog:
     from ..reading.catalog import Catalog
 
     known = Mirror(mirror) if isinstance(mirror, str) else mirror
-    return Catalog(known.url.rstrip("/"), RemoteFileSystem(known))  # type: ignore[arg-type]
+    return Catalog(known.url.rstrip("/"), RemoteFileSystem(known))
+
+
+def open_url(url: str) -> RemoteFileSystem:
+    """A store for reading, from the root's URL, or from that of anything in it; credentials are the environment's.
+
+    Raises:
+        ConfigError: no such scheme, or the extra is not installed.
+    """
+    scheme, bucket, _ = split_url(url)
+    return RemoteFileSystem(Mirror(f"{scheme}://{bucket}" + ("/" if scheme == "file" else "")))
 
 
 class RemoteFileSystem:
@@ -73,7 +83,7 @@ class RemoteFileSystem:
         key = self._key(path)
         if not key:
             return FileStat("dir", 0, 0, (0, 0), 0)
-        is_file = "/" in key
+        is_file = key.rpartition("/")[2] == MANIFEST_NAME
         info = self.store.head(key if is_file else f"{key}/{MANIFEST_NAME}")
         if info is None:
             return FileStat("missing", 0, 0, (0, 0), 0)
@@ -92,7 +102,7 @@ class RemoteFileSystem:
             return ""
         if not path.startswith(self._root + "/"):
             raise CheckpointNotFoundError(f"{path!r} is not below {self._root!r}")
-        return path[len(self._root) + 1 :].rstrip("/")
+        return path[len(self._root) + 1 :].strip("/")
 
 
 class RemoteDirectory:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..errors import CheckpointNotFoundError
 from ..format.manifest import MANIFEST_NAME, Manifest
 from ..reading.catalog import Catalog
-from ..retention import CheckpointInfo, Decision, RetentionPolicy, decide
+from ..retention import CheckpointInfo, Decision, RetentionPolicy, committed_here, decide
 from .remote_manifest import delete_doomed, read_manifest
 from .state import States, TagState
 from .store import Store
@@ -25,7 +25,7 @@ def apply_remote(
     Raises:
         ConfigError: the policy cannot judge these checkpoints. MirrorError: the store failed; what was not deleted is whole.
     """
-    manifests = {entry.tag: entry.manifest for entry in catalog.entries() if entry.manifest is not None}
+    manifests = {manifest.tag: manifest for manifest in committed_here(catalog)}
     decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
     doomed = [decision for decision in decisions if not decision.keep]
     if doomed and not _is_whole(catalog, decisions[-1].tag):

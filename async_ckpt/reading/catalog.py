@@ -34,7 +34,7 @@ from ..format.manifest import (
 from ..format.names import SINGLE_FILES_NAME, NameKind, check_existing_tag
 from ..format.paths import Root, StrPath
 from ..host.process import OwnerState
-from ..storage.filesystem import DirHandle, FileSystem, LocalFileSystem, ReadableFile
+from ..storage.filesystem import DirHandle, ReadableFile, ReadSide, read_side_of
 from .errors import DAMAGE_ERRNOS
 from .extents import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
 from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files
@@ -47,9 +47,7 @@ T = TypeVar("T")
 class OpenCheckpoint:
     """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
 
-    def __init__(
-        self, filesystem: FileSystem, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None
-    ) -> None:
+    def __init__(self, filesystem: ReadSide, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None) -> None:
         self.root = root.path
         self.copied_from = copied_from
         """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
@@ -158,10 +156,10 @@ class Catalog:
     A root that does not exist has no checkpoints. A relative one is resolved once, when the catalog is made.
     """
 
-    def __init__(self, root: StrPath | Root, filesystem: FileSystem | None = None) -> None:
+    def __init__(self, root: StrPath | Root, filesystem: ReadSide | None = None) -> None:
         self._paths = root if isinstance(root, Root) else Root(root)
         self._root = self._paths.path
-        self._filesystem: FileSystem = LocalFileSystem() if filesystem is None else filesystem
+        self._filesystem = read_side_of(self._root) if filesystem is None else filesystem
 
     @property
     def root(self) -> str:
@@ -169,7 +167,7 @@ class Catalog:
         return self._root
 
     @property
-    def filesystem(self) -> FileSystem:
+    def filesystem(self) -> ReadSide:
         """What it reads through."""
         return self._filesystem
 
@@ -182,27 +180,28 @@ class Catalog:
 
         Where retention deletes faster than this reads, it looks again: else all could be gone, and the newest not yet seen.
         """
-        found: list[CatalogEntry] = []
+        found: list[CatalogEntry | None] = []
         for _ in range(_MAX_RACES):
-            found.clear()
-            vanished = False
-            for tag in self._possible_tags():
-                try:
-                    if self._looks_like_checkpoint(tag):
-                        found.append(
-                            self.read(tag, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from))
-                        )
-                        continue
-                except CheckpointNotFoundError:
-                    vanished = True
-                    continue
-                except CorruptCheckpointError as error:
-                    found.append(CatalogEntry(tag, None, str(error)))
-                    continue
-                # A directory that is no checkpoint is still there.
-                vanished = vanished or self._filesystem.stat(os.path.join(self._root, tag)).kind == "missing"
-            if not vanished:
+            found = self._filesystem.each(self._entry, self._possible_tags())
+            if None not in found:
                 break
+        return self._ordered([entry for entry in found if entry is not None and entry.tag])
+
+    def _entry(self, name: str) -> CatalogEntry | None:
+        """What has this name; without a tag where that is no checkpoint, None where it has vanished meanwhile."""
+        try:
+            if self._looks_like_checkpoint(name):
+                return self.read(name, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from))
+        except CheckpointNotFoundError:
+            return None
+        except CorruptCheckpointError as error:
+            return CatalogEntry(name, None, str(error))
+        # A directory that is no checkpoint is still there.
+        is_there = self._filesystem.stat(os.path.join(self._root, name)).kind != "missing"
+        return CatalogEntry("", None, None) if is_there else None
+
+    @staticmethod
+    def _ordered(found: list[CatalogEntry]) -> list[CatalogEntry]:
         return sorted(found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag))
 
     def latest(self, verify: str = "full") -> str | None:
@@ -377,7 +376,7 @@ def _is_tag(name: str) -> bool:
     return True
 
 
-def _identity(filesystem: FileSystem, path: str) -> tuple[int, int]:
+def _identity(filesystem: ReadSide, path: str) -> tuple[int, int]:
     """Device and inode of the directory that has this name, a link followed."""
     found = filesystem.stat(path)
     if found.kind != "other":

@@ -96,10 +96,10 @@ def load_into(
 
 
 def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
-    from ..storage.filesystem import LocalFileSystem
+    from ..storage.filesystem import read_side_of
     from .catalog import Catalog
 
-    root, tag, name = split_path(path, LocalFileSystem())
+    root, tag, name = split_path(path, read_side_of(os.fspath(path)))
     return Catalog(root), tag, name
 
 
@@ -228,6 +228,8 @@ def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool |
 
 
 def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Any:
+    if not file.map_path:
+        raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
     file.verify_rest()
     if weights_only is not False:
         refuse_bombs(file)

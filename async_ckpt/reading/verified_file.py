@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from ..format import manifest
+from ..format.paths import is_url
 from .errors import ReadError
 from .extents import MemorySource, VerifiedFile
 
 if TYPE_CHECKING:
-    from ..storage.filesystem import FileSystem
+    from ..storage.filesystem import ReadSide
     from .catalog import Catalog
 
 
@@ -49,17 +50,18 @@ def open_committed(
         raise ReadError(error, path=f"{catalog.root}/{tag}/{name}") from error
 
 
-def split_path(path: str | os.PathLike[str], filesystem: FileSystem) -> tuple[str, str, str]:
+def split_path(path: str | os.PathLike[str], filesystem: ReadSide) -> tuple[str, str, str]:
     """(root, tag, name) of a file in a committed checkpoint, from the manifest nearest above it. Blocks for lstat calls.
 
     Raises:
         CheckpointNotFoundError: no directory above holds a manifest.
     """
-    given = os.path.abspath(os.fspath(path))
+    text = os.fspath(path)
+    given = text if is_url(text) else os.path.abspath(text)
     folder, name = os.path.split(given)
     while True:
         above, tag = os.path.split(folder)
-        if not tag:
+        if not tag or above.endswith(":"):
             break
         # A link or FIFO in its place is damage, which whoever opens the checkpoint tells.
         if filesystem.stat(os.path.join(folder, manifest.MANIFEST_NAME)).kind != "missing":

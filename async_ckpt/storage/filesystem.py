@@ -17,11 +17,12 @@ import contextlib
 import errno
 import os
 import stat as _stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+from ..format.paths import is_url
 from ..host.process import Owner, OwnerState, current_owner, owner_state
 from . import probe as _probe
 from . import read_file as _file_read
@@ -29,6 +30,8 @@ from . import write_file as _file_write
 from .probe import OCCUPIED, Findings
 from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
 
+T = TypeVar("T")
+R = TypeVar("R")
 Kind = Literal["file", "dir", "other", "missing"]
 
 LOCAL_TYPES = frozenset({"ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "bcachefs", "overlay"})
@@ -147,26 +150,36 @@ class LockHandle(Protocol):
         """Let go; idempotent."""
 
 
-class FileSystem(Protocol):
-    """Every file operation of the package. See the module docstring for threads, blocking and errors."""
-
-    def owner(self) -> Owner:
-        """Who makes staging directories through this object: this process."""
+class ReadSide(Protocol):
+    """What reading checkpoints needs: of a disk, or of a store that is shown as if it were one. Blocks; any thread."""
 
     def owner_state(self, owner: Owner) -> OwnerState:
         """Whether `owner` can still be alive."""
-
-    def mkdir(self, path: str, *, private: bool = False) -> None:
-        """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
-
-    def makedirs(self, path: str) -> None:
-        """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
 
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, in no order."""
 
     def stat(self, path: str) -> FileStat:
         """lstat; `kind` is "missing" where nothing is there."""
+
+    def open_dir(self, root: str, parts: Sequence[str] = ()) -> DirHandle:
+        """Open the directory `parts` below `root`; `root` itself may be a link, nothing below it may."""
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """`function` of each item, in their order; many at once where the way to the data is long."""
+
+
+class FileSystem(ReadSide, Protocol):
+    """Every file operation of the package. See the module docstring for threads, blocking and errors."""
+
+    def owner(self) -> Owner:
+        """Who makes staging directories through this object: this process."""
+
+    def mkdir(self, path: str, *, private: bool = False) -> None:
+        """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
+
+    def makedirs(self, path: str) -> None:
+        """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
 
     def chmod(self, path: str, mode: int) -> None:
         """Set permission bits."""
@@ -197,9 +210,6 @@ class FileSystem(Protocol):
 
     def read_file(self, path: str, max_bytes: int) -> bytes:
         """The whole content of a small regular file; the last component is not followed."""
-
-    def open_dir(self, root: str, parts: Sequence[str] = ()) -> DirHandle:
-        """Open the directory `parts` below `root`; `root` itself may be a link, nothing below it may."""
 
     def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
         """Open the regular file `parts` below `root`; as `DirHandle.open_read`."""
@@ -250,6 +260,9 @@ class LocalFileSystem:
 
     def owner_state(self, owner: Owner) -> OwnerState:
         return owner_state(owner, self.owner())
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        return [function(item) for item in items]
 
     def mkdir(self, path: str, *, private: bool = False) -> None:
         self._calls.mkdir(path, 0o700 if private else 0o777)
@@ -397,3 +410,20 @@ class _Lock:
                         self._calls.unlock(fd)
                 finally:
                     self._calls.close(fd)
+
+
+_openers: list[Callable[[str], ReadSide]] = []
+
+
+def open_urls_with(opener: Callable[[str], ReadSide]) -> None:
+    """Say who opens URLs (``s3://bucket/run``) for reading."""
+    _openers[:] = [opener]
+
+
+def read_side_of(path: str) -> ReadSide:
+    """What a root, or a path in one, is read through.
+
+    Raises:
+        ConfigError: a URL that no mirror can have, or whose library is not installed.
+    """
+    return _openers[0](path) if is_url(path) else LocalFileSystem()

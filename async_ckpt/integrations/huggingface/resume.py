@@ -10,7 +10,7 @@ from ...engine.interface import StrPath
 from ...errors import CheckpointError, ConfigError, report
 from ...format.manifest import MANIFEST_NAME, Manifest
 from ...reading.catalog import Catalog
-from ...storage.filesystem import FileSystem, LocalFileSystem
+from ...storage.filesystem import FileSystem, LocalFileSystem, ReadSide
 from ..adopting import ADOPTED, adopt
 
 _NAME = re.compile("checkpoint-([0-9]+)")
@@ -79,7 +79,7 @@ def adopt_ahead(run_dir: str, step: int, last_step: int) -> None:
             raise ConfigError(message) from error
 
 
-def verify_directory(path: str, fs: FileSystem) -> Manifest:
+def verify_directory(path: str, fs: ReadSide) -> Manifest:
     """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are fine.
 
     Raises:

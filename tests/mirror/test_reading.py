@@ -1,0 +1,126 @@
+"""Checkpoints read out of a store by the package's usual calls, with the credentials of the environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import async_ckpt
+from async_ckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from async_ckpt.format.manifest import Manifest, encode
+from async_ckpt.mirror.plan import with_attempt
+from async_ckpt.mirror.remote import RemoteFileSystem
+
+from .making import SMALL, commit, mirroring, s3_mirror
+from .servers import ACCESS_KEY, BUCKET, SECRET_KEY, client, keys
+from .test_upload import done_when
+
+
+@pytest.fixture
+def environment(moto: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+
+def state(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return {"model": {"w": torch.randn(300, 500), "b": torch.randn(500)}, "optim": {"m": torch.randn(1000, 400)}, "step": seed}
+
+
+def made_in(root: Path, *tags: str) -> None:
+    with async_ckpt.AsyncCheckpointEngine(root, staging_bytes=16 << 20, chunk_bytes=1 << 16) as engine:
+        for seed, tag in enumerate(tags):
+            engine.create(tag)
+            engine.save(state(seed), "model.pt")
+            engine.commit(tag).result(60)
+
+
+def mirrored(root: Path, mirror: Any, num_tags: int) -> None:
+    with mirroring(root, mirror) as made:
+        catalog = async_ckpt.Catalog(root)
+        manifests = [catalog.manifest(tag) for tag in catalog.tags()]
+        assert len(manifests) == num_tags
+        done_when(lambda: all(made.is_mirrored(manifest.tag, manifest.created_unix_ns) for manifest in manifests))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_load_and_load_into_from_a_url(environment: None, moto: Any, tmp_path: Path, prefix: str) -> None:
+    made_in(tmp_path, "step-0", "step-1")
+    mirrored(tmp_path, s3_mirror(moto, prefix), 2)
+    url = f"s3://{BUCKET}/{prefix}"
+    assert async_ckpt.Catalog(url).tags() == ["step-0", "step-1"] and async_ckpt.Catalog(url + "/").latest() == "step-1"
+    assert same(async_ckpt.load(f"{url}/step-1/model.pt"), state(1))
+    target = state(0)
+    async_ckpt.load_into(target, f"{url}/step-1/model.pt")
+    assert same({key: target[key] for key in ("model", "optim")}, {key: state(1)[key] for key in ("model", "optim")})
+    with pytest.raises(CheckpointNotFoundError, match=r"has no file 'other\.pt'"):
+        async_ckpt.load(f"{url}/step-1/other.pt")
+    with pytest.raises(CheckpointNotFoundError, match="not in a committed checkpoint"):
+        async_ckpt.load(f"{url}/step-9/model.pt")
+    with pytest.raises(ConfigError, match="cannot be mapped"):
+        async_ckpt.load(f"{url}/step-1/model.pt", mmap=True)
+
+
+def test_a_directory_url(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    made_in(root, "step-0")
+    mirrored(root, async_ckpt.Mirror(f"file://{other}/run"), 1)
+    assert async_ckpt.Catalog(f"file://{other}/run").latest() == "step-0"
+    assert same(async_ckpt.load(f"file://{other}/run/step-0/model.pt"), state(0))
+
+
+def test_damage_in_the_store_reaches_no_tensor_and_is_named(environment: None, moto: Any, tmp_path: Path, prefix: str) -> None:
+    made_in(tmp_path, "step-0")
+    mirrored(tmp_path, s3_mirror(moto, prefix), 1)
+    (key,) = [key for key in keys(moto, prefix) if key.endswith("model.pt")]
+    s3 = client(moto)
+    data = bytearray(s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    data[len(data) // 2] ^= 1
+    s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    path = f"s3://{BUCKET}/{prefix}/step-0/model.pt"
+    with pytest.raises(CorruptCheckpointError, match=r"s3://.*/step-0/model\.pt"):
+        async_ckpt.load(path)
+    target, before = state(5), state(5)
+    with pytest.raises(CorruptCheckpointError):
+        async_ckpt.load_into(target, path)
+    assert same(target, before)
+
+
+def test_nothing_of_the_library_is_imported_without_a_mirror(tmp_path: Path) -> None:
+    commit(tmp_path, "a", SMALL)
+    program = f"import sys, async_ckpt; async_ckpt.Catalog({str(tmp_path)!r}).latest(); print([m for m in sys.modules if 'obstore' in m])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_many_tags_are_listed_in_pages(seaweedfs: Any, prefix: str) -> None:
+    """More than one page of a listing; `-m slow` has 10,000."""
+    _many_tags(seaweedfs, prefix, 1_010)
+
+
+@pytest.mark.slow
+def test_ten_thousand_tags(seaweedfs: Any, prefix: str) -> None:
+    _many_tags(seaweedfs, prefix, 10_000)
+
+
+def _many_tags(server: Any, prefix: str, num_tags: int) -> None:
+    mirror = s3_mirror(server, prefix)
+    filesystem = RemoteFileSystem(mirror)
+
+    def put(number: int) -> None:
+        raw = with_attempt(encode(Manifest(f"step-{number}", number + 1, ())), "0" * 16)
+        filesystem.store.put_if(f"step-{number}/manifest.json", raw, None)
+
+    filesystem.each(put, range(num_tags))
+    assert async_ckpt.Catalog(mirror.url, filesystem).tags() == [f"step-{number}" for number in range(num_tags)]
