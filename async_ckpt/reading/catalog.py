@@ -100,7 +100,8 @@ class OpenCheckpoint:
             beside = self.manifest.metadata.get("file")
             if name != SINGLE_FILES_NAME or not isinstance(beside, str):
                 raise
-            return self._filesystem.open_read(home, (beside,), direct=direct)
+            with contextlib.closing(self._filesystem.open_dir(home)) as folder:
+                return folder.open_read((beside,), direct=direct)
 
     def open_verified(
         self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
