@@ -142,15 +142,16 @@ class DiskMeasurement:
         """One result per (mode, writers); file sizes are chosen so that all take about `seconds` together."""
         size_bytes = self._file_bytes(seconds / (len(plan) * 3 + 1))
         for io_mode, num_writers in plan:
-            yield self._measure(io_mode, num_writers, size_bytes, seconds / len(plan))
+            yield self.measure(io_mode, num_writers, size_bytes, seconds / len(plan))
 
     def _file_bytes(self, share_s: float) -> int:
-        probe = self._measure("buffered", 2, _SMALLEST_FILE_BYTES, 0.0)
+        probe = self.measure("buffered", 2, _SMALLEST_FILE_BYTES, 0.0)
         wanted = int(probe.median_bytes_per_s * share_s)
         most = min(_LARGEST_FILE_BYTES, self.free_bytes // 4)
         return max(_SMALLEST_FILE_BYTES, min(wanted, most)) // CHUNK_BYTES * CHUNK_BYTES
 
-    def _measure(self, io_mode: IoMode, num_writers: int, size_bytes: int, seconds: float) -> DiskResult:
+    def measure(self, io_mode: IoMode, num_writers: int, size_bytes: int, seconds: float = 0.0) -> DiskResult:
+        """Write files of `size_bytes` in one way, for about `seconds`, one at least; blocks."""
         pool = WriterPool(self._filesystem, num_writers=num_writers, io_mode=io_mode, name="async-ckpt-bench")
         rates: list[float] = []
         direct = False
