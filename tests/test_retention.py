@@ -23,7 +23,7 @@ from async_ckpt.retention import (
     decide,
 )
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from .support.making import OLD, commit, content

@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
 
 NOT_YET = {("observers", "engine"), ("reading", "observers"), ("snapshot", "writer")}
 """Arrows that still run the wrong way."""
-CIRCLES_YET = {"engine", "storage", "observers", "reading"}
+CIRCLES_YET = {"engine", "observers", "reading"}
 
 MAY_IMPORT_TORCH = (
     "plan",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..storage.delete import remove
-from ..storage.filesystem import LocalFileSystem
+from ..storage.local_filesystem import LocalFileSystem
 from .failing import UsageError
 from .locating import Place, catalog_of, is_checkpoint, place_of
 from .output import print_json

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..format.manifest import MANIFEST_NAME
-from ..format.names import SINGLE_FILES_NAME, single_file_tag
+from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, single_file_tag
 from ..reading.catalog import Catalog
 from .failing import NotFoundError, UsageError, clean
 

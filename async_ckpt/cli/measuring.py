@@ -22,7 +22,7 @@ from ..format.checksum import crc32
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
 from ..host.process import Owner, OwnerState, current_owner, owner_state
-from ..storage.filesystem import LocalFileSystem
+from ..storage.local_filesystem import LocalFileSystem
 from ..writer.chunks import Chunk
 from ..writer.pool import WriterPool
 

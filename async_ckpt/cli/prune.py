@@ -21,7 +21,7 @@ from ..retention import (
     committed_here,
     decide,
 )
-from ..storage.filesystem import LocalFileSystem
+from ..storage.local_filesystem import LocalFileSystem
 from .failing import EXIT_FAILED, NotFoundError, UsageError
 from .locating import catalog_of
 from .output import print_json, print_table

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..observers.units import format_bytes
-from ..storage.filesystem import LocalFileSystem
+from ..storage.local_filesystem import LocalFileSystem
 from .listing import measure_tree
 from .locating import catalog_of
 from .output import print_json, print_table

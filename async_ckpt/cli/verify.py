@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CheckpointNotFoundError
-from ..format.manifest import check_tag
+from ..format.names import check_tag
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import Progress, VerifyReport

@@ -30,7 +30,8 @@ from ..ranks.coordinator import Coordinator, LocalCoordinator
 from ..reading import verify
 from ..reading.catalog import Catalog
 from ..storage import transaction
-from ..storage.filesystem import FileSystem, LocalFileSystem
+from ..storage.filesystem import FileSystem
+from ..storage.local_filesystem import LocalFileSystem
 from ..storage.staged import State
 from ..writer.chunks import WrittenFile
 from ..writer.file import FileWrite

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
 from ..format import manifest
-from ..format.paths import Root
+from ..format.names import Root, check_tag
 from ..host.device import pinning
 from ..metrics import SaveMetrics
 from ..plan.opaque import opaque_state
@@ -105,7 +105,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             UnsafePathError: the tag is malformed. TransactionStateError: the tag is open already.
             CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
         """
-        name = manifest.check_tag(tag_of(tag))
+        name = check_tag(tag_of(tag))
         self._usable()
         with self._lock:
             started = time.perf_counter()
@@ -185,7 +185,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not JSON.
             BackpressureTimeout: too many commits are pending; the tag stays open.
         """
-        name = manifest.check_tag(tag_of(tag))
+        name = check_tag(tag_of(tag))
         checked = manifest.check_metadata(metadata or {})
         self._usable()
         with self._lock:
@@ -337,7 +337,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
             WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later commits.
         """
-        name = manifest.check_tag(tag_of(tag))
+        name = check_tag(tag_of(tag))
         self._usable()
         self._inflight.delete(name)
 
@@ -346,7 +346,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         Called in an ``except`` block, the other ranks of the job learn that exception as the cause.
         """
-        name = manifest.check_tag(tag_of(tag))
+        name = check_tag(tag_of(tag))
         self._usable()
         with self._lock:
             self._usable()

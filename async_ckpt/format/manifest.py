@@ -32,35 +32,10 @@ from typing import Any, Literal, cast
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 from .checksum import crc32
 from .names import (
-    MANIFEST_NAME,
-    MAX_COMPONENT_BYTES,
-    MAX_PATH_BYTES,
-    MAX_TAG_BYTES,
-    PrivateName,
     check_relative_path,
     check_tag,
-    parse_private_name,
     shown,
 )
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_NAME",
-    "MAX_COMPONENT_BYTES",
-    "MAX_MANIFEST_BYTES",
-    "MAX_PATH_BYTES",
-    "MAX_TAG_BYTES",
-    "FileEntry",
-    "FileFormat",
-    "Manifest",
-    "PrivateName",
-    "check_metadata",
-    "check_relative_path",
-    "check_tag",
-    "decode",
-    "encode",
-    "parse_private_name",
-]
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from ..errors import report
 from ..format import manifest
 from ..format.checksum import crc32
-from ..format.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ..format.manifest import FileEntry, Manifest
+from ..format.names import MANIFEST_NAME, check_relative_path
 from ..storage.filesystem import FileSystem
 
 ADOPTED = "adopted"
@@ -56,7 +57,7 @@ def read_entries(filesystem: FileSystem, top: str, inner: str, rank: int | None)
 
 
 def _entry(filesystem: FileSystem, top: str, path: str, rank: int | None) -> FileEntry:
-    parts = manifest.check_relative_path(path, stored=True)
+    parts = check_relative_path(path, stored=True)
     buffer = memoryview(bytearray(_EXTENT_BYTES))
     crcs = []
     with contextlib.closing(filesystem.open_read(top, parts)) as file:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from ..errors import CorruptCheckpointError, MirrorError
 from ..format.checksum import crc32
-from ..format.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ..format.manifest import FileEntry, Manifest
+from ..format.names import MANIFEST_NAME
 from .config import MAX_PARTS
 
 _TAIL = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\n\Z')

@@ -12,9 +12,11 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode
+from ..format.manifest import MAX_MANIFEST_BYTES, decode
+from ..format.names import MANIFEST_NAME
 from ..host.process import Owner, OwnerState
-from ..storage.filesystem import FileStat, Kind, LocalFileSystem
+from ..storage.filesystem import FileStat, Kind
+from ..storage.local_filesystem import LocalFileSystem
 from .config import Mirror, split_url
 from .open_store import open_store
 from .plan import attempt_of, object_key

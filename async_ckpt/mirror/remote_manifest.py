@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..errors import CorruptCheckpointError, MirrorError
-from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode
+from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
+from ..format.names import MANIFEST_NAME
 from .plan import UploadPlan, attempt_of, object_key
 from .state import States
 from .store import ANY_VERSION, ConditionFailed, PassingFailure, Store

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ..errors import CheckpointNotFoundError
-from ..format.manifest import MANIFEST_NAME, Manifest
+from ..format.manifest import Manifest
+from ..format.names import MANIFEST_NAME
 from ..reading.catalog import Catalog
 from ..retention import CheckpointInfo, Decision, RetentionPolicy, committed_here, decide
 from .remote_manifest import delete_doomed, read_manifest

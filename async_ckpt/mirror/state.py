@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsafePathError, report
-from ..format.manifest import check_tag
+from ..format.names import check_tag
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileSystem
 from ..storage.write_error import write_error

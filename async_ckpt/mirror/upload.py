@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ..errors import CheckpointNotFoundError, MirrorError, report
-from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from ..format.manifest import MAX_MANIFEST_BYTES
+from ..format.names import MANIFEST_NAME
 from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog, OpenCheckpoint
 from .config import Mirror

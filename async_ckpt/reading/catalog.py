@@ -22,19 +22,11 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from ..errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
-from ..format.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    check_tag,
-    decode,
-    parse_private_name,
-)
-from ..format.names import SINGLE_FILES_NAME, NameKind, check_existing_tag
-from ..format.paths import Root, StrPath
+from ..format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, decode
+from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, parse_private_name
 from ..host.process import OwnerState
-from ..storage.filesystem import DirHandle, ReadableFile, ReadSide, read_side_of
+from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
+from ..storage.local_filesystem import read_side_of
 from .errors import DAMAGE_ERRNOS
 from .extents import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
 from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files

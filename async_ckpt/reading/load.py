@@ -96,7 +96,7 @@ def load_into(
 
 
 def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
-    from ..storage.filesystem import read_side_of
+    from ..storage.local_filesystem import read_side_of
     from .catalog import Catalog
 
     root, tag, name = split_path(path, read_side_of(os.fspath(path)))

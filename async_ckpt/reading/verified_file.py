@@ -10,8 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from ..format import manifest
-from ..format.paths import is_url
+from ..format.names import MANIFEST_NAME, is_url
 from .errors import ReadError
 from .extents import MemorySource, VerifiedFile
 
@@ -64,7 +63,7 @@ def split_path(path: str | os.PathLike[str], filesystem: ReadSide) -> tuple[str,
         if not tag or above.endswith(":"):
             break
         # A link or FIFO in its place is damage, which whoever opens the checkpoint tells.
-        if filesystem.stat(os.path.join(folder, manifest.MANIFEST_NAME)).kind != "missing":
+        if filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
             return above, tag, name
         folder, name = above, f"{tag}/{name}"
     there = "torch.load reads it if it is a plain torch file" if filesystem.stat(given).kind == "file" else "there is no such file"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ..errors import CheckpointError, CommitError, CorruptCheckpointError
-from ..format.manifest import MANIFEST_NAME, FileEntry
+from ..format.manifest import FileEntry
+from ..format.names import MANIFEST_NAME
 from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
 from ..threads.locks import Lock
 from .damage import damaged_records

@@ -7,7 +7,8 @@ import errno
 import os
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, check_tag, decode, parse_private_name
+from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
+from ..format.names import MANIFEST_NAME, check_tag, parse_private_name
 from .filesystem import FileSystem
 from .private_dirs import move_aside, remove_tree, take_apart
 from .publish_lock import claimed

@@ -7,8 +7,7 @@ import errno
 import itertools
 import os
 
-from ..format.manifest import MANIFEST_NAME, PrivateName
-from ..format.names import NameKind
+from ..format.names import MANIFEST_NAME, NameKind, PrivateName
 from .filesystem import FileSystem, LockHandle
 from .syscalls import REFUSED
 

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from ..format.manifest import MANIFEST_NAME
+from ..format.names import MANIFEST_NAME
 from .filesystem import FileSystem, LockHandle
 from .private_dirs import NO_LOCKS
 

@@ -7,7 +7,7 @@ import errno
 import os
 
 from ..errors import CommitError, TagExistsError
-from ..format.manifest import MANIFEST_NAME
+from ..format.names import MANIFEST_NAME
 from .filesystem import FileSystem
 from .private_dirs import link_aside, move_aside, remove_tree, take_apart
 from .publish_lock import claimed

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ..format.manifest import MANIFEST_NAME, PrivateName, parse_private_name
+from ..format.names import MANIFEST_NAME, PrivateName, parse_private_name
 from ..host.process import OwnerState
 from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import NO_LOCKS, move_aside, remove_tree

@@ -37,17 +37,8 @@ from ..errors import (
     UnsafePathError,
     report,
 )
-from ..format.manifest import (
-    CLOCK_KEY,
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    check_metadata,
-    check_relative_path,
-    check_tag,
-    encode,
-    parse_private_name,
-)
+from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, check_metadata, encode
+from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
 from ..metrics import publish_step
 from .delete import empty_trash, remove

@@ -74,7 +74,7 @@ def test_a_listing_that_retention_outruns_is_made_again(tmp_path):
     """All that was listed is deleted before it is read: once, an empty root was reported, and `latest` found nothing."""
     from async_ckpt.reading.catalog import Catalog
     from async_ckpt.storage import transaction
-    from async_ckpt.storage.filesystem import LocalFileSystem
+    from async_ckpt.storage.local_filesystem import LocalFileSystem
     from tests.support.making import OLD, commit
 
     class Outrun(LocalFileSystem):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from async_ckpt.format.manifest import MANIFEST_NAME
+from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.host.process import current_owner
 
 from .conftest import flip, listing

@@ -20,7 +20,7 @@ import time
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 def say(*words: object) -> None:

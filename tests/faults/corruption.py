@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError
-from async_ckpt.format.manifest import MANIFEST_NAME
+from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.format.zip_directory import read_directory
 from async_ckpt.reading.load import load_committed
 

@@ -27,7 +27,7 @@ import torch
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.states import torch_bytes
 
 from .oracle import check_legal, contents

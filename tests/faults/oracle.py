@@ -8,7 +8,7 @@ from pathlib import Path
 from async_ckpt import Catalog
 from async_ckpt.reading.load import load_committed
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 from .workloads import Job, Told, Workload, make_engine, version_of
 

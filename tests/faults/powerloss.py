@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from async_ckpt.format.manifest import MANIFEST_NAME
+from async_ckpt.format.names import MANIFEST_NAME
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 from .diskmodel import DiskModel, State, write_state

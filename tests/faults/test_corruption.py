@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.format.manifest import MANIFEST_NAME
+from async_ckpt.format.names import MANIFEST_NAME
 
 from .corruption import sweep
 from .workloads import Folder

@@ -22,7 +22,7 @@ from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExist
 from async_ckpt.format.names import PrivateName
 from async_ckpt.host.process import current_owner
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.lying_fuse import Mounted, lying, why_not
 from tests.support.mounts import mounted, overlaid
 
@@ -209,7 +209,7 @@ import sys
 from pathlib import Path
 from async_ckpt import CheckpointError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.making import publish, stage
 fs, root = LocalFileSystem(), Path(sys.argv[1])
 transaction.make_root(fs, str(root))

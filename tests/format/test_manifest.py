@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 from async_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError
 from async_ckpt.format import manifest
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import (
-    FileEntry,
-    Manifest,
-    ManifestBudget,
-    check_metadata,
-    check_relative_path,
-    check_tag,
-    decode,
-    encode,
-)
+from async_ckpt.format.manifest import FileEntry, Manifest, ManifestBudget, check_metadata, decode, encode
+from async_ckpt.format.names import check_relative_path, check_tag
 
 SAMPLE = Manifest(
     "step-1",

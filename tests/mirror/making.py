@@ -13,7 +13,8 @@ from async_ckpt.mirror.mirrors import Mirrors
 from async_ckpt.mirror.pending import PendingMirror
 from async_ckpt.mirror.plan import attempt_of
 from async_ckpt.mirror.remote import remote_catalog
-from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 from ..support.making import commit, content
 from .servers import BUCKET, client, keys

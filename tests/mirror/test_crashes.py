@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from async_ckpt.mirror.state import DIRECTORY, States
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
 from .proxy import Fault, Proxy

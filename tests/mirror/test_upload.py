@@ -126,7 +126,7 @@ def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, 
 
     from async_ckpt.format.manifest import FileEntry, Manifest
     from async_ckpt.mirror.plan import plan_upload
-    from async_ckpt.storage.filesystem import LocalFileSystem
+    from async_ckpt.storage.local_filesystem import LocalFileSystem
 
     entry = FileEntry("model.bin", 60 << 30, 1 << 30, (0,) * 60, "opaque", "test", None)
     manifest = Manifest("huge", 1, (entry,))

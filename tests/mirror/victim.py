@@ -14,7 +14,7 @@ import time
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.mirrors import Mirrors
 from async_ckpt.reading.catalog import Catalog
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 class Mortal(LocalFileSystem):

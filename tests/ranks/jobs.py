@@ -25,7 +25,8 @@ import torch.distributed as dist
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError, OutOfSpaceError
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
-from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.storage.filesystem import WritableFile
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]

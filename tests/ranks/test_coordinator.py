@@ -20,7 +20,7 @@ from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_env import default_run_id
 from async_ckpt.ranks.rank_requests import Announcements, RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 def engine_of(root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any) -> AsyncCheckpointEngine:

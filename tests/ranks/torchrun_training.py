@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from async_ckpt import AsyncCheckpointEngine, CheckpointPacer, KeepLast, RankCoordinator
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 NUM_STEPS = 100_000
 

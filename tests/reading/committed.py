@@ -11,7 +11,8 @@ import torch
 from async_ckpt import Catalog
 from async_ckpt.format import manifest
 from async_ckpt.format.checksum import crc32
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.format.names import MANIFEST_NAME
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 EXTENT_BYTES = 64 << 10
 
@@ -32,7 +33,7 @@ def commit(root: Path, tag: str, files: dict[str, bytes], *, extent_bytes: int =
         crcs = tuple(crc32(data[i : i + extent_bytes]) for i in range(0, len(data), extent_bytes))
         entries.append(manifest.FileEntry(name, len(data), extent_bytes, crcs, format, "fast", None))
     raw = manifest.encode(manifest.Manifest(tag, 1, tuple(entries)))
-    (root / tag / manifest.MANIFEST_NAME).write_bytes(raw)
+    (root / tag / MANIFEST_NAME).write_bytes(raw)
     return catalog(root)
 
 

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from async_ckpt.storage.filesystem import DirHandle, LocalFileSystem, ReadableFile
+from async_ckpt.storage.filesystem import DirHandle, ReadableFile
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 class FaultyFileSystem(LocalFileSystem):

@@ -25,7 +25,7 @@ from async_ckpt.host.process import OwnerState
 from async_ckpt.reading import verify
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from ..support.making import NEW, OLD, commit, entry, private_names, stage

@@ -23,7 +23,7 @@ from async_ckpt import (
     retention,
 )
 from async_ckpt.cli import main
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 @pytest.fixture

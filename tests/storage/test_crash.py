@@ -11,7 +11,7 @@ import pytest
 
 from async_ckpt.errors import CheckpointError, CommitError, WriteError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 from ..support.making import NEW, OLD, commit, content, private_names

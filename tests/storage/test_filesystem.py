@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, WriteError
-from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.storage.filesystem import WritableFile
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.mounts import mounted
 

@@ -12,9 +12,9 @@ import torch
 
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, Catalog, UnsafePathError, retention
-from async_ckpt.format.paths import Root
+from async_ckpt.format.names import Root
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 @pytest.mark.parametrize(

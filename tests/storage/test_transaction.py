@@ -26,11 +26,11 @@ from async_ckpt.errors import (
     UnsupportedStateError,
     WriteError,
 )
-from async_ckpt.format.manifest import PrivateName, parse_private_name
+from async_ckpt.format.names import PrivateName, parse_private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
@@ -499,7 +499,7 @@ def test_a_file_or_link_with_a_staging_name_is_left(fast_path: Path) -> None:
 KILLED_WRITER = """
 import os, sys
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 staging = transaction.begin(LocalFileSystem(), sys.argv[1], "t", "refuse")
 if sys.argv[2] == "fork" and os.fork() == 0:
     sys.stdin.read()

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from async_ckpt.host.process import Owner, current_owner
-from async_ckpt.storage.filesystem import LocalFileSystem, WritableFile
+from async_ckpt.storage.filesystem import WritableFile
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT, Syscalls
 from async_ckpt.storage.write_file import LocalWritableFile
 

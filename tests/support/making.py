@@ -9,7 +9,8 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 EXTENT_BYTES = 4096
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from async_ckpt.metrics import Span
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 

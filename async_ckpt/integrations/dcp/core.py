@@ -13,7 +13,8 @@ from ...host.device import pinning
 from ...snapshot.arena import StagingArena
 from ...snapshot.copy_threads import num_copy_helpers
 from ...snapshot.snapshotter import Snapshotter
-from ...storage.filesystem import FileSystem, LocalFileSystem
+from ...storage.filesystem import FileSystem
+from ...storage.local_filesystem import LocalFileSystem
 from ...writer.chunks import WrittenFile
 from ...writer.pool import WriterPool
 from .blobs import BlobPlanner

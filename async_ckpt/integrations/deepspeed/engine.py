@@ -16,9 +16,10 @@ from ...engine.engine import AsyncCheckpointEngine
 from ...engine.interface import CheckpointEngine, StrPath
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
-from ...format.manifest import MANIFEST_NAME
+from ...format.names import MANIFEST_NAME
 from ...reading.load import load as load_file
-from ...storage.filesystem import FileSystem, LocalFileSystem
+from ...storage.filesystem import FileSystem
+from ...storage.local_filesystem import LocalFileSystem
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import Destination

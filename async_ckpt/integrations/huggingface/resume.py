@@ -8,9 +8,11 @@ import re
 
 from ...engine.interface import StrPath
 from ...errors import CheckpointError, ConfigError, report
-from ...format.manifest import MANIFEST_NAME, Manifest
+from ...format.manifest import Manifest
+from ...format.names import MANIFEST_NAME
 from ...reading.catalog import Catalog
-from ...storage.filesystem import FileSystem, LocalFileSystem, ReadSide
+from ...storage.filesystem import FileSystem, ReadSide
+from ...storage.local_filesystem import LocalFileSystem
 from ..adopting import ADOPTED, adopt
 
 _NAME = re.compile("checkpoint-([0-9]+)")

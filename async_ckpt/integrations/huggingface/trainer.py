@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ...format.manifest import MANIFEST_NAME
-from ...storage.filesystem import LocalFileSystem
+from ...format.names import MANIFEST_NAME
+from ...storage.local_filesystem import LocalFileSystem
 from .capture import capture, require
 from .limit import BEST, SaveTotalLimit
 from .resume import JIT_MARKER, adopt_ahead, last_committed_checkpoint, verify_directory

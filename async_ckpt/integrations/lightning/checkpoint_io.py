@@ -13,7 +13,8 @@ import torch
 from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
 from ...errors import CheckpointError, ConfigError, report
-from ...storage.filesystem import FileSystem, LocalFileSystem
+from ...storage.filesystem import FileSystem
+from ...storage.local_filesystem import LocalFileSystem
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only

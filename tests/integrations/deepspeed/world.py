@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 # Without this DeepSpeed compiles its shared-memory reduction for a minute; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from async_ckpt.integrations.huggingface import attach
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 4 << 20, "chunk_bytes": 65536}
 

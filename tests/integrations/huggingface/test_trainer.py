@@ -32,7 +32,7 @@ from async_ckpt.integrations.huggingface import (  # noqa: E402
 )
 from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
-from async_ckpt.storage.filesystem import LocalFileSystem  # noqa: E402
+from async_ckpt.storage.local_filesystem import LocalFileSystem  # noqa: E402
 from tests.support.processes import free_port  # noqa: E402
 
 from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 class Job(pl.LightningModule):

@@ -11,7 +11,8 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
 from async_ckpt.integrations.lightning.places import DATA_NAME, Place
 from async_ckpt.integrations.lightning.single_file import FileCoordinator
-from async_ckpt.storage.filesystem import FileSystem, LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 def commit(fs: FileSystem, place: Place, step: int) -> None:

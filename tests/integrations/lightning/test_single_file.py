@@ -14,7 +14,7 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.integrations.lightning.loading import load_file
 from async_ckpt.integrations.lightning.places import Place
 from async_ckpt.integrations.lightning.single_file import remove
-from async_ckpt.storage.filesystem import LocalFileSystem
+from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 from .single_files import commit
