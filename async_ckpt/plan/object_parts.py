@@ -67,7 +67,7 @@ _NEW_ARGUMENTS = tuple(vars(kind)["__getnewargs__"] for kind in (str, bytes, int
 
 
 class NotPlainError(Exception):
-    """The state holds something the fast encoder leaves to torch."""
+    """The state holds something that only torch knows how to write."""
 
 
 class Form(NamedTuple):

@@ -97,14 +97,13 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     if nbytes != recorded.container.payload_nbytes:
         raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
     refuse_unreadable(obj, storages)
-    paths = tensor_paths(obj, recorded.tensors)
     return PlannedState(
         plan=container_plan(recorded.container, "torch"),
         sources=Sources(storages, [0] * len(storages), nbytes),
         tensors=recorded.tensors,
         versions=recorded.versions,
         cached=False,
-        _paths=lambda: paths,
+        _paths=lambda: tensor_paths(obj, recorded.tensors),
     )
 
 

@@ -70,7 +70,7 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 class SharingPattern:
     """Which of a row of objects are the same object, without keeping any of them."""
 
-    __slots__ = ("_pick_firsts", "_pick_repeats", "num_distinct")
+    __slots__ = ("_ids", "_pick_firsts", "_pick_repeats", "num_distinct")
 
     def __init__(self, ids: Sequence[int]) -> None:
         first: dict[int, int] = {}
@@ -82,10 +82,15 @@ class SharingPattern:
         self._pick_repeats = picker([position for position, _ in repeats])
         self._pick_firsts = picker([before for _, before in repeats])
         self.num_distinct = len(first)
+        self._ids = ids
 
     def matches(self, ids: Sequence[int]) -> bool:
         """True where `ids` fall into the same groups: every repeat equals its first, and no two groups have become one."""
-        return self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == self.num_distinct
+        if ids == self._ids:
+            return True
+        matches = self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == self.num_distinct
+        self._ids = ids if matches else self._ids
+        return matches
 
 
 @dataclass(frozen=True, slots=True)

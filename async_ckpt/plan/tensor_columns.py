@@ -148,6 +148,8 @@ class StoragePattern:
             self.storage_of.append(first[value])
         self._pick_distinct = picker(self.distinct)
         self.nbytes = self._measure(live.storages)
+        self._addresses: list[int] = []
+        """Of the last state that was readable."""
         if not self._readable(live):
             raise NotPlainError("storages without data, or two storages over the same memory")
 
@@ -161,8 +163,12 @@ class StoragePattern:
         except RuntimeError:
             # A tensor that is known to be zero has a storage without an address.
             return False
+        if live.addresses == self._addresses:
+            return True
         filled = list(compress(live.addresses, self.nbytes))
-        return all(filled) and len(set(filled)) == len(filled)
+        is_readable = all(filled) and len(set(filled)) == len(filled)
+        self._addresses = live.addresses if is_readable else self._addresses
+        return is_readable
 
     def matches(self, live: LiveStorages) -> bool:
         """True where a plan made for this pattern holds for `live`."""

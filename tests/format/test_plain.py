@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from async_ckpt.format.plain import NotPlainError, load_plain
 from async_ckpt.format.zip_records import UnusualLayoutError, record_extents
 from async_ckpt.reading.build import PlainObjects
-
-from .committed import torch_bytes
-from .states import plain, trained
+from tests.reading.committed import torch_bytes
+from tests.reading.states import plain, trained
 
 
 class Stub(PlainObjects):
