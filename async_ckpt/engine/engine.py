@@ -256,6 +256,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Everything else in a state dict is still copied inside `save`. Every other optimizer's `step` waits for the copies too. A step
         of these on another thread and a `save` wait for each other to end. Guarded tensors that are changed by other means than steps
         (``load_state_dict``, `.data`) before they are copied fail that checkpoint with `TornSnapshotError`: call `wait_snapshot` first.
+        So too before a graph is captured. A capturable or captured optimizer's tensors are saved eagerly: replays call nothing.
         """
         self._usable()
         with self._lock:

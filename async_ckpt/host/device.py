@@ -112,6 +112,12 @@ def is_capturing(device: torch.device) -> bool:
     return ask is not None and bool(ask())
 
 
+def is_capturing_now() -> bool:
+    """`is_capturing` of the caller's current device; False where there is no accelerator."""
+    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return own is not None and is_capturing(torch.device(own.type, torch.accelerator.current_device_index()))
+
+
 def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
     """Raise TransactionStateError while the caller captures a graph on one of `devices`: what it queues would not run now."""
     for device in devices:

@@ -63,6 +63,8 @@ class Fill:
         self._planned_addresses = state.sources.addresses
         self.devices = accelerators(state.sources.all_devices())
         self._addresses: list[int] = []
+        self._device_addresses: list[int] = []
+        """Of the payloads on devices, when they were saved: no probe sees it when their memory becomes another's."""
         self._small_addresses: list[int] | None = None
         self._tiny = memoryview(b"")
         self._tiny_addresses: list[tuple[int, int]] = []
@@ -79,6 +81,13 @@ class Fill:
         addresses = list(map(add, map(torch.UntypedStorage.data_ptr, self.storages), self._starts))
         if not self.devices:
             return addresses
+        on_devices = [address for address, storage in zip(addresses, self.storages, strict=True) if storage.device.type != "cpu"]
+        if again and on_devices != self._device_addresses:
+            raise TornSnapshotError(
+                "a tensor's memory was given back and taken anew before its snapshot was taken. This checkpoint is not committed; "
+                "older ones are untouched. Call wait_snapshot() before freeing tensors"
+            )
+        self._device_addresses = on_devices
         return [address if storage.device.type == "cpu" else 0 for address, storage in zip(addresses, self.storages, strict=True)]
 
     def _resized(self, storage_nbytes: list[int]) -> TornSnapshotError:

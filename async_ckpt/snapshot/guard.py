@@ -17,6 +17,7 @@ import functools
 import os
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import BackpressureTimeout, TransactionStateError
-from ..host.device import wait_on_stream
+from ..host.device import is_capturing_now, refuse_capture, wait_on_stream
 from ..threads.locks import Lock
 from .owned_storages import OwnedStorages, owned_tensors
 from .snapshotter import SnapshotJob
@@ -50,6 +51,8 @@ class Guard:
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
+        self._captured: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Optimizers whose step was seen inside a graph capture: a replay of it asks nobody."""
         self._known: frozenset[int] | None = None
 
     def add(self, optimizer: Any) -> int:
@@ -64,6 +67,8 @@ class Guard:
             self._known = None
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
             _guards.add(self)
+            if _is_capturable(optimizer):
+                _warn_of_replays(optimizer)
             _hook = _hook or register_optimizer_step_pre_hook(_before_any_step)
         parameters: int = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
         # Adam keeps two moments per parameter, and its state does not exist before the first step.
@@ -92,7 +97,7 @@ class Guard:
             return frozenset()
         known = self._known
         if known is None:
-            known = self._known = self._owned.look(self._alive())
+            known = self._known = self._owned.look(o for o in self._alive() if not self._is_replayed(o))
         return known
 
     def owners(self) -> list[torch.Tensor]:
@@ -129,6 +134,8 @@ class Guard:
             if job.enqueued.exception(deadline) is not None:
                 return
             if job.events and not block:
+                devices = {event.device for event in job.events}
+                refuse_capture("a step cannot wait for a lazy snapshot (call wait_snapshot() before the capture)", devices)
                 for event in job.events:
                     wait_on_stream(event)
                 job.accept_changes()
@@ -150,6 +157,9 @@ class Guard:
         """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not guarded."""
         if os.getpid() != self._pid or not self._guards(optimizer):
             return call()
+        if not self._is_replayed(optimizer) and is_capturing_now():
+            self._captured.add(optimizer)
+            _warn_of_replays(optimizer)
 
         def after_copies() -> Any:
             self.wait()
@@ -157,6 +167,10 @@ class Guard:
 
         # The turn comes first: no save can begin between the wait for the copies and the step.
         return Turn(self._exclusion, Work.STEP).run(after_copies)
+
+    def _is_replayed(self, optimizer: Any) -> bool:
+        """Whether steps may be made that call nothing here: what they change must be saved eagerly."""
+        return optimizer in self._captured or _is_capturable(optimizer)
 
     def _guards(self, optimizer: Any) -> bool:
         return any(known is optimizer for known in self._alive())
@@ -166,6 +180,19 @@ class Guard:
             optimizer = reference()
             if optimizer is not None:
                 yield optimizer
+
+
+def _is_capturable(optimizer: Any) -> bool:
+    return any(group.get("capturable", False) for group in optimizer.param_groups)
+
+
+def _warn_of_replays(optimizer: Any) -> None:
+    warnings.warn(
+        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook and move no counter, "
+        "so what it owns is saved eagerly",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:

@@ -11,12 +11,14 @@ Guarantees:
 
 Which thread: `take` on the caller's thread, with helpers; lazy fills on the writer pool's one copy
 thread, in the order of the saves, so a lazy fill never waits for another chunk (its chunks are reserved before it is queued).
+Device copies are only queued there; one I/O thread at a time waits for them, file by file.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..plan.plan import FilePlan, PlannedState
-from ..threads.locks import Condition
+from ..threads.locks import Condition, Lock
 from ..writer.chunks import Chunk
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
@@ -78,6 +80,10 @@ def _nothing() -> None:
     """What an eager snapshot, or one that is over, has to do."""
 
 
+_Queued = tuple[int, StagingChunk, list[torch.Event], float]
+"""A chunk's number, the chunk, what ends its device copies, and when they were queued."""
+
+
 @dataclass(slots=True)
 class SnapshotJob:
     """One file's snapshot. `copied` resolves when no source byte is needed any more."""
@@ -106,12 +112,16 @@ class Snapshotter:
     def __init__(self, arena: StagingArena, pool: WriterPool, *, timeout_s: float) -> None:
         self._arena = arena
         self._submit_copy = pool.submit_copy
+        self._submit_io = pool.submit_io
         self._team = CopyTeam(pool.submit_help, pool.num_helpers, pool.helper_native_ids)
         self._alone = CopyTeam(pool.submit_help, 0)
         self._timeout_s = timeout_s
         self._cuts: dict[str, tuple[Sequence[int], Cuts]] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
         self._courtesy = _Courtesy()
+        self._lock = Lock()
+        self._unfinished: deque[Callable[[], None]] = deque()
+        """What is to be done when the device copies of a file have ended, in the order in which they were queued."""
 
     def hurry(self) -> None:
         """Start the queued lazy copies now: the caller has nothing more to save, or waits for them. Any thread."""
@@ -186,7 +196,30 @@ class Snapshotter:
         self, file: _File, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None
     ) -> None:
         self._courtesy.wait()
-        file.copy_behind(chunks, callers, chosen)
+        file.copy_behind(chunks, callers, chosen, self._finish_later)
+
+    def _finish_later(self, finish: Callable[[], None]) -> None:
+        """Run `finish`, which waits for a device, on an I/O thread: the copy thread queues what is saved next meanwhile."""
+        with self._lock:
+            self._unfinished.append(finish)
+            if len(self._unfinished) > 1:
+                return
+        try:
+            done = self._submit_io(self._finish_all)
+        except BaseException:
+            with self._lock:
+                self._unfinished.clear()
+            raise
+        # Where no I/O thread is left to do it, it is done here.
+        done.add_done_callback(lambda done: None if done.exception() is None else self._finish_all())
+
+    def _finish_all(self) -> None:
+        while True:
+            self._unfinished[0]()
+            with self._lock:
+                self._unfinished.popleft()
+                if not self._unfinished:
+                    return
 
     def _cuts_for(self, plan: FilePlan, name: str) -> Cuts:
         known = self._cuts.get(name)
@@ -260,8 +293,11 @@ class _File:
             raise
         self.job.copy_s += time.perf_counter() - started
         if first + len(chunks) > self._last:
-            self.job.end(None)
-            self.fill.drop_sources()
+            self._end()
+
+    def _end(self) -> None:
+        self.job.end(None)
+        self.fill.drop_sources()
 
     def give_back(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Those that the writer has not taken over, once no device writes to them."""
@@ -321,6 +357,11 @@ class _File:
     def _copy_from_devices(
         self, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None, first: int
     ) -> None:
+        self._finish_device_copies(self._queue_device_copies(chunks, callers, chosen, first), chosen)
+
+    def _queue_device_copies(
+        self, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None, first: int
+    ) -> list[_Queued]:
         """Queue the copies of all chunks before the first one is waited for."""
         self.fill.wait_callers(callers)
         queued = []
@@ -330,6 +371,9 @@ class _File:
         self.job.events.extend(event for _, _, events, _ in queued for event in events)
         if first + len(chunks) > self._last:
             self.job.enqueued.set_result(None)
+        return queued
+
+    def _finish_device_copies(self, queued: list[_Queued], chosen: list[bool] | None) -> None:
         for k, chunk, events, began in queued:
             self.fill.wait_devices(events)
             self.fill.compare_probes(k, chunk)
@@ -346,12 +390,39 @@ class _File:
     def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
         return Chunk(self.fill.cuts.offset(k), self.fill.cuts.nbytes(k), chunk.view, lambda: self._arena.release(chunk))
 
-    def copy_behind(self, chunks: list[StagingChunk], callers: dict[torch.device, torch.Event], chosen: list[bool] | None) -> None:
-        """`copy_all` on the copy thread: a failure is handed to whoever waits for the file."""
+    def copy_behind(
+        self,
+        chunks: list[StagingChunk],
+        callers: dict[torch.device, torch.Event],
+        chosen: list[bool] | None,
+        finish_later: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`copy_all` on the copy thread. Device copies are only queued here; what waits for them is given to `finish_later`."""
         self._has_started = True
-        try:
+        started = time.perf_counter()
+
+        def finish(queued: list[_Queued]) -> None:
+            self._finish_device_copies(queued, chosen)
+            self.job.copy_s += time.perf_counter() - started
+            self._end()
+
+        def queue() -> None:
+            self.fill.find_again()
+            queued = self._queue_device_copies(chunks, callers, chosen, 0)
+            finish_later(lambda: self._hand_on_failure(chunks, lambda: finish(queued)))
+
+        def copy() -> None:
             self.copy_all(chunks, callers, chosen, is_urgent=False)
+
+        self._hand_on_failure(chunks, queue if self.fill.devices else copy)
+
+    def _hand_on_failure(self, chunks: list[StagingChunk], work: Callable[[], None]) -> None:
+        """Do `work`; a failure is handed to whoever waits for the file."""
+        try:
+            work()
         except BaseException as error:  # noqa: BLE001 - it becomes the file's, and so the commit's, first failure
+            self.give_back(chunks)
+            self.job.end(error)
             self._write.abort(error)
 
     def give_back_unstarted(self, chunks: list[StagingChunk], done: Future[None]) -> None:

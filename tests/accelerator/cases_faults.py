@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt.errors import TransactionStateError
+from async_ckpt.errors import TornSnapshotError, TransactionStateError
 from async_ckpt.host.device import pinning
 from async_ckpt.integrations.dcp.stager import ArenaStager
 from async_ckpt.snapshot.arena import StagingArena
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved
+from .simulator import Graph
 
 
 def committed(root: Path, **state: torch.Tensor) -> None:
@@ -199,3 +200,118 @@ def test_a_chunk_that_could_not_be_pinned_is_pinned_later_or_not_used(simulator:
         arena.release(chunk)
     del chunk, chunks
     arena.close()
+
+
+def test_nothing_waits_for_the_device_from_create_to_the_step(tmp_path: Path, simulator: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 8)).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    wanted = {}
+
+    def gradients() -> None:
+        model(torch.ones(4, 256, device=DEVICE)).square().mean().backward()
+
+    gradients()
+    optimizer.step()
+    with engine(tmp_path) as made:
+        made.guard(optimizer)
+        made.prewarm()
+        for tag in ("first", "second"):
+            gradients()
+            wanted[tag] = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+            torch.accelerator.synchronize(DEVICE)
+            simulator.forget_waits()
+            with simulator.paused(), simulator.no_host_sync():
+                made.create(tag)
+                made.save(model.state_dict(), "model.pt")
+                made.save(optimizer.state_dict(), "optim.pt")
+                made.save(model.state_dict(), "again.pt")
+                pending = made.commit(tag)
+                optimizer.step()
+                mine = [wait for wait in simulator.waits if wait.thread == threading.current_thread().name]
+            pending.result(TIMEOUT_S)
+            assert mine == []
+            assert {save.mode for save in pending.metrics.saves} == {"lazy"}
+    for tag, state in wanted.items():
+        for name in ("model", "again"):
+            found = on_disk(tmp_path, tag, name)
+            assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
+def test_memory_that_was_given_back_and_taken_anew_before_its_copy_was_queued_is_torn(tmp_path: Path, held_copies: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with engine(tmp_path) as made:
+        made.guard(optimizer)
+        held = held_copies(made)
+        pending = saved(made, "t", model={"w": weight.detach()})
+        storage = weight.untyped_storage()
+        storage.resize_(0)
+        taken = torch.full((SIZE,), 7.0, device=DEVICE)
+        storage.resize_(SIZE * 4)
+        held.let_go()
+        with pytest.raises(TornSnapshotError, match="given back and taken anew"):
+            pending.result(TIMEOUT_S)
+        assert distinct(taken) == [7]
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("when", ["before guard", "after guard"])
+def test_an_optimizer_that_may_be_replayed_is_saved_eagerly_and_that_is_said(tmp_path: Path, any_mode: str, when: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
+    optimizer = torch.optim.Adam([weight], lr=1.0, capturable=when == "before guard")
+    with engine(tmp_path) as made:
+        if when == "before guard":
+            with pytest.warns(RuntimeWarning, match="saved eagerly"):
+                made.guard(optimizer)
+        else:
+            made.guard(optimizer)
+            optimizer.param_groups[0]["capturable"] = True
+        pending = saved(made, "t", model={"w": weight.detach()})
+        with torch.no_grad():
+            weight.add_(1)
+        pending.result(TIMEOUT_S)
+        assert pending.metrics.saves[0].mode == "eager"
+    assert distinct(on_disk(tmp_path, "t")["w"]) == [1]
+
+
+def test_a_step_that_was_captured_is_noticed(tmp_path: Path, simulator: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    graph = Graph()
+    with engine(tmp_path) as made:
+        made.guard(optimizer)
+        made.prewarm()
+        with pytest.warns(RuntimeWarning, match="saved eagerly"), simulator.capture(graph):
+            optimizer.step()
+        for step in range(3):
+            pending = saved(made, f"{step}", model={"w": weight.detach()})
+            graph.replay()
+            pending.result(TIMEOUT_S)
+            assert pending.metrics.saves[0].mode == "eager"
+    assert [distinct(on_disk(tmp_path, f"{step}")["w"]) for step in range(3)] == [[1], [0], [-1]]
+
+
+def test_a_step_inside_a_capture_is_refused_while_a_lazy_snapshot_is_in_flight(tmp_path: Path, simulator: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with engine(tmp_path) as made:
+        made.guard(optimizer)
+        made.prewarm()
+        simulator.extension.set_paused(True)
+        try:
+            pending = saved(made, "t", model={"w": weight.detach()})
+
+            def captured() -> None:
+                with simulator.capture(Graph()):
+                    optimizer.step()
+
+            with (
+                pytest.warns(RuntimeWarning, match="saved eagerly"),
+                pytest.raises(TransactionStateError, match=r"call wait_snapshot\(\) before the capture"),
+            ):
+                captured()
+        finally:
+            simulator.extension.set_paused(False)
+        pending.result(TIMEOUT_S)
