@@ -40,6 +40,12 @@ def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
     return finalizer.detach
 
 
+def others_on(root: str, but: InFlight) -> list[InFlight]:
+    """What other engines of this process have in flight in the same root: a retry may not have let go of the one before."""
+    here = os.path.realpath(root)
+    return [other for other in list(_live) if other is not but and os.path.realpath(other.root) == here and other.pid == os.getpid()]
+
+
 def _at_exit() -> None:
     try:
         _finish_all()

@@ -87,9 +87,10 @@ class OpenCheckpoint:
             self.error.__cause__ = error
 
     def check_new(self, path: str) -> None:
-        """Refuse a path that was saved before, or that a directory occupies."""
+        """Refuse a path that was saved before, or that is a directory or below a file."""
         parts = tuple(path.split("/"))
-        if path in self.files or parts in self.directories or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
+        is_folder = parts in self.directories or any(name.startswith(f"{path}/") for name in self.files)
+        if path in self.files or is_folder or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
             raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
 
     def add_file(self, path: str, saved: SavedFile) -> None:

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from ..storage.staged import State
 from ..writer.chunks import WrittenFile
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
-from . import at_exit as leaving
+from . import at_exit
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .config import EngineConfig
 from .observing import Callbacks
@@ -117,7 +117,7 @@ class InFlight:
 
     def finalize_with(self, engine: object) -> None:
         """Tidy up when `engine` is dropped without close, or the interpreter exits."""
-        self._call_off = leaving.watch(engine, self)
+        self._call_off = at_exit.watch(engine, self)
 
     # Which calls are legal now.
 
@@ -153,9 +153,8 @@ class InFlight:
 
     def raise_unacknowledged(self) -> None:
         """Raise the first failure that nobody has asked for yet; each is raised once."""
-        for pending in self._commits:
-            if pending.failure() is not None and not pending.acknowledged:
-                pending.result()
+        for pending in self.unacknowledged():
+            pending.result()
         if self._failures:
             raise self._failures.pop(0)
 
@@ -168,7 +167,8 @@ class InFlight:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
-        if earlier is not None and self._config.overwrite == "refuse":
+        elsewhere = any(other.find_unfinished(tag) for other in at_exit.others_on(self.root, self))
+        if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
         checkpoint = OpenCheckpoint(self._coordinator.begin(tag, self._config.overwrite), CommitMetrics(tag), after=earlier)
@@ -207,15 +207,31 @@ class InFlight:
     def unfinished(self) -> list[PendingCommit]:
         return [pending for pending in self._commits if not pending.done()]
 
+    def unacknowledged(self) -> list[PendingCommit]:
+        """Failed commits whose outcome nobody has asked for."""
+        return [pending for pending in self._commits if pending.failure() is not None and not pending.acknowledged]
+
     def find_unfinished(self, tag: str) -> PendingCommit | None:
         pending = self._last_commit(tag)
         return pending if pending is not None and not pending.done() else None
 
     def await_commit(self, tag: str) -> None:
-        """Wait for a pending commit of this tag, if there is one."""
-        pending, timeout_s = self.find_unfinished(tag), self._config.backpressure_timeout_s
-        if pending is not None and not pending.wait(timeout_s):
-            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {timeout_s:g} s")
+        """Wait for pending commits of this tag in this process, if there are any."""
+        self._await(found for each in (self, *at_exit.others_on(self.root, self)) if (found := each.find_unfinished(tag)))
+
+    def await_others(self) -> None:
+        """Wait for the pending commits of other engines of this process in this root; log those that have failed unheard."""
+        others = at_exit.others_on(self.root, self)
+        self._await(pending for other in others for pending in other.unfinished())
+        for pending in [pending for other in others for pending in other.unacknowledged()]:
+            told = "checkpoint %r of another engine of this process on %r was not committed: %s"
+            report(logging.WARNING, told, pending.tag, self.root, pending.failure())
+
+    def _await(self, commits: Iterable[PendingCommit]) -> None:
+        timeout_s = self._config.backpressure_timeout_s
+        for pending in list(commits):
+            if not pending.wait(timeout_s):
+                raise BackpressureTimeout(f"the commit of {pending.tag!r} did not end within {timeout_s:g} s; it goes on")
 
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)

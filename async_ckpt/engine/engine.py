@@ -237,7 +237,12 @@ class AsyncCheckpointEngine(CheckpointEngine):
     # Looking.
 
     def latest(self, verify: str = "full") -> str | None:
-        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading."""
+        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
+
+        Pending commits of other engines of this process in the same root are waited for first (a retry may still hold one);
+        BackpressureTimeout where they do not end.
+        """
+        self._inflight.await_others()
         return self._catalog.latest(verify=verify)
 
     def tags(self) -> list[str]:
