@@ -61,7 +61,7 @@ def _new_file(target: str) -> Iterator[str]:
         _sync(fresh)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(fresh, 0o644 & ~mask)
+        os.chmod(fresh, 0o666 & ~mask)
         os.replace(fresh, target)
         _sync(folder)
     except BaseException:

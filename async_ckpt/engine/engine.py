@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
-from ..format import manifest
+from ..format.metadata import check_metadata
 from ..format.names import Root, check_tag
 from ..host.device import pinning
 from ..metrics import SaveMetrics
@@ -186,7 +186,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             BackpressureTimeout: too many commits are pending; the tag stays open.
         """
         name = check_tag(tag_of(tag))
-        checked = manifest.check_metadata(metadata or {})
+        checked = check_metadata(metadata or {})
         self._usable()
         with self._lock:
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The manifest: what one committed checkpoint consists of; and, from `_names`, every on-disk name. No I/O.
+"""The manifest: what one committed checkpoint consists of. No I/O.
 
 A committed checkpoint is a directory `<root>/<tag>` with a regular file `manifest.json` at its top. The manifest is
 one JSON object in ASCII, with these members:
@@ -27,10 +27,11 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 from .checksum import crc32
+from .metadata import JSON, MAX_INT_DIGITS, check_metadata
 from .names import (
     check_relative_path,
     check_tag,
@@ -41,22 +42,17 @@ FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
 CLOCK_KEY = "clock_unix_ns"
 """In "writer": what the clock said when the manifest was written, which "created_unix_ns" need not be."""
-NOT_FINITE_KEY = "_not_finite"
-"""In metadata: what the numbers were that JSON cannot hold, by where they stand."""
 
 _MAX_DEPTH = 40
-_MAX_METADATA_DEPTH = 32
 _MAX_ITEMS = 2_000_000
 # At most, of one file's entry without its path and checksums, and of all that is no file and no metadata.
 _ENTRY_BYTES, _ENTRY_ITEMS = 600, 40
 _OTHER_BYTES, _OTHER_ITEMS = 4096, 200
-_MAX_INT_DIGITS = 80
 _MAX_FILE_BYTES = (1 << 63) - 1
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
 _TAIL_BYTES = len(',"crc32":"00000000"}\n')
 
-JSON = Any
 FileFormat = Literal["torch", "safetensors", "opaque"]
 
 
@@ -99,23 +95,6 @@ class Manifest:
     def file(self, path: str) -> FileEntry | None:
         """The entry of `path`, or None."""
         return next((entry for entry in self.files if entry.path == path), None)
-
-
-def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
-    """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
-
-    JSON has no NaN and no infinity: such a number becomes null, and `NOT_FINITE_KEY` in the copy says what it was.
-
-    Raises:
-        UnsupportedStateError: something in it is not JSON; the message names where.
-    """
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping):
-        raise UnsupportedStateError(f"metadata must be a mapping of str to JSON values, not {type(metadata).__name__}")
-    not_finite: dict[str, str] = {}
-    plain = cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
-    return {**plain, NOT_FINITE_KEY: not_finite} if not_finite else plain
 
 
 class ManifestBudget:
@@ -217,34 +196,6 @@ def decode(raw: bytes, *, source: str) -> Manifest:
         raise CorruptCheckpointError(f"{source} is not a valid manifest: {what}", path=source) from error
 
 
-def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JSON:
-    if depth > _MAX_METADATA_DEPTH:
-        raise UnsupportedStateError(f"{where} is nested deeper than {_MAX_METADATA_DEPTH} levels; nothing was committed")
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        if abs(value) >= 10**_MAX_INT_DIGITS:
-            raise UnsupportedStateError(f"{where} is an integer of more than {_MAX_INT_DIGITS} digits; nothing was committed")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            not_finite[where] = str(float(value))
-            return None
-        return float(value)
-    if isinstance(value, str):
-        # Not str(value): an enum's str() is its label.
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise UnsupportedStateError(f"{where} has the key {key!r}; JSON keys are str; nothing was committed")
-        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{index}]", depth + 1, not_finite) for index, item in enumerate(value)]
-    hint = "; call .item() for a number" if hasattr(value, "item") else ""
-    raise UnsupportedStateError(f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed")
-
-
 def _parse(raw: bytes, source: str) -> dict[str, Any]:
     def corrupt(why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{source} is damaged: {why}", path=source)
@@ -291,7 +242,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bounded_int(text: str) -> int:
-    if len(text) > _MAX_INT_DIGITS + 1:
+    if len(text) > MAX_INT_DIGITS + 1:
         raise ValueError("a number has too many digits")
     return int(text)
 

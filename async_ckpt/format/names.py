@@ -55,7 +55,7 @@ def check_tag(tag: str) -> str:
             letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only); or the manifest's own name.
     """
     _check_component(tag, "tag", MAX_TAG_BYTES)
-    if tag.lower() == MANIFEST_NAME:
+    if tag.casefold() == MANIFEST_NAME:
         raise UnsafePathError(f"tag {shown(tag)}: {MANIFEST_NAME!r} is the checkpoint's own file; choose another tag")
     return tag
 
@@ -71,15 +71,15 @@ def check_existing_tag(name: str) -> str:
     return name if name else check_tag(name)
 
 
-def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
+def check_relative_path(path: str, *, carried: bool = False, stored: bool = False) -> tuple[str, ...]:
     """The components of `path`, when it can name a file or directory inside a checkpoint.
 
     Args:
-        stored: another tool chose it (``.gitattributes``, ``notes (1).txt``), or it is in a checkpoint already: any printable
-            characters, a leading dot, and the manifest's name below the top.
+        carried: another tool chose it (``.gitattributes``, ``notes (1).txt``): any printable characters, and a leading dot.
+        stored: it is in a checkpoint already: also the manifest's name below the top, which earlier versions took.
 
     Raises:
-        UnsafePathError: as `check_tag` for each component; also absolute paths and "..".
+        UnsafePathError: as `check_tag` for each component; also absolute paths, "..", and the manifest's own name.
     """
     if not isinstance(path, str):
         raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched")
@@ -87,11 +87,11 @@ def check_relative_path(path: str, *, stored: bool = False) -> tuple[str, ...]:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
     for part in parts:
-        if stored:
+        if carried or stored:
             _check_foreign(part, path)
         elif path != DCP_METADATA_NAME:
             _check_component(part, "path", MAX_COMPONENT_BYTES, whole=path)
-    if MANIFEST_NAME in [part.lower() for part in (parts[:1] if stored else parts)]:
+    if MANIFEST_NAME in [part.casefold() for part in (parts[:1] if stored else parts)]:
         raise UnsafePathError(f"path {shown(path)}: {MANIFEST_NAME!r} is the checkpoint's own; choose another name")
     return parts
 
@@ -146,16 +146,16 @@ class Root:
         """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a tag.
 
         "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as it was given or absolute.
-        No component is ever resolved: ".." and links are refused, not followed. The file's name is another tool's where it is `carried`.
+        No component is ever resolved: ".." and links are refused, not followed. Of a `carried` file, another tool chose the name.
 
         Raises:
             UnsafePathError: malformed, or absolute and outside the root.
         """
         is_below, inner = self._below(path)
         if not is_below:
-            return None, check_relative_path(inner, stored=carried)
+            return None, check_relative_path(inner, carried=carried)
         tag, _, rest = inner.partition("/")
-        return check_tag(tag), check_relative_path(rest, stored=carried) if rest else ()
+        return check_tag(tag), check_relative_path(rest, carried=carried) if rest else ()
 
     def split_committed(self, path: StrPath, *, tag: str | None = None) -> tuple[str, str]:
         """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that checkpoint.

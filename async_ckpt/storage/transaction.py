@@ -37,7 +37,8 @@ from ..errors import (
     UnsafePathError,
     report,
 )
-from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, check_metadata, encode
+from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, encode
+from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
 from ..metrics import publish_step

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from async_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError
 from async_ckpt.format import manifest
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import FileEntry, Manifest, ManifestBudget, check_metadata, decode, encode
+from async_ckpt.format.manifest import FileEntry, Manifest, ManifestBudget, decode, encode
+from async_ckpt.format.metadata import check_metadata
 from async_ckpt.format.names import check_relative_path, check_tag
 
 SAMPLE = Manifest(
@@ -255,8 +256,9 @@ def test_the_documented_alphabet_is_accepted(name: str) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "MANIFEST.JSON", "Manifest.Json"])
 def test_the_manifests_name_is_refused_everywhere(name: str) -> None:
     for path in (name, f"sub/{name}", f"{name}/sub", f"a/{name}/b"):
-        with pytest.raises(UnsafePathError, match="own"):
-            check_relative_path(path)
+        for carried in (False, True):
+            with pytest.raises(UnsafePathError, match="own"):
+                check_relative_path(path, carried=carried)
     with pytest.raises(UnsafePathError, match="another tag"):
         check_tag(name)
     # What an earlier version has committed stays readable.

@@ -32,7 +32,7 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from ...format.manifest import check_metadata
+from ...format.metadata import check_metadata
 from .blobs import BlobPlanner, join_blobs, raw_plan
 from .reader import DcpReader
 from .writer import METADATA_NAME, Place, encode_metadata, plan_file, write_results

@@ -42,7 +42,8 @@ from ...errors import (
     report,
 )
 from ...format.checksum import crc32
-from ...format.manifest import FileEntry, check_metadata
+from ...format.manifest import FileEntry
+from ...format.metadata import check_metadata
 from ...format.names import check_tag, parse_private_name
 from ...storage import transaction
 from ...storage.filesystem import FileSystem

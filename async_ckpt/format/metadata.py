@@ -1,0 +1,60 @@
+"""What a user gives to `commit`, as the plain JSON that a manifest holds. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from ..errors import UnsupportedStateError
+
+JSON = Any
+MAX_INT_DIGITS = 80
+_MAX_DEPTH = 32
+NOT_FINITE_KEY = "_not_finite"
+"""In metadata: what the numbers were that JSON cannot hold, by where they stand."""
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
+    """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
+
+    JSON has no NaN and no infinity: such a number becomes null, and `NOT_FINITE_KEY` in the copy says what it was.
+
+    Raises:
+        UnsupportedStateError: something in it is not JSON; the message names where.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise UnsupportedStateError(f"metadata must be a mapping of str to JSON values, not {type(metadata).__name__}")
+    not_finite: dict[str, str] = {}
+    plain = cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
+    return {**plain, NOT_FINITE_KEY: not_finite} if not_finite else plain
+
+
+def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JSON:
+    if depth > _MAX_DEPTH:
+        raise UnsupportedStateError(f"{where} is nested deeper than {_MAX_DEPTH} levels; nothing was committed")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if abs(value) >= 10**MAX_INT_DIGITS:
+            raise UnsupportedStateError(f"{where} is an integer of more than {MAX_INT_DIGITS} digits; nothing was committed")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            not_finite[where] = str(float(value))
+            return None
+        return float(value)
+    if isinstance(value, str):
+        # Not str(value): an enum's str() is its label.
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UnsupportedStateError(f"{where} has the key {key!r}; JSON keys are str; nothing was committed")
+        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]", depth + 1, not_finite) for index, item in enumerate(value)]
+    hint = "; call .item() for a number" if hasattr(value, "item") else ""
+    raise UnsupportedStateError(f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed")
