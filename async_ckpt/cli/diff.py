@@ -20,9 +20,9 @@ from ..format.checksum import crc32
 from ..format.manifest import FileEntry
 from ..observers.units import format_bytes
 from ..reading.catalog import OpenCheckpoint
+from ..reading.extents import VerifiedFile
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.inventory import MAX_OTHERS, OtherInfo
-from ..storage.filesystem import ReadableFile
 from .failing import EXIT_FAILED, UsageError, clean
 from .locating import Place, place_of
 from .output import print_json, print_table
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 4 << 20
 @dataclass(frozen=True)
 class _Side:
     entry: FileEntry
-    file: ReadableFile
+    file: VerifiedFile
     header: FileHeader | None
 
 
@@ -96,12 +96,8 @@ def _compare(
 
 @contextlib.contextmanager
 def _opened(checkpoint: OpenCheckpoint, entry: FileEntry) -> Iterator[_Side]:
-    file = checkpoint.open_file(entry)
-    try:
-        header = None if entry.format == "opaque" else read_header(file, entry.format, name=entry.path)
-        yield _Side(entry, file, header)
-    finally:
-        file.close()
+    with checkpoint.open_file(entry) as file:
+        yield _Side(entry, file, None if entry.format == "opaque" else read_header(file))
     if not checkpoint.is_current():
         raise CheckpointNotFoundError(f"checkpoint {checkpoint.manifest.tag!r} was deleted or replaced while it was compared")
 
@@ -182,12 +178,9 @@ def _same_extents(x: FileEntry, a: TensorInfo, y: FileEntry, b: TensorInfo) -> b
 
 
 def _range_crc(side: _Side, offset: int, num_bytes: int) -> int:
-    memory = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
     value = 0
     for done in range(0, num_bytes, _BLOCK_BYTES):
-        part = memory[: min(_BLOCK_BYTES, num_bytes - done)]
-        side.file.pread_into(part, offset + done)
-        value = crc32(part, value)
+        value = crc32(side.file.unverified(offset + done, min(_BLOCK_BYTES, num_bytes - done)), value)
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,9 @@ import typer
 from ..errors import UnsupportedStateError
 from ..format.safetensors import DTYPE_NAMES
 from ..observers.units import format_bytes
+from ..reading.extents import VerifiedFile
 from ..reading.header import FileHeader, TensorInfo, read_header
+from ..reading.verified_file import open_committed
 from .failing import UsageError, clean
 from .locating import Place, place_of
 
@@ -80,14 +81,16 @@ def _sync(path: str) -> None:
 
 def _copy(place: Place, file: str, fresh: str) -> None:
     """The committed bytes as they are: the file is a plain one already. No torch."""
-    from ..reading.verified_file import open_committed
-
-    with open_committed(place.catalog, place.tag, file, verify="full", num_threads=None) as opened:
+    with _opened(place, file) as opened:
         handle = os.open(fresh, os.O_WRONLY)
         try:
             opened.stream(lambda offset, memory: _write(handle, offset, memory))
         finally:
             os.close(handle)
+
+
+def _opened(place: Place, file: str) -> VerifiedFile:
+    return open_committed(place.catalog, place.tag, file, verify="full", num_threads=None)
 
 
 def _write(handle: int, offset: int, memory: memoryview) -> None:
@@ -102,35 +105,18 @@ def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: boo
     # Through importlib: the command line as such must not depend on torch.
     torch = importlib.import_module("torch")
     if wanted == "torch":
-        restore = importlib.import_module("async_ckpt.reading.load")
-        torch.save(restore.load_committed(place.catalog, place.tag, file, map_location="cpu"), fresh)
+        loading = importlib.import_module("async_ckpt.reading.load")
+        torch.save(loading.load_committed(place.catalog, place.tag, file, map_location="cpu"), fresh)
         return
     from safetensors.torch import save_file
 
-    # The verified copy is taken apart by its header: nothing of its pickle is run, so every file can be exported.
-    _copy(place, file, fresh)
-    with open(fresh, "rb") as copy:
-        source = _PlainFile(copy.fileno())
-        header = read_header(source, "torch", name=place.name)
+    # The file is taken apart by its header: nothing of its pickle is run, so every file can be exported.
+    with _opened(place, file) as source:
+        source.verify_rest()
+        header = read_header(source)
         _check_exportable(header, place, tensors_only)
         tensors = {tensor.name: _tensor(torch, source, tensor, place) for tensor in header.tensors}
     save_file(tensors, fresh, metadata={"format": "pt"})
-
-
-class _PlainFile:
-    """What `read_header` needs of a file."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self.size_bytes = os.fstat(handle).st_size
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            num_bytes = os.preadv(self._handle, [buffer[done:]], offset + done)
-            if num_bytes == 0:
-                raise OSError(errno.EIO, "the copy ended early")
-            done += num_bytes
 
 
 def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> None:
@@ -153,14 +139,14 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
         raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
 
 
-def _tensor(torch: Any, source: _PlainFile, tensor: TensorInfo, place: Place) -> Any:
+def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Place) -> Any:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:
         raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {clean(tensor.name)!r}")
     if not tensor.extent_bytes:
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
-    memory = bytearray(tensor.extent_bytes)
-    source.pread_into(memoryview(memory), tensor.offset)
+    memory = bytearray(source.view(tensor.offset, tensor.extent_bytes))
+    source.drop(source.kept())
     # Tied and strided tensors become whole ones of their own: the format knows no sharing.
     found = torch.frombuffer(memory, dtype=dtype).as_strided(tensor.shape, tensor.stride)
     found = torch._neg_view(found) if tensor.is_neg else found

@@ -64,13 +64,10 @@ def command(
 def _look_at(checkpoint: OpenCheckpoint, entry: FileEntry, records: bool) -> Any:
     if entry.format == "opaque":
         return "no tensors: an opaque file"
-    file = checkpoint.open_file(entry)
-    try:
+    with checkpoint.open_file(entry) as file:
         if not records:
-            return read_header(file, entry.format, name=entry.path)
-        return read_records(file, name=entry.path) if entry.format == "torch" else "no zip records: a safetensors file"
-    finally:
-        file.close()
+            return read_header(file)
+        return read_records(file) if entry.format == "torch" else "no zip records: a safetensors file"
 
 
 def _chosen(header: FileHeader, prefix: str) -> list[TensorInfo]:

@@ -200,7 +200,15 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._preemption.after_commit(pending)
         return pending
 
-    def load(self, path: StrPath, map_location: Any = None, *, weights_only: bool = True, verify: str = "full", mmap: bool = False) -> Any:
+    def load(
+        self,
+        path: StrPath,
+        map_location: Any = None,
+        *,
+        weights_only: bool | None = None,
+        verify: str = "full",
+        mmap: bool | None = None,
+    ) -> Any:
         """Load a committed file and check every byte against the manifest. Blocks; any thread.
 
         A commit of that tag that is pending here is waited for first.
@@ -208,9 +216,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Args:
             path: "<tag>/file.pt", or "<root>/<tag>/file.pt".
             map_location: as in `torch.load`.
-            weights_only: False runs the pickle's code: only for files you trust.
+            weights_only: False runs the pickle's code: only for files you trust. None is True, as in `torch.load`.
             verify: "full" checks CRCs, "size" only sizes, "off" nothing.
-            mmap: map the file instead of reading it.
+            mmap: map the file instead of reading it; None is torch's own default.
 
         Raises:
             CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError.
@@ -219,7 +227,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
         return load_committed(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
 
     def load_into(
-        self, state_dict: Any, path: StrPath, *, strict: bool = True, verify: str = "full", atomic: Any = "auto", weights_only: bool = True
+        self,
+        state_dict: Any,
+        path: StrPath,
+        *,
+        strict: bool = True,
+        verify: str = "full",
+        atomic: bool | Literal["auto"] = "auto",
+        weights_only: bool | None = None,
     ) -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
@@ -231,7 +246,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         tag, name = self._committed_path(path)
         self.wait_snapshot()
-        how = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
+        how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
         return load_committed_into(self._catalog, tag, name, state_dict, **how)
 
     # Looking.

@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .checksum import crc32
-from .zip_directory import DESCRIPTOR_MAGIC, UINT32_MAX
-
-__all__ = ["MAX_ALIGNMENT", "Container", "SealMap", "lay_out", "with_pickle"]
+from .zip_directory import DESCRIPTOR_MAGIC, END, END64, ENTRY, LOCATOR, UINT32_MAX
 
 MAX_ALIGNMENT = 65536
 ARCHIVE = b"archive/"
@@ -28,10 +26,6 @@ _UINT16_MAX = 0xFFFF
 
 _LOCAL_HEADER = b"PK\3\4\0\0" + struct.pack("<H", 0x0808) + bytes(18)
 _LOCAL_HEADER_EMPTY = b"PK\3\4\0\0" + struct.pack("<H", 0x0800) + bytes(18)
-_ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_LOCATOR = struct.Struct("<4sIQI")
-_END = struct.Struct("<4sHHHHIIH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +131,12 @@ class _Builder:
         directory = self.pos
         nbytes, count, end = self.entries_nbytes, len(self.entries), directory + self.entries_nbytes
         self.run += self.entries
-        self.run.append(_END64.pack(b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, nbytes, directory))
-        self.run.append(_LOCATOR.pack(b"PK\6\7", 0, end, 1))
+        self.run.append(END64.pack(b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, nbytes, directory))
+        self.run.append(LOCATOR.pack(b"PK\6\7", 0, end, 1))
         few, size32, offset32 = min(count, _UINT16_MAX), min(nbytes, UINT32_MAX), min(directory, UINT32_MAX)
-        self.run.append(_END.pack(b"PK\5\6", 0, 0, few, few, size32, offset32, 0))
+        self.run.append(END.pack(b"PK\5\6", 0, 0, few, few, size32, offset32, 0))
         self.flush()
-        self.pos = end + _END64.size + _LOCATOR.size + _END.size
+        self.pos = end + END64.size + LOCATOR.size + END.size
         return directory
 
 
@@ -163,7 +157,7 @@ def _central_entry(name: bytes, nbytes: int, header_offset: int, crc: int) -> by
         extra = struct.pack("<HH", 1, len(fields)) + fields
     flags = 0x0808 if nbytes else 0x0800
     size32, offset32 = min(nbytes, UINT32_MAX), min(header_offset, UINT32_MAX)
-    head = _ENTRY.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, size32, size32, len(name), len(extra), 0, 0, 0, 0, offset32)
+    head = ENTRY.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, size32, size32, len(name), len(extra), 0, 0, 0, 0, offset32)
     return head + name + extra
 
 

@@ -1,130 +1,194 @@
-"""Read a zip container's directory without trusting it: which record lies where, and which CRC it should have.
+"""Reads a zip container's directory without trusting it: which record lies where, and which CRC it should have.
 
-Accepts exactly the shape `torch.save` writes (stored records, zip64 end record, no comment). Everything read is bounded by the file's
-size before it is used: a crafted file is a `CorruptCheckpointError`, never a large allocation or an offset outside the file.
+Accepts exactly the shape that `torch.save` writes (stored records back to back, zip64 end record, no comment). Everything is
+bounded by the file's size before it is used: a crafted file is an error, never a large allocation or an offset outside the file.
+
+A local header says how long its padding is, and so where the payload starts; reading thousands of them would cost a seek each.
+But a payload ends where its data descriptor starts, and that ends where the next header starts: the directory is enough to
+know where to look. What others read (torch looks at the local headers) is the same only where those agree: `HeaderCheck` compares
+them as the file's bytes pass by, `check_headers` at once.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import CorruptCheckpointError
 
 DESCRIPTOR_MAGIC = b"PK\7\x08"
 UINT32_MAX = 0xFFFFFFFF
-MAX_DIRECTORY_BYTES = 1 << 30
-_MAX_NAME_BYTES = 4096
-
 ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
-LOCAL = struct.Struct("<4sHHHHHIIIHH")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_LOCATOR = struct.Struct("<4sIQI")
-_END = struct.Struct("<4sHHHHIIH")
-_TAIL_NBYTES = _END64.size + _LOCATOR.size + _END.size
+END64 = struct.Struct("<4sQHHIIQQQQ")
+LOCATOR = struct.Struct("<4sIQI")
+END = struct.Struct("<4sHHHHIIH")
 
-PRead = Callable[[int, int], bytes]
-"""`pread(offset, nbytes)` returns exactly these bytes; it is only called with ranges inside the file."""
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_TAIL_BYTES = END64.size + LOCATOR.size + END.size
+_MAX_NAME_BYTES = 4096
+_MAX_PADDING_BYTES = 65535
+
+PRead = Callable[[int, int], "bytes | memoryview"]
+"""`pread(offset, num_bytes)` returns exactly these bytes; it is only called with ranges inside the file."""
+
+
+class UnusualLayoutError(Exception):
+    """Perhaps a valid zip file, but not one laid out back to back as torch does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its name inside the zip, its payload's extent, the CRC it claims, and where its directory entry stands."""
+    """One record: its payload's extent, the CRC that it claims, and where its header and its directory entry stand."""
 
-    name: str
     offset: int
-    nbytes: int
+    num_bytes: int
     crc32: int
-    entry_offset: int
+    zip_name: bytes = b""
+    header_offset: int = 0
+    entry_offset: int = 0
+
+    @property
+    def header_bytes(self) -> int:
+        """Size of the local header up to the end of the name."""
+        return _LOCAL.size + len(self.zip_name)
+
+    def check_header(self, header: bytes | memoryview) -> None:
+        """Compare `header_bytes` bytes from `header_offset` with what the directory says. Raises CorruptCheckpointError."""
+        magic, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack_from(header, 0)
+        is_same = magic == b"PK\3\4" and method == 0 and not flags & 1 and header[_LOCAL.size :] == self.zip_name
+        if not is_same or self.header_offset + _LOCAL.size + name_bytes + extra_bytes != self.offset:
+            name = self.zip_name.decode("utf-8", "replace")
+            raise CorruptCheckpointError(f"record {name!a} has a local header that contradicts the directory", record=name)
 
 
-def read_directory(pread: PRead, file_bytes: int) -> list[Record]:
-    """Every record of the container, in file order, from its central directory.
+def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
+    """Every record by its name without the archive's, in file order, from the directory alone. Blocks in `pread` (two calls).
 
-    Any thread; blocks in `pread` (one call per record, plus two). Raises CorruptCheckpointError for anything that is not a plain
-    torch container: wrong magic, compression, sizes or offsets outside the file, overlapping or duplicate records.
+    Raises:
+        CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
+        UnusualLayoutError: the records do not lie back to back, or not as they are.
     """
-    count, directory, nbytes = read_end(pread, file_bytes)
-    raw = pread(directory, nbytes)
-    records: list[Record] = []
-    names: set[str] = set()
-    at, previous_end = 0, 0
+    count, directory, directory_bytes = _read_end(pread, file_bytes)
+    raw = bytes(pread(directory, directory_bytes))
+    entries: list[tuple[bytes, int, int, int, int]] = []
+    at = 0
     for _ in range(count):
-        record, previous_end, at = _read_entry(pread, raw, at, directory, previous_end)
-        if record.name in names:
-            raise CorruptCheckpointError(f"zip directory names {record.name!r} twice", record=record.name)
-        names.add(record.name)
-        records.append(record)
-    if at != nbytes:
-        raise CorruptCheckpointError(f"zip directory has {nbytes - at} bytes more than its {count} entries need")
-    return records
+        entry, following = _read_entry(raw, at)
+        entries.append((*entry, directory + at))
+        at = following
+    if at != directory_bytes:
+        raise CorruptCheckpointError(f"zip directory has {directory_bytes - at} bytes more than its {count} entries need")
+    return _extents(entries, directory)
 
 
-def read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
+def check_headers(pread: PRead, records: Mapping[str, Record]) -> None:
+    """Compare all local headers with the directory. Blocks in `pread`, one call per record. Raises CorruptCheckpointError."""
+    for record in records.values():
+        record.check_header(pread(record.header_offset, record.header_bytes))
+
+
+class HeaderCheck:
+    """Compares local headers with the directory as a file's bytes pass by, in any order. Any thread."""
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self._records = list(records.values())
+        self._starts = [record.header_offset for record in self._records]
+        self._parts: dict[int, dict[int, bytes]] = {}
+
+    def __call__(self, offset: int, view: memoryview) -> None:
+        """Look at file bytes [offset, offset + len(view)). Raises CorruptCheckpointError."""
+        end = offset + len(view)
+        first = bisect_left(self._starts, offset - _LOCAL.size - _MAX_NAME_BYTES)
+        for record in self._records[first : bisect_left(self._starts, end)]:
+            low, high = record.header_offset, record.header_offset + record.header_bytes
+            if offset <= low and high <= end:
+                record.check_header(view[low - offset : high - offset])
+            elif high > offset:
+                # It lies in two blocks: whichever comes last finds both parts.
+                parts = self._parts.setdefault(low, {})
+                parts[max(low, offset)] = bytes(view[max(low - offset, 0) : high - offset])
+                if sum(map(len, parts.copy().values())) == record.header_bytes:
+                    record.check_header(b"".join(part for _, part in sorted(parts.items())))
+
+
+def _read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
     """(entry count, directory offset, directory size) from the three end records."""
-    if file_bytes < _TAIL_NBYTES:
+    if file_bytes < _TAIL_BYTES:
         raise CorruptCheckpointError(f"file has {file_bytes} bytes, too few for a zip container")
-    tail_offset = file_bytes - _TAIL_NBYTES
-    tail = pread(tail_offset, _TAIL_NBYTES)
-    magic, size, _, _, disk, first_disk, here, count, nbytes, directory = _END64.unpack_from(tail, 0)
-    locator_magic, locator_disk, end64_offset, _ = _LOCATOR.unpack_from(tail, _END64.size)
-    end = _END.unpack_from(tail, _END64.size + _LOCATOR.size)
-    if magic != b"PK\6\6" or size != _END64.size - 12 or locator_magic != b"PK\6\7" or end[0] != b"PK\5\6" or end[7] != 0:
+    tail_offset = file_bytes - _TAIL_BYTES
+    tail = pread(tail_offset, _TAIL_BYTES)
+    magic, size, _, _, disk, first_disk, here, count, num_bytes, directory = END64.unpack_from(tail, 0)
+    locator_magic, locator_disk, end64_offset, _ = LOCATOR.unpack_from(tail, END64.size)
+    end = END.unpack_from(tail, END64.size + LOCATOR.size)
+    if (magic, size, locator_magic, end[0], end[7]) != (b"PK\6\6", END64.size - 12, b"PK\6\7", b"PK\5\6", 0):
         raise CorruptCheckpointError("file does not end in a zip64 end record: cut off, overwritten, or no torch file")
-    if disk or first_disk or locator_disk or here != count or end64_offset != tail_offset:
+    claimed = (0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(num_bytes, UINT32_MAX), min(directory, UINT32_MAX))
+    is_consistent = (disk, first_disk, locator_disk, here, end64_offset) == (0, 0, 0, count, tail_offset)
+    if not is_consistent or tuple(end[1:7]) != claimed or directory + num_bytes != tail_offset:
         raise CorruptCheckpointError("zip end records contradict each other")
-    claimed = (0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(nbytes, UINT32_MAX), min(directory, UINT32_MAX))
-    if tuple(end[1:7]) != claimed or directory + nbytes != tail_offset:
-        raise CorruptCheckpointError("zip end records contradict each other")
-    if nbytes > MAX_DIRECTORY_BYTES or count * ENTRY.size > nbytes:
-        raise CorruptCheckpointError(f"zip directory claims {count} entries in {nbytes} bytes")
-    return count, directory, nbytes
+    if count * ENTRY.size > num_bytes:
+        raise CorruptCheckpointError(f"zip directory claims {count} entries in {num_bytes} bytes")
+    return count, directory, num_bytes
 
 
-def _read_entry(pread: PRead, raw: bytes, at: int, directory: int, previous_end: int) -> tuple[Record, int, int]:
-    """One directory entry and the local header it points at; returns (record, end of its payload, next entry)."""
+def _read_entry(raw: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
+    """((name, offset of the local header, size, CRC), offset of the next entry) of the directory entry at `at`."""
     if at + ENTRY.size > len(raw):
         raise CorruptCheckpointError("zip directory is cut off inside an entry")
     fields = ENTRY.unpack_from(raw, at)
-    magic, _, _, flags, method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, header = fields
+    magic, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _, header = fields
     name_at = at + ENTRY.size
-    following = name_at + name_nbytes + extra_nbytes
-    if magic != b"PK\1\2" or following > len(raw) or not 0 < name_nbytes <= _MAX_NAME_BYTES or comment_nbytes or disk:
+    following = name_at + name_bytes + extra_bytes
+    is_sound = magic == b"PK\1\2" and following <= len(raw) and 0 < name_bytes <= _MAX_NAME_BYTES
+    if not is_sound or comment_bytes or disk:
         raise CorruptCheckpointError("zip directory holds a malformed entry")
-    raw_name = raw[name_at : name_at + name_nbytes]
-    try:
-        name = raw_name.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptCheckpointError(f"zip directory holds a record name that is not UTF-8: {raw_name!r}") from error
-    if method != 0 or flags & 0x0001:
-        raise CorruptCheckpointError(f"record {name!r} is compressed or encrypted; torch stores records plainly", record=name)
-    nbytes, packed, header = read_zip64(raw[name_at + name_nbytes : following], nbytes, packed, header, name)
-    if packed != nbytes:
-        raise CorruptCheckpointError(f"record {name!r} claims two sizes, {packed} and {nbytes} bytes", record=name)
-    if header < previous_end or header + LOCAL.size + name_nbytes > directory:
-        raise CorruptCheckpointError(f"record {name!r} overlaps another one or lies outside the file (header at {header})", record=name)
-    local = pread(header, LOCAL.size + name_nbytes)
-    values = LOCAL.unpack_from(local, 0)
-    if values[0] != b"PK\3\4" or values[3] != 0 or values[9] != name_nbytes or local[LOCAL.size :] != raw_name:
-        raise CorruptCheckpointError(f"record {name!r} has a local header that contradicts the directory", record=name)
-    offset = header + LOCAL.size + name_nbytes + values[10]
-    if offset + nbytes > directory:
-        raise CorruptCheckpointError(f"record {name!r} claims bytes {offset}..{offset + nbytes}, past the payload area", record=name)
-    return Record(name, offset, nbytes, crc, directory + at), offset + nbytes, following
+    name = raw[name_at : name_at + name_bytes]
+    size, packed, header = _read_zip64(raw[name_at + name_bytes : following], size, packed, header, name)
+    if method != 0 or flags & 1 or packed != size:
+        raise UnusualLayoutError(f"record {name!r} is compressed or encrypted")
+    return (name, header, size, crc), following
 
 
-def read_zip64(extra: bytes, nbytes: int, packed: int, header: int, name: str) -> tuple[int, int, int]:
+def _read_zip64(extra: bytes, size: int, packed: int, header: int, name: bytes) -> tuple[int, int, int]:
     """Replace the saturated 32-bit fields by those of the zip64 extra."""
-    needed = [nbytes == UINT32_MAX, packed == UINT32_MAX, header == UINT32_MAX]
+    needed = [field == UINT32_MAX for field in (size, packed, header)]
     if not any(needed):
-        return nbytes, packed, header
+        return size, packed, header
     at = 0
     while at + 4 <= len(extra):
-        kind, size = struct.unpack_from("<HH", extra, at)
-        if kind == 1 and size >= 8 * sum(needed) and at + 4 + size <= len(extra):
+        kind, extra_bytes = struct.unpack_from("<HH", extra, at)
+        if kind == 1 and extra_bytes >= 8 * sum(needed) and at + 4 + extra_bytes <= len(extra):
             wide = iter(struct.unpack_from(f"<{sum(needed)}Q", extra, at + 4))
-            values = [next(wide) if need else value for need, value in zip(needed, (nbytes, packed, header), strict=True)]
-            return values[0], values[1], values[2]
-        at += 4 + size
-    raise CorruptCheckpointError(f"record {name!r} lacks its 64-bit sizes", record=name)
+            size, packed, header = (next(wide) if need else field for need, field in zip(needed, (size, packed, header), strict=True))
+            return size, packed, header
+        at += 4 + extra_bytes
+    raise CorruptCheckpointError(f"record {name!r} lacks its 64-bit sizes")
+
+
+def _extents(entries: list[tuple[bytes, int, int, int, int]], directory: int) -> dict[str, Record]:
+    archive = entries[0][0].partition(b"/")[0] + b"/" if entries else b""
+    found: dict[str, Record] = {}
+    # torch finds records whatever the case of their names.
+    folded: set[bytes] = set()
+    previous_end = 0
+    for i, (zip_name, header, size, crc, entry_offset) in enumerate(entries):
+        following = entries[i + 1][1] if i + 1 < len(entries) else directory
+        wide = size >= UINT32_MAX or header >= UINT32_MAX
+        offset = following - (0 if size == 0 else 24 if wide else 16) - size
+        try:
+            name = zip_name.removeprefix(archive).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptCheckpointError(f"zip directory holds a record name that is not UTF-8: {zip_name!r}") from error
+        if zip_name.lower() in folded:
+            raise CorruptCheckpointError(f"zip directory names {name!a} twice", record=name)
+        record = Record(offset, size, crc, zip_name, header, entry_offset)
+        if header != previous_end or not 0 <= offset - header - record.header_bytes <= _MAX_PADDING_BYTES:
+            raise UnusualLayoutError(f"record {name!a} does not lie right behind the one before")
+        if not zip_name.startswith(archive):
+            raise UnusualLayoutError(f"record {name!a} is of another archive")
+        folded.add(zip_name.lower())
+        found[name] = record
+        previous_end = following
+    return found

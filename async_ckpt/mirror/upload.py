@@ -211,7 +211,7 @@ class Upload:
 
     async def _send(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
         context, started_s = self._context, time.perf_counter()
-        file = await opened(context.executor, lambda: checkpoint.open_file(one.entry, direct=True))
+        file = await opened(context.executor, lambda: checkpoint.open_raw(one.entry))
         part_bytes = context.mirror.part_bytes
         stream = PartStream(
             file, one, slots=slots, pace=context.pace, part_bytes=part_bytes, executor=context.executor, on_part=self._on_part

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CorruptCheckpointError
 from ..format.plain import NotPlainError, StorageRef
-from ..format.zip_records import RecordExtent
+from ..format.zip_directory import Record
 from .scatter import Scatter, new_storage
 
 _STORAGE_DTYPES: dict[str, torch.dtype] = {
@@ -53,7 +53,7 @@ def _resolve(tag: str) -> torch.device:
     return torch.device(moved.device)
 
 
-def storage_extent(ref: StorageRef, records: Mapping[str, RecordExtent], dtype: torch.dtype, name: str) -> RecordExtent:
+def storage_extent(ref: StorageRef, records: Mapping[str, Record], dtype: torch.dtype, name: str) -> Record:
     """The record of a storage, after its size was compared with what the pickle says."""
     record_name = f"data/{ref.key}"
     record = records.get(record_name)
@@ -106,7 +106,7 @@ def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]
 class TensorBuilder(PlainObjects):
     """A `plain.Builder` that allocates storages and notes in `scatter` how to fill them."""
 
-    def __init__(self, records: Mapping[str, RecordExtent], place: Place, *, name: str) -> None:
+    def __init__(self, records: Mapping[str, Record], place: Place, *, name: str) -> None:
         self.scatter = Scatter()
         self._records = records
         self._place = place

@@ -61,26 +61,35 @@ class OpenCheckpoint:
             raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
         return entry
 
-    def open_file(self, entry: FileEntry, *, direct: bool = False) -> ReadableFile:
-        """Open a file of the checkpoint, of exactly the committed size.
+    def open_file(
+        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
+    ) -> VerifiedFile:
+        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as `open_raw`."""
+        file = self.open_raw(entry)
+        try:
+            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
+        except BaseException:
+            file.close()
+            raise
+
+    def open_raw(self, entry: FileEntry) -> ReadableFile:
+        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself.
 
         Raises:
             CorruptCheckpointError: missing, not a regular file, or another size.
             CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
         """
         try:
-            file = self.open_read(entry.parts, direct=direct)
+            file = self.open_read(entry.parts, direct=True)
         except FileNotFoundError as error:
             if not self.is_current():
                 raise _gone(self.manifest.tag) from error
-            raise CorruptCheckpointError(f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}", path=entry.path) from error
+            message = f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}"
+            raise CorruptCheckpointError(message, path=entry.path) from error
         if file.size_bytes != entry.size_bytes:
-            size_bytes = file.size_bytes
             file.close()
-            raise CorruptCheckpointError(
-                f"{entry.path!r} in checkpoint {self.manifest.tag!r} has {size_bytes} bytes, {entry.size_bytes} were committed",
-                path=entry.path,
-            )
+            what = f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
+            raise CorruptCheckpointError(f"{entry.path!r} in checkpoint {self.manifest.tag!r} {what}", path=entry.path)
         return file
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
@@ -94,17 +103,6 @@ class OpenCheckpoint:
                 raise
             with contextlib.closing(self._filesystem.open_dir(home)) as folder:
                 return folder.open_read((beside,), direct=direct)
-
-    def open_verified(
-        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
-    ) -> VerifiedFile:
-        """Open a file of the checkpoint to read it with its checksums, around the page cache. Raises as `open_file`."""
-        file = self.open_file(entry, direct=True)
-        try:
-            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
-        except BaseException:
-            file.close()
-            raise
 
     def is_current(self) -> bool:
         """Whether the tag still names this very directory."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..errors import CheckpointError
 from ..format.checksum import crc32
-from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
+from ..format.zip_directory import Record, UnusualLayoutError, read_directory
 from .errors import ExtentMismatch
 from .extents import BLOCK_BYTES, VerifiedFile
 
@@ -33,7 +33,7 @@ def damaged_records(file: VerifiedFile, extent: int) -> str | None:
         return None
     first, end = file.extent_range(extent)
     try:
-        records = record_extents(file.unverified, file.size_bytes)
+        records = read_directory(file.unverified, file.size_bytes)
         touching = [name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first]
         broken = [name for name in touching[:_MAX_SUMMED] if _crc(file, records[name]) != records[name].crc32]
     except (CheckpointError, UnusualLayoutError):
@@ -43,7 +43,7 @@ def damaged_records(file: VerifiedFile, extent: int) -> str | None:
     return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "") or None
 
 
-def _crc(file: VerifiedFile, record: RecordExtent) -> int:
+def _crc(file: VerifiedFile, record: Record) -> int:
     crc = 0
     for offset in range(record.offset, record.offset + record.num_bytes, BLOCK_BYTES):
         crc = crc32(file.unverified(offset, min(BLOCK_BYTES, record.offset + record.num_bytes - offset)), crc)

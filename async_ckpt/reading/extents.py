@@ -76,6 +76,8 @@ class VerifiedFile:
         self.check = check
         self.lend = lend
         self.new_buffer: Callable[[int], memoryview] = region
+        self.on_bytes: Consume | None = None
+        """Looks at all bytes that `stream` passes on, before anybody else gets them."""
         self.on_read = metrics.read_listener()
         self._file = file
         self._num_threads = num_threads
@@ -300,6 +302,8 @@ class _Reading:
                     self._sum(block, memory, extent)
             if file.on_read is not None:
                 file.on_read(file.name, block.num_bytes, file.size_bytes)
+        if file.on_bytes is not None:
+            file.on_bytes(block.offset, memory)
         if self._consume is not None:
             self._consume(block.offset, memory)
 

@@ -11,26 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsupportedStateError
 from ..format.checksum import crc32
 from ..format.inert import read_inert
 from ..format.pickles import MalformedPickleError
 from ..format.safetensors import read_safetensors
-from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
+from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
+from .extents import VerifiedFile
 from .inventory import MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
 
 MAX_PICKLE_BYTES = 256 << 20
-
-
-class HeaderFile(Protocol):
-    """What is needed of an open file."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ class FileHeader:
 
     tensors: tuple[TensorInfo, ...]
     num_others: int
-    records: dict[str, RecordExtent]
+    records: dict[str, Record]
     others: tuple[OtherInfo, ...] = ()
     rest: str = ""
     """A checksum of the values behind those in `others`."""
@@ -83,18 +75,19 @@ class FileHeader:
         return sum(tensor.num_bytes for tensor in self.tensors if not tensor.is_shared)
 
 
-def read_header(file: HeaderFile, file_format: str, *, name: str) -> FileHeader:
-    """The header of an open file of format "torch" or "safetensors". Blocks for a few small reads; any thread.
+def read_header(file: VerifiedFile) -> FileHeader:
+    """The header of an open file of format "torch" or "safetensors". Blocks for small reads; any thread.
 
     Raises:
         CorruptCheckpointError: malformed, or an extent outside the file.
         UnsupportedStateError: more than a million tensors, an opaque file, or a zip file that torch did not write.
     """
-    if file_format == "safetensors":
+    name = file.entry.path
+    if file.entry.format == "safetensors":
         return _safetensors_header(file, name)
-    if file_format != "torch":
-        raise UnsupportedStateError(f"{name} has format {file_format!r}: it has no header that could be shown")
-    records = read_records(file, name=name)
+    if file.entry.format != "torch":
+        raise UnsupportedStateError(f"{name} has format {file.entry.format!r}: it has no header that could be shown")
+    records = read_records(file)
     pickled = records.get("data.pkl")
     if pickled is None:
         raise CorruptCheckpointError(f"{name} holds no data.pkl: it is no file of torch.save", path=name)
@@ -102,11 +95,11 @@ def read_header(file: HeaderFile, file_format: str, *, name: str) -> FileHeader:
         raise CorruptCheckpointError(
             f"{name}: data.pkl has {pickled.num_bytes} bytes, at most {MAX_PICKLE_BYTES} are read", path=name, record="data.pkl"
         )
-    raw = _read(file, pickled.offset, pickled.num_bytes)
+    raw = file.unverified(pickled.offset, pickled.num_bytes)
     if crc32(raw) != pickled.crc32:
         raise CorruptCheckpointError(f"{name}: the checksum of data.pkl is wrong", path=name, record="data.pkl")
     try:
-        structure = read_inert(bytes(raw), Inventory(records))
+        structure = read_inert(raw, Inventory(records))
     except MalformedPickleError as error:
         raise CorruptCheckpointError(f"{name}: data.pkl cannot be read: {error}", path=name, record="data.pkl") from error
     except CorruptCheckpointError as error:
@@ -114,23 +107,20 @@ def read_header(file: HeaderFile, file_format: str, *, name: str) -> FileHeader:
     return _collect(structure, records, name)
 
 
-def read_records(file: HeaderFile, *, name: str) -> dict[str, RecordExtent]:
+def read_records(file: VerifiedFile) -> dict[str, Record]:
     """The records of a torch file, from the zip directory. Raises CorruptCheckpointError or UnsupportedStateError."""
+    name = file.entry.path
     try:
-        return record_extents(lambda offset, num_bytes: bytes(_read(file, offset, num_bytes)), file.size_bytes)
+        records = read_directory(file.unverified, file.size_bytes)
+        check_headers(file.unverified, records)
     except UnusualLayoutError as error:
         raise UnsupportedStateError(f"{name} is no zip file as torch lays it out ({error})") from error
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{name}: {error}", path=name, record=error.record) from error
+    return records
 
 
-def _read(file: HeaderFile, offset: int, num_bytes: int) -> memoryview:
-    memory = memoryview(bytearray(num_bytes))
-    file.pread_into(memory, offset)
-    return memory
-
-
-def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> FileHeader:
+def _collect(structure: Any, records: dict[str, Record], name: str) -> FileHeader:
     tensors: list[TensorInfo] = []
     others: list[OtherInfo] = []
     seen_bytes: set[tuple[int, int]] = set()
@@ -174,7 +164,7 @@ def _collect(structure: Any, records: dict[str, RecordExtent], name: str) -> Fil
     return FileHeader(tuple(tensors), num_others, records, tuple(others), rest.hexdigest())
 
 
-def _safetensors_header(file: HeaderFile, name: str) -> FileHeader:
+def _safetensors_header(file: VerifiedFile, name: str) -> FileHeader:
     tensors = [
         TensorInfo(
             path=tuple(tensor.name.split(".")),
@@ -190,6 +180,6 @@ def _safetensors_header(file: HeaderFile, name: str) -> FileHeader:
             is_shared=False,
             key=("s" + tensor.name,),
         )
-        for tensor in read_safetensors(lambda offset, num_bytes: _read(file, offset, num_bytes), file.size_bytes, name=name)
+        for tensor in read_safetensors(file.unverified, file.size_bytes, name=name)
     ]
     return FileHeader(tuple(sorted(tensors, key=lambda tensor: tensor.offset)), 0, {})

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CorruptCheckpointError, UnsupportedStateError
 from ..format.inert import Inert, PersistentId, describe, fingerprint
 from ..format.pickles import Name, OpaqueKey
-from ..format.zip_records import RecordExtent
+from ..format.zip_directory import Record
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000
@@ -65,7 +65,7 @@ class FoundTensor:
     offset: int
     extent_bytes: int
     record: str
-    extent: RecordExtent
+    extent: Record
     is_conj: bool = False
     is_neg: bool = False
     kind: str = ""
@@ -81,7 +81,7 @@ class FoundTensor:
 class Inventory:
     """A `Call` for `read_inert`: makes `FoundTensor`s of torch's ways to say tensor."""
 
-    def __init__(self, records: Mapping[str, RecordExtent]) -> None:
+    def __init__(self, records: Mapping[str, Record]) -> None:
         self._records = records
 
     def __call__(self, name: str, args: tuple[Any, ...]) -> Any:

@@ -7,52 +7,102 @@ tensor as long as the pickle says, copies what is referred to, and hashes keys h
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptCheckpointError
-from ..format.inert import describe, read_inert
-from ..format.pickles import MalformedPickleError, Name
-from ..format.zip_directory import Record, read_directory
+from ..format.inert import Notes, describe
+from ..format.opcodes import EVERY_OPCODE
+from ..format.pickles import MalformedPickleError, Name, PickleReader
+from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
 from .extents import VerifiedFile
+from .inventory import ITEM_BYTES, STORAGE_TYPES
 
+LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+"""How files begin that torch wrote before its zip format, and still writes on request."""
+_MAX_LEGACY_PICKLES_BYTES = 64 << 20
 _MADE_BY_LENGTH = re.compile(r"torch\.(?:(?:cuda\.|sparse\.)*\w*Tensor|storage\.(?:Unt|T)ypedStorage)")
 """What torch itself never pickles as a call."""
 
 
-def refuse_bombs(file: VerifiedFile) -> None:
-    """Blocks for the directory and the pickle; about half as long as that unpickler takes.
+class _Suspicious(Notes):
+    """Makes notes, refuses calls that make objects by their length, and adds up the storages that the pickle names."""
+
+    def __init__(self, path: str, record: str) -> None:
+        self._path = path
+        self._record = record
+        self.storage_bytes: dict[Any, int] = {}
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        name = function.text if type(function) is Name else describe(function)
+        is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in args)
+        if is_length or (args and _MADE_BY_LENGTH.fullmatch(name)):
+            what = f"asks {describe(Name(name))} for memory that it does not hold ({describe(args)})"
+            raise CorruptCheckpointError(f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record)
+        return super().call(function, args)
+
+    def persistent(self, value: Any) -> Any:
+        if isinstance(value, tuple) and len(value) >= 5 and isinstance(value[1], Name) and type(value[4]) is int:
+            item_bytes = ITEM_BYTES.get(STORAGE_TYPES.get(value[1].text.rpartition(".")[2], ""), 16)
+            self.storage_bytes[str(value[2])] = value[4] * item_bytes
+        return super().persistent(value)
+
+
+def torch_records(file: VerifiedFile) -> dict[str, Record]:
+    """The records of a file of `torch.save`; torch reads the same ones. Blocks for the directory and the local headers.
 
     Raises:
-        CorruptCheckpointError: it is one, or no container that `torch.save` has written.
+        CorruptCheckpointError: it is no container that `torch.save` has written.
     """
-    for record in _directory(file):
-        if record.name.endswith("data.pkl"):
-            refuse_length(file.read(record.offset, record.nbytes), file.name, record.name)
-
-
-def _directory(file: VerifiedFile) -> list[Record]:
     try:
-        return read_directory(file.unverified, file.size_bytes)
-    except CorruptCheckpointError as error:
+        records = read_directory(file.read, file.size_bytes)
+        check_headers(file.unverified, records)
+    except (CorruptCheckpointError, UnusualLayoutError) as error:
         # Damage is told as damage, with the record's name.
         file.verify_rest()
-        raise CorruptCheckpointError(f"{file.name}: {error}", path=file.name, record=error.record) from error
+        raise CorruptCheckpointError(f"{file.name} is no file of torch.save: {error}", path=file.name) from error
+    return records
 
 
-def refuse_length(pickled: bytes, path: str, record: str) -> None:
-    """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`.
+def refuse_bombs(file: VerifiedFile, records: Mapping[str, Record]) -> None:
+    """Blocks for the pickle; about half as long as that unpickler takes.
+
+    Raises:
+        CorruptCheckpointError: it is one.
+    """
+    for name, record in records.items():
+        if name.endswith("data.pkl"):
+            refuse_length(file.read(record.offset, record.num_bytes), file.name, name)
+
+
+def refuse_length(pickled: bytes, path: str, record: str) -> int:
+    """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`; gives its length.
 
     Raises:
         CorruptCheckpointError: it does, or is no pickle.
     """
+    return _read(pickled, _Suspicious(path, record), path, record)
 
-    def call(name: str, args: tuple[Any, ...]) -> None:
-        is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in args)
-        if is_length or (args and _MADE_BY_LENGTH.fullmatch(name)):
-            what = f"record {record!r} asks {describe(Name(name))} for memory that it does not hold ({describe(args)})"
-            raise CorruptCheckpointError(f"{path}: {what}", path=path, record=record)
 
+def _read(pickled: bytes, maker: Notes, path: str, record: str) -> int:
+    reader = PickleReader(pickled, maker, EVERY_OPCODE)
     try:
-        read_inert(pickled, call)
+        reader.read()
     except MalformedPickleError as error:
-        raise CorruptCheckpointError(f"{path}: record {record!r} is no pickle that is read: {error}", path=path, record=record) from error
+        message = f"{path}: record {record!r} is no pickle that is read: {error}"
+        raise CorruptCheckpointError(message, path=path, record=record) from error
+    return reader.position
+
+
+def refuse_legacy_bombs(file: VerifiedFile) -> None:
+    """As `refuse_bombs`, of a file in torch's old format: five pickles, then the storages.
+
+    Raises:
+        CorruptCheckpointError: it is one, or its storages are larger than the file.
+    """
+    pickles = file.read(0, min(file.size_bytes, _MAX_LEGACY_PICKLES_BYTES))
+    maker = _Suspicious(file.name, "the legacy file")
+    for _ in range(5):
+        pickles = pickles[_read(pickles, maker, file.name, "the legacy file") :]
+    if sum(maker.storage_bytes.values()) > file.size_bytes:
+        raise CorruptCheckpointError(f"{file.name}: its pickle names storages that are larger than the file", path=file.name)

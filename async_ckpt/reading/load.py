@@ -16,19 +16,21 @@ import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from mmap import MAP_PRIVATE
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.serialization import config
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
 from ..format.plain import NotPlainError, load_plain
-from ..format.zip_records import RecordExtent, UnusualLayoutError, record_extents
+from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
 from ..host.device import without_default_device
 from .build import TensorBuilder, place_for
 from .damage import naming_the_record
 from .errors import ReadError
 from .extents import MemorySource, VerifiedFile
-from .limits import refuse_bombs
+from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_records
 from .load_into import Atomic, Restored, fill, read_inventory, safetensors_inventory
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
@@ -51,18 +53,18 @@ def load(
     path: str | os.PathLike[str],
     *,
     map_location: Any = None,
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     verify: str = "full",
-    mmap: bool = False,
+    mmap: bool | None = None,
     num_threads: int | None = None,
 ) -> Any:
     """The object saved at ``<root>/<tag>/file.pt``, as `torch.load` would return it, verified. Blocks; any thread.
 
     Args:
         map_location: as in `torch.load`.
-        weights_only: False runs the pickle's code: only for files you trust.
+        weights_only: False runs the pickle's code: only for files you trust. None is True, unless TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
         verify: "full" compares every byte's CRC with the manifest, "size" and "off" only sizes.
-        mmap: map the file instead of reading it (after verifying it).
+        mmap: map the file instead of reading it (after verifying it). None is ``torch.utils.serialization.config.load.mmap``.
         num_threads: reads in flight; None chooses.
 
     Raises:
@@ -82,7 +84,7 @@ def load_into(
     strict: bool = True,
     verify: str = "full",
     atomic: Atomic = "auto",
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     num_threads: int | None = None,
 ) -> Restored:
     """Fill the tensors of `state_dict` from ``<root>/<tag>/file.pt``, in place and in parallel. Blocks; any thread.
@@ -109,9 +111,9 @@ def load_committed(
     name: str,
     *,
     map_location: Any = None,
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     verify: str = "full",
-    mmap: bool = False,
+    mmap: bool | None = None,
     num_threads: int | None = None,
 ) -> Any:
     """`load` of file `name` in checkpoint `tag` of `catalog`."""
@@ -119,22 +121,51 @@ def load_committed(
         return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
 
 
-def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = True, mmap: bool = False) -> Any:
-    """The object in a file that is open already. `weights_only=None` is ``torch.load``'s default."""
-    with naming_the_record(file), without_default_device():
-        if file.entry.format == "opaque" and file.read(0, min(2, file.size_bytes)) not in (b"PK", b"\x80\x02"):
-            raise UnsupportedStateError(
-                f"{file.name} was saved as bytes (save_bytes) and is no state that could be loaded; read it at its path"
-            )
+def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None) -> Any:
+    """The object in a file that is open already; None is what ``torch.load`` does by itself."""
+    _refuse_contexts()
+    with naming_the_record(file):
         if file.entry.format == "safetensors":
             return load_safetensors(file, map_location)
-        if mmap:
-            return _load_mapped(file, map_location, weights_only)
+        is_legacy = _is_legacy(file)
+        if config.load.mmap if mmap is None else mmap:
+            return _load_mapped(file, map_location, weights_only, is_legacy)
+        if is_legacy:
+            return _load_with_torch(file, map_location, weights_only, is_legacy=True)
         try:
             return _load_plain(file, map_location)
         except (NotPlainError, UnusualLayoutError):
             # A valid file may hold more than plain tensors: torch knows how to read it.
             return _load_with_torch(file, map_location, weights_only)
+
+
+def _is_legacy(file: VerifiedFile) -> bool:
+    """Whether it is in torch's old format.
+
+    Raises:
+        UnsupportedStateError: nobody says that it is a torch file, and it does not look like one.
+    """
+    head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
+    if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
+        raise UnsupportedStateError(f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path")
+    return head == LEGACY_MAGIC
+
+
+def _refuse_contexts() -> None:
+    """Refuse what would make torch skip the reading."""
+    if getattr(torch.serialization._serialization_tls, "skip_data", False):
+        raise ConfigError("torch.serialization.skip_data leaves tensors without their data: load outside of it")
+
+
+def _runs_code(weights_only: bool | None) -> bool:
+    """Whether torch, told this, runs the pickle's code: its environment variables have their say."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
+
+    if is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        return False
+    return weights_only is False or (weights_only is None and is_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"))
 
 
 def load_committed_into(
@@ -146,7 +177,7 @@ def load_committed_into(
     strict: bool = True,
     verify: str = "full",
     atomic: Atomic = "auto",
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     num_threads: int | None = None,
     lend: MemorySource | None = None,
 ) -> Restored:
@@ -170,6 +201,7 @@ def load_committed_into(
     """
     if atomic not in (True, False, "auto"):
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
+    _refuse_contexts()
     with (
         open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
         naming_the_record(file),
@@ -179,28 +211,36 @@ def load_committed_into(
         return fill(file, structure, state_dict, strict=strict, atomic=atomic)
 
 
-def _structure(file: VerifiedFile, weights_only: bool) -> Any:
+def _structure(file: VerifiedFile, weights_only: bool | None) -> Any:
     """The file's structure, its tensors still on disk where they can be read one by one."""
     if file.entry.format == "safetensors":
         return safetensors_inventory(file)
+    if _is_legacy(file):
+        return _load_with_torch(file, "cpu", weights_only, is_legacy=True)
     try:
         return read_inventory(file, _plain_records(file))
     except (NotPlainError, UnusualLayoutError):
         return _load_with_torch(file, "cpu", weights_only)
 
 
-def _plain_records(file: VerifiedFile) -> dict[str, RecordExtent]:
-    records = record_extents(file.read, file.size_bytes)
-    order = records.get("byteorder")
-    if order is None or file.read(order.offset, order.num_bytes) != sys.byteorder.encode():
+def _plain_records(file: VerifiedFile) -> dict[str, Record]:
+    """The records of a file in this machine's byte order, whose local headers are compared as it is read."""
+    records = read_directory(file.read, file.size_bytes)
+    if _byte_order(file, records) != sys.byteorder.encode():
         raise UnusualLayoutError("not this machine's byte order")
+    file.on_bytes = HeaderCheck(records)
     return records
+
+
+def _byte_order(file: VerifiedFile, records: Mapping[str, Record]) -> bytes | None:
+    order = records.get("byteorder")
+    return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
 
 
 def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
     place = place_for(map_location)
-    if place is None:
-        raise NotPlainError("map_location is a callable or a mapping")
+    if place is None or torch._guards.detect_fake_mode(None) is not None:
+        raise NotPlainError("map_location is a callable or a mapping, or tensors are fakes")
     records = _plain_records(file)
     pickled = records.get("data.pkl")
     if pickled is None:
@@ -212,13 +252,26 @@ def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
     return state
 
 
-def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Any:
-    if weights_only is not False:
-        refuse_bombs(file)
+def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | None, is_legacy: bool) -> None:
+    """Raises CorruptCheckpointError or UnsupportedStateError for what torch itself must not be given."""
+    if is_legacy:
+        if not _runs_code(weights_only):
+            refuse_legacy_bombs(file)
+        return
+    records = torch_records(file)
+    if _byte_order(file, records) not in (None, sys.byteorder.encode()) and place_for(map_location) is None:
+        # torch would exchange the bytes of what has no memory, and end the process.
+        raise UnsupportedStateError(f"{file.name} is of another byte order: map_location must be None or a device with memory")
+    if not _runs_code(weights_only):
+        refuse_bombs(file, records)
+
+
+def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None, *, is_legacy: bool = False) -> Any:
+    _refuse_crafted(file, map_location, weights_only, is_legacy)
     source = TorchFile(file)
     try:
         with _translated(file, map_location, weights_only):
-            state = torch.load(source, map_location=map_location, weights_only=weights_only)  # type: ignore[arg-type]
+            state = torch.load(source, map_location=map_location, weights_only=weights_only, mmap=False)  # type: ignore[arg-type]
     except Exception:
         if source.failure is not None:
             raise source.failure from None
@@ -227,12 +280,18 @@ def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool |
     return state
 
 
-def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Any:
+def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | None, is_legacy: bool) -> Any:
+    if is_legacy:
+        raise UnsupportedStateError(f"{file.name} is in torch's old format, which cannot be mapped: give mmap=False")
     if not file.map_path:
         raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
+    if config.load.mmap_flags not in (None, MAP_PRIVATE):
+        raise ConfigError(
+            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into the committed checkpoint: "
+            "load with MAP_PRIVATE, or with mmap=False"
+        )
     file.verify_rest()
-    if weights_only is not False:
-        refuse_bombs(file)
+    _refuse_crafted(file, map_location, weights_only, is_legacy)
     with _translated(file, map_location, weights_only):
         # Not by its name: the tag may be replaced, and what has that name then was not verified.
         return torch.load(file.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
@@ -241,7 +300,7 @@ def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | Non
 @contextlib.contextmanager
 def _translated(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Iterator[None]:
     """torch's errors about the file become ours; those about `map_location`, devices, memory and trusted code pass."""
-    may_be_foreign = weights_only is False or callable(map_location) or isinstance(map_location, Mapping)
+    may_be_foreign = _runs_code(weights_only) or callable(map_location) or isinstance(map_location, Mapping)
     try:
         yield
     except CheckpointError:

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import ConfigError, StateMismatchError
 from ..format.plain import NotPlainError, StorageRef, load_plain
-from ..format.zip_records import RecordExtent, UnusualLayoutError
+from ..format.zip_directory import Record, UnusualLayoutError
 from ..host.device import is_copyable
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
@@ -50,7 +50,7 @@ class FileTensor:
     stride: tuple[int, ...]
     first_byte: int
     storage_offset: int
-    storage: RecordExtent
+    storage: Record
     requires_grad: bool = False
     is_parameter: bool = False
 
@@ -72,7 +72,7 @@ class Restored:
 class Inventory(PlainObjects):
     """A `plain.Builder` that allocates nothing: tensors become `FileTensor`."""
 
-    def __init__(self, records: Mapping[str, RecordExtent], *, name: str) -> None:
+    def __init__(self, records: Mapping[str, Record], *, name: str) -> None:
         self._records = records
         self._name = name
 
@@ -93,7 +93,7 @@ class Inventory(PlainObjects):
         return data
 
 
-def read_inventory(file: VerifiedFile, records: Mapping[str, RecordExtent]) -> Any:
+def read_inventory(file: VerifiedFile, records: Mapping[str, Record]) -> Any:
     """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can read it."""
     pickled = records.get("data.pkl")
     if pickled is None:
@@ -103,9 +103,7 @@ def read_inventory(file: VerifiedFile, records: Mapping[str, RecordExtent]) -> A
 
 def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
     """The flat structure of a safetensors file."""
-    return {
-        t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, RecordExtent(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)
-    }
+    return {t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, Record(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)}
 
 
 def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic) -> Restored:
@@ -215,7 +213,7 @@ class _Mover:
         self._scatter = Scatter()
         self._direct: list[torch.Tensor] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._storages: dict[RecordExtent, torch.UntypedStorage] = {}
+        self._storages: dict[Record, torch.UntypedStorage] = {}
 
     def add(self, source: FileTensor | torch.Tensor, target: torch.Tensor) -> None:
         """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""

@@ -41,7 +41,7 @@ def open_committed(
     try:
         return catalog.read(
             tag,
-            lambda checkpoint: checkpoint.open_verified(checkpoint.entry(name), check=verify == "full", num_threads=num_threads, lend=lend),
+            lambda checkpoint: checkpoint.open_file(checkpoint.entry(name), check=verify == "full", num_threads=num_threads, lend=lend),
         )
     except CheckpointError:
         raise

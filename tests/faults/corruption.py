@@ -99,7 +99,8 @@ def sweep(folder: Folder, name: str, *, num_flips: int | None, part: Part | None
     if name != MANIFEST_NAME:
         # Every header and every record of the container, whatever the sample.
         directory = read_directory(lambda offset, size: data[offset : offset + size], len(data))
-        edges = {at for record in directory for at in (record.offset - 1, record.offset, record.offset + record.nbytes) if at < len(data)}
+        starts = {(record.offset, record.offset + record.num_bytes) for record in directory.values()}
+        edges = {at for first, end in starts for at in (first - 1, first, end) if at < len(data)}
         damages += flips(data, chance, None, sorted(edges))
     row.operations = len(damages)
     for what, damage in sampled(damages, part, chance):

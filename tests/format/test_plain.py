@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_ckpt.format.plain import NotPlainError, load_plain
-from async_ckpt.format.zip_records import UnusualLayoutError, record_extents
+from async_ckpt.format.zip_directory import UnusualLayoutError, read_directory
 from async_ckpt.reading.build import PlainObjects
 from tests.reading.committed import torch_bytes
 from tests.reading.states import plain, trained
@@ -122,9 +122,9 @@ def test_deep_nesting_does_not_recurse() -> None:
     assert found == []
 
 
-def test_record_extents_agree_with_zipfile() -> None:
+def test_read_directory_agree_with_zipfile() -> None:
     data = torch_bytes({**trained(), "empty": torch.empty(0)})
-    found = record_extents(lambda offset, size: data[offset : offset + size], len(data))
+    found = read_directory(lambda offset, size: data[offset : offset + size], len(data))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert list(found) == [info.filename.partition("/")[2] for info in archive.infolist()]
         for info in archive.infolist():
@@ -139,4 +139,4 @@ def test_a_zip_laid_out_otherwise_is_left_to_torch() -> None:
         archive.writestr("archive/data.pkl", b"x")
     data = buffer.getvalue()
     with pytest.raises((UnusualLayoutError, ValueError)):
-        record_extents(lambda offset, size: data[offset : offset + size], len(data))
+        read_directory(lambda offset, size: data[offset : offset + size], len(data))

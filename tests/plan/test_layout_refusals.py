@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
-from async_ckpt.format.zip_directory import read_directory
+from async_ckpt.format.zip_directory import UnusualLayoutError, check_headers, read_directory
 from async_ckpt.plan.planner import Planner
 from tests.support.states import torch_bytes
 
@@ -82,17 +82,22 @@ def directory(raw: bytes):
         calls.append(nbytes)
         return raw[offset : offset + nbytes]
 
-    return read_directory(pread, len(raw))
+    try:
+        records = read_directory(pread, len(raw))
+    except UnusualLayoutError as error:
+        raise CorruptCheckpointError(str(error)) from error
+    check_headers(pread, records)
+    return records
 
 
 def test_directory_gives_names_extents_and_crcs():
     raw = torch_bytes({"a": torch.arange(5.0), "e": torch.empty(0), "b": torch.arange(3)})
-    records = {record.name: record for record in directory(raw)}
-    assert list(records)[:2] == ["archive/data.pkl", "archive/.format_version"]
-    data = records["archive/data/0"]
-    assert raw[data.offset : data.offset + data.nbytes] == torch.arange(5.0).numpy().tobytes()
-    assert data.crc32 == __import__("zlib").crc32(raw[data.offset : data.offset + data.nbytes])
-    assert records["archive/data/1"].nbytes == 0
+    records = directory(raw)
+    assert list(records)[:2] == ["data.pkl", ".format_version"]
+    data = records["data/0"]
+    assert raw[data.offset : data.offset + data.num_bytes] == torch.arange(5.0).numpy().tobytes()
+    assert data.crc32 == __import__("zlib").crc32(raw[data.offset : data.offset + data.num_bytes])
+    assert records["data/1"].num_bytes == 0
 
 
 _RAW = torch_bytes({"a": torch.arange(5.0), "b": torch.arange(3)})
@@ -109,9 +114,9 @@ def test_damaged_directories_are_corrupt_or_harmless(position, junk):
     except CorruptCheckpointError:
         return
     ends = 0
-    for record in records:
-        assert ends <= record.offset <= record.offset + record.nbytes <= len(raw)
-        ends = record.offset + record.nbytes
+    for record in records.values():
+        assert ends <= record.offset <= record.offset + record.num_bytes <= len(raw)
+        ends = record.offset + record.num_bytes
 
 
 @pytest.mark.parametrize("cut", [0, 1, 97, 98, 500])
@@ -155,9 +160,9 @@ def test_zip64_directory_is_read():
         start, data = max((literal for literal in plan.literals if literal[0] <= offset), key=lambda literal: literal[0])
         return data[offset - start : offset - start + nbytes]
 
-    records = {record.name: record for record in read_directory(pread, plan.file_bytes)}
-    assert records["archive/data/0"].nbytes == (4 << 30) + 8
-    assert [records[f"archive/data/{key}"].offset for key in range(2)] == list(plan.payload_offsets)
+    records = read_directory(pread, plan.file_bytes)
+    assert records["data/0"].num_bytes == (4 << 30) + 8
+    assert [records[f"data/{key}"].offset for key in range(2)] == list(plan.payload_offsets)
 
 
 def test_refused_states_leave_the_planner_usable():

@@ -14,9 +14,8 @@ from async_ckpt.errors import CorruptCheckpointError
 from async_ckpt.format.zip import Container, SealMap
 from async_ckpt.format.zip_directory import read_directory
 
-_DATA_PREFIX = "archive/data/"
-_ID_NAME = "archive/.data/serialization_id"
-_VERSION_NAME = "archive/version"
+_DATA_PREFIX = "data/"
+_ID_NAME = ".data/serialization_id"
 _ID_NBYTES = 40
 
 
@@ -68,24 +67,25 @@ def scan(literals: Sequence[tuple[int, bytes]], file_bytes: int, alignment: int)
         return data[offset - start : offset - start + nbytes]
 
     records = read_directory(pread, file_bytes)
-    payloads = [record for record in records if record.name.startswith(_DATA_PREFIX) and record.nbytes]
+    payloads = [record for name, record in records.items() if name.startswith(_DATA_PREFIX) and record.num_bytes]
     first = payloads[0].offset if payloads else file_bytes
-    id_record = records[-1]
-    if id_record.name != _ID_NAME or id_record.nbytes != _ID_NBYTES:
-        raise CorruptCheckpointError("the last record is not the serialization id", record=id_record.name)
-    plain = [record for record in records[:-1] if record.nbytes and not record.name.startswith(_DATA_PREFIX)]
+    last, id_record = list(records.items())[-1]
+    if last != _ID_NAME or id_record.num_bytes != _ID_NBYTES:
+        raise CorruptCheckpointError("the last record is not the serialization id", record=last)
+    others = [record for name, record in records.items() if name != last and not name.startswith(_DATA_PREFIX)]
+    plain = [record for record in others if record.num_bytes]
     id_crc_offsets = (id_record.offset + _ID_NBYTES + 4, id_record.entry_offset + 16)
     name_hash = pread(id_record.offset, 20)
     tail_offset, tail = literals[-1]
     blank = bytearray(tail)
     for offset, nbytes in ((id_record.offset, _ID_NBYTES), (id_crc_offsets[0], 4), (id_crc_offsets[1], 4)):
         blank[offset - tail_offset : offset - tail_offset + nbytes] = bytes(nbytes)
-    version = next(record.offset for record in records if record.name == _VERSION_NAME)
+    version = records["version"].offset
     return Container(
         file_bytes=file_bytes,
         literals=(*literals[:-1], (tail_offset, bytes(blank))),
         payload_offsets=[record.offset for record in payloads],
-        payload_nbytes=[record.nbytes for record in payloads],
+        payload_nbytes=[record.num_bytes for record in payloads],
         seal_map=SealMap(
             entry_crc_offsets=[record.entry_offset + 16 for record in payloads],
             id_offset=id_record.offset,
@@ -95,5 +95,5 @@ def scan(literals: Sequence[tuple[int, bytes]], file_bytes: int, alignment: int)
             name_hash=name_hash,
         ),
         alignment=alignment,
-        directory_offset=records[0].entry_offset,
+        directory_offset=next(iter(records.values())).entry_offset,
     )

@@ -20,7 +20,7 @@ import torch
 from ...errors import CorruptCheckpointError
 from ...format.inert import read_inert
 from ...format.pickles import MalformedPickleError
-from ...format.zip_records import UnusualLayoutError, record_extents
+from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
 from ...reading.limits import refuse_length
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -33,7 +33,12 @@ def check_container(blob: memoryview, source: str) -> None:
         CorruptCheckpointError: it does, or is no container that ``torch.save`` has written.
     """
     try:
-        records = record_extents(lambda offset, num_bytes: bytes(blob[offset : offset + num_bytes]), len(blob))
+
+        def pread(offset: int, num_bytes: int) -> memoryview:
+            return blob[offset : offset + num_bytes]
+
+        records = read_directory(pread, len(blob))
+        check_headers(pread, records)
         pickled = records["data.pkl"]
     except (CorruptCheckpointError, UnusualLayoutError, KeyError) as error:
         raise CorruptCheckpointError(f"{source} is no torch container: {error}", path=source) from error

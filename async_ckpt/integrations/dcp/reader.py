@@ -178,7 +178,7 @@ class DcpReader(StorageReader):
         return Catalog(root).open(tag)
 
     def _file(self, checkpoint: OpenCheckpoint, path: str) -> VerifiedFile:
-        return checkpoint.open_verified(checkpoint.entry(path), check=self._verify == "full")
+        return checkpoint.open_file(checkpoint.entry(path), check=self._verify == "full")
 
 
 def _quantization(tensor: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ import os
 import zipfile
 
 from ...errors import CorruptCheckpointError
-from ...format.zip_records import UnusualLayoutError, record_extents
+from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...storage.filesystem import ReadableFile
 
 CONTENT_ID = "content_id"
@@ -29,7 +29,7 @@ def read_content_id(file: ReadableFile) -> str | None:
         return bytes(memory)
 
     try:
-        record = record_extents(pread, file.size_bytes).get(_RECORD)
+        record = read_directory(pread, file.size_bytes).get(_RECORD)
     except (CorruptCheckpointError, UnusualLayoutError):
         return None
     if record is None or not 0 < record.num_bytes <= 256:
