@@ -209,19 +209,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         verify: str = "full",
         mmap: bool | None = None,
     ) -> Any:
-        """Load a committed file and check every byte against the manifest. Blocks; any thread.
+        """Load the committed file "<tag>/file.pt" (or "<root>/<tag>/file.pt") and check every byte. Blocks; any thread.
 
-        A commit of that tag that is pending here is waited for first.
-
-        Args:
-            path: "<tag>/file.pt", or "<root>/<tag>/file.pt".
-            map_location: as in `torch.load`.
-            weights_only: False runs the pickle's code: only for files you trust. None is True, as in `torch.load`.
-            verify: "full" checks CRCs, "size" only sizes, "off" nothing.
-            mmap: map the file instead of reading it; None is torch's own default.
-
-        Raises:
-            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError, UnsupportedStateError.
+        A commit of that tag that is pending here is waited for first. For the arguments and errors see `async_ckpt.load`.
         """
         tag, name = self._committed_path(path)
         return load_committed(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
@@ -238,11 +228,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
     ) -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
-        Names, shapes and dtypes are checked before the first byte moves. Lazy snapshots are waited for first. Returns the
-        loaded structure's other leaves. For `atomic` (what the tensors hold after an error) see `load_committed_into`.
-
-        Raises:
-            StateMismatchError: lists every mismatch. ConfigError: too little memory for `atomic=True`. Otherwise as `load`.
+        Lazy snapshots are waited for first. Returns the loaded structure's other leaves. For the arguments (`atomic` says what
+        the tensors hold after an error) and errors see `async_ckpt.load_into`.
         """
         tag, name = self._committed_path(path)
         self.wait_snapshot()

@@ -87,9 +87,22 @@ def load_into(
     weights_only: bool | None = None,
     num_threads: int | None = None,
 ) -> Restored:
-    """Fill the tensors of `state_dict` from ``<root>/<tag>/file.pt``, in place and in parallel. Blocks; any thread.
+    """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from ``<root>/<tag>/file.pt``. Blocks; any thread.
 
-    See `load_committed_into`.
+    Names, shapes and dtypes are compared before the first byte moves, and, where given tensors share memory, whether the file
+    has the same bytes for it. Tensors are written in place, other leaves are
+    in `Restored.state`: the file's structure with your tensors in it.
+
+    Args:
+        strict: False loads what matches and reports the rest in `Restored.mismatches`.
+        atomic: True: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
+            memory for that, and where it is too little, ConfigError says so before anything is changed. "auto": the same up to
+            half of the memory available; of a larger file, the rest is verified before it is overwritten, and read twice: an
+            error of the second reading leaves the tensors partly overwritten, and says so. False takes no memory, and after an
+            error the tensors are partly overwritten.
+
+    Raises:
+        StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
     catalog, tag, name = _locate(path)
     return load_committed_into(
@@ -181,23 +194,9 @@ def load_committed_into(
     num_threads: int | None = None,
     lend: MemorySource | None = None,
 ) -> Restored:
-    """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from a committed file. Blocks; any thread.
+    """`load_into` of file `name` in checkpoint `tag` of `catalog`.
 
-    Names, shapes and dtypes are compared before the first byte moves, and, where given tensors share memory, whether the file
-    has the same bytes for it. Tensors are written in place, other leaves are
-    in `Restored.state`: the file's structure with your tensors in it.
-
-    Args:
-        strict: False loads what matches and reports the rest in `Restored.mismatches`.
-        atomic: True: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
-            memory for that, and where it is too little, ConfigError says so before anything is changed. "auto": the same up to
-            half of the memory available; of a larger file, the rest is verified before it is overwritten, and read twice: an
-            error of the second reading leaves the tensors partly overwritten, and says so. False takes no memory, and after an
-            error the tensors are partly overwritten.
-        lend: warm memory for that (an idle staging arena's), one extent at a time.
-
-    Raises:
-        StateMismatchError: lists every mismatch. Otherwise as `load`.
+    `lend`: warm memory for what `atomic` sets aside (an idle staging arena's), one extent at a time.
     """
     if atomic not in (True, False, "auto"):
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
