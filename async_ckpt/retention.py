@@ -13,11 +13,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, WriteError, report
+from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, WriteError, report
 from .format.manifest import CLOCK_KEY, Manifest
 from .reading.catalog import Catalog
 from .storage import transaction
@@ -58,7 +58,7 @@ class Decision:
     tag: str
     keep: bool
     reasons: tuple[str, ...]
-    failure: WriteError | None = None
+    failure: WriteError | MirrorError | None = None
     """Why the disk would not delete it; it is to be tried again."""
 
 
@@ -212,40 +212,67 @@ def decide(checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, no
     return decisions
 
 
-def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy) -> list[Decision]:
-    """Delete what the policy does not keep, oldest first, and return what was done; blocks.
+Hold = Callable[[Manifest], "str | None"]
+"""Says why a checkpoint must not be deleted yet; None where it may be."""
 
-    Checkpoints with a damaged manifest are left alone.
 
-    The newest checkpoint must hold all its files at their committed sizes, else nothing is deleted: an older one may
-    be the newest good one. Whoever published it, its name is made durable before the first deletion.
+def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda manifest: None) -> list[Decision]:
+    """Delete what the policy does not keep, oldest first, and return what was done; blocks. See `carry_out`.
 
-    One that cannot be deleted does not keep the others from being deleted; its decision says so.
+    Whoever published the newest one, its name is made durable before the first deletion.
 
     Raises:
         ConfigError: the policy cannot judge these checkpoints; nothing was deleted.
         OSError: the root cannot be read or synced; nothing was deleted.
     """
     catalog = Catalog(root, filesystem)
-    root = catalog.root
+
+    def remove(manifest: Manifest) -> None:
+        transaction.remove(filesystem, catalog.root, manifest.tag, expected=manifest)
+
+    # Another process may have renamed the newest one just now and not have synced the root yet.
+    return carry_out(catalog, policy, remove, hold=hold, before=lambda: filesystem.fsync_dir(catalog.root))
+
+
+def carry_out(
+    catalog: Catalog,
+    policy: RetentionPolicy,
+    remove: Callable[[Manifest], object],
+    *,
+    hold: Hold = lambda manifest: None,
+    before: Callable[[], object] = lambda: None,
+) -> list[Decision]:
+    """Delete what the policy does not keep, on a disk or in a store, oldest first; returns what was done. Blocks.
+
+    Checkpoints with a damaged manifest are left alone. The newest checkpoint must hold all its files at their committed sizes,
+    else nothing is deleted: an older one may be the newest good one. One that cannot be deleted does not keep the others from
+    being deleted; its decision says so.
+
+    Args:
+        remove: deletes exactly this checkpoint. CheckpointNotFoundError: it is another one, or gone. OSError: it cannot be.
+        hold: what must not be deleted yet, whatever the policy says.
+        before: called once, before the first deletion.
+    """
     manifests = {manifest.tag: manifest for manifest in committed_here(catalog)}
     decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
+    for at, decision in enumerate(decisions):
+        why = None if decision.keep else hold(manifests[decision.tag])
+        decisions[at] = decision if why is None else Decision(decision.tag, True, (why,))
     doomed = [decision for decision in decisions if not decision.keep]
     if doomed and not _is_good(catalog, decisions[-1].tag):
         reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"
         return [decision if decision.keep else Decision(decision.tag, True, (reason,)) for decision in decisions]
     if doomed:
-        # Another process may have renamed the newest one just now and not have synced the root yet.
-        filesystem.fsync_dir(root)
+        before()
     carried_out = {decision.tag: decision for decision in decisions}
     for decision in doomed:
         try:
-            transaction.remove(filesystem, root, decision.tag, expected=manifests[decision.tag])
+            remove(manifests[decision.tag])
         except CheckpointNotFoundError:
             # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
             if decision.tag in catalog.tags():
                 carried_out[decision.tag] = Decision(decision.tag, True, ("another process replaced it meanwhile",))
-        except WriteError as error:
+        except (WriteError, MirrorError) as error:
             carried_out[decision.tag] = Decision(decision.tag, True, (f"it cannot be deleted: {error}",), error)
     return list(carried_out.values())
 
@@ -254,10 +281,12 @@ class Rotation:
     """A policy at work after each commit of one engine; what the disk will not delete is told once and tried again.
 
     Args:
+        hold: what must not be deleted yet, whatever the policy says.
         policy: None keeps all; trees that commits have replaced are deleted all the same.
     """
 
-    def __init__(self, filesystem: FileSystem, root: str, policy: RetentionPolicy | None) -> None:
+    def __init__(self, filesystem: FileSystem, root: str, policy: RetentionPolicy | None, hold: Hold = lambda manifest: None) -> None:
+        self._hold = hold
         self._filesystem = filesystem
         self._root = root
         self._policy = policy
@@ -274,7 +303,7 @@ class Rotation:
         failures: dict[str, OSError] = {}
         try:
             failures.update(transaction.empty_trash(self._filesystem, self._root))
-            decisions = apply(self._filesystem, self._root, self._policy) if self._policy is not None else []
+            decisions = apply(self._filesystem, self._root, self._policy, self._hold) if self._policy is not None else []
             failures.update({decision.tag: decision.failure for decision in decisions if decision.failure is not None})
         except OSError as error:
             failures[os.path.basename(self._root)] = error

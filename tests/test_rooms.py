@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "retention": {"errors", "format", "storage", "reading"},
     "ranks": {"errors", "host", "threads", "format", "storage", "reading"},
     "observers": _GROUND | {"threads"},
-    "mirror": _READERS | {"reading", "retention"},
+    "mirror": _READERS | {"reading"},
     "engine": _ENGINE_USES,
     "integrations": _ENGINE_USES | {"engine"},
     "cli": _ENGINE_USES | {"engine"},

@@ -39,6 +39,7 @@ from ..writer.pool import WriterPool
 from . import at_exit
 from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .config import EngineConfig
+from .mirroring import EngineMirrors, hold_for_mirrors
 from .observing import Callbacks
 from .pending import PendingCommit
 
@@ -61,6 +62,9 @@ class InFlight:
         self._config = config
         self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
+        self._failures: list[BaseException] = []
+        self._rotation = retention.Rotation(self.filesystem, root, config.retention, hold_for_mirrors(config, self))
+        self.mirrors: EngineMirrors | None = None
         with contextlib.ExitStack() as undo:
             self._start_threads(undo, num_helpers)
             transaction.make_root(self.filesystem, root)
@@ -68,13 +72,13 @@ class InFlight:
             self._coordinator.bind(self.filesystem, root)
             if config.sweep_on_start:
                 self._coordinator.sweep()
+            if config.mirrors:
+                self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, self.callbacks, self._rotate)
             undo.pop_all()
         self._arena: StagingArena | None = None
         self._open: OrderedDict[str, OpenCheckpoint] = OrderedDict()
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
-        self._failures: list[BaseException] = []
-        self._rotation = retention.Rotation(self.filesystem, root, config.retention)
         self._last_created_ns = 0
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
@@ -157,6 +161,8 @@ class InFlight:
             pending.result()
         if self._failures:
             raise self._failures.pop(0)
+        if self.mirrors is not None:
+            self.mirrors.raise_unacknowledged()
 
     # Opening and writing.
 
@@ -265,6 +271,7 @@ class InFlight:
         # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends there,
         # and nothing is waited for that nobody will resolve.
         done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
+        pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
         done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
         self._commits.append(pending)
         del self._open[checkpoint.tag]
@@ -304,12 +311,18 @@ class InFlight:
         self._publish(checkpoint, entries, metadata, self._after_older(created_unix_ns))
         checkpoint.state = State.COMMITTED
         self._measure(checkpoint, entries, started)
-        if self._coordinator.leads:
-            try:
-                checkpoint.metrics.num_undeleted = self._rotation.apply()
-            except CheckpointError as failure:
-                # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
-                self._failures.append(failure)
+        checkpoint.metrics.num_undeleted = self._rotate()
+
+    def _rotate(self) -> int:
+        """Let retention work, on the rank that leads; returns how many could not be deleted. Blocks on the disk."""
+        if not self._coordinator.leads:
+            return 0
+        try:
+            return self._rotation.apply()
+        except CheckpointError as failure:
+            # The new checkpoint is durable: its commit succeeded. The failure is raised by the next create or close.
+            self._failures.append(failure)
+            return 0
 
     def _publish(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         started = time.perf_counter()
@@ -391,6 +404,8 @@ class InFlight:
     def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:
         error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")
         pending.resolve(error)
+        if self.mirrors is not None and pending.mirrored is not None:
+            self.mirrors.committed(pending.mirrored, error)
         self.callbacks.on_commit(checkpoint.metrics, error)
         if error is not None:
             # Log handlers are the user's code too.
@@ -424,7 +439,10 @@ class InFlight:
             self.closed = True
             self._call_off()
             try:
-                self.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
+                left_s = 0.1 if is_impatient else max(0.1, deadline - time.monotonic())
+                if self.mirrors is not None:
+                    self.mirrors.close(min(left_s, self._config.mirror_timeout_s))
+                self.stop(max(0.1, deadline - time.monotonic()))
             except BackpressureTimeout as timeout:
                 if not is_impatient:
                     raise

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..host.facts import available_memory_bytes, local_world_size
 from ..metrics import Observer
+from ..mirror.config import Mirror
 from ..ranks.coordinator import Coordinator
 from ..retention import RetentionPolicy
 from ..storage.filesystem import FileSystem
@@ -83,6 +84,19 @@ class EngineConfig:
     retention: RetentionPolicy | None = None
     """Which older checkpoints to delete after each commit; None keeps all."""
 
+    mirrors: Sequence[Mirror] = ()
+    """Where committed checkpoints are copied to, behind training: object stores, other disks. See `Mirror`."""
+
+    keep_local_until_mirrored: bool = True
+    """Where there are mirrors, `retention` deletes nothing that not all of them have had."""
+
+    mirror_timeout_s: float = 600.0
+    """How long leaving the block, `close` and interpreter exit wait for uploads, in seconds; what is left goes on at the
+    next start."""
+
+    uploaders_per_node: int | None = None
+    """How many processes of one node upload at once, over all engines on this root; None: all of them."""
+
     coordinator: Coordinator | None = None
     """Commits as one among many ranks; None is a single process."""
 
@@ -105,13 +119,14 @@ class EngineConfig:
             self._check_int("num_writers", 1, 256)
         self._check_int("max_pending_commits", 1, 1024)
         self._check_int("storage_alignment", 1, 65536)
-        for name in ("backpressure_timeout_s", "close_timeout_s"):
+        for name in ("backpressure_timeout_s", "close_timeout_s", "mirror_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
-        for name in ("compact_views", "read_back", "sweep_on_start"):
+        for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_mirrors()
         if self.pin_memory not in (True, False, "auto"):
             raise ConfigError(f"pin_memory must be True, False or 'auto', not {self.pin_memory!r}")
 
@@ -128,6 +143,18 @@ class EngineConfig:
                     f"staging_bytes={self.staging_bytes} is smaller than one chunk ({smallest} bytes); "
                     "it is given in bytes (4 << 30 is 4 GiB): raise it or lower chunk_bytes"
                 )
+
+    def _check_mirrors(self) -> None:
+        if not isinstance(self.mirrors, Sequence) or not all(isinstance(mirror, Mirror) for mirror in self.mirrors):
+            raise ConfigError(f"mirrors must be a sequence of Mirror objects, not {self.mirrors!r}")
+        urls = [mirror.url.rstrip("/") for mirror in self.mirrors]
+        if len(set(urls)) < len(urls):
+            raise ConfigError(f"mirrors: {max(urls, key=urls.count)!r} is there twice")
+        for mirror in self.mirrors:
+            if mirror.retention is not None and not isinstance(mirror.retention, RetentionPolicy):
+                raise ConfigError(f"mirrors: retention must be a policy such as KeepLast(3), not {mirror.retention!r}")
+        if self.uploaders_per_node is not None:
+            self._check_int("uploaders_per_node", 1, 1024)
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -104,9 +104,12 @@ class AsyncCheckpointEngine(CheckpointEngine):
             TagExistsError: the tag is committed and `overwrite` is "refuse".
             UnsafePathError: the tag is malformed. TransactionStateError: the tag is open already.
             CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
+            MirrorError: the first call waits until each mirror was tried; one with `on_failure="raise"` cannot be used.
         """
         name = check_tag(tag_of(tag))
         self._usable()
+        if self._inflight.mirrors is not None:
+            self._inflight.mirrors.check()
         with self._lock:
             started = time.perf_counter()
             self._usable()
@@ -213,8 +216,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         A commit of that tag that is pending here is waited for first. For the arguments and errors see `async_ckpt.load`.
         """
-        tag, name = self._committed_path(path)
-        return load_committed(self._catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
+        catalog, tag, name = self._committed_path(path)
+        return load_committed(catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
 
     def load_into(
         self,
@@ -231,20 +234,25 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Lazy snapshots are waited for first. Returns the loaded structure's other leaves. For the arguments (`atomic` says what
         the tensors hold after an error) and errors see `async_ckpt.load_into`.
         """
-        tag, name = self._committed_path(path)
+        catalog, tag, name = self._committed_path(path)
         self.wait_snapshot()
         how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
-        return load_committed_into(self._catalog, tag, name, state_dict, **how)
+        return load_committed_into(catalog, tag, name, state_dict, **how)
 
     # Looking.
 
-    def latest(self, verify: str = "full") -> str | None:
+    def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
 
+        With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks.
         Pending commits of other engines of this process in the same root are waited for first (a retry may still hold one);
         BackpressureTimeout where they do not end.
         """
+        if tier not in ("disk", "any"):
+            raise ConfigError(f"tier must be 'disk' or 'any', not {tier!r}")
         self._inflight.await_others()
+        if tier == "any" and self._inflight.mirrors is not None:
+            return self._inflight.mirrors.latest(self._catalog, verify)
         return self._catalog.latest(verify=verify)
 
     def tags(self) -> list[str]:
@@ -460,11 +468,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
         tag, parts = self._paths.split(path, carried=carried)
         return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
 
-    def _committed_path(self, path: StrPath) -> tuple[str, str]:
+    def _committed_path(self, path: StrPath) -> tuple[Catalog, str, str]:
         self._usable()
         tag, name = self._paths.split_committed(path)
         self._inflight.await_commit(tag)
-        return tag, name
+        if self._inflight.mirrors is None:
+            return self._catalog, tag, name
+        self._inflight.mirrors.note_resumed(tag)
+        return self._inflight.mirrors.catalog_with(tag, self._catalog), tag, name
 
     def _usable(self) -> None:
         self._inflight.check_usable()

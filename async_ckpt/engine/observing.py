@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from ..errors import TransactionStateError, report
-from ..metrics import CommitMetrics, Observer, SaveMetrics, Span
+from ..metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
 from ..threads.executor import DaemonExecutor
 
 # Of spans: an observer that is this far behind hears of checkpoints, and no more of chunks.
@@ -52,6 +52,10 @@ class Callbacks:
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
         """See `Observer`. Newer than the other events: an observer that does not derive from `Observer` may not have it."""
         self._tell(lambda observer: getattr(observer, "on_abort", _ignore)(metrics, error))
+
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        """See `Observer`, and `on_abort`."""
+        self._tell(lambda observer: getattr(observer, "on_mirror", _ignore)(metrics, error))
 
     def close(self, timeout_s: float) -> None:
         """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody else."""

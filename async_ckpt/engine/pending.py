@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..metrics import CommitMetrics
+from ..mirror.pending import PendingMirror
 
 
 class PendingCommit:
@@ -35,6 +36,8 @@ class PendingCommit:
         self._pid = os.getpid()
         self.tag = tag
         self.metrics = metrics
+        self.mirrored: PendingMirror | None = None
+        """The same checkpoint on its way to the engine's mirrors; None where it has none."""
         self._future: Future[str] = Future()
         self._waiting_for = waiting_for
         self._run_callback = run_callback

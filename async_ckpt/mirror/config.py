@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..errors import ConfigError
-from ..retention import RetentionPolicy
 
 MIN_PART_BYTES = 5 << 20
 MAX_PART_BYTES = 1 << 30
@@ -17,6 +16,12 @@ MAX_PARTS = 10_000
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "file")
 
 _URL = re.compile(r"([a-z0-9]+)://([^/?#\s]*)(/[^?#\0]*)?")
+
+
+class Policy(Protocol):
+    """A `retention.RetentionPolicy`."""
+
+    def kept(self, checkpoints: Sequence[Any], now_unix_ns: int) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Mirror:
     """Whether a checkpoint that could not be mirrored is a warning, or an error of the next `create` and of `close`.
     `pending.mirrored` raises it either way, and the next commit tries again."""
 
-    retention: RetentionPolicy | None = None
+    retention: Policy | None = None
     """Which older checkpoints to delete in the store after each upload; None keeps all."""
 
     retry_timeout_s: float = 180.0
@@ -67,7 +72,7 @@ class Mirror:
                 raise ConfigError(f"Mirror: {name} must be a positive number, not {value!r}")
         if self.on_failure not in ("warn", "raise"):
             raise ConfigError(f"Mirror: on_failure must be 'warn' or 'raise', not {self.on_failure!r}")
-        if self.retention is not None and not isinstance(self.retention, RetentionPolicy):
+        if self.retention is not None and not callable(getattr(self.retention, "kept", None)):
             raise ConfigError(f"Mirror: retention must be a policy such as KeepLast(3), not {self.retention!r}")
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"Mirror: options must be a mapping of names to values, not {type(self.options).__name__}")

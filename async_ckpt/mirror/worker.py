@@ -10,12 +10,13 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError, report
+from ..format.manifest import Manifest
 from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
@@ -26,7 +27,7 @@ from .pending import PendingMirror
 from .probe import probe
 from .remote import remote_catalog
 from .remote_manifest import delete_doomed
-from .remote_retention import apply_remote
+from .remote_retention import remove_remote
 from .state import States
 from .store import ConditionFailed, PassingFailure
 from .turns import UploadTurns
@@ -42,8 +43,11 @@ class WorkerHooks:
 
     on_span: Callable[[Span], object] = lambda span: None
     on_ended: Callable[[MirrorMetrics, BaseException | None], object] = lambda metrics, error: None
-    protected: Callable[[], Collection[str]] = tuple
-    """Tags that retention must not delete: those that the run resumed from."""
+    retain: Callable[[Mirror, Catalog, Callable[[Manifest], object]], object] = lambda mirror, catalog, remove: None
+    """Let the mirror's retention work on this catalog, by this removal; may block.
+    Raises ConfigError (the policy cannot judge), MirrorError."""
+    on_mirrored: Callable[[], object] = lambda: None
+    """A checkpoint is in the mirror; may block."""
 
 
 class Worker:
@@ -211,35 +215,36 @@ class Worker:
         self._backlog = [*failed, *self._backlog]
 
     async def _mirror(self, tag: str, pendings: list[PendingMirror]) -> BaseException | None:
-        assert self._context is not None
         metrics = pendings[0].metrics_of(self.mirror.url) if pendings else MirrorMetrics(tag, self.mirror.url)
         error: BaseException | None = None
         try:
             async with self._turns.taken(self._executor):
                 started_s = time.perf_counter()
-                await Upload(self._context, tag, metrics).run()
+                await Upload(self._connected, tag, metrics).run()
                 metrics.upload_s = time.perf_counter() - started_s
         except Exception as failure:  # noqa: BLE001 -- whatever it is, those who wait get it
             error = failure
         self._tell(metrics, error)
         for pending in pendings:
             pending.ended(self.mirror.url, error)
-        if error is None and self.mirror.retention is not None and self._agreement.leads:
-            await self._retain(tag)
+        if error is None:
+            await self._in_thread(self._hooks.on_mirrored)
+            if self.mirror.retention is not None and self._agreement.leads:
+                await self._retain(tag)
         return error
 
     async def _retain(self, tag: str) -> None:
-        context, policy = self._context, self.mirror.retention
-        assert context is not None and policy is not None
+        store, catalog = self._connected.store, remote_catalog(self.mirror)
         try:
-            await self._in_thread(
-                lambda: apply_remote(
-                    context.store, remote_catalog(self.mirror), self.states, policy, protected=(*self._hooks.protected(), *self._todo)
-                )
-            )
+            await self._in_thread(self._hooks.retain, self.mirror, catalog, lambda manifest: remove_remote(store, self.states, manifest))
         except (CheckpointError, OSError) as error:
             # The checkpoint is mirrored: only older ones stay longer than they should.
             self._hooks.on_ended(MirrorMetrics(tag, self.mirror.url), error)
+
+    @property
+    def _connected(self) -> UploadContext:
+        assert self._context is not None, "_prepare() comes first"
+        return self._context
 
     def _tell(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
         if error is not None:

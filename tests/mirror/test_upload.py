@@ -12,7 +12,8 @@ from async_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, M
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.mirror.store import ConditionFailed
-from async_ckpt.retention import KeepLast
+from async_ckpt.mirror.worker import WorkerHooks
+from async_ckpt.retention import KeepLast, carry_out
 
 from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
 from .servers import BUCKET, client, keys, unfinished_uploads
@@ -109,11 +110,12 @@ def test_damaged_on_disk_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str)
     assert check_store(mirror) == []
 
 
-def test_retention_in_the_store_deletes_manifest_and_objects_but_not_what_was_resumed_from(moto: Any, tmp_path: Path, prefix: str) -> None:
-    from async_ckpt.mirror.worker import WorkerHooks
+def test_retention_in_the_store_deletes_manifest_and_objects(moto: Any, tmp_path: Path, prefix: str) -> None:
+    def retain(mirror: Mirror, catalog: Any, remove: Any) -> None:
+        carry_out(catalog, KeepLast(2), remove, hold=lambda manifest: "held" if manifest.tag == "step-1" else None)
 
     mirror = s3_mirror(moto, prefix, retention=KeepLast(2))
-    with mirroring(tmp_path, mirror, hooks=WorkerHooks(protected=lambda: {"step-1"})) as made:
+    with mirroring(tmp_path, mirror, hooks=WorkerHooks(retain=retain)) as made:
         for step in range(5):
             commit_and_send(made, tmp_path, f"step-{step}", SMALL, created=step + 1).result(60)
         commit_and_send(made, tmp_path, "last", SMALL, created=9).result(60)

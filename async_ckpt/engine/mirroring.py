@@ -1,0 +1,111 @@
+"""What an engine has to do with its mirrors, where it has some."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from ..errors import CheckpointError, CheckpointNotFoundError, report
+from ..format.manifest import Manifest
+from ..mirror.config import Mirror
+from ..mirror.mirrors import Mirrors
+from ..mirror.remote import remote_catalog
+from ..mirror.worker import WorkerHooks
+from ..ranks.coordinator import Coordinator
+from ..reading.catalog import Catalog
+from ..retention import Hold, RetentionPolicy, carry_out
+from ..storage.filesystem import FileSystem
+from .config import EngineConfig
+from .observing import Callbacks
+
+
+class EngineMirrors(Mirrors):
+    """The mirrors of an engine, and how it reads from them. Any thread; `catalog_with` and `latest` block for requests.
+
+    Args:
+        on_mirrored: called on a background thread when a checkpoint is in a mirror: older ones may be deletable now.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        filesystem: FileSystem,
+        root: str,
+        coordinator: Coordinator,
+        callbacks: Callbacks,
+        on_mirrored: Callable[[], object],
+    ) -> None:
+        self._resumed: set[str] = set()
+        super().__init__(
+            config.mirrors,
+            filesystem=filesystem,
+            root=root,
+            may_overwrite=config.overwrite == "replace",
+            uploaders_per_node=config.uploaders_per_node,
+            hooks=WorkerHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),
+        )
+
+    def note_resumed(self, tag: str) -> None:
+        """The run has loaded from this checkpoint: no mirror's retention deletes it."""
+        self._resumed.add(tag)
+
+    def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:
+        def hold(manifest: Manifest) -> str | None:
+            return "the run resumed from it" if manifest.tag in self._resumed else None
+
+        assert isinstance(mirror.retention, RetentionPolicy)
+        carry_out(catalog, mirror.retention, remove, hold=hold)
+
+    def catalog_with(self, tag: str, disk: Catalog) -> Catalog:
+        """`disk` where that has the tag, else the first mirror that has it; `disk` where none has."""
+        try:
+            disk.path(tag)
+            return disk
+        except CheckpointNotFoundError:
+            for mirror in self.mirrors:
+                remote = remote_catalog(mirror)
+                try:
+                    remote.path(tag)
+                    return remote
+                except CheckpointNotFoundError:
+                    continue
+            return disk
+
+    def latest(self, disk: Catalog, verify: str) -> str | None:
+        """The newest tag, on disk or in a mirror, that verifies; a mirror that cannot be reached is left out, and that is logged."""
+        found = disk.latest(verify)
+        newest_ns = disk.manifest(found).created_unix_ns if found is not None else -1
+        for mirror in self.mirrors:
+            remote = remote_catalog(mirror)
+            try:
+                for entry in reversed(remote.entries()):
+                    if entry.manifest is None or entry.manifest.created_unix_ns <= newest_ns:
+                        continue
+                    if remote.verify(entry.tag, level=verify).ok:
+                        found, newest_ns = entry.tag, entry.manifest.created_unix_ns
+                        break
+            except CheckpointError as error:
+                if found is None:
+                    raise
+                report(logging.WARNING, "latest: %s is left out: %s", mirror.url, error)
+        return found
+
+
+class HasMirrors(Protocol):
+    """Whoever has an engine's mirrors, once they are made."""
+
+    mirrors: EngineMirrors | None
+
+
+def hold_for_mirrors(config: EngineConfig, owner: HasMirrors) -> Hold:
+    """For local retention: what not all mirrors have had stays, where the configuration says so."""
+
+    def hold(manifest: Manifest) -> str | None:
+        if not config.mirrors or not config.keep_local_until_mirrored:
+            return None
+        mirrors = owner.mirrors
+        is_mirrored = mirrors is not None and mirrors.is_mirrored(manifest.tag, manifest.created_unix_ns)
+        return None if is_mirrored else "it is not mirrored yet"
+
+    return hold

@@ -1,0 +1,206 @@
+"""Mirrors of an engine: what is pending, what waits, what retention and loads do."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror
+from async_ckpt.errors import CheckpointNotFoundError, ConfigError, MirrorError
+from async_ckpt.metrics import MirrorMetrics, Observer, Span
+
+from .making import check_store, s3_mirror
+from .proxy import Fault, Proxy
+from .servers import free_ports
+from .test_reading import same, state
+from .test_upload import done_when
+
+
+def saved(engine: AsyncCheckpointEngine, tag: str, seed: int = 0) -> Any:
+    engine.create(tag)
+    engine.save(state(seed), "model.pt")
+    return engine.commit(tag, {"step": seed})
+
+
+def engine_on(root: Path, *mirrors: Mirror, **fields: Any) -> AsyncCheckpointEngine:
+    return AsyncCheckpointEngine(root, staging_bytes=16 << 20, chunk_bytes=1 << 16, mirrors=mirrors, **fields)
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.mirrors: list[tuple[str, int, BaseException | None]] = []
+        self.kinds: set[str] = set()
+
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        self.mirrors.append((metrics.tag, metrics.sent_bytes, error))
+
+    def on_span(self, span: Span) -> None:
+        self.kinds.add(span.kind)
+
+
+def test_a_commit_is_mirrored_and_told(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror, told = s3_mirror(moto, prefix), Told()
+    with engine_on(tmp_path, mirror, observers=(told,)) as engine:
+        pending = saved(engine, "step-1", 1)
+        assert pending.result(60) == "step-1" and pending.mirrored.result(60) == "step-1"
+        assert pending.mirrored.metrics.sent_bytes == pending.metrics.size_bytes > 0
+    assert check_store(mirror) == ["step-1"]
+    assert told.mirrors == [("step-1", pending.metrics.size_bytes, None)] and {"upload", "upload manifest"} <= told.kinds
+
+
+def test_leaving_the_block_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with engine_on(tmp_path, mirror) as engine:
+        for step in range(4):
+            saved(engine, f"step-{step}", step)
+    assert check_store(mirror) == [f"step-{step}" for step in range(4)]
+
+
+def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(moto: Any, tmp_path: Path, prefix: str) -> None:
+    is_open = threading.Event()
+
+    def hold(number: int, method: str, path: str) -> Fault:
+        if "step-1" in path and method == "PUT":
+            is_open.wait(60)
+        return None
+
+    with Proxy(moto.endpoint, hold) as proxy:
+        engine = engine_on(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint), mirror_timeout_s=0.2)
+        pending = saved(engine, "step-1")
+        with pytest.warns(RuntimeWarning, match=r"1 checkpoint\(s\) are not mirrored yet.*'step-1'"):
+            engine.close()
+        assert isinstance(pending.mirrored.exception(0), MirrorError) and pending.exception(0) is None
+        is_open.set()
+    with engine_on(tmp_path, s3_mirror(moto, prefix)) as engine:
+        done_when(lambda: "step-1" in Catalog(s3_mirror(moto, prefix).url, remote(s3_mirror(moto, prefix))).tags())
+
+
+def remote(mirror: Mirror) -> Any:
+    from async_ckpt.mirror.remote import RemoteFileSystem
+
+    return RemoteFileSystem(mirror)
+
+
+def test_local_retention_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
+    is_open = threading.Event()
+
+    def hold(number: int, method: str, path: str) -> Fault:
+        if "step-0" in path:
+            is_open.wait(60)
+        return None
+
+    with Proxy(moto.endpoint, hold) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, request_timeout_s=60.0)
+        with engine_on(tmp_path, mirror, retention=KeepLast(1)) as engine:
+            pending = [saved(engine, f"step-{step}", step) for step in range(3)]
+            for one in pending:
+                one.result(60)
+            assert engine.tags() == ["step-0", "step-1", "step-2"]
+            is_open.set()
+            pending[-1].mirrored.result(60)
+            done_when(lambda: engine.tags() == ["step-2"])
+    assert check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"]
+
+
+def test_local_retention_does_not_wait_where_it_is_told_so(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    mirror = Mirror("s3://bucket/run", options={"endpoint": f"http://127.0.0.1:{port}"}, retry_timeout_s=0.1)
+    with engine_on(tmp_path, mirror, retention=KeepLast(1), keep_local_until_mirrored=False) as engine:
+        with pytest.warns(RuntimeWarning, match="are not mirrored"):
+            engine.create("step-0")
+        engine.commit("step-0").result(60)
+        for step in range(1, 3):
+            saved(engine, f"step-{step}", step).result(60)
+        assert engine.tags() == ["step-2"]
+
+
+def test_a_new_machine_restores_from_the_mirror(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix, retention=KeepLast(1))
+    with engine_on(tmp_path / "old", mirror) as engine:
+        saved(engine, "step-1", 1).mirrored.result(60)
+    with engine_on(tmp_path / "new", mirror) as engine:
+        assert engine.latest() is None and engine.latest(tier="any") == "step-1"
+        assert same(engine.load("step-1/model.pt"), state(1))
+        target = state(0)
+        engine.load_into(target, f"{tmp_path}/new/step-1/model.pt")
+        assert same(target["model"], state(1)["model"])
+        with pytest.raises(CheckpointNotFoundError):
+            engine.load("step-9/model.pt")
+        for step in (2, 3):
+            saved(engine, f"step-{step}", step).mirrored.result(60)
+        assert engine.latest(tier="any") == "step-3"
+    # The one that the run resumed from stays.
+    assert check_store(mirror) == ["step-1", "step-3"]
+
+
+def test_what_cannot_be_used_is_an_error_of_the_first_create(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    options = {"endpoint": f"http://127.0.0.1:{port}", "access_key_id": "a", "secret_access_key": "b"}
+    mirror = Mirror("s3://bucket/run", options=options, on_failure="raise", retry_timeout_s=0.2)
+    with engine_on(tmp_path, mirror) as engine, pytest.raises(MirrorError, match="cannot be reached"):
+        engine.create("step-1")
+
+
+def test_a_failed_upload_is_raised_by_close_where_that_is_asked_for(moto: Any, tmp_path: Path, prefix: str) -> None:
+    def refuse(number: int, method: str, path: str) -> Fault:
+        return "skew" if "step-1" in path else None
+
+    with Proxy(moto.endpoint, refuse) as proxy:
+        engine = engine_on(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint, on_failure="raise"))
+        saved(engine, "step-1").result(60)
+        with pytest.raises(MirrorError, match="clock differs"):
+            engine.close()
+    assert Catalog(tmp_path).latest() == "step-1"
+
+
+def test_replaced_and_deleted_tags(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with engine_on(tmp_path, mirror, overwrite="replace") as engine:
+        for seed in range(3):
+            saved(engine, "latest", seed)
+        engine.pending()
+        saved(engine, "gone").result(60)
+        engine.delete("gone")
+        saved(engine, "last").mirrored.result(60)
+    assert "latest" in check_store(mirror)
+    shutil.rmtree(tmp_path)
+    with engine_on(tmp_path, mirror) as engine:
+        assert same(engine.load("latest/model.pt"), state(2))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mirrors": "s3://bucket/run"},
+        {"mirrors": (Mirror("s3://b/r"), Mirror("s3://b/r/"))},
+        {"mirrors": (), "mirror_timeout_s": 0},
+        {"mirrors": (), "uploaders_per_node": 0},
+    ],
+)
+def test_bad_fields(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mirror|uploaders"):
+        AsyncCheckpointEngine(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("url", "fields"),
+    [
+        ("bucket/run", {}),
+        ("s3:///run", {}),
+        ("file://host/run", {}),
+        ("http://host/run", {}),
+        ("s3://bucket/../run", {}),
+        ("s3://bucket/run", {"part_bytes": 1 << 20}),
+        ("s3://bucket/run", {"parallel": 0}),
+        ("s3://bucket/run", {"on_failure": "ignore"}),
+        ("s3://bucket/run", {"max_bytes_per_s": -1}),
+        ("s3://bucket/run", {"retention": 3}),
+    ],
+)
+def test_bad_mirrors(url: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Mirror(url, **fields)
