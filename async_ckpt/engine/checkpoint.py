@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -128,3 +130,20 @@ def given_up(message: str, reason: BaseException | None) -> TransactionStateErro
     error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")
     error.__cause__ = reason
     return error
+
+
+def joined(directory: Future[str], path: str) -> str | Future[str]:
+    """`directory`/`path`; a future where the directory is not known yet."""
+    if directory.done() and directory.exception() is None:
+        return os.path.join(directory.result(), path)
+    joined: Future[str] = Future()
+
+    def on_done(known: Future[str]) -> None:
+        error = known.exception()
+        if error is None:
+            joined.set_result(os.path.join(known.result(), path))
+        else:
+            joined.set_exception(error)
+
+    directory.add_done_callback(on_done)
+    return joined

@@ -37,7 +37,7 @@ from ..writer.chunks import WrittenFile
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
 from . import at_exit
-from .checkpoint import OpenCheckpoint, SavedFile, given_up
+from .checkpoint import OpenCheckpoint, SavedFile, given_up, joined
 from .config import EngineConfig
 from .mirroring import EngineMirrors, hold_for_mirrors
 from .observing import Callbacks
@@ -182,7 +182,7 @@ class InFlight:
         return checkpoint
 
     def open_file(self, checkpoint: OpenCheckpoint, path: str, size_bytes: int, seal: Callable[[int, memoryview], int]) -> FileWrite:
-        location = _joined(checkpoint.opened.location, path)
+        location = joined(checkpoint.opened.location, path)
         return self.pool.open_file(location, size_bytes=size_bytes, seal=seal, make_parents="/" in path, tag=checkpoint.tag)
 
     def report(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
@@ -475,20 +475,3 @@ class InFlight:
             self._arena.close()
         self.callbacks.close(max(0.1, deadline - time.monotonic()))
         self._has_stopped = True
-
-
-def _joined(directory: Future[str], path: str) -> str | Future[str]:
-    """`directory`/`path`; a future where the directory is not known yet."""
-    if directory.done() and directory.exception() is None:
-        return os.path.join(directory.result(), path)
-    joined: Future[str] = Future()
-
-    def on_done(known: Future[str]) -> None:
-        error = known.exception()
-        if error is None:
-            joined.set_result(os.path.join(known.result(), path))
-        else:
-            joined.set_exception(error)
-
-    directory.add_done_callback(on_done)
-    return joined
