@@ -42,6 +42,7 @@ from .checkpoint import OpenCheckpoint, SavedFile, given_up
 from .commits import InFlight
 from .config import EngineConfig
 from .interface import CheckpointEngine, StrPath, tag_of
+from .mirroring import latest_of
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 from .warmup import Warmup
@@ -248,12 +249,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Pending commits of other engines of this process in the same root are waited for first (a retry may still hold one);
         BackpressureTimeout where they do not end.
         """
-        if tier not in ("disk", "any"):
-            raise ConfigError(f"tier must be 'disk' or 'any', not {tier!r}")
         self._inflight.await_others()
-        if tier == "any" and self._inflight.mirrors is not None:
-            return self._inflight.mirrors.latest(self._catalog, verify)
-        return self._catalog.latest(verify=verify)
+        return latest_of(self._catalog, self._inflight.mirrors, verify, tier)
 
     def tags(self) -> list[str]:
         """Committed tags, oldest first."""
@@ -472,10 +469,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._usable()
         tag, name = self._paths.split_committed(path)
         self._inflight.await_commit(tag)
-        if self._inflight.mirrors is None:
-            return self._catalog, tag, name
-        self._inflight.mirrors.note_resumed(tag)
-        return self._inflight.mirrors.catalog_with(tag, self._catalog), tag, name
+        mirrors = self._inflight.mirrors
+        return self._catalog if mirrors is None else mirrors.resume_from(tag, self._catalog), tag, name
 
     def _usable(self) -> None:
         self._inflight.check_usable()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import CheckpointError, CheckpointNotFoundError, report
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, report
 from ..format.manifest import Manifest
 from ..mirror.config import Mirror
 from ..mirror.mirrors import Mirrors
@@ -21,7 +21,7 @@ from .observing import Callbacks
 
 
 class EngineMirrors(Mirrors):
-    """The mirrors of an engine, and how it reads from them. Any thread; `catalog_with` and `latest` block for requests.
+    """The mirrors of an engine, and how it reads from them. Any thread; `resume_from` and `latest` block for requests.
 
     Args:
         on_mirrored: called on a background thread when a checkpoint is in a mirror: older ones may be deletable now.
@@ -46,10 +46,6 @@ class EngineMirrors(Mirrors):
             hooks=WorkerHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),
         )
 
-    def note_resumed(self, tag: str) -> None:
-        """The run has loaded from this checkpoint: no mirror's retention deletes it."""
-        self._resumed.add(tag)
-
     def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:
         def hold(manifest: Manifest) -> str | None:
             return "the run resumed from it" if manifest.tag in self._resumed else None
@@ -57,8 +53,12 @@ class EngineMirrors(Mirrors):
         assert isinstance(mirror.retention, RetentionPolicy)
         carry_out(catalog, mirror.retention, remove, hold=hold)
 
-    def catalog_with(self, tag: str, disk: Catalog) -> Catalog:
-        """`disk` where that has the tag, else the first mirror that has it; `disk` where none has."""
+    def resume_from(self, tag: str, disk: Catalog) -> Catalog:
+        """`disk` where that has the tag, else the first mirror that has it; `disk` where none has.
+
+        The run loads from this checkpoint: no mirror's retention deletes it from now on.
+        """
+        self._resumed.add(tag)
         try:
             disk.path(tag)
             return disk
@@ -109,3 +109,10 @@ def hold_for_mirrors(config: EngineConfig, owner: HasMirrors) -> Hold:
         return None if is_mirrored else "it is not mirrored yet"
 
     return hold
+
+
+def latest_of(disk: Catalog, mirrors: EngineMirrors | None, verify: str, tier: str) -> str | None:
+    """`AsyncCheckpointEngine.latest`."""
+    if tier not in ("disk", "any"):
+        raise ConfigError(f"tier must be 'disk' or 'any', not {tier!r}")
+    return disk.latest(verify) if tier == "disk" or mirrors is None else mirrors.latest(disk, verify)
