@@ -15,7 +15,7 @@ def command(
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 250,
     save_every: Annotated[int, typer.Option(help="Steps between two saves.", min=1)] = 10,
     keep_last: Annotated[int, typer.Option(help="Checkpoints to keep.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or another of torch's, or 'auto'.")] = "auto",
     plot: Annotated[str | None, typer.Option(help="Write the step times as a PNG (needs matplotlib).", show_default=False)] = None,
     trace: Annotated[str | None, typer.Option(help="Write a trace for the Perfetto viewer.", show_default=False)] = None,
 ) -> None:

@@ -71,6 +71,12 @@ def on_stream(stream: torch.Stream) -> Iterator[None]:
             torch.accelerator.set_stream(outer)
 
 
+def synchronize(streams: Iterable[torch.Stream]) -> None:
+    """Block until everything queued on `streams` has run."""
+    for stream in streams:
+        stream.synchronize()
+
+
 def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
     """Keep the memory of `tensor` from being given to others, should its owner free it, until `stream` has done what it has now."""
     with contextlib.suppress(NotImplementedError):  # A device whose memory is never given to others early.

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from ..errors import TransactionStateError
-from ..host.device import Pinning, on_stream, refuse_capture
+from ..host.device import Pinning, on_stream, refuse_capture, synchronize
 from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
 from .extents import VerifiedFile
 
@@ -101,8 +101,7 @@ class Scatter:
                     target[low - start : high - start].copy_(tensor[low - offset : high - offset], non_blocking=True)
         finally:
             # The block is reused as soon as this returns.
-            for stream in self.streams.values():
-                stream.synchronize()
+            synchronize(self.streams.values())
 
 
 def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:

@@ -15,7 +15,7 @@ from async_ckpt.host.device import pinning
 from async_ckpt.integrations.dcp.stager import ArenaStager
 from async_ckpt.snapshot.arena import StagingArena
 
-from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved
+from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
 from .simulator import Graph
 
 
@@ -61,8 +61,7 @@ def test_memory_that_is_freed_behind_a_lazy_save_is_not_given_to_others_before_i
         made.prewarm()
         with simulator.paused():
             pending = saved(made, "t", model={"w": weight.detach()})
-            with simulator.no_host_sync():
-                made._guard.wait()
+            wait_until_queued(made)
             storage = weight.untyped_storage()
             if act == "replaced":
                 weight.data = torch.zeros(SIZE, device=DEVICE)

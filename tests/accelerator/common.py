@@ -52,6 +52,12 @@ def saved(made: AsyncCheckpointEngine, tag: str, **files: Any) -> Any:
     return made.commit(tag)
 
 
+def wait_until_queued(made: AsyncCheckpointEngine) -> None:
+    """Until the lazy copies are in the devices' queues, without ordering anything behind them."""
+    for job in made._guard._jobs:
+        job.enqueued.result(TIMEOUT_S)
+
+
 def on_disk(root: Path, tag: str, name: str = "model") -> Any:
     """What torch itself reads."""
     return torch.load(root / tag / f"{name}.pt", map_location="cpu")

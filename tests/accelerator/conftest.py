@@ -27,10 +27,7 @@ def nothing_left(invariant: None) -> Iterator[None]:
     A test that makes races on purpose takes them from `races()` itself.
     """
     made = simulators.loaded()
-    made.drain()
-    made.races()
-    made.forget_waits()
-    made.extension.take_contexts()
+    made.begin_anew()
     yield
     made.drain()
     made.extension.take_back_injected()

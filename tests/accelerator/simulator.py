@@ -114,6 +114,12 @@ class Simulator:
         """Run everything that is queued, without ordering anything behind it."""
         self.extension.drain()
 
+    def begin_anew(self) -> None:
+        """Run everything that is queued, and forget what went wrong before: a test must not suffer from the last one's mistakes."""
+        self.drain()
+        self.extension.forget_past()
+        self.forget_waits()
+
     # The host's waits.
 
     @property

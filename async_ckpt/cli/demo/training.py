@@ -64,8 +64,8 @@ class Trainer:
 
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        self.device = torch.device(device)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = (found or torch.device("cpu")) if config.device == "auto" else torch.device(config.device)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -104,8 +104,8 @@ class Trainer:
 
     def _progress(self) -> dict[str, Any]:
         random: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            random[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
         return {"step": self.step, "schedule": self.schedule.state_dict(), "random": random, "batches": self.batches.state_dict()}
 
     def resume(self, engine: AsyncCheckpointEngine) -> str | None:
@@ -119,8 +119,8 @@ class Trainer:
         self.schedule.load_state_dict(progress["schedule"])
         self.batches.load_state_dict(progress["batches"])
         torch.set_rng_state(progress["random"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(progress["random"]["cuda"], self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(progress["random"][self.device.type], self.device)
         self.step = progress["step"]
         return tag
 

@@ -58,6 +58,8 @@ class DcpReader(StorageReader):
         self._storage_data: dict[Any, Any] = {}
         self._described: dict[str, Any] = {}
         self._unpacker = Unpacker(weights_only=weights_only)
+        self._quiet: set[torch.device] = set()
+        """Devices that this load has waited for."""
         self.failure: CheckpointError | None = None
 
     @classmethod
@@ -65,7 +67,7 @@ class DcpReader(StorageReader):
         return DcpWriter.validate_checkpoint_id(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._storage_data, self.failure = {}, None
+        self._storage_data, self.failure, self._quiet = {}, None, set()
         if checkpoint_id is not None:
             self._path = os.path.abspath(os.fspath(checkpoint_id))
         if self._path is None:
@@ -149,6 +151,10 @@ class DcpReader(StorageReader):
             if _quantization(target) != _quantization(stored):
                 # Copied, the same numbers would mean other values.
                 raise StateMismatchError(f"{name} has another quantization than the tensor in its place", (name,))
+            if target.device.type != "cpu" and target.device not in self._quiet:
+                # Kernels that still read the old values may be queued on any stream.
+                torch.accelerator.synchronize(target.device)
+                self._quiet.add(target.device)
             try:
                 # Not into a detached view: of a sparse tensor that would be another one.
                 with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from ...host.device import accelerators, pinning
+from ...host.device import accelerators, pinning, synchronize
 from ...snapshot.arena import StagingArena, StagingChunk
 from ...threads.locks import uninterrupted
 
@@ -148,8 +148,7 @@ class _Storages:
         streams = {device: torch.accelerator.current_stream(device) for device in devices}
         try:
             self._queue_copies(chunk, memory)
-            for stream in streams.values():
-                stream.synchronize()
+            synchronize(streams.values())
         except BaseException:
             # The slot must not be given back while a device still writes to it.
             for stream in streams.values():
