@@ -17,7 +17,7 @@ from ..writer.file import FileWrite
 from .pending import PendingCommit
 
 if TYPE_CHECKING:
-    from ..snapshot.snapshotter import SnapshotJob
+    from ..snapshot.file_copy import FileCopy
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class SavedFile:
     planner: str
     plan_hash: str
     started_s: float
-    job: SnapshotJob | None = None
+    copy: FileCopy | None = None
 
     def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
         """The manifest's line for this file."""
@@ -101,15 +101,16 @@ class OpenCheckpoint:
         if self.first_save_s is None:
             self.first_save_s = saved.started_s
 
-    def jobs(self) -> list[SnapshotJob]:
-        """The snapshots of its files."""
-        return [saved.job for saved in self.files.values() if saved.job is not None]
+    @property
+    def guard_wait_s(self) -> float:
+        """How long steps waited for the copies of its files."""
+        return sum(saved.copy.guard_wait_s for saved in self.files.values() if saved.copy is not None)
 
     def timing(self) -> dict[str, float]:
         """What the manifest says of the time it took; once all files are synced."""
         if self.first_save_s is None:
             return {}
-        stall_s = self.metrics.stall_s + sum(job.guard_wait_s for job in self.jobs())
+        stall_s = self.metrics.stall_s + self.guard_wait_s
         synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
         return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
 

@@ -386,8 +386,8 @@ class InFlight:
         metrics = saved.metrics
         metrics.direct, metrics.crc_s, metrics.write_s, metrics.sync_s = written.direct, written.crc_s, written.write_s, written.sync_s
         metrics.durable_s = written.durable_s - saved.started_s
-        if saved.job is not None:
-            metrics.copy_s = saved.job.copy_s
+        if saved.copy is not None:
+            metrics.copy_s = saved.copy.copy_s
         self.callbacks.on_save(metrics)
 
     def _measure(self, checkpoint: OpenCheckpoint, entries: list[FileEntry], publish_started_s: float) -> None:
@@ -398,7 +398,7 @@ class InFlight:
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
         metrics.max_queue_chunks = self.pool.restart_max_queued()
-        metrics.guard_wait_s = sum(job.guard_wait_s for job in checkpoint.jobs())
+        metrics.guard_wait_s = checkpoint.guard_wait_s
         metrics.stall_s += metrics.guard_wait_s
 
     def _ended(self, checkpoint: OpenCheckpoint, pending: PendingCommit, future: Future[None]) -> None:

@@ -34,6 +34,7 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.arena import StagingArena
 from ..snapshot.copy_threads import num_copy_helpers
 from ..snapshot.guard import Guard
+from ..snapshot.owned_storages import NOTHING
 from ..snapshot.snapshotter import Snapshotter
 from ..snapshot.step_exclusion import Turn
 from ..threads.executor import run_aside
@@ -90,7 +91,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._preemption: Preemption | None = None
         self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
         self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
-        self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.hurry)
+        self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.start_now)
         self._catalog = Catalog(self._paths, self._inflight.filesystem)
         self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.warm)
         self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
@@ -164,7 +165,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 if not parts:
                     raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
                 checkpoint.check_healthy()
-                with self._snapshotter.planning():
+                with self._snapshotter.deferring():
                     self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
@@ -199,7 +200,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             checkpoint.budget.check_metadata(checked)
             self._inflight.await_slot()
             pending = self._inflight.commit(checkpoint, checked, started)
-            self._snapshotter.hurry()
+            self._snapshotter.start_now()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
         return pending
@@ -439,23 +440,22 @@ class AsyncCheckpointEngine(CheckpointEngine):
         saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
         checkpoint.add_file(path, saved)
         try:
-            guarded = self._guard.storages()
-            if guarded.isdisjoint(state.sources.identities()):
+            guarded = self._guard.owned()
+            if guarded.ids.isdisjoint(state.sources.identities()):
                 # Nothing here is changed by a guarded step: those of other threads may go on.
-                guarded = frozenset()
+                guarded = NOTHING
                 turn.end()
-            owners = self._guard.owners() if guarded else ()
             on_copied = self._inflight.copy_reporter(checkpoint.tag, path)
-            job = self._snapshotter.take(state, write, guarded=guarded, owners=owners, name=path, on_copied=on_copied)
+            copy = self._snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
             write.abort(error)
             raise
-        saved.job = job
-        if not job.copied.done():
-            self._guard.track(job)
-        metrics.mode, metrics.backpressure_s = job.mode, job.backpressure_s
+        saved.copy = copy
+        if copy.is_reading:
+            self._guard.track(copy)
+        metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
         metrics.stall_s = time.perf_counter() - started
         self._inflight.report("save", started, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s

@@ -51,16 +51,16 @@ class StagingChunk:
     that it was taken.
     """
 
-    __slots__ = ("__weakref__", "_arena", "address", "imprint", "inherited", "is_held", "num_users", "piece", "tensor", "view")
+    __slots__ = ("__weakref__", "_arena", "address", "former_key", "is_held", "num_users", "piece", "resident_key", "tensor", "view")
 
     def __init__(self, piece: _Piece, arena: StagingArena) -> None:
         self.is_held = False
         self.num_users = 0
         self.piece = piece
         self.tensor, self.view, self.address = piece
-        self.imprint: object = None
-        """Its holder's own mark of what it has put into the memory, to be found in `inherited` by the next holder of that memory."""
-        self.inherited: object = None
+        self.resident_key: object = None
+        """Set by its holder: names what the memory holds from now on. The next holder of the memory finds it in `former_key`."""
+        self.former_key: object = None
         # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
         self._arena = arena
 
@@ -97,7 +97,7 @@ class StagingArena:
         self._pieces = {piece[2]: piece for piece in self._cold}
         self._holders: dict[int, weakref.ref[StagingChunk]] = {}
         """The last chunk made of each piece, by address."""
-        self._imprints: dict[int, object] = {}
+        self._resident_keys: dict[int, object] = {}
         """Of free pieces, by address."""
         self._ready: set[int] = set()
         """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are free."""
@@ -235,7 +235,7 @@ class StagingArena:
     def _return_unused(self, chunk: StagingChunk) -> None:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
-            self._imprints[chunk.address] = chunk.imprint
+            self._resident_keys[chunk.address] = chunk.resident_key
             self._put_back(chunk.piece)
             self._changed.notify_all()
 
@@ -280,7 +280,7 @@ class StagingArena:
                     self._holders[chunk.address] = holder
                     chunk.is_held = True
                     pieces.popleft()
-                    chunk.inherited = self._imprints.pop(chunk.address, None)
+                    chunk.former_key = self._resident_keys.pop(chunk.address, None)
                     return chunk
             except BaseException:
                 self.release(chunk)

@@ -62,7 +62,7 @@ class SmallPieces:
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
+class ChunkMap:
     """The chunks of one layout.
 
     A source is a payload by its number, or a literal: the file's first one is source `num_payloads`, all between the first and
@@ -81,12 +81,16 @@ class Cuts:
     middle: bytes
     """The source of `between`."""
     key: object
-    """Equal for cuts with the same `between` and `middle`."""
+    """Equal for maps with the same `between` and `middle`."""
     probes: ProbeMap
     _pick_small: Callable[[Sequence[int]], tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.large)
+
+    def literal_sources(self, plan: FilePlan) -> list[bytes]:
+        """The bytes of `plan` that are sources of their own, in the order of their numbers."""
+        return [plan.literals[0][1], self.middle, plan.literals[-1][1]]
 
     def small_addresses(self, sources: Sequence[int]) -> list[int]:
         """Of the bytes of each row of `small`, where `sources` are the addresses of all payloads."""
@@ -101,12 +105,7 @@ class Cuts:
         return min(self.chunk_bytes, self.file_bytes - k * self.chunk_bytes)
 
 
-def literal_sources(plan: FilePlan, cuts: Cuts) -> list[bytes]:
-    """The bytes of `plan` that are sources of their own, in the order of their numbers."""
-    return [plan.literals[0][1], cuts.middle, plan.literals[-1][1]]
-
-
-def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
+def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
     """Cut a plan at chunk boundaries: about two microseconds per payload."""
     payloads = enumerate(zip(plan.payload_offsets, plan.payload_nbytes, strict=True))
     extents = sorted([*_literal_extents(plan), *((offset, nbytes, index, 0) for index, (offset, nbytes) in payloads)])
@@ -130,7 +129,7 @@ def cut(plan: FilePlan, chunk_bytes: int) -> Cuts:
     between.begin(num_chunks)
     middle = b"".join(data for _, data in plan.literals[1:-1])
     probes = ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks)
-    return Cuts(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), probes, picker(small.sources))
+    return ChunkMap(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), probes, picker(small.sources))
 
 
 def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:

@@ -29,8 +29,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..host.device import is_capturing_now, refuse_capture, wait_on_stream
 from ..threads.locks import Lock
-from .owned_storages import OwnedStorages, owned_tensors
-from .snapshotter import SnapshotJob
+from .file_copy import FileCopy
+from .owned_storages import NOTHING, Owned, OwnedStorages
 from .step_exclusion import StepExclusion, Turn, Work
 
 T = TypeVar("T")
@@ -42,18 +42,18 @@ _hook: Any = None
 class Guard:
     """Guarded optimizers and the lazy snapshots in flight. Any thread."""
 
-    def __init__(self, timeout_s: float, hurry: Callable[[], None]) -> None:
+    def __init__(self, timeout_s: float, start_now: Callable[[], None]) -> None:
         self._timeout_s = timeout_s
-        self._hurry = hurry
+        self._start_now = start_now
         self._pid = os.getpid()
         self._optimizers: list[weakref.ref[Any]] = []
-        self._jobs: list[SnapshotJob] = []
+        self._copies: list[FileCopy] = []
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
         self._captured: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimizers whose step was seen inside a graph capture: a replay of it asks nobody."""
-        self._known: frozenset[int] | None = None
+        self._must_look = True
 
     def add(self, optimizer: Any) -> int:
         """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes nothing.
@@ -64,7 +64,7 @@ class Guard:
         optimizer = _steppable(optimizer)
         if not self._guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
-            self._known = None
+            self._must_look = True
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
             _guards.add(self)
             if _is_capturable(optimizer):
@@ -74,35 +74,29 @@ class Guard:
         # Adam keeps two moments per parameter, and its state does not exist before the first step.
         return 3 * parameters
 
-    def track(self, job: SnapshotJob) -> None:
-        """Make the next step wait for `job`."""
+    def track(self, copy: FileCopy) -> None:
+        """Make the next step wait for `copy`."""
         with self._lock:
-            self._jobs = [*(job for job in self._jobs if not job.copied.done()), job]
+            self._copies = [*(copy for copy in self._copies if copy.is_reading), copy]
 
     def refresh(self) -> None:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
-        self._known = None
+        self._must_look = True
 
     def save(self, work: Callable[[Turn], T]) -> T:
         """`work(turn)`, a save, while no guarded step runs on another thread. Before any lock that a step's closure may want."""
         turn = Turn(self._exclusion if self._optimizers and os.getpid() == self._pid else None, Work.SAVE)
         return turn.run(lambda: work(turn))
 
-    def storages(self) -> frozenset[int]:
-        """`UntypedStorage._cdata` of every parameter and state tensor of the guarded optimizers, as of the last `refresh`.
+    def owned(self) -> Owned:
+        """What the guarded optimizers own, as of the last `refresh`.
 
-        None at all inside a step of this thread: nothing waits between here and what the rest of the step changes.
+        Nothing inside a step of this thread: nothing waits between here and what the rest of the step changes.
         """
         if not self._optimizers or self._exclusion.in_own_step():
-            return frozenset()
-        known = self._known
-        if known is None:
-            known = self._known = self._owned.look(o for o in self._alive() if not self._is_replayed(o))
-        return known
-
-    def owners(self) -> list[torch.Tensor]:
-        """The parameters and state tensors themselves."""
-        return owned_tensors(self._alive())
+            return NOTHING
+        again, self._must_look = self._must_look, False
+        return self._owned.look((o for o in self._alive() if not self._is_replayed(o)), again=again)
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -118,29 +112,29 @@ class Guard:
         self.refresh()
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
-            jobs = self._jobs = [job for job in self._jobs if not job.copied.done()]
-        if jobs:
-            self._hurry()
+            copies = self._copies = [copy for copy in self._copies if copy.is_reading]
+        if copies:
+            self._start_now()
         started = time.perf_counter()
-        for job in jobs:
-            self._wait_for(job, block)
+        for copy in copies:
+            self._wait_for(copy, block)
             ended = time.perf_counter()
-            job.guard_wait_s += ended - started
+            copy.guard_wait_s += ended - started
             started = ended
 
-    def _wait_for(self, job: SnapshotJob, block: bool) -> None:
+    def _wait_for(self, copy: FileCopy, block: bool) -> None:
         deadline = self._timeout_s
         try:
-            if job.enqueued.exception(deadline) is not None:
+            if copy.queued.exception(deadline) is not None:
                 return
-            if job.events and not block:
-                devices = {event.device for event in job.events}
+            if copy.events and not block:
+                devices = {event.device for event in copy.events}
                 refuse_capture("a step cannot wait for a lazy snapshot (call wait_snapshot() before the capture)", devices)
-                for event in job.events:
+                for event in copy.events:
                     wait_on_stream(event)
-                job.accept_changes()
+                copy.accept_changes()
             else:
-                job.copied.exception(deadline)
+                copy.copied.exception(deadline)
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.
         except concurrent.futures.TimeoutError:
             raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None

@@ -10,54 +10,63 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 
-from .file_copy import storages_of
+from .torn_check import storages_of
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """What some optimizers own. Short-lived: it keeps the tensors alive."""
+
+    ids: frozenset[int]
+    """`UntypedStorage._cdata` of every parameter and state tensor."""
+    tensors: list[torch.Tensor]
+
+
+NOTHING = Owned(frozenset(), [])
+
+
 class OwnedStorages:
-    """`UntypedStorage._cdata` of every parameter and state tensor. One thread at a time."""
+    """Knows the storages of some optimizers from one look to the next. One thread at a time."""
 
     def __init__(self) -> None:
         self._addresses: list[int] | None = None
-        self._ids: frozenset[int] = frozenset()
+        self._ids: frozenset[int] | None = None
         self._letting_go: weakref.finalize[..., OwnedStorages] | None = None
 
-    def look(self, optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[int]:
+    def look(self, optimizers: Iterable[Any], *, again: bool = True) -> Owned:
         """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still holds.
 
         It does because the identities in it cannot be given to other storages: weak references keep them taken. Were one
         of these tensors given another storage over the same memory, it would only be missing, and be copied eagerly.
+
+        Args:
+            again: False: nothing can have changed since the last look.
         """
         values = _values(optimizers)
-        try:
-            # A default device installs a function mode, which would turn each of these calls into Python.
-            with torch._C.DisableTorchFunction():
-                addresses: list[int] | None = list(map(torch.Tensor.data_ptr, values))
-        except (TypeError, RuntimeError):
-            # Not all of them are tensors, or dense ones.
-            addresses = None
-        if addresses is not None and addresses == self._addresses:
-            return self._ids
-        self._forget()
-        storages = _plain_storages(values) if addresses is not None else None
-        if storages is None:
-            # Their data may lie where it lay and be another storage's: these are looked at again each time.
-            addresses, storages = None, _storages(values)
-        # A weak reference to a storage is its `_cdata`.
-        taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, storages))
-        self._letting_go = weakref.finalize(self, _let_go, taken)
-        self._ids = frozenset(taken)
-        self._addresses = addresses
-        return self._ids
+        is_plain = _PLAIN.issuperset(map(type, values))
+        tensors = values if is_plain else [value for value in values if isinstance(value, torch.Tensor)]
+        if not again and self._ids is not None:
+            return Owned(self._ids, tensors)
+        addresses = _addresses(tensors) if is_plain else None
+        if self._ids is None or addresses is None or addresses != self._addresses:
+            self._forget()
+            # A weak reference to a storage is its `_cdata`.
+            taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, _storages(tensors, are_plain=addresses is not None)))
+            self._letting_go = weakref.finalize(self, _let_go, taken)
+            self._ids = frozenset(taken)
+            self._addresses = addresses
+        return Owned(self._ids, tensors)
 
     def _forget(self) -> None:
-        self._addresses = None
+        self._addresses = self._ids = None
         if self._letting_go is not None:
             self._letting_go()
             self._letting_go = None
@@ -67,13 +76,7 @@ def _let_go(taken: list[int]) -> None:
     deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
 
 
-def owned_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
-    """The parameters and the tensors of the states."""
-    values = _values(optimizers)
-    return values if _PLAIN.issuperset(map(type, values)) else [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _values(optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+def _values(optimizers: Iterable[Any]) -> list[Any]:
     """Parameters and whatever the states hold, in the optimizers' order."""
     values: list[Any] = []
     for optimizer in optimizers:
@@ -87,22 +90,23 @@ def _values(optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
     return values
 
 
-def _plain_storages(tensors: list[torch.Tensor]) -> list[torch.UntypedStorage] | None:
-    """Their storages, if all of them are torch's own classes and dense; else None: others may hide what they are made of."""
-    if not _PLAIN.issuperset(map(type, tensors)):
-        return None
+def _addresses(tensors: list[torch.Tensor]) -> list[int] | None:
+    """Where the data of torch's own tensors lies; None where one of them has none."""
     try:
+        # A default device installs a function mode, which would turn each of these calls into Python.
         with torch._C.DisableTorchFunction():
-            return list(map(torch.Tensor.untyped_storage, tensors))
+            return list(map(torch.Tensor.data_ptr, tensors))
     except RuntimeError:
         return None
 
 
-def _storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
-    """The storages of those that are tensors and have one."""
+def _storages(tensors: list[torch.Tensor], *, are_plain: bool) -> list[torch.UntypedStorage]:
+    """The storages of those that have one."""
+    if are_plain:
+        with torch._C.DisableTorchFunction():
+            return list(map(torch.Tensor.untyped_storage, tensors))
     found: list[torch.UntypedStorage] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            with contextlib.suppress(RuntimeError, NotImplementedError):
-                found.extend(storages_of(value))
+    for tensor in tensors:
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            found.extend(storages_of(tensor))
     return found

@@ -1,10 +1,10 @@
 """Content probes: a few bytes of each payload, noted in `save`, which what was copied of it must hold.
 
-Version counters do not move for fused optimizers, BatchNorm statistics and writes through ``.data``. Probes see every change of a whole
-tensor, by whatever means: at the head and the tail of each payload, and at regular distances between them. What a change in
-the middle of a large tensor leaves alone at all of them, they do not see.
+Version counters do not move for fused optimizers, BatchNorm statistics and writes through ``.data``. Probes see every
+change of a whole tensor, by whatever means: at the head and the tail of each payload, and at regular distances between
+them. What a change in the middle of a large tensor leaves alone at all of them, they do not see.
 
-Noting costs one gather over addresses, about 25 ns per probe: a read of one cache line.
+Noting is one gather over addresses, about 25 ns per probe: a read of one cache line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 PROBE_BYTES = 8
-TINY_BYTES = 1024
+TINY_BYTES = 256
 # Between the probes of one payload; more where there would be more than so many beside the heads and the tails.
 _MIN_DISTANCE_BYTES = 64 << 10
 _MAX_INNER_PROBES = 1024
@@ -25,20 +25,22 @@ _MAX_INNER_PROBES = 1024
 # The whole address space; torch takes no tensor at address 0.
 _BASE = 4096
 _ADDRESS_SPACE = (ctypes.c_ubyte * (1 << 56)).from_address(_BASE)
-_NOWHERE = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
+_NOWHERE = torch.zeros(1, dtype=torch.int64, device="cpu")
 """Read in place of what lies on a device."""
 
 
 class ProbeMap:
-    """Where the probes of one layout lie, in the payloads and in the chunks; and which payloads are too short for them."""
+    """Where the probes of one layout lie, in the payloads and in the chunks.
+
+    Payloads of up to `TINY_BYTES` are probed as a whole: what is noted of them is their copy.
+    """
 
     def __init__(self, file_offsets: Sequence[int], nbytes: Sequence[int], chunk_bytes: int, num_chunks: int) -> None:
         distance = max(_MIN_DISTANCE_BYTES, sum(nbytes) // _MAX_INNER_PROBES // PROBE_BYTES * PROBE_BYTES)
-        self.tiny = [payload for payload, size in enumerate(nbytes) if size <= TINY_BYTES]
-        """The numbers of the payloads that have no probes: to copy them costs little more than to look at them."""
-        self.tiny_nbytes = [nbytes[payload] for payload in self.tiny]
-        self._payloads, self._payload_offsets, chunk_offsets = array("q"), array("q"), array("q")
+        self._payloads, self._offsets, chunk_offsets = array("q"), array("q"), array("q")
         self._starts: list[int] = []
+        self._tiny: list[tuple[int, int]] = []
+        """Payloads, and the row of the first probe of each."""
         for payload, (start, size) in enumerate(zip(file_offsets, nbytes, strict=True)):
             if size <= TINY_BYTES:
                 continue
@@ -48,18 +50,27 @@ class ProbeMap:
                 k, chunk_offset = divmod(start + offset, chunk_bytes)
                 if chunk_offset <= chunk_bytes - PROBE_BYTES:
                     self._begin(k)
-                    self._payloads.append(payload)
-                    self._payload_offsets.append(offset)
+                    self._add(payload, range(offset, offset + 1))
                     chunk_offsets.append(chunk_offset)
         self._begin(num_chunks)
+        for payload, size in enumerate(nbytes):
+            if size <= TINY_BYTES:
+                self._tiny.append((payload, len(self._payloads)))
+                self._add(payload, range(0, size, PROBE_BYTES))
+        ends = array("q", [nbytes[payload] - 1 for payload in self._payloads])
         with _plain_torch():
-            self._columns = tuple(map(_numbers, (self._payloads, self._payload_offsets, chunk_offsets)))
+            self._columns = _numbers(self._payloads), _numbers(self._offsets), _numbers(ends)
+            self._chunk_offsets = _numbers(chunk_offsets)
         self._last: tuple[list[int], _Words] | None = None
         """The payloads' addresses of the last save, and the probes of those: nearly always the next one has the same."""
 
     def _begin(self, k: int) -> None:
         while len(self._starts) <= k:
             self._starts.append(len(self._payloads))
+
+    def _add(self, payload: int, offsets: range) -> None:
+        self._payloads.extend([payload] * len(offsets))
+        self._offsets.extend(offsets)
 
     def note(self, addresses: list[int], unread: frozenset[int]) -> Probes:
         """Read the probes now. One thread at a time.
@@ -70,31 +81,37 @@ class ProbeMap:
         """
         with _plain_torch():
             if self._last is None or self._last[0] != addresses:
-                payloads, offsets, _ = self._columns
+                payloads, offsets, ends = self._columns
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
-                self._last = addresses, _Words(torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets))
-            return Probes(self, self._last[1].read(), unread)
+                self._last = addresses, _Words(starts, offsets, ends)
+            words = self._last[1].read()
+            first = words.data_ptr()
+        copies = [(payload, first + row * PROBE_BYTES) for payload, row in self._tiny if payload not in unread]
+        return Probes(self, words, unread, copies)
 
     def rows(self, k: int) -> slice:
-        """The probes of chunk `k`."""
+        """The probes in chunk `k`."""
         return slice(self._starts[k], self._starts[k + 1])
 
     def place(self, row: int) -> tuple[int, int]:
         """The payload of a probe, and its offset in that."""
-        return self._payloads[row], self._payload_offsets[row]
+        return self._payloads[row], self._offsets[row]
 
     def read_chunk(self, k: int, chunk_address: int) -> torch.Tensor:
         """The probes' bytes as they are in chunk `k`."""
-        return _Words(self._columns[2][self.rows(k)] + chunk_address).read()
+        starts, offsets = torch.tensor(chunk_address), self._chunk_offsets[self.rows(k)]
+        return _Words(starts, offsets, offsets + PROBE_BYTES).read()
 
 
 class Probes:
     """What one save has noted."""
 
-    def __init__(self, where: ProbeMap, words: torch.Tensor, unread: frozenset[int]) -> None:
+    def __init__(self, where: ProbeMap, words: torch.Tensor, unread: frozenset[int], copies: list[tuple[int, int]]) -> None:
         self._where = where
         self._words = words
         self._unread = unread
+        self.copies = copies
+        """The payloads that were copied by being noted, and the address of each copy; valid while this object is alive."""
         self.changed: list[tuple[int, int]] = []
         """Where a chunk held something else: payload and offset in it."""
 
@@ -111,23 +128,26 @@ class Probes:
         self.changed += [place for place in places if place[0] not in self._unread]
 
 
-def _numbers(column: array[int]) -> torch.Tensor:
-    return torch.frombuffer(column, dtype=torch.int64) if column else torch.empty(0, dtype=torch.int64)
-
-
 class _Words:
-    """The eight bytes at each of some addresses, each as one number."""
+    """Eight bytes each at `starts` + `offsets`, as numbers; nothing is read beyond `starts` + `ends`. A start may be 0: nowhere."""
 
-    def __init__(self, addresses: torch.Tensor) -> None:
+    def __init__(self, starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor) -> None:
+        addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
+        # An aligned word lies in one page, whatever of it belongs to the payload.
         self._is_aligned = not bool((addresses & (PROBE_BYTES - 1)).any())
         if self._is_aligned:
             self._indices = (addresses - _BASE) >> 3
         else:
-            self._indices = ((addresses - _BASE)[:, None] + torch.arange(PROBE_BYTES)).flatten()
+            places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
+            self._indices = (addresses[:, None] + places - _BASE).flatten()
 
     def read(self) -> torch.Tensor:
         memory = torch.frombuffer(_ADDRESS_SPACE, dtype=torch.int64 if self._is_aligned else torch.uint8)
         return memory.index_select(0, self._indices).view(torch.int64)
+
+
+def _numbers(column: array[int]) -> torch.Tensor:
+    return torch.frombuffer(column, dtype=torch.int64) if column else torch.empty(0, dtype=torch.int64)
 
 
 @contextmanager

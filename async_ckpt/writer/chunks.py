@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..format.chunk import Chunk
 from ..storage.filesystem import WritableFile
 from ..threads.locks import Lock
 
+__all__ = ["PAGE_BYTES", "Chunk", "Slots", "WrittenFile", "bytes_to_write", "whole_pages"]
+
 PAGE_BYTES = 4096
-
-
-@dataclass(slots=True)
-class Chunk:
-    """One unit of work: the extent `[offset, offset + nbytes)` of a file, in staging memory.
-
-    `buffer` is page-aligned and holds at least `nbytes` rounded up to 4096; the writer may zero what lies between.
-    Nobody else touches it meanwhile. `release` is called exactly once, on any thread, after the last touch: written or
-    given up. It must not raise.
-    """
-
-    offset: int
-    nbytes: int
-    buffer: memoryview
-    release: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ from async_ckpt.plan.planner import Planner
 from async_ckpt.reading.rollback import Undo
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.arena import StagingArena, StagingChunk
-from async_ckpt.snapshot.chunk_map import cut
-from async_ckpt.snapshot.file_copy import Fill
+from async_ckpt.snapshot.probes import ProbeMap
+from async_ckpt.snapshot.torn_check import TornCheck
 from async_ckpt.threads import executor
 
 from .diskmodel import DiskModel
@@ -351,12 +351,12 @@ def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
     """A step on a GPU moves the counters at once, its kernels run behind the copies: the save before it failed as torn."""
     kept, changed = torch.ones(3), torch.ones(3)
     [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
-    fill = Fill(plan, cut(plan.plan, 4096), {}, None)
+    check = TornCheck(plan, (), ProbeMap([], [], 4096, 1).note([], frozenset()))
     changed.add_(1)
-    fill.accept_changes()
+    check.accept_changes()
     kept.add_(1)
     with pytest.raises(TornSnapshotError) as caught:
-        fill.check_torn()
+        check.check_torn()
     assert len(caught.value.tensors) == 1 and "changed" in caught.value.tensors[0]
 
 

@@ -118,8 +118,8 @@ def test_a_change_after_the_copy_has_ended_tears_nothing(tmp_path: Path) -> None
         engine.guard(torch.optim.SGD([weight], lr=0.1))
         engine.create("t")
         engine.save({"w": weight}, "s.pt")
-        job = engine._inflight.require_open("t").files["s.pt"].job
-        job.copied.result(60)
+        copy = engine._inflight.require_open("t").files["s.pt"].copy
+        copy.copied.result(60)
         weight.add_(1)
         engine.commit("t").result(60)
     assert torch.equal(torch.load(tmp_path / "t" / "s.pt")["w"], torch.ones(1000))

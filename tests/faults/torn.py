@@ -267,7 +267,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
             until(is_at_rest)
 
         def is_at_rest() -> bool:
-            is_copied = all(job.copied.done() for job in engine._guard._jobs)
+            is_copied = not any(copy.is_reading for copy in engine._guard._copies)
             return (is_copied or copying.is_held) and all(actor.rests(engine, is_copied) for actor in actors)
 
         rest()

@@ -45,8 +45,8 @@ def owned(optimizer: torch.optim.Optimizer) -> set[int]:
 def test_parameters_and_state(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     _, optimizer = stepped(make)
     known = OwnedStorages()
-    assert known.look([optimizer]) == owned(optimizer)
-    assert known.look([optimizer]) is known.look([optimizer])
+    assert known.look([optimizer]).ids == owned(optimizer)
+    assert known.look([optimizer]).ids is known.look([optimizer]).ids
 
 
 def test_state_that_is_not_all_tensors() -> None:
@@ -60,14 +60,14 @@ def test_state_that_is_not_all_tensors() -> None:
         return loss
 
     optimizer.step(closure)
-    assert OwnedStorages().look([optimizer]) == owned(optimizer) > ids(weight)
+    assert OwnedStorages().look([optimizer]).ids == owned(optimizer) > ids(weight)
 
 
 @pytest.mark.parametrize("state", [{"x": torch.zeros(3).to_sparse()}, {"x": None, "y": "text"}, ["not a dict"], 7])
 def test_odd_states_are_simply_not_guarded(state: Any) -> None:
     parameters, optimizer = stepped(lambda p: torch.optim.SGD(p))
     optimizer.state[parameters[0]] = state
-    assert OwnedStorages().look([optimizer]) == ids(*parameters)
+    assert OwnedStorages().look([optimizer]).ids == ids(*parameters)
 
 
 def test_tensors_that_others_wrap() -> None:
@@ -76,13 +76,13 @@ def test_tensors_that_others_wrap() -> None:
 
     parameters, optimizer = stepped(lambda p: torch.optim.SGD(p))
     optimizer.state[parameters[0]] = {"x": torch.zeros(3).as_subclass(Wrapped)}
-    assert OwnedStorages().look([optimizer]) == owned(optimizer)
+    assert OwnedStorages().look([optimizer]).ids == owned(optimizer)
 
 
 def test_under_a_default_device() -> None:
     _, optimizer = stepped(lambda p: torch.optim.AdamW(p))
     with torch.device("meta"):
-        assert OwnedStorages().look([optimizer]) == owned(optimizer)
+        assert OwnedStorages().look([optimizer]).ids == owned(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_changes_are_seen(change: Callable[[Any, Any], Any]) -> None:
     known.look([optimizer])
     kept = [p.data for p in parameters]
     change(parameters, optimizer)
-    assert known.look([optimizer]) == owned(optimizer)
+    assert known.look([optimizer]).ids == owned(optimizer)
     del kept
 
 
@@ -109,7 +109,7 @@ def test_an_identity_is_not_given_to_another_storage_while_it_is_known() -> None
     """A tensor in the place of one that an optimizer owned must not be taken for guarded, and copied behind its owner's back."""
     parameters, optimizer = stepped(lambda p: torch.optim.AdamW(p), num=50)
     known = OwnedStorages()
-    before = known.look([optimizer])
+    before = known.look([optimizer]).ids
     optimizer.state.clear()
     optimizer.zero_grad()
     gc.collect()
@@ -119,7 +119,7 @@ def test_an_identity_is_not_given_to_another_storage_while_it_is_known() -> None
     alias = torch.frombuffer(memoryview(parameters[0].detach().numpy()), dtype=torch.float32)
     assert alias.data_ptr() == parameters[0].data_ptr()
     parameters[0].data = alias
-    assert ids(alias).isdisjoint(known.look([optimizer])) or ids(alias) <= owned(optimizer)
+    assert ids(alias).isdisjoint(known.look([optimizer]).ids) or ids(alias) <= owned(optimizer)
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -142,9 +142,9 @@ def test_a_guard_looks_again_after_a_step_only() -> None:
     _, optimizer = stepped(lambda p: torch.optim.AdamW(p))
     guard = Guard(1.0, lambda: None)
     guard.add(optimizer)
-    first = guard.storages()
-    assert first == owned(optimizer) and guard.storages() is first
+    first = guard.owned().ids
+    assert first == owned(optimizer) and guard.owned().ids is first
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert guard.storages() == owned(optimizer)
+    assert guard.owned().ids == owned(optimizer)
     guard.remove()

@@ -51,7 +51,7 @@ class Core:
         """
         file = self._pool.open_file(path, size_bytes=state.plan.file_bytes, seal=state.plan.sealer())
         try:
-            self._snapshotter.take(state, file, guarded=frozenset(), name=name)
+            self._snapshotter.take(state, file, name=name)
         except BaseException as error:
             file.abort(error)
             raise

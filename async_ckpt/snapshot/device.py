@@ -1,0 +1,68 @@
+"""Copies from devices to staging memory, queued on side streams; nothing else in this room calls a device.
+
+Neither queueing nor ordering blocks the CPU; what waits gives up the GIL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..host.device import keep_for, on_stream, record_now, side_stream
+from ..threads.locks import uninterrupted
+
+Callers = dict[torch.device, torch.Event]
+"""How far a caller's current streams had come when it called `mark`."""
+
+
+class SideStreams:
+    """One stream per device, made when it is first needed. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.Stream] = {}
+
+    def order_behind(self, callers: Callers) -> None:
+        """What is queued from here on begins after the marked points."""
+        for device, event in callers.items():
+            self._stream(device).wait_event(event)
+
+    def queue(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Event]:
+        """Queue copies from device tensors to host tensors; returns what ends them."""
+        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for source, target in copies:
+            by_device.setdefault(source.device, []).append((source, target))
+        events = []
+        for device, theirs in by_device.items():
+            stream = self._stream(device)
+            with on_stream(stream):
+                for source, target in theirs:
+                    keep_for(source, stream)
+                    target.copy_(source, non_blocking=True)
+                events.append(record_now(device))
+        return events
+
+    def finish(self, devices: Iterable[torch.device]) -> None:
+        """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be given up."""
+        for device in devices:
+            if device in self._streams:
+                with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
+                    uninterrupted(self._streams[device].synchronize)
+
+    def _stream(self, device: torch.device) -> torch.Stream:
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = side_stream(device)
+        return stream
+
+
+def mark(devices: Iterable[torch.device]) -> Callers:
+    """The point on the caller's streams after which the sources are final."""
+    return {device: record_now(device) for device in devices}
+
+
+def wait_for(events: Sequence[torch.Event]) -> None:
+    """Block this thread until the queued copies have ended."""
+    for event in events:
+        event.synchronize()

@@ -1,0 +1,126 @@
+"""Whether tensors changed while their snapshot was taken: by their version counters, those of their owners, and content probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from ..errors import TornSnapshotError
+from ..plan.plan import PlannedState, version_counters
+from ..threads.locks import Lock
+from .probes import PROBE_BYTES, Probes
+
+
+class TornCheck:
+    """The tensors of one planned state as they were in `save`. Any thread; keeps them alive until `drop`.
+
+    Args:
+        owners: other tensors, perhaps over the same storages: a change through one of them moves its counter alone.
+        probes: compared with each filled chunk by whoever fills it.
+    """
+
+    def __init__(self, state: PlannedState, owners: Sequence[torch.Tensor], probes: Probes) -> None:
+        self._tensors: Sequence[torch.Tensor] = state.tensors
+        self._versions = state.versions
+        self._owners = owners
+        self._owner_versions = version_counters(owners)
+        self._paths = state.tensor_paths
+        self._sources = state.sources
+        self._probes = probes
+        self._lock = Lock()
+
+    def check_torn(self, all_but: frozenset[int] = frozenset()) -> None:
+        """Compare everything, at the end of the copies.
+
+        Args:
+            all_but: storages whose tensors are not copied yet and are left for a later check. What is not over them is final.
+
+        Raises:
+            TornSnapshotError: something has changed; names up to ten tensors.
+        """
+        with self._lock:
+            torn = self._changed()
+            if all_but:
+                later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
+                torn = [i for i in torn if not later[i]]
+                self._versions = [v if is_later else None for v, is_later in zip(self._versions, later, strict=True)]
+            else:
+                torn = sorted({*torn, *self._with_changed_owners(), *self._with_changed_bytes()})
+            paths = self._paths() if torn else []
+        if not torn:
+            return
+        names = tuple(paths[i] for i in torn)
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise TornSnapshotError(
+            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not committed; "
+            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that changes them",
+            names,
+        )
+
+    def accept_changes(self) -> None:
+        """From now on counters may move: it is no sign of a torn snapshot. What has changed already still is."""
+        with self._lock:
+            self._versions = _still_torn(self._tensors, self._versions)
+            self._owner_versions = _still_torn(self._owners, self._owner_versions)
+
+    def drop(self) -> None:
+        """Let go of the tensors: no change of theirs matters any more."""
+        with self._lock:
+            self._tensors = self._owners = ()
+            self._versions, self._owner_versions = [], []
+            self._paths = list
+
+    def _changed(self) -> list[int]:
+        if version_counters(self._tensors) == self._versions:
+            return []
+        return [i for i, v in enumerate(_still_torn(self._tensors, self._versions)) if v is not None]
+
+    def _with_changed_owners(self) -> list[int]:
+        """The tensors over storages that were changed through another tensor."""
+        if version_counters(self._owners) == self._owner_versions:
+            return []
+        torn = zip(self._owners, _still_torn(self._owners, self._owner_versions), strict=True)
+        ids = frozenset(chain.from_iterable(storage_ids(owner) for owner, version in torn if version is not None))
+        return [i for i, tensor in enumerate(self._tensors) if not ids.isdisjoint(storage_ids(tensor))]
+
+    def _with_changed_bytes(self) -> list[int]:
+        """The tensors over bytes that probes have found changed."""
+        if not self._probes.changed:
+            return []
+        ids, starts = self._sources.identities(), self._sources.offset_bytes
+        places: dict[int, list[int]] = {}
+        for payload, offset in self._probes.changed:
+            places.setdefault(ids[payload], []).append(starts[payload] + offset)
+        over = [i for i, tensor in enumerate(self._tensors) if not places.keys().isdisjoint(storage_ids(tensor))]
+        return [i for i in over if _covers(self._tensors[i], places)] or over
+
+
+def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """What holds the bytes of a dense tensor (of a DTensor's local part); nothing for other layouts, and without bytes."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if torch.nn.parameter.is_lazy(local):
+        return []
+    return [local.untyped_storage()] if local.layout == torch.strided else []
+
+
+def storage_ids(tensor: torch.Tensor) -> list[int]:
+    """`UntypedStorage._cdata` of `storages_of`."""
+    return [storage._cdata for storage in storages_of(tensor)]
+
+
+def _still_torn(tensors: Sequence[torch.Tensor], versions: Sequence[int | None]) -> list[int | None]:
+    """The versions that are not those of the tensors any more; None for the others, and for those that are not compared."""
+    return [v if v is not None and t._version != v else None for t, v in zip(tensors, versions, strict=True)]
+
+
+def _covers(tensor: torch.Tensor, places: dict[int, list[int]]) -> bool:
+    """Whether one of the bytes at `places` (by storage) lies between the first and the last one of a dense tensor."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if not local.numel():
+        return False
+    item: int = local.element_size()
+    start = local.storage_offset() * item
+    end = start + item + item * sum((size - 1) * stride for size, stride in zip(local.size(), local.stride(), strict=True))
+    return any(place < end and place + PROBE_BYTES > start for place in places.get(local.untyped_storage()._cdata, ()))
