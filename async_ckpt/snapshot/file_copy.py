@@ -98,7 +98,7 @@ class FileCopy:
         """Of payloads and literals, those that are being copied; None: all of them."""
         self._unfinished: list[_QueuedChunk] = []
         self._callers = mark(self._devices)
-        self._probes = chunk_map.probes.note(self._payloads.addresses, self._payloads.on_devices)
+        self._probes = chunk_map.probes.note(self._payloads.host_addresses, self._payloads.on_devices)
         self._torn = TornCheck(state, owners, self._probes)
         self._take_addresses()
 
@@ -267,9 +267,7 @@ class FileCopy:
 
     def _take_addresses(self) -> None:
         """Note where each source lies, for copies by address; 0 is on a device."""
-        self._addresses = [*self._payloads.addresses, *map(address_of_bytes, self._literals)]
-        for k in self._payloads.on_devices:
-            self._addresses[k] = 0
+        self._addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
         for k, address in self._probes.copies:
             self._addresses[k] = address
         self._small_addresses: list[int] | None = None

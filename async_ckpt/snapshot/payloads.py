@@ -39,6 +39,13 @@ class Payloads:
         if self.devices:
             self.on_devices = frozenset(k for k, storage in enumerate(self._storages) if storage.device.type != "cpu")
 
+    @property
+    def host_addresses(self) -> list[int]:
+        """The addresses of payloads that the CPU can read, and 0 for the others."""
+        if not self.on_devices:
+            return self.addresses
+        return [0 if k in self.on_devices else address for k, address in enumerate(self.addresses)]
+
     def look_again(self) -> None:
         """Find the addresses again: the user may have moved the bytes.
 
