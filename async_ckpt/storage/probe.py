@@ -47,7 +47,7 @@ def probe(calls: Syscalls, folder: str) -> Findings:
     first, second, third, file, renamed = (os.path.join(folder, name) for name in ("first", "second", "third", "file", "renamed"))
     for path in (first, second):
         calls.mkdir(path, 0o700)
-        calls.close(calls.open(os.path.join(path, "inner"), _NEW))
+    calls.close(calls.open(os.path.join(second, "inner"), _NEW))
     replaces = _can(lambda: calls.rename(first, second), OCCUPIED)
     # A free name: that it is taken, the kernel of this machine would say by itself, whatever another machine does meanwhile.
     refuses_noreplace = not _can(lambda: calls.renameat2(second, third, NOREPLACE), REFUSED)

@@ -169,10 +169,12 @@ def publish(
         try:
             remove_tree(fs, old_path)
         except OSError as error:
-            left = old_path
+            level, left = logging.WARNING, old_path
             with contextlib.suppress(OSError):
+                # Under this name, `empty_trash` finds it.
                 left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
-            report(logging.WARNING, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
+                level = logging.INFO
+            report(level, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
     return manifest
 
 
