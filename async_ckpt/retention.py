@@ -63,7 +63,8 @@ class Decision:
 
 
 def committed_here(catalog: Catalog) -> list[Manifest]:
-    """The checkpoints that policies judge, oldest first: not those that somebody has copied, renamed or linked, to keep them."""
+    """The checkpoints that policies judge, oldest first: not those that somebody has copied, renamed or linked, to keep
+    them."""
     return [entry.manifest for entry in catalog.entries() if entry.manifest is not None and entry.copied_from is None]
 
 
@@ -138,7 +139,8 @@ class KeepEvery(RetentionPolicy):
 
 @dataclass(frozen=True)
 class KeepBest(RetentionPolicy):
-    """Keeps the `num` best by a number in their metadata; checkpoints without it, or where it is null, are not among the best."""
+    """Keeps the `num` best by a number in their metadata; checkpoints without it, or where it is null, are not among
+    the best."""
 
     metric: str
     num: int = 1
@@ -269,7 +271,8 @@ def carry_out(
         try:
             remove(manifests[decision.tag])
         except CheckpointNotFoundError:
-            # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about it.
+            # Another process deleted it first: that is what was wanted. Or replaced it: then nothing was decided about
+            # it.
             if decision.tag in catalog.tags():
                 carried_out[decision.tag] = Decision(decision.tag, True, ("another process replaced it meanwhile",))
         except (WriteError, MirrorError) as error:

@@ -43,7 +43,8 @@ class EngineConfig:
 
     chunk_bytes: int | Literal["auto"] = "auto"
     """Size of one staging chunk and of one write, in bytes, a multiple of 4096. "auto" is 16 MiB, or an eighth of
-    `staging_bytes` where that is less: large enough for a disk's full rate, small enough to overlap copy, CRC and write."""
+    `staging_bytes` where that is less: large enough for a disk's full rate, small enough to overlap copy, CRC and
+    write."""
 
     num_writers: int | Literal["auto"] = "auto"
     """Writes in flight at once, over all files. "auto" is what the disk shows."""
@@ -67,7 +68,8 @@ class EngineConfig:
     """File format of `save`; safetensors takes flat dicts of tensors only."""
 
     storage_alignment: int = 64
-    """Alignment of every tensor's bytes in the file; 64 is torch's own and keeps files byte-identical to `torch.save`."""
+    """Alignment of every tensor's bytes in the file; 64 is torch's own and keeps files byte-identical to
+    `torch.save`."""
 
     compact_views: bool = False
     """Write only the bytes that views cover, not their whole storages (torch writes whole storages)."""
@@ -76,7 +78,8 @@ class EngineConfig:
     """Read every file back from the disk and compare its CRCs before the rename; costs a second pass of I/O."""
 
     pin_memory: bool | Literal["auto"] = "auto"
-    """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that can."""
+    """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that
+    can."""
 
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""

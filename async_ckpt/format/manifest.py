@@ -5,8 +5,9 @@ one JSON object in ASCII, with these members:
 
 - "format": "async-ckpt"; "format_version": 1. Readers refuse other versions and ignore members they do not know.
 - "tag": the name it was committed under; "created_unix_ns": time of the commit, the order among checkpoints.
-- "metadata": what the user gave to `commit`; "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the training
-  thread and "durable_s" from the first `save` until every file was synced; "writer": names and versions of the software that wrote it.
+- "metadata": what the user gave to `commit`; "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the
+  training thread and "durable_s" from the first `save` until every file was synced; "writer": names and versions of the
+  software that wrote it, and "clock_unix_ns", what its clock said.
 - "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
   "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
   of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
@@ -15,7 +16,8 @@ one JSON object in ASCII, with these members:
 
 Names that are not committed checkpoints begin with a dot, which no tag does: `.staging.<tag>.<owner>.<n>` is being
 written, `.trash.<tag>.<owner>.<n>` is being deleted, `.aside.<tag>.<owner>.<n>` is an old checkpoint set aside for
-the moment of its replacement, on file systems that cannot exchange two names. <owner> is described in `host/process.py`.
+the moment of its replacement, on file systems that cannot exchange two names. <owner> is described in
+`host/process.py`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def check_tag(tag: str) -> str:
 
 
 def check_existing_tag(name: str) -> str:
-    """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name, without a leading dot.
+    """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name,
+    without a leading dot.
 
     Raises:
         UnsafePathError: it is no such name.
@@ -75,7 +76,8 @@ def check_relative_path(path: str, *, carried: bool = False, stored: bool = Fals
     """The components of `path`, when it can name a file or directory inside a checkpoint.
 
     Args:
-        carried: another tool chose it (``.gitattributes``, ``notes (1).txt``): any printable characters, and a leading dot.
+        carried: another tool chose it (``.gitattributes``, ``notes (1).txt``): any printable characters, and a leading
+            dot.
         stored: it is in a checkpoint already: also the manifest's name below the top, which earlier versions took.
 
     Raises:
@@ -97,7 +99,8 @@ def check_relative_path(path: str, *, carried: bool = False, stored: bool = Fals
 
 
 def single_file_tag(name: str) -> str:
-    """The tag below `SINGLE_FILES_NAME` of a checkpoint that is one file called `name`: that, or a digest where it can be no tag."""
+    """The tag below `SINGLE_FILES_NAME` of a checkpoint that is one file called `name`: that, or a digest where it can
+    be no tag."""
     try:
         return check_tag(name)
     except UnsafePathError:
@@ -143,10 +146,12 @@ class Root:
         return os.fspath(path).rstrip("/") in self._prefixes or os.path.abspath(os.fspath(path)) == self.path
 
     def split(self, path: StrPath, *, carried: bool = False) -> tuple[str | None, tuple[str, ...]]:
-        """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a tag.
+        """The tag that `path` names, and the checked components inside it; the tag is None for a path relative to a
+        tag.
 
         "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as it was given or absolute.
-        No component is ever resolved: ".." and links are refused, not followed. Of a `carried` file, another tool chose the name.
+        No component is ever resolved: ".." and links are refused, not followed. Of a `carried` file, another tool chose
+        the name.
 
         Raises:
             UnsafePathError: malformed, or absolute and outside the root.
@@ -158,7 +163,8 @@ class Root:
         return check_tag(tag), check_relative_path(rest, carried=carried) if rest else ()
 
     def split_committed(self, path: StrPath, *, tag: str | None = None) -> tuple[str, str]:
-        """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that checkpoint.
+        """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that
+        checkpoint.
 
         Raises:
             UnsafePathError: malformed, outside the root, in another checkpoint than `tag`, or no file inside one.

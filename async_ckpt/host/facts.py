@@ -1,4 +1,5 @@
-"""What this process may use of its host: memory, cores, and how many ranks share them. Any thread; reads of /proc and /sys alone."""
+"""What this process may use of its host: memory, cores, and how many ranks share them. Any thread; reads of /proc and
+/sys alone."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup")
 
 
 def mount_type(path: str) -> str:
-    """The type that `path` is mounted with, as the mount table has it ("fuse.rclone"); "" where the system does not tell."""
+    """The type that `path` is mounted with, as the mount table has it ("fuse.rclone"); "" where the system does not
+    tell."""
     where, longest, found = f"{os.path.realpath(path)}/", 0, ""
     for line in _read_lines("/proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -108,7 +110,8 @@ def mount_type(path: str) -> str:
 
 
 def _own_groups(proc: str, cgroups: str) -> Iterator[tuple[_Hierarchy, str]]:
-    """Directories of the control groups that this process is in, and of all their parents that can be seen from here."""
+    """Directories of the control groups that this process is in, and of all their parents that can be seen from
+    here."""
     mounts = _mounted_hierarchies(proc)
     for line in _read_lines(os.path.join(proc, "self/cgroup")):
         number, _, rest = line.partition(":")

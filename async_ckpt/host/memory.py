@@ -1,10 +1,10 @@
 """Bytes in memory by address: regions of it, and moving them. Any thread.
 
 Guarantees:
-- Regions are page-aligned, zeroed and private, and of huge pages where the kernel has them: it gives none to shared memory, and the
-  first touch of each page is what fresh memory costs.
-- Moves of `LONG_BYTES` or more run without the GIL; shorter ones keep it, because handing it back and forth between threads costs
-  more than the copy.
+- Regions are page-aligned, zeroed and private, and of huge pages where the kernel has them: it gives none to shared
+  memory, and the first touch of each page is what fresh memory costs.
+- Moves of `LONG_BYTES` or more run without the GIL; shorter ones keep it, because handing it back and forth between
+  threads costs more than the copy.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def populate(address: int, num_bytes: int) -> bool:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Around work that makes very many objects and no garbage: the collector would walk torch's whole heap again and again."""
+    """Around work that makes very many objects and no garbage: the collector would walk torch's whole heap again and
+    again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

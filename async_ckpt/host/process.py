@@ -12,6 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import functools
@@ -69,14 +70,17 @@ def current_owner() -> Owner:
 
 
 def lower_priority() -> None:
-    """This thread from now on: processor time after training's, the disk only when nobody else wants it. Linux; elsewhere nothing."""
+    """This thread from now on: processor time after training's, the disk only when nobody else wants it. Linux;
+    elsewhere nothing."""
     if sys.platform != "linux":
         return
     thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
+    # Refused in some containers: then it works beside training.
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
     number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
     if number is not None:
-        # ioprio_set(IOPRIO_WHO_PROCESS, thread, IOPRIO_CLASS_IDLE << 13). Refused in some containers: then only the nicety counts.
+        # ioprio_set(IOPRIO_WHO_PROCESS, thread, IOPRIO_CLASS_IDLE << 13).
         ctypes.CDLL(None, use_errno=True).syscall(number, 1, thread, 3 << 13)
 
 

@@ -11,7 +11,7 @@ from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME, check_tag, parse_private_name
 from .filesystem import FileSystem
 from .private_dirs import move_aside, remove_tree, take_apart
-from .publish_lock import claimed
+from .publish_lock import publish_lock
 from .write_error import write_error
 
 
@@ -22,7 +22,8 @@ def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = N
         expected: delete only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
 
     Raises:
-        CheckpointNotFoundError: there is no checkpoint of that name (any more), or it is another one; nothing was deleted.
+        CheckpointNotFoundError: there is no checkpoint of that name (any more), or it is another one; nothing was
+            deleted.
         WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
     """
     final = os.path.join(root, check_tag(tag))
@@ -68,7 +69,7 @@ def empty_trash(fs: FileSystem, root: str) -> dict[str, OSError]:
 
 def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:
     """Rename the tree to a private name of which nobody makes anything but rubbish; returns where it is."""
-    with claimed(fs, final) as is_exclusive:
+    with publish_lock(fs, final) as is_exclusive:
         identity = fs.stat(final).identity
         if expected is not None and _manifest(fs, final) != expected:
             raise _replaced(tag)

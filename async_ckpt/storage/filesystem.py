@@ -6,7 +6,8 @@ one outcome, and tests swap the whole object (or its `_syscalls.Syscalls`) inste
 Guarantees:
 - Nothing is followed: files inside a checkpoint are opened component by component with O_NOFOLLOW, and only
   regular files are read.
-- New files are made with O_EXCL; their modes and those of directories are what the umask leaves. Private directories are 0700.
+- New files are made with O_EXCL; their modes and those of directories are what the umask leaves. Private directories
+  are 0700.
 - Synchronous methods may block on the disk and may be called from any thread. They raise the plain `OSError` with
   its path; the writing side (`open_write`, `WritableFile`, `create_file`) raises `WriteError` and `OutOfSpaceError`.
 """

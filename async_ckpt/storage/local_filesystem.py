@@ -101,7 +101,8 @@ class LocalFileSystem:
         try:
             self._calls.fsync(fd)
         except OSError as error:
-            # How a file system says that it has no such call for directories: then names are durable when they are made, or never.
+            # How a file system says that it has no such call for directories: then names are durable when they are
+            # made, or never.
             if error.errno != errno.EINVAL:
                 raise
         finally:
@@ -160,7 +161,8 @@ class LocalFileSystem:
 
 
 class _Lock:
-    """Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it for it."""
+    """Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it
+    for it."""
 
     def __init__(self, calls: Syscalls, fd: int) -> None:
         found = calls.fstat(fd)

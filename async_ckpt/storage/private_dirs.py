@@ -55,7 +55,8 @@ def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:
 
 
 def take_apart(fs: FileSystem, final: str) -> None:
-    """Make a tree that cannot be renamed no checkpoint any more, durably and in one step; what is left of it is rubbish."""
+    """Make a tree that cannot be renamed no checkpoint any more, durably and in one step; what is left of it is
+    rubbish."""
     fs.unlink(os.path.join(final, MANIFEST_NAME))
     fs.fsync_dir(final)
 

@@ -19,6 +19,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 class Findings:
     """Where a file system is not as a local one; all False where nothing was found, or nothing was tried."""
 
+    tried: bool = False
     replaces: bool = False
     """A rename puts a directory in the place of one that is not empty."""
     refuses_noreplace: bool = False
@@ -49,7 +50,8 @@ def probe(calls: Syscalls, folder: str) -> Findings:
         calls.mkdir(path, 0o700)
     calls.close(calls.open(os.path.join(second, "inner"), _NEW))
     replaces = _can(lambda: calls.rename(first, second), OCCUPIED)
-    # A free name: that it is taken, the kernel of this machine would say by itself, whatever another machine does meanwhile.
+    # A free name: that it is taken, the kernel of this machine would say by itself, whatever another machine does
+    # meanwhile.
     refuses_noreplace = not _can(lambda: calls.renameat2(second, third, NOREPLACE), REFUSED)
     fd = calls.open(file, _NEW)
     try:
@@ -62,7 +64,7 @@ def probe(calls: Syscalls, folder: str) -> Findings:
     calls.rename(file, renamed)
     renumbers = calls.lstat(renamed).st_ino != number
     refuses_direct = not _can(lambda: _write_direct(calls, renamed), REFUSED)
-    return Findings(replaces, refuses_noreplace, ignores_truncate, refuses_direct, renumbers)
+    return Findings(True, replaces, refuses_noreplace, ignores_truncate, refuses_direct, renumbers)
 
 
 def _can(call: Callable[[], None], refusals: frozenset[int]) -> bool:

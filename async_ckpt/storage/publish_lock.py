@@ -1,14 +1,14 @@
 """The right to take a committed tree's name away from it, for a replacement or a deletion.
 
-A rename cannot be made to depend on what it renames. Without a claim, a deletion that was decided about one checkpoint
+A rename cannot be made to depend on what it renames. Without the lock, a deletion that was decided about one checkpoint
 could move its replacement away, and a kill at that moment would lose a commit that had been reported.
 
 Guarantees:
-- While a claim is held, the name means the tree that was claimed: everybody who renames a committed tree claims it first.
-- A claim ends with its process, and is held for a rename only; nobody waits longer than `CLAIM_TIMEOUT_S` for it.
+- While it is held, the name means the tree that was locked: everybody who renames a committed tree takes it first.
+- It ends with its process, and is held for a rename only; nobody waits longer than `TIMEOUT_S` for it.
 - Readers and commits of new tags never need one.
 
-The claim is the lock of the tree's manifest: that of the directory may still be held by the writer that has just
+It is the lock of the tree's manifest: that of the directory may still be held by the writer that has just
 published it, and perhaps stopped there.
 """
 
@@ -24,27 +24,26 @@ from ..format.names import MANIFEST_NAME
 from .filesystem import FileSystem, LockHandle
 from .private_dirs import NO_LOCKS
 
-CLAIM_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 _POLL_S = 0.002
 
 
 @contextlib.contextmanager
-def claimed(fs: FileSystem, final: str) -> Iterator[bool]:
-    """Hold the claim on the checkpoint at `final`; gives False where the file system has no locks. Blocks, any thread.
+def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
+    """Hold the lock of the checkpoint at `final`; gives False where the file system has no locks. Blocks, any thread.
 
     Raises:
         FileNotFoundError: there is none (any more).
-        OSError: EBUSY when somebody else has held it for `CLAIM_TIMEOUT_S`; or the disk failed.
+        OSError: EBUSY when somebody else has held it for `TIMEOUT_S`; or the disk failed.
     """
-    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
         lock, is_supported = _try(fs, final)
         if lock is not None or not is_supported:
             break
         if time.monotonic() > deadline:
-            raise OSError(
-                errno.EBUSY, f"another process has held it for {CLAIM_TIMEOUT_S:g} s to replace or delete it; is it stopped?", final
-            )
+            told = f"another process has held it for {TIMEOUT_S:g} s to replace or delete it; is it stopped?"
+            raise OSError(errno.EBUSY, told, final)
         time.sleep(_POLL_S)
     try:
         yield is_supported

@@ -1,4 +1,5 @@
-"""The one rename of a commit: onto a free name, in exchange for the old checkpoint, or in two steps where neither can be had."""
+"""The one rename of a commit: onto a free name, in exchange for the old checkpoint, or in two steps where neither can
+be had."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from ..errors import CommitError, TagExistsError
 from ..format.names import MANIFEST_NAME
 from .filesystem import FileSystem
 from .private_dirs import link_aside, move_aside, remove_tree, take_apart
-from .publish_lock import claimed
+from .publish_lock import publish_lock
 from .staged import Staging, refuse
 from .syscalls import REFUSED
 
@@ -23,7 +24,8 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
     """Give the staged tree its final name; returns where the replaced trees are now.
 
     Raises:
-        TagExistsError: somebody else has the tag, and `overwrite` is "refuse". CommitError, OSError: nothing was renamed.
+        TagExistsError: somebody else has the tag, and `overwrite` is "refuse". CommitError, OSError: nothing was
+            renamed.
     """
     for _ in range(_MAX_RACES):
         try:
@@ -34,7 +36,7 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
         if fs.findings.replaces:
             return _replace_without_exchange(fs, staging)
         try:
-            with claimed(fs, staging.final_path):
+            with publish_lock(fs, staging.final_path):
                 fs.rename_exchange(staging.path, staging.final_path)
             return [staging.path]
         except FileNotFoundError:
@@ -52,7 +54,7 @@ def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
     """Two renames; between them the tag is absent, and `sweep` gives the old tree its name back."""
     aside: list[str] = []
     for _ in range(_MAX_RACES):
-        with contextlib.suppress(FileNotFoundError), claimed(fs, staging.final_path):
+        with contextlib.suppress(FileNotFoundError), publish_lock(fs, staging.final_path):
             aside.append(_set_aside(fs, staging))
         try:
             fs.rename_noreplace(staging.path, staging.final_path)

@@ -44,7 +44,7 @@ def make_root(fs: FileSystem, root: str) -> None:
             for path in reversed(made):
                 fs.rmdir(path)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
-    if kind not in LOCAL_TYPES:
+    if kind not in LOCAL_TYPES and not fs.findings.tried:
         _try_out(fs, root, mount_type(root) or kind or "an unknown file system")
 
 

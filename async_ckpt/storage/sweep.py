@@ -49,7 +49,7 @@ def sweep(fs: FileSystem, root: str) -> list[Swept]:
             parsed = parse_private_name(name)
             if parsed is not None:
                 try:
-                    results += _claim(fs, root, parsed, locks, doomed)
+                    results += _decide(fs, root, parsed, locks, doomed)
                 except OSError as error:
                     results.append(Swept(name, parsed.tag, "left", str(error)))
         if doomed or any(swept.action == "restored" for swept in results):
@@ -66,7 +66,7 @@ def sweep(fs: FileSystem, root: str) -> list[Swept]:
     return results
 
 
-def _claim(
+def _decide(
     fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.ExitStack, doomed: list[tuple[PrivateName, str]]
 ) -> list[Swept]:
     """Decide about one left-over and take it out of everybody's way; returns what needs no deletion."""

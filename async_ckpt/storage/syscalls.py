@@ -19,7 +19,8 @@ from typing import Any
 NOREPLACE = 1
 EXCHANGE = 2
 REFUSED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
-"""How a file system or a sandbox refuses a call that can be done without. Where EPERM meant the file, the other way meets it too."""
+"""How a file system or a sandbox refuses a call that can be done without. Where EPERM meant the file, the other way
+meets it too."""
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 _AT_FDCWD = -100

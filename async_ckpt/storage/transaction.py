@@ -98,7 +98,8 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Sta
 
 
 def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
-    """Where a rename replaces what it should refuse: whoever makes a staging directory and then sees another gives way."""
+    """Where a rename replaces what it should refuse: whoever makes a staging directory and then sees another gives
+    way."""
     for name in fs.listdir(root):
         other = parse_private_name(name)
         if other is None or (other.kind, other.tag) != ("staging", tag) or other.owner == fs.owner():
@@ -155,8 +156,8 @@ def publish(
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
-    the old checkpoint is deleted after that; if the deletion fails, it is left for `empty_trash` and later sweeps. `marks`
-    are added to the manifest's "writer".
+    the old checkpoint is deleted after that; if the deletion fails, it is left for `empty_trash` and later sweeps.
+    `marks` are added to the manifest's "writer".
 
     Raises:
         TagExistsError: the tag was committed in the meantime; it was left as it is.
@@ -251,7 +252,8 @@ def _abort(fs: FileSystem, staging: Staging) -> None:
 
 @contextlib.contextmanager
 def _step(step: str, staging: Staging) -> Iterator[None]:
-    """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the steps."""
+    """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the
+    steps."""
     try:
         with publish_step(step):
             yield
@@ -267,7 +269,8 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
 
 
 def _writer() -> dict[str, str]:
-    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is loaded anyway."""
+    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is
+    loaded anyway."""
     versions = {
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",

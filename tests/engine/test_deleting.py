@@ -1,4 +1,5 @@
-"""Deleting and its refusal: `delete`, retention that the disk will not let delete, what is refused before it is written."""
+"""Deleting and its refusal: `delete`, retention that the disk will not let delete, what is refused before it is
+written."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ OPTIONAL = (
     "statfs",
     "statx",
     "flock",
+    "setpriority,getpriority,madvise,sched_setaffinity,sched_getaffinity,fallocate,renameat2,statfs,statx,flock",
 )
 """What a sandbox may refuse for good: the package does without."""
 COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))

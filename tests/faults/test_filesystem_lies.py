@@ -1,6 +1,8 @@
-"""File systems that are not what they seem: overlays, and a lying one in user space that stands for networks and buckets.
+"""File systems that are not what they seem: overlays, and a lying one in user space that stands for networks and
+buckets.
 
-Each case: a clear error of our tree or the right result; what was committed before is whole; nothing hangs past its timeout.
+Each case: a clear error of our tree or the right result; what was committed before is whole; nothing hangs past its
+timeout.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def lower(tmp_path: Path) -> Path:
 
 
 def test_checkpoints_in_the_lower_layer_of_an_overlay_are_replaced_and_rotated(lower: Path, tmp_path: Path) -> None:
-    """A directory there cannot be renamed (EXDEV): its files are linked, or it is taken apart with its manifest first."""
+    """A directory there cannot be renamed (EXDEV): its files are linked, or it is taken apart with its manifest
+    first."""
     with overlaid(lower, tmp_path) as root:
         with engine_on(root, overwrite="replace", retention=KeepLast(2)) as job:
             job.whole("b", 10, ("model.pt", "sub/optim.pt"))
@@ -175,6 +178,14 @@ def test_one_warning_names_the_mount_and_what_was_found(lies: Mounted, caplog: p
     assert "nothing else was found" in warned(root, caplog), "what is not empty is refused all the same"
     lies.lie(errors={"MKDIR": errno.EACCES})
     assert "could not be tried out" in warned(root, caplog)
+
+
+def test_a_file_system_is_tried_out_once(lies: Mounted) -> None:
+    fs = LocalFileSystem()
+    with pytest.warns(RuntimeWarning, match=r"fuse\.rclone"):
+        transaction.make_root(fs, str(lies.point / "a"))
+    transaction.make_root(fs, str(lies.point / "b"))
+    transaction.make_root(fs, str(lies.point / "a"))
 
 
 def test_local_file_systems_are_not_tried_out(tmp_path: Path) -> None:

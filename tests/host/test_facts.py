@@ -87,7 +87,8 @@ def test_every_parent_counts(made_up: MadeUp) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_page_cache_that_can_be_given_up_is_not_used_memory(made_up: MadeUp, version: int) -> None:
-    """A container whose cache is warm stands at its limit; shared memory, which cannot be given up, is on no file list."""
+    """A container whose cache is warm stands at its limit; shared memory, which cannot be given up, is on no file
+    list."""
     if version == 2:
         made_up.mounted(V2_MOUNT)
         made_up.member("0::/pod")

@@ -1,7 +1,9 @@
 """A file system in user space that passes everything through to a directory, and lies where it is told to.
 
-It stands for what networks and buckets are mounted with: NFS, sshfs, s3fs, gcsfuse, rclone. It speaks the kernel's own protocol
-(linux/fuse.h) on /dev/fuse, so that each request can be answered wrongly, late or never; a process of its own serves it, whose end is
+It stands for what networks and buckets are mounted with: NFS, sshfs, s3fs, gcsfuse, rclone. It speaks the kernel's own
+protocol
+(linux/fuse.h) on /dev/fuse, so that each request can be answered wrongly, late or never; a process of its own serves
+it, whose end is
 the "transport endpoint is not connected" of a real one.
 
     with lying(tmp_path, kind="fuse.rclone") as mounted:
@@ -57,7 +59,8 @@ class Mounted:
         Args:
             errors: an errno by request. ignored: "truncate", "fsync". latency_s: before each answer.
             hangs: requests that are never answered, nor is anything after them.
-            rename: "replaces" puts a directory in the place of one that is not empty, and knows no flags; "no flags" ignores them.
+            rename: "replaces" puts a directory in the place of one that is not empty, and knows no flags; "no flags"
+                ignores them.
             identity: "unstable" gives a file another number each time.
         """
         fresh = self._lies.with_suffix(".new")
