@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BackpressureTimeout
 from ..metrics import CommitMetrics, Observer, Span, listening_to_reads
@@ -14,8 +14,6 @@ from ..threads.locks import Lock
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-    from ..engine.pending import PendingCommit
 
 _REFRESH_S = 0.1
 
@@ -70,6 +68,24 @@ def show_progress(console: Console | None = None) -> Iterator[None]:
             yield
 
 
+class Awaited(Protocol):
+    """What is needed of a pending commit."""
+
+    @property
+    def tag(self) -> str:
+        """Of the checkpoint."""
+
+    @property
+    def metrics(self) -> CommitMetrics:
+        """What is known so far."""
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether it has ended, within `timeout_s` seconds."""
+
+    def result(self) -> object:
+        """Nothing, or the failure is raised."""
+
+
 class CommitProgress(Observer):
     """Waits for commits with a bar: give it to the engine as an observer, then call `wait`. Any thread."""
 
@@ -90,7 +106,7 @@ class CommitProgress(Observer):
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
         self.on_commit(metrics, error)
 
-    def wait(self, *pending: PendingCommit, timeout_s: float = float("inf")) -> None:
+    def wait(self, *pending: Awaited, timeout_s: float = float("inf")) -> None:
         """Block until all have ended, with a bar for each when standard error is a terminal.
 
         Raises:
@@ -105,7 +121,7 @@ class CommitProgress(Observer):
         for commit in pending:
             commit.result()
 
-    def _wait_for(self, commit: PendingCommit, deadline_s: float, bar: Progress | None) -> None:
+    def _wait_for(self, commit: Awaited, deadline_s: float, bar: Progress | None) -> None:
         task = None
         while not commit.wait(min(_REFRESH_S if bar is not None else 60.0, deadline_s - time.monotonic())):
             if time.monotonic() >= deadline_s:
