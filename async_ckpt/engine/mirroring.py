@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, report
@@ -13,6 +14,7 @@ from ..mirror.mirrors import Mirrors
 from ..mirror.remote import remote_catalog
 from ..mirror.worker import WorkerHooks
 from ..ranks.coordinator import Coordinator
+from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
 from ..retention import Hold, RetentionPolicy, carry_out
 from ..storage.filesystem import FileSystem
@@ -37,10 +39,19 @@ class EngineMirrors(Mirrors):
         on_mirrored: Callable[[], object],
     ) -> None:
         self._resumed: set[str] = set()
+        agreement, mirrors = None, tuple(config.mirrors)
+        if isinstance(coordinator, RankCoordinator):
+            info, agreement = coordinator.info, coordinator.mirror_agreement()
+            # Each node has a root of its own: so it has a place of its own in the store.
+            if info.num_nodes > 1:
+                mirrors = tuple(replace(mirror, url=f"{mirror.url.rstrip('/')}/node-{info.node}") for mirror in mirrors)
+        elif coordinator.world_size > 1:
+            raise ConfigError(f"mirrors: {type(coordinator).__name__} cannot agree on them; use a RankCoordinator")
         super().__init__(
-            config.mirrors,
+            mirrors,
             filesystem=filesystem,
             root=root,
+            agreement=agreement,
             may_overwrite=config.overwrite == "replace",
             uploaders_per_node=config.uploaders_per_node,
             hooks=WorkerHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),

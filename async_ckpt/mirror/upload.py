@@ -33,6 +33,7 @@ from .probe import Abilities
 from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
 from .state import States, TagState
 from .store import ConditionFailed, PassingFailure, Store
+from .turns import UploadTurns
 
 T = TypeVar("T")
 _MAX_DAMAGED = 3
@@ -85,6 +86,7 @@ class UploadContext:
     catalog: Catalog
     executor: Executor
     pace: Pace
+    turns: UploadTurns
     agreement: Agreement
     may_overwrite: bool
     on_span: Callable[[Span], object]
@@ -127,21 +129,31 @@ class Upload:
         state = await self._in_thread(self._begin, plan)
         self._metrics.size_bytes = sum(one.entry.size_bytes for one in plan.objects)
         self._metrics.num_objects = len(plan.objects)
-        await self._put_all(checkpoint, plan, state)
-        name = f"{plan.tag}/{plan.attempt}"
+        # Not while the ranks wait for each other: one of them may be waiting for its turn.
+        async with context.turns.taken(context.executor):
+            await self._put_all(checkpoint, plan, state)
+        there = await self._in_thread(read_manifest, context.store, plan.tag)
+        if there is not None and there.raw == plan.manifest:
+            # By an earlier try, of which not every rank has heard.
+            await self._in_thread(self._finish, plan)
+            return
+        name = f"{context.mirror.url}/{plan.tag}/{plan.attempt}"
         await self._in_thread(context.agreement.all_sent, name)
         if context.agreement.leads:
-            error = "rank 0 was interrupted"
-            try:
-                await self._in_thread(self._publish, checkpoint, plan)
-                error = ""
-            except BaseException as failure:
-                error = str(failure) or error
-                raise
-            finally:
-                await self._in_thread(context.agreement.concluded, name, error)
+            await self._in_thread(self._publish_and_tell, checkpoint, plan, name)
         else:
             await self._in_thread(self._finish, plan)
+
+    def _publish_and_tell(self, checkpoint: OpenCheckpoint, plan: UploadPlan, name: str) -> None:
+        error = "it was interrupted"
+        try:
+            self._publish(checkpoint, plan)
+            error = ""
+        except Exception as failure:
+            error = str(failure) or type(failure).__name__
+            raise
+        finally:
+            self._context.agreement.concluded(name, error)
 
     def _begin(self, plan: UploadPlan) -> TagState:
         states = self._context.states

@@ -168,6 +168,7 @@ class Worker:
             catalog=self._catalog,
             executor=self._executor,
             pace=Pace(mirror.max_bytes_per_s),
+            turns=self._turns,
             agreement=self._agreement,
             may_overwrite=self._may_overwrite,
             on_span=self._hooks.on_span,
@@ -218,10 +219,9 @@ class Worker:
         metrics = pendings[0].metrics_of(self.mirror.url) if pendings else MirrorMetrics(tag, self.mirror.url)
         error: BaseException | None = None
         try:
-            async with self._turns.taken(self._executor):
-                started_s = time.perf_counter()
-                await Upload(self._connected, tag, metrics).run()
-                metrics.upload_s = time.perf_counter() - started_s
+            started_s = time.perf_counter()
+            await Upload(self._connected, tag, metrics).run()
+            metrics.upload_s = time.perf_counter() - started_s
         except Exception as failure:  # noqa: BLE001 -- whatever it is, those who wait get it
             error = failure
         self._tell(metrics, error)

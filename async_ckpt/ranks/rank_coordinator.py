@@ -32,6 +32,7 @@ from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import OpenTag
 from .latest_on_all import LatestOnAll
+from .mirror_agreement import MirrorAgreement
 from .rank_env import default_run_id
 from .rank_outcome import cause_of, error_of
 from .rank_parts import merge_parts, write_part
@@ -186,6 +187,10 @@ class RankCoordinator:
     def sweep(self) -> None:
         if self.leads:
             transaction.sweep(self._fs, self._root)
+
+    def mirror_agreement(self) -> MirrorAgreement:
+        """How uploads of this job's checkpoints agree; after `bind`."""
+        return MirrorAgreement(self.info, self._talk.ask, self._talk.later)
 
     def close(self) -> None:
         if self._talking is not None:

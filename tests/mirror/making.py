@@ -66,7 +66,7 @@ def remote_content(mirror: Mirror, tag: str) -> dict[str, bytes] | None:
     def read(checkpoint: Any) -> dict[str, bytes]:
         found = {}
         for entry in checkpoint.manifest.files:
-            file = checkpoint.open_file(entry)
+            file = checkpoint.open_raw(entry)
             data = bytearray(entry.size_bytes)
             file.pread_into(memoryview(data), 0)
             file.close()

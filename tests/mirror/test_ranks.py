@@ -1,0 +1,55 @@
+"""Many ranks, one mirror: each puts the files that it wrote, the leader the manifest, after all have said that theirs are there."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from async_ckpt import Catalog
+
+from .making import check_store, garbage, s3_mirror
+from .servers import BUCKET, free_ports, keys
+
+WORLD = 2
+
+
+def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]:
+    (port,) = free_ports(1)
+    url = f"s3://{BUCKET}/{prefix}"
+    options = json.dumps(dict(server.options()))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.mirror.rank_job", str(rank), *map(str, (WORLD, port, root)), url, options, act],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    ended = []
+    for process in ranks:
+        said, wrong = process.communicate(timeout=90)
+        ended.append((process.returncode, said.strip().rpartition("\n")[2] or wrong[-2000:]))
+    return ended
+
+
+def test_each_rank_mirrors_what_it_wrote(moto: Any, tmp_path: Path, prefix: str) -> None:
+    assert job(moto, tmp_path, prefix, "commit") == [(0, "[null, null]")] * WORLD
+    mirror = s3_mirror(moto, prefix)
+    assert check_store(mirror) == ["step-0", "step-1"] and garbage(moto, prefix) == []
+    assert sum("step-0/" in key and ".pt" in key for key in keys(moto, prefix)) == WORLD
+
+
+def test_without_the_objects_of_a_rank_there_is_no_manifest(moto: Any, tmp_path: Path, prefix: str) -> None:
+    first, second = job(moto, tmp_path, prefix, "die")
+    assert second[0] == -signal.SIGKILL
+    assert first[0] == 0 and json.loads(first[1])[0] is None
+    assert Catalog(tmp_path).tags() == ["step-0", "step-1"]
+    told, tags = json.loads(first[1])[1], check_store(s3_mirror(moto, prefix))
+    # Rank 1 may have sent its file in the moment before it died.
+    assert (told is None and tags == ["step-0", "step-1"]) or ("rank(s) 1 have not mirrored" in told and tags == ["step-0"])
