@@ -137,7 +137,7 @@ def load_committed(
 def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None) -> Any:
     """The object in a file that is open already; None is what ``torch.load`` does by itself."""
     _refuse_contexts()
-    with naming_the_record(file):
+    with naming_the_record(file), without_default_device():
         if file.entry.format == "safetensors":
             return load_safetensors(file, map_location)
         is_legacy = _is_legacy(file)
