@@ -148,7 +148,7 @@ def _library() -> Any:
 def _formats(dtypes: frozenset[torch.dtype]) -> tuple[tuple[torch.dtype, tuple[int, str, int]], ...]:
     """Per dtype: rank in the file, name in the header, and how many elements the header counts per torch element."""
     listed = sorted(dtypes, key=str)
-    raw = _library().save({str(number): torch.empty((0, 3), dtype=dtype) for number, dtype in enumerate(listed)})
+    raw = _library().save({str(number): torch.empty((0, 3), dtype=dtype, device="cpu") for number, dtype in enumerate(listed)})
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return tuple((listed[int(key)], (rank, entry["dtype"], entry["shape"][1] // 3)) for rank, (key, entry) in enumerate(header.items()))
 
