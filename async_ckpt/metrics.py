@@ -6,9 +6,7 @@ Times are seconds on ``time.perf_counter`` (durations) unless the name says ``un
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,20 +32,6 @@ class Span:
 
 OnStep = Callable[[str, float], None]
 """Called with (kind, start on ``time.perf_counter``) when a step of a commit has ended, on the thread that did it."""
-
-on_publish_step: ContextVar[OnStep | None] = ContextVar("async_ckpt_on_publish_step", default=None)
-"""Who is told about the steps of a commit that runs in this context."""
-
-
-@contextlib.contextmanager
-def publish_step(kind: str) -> Iterator[None]:
-    """One step of a commit; told whether it succeeds or fails."""
-    told, start_s = on_publish_step.get(), time.perf_counter()
-    try:
-        yield
-    finally:
-        if told is not None:
-            told(kind, start_s)
 
 
 @dataclass(slots=True)

@@ -14,15 +14,14 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import report
 
 if TYPE_CHECKING:
-    from .commits import InFlight
+    from .commits import Commits
 
-_live: weakref.WeakSet[InFlight] = weakref.WeakSet()
+_live: weakref.WeakSet[Commits] = weakref.WeakSet()
 _lost: list[BaseException] = []
 _watched_worker: int | None = None
 
@@ -30,17 +29,15 @@ _watched_worker: int | None = None
 os.register_at_fork(after_in_child=_lost.clear)
 
 
-def watch(engine: object, inflight: InFlight) -> Callable[[], object]:
-    """Finish `inflight` when `engine` is dropped or the interpreter exits; returns what calls that off."""
-    _live.add(inflight)
+def watch(engine: object, commits: Commits) -> None:
+    """Finish `commits` when `engine` is dropped or the interpreter exits, unless it was closed before."""
+    _live.add(commits)
     _watch_worker()
-    finalizer = weakref.finalize(engine, finish, inflight)
     # At exit, the order matters: all engines first, then the exit code.
-    finalizer.atexit = False
-    return finalizer.detach
+    weakref.finalize(engine, finish, commits).atexit = False
 
 
-def others_on(root: str, but: InFlight) -> list[InFlight]:
+def others_on(root: str, but: Commits) -> list[Commits]:
     """What other engines of this process have in flight in the same root: a retry may not have let go of the one before."""
     here = os.path.realpath(root)
     return [other for other in list(_live) if other is not but and os.path.realpath(other.root) == here and other.pid == os.getpid()]
@@ -54,9 +51,9 @@ def _at_exit() -> None:
 
 
 def _finish_all() -> None:
-    for inflight in list(_live):
+    for commits in list(_live):
         try:
-            finish(inflight)
+            finish(commits)
         except BaseException as error:  # noqa: BLE001 -- Ctrl-C: the others are still to be finished, and the exit code tells
             _lost.append(error)
 
@@ -91,28 +88,28 @@ def _watch_worker() -> None:
     util.Finalize(None, _exit_if_lost, exitpriority=-1000)
 
 
-def finish(inflight: InFlight) -> None:
+def finish(commits: Commits) -> None:
     """Finish what a dropped engine left pending, then say so. Any thread, also in the middle of garbage collection."""
-    if os.getpid() != inflight.pid or inflight.closed:
+    if os.getpid() != commits.pid or commits.closed:
         return
-    pending = [p.tag for p in inflight.unfinished()]
+    pending = [p.tag for p in commits.unfinished()]
     if threading.current_thread().name.startswith("async-ckpt"):
         # Collected on one of its own threads: waiting here for that thread would never end.
-        inflight.pool.submit_io(lambda: _close(inflight))
+        commits.pool.submit_io(lambda: _close(commits))
     else:
-        _close(inflight)
+        _close(commits)
     what = f"pending were {', '.join(map(repr, pending))}" if pending else "nothing was pending"
     told = "the engine on %r was never closed (%s); use `with` or close()"
-    report(logging.WARNING, told, inflight.root, what, warning=ResourceWarning, stacklevel=2)
+    report(logging.WARNING, told, commits.root, what, warning=ResourceWarning, stacklevel=2)
     if pending:
-        report(logging.WARNING, told, inflight.root, what)
+        report(logging.WARNING, told, commits.root, what)
 
 
-def _close(inflight: InFlight) -> None:
+def _close(commits: Commits) -> None:
     try:
         # At exit: the exception that has ended the program, which the other ranks learn as the cause.
-        inflight.close(reason=getattr(sys, "last_value", None))
-        inflight.raise_unacknowledged()
+        commits.close(reason=getattr(sys, "last_value", None))
+        commits.raise_unacknowledged()
     except BaseException as error:  # noqa: BLE001 -- whatever failed it, the others are still to be finished, and the exit code tells
         _lost.append(error)
-        report(logging.ERROR, "a checkpoint was lost while the engine on %r was dropped: %s", inflight.root, error)
+        report(logging.ERROR, "a checkpoint was lost while the engine on %r was dropped: %s", commits.root, error)

@@ -1,36 +1,51 @@
-"""One checkpoint between `create` and committed, as plain data: its files, its directories, its first failure."""
+"""One checkpoint from `create` to committed: its files and directories, its state, its first failure, and its commit."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import PathExistsError, TransactionStateError
-from ..format.manifest import FileEntry, FileFormat, ManifestBudget
-from ..metrics import CommitMetrics, SaveMetrics
-from ..ranks.coordinator import OpenTag
+from ..errors import PathExistsError, TransactionStateError, report
+from ..format.manifest import FileEntry, ManifestBudget
+from ..metrics import CommitMetrics, OnStep, SaveMetrics
+from ..ranks.coordinator import Coordinator, OpenTag
+from ..reading import verify
+from ..storage import transaction
+from ..storage.filesystem import FileSystem
 from ..storage.staged import State
 from ..writer.chunks import WrittenFile
 from ..writer.file import FileWrite
 from .pending import PendingCommit
 
 if TYPE_CHECKING:
+    from ..plan.plan import FilePlan
     from ..snapshot.file_copy import FileCopy
 
 
 @dataclass(slots=True)
 class SavedFile:
-    """One file of an open checkpoint, on its way to the disk."""
+    """One file of a checkpoint, on its way to the disk."""
 
     write: FileWrite
     metrics: SaveMetrics
-    format: FileFormat
-    planner: str
-    plan_hash: str
+    plan: FilePlan
     started_s: float
     copy: FileCopy | None = None
+
+    def measure(self, written: WrittenFile) -> None:
+        """Note what it has cost, once it is synced."""
+        metrics = self.metrics
+        metrics.direct, metrics.crc_s = written.direct, written.crc_s
+        metrics.write_s, metrics.sync_s = written.write_s, written.sync_s
+        metrics.durable_s = written.durable_s - self.started_s
+        if self.copy is not None:
+            metrics.copy_s = self.copy.copy_s
 
     def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
         """The manifest's line for this file."""
@@ -41,32 +56,44 @@ class SavedFile:
             size_bytes=written.size_bytes,
             extent_bytes=max(1, written.extent_bytes),
             extent_crc32=crcs,
-            format=self.format,
-            planner=self.planner,
-            plan_hash=self.plan_hash,
+            format=self.plan.format,
+            planner=self.plan.planner,
+            plan_hash=self.plan.plan_hash,
             rank=rank,
         )
 
 
-@dataclass(slots=True)
-class OpenCheckpoint:
-    """A checkpoint that has been created and is not committed yet."""
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A checkpoint that is not committed yet. The engine's lock until `commit` is called, the writer's threads from then on.
+
+    Args:
+        after: an unfinished commit of the same tag, which must be published before this one.
+    """
 
     opened: OpenTag
-    metrics: CommitMetrics
+    coordinator: Coordinator
+    filesystem: FileSystem
+    after: PendingCommit | None = None
     state: State = State.OPEN
     files: dict[str, SavedFile] = field(default_factory=dict)
     directories: set[tuple[str, ...]] = field(default_factory=set)
     budget: ManifestBudget = field(default_factory=ManifestBudget)
     error: BaseException | None = None
+    """Its first failure."""
     first_save_s: float | None = None
     commit_s: float = 0.0
-    after: PendingCommit | None = None
-    """An unfinished commit of the same tag, which must be published before this one."""
+    metrics: CommitMetrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = CommitMetrics(self.opened.tag)
 
     @property
     def tag(self) -> str:
+        """Its name."""
         return self.opened.tag
+
+    # While it is open.
 
     def check_healthy(self) -> None:
         """Raise the first failure of this checkpoint, if there was one."""
@@ -85,7 +112,8 @@ class OpenCheckpoint:
         if isinstance(error, Exception):
             self.error = error
         else:
-            self.error = TransactionStateError(f"checkpoint {self.tag!r} was interrupted by {error!r}; it is not committed")
+            told = f"checkpoint {self.tag!r} was interrupted by {error!r}; it is not committed"
+            self.error = TransactionStateError(told)
             self.error.__cause__ = error
 
     def check_new(self, path: str) -> None:
@@ -96,23 +124,11 @@ class OpenCheckpoint:
             raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
 
     def add_file(self, path: str, saved: SavedFile) -> None:
+        """Remember a file."""
         self.files[path] = saved
         self.metrics.saves.append(saved.metrics)
         if self.first_save_s is None:
             self.first_save_s = saved.started_s
-
-    @property
-    def guard_wait_s(self) -> float:
-        """How long steps waited for the copies of its files."""
-        return sum(saved.copy.guard_wait_s for saved in self.files.values() if saved.copy is not None)
-
-    def timing(self) -> dict[str, float]:
-        """What the manifest says of the time it took; once all files are synced."""
-        if self.first_save_s is None:
-            return {}
-        stall_s = self.metrics.stall_s + self.guard_wait_s
-        synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
-        return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
 
     def add_directory(self, parts: tuple[str, ...]) -> bool:
         """Remember a directory and its parents; False when it was there."""
@@ -123,9 +139,95 @@ class OpenCheckpoint:
             self.directories.add(parts[:n])
         return is_new
 
+    # Its commit: on the loop, and at the end on an I/O thread.
+
+    async def finish_files(self, on_save: Callable[[SaveMetrics], None]) -> list[FileEntry]:
+        """Wait until every file is synced. Raises the first failure."""
+        # On the loop, like every change of it from here on: see `give_up`.
+        self.state = State.SEALED if self.state is State.OPEN else self.state
+        if self.error is not None:
+            raise self.error
+        entries = []
+        rank = self.coordinator.rank if self.coordinator.world_size > 1 else None
+        for path, saved in self.files.items():
+            written = await asyncio.wrap_future(saved.write.done)
+            saved.measure(written)
+            on_save(saved.metrics)
+            entries.append(saved.entry(path, written, rank))
+        await asyncio.wrap_future(self.opened.location)
+        if self.after is not None:
+            await self.after.ended()
+        return entries
+
+    def publish(
+        self,
+        entries: list[FileEntry],
+        metadata: Mapping[str, Any],
+        created_unix_ns: int,
+        *,
+        read_back: bool,
+        on_step: OnStep,
+    ) -> None:
+        """All that is left to do once the files are synced. Blocks on the disk.
+
+        Args:
+            read_back: read all files again, and compare them with their CRCs, before anything is renamed.
+            on_step: told about every step.
+        """
+        location = self.opened.location.result()
+        transaction.make_directories(self.filesystem, location, sorted(map("/".join, self.directories)))
+        if read_back:
+            verify.read_back(self.filesystem, location, entries)
+        self.state = State.DURABLE
+        started_s = time.perf_counter()
+        if self.opened.staging is not None:
+            self.opened.staging.timing, self.opened.staging.on_step = self._timing(), on_step
+        try:
+            self.coordinator.publish(self.opened, entries, metadata, created_unix_ns)
+        finally:
+            on_step("publish", started_s)
+        self.state = State.COMMITTED
+        self._measure(entries, started_s)
+
+    async def give_up(self, error: BaseException, on_io_thread: Callable[[Callable[[], None]], Any]) -> None:
+        """End all writes, then remove what was staged; the first failure stays the one reported."""
+        self.fail(error)
+        self.state = State.ABORTED
+        for saved in self.files.values():
+            saved.write.abort(error)
+        writes = [asyncio.wrap_future(saved.write.done) for saved in self.files.values()]
+        await asyncio.gather(*writes, return_exceptions=True)
+        try:
+            await on_io_thread(lambda: self.coordinator.abort(self.opened, error))
+        except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
+            # The staging directory stays; the sweep of a later start removes it.
+            told = "could not remove the staging directory of %r after %r: %s"
+            report(logging.WARNING, told, self.tag, error, failure)
+
+    def _guard_wait_s(self) -> float:
+        return sum(saved.copy.guard_wait_s for saved in self.files.values() if saved.copy is not None)
+
+    def _timing(self) -> dict[str, float]:
+        """What the manifest says of the time it took; once all files are synced."""
+        if self.first_save_s is None:
+            return {}
+        synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
+        stall_s = self.metrics.stall_s + self._guard_wait_s()
+        return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
+
+    def _measure(self, entries: list[FileEntry], publish_started_s: float) -> None:
+        metrics, now_s = self.metrics, time.perf_counter()
+        metrics.publish_s = now_s - publish_started_s
+        metrics.commit_s = now_s - self.commit_s
+        metrics.total_s = now_s - (self.first_save_s if self.first_save_s is not None else self.commit_s)
+        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
+        metrics.num_files = len(entries)
+        metrics.guard_wait_s = self._guard_wait_s()
+        metrics.stall_s += metrics.guard_wait_s
+
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:
-    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that has led to it."""
+    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that led to it."""
     if reason is None:
         return TransactionStateError(message)
     error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")

@@ -21,35 +21,24 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import ConfigError, PathExistsError, TransactionStateError, UnsafePathError, report
+from ..errors import PathExistsError, TransactionStateError, UnsafePathError, report
 from ..format.metadata import check_metadata
 from ..format.names import Root, check_tag
-from ..host.device import pinning
-from ..metrics import SaveMetrics
 from ..plan.opaque import opaque_state
 from ..plan.plan import PlannedState
-from ..plan.planner import Planner
 from ..reading.catalog import Catalog
 from ..reading.load import load_committed, load_committed_into
-from ..snapshot.arena import StagingArena
-from ..snapshot.copy_threads import num_copy_helpers
-from ..snapshot.guard import Guard
-from ..snapshot.owned_storages import NOTHING
-from ..snapshot.snapshotter import Snapshotter
 from ..snapshot.step_exclusion import Turn
 from ..threads.executor import run_aside
 from ..threads.locks import Lock
-from .checkpoint import OpenCheckpoint, SavedFile, given_up
-from .commits import InFlight
+from . import at_exit
+from .checkpoint import Checkpoint, given_up
+from .commits import Commits
 from .config import EngineConfig
 from .interface import CheckpointEngine, StrPath, tag_of
 from .mirroring import latest_of
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
-from .warmup import Warmup
-
-# Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
-_AUTO_WARM_BYTES = 256 << 20
 
 
 class AsyncCheckpointEngine(CheckpointEngine):
@@ -77,25 +66,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._paths = Root(config.root)
         self.root = self._paths.path
         self._lock = Lock()
-        chunk_bytes = config.resolved_chunk_bytes()
-        num_chunks = config.resolved_staging_bytes() // chunk_bytes
-        # Memory first: what fails from here on must not leave threads behind.
-        try:
-            self._arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
-        except (OSError, MemoryError) as error:
-            raise ConfigError(
-                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
-            ) from error
-        self._inflight = InFlight(config, self.root, num_copy_helpers())
-        self._inflight.adopt(self._arena)
         self._preemption: Preemption | None = None
-        self._planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
-        self._snapshotter = Snapshotter(self._arena, self._inflight.pool, timeout_s=config.backpressure_timeout_s)
-        self._guard = Guard(config.backpressure_timeout_s, self._snapshotter.start_now)
+        self._inflight = Commits(config, self.root)
+        self._pipeline = self._inflight.pipeline
+        self._guard, self._arena = self._pipeline.guard, self._pipeline.arena
         self._catalog = Catalog(self._paths, self._inflight.filesystem)
-        self._warmup = Warmup(self._arena, self._planner, self._snapshotter, self._inflight.warm)
-        self._warmup.begin(_AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes)
-        self._inflight.finalize_with(self)
+        self._pipeline.warm()
+        at_exit.watch(self, self._inflight)
 
     # The five calls.
 
@@ -165,8 +142,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 if not parts:
                     raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
                 checkpoint.check_healthy()
-                with self._snapshotter.deferring():
-                    self._save(checkpoint, "/".join(parts), state_dict, started, format, turn)
+                with self._pipeline.snapshotter.deferring():
+                    self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
         self._guard.save(in_turn)
@@ -200,7 +177,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             checkpoint.budget.check_metadata(checked)
             self._inflight.await_slot()
             pending = self._inflight.commit(checkpoint, checked, started)
-            self._snapshotter.start_now()
+            self._pipeline.snapshotter.start_now()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
         return pending
@@ -275,7 +252,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         with self._lock:
             self._usable()
             for optimizer in optimizers:
-                self._warmup.begin_more(self._guard.add(optimizer))
+                self._pipeline.warm(self._guard.add(optimizer))
 
     def wait_snapshot(self) -> None:
         """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
@@ -296,8 +273,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         with self._lock:
             self._usable()
             named = {"/".join(self._paths.split(path)[1]): state for path, state in (states or {}).items()}
-            planned_bytes = self._warmup.plan(named)
-        self._warmup.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
+            planned_bytes = self._pipeline.plan_ahead(named)
+        self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
     # Being stopped.
 
@@ -419,48 +396,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     # Inside.
 
-    def _save(
-        self,
-        checkpoint: OpenCheckpoint,
-        path: str,
-        state_dict: Any,
-        started: float,
-        format: Literal["torch", "safetensors"] | None,
-        turn: Turn,
-    ) -> None:
-        checkpoint.check_new(path)
-        began = time.perf_counter()
-        # An integration may have planned the file itself.
-        state = state_dict if isinstance(state_dict, PlannedState) else self._planner.plan(state_dict, name=path, format=format)
-        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
-        metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
-        metrics.plan_s, metrics.pinned = time.perf_counter() - began, self._arena.pinning is not None
-        checkpoint.budget.add_file(path, state.plan.file_bytes, self._arena.chunk_bytes)
-        write = self._inflight.open_file(checkpoint, path, state.plan.file_bytes, state.plan.sealer())
-        saved = SavedFile(write, metrics, state.plan.format, state.plan.planner, state.plan.plan_hash, time.perf_counter())
-        checkpoint.add_file(path, saved)
-        try:
-            guarded = self._guard.owned()
-            if guarded.ids.isdisjoint(state.sources.identities()):
-                # Nothing here is changed by a guarded step: those of other threads may go on.
-                guarded = NOTHING
-                turn.end()
-            on_copied = self._inflight.copy_reporter(checkpoint.tag, path)
-            copy = self._snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
-        except BaseException as error:
-            # A file that ends half way must never be committed, whatever interrupted it.
-            checkpoint.fail(error)
-            write.abort(error)
-            raise
-        saved.copy = copy
-        if copy.is_reading:
-            self._guard.track(copy)
-        metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
-        metrics.stall_s = time.perf_counter() - started
-        self._inflight.report("save", started, checkpoint.tag, path, 0, metrics.size_bytes)
-        checkpoint.metrics.stall_s += metrics.stall_s
-
-    def _locate(self, path: StrPath, *, carried: bool = False) -> tuple[OpenCheckpoint, tuple[str, ...]]:
+    def _locate(self, path: StrPath, *, carried: bool = False) -> tuple[Checkpoint, tuple[str, ...]]:
         """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
         tag, parts = self._paths.split(path, carried=carried)
         return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts

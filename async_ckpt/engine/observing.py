@@ -25,9 +25,9 @@ class Callbacks:
         RuntimeError: the thread could not be started.
     """
 
-    def __init__(self, observers: Iterable[Observer]) -> None:
+    def __init__(self, observers: Iterable[Observer], name: str) -> None:
         self._observers = list(observers)
-        self._thread = DaemonExecutor("async-ckpt-callbacks", 1)
+        self._thread = DaemonExecutor(name, 1)
 
     def run(self, call: Callable[[], object]) -> None:
         """Run `call` on the thread, after everything before it; here and now once the thread has ended."""

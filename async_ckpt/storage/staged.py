@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ..errors import CommitError
+from ..metrics import OnStep
 from ..threads.locks import Lock
 from .filesystem import LockHandle
 
@@ -40,6 +41,9 @@ class Staging:
     given_up: bool = False
     """`abort` was called; a publish that has not renamed yet must not."""
     timing: Mapping[str, float] = field(default_factory=dict)
+    """Goes into the manifest."""
+    on_step: OnStep | None = field(default=None, repr=False)
+    """Told about the steps of `publish`, on its thread."""
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)
     """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
 

@@ -41,7 +41,6 @@ from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, encode
 from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
-from ..metrics import publish_step
 from .delete import empty_trash, remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
@@ -214,7 +213,7 @@ def _publish(
             raise _unknown(staging, error, "rename") from error
     staging.renamed = True
     try:
-        with publish_step("sync root"):
+        with _told("sync root", staging):
             fs.fsync_dir(staging.root)
     except OSError as error:
         raise _unknown(staging, error, "sync root") from error
@@ -251,11 +250,22 @@ def _abort(fs: FileSystem, staging: Staging) -> None:
 
 
 @contextlib.contextmanager
+def _told(step: str, staging: Staging) -> Iterator[None]:
+    """Tell who watches the steps, whether this one succeeds or fails."""
+    start_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        if staging.on_step is not None:
+            staging.on_step(step, start_s)
+
+
+@contextlib.contextmanager
 def _step(step: str, staging: Staging) -> Iterator[None]:
     """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the
     steps."""
     try:
-        with publish_step(step):
+        with _told(step, staging):
             yield
     except (CommitError, OutOfSpaceError):
         raise

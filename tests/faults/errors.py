@@ -70,7 +70,7 @@ class Outcome:
                 for version, tag in enumerate(("new", "older", "later"), 500):
                     if self.workload.config.get("overwrite") == "replace" or tag not in engine.tags():
                         Job(engine, self.told).whole(tag, version)
-                concurrent.futures.wait(engine._inflight.warming, TIMEOUT_S)
+                concurrent.futures.wait(engine._pipeline.warming, TIMEOUT_S)
                 assert engine._arena.num_taken == 0, "staging memory was not given back"
             finally:
                 self.fs.heal()

@@ -82,7 +82,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
             row.operations += len(fs.operations)
             fs.operations.clear()
             if k == num_commits // 2:
-                concurrent.futures.wait(engine._inflight.warming, TIMEOUT_S)
+                concurrent.futures.wait(engine._pipeline.warming, TIMEOUT_S)
                 middle = resources()
         _give_up_open(job)
         assert engine._arena.num_taken == 0

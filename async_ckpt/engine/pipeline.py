@@ -1,0 +1,214 @@
+"""From a state to chunks on the disk: planner, staging memory, snapshotter, guard and writer pool, put together once.
+
+Nothing here refers to the engine that uses it: what is dropped without `close` can still be finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigError, TransactionStateError, WriteError, report
+from ..host.device import pinning
+from ..metrics import SaveMetrics, Span
+from ..plan.plan import PlannedState
+from ..plan.planner import Planner
+from ..snapshot.arena import StagingArena
+from ..snapshot.copy_threads import num_copy_helpers
+from ..snapshot.file_copy import FileCopy
+from ..snapshot.guard import Guard
+from ..snapshot.owned_storages import NOTHING
+from ..snapshot.snapshotter import Snapshotter
+from ..storage.filesystem import FileSystem
+from ..writer.file import FileWrite
+from ..writer.pool import WriterPool
+from .checkpoint import Checkpoint, SavedFile, joined
+from .config import EngineConfig
+from .observing import Callbacks
+
+if TYPE_CHECKING:
+    from ..snapshot.step_exclusion import Turn
+
+# Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
+_AUTO_WARM_BYTES = 256 << 20
+# Warming ahead ends at the next chunk; nothing of it waits for the disk.
+_WARMUP_END_S = 10.0
+
+
+class SavePipeline:
+    """What an engine has running. `save` by one thread at a time, everything else from any.
+
+    Args:
+        name: prefix of the threads' names.
+
+    Raises:
+        ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left behind.
+    """
+
+    def __init__(self, config: EngineConfig, filesystem: FileSystem, *, name: str = "async-ckpt", min_chunks: int = 1) -> None:
+        chunk_bytes = config.resolved_chunk_bytes()
+        num_chunks = max(min_chunks, config.resolved_staging_bytes() // chunk_bytes)
+        # Memory first: what fails from here on must not leave threads behind.
+        try:
+            self.arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
+        except (OSError, MemoryError) as error:
+            raise ConfigError(
+                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
+            ) from error
+        self._observes = bool(config.observers)
+        self._has_stopped = False
+        self.warming: list[Future[None]] = []
+        with contextlib.ExitStack() as undo:
+            try:
+                self.callbacks = Callbacks(config.observers, f"{name}-callbacks")
+                undo.callback(self.callbacks.close, 0.0)
+                self.pool = WriterPool(
+                    filesystem,
+                    num_writers=config.num_writers,
+                    num_helpers=num_copy_helpers(),
+                    io_mode=config.io_mode,
+                    on_span=self.callbacks.on_span if self._observes else None,
+                    name=name,
+                )
+                undo.pop_all()
+            except (OSError, RuntimeError, MemoryError) as error:
+                # RuntimeError: Python could not start a thread.
+                raise WriteError(
+                    f"the writer's threads cannot be started ({error}); nothing was written, no thread is left behind: "
+                    "lower num_writers, or raise the limits of this process (ulimit -u, -n, -v)",
+                    errno=(error.errno if isinstance(error, OSError) else None) or errno.EAGAIN,
+                    path=os.fspath(config.root),
+                ) from error
+        self.pool.on_death(self.arena.poison)
+        self.planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
+        self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
+        self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_now)
+        self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes
+
+    # Saving.
+
+    def save(
+        self,
+        checkpoint: Checkpoint,
+        path: str,
+        state_dict: Any,
+        started_s: float,
+        format: Literal["torch", "safetensors"] | None,
+        turn: Turn,
+    ) -> None:
+        """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path` of `checkpoint`.
+
+        Raises as `AsyncCheckpointEngine.save`.
+        """
+        checkpoint.check_new(path)
+        began_s = time.perf_counter()
+        # An integration may have planned the file itself.
+        is_planned = isinstance(state_dict, PlannedState)
+        state: PlannedState = state_dict if is_planned else self.planner.plan(state_dict, name=path, format=format)
+        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
+        metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
+        metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
+        checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
+        write = self._open_file(checkpoint, path, state)
+        saved = SavedFile(write, metrics, state.plan, time.perf_counter())
+        checkpoint.add_file(path, saved)
+        try:
+            saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn)
+        except BaseException as error:
+            # A file that ends half way must never be committed, whatever interrupted it.
+            checkpoint.fail(error)
+            write.abort(error)
+            raise
+        if copy.is_reading:
+            self.guard.track(copy)
+        metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
+        metrics.stall_s = time.perf_counter() - started_s
+        self.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
+        checkpoint.metrics.stall_s += metrics.stall_s
+
+    def _snapshot(self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn) -> FileCopy:
+        guarded = self.guard.owned()
+        if guarded.ids.isdisjoint(state.sources.identities()):
+            # Nothing here is changed by a guarded step: those of other threads may go on.
+            guarded = NOTHING
+            turn.end()
+        on_copied = self._copy_teller(checkpoint.tag, path)
+        return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
+
+    def _open_file(self, checkpoint: Checkpoint, path: str, state: PlannedState) -> FileWrite:
+        return self.pool.open_file(
+            joined(checkpoint.opened.location, path),
+            size_bytes=state.plan.file_bytes,
+            seal=state.plan.sealer(),
+            make_parents="/" in path,
+            tag=checkpoint.tag,
+        )
+
+    # Telling.
+
+    def tell_span(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
+        """Tell the observers about a piece of work that ended now, on this thread."""
+        thread = threading.current_thread().name
+        self.callbacks.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
+
+    def _copy_teller(self, tag: str, path: str) -> Callable[[str, float, int, int], None] | None:
+        """What the snapshot of one file calls per copied chunk; None when nobody observes."""
+        if not self._observes:
+            return None
+        return lambda kind, start_s, offset, num_bytes: self.tell_span(kind, start_s, tag, path, offset, num_bytes)
+
+    # Warming: what a first save would otherwise pay for.
+
+    def warm(self, more_bytes: int | None = None) -> None:
+        """Fault in more staging memory (None: what the configuration asks for) in the background.
+
+        A failure is warned about: saves are slower then.
+        """
+        # A closure over the arena alone: the background thread must not keep an engine alive.
+        arena = self.arena
+        target_bytes = self._num_warm_bytes if more_bytes is None else arena.num_faulted * arena.chunk_bytes + more_bytes
+        job = self.pool.submit_io(lambda: arena.fault_in(target_bytes))
+        job.add_done_callback(_warn_of_failure)
+        self.warming = [*(other for other in self.warming if not other.done()), job]
+
+    def plan_ahead(self, states: Mapping[str, Any]) -> int:
+        """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need."""
+        plans = {name: self.planner.plan(state, name=name).plan for name, state in states.items()}
+        return sum(self.snapshotter.plan_ahead(plan, name) for name, plan in plans.items())
+
+    def fault_in(self, num_bytes: int | None) -> None:
+        """Block until `num_bytes` (None: all) of the staging memory are warm."""
+        size_bytes = self.arena.num_chunks * self.arena.chunk_bytes
+        self.arena.fault_in(size_bytes if num_bytes is None else min(size_bytes, num_bytes))
+
+    # Ending.
+
+    def stop(self, timeout_s: float) -> None:
+        """End all threads and give the memory back; goes on where an interrupt has cut it short.
+
+        Raises:
+            BackpressureTimeout: the disk did not end in time.
+        """
+        if self._has_stopped:
+            return
+        deadline_s = time.monotonic() + timeout_s
+        self.arena.poison(TransactionStateError("the engine is closed"))
+        # A thread that is inside torch when the interpreter ends takes the process down with it.
+        wait(self.warming, _WARMUP_END_S)
+        self.pool.close(timeout_s)
+        self.arena.close()
+        self.callbacks.close(max(0.1, deadline_s - time.monotonic()))
+        self._has_stopped = True
+
+
+def _warn_of_failure(done: Future[None]) -> None:
+    if not done.cancelled() and done.exception() is not None:
+        told = "faulting in staging memory ahead failed, the first saves will be slower: %s"
+        report(logging.WARNING, told, done.exception(), warning=RuntimeWarning)
