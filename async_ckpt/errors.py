@@ -43,6 +43,13 @@ def report(
         _logger.log(level, message, *args, exc_info=cause)
 
 
+def escaped(text: str) -> str:
+    """`text` with everything that could steer a terminal, or mislead its reader, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class CheckpointError(Exception):
     """Root of every error this package raises on purpose. All of them can be pickled: other ranks and processes get them whole."""
 
@@ -177,12 +184,15 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """Bytes on disk are not those that were committed; names the file and, where known, the record."""
+    """Bytes on disk are not those that were committed; names the file and, where known, the record.
+
+    What the file itself says (names of records, types) is escaped: it may have been made to steer a terminal.
+    """
 
     def __init__(self, message: str, *, path: str | None = None, record: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(escaped(message))
         self.path = path
-        self.record = record
+        self.record = None if record is None else escaped(record)
 
 
 class MirrorError(CheckpointError, OSError):

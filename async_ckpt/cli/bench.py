@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import escaped
 from ..observers.units import format_bytes, format_rate, format_seconds
-from .failing import NotFoundError, clean
+from .failing import NotFoundError
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def command(
     from .measuring import DiskMeasurement, best, measure_memory
 
     if not os.path.isdir(folder):
-        raise NotFoundError(f"{clean(folder)!r} is not a directory")
+        raise NotFoundError(f"{escaped(folder)!r} is not a directory")
     size_bytes = int(checkpoint_gib * 2**30) if checkpoint_gib is not None else _newest_bytes(folder)
     memory = measure_memory(seconds * 0.1)
     results: list[DiskResult] = []

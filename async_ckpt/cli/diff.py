@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..errors import CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError, escaped
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry
 from ..observers.units import format_bytes
@@ -23,7 +23,7 @@ from ..reading.catalog import OpenCheckpoint
 from ..reading.extents import VerifiedFile
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.inventory import MAX_OTHERS, OtherInfo
-from .failing import EXIT_FAILED, UsageError, clean
+from .failing import EXIT_FAILED, UsageError
 from .locating import Place, place_of
 from .output import print_json, print_table
 
@@ -64,7 +64,7 @@ def command(
         counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
         typer.echo(f"{counts}, {num_equal} equal")
     if others and not as_json:
-        typer.echo(clean(f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")))
+        typer.echo(escaped(f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")))
     if changes:
         raise typer.Exit(EXIT_FAILED)
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UnsupportedStateError
+from ..errors import UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
 from ..observers.units import format_bytes
 from ..reading.extents import VerifiedFile
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.verified_file import open_committed
-from .failing import UsageError, clean
+from .failing import UsageError
 from .locating import Place, place_of
 
 _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
@@ -36,12 +36,12 @@ def command(
     place = place_of(source)
     wanted = _FORMATS.get(os.path.splitext(target)[1].lower())
     if wanted is None:
-        raise UsageError(f"{clean(target)!r} must end in {', '.join(_FORMATS)}")
+        raise UsageError(f"{escaped(target)!r} must end in {', '.join(_FORMATS)}")
     if place.file is None:
         files = [entry.path for entry in place.catalog.manifest(place.tag).files]
         raise UsageError(f"name one file of checkpoint {place.tag!r}: {', '.join(files)}")
     if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{clean(target)!r} exists; --overwrite replaces it")
+        raise UsageError(f"{escaped(target)!r} exists; --overwrite replaces it")
     entry = place.catalog.manifest(place.tag).file(place.file)
     with _new_file(target) as fresh:
         if entry is not None and entry.format == wanted:
@@ -123,17 +123,17 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
     seen: set[str] = set()
     for tensor in header.tensors:
         if tensor.name in seen:
-            raise UnsupportedStateError(f"two tensors would be called {clean(tensor.name)!r} in a .safetensors file; nothing was written")
+            raise UnsupportedStateError(f"two tensors would be called {escaped(tensor.name)!r} in a .safetensors file; nothing was written")
         seen.add(tensor.name)
         if tensor.dtype not in DTYPE_NAMES:
             kind = f" of a {tensor.kind}" if tensor.kind else ""
             raise UnsupportedStateError(
-                f"{place.name}: {clean(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "
+                f"{place.name}: {escaped(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "
                 "nothing was written. Export it to .pt"
             )
     if header.num_others and not tensors_only:
         names = [f"{'.'.join(other.path)} {other.text}" for other in header.others[:5]]
-        shown = clean(", ".join(names)) + (f" and {header.num_others - 5} more" if header.num_others > 5 else "")
+        shown = escaped(", ".join(names)) + (f" and {header.num_others - 5} more" if header.num_others > 5 else "")
         raise UnsupportedStateError(f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out")
     if not header.tensors:
         raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
@@ -142,7 +142,7 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
 def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Place) -> Any:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:
-        raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {clean(tensor.name)!r}")
+        raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {escaped(tensor.name)!r}")
     if not tensor.extent_bytes:
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     memory = bytearray(source.view(tensor.offset, tensor.extent_bytes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsafePathError
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsafePathError, escaped
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -31,11 +31,4 @@ def one_line(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, ImportError) and error.name:
         text = f"this command needs the package {error.name!r}: pip install {error.name}"
-    return clean(" ".join(text.split()))
-
-
-def clean(text: str) -> str:
-    """`text` with everything that could steer a terminal, or mislead its reader, escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return escaped(" ".join(text.split()))

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import escaped
 from ..format.manifest import FileEntry
 from ..observers.units import format_bytes
 from ..reading.catalog import OpenCheckpoint
 from ..reading.header import FileHeader, TensorInfo, read_header, read_records
 from ..reading.inventory import OtherInfo
-from .failing import UsageError, clean
+from .failing import UsageError
 from .locating import place_of
 from .output import console, print_json, print_table
 
@@ -161,7 +162,7 @@ def _print_tree(entry: FileEntry, header: FileHeader, prefix: str, depth: int | 
         others += f" ({len(objects) - _MAX_OBJECTS} of them objects that are left out here; --json has them)"
     size, tensor_size = format_bytes(entry.size_bytes), format_bytes(header.tensor_bytes)
     head = f"{entry.path}  {size}, {entry.format}: {len(header.tensors)} tensors of {tensor_size}{others}"
-    tree = Tree(Text(clean(head), style="bold"), guide_style="dim")
+    tree = Tree(Text(escaped(head), style="bold"), guide_style="dim")
     todo: list[tuple[Any, _Node, int]] = [(tree, _grow(_chosen(header, prefix), objects[:_MAX_OBJECTS]), 0)]
     while todo:
         branch, node, level = todo.pop()
@@ -180,9 +181,9 @@ def _print_tree(entry: FileEntry, header: FileHeader, prefix: str, depth: int | 
 def _label(name: str, node: _Node) -> Any:
     from rich.text import Text
 
-    text = Text(clean(name))
+    text = Text(escaped(name))
     if node.text:
-        text.append(f"  {clean(node.text)}", style="magenta")
+        text.append(f"  {escaped(node.text)}", style="magenta")
     if node.tensor is not None:
         shared = "  shared" if node.tensor.is_shared else ""
         text.append(
@@ -190,7 +191,7 @@ def _label(name: str, node: _Node) -> Any:
             style="cyan",
         )
         if node.tensor.kind:
-            text.append(f"  <{clean(node.tensor.kind)}>", style="magenta")
+            text.append(f"  <{escaped(node.tensor.kind)}>", style="magenta")
     if node.num_tensors > (node.tensor is not None):
         text.append(f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim")
     return text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ..errors import escaped
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, single_file_tag
 from ..reading.catalog import Catalog
-from .failing import NotFoundError, UsageError, clean
+from .failing import NotFoundError, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ def catalog_of(root: str) -> Catalog:
     """
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.exists(root) else "does not exist"
-        raise NotFoundError(f"root {clean(root)!r} {what}")
+        raise NotFoundError(f"root {escaped(root)!r} {what}")
     if is_checkpoint(root):
         above, tag = os.path.split(os.path.abspath(root))
-        raise UsageError(f"{clean(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
+        raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
     beside = os.path.join(root, SINGLE_FILES_NAME)
     return Catalog(beside if os.path.isdir(beside) and not Catalog(root).entries() else root)
 
@@ -70,11 +71,11 @@ def _no_place(path: str, given: str) -> NotFoundError | UsageError:
     if os.path.isdir(given):
         tags = [entry.tag for entry in Catalog(given).entries()]
         if tags:
-            return UsageError(f"{clean(path)!r} is a root; name one of its checkpoints, such as {os.path.join(clean(path), tags[-1])}")
-        return NotFoundError(f"{clean(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it")
+            return UsageError(f"{escaped(path)!r} is a root; name one of its checkpoints, such as {os.path.join(escaped(path), tags[-1])}")
+        return NotFoundError(f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it")
     if os.path.exists(given):
-        return NotFoundError(f"{clean(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
+        return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
     parent = os.path.dirname(given)
     there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []
     hint = f"; {parent!r} holds {', '.join(there[-5:])}" if there else ""
-    return NotFoundError(f"{clean(path)!r} does not exist{hint}")
+    return NotFoundError(f"{escaped(path)!r} does not exist{hint}")

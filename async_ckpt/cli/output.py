@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .failing import clean
+from ..errors import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +55,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[
     Into a pipe it is plain text, nothing cut and nothing wrapped.
     """
     numbers = frozenset(right)
-    cells = [[clean(cell) for cell in row] for row in rows]
+    cells = [[escaped(cell) for cell in row] for row in rows]
     if _recording is None and not sys.stdout.isatty():
         _print_plain(columns, cells, numbers)
         return

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError, escaped
 from ..format.names import check_tag
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import Progress, VerifyReport
-from .failing import EXIT_FAILED, NotFoundError, UsageError, clean
+from .failing import EXIT_FAILED, NotFoundError, UsageError
 from .locating import catalog_of, place_of
 from .output import print_json, print_table
 
@@ -133,7 +133,7 @@ def _print(results: list[dict[str, Any]], root: str) -> None:
     for result in results:
         if result["extra"]:
             names = ", ".join(result["extra"][:5]) + (f" and {len(result['extra']) - 5} more" if len(result["extra"]) > 5 else "")
-            typer.echo(clean(f"{result['tag']} also holds, from somebody else: {names}"))
+            typer.echo(escaped(f"{result['tag']} also holds, from somebody else: {names}"))
     problems = [(result["tag"], problem) for result in results for problem in result["problems"]]
     if problems:
         typer.echo("")

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import escaped
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes, format_seconds
 from ..reading.catalog import Catalog
-from .failing import clean
 from .listing import OWNERS, measure_tree
 from .locating import catalog_of
 from .output import console, print_json
@@ -94,7 +94,7 @@ def _view(seen: dict[str, Any]) -> Any:
 
     committed = seen["checkpoints"]
     earlier = f", the newest {_NUM_SHOWN} are shown" if len(committed) > _NUM_SHOWN else ""
-    parts: list[Any] = [Text(clean(f"{seen['root']}  {len(committed)} checkpoints{earlier}"), style="bold")]
+    parts: list[Any] = [Text(escaped(f"{seen['root']}  {len(committed)} checkpoints{earlier}"), style="bold")]
     if committed:
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("tag", no_wrap=True)
@@ -102,9 +102,9 @@ def _view(seen: dict[str, Any]) -> Any:
             table.add_column(column, justify="right", no_wrap=True)
         for item in committed[-_NUM_SHOWN:]:
             seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
-            table.add_row(Text(clean(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds)
+            table.add_row(Text(escaped(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds)
         parts.append(table)
-    parts += [Text(clean(_staged(item)), style="dim") for item in seen["staging"]] or [Text("nothing is staged", style="dim")]
+    parts += [Text(escaped(_staged(item)), style="dim") for item in seen["staging"]] or [Text("nothing is staged", style="dim")]
     return Group(*parts)
 
 

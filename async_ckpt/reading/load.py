@@ -3,7 +3,7 @@
 Guarantees:
 - With `verify="full"` nothing is returned, and no existing tensor is touched, before every byte of the file was
   compared with the manifest; unpicklers are fed verified bytes only.
-- Nothing is file outside the checkpoint, and no link is followed.
+- Nothing is opened outside the checkpoint, and no link is followed.
 - Pickles run no code unless `weights_only=False` asks for it.
 """
 
@@ -11,40 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import re
-import struct
 import sys
-from collections.abc import Iterator, Mapping
-from mmap import MAP_PRIVATE
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.serialization import config
 
-from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError
+from ..errors import ConfigError
 from ..format.plain import NotPlainError, load_plain
 from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
 from ..host.device import without_default_device
 from .build import TensorBuilder, place_for
+from .by_torch import byte_order, is_legacy, load_by_torch
 from .damage import naming_the_record
-from .errors import ReadError
 from .extents import MemorySource, VerifiedFile
-from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_records
 from .load_into import Atomic, Restored, fill, read_inventory, safetensors_inventory
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
-from .torch_file import TorchFile
 from .verified_file import open_committed, split_path
 
 if TYPE_CHECKING:
     from .catalog import Catalog
-
-_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, struct.error)
-_ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
-_OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
-"""What torch says of a failed system call."""
-_ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
 
 __all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
 
@@ -140,45 +127,20 @@ def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: b
     with naming_the_record(file), without_default_device():
         if file.entry.format == "safetensors":
             return load_safetensors(file, map_location)
-        is_legacy = _is_legacy(file)
-        if config.load.mmap if mmap is None else mmap:
-            return _load_mapped(file, map_location, weights_only, is_legacy)
-        if is_legacy:
-            return _load_with_torch(file, map_location, weights_only, is_legacy=True)
+        is_mapped = config.load.mmap if mmap is None else mmap
+        if is_mapped or is_legacy(file):
+            return load_by_torch(file, map_location, weights_only, mmap=is_mapped)
         try:
             return _load_plain(file, map_location)
         except (NotPlainError, UnusualLayoutError):
             # A valid file may hold more than plain tensors: torch knows how to read it.
-            return _load_with_torch(file, map_location, weights_only)
-
-
-def _is_legacy(file: VerifiedFile) -> bool:
-    """Whether it is in torch's old format.
-
-    Raises:
-        UnsupportedStateError: nobody says that it is a torch file, and it does not look like one.
-    """
-    head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
-    if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
-        raise UnsupportedStateError(f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path")
-    return head == LEGACY_MAGIC
+            return load_by_torch(file, map_location, weights_only)
 
 
 def _refuse_contexts() -> None:
     """Refuse what would make torch skip the reading."""
     if getattr(torch.serialization._serialization_tls, "skip_data", False):
         raise ConfigError("torch.serialization.skip_data leaves tensors without their data: load outside of it")
-
-
-def _runs_code(weights_only: bool | None) -> bool:
-    """Whether torch, told this, runs the pickle's code: its environment variables have their say."""
-
-    def is_set(name: str) -> bool:
-        return os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
-
-    if is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
-        return False
-    return weights_only is False or (weights_only is None and is_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"))
 
 
 def load_committed_into(
@@ -198,7 +160,7 @@ def load_committed_into(
 
     `lend`: warm memory for what `atomic` sets aside (an idle staging arena's), one extent at a time.
     """
-    if atomic not in (True, False, "auto"):
+    if not isinstance(atomic, bool) and atomic != "auto":
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     _refuse_contexts()
     with (
@@ -214,26 +176,19 @@ def _structure(file: VerifiedFile, weights_only: bool | None) -> Any:
     """The file's structure, its tensors still on disk where they can be read one by one."""
     if file.entry.format == "safetensors":
         return safetensors_inventory(file)
-    if _is_legacy(file):
-        return _load_with_torch(file, "cpu", weights_only, is_legacy=True)
-    try:
-        return read_inventory(file, _plain_records(file))
-    except (NotPlainError, UnusualLayoutError):
-        return _load_with_torch(file, "cpu", weights_only)
+    if not is_legacy(file):
+        with contextlib.suppress(NotPlainError, UnusualLayoutError):
+            return read_inventory(file, _plain_records(file))
+    return load_by_torch(file, "cpu", weights_only)
 
 
 def _plain_records(file: VerifiedFile) -> dict[str, Record]:
     """The records of a file in this machine's byte order, whose local headers are compared as it is read."""
     records = read_directory(file.read, file.size_bytes)
-    if _byte_order(file, records) != sys.byteorder.encode():
+    if byte_order(file, records) != sys.byteorder.encode():
         raise UnusualLayoutError("not this machine's byte order")
     file.on_bytes = HeaderCheck(records)
     return records
-
-
-def _byte_order(file: VerifiedFile, records: Mapping[str, Record]) -> bytes | None:
-    order = records.get("byteorder")
-    return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
 
 
 def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
@@ -249,80 +204,3 @@ def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
     builder.scatter.freeze()
     stream_into(file, builder.scatter)
     return state
-
-
-def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | None, is_legacy: bool) -> None:
-    """Raises CorruptCheckpointError or UnsupportedStateError for what torch itself must not be given."""
-    if is_legacy:
-        if not _runs_code(weights_only):
-            refuse_legacy_bombs(file)
-        return
-    records = torch_records(file)
-    if _byte_order(file, records) not in (None, sys.byteorder.encode()) and place_for(map_location) is None:
-        # torch would exchange the bytes of what has no memory, and end the process.
-        raise UnsupportedStateError(f"{file.name} is of another byte order: map_location must be None or a device with memory")
-    if not _runs_code(weights_only):
-        refuse_bombs(file, records)
-
-
-def _load_with_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None, *, is_legacy: bool = False) -> Any:
-    _refuse_crafted(file, map_location, weights_only, is_legacy)
-    source = TorchFile(file)
-    try:
-        with _translated(file, map_location, weights_only):
-            state = torch.load(source, map_location=map_location, weights_only=weights_only, mmap=False)  # type: ignore[arg-type]
-    except Exception:
-        if source.failure is not None:
-            raise source.failure from None
-        raise
-    file.verify_rest()
-    return state
-
-
-def _load_mapped(file: VerifiedFile, map_location: Any, weights_only: bool | None, is_legacy: bool) -> Any:
-    if is_legacy:
-        raise UnsupportedStateError(f"{file.name} is in torch's old format, which cannot be mapped: give mmap=False")
-    if not file.map_path:
-        raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
-    if config.load.mmap_flags not in (None, MAP_PRIVATE):
-        raise ConfigError(
-            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into the committed checkpoint: "
-            "load with MAP_PRIVATE, or with mmap=False"
-        )
-    file.verify_rest()
-    _refuse_crafted(file, map_location, weights_only, is_legacy)
-    with _translated(file, map_location, weights_only):
-        # Not by its name: the tag may be replaced, and what has that name then was not verified.
-        return torch.load(file.map_path, map_location=map_location, weights_only=weights_only, mmap=True)
-
-
-@contextlib.contextmanager
-def _translated(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> Iterator[None]:
-    """torch's errors about the file become ours; those about `map_location`, devices, memory and trusted code pass."""
-    may_be_foreign = _runs_code(weights_only) or callable(map_location) or isinstance(map_location, Mapping)
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        if may_be_foreign:
-            raise
-        raise ReadError(error, path=file.name) from error
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it needs {refused.group(1)!r}" if refused else str(error).strip().splitlines()[0]
-        message = (
-            f"{file.name} cannot be read with weights_only=True: {what}. Allow the type with torch.serialization.add_safe_globals, "
-            "or pass weights_only=False, which runs code from the file: only for files you trust"
-        )
-        raise UnsupportedStateError(message) from error
-    except _FILE_ERRORS as error:
-        if shortage := re.search(_OF_THE_SYSTEM, str(error)):
-            code = int(shortage[1] or shortage[2])
-            raise ReadError(OSError(code, os.strerror(code)), path=file.name) from error
-        # Where neither the caller's code nor the file's runs, and it is not about the machine, it is about the file.
-        # (The lines after the first are torch's own stack.)
-        said = str(error).partition("\n")[0]
-        if not re.search(_ABOUT_FILES, str(error)) and (may_be_foreign or re.search(_ABOUT_MACHINES, said)):
-            raise
-        raise CorruptCheckpointError(f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name) from error

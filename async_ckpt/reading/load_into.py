@@ -112,7 +112,7 @@ def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomi
     Raises:
         StateMismatchError: with `strict`, if anything differs.
     """
-    found = {path: leaf for path, leaf in flatten(structure) if isinstance(leaf, (FileTensor, torch.Tensor))}
+    found = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, (FileTensor, torch.Tensor))}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
     differences = compare(found, wanted)
     differences |= compare_shared(file, {path: (found[path], wanted[path]) for path in wanted if path not in differences})

@@ -9,16 +9,22 @@ from ..errors import UnsupportedStateError
 
 MAX_DEPTH = 2000
 """Key paths of deeper structures would take far more memory than the structures themselves."""
+_FREE_CHARACTERS = 64 << 20
+_CHARACTERS_PER_BYTE = 16
 
 
-def flatten(state: Any) -> list[tuple[str, Any]]:
+def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
     """(key path, leaf) of every leaf, in order; a container inside itself is passed over. Nothing recurses.
 
+    Args:
+        num_bytes: what the state was read from, where somebody may have made that to blow up.
+
     Raises:
-        UnsupportedStateError: nested deeper than `MAX_DEPTH`.
+        UnsupportedStateError: nested deeper than `MAX_DEPTH`, or the key paths are far longer than `num_bytes` accounts for.
     """
     found: list[tuple[str, Any]] = []
-    _walk(state, lambda path, leaf: found.append((path, leaf)), lambda container, items, done: container)
+    left = None if num_bytes is None else _FREE_CHARACTERS + _CHARACTERS_PER_BYTE * num_bytes
+    _walk(state, lambda path, leaf: found.append((path, leaf)), lambda container, items, done: container, left)
     return found
 
 
@@ -31,7 +37,12 @@ def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
     return _walk(state, new.get, _rebuilt)
 
 
-def _walk(state: Any, on_leaf: Callable[[str, Any], Any], on_end: Callable[[Any, list[tuple[Any, Any]], list[Any]], Any]) -> Any:
+def _walk(
+    state: Any,
+    on_leaf: Callable[[str, Any], Any],
+    on_end: Callable[[Any, list[tuple[Any, Any]], list[Any]], Any],
+    characters_left: int | None = None,
+) -> Any:
     """Depth first: `on_leaf` gives what takes a leaf's place, `on_end(container, its items, what took their places)` a container's."""
     stack: list[tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = [(None, "", [("", state)], [])]
     above: set[int] = set()
@@ -40,6 +51,11 @@ def _walk(state: Any, on_leaf: Callable[[str, Any], Any], on_end: Callable[[Any,
         if len(done) < len(items):
             key, item = items[len(done)]
             item_path = f"{path}[{key!r}]" if len(stack) > 1 else ""
+            if characters_left is not None:
+                characters_left -= len(item_path) + 1
+                if characters_left < 0:
+                    what = "the state refers to the same containers or long keys too often to be matched by key path"
+                    raise UnsupportedStateError(what)
             inner = _items(item)
             if inner is None:
                 done.append(on_leaf(item_path, item))

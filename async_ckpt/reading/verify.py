@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ..errors import CheckpointError, CommitError, CorruptCheckpointError
+from ..errors import CheckpointError, CommitError, CorruptCheckpointError, escaped
 from ..format.manifest import FileEntry
 from ..format.names import MANIFEST_NAME
 from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
@@ -121,16 +121,16 @@ class _Problems:
         try:
             file = directory.open_read(entry.parts, direct=direct)
         except FileNotFoundError:
-            self._add(Problem(entry.path, "is missing"))
+            self._add(entry.path, "is missing")
             return None
         except (CorruptCheckpointError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in DAMAGE_ERRNOS:
                 raise
-            self._add(Problem(entry.path, str(error)))
+            self._add(entry.path, str(error))
             return None
         if file.size_bytes != entry.size_bytes:
             file.close()
-            self._add(Problem(entry.path, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"))
+            self._add(entry.path, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed")
             return None
         verified = VerifiedFile(file, entry, check=True)
         verified.on_read = self._on_read
@@ -142,9 +142,10 @@ class _Problems:
         if len(self.problems) < _MAX_PROBLEMS:
             is_mismatch = isinstance(error, ExtentMismatch)
             message = f"bytes {first} to {end - 1} differ from what was committed" if is_mismatch else str(error)
-            self._add(Problem(file.entry.path, message, damaged_records(file, extent) if is_mismatch else None, first))
+            self._add(file.entry.path, message, damaged_records(file, extent) if is_mismatch else None, first)
 
-    def _add(self, problem: Problem) -> None:
+    def _add(self, path: str, message: str, record: str | None = None, offset: int = 0) -> None:
+        problem = Problem(path, escaped(message), None if record is None else escaped(record), offset)
         with self._lock:
             if len(self.problems) < _MAX_PROBLEMS:
                 self.problems.append(problem)

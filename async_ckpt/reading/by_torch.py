@@ -1,0 +1,162 @@
+"""Has torch read what only torch can read: other objects than plain tensors, mapped files, files in its old format.
+
+torch is given verified bytes only, after what would hurt it was refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from mmap import MAP_PRIVATE
+from typing import Any
+
+import torch
+from torch.utils.serialization import config
+
+from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
+from ..format.zip_directory import Record
+from .build import place_for
+from .errors import ReadError
+from .extents import VerifiedFile
+from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_records
+from .torch_file import TorchFile
+
+_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, struct.error)
+_ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
+_OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
+"""What torch says of a failed system call."""
+_ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
+
+
+class _CallersPlace:
+    """A `map_location` that is a function; an error of its own can be told from torch's."""
+
+    def __init__(self, function: Callable[[Any, str], Any]) -> None:
+        self._function = function
+        self.raised: BaseException | None = None
+
+    def __call__(self, storage: Any, location: str) -> Any:
+        try:
+            return self._function(storage, location)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
+def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None, *, mmap: bool = False) -> Any:
+    """What ``torch.load`` makes of the file, read or mapped. Blocks until every byte was verified."""
+    if mmap:
+        _check_mapping(file)
+        file.verify_rest()
+    _refuse_crafted(file, map_location, weights_only)
+    place = _CallersPlace(map_location) if callable(map_location) else map_location
+    source = TorchFile(file)
+    try:
+        with _translated(file, place, weights_only):
+            # Mapped not by its name: the tag may be replaced, and what has that name then was not verified.
+            given: Any = file.map_path if mmap else source
+            state = torch.load(given, map_location=place, weights_only=weights_only, mmap=mmap)
+    except Exception:
+        if source.failure is not None:
+            raise source.failure from None
+        raise
+    file.verify_rest()
+    return state
+
+
+def is_legacy(file: VerifiedFile) -> bool:
+    """Whether it is in torch's old format.
+
+    Raises:
+        UnsupportedStateError: nobody says that it is a torch file, and it does not look like one.
+    """
+    head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
+    if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
+        raise UnsupportedStateError(f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path")
+    return head == LEGACY_MAGIC
+
+
+def byte_order(file: VerifiedFile, records: Mapping[str, Record]) -> bytes | None:
+    order = records.get("byteorder")
+    return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
+
+
+def _runs_code(weights_only: bool | None) -> bool:
+    """Whether torch, told this, runs the pickle's code: its environment variables have their say."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
+
+    if is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        return False
+    return weights_only is False or (weights_only is None and is_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"))
+
+
+def _check_mapping(file: VerifiedFile) -> None:
+    if is_legacy(file):
+        raise UnsupportedStateError(f"{file.name} is in torch's old format, which cannot be mapped: give mmap=False")
+    if not file.map_path:
+        raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
+    if config.load.mmap_flags not in (None, MAP_PRIVATE):
+        raise ConfigError(
+            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into the committed "
+            "checkpoint: load with MAP_PRIVATE, or with mmap=False"
+        )
+
+
+def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> None:
+    """Raises CorruptCheckpointError or UnsupportedStateError for what torch itself must not be given."""
+    if is_legacy(file):
+        if not _runs_code(weights_only):
+            refuse_legacy_bombs(file)
+        return
+    records = torch_records(file)
+    if byte_order(file, records) not in (None, sys.byteorder.encode()) and place_for(map_location) is None:
+        # torch would exchange the bytes of what has no memory, and end the process.
+        what = "is of another byte order: map_location must be None or a device with memory"
+        raise UnsupportedStateError(f"{file.name} {what}")
+    if not _runs_code(weights_only):
+        refuse_bombs(file, records)
+
+
+@contextlib.contextmanager
+def _translated(file: VerifiedFile, place: Any, weights_only: bool | None) -> Iterator[None]:
+    """torch's errors about the file become ours; those of the caller's and of trusted code, about devices and memory pass."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(place, _CallersPlace) and place.raised is error:
+            raise
+        translated = _translation(file, error, _runs_code(weights_only))
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> CheckpointError | None:
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it needs {refused.group(1)!r}" if refused else escaped(str(error).strip().splitlines()[0])
+        return UnsupportedStateError(
+            f"{file.name} cannot be read with weights_only=True: {what}. Allow the type with "
+            "torch.serialization.add_safe_globals, or pass weights_only=False, which runs code from the file: only for files you trust"
+        )
+    if shortage := re.search(_OF_THE_SYSTEM, str(error)):
+        code = int(shortage[1] or shortage[2])
+        return ReadError(OSError(code, os.strerror(code)), path=file.name)
+    if isinstance(error, OSError):
+        return None if runs_code else ReadError(error, path=file.name)
+    # Where the file's code does not run, and it is not about the machine, it is about the file.
+    # (The lines after the first are torch's own stack.)
+    said = str(error).partition("\n")[0]
+    is_foreign = runs_code or re.search(_ABOUT_MACHINES, said)
+    if not isinstance(error, _FILE_ERRORS) or (is_foreign and not re.search(_ABOUT_FILES, str(error))):
+        return None
+    return CorruptCheckpointError(f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name)

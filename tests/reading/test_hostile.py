@@ -1,0 +1,116 @@
+"""Crafted files are errors, in bounded time and memory, and their words do not reach a terminal as they are."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import async_ckpt
+from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError, UnsupportedStateError
+
+from .committed import commit, torch_bytes
+from .states import plain, torch_only
+
+STATE = {"w": torch.arange(1000.0), "x": torch.ones(3)}
+ESCAPE = b"\x1b[31m"
+
+
+def test_names_of_records_are_escaped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = torch_bytes(STATE).replace(b"archive/data/0", b"archive/" + ESCAPE + b"/")
+    commit(tmp_path, "a", {"m.pt": data})
+    with pytest.raises(CheckpointError) as caught:
+        async_ckpt.load(tmp_path / "a/m.pt")
+    assert str(caught.value).isprintable()
+    # Damage in that very record: verify, latest and load name it.
+    at = data.index(ESCAPE) + 200
+    (tmp_path / "a/m.pt").write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    (problem,) = Catalog(tmp_path).verify("a").problems
+    assert problem.record is not None and "\\x1b[31m" in problem.record
+    assert str(problem).isprintable()
+    assert Catalog(tmp_path).latest() is None
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    with pytest.raises(CorruptCheckpointError) as damaged:
+        async_ckpt.load(tmp_path / "a/m.pt")
+    assert str(damaged.value).isprintable() and (damaged.value.record or "").isprintable()
+
+
+@pytest.mark.parametrize("name", [b"evil" + ESCAPE, "evil\u202e".encode()])
+def test_names_in_pickles_are_escaped(tmp_path: Path, name: bytes) -> None:
+    pickled = torch_bytes(argument := {"o": Mine()})
+    assert b"Mine" in pickled and argument
+    commit(tmp_path, "a", {"m.pt": pickled.replace(b"Mine\n", name[: len(b"Mine")] + b"\n")})
+    with pytest.raises(CheckpointError) as caught:
+        async_ckpt.load(tmp_path / "a/m.pt")
+    assert str(caught.value).isprintable()
+
+
+class Mine:
+    """No class that is loaded by default."""
+
+
+def test_a_place_that_nobody_knows_is_no_bare_error(tmp_path: Path) -> None:
+    data = torch_bytes(STATE).replace(b"X\x03\x00\x00\x00cpu", b"X\x03\x00\x00\x00xyz")
+    commit(tmp_path, "a", {"m.pt": data})
+    with pytest.raises(CorruptCheckpointError):
+        async_ckpt.load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("kind", ["shared lists", "long key"])
+def test_key_paths_cannot_be_made_to_blow_up(tmp_path: Path, kind: str) -> None:
+    state: Any = [torch.ones(1)]
+    if kind == "shared lists":
+        for _ in range(60):
+            state = [state, state]
+    else:
+        state = {"k" * 1_000_000: [0] * 300_000, "w": torch.ones(1)}
+    commit(tmp_path, "a", {"m.pt": torch_bytes(state)})
+    weight = torch.zeros(1)
+    started = time.process_time()
+    with pytest.raises(UnsupportedStateError, match="too often"):
+        async_ckpt.load_into({"w": weight}, tmp_path / "a/m.pt", strict=False)
+    assert time.process_time() - started < 20
+    assert weight.eq(0).all()
+
+
+def by_callable(path: Path) -> Any:
+    return async_ckpt.load(path, map_location=lambda storage, location: storage)
+
+
+def mapped(path: Path) -> Any:
+    return async_ckpt.load(path, mmap=True)
+
+
+def in_place(path: Path) -> Any:
+    return async_ckpt.load_into({"w": torch.zeros(1000)}, path, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [plain, torch_only, lambda: STATE], ids=["plain", "torch only", "small"])
+def test_mutants_are_loaded_or_refused(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """Every CRC of the manifest is right: only what the file says is wrong. A bound on time and memory for each."""
+    chance = random.Random(7)
+    data = torch_bytes(make())
+    interesting = [at for at in range(len(data)) if data[at : at + 1] != b"Z"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(400):
+        mutant = bytearray(data)
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            mutant[chance.choice(interesting)] = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+        commit(tmp_path, f"t{number}", {"m.pt": bytes(mutant)})
+        started = time.process_time()
+        for load in (async_ckpt.load, mapped, by_callable, in_place):
+            try:
+                load(tmp_path / f"t{number}/m.pt")
+            except CheckpointError as error:
+                assert str(error).isprintable()
+        assert time.process_time() - started < 10
+        (tmp_path / f"t{number}/m.pt").unlink()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
