@@ -48,6 +48,7 @@ MAY_IMPORT_TORCH = (
     "reading.load",
     "reading.load_into",
     "reading.build",
+    "reading.by_torch",
     "reading.scatter",
     "reading.torch_file",
     "reading.safetensors_file",
