@@ -7,8 +7,8 @@ import errno
 from ..errors import CheckpointError, CorruptCheckpointError
 
 NOTHING_LOADED = "nothing was loaded"
-DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE, errno.ENODATA, errno.EREMOTEIO})
-"""The disk or the kernel says that the data is bad or gone: damage, and no passing shortage (EMFILE, ENOMEM)."""
+DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO})
+"""The disk or the kernel says that the data is bad: damage, and no passing state (EMFILE, ENOMEM, a server's ESTALE)."""
 
 
 class ReadError(CheckpointError, OSError):

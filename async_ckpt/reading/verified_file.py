@@ -53,10 +53,19 @@ def split_path(path: str | os.PathLike[str], filesystem: ReadSide) -> tuple[str,
     """(root, tag, name) of a file in a committed checkpoint, from the manifest nearest above it. Blocks for lstat calls.
 
     Raises:
-        CheckpointNotFoundError: no directory above holds a manifest.
+        CheckpointNotFoundError: no directory above holds a manifest. ReadError: the disk failed.
     """
     text = os.fspath(path)
     given = text if is_url(text) else os.path.abspath(text)
+    try:
+        return _split(given, filesystem)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise ReadError(error, path=given) from error
+
+
+def _split(given: str, filesystem: ReadSide) -> tuple[str, str, str]:
     folder, name = os.path.split(given)
     while True:
         above, tag = os.path.split(folder)

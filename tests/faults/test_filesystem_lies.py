@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError
+from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError, load
 from async_ckpt.format.names import PrivateName
 from async_ckpt.host.process import current_owner
+from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.lying_fuse import Mounted, lying, why_not
@@ -330,6 +331,18 @@ def test_an_error_is_told_and_nothing_is_lost(lies: Mounted, root: Path, case: s
         assert Catalog(root).tags() == ["old"]
         job.whole("newer", 3)
     assert contents(root) == {"old": 1, "newer": 3}
+
+
+@pytest.mark.parametrize("request_name", ["READ", "OPEN", "GETATTR", "LOOKUP", "OPENDIR"])
+def test_a_server_in_trouble_is_no_damage(lies: Mounted, root: Path, request_name: str) -> None:
+    """ESTALE passes: to call the checkpoint damaged would make a training begin anew."""
+    lies.lie(errors={request_name: errno.ESTALE})
+    with pytest.raises(ReadError, match="Stale"):
+        load(root / "old" / "model.pt")
+    with pytest.raises(OSError, match="Stale"):
+        Catalog(root).latest()
+    lies.lie()
+    assert Catalog(root).latest() == "old"
 
 
 def test_directories_that_cannot_be_synced_at_all(lies: Mounted, root: Path) -> None:
