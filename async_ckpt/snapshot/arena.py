@@ -51,7 +51,18 @@ class StagingChunk:
     that it was taken.
     """
 
-    __slots__ = ("__weakref__", "_arena", "address", "former_key", "is_held", "num_users", "piece", "resident_key", "tensor", "view")
+    __slots__ = (
+        "__weakref__",
+        "_arena",
+        "address",
+        "former_key",
+        "is_held",
+        "num_users",
+        "piece",
+        "resident_key",
+        "tensor",
+        "view",
+    )
 
     def __init__(self, piece: _Piece, arena: StagingArena) -> None:
         self.is_held = False

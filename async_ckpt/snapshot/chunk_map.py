@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import add
+from typing import TYPE_CHECKING
 
 from ..host.memory import LONG_BYTES
 from ..plan.plan import FilePlan
 from ..plan.structure import picker
 from .probes import ProbeMap
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,10 @@ class LargePiece:
     source_offset: int
     chunk_offset: int
     nbytes: int
+
+    def target_in(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Where it belongs in the bytes of its chunk."""
+        return chunk[self.chunk_offset : self.chunk_offset + self.nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,11 @@ class ChunkMap:
     def __len__(self) -> int:
         return len(self.large)
 
+    def payload_pieces(self, k: int) -> Iterator[LargePiece]:
+        """All pieces of payloads in chunk `k`, one by one."""
+        large = (piece for piece in self.large[k] if piece.source < self.num_payloads)
+        return chain(large, self.small.pieces(k))
+
     def literal_sources(self, plan: FilePlan) -> list[bytes]:
         """The bytes of `plan` that are sources of their own, in the order of their numbers."""
         return [plan.literals[0][1], self.middle, plan.literals[-1][1]]
@@ -129,7 +142,18 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
     between.begin(num_chunks)
     middle = b"".join(data for _, data in plan.literals[1:-1])
     probes = ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks)
-    return ChunkMap(plan.file_bytes, chunk_bytes, num_payloads, small, large, between, middle, object(), probes, picker(small.sources))
+    return ChunkMap(
+        plan.file_bytes,
+        chunk_bytes,
+        num_payloads,
+        small,
+        large,
+        between,
+        middle,
+        object(),
+        probes,
+        picker(small.sources),
+    )
 
 
 def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:

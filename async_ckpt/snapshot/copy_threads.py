@@ -56,7 +56,13 @@ class CopyTeam:
         """Whether the disk side has a core to itself while `num_jobs` jobs run, on every rank of this host."""
         return min(self._num_helpers + 1, num_jobs) < self._num_cores
 
-    def run(self, num_jobs: int, work: Callable[[int], None], help_with: Callable[[int], None], on_ended: Callable[[int], None]) -> None:
+    def run(
+        self,
+        num_jobs: int,
+        work: Callable[[int], None],
+        help_with: Callable[[int], None],
+        on_ended: Callable[[int], None],
+    ) -> None:
         """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all have ended.
 
         Args:

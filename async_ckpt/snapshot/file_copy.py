@@ -4,41 +4,34 @@ Guarantees:
 - Chunk k of the file holds its bytes [k*C, (k+1)*C); it reaches the sink as soon as those bytes are copied.
 - Sources are kept alive until their copy has ended; every chunk is handed to the sink or given back.
 - A tensor that changed before its copy ended is a `TornSnapshotError`, raised to the caller or given to the sink.
-
-Bytes on the CPU are copied by address, in loops in C, so that a tensor costs microseconds; those on devices are queued on
-side streams. Both release the GIL while they copy, but for small pieces: getting it back takes longer than copying them.
 """
 
 from __future__ import annotations
 
 import enum
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import chain, compress, repeat
-from operator import add
+from functools import partial
+from itertools import repeat
+from operator import and_
 
 import torch
 
 from ..format.chunk import Chunk
-from ..host.memory import move_holding_gil, move_releasing_gil
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
-from .chunk_map import ChunkMap, LargePiece
+from .chunk_map import ChunkMap
 from .chunk_sink import ChunkSink
 from .copy_threads import CopyTeam
 from .device import SideStreams, mark, wait_for
+from .host_copy import HostSources
 from .payloads import Payloads, address_of_bytes
 from .torn_check import TornCheck
 
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
-
-# How many small pieces one loop in C copies before a signal is looked at: well under 1 ms, with the GIL held.
-_BATCH = 100
-
 
 _QueuedChunk = tuple[int, StagingChunk, list[torch.Event], float]
 """A chunk's number, the chunk, what ends its device copies, and when they were queued."""
@@ -96,27 +89,25 @@ class FileCopy:
         self._literals = chunk_map.literal_sources(state.plan)
         self._wanted: list[bool] | None = None
         """Of payloads and literals, those that are being copied; None: all of them."""
+        self._completes = True
+        """Whether chunks are complete when those are copied."""
         self._unfinished: list[_QueuedChunk] = []
         self._callers = mark(self._devices)
         self._probes = chunk_map.probes.note(self._payloads.host_addresses, self._payloads.on_devices)
         self._torn = TornCheck(state, owners, self._probes)
-        self._take_addresses()
+        self._sources = self._find_sources()
 
     # On the thread that saves.
 
     def copy_now(self, chunks: list[StagingChunk], team: CopyTeam, first: int = 0) -> None:
         """Fill `chunks`, the file's chunks from number `first` on, and hand them to the sink. Blocks for the copy."""
         started = time.perf_counter()
+        # CRC and writes on the cores that copy would make the caller wait for them.
+        sends_early = team.leaves_cores(len(chunks))
         try:
-            if self._devices:
-                self._queue_device_copies(chunks, first)
-                self._finish_device_copies()
-            else:
-                # CRC and writes on the cores that copy would make the caller wait for them.
-                sends_early = team.leaves_cores(len(chunks))
-                self._share(chunks, team, first, lambda i: self._send(first + i, chunks[i]) if sends_early else None)
-                if not sends_early:
-                    self._send(first, *chunks)
+            self._fill_all(chunks, team, first, sends_early=sends_early)
+            if not sends_early and not self._devices:
+                self._send(first, *chunks)
         except BaseException as error:
             self.fail(chunks, error, first)
             raise
@@ -151,17 +142,13 @@ class FileCopy:
         started = time.perf_counter()
         try:
             if is_lazy is not None:
-                self._wanted = [*(not lazy for lazy in is_lazy), *repeat(False, len(self._literals))]
-                if self._devices:
-                    self._streams.order_behind(self._callers)
-                    queued = [(k, self._fill(k, chunk, is_urgent=True), time.perf_counter()) for k, chunk in enumerate(chunks)]
-                    for k, events, began in queued:
-                        wait_for(events)
-                        self._report(k, began)
-                else:
-                    self._share(chunks, team, 0, lambda i: None)
+                self._wanted, self._completes = (
+                    [*(not lazy for lazy in is_lazy), *repeat(False, len(self._literals))],
+                    False,
+                )
+                self._fill_all(chunks, team, 0, sends_early=False)
                 self._torn.check_torn(all_but=guarded)
-                self._wanted = [*is_lazy, *repeat(True, len(self._literals))]
+                self._wanted, self._completes = [*is_lazy, *repeat(True, len(self._literals))], True
         except BaseException as error:
             self.fail(chunks, error)
             raise
@@ -181,7 +168,7 @@ class FileCopy:
         with self._handing_on_failures(chunks):
             # The user may have moved the bytes.
             self._payloads.look_again()
-            self._take_addresses()
+            self._sources = self._find_sources()
             if self._devices:
                 self._queue_device_copies(chunks)
                 return
@@ -248,10 +235,10 @@ class FileCopy:
         if first + len(chunks) == len(self._map):
             self._torn.check_torn()
         # They are taken over in every case, also when they are refused.
-        self._sink.submit(*(self._handed_over(k, chunk) for k, chunk in enumerate(chunks, first)))
-
-    def _handed_over(self, k: int, chunk: StagingChunk) -> Chunk:
-        return Chunk(self._map.offset(k), self._map.nbytes(k), chunk.view, lambda: self._arena.release(chunk))
+        numbers = range(first, first + len(chunks))
+        releases = [partial(self._arena.release, chunk) for chunk in chunks]
+        views = [chunk.view for chunk in chunks]
+        self._sink.submit(*map(Chunk, map(self._map.offset, numbers), map(self._map.nbytes, numbers), views, releases))
 
     def _report(self, k: int, began: float) -> None:
         """Tell the observers that the wanted parts of chunk `k` are copied."""
@@ -259,26 +246,27 @@ class FileCopy:
             return
         num_bytes = self._map.nbytes(k)
         if self._wanted is not None:
-            num_bytes = sum(piece.nbytes for piece in self._payload_pieces(k) if self._wanted[piece.source])
+            num_bytes = sum(piece.nbytes for piece in self._map.payload_pieces(k) if self._wanted[piece.source])
         if num_bytes:
             self._on_copied("d2h" if self._devices else "copy", began, self._map.offset(k), num_bytes)
 
     # Inside: copying.
 
-    def _take_addresses(self) -> None:
-        """Note where each source lies, for copies by address; 0 is on a device."""
-        self._addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
+    def _wants(self, source: int) -> bool:
+        return self._wanted is None or self._wanted[source]
+
+    def _find_sources(self) -> HostSources:
+        addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
         for k, address in self._probes.copies:
-            self._addresses[k] = address
-        self._small_addresses: list[int] | None = None
+            addresses[k] = address
+        return HostSources(self._map, addresses)
 
-    def _payload_pieces(self, k: int) -> Iterator[LargePiece]:
-        """All of chunk `k`, one by one."""
-        large = (piece for piece in self._map.large[k] if piece.source < self._map.num_payloads)
-        return chain(large, self._map.small.pieces(k))
-
-    def _share(self, chunks: list[StagingChunk], team: CopyTeam, first: int, on_ended: Callable[[int], None]) -> None:
-        """Fill all of them, on the caller's thread and its helpers."""
+    def _fill_all(self, chunks: list[StagingChunk], team: CopyTeam, first: int, *, sends_early: bool) -> None:
+        """Fill all of them, on the caller's thread and its helpers; those with bytes on devices are handed over too."""
+        if self._devices:
+            self._queue_device_copies(chunks, first)
+            self._finish_device_copies()
+            return
 
         def help_with(i: int) -> None:
             # The caller may be interrupted, and give the chunks up, while a helper still writes to one.
@@ -288,66 +276,34 @@ class FileCopy:
                 finally:
                     self._arena.end_use(chunks[i])
 
-        team.run(len(chunks), lambda i: self._fill_on_cpu(first + i, chunks[i], is_urgent=True), help_with, on_ended)
+        team.run(
+            len(chunks),
+            lambda i: self._fill_on_cpu(first + i, chunks[i], is_urgent=True),
+            help_with,
+            lambda i: self._send(first + i, chunks[i]) if sends_early else None,
+        )
 
     def _fill_on_cpu(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
         began = time.perf_counter()
-        self._fill(k, chunk, is_urgent=is_urgent)
-        if self._wanted is None or self._wanted[-1]:
-            # With the literals the chunk is complete.
+        self._sources.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
+        if self._completes:
             self._probes.compare(k, chunk.address)
         self._report(k, began)
-
-    def _fill(self, k: int, chunk: StagingChunk, *, is_urgent: bool = False) -> list[torch.Event]:
-        """Copy what is wanted of chunk `k`; returns the events of queued device copies.
-
-        Args:
-            is_urgent: somebody waits for it: keep the GIL between small pieces too.
-        """
-        large, on_device, wanted = self._map.large[k], list[LargePiece](), self._wanted
-        if self._devices:
-            wanted = wanted or [True] * len(self._addresses)
-            on_device = [piece for piece in self._payload_pieces(k) if wanted[piece.source] and not self._addresses[piece.source]]
-            wanted = [bool(is_wanted and address) for is_wanted, address in zip(wanted, self._addresses, strict=True)]
-        if wanted is not None:
-            large = [piece for piece in large if wanted[piece.source]]
-        if self._wanted is None or self._wanted[-1]:
-            self._copy_between(k, chunk, is_urgent=is_urgent)
-        self._copy_small(k, chunk, wanted, is_urgent=is_urgent)
-        for piece in large:
-            source = self._addresses[piece.source] + piece.source_offset
-            move_releasing_gil(chunk.address + piece.chunk_offset, source, piece.nbytes)
-        return self._streams.queue(self._pair(piece, chunk) for piece in on_device) if on_device else []
-
-    def _copy_small(self, k: int, chunk: StagingChunk, wanted: list[bool] | None, *, is_urgent: bool) -> None:
-        small, addresses = self._map.small, self._small_addresses
-        if addresses is None:
-            addresses = self._small_addresses = self._map.small_addresses(self._addresses)
-        rows = small.rows(k)
-        columns = [small.chunk_offsets[rows], addresses[rows], small.nbytes[rows]]
-        if wanted is not None:
-            chosen = list(map(wanted.__getitem__, small.sources[rows]))
-            columns = [list(compress(column, chosen)) for column in columns]
-        _copy_rows(chunk.address, *columns, is_urgent=is_urgent)
-
-    def _copy_between(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
-        """The literals between payloads: they depend on the layout alone, and may be there from the save before."""
-        key = (self._map.key, k)
-        if chunk.former_key != key:
-            between = self._map.between
-            rows = between.rows(k)
-            addresses = list(map(add, between.source_offsets[rows], repeat(address_of_bytes(self._map.middle))))
-            _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
-        chunk.resident_key = key
 
     def _queue_device_copies(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Queue the copies of all chunks before the first one is waited for."""
         self._streams.order_behind(self._callers)
+        on_devices = self._payloads.on_devices
+        on_host = [k not in on_devices for k in range(len(self._sources.addresses))]
+        wanted = on_host if self._wanted is None else list(map(and_, on_host, self._wanted))
         for k, chunk in enumerate(chunks, first):
             began = time.perf_counter()
-            self._unfinished.append((k, chunk, self._fill(k, chunk), began))
+            self._sources.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
+            pieces = [piece for piece in self._map.payload_pieces(k) if piece.source in on_devices and self._wants(piece.source)]
+            events = self._streams.queue((self._payloads.bytes_of(p), p.target_in(chunk.tensor)) for p in pieces) if pieces else []
+            self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)
-        if first + len(chunks) == len(self._map):
+        if self._completes and first + len(chunks) == len(self._map):
             self.queued.set_result(None)
 
     def _finish_device_copies(self) -> None:
@@ -355,20 +311,7 @@ class FileCopy:
         queued, self._unfinished = self._unfinished, []
         for k, chunk, events, began in queued:
             wait_for(events)
-            self._probes.compare(k, chunk.address)
             self._report(k, began)
-            self._send(k, chunk)
-
-    def _pair(self, piece: LargePiece, chunk: StagingChunk) -> tuple[torch.Tensor, torch.Tensor]:
-        """A piece on a device, as bytes, and where it goes."""
-        source = self._payloads.bytes_of(piece.source, piece.source_offset, piece.nbytes)
-        return source, chunk.tensor[piece.chunk_offset : piece.chunk_offset + piece.nbytes]
-
-
-def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[int], *, is_urgent: bool) -> None:
-    """Copy `nbytes[i]` bytes from address `sources[i]` to `base + offsets[i]`."""
-    for low in range(0, len(nbytes), _BATCH):
-        batch = slice(low, low + _BATCH)
-        deque(map(move_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
-        if not is_urgent:
-            time.sleep(0)
+            if self._completes:
+                self._probes.compare(k, chunk.address)
+                self._send(k, chunk)

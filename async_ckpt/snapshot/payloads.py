@@ -10,6 +10,7 @@ import torch
 from ..errors import TornSnapshotError
 from ..host.device import accelerators
 from ..plan.plan import PlannedState
+from .chunk_map import LargePiece
 
 _OUTCOME = "This checkpoint is not committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
 
@@ -57,11 +58,11 @@ class Payloads:
         if any(before[k] != self.addresses[k] for k in self.on_devices):
             raise TornSnapshotError(f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}")
 
-    def bytes_of(self, payload: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a payload on its device."""
-        storage = self._storages[payload]
+    def bytes_of(self, piece: LargePiece) -> torch.Tensor:
+        """The bytes of a piece of a payload, on its device."""
+        storage = self._storages[piece.source]
         view = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        return view.set_(storage, self._starts[payload] + offset, (nbytes,), (1,))
+        return view.set_(storage, self._starts[piece.source] + piece.source_offset, (piece.nbytes,), (1,))
 
     def drop(self) -> None:
         """Let go of the storages."""

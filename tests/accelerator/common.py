@@ -54,8 +54,8 @@ def saved(made: AsyncCheckpointEngine, tag: str, **files: Any) -> Any:
 
 def wait_until_queued(made: AsyncCheckpointEngine) -> None:
     """Until the lazy copies are in the devices' queues, without ordering anything behind them."""
-    for job in made._guard._jobs:
-        job.enqueued.result(TIMEOUT_S)
+    for copy in made._guard._copies:
+        copy.queued.result(TIMEOUT_S)
 
 
 def on_disk(root: Path, tag: str, name: str = "model") -> Any:
