@@ -121,6 +121,10 @@ class AsyncCheckpointEngine(CheckpointEngine):
         layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the copy of what
         no guard protects (about one memcpy), and while the staging memory is full (backpressure).
 
+        NumPy arrays and bytes are pickled in memory, outside the staging memory, at up to four times their size and with the GIL
+        held: wrap large ones (``torch.from_numpy``). The first save of a path warns of those above 64 MiB, and of objects
+        that `load` refuses unless `weights_only=False`, with their key paths.
+
         Args:
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
             format: of this file; None is the configuration's. "safetensors" takes a flat dict of tensors, whose
@@ -264,7 +268,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Args:
             state_bytes: None is the size of `states`, or all staging memory without them.
             states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing of it is
-                copied or kept; later states of the same structure reuse the plan.
+                copied or kept; later states of the same structure reuse the plan. Warns as the first `save` does.
 
         Raises:
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.

@@ -87,7 +87,12 @@ class SavePipeline:
                     path=os.fspath(config.root),
                 ) from error
         self.pool.on_death(self.arena.poison)
-        self.planner = Planner(alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format)
+        self.planner = Planner(
+            alignment=config.storage_alignment,
+            compact_views=config.compact_views,
+            format=config.format,
+            tells_of_refused=True,
+        )
         self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
         self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_now)
         self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes

@@ -38,8 +38,13 @@ class Inert:
 class Notes:
     """A `Maker` of inert notes: of every name, and of every call with its arguments."""
 
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        """Every class and function that was named."""
+
     def name(self, module: str, attribute: str) -> Any:
         """What stands for a class or function."""
+        self.names.add(f"{module}.{attribute}")
         return Name(f"{module}.{attribute}")
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
@@ -86,6 +91,7 @@ class _Knowing(Notes):
     """Inert notes, but for what `call` knows, and for containers and bytes that pickles spell as calls."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__()
         self._call = call
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:

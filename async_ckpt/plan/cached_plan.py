@@ -79,6 +79,7 @@ class CachedPlan:
         runs = structure.runs(leaves)
         if runs is None:
             raise NotPlainError("the state has changed meanwhile")
+        self.names = sites.names
         self.structure = structure
         self._pattern = draft.pattern
         self._facts = TensorFacts(draft.live)

@@ -69,7 +69,7 @@ def walk(root: Any) -> Iterator[tuple[Place, Any]]:
         place, obj = queue.popleft()
         yield place, obj
         for step, child in children(obj):
-            if isinstance(child, (str, bytes, int, float, type(None))) or id(child) in seen:
+            if isinstance(child, (str, int, float, type(None))) or id(child) in seen:
                 continue
             seen.add(id(child))
             queue.append(((place, step), child))

@@ -151,7 +151,7 @@ def _reduce(obj: Any, kind: type) -> Any:
         return builtin(obj)
     if not _is_plain(kind):
         raise NotPlainError(f"holds a {kind.__qualname__}")
-    if _is_numpy(kind) and getattr(obj, "nbytes", 0) > MAX_BLOB_BYTES:
+    if is_numpy(kind) and getattr(obj, "nbytes", 0) > MAX_BLOB_BYTES:
         raise NotPlainError("holds a large array")
     registered = copyreg.dispatch_table.get(kind)
     if registered is not None and kind is not complex:
@@ -180,7 +180,7 @@ _BUILTIN: dict[type, Callable[[Any], Any]] = {
 @lru_cache(maxsize=512)
 def _is_plain(kind: type) -> bool:
     """Whether reducing an object of this class runs no code of its own."""
-    if kind in _VALUE_KINDS or _is_numpy(kind):
+    if kind in _VALUE_KINDS or is_numpy(kind):
         return True
     if issubclass(kind, (torch.Tensor, torch.storage.TypedStorage, torch.UntypedStorage)):
         return False
@@ -196,7 +196,8 @@ def _is_plain(kind: type) -> bool:
     return arguments is None or arguments in _NEW_ARGUMENTS or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
-def _is_numpy(kind: type) -> bool:
+def is_numpy(kind: type) -> bool:
+    """Whether objects of this class are NumPy's own arrays, scalars or dtypes."""
     numpy = sys.modules.get("numpy")
     if numpy is None or kind.__module__.partition(".")[0] != "numpy":
         return False

@@ -7,11 +7,13 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError
+from ..format.named import names_in
 from ..format.zip import MAX_ALIGNMENT
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
+from .first_look import LARGE_BYTES, tell_of_buffers, tell_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .safetensors import SafetensorsPlan, plan_safetensors
@@ -22,8 +24,19 @@ from .torch_layout import Recorded, RecordingError, record
 class Planner:
     """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
 
-    def __init__(self, *, alignment: int = 64, compact_views: bool = False, format: FileFormat = "torch", cache_entries: int = 16) -> None:
-        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover."""
+    def __init__(
+        self,
+        *,
+        alignment: int = 64,
+        compact_views: bool = False,
+        format: FileFormat = "torch",
+        cache_entries: int = 16,
+        tells_of_refused: bool = False,
+    ) -> None:
+        """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover.
+
+        `tells_of_refused`: the first plan of each name warns of what `load` refuses by default, and of large buffers.
+        """
         if not 1 <= alignment <= MAX_ALIGNMENT:
             raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
         self._alignment = alignment
@@ -32,6 +45,8 @@ class Planner:
         self._cache: dict[str, CachedPlan] = {}
         self._safetensors: dict[str, SafetensorsPlan] = {}
         self._cache_entries = cache_entries
+        self._tells_of_refused = tells_of_refused
+        self._told_of: set[str] = set()
         self._loose: dict[str, bool] = {}
         """Files whose states hold so many more small objects than tensors that torch writes them faster than they are compared."""
 
@@ -71,16 +86,19 @@ class Planner:
             recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
-        if draft is not None:
-            try:
-                entry = CachedPlan(draft, recorded)
-            except NotPlainError:
-                pass
+        entry = _cached_plan(draft, recorded)
+        if entry is None:
+            planned = _as_recorded(obj, recorded)
+        else:
+            planned = entry.take_first()
+            self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+        if self._tells_of_refused and name not in self._told_of:
+            self._told_of.add(name)
+            if len(recorded.pickled) >= LARGE_BYTES:
+                tell_of_buffers(obj, name)
             else:
-                first = entry.take_first()
-                self._cache = _remembered(self._cache, name, entry, self._cache_entries)
-                return first
-        return _as_recorded(obj, recorded)
+                tell_of_refused(recorded.pickled, names_in(recorded.pickled) if entry is None else entry.names, name)
+        return planned
 
     def _draft(self, obj: Any, name: str) -> Draft | None:
         try:
@@ -89,6 +107,15 @@ class Planner:
             self._loose = _remembered(self._loose, name, True, self._cache_entries)
         except (NotPlainError, RecursionError):
             pass
+        return None
+
+
+def _cached_plan(draft: Draft | None, recorded: Recorded) -> CachedPlan | None:
+    if draft is None:
+        return None
+    try:
+        return CachedPlan(draft, recorded)
+    except NotPlainError:
         return None
 
 

@@ -45,6 +45,8 @@ class Sites:
     runs: list[Site]
     nodes: list[Any]
     """What the reader made of each position of the flat list."""
+    names: frozenset[str]
+    """Of the classes and functions in the pickle."""
 
 
 def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> Sites:
@@ -53,8 +55,9 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
     Raises:
         NotPlainError: some scalar's place is not certain.
     """
+    notes = Notes()
     try:
-        root = PickleReader(pickled, Notes(), PLACING_PROTOCOL_2).read()
+        root = PickleReader(pickled, notes, PLACING_PROTOCOL_2).read()
         nodes = _nodes(structure, len(leaves), root)
     except (MalformedPickleError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise NotPlainError(f"the pickle is not built as the state is: {error}") from error
@@ -66,6 +69,7 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
         [_site(nodes[position]) for position in structure.float_positions],
         [_run_site(nodes[position]) for position in structure.run_positions],
         nodes,
+        frozenset(notes.names),
     )
     found = [*sites.exact, *sites.floats, *sites.runs]
     values = [leaves[p] for p in (*structure.exact_positions, *structure.float_positions, *structure.run_positions)]

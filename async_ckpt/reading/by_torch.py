@@ -6,6 +6,7 @@ torch is given verified bytes only, after what would hurt it was refused.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import re
@@ -19,6 +20,8 @@ import torch
 from torch.utils.serialization import config
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
+from ..format.named import file_naming, listing, names_in, places_named
+from ..format.pickles import MalformedPickleError
 from ..format.zip_directory import Record
 from .build import place_for
 from .errors import ReadError
@@ -140,12 +143,24 @@ def _translated(file: VerifiedFile, place: Any, weights_only: bool | None) -> It
         raise translated from error
 
 
+def _refused_in(file: VerifiedFile) -> str:
+    """Every type that `weights_only` refuses, with key paths; empty where there is none, or it cannot be told."""
+    try:
+        record = torch_records(file)["data.pkl"]
+        pickled = file.read(record.offset, record.num_bytes)
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names_in(pickled))))
+        return listing(places_named(pickled, set(refused)))
+    except (*_FILE_ERRORS, MalformedPickleError, pickle.UnpicklingError):
+        # A file that is not laid out as torch does it: what torch has said must do.
+        return ""
+
+
 def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> CheckpointError | None:
     if isinstance(error, pickle.UnpicklingError):
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it needs {refused.group(1)!r}" if refused else escaped(str(error).strip().splitlines()[0])
+        needed = _refused_in(file)
+        what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0])
         return UnsupportedStateError(
-            f"{file.name} cannot be read with weights_only=True: {what}. Allow the type with "
+            f"{file.name} cannot be read with weights_only=True: {what}. Allow the types with "
             "torch.serialization.add_safe_globals, or pass weights_only=False, which runs code from the file: only for files you trust"
         )
     if shortage := re.search(_OF_THE_SYSTEM, str(error)):

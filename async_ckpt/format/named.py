@@ -1,0 +1,99 @@
+"""Which classes and functions a pickle names, and at which key paths of what it describes. No torch; nothing is imported or called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .inert import Inert, Notes, describe, printable, read_inert
+from .opcodes import EVERY_OPCODE
+from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader, key_value
+from .zip import lay_out
+
+_MAX_SHOWN = 5
+
+
+def names_in(pickled: bytes) -> frozenset[str]:
+    """Every class and function that `pickled` names; none where it is not read."""
+    notes = Notes()
+    try:
+        PickleReader(pickled, notes, EVERY_OPCODE).read()
+    except MalformedPickleError:
+        return frozenset()
+    return frozenset(notes.names)
+
+
+def file_naming(names: Iterable[str]) -> bytes:
+    """A small torch file that names all of `names`, to ask torch which of them it refuses."""
+    split = [name.rpartition(".") for name in sorted(names)]
+    globals_ = "".join(f"c{module}\n{attribute}\n" for module, _, attribute in split)
+    pickled = b"\x80\x02(" + globals_.encode("utf-8", "surrogateescape") + b"t."
+    return b"".join(data for _, data in lay_out(pickled, [], name_hash=bytes(20)).literals)
+
+
+@dataclass(slots=True)
+class Places:
+    """Where one name is used."""
+
+    num: int = 0
+    shown: list[str] = field(default_factory=list)
+    """The first few key paths."""
+
+
+def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, Places]:
+    """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory.
+
+    Raises:
+        MalformedPickleError: it is no pickle that is read.
+    """
+    found: dict[str, Places] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", read_inert(pickled, lambda name, args: None))]
+    while todo:
+        path, value = todo.pop()
+        text = value.text if isinstance(value, Name) else value.name if isinstance(value, Inert) else ""
+        if text in names:
+            places = found.setdefault(text, Places())
+            if path not in places.shown:
+                places.num += 1
+                if places.num <= _MAX_SHOWN:
+                    places.shown.append(path)
+        if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen:
+            seen.add(id(value))
+            todo.extend(reversed(_children(path, value)))
+    return found
+
+
+def _children(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return _of_dict(path, value)
+    if isinstance(value, (list, tuple)):
+        return [(f"{path}[{index}]", child) for index, child in enumerate(value)]
+    children = [(path, child) for arg in value.args for child in (arg if isinstance(arg, tuple) else (arg,))]
+    for state in value.state if isinstance(value.state, tuple) else (value.state,):
+        if isinstance(state, dict):
+            children += [(f"{path}.{printable(str(key_value(key)))}", child) for key, child in state.items()]
+        else:
+            children.append((path, state))
+    children += [(f"{path}[{index}]", child) for index, child in enumerate(value.items or ())]
+    return children + _of_dict(path, value.pairs or {})
+
+
+def _of_dict(path: str, value: dict[Any, Any]) -> list[tuple[str, Any]]:
+    children = []
+    for key, child in value.items():
+        step = f"{path}[{describe(key)}]"
+        if type(key) is OpaqueKey:
+            children.append((f"{step} (the key)", key.value))
+        children.append((step, child))
+    return children
+
+
+def listing(found: dict[str, Places]) -> str:
+    """`found` in one line, for messages."""
+    lines = []
+    for name, places in sorted(found.items()):
+        more = f" and {places.num - len(places.shown)} more" if places.num > len(places.shown) else ""
+        lines.append(f"{printable(name)} at {', '.join(f'state{path}' for path in places.shown)}{more}")
+    return "; ".join(lines)
