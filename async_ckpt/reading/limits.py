@@ -29,6 +29,7 @@ class _Suspicious(Notes):
     """Makes notes, refuses calls that make objects by their length, and adds up the storages that the pickle names."""
 
     def __init__(self, path: str, record: str) -> None:
+        super().__init__()
         self._path = path
         self._record = record
         self.storage_bytes: dict[Any, int] = {}
