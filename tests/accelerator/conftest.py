@@ -14,10 +14,7 @@ KIND = os.environ.get("ASYNC_CKPT_TEST_DEVICE", "")
 """In a process of its own: "simulated", or "real" for the accelerator of this machine."""
 
 if KIND == "simulated":
-    from async_ckpt.host import device
-
-    _loaded = simulators.load()
-    device.registrars[simulators.NAME] = lambda: (_loaded.extension.host_register, _loaded.extension.host_unregister)
+    simulators.load_for_package()
 
 
 @pytest.fixture(autouse=KIND == "simulated")

@@ -225,6 +225,15 @@ def load() -> Simulator:
     return _loaded[0]
 
 
+def load_for_package() -> Simulator:
+    """`load`, and the package knows how memory is registered with this device."""
+    from async_ckpt.host import device
+
+    made = load()
+    device.registrars[NAME] = lambda: (made.extension.host_register, made.extension.host_unregister)
+    return made
+
+
 class _OnDevice:
     """As `torch.cuda.device`: the current device in a block."""
 
