@@ -14,14 +14,10 @@ import os
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
 from ..errors import report
+from .commits import Commits, live
 
-if TYPE_CHECKING:
-    from .commits import Commits
-
-_live: weakref.WeakSet[Commits] = weakref.WeakSet()
 _lost: list[BaseException] = []
 _watched_worker: int | None = None
 
@@ -31,16 +27,9 @@ os.register_at_fork(after_in_child=_lost.clear)
 
 def watch(engine: object, commits: Commits) -> None:
     """Finish `commits` when `engine` is dropped or the interpreter exits, unless it was closed before."""
-    _live.add(commits)
     _watch_worker()
     # At exit, the order matters: all engines first, then the exit code.
     weakref.finalize(engine, finish, commits).atexit = False
-
-
-def others_on(root: str, but: Commits) -> list[Commits]:
-    """What other engines of this process have in flight in the same root: a retry may not have let go of the one before."""
-    here = os.path.realpath(root)
-    return [other for other in list(_live) if other is not but and os.path.realpath(other.root) == here and other.pid == os.getpid()]
 
 
 def _at_exit() -> None:
@@ -51,7 +40,7 @@ def _at_exit() -> None:
 
 
 def _finish_all() -> None:
-    for commits in list(_live):
+    for commits in list(live):
         try:
             finish(commits)
         except BaseException as error:  # noqa: BLE001 -- Ctrl-C: the others are still to be finished, and the exit code tells

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
@@ -29,7 +30,6 @@ from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.local_filesystem import LocalFileSystem
 from ..storage.staged import State
-from . import at_exit
 from .checkpoint import Checkpoint, given_up
 from .config import EngineConfig
 from .mirroring import EngineMirrors, hold_for_mirrors
@@ -37,6 +37,9 @@ from .pending import PendingCommit
 from .pipeline import SavePipeline
 
 _NUM_REMEMBERED = 128
+
+live: weakref.WeakSet[Commits] = weakref.WeakSet()
+"""Of all engines of this process that somebody holds."""
 
 
 class Commits:
@@ -71,6 +74,7 @@ class Commits:
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
         self.pool = self.pipeline.pool
+        live.add(self)
 
     # Which calls are legal now.
 
@@ -122,7 +126,7 @@ class Commits:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
-        elsewhere = any(other.find_unfinished(tag) for other in at_exit.others_on(self.root, self))
+        elsewhere = any(other.find_unfinished(tag) for other in self._others())
         if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
@@ -157,13 +161,19 @@ class Commits:
         pending = self._last_commit(tag)
         return pending if pending is not None and not pending.done() else None
 
+    def _others(self) -> list[Commits]:
+        """Of other engines of this process on the same root: a retry may not have let go of the one before."""
+        here, pid = os.path.realpath(self.root), os.getpid()
+        others = [other for other in list(live) if other is not self and other.pid == pid]
+        return [other for other in others if os.path.realpath(other.root) == here]
+
     def await_commit(self, tag: str) -> None:
         """Wait for pending commits of this tag in this process, if there are any."""
-        self._await(found for each in (self, *at_exit.others_on(self.root, self)) if (found := each.find_unfinished(tag)))
+        self._await(found for each in (self, *self._others()) if (found := each.find_unfinished(tag)))
 
     def await_others(self) -> None:
         """Wait for the pending commits of other engines of this process in this root; log those that have failed unheard."""
-        others = at_exit.others_on(self.root, self)
+        others = self._others()
         self._await(pending for other in others for pending in other.unfinished())
         for pending in [pending for other in others for pending in other.unacknowledged()]:
             told = "checkpoint %r of another engine of this process on %r was not committed: %s"
