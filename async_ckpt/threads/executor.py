@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
@@ -66,26 +65,7 @@ def start_thread(thread: threading.Thread) -> None:
         raise
 
 
-@dataclass(slots=True)
-class _Job:
-    future: Future[Any]
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            result = self.fn(*self.args, **self.kwargs)
-        except BaseException as error:  # noqa: BLE001 -- the waiter gets it, whatever it is
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
-
-    def fail(self, error: BaseException) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+_Job = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class DaemonExecutor(Executor):
@@ -140,7 +120,7 @@ class DaemonExecutor(Executor):
         with self._lock:
             if self._refusal is not None:
                 raise TransactionStateError(f"executor {self._name!r} accepts no work: {self._refusal}") from self._refusal
-            self._jobs.put(_Job(future, fn, args, kwargs))
+            self._jobs.put((future, fn, args, kwargs))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -167,8 +147,8 @@ class DaemonExecutor(Executor):
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 break
-            if job is not None:
-                job.fail(error)
+            if job is not None and job[0].set_running_or_notify_cancel():
+                job[0].set_exception(error)
         for _ in self._threads:
             self._jobs.put(None)
 
@@ -177,13 +157,24 @@ class DaemonExecutor(Executor):
             self._be_nice()
             self._on_start()
             while (job := self._jobs.get()) is not None:
-                job.run()
+                self._run(*job)
                 # An idle thread must not keep the last job's memory alive.
                 del job
         except BaseException as error:  # noqa: BLE001 -- an exception injected between jobs: queued work must learn it
             death = TransactionStateError(f"a thread of executor {self._name!r} died: {error!r}")
             death.__cause__ = error
             self._refuse(death, drop=True)
+
+    @staticmethod
+    def _run(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = fn(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001 -- the waiter gets it, whatever it is
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     def _be_nice(self) -> None:
         if sys.platform == "linux" and self._niceness:

@@ -1,15 +1,13 @@
-"""What goes through the pool, and how much of it at once."""
+"""What goes into a file, and what has come of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..format.chunk import Chunk
 from ..storage.filesystem import WritableFile
-from ..threads.locks import Lock
 
-__all__ = ["PAGE_BYTES", "Chunk", "Slots", "WrittenFile", "bytes_to_write", "whole_pages"]
+__all__ = ["PAGE_BYTES", "Chunk", "WrittenFile", "bytes_to_write", "problem_with", "whole_pages"]
 
 PAGE_BYTES = 4096
 
@@ -33,38 +31,6 @@ class WrittenFile:
     durable_s: float
 
 
-class Slots:
-    """How many chunks of all files may be written at once. First come, first served; any thread but a user's, never blocks."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._lock = Lock()
-        self._num_free = num_slots
-        self._waiting: dict[Callable[[], None], None] = {}
-
-    def take(self, try_again: Callable[[], None]) -> bool:
-        """Take a slot; False when there is none: `try_again` is called once there is one."""
-        with self._lock:
-            if self._num_free:
-                self._num_free -= 1
-                return True
-            self._waiting[try_again] = None
-            return False
-
-    def give_back(self) -> None:
-        """Let those who wait try again while there is one."""
-        with self._lock:
-            self._num_free += 1
-        while (try_again := self._next()) is not None:
-            try_again()
-
-    def _next(self) -> Callable[[], None] | None:
-        with self._lock:
-            first = next(iter(self._waiting), None) if self._num_free else None
-            if first is not None:
-                del self._waiting[first]
-            return first
-
-
 def bytes_to_write(chunk: Chunk, file: WritableFile) -> memoryview:
     """The chunk's bytes, in whole pages where the file wants them: one write, and the truncation cuts the rest."""
     end = whole_pages(chunk.nbytes)
@@ -77,3 +43,17 @@ def bytes_to_write(chunk: Chunk, file: WritableFile) -> memoryview:
 def whole_pages(nbytes: int) -> int:
     """`nbytes`, rounded up."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def problem_with(chunk: Chunk, next_offset: int, extent_bytes: int, size_bytes: int) -> str | None:
+    """Why `chunk` is not the next one of a file of `size_bytes` bytes, cut into extents of `extent_bytes` (0: not known yet)."""
+    if chunk.offset != next_offset:
+        return f"out of order, the next offset is {next_offset}"
+    end = chunk.offset + chunk.nbytes
+    if end > size_bytes or (chunk.nbytes == 0 and size_bytes > 0):
+        return f"the file has {size_bytes} bytes"
+    if extent_bytes and chunk.nbytes != extent_bytes and (end != size_bytes or chunk.nbytes > extent_bytes):
+        return f"all chunks but the last must have {extent_bytes} bytes"
+    if chunk.buffer.nbytes < chunk.nbytes:
+        return f"its buffer has only {chunk.buffer.nbytes} bytes"
+    return None

@@ -20,46 +20,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TypeVar
 
-from ..errors import CheckpointError, TransactionStateError, WriteError, report
-from ..metrics import Span
-from ..storage.filesystem import FileSystem, WritableFile
-from ..storage.write_error import write_error
-from ..threads.executor import DaemonExecutor, check_process
+from ..errors import CheckpointError, TransactionStateError, report
+from ..storage.filesystem import WritableFile
+from ..threads.executor import check_process
 from ..threads.locks import Lock
-from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome
-from .chunks import PAGE_BYTES, Chunk, Slots, WrittenFile, bytes_to_write, whole_pages
+from .chunks import PAGE_BYTES, Chunk, WrittenFile, bytes_to_write, problem_with, whole_pages
+from .disk import Disk, in_our_tree
 from .io_mode import IoMode
 from .jobs import Jobs
-
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Disk:
-    """What the files of one pool share."""
-
-    filesystem: FileSystem
-    io: DaemonExecutor
-    loop: LoopThread
-    slots: Slots
-    on_span: Callable[[Span], None] | None
-    """Told about every crc, write, fsync, open and close, on the thread that did it; must be quick and not raise."""
-    lock: Lock = field(default_factory=Lock)
-    files: dict[FileWrite, None] = field(default_factory=dict)
-    """That have not ended."""
-    num_queued: int = 0
-    """Chunks submitted and not yet released."""
-    max_queued: int = 0
-
-    def count(self, change: int) -> None:
-        """Chunks were taken over (+) or released (-)."""
-        with self.lock:
-            self.num_queued += change
-            self.max_queued = max(self.max_queued, self.num_queued)
 
 
 class FileWrite:
@@ -77,6 +47,8 @@ class FileWrite:
         tag: str,
     ) -> None:
         self.done: Outcome[WrittenFile] = Outcome()
+        self.settled: Outcome[None] = Outcome()
+        """Resolves when no thread has anything to do with the file any more; `done` may come before, when the pool dies."""
         self.location = location
         self.size_bytes = size_bytes
         self.extent_bytes = 0
@@ -159,7 +131,7 @@ class FileWrite:
         """Queue it, or release it: what is wrong with it, or None."""
         with self._lock:
             is_late = self._failure is not None or self._is_over
-            problem = None if is_late else self._problem_with(chunk)
+            problem = None if is_late else problem_with(chunk, self._next_offset, self.extent_bytes, self.size_bytes)
             is_taken = problem is None and not is_late
             if is_taken:
                 self.extent_bytes = self.extent_bytes or chunk.nbytes
@@ -172,25 +144,13 @@ class FileWrite:
             chunk.release()
         return problem
 
-    def _problem_with(self, chunk: Chunk) -> str | None:
-        if chunk.offset != self._next_offset:
-            return f"out of order, the next offset is {self._next_offset}"
-        end = chunk.offset + chunk.nbytes
-        if end > self.size_bytes or (chunk.nbytes == 0 and self.size_bytes > 0):
-            return f"the file has {self.size_bytes} bytes"
-        if self.extent_bytes and chunk.nbytes != self.extent_bytes and (end != self.size_bytes or chunk.nbytes > self.extent_bytes):
-            return f"all chunks but the last must have {self.extent_bytes} bytes"
-        if chunk.buffer.nbytes < chunk.nbytes:
-            return f"its buffer has only {chunk.buffer.nbytes} bytes"
-        return None
-
     def _fail(self, error: BaseException, *, keep: bool = False) -> bool:
         """Remember `error` if it is the first, as one of our tree unless `keep`; says whether it was."""
         with self._lock:
             if self._failure is not None or self._is_over:
                 return False
             # What is no Exception (KeyboardInterrupt) would end every event loop that awaits it.
-            self._failure = error if keep and isinstance(error, Exception) else _in_our_tree(error, self.path)
+            self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self.path)
         self._notify()
         return True
 
@@ -219,7 +179,7 @@ class FileWrite:
         """Begin to seal and write the next chunk, if its turn has come. The loop's thread or an I/O thread."""
         with self._lock:
             is_ready = self._opened is not None and self._failure is None and not self._is_sealing and bool(self._queue)
-            if not is_ready or self._num_chunk_jobs >= self._mode.depth or not self._disk.slots.take(self.begin_next):
+            if not is_ready or self._num_chunk_jobs >= self._mode.depth or not self._disk.take_slot(self.begin_next):
                 return
             chunk = self._queue.popleft()
             self._is_sealing = True
@@ -253,7 +213,7 @@ class FileWrite:
             self._fail(error)
         else:
             self._release(chunk.offset)
-        self._disk.slots.give_back()
+        self._disk.give_slot_back()
         if is_written:
             self._notify()
         else:
@@ -305,8 +265,7 @@ class FileWrite:
 
     def _end(self, written: WrittenFile | None, failure: BaseException | None) -> None:
         self._release_all()
-        with self._disk.lock:
-            self._disk.files.pop(self, None)
+        self.settled.resolve(None, None)
         self.done.resolve(written, failure)
 
     def _ensure_told(self, task: asyncio.Task[None]) -> None:
@@ -328,7 +287,7 @@ class FileWrite:
         await self._until(lambda: bool(self._queue) or not self.size_bytes)
         path = self._jobs.path = await self._find_location()
         if self._make_parents:
-            await asyncio.wrap_future(self._jobs.run(lambda: self._make_parents_of(path)))
+            await asyncio.wrap_future(self._jobs.run(lambda: self._disk.make_parents(path)))
         self._jobs.step = "open"
         # Reserving whole pages keeps the padded end from growing the file, which would run alone under the inode's lock.
         reserved_bytes = whole_pages(self.size_bytes) if self._mode.direct else self.size_bytes
@@ -367,14 +326,6 @@ class FileWrite:
         await self._until(location.done)
         return location.result()
 
-    def _make_parents_of(self, path: str) -> None:
-        folder = os.path.dirname(path)
-        try:
-            self._disk.filesystem.makedirs(folder)
-        except OSError as error:
-            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
-            raise write_error(self._disk.filesystem, error, message, folder) from error
-
     async def _has_settled(self) -> bool:
         """One round of waiting, after a failure, until no job is left and the file is closed; False when there is more to wait for."""
         try:
@@ -392,13 +343,3 @@ class FileWrite:
         except (CheckpointError, OSError, RuntimeError) as late:
             report(logging.INFO, "closing %s after %r: %r", self.path, self._failure, late)
         return True
-
-
-def _in_our_tree(error: BaseException, path: str) -> BaseException:
-    if isinstance(error, CheckpointError):
-        return error
-    reason = "a writer task was cancelled" if isinstance(error, asyncio.CancelledError) else repr(error)
-    code = error.errno if isinstance(error, OSError) else None
-    failure = WriteError(f"writing {path} stopped ({reason}); it is incomplete and is not committed", errno=code)
-    failure.__cause__ = error
-    return failure

@@ -25,9 +25,10 @@ from ..errors import BackpressureTimeout, TransactionStateError, WriteError, rep
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
 from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
+from ..threads.locks import Lock
 from ..threads.loop import LoopThread
-from .chunks import Slots
-from .file import Disk, FileWrite
+from .disk import Disk
+from .file import FileWrite
 from .io_mode import choose
 
 T = TypeVar("T")
@@ -87,6 +88,9 @@ class WriterPool:
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []
         self._is_closing = False
+        self._lock = Lock()
+        self._files: dict[FileWrite, None] = {}
+        """That have not settled."""
         with contextlib.ExitStack() as undo:
             self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
             undo.callback(self._thread.loop.close)
@@ -101,7 +105,7 @@ class WriterPool:
             self._helpers = start("help", num_helpers, 0)
             self._executors = (self._io, self._copier, self._helpers)
             tell = self._tell if on_span is not None else None
-            self._disk = Disk(filesystem, self._io, self._thread, Slots(self._num_writers), tell)
+            self._disk = Disk(filesystem, self._io, self._thread, self._num_writers, tell)
             self._thread.start()
             undo.pop_all()
         _pools.add(self)
@@ -132,14 +136,15 @@ class WriterPool:
         self._check()
         mode = choose(self._io_mode, self._num_writers, size_bytes)
         file = FileWrite(self._disk, location, size_bytes, seal, mode=mode, make_parents=make_parents, tag=tag)
-        with self._disk.lock:
+        with self._lock:
             self._check_open()
             try:
-                self._disk.files[file] = None
+                self._files[file] = None
+                file.settled.add_done_callback(lambda _: self._files.pop(file, None))
                 self._thread.call(file.start)
             except BaseException as error:
                 # An interrupt in between: a file that was never started must not be waited for, one that was must end.
-                self._disk.files.pop(file, None)
+                self._files.pop(file, None)
                 file.abort(error)
                 raise
         return file
@@ -175,7 +180,7 @@ class WriterPool:
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
         """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or block."""
-        with self._disk.lock:
+        with self._lock:
             death = self._death
             if death is None:
                 self._death_callbacks.append(callback)
@@ -189,15 +194,13 @@ class WriterPool:
 
     def restart_max_queued(self) -> int:
         """The most chunks that were queued since this was last asked."""
-        with self._disk.lock:
-            most, self._disk.max_queued = self._disk.max_queued, self._disk.num_queued
-        return most
+        return self._disk.restart_max_queued()
 
     def waiting_for(self) -> str:
         """What the oldest unfinished file waits for, in words; never blocks."""
         check_process(self._pid, "this writer pool")
-        with self._disk.lock:
-            files, num_runs = list(self._disk.files), len(self._thread.runs())
+        with self._lock:
+            files, num_runs = list(self._files), len(self._thread.runs())
         if not files:
             return f"{num_runs} commit(s) or clean-up(s)" if num_runs else "nothing"
         more = f", and {len(files) - 1} more file(s)" if len(files) > 1 else ""
@@ -215,9 +218,9 @@ class WriterPool:
         if self._thread.is_current:
             raise TransactionStateError("the writer pool cannot be closed from its own thread: it would wait for itself")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._disk.lock:
+        with self._lock:
             self._is_closing = True
-            files = list(self._disk.files)
+            files = list(self._files)
         for file in files:
             if file.lacks_chunks:
                 file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
@@ -234,22 +237,22 @@ class WriterPool:
     def check(self) -> None:
         """Raise what keeps files from being written, as `open_file` does."""
         self._check()
-        with self._disk.lock:
+        with self._lock:
             self._check_open()
 
     # Inside.
 
     def _die(self, death: BaseException) -> None:
-        with self._disk.lock:
+        with self._lock:
             self._death = death
-            files, callbacks, self._death_callbacks = list(self._disk.files), self._death_callbacks, []
+            files, callbacks, self._death_callbacks = list(self._files), self._death_callbacks, []
         for file in files:
             file.die(death)
         for callback in callbacks:
             callback(death)
 
     def _abandon_files(self) -> None:
-        for file in list(self._disk.files):
+        for file in list(self._files):
             file.abandon()
 
     def _check(self) -> None:

@@ -1,0 +1,98 @@
+"""What the files of one pool share: the seam to the disk, the threads, the slots, the count of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from ..errors import CheckpointError, WriteError
+from ..metrics import Span
+from ..storage.filesystem import FileSystem
+from ..storage.write_error import write_error
+from ..threads.executor import DaemonExecutor
+from ..threads.locks import Lock
+from ..threads.loop import LoopThread
+
+
+class Disk:
+    """Any thread but a user's, where nothing else is said; nothing blocks but `make_parents`.
+
+    Args:
+        num_slots: how many chunks of all files may be written at once.
+        on_span: told about every piece of work on a file, on the thread that did it; must be quick and not raise.
+    """
+
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        io: DaemonExecutor,
+        loop: LoopThread,
+        num_slots: int,
+        on_span: Callable[[Span], None] | None,
+    ) -> None:
+        self.filesystem = filesystem
+        self.io = io
+        self.loop = loop
+        self.on_span = on_span
+        self.num_queued = 0
+        """Chunks submitted and not yet released."""
+        self._max_queued = 0
+        self._lock = Lock()
+        self._num_free_slots = num_slots
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    def take_slot(self, try_again: Callable[[], None]) -> bool:
+        """Take a slot; False when there is none: `try_again` is called once there is one, first come, first served."""
+        with self._lock:
+            if self._num_free_slots:
+                self._num_free_slots -= 1
+                return True
+            self._waiting[try_again] = None
+            return False
+
+    def give_slot_back(self) -> None:
+        """Let those who wait try again while there is one."""
+        with self._lock:
+            self._num_free_slots += 1
+        while (try_again := self._next()) is not None:
+            try_again()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            first = next(iter(self._waiting), None) if self._num_free_slots else None
+            if first is not None:
+                del self._waiting[first]
+            return first
+
+    def count(self, change: int) -> None:
+        """Chunks were taken over (+) or released (-). Any thread."""
+        with self._lock:
+            self.num_queued += change
+            self._max_queued = max(self._max_queued, self.num_queued)
+
+    def restart_max_queued(self) -> int:
+        """The most chunks that were queued since this was last asked. Any thread."""
+        with self._lock:
+            most, self._max_queued = self._max_queued, self.num_queued
+        return most
+
+    def make_parents(self, path: str) -> None:
+        """Make the missing parent directories of a file. Blocks. Raises WriteError, OutOfSpaceError."""
+        folder = os.path.dirname(path)
+        try:
+            self.filesystem.makedirs(folder)
+        except OSError as error:
+            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
+            raise write_error(self.filesystem, error, message, folder) from error
+
+
+def in_our_tree(error: BaseException, path: str) -> BaseException:
+    """`error`, which ended the writing of `path`, as one of our tree."""
+    if isinstance(error, CheckpointError):
+        return error
+    reason = "a writer task was cancelled" if isinstance(error, asyncio.CancelledError) else repr(error)
+    code = error.errno if isinstance(error, OSError) else None
+    failure = WriteError(f"writing {path} stopped ({reason}); it is incomplete and is not committed", errno=code)
+    failure.__cause__ = error
+    return failure
