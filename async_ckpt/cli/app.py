@@ -16,6 +16,7 @@ _MODULES = {
     "diff": "diff",
     "prune": "prune",
     "delete": "delete",
+    "mirror": "mirror",
     "sweep": "sweep",
     "watch": "watch",
     "export": "export",

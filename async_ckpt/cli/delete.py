@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.local_filesystem import LocalFileSystem
 from .failing import UsageError
@@ -37,6 +38,8 @@ def command(
 
 def _places(targets: list[str]) -> list[Place]:
     first, *others = targets
+    if is_url(first):
+        raise UsageError("delete works on directories; in a store, `prune` deletes by rules. Nothing was deleted")
     if others and not is_checkpoint(first):
         catalog = catalog_of(first)
         for tag in others:

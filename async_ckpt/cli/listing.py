@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointNotFoundError
+from ..format.names import is_url
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
 from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
@@ -18,6 +19,7 @@ from .locating import catalog_of
 from .output import print_json, print_table
 
 _MAX_RACES = 32
+Mirrored = dict[tuple[str, int], list[str]]
 
 OWNERS = {
     OwnerState.ALIVE: "live owner",
@@ -42,16 +44,27 @@ def list_checkpoints(root: str, *, as_json: bool) -> int:
 
 
 def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
+    mirrors = _mirrors(catalog)
     for _ in range(_MAX_RACES):
         try:
-            return [_committed(catalog, entry, now_s) for entry in catalog.entries()]
+            return catalog.filesystem.each(lambda entry: _committed(catalog, entry, now_s, mirrors), catalog.entries())
         except CheckpointNotFoundError:
             # Deleted since it was listed, by retention: then a newer one is there by now.
             continue
     raise CheckpointNotFoundError(f"the checkpoints in {catalog.root!r} come and go faster than they can be listed; try again")
 
 
-def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str, Any]:
+def _mirrors(catalog: Catalog) -> Mirrored:
+    """Where checkpoints have been mirrored, where an engine has noted that."""
+    if is_url(catalog.root) or not os.path.isdir(os.path.join(catalog.root, ".mirrors")):
+        return {}
+    from ..mirror.state import mirrored_in
+    from ..storage.local_filesystem import LocalFileSystem
+
+    return mirrored_in(LocalFileSystem(), catalog.root)
+
+
+def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mirrored) -> dict[str, Any]:
     manifest, problem = entry.manifest, entry.problem
     if manifest is None:
         return _item(entry.tag, "damaged", problem=problem)
@@ -69,6 +82,7 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float) -> dict[str,
         age_s=now_s - manifest.created_unix_ns / 1e9,
         size_bytes=sum(file.size_bytes for file in manifest.files),
         num_files=len(manifest.files),
+        mirrored=mirrors.get((entry.tag, manifest.created_unix_ns), []),
     )
 
 
@@ -87,9 +101,10 @@ def _staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]
 
 
 def _item(tag: str, state: str, **fields: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(
+    empty: dict[str, Any] = dict.fromkeys(
         ("step", "metadata", "created_unix_ns", "age_s", "size_bytes", "num_files", "problem", "copied_from", "owner", "owner_state")
     )
+    empty["mirrored"] = []
     return {"tag": tag, "state": state, **empty, **fields}
 
 
@@ -150,7 +165,8 @@ def _state(item: dict[str, Any]) -> str:
     if item["state"] == "damaged":
         return f"damaged: {item['problem']}"
     if item["owner_state"] is None:
-        return str(item["state"]) + (f", copied from {item['copied_from']}" if item["copied_from"] is not None else "")
+        mirrored = f", mirrored to {', '.join(item['mirrored'])}" if item["mirrored"] else ""
+        return str(item["state"]) + mirrored + (f", copied from {item['copied_from']}" if item["copied_from"] is not None else "")
     return f"{item['state']}, {OWNERS[OwnerState(item['owner_state'])]}"
 
 

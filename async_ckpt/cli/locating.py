@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 
 from ..errors import escaped
-from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, single_file_tag
+from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, is_url, single_file_tag
 from ..reading.catalog import Catalog
+from ..storage.filesystem import ReadSide
+from ..storage.local_filesystem import read_side_of
 from .failing import NotFoundError, UsageError
 
 
@@ -26,11 +28,16 @@ class Place:
 
 
 def catalog_of(root: str) -> Catalog:
-    """The catalog of an existing root directory, or of a folder of single-file checkpoints.
+    """The catalog of an existing root directory, of a folder of single-file checkpoints, or of a mirror's URL.
 
     Raises:
         NotFoundError: there is no such directory. UsageError: it is itself a checkpoint.
     """
+    if is_url(root):
+        catalog = Catalog(root)
+        if _has_manifest(catalog.filesystem, catalog.root):
+            raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; leave its tag away")
+        return catalog
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.exists(root) else "does not exist"
         raise NotFoundError(f"root {escaped(root)!r} {what}")
@@ -47,6 +54,8 @@ def place_of(path: str) -> Place:
     Raises:
         NotFoundError: there is no checkpoint at or above it. UsageError: it is a root.
     """
+    if is_url(path):
+        return _place_in_store(path.rstrip("/"))
     given = os.path.abspath(path)
     home, name = os.path.split(given)
     beside, tag = os.path.join(home, SINGLE_FILES_NAME), single_file_tag(name)
@@ -60,6 +69,22 @@ def place_of(path: str) -> Place:
         folder, inner = above, f"{name}/{inner}" if inner else name
     root, tag = os.path.split(folder)
     return Place(Catalog(root), tag, inner or None)
+
+
+def _place_in_store(url: str) -> Place:
+    filesystem = read_side_of(url)
+    folder, inner = url, ""
+    while not _has_manifest(filesystem, folder):
+        above, _, name = folder.rpartition("/")
+        if not name or above.endswith("/"):
+            raise NotFoundError(f"{escaped(url)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
+        folder, inner = above, f"{name}/{inner}" if inner else name
+    root, _, tag = folder.rpartition("/")
+    return Place(Catalog(root, filesystem), tag, inner or None)
+
+
+def _has_manifest(filesystem: ReadSide, folder: str) -> bool:
+    return filesystem.stat(f"{folder}/{MANIFEST_NAME}").kind != "missing"
 
 
 def is_checkpoint(folder: str) -> bool:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..format.names import is_url
 from ..observers.units import parse_duration_s
+from ..reading.catalog import Catalog
 from ..retention import (
     AnyOf,
     CheckpointInfo,
@@ -18,6 +20,7 @@ from ..retention import (
     KeepNewerThan,
     RetentionPolicy,
     apply,
+    carry_out,
     committed_here,
     decide,
 )
@@ -28,7 +31,7 @@ from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
+    root: Annotated[str, typer.Argument(help="Directory or URL that holds the checkpoints.", metavar="ROOT", show_default=False)],
     keep_last: Annotated[int | None, typer.Option(help="Keep the N newest.", show_default=False)] = None,
     keep_every: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple of N.", show_default=False)] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this number in the metadata.", show_default=False)] = None,
@@ -53,7 +56,7 @@ def command(
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
         raise NotFoundError(f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}")
-    decisions = decide(checkpoints, policy) if dry_run else apply(LocalFileSystem(), catalog.root, policy)
+    decisions = decide(checkpoints, policy) if dry_run else _carry_out(catalog, policy)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
     elif not decisions:
@@ -63,6 +66,17 @@ def command(
         print_table(("tag", "action", "reason"), rows, styles=["" if d.keep else "yellow" for d in decisions])
     if any(decision.failure is not None for decision in decisions):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _carry_out(catalog: Catalog, policy: RetentionPolicy) -> list[Decision]:
+    if not is_url(catalog.root):
+        return apply(LocalFileSystem(), catalog.root, policy)
+    from ..mirror.config import Mirror
+    from ..mirror.open_store import open_store
+    from ..mirror.remote_retention import remove_remote
+
+    store = open_store(Mirror(catalog.root), executor=None, filesystem=LocalFileSystem())
+    return carry_out(catalog, policy, lambda manifest: remove_remote(store, None, manifest))
 
 
 def _action(decision: Decision, dry_run: bool) -> str:

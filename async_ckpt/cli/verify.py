@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CheckpointNotFoundError, escaped
-from ..format.names import check_tag
+from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import Progress, VerifyReport
@@ -75,7 +75,7 @@ def _asked(root: str, tag: str | None) -> tuple[Catalog, list[str]]:
         catalog = catalog_of(root)
     except (UsageError, NotFoundError):
         # One checkpoint: a directory, or a single file.
-        if not os.path.exists(root):
+        if not (is_url(root) or os.path.exists(root)):
             raise
         place = place_of(root)
         return place.catalog, [place.tag]

@@ -35,6 +35,12 @@ _CHECK_S = 30.0
 class Mirrors:
     """Calls come from the engine, on any thread. Making it starts threads and reads the states; it does not connect before that.
 
+    Args:
+        agreement: with the other ranks of the job; None: there are none.
+        may_overwrite: replace older checkpoints of other runs that have the same tag.
+        uploaders_per_node: how many processes of this node upload at once; None: all.
+        with_backlog: also mirror what is on disk already and not mirrored, behind what is asked for.
+
     Raises:
         ConfigError: a mirror's library is not installed (from `check`). WriteError: the states cannot be read, or no thread is left.
     """
@@ -48,6 +54,7 @@ class Mirrors:
         agreement: Agreement | None = None,
         may_overwrite: bool = False,
         uploaders_per_node: int | None = None,
+        with_backlog: bool = True,
         hooks: WorkerHooks | None = None,
     ) -> None:
         self.mirrors = tuple(mirrors)
@@ -70,6 +77,7 @@ class Mirrors:
                     executor=self._executor,
                     hooks=replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
                     turns=UploadTurns(filesystem, root, uploaders_per_node),
+                    with_backlog=with_backlog,
                 )
                 for mirror in self.mirrors
             ]
@@ -160,6 +168,11 @@ class Mirrors:
             )
             tags = ", ".join(map(repr, left[:8]))
             report(logging.WARNING, told, len(left), timeout_s, tags, warning=RuntimeWarning, stacklevel=3)
+
+    @property
+    def unconditional(self) -> list[str]:
+        """Mirrors that were found to ignore conditions; known after `check`."""
+        return [worker.mirror.url for worker in self._workers if worker.is_unconditional]
 
     @property
     def _urls(self) -> str:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsafePathError, report
@@ -44,6 +44,8 @@ class TagState:
     """The manifest is in the store too. (Retention may have deleted it there since.)"""
     ours: tuple[str, ...] = ()
     """Earlier attempts of this tag that this root has put; they may be replaced."""
+    url: str = ""
+    """The mirror, for people and for `async-ckpt list`."""
     doomed: tuple[str, ...] = ()
     """Objects that no manifest names any more and that are still to be deleted."""
 
@@ -60,6 +62,7 @@ class States:
         self._root = root
         self._home = os.path.join(root, DIRECTORY)
         self._folder = os.path.join(self._home, hashlib.sha256(url.encode()).hexdigest()[:16])
+        self._url = url
         self._suffix = f".{rank}.json"
         self._lock = Lock()
         try:
@@ -96,7 +99,7 @@ class States:
                 self._fs.fsync_dir(self._home)
                 self._fs.fsync_dir(self._root)
             try:
-                self._fs.create_file(temporary, json.dumps(asdict(state)).encode())
+                self._fs.create_file(temporary, json.dumps(asdict(replace(state, url=self._url))).encode())
                 self._fs.rename(temporary, path)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -150,4 +153,20 @@ def _decoded(document: dict[str, Any]) -> TagState:
     created = document["created_unix_ns"]
     if type(created) is not int or type(document["mirrored"]) is not bool:
         raise ValueError("created_unix_ns or mirrored has another type")
-    return TagState(check_tag(document["tag"]), str(document["attempt"]), created, keys, done, document["mirrored"], ours, doomed)
+    told = str(document.get("url", ""))
+    return TagState(check_tag(document["tag"]), str(document["attempt"]), created, keys, done, document["mirrored"], ours, told, doomed)
+
+
+def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list[str]]:
+    """Where each checkpoint of a root has been mirrored: URLs by tag and time of the commit. Reads the states only; blocks."""
+    found: dict[tuple[str, int], list[str]] = {}
+    home = os.path.join(root, DIRECTORY)
+    for folder in sorted(filesystem.listdir(home)) if filesystem.stat(home).kind == "dir" else ():
+        path = os.path.join(home, folder)
+        for name in filesystem.listdir(path) if filesystem.stat(path).kind == "dir" else ():
+            if name.endswith(".0.json"):
+                with contextlib.suppress(ValueError, TypeError, KeyError, OSError, CorruptCheckpointError, UnsafePathError):
+                    state = _decoded(json.loads(filesystem.read_file(os.path.join(path, name), _MAX_BYTES)))
+                    if state.mirrored:
+                        found.setdefault((state.tag, state.created_unix_ns), []).append(state.url)
+    return found

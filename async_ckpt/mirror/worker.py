@@ -64,6 +64,7 @@ class Worker:
         executor: Executor,
         hooks: WorkerHooks,
         turns: UploadTurns,
+        with_backlog: bool,
     ) -> None:
         self.mirror = mirror
         self.states = States(filesystem, root, mirror.url, agreement.rank or 0)
@@ -76,6 +77,7 @@ class Worker:
         self._executor = executor
         self._hooks = hooks
         self._turns = turns
+        self._with_backlog = with_backlog
         self._context: UploadContext | None = None
         self._todo: OrderedDict[str, list[PendingMirror]] = OrderedDict()
         self._backlog: list[str] = []
@@ -105,9 +107,9 @@ class Worker:
             self._task.cancel()
 
     @property
-    def waiting(self) -> list[str]:
-        """Tags of this run that are not mirrored yet."""
-        return list(self._todo)
+    def is_unconditional(self) -> bool:
+        """Whether the store was found to ignore conditions."""
+        return self._context is not None and not self._context.abilities.conditional
 
     async def run(self) -> None:
         """Mirror until cancelled."""
@@ -176,7 +178,8 @@ class Worker:
 
     def _recover(self, context: UploadContext) -> None:
         """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note what is missing."""
-        local = {entry.tag: entry.manifest for entry in self._catalog.entries() if entry.manifest is not None}
+        found = [entry for entry in self._catalog.entries() if entry.manifest is not None and entry.copied_from is None]
+        local = {entry.tag: entry.manifest for entry in found if entry.manifest is not None}
         for state in self.states.all():
             manifest = local.get(state.tag)
             delete_doomed(context.store, self.states, state.tag)
@@ -184,7 +187,8 @@ class Worker:
                 self.states.forget(state.tag)
             elif not state.mirrored and (manifest is None or manifest.created_unix_ns != state.created_unix_ns):
                 abandon(context, state)
-        self._backlog = [tag for tag, manifest in local.items() if not self.states.is_mirrored(tag, manifest.created_unix_ns)]
+        if self._with_backlog:
+            self._backlog = [tag for tag, manifest in local.items() if not self.states.is_mirrored(tag, manifest.created_unix_ns)]
 
     # Uploads.
 
