@@ -303,9 +303,10 @@ class Rotation:
         Raises:
             ConfigError: the policy cannot judge these checkpoints, or raised; it has deleted nothing.
         """
-        failures: dict[str, OSError] = {}
+        failures: dict[str, object] = {}
         try:
-            failures.update(transaction.empty_trash(self._filesystem, self._root))
+            swept = transaction.sweep(self._filesystem, self._root, only_own=True)
+            failures.update({left.tag: left.reason for left in swept if left.action == "left"})
             decisions = apply(self._filesystem, self._root, self._policy, self._hold) if self._policy is not None else []
             failures.update({decision.tag: decision.failure for decision in decisions if decision.failure is not None})
         except OSError as error:

@@ -8,7 +8,7 @@ import os
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
-from ..format.names import MANIFEST_NAME, check_tag, parse_private_name
+from ..format.names import MANIFEST_NAME, check_tag
 from .filesystem import FileSystem
 from .private_dirs import move_aside, remove_tree, take_apart
 from .publish_lock import publish_lock
@@ -39,32 +39,6 @@ def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = N
         raise CheckpointNotFoundError(f"checkpoint {tag!r} was deleted by another process") from error
     except OSError as error:
         raise write_error(fs, error, f"deleting checkpoint {tag!r} failed", final) from error
-
-
-def empty_trash(fs: FileSystem, root: str) -> dict[str, OSError]:
-    """Try again to delete what this process could not delete before; tags of what stays, and why. Blocks; any thread.
-
-    Raises:
-        OSError: the root cannot be listed or synced; nothing was deleted.
-    """
-    failures: dict[str, OSError] = {}
-    doomed: list[tuple[str, str]] = []
-    for name in fs.listdir(root):
-        parsed = parse_private_name(name)
-        if parsed is not None and parsed.kind == "trash" and parsed.owner == fs.owner():
-            try:
-                # A new name: the new entry rewrites what a failed sync of the root may have lost before.
-                doomed.append((parsed.tag, move_aside(fs, root, parsed.tag, os.path.join(root, name), "trash")))
-            except OSError as error:
-                failures[parsed.tag] = error
-    if doomed:
-        fs.fsync_dir(root)
-    for tag, path in doomed:
-        try:
-            remove_tree(fs, path)
-        except OSError as error:
-            failures[tag] = error
-    return failures
 
 
 def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manifest | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from dataclasses import dataclass
@@ -28,12 +29,15 @@ class Swept:
     reason: str
 
 
-def sweep(fs: FileSystem, root: str) -> list[Swept]:
+def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
     """Delete what dead processes left staged, and give a checkpoint back its name if its replacement was cut short.
 
     Touches only names that this package makes, only if the owner is certainly gone and the directory's lock is free.
     Where the owner cannot be looked up (another pid namespace), the lock must be free and the directory a minute
     old; another host's directories are always left. Being killed in here is harmless.
+
+    Args:
+        only_own: look only at the rubbish that this process itself could not delete before.
 
     Raises:
         WriteError: the root could not be listed or synced; nothing was deleted.
@@ -45,18 +49,28 @@ def sweep(fs: FileSystem, root: str) -> list[Swept]:
     results: list[Swept] = []
     doomed: list[tuple[PrivateName, str]] = []
     with contextlib.ExitStack() as locks:
-        for name in sorted(names):
-            parsed = parse_private_name(name)
-            if parsed is not None:
-                try:
-                    results += _decide(fs, root, parsed, locks, doomed)
-                except OSError as error:
-                    results.append(Swept(name, parsed.tag, "left", str(error)))
+        for parsed in filter(None, map(parse_private_name, sorted(names))):
+            if only_own and (parsed.kind, parsed.owner) != ("trash", fs.owner()):
+                continue
+            try:
+                decided = None if only_own else _decide(fs, root, parsed, locks)
+                if decided is not None:
+                    results.append(decided)
+                    continue
+                # A new name for trash too: the new entry rewrites what a failed sync of the root may have lost before.
+                path = os.path.join(root, str(parsed))
+                doomed.append((parsed, move_aside(fs, root, parsed.tag, path, "trash")))
+            except FileNotFoundError:
+                # Another sweep was first.
+                continue
+            except OSError as error:
+                results.append(Swept(str(parsed), parsed.tag, "left", str(error)))
         if doomed or any(swept.action == "restored" for swept in results):
             try:
                 fs.fsync_dir(root)
             except OSError as error:
-                raise write_error(fs, error, "the checkpoint root could not be synced; nothing was deleted", root) from error
+                what = "the checkpoint root could not be synced; nothing was deleted"
+                raise write_error(fs, error, what, root) from error
         for parsed, path in doomed:
             try:
                 remove_tree(fs, path)
@@ -66,38 +80,38 @@ def sweep(fs: FileSystem, root: str) -> list[Swept]:
     return results
 
 
-def _decide(
-    fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.ExitStack, doomed: list[tuple[PrivateName, str]]
-) -> list[Swept]:
-    """Decide about one left-over and take it out of everybody's way; returns what needs no deletion."""
-    name, tag = str(parsed), parsed.tag
-    path = os.path.join(root, name)
+def _decide(fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.ExitStack) -> Swept | None:
+    """Decide about one left-over; None when it is to be deleted, and locked meanwhile."""
+    path = os.path.join(root, str(parsed))
+
+    def left(reason: str) -> Swept:
+        return Swept(str(parsed), parsed.tag, "left", reason)
+
     found = fs.stat(path)
+    if found.kind == "missing":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if found.kind != "dir":
-        return [] if found.kind == "missing" else [Swept(name, tag, "left", "it is not a directory")]
+        return left("it is not a directory")
     owner_state = fs.owner_state(parsed.owner)
     if owner_state in (OwnerState.ALIVE, OwnerState.FOREIGN):
-        return [Swept(name, tag, "left", f"its owner is {owner_state.value}")]
-    decided = owner_state is OwnerState.DEAD or (owner_state is OwnerState.REBOOTED and fs.fs_type(root) in LOCAL_TYPES)
-    if not decided and time.time() - found.mtime_ns / 1e9 < UNDECIDED_AGE_S:
-        return [Swept(name, tag, "left", "its owner cannot be looked up, and it is younger than a minute")]
+        return left(f"its owner is {owner_state.value}")
+    is_gone = owner_state is OwnerState.REBOOTED and fs.fs_type(root) in LOCAL_TYPES
+    is_gone = is_gone or owner_state is OwnerState.DEAD
+    if not is_gone and time.time() - found.mtime_ns / 1e9 < UNDECIDED_AGE_S:
+        return left("its owner cannot be looked up, and it is younger than a minute")
     try:
         lock = fs.lock_dir(path)
-    except FileNotFoundError:
-        return []
     except OSError as error:
-        if error.errno not in NO_LOCKS or not decided:
+        if error.errno not in NO_LOCKS or not is_gone:
             raise
     else:
         if lock is None:
-            return [Swept(name, tag, "left", "it is locked: its owner, or a forked child of it, still holds it")]
+            return left("it is locked: its owner, or a forked child of it, still holds it")
         locks.callback(lock.close)
     if parsed.kind == "aside":
         with contextlib.suppress(FileExistsError):
-            fs.rename_noreplace(path, os.path.join(root, tag))
-            return [Swept(name, tag, "restored", "its replacement was never published")]
-        if fs.stat(os.path.join(root, tag, MANIFEST_NAME)).kind == "missing":
-            return [Swept(name, tag, "left", "it is a whole checkpoint, and what has its name now is none")]
-    # A new name for trash too: the new entry rewrites what a failed sync of the root may have lost before.
-    doomed.append((parsed, move_aside(fs, root, tag, path, "trash")))
-    return []
+            fs.rename_noreplace(path, os.path.join(root, parsed.tag))
+            return Swept(str(parsed), parsed.tag, "restored", "its replacement was never published")
+        if fs.stat(os.path.join(root, parsed.tag, MANIFEST_NAME)).kind == "missing":
+            return left("it is a whole checkpoint, and what has its name now is none")
+    return None

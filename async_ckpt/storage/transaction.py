@@ -41,7 +41,7 @@ from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, encode
 from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
-from .delete import empty_trash, remove
+from .delete import remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
 from .renaming import check_final, rename_to_final
@@ -57,7 +57,6 @@ __all__ = [
     "Swept",
     "abort",
     "begin",
-    "empty_trash",
     "join",
     "make_directories",
     "make_root",
@@ -155,7 +154,7 @@ def publish(
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
-    the old checkpoint is deleted after that; if the deletion fails, it is left for `empty_trash` and later sweeps.
+    the old checkpoint is deleted after that; if the deletion fails, it is left for later sweeps.
     `marks` are added to the manifest's "writer".
 
     Raises:
@@ -171,7 +170,7 @@ def publish(
         except OSError as error:
             level, left = logging.WARNING, old_path
             with contextlib.suppress(OSError):
-                # Under this name, `empty_trash` finds it.
+                # Under this name, a sweep by this process finds it.
                 left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
                 level = logging.INFO
             report(level, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
