@@ -18,7 +18,7 @@ Callers = dict[torch.device, torch.Event]
 
 
 class SideStreams:
-    """One stream per device, made when it is first needed. One thread at a time."""
+    """One stream per device, made when it is first needed. Any thread."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.Stream] = {}
@@ -51,10 +51,8 @@ class SideStreams:
                     uninterrupted(self._streams[device].synchronize)
 
     def _stream(self, device: torch.device) -> torch.Stream:
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = side_stream(device)
-        return stream
+        # Both the caller's thread and the copy thread may be the first.
+        return self._streams.get(device) or self._streams.setdefault(device, side_stream(device))
 
 
 def mark(devices: Iterable[torch.device]) -> Callers:

@@ -15,6 +15,7 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.host import device as devices
 from async_ckpt.integrations.dcp import stager as staging
 from async_ckpt.reading import scatter
+from async_ckpt.snapshot import device as side
 from async_ckpt.snapshot import file_copy, guard
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
@@ -139,8 +140,8 @@ def recorded_early(monkeypatch: Any) -> None:
     def record(device: torch.device) -> torch.Event:
         return early.pop() if early else devices.record_now(device)
 
-    monkeypatch.setattr(file_copy, "on_stream", entered)
-    monkeypatch.setattr(file_copy, "record_now", record)
+    monkeypatch.setattr(side, "on_stream", entered)
+    monkeypatch.setattr(side, "record_now", record)
 
 
 def waits_on_the_current_device(event: torch.Event) -> None:
@@ -157,19 +158,19 @@ def patched(owner: Any, name: str, replacement: Any = nothing) -> Plant:
 
 
 MISTAKES: dict[str, tuple[Plant, Scenario]] = {
-    "the side stream is not behind the caller's": (patched(file_copy.Fill, "wait_callers"), saves_between_kernels),
+    "the side stream is not behind the caller's": (patched(side.SideStreams, "order_behind"), saves_between_kernels),
     "the step is not behind the copies": (patched(guard, "wait_on_stream"), guarded_steps),
     "the wait for an event is on the wrong device": (
         patched(guard, "wait_on_stream", waits_on_the_current_device),
         guarded_steps_on_another_device,
     ),
     "chunks are sent before their copies have ended": (
-        patched(file_copy.Fill, "wait_devices", staticmethod(nothing)),
+        patched(file_copy, "wait_for"),
         guarded_steps,
     ),
     "an event is recorded before the copies": (recorded_early, guarded_steps),
-    "chunks are given back in flight": (patched(file_copy.Fill, "finish_device_copies"), a_failing_copy),
-    "memory is not kept for the side stream": (patched(file_copy, "keep_for"), memory_freed_after_a_save),
+    "chunks are given back in flight": (patched(side.SideStreams, "finish"), a_failing_copy),
+    "memory is not kept for the side stream": (patched(side, "keep_for"), memory_freed_after_a_save),
     "load does not wait": (patched(scatter, "synchronize"), a_load),
     "load copies on a stream of its own": (patched(scatter, "on_stream", lambda _: contextlib.nullcontext()), a_load),
     "load_into does not wait for readers": (patched(torch.accelerator, "synchronize"), a_load_into),
