@@ -211,6 +211,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         verify: str = "full",
         atomic: bool | Literal["auto"] = "auto",
         weights_only: bool | None = None,
+        select: str | None = None,
     ) -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
@@ -220,7 +221,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         catalog, tag, name = self._committed_path(path)
         self.wait_snapshot()
         how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
-        return load_committed_into(catalog, tag, name, state_dict, **how)
+        return load_committed_into(catalog, tag, name, state_dict, select=select, **how)
 
     # Looking.
 

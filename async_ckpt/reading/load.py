@@ -73,6 +73,7 @@ def load_into(
     atomic: Atomic = "auto",
     weights_only: bool | None = None,
     num_threads: int | None = None,
+    select: str | None = None,
 ) -> Restored:
     """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from ``<root>/<tag>/file.pt``. Blocks; any thread.
 
@@ -87,13 +88,24 @@ def load_into(
             half of the memory available; of a larger file, the rest is verified before it is overwritten, and read twice: an
             error of the second reading leaves the tensors partly overwritten, and says so. False takes no memory, and after an
             error the tensors are partly overwritten.
+        select: only tensors whose dotted names begin like this ("model."); nothing else is read. `state_dict` is the whole state,
+            or the selected part (its names without `select`). `Restored.state` is then a flat dict by the file's dotted names.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
     catalog, tag, name = _locate(path)
     return load_committed_into(
-        catalog, tag, name, state_dict, strict=strict, verify=verify, atomic=atomic, weights_only=weights_only, num_threads=num_threads
+        catalog,
+        tag,
+        name,
+        state_dict,
+        strict=strict,
+        verify=verify,
+        atomic=atomic,
+        weights_only=weights_only,
+        num_threads=num_threads,
+        select=select,
     )
 
 
@@ -155,6 +167,7 @@ def load_committed_into(
     weights_only: bool | None = None,
     num_threads: int | None = None,
     lend: MemorySource | None = None,
+    select: str | None = None,
 ) -> Restored:
     """`load_into` of file `name` in checkpoint `tag` of `catalog`.
 
@@ -169,7 +182,7 @@ def load_committed_into(
         without_default_device(),
     ):
         structure = _structure(file, weights_only)
-        return fill(file, structure, state_dict, strict=strict, atomic=atomic)
+        return fill(file, structure, state_dict, strict=strict, atomic=atomic, select=select)
 
 
 def _structure(file: VerifiedFile, weights_only: bool | None) -> Any:

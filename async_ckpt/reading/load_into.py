@@ -29,6 +29,7 @@ from .extents import VerifiedFile
 from .rollback import Undo
 from .safetensors_file import read_tensors
 from .scatter import Scatter, new_storage, stream_into
+from .select import select_leaves
 from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
 from .state_tree import flatten, replace_leaves
 
@@ -106,14 +107,19 @@ def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
     return {t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, Record(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)}
 
 
-def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic) -> Restored:
+def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None) -> Restored:
     """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`. Blocks.
+
+    With `select` only the extents that hold the selected tensors are read.
 
     Raises:
         StateMismatchError: with `strict`, if anything differs.
     """
     found = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, (FileTensor, torch.Tensor))}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
+    names: dict[str, str] = {}
+    if select is not None:
+        found, wanted, names = select_leaves(found, wanted, select, file.name)
     differences = compare(found, wanted)
     differences |= compare_shared(file, {path: (found[path], wanted[path]) for path in wanted if path not in differences})
     if strict and differences:
@@ -122,10 +128,14 @@ def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomi
             f"{file.name} does not match the given state in {len(differences)} places; no tensor was changed:{listed}",
             tuple(differences.values()),
         )
-    mover = _Mover()
     loaded = {path: tensor for path, tensor in wanted.items() if path not in differences}
+    mover = _Mover(range(file.num_extents) if select is None else _extents_of(file, [found[path] for path in loaded]))
     for path, tensor in loaded.items():
         mover.add(found[path], tensor)
+    if select is not None:
+        restored = Restored({names[path]: loaded[path] for path in loaded}, tuple(loaded), tuple(differences.values()))
+        mover.run(file, atomic)
+        return restored
     rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
     # Whatever may fail comes before the first byte moves.
     restored = Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
@@ -199,17 +209,22 @@ def _pair(path: str, source: FileTensor | torch.Tensor, target: torch.Tensor) ->
 
 def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> list[torch.Tensor]:
     """The values of some tensors of the file, in fresh memory."""
-    mover = _Mover()
+    mover = _Mover(())
     values = [mover.fresh(source).detach() for source in sources]
-    extents = {e for s in sources if isinstance(s, FileTensor) for e in file.extents_of(s.storage.offset, s.storage.num_bytes)}
-    mover.read(file, sorted(extents))
+    mover.read(file, _extents_of(file, sources))
     return values
 
 
-class _Mover:
-    """Collects moves, then does them all at once."""
+def _extents_of(file: VerifiedFile, sources: Iterable[FileTensor | torch.Tensor]) -> list[int]:
+    """The extents that hold these tensors' storages, ascending."""
+    return sorted({e for s in sources if isinstance(s, FileTensor) for e in file.extents_of(s.storage.offset, s.storage.num_bytes)})
 
-    def __init__(self) -> None:
+
+class _Mover:
+    """Collects moves, then does them all at once, reading these extents."""
+
+    def __init__(self, extents: Sequence[int]) -> None:
+        self._extents = extents
         self._scatter = Scatter()
         self._direct: list[torch.Tensor] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -263,7 +278,7 @@ class _Mover:
             self._overwrite(file)
         elif self._scatter.streams:
             file.keep(held)
-            file.stream(None, range(len(held), file.num_extents))
+            file.stream(None, self._extents[len(held) :])
             self._overwrite(file)
         else:
             self._overwrite_or_restore(file, held)
@@ -272,11 +287,11 @@ class _Mover:
         for tensor in tracked:
             torch.autograd.graph.increment_version(tensor)
 
-    def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> range:
+    def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> Sequence[int]:
         """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it takes."""
         available = available_memory_bytes()
         if atomic is not True:
-            return range(min(file.num_extents, available // 2 // file.extent_bytes))
+            return self._extents[: available // 2 // file.extent_bytes]
         copied = sum(target.nbytes for target, _ in self._copies)
         needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
         if needed > available:
@@ -284,11 +299,11 @@ class _Mover:
                 f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was changed. "
                 "atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
             )
-        return range(file.num_extents)
+        return self._extents
 
-    def _overwrite_or_restore(self, file: VerifiedFile, held: range) -> None:
+    def _overwrite_or_restore(self, file: VerifiedFile, held: Sequence[int]) -> None:
         """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
-        rest = range(len(held), file.num_extents)
+        rest = self._extents[len(held) :]
         undo = Undo(self._scatter, file.lend, file.extent_bytes)
         try:
             file.stream(None, rest)
@@ -318,7 +333,7 @@ class _Mover:
 
     def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
         try:
-            stream_into(file, self._scatter, extents)
+            stream_into(file, self._scatter, self._extents if extents is None else extents)
         except ExtentMismatch as error:
             raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
         except ReadError as error:

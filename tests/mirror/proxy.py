@@ -33,6 +33,7 @@ class Proxy:
     def __init__(self, upstream: str, plan: Callable[[int, str, str], Fault] = lambda number, method, path: None) -> None:
         self.plan = plan
         self.seen: list[tuple[str, str]] = []
+        self.num_reply_bytes = 0
         self._upstream = urlsplit(upstream)
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -125,7 +126,10 @@ class Proxy:
             if half:
                 raise OSError("cut")
             answer = connection.getresponse()
-            return answer.status, answer.getheaders(), answer.read()
+            body = answer.read()
+            with self._lock:
+                self.num_reply_bytes += len(body)
+            return answer.status, answer.getheaders(), body
         finally:
             connection.close()
 

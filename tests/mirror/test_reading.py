@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import async_ckpt
-from async_ckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from async_ckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, StateMismatchError
 from async_ckpt.format.manifest import Manifest, encode
 from async_ckpt.mirror.plan import with_attempt
 from async_ckpt.mirror.remote import RemoteFileSystem
+from async_ckpt.reading.load import load_committed_into
 
 from .making import SMALL, commit, mirroring, s3_mirror
+from .proxy import Proxy
 from .servers import ACCESS_KEY, BUCKET, SECRET_KEY, client, keys
 from .test_upload import done_when
 
@@ -71,6 +73,26 @@ def test_load_and_load_into_from_a_url(environment: None, moto: Any, tmp_path: P
         async_ckpt.load(f"{url}/step-9/model.pt")
     with pytest.raises(ConfigError, match="cannot be mapped"):
         async_ckpt.load(f"{url}/step-1/model.pt", mmap=True)
+
+
+def test_only_what_is_selected_is_fetched(moto: Any, tmp_path: Path, prefix: str) -> None:
+    made_in(tmp_path, "step-0")
+    mirrored(tmp_path, s3_mirror(moto, prefix), 1)
+    with Proxy(moto.endpoint) as proxy:
+        filesystem = RemoteFileSystem(s3_mirror(moto, prefix, endpoint=proxy.endpoint))
+        catalog = async_ckpt.Catalog(f"s3://{BUCKET}/{prefix}", filesystem)
+        whole, part, before = state(5), state(6)["model"], state(5)
+        done = load_committed_into(catalog, "step-0", "model.pt", whole, select="model.")
+        assert same(whole["model"], state(0)["model"]) and same(whole["optim"], before["optim"])
+        assert sorted(done.state) == ["model.b", "model.w"]
+        load_committed_into(catalog, "step-0", "model.pt", part, select="model.", atomic=True)
+        assert same(part, state(0)["model"])
+        num_bytes = proxy.num_reply_bytes
+        with pytest.raises(StateMismatchError, match=r"no tensor whose name begins with 'other\.'; it has model, optim"):
+            load_committed_into(catalog, "step-0", "model.pt", part, select="other.")
+    size = (tmp_path / "step-0" / "model.pt").stat().st_size
+    # Twice less than half of the file; the directory and the pickle at its ends are a few extents.
+    assert num_bytes < size
 
 
 def test_a_directory_url(tmp_path: Path) -> None:
