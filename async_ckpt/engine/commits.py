@@ -24,7 +24,7 @@ from typing import Any
 from .. import retention
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, report
 from ..format.manifest import FileEntry
-from ..ranks.coordinator import Coordinator, LocalCoordinator
+from ..ranks.coordinator import Coordinator, Destination, LocalCoordinator
 from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
@@ -119,7 +119,8 @@ class Commits:
 
     # Opening and writing.
 
-    def open(self, tag: str) -> Checkpoint:
+    def open(self, destination: Destination) -> Checkpoint:
+        tag = destination.tag
         known = self._open.get(tag)
         if known is not None:
             if known.error is None and known.state is State.OPEN:
@@ -130,7 +131,7 @@ class Commits:
         if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        opened = self._coordinator.begin(tag, self._config.overwrite)
+        opened = self._coordinator.begin(destination, self._config.overwrite)
         checkpoint = Checkpoint(opened, self._coordinator, self.filesystem, after=earlier)
         self._open[tag] = checkpoint
         return checkpoint

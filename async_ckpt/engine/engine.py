@@ -26,6 +26,7 @@ from ..format.metadata import check_metadata
 from ..format.names import Root, check_tag
 from ..plan.opaque import opaque_state
 from ..plan.plan import PlannedState
+from ..ranks.coordinator import Destination
 from ..reading.catalog import Catalog
 from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
@@ -85,7 +86,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
             CheckpointError: an earlier commit failed and nobody has asked for its outcome yet (raised once).
             MirrorError: the first call waits until each mirror was tried; one with `on_failure="raise"` cannot be used.
         """
-        name = check_tag(tag_of(tag))
+        where = tag if isinstance(tag, Destination) else Destination(self.root, tag_of(tag))
+        check_tag(where.tag)
         self._usable()
         if self._inflight.mirrors is not None:
             self._inflight.mirrors.check()
@@ -94,7 +96,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._usable()
             self._inflight.raise_unacknowledged()
             self._guard.refresh()
-            checkpoint = self._inflight.open(name)
+            checkpoint = self._inflight.open(where)
             checkpoint.metrics.stall_s += time.perf_counter() - started
 
     def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:

@@ -16,6 +16,14 @@ from ..storage import transaction
 from ..storage.filesystem import FileSystem
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a checkpoint goes: the directory `tag` below `root`, an absolute path. Integrations add what they know of it."""
+
+    root: str
+    tag: str
+
+
 @dataclass(slots=True)
 class OpenTag:
     """One checkpoint that is being staged by this rank.
@@ -24,10 +32,15 @@ class OpenTag:
     when rank 0 has made it). `staging` is set where this rank made the directory and so renames or removes it.
     """
 
-    tag: str
+    destination: Destination
     overwrite: str
     location: Future[str]
     staging: transaction.Staging | None = None
+
+    @property
+    def tag(self) -> str:
+        """The checkpoint's tag."""
+        return self.destination.tag
 
 
 class Coordinator(Protocol):
@@ -43,8 +56,8 @@ class Coordinator(Protocol):
     def bind(self, filesystem: FileSystem, root: str) -> None:
         """Called once by the engine that uses this coordinator."""
 
-    def begin(self, tag: str, overwrite: str) -> OpenTag:
-        """Open `tag`. Training thread; must not wait for other ranks."""
+    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+        """Open a checkpoint there. Training thread; must not wait for other ranks."""
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         """Make the checkpoint durable and visible once every rank's part is durable. Worker thread; blocks.
@@ -83,15 +96,11 @@ class LocalCoordinator:
         assert self._filesystem is not None, "bind() comes first"
         return self._filesystem
 
-    def begin(self, tag: str, overwrite: str) -> OpenTag:
-        return self.begin_at(self._root, tag, overwrite)
-
-    def begin_at(self, root: str, tag: str, overwrite: str) -> OpenTag:
-        """`begin` below another root, for integrations that write to several."""
-        staging = transaction.begin(self._fs, root, tag, overwrite)
+    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+        staging = transaction.begin(self._fs, destination.root, destination.tag, overwrite)
         location: Future[str] = Future()
         location.set_result(staging.path)
-        return OpenTag(tag, overwrite, location, staging)
+        return OpenTag(destination, overwrite, location, staging)
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
         assert opened.staging is not None

@@ -30,7 +30,7 @@ from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
-from .coordinator import OpenTag
+from .coordinator import Destination, OpenTag
 from .latest_on_all import LatestOnAll
 from .mirror_agreement import MirrorAgreement
 from .rank_env import default_run_id
@@ -131,17 +131,17 @@ class RankCoordinator:
         prefix = f"async_ckpt/{self._run_id}/{channel}/"
         patience_s = min(self.info.timeout_s, _STALL_S)
         link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
-        self._talking = RankTalk(link, self.info, root)
+        self._talking = RankTalk(link, self.info)
 
-    def begin(self, tag: str, overwrite: str) -> RankTag:
-        staging = None
+    def begin(self, destination: Destination, overwrite: str) -> RankTag:
+        tag, staging = destination.tag, None
         if self.leads:
             try:
-                staging = transaction.begin(self._fs, self._root, tag, overwrite)
+                staging = transaction.begin(self._fs, destination.root, tag, overwrite)
             except Exception as error:
                 self._tell_begin_failed(tag, error)
                 raise
-        opened = RankTag(tag, overwrite, Future(), staging)
+        opened = RankTag(destination, overwrite, Future(), staging)
         if self.rank == 0:
             assert staging is not None
             opened.attempt = self._talk.submit(rank_protocol.announce(self.info, tag, os.path.basename(staging.path)))
@@ -280,7 +280,7 @@ class RankCoordinator:
         if announcement["node"] != info.node:
             name = yield from rank_protocol.await_node(info, attempt)
         try:
-            joined = transaction.join(self._fs, self._root, opened.tag, name)
+            joined = transaction.join(self._fs, opened.destination.root, opened.tag, name)
         except (CheckpointError, OSError) as error:
             outcome = yield from rank_protocol.fail(info, attempt, cause_of(error))
             raise AttemptFailed(attempt, outcome) from error
@@ -318,7 +318,7 @@ class RankCoordinator:
             outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True)
             if not outcome.ok and not error:
                 opened.outcome = outcome
-                raise error_of(opened.tag, self._root, outcome)
+                raise error_of(opened.destination, outcome)
             return
         try:
             self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(info, attempt, outcome)))

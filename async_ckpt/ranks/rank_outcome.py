@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..errors import CommitError, RankFailedError
+from .coordinator import Destination
 from .rank_requests import CommitOutcome
 
 
-def error_of(tag: str, root: str, outcome: CommitOutcome) -> CommitError:
-    """What a rank raises for a outcome that is no success."""
+def error_of(destination: Destination, outcome: CommitOutcome) -> CommitError:
+    """What a rank raises for an outcome that is no success."""
+    tag, root = destination.tag, destination.root
     who = "the ranks have lost each other" if outcome.rank is None else f"rank {outcome.rank} failed"
     if outcome.committed is None:
         state = f"whether checkpoint {tag!r} is visible is unknown: list {root!r}"

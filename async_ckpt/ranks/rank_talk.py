@@ -29,10 +29,9 @@ class RankTag(OpenTag):
 class RankTalk:
     """One coordinator's link. Any thread; `learn` and `ask` block, nothing else does."""
 
-    def __init__(self, link: StoreLink, info: RankInfo, root: str) -> None:
+    def __init__(self, link: StoreLink, info: RankInfo) -> None:
         self._link = link
         self._info = info
-        self._root = root
         self._lock = Lock()
         self._background: list[Future[Any]] = []
         self._unretired: set[int] = set()
@@ -81,7 +80,7 @@ class RankTalk:
             outcome = CommitOutcome(False, None, str(error), self._info.rank, None if reported else False)
         else:
             return error
-        translated = error_of(opened.tag, self._root, outcome)
+        translated = error_of(opened.destination, outcome)
         translated.__cause__ = error
         return translated
 

@@ -1,4 +1,4 @@
-"""How all ranks give DeepSpeed the same answer: rank 0 answers, over a store; never a collective.
+"""How all ranks give DeepSpeed the same answer: rank 0 tells it, over a store; never a collective.
 
 Guarantees:
 - The n-th question gets rank 0's n-th answer on every rank, whatever the ranks know themselves at that moment.
@@ -7,6 +7,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Protocol
 
@@ -25,34 +26,36 @@ class Store(Protocol):
     def delete_key(self, key: str) -> bool: ...
 
 
-def await_value(store: Store, key: str, timeout_s: float, what: str) -> str:
-    """The value of `key`, once it is there. Polls: a blocking `get` would hold the store's connection against other threads.
+def await_values(store: Store, keys: list[str], timeout_s: float, what: str) -> list[str]:
+    """The values of `keys`, once they are there. Polls: a blocking `get` would hold the store's connection against other threads.
 
     Raises:
-        RankFailedError: rank 0 did not set it in time, or the store is gone.
+        RankFailedError: one was not set in time, or the store is gone; says that `what` was not told, and names the first key.
     """
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     try:
-        while not store.check([key]):
+        while not store.check(keys):
             if time.monotonic() > deadline:
-                raise RankFailedError(f"rank 0 did not say within {timeout_s:g} s {what}", rank=0)
+                missing = next((key for key in keys if not store.check([key])), keys[0])
+                raise RankFailedError(f"{what} was not told within {timeout_s:g} s ({missing})", rank=None)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return store.get(key).decode()
+        return [store.get(key).decode() for key in keys]
     except RuntimeError as error:
-        raise RankFailedError(f"the store is gone, so rank 0 could not say {what}: {error}", rank=0) from error
+        raise RankFailedError(f"the store is gone, so {what} was not told: {error}", rank=None) from error
 
 
 class Agreement:
-    """Questions whose answer is one number, asked on all ranks in the same order."""
+    """Questions that are asked on all ranks in the same order."""
 
-    def __init__(self, store: Store | None, rank: int, timeout_s: float) -> None:
+    def __init__(self, store: Store | None, rank: int, world_size: int, timeout_s: float) -> None:
         """`store` is None for a single process."""
         self._store = store
         self._rank = rank
+        self._world_size = world_size
         self._timeout_s = timeout_s
-        self._num_asked = {"now": 0, "ahead": 0}
-        self._num_deleted = {"now": 0, "ahead": 0}
+        self._num_asked = {"now": 0, "ahead": 0, "each": 0}
+        self._num_deleted = {"now": 0, "ahead": 0, "each": 0}
         self._said_ahead = 0
 
     def now(self, mine: int) -> int:
@@ -62,6 +65,24 @@ class Agreement:
             self._say("now", n, mine)
             return mine
         return self._hear("now", n)
+
+    def each(self, mine: str) -> list[str]:
+        """What every rank says, by rank. Waits until all of them have come here."""
+        n = self._next("each")
+        if self._store is None:
+            return [mine]
+        keys = [f"each/{n}/{rank}" for rank in range(self._world_size)]
+        self._store.set(keys[self._rank], mine)
+        if self._rank == 0:
+            said = await_values(self._store, keys, self._timeout_s, "which tag each rank saves under")
+            # Nearly always the same: then one stands for all.
+            self._store.set(f"each/{n}", json.dumps(said if len(set(said)) > 1 else said[:1]))
+            for key in keys:
+                self._store.delete_key(key)
+            return said
+        (heard,) = await_values(self._store, [f"each/{n}"], self._timeout_s, "which tag each rank saves under")
+        all_said: list[str] = json.loads(heard)
+        return all_said if len(all_said) > 1 else all_said * self._world_size
 
     def ahead(self, mine: int) -> int:
         """What rank 0's `mine` was at its previous question (0 at the first).
@@ -101,4 +122,5 @@ class Agreement:
 
     def _hear(self, kind: str, n: int) -> int:
         assert self._store is not None
-        return int(await_value(self._store, f"{kind}/{n}", self._timeout_s, "which checkpoints have ended"))
+        (heard,) = await_values(self._store, [f"{kind}/{n}"], self._timeout_s, "which checkpoints have ended")
+        return int(heard)

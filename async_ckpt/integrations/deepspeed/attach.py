@@ -10,6 +10,7 @@ from typing import Any
 
 from ...engine.interface import StrPath
 from ...errors import ConfigError
+from . import waiting
 from .engine import AsyncDeepSpeedEngine
 from .guarding import guardable_optimizers
 
@@ -24,7 +25,8 @@ def attach(
 
     Call it once, on every rank, after ``initialize``. From then on
     - ``save_checkpoint`` returns when the state is copied; files, rename and `latest` follow in the background;
-    - ``load_checkpoint`` first waits for what is pending, and so does ``destroy``; so does the end of the process;
+    - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do ``zero_to_fp32`` and
+      ``ds_to_universal``, ``destroy``, and the end of the process;
     - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or ``destroy``.
     Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read them.
 
@@ -60,6 +62,7 @@ def attach(
     _wrap(ds_engine, "load_checkpoint", _draining)
     _wrap(ds_engine, "destroy", _finishing)
     _copy_scripts_once(ds_engine)
+    waiting.note(checkpointer)
     return checkpointer
 
 
@@ -125,8 +128,9 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
 
 
 def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
-    """DeepSpeed looks at the files itself before it asks the engine to load them."""
+    """DeepSpeed looks at the files itself before it asks the engine to load them; another engine may have saved them."""
     ds_engine.checkpoint_engine.drain()
+    waiting.wait()
     return call()
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from ...errors import CheckpointError, CommitError, RankFailedError, report
 from ...format.manifest import FileEntry
-from ...ranks.coordinator import Coordinator, OpenTag
+from ...ranks.coordinator import Coordinator, Destination, OpenTag
+from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.root import make_root
 from ...threads.locks import Lock
 from ..adopting import adopt
-from .agreement import Store, await_value
-from .destination import Destination
+from .agreement import Store, await_values
+from .destination import DeepSpeedDestination
 from .foreign import take_in
 from .latest import write_latest
 from .ranks import Ranks
@@ -30,7 +31,7 @@ _DONE = "done"
 
 
 class DeepSpeedCoordinator:
-    """Wraps one coordinator per checkpoint root; `route` says where the next `begin` goes."""
+    """Commits for the ranks that share a tag: nearly always all of them, with one coordinator for every save_dir."""
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self.rank = ranks.rank
@@ -40,9 +41,9 @@ class DeepSpeedCoordinator:
         self._store: Store | None = ranks.store
         self._timeout_s = timeout_s
         self._filesystem: FileSystem | None = None
-        self._by_root: dict[str, Coordinator] = {}
-        self._next: Destination | None = None
-        self._open: dict[int, tuple[Coordinator, Destination, int]] = {}
+        self._by_ranks: dict[tuple[int, ...], Coordinator] = {}
+        self._tidied: set[str] = set()
+        self._open: dict[int, tuple[Coordinator, int]] = {}
         self._num_begun = 0
         self._num_told = 0
         self.reason: BaseException | None = None
@@ -58,37 +59,40 @@ class DeepSpeedCoordinator:
         assert self._filesystem is not None, "bind() comes first"
         return self._filesystem
 
-    def route(self, destination: Destination) -> None:
-        """Where the next `begin` goes. Training thread."""
-        self._next = destination
-
-    def begin(self, tag: str, overwrite: str) -> OpenTag:
-        destination = self._next
-        assert destination is not None and destination.name == tag, "route() comes first"
+    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+        assert isinstance(destination, DeepSpeedDestination)
         number = self._num_begun
         self._num_begun += 1
-        inner = self._coordinator(destination.root)
-        if self.leads and overwrite == "replace":
+        inner = self._coordinator(destination)
+        if destination.root not in self._tidied:
+            make_root(self._fs, destination.root)
+            if inner.leads:
+                transaction.sweep(self._fs, destination.root)
+            self._tidied.add(destination.root)
+        if inner.leads and overwrite == "replace":
             try:
-                adopt(self._fs, destination.root, tag)
+                adopt(self._fs, destination.root, destination.tag)
             except (CheckpointError, OSError) as error:
                 # It cannot be replaced then: the inner coordinator refuses, and tells the other ranks.
                 report(logging.WARNING, "%s cannot be replaced: %s", destination.folder, error)
-        opened = inner.begin(tag, overwrite)
-        self._open[id(opened)] = (inner, destination, number)
+        opened = inner.begin(destination, overwrite)
+        self._open[id(opened)] = (inner, number)
         return opened
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
-        inner, destination, number = self._open[id(opened)]
+        inner, number = self._open[id(opened)]
+        destination = opened.destination
+        assert isinstance(destination, DeepSpeedDestination)
         rank = self.rank if self.world_size > 1 else None
         staging = opened.location.result()
         taken_in = take_in(self._fs, destination.folder, staging, self._ranks.folder_name, rank)
         inner.publish(opened, [*files, *taken_in], metadata, created_unix_ns)
         del self._open[id(opened)]
-        failure = self._finish(destination, number) if self.leads else None
-        if self.rank == 0:
+        is_for_all = len(destination.ranks) == self.world_size
+        failure = self._finish(destination, number) if self.rank == 0 or (self.leads and is_for_all) else None
+        if is_for_all and self.rank == 0:
             self._tell_finished(number, failure)
-        else:
+        elif is_for_all:
             self._hear_finished(number)
         if failure is not None:
             raise failure
@@ -106,27 +110,24 @@ class DeepSpeedCoordinator:
 
     def close(self) -> None:
         self._part()
-        for inner in self._by_root.values():
+        for inner in self._by_ranks.values():
             inner.close()
 
-    def _coordinator(self, root: str) -> Coordinator:
-        inner = self._by_root.get(root)
+    def _coordinator(self, destination: DeepSpeedDestination) -> Coordinator:
+        inner = self._by_ranks.get(destination.ranks)
         if inner is None:
-            make_root(self._fs, root)
-            inner = self._ranks.coordinator(len(self._by_root), self._timeout_s)
-            inner.bind(self._fs, root)
-            inner.sweep()
-            self._by_root[root] = inner
+            inner = self._by_ranks[destination.ranks] = self._ranks.coordinator(destination.ranks, self._timeout_s)
+            inner.bind(self._fs, destination.root)
         return inner
 
-    def _finish(self, destination: Destination, number: int) -> CommitError | None:
+    def _finish(self, destination: DeepSpeedDestination, number: int) -> CommitError | None:
         """The checkpoint is committed: make `latest` name it."""
         with self._lock:
             # Commits may end in another order than they began.
             if not destination.save_latest or number < self._newest.get(destination.save_dir, 0):
                 return None
             try:
-                write_latest(self._fs, destination.save_dir, destination.tag)
+                write_latest(self._fs, destination.save_dir, destination.full_tag)
             except CommitError as error:
                 return error
             self._newest[destination.save_dir] = number
@@ -140,7 +141,7 @@ class DeepSpeedCoordinator:
 
     def _hear_finished(self, number: int) -> None:
         assert self._store is not None
-        said = await_value(self._store, f"latest/{number}", self._timeout_s, "that the checkpoint is finished")
+        (said,) = await_values(self._store, [f"latest/{number}"], self._timeout_s, "that the checkpoint is finished")
         if self._store.add(f"heard/{number}", 1) == self.world_size - 1:
             self._store.delete_key(f"latest/{number}")
             self._store.delete_key(f"heard/{number}")

@@ -13,7 +13,7 @@ import torch
 
 from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
-from ...engine.interface import CheckpointEngine, StrPath
+from ...engine.interface import CheckpointEngine, StrPath, tag_of
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
 from ...format.names import MANIFEST_NAME
@@ -22,7 +22,7 @@ from ...storage.filesystem import FileSystem
 from ...storage.local_filesystem import LocalFileSystem
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
-from .destination import Destination
+from .destination import DeepSpeedDestination
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
 from .ranks import Ranks
@@ -82,8 +82,11 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._ranks.world_size > 1:
             # This rank's disk, then the other ranks' (see `RankCoordinator` for the factor).
             patience_s += 3 * rank_timeout_s
-        self._outcomes = Outcomes(Agreement(self._ranks.store, self._ranks.rank, patience_s), patience_s)
-        self._destination: Destination | None = None
+        self.patience_s = patience_s
+        """How long a commit may take until its outcome is known here, in seconds."""
+        self._agreement = Agreement(self._ranks.store, self._ranks.rank, self._ranks.world_size, patience_s)
+        self._outcomes = Outcomes(self._agreement, patience_s)
+        self._destination: DeepSpeedDestination | None = None
         self._info: Any = None
         self._is_open = False
         self._failed: CheckpointError | None = None
@@ -105,7 +108,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._inner is not None:
             self._outcomes.settle(self._inner.config.max_pending_commits)
         self._info = tag
-        self._destination = Destination.of(tag, self.save_dir)
+        self._destination = DeepSpeedDestination.of(tag, self.save_dir, self._agreement.each(tag_of(tag)))
 
     def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
         """A directory of the open checkpoint is staged; any other one is made at once."""
@@ -213,7 +216,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not self._is_open or destination is None:
             return False
         self._is_open = False
-        pending = self._engine(destination).commit(destination.name, metadata={"framework": "deepspeed"})
+        pending = self._engine(destination).commit(destination.tag, metadata={"framework": "deepspeed"})
         self._outcomes.add(self._info, pending)
         return True
 
@@ -245,7 +248,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     # Inside.
 
-    def _engine(self, where: Destination | str) -> AsyncCheckpointEngine:
+    def _engine(self, where: DeepSpeedDestination | str) -> AsyncCheckpointEngine:
         if self._inner is None:
             root = where if isinstance(where, str) else where.save_dir
             config = dict(self._config)
@@ -262,8 +265,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         engine = self._engine(destination)
         if not self._is_open:
             self._outcomes.opened()
-            self._coordinator.route(destination)
-            engine.create(destination.name)
+            engine.create(destination)
             self._is_open = True
         return engine
 
@@ -285,8 +287,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._is_open:
             self._is_open = False
             self._coordinator.reason = error
-            self._engine(destination).abort(destination.name)
-        report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.tag, error)
+            self._engine(destination).abort(destination.tag)
+        report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.full_tag, error)
 
     def _make_outside(self, path: str, exist_ok: bool) -> None:
         if not exist_ok and self._filesystem.stat(path).kind != "missing":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed
 
 from ...errors import ConfigError
+from ...format.checksum import crc32
 from ...ranks.coordinator import Coordinator, LocalCoordinator
 from ...ranks.store_link import private_connection
 
@@ -48,16 +49,23 @@ class Ranks:
         number = self.rank if self.node is None else self.node.ranks.index(self.rank)
         return f"rank{number:02d}"
 
-    def coordinator(self, number: int, timeout_s: float) -> Coordinator:
-        """A coordinator for one checkpoint root; the ranks use the same numbers for the same roots."""
-        if self.store is None:
+    def coordinator(self, ranks: tuple[int, ...], timeout_s: float) -> Coordinator:
+        """A coordinator for the checkpoints of these ranks, this one among them.
+
+        Raises:
+            ConfigError: some ranks, but not all, share a tag, and each node has a save_dir of its own.
+        """
+        if self.store is None or len(ranks) == 1:
             return LocalCoordinator()
+        node = self.node
+        if len(ranks) < self.world_size and node is not None:
+            raise ConfigError(f"ranks {ranks} save under a tag of their own; with use_node_local_storage all ranks must have the same")
         from ...ranks.rank_coordinator import RankCoordinator
 
         # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
-        return RankCoordinator(
-            self.store, self.rank, self.world_size, timeout_s=timeout_s, node=self.node, run_id="deepspeed", channel=str(number)
-        )
+        channel = "all" if len(ranks) == self.world_size else f"{crc32(repr(ranks).encode()):08x}"
+        mine, size = ranks.index(self.rank), len(ranks)
+        return RankCoordinator(self.store, mine, size, timeout_s=timeout_s, node=node, run_id="deepspeed", channel=channel)
 
 
 def _this_node(rank: int, world_size: int) -> Node:

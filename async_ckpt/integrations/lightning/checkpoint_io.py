@@ -90,7 +90,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         engine, after = self._running(place)
         number = after.reserve(place)
         try:
-            engine.create(place.tag)
+            engine.create(place)
         except CheckpointError as error:
             # It may be an earlier commit's failure that arrived just now: it is not raised twice.
             after.forget(error)
@@ -227,7 +227,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             self._engine = AsyncCheckpointEngine(root=place.root, overwrite="replace", coordinator=self._coordinator, **self._config)
             self._engine.guard(*self._guarded)
             self._after = FollowUps(self._filesystem, self._coordinator, self._on_commit)
-        self._coordinator.route(place)
+        self._coordinator.prepare(place)
         return self._engine, self._after
 
     def _raise_failure(self) -> None:

@@ -10,20 +10,25 @@ Deleting a `.ckpt` by hand frees its space; the next run removes the left-over m
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
 from ...format.names import SINGLE_FILES_NAME, single_file_tag
+from ...ranks.coordinator import Destination
 
 DATA_NAME = "state.ckpt"
 
 
-@dataclass(frozen=True)
-class Place:
-    """One checkpoint file: `final` is its absolute path."""
+class Place(Destination):
+    """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a digest of it."""
 
     final: str
+    """The file's absolute path."""
+
+    def __init__(self, final: str) -> None:
+        folder, name = os.path.split(final)
+        super().__init__(os.path.join(folder, SINGLE_FILES_NAME), single_file_tag(name))
+        object.__setattr__(self, "final", final)
 
     @classmethod
     def of(cls, path: Any) -> Place:
@@ -49,16 +54,6 @@ class Place:
     def name(self) -> str:
         """The file's name."""
         return os.path.basename(self.final)
-
-    @property
-    def root(self) -> str:
-        """Where the folder's manifests and staging directories are."""
-        return os.path.join(self.folder, SINGLE_FILES_NAME)
-
-    @property
-    def tag(self) -> str:
-        """The checkpoint's tag below `root`: the file's name, or a digest of one that cannot be a tag."""
-        return single_file_tag(self.name)
 
     @property
     def record(self) -> str:

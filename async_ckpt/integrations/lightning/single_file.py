@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import CheckpointError, CheckpointNotFoundError, CommitError, report
 from ...format.manifest import FileEntry
-from ...ranks.coordinator import LocalCoordinator, OpenTag
+from ...ranks.coordinator import Destination, LocalCoordinator, OpenTag
 from ...reading.catalog import Catalog
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
@@ -26,18 +26,16 @@ from .places import DATA_NAME, Place
 
 
 class FileCoordinator(LocalCoordinator):
-    """A single process whose checkpoints are files in any folder; `route` says where the next `begin` goes."""
+    """A single process whose checkpoints are files in any folder, at a `Place` each."""
 
     def __init__(self, *, sweep: bool) -> None:
         super().__init__()
         self.lock = Lock()
         self._sweeps = sweep
         self._settled: set[str] = set()
-        self._next: Place | None = None
-        self._places: dict[int, Place] = {}
 
-    def route(self, place: Place) -> None:
-        """Where the next `begin` goes; makes and tidies the folder when it is used first. Training thread."""
+    def prepare(self, place: Place) -> None:
+        """Make and tidy the folder when it is used first. Training thread."""
         if place.root not in self._settled:
             transaction.make_root(self._fs, place.root)
             if self._sweeps:
@@ -45,26 +43,19 @@ class FileCoordinator(LocalCoordinator):
             with self.lock:
                 settle(self._fs, place.folder)
             self._settled.add(place.root)
-        self._next = place
 
-    def begin(self, tag: str, overwrite: str) -> OpenTag:
-        place = self._next
-        assert place is not None and place.tag == tag, "route() comes first"
-        opened = super().begin_at(place.root, tag, overwrite)
-        self._places[id(opened)] = place
-        return opened
+    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+        assert isinstance(destination, Place)
+        self.prepare(destination)
+        return super().begin(destination, overwrite)
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
-        place = self._places[id(opened)]
+        place = opened.destination
+        assert isinstance(place, Place)
         marks = {CONTENT_ID: _content_id(self._fs, opened.location.result())}
         with self.lock:
             super().publish(opened, files, {**metadata, **marks}, created_unix_ns)
             move_into_place(self._fs, place)
-        del self._places[id(opened)]
-
-    def abort(self, opened: OpenTag, error: BaseException) -> None:
-        self._places.pop(id(opened), None)
-        super().abort(opened, error)
 
     def sweep(self) -> None:
         # Each folder is swept when it is first used.

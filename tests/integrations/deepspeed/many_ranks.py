@@ -131,6 +131,34 @@ def slow_rank(directory: Path) -> None:
     assert differences(expected, state_of(load_stock(directory, 2, "fp32")[0])) == []
 
 
+def tags_of_their_own(directory: Path) -> None:
+    """Ranks that save under different tags each get what stock DeepSpeed leaves; then all share one again."""
+    engine = make(2)
+    attach(engine, directory, rank_timeout_s=30.0, **SMALL)
+    train(engine, 1, seed=RANK)
+    engine.save_checkpoint(str(directory), tag=f"of-rank-{RANK}")
+    train(engine, 1, seed=RANK)
+    engine.save_checkpoint(str(directory), tag=f"nested/{RANK}/x", save_latest=False)
+    engine.checkpoint_engine.drain()
+    distributed.barrier()
+    stock = directory / "stock"
+    other = make(2)
+    train(other, 1, seed=RANK)
+    other.save_checkpoint(str(stock), tag=f"of-rank-{RANK}")
+    distributed.barrier()
+    assert (directory / "latest").read_text() == (stock / "latest").read_text() == "of-rank-0"
+    for rank in range(2):
+        names = {p.name for p in (directory / f"of-rank-{rank}").iterdir()}
+        assert names == {p.name for p in (stock / f"of-rank-{rank}").iterdir()} | {"manifest.json"}
+        assert Catalog(directory).verify(f"of-rank-{rank}").ok
+        assert Catalog(directory / "nested" / str(rank)).verify("x").ok
+    expected = saved_state(engine)
+    engine.save_checkpoint(str(directory), tag="shared")
+    engine.destroy()
+    assert (directory / "latest").read_text() == "shared"
+    assert differences(expected, state_of(load_stock(directory, 2, "fp32")[0])) == []
+
+
 def steps_until_answered(engine: Any, answers: list[Any]) -> None:
     for _ in range(MANY_STEPS):
         train(engine, 1, seed=RANK)

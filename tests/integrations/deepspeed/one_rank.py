@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,40 @@ def stock_first(engine: Any, directory: Path, stage: int, dtype: str, expected: 
     assert found["epoch"] == 7
     assert differences(expected, state_of(stock)) == []
     train(stock, 1)
+
+
+def read_at_once(directory: Path) -> None:
+    """Another attached engine, and the tool, find what `save_checkpoint` has left on its way."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    filesystem = GatedFileSystem()
+    engine = make(2, "fp32")
+    attach(engine, directory, filesystem=filesystem, **SMALL)
+    train(engine, 1)
+    expected = state_of(engine)
+    engine.save_checkpoint(str(directory))
+    assert not (directory / "latest").exists()
+    threading.Timer(0.2, filesystem.gate.set).start()
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(directory))
+    assert all(torch.equal(weights[name], value.float()) for name, value in engine.module.named_parameters())
+    train(engine, 1)
+    expected = state_of(engine)
+    other = make(2, "fp32", seed=3)
+    attach(other, directory, **SMALL)
+    filesystem.gate.clear()
+    engine.save_checkpoint(str(directory), tag="second")
+    threading.Timer(0.2, filesystem.gate.set).start()
+    path, _ = other.load_checkpoint(str(directory))
+    assert path is not None and "second" in path
+    assert differences(expected, state_of(other)) == []
+    other.destroy()
+    # A failure is told to the reader, and to its own engine as well.
+    filesystem.error = OSError(errno.EIO, "no")
+    engine.save_checkpoint(str(directory), tag="t9")
+    with pytest.raises(CheckpointError):
+        get_fp32_state_dict_from_zero_checkpoint(str(directory))
+    with pytest.raises(CheckpointError):
+        engine.destroy()
 
 
 def overlap_spans_steps(directory: Path) -> None:

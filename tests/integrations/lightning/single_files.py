@@ -22,8 +22,7 @@ def commit(fs: FileSystem, place: Place, step: int) -> None:
     data = buffer.getvalue()
     coordinator = FileCoordinator(sweep=True)
     coordinator.bind(fs, place.root)
-    coordinator.route(place)
-    opened = coordinator.begin(place.tag, "replace")
+    opened = coordinator.begin(place, "replace")
     entry = FileEntry(DATA_NAME, len(data), len(data), (crc32(data),), "torch", "torch", None)
     try:
         fs.create_file(f"{opened.location.result()}/{DATA_NAME}", data)
