@@ -163,7 +163,12 @@ class Commits:
         return pending if pending is not None and not pending.done() else None
 
     def _others(self) -> list[Commits]:
-        """Of other engines of this process on the same root: a retry may not have let go of the one before."""
+        """Of other engines of this process on the same root: a retry may not have let go of the one before.
+
+        None for one of several ranks, whose neighbours may be threads of this process.
+        """
+        if self._coordinator.world_size > 1:
+            return []
         here, pid = os.path.realpath(self.root), os.getpid()
         others = [other for other in list(live) if other is not self and other.pid == pid]
         return [other for other in others if os.path.realpath(other.root) == here]

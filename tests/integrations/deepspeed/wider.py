@@ -42,8 +42,14 @@ class LateCopies:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._gate = threading.Event()
-        # Registered before the guard's hook, so that the gate is open when the guard waits.
-        optimizer.register_step_pre_hook(lambda *_: self._gate.set())
+        guarded = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            # Around the guard, so that the gate is open when the guard waits.
+            self._gate.set()
+            return guarded(*args, **kwargs)
+
+        optimizer.step = step  # type: ignore[method-assign]
 
     def close(self, checkpointer: AsyncDeepSpeedEngine) -> None:
         self._gate = gate = threading.Event()
@@ -61,8 +67,9 @@ def bottom(engine: Any) -> torch.optim.Optimizer:
 def guarded_bytes(directory: Path, stage: str, dtype: str, num_saves: str = "20") -> None:
     """Copied as late as the guard allows, while DeepSpeed trains on, each file is what torch.save wrote at the call."""
     engine = make(int(stage), dtype)
-    late, modes = LateCopies(bottom(engine)), Modes()
+    modes = Modes()
     checkpointer = attach(engine, directory, guard=True, observers=(modes,), retention=KeepLast(2), **SMALL)
+    late = LateCopies(bottom(engine))
     twice = Twice(checkpointer)
     train(engine, 1)
     for number in range(int(num_saves)):
