@@ -18,11 +18,11 @@ import typer
 from ..errors import CheckpointNotFoundError, escaped
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry
+from ..format.tensors import MAX_OTHERS, OtherInfo
 from ..observers.units import format_bytes
-from ..reading.catalog import OpenCheckpoint
-from ..reading.extents import VerifiedFile
+from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, TensorInfo, read_header
-from ..reading.inventory import MAX_OTHERS, OtherInfo
+from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, UsageError
 from .locating import Place, place_of
 from .output import print_json, print_table
@@ -73,7 +73,7 @@ _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 
 def _compare(
-    first: OpenCheckpoint, second: OpenCheckpoint, older: Place, newer: Place, others: list[str]
+    first: CommittedCheckpoint, second: CommittedCheckpoint, older: Place, newer: Place, others: list[str]
 ) -> tuple[list[dict[str, Any]], int]:
     if older.file is not None and newer.file is not None:
         pairs = [(first.entry(older.file), second.entry(newer.file))]
@@ -95,7 +95,7 @@ def _compare(
 
 
 @contextlib.contextmanager
-def _opened(checkpoint: OpenCheckpoint, entry: FileEntry) -> Iterator[_Side]:
+def _opened(checkpoint: CommittedCheckpoint, entry: FileEntry) -> Iterator[_Side]:
     with checkpoint.open_file(entry) as file:
         yield _Side(entry, file, None if entry.format == "opaque" else read_header(file))
     if not checkpoint.is_current():

@@ -13,9 +13,8 @@ import typer
 from ..errors import UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
 from ..observers.units import format_bytes
-from ..reading.extents import VerifiedFile
 from ..reading.header import FileHeader, TensorInfo, read_header
-from ..reading.verified_file import open_committed
+from ..reading.verified_file import VerifiedFile
 from .failing import UsageError
 from .locating import Place, place_of
 
@@ -90,7 +89,7 @@ def _copy(place: Place, file: str, fresh: str) -> None:
 
 
 def _opened(place: Place, file: str) -> VerifiedFile:
-    return open_committed(place.catalog, place.tag, file, verify="full", num_threads=None)
+    return place.catalog.open_file(place.tag, file)
 
 
 def _write(handle: int, offset: int, memory: memoryview) -> None:

@@ -9,10 +9,10 @@ import typer
 
 from ..errors import escaped
 from ..format.manifest import FileEntry
+from ..format.tensors import OtherInfo
 from ..observers.units import format_bytes
-from ..reading.catalog import OpenCheckpoint
+from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, TensorInfo, read_header, read_records
-from ..reading.inventory import OtherInfo
 from .failing import UsageError
 from .locating import place_of
 from .output import console, print_json, print_table
@@ -43,7 +43,7 @@ def command(
         raise UsageError("--records shows no tensors: it goes without --prefix, --depth and --flat")
     place = place_of(path)
 
-    def look(checkpoint: OpenCheckpoint) -> list[tuple[FileEntry, Any]]:
+    def look(checkpoint: CommittedCheckpoint) -> list[tuple[FileEntry, Any]]:
         entries = checkpoint.manifest.files if place.file is None else (checkpoint.entry(place.file),)
         return [(entry, _look_at(checkpoint, entry, records)) for entry in entries]
 
@@ -62,7 +62,7 @@ def command(
             _print_tree(entry, header, prefix, depth)
 
 
-def _look_at(checkpoint: OpenCheckpoint, entry: FileEntry, records: bool) -> Any:
+def _look_at(checkpoint: CommittedCheckpoint, entry: FileEntry, records: bool) -> Any:
     if entry.format == "opaque":
         return "no tensors: an opaque file"
     with checkpoint.open_file(entry) as file:

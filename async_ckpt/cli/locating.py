@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import escaped
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, is_url, single_file_tag
 from ..reading.catalog import Catalog
-from ..storage.filesystem import ReadSide
+from ..reading.committed import find_checkpoint
 from ..storage.local_filesystem import read_side_of
 from .failing import NotFoundError, UsageError
 
@@ -35,7 +35,7 @@ def catalog_of(root: str) -> Catalog:
     """
     if is_url(root):
         catalog = Catalog(root)
-        if _has_manifest(catalog.filesystem, catalog.root):
+        if catalog.filesystem.stat(f"{catalog.root}/{MANIFEST_NAME}").kind != "missing":
             raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; leave its tag away")
         return catalog
     if not os.path.isdir(root):
@@ -54,37 +54,17 @@ def place_of(path: str) -> Place:
     Raises:
         NotFoundError: there is no checkpoint at or above it. UsageError: it is a root.
     """
-    if is_url(path):
-        return _place_in_store(path.rstrip("/"))
-    given = os.path.abspath(path)
+    given = path.rstrip("/") if is_url(path) else os.path.abspath(path)
     home, name = os.path.split(given)
     beside, tag = os.path.join(home, SINGLE_FILES_NAME), single_file_tag(name)
     if is_checkpoint(os.path.join(beside, tag)) and os.path.isfile(given):
         return Place(Catalog(beside), tag, None)
-    folder, inner = given, ""
-    while not is_checkpoint(folder):
-        above, name = os.path.split(folder)
-        if above == folder:
-            raise _no_place(path, given)
-        folder, inner = above, f"{name}/{inner}" if inner else name
-    root, tag = os.path.split(folder)
-    return Place(Catalog(root), tag, inner or None)
-
-
-def _place_in_store(url: str) -> Place:
-    filesystem = read_side_of(url)
-    folder, inner = url, ""
-    while not _has_manifest(filesystem, folder):
-        above, _, name = folder.rpartition("/")
-        if not name or above.endswith("/"):
-            raise NotFoundError(f"{escaped(url)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
-        folder, inner = above, f"{name}/{inner}" if inner else name
-    root, _, tag = folder.rpartition("/")
+    filesystem = read_side_of(given)
+    found = find_checkpoint(given, filesystem)
+    if found is None:
+        raise _no_place(path, given)
+    root, tag, inner = found
     return Place(Catalog(root, filesystem), tag, inner or None)
-
-
-def _has_manifest(filesystem: ReadSide, folder: str) -> bool:
-    return filesystem.stat(f"{folder}/{MANIFEST_NAME}").kind != "missing"
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -93,6 +73,8 @@ def is_checkpoint(folder: str) -> bool:
 
 
 def _no_place(path: str, given: str) -> NotFoundError | UsageError:
+    if is_url(given):
+        return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
     if os.path.isdir(given):
         tags = [entry.tag for entry in Catalog(given).entries()]
         if tags:

@@ -25,7 +25,8 @@ from ..errors import CheckpointNotFoundError, MirrorError, report
 from ..format.manifest import MAX_MANIFEST_BYTES
 from ..format.names import MANIFEST_NAME
 from ..metrics import MirrorMetrics, Span
-from ..reading.catalog import Catalog, OpenCheckpoint
+from ..reading.catalog import Catalog
+from ..reading.committed import CommittedCheckpoint
 from .config import Mirror
 from .parts import Pace, PartStream, Slots, opened
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
@@ -120,7 +121,7 @@ class Upload:
             await self._in_thread(self._abandon_own)
             raise
 
-    async def _run(self, checkpoint: OpenCheckpoint) -> None:
+    async def _run(self, checkpoint: CommittedCheckpoint) -> None:
         context = self._context
         raw = await self._in_thread(checkpoint.directory.read_file, (MANIFEST_NAME,), MAX_MANIFEST_BYTES)
         plan = plan_upload(
@@ -144,7 +145,7 @@ class Upload:
         else:
             await self._in_thread(self._finish, plan)
 
-    def _publish_and_tell(self, checkpoint: OpenCheckpoint, plan: UploadPlan, name: str) -> None:
+    def _publish_and_tell(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, name: str) -> None:
         error = "it was interrupted"
         try:
             self._publish(checkpoint, plan)
@@ -172,7 +173,7 @@ class Upload:
 
     # The objects.
 
-    async def _put_all(self, checkpoint: OpenCheckpoint, plan: UploadPlan, state: TagState) -> None:
+    async def _put_all(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, state: TagState) -> None:
         context = self._context
         slots = Slots(context.mirror.parallel, context.mirror.part_bytes)
         turn = asyncio.Semaphore(context.mirror.parallel)
@@ -195,7 +196,7 @@ class Upload:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _put_object(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None) -> str:
+    async def _put_object(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None) -> str:
         """Returns the entity tag of the object, once it is there and whole."""
         context = self._context
         if known_tag is not None:
@@ -221,7 +222,7 @@ class Upload:
                 await asyncio.sleep(pause_s)
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
-    async def _send(self, checkpoint: OpenCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
+    async def _send(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
         context, started_s = self._context, time.perf_counter()
         file = await opened(context.executor, lambda: checkpoint.open_raw(one.entry))
         part_bytes = context.mirror.part_bytes
@@ -267,7 +268,7 @@ class Upload:
 
     # The manifest.
 
-    def _publish(self, checkpoint: OpenCheckpoint, plan: UploadPlan) -> None:
+    def _publish(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
         context = self._context
         if not checkpoint.is_current():
             raise CheckpointNotFoundError(f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored")

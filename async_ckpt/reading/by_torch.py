@@ -25,9 +25,9 @@ from ..format.pickles import MalformedPickleError
 from ..format.zip_directory import Record
 from .build import place_for
 from .errors import ReadError
-from .extents import VerifiedFile
 from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_records
 from .torch_file import TorchFile
+from .verified_file import VerifiedFile
 
 _FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, struct.error)
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"

@@ -12,111 +12,28 @@ Methods block on the disk and may be called from any thread.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-from ..errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
-from ..format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, decode
-from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, parse_private_name
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
+from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
+from ..format.names import MANIFEST_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, parse_private_name
 from ..host.process import OwnerState
-from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
+from ..storage.filesystem import ReadSide
 from ..storage.local_filesystem import read_side_of
-from .errors import DAMAGE_ERRNOS
-from .extents import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+from .committed import CommittedCheckpoint, gone, identity_of
+from .errors import DAMAGE_ERRNOS, ReadError
+from .verified_file import MemorySource, VerifiedFile
 from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files
 
 _MAX_RACES = 32
 
 T = TypeVar("T")
-
-
-class OpenCheckpoint:
-    """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
-
-    def __init__(self, filesystem: ReadSide, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None) -> None:
-        self.root = root.path
-        self.copied_from = copied_from
-        """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
-        self._paths = root
-        self.manifest = manifest
-        self.directory = directory
-        self._filesystem = filesystem
-
-    def entry(self, path: StrPath) -> FileEntry:
-        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
-
-        Raises:
-            UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
-        """
-        _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
-        entry = self.manifest.file(inner)
-        if entry is None:
-            there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
-            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
-        return entry
-
-    def open_file(
-        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
-    ) -> VerifiedFile:
-        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as `open_raw`."""
-        file = self.open_raw(entry)
-        try:
-            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
-        except BaseException:
-            file.close()
-            raise
-
-    def open_raw(self, entry: FileEntry) -> ReadableFile:
-        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself.
-
-        Raises:
-            CorruptCheckpointError: missing, not a regular file, or another size.
-            CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
-        """
-        try:
-            file = self.open_read(entry.parts, direct=True)
-        except FileNotFoundError as error:
-            if not self.is_current():
-                raise _gone(self.manifest.tag) from error
-            message = f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}"
-            raise CorruptCheckpointError(message, path=entry.path) from error
-        if file.size_bytes != entry.size_bytes:
-            file.close()
-            what = f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
-            raise CorruptCheckpointError(f"{entry.path!r} in checkpoint {self.manifest.tag!r} {what}", path=entry.path)
-        return file
-
-    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
-        """As `DirHandle.open_read`; the file of a single-file checkpoint is looked for where its manifest says, too."""
-        try:
-            return self.directory.open_read(parts, direct=direct)
-        except FileNotFoundError:
-            home, name = os.path.split(self.root)
-            beside = self.manifest.metadata.get("file")
-            if name != SINGLE_FILES_NAME or not isinstance(beside, str):
-                raise
-            with contextlib.closing(self._filesystem.open_dir(home)) as folder:
-                return folder.open_read((beside,), direct=direct)
-
-    def is_current(self) -> bool:
-        """Whether the tag still names this very directory."""
-        return _identity(self._filesystem, os.path.join(self.root, self.manifest.tag)) == self.directory.identity
-
-    def close(self) -> None:
-        """Close the directory; idempotent. Files opened from it stay open."""
-        self.directory.close()
-
-    def __enter__(self) -> OpenCheckpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)
@@ -230,7 +147,7 @@ class Catalog:
         """
         checked = _check_level(level)
 
-        def check(checkpoint: OpenCheckpoint) -> VerifyReport:
+        def check(checkpoint: CommittedCheckpoint) -> VerifyReport:
             files = checkpoint.manifest.files
             problems: list[Problem] = []
             extra: list[str] = []
@@ -238,7 +155,7 @@ class Catalog:
                 extra, problems = find_extra(checkpoint.directory, files)
                 problems += verify_files(checkpoint, files, level=checked, num_threads=num_threads, progress=progress)
             if problems and not checkpoint.is_current():
-                raise _gone(tag)
+                raise gone(tag)
             return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems), tuple(extra))
 
         try:
@@ -272,7 +189,7 @@ class Catalog:
             for private in parsed
         ]
 
-    def open(self, tag: str) -> OpenCheckpoint:
+    def open(self, tag: str) -> CommittedCheckpoint:
         """Hold a checkpoint open for reading; use as a context manager.
 
         Raises:
@@ -300,15 +217,39 @@ class Catalog:
                     raise CorruptCheckpointError(f"{path!r}: its manifest cannot be read: {error}", path=path) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
-                if _identity(self._filesystem, path) == identity:
+                if identity_of(self._filesystem, path) == identity:
                     raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
                 # Deleted or replaced between the two steps: look again.
                 continue
             copied_from = manifest.tag if is_link or manifest.tag != tag else None
-            return OpenCheckpoint(self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
-        raise _gone(tag)
+            return CommittedCheckpoint(self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
+        raise gone(tag)
 
-    def read(self, tag: str, function: Callable[[OpenCheckpoint], T]) -> T:
+    def open_file(
+        self, tag: str, name: str, *, verify: str = "full", num_threads: int | None = None, lend: MemorySource | None = None
+    ) -> VerifiedFile:
+        """Open file `name` of a checkpoint to read it; with `verify="full"` its checksums are compared as it is read.
+
+        Raises:
+            CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size is wrong.
+            ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
+        """
+        check = _check_level(verify) == "full"
+        is_number = isinstance(num_threads, int) and not isinstance(num_threads, bool)
+        if num_threads is not None and not (is_number and 1 <= num_threads <= 256):
+            raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
+
+        def opened(checkpoint: CommittedCheckpoint) -> VerifiedFile:
+            return checkpoint.open_file(checkpoint.entry(name), check=check, num_threads=num_threads, lend=lend)
+
+        try:
+            return self.read(tag, opened)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise ReadError(error, path=f"{self._root}/{tag}/{name}") from error
+
+    def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:
         """`function` of the open checkpoint; run again when the checkpoint was replaced under it (CheckpointNotFoundError)."""
         for _ in range(_MAX_RACES):
             with self.open(tag) as checkpoint:
@@ -317,7 +258,7 @@ class Catalog:
                 except CheckpointNotFoundError:
                     if checkpoint.is_current():
                         raise
-        raise _gone(tag)
+        raise gone(tag)
 
     def _readable(self, entries: list[CatalogEntry]) -> list[CatalogEntry]:
         for entry in entries:
@@ -365,23 +306,6 @@ def _is_tag(name: str) -> bool:
     except UnsafePathError:
         return False
     return True
-
-
-def _identity(filesystem: ReadSide, path: str) -> tuple[int, int]:
-    """Device and inode of the directory that has this name, a link followed."""
-    found = filesystem.stat(path)
-    if found.kind != "other":
-        return found.identity
-    try:
-        with contextlib.closing(filesystem.open_dir(path)) as directory:
-            return directory.identity
-    except OSError:
-        # It leads nowhere (any more).
-        return 0, 0
-
-
-def _gone(tag: str) -> CheckpointNotFoundError:
-    return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
 
 
 def _check_level(level: str) -> Level:

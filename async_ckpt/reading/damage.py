@@ -9,7 +9,7 @@ from ..errors import CheckpointError
 from ..format.checksum import crc32
 from ..format.zip_directory import Record, UnusualLayoutError, read_directory
 from .errors import ExtentMismatch
-from .extents import BLOCK_BYTES, VerifiedFile
+from .verified_file import BLOCK_BYTES, VerifiedFile
 
 _MAX_SUMMED = 64
 _MAX_NAMED = 3

@@ -18,9 +18,9 @@ from ..format.checksum import crc32
 from ..format.inert import read_inert
 from ..format.pickles import MalformedPickleError
 from ..format.safetensors import read_safetensors
+from ..format.tensors import MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
 from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
-from .extents import VerifiedFile
-from .inventory import MAX_OTHERS, MAX_TENSORS, FoundTensor, Inventory, OtherInfo, leaves, too_many
+from .verified_file import VerifiedFile
 
 MAX_PICKLE_BYTES = 256 << 20
 

@@ -14,9 +14,9 @@ from ..errors import CorruptCheckpointError
 from ..format.inert import Notes, describe
 from ..format.opcodes import EVERY_OPCODE
 from ..format.pickles import MalformedPickleError, Name, PickleReader
+from ..format.tensors import ITEM_BYTES, STORAGE_TYPES
 from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
-from .extents import VerifiedFile
-from .inventory import ITEM_BYTES, STORAGE_TYPES
+from .verified_file import VerifiedFile
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """How files begin that torch wrote before its zip format, and still writes on request."""

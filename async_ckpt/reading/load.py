@@ -12,26 +12,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.serialization import config
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from ..format.plain import NotPlainError, load_plain
 from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
 from ..host.device import without_default_device
+from ..storage.local_filesystem import read_side_of
 from .build import TensorBuilder, place_for
 from .by_torch import byte_order, is_legacy, load_by_torch
+from .catalog import Catalog
+from .committed import find_checkpoint
 from .damage import naming_the_record
-from .extents import MemorySource, VerifiedFile
+from .errors import ReadError
 from .load_into import Atomic, Restored, fill, read_inventory, safetensors_inventory
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
-from .verified_file import open_committed, split_path
-
-if TYPE_CHECKING:
-    from .catalog import Catalog
+from .verified_file import MemorySource, VerifiedFile
 
 __all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
 
@@ -110,11 +110,19 @@ def load_into(
 
 
 def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
-    from ..storage.local_filesystem import read_side_of
-    from .catalog import Catalog
-
-    root, tag, name = split_path(path, read_side_of(os.fspath(path)))
-    return Catalog(root), tag, name
+    filesystem = read_side_of(os.fspath(path))
+    try:
+        found = find_checkpoint(path, filesystem)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise ReadError(error, path=os.fspath(path)) from error
+    if found is None or not found[2]:
+        is_file = filesystem.stat(os.fspath(path)).kind == "file"
+        there = "torch.load reads it if it is a plain torch file" if is_file else "there is no such file"
+        raise CheckpointNotFoundError(f"{os.fspath(path)} is not in a committed checkpoint (no manifest above it); {there}")
+    root, tag, name = found
+    return Catalog(root, filesystem), tag, name
 
 
 def load_committed(
@@ -129,7 +137,7 @@ def load_committed(
     num_threads: int | None = None,
 ) -> Any:
     """`load` of file `name` in checkpoint `tag` of `catalog`."""
-    with open_committed(catalog, tag, name, verify=verify, num_threads=num_threads) as file:
+    with catalog.open_file(tag, name, verify=verify, num_threads=num_threads) as file:
         return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
 
 
@@ -177,7 +185,7 @@ def load_committed_into(
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     _refuse_contexts()
     with (
-        open_committed(catalog, tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
+        catalog.open_file(tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
         naming_the_record(file),
         without_default_device(),
     ):

@@ -25,13 +25,13 @@ from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
 from .build import PlainObjects, check_inside, element_type, storage_extent
 from .errors import ExtentMismatch, ReadError
-from .extents import VerifiedFile
 from .rollback import Undo
 from .safetensors_file import read_tensors
 from .scatter import Scatter, new_storage, stream_into
 from .select import select_leaves
 from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
 from .state_tree import flatten, replace_leaves
+from .verified_file import VerifiedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

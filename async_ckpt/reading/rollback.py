@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from ..host.memory import address_of, move, region
 from ..threads.locks import Condition, uninterrupted
-from .extents import MemorySource
 from .scatter import Scatter
+from .verified_file import MemorySource
 
 
 class Undo:

@@ -9,8 +9,8 @@ import torch
 from ..errors import UnsupportedStateError
 from ..format.safetensors import SafetensorsTensor, read_safetensors
 from .build import Place, place_for
-from .extents import VerifiedFile
 from .scatter import Scatter, new_storage, stream_into
+from .verified_file import VerifiedFile
 
 
 def read_tensors(file: VerifiedFile) -> list[tuple[SafetensorsTensor, torch.dtype]]:

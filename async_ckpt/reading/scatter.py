@@ -16,7 +16,7 @@ import torch
 from ..errors import TransactionStateError
 from ..host.device import Pinning, on_stream, refuse_capture, synchronize
 from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
-from .extents import VerifiedFile
+from .verified_file import VerifiedFile
 
 
 class Scatter:

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from ..host.memory import address_of, move
-from .extents import VerifiedFile
+from .verified_file import VerifiedFile
 
 _HELD_EXTENTS = 4
 

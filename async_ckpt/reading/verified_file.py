@@ -1,79 +1,330 @@
-"""Opens one committed file for a verified read, and finds the checkpoint that a plain path lies in.
+"""Reads committed files in parallel, checks every extent against the manifest, and hands the bytes on; no torch here.
+
+This is the one machine behind `verify`, `latest`, `load`, `load_into` and the command line.
 
 Guarantees:
-- Tag and name are checked and looked up in the manifest of the same directory; nothing else is opened, no link followed.
+- With `check`, `view`, `keep` and `stream` never return before the CRC of every byte they handed on was compared.
+- The first failure stops all workers and is raised; no thread and no descriptor is left behind.
+- Worker memory is `num_threads * BLOCK_BYTES`; only what `keep` was told to keep stays.
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from ..format.names import MANIFEST_NAME, is_url
-from .errors import ReadError
-from .extents import MemorySource, VerifiedFile
+from .. import metrics
+from ..errors import CheckpointError, CorruptCheckpointError
+from ..format.checksum import crc32, crc32_combine
+from ..format.manifest import FileEntry
+from ..host.memory import region
+from ..storage.filesystem import ReadableFile
+from ..threads.executor import DaemonExecutor
+from ..threads.locks import Lock, uninterrupted
+from .errors import DAMAGE_ERRNOS, ExtentMismatch, ReadError
 
-if TYPE_CHECKING:
-    from ..storage.filesystem import ReadSide
-    from .catalog import Catalog
+BLOCK_BYTES = 2 << 20
+"""One read, one huge page: still in the core's cache when its CRC is taken."""
+DEFAULT_NUM_THREADS = 8
+"""Four reads in flight fill a fast disk's queue, while the others' blocks are checked and moved."""
+
+Consume = Callable[[int, memoryview], None]
+"""Called on a worker thread with a file offset and the bytes there; they are only valid during the call."""
+Lent = tuple[memoryview, Callable[[], None]]
+"""Page-aligned memory, and what gives it back."""
+MemorySource = Callable[[int], "Lent | None"]
+"""Lends memory of at least so many bytes that was touched before (fresh memory is slower than the disk), or None."""
+OnDamage = Callable[["VerifiedFile", int, CheckpointError], None]
+"""Told on a worker thread about an extent that is not as committed, or that the disk cannot give."""
 
 
-def open_committed(
-    catalog: Catalog,
-    tag: str,
-    name: str,
-    *,
-    verify: str,
-    num_threads: int | None,
-    lend: MemorySource | None = None,
-) -> VerifiedFile:
-    """Open file `name` of a committed tag. Any thread; blocks for the manifest.
+@dataclass(slots=True)
+class _Block:
+    """Some bytes of whole extents, or of a part of one."""
+
+    file: VerifiedFile
+    offset: int
+    num_bytes: int
+    memory: memoryview | None = None
+    loaded: bool = False
+
+
+class VerifiedFile:
+    """One open file and the CRCs of its extents. One caller at a time; owns `file` and closes it.
+
+    `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned.
+    `on_read(name, bytes just read, bytes of the file)` is called on the threads that read.
+    """
+
+    def __init__(
+        self,
+        file: ReadableFile,
+        entry: FileEntry,
+        *,
+        check: bool,
+        num_threads: int = DEFAULT_NUM_THREADS,
+        lend: MemorySource | None = None,
+    ) -> None:
+        self.entry = entry
+        self.name = file.path
+        self.map_path = file.map_path
+        """A path to this very file while it is open here, whoever has its name by now."""
+        self.size_bytes = file.size_bytes
+        self.extent_bytes = entry.extent_bytes
+        self.num_extents = -(-self.size_bytes // self.extent_bytes) if self.size_bytes else 0
+        self.check = check
+        self.lend = lend
+        self.new_buffer: Callable[[int], memoryview] = region
+        self.on_bytes: Consume | None = None
+        """Looks at all bytes that `stream` passes on, before anybody else gets them."""
+        self.on_read = metrics.read_listener()
+        self._file = file
+        self._num_threads = num_threads
+        self._kept: dict[int, memoryview] = {}
+        self._give_back: dict[int, Callable[[], None]] = {}
+        self._verified: set[int] = set()
+        if check and len(entry.extent_crc32) != self.num_extents:
+            raise CorruptCheckpointError(
+                f"{self.name}: the manifest holds {len(entry.extent_crc32)} extent checksums, the file has {self.num_extents} extents",
+                path=self.name,
+            )
+
+    def __enter__(self) -> VerifiedFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor and forget the kept extents; may be called twice."""
+        self.drop(self.kept())
+        self._file.close()
+
+    def extents_of(self, offset: int, num_bytes: int) -> range:
+        """Indices of the extents that hold `num_bytes` bytes from `offset`."""
+        first = offset // self.extent_bytes
+        return range(first, -(-(offset + num_bytes) // self.extent_bytes) if num_bytes else first)
+
+    def extent_range(self, extent: int) -> tuple[int, int]:
+        """First byte of an extent and the byte after its last."""
+        return extent * self.extent_bytes, min(self.size_bytes, (extent + 1) * self.extent_bytes)
+
+    def keep(self, extents: Iterable[int]) -> None:
+        """Read and verify these extents and hold them in memory, so that `view` and `stream` need not read them again."""
+        wanted: dict[int, memoryview] = {}
+        try:
+            for extent in extents:
+                if extent not in self._kept:
+                    wanted[extent] = self._new_extent(extent)
+            blocks = [block for extent, memory in wanted.items() for block in self._blocks(*self.extent_range(extent), memory)]
+            _Reading(blocks, None, self._num_threads).run()
+        except BaseException:
+            self._return(wanted)
+            raise
+        self._kept.update(wanted)
+
+    def drop(self, extents: Iterable[int]) -> None:
+        """Forget kept extents; that they were verified is remembered."""
+        dropped = list(extents)
+        for extent in dropped:
+            self._kept.pop(extent, None)
+        self._return(dropped)
+
+    def kept(self) -> list[int]:
+        """Indices of the kept extents, oldest first."""
+        return list(self._kept)
+
+    def is_kept(self, extent: int) -> bool:
+        """Whether the extent is in memory."""
+        return extent in self._kept
+
+    def view(self, offset: int, num_bytes: int) -> memoryview:
+        """Verified bytes of the file; keeps the extents they lie in."""
+        self._check_inside(offset, num_bytes)
+        extents = self.extents_of(offset, num_bytes)
+        self.keep(extents)
+        parts = [self._kept_part(extent, offset, offset + num_bytes) for extent in extents]
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """As `view`, copied."""
+        return bytes(self.view(offset, num_bytes))
+
+    def unverified(self, offset: int, num_bytes: int) -> bytes:
+        """Bytes as they are on disk, compared with nothing: for headers that are shown, and for telling what is damaged."""
+        self._check_inside(offset, num_bytes)
+        data = bytearray(num_bytes)
+        self.read_block(memoryview(data), offset)
+        return bytes(data)
+
+    def stream(self, consume: Consume | None, extents: Iterable[int] | None = None) -> None:
+        """Hand every byte of `extents` (default: all) to `consume`, in parallel and in no order; blocks until done.
+
+        Raises:
+            CorruptCheckpointError: a CRC differs. `consume` may have seen the bytes already: it must write
+                only to memory that nobody uses yet, or bytes that `verify_rest` has seen.
+        """
+        wanted = range(self.num_extents) if extents is None else extents
+        _Reading(list(self.blocks(wanted, with_kept=consume is not None)), consume, self._num_threads).run()
+
+    def verify_rest(self) -> None:
+        """Read and verify every extent that was not verified yet; does nothing without `check`."""
+        if self.check:
+            self.stream(None, [extent for extent in range(self.num_extents) if extent not in self._verified])
+
+    def blocks(self, extents: Iterable[int], *, with_kept: bool = False) -> Iterator[_Block]:
+        """What to read for these extents, neighbours together; `with_kept`: also what is in memory already."""
+        first = end = 0
+        for extent in extents:
+            low, high = self.extent_range(extent)
+            kept = self._kept.get(extent)
+            if low != end or kept is not None:
+                yield from self._blocks(first, end)
+                first, end = low, low
+            if kept is None:
+                end = high
+            else:
+                first = end = high
+                if with_kept:
+                    yield from self._blocks(low, high, kept, loaded=True)
+        yield from self._blocks(first, end)
+
+    def read_block(self, memory: memoryview, offset: int) -> None:
+        """Fill `memory` from the disk. Any thread. Raises ReadError, CorruptCheckpointError (the file has ended)."""
+        try:
+            self._file.pread_into(memory, offset)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise ReadError(error, path=self.name, offset=offset) from error
+
+    def compare(self, extent: int, crc: int) -> None:
+        """Note that an extent has this CRC. Raises ExtentMismatch."""
+        if crc != self.entry.extent_crc32[extent]:
+            raise ExtentMismatch(self.name, extent, *self.extent_range(extent))
+        self._verified.add(extent)
+
+    def _check_inside(self, offset: int, num_bytes: int) -> None:
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size_bytes:
+            raise CorruptCheckpointError(f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name)
+
+    def _new_extent(self, extent: int) -> memoryview:
+        first, end = self.extent_range(extent)
+        lent = self.lend(end - first) if self.lend is not None else None
+        if lent is None:
+            return region(end - first)
+        self._give_back[extent] = lent[1]
+        return lent[0][: end - first]
+
+    def _return(self, extents: Iterable[int]) -> None:
+        for extent in extents:
+            give_back = self._give_back.pop(extent, None)
+            if give_back is not None:
+                give_back()
+
+    def _kept_part(self, extent: int, first: int, end: int) -> memoryview:
+        low, high = self.extent_range(extent)
+        return self._kept[extent][max(first, low) - low : min(end, high) - low]
+
+    def _blocks(self, first: int, end: int, memory: memoryview | None = None, loaded: bool = False) -> Iterator[_Block]:
+        for offset in range(first, end, BLOCK_BYTES):
+            num_bytes = min(BLOCK_BYTES, end - offset)
+            yield _Block(self, offset, num_bytes, None if memory is None else memory[offset - first :][:num_bytes], loaded)
+
+
+def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threads: int = DEFAULT_NUM_THREADS) -> None:
+    """Compare all of `files` with their CRCs; blocks until every byte was read.
 
     Raises:
-        CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size is wrong.
-        ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
+        OSError: a shortage of this process or machine kept a file from being read.
     """
-    if verify not in ("full", "size", "off"):
-        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
-    if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 256):
-        raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
-    try:
-        return catalog.read(
-            tag,
-            lambda checkpoint: checkpoint.open_file(checkpoint.entry(name), check=verify == "full", num_threads=num_threads, lend=lend),
-        )
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise ReadError(error, path=f"{catalog.root}/{tag}/{name}") from error
+    _Reading([block for file in files for block in file.blocks(range(file.num_extents))], None, num_threads, on_damage).run()
 
 
-def split_path(path: str | os.PathLike[str], filesystem: ReadSide) -> tuple[str, str, str]:
-    """(root, tag, name) of a file in a committed checkpoint, from the manifest nearest above it. Blocks for lstat calls.
+class _Reading:
+    """One pass over some blocks by a few threads."""
 
-    Raises:
-        CheckpointNotFoundError: no directory above holds a manifest. ReadError: the disk failed.
-    """
-    text = os.fspath(path)
-    given = text if is_url(text) else os.path.abspath(text)
-    try:
-        return _split(given, filesystem)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise ReadError(error, path=given) from error
+    def __init__(self, blocks: list[_Block], consume: Consume | None, num_threads: int, on_damage: OnDamage | None = None) -> None:
+        self._num_workers = max(1, min(num_threads, len(blocks)))
+        self._pending = iter(blocks)
+        self._consume = consume
+        self._on_damage = on_damage
+        self._lock = Lock()
+        self._failed = threading.Event()
+        self._sums: dict[tuple[VerifiedFile, int], list[tuple[int, int, int]]] = {}
+        """Of extents that are read in parts: offset, CRC and size of each part that was read."""
 
+    def run(self) -> None:
+        if self._num_workers == 1:
+            self._work()
+            return
+        pool = DaemonExecutor("async-ckpt-read", self._num_workers)
+        try:
+            for result in [pool.submit(self._work) for _ in range(self._num_workers)]:
+                result.result()
+        finally:
+            # An interrupt in this thread must not wait for the rest of the file, but for the blocks that are being read into memory.
+            self._failed.set()
+            uninterrupted(pool.shutdown)
 
-def _split(given: str, filesystem: ReadSide) -> tuple[str, str, str]:
-    folder, name = os.path.split(given)
-    while True:
-        above, tag = os.path.split(folder)
-        if not tag or above.endswith(":"):
-            break
-        # A link or FIFO in its place is damage, which whoever opens the checkpoint tells.
-        if filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
-            return above, tag, name
-        folder, name = above, f"{tag}/{name}"
-    there = "torch.load reads it if it is a plain torch file" if filesystem.stat(given).kind == "file" else "there is no such file"
-    raise CheckpointNotFoundError(f"{given} is not in a committed checkpoint (no manifest above it); {there}")
+    def _work(self) -> None:
+        buffer: memoryview | None = None
+        while not self._failed.is_set():
+            with self._lock:
+                block = next(self._pending, None)
+            if block is None:
+                return
+            try:
+                if block.memory is None:
+                    if buffer is None:
+                        buffer = block.file.new_buffer(BLOCK_BYTES)
+                    block.memory = buffer[: block.num_bytes]
+                self._process(block, block.memory)
+                block.memory = None
+            except BaseException:
+                self._failed.set()
+                raise
+
+    def _process(self, block: _Block, memory: memoryview) -> None:
+        file = block.file
+        extents = file.extents_of(block.offset, block.num_bytes)
+        if not block.loaded:
+            try:
+                file.read_block(memory, block.offset)
+            except (CorruptCheckpointError, ReadError) as error:
+                if self._on_damage is None or (isinstance(error, ReadError) and error.errno not in DAMAGE_ERRNOS):
+                    raise
+                for extent in extents:
+                    self._on_damage(file, extent, error)
+            else:
+                for extent in extents if file.check else ():
+                    self._sum(block, memory, extent)
+            if file.on_read is not None:
+                file.on_read(file.name, block.num_bytes, file.size_bytes)
+        if file.on_bytes is not None:
+            file.on_bytes(block.offset, memory)
+        if self._consume is not None:
+            self._consume(block.offset, memory)
+
+    def _sum(self, block: _Block, memory: memoryview, extent: int) -> None:
+        """Take the CRC of what the block has of an extent, and compare it once all of the extent was read."""
+        low, high = block.file.extent_range(extent)
+        first, end = max(low, block.offset), min(high, block.offset + block.num_bytes)
+        crc = crc32(memory[first - block.offset : end - block.offset])
+        if (first, end) != (low, high):
+            with self._lock:
+                parts = self._sums.setdefault((block.file, extent), [])
+                parts.append((first, crc, end - first))
+                if sum(num_bytes for _, _, num_bytes in parts) < high - low:
+                    return
+                del self._sums[block.file, extent]
+            crc = 0
+            for _, part, num_bytes in sorted(parts):
+                crc = crc32_combine(crc, part, num_bytes)
+        try:
+            block.file.compare(extent, crc)
+        except ExtentMismatch as mismatch:
+            if self._on_damage is None:
+                raise
+            self._on_damage(block.file, extent, mismatch)

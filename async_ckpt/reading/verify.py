@@ -19,7 +19,7 @@ from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
 from ..threads.locks import Lock
 from .damage import damaged_records
 from .errors import DAMAGE_ERRNOS, ExtentMismatch
-from .extents import DEFAULT_NUM_THREADS, VerifiedFile, check_files
+from .verified_file import DEFAULT_NUM_THREADS, VerifiedFile, check_files
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ class VerifyReport:
 
 
 class Opener(Protocol):
-    """What files are opened through: a `DirHandle`, an `OpenCheckpoint`."""
+    """What files are opened through: a `DirHandle`, a `CommittedCheckpoint`."""
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
         """See `DirHandle.open_read`."""

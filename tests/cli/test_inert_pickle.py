@@ -19,7 +19,7 @@ from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError
 from async_ckpt.format.inert import Inert, describe, read_inert
 from async_ckpt.format.pickles import MalformedPickleError, Name, key_value
-from async_ckpt.reading.inventory import Inventory, leaves
+from async_ckpt.format.tensors import Inventory, leaves
 
 from ..cli.conftest import PYTHON
 
@@ -228,7 +228,7 @@ resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from async_ckpt.errors import CheckpointError
 from async_ckpt.format.inert import read_inert
 from async_ckpt.format.pickles import MalformedPickleError
-from async_ckpt.reading.inventory import Inventory, leaves
+from async_ckpt.format.tensors import Inventory, leaves
 try:
     print("leaves", sum(1 for _ in leaves(read_inert(sys.stdin.buffer.read(), Inventory({})))))
 except (CheckpointError, MalformedPickleError) as error:

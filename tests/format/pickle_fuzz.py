@@ -22,8 +22,8 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.format.inert import describe, fingerprint, read_inert
 from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.format.plain import NotPlainError, load_plain
+from async_ckpt.format.tensors import Inventory, leaves
 from async_ckpt.reading.build import PlainObjects
-from async_ckpt.reading.inventory import Inventory, leaves
 
 MAX_S = 2.0
 MAX_S_PER_BYTE = 50e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.reading import extents as reading
+from async_ckpt.reading import verified_file as reading
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from async_ckpt import (
 from async_ckpt.reading import load as restore
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.reading.load import load_opened
-from async_ckpt.reading.verified_file import open_committed
 
 from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
@@ -162,7 +161,7 @@ def test_a_manifest_of_the_wrong_kind_is_damage_to_whoever_loads_by_path(tmp_pat
 def test_the_file_that_is_mapped_is_the_one_that_was_verified(tmp_path: Path, change: str) -> None:
     """It was opened a second time by its name, which a replacement had taken by then."""
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
-    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=None) as opened:
+    with catalog.open_file("a", "m.pt") as opened:
         (tmp_path / "a").rename(tmp_path / "moved")
         if change == "replaced":
             commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.zeros(1000)})})
@@ -237,7 +236,7 @@ def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bo
 def test_a_shortage_while_mapping_is_no_damage(tmp_path: Path, num_spare: int) -> None:
     """torch opens the file itself, and its RuntimeError passed for a damaged file."""
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.ones(1000)})})
-    with open_committed(catalog, "a", "m.pt", verify="full", num_threads=1) as opened:
+    with catalog.open_file("a", "m.pt", num_threads=1) as opened:
         opened.verify_rest()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest = os.open(os.devnull, os.O_RDONLY)
@@ -331,6 +330,6 @@ def test_load_from_threads_at_once(tmp_path: Path) -> None:
 
 
 def test_reading_modules_need_no_torch() -> None:
-    modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.extents", "format.plain"))
+    modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.verified_file", "format.plain"))
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

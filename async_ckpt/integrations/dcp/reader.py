@@ -26,8 +26,9 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from ...reading.catalog import Catalog, OpenCheckpoint
-from ...reading.extents import VerifiedFile
+from ...reading.catalog import Catalog
+from ...reading.committed import CommittedCheckpoint
+from ...reading.verified_file import VerifiedFile
 from .metadata import decode_metadata
 from .objects import why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
@@ -177,13 +178,13 @@ class DcpReader(StorageReader):
             shape = next((chunk.sizes for chunk in chunks if chunk.offsets == index.offset), torch.Size(item.lengths))
         return Part(info.offset, info.length, dtype, shape, item.storage_offsets, item.lengths, name)
 
-    def _open(self) -> OpenCheckpoint:
+    def _open(self) -> CommittedCheckpoint:
         if self._path is None:
             raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
         root, tag = split_checkpoint_id(self._path)
         return Catalog(root).open(tag)
 
-    def _file(self, checkpoint: OpenCheckpoint, path: str) -> VerifiedFile:
+    def _file(self, checkpoint: CommittedCheckpoint, path: str) -> VerifiedFile:
         return checkpoint.open_file(checkpoint.entry(path), check=self._verify == "full")
 
 

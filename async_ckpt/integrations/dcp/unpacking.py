@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import CorruptCheckpointError, UnsupportedStateError
-from ...reading.extents import VerifiedFile
 from ...reading.scatter import Scatter, new_storage
+from ...reading.verified_file import VerifiedFile
 from .blobs import BlobPlanner
 from .objects import why_not_plain
 

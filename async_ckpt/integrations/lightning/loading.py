@@ -16,8 +16,8 @@ import torch
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import FileEntry, Manifest
 from ...reading.catalog import Catalog
-from ...reading.extents import VerifiedFile
 from ...reading.load import load_opened
+from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
 from .content_id import CONTENT_ID, check_own_crcs, read_content_id
 from .places import DATA_NAME, Place

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsupportedStateError
-from ..format.inert import Inert, PersistentId, describe, fingerprint
-from ..format.pickles import Name, OpaqueKey
-from ..format.zip_directory import Record
+from .inert import Inert, PersistentId, describe, fingerprint
+from .pickles import Name, OpaqueKey
+from .zip_directory import Record
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000

@@ -1,0 +1,132 @@
+"""One committed checkpoint, held open: its manifest and its files; and which checkpoint a path lies in. No torch.
+
+Guarantees:
+- It is read through one directory descriptor; names are looked up in its manifest. Nothing else is opened, and below the
+  checkpoint no link is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..format.manifest import FileEntry, Manifest
+from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, Root, StrPath, is_url
+from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
+from .verified_file import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+
+
+class CommittedCheckpoint:
+    """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
+
+    def __init__(self, filesystem: ReadSide, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None) -> None:
+        self.root = root.path
+        self.copied_from = copied_from
+        """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
+        self._paths = root
+        self.manifest = manifest
+        self.directory = directory
+        self._filesystem = filesystem
+
+    def entry(self, path: StrPath) -> FileEntry:
+        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
+
+        Raises:
+            UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
+        """
+        _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
+        entry = self.manifest.file(inner)
+        if entry is None:
+            there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
+            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
+        return entry
+
+    def open_file(
+        self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
+    ) -> VerifiedFile:
+        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as `open_raw`."""
+        file = self.open_raw(entry)
+        try:
+            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
+        except BaseException:
+            file.close()
+            raise
+
+    def open_raw(self, entry: FileEntry) -> ReadableFile:
+        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself.
+
+        Raises:
+            CorruptCheckpointError: missing, not a regular file, or another size.
+            CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
+        """
+        try:
+            file = self.open_read(entry.parts, direct=True)
+        except FileNotFoundError as error:
+            if not self.is_current():
+                raise gone(self.manifest.tag) from error
+            message = f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}"
+            raise CorruptCheckpointError(message, path=entry.path) from error
+        if file.size_bytes != entry.size_bytes:
+            file.close()
+            what = f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
+            raise CorruptCheckpointError(f"{entry.path!r} in checkpoint {self.manifest.tag!r} {what}", path=entry.path)
+        return file
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """As `DirHandle.open_read`; the file of a single-file checkpoint is looked for where its manifest says, too."""
+        try:
+            return self.directory.open_read(parts, direct=direct)
+        except FileNotFoundError:
+            home, name = os.path.split(self.root)
+            beside = self.manifest.metadata.get("file")
+            if name != SINGLE_FILES_NAME or not isinstance(beside, str):
+                raise
+            with contextlib.closing(self._filesystem.open_dir(home)) as folder:
+                return folder.open_read((beside,), direct=direct)
+
+    def is_current(self) -> bool:
+        """Whether the tag still names this very directory."""
+        return identity_of(self._filesystem, os.path.join(self.root, self.manifest.tag)) == self.directory.identity
+
+    def close(self) -> None:
+        """Close the directory; idempotent. Files opened from it stay open."""
+        self.directory.close()
+
+    def __enter__(self) -> CommittedCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def find_checkpoint(path: StrPath, filesystem: ReadSide) -> tuple[str, str, str] | None:
+    """(root, tag, file) by the manifest nearest at or above `path`; the file is "" for a checkpoint itself. Blocks for lstat calls."""
+    text = os.fspath(path)
+    folder, name = text if is_url(text) else os.path.abspath(text), ""
+    while True:
+        above, tag = os.path.split(folder)
+        if not tag or above.endswith(":"):
+            return None
+        # A link or FIFO in its place is damage, which whoever opens the checkpoint tells.
+        if filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
+            return above, tag, name
+        folder, name = above, f"{tag}/{name}" if name else tag
+
+
+def identity_of(filesystem: ReadSide, path: str) -> tuple[int, int]:
+    """Device and inode of the directory that has this name, a link followed."""
+    found = filesystem.stat(path)
+    if found.kind != "other":
+        return found.identity
+    try:
+        with contextlib.closing(filesystem.open_dir(path)) as directory:
+            return directory.identity
+    except OSError:
+        # It leads nowhere (any more).
+        return 0, 0
+
+
+def gone(tag: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
