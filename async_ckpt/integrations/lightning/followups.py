@@ -46,6 +46,7 @@ class FollowUps:
     _count: int = 0
     _removed: dict[str, int] = field(default_factory=dict)
     _postponed: list[tuple[Place, int]] = field(default_factory=list)
+    _undeleted: set[str] = field(default_factory=set)
     _failures: list[BaseException] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
     _worker: DaemonExecutor = field(default_factory=lambda: DaemonExecutor("async-ckpt-lightning", 1))
@@ -133,6 +134,7 @@ class FollowUps:
     def _ended(self, save: _Save) -> None:
         if save.pending.exception() is None and self.on_commit is not None and self.filesystem.stat(save.place.final).kind == "file":
             self.on_commit(save.place.final)
+        self._retry_postponed(force=False)
 
     def _link(self, target: Place, link: Place, waits: list[_Save]) -> None:
         if any(save.pending.exception() is not None for save in waits):
@@ -160,9 +162,16 @@ class FollowUps:
                 self._postponed.append((place, number))
 
     def _remove_now(self, place: Place, number: int) -> None:
-        with self.coordinator.lock:
-            if self._numbers.get(place.final, 0) < number:
-                remove(self.filesystem, place)
+        try:
+            with self.coordinator.lock:
+                if self._numbers.get(place.final, 0) < number:
+                    remove(self.filesystem, place)
+        except OSError as error:
+            # A file that cannot be deleted ends no training.
+            self._postponed.append((place, number))
+            if place.final not in self._undeleted:
+                self._undeleted.add(place.final)
+                report(logging.WARNING, "%s cannot be deleted now; tried again after each save: %s", place.final, error)
 
     def _is_linked(self, place: Place) -> bool:
         with contextlib.suppress(FileNotFoundError), os.scandir(place.folder) as entries:

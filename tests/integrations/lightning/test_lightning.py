@@ -30,6 +30,7 @@ from async_ckpt import (  # noqa: E402
 )
 from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
 from async_ckpt.integrations.lightning.places import Place  # noqa: E402
+from tests.support.faulty_filesystem import FaultyFileSystem  # noqa: E402
 
 from .jobs import GatedFileSystem, Job, data, job, trainer  # noqa: E402
 
@@ -380,6 +381,22 @@ def test_a_pending_file_that_is_removed(tmp_path: Path) -> None:
     files.gate.set()
     io.teardown()
     assert visible(tmp_path) == {} and list((tmp_path / ".async_ckpt").iterdir()) == []
+
+
+def test_a_file_that_cannot_be_deleted_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = FaultyFileSystem()
+    io = plugin(filesystem=files)
+    io.save_checkpoint(STATE, tmp_path / "a.ckpt")
+    files.fail_when(lambda op: op.name == "unlink" and "a.ckpt" in op.path, errno.EBUSY)
+    io.remove_checkpoint(tmp_path / "a.ckpt")
+    for name in ("b.ckpt", "c.ckpt"):
+        io.save_checkpoint(STATE, tmp_path / name)
+    io.load_checkpoint(tmp_path / "c.ckpt")
+    assert len([record for record in caplog.records if "cannot be deleted" in record.message]) == 1
+    files.heal()
+    io.save_checkpoint(STATE, tmp_path / "d.ckpt")
+    io.teardown()
+    assert visible(tmp_path) == {"b.ckpt": "file", "c.ckpt": "file", "d.ckpt": "file"}
 
 
 def test_a_crash_between_the_two_renames_is_finished_by_the_next_run(tmp_path: Path) -> None:
