@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from ..errors import TransactionStateError, report
 from ..metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
 from ..threads.executor import DaemonExecutor
+from ..threads.pending import run_guarded
 
 # Of spans: an observer that is this far behind hears of checkpoints, and no more of chunks.
 _MAX_BEHIND = 10_000
@@ -32,9 +33,9 @@ class Callbacks:
     def run(self, call: Callable[[], object]) -> None:
         """Run `call` on the thread, after everything before it; here and now once the thread has ended."""
         try:
-            self._thread.submit(_guarded, call)
+            self._thread.submit(run_guarded, call)
         except TransactionStateError:
-            _guarded(call)
+            run_guarded(call)
 
     def on_span(self, span: Span) -> None:
         """See `Observer`."""
@@ -75,13 +76,6 @@ class Callbacks:
                 self._observers.remove(observer)
                 told = "observer %r raised %r and is left out from now on"
                 report(logging.WARNING, told, observer, error, warning=RuntimeWarning)
-
-
-def _guarded(call: Callable[[], object]) -> None:
-    try:
-        call()
-    except BaseException as error:  # noqa: BLE001 - as above
-        report(logging.ERROR, "a callback of a commit raised %r", error, cause=error)
 
 
 def _ignore(*_: object) -> None:

@@ -89,7 +89,7 @@ class Worker:
     def wake(self, pending: PendingMirror | None, error: BaseException | None = None) -> None:
         """A commit has ended: mirror it, or learn that there is nothing to mirror."""
         if pending is not None and error is not None:
-            pending.ended(self.mirror.url, error)
+            pending.mirror_ended(self.mirror.url, error)
         elif pending is not None:
             self._todo.setdefault(pending.tag, []).append(pending)
         self._wakened.set()
@@ -152,7 +152,7 @@ class Worker:
             _, pendings = self._todo.popitem(last=False)
             for pending in pendings:
                 self._tell(pending.metrics_of(self.mirror.url), error)
-                pending.ended(self.mirror.url, error)
+                pending.mirror_ended(self.mirror.url, error)
 
     def _connect(self) -> UploadContext:
         mirror = self.mirror
@@ -209,7 +209,7 @@ class Worker:
             except asyncio.CancelledError:
                 self._backlog.append(tag)
                 for pending in pendings:
-                    pending.ended(self.mirror.url, _cut_short(tag, self.mirror.url))
+                    pending.mirror_ended(self.mirror.url, _cut_short(tag, self.mirror.url))
                 raise
             if error is not None and not isinstance(error, CheckpointNotFoundError):
                 if isinstance(error, (ConditionFailed, CorruptCheckpointError)):
@@ -230,7 +230,7 @@ class Worker:
             error = failure
         self._tell(metrics, error)
         for pending in pendings:
-            pending.ended(self.mirror.url, error)
+            pending.mirror_ended(self.mirror.url, error)
         if error is None:
             await self._in_thread(self._hooks.on_mirrored)
             if self.mirror.retention is not None and self._agreement.leads:

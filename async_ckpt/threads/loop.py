@@ -187,7 +187,8 @@ class LoopThread:
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "handle" not in context:
-            loop.default_exception_handler(context)
+            # Not asyncio's own handler, which logs: log handlers are the user's code.
+            report(logging.WARNING, "the writer's loop: %s", context.get("message"), cause=context.get("exception"))
             return
         self._fatal = context.get("exception")
         loop.stop()
