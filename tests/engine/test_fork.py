@@ -115,5 +115,6 @@ def test_a_child_forked_in_the_middle_of_a_save_is_refused_by_every_call(tmp_pat
         gate.set()
         saving.join()
         engine.commit("second").result(TIMEOUT_S)
+        pending.result(TIMEOUT_S)
         assert engine.tags() == ["first", "second"]
     assert answers == [f"{name}: refused" for name in CALLS]
