@@ -2,10 +2,11 @@
 
     python -m benchmarks.device DIRECTORY --out FILE.json [--gib 8] [--simulated] [--skip-tests]
 
-The device tests on this machine's accelerator; how fast it copies into pinned memory, and an eager save beside that; the first save;
-what a guarded save costs the training thread, and how soon it is durable; how much slower steps are while one is in flight; what it
-costs to keep copied memory for the side stream; every piece of work of one checkpoint on its thread. `--simulated` does the same on
-the simulated accelerator, with a small state: no time is told then, because none would mean anything.
+The device tests on this machine's accelerator; how fast it copies into pinned memory, and an eager save beside that;
+the first save; what a guarded save costs the training thread, and how soon it is durable; how much slower steps are while
+one is in flight; what it costs to keep copied memory for the side stream; every piece of work of one checkpoint on its
+thread. `--simulated` does the same on the simulated accelerator, with a small state: no time is told then, because none
+would mean anything.
 """
 
 from __future__ import annotations

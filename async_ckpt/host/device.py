@@ -111,17 +111,13 @@ def wait_on_stream(event: torch.Event) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` records a graph instead of running what it is given."""
+    if device.type == "cpu":
+        return False
     stream: Any = torch.accelerator.current_stream(device)
     if hasattr(stream, "is_capturing"):
         return bool(stream.is_capturing())
     ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
     return ask is not None and bool(ask())
-
-
-def is_capturing_now() -> bool:
-    """`is_capturing` of the caller's current device; False where there is no accelerator."""
-    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return own is not None and is_capturing(torch.device(own.type, torch.accelerator.current_device_index()))
 
 
 def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
@@ -154,14 +150,16 @@ class Pinning:
         """
         refuse_capture("staging memory cannot be pinned", [self.stream.device])
         if self._registrar is not None:
-            _check(self._call(self._registrar[0], address, num_bytes))
+            self._call(self._registrar[0], address, num_bytes)
 
     def unregister(self, *addresses: int) -> None:
         """Undo `register` for each of them. Raises TransactionStateError: the device refused some."""
-        if self._registrar is not None:
-            codes = [self._call(self._registrar[1], address) for address in addresses]
-            for code in codes:
-                _check(code)
+        if self._registrar is None:
+            return
+        with contextlib.ExitStack() as every:
+            # Whatever one of them raises, the others are tried.
+            for address in addresses:
+                every.callback(self._call, self._registrar[1], address)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """New pinned memory, uint8, page-aligned. Raises as `register` does."""
@@ -175,18 +173,16 @@ class Pinning:
     def _call(self, function: Callable[..., Any], *args: int) -> Any:
         with on_stream(self.stream):
             try:
-                return function(*args)
+                result = function(*args)
             except RuntimeError as error:
                 raise _refused(error) from error
+        if not isinstance(result, torch.Tensor) and result is not None and int(result):
+            raise _refused(f"error {int(result)}")
+        return result
 
 
 def _empty_pinned(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-
-
-def _check(code: Any) -> None:
-    if code is not None and int(code):
-        raise _refused(f"error {int(code)}")
 
 
 def _refused(reason: object) -> TransactionStateError:

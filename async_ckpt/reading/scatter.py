@@ -105,7 +105,7 @@ class Scatter:
 
 
 def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
-    """From which a device copies at full rate (torch caches it for the next load); pageable where the device gives none."""
+    """A device copies from it at full rate, and torch caches it for the next load; pageable where the device has none."""
     try:
         memory = pinning.allocate(num_bytes)
     except TransactionStateError:
@@ -114,7 +114,7 @@ def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
 
 
 def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | None = None) -> None:
-    """Read `extents` (None: all) into the scatter's memory, through pinned blocks where some of it is on a device. Blocks."""
+    """Read `extents` (None: all) into the scatter's memory, by pinned blocks where some is on a device. Blocks."""
     if scatter.streams:
         file.new_buffer = partial(_pinned_memory, Pinning(next(iter(scatter.streams.values()))))
     file.stream(scatter, extents)

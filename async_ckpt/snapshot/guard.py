@@ -27,7 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import BackpressureTimeout, TransactionStateError
-from ..host.device import is_capturing_now, refuse_capture, wait_on_stream
+from ..host.device import is_capturing, refuse_capture, wait_on_stream
 from ..threads.locks import Lock
 from .file_copy import FileCopy
 from .owned_storages import NOTHING, Owned, OwnedStorages
@@ -151,7 +151,7 @@ class Guard:
         """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not guarded."""
         if os.getpid() != self._pid or not self._guards(optimizer):
             return call()
-        if not self._is_replayed(optimizer) and is_capturing_now():
+        if not self._is_replayed(optimizer) and any(map(is_capturing, _devices_of(optimizer))):
             self._captured.add(optimizer)
             _warn_of_replays(optimizer)
 
@@ -180,10 +180,15 @@ def _is_capturable(optimizer: Any) -> bool:
     return any(group.get("capturable", False) for group in optimizer.param_groups)
 
 
+def _devices_of(optimizer: Any) -> set[torch.device]:
+    """Those of the first parameter of each group: a graph captures all of them, or none."""
+    return {group["params"][0].device for group in optimizer.param_groups if group["params"]}
+
+
 def _warn_of_replays(optimizer: Any) -> None:
     warnings.warn(
-        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook and move no counter, "
-        "so what it owns is saved eagerly",
+        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook and move "
+        "no counter, so what it owns is saved eagerly",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""That the simulated accelerator sees the mistakes that it is there for: each is planted, and one schedule at least must show it."""
+"""The simulated accelerator sees the mistakes that it is there for: each is planted, and a schedule must show it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-// A simulated accelerator: PrivateUse1 with two devices, streams that are queues with a worker thread each, and no mercy for mistakes.
+// A simulated accelerator: PrivateUse1 with two devices, streams that are queues with a worker thread each, and no
+// mercy for mistakes.
 //
-// Memory. `data_ptr()` of a device tensor lies in a range without access rights; the same memory file is mapped a second time for the
-// workers. Host code that touches device memory dies at once. Freed memory is filled with a poison in the order of its stream and handed
-// out again at once on that stream; a pinned target of an asynchronous copy holds a pattern until the copy has run.
+// Memory. `data_ptr()` of a device tensor lies in a range without access rights; the same memory file is mapped a
+// second time for the workers. Host code that touches device memory dies at once. Freed memory is filled with a poison
+// in the order of its stream and handed out again at once on that stream; a pinned target of an asynchronous copy holds
+// a pattern until the copy has run.
 //
-// Operations. All are asynchronous: the output's shape is learnt from the meta device, and the CPU kernel runs on the stream's worker.
-// What has no such form (`item`, `nonzero`, ...) runs there too, and the host waits for it.
+// Operations. All are asynchronous: the output's shape is learnt from the meta device, and the CPU kernel runs on the
+// stream's worker. What has no such form (`item`, `nonzero`, ...) runs there too, and the host waits for it.
 //
-// Order. A task runs when the mode lets it (see `may_run`). Independently of when it runs, each task has a vector clock, made of what its
-// stream, the events it waits for, and the host had seen when it was queued: two accesses that it does not order are a race.
+// Order. A task runs when the mode lets it (see `may_run`). Independently of when it runs, each task has a vector
+// clock, made of what its stream, the events it waits for, and the host had seen when it was queued: two accesses that
+// it does not order are a race.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -113,16 +116,16 @@ struct Block {
   int stream;
   uintptr_t address;
   size_t num_bytes;
-  std::set<int> users;                             // Other streams, from `record_stream`.
+  std::set<int> users;                            // Other streams, from `record_stream`.
   std::vector<std::pair<int, uint64_t>> awaited;  // Once it is freed: what these streams had been given.
 };
 
 struct DeviceMemory {
-  uintptr_t base = 0;    // Without access rights: what `data_ptr()` says.
+  uintptr_t base = 0;      // Without access rights: what `data_ptr()` says.
   char* shadow = nullptr;  // The same bytes, for the workers.
   size_t used = 0;
   std::map<std::pair<int, size_t>, std::vector<Block*>> free;  // By stream and size.
-  std::vector<Block*> leaving;                                  // Freed, in use by other streams.
+  std::vector<Block*> leaving;                                 // Freed, in use by other streams.
   size_t num_live = 0;
 };
 
@@ -159,12 +162,11 @@ int stream_index(const c10::Stream& stream) {
   return stream.device_index() * kStreamsPerDevice + static_cast<int>(stream.id());
 }
 
-int current_index(int device) {
-  return device * kStreamsPerDevice + current_stream[device];
-}
+int current_index(int device) { return device * kStreamsPerDevice + current_stream[device]; }
 
 c10::Stream stream_of(int device, int number) {
-  return c10::Stream(c10::Stream::UNSAFE, c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(device)), number);
+  return c10::Stream(c10::Stream::UNSAFE, c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(device)),
+                     number);
 }
 
 // Failures to order.
@@ -197,8 +199,9 @@ std::map<uintptr_t, Region>::iterator region_at(uintptr_t address) {
 }
 
 std::string described(const PastAccess& past) {
-  return past.name + (past.writes ? " (writes)" : " (reads)") + " on stream " + std::to_string(past.stream % kStreamsPerDevice) +
-      " of device " + std::to_string(past.stream / kStreamsPerDevice);
+  return past.name + (past.writes ? " (writes)" : " (reads)") + " on stream " +
+         std::to_string(past.stream % kStreamsPerDevice) + " of device " +
+         std::to_string(past.stream / kStreamsPerDevice);
 }
 
 void note_access(int stream, uint64_t seq, const Clock& clock, const std::string& name, const Access& access) {
@@ -214,14 +217,16 @@ void note_access(int stream, uint64_t seq, const Clock& clock, const std::string
     if (overlaps && (other.writes || access.writes) && clock[other.stream] < other.seq) {
       state().races.push_back(described(now) + " is not ordered behind " + described(other));
     }
-    bool is_replaced = other.stream == stream && other.low == access.low && other.high == access.high && other.writes == access.writes;
+    bool is_replaced =
+        other.stream == stream && other.low == access.low && other.high == access.high && other.writes == access.writes;
     if (!is_replaced) kept.push_back(std::move(other));
   }
   kept.push_back(std::move(now));
   past = std::move(kept);
 }
 
-void note_host_access(uintptr_t low, uintptr_t high, const std::string& name) {  // As of memory that is unregistered or freed.
+void note_host_access(uintptr_t low, uintptr_t high,
+                      const std::string& name) {  // As of memory that is unregistered or freed.
   auto found = region_at(low);
   if (found == state().regions.end()) return;
   for (auto& other : found->second.past) {
@@ -233,9 +238,7 @@ void note_host_access(uintptr_t low, uintptr_t high, const std::string& name) { 
 
 // Running.
 
-bool is_done(int stream, uint64_t seq) {
-  return state().streams[stream].done >= seq;
-}
+bool is_done(int stream, uint64_t seq) { return state().streams[stream].done >= seq; }
 
 bool is_ready(const StreamState& stream) {
   if (stream.queue.empty() || stream.is_running) return false;
@@ -311,7 +314,8 @@ void work(int index) {
     std::vector<uintptr_t> freed;
     for (const Access& access : task.accesses) {
       auto found = region_at(access.low);
-      if (found != all.regions.end() && --found->second.in_flight == 0 && found->second.is_freed) freed.push_back(found->first);
+      if (found != all.regions.end() && --found->second.in_flight == 0 && found->second.is_freed)
+        freed.push_back(found->first);
     }
     for (uintptr_t address : freed) release_pinned(address);
     stream.is_running = false;
@@ -390,7 +394,8 @@ void host_wait(const char* kind, const Targets& targets, const Clock& clock) {
     for (auto& [stream, seq] : targets) demand(stream, seq);
     all.changed.notify_all();
     all.changed.wait(lock, [&] {
-      return std::all_of(targets.begin(), targets.end(), [](auto& target) { return is_done(target.first, target.second); });
+      return std::all_of(targets.begin(), targets.end(),
+                         [](auto& target) { return is_done(target.first, target.second); });
     });
     --all.num_waits;
     join(all.host, clock);
@@ -454,7 +459,8 @@ void put_back(Block* block) {
 void put_back_finished(DeviceMemory& memory) {
   std::vector<Block*> still;
   for (Block* block : std::exchange(memory.leaving, {})) {
-    bool is_over = std::all_of(block->awaited.begin(), block->awaited.end(), [](auto& use) { return is_done(use.first, use.second); });
+    bool is_over = std::all_of(block->awaited.begin(), block->awaited.end(),
+                               [](auto& use) { return is_done(use.first, use.second); });
     if (!is_over) {
       still.push_back(block);
       continue;
@@ -495,7 +501,8 @@ struct DeviceAllocator final : c10::Allocator {
       block = fitting.back();
       fitting.pop_back();
     } else {
-      TORCH_CHECK_WITH(OutOfMemoryError, memory.used + size <= kDeviceBytes, "simulated device ", current_device, " is out of memory");
+      TORCH_CHECK_WITH(OutOfMemoryError, memory.used + size <= kDeviceBytes, "simulated device ", current_device,
+                       " is out of memory");
       block = new Block{current_device, stream, memory.base + memory.used, size, {}, {}};
       std::memset(memory.shadow + memory.used, kPoison, size);
       memory.used += size;
@@ -505,7 +512,9 @@ struct DeviceAllocator final : c10::Allocator {
     return {reinterpret_cast<void*>(block->address), block, &free_block, device};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
-  void copy_data(void*, const void*, size_t) const override { TORCH_CHECK(false, "device memory cannot be cloned by the host"); }
+  void copy_data(void*, const void*, size_t) const override {
+    TORCH_CHECK(false, "device memory cannot be cloned by the host");
+  }
 };
 
 DeviceAllocator device_allocator;
@@ -516,7 +525,8 @@ void add_pinned(uintptr_t address, size_t num_bytes, bool is_registered) {
   std::lock_guard<std::mutex> lock(state().mutex);
   state().contexts.insert(current_device);
   auto next = state().regions.lower_bound(address);
-  bool is_taken = region_at(address) != state().regions.end() || (next != state().regions.end() && next->first < address + num_bytes);
+  bool is_taken = region_at(address) != state().regions.end() ||
+                  (next != state().regions.end() && next->first < address + num_bytes);
   TORCH_CHECK(!is_taken, "this memory is registered already");
   Region& region = state().regions[address];
   region.num_bytes = num_bytes;
@@ -554,7 +564,9 @@ struct PinnedAllocator final : c10::Allocator {
     return {memory, memory, &free_pinned, c10::kCPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free_pinned; }
-  void copy_data(void* target, const void* source, size_t num_bytes) const override { default_copy_data(target, source, num_bytes); }
+  void copy_data(void* target, const void* source, size_t num_bytes) const override {
+    default_copy_data(target, source, num_bytes);
+  }
 };
 
 PinnedAllocator pinned_allocator;
@@ -577,7 +589,8 @@ bool is_pinned(const void* low, size_t num_bytes = 1) {
   std::lock_guard<std::mutex> lock(state().mutex);
   auto address = reinterpret_cast<uintptr_t>(low);
   auto found = region_at(address);
-  return found != state().regions.end() && found->second.is_pinned && address + num_bytes <= found->first + found->second.num_bytes;
+  return found != state().regions.end() && found->second.is_pinned &&
+         address + num_bytes <= found->first + found->second.num_bytes;
 }
 
 // torch's interfaces.
@@ -625,7 +638,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
 
-  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex device, const c10::EventFlag) const override {
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex device,
+              const c10::EventFlag) const override {
     TORCH_CHECK(device < 0 || device == stream.device_index(), "an event of simulated device ", int(device),
                 " was recorded on a stream of device ", int(stream.device_index()));
     fail_if_injected("event");
@@ -648,7 +662,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     StreamState& waiting = state().streams[index];
     if (waiting.capture != awaited.capture) {
       state().is_capture_spoilt = true;
-      TORCH_CHECK(false, "a stream that captures cannot wait for an event from outside of the capture, nor the other way round");
+      TORCH_CHECK(
+          false,
+          "a stream that captures cannot wait for an event from outside of the capture, nor the other way round");
     }
     Task wait;
     wait.name = "wait for an event";
@@ -696,7 +712,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     std::lock_guard<std::mutex> lock(state().mutex);
     if (stream_index(stream) != block->stream) block->users.insert(stream_index(stream));
   }
-  double elapsedTime(void*, void*, const c10::DeviceIndex) const override { TORCH_CHECK(false, "a simulated device has no clock"); }
+  double elapsedTime(void*, void*, const c10::DeviceIndex) const override {
+    TORCH_CHECK(false, "a simulated device has no clock");
+  }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
@@ -734,9 +752,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     size_t kept = std::min(num_bytes, storage.nbytes());
     if (kept > 0) {
       auto low = reinterpret_cast<uintptr_t>(storage.data()), target = reinterpret_cast<uintptr_t>(fresh.get());
-      enqueue(current_index(current_device), "resize", [from = shadow_of(storage.data()), to = shadow_of(fresh.get()), kept] {
-        std::memcpy(to, from, kept);
-      }, {{low, low + kept, false}, {target, target + kept, true}});
+      enqueue(current_index(current_device), "resize",
+              [from = shadow_of(storage.data()), to = shadow_of(fresh.get()), kept] { std::memcpy(to, from, kept); },
+              {{low, low + kept, false}, {target, target + kept, true}});
     }
     implementation->set_data_ptr_noswap(std::move(fresh));
     implementation->set_nbytes(num_bytes);
@@ -805,7 +823,8 @@ c10::IValue converted(const c10::IValue& value, const Convert& convert, c10::Dev
   if (value.isOptionalTensorList()) {
     c10::List<std::optional<at::Tensor>> list;
     for (std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
-      list.push_back(tensor.has_value() && tensor->defined() ? std::optional<at::Tensor>(convert(*tensor)) : std::nullopt);
+      list.push_back(tensor.has_value() && tensor->defined() ? std::optional<at::Tensor>(convert(*tensor))
+                                                             : std::nullopt);
     }
     return list;
   }
@@ -814,10 +833,13 @@ c10::IValue converted(const c10::IValue& value, const Convert& convert, c10::Dev
 }
 
 void for_each_tensor(const c10::IValue& value, const std::function<void(const at::Tensor&)>& visit) {
-  converted(value, [&](const at::Tensor& tensor) {
-    visit(tensor);
-    return tensor;
-  }, c10::kCPU);
+  converted(
+      value,
+      [&](const at::Tensor& tensor) {
+        visit(tensor);
+        return tensor;
+      },
+      c10::kCPU);
 }
 
 struct Call {
@@ -832,7 +854,8 @@ struct Call {
     for (const c10::IValue& value : arguments) {
       for_each_tensor(value, [&](const at::Tensor& tensor) {
         if (!tensor.is_privateuseone()) return;
-        TORCH_CHECK(device < 0 || device == tensor.device().index(), op.schema().name(), ": tensors on two simulated devices");
+        TORCH_CHECK(device < 0 || device == tensor.device().index(), op.schema().name(),
+                    ": tensors on two simulated devices");
         device = tensor.device().index();
       });
     }
@@ -860,7 +883,8 @@ struct Call {
     }
     // Of tensors only their kind is kept: a value that holds the tensor would hold its memory.
     std::vector<c10::IValue> shapes;
-    for (const c10::IValue& value : arguments) shapes.push_back(converted(value, [](const at::Tensor&) { return at::Tensor(); }, c10::kCPU));
+    for (const c10::IValue& value : arguments)
+      shapes.push_back(converted(value, [](const at::Tensor&) { return at::Tensor(); }, c10::kCPU));
     std::vector<c10::IValue> plain;
     for (size_t i = 0; i < shapes.size(); ++i) plain.push_back(described[i].empty() ? arguments[i] : shapes[i]);
     for (auto& value : plain) {
@@ -886,14 +910,16 @@ struct Call {
       if (value.isTensorList()) kind = Kind::List;
       if (value.isOptionalTensorList()) {
         kind = Kind::Optional;
-        for (std::optional<at::Tensor> tensor : value.toOptionalTensorList()) present.push_back(tensor.has_value() && tensor->defined());
+        for (std::optional<at::Tensor> tensor : value.toOptionalTensorList())
+          present.push_back(tensor.has_value() && tensor->defined());
       }
       kinds.emplace_back(kind, present);
     }
     return kinds;
   }
 
-  static c10::IValue rebuilt(const std::pair<Kind, std::vector<bool>>& kind, const c10::IValue& plain, const std::vector<Argument>& those) {
+  static c10::IValue rebuilt(const std::pair<Kind, std::vector<bool>>& kind, const c10::IValue& plain,
+                             const std::vector<Argument>& those) {
     if (kind.first == Kind::One) return those[0].on_cpu();
     if (kind.first == Kind::List) {
       c10::List<at::Tensor> list;
@@ -903,7 +929,8 @@ struct Call {
     if (kind.first == Kind::Optional) {
       c10::List<std::optional<at::Tensor>> list;
       size_t next = 0;
-      for (bool is_present : kind.second) list.push_back(is_present ? std::optional<at::Tensor>(those[next++].on_cpu()) : std::nullopt);
+      for (bool is_present : kind.second)
+        list.push_back(is_present ? std::optional<at::Tensor>(those[next++].on_cpu()) : std::nullopt);
       return list;
     }
     return plain;
@@ -912,7 +939,8 @@ struct Call {
 
 bool is_fresh(const c10::Argument& returned) {
   auto kind = returned.type()->kind();
-  bool is_list = kind == c10::TypeKind::ListType && returned.type()->containedType(0)->kind() == c10::TypeKind::TensorType;
+  bool is_list =
+      kind == c10::TypeKind::ListType && returned.type()->containedType(0)->kind() == c10::TypeKind::TensorType;
   return returned.alias_info() == nullptr && (kind == c10::TypeKind::TensorType || is_list);
 }
 
@@ -921,7 +949,8 @@ int returned_argument(const c10::FunctionSchema& schema, const c10::Argument& re
   if (returned.alias_info() == nullptr || !returned.alias_info()->isWrite()) return -1;
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
-    if (alias != nullptr && alias->isWrite() && alias->beforeSets() == returned.alias_info()->beforeSets()) return static_cast<int>(i);
+    if (alias != nullptr && alias->isWrite() && alias->beforeSets() == returned.alias_info()->beforeSets())
+      return static_cast<int>(i);
   }
   return -1;
 }
@@ -933,7 +962,8 @@ const at::Tensor& resize_(const at::Tensor& self, c10::IntArrayRef sizes, std::o
   return self;
 }
 
-// What the call would return, from the meta device; false where that cannot tell. Outputs that are given are resized as they would be.
+// What the call would return, from the meta device; false where that cannot tell. Outputs that are given are resized as
+// they would be.
 bool learn_shapes(const Call& call, torch::jit::Stack* outcome) {
   const auto& schema = call.op.schema();
   for (const auto& returned : schema.returns()) {
@@ -962,7 +992,8 @@ bool learn_shapes(const Call& call, torch::jit::Stack* outcome) {
 }
 
 at::Tensor copied_to_device(const at::Tensor& source, int device) {
-  at::Tensor made = at::empty_strided(source.sizes(), source.strides(), source.options().device(c10::Device(c10::kPrivateUse1, device)));
+  at::Tensor made = at::empty_strided(source.sizes(), source.strides(),
+                                      source.options().device(c10::Device(c10::kPrivateUse1, device)));
   return made.copy_(source);
 }
 
@@ -971,16 +1002,19 @@ void run_synchronously(Call& call, torch::jit::Stack* stack) {
   auto result = std::make_shared<torch::jit::Stack>();
   auto failure = std::make_shared<std::exception_ptr>();
   int index = current_index(call.device);
-  uint64_t seq = enqueue(index, schema.name(), [run = call.on_worker(), result, failure] {
-    try {
-      for (const c10::IValue& value : run()) {
-        // Out of the device's memory.
-        result->push_back(converted(value, [](const at::Tensor& tensor) { return tensor.clone(); }, c10::kCPU));
-      }
-    } catch (...) {
-      *failure = std::current_exception();
-    }
-  }, call.accesses());
+  uint64_t seq = enqueue(
+      index, schema.name(),
+      [run = call.on_worker(), result, failure] {
+        try {
+          for (const c10::IValue& value : run()) {
+            // Out of the device's memory.
+            result->push_back(converted(value, [](const at::Tensor& tensor) { return tensor.clone(); }, c10::kCPU));
+          }
+        } catch (...) {
+          *failure = std::current_exception();
+        }
+      },
+      call.accesses());
   Clock clock;
   {
     std::lock_guard<std::mutex> lock(state().mutex);
@@ -993,7 +1027,8 @@ void run_synchronously(Call& call, torch::jit::Stack* stack) {
     if (argument >= 0) {
       stack->push_back(call.arguments[argument]);
     } else {
-      stack->push_back(converted((*result)[i], [&](const at::Tensor& tensor) { return copied_to_device(tensor, call.device); }, c10::kCPU));
+      stack->push_back(converted(
+          (*result)[i], [&](const at::Tensor& tensor) { return copied_to_device(tensor, call.device); }, c10::kCPU));
     }
   }
 }
@@ -1015,32 +1050,41 @@ void run_boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       stack->push_back(call.arguments[argument]);
       continue;
     }
-    stack->push_back(converted(shapes[i], [&](const at::Tensor& shape) {
-      at::Tensor made = at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(c10::Device(c10::kPrivateUse1, call.device)));
-      those.push_back(as_argument(made));
-      accesses.push_back(extent_of(made, true));
-      return made;
-    }, c10::kCPU));
+    stack->push_back(converted(
+        shapes[i],
+        [&](const at::Tensor& shape) {
+          at::Tensor made = at::empty_strided(shape.sizes(), shape.strides(),
+                                              shape.options().device(c10::Device(c10::kPrivateUse1, call.device)));
+          those.push_back(as_argument(made));
+          accesses.push_back(extent_of(made, true));
+          return made;
+        },
+        c10::kCPU));
   }
-  enqueue(current_index(call.device), schema.name(), [run = call.on_worker(), outputs] {
-    torch::jit::Stack results = run();
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      size_t next = 0;
-      if (outputs[i].empty()) continue;
-      for_each_tensor(results[i], [&](const at::Tensor& tensor) { outputs[i][next++].on_cpu().copy_(tensor); });
-    }
-  }, accesses);
+  enqueue(
+      current_index(call.device), schema.name(),
+      [run = call.on_worker(), outputs] {
+        torch::jit::Stack results = run();
+        for (size_t i = 0; i < outputs.size(); ++i) {
+          size_t next = 0;
+          if (outputs[i].empty()) continue;
+          for_each_tensor(results[i], [&](const at::Tensor& tensor) { outputs[i][next++].on_cpu().copy_(tensor); });
+        }
+      },
+      accesses);
 }
 
 void enqueue_copy(int index, const at::Tensor& target, const at::Tensor& source, bool keeps_source) {
   Argument to = as_argument(target, true), from = as_argument(source, !keeps_source);
-  enqueue(index, "copy", [to, from] { to.on_cpu().copy_(from.on_cpu()); }, {extent_of(target, true), extent_of(source, false)});
+  enqueue(index, "copy", [to, from] { to.on_cpu().copy_(from.on_cpu()); },
+          {extent_of(target, true), extent_of(source, false)});
 }
 
 void order_behind(int later, int earlier) {
   Guard guard;
   void* event = nullptr;
-  guard.record(&event, stream_of(earlier / kStreamsPerDevice, earlier % kStreamsPerDevice), -1, c10::EventFlag::PYTORCH_DEFAULT);
+  guard.record(&event, stream_of(earlier / kStreamsPerDevice, earlier % kStreamsPerDevice), -1,
+               c10::EventFlag::PYTORCH_DEFAULT);
   guard.block(event, stream_of(later / kStreamsPerDevice, later % kStreamsPerDevice));
   guard.destroyEvent(event, -1);
 }
@@ -1082,13 +1126,15 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool no
 }
 
 at::Tensor empty_on(c10::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<c10::Device> device) {
-  c10::DeviceGuard guard(device.value_or(c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(current_device))));
+  c10::DeviceGuard guard(
+      device.value_or(c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(current_device))));
   auto type = c10::scalarTypeToTypeMeta(dtype.value_or(at::kFloat));
   int64_t count = c10::multiply_integers(sizes);
   size_t num_bytes = count * type.itemsize();
-  auto storage = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), num_bytes, device_allocator.allocate(num_bytes), &device_allocator, true);
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type);
+  auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), num_bytes,
+                                                       device_allocator.allocate(num_bytes), &device_allocator, true);
+  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
+                                                       c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type);
   made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return made;
 }
@@ -1111,7 +1157,8 @@ at::Tensor empty_strided(c10::IntArrayRef sizes, c10::IntArrayRef strides, std::
   return made;
 }
 
-at::Tensor& set_storage(at::Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef sizes, c10::IntArrayRef strides) {
+at::Tensor& set_storage(at::Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef sizes,
+                        c10::IntArrayRef strides) {
   return at::cpu::set_(self, storage, offset, sizes, strides);
 }
 
@@ -1185,19 +1232,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("num_devices") = kNumDevices;
   module.attr("poison") = kPoison;
   module.attr("pattern") = kPattern;
-  module.def("set_mode", [](const std::string& name, unsigned seed) {
-    static const std::map<std::string, Mode> modes = {
-        {"immediate", Mode::Immediate}, {"random", Mode::Random}, {"lazy", Mode::Lazy}, {"contrary", Mode::Contrary}};
-    std::lock_guard<std::mutex> lock(state().mutex);
-    state().mode = modes.at(name);
-    state().random.seed(seed);
-    state().changed.notify_all();
-  }, Unlocked());
-  module.def("set_paused", [](bool is_paused) {
-    std::lock_guard<std::mutex> lock(state().mutex);
-    state().is_paused = is_paused;
-    state().changed.notify_all();
-  }, Unlocked());
+  module.def(
+      "set_mode",
+      [](const std::string& name, unsigned seed) {
+        static const std::map<std::string, Mode> modes = {{"immediate", Mode::Immediate},
+                                                          {"random", Mode::Random},
+                                                          {"lazy", Mode::Lazy},
+                                                          {"contrary", Mode::Contrary}};
+        std::lock_guard<std::mutex> lock(state().mutex);
+        state().mode = modes.at(name);
+        state().random.seed(seed);
+        state().changed.notify_all();
+      },
+      Unlocked());
+  module.def(
+      "set_paused",
+      [](bool is_paused) {
+        std::lock_guard<std::mutex> lock(state().mutex);
+        state().is_paused = is_paused;
+        state().changed.notify_all();
+      },
+      Unlocked());
   module.def("set_has_pinned_memory", [](bool has) { state().has_pinned_memory = has; });
   module.def("on_host_wait", [](std::function<std::string(std::string)> told) {
     on_host_wait = new std::function<std::string(std::string)>(std::move(told));
@@ -1216,18 +1271,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     std::lock_guard<std::mutex> lock(state().mutex);
     return std::exchange(state().races, {});
   });
-  module.def("drain", [] {
-    // Runs everything. No wait of the program's: it is not told, and orders nothing.
-    State& all = state();
-    std::unique_lock<std::mutex> lock(all.mutex);
-    ++all.num_waits;
-    for (int i = 0; i < kNumStreams; ++i) demand(i, all.streams[i].last);
-    all.changed.notify_all();
-    all.changed.wait(lock, [&] {
-      return std::all_of(all.streams.begin(), all.streams.end(), [](auto& stream) { return stream.done >= stream.last; });
-    });
-    --all.num_waits;
-  }, Unlocked());
+  module.def(
+      "drain",
+      [] {
+        // Runs everything. No wait of the program's: it is not told, and orders nothing.
+        State& all = state();
+        std::unique_lock<std::mutex> lock(all.mutex);
+        ++all.num_waits;
+        for (int i = 0; i < kNumStreams; ++i) demand(i, all.streams[i].last);
+        all.changed.notify_all();
+        all.changed.wait(lock, [&] {
+          return std::all_of(all.streams.begin(), all.streams.end(),
+                             [](auto& stream) { return stream.done >= stream.last; });
+        });
+        --all.num_waits;
+      },
+      Unlocked());
   module.def("forget_past", [] {
     // After `drain`: everything that has run is before everything that is queued from now on.
     std::lock_guard<std::mutex> lock(state().mutex);
@@ -1242,11 +1301,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("host_unregister", &host_unregister, Unlocked());
   module.def("num_registered", [] {
     std::lock_guard<std::mutex> lock(state().mutex);
-    return std::count_if(state().regions.begin(), state().regions.end(), [](auto& one) { return one.second.is_registered; });
+    return std::count_if(state().regions.begin(), state().regions.end(),
+                         [](auto& one) { return one.second.is_registered; });
   });
   module.def("num_pinned", [] {
     std::lock_guard<std::mutex> lock(state().mutex);
-    return std::count_if(state().regions.begin(), state().regions.end(), [](auto& one) { return one.second.is_pinned; });
+    return std::count_if(state().regions.begin(), state().regions.end(),
+                         [](auto& one) { return one.second.is_pinned; });
   });
   module.def("is_in_flight", [](uintptr_t address) {
     // Whether a queued task is to touch the pinned memory there.

@@ -1,4 +1,4 @@
-"""The simulated accelerator from Python: builds and registers it, orders its schedule and its failures, asks what went wrong.
+"""The simulated accelerator from Python: builds and registers it, orders its schedule and failures, asks what went wrong.
 
 `load` registers it as torch's PrivateUse1 device, called "simulated", for the whole process and for ever.
 """
@@ -35,7 +35,7 @@ class CannotBuild(Exception):
 
 
 def build() -> Path:
-    """The extension's file, compiled if it was not before: cached per source, torch and Python version, in the user's cache folder."""
+    """The extension's file, compiled if it was not before: cached per source, torch and Python version, for this user."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CannotBuild("no C++ compiler (g++) on this machine")
@@ -115,7 +115,7 @@ class Simulator:
         self.extension.drain()
 
     def begin_anew(self) -> None:
-        """Run everything that is queued, and forget what went wrong before: a test must not suffer from the last one's mistakes."""
+        """Run everything that is queued, and forget what went wrong: a test must not suffer from the last one's mistakes."""
         self.drain()
         self.extension.forget_past()
         self.forget_waits()
@@ -151,7 +151,7 @@ class Simulator:
 
     @contextlib.contextmanager
     def inject(self, kind: str, after: int = 0) -> Iterator[None]:
-        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run" fails when a task runs."""
+        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run": one task, when run."""
         self.extension.inject(kind, after)
         try:
             yield
@@ -162,7 +162,7 @@ class Simulator:
     # What went wrong.
 
     def races(self) -> list[str]:
-        """Pairs of accesses to the same memory that nothing orders, since this was last asked; whatever order they ran in."""
+        """Pairs of accesses to the same memory that nothing orders, since it was last asked; whatever order they ran in."""
         return list(self.extension.take_races())
 
     @property

@@ -1,6 +1,6 @@
 """Runs the files `cases_*.py`, each in a process of its own: a simulated device is registered for a whole process.
 
-On the simulated accelerator everywhere; on the accelerator of this machine where there is one, as far as that can take part.
+On the simulated accelerator everywhere; on this machine's own where there is one, as far as that can take part.
 """
 
 from __future__ import annotations
