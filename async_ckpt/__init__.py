@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .engine.interface import CheckpointEngine
     from .engine.pacing import CheckpointPacer
     from .engine.pending import PendingCommit
-    from .engine.preemption import PreemptionOutcome
+    from .engine.preemption import PreemptionOutcome, ignore_preemption
     from .host.facts import Node
     from .metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
     from .mirror.config import Mirror
@@ -82,6 +82,7 @@ _HOME = {
     "SpanRecorder": "observers.timeline",
     "TensorBoardObserver": "observers.tensorboard",
     "TraceObserver": "observers.trace",
+    "ignore_preemption": "engine.preemption",
     "load": "reading.load",
     "load_into": "reading.load",
     "read_trace": "observers.timeline",
@@ -133,6 +134,7 @@ __all__ = [
     "UnsafePathError",
     "UnsupportedStateError",
     "WriteError",
+    "ignore_preemption",
     "load",
     "load_into",
     "read_trace",

@@ -386,8 +386,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self.close()
             return
         if self._preemption is not None:
-            # The state that the block left behind may be half way through a step.
-            self._preemption.cancel_save()
+            self._preemption.leave_with(error)
         try:
             # Given by hand: `__aexit__` runs this on a thread that handles no exception.
             self._close(error)

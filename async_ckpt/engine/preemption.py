@@ -18,6 +18,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,19 @@ _NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS})
 DEFAULT_DEADLINE_S = 25.0
 """Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): leave some of that for the exit."""
+
+
+def ignore_preemption(worker_id: int = 0, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
+    """Keep a DataLoader's worker alive when its whole process group is preempted: ``DataLoader(..., worker_init_fn=ignore_preemption)``.
+
+    The training process needs its workers until it has saved. The first of each signal is ignored; another one ends the worker, and
+    so does the loader itself. In the worker's main thread. Other signals: ``functools.partial(ignore_preemption, signals=(SIGUSR1,))``.
+
+    Raises:
+        ConfigError: a signal that cannot be caught.
+    """
+    for signum in _check_signals(signals):
+        signal.signal(signum, lambda received, frame: signal.signal(received, signal.SIG_DFL) and None)
 
 
 class Drainable(Protocol):
@@ -161,9 +175,13 @@ class Preemption:
         finally:
             self._flag.remove()
 
-    def cancel_save(self) -> None:
-        """Drain only, from now on: the training state is no longer one that should be saved."""
-        self._save = None
+    def leave_with(self, error: BaseException) -> None:
+        """The loop dies of `error`: drain only, from now on, because its state may be half way through a step.
+
+        Not if the signal has killed a DataLoader's worker, and the loop has died of that outside of an optimizer's step.
+        """
+        if not (self.preempted and _is_a_workers_death(error)):
+            self._save = None
 
     def after_commit(self, pending: Drainable) -> None:
         """The engine's safe point: a commit was called, and no checkpoint of the caller's is half made."""
@@ -217,6 +235,14 @@ class Preemption:
         for pending in waited.values():
             pending.wait(max(0.0, deadline_s - time.monotonic()))
         return waited
+
+
+def _is_a_workers_death(error: BaseException) -> bool:
+    """Whether torch has raised this because a worker is gone; it does so anywhere on the main thread, from a handler of SIGCHLD."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return False
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return not any(f"torch{os.sep}optim{os.sep}" in file for file in frames)
 
 
 def _check_signals(signals: Iterable[int]) -> list[int]:

@@ -8,6 +8,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from async_ckpt.engine.preemption import Preemption
 from async_ckpt.errors import ConfigError, TagExistsError, TransactionStateError, WriteError
@@ -199,11 +200,32 @@ def test_leaving_is_a_safe_point(watch):
     assert saved == [1]
 
 
+def death(inside_step: bool) -> RuntimeError:
+    """What torch raises where a worker was killed, as it comes out of a loop."""
+
+    def closure() -> torch.Tensor:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step(closure) if inside_step else closure()
+    return caught.value
+
+
+@pytest.mark.parametrize(("inside_step", "saved"), [(False, ["last"]), (True, [])])
+def test_leaving_by_a_workers_death_saves_unless_a_step_was_cut(watch, inside_step, saved):
+    made = []
+    preemption = watch(save=lambda: made.append("last"))
+    send()
+    preemption.leave_with(death(inside_step))
+    preemption.leave()
+    assert made == saved
+
+
 def test_leaving_by_an_exception_drains_but_does_not_save(watch):
     other = Commit("other")
     preemption = watch(save=lambda: pytest.fail("saved a state that is half way through a step"), pending=lambda: [other])
     send()
-    preemption.cancel_save()
+    preemption.leave_with(ValueError())
     preemption.leave()
     assert preemption.outcome.committed == ("other",)
 

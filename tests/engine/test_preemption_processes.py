@@ -14,7 +14,7 @@ import torch
 
 from async_ckpt import Catalog, load
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def start(*arguments: object, command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -152,3 +152,28 @@ def test_under_torchrun_every_worker_saves(tmp_path):
         assert [tag for tag in tags if tag.startswith("last-")], output
         assert Catalog(tmp_path / f"rank-{rank}").staging() == []
     assert output.count("LOG WARNING preempted (SIGTERM), ") == 2
+
+
+@pytest.mark.parametrize("how", ["kept", "lost"])
+def test_a_signal_to_the_whole_group_with_dataloader_workers_still_saves(tmp_path: Path, how: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.engine.loader_training", str(tmp_path), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        read_until(process, "at step", 20)
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert (process.returncode == 0 and "stopped" in output) if how == "kept" else "DataLoader worker" in output, output
+    (tag,) = Catalog(tmp_path).tags()
+    state = load(tmp_path / tag / "state.pt")
+    assert tag == f"last-{state['step']}" and state["step"] >= 20
+    # Only whole steps: the optimizer has counted as many as the loop, but for the one that a signal may have come behind.
+    assert int(state["optimizer"]["state"][0]["step"]) - state["step"] in (0, 1)
