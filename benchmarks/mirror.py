@@ -1,0 +1,316 @@
+"""Uploads and restores of the second tier against a SeaweedFS on loopback, beside what else does that, each in a process of its own.
+
+    python -m benchmarks.mirror DIR --size-mib 1024 --repeats 3 --out results/
+
+- upload: seconds until one checkpoint of one file is in the store; processor seconds; memory above what the process had
+  before; longest hold of the interpreter lock. "obstore put" is the library's own put of the same file with the same
+  settings; DCP and s3torchconnector write from memory.
+- restore: seconds into existing tensors; "obstore get" are ranges of the same object by as many threads, into memory.
+- training: a step of fixed work, a save every 10 steps, uploads all the time; with and without a mirror.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ticker import Ticker
+from tests.mirror.servers import BUCKET, SeaweedFS
+
+UPLOADS = ("async_ckpt", "obstore put", "boto3", "DCP fsspec+s3fs", "s3torchconnector")
+RESTORES = ("async_ckpt", "obstore get")
+_GET_BYTES = 8 << 20
+_NUM_GETS = 8
+
+
+def state_of(size_mib: int) -> dict[str, Any]:
+    import torch
+
+    torch.manual_seed(0)
+    num = max(1, size_mib // 16)
+    return {f"layer.{k}.weight": torch.randn(16 << 18 if size_mib >= 16 else size_mib << 18) for k in range(num)}
+
+
+# What runs in the children: each takes the specification and returns what is to be timed.
+
+
+def _mirror(spec: dict[str, Any], prefix: str = "mirrored", **fields: Any) -> Any:
+    from async_ckpt import Mirror
+
+    return Mirror(
+        f"s3://{BUCKET}/{spec['prefix']}/{prefix}",
+        parallel=spec["parallel"],
+        part_bytes=spec["part_bytes"],
+        options=spec["options"],
+        **fields,
+    )
+
+
+def _store(spec: dict[str, Any]) -> Any:
+    from obstore.store import S3Store
+
+    options = dict(spec["options"], client_options={"allow_http": True, "timeout": "300s"})
+    return S3Store(BUCKET, prefix=spec["prefix"], checksum_algorithm="SHA256", **options)
+
+
+def upload_ours(spec: dict[str, Any]) -> Callable[[], object]:
+    from async_ckpt.mirror.mirrors import Mirrors
+    from async_ckpt.storage.local_filesystem import LocalFileSystem
+
+    made = Mirrors((_mirror(spec),), filesystem=LocalFileSystem(), root=spec["root"], with_backlog=False)
+    made.check()
+
+    def run() -> None:
+        pending = made.expect("step-0")
+        made.committed(pending, None)
+        pending.result()
+
+    return run
+
+
+def upload_obstore(spec: dict[str, Any]) -> Callable[[], object]:
+    import obstore
+
+    store = _store(spec)
+    how = {"chunk_size": spec["part_bytes"], "max_concurrency": spec["parallel"]}
+    return lambda: obstore.put(store, "put.pt", Path(spec["file"]), **how)
+
+
+def upload_boto3(spec: dict[str, Any]) -> Callable[[], object]:
+    import boto3
+    from boto3.s3.transfer import TransferConfig
+
+    client = _client(boto3, spec)
+    config = TransferConfig(
+        multipart_threshold=spec["part_bytes"], multipart_chunksize=spec["part_bytes"], max_concurrency=spec["parallel"]
+    )
+    return lambda: client.upload_file(spec["file"], BUCKET, f"{spec['prefix']}/boto3.pt", Config=config)
+
+
+def _client(boto3: Any, spec: dict[str, Any]) -> Any:
+    options = spec["options"]
+    return boto3.client(
+        "s3",
+        endpoint_url=options["endpoint"],
+        aws_access_key_id=options["access_key_id"],
+        aws_secret_access_key=options["secret_access_key"],
+        region_name=options["region"],
+    )
+
+
+def upload_dcp(spec: dict[str, Any]) -> Callable[[], object]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+    options = spec["options"]
+    how = {"key": options["access_key_id"], "secret": options["secret_access_key"]}
+    client = {"endpoint_url": options["endpoint"], "region_name": options["region"]}
+    writer = FsspecWriter(f"s3://{BUCKET}/{spec['prefix']}/dcp", client_kwargs=client, **how)
+    state = state_of(spec["size_mib"])
+    return lambda: dcp.save(state, storage_writer=writer, no_dist=True)
+
+
+def upload_s3torchconnector(spec: dict[str, Any]) -> Callable[[], object]:
+    import torch
+    from s3torchconnector import S3Checkpoint, S3ClientConfig
+
+    options = spec["options"]
+    os.environ.update(AWS_ACCESS_KEY_ID=options["access_key_id"], AWS_SECRET_ACCESS_KEY=options["secret_access_key"])
+    config = S3ClientConfig(force_path_style=True, part_size=spec["part_bytes"])
+    checkpoint = S3Checkpoint(region=options["region"], endpoint=options["endpoint"], s3client_config=config)
+    state = state_of(spec["size_mib"])
+
+    def run() -> None:
+        with checkpoint.writer(f"s3://{BUCKET}/{spec['prefix']}/connector.pt") as file:
+            torch.save(state, file)
+
+    return run
+
+
+def restore_ours(spec: dict[str, Any]) -> Callable[[], object]:
+    from async_ckpt.mirror.remote import remote_catalog
+    from async_ckpt.reading.load import load_committed_into
+
+    catalog, state = remote_catalog(_mirror(spec)), state_of(spec["size_mib"])
+    return lambda: load_committed_into(catalog, "step-0", "model.pt", state, atomic=False)
+
+
+def restore_obstore(spec: dict[str, Any]) -> Callable[[], object]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import obstore
+
+    store, size = _store(spec), os.path.getsize(spec["file"])
+    memory = memoryview(bytearray(size))
+    memory[::4096] = bytes(len(memory[::4096]))
+
+    def get(offset: int) -> None:
+        length = min(_GET_BYTES, size - offset)
+        memory[offset : offset + length] = memoryview(obstore.get_range(store, "put.pt", start=offset, length=length))
+
+    def run() -> None:
+        with ThreadPoolExecutor(_NUM_GETS) as pool:
+            list(pool.map(get, range(0, size, _GET_BYTES)))
+
+    return run
+
+
+def train(spec: dict[str, Any], *, with_mirror: bool) -> dict[str, Any]:
+    """Step times with a save every 10 steps; with a mirror, each save is uploaded while the next steps run."""
+    import torch
+
+    from async_ckpt import AsyncCheckpointEngine, KeepLast
+
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(32)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    data, root = torch.randn(64, 512), tempfile.mkdtemp(dir=spec["directory"])
+    mirrors = (_mirror(spec, f"training-{os.getpid()}", retention=KeepLast(1)),) if with_mirror else ()
+    steps, saves = [], []
+    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, mirrors=mirrors, retention=KeepLast(1)) as engine:
+        engine.guard(optimizer)
+        for step in range(spec["num_steps"]):
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            model(data).square().mean().backward()
+            optimizer.step()
+            steps.append(time.perf_counter() - started)
+            if step % 10 == 9:
+                started = time.perf_counter()
+                engine.create(f"step-{step}")
+                engine.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "model.pt")
+                engine.commit(f"step-{step}")
+                saves.append(time.perf_counter() - started)
+    shutil.rmtree(root)
+    settled, later = steps[20:], saves[2:]
+    return {
+        "step_s": statistics.median(settled),
+        "mean_step_s": statistics.fmean(settled),
+        "save_s": statistics.median(later),
+        "slowest_save_s": max(later),
+    }
+
+
+PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]] = {
+    ("upload", "async_ckpt"): upload_ours,
+    ("upload", "obstore put"): upload_obstore,
+    ("upload", "boto3"): upload_boto3,
+    ("upload", "DCP fsspec+s3fs"): upload_dcp,
+    ("upload", "s3torchconnector"): upload_s3torchconnector,
+    ("restore", "async_ckpt"): restore_ours,
+    ("restore", "obstore get"): restore_obstore,
+}
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def child(spec: dict[str, Any]) -> dict[str, Any]:
+    """One measurement; the imports and the state are there before it begins."""
+    if spec["scenario"] == "training":
+        return train(spec, with_mirror=spec["contender"] == "with mirror")
+    run = PREPARED[spec["scenario"], spec["contender"]](spec)
+    stop, peak = threading.Event(), [0]
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            peak[0] = max(peak[0], _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    before_bytes = _resident_bytes()
+    with Ticker() as ticker:
+        watcher.start()
+        began, cpu_s = time.monotonic(), time.process_time()
+        run()
+        ended, cpu_s = time.monotonic(), time.process_time() - cpu_s
+        stop.set()
+        watcher.join()
+    return {
+        "seconds": ended - began,
+        "cpu_s": cpu_s,
+        "peak_bytes": max(0, peak[0] - before_bytes),
+        "gil_s": ticker.longest(began, ended),
+        "control_gil_s": ticker.control_longest(began, ended),
+    }
+
+
+# The parent.
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run a child; a contender that cannot run keeps its reason."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.mirror", "--child", json.dumps(spec)], capture_output=True, text=True, timeout=1800
+    )
+    if done.returncode:
+        return {"reason": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", help="where the checkpoint and the server's data lie")
+    parser.add_argument("--size-mib", type=int, default=256)
+    parser.add_argument("--part-mib", type=int, default=16)
+    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num-steps", type=int, default=300)
+    parser.add_argument("--out", help="directory of the results; without it they are only printed")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(child(json.loads(given.child))))
+        return
+    home = Path(tempfile.mkdtemp(dir=given.directory))
+    server = SeaweedFS(home / "server")
+    server.start()
+    try:
+        _run_all(given, home, server)
+    finally:
+        server.kill()
+        shutil.rmtree(home)
+
+
+def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
+    from async_ckpt import AsyncCheckpointEngine
+
+    root = home / "root"
+    with AsyncCheckpointEngine(root, staging_bytes=256 << 20) as engine:
+        engine.create("step-0")
+        engine.save(state_of(given.size_mib), "model.pt")
+        engine.commit("step-0")
+    common = {"root": str(root), "file": str(root / "step-0" / "model.pt"), "directory": str(home), "size_mib": given.size_mib}
+    common |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel, "options": dict(server.options())}
+    runs: list[dict[str, Any]] = []
+    for repeat in range(given.repeats):
+        asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
+        for scenario, name in [*asked, ("training", "without mirror"), ("training", "with mirror")]:
+            # Each repetition uploads anew, to a prefix of its own.
+            spec = {**common, "scenario": scenario, "contender": name, "prefix": f"run-{repeat}", "num_steps": given.num_steps}
+            shutil.rmtree(root / ".mirrors", ignore_errors=scenario != "restore") if scenario == "upload" else None
+            found = measure(spec)
+            runs.append({"scenario": f"mirror {scenario}", "contender": name, "size_mib": given.size_mib, "repeat": repeat, **found})
+            print(json.dumps(runs[-1]), flush=True)
+    if given.out:
+        from benchmarks.environment import describe
+
+        target = Path(given.out) / f"mirror-{time.strftime('%Y-%m')}.jsonl"
+        with open(target, "a") as file:
+            for run in runs:
+                file.write(json.dumps({**run, "environment": describe(home)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
