@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+_BLOCK_BYTES = 8 << 20
+"""One request for a range of a file."""
 _NUM_REQUESTS = 32
 """Small requests in flight at once; their cost is the way there and back."""
 
@@ -158,6 +160,7 @@ class RemoteFile:
 
     def __init__(self, store: Store, key: str, path: str, info: ObjectInfo) -> None:
         self.path = path
+        self.block_bytes = _BLOCK_BYTES
         self.map_path = ""
         """There is none: nothing in a store can be mapped."""
         self.size_bytes = info.size_bytes

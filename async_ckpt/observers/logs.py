@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..metrics import CommitMetrics, Observer, SaveMetrics
+from ..metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics
 from .units import format_bytes, format_rate, format_seconds
 
 
@@ -51,3 +51,19 @@ class LoggingObserver(Observer):
 
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
         self._logger.log(self._level, "checkpoint %r was given up: %s", metrics.tag, error, extra={"async_ckpt": metrics})
+
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        if error is not None:
+            told = "checkpoint %r was not mirrored to %s: %s"
+            self._logger.error(told, metrics.tag, metrics.url, error, extra={"async_ckpt": metrics})
+            return
+        self._logger.log(
+            self._level,
+            "checkpoint %r mirrored to %s: %s sent in %s (%s)",
+            metrics.tag,
+            metrics.url,
+            format_bytes(metrics.sent_bytes),
+            format_seconds(metrics.upload_s),
+            format_rate(metrics.bytes_per_s),
+            extra={"async_ckpt": metrics},
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..metrics import CommitMetrics, Observer, SaveMetrics
+from ..metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -49,6 +49,12 @@ class PrometheusObserver(Observer):
         self._rate = library.Gauge(f"{prefix}_last_commit_bytes_per_second", "Durable throughput of the newest checkpoint", **options)
         self._queue = library.Gauge(f"{prefix}_max_queue_chunks", "Most chunks that waited for the disk at once", **options)
         self._undeleted = library.Gauge(f"{prefix}_undeleted_checkpoints", "Old checkpoints that cannot be deleted now", **options)
+        self._mirrored = library.Counter(f"{prefix}_mirrored", "Checkpoints mirrored", ["mirror"], **options)
+        self._unmirrored = library.Counter(f"{prefix}_mirror_failures", "Uploads that failed", ["mirror"], **options)
+        self._sent = library.Counter(f"{prefix}_mirrored_bytes", "Bytes sent to mirrors", ["mirror"], **options)
+        self._last_mirrored = library.Gauge(
+            f"{prefix}_last_mirrored_timestamp_seconds", "When a checkpoint was last mirrored", ["mirror"], **options
+        )
 
     def on_save(self, metrics: SaveMetrics) -> None:
         self._files.labels("direct" if metrics.direct else "buffered").inc()
@@ -71,3 +77,11 @@ class PrometheusObserver(Observer):
         self._rate.set(metrics.bytes_per_s)
         self._queue.set(metrics.max_queue_chunks)
         self._undeleted.set(metrics.num_undeleted)
+
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        self._sent.labels(metrics.url).inc(metrics.sent_bytes)
+        if error is not None:
+            self._unmirrored.labels(metrics.url).inc()
+            return
+        self._mirrored.labels(metrics.url).inc()
+        self._last_mirrored.labels(metrics.url).set(time.time())

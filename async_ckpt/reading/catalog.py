@@ -12,17 +12,18 @@ Methods block on the disk and may be called from any thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
-from ..format.names import MANIFEST_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, parse_private_name
+from ..format.names import MANIFEST_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, is_url, parse_private_name
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide
 from ..storage.local_filesystem import read_side_of
@@ -248,6 +249,19 @@ class Catalog:
             raise
         except OSError as error:
             raise ReadError(error, path=f"{self._root}/{tag}/{name}") from error
+
+    @contextlib.contextmanager
+    def naming_older_ones(self, tag: str) -> Iterator[None]:
+        """Let damage in a store pass with the names of older checkpoints there added: a new machine has no other place to look."""
+        try:
+            yield
+        except CorruptCheckpointError as error:
+            if not is_url(self._root):
+                raise
+            tags = [entry.tag for entry in self.entries() if entry.problem is None]
+            older = tags[: tags.index(tag)] if tag in tags else tags
+            error.args = (f"{error}; older ones in {self._root}: {', '.join(reversed(older[-5:])) or 'none'}",)
+            raise
 
     def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:
         """`function` of the open checkpoint; run again when the checkpoint was replaced under it (CheckpointNotFoundError)."""

@@ -137,7 +137,10 @@ def load_committed(
     num_threads: int | None = None,
 ) -> Any:
     """`load` of file `name` in checkpoint `tag` of `catalog`."""
-    with catalog.open_file(tag, name, verify=verify, num_threads=num_threads) as file:
+    with (
+        catalog.naming_older_ones(tag),
+        catalog.open_file(tag, name, verify=verify, num_threads=num_threads) as file,
+    ):
         return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
 
 
@@ -185,6 +188,7 @@ def load_committed_into(
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     _refuse_contexts()
     with (
+        catalog.naming_older_ones(tag),
         catalog.open_file(tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
         naming_the_record(file),
         without_default_device(),

@@ -5,7 +5,7 @@ This is the one machine behind `verify`, `latest`, `load`, `load_into` and the c
 Guarantees:
 - With `check`, `view`, `keep` and `stream` never return before the CRC of every byte they handed on was compared.
 - The first failure stops all workers and is raised; no thread and no descriptor is left behind.
-- Worker memory is `num_threads * BLOCK_BYTES`; only what `keep` was told to keep stays.
+- Worker memory is `num_threads` blocks of 2 MiB (8 MiB where a store is read); only what `keep` was told to keep stays.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class VerifiedFile:
     ) -> None:
         self.entry = entry
         self.name = file.path
+        self.block_bytes: int = getattr(file, "block_bytes", BLOCK_BYTES)
+        """Of one read; more where the way to the data is long."""
         self.map_path = file.map_path
         """A path to this very file while it is open here, whoever has its name by now."""
         self.size_bytes = file.size_bytes
@@ -228,8 +230,8 @@ class VerifiedFile:
         return self._kept[extent][max(first, low) - low : min(end, high) - low]
 
     def _blocks(self, first: int, end: int, memory: memoryview | None = None, loaded: bool = False) -> Iterator[_Block]:
-        for offset in range(first, end, BLOCK_BYTES):
-            num_bytes = min(BLOCK_BYTES, end - offset)
+        for offset in range(first, end, self.block_bytes):
+            num_bytes = min(self.block_bytes, end - offset)
             yield _Block(self, offset, num_bytes, None if memory is None else memory[offset - first :][:num_bytes], loaded)
 
 
@@ -278,7 +280,7 @@ class _Reading:
             try:
                 if block.memory is None:
                     if buffer is None:
-                        buffer = block.file.new_buffer(BLOCK_BYTES)
+                        buffer = block.file.new_buffer(block.file.block_bytes)
                     block.memory = buffer[: block.num_bytes]
                 self._process(block, block.memory)
                 block.memory = None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,55 @@ def test_replaced_and_deleted_tags(moto: Any, tmp_path: Path, prefix: str) -> No
     shutil.rmtree(tmp_path)
     with engine_on(tmp_path, mirror) as engine:
         assert same(engine.load("latest/model.pt"), state(2))
+
+
+def test_a_preemption_bounds_the_wait_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
+    is_open = threading.Event()
+
+    def hold(number: int, method: str, path: str) -> Fault:
+        if "step-1" in path and method == "PUT":
+            is_open.wait(60)
+        return None
+
+    with Proxy(moto.endpoint, hold) as proxy:
+        engine = engine_on(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint))
+        engine.on_preemption((signal.SIGUSR1,), deadline_s=1.0)
+        engine.create("step-1")
+        engine.save(state(1), "model.pt")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        engine.commit("step-1")
+        began = time.monotonic()
+        with pytest.warns(RuntimeWarning, match="are not mirrored yet"):
+            engine.close()
+        assert time.monotonic() - began < 8
+        is_open.set()
+    assert Catalog(tmp_path).latest() == "step-1"
+
+
+def test_a_rate_is_kept(tmp_path: Path) -> None:
+    mirror = Mirror(f"file://{tmp_path}/other", max_bytes_per_s=2e6)
+    with engine_on(tmp_path / "root", mirror) as engine:
+        saved(engine, "step-0").mirrored.result(60)
+        pending = saved(engine, "step-1")
+        pending.mirrored.result(60)
+        # The first one goes at once; what comes after it waits for its share of the rate.
+        assert pending.mirrored.metrics.upload_s > 0.5 * pending.metrics.size_bytes / 2e6
+
+
+def test_observers_of_the_package_show_uploads(tmp_path: Path, caplog: Any) -> None:
+    import prometheus_client
+
+    from async_ckpt import LoggingObserver, PrometheusObserver, TraceObserver
+
+    registry, url = prometheus_client.CollectorRegistry(), f"file://{tmp_path}/other"
+    observers = (LoggingObserver(), PrometheusObserver(registry), TraceObserver(tmp_path / "trace.json"))
+    with caplog.at_level(logging.INFO, "async_ckpt"), engine_on(tmp_path / "root", Mirror(url), observers=observers) as engine:
+        saved(engine, "step-0").mirrored.result(60)
+    for observer in observers:
+        getattr(observer, "close", lambda: None)()
+    assert f"'step-0' mirrored to {url}" in caplog.text
+    assert registry.get_sample_value("async_ckpt_mirrored_total", {"mirror": url}) == 1.0
+    assert '"upload"' in (tmp_path / "trace.json").read_text()
 
 
 @pytest.mark.parametrize(

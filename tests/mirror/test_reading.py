@@ -104,20 +104,24 @@ def test_a_directory_url(tmp_path: Path) -> None:
 
 
 def test_damage_in_the_store_reaches_no_tensor_and_is_named(environment: None, moto: Any, tmp_path: Path, prefix: str) -> None:
-    made_in(tmp_path, "step-0")
-    mirrored(tmp_path, s3_mirror(moto, prefix), 1)
-    (key,) = [key for key in keys(moto, prefix) if key.endswith("model.pt")]
+    made_in(tmp_path, "older", "old", "step-0")
+    mirrored(tmp_path, s3_mirror(moto, prefix), 3)
+    (key,) = [key for key in keys(moto, prefix) if "/step-0/" in key and key.endswith("model.pt")]
     s3 = client(moto)
     data = bytearray(s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
     data[len(data) // 2] ^= 1
     s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
     path = f"s3://{BUCKET}/{prefix}/step-0/model.pt"
-    with pytest.raises(CorruptCheckpointError, match=r"s3://.*/step-0/model\.pt"):
+    with pytest.raises(CorruptCheckpointError, match=r"s3://.*/step-0/model\.pt.*older ones in s3://.*: old, older"):
         async_ckpt.load(path)
     target, before = state(5), state(5)
     with pytest.raises(CorruptCheckpointError):
         async_ckpt.load_into(target, path)
     assert same(target, before)
+    assert async_ckpt.Catalog(f"s3://{BUCKET}/{prefix}").latest() == "old"
+    s3.delete_object(Bucket=BUCKET, Key=key)
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' is missing.*older ones"):
+        async_ckpt.load(path)
 
 
 def test_nothing_of_the_library_is_imported_without_a_mirror(tmp_path: Path) -> None:
