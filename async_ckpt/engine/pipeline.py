@@ -139,10 +139,9 @@ class SavePipeline:
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _snapshot(self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn) -> FileCopy:
-        guarded = self.guard.owned()
-        if guarded.ids.isdisjoint(state.sources.identities()):
+        guarded = self.guard.owned(state.sources.identities())
+        if guarded is NOTHING:
             # Nothing here is changed by a guarded step: those of other threads may go on.
-            guarded = NOTHING
             turn.end()
         on_copied = self._copy_teller(checkpoint.tag, path)
         return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)

@@ -19,7 +19,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -88,15 +88,15 @@ class Guard:
         turn = Turn(self._exclusion if self._optimizers and os.getpid() == self._pid else None, Work.SAVE)
         return turn.run(lambda: work(turn))
 
-    def owned(self) -> Owned:
-        """What the guarded optimizers own, as of the last `refresh`.
+    def owned(self, wanted: Sequence[int]) -> Owned:
+        """What the guarded optimizers own, as of the last `refresh` or later; nothing if that is none of the storages `wanted`.
 
         Nothing inside a step of this thread: nothing waits between here and what the rest of the step changes.
         """
         if not self._optimizers or self._exclusion.in_own_step():
             return NOTHING
         again, self._must_look = self._must_look, False
-        return self._owned.look((o for o in self._alive() if not self._is_replayed(o)), again=again)
+        return self._owned.of([o for o in self._alive() if not self._is_replayed(o)], wanted, again=again)
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.

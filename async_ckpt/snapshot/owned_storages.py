@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,6 +28,8 @@ class Owned:
     ids: frozenset[int]
     """`UntypedStorage._cdata` of every parameter and state tensor."""
     tensors: list[torch.Tensor]
+    covers: bool = False
+    """Whether that is all that was asked about."""
 
 
 NOTHING = Owned(frozenset(), [])
@@ -39,9 +41,26 @@ class OwnedStorages:
     def __init__(self) -> None:
         self._addresses: list[int] | None = None
         self._ids: frozenset[int] | None = None
+        self._looked_at: tuple[int, ...] = ()
+        """The optimizers, by identity."""
         self._letting_go: weakref.finalize[..., OwnedStorages] | None = None
 
-    def look(self, optimizers: Iterable[Any], *, again: bool = True) -> Owned:
+    def of(self, optimizers: Sequence[Any], wanted: Sequence[int], *, again: bool = True) -> Owned:
+        """As `look`, for somebody who asks about the storages `wanted`; `NOTHING` where none of them is owned.
+
+        Where all were owned at the last look, nobody looks again. One that has been taken from its optimizer since may be
+        among them: what is still done to it by others is for the torn check.
+        """
+        looked_at = tuple(map(id, optimizers))
+        if self._ids is not None and looked_at == self._looked_at and self._ids.issuperset(wanted):
+            return Owned(self._ids, _tensors(optimizers), covers=True) if wanted else NOTHING
+        again = again or looked_at != self._looked_at
+        found, self._looked_at = self.look(optimizers, again=again), looked_at
+        if found.ids.isdisjoint(wanted):
+            return NOTHING
+        return Owned(found.ids, found.tensors, covers=found.ids.issuperset(wanted))
+
+    def look(self, optimizers: Sequence[Any], *, again: bool = True) -> Owned:
         """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still holds.
 
         It does because the identities in it cannot be given to other storages: weak references keep them taken. Were one
@@ -50,12 +69,10 @@ class OwnedStorages:
         Args:
             again: False: nothing can have changed since the last look.
         """
-        values = _values(optimizers)
-        is_plain = _PLAIN.issuperset(map(type, values))
-        tensors = values if is_plain else [value for value in values if isinstance(value, torch.Tensor)]
+        tensors = _tensors(optimizers)
         if not again and self._ids is not None:
             return Owned(self._ids, tensors)
-        addresses = _addresses(tensors) if is_plain else None
+        addresses = _addresses(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
         if self._ids is None or addresses is None or addresses != self._addresses:
             self._forget()
             # A weak reference to a storage is its `_cdata`.
@@ -74,6 +91,12 @@ class OwnedStorages:
 
 def _let_go(taken: list[int]) -> None:
     deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
+
+
+def _tensors(optimizers: Iterable[Any]) -> list[torch.Tensor]:
+    """The parameters, and those of the states."""
+    values = _values(optimizers)
+    return values if _PLAIN.issuperset(map(type, values)) else [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _values(optimizers: Iterable[Any]) -> list[Any]:

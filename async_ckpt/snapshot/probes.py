@@ -20,7 +20,7 @@ PROBE_BYTES = 8
 TINY_BYTES = 256
 # Between the probes of one payload; more where there would be more than so many beside the heads and the tails.
 _MIN_DISTANCE_BYTES = 64 << 10
-_MAX_INNER_PROBES = 1024
+_MAX_INNER_PROBES = 256
 
 # The whole address space; torch takes no tensor at address 0.
 _BASE = 4096

@@ -110,11 +110,10 @@ class Snapshotter:
             self.start_now()
             file.stream_through(self._team, self._timeout_s)
             return file
-        ids = state.sources.identities()
-        if guarded.ids.isdisjoint(ids):
+        if guarded is NOTHING:
             file.copy_now(chunks, self._team)
             return file
-        is_lazy = None if guarded.ids.issuperset(ids) else list(map(guarded.ids.__contains__, ids))
+        is_lazy = None if guarded.covers else list(map(guarded.ids.__contains__, state.sources.identities()))
         file.copy_unguarded(chunks, self._team, is_lazy, guarded.ids)
         done = self._pool.submit_copy(lambda: self._copy_behind(file, chunks))
         done.add_done_callback(lambda done: _give_up_unstarted(file, chunks, sink, done))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from async_ckpt.snapshot.guard import Guard
-from async_ckpt.snapshot.owned_storages import OwnedStorages
+from async_ckpt.snapshot.owned_storages import NOTHING, OwnedStorages
 
 
 def ids(*tensors: torch.Tensor) -> set[int]:
@@ -142,9 +142,22 @@ def test_a_guard_looks_again_after_a_step_only() -> None:
     _, optimizer = stepped(lambda p: torch.optim.AdamW(p))
     guard = Guard(1.0, lambda: None)
     guard.add(optimizer)
-    first = guard.owned().ids
-    assert first == owned(optimizer) and guard.owned().ids is first
+    first = guard.owned([*owned(optimizer)])
+    assert first.covers and first.ids == owned(optimizer) and guard.owned([*owned(optimizer), 1]).ids is first.ids
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert guard.owned().ids == owned(optimizer)
+    assert guard.owned([*owned(optimizer)]).ids == owned(optimizer)
     guard.remove()
+
+
+def test_what_is_asked_about_is_looked_for_where_it_is_not_known() -> None:
+    parameters, optimizer = stepped(lambda p: torch.optim.AdamW(p))
+    known = OwnedStorages()
+    stranger = torch.zeros(10)
+    assert known.of([optimizer], [*ids(stranger)]) is known.of([optimizer], []) is NOTHING
+    assert known.of([optimizer], [*ids(*parameters)]).covers
+    found = known.of([optimizer], [*ids(parameters[0], stranger)])
+    assert not found.covers and found.ids == owned(optimizer)
+    parameters[1].data = torch.ones(10)
+    assert known.of([optimizer], [*ids(parameters[1])]).covers, "another storage of the same parameter"
+    assert known.of([], [*ids(*parameters)]) is NOTHING, "of no optimizer"

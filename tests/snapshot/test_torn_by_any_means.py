@@ -401,4 +401,5 @@ def test_a_storage_where_a_dropped_subclass_lay_is_not_taken_for_guarded(
     optimizer.state.clear()
     strangers = {f"s{k}": torch.ones(3000) for k in range(200)}
     # Nothing has looked at the optimizer since.
-    assert engine._guard.owned().ids.isdisjoint(s.untyped_storage()._cdata for s in strangers.values())
+    identities = [s.untyped_storage()._cdata for s in strangers.values()]
+    assert engine._guard.owned([*identities, weight.untyped_storage()._cdata]).ids.isdisjoint(identities)
