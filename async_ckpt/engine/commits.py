@@ -17,7 +17,7 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.local_filesystem import LocalFileSystem
 from ..storage.staged import State
+from ..threads.executor import check_process
 from .checkpoint import Checkpoint, given_up
 from .config import EngineConfig
 from .mirroring import EngineMirrors, hold_for_mirrors
@@ -78,15 +79,8 @@ class Commits:
 
     # Which calls are legal now.
 
-    def forked_message(self) -> str:
-        return (
-            f"this engine belongs to process {self.pid} and this is process {os.getpid()}, forked from it: "
-            "make a new AsyncCheckpointEngine here. The parent's checkpoints are not affected"
-        )
-
     def check_usable(self) -> None:
-        if os.getpid() != self.pid:
-            raise TransactionStateError(self.forked_message())
+        check_process(self.pid, "this engine")
         if self.closed:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
@@ -127,7 +121,7 @@ class Commits:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
-        elsewhere = any(other.find_unfinished(tag) for other in self._others())
+        elsewhere = any(other.find_unfinished(tag) for other in self.others())
         if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
@@ -162,7 +156,7 @@ class Commits:
         pending = self._last_commit(tag)
         return pending if pending is not None and not pending.done() else None
 
-    def _others(self) -> list[Commits]:
+    def others(self) -> list[Commits]:
         """Of other engines of this process on the same root: a retry may not have let go of the one before.
 
         None for one of several ranks, whose neighbours may be threads of this process.
@@ -173,32 +167,14 @@ class Commits:
         others = [other for other in list(live) if other is not self and other.pid == pid]
         return [other for other in others if os.path.realpath(other.root) == here]
 
-    def await_commit(self, tag: str) -> None:
-        """Wait for pending commits of this tag in this process, if there are any."""
-        self._await(found for each in (self, *self._others()) if (found := each.find_unfinished(tag)))
-
-    def await_others(self) -> None:
-        """Wait for the pending commits of other engines of this process in this root; log those that have failed unheard."""
-        others = self._others()
-        self._await(pending for other in others for pending in other.unfinished())
-        for pending in [pending for other in others for pending in other.unacknowledged()]:
-            told = "checkpoint %r of another engine of this process on %r was not committed: %s"
-            report(logging.WARNING, told, pending.tag, self.root, pending.failure())
-
-    def _await(self, commits: Iterable[PendingCommit]) -> None:
-        timeout_s = self._config.backpressure_timeout_s
-        for pending in list(commits):
-            if not pending.wait(timeout_s):
-                raise BackpressureTimeout(f"the commit of {pending.tag!r} did not end within {timeout_s:g} s; it goes on")
-
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
 
     def _forget_some(self) -> None:
         """Keep what is unfinished, failures that nobody has asked for, and the last few."""
         older, recent = self._commits[: -self.num_remembered], self._commits[-self.num_remembered :]
-        kept = [pending for pending in older if not pending.done() or (pending.failure() is not None and not pending.acknowledged)]
-        self._commits = [*kept, *recent]
+        asked_for = {*self.unfinished(), *self.unacknowledged()}
+        self._commits = [*(pending for pending in older if pending in asked_for), *recent]
 
     def await_slot(self) -> None:
         """Wait until fewer than `max_pending_commits` are unfinished."""
@@ -279,7 +255,6 @@ class Commits:
 
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
-        self.await_commit(tag)
         if self._coordinator.leads:
             transaction.remove(self.filesystem, self.root, tag)
 

@@ -14,35 +14,33 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import PathExistsError, TransactionStateError, UnsafePathError, report
+from ..errors import PathExistsError, UnsafePathError, report
 from ..format.metadata import check_metadata
 from ..format.names import Root, check_tag
 from ..plan.opaque import opaque_state
 from ..plan.plan import PlannedState
 from ..ranks.coordinator import Destination
 from ..reading.catalog import Catalog
-from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
-from ..threads.executor import run_aside
+from ..threads.executor import check_process, run_aside
 from ..threads.locks import Lock
 from . import at_exit
 from .checkpoint import Checkpoint, given_up
 from .commits import Commits
 from .config import EngineConfig
 from .interface import CheckpointEngine, StrPath, tag_of
-from .mirroring import latest_of
 from .pending import PendingCommit
-from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
+from .preemption import PreemptibleEngine
+from .restoring import RestoringEngine
 
 
-class AsyncCheckpointEngine(CheckpointEngine):
+class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine):
     """Saves checkpoints in the background; see the module's guarantees.
 
     Args:
@@ -67,7 +65,6 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._paths = Root(config.root)
         self.root = self._paths.path
         self._lock = Lock()
-        self._preemption: Preemption | None = None
         self._inflight = Commits(config, self.root)
         self._pipeline = self._inflight.pipeline
         self._guard, self._arena = self._pipeline.guard, self._pipeline.arena
@@ -188,59 +185,6 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._preemption.after_commit(pending)
         return pending
 
-    def load(
-        self,
-        path: StrPath,
-        map_location: Any = None,
-        *,
-        weights_only: bool | None = None,
-        verify: str = "full",
-        mmap: bool | None = None,
-    ) -> Any:
-        """Load the committed file "<tag>/file.pt" (or "<root>/<tag>/file.pt") and check every byte. Blocks; any thread.
-
-        A commit of that tag that is pending here is waited for first. For the arguments and errors see `async_ckpt.load`.
-        """
-        catalog, tag, name = self._committed_path(path)
-        return load_committed(catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
-
-    def load_into(
-        self,
-        state_dict: Any,
-        path: StrPath,
-        *,
-        strict: bool = True,
-        verify: str = "full",
-        atomic: bool | Literal["auto"] = "auto",
-        weights_only: bool | None = None,
-        select: str | None = None,
-    ) -> Any:
-        """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
-
-        Lazy snapshots are waited for first. Returns the loaded structure's other leaves. For the arguments (`atomic` says what
-        the tensors hold after an error) and errors see `async_ckpt.load_into`.
-        """
-        catalog, tag, name = self._committed_path(path)
-        self.wait_snapshot()
-        how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._arena.lend}
-        return load_committed_into(catalog, tag, name, state_dict, select=select, **how)
-
-    # Looking.
-
-    def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
-        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
-
-        With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks.
-        Pending commits of other engines of this process in the same root are waited for first (a retry may still hold one);
-        BackpressureTimeout where they do not end.
-        """
-        self._inflight.await_others()
-        return latest_of(self._catalog, self._inflight.mirrors, verify, tier)
-
-    def tags(self) -> list[str]:
-        """Committed tags, oldest first."""
-        return self._catalog.tags()
-
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended yet, oldest first."""
         return self._inflight.unfinished()
@@ -283,49 +227,6 @@ class AsyncCheckpointEngine(CheckpointEngine):
             planned_bytes = self._pipeline.plan_ahead(named)
         self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
-    # Being stopped.
-
-    def on_preemption(
-        self,
-        signals: Iterable[int] = (signal.SIGTERM,),
-        *,
-        deadline_s: float = DEFAULT_DEADLINE_S,
-        save: Callable[[], object] | None = None,
-        agree: Callable[[bool], bool] | None = None,
-        exit_after: bool = False,
-    ) -> None:
-        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
-
-        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
-        last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
-        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments.
-
-        Raises:
-            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
-        """
-        self._usable()
-        with self._lock:
-            self._usable()
-            if self._preemption is not None:
-                raise TransactionStateError("on_preemption was called already on this engine; its signals and hook stay as they are")
-            self._preemption = Preemption(
-                signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after, pending=self._inflight.unfinished
-            )
-
-    @property
-    def preempted(self) -> bool:
-        """Whether a preemption signal has come. Never blocks; any thread."""
-        return self._preemption is not None and self._preemption.preempted
-
-    def poll_preemption(self) -> bool:
-        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
-        return self._preemption is not None and self._preemption.poll()
-
-    @property
-    def preemption_outcome(self) -> PreemptionOutcome | None:
-        """How the preemption ended; None before it was handled."""
-        return None if self._preemption is None else self._preemption.outcome
-
     # Leaving.
 
     def delete(self, tag: Any) -> None:
@@ -337,6 +238,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         name = check_tag(tag_of(tag))
         self._usable()
+        self._await_commit(name)
         self._inflight.delete(name)
 
     def abort(self, tag: Any) -> None:
@@ -362,8 +264,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     def _close(self, reason: BaseException | None) -> None:
         """`reason`: the exception that has led here, if there is one."""
-        if os.getpid() != self._inflight.pid:
-            raise TransactionStateError(self._inflight.forked_message())
+        check_process(self._inflight.pid, "this engine")
         if self._inflight.closed:
             self._inflight.stop(self.config.close_timeout_s)
             return
@@ -406,13 +307,6 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
         tag, parts = self._paths.split(path, carried=carried)
         return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
-
-    def _committed_path(self, path: StrPath) -> tuple[Catalog, str, str]:
-        self._usable()
-        tag, name = self._paths.split_committed(path)
-        self._inflight.await_commit(tag)
-        mirrors = self._inflight.mirrors
-        return self._catalog if mirrors is None else mirrors.resume_from(tag, self._catalog), tag, name
 
     def _usable(self) -> None:
         self._inflight.check_usable()

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError, TagExistsError, TransactionStateError, report
+from .commits import Commits
 from .signal_flag import SignalFlag
 
 _NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
@@ -243,6 +244,57 @@ def _is_a_workers_death(error: BaseException) -> bool:
         return False
     frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
     return not any(f"torch{os.sep}optim{os.sep}" in file for file in frames)
+
+
+class PreemptibleEngine:
+    """An engine's part about being stopped."""
+
+    _preemption: Preemption | None = None
+    _inflight: Commits
+
+    def on_preemption(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM,),
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        save: Callable[[], object] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+        exit_after: bool = False,
+    ) -> None:
+        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
+
+        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
+        last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
+        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments.
+
+        Raises:
+            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
+        """
+        self._inflight.check_usable()
+        if self._preemption is not None:
+            raise TransactionStateError("on_preemption was called already on this engine; its signals and hook stay as they are")
+        self._preemption = Preemption(
+            signals=signals,
+            deadline_s=deadline_s,
+            save=save,
+            agree=agree,
+            exit_after=exit_after,
+            pending=self._inflight.unfinished,
+        )
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a preemption signal has come. Never blocks; any thread."""
+        return self._preemption is not None and self._preemption.preempted
+
+    def poll_preemption(self) -> bool:
+        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
+        return self._preemption is not None and self._preemption.poll()
+
+    @property
+    def preemption_outcome(self) -> PreemptionOutcome | None:
+        """How the preemption ended; None before it was handled."""
+        return None if self._preemption is None else self._preemption.outcome
 
 
 def _check_signals(signals: Iterable[int]) -> list[int]:
