@@ -298,9 +298,6 @@ class Commits:
             # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.
             self.closed = True
             try:
-                left_s = 0.1 if is_impatient else max(0.1, deadline - time.monotonic())
-                if self.mirrors is not None:
-                    self.mirrors.close(min(left_s, self._config.mirror_timeout_s))
                 self.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
             except BackpressureTimeout as timeout:
                 if not is_impatient:
@@ -321,5 +318,8 @@ class Commits:
 
     def stop(self, timeout_s: float) -> None:
         """The end of the threads and the coordinator; goes on where an interrupt has cut it short."""
-        self.pipeline.stop(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        if self.mirrors is not None:
+            self.mirrors.close(min(timeout_s, self._config.mirror_timeout_s))
+        self.pipeline.stop(max(0.1, deadline - time.monotonic()))
         self._coordinator.close()

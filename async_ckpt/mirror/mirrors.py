@@ -62,7 +62,7 @@ class Mirrors:
         self._lock = Lock()
         self._pending: list[PendingMirror] = []
         self._failures: list[tuple[PendingMirror | None, BaseException]] = []
-        self._is_checked = self._is_closed = False
+        self._is_checked = self._is_closed = self._has_ended = False
         num_threads = min(_MAX_THREADS, 4 + max((mirror.parallel for mirror in self.mirrors), default=1))
         self._executor = DaemonExecutor("async-ckpt-mirror-io", num_threads, on_start=lower_priority)
         self._loop = LoopThread("async-ckpt-mirror", on_death=self._died, on_undrained=lambda: None)
@@ -122,6 +122,7 @@ class Mirrors:
 
     def committed(self, pending: PendingMirror, error: BaseException | None) -> None:
         """The commit has ended: mirror it, or fail with it."""
+        pending.committed_s = time.perf_counter()
         if self._is_closed or self._loop.death is not None:
             pending.fail(error or self._loop.death or TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored"))
         for worker in self._workers:
@@ -142,7 +143,12 @@ class Mirrors:
                 raise error
 
     def close(self, timeout_s: float) -> None:
-        """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it goes on."""
+        """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it goes on.
+
+        Goes on where an interrupt has cut it short, and does nothing once it is done.
+        """
+        if self._has_ended:
+            return
         deadline = time.monotonic() + timeout_s
         self._is_closed = True
         with self._lock:
@@ -161,6 +167,7 @@ class Mirrors:
         cut_short = MirrorError("the engine was closed before the upload ended; it goes on at the next start", url=self._urls)
         for one in pending:
             one.fail(cut_short)
+        self._has_ended = True
         if left:
             told = (
                 "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and the next engine on this root "

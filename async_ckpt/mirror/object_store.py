@@ -77,7 +77,11 @@ class ObjectStore:
         except CheckpointError:
             raise
         except Exception as error:
-            raise self._translated(error, f"writing {key!r}") from error
+            translated = self._translated(error, f"writing {key!r}")
+            if isinstance(translated, FileNotFoundError):
+                # Another process, which uploads the same checkpoint, has tidied up: this upload begins anew.
+                translated = PassingFailure(f"the upload of {key!r} was aborted by another process", url=self.url)
+            raise translated from error
 
     def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
         mode = "create" if e_tag is None else "overwrite" if e_tag == ANY_VERSION else {"e_tag": e_tag}

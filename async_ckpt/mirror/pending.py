@@ -15,6 +15,8 @@ class PendingMirror(Pending):
 
     def __init__(self, tag: str, urls: tuple[str, ...]) -> None:
         super().__init__(tag)
+        self.committed_s = 0.0
+        """When the commit ended, on ``time.perf_counter``."""
         self._lock = Lock()
         self._left = {url: MirrorMetrics(tag, url) for url in urls}
         self._ended: list[MirrorMetrics] = []

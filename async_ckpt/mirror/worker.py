@@ -224,6 +224,7 @@ class Worker:
         error: BaseException | None = None
         try:
             started_s = time.perf_counter()
+            metrics.wait_s = started_s - pendings[0].committed_s if pendings else 0.0
             await Upload(self._connected, tag, metrics).run()
             metrics.upload_s = time.perf_counter() - started_s
         except Exception as failure:  # noqa: BLE001 -- whatever it is, those who wait get it

@@ -246,6 +246,23 @@ def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(seaweedfs:
     assert len(check_store(mirror)) == 3 and garbage(seaweedfs, prefix) == []
 
 
+def test_two_processes_mirror_the_same_root(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """As `async-ckpt mirror` beside a training does."""
+    mirror = s3_mirror(moto, prefix)
+    with mirroring(tmp_path, mirror) as one, mirroring(tmp_path, mirror) as other:
+        one.check()
+        other.check()
+        for step in range(3):
+            commit(tmp_path, f"step-{step}", big(step), created=step + 1)
+            pending = [(made, made.expect(f"step-{step}")) for made in (one, other)]
+            for made, waits in pending:
+                made.committed(waits, None)
+            for _, waits in pending:
+                waits.result(60)
+    assert check_store(mirror) == ["step-0", "step-1", "step-2"]
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
+
+
 def test_the_server_is_killed_in_the_middle_of_an_upload(tmp_path: Path, prefix: str, tmp_path_factory: Any) -> None:
     from .servers import SeaweedFS
 
