@@ -47,10 +47,10 @@ class EngineConfig:
     write."""
 
     num_writers: int | Literal["auto"] = "auto"
-    """Writes in flight at once, over all files. "auto" is what the disk shows."""
+    """Chunks that are written at once, over all files. "auto" is up to 16, fewer where many threads copy."""
 
     io_mode: Literal["auto", "direct", "buffered"] = "auto"
-    """O_DIRECT, page cache, or what the disk shows to be faster. "direct" falls back per file where it is refused."""
+    """O_DIRECT or the page cache; "auto" is O_DIRECT from 1 MiB on. "direct" falls back per file where it is refused."""
 
     overwrite: Literal["refuse", "replace"] = "refuse"
     """What `create` of a committed tag does: raise, or exchange the old for the new one atomically at commit."""

@@ -191,7 +191,8 @@ async def run_aside(name: str, fn: Callable[[], T]) -> T:
     import asyncio
 
     executor = DaemonExecutor(name, 1)
+    done = executor.submit(fn)
     try:
-        return await asyncio.wrap_future(executor.submit(fn))
+        return await asyncio.wrap_future(done)
     finally:
-        executor.shutdown(wait=False)
+        executor.shutdown(wait=done.done())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,17 @@ def test_slowdown_is_with_over_without() -> None:
 def test_requests_survive_the_way_to_the_child() -> None:
     request = Request(scenario="save", contender="torch_save", workload="small", size_mib=2, directory="x", seed=7)
     assert Request.from_json(request.to_json()) == request
+
+
+def test_the_hot_path_keeps_to_its_threads_and_hand_overs(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks.hot_path", "--directory", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    found = json.loads(out.stdout)
+    assert 1 <= found["threads"] <= 21
+    assert 0 < found["hand_overs_per_chunk"] <= 3
+    assert 10 < found["classes"] <= 60 and 50 < found["functions"] <= 330

@@ -12,8 +12,7 @@ import pytest
 from async_ckpt.errors import TransactionStateError
 from async_ckpt.threads.executor import BACKGROUND_NICENESS, DaemonExecutor
 from async_ckpt.threads.outcome import Outcome
-
-from .fakes import TIMEOUT_S, Gate
+from tests.writer.fakes import TIMEOUT_S, Gate
 
 
 @pytest.fixture
