@@ -20,6 +20,9 @@ from .safetensors import SafetensorsPlan, plan_safetensors
 from .structure import LooseStateError, NotPlainError
 from .torch_layout import Recorded, RecordingError, record
 
+_MAX_TOLD_OF = 64
+"""Files whose first save is looked at; a name that changes with each save is no news any more."""
+
 
 class Planner:
     """Plans the exact bytes of `torch.save(obj, file_object)` without reading a payload byte. One thread at a time."""
@@ -92,7 +95,7 @@ class Planner:
         else:
             planned = entry.take_first()
             self._cache = _remembered(self._cache, name, entry, self._cache_entries)
-        if self._tells_of_refused and name not in self._told_of:
+        if self._tells_of_refused and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
             if len(recorded.pickled) >= LARGE_BYTES:
                 tell_of_buffers(obj, name)
