@@ -119,7 +119,8 @@ class Checkpoint:
     def check_new(self, path: str) -> None:
         """Refuse a path that was saved before, or that is a directory or below a file."""
         parts = tuple(path.split("/"))
-        is_folder = parts in self.directories or any(name.startswith(f"{path}/") for name in self.files)
+        # A copy: a signal handler may save another file meanwhile.
+        is_folder = parts in self.directories or any(name.startswith(f"{path}/") for name in list(self.files))
         if path in self.files or is_folder or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
             raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
 

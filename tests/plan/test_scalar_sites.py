@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 import warnings
 from collections import OrderedDict
@@ -30,7 +31,7 @@ def changed(value: Any, chance: random.Random, rate: float) -> Any:
             value[key] = changed(value[key], chance, rate)
     elif type(value) is list:
         value[:] = [changed(item, chance, rate) for item in value]
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)):
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor, enum.Enum)):
         changed(vars(value), chance, rate)
     if chance.random() > rate:
         return value
