@@ -85,7 +85,8 @@ def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
 
 def without_default_device() -> contextlib.AbstractContextManager[Any]:
     """Tensors made in the block lie where it says, or on the CPU, whatever default device the caller has set."""
-    is_set = torch.get_default_device().type != "cpu"
+    # Not `torch.get_default_device`: torch 2.7's knows nothing of ``with torch.device(...)``.
+    is_set = torch.empty(0).device.type != "cpu"
     return torch._C.DisableTorchFunction() if is_set else contextlib.nullcontext()
 
 

@@ -1323,6 +1323,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     std::lock_guard<std::mutex> lock(state().mutex);
     return std::exchange(state().contexts, {});
   });
+  module.def("is_capturing", [](int device, int number) {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    return state().streams[device * kStreamsPerDevice + number].capture != nullptr;
+  });
   module.def("begin_capture", &begin_capture);
   module.def("end_capture", &end_capture);
   module.def("replay", &replay, Unlocked());

@@ -172,6 +172,10 @@ class Simulator:
 
     # Graphs.
 
+    def is_capturing(self, stream: torch.Stream) -> bool:
+        """Whether `stream` records instead of running."""
+        return bool(self.extension.is_capturing(stream.device_index, stream.stream_id))
+
     @contextlib.contextmanager
     def capture(self, graph: Graph) -> Iterator[None]:
         """What the block queues on a stream of its own is recorded in `graph`, and does not run."""
@@ -254,7 +258,10 @@ def _device_module() -> ModuleType:
     """`torch.simulated`: the little that torch itself asks a device's module for."""
     module: Any = ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True
+    module._lazy_init = lambda: None
     module.is_initialized = lambda: True
+    # Streams themselves tell it in later versions of torch.
+    module.is_current_stream_capturing = lambda: loaded().is_capturing(torch.accelerator.current_stream())
     module.device_count = lambda: 2
     module.device = _OnDevice
     module.current_device = lambda: torch.accelerator.current_device_index()
