@@ -8,7 +8,7 @@ Guarantees:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,18 +107,21 @@ class Extent:
     length: int
 
 
-def join_blobs(blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]]) -> tuple[PlannedState, list[Extent]]:
-    """The file of these (name, plan, source) blobs, and where each lies. Names are for error messages."""
+def join_blobs(
+    blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]], met: Sequence[tuple[str, torch.Tensor, int | None]] = ()
+) -> tuple[PlannedState, list[Extent]]:
+    """The file of these (name, plan, source) blobs, and where each lies. Names are for error messages.
+
+    `met`: the user's tensors behind them, with their version counters before anything of them was copied.
+    """
     parts: list[tuple[int, FilePlan]] = []
     extents: list[Extent] = []
     literals: list[tuple[int, bytes]] = []
     offsets: list[int] = []
     sizes: list[int] = []
     sources = Sources([], [], [])
-    tensors: list[torch.Tensor] = []
-    names: list[str] = []
     position = 0
-    for name, plan, source in blobs:
+    for _, plan, source in blobs:
         extents.append(Extent(position, plan.file_bytes))
         if plan.file_bytes == 0:
             continue
@@ -131,9 +134,9 @@ def join_blobs(blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]]) -> tu
             sources.storage.append(source.untyped_storage())
             sources.offset_bytes.append(int(source.storage_offset()) * source.element_size())
             sources.nbytes.append(nbytes)
-            tensors.append(source)
-            names.append(name)
         position += plan.file_bytes
     plan_hash = hash_layout("opaque", position, offsets, sizes)
     joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, None, tuple(parts))
-    return PlannedState(joined, sources, tensors, False, lambda: names), extents
+    names = [name for name, _, _ in met]
+    tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
+    return PlannedState(joined, sources, tensors, False, lambda: names, versions), extents

@@ -45,6 +45,7 @@ from ...format.checksum import crc32
 from ...format.manifest import FileEntry
 from ...format.metadata import check_metadata
 from ...format.names import check_tag, parse_private_name
+from ...plan.plan import FilePlan, version_counters
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...writer.chunks import WrittenFile
@@ -87,8 +88,9 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
 
 
 def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str) -> tuple[Any, list[tuple[Any, Extent]]]:
-    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no tensor."""
-    described = []
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no contiguous one."""
+    described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
+    met: list[tuple[str, torch.Tensor, int | None]] = []
     classes: dict[str, str] = {}
     for item in plan.items:
         try:
@@ -101,11 +103,13 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_nam
             if names := unknown_types(raw):
                 classes[item.index.fqn] = ", ".join(names)
         else:
-            described.append((item.index.fqn, *blobs.tensor(data)))  # type: ignore[arg-type]
+            tensor: torch.Tensor = data  # type: ignore[assignment]
+            met.append((item.index.fqn, tensor, version_counters([tensor])[0]))
+            described.append((item.index.fqn, *blobs.tensor(tensor)))
     if classes:
         listed = "; ".join(f"{name!r}: {kinds}" for name, kinds in list(classes.items())[:20])
         _tell_once(f"loads take these objects only with weights_only=False, which runs their classes' code: {listed}")
-    state, extents = join_blobs(described)
+    state, extents = join_blobs(described, met)
     return state, list(zip(plan.items, extents, strict=True))
 
 

@@ -36,6 +36,7 @@ from async_ckpt import (
     ConfigError,
     CorruptCheckpointError,
     TagExistsError,
+    TornSnapshotError,
     UnsafePathError,
     UnsupportedStateError,
 )
@@ -338,3 +339,19 @@ def test_one_process_saves_and_loads_sharded(tmp_path: Path) -> None:
             save_sharded(engine, "s1", {"x": torch.ones(1)})
         with pytest.raises(CheckpointNotFoundError):
             load_sharded(engine, "none", {"x": torch.ones(1)})
+
+
+def test_a_copy_of_a_tensor_with_gaps_is_made_after_its_counter_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(100, 100)
+    plan = BlobPlanner.tensor
+
+    def planned_and_changed(self: BlobPlanner, tensor: torch.Tensor) -> Any:
+        planned = plan(self, tensor)
+        weight.add_(1)
+        return planned
+
+    monkeypatch.setattr(BlobPlanner, "tensor", planned_and_changed)
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        with pytest.raises(TornSnapshotError, match="w"):
+            save_sharded(engine, "t", {"w": weight.t()}).result(60)
+        assert engine.latest() is None
