@@ -14,24 +14,9 @@ import torch
 
 from ..errors import CorruptCheckpointError
 from ..format.plain import NotPlainError, StorageRef
+from ..format.tensors import STORAGE_TYPES
 from ..format.zip_directory import Record
 from .scatter import Scatter, new_storage
-
-_STORAGE_DTYPES: dict[str, torch.dtype] = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
 
 Place = Callable[[str], torch.device]
 """Device for a location tag of the file; raises what `torch.load` would raise if there is no such device."""
@@ -97,8 +82,12 @@ class PlainObjects:
 
 def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]:
     """(type the storage is counted in, type of the tensor); they differ for types that have no storage class."""
-    counted = _STORAGE_DTYPES.get(ref.type_name)
-    if counted is None or (dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage")):
+    counted = getattr(torch, STORAGE_TYPES.get(ref.type_name, ""), None)
+    if (
+        not isinstance(counted, torch.dtype)
+        or ref.type_name.startswith("Q")
+        or (dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage"))
+    ):
         raise NotPlainError(f"storage type {ref.type_name!r}")
     return counted, counted if dtype is None else dtype
 

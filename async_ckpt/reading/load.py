@@ -28,7 +28,8 @@ from .catalog import Catalog
 from .committed import find_checkpoint
 from .damage import naming_the_record
 from .errors import ReadError
-from .load_into import Atomic, Restored, fill, read_inventory, safetensors_inventory
+from .file_tensors import read_inventory, safetensors_inventory
+from .load_into import Atomic, Restored, fill
 from .safetensors_file import load_safetensors
 from .scatter import stream_into
 from .verified_file import MemorySource, VerifiedFile

@@ -10,7 +10,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,18 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import ConfigError, StateMismatchError
-from ..format.plain import NotPlainError, StorageRef, load_plain
-from ..format.zip_directory import Record, UnusualLayoutError
+from ..format.zip_directory import Record
 from ..host.device import is_copyable
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
-from .build import PlainObjects, check_inside, element_type, storage_extent
 from .errors import ExtentMismatch, ReadError
+from .file_tensors import FileTensor
 from .rollback import Undo
-from .safetensors_file import read_tensors
 from .scatter import Scatter, new_storage, stream_into
 from .select import select_leaves
-from .shared_memory import Pair, disagreements, layout_of, shares_own_memory
+from .shared_memory import Pair, disagreements, layout_of, overlapping, shares_own_memory
 from .state_tree import flatten, replace_leaves
 from .verified_file import VerifiedFile
 
@@ -42,25 +39,6 @@ Atomic = bool | Literal["auto"]
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-@dataclass(eq=False, slots=True)
-class FileTensor:
-    """A tensor that is still on disk: geometry in elements, extents in file bytes."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    first_byte: int
-    storage_offset: int
-    storage: Record
-    requires_grad: bool = False
-    is_parameter: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 @dataclass(frozen=True)
 class Restored:
     """What `load_into` did. `state` is the file's structure with your tensors in it; `loaded` and `mismatches` name key paths."""
@@ -68,43 +46,6 @@ class Restored:
     state: Any
     loaded: tuple[str, ...]
     mismatches: tuple[str, ...] = ()
-
-
-class Inventory(PlainObjects):
-    """A `plain.Builder` that allocates nothing: tensors become `FileTensor`."""
-
-    def __init__(self, records: Mapping[str, Record], *, name: str) -> None:
-        self._records = records
-        self._name = name
-
-    def tensor(
-        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
-    ) -> FileTensor:
-        """Where the tensor's bytes are."""
-        counted, actual = element_type(storage, dtype)
-        check_inside(storage, offset, size, stride, actual.itemsize // counted.itemsize)
-        record = storage_extent(storage, self._records, counted, self._name)
-        return FileTensor(actual, size, stride, record.offset + offset * actual.itemsize, offset, record, requires_grad)
-
-    def parameter(self, data: Any, requires_grad: bool) -> Any:
-        """The tensor inside, marked."""
-        if not isinstance(data, FileTensor):
-            raise NotPlainError("a parameter around no tensor")
-        data.requires_grad, data.is_parameter = requires_grad, True
-        return data
-
-
-def read_inventory(file: VerifiedFile, records: Mapping[str, Record]) -> Any:
-    """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can read it."""
-    pickled = records.get("data.pkl")
-    if pickled is None:
-        raise UnusualLayoutError("no data.pkl")
-    return load_plain(file.view(pickled.offset, pickled.num_bytes), Inventory(records, name=file.name))
-
-
-def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
-    """The flat structure of a safetensors file."""
-    return {t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, Record(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)}
 
 
 def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None) -> Restored:
@@ -121,7 +62,7 @@ def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomi
     if select is not None:
         found, wanted, names = select_leaves(found, wanted, select, file.name)
     differences = compare(found, wanted)
-    differences |= compare_shared(file, {path: (found[path], wanted[path]) for path in wanted if path not in differences})
+    differences |= compare_shared(file, found, {path: wanted[path] for path in wanted if path not in differences})
     if strict and differences:
         listed = "".join(f"\n  {line}" for line in differences.values())
         raise StateMismatchError(
@@ -183,14 +124,19 @@ def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[
         yield "elements of the given tensor share memory (expanded, or overlapping windows)"
 
 
-def compare_shared(file: VerifiedFile, pairs: Mapping[str, tuple[FileTensor | torch.Tensor, torch.Tensor]]) -> dict[str, str]:
+def compare_shared(
+    file: VerifiedFile, found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
     """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values decide."""
-    strided = [_pair(path, source, target) for path, (source, target) in pairs.items() if _has_address(target)]
-    clashes = list(disagreements(strided, lambda cluster: _read(file, [pair.source for pair in cluster])))
-    objects: dict[int, tuple[str, object]] = {}
-    for path, (source, target) in pairs.items():
-        first, known = objects.setdefault(id(target), (path, source))
-        if not _has_address(target) and known is not source:
+    paths = [path for path, target in wanted.items() if _has_address(target)]
+    clashes: list[tuple[str, str]] = []
+    for group in overlapping([wanted[path] for path in paths]):
+        pairs = [Pair(paths[i], wanted[paths[i]], found[paths[i]]) for i in group]
+        clashes += disagreements(pairs, _geometry, lambda sources: _read(file, sources))
+    objects: dict[int, str] = {}
+    for path, target in wanted.items() if len(paths) < len(wanted) else ():
+        first = objects.setdefault(id(target), path)
+        if not _has_address(target) and found[first] is not found[path]:
             clashes.append((first, path))
     words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
     return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
@@ -200,11 +146,11 @@ def _has_address(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
 
 
-def _pair(path: str, source: FileTensor | torch.Tensor, target: torch.Tensor) -> Pair:
+def _geometry(source: FileTensor | torch.Tensor) -> tuple[int, tuple[Any, ...]]:
     if isinstance(source, FileTensor):
-        return Pair(path, target, source, source.first_byte, layout_of(source.dtype, source.shape, source.stride, False, False))
+        return source.first_byte, layout_of(source.dtype, source.shape, source.stride, False, False)
     layout = layout_of(source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
-    return Pair(path, target, source, source.data_ptr(), layout)
+    return source.data_ptr(), layout
 
 
 def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> list[torch.Tensor]:

@@ -15,22 +15,23 @@ _ALIGNMENT_BYTES = 64
 
 
 class Pair(NamedTuple):
-    """A target, its key path, and the geometry and identity of what is to fill it."""
+    """A target, its key path, and what is to fill it."""
 
     path: str
     target: torch.Tensor
     source: Any
-    source_byte: int
-    """Address of its first byte, in the file or in memory."""
-    source_layout: tuple[Any, ...]
 
 
-Read = Callable[[Sequence[Pair]], Sequence[torch.Tensor]]
-"""Reads the sources of these pairs into memory."""
+Geometry = Callable[[Any], tuple[int, tuple[Any, ...]]]
+"""Address of a source's first byte, in the file or in memory, and its `layout_of`."""
+Read = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
+"""Reads sources into memory."""
 
 
 def shares_own_memory(tensor: torch.Tensor) -> bool:
     """Whether two elements of a strided tensor lie in the same place (expanded, overlapping windows)."""
+    if tensor.is_contiguous():
+        return False
     dims = sorted((step, num) for num, step in zip(tensor.shape, tensor.stride(), strict=True) if num > 1)
     if tensor.numel() == 0:
         return False
@@ -50,40 +51,54 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
     return int(places.count_nonzero()) < tensor.numel()
 
 
-def disagreements(pairs: Iterable[Pair], read: Read) -> Iterator[tuple[str, str]]:
+def disagreements(pairs: Iterable[Pair], geometry: Geometry, read: Read) -> Iterator[tuple[str, str]]:
     """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it must."""
-    for cluster in _overlapping(pairs):
-        if not all(_agree(cluster[0], other) for other in cluster):
-            yield from _differing(cluster, read(cluster))
+    cluster = list(pairs)
+    if not all(_agree(cluster[0], other, geometry) for other in cluster):
+        yield from _differing(cluster, read([pair.source for pair in cluster]))
+
+
+def overlapping(targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """Groups of more than one target, by index, each overlapping another of its group in its range of bytes.
+
+    There are none, mostly: nothing but numbers is made for each target.
+    """
+    filled = [i for i, target in enumerate(targets) if target.numel()]
+    firsts = {i: targets[i].data_ptr() for i in filled}
+    group: list[int] = []
+    reach = 0
+    for i in sorted(filled, key=firsts.__getitem__):
+        if firsts[i] >= reach:
+            yield from _by_device(group, targets)
+            group, reach = [], 0
+        group.append(i)
+        reach = max(reach, _extent(targets[i])[1])
+    yield from _by_device(group, targets)
+
+
+def _by_device(group: list[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """Addresses of two devices have nothing to do with each other."""
+    if len(group) > 1:
+        for device in {targets[i].device for i in group}:
+            there = [i for i in group if targets[i].device == device]
+            if len(there) > 1:
+                yield there
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((num - 1) * step for num, step in zip(tensor.shape, tensor.stride(), strict=True))
     first = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
+    last = sum((num - 1) * step for num, step in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (last + 1) * tensor.dtype.itemsize
 
 
-def _overlapping(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Groups of more than one target, each overlapping the next in its range of bytes."""
-    places = sorted(((str(p.target.device), *_extent(p.target), p) for p in pairs if p.target.numel()), key=lambda place: place[:3])
-    group: list[Pair] = []
-    where, reach = "", 0
-    for device, first, end, pair in places:
-        if device != where or first >= reach:
-            if len(group) > 1:
-                yield group
-            group, where, reach = [], device, 0
-        group.append(pair)
-        reach = max(reach, end)
-    if len(group) > 1:
-        yield group
-
-
-def _agree(a: Pair, b: Pair) -> bool:
+def _agree(a: Pair, b: Pair, geometry: Geometry) -> bool:
+    (byte_a, layout_a), (byte_b, layout_b) = geometry(a.source), geometry(b.source)
     if _layout(a.target) == _layout(b.target) and a.target.data_ptr() == b.target.data_ptr():
-        return (a.source_byte, a.source_layout) == (b.source_byte, b.source_layout)
-    distance = a.source_byte - a.target.data_ptr()
-    return distance == b.source_byte - b.target.data_ptr() and all(p.source_layout == _layout(p.target) for p in (a, b))
+        return (byte_a, layout_a) == (byte_b, layout_b)
+    is_same_distance = byte_a - a.target.data_ptr() == byte_b - b.target.data_ptr()
+    return is_same_distance and layout_a == _layout(a.target) and layout_b == _layout(b.target)
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
