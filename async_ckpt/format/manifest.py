@@ -112,7 +112,7 @@ class ManifestBudget:
         Raises:
             UnsupportedStateError: the manifest could not hold it; the file is not counted.
         """
-        num_bytes = self._num_bytes + _ENTRY_BYTES + len(path) + 8 * -(-size_bytes // extent_bytes)
+        num_bytes = self._num_bytes + _ENTRY_BYTES + len(json.dumps(path)) + 8 * -(-size_bytes // extent_bytes)
         num_items = self._num_items + _ENTRY_ITEMS
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(

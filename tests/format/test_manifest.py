@@ -196,8 +196,8 @@ def test_what_will_not_fit_is_refused_while_the_checkpoint_is_filled(monkeypatch
         budget.add_file("huge.pt", 4096 * 25_000, 4096)
     with contextlib.suppress(UnsupportedStateError):
         for k in range(10_000):
-            budget.add_file(f"sub/{k}.pt", 10 * 4096, 4096)
-            entries.append(FileEntry(f"sub/{k}.pt", 10 * 4096, 4096, (1,) * 10, "safetensors", "safetensors", "0" * 64, 12345))
+            budget.add_file(path := f"größe/{k}.pt", 10 * 4096, 4096)
+            entries.append(FileEntry(path, 10 * 4096, 4096, (1,) * 10, "safetensors", "safetensors", "0" * 64, 12345))
     assert len(entries) < 10_000
     raw = encode(Manifest("t" * 128, 1 << 62, tuple(entries), {}, {"async_ckpt": "0.1"}))
     assert len(raw) > 80_000
