@@ -61,10 +61,6 @@ class LiveTensors(LiveStorages):
     def devices(self) -> list[torch.device]:
         return self.columns[4]
 
-    @property
-    def requires_grad(self) -> list[bool]:
-        return self.columns[5]
-
 
 def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
     """Read the facts of `tensors`, which are torch.Tensor or Parameter exactly. Raises NotPlainError for what is not plain and dense."""
