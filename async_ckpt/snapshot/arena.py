@@ -45,7 +45,8 @@ os.register_at_fork(after_in_child=_keep_in_child)
 
 
 class StagingChunk:
-    """One aligned piece of the arena, held: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same memory.
+    """One aligned piece of the arena, held: `tensor` (uint8, shape [chunk_bytes]), `view` and `address` of the same
+    memory.
 
     Dropping the last reference gives it back: an exception out of a signal handler can strike before anybody knows
     that it was taken.
@@ -70,9 +71,11 @@ class StagingChunk:
         self.piece = piece
         self.tensor, self.view, self.address = piece
         self.resident_key: object = None
-        """Set by its holder: names what the memory holds from now on. The next holder of the memory finds it in `former_key`."""
+        """Set by its holder: names what the memory holds from now on. The next holder of the memory finds it in
+        `former_key`."""
         self.former_key: object = None
-        # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with a traceback.
+        # Not a weak reference: the garbage collector clears those before it finalizes what holds them, in a cycle with
+        # a traceback.
         self._arena = arena
 
     def __del__(self) -> None:
@@ -111,7 +114,8 @@ class StagingArena:
         self._resident_keys: dict[int, object] = {}
         """Of free pieces, by address."""
         self._ready: set[int] = set()
-        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are free."""
+        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are
+        free."""
         self._num_unmapped = 0
         # Memory that goes back to the system while it is registered stays registered, whatever is mapped there next.
         self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
@@ -154,7 +158,8 @@ class StagingArena:
                 return None
 
     def lend(self, num_bytes: int) -> tuple[memoryview, Callable[[], None]] | None:
-        """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is too small."""
+        """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is
+        too small."""
         chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes and self._poison is None else None
         if chunks is None:
             return None
@@ -210,7 +215,8 @@ class StagingArena:
             self._changed.notify_all()
 
     def fault_in(self, target_bytes: int) -> None:
-        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL meanwhile.
+        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL
+        meanwhile.
 
         Waits for what other threads are touching. Raises TransactionStateError where the device refuses to pin.
         """
@@ -254,7 +260,8 @@ class StagingArena:
         insort(self._warm if piece[2] in self._ready else self._cold, piece, key=_address_of)
 
     def _reclaim(self) -> None:
-        """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of its chunk."""
+        """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of
+        its chunk."""
         for address in self._pieces.keys() - self._free_addresses():
             chunk = self._holders[address]()
             if chunk is None or not (chunk.is_held or chunk.num_users):
@@ -280,13 +287,15 @@ class StagingArena:
         return chunk
 
     def _hold(self, pieces: deque[_Piece]) -> StagingChunk:
-        """Raises IndexError where there is none, as where a signal handler that saves has taken the last one meanwhile."""
+        """Raises IndexError where there is none, as where a signal handler that saves has taken the last one
+        meanwhile."""
         while True:
             piece = pieces[0]
             chunk = StagingChunk(piece, self)
             holder = weakref.ref(chunk)
             try:
-                # No signal is looked at from here to the end of `popleft`. Before, a handler may have taken this very piece.
+                # No signal is looked at from here to the end of `popleft`. Before, a handler may have taken this very
+                # piece.
                 if pieces[0] is piece:
                     self._holders[chunk.address] = holder
                     chunk.is_held = True

@@ -1,8 +1,7 @@
-"""A file cut into chunks, as plain data: every piece of every chunk, and where its bytes come from. No torch here: modes and default
-devices of the user's must not reach it.
+"""A file cut into chunks, as plain data: every piece of every chunk, and where its bytes come from.
 
-The pieces of a chunk tile it. There may be tens of thousands of them, and their addresses are worked out anew for each save, so the
-small ones are columns of numbers and no objects.
+The pieces of a chunk tile it. There may be tens of thousands of them, and their addresses are worked out anew for each
+save, so the small ones are columns of numbers and no objects.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class LargePiece:
 
 @dataclass(frozen=True, slots=True)
 class SmallPieces:
-    """As `LargePiece`, all small ones of a file in columns; those of chunk k are rows `starts[k]` to `starts[k + 1]`."""
+    """As `LargePiece`, all small ones of a file in columns; chunk k has rows `starts[k]` to `starts[k + 1]`."""
 
     sources: list[int] = field(default_factory=list)
     source_offsets: list[int] = field(default_factory=list)
@@ -73,8 +72,9 @@ class SmallPieces:
 class ChunkMap:
     """The chunks of one layout.
 
-    A source is a payload by its number, or a literal: the file's first one is source `num_payloads`, all between the first and
-    the last joined are the next, the last is the one after. (The first and the last may differ between plans of one layout.)
+    A source is a payload by its number, or a literal: the file's first one is source `num_payloads`, all between the
+    first and the last joined are the next, the last is the one after. (The first and the last may differ between plans
+    of one layout.)
     """
 
     file_bytes: int

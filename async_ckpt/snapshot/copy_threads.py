@@ -27,7 +27,8 @@ _current_core = ctypes.CDLL(None).sched_getcpu
 def num_copy_helpers() -> int:
     """How many threads help a caller to copy: its share of the cores that the ranks of this host may use.
 
-    Not torch's number of threads: launchers set that to 1 against ranks that compute at once, and nobody computes in `save`.
+    Not torch's number of threads: launchers set that to 1 against ranks that compute at once, and nobody computes in
+    `save`.
     """
     return min(_share_of_cores(), _MAX_THREADS) - 1
 
@@ -63,7 +64,8 @@ class CopyTeam:
         help_with: Callable[[int], None],
         on_ended: Callable[[int], None],
     ) -> None:
-        """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all have ended.
+        """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all
+        have ended.
 
         Args:
             on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
@@ -85,8 +87,9 @@ class CopyTeam:
             raise
 
     def _keep_off(self, core: int) -> None:
-        """Before helpers are woken: a kernel that sees no cache shared between cores (a virtual machine) wakes a thread beside the one
-        that wakes it, where it waits for milliseconds, and then two copies share one core while another idles."""
+        """Before helpers are woken: a kernel that sees no cache shared between cores (a virtual machine) wakes a thread
+        beside the one that wakes it, where it waits for milliseconds, and then two copies share one core while another
+        idles."""
         for thread in self._native_ids:
             # The cores were taken away meanwhile, the thread is gone, or this is another system: slower, not wrong.
             with contextlib.suppress(OSError, OverflowError, AttributeError):

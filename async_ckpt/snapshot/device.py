@@ -44,7 +44,8 @@ class SideStreams:
         return events
 
     def finish(self, devices: Iterable[torch.device]) -> None:
-        """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be given up."""
+        """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be
+        given up."""
         for device in devices:
             if device in self._streams:
                 with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.

@@ -31,7 +31,8 @@ from .payloads import Payloads, address_of_bytes
 from .torn_check import TornCheck
 
 OnCopied = Callable[[str, float, int, int], None]
-"""Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has ended."""
+"""Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has
+ended."""
 
 _QueuedChunk = tuple[int, StagingChunk, list[torch.Event], float]
 """A chunk's number, the chunk, what ends its device copies, and when they were queued."""
@@ -178,7 +179,8 @@ class FileCopy:
             self._end_behind()
 
     def finish_behind(self, chunks: list[StagingChunk]) -> None:
-        """Wait for the copies that `copy_behind` has queued, and hand the chunks over. One thread; nothing where that failed."""
+        """Wait for the copies that `copy_behind` has queued, and hand the chunks over. One thread; nothing where that
+        failed."""
         if self.state is CopyState.BEHIND:
             with self._handing_on_failures(chunks):
                 self._finish_device_copies()
@@ -204,7 +206,8 @@ class FileCopy:
         return not self.copied.done()
 
     def accept_changes(self) -> None:
-        """To be called before sources change on streams that wait for `events`: what has not changed by then is not torn."""
+        """To be called before sources change on streams that wait for `events`: what has not changed by then is not
+        torn."""
         self._torn.accept_changes()
 
     def fail(self, chunks: list[StagingChunk], error: BaseException, first: int = 0) -> None:

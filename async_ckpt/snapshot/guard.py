@@ -1,13 +1,14 @@
 """The guard: which storages cannot change before the next optimizer step, and the waits that make it true.
 
 Guarantees:
-- No optimizer of this process, guarded or not, begins a `step` before every lazy snapshot has been copied (on a device: before the training
-  stream has been ordered behind the copies; the CPU does not block there). Torch calls the one process-wide hook behind this before
-  the optimizers' own hooks. An optimizer without torch's base class has no hooks: it waits where it is guarded.
-- A guarded step and a save on different threads never overlap: each waits for the other to end, whichever came first, for a
-  bounded time. A save inside a step, on the same thread, does not wait, and copies everything at once.
-- The optimizer can be copied, pickled, compiled, dropped, and stepped in a forked child: none of that waits or fails because of
-  the guard, and neither does a step that raised.
+- No optimizer of this process, guarded or not, begins a `step` before every lazy snapshot has been copied (on a device:
+  before the training stream has been ordered behind the copies; the CPU does not block there). Torch calls the one
+  process-wide hook behind this before the optimizers' own hooks. An optimizer without torch's base class has no hooks:
+  it waits where it is guarded.
+- A guarded step and a save on different threads never overlap: each waits for the other to end, whichever came first,
+  for a bounded time. A save inside a step, on the same thread, does not wait, and copies everything at once.
+- The optimizer can be copied, pickled, compiled, dropped, and stepped in a forked child: none of that waits or fails
+  because of the guard, and neither does a step that raised.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Guard:
         self._must_look = True
 
     def add(self, optimizer: Any) -> int:
-        """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes nothing.
+        """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes
+        nothing.
 
         Protects from its next step on: one that runs now on another thread has begun already.
         """
@@ -84,12 +86,14 @@ class Guard:
         self._must_look = True
 
     def save(self, work: Callable[[Turn], T]) -> T:
-        """`work(turn)`, a save, while no guarded step runs on another thread. Before any lock that a step's closure may want."""
+        """`work(turn)`, a save, while no guarded step runs on another thread. Before any lock that a step's closure may
+        want."""
         turn = Turn(self._exclusion if self._optimizers and os.getpid() == self._pid else None, Work.SAVE)
         return turn.run(lambda: work(turn))
 
     def owned(self, wanted: Sequence[int]) -> Owned:
-        """What the guarded optimizers own, as of the last `refresh` or later; nothing if that is none of the storages `wanted`.
+        """What the guarded optimizers own, as of the last `refresh` or later; nothing if that is none of the storages
+        `wanted`.
 
         Nothing inside a step of this thread: nothing waits between here and what the rest of the step changes.
         """
@@ -101,8 +105,8 @@ class Guard:
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
 
-        With sources on a device and `block=False` the current streams are made to wait instead of the CPU. A forked child has
-        memory of its own, in which no copy runs.
+        With sources on a device and `block=False` the current streams are made to wait instead of the CPU. A forked
+        child has memory of its own, in which no copy runs.
 
         Raises:
             BackpressureTimeout: the copies did not end in time.
@@ -140,7 +144,8 @@ class Guard:
             raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None
 
     def remove(self) -> None:
-        """Guard nothing any more. What is wrapped around `step` stays where something else was wrapped around it, and does nothing."""
+        """Guard nothing any more. What is wrapped around `step` stays where something else was wrapped around it, and
+        does nothing."""
         for optimizer in self._alive():
             wrapped: Any = getattr(optimizer.__dict__.get("step"), "__func__", None)
             if getattr(wrapped, "guard", lambda: None)() is self:
@@ -148,7 +153,8 @@ class Guard:
         self._optimizers.clear()
 
     def step(self, optimizer: Any, call: Callable[[], Any]) -> Any:
-        """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not guarded."""
+        """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not
+        guarded."""
         if os.getpid() != self._pid or not self._guards(optimizer):
             return call()
         if not self._is_replayed(optimizer) and any(map(is_capturing, _devices_of(optimizer))):
@@ -197,8 +203,8 @@ def _warn_of_replays(optimizer: Any) -> None:
 def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:
     """`step`, a bound method as a rule, as a function of the optimizer that asks `guard`.
 
-    Whatever looks at its attributes or its signature (schedulers, scalers) finds those of `step`. In a copy of the optimizer it is
-    bound to the copy, which nobody guards.
+    Whatever looks at its attributes or its signature (schedulers, scalers) finds those of `step`. In a copy of the
+    optimizer it is bound to the copy, which nobody guards.
     """
     function = getattr(step, "__func__", None)
 

@@ -1,4 +1,5 @@
-"""Which storages belong to some optimizers: asked for after every step, so it costs well under a microsecond per tensor.
+"""Which storages belong to some optimizers: asked for after every step, so it costs well under a microsecond per
+tensor.
 
 Guarantees: a storage that none of the optimizers owned when they were last looked at is never taken for one of theirs,
 not even when it lies where one of theirs lay. The tensors are not kept alive.
@@ -48,8 +49,8 @@ class OwnedStorages:
     def of(self, optimizers: Sequence[Any], wanted: Sequence[int], *, again: bool = True) -> Owned:
         """As `look`, for somebody who asks about the storages `wanted`; `NOTHING` where none of them is owned.
 
-        Where all were owned at the last look, nobody looks again. One that has been taken from its optimizer since may be
-        among them: what is still done to it by others is for the torn check.
+        Where all were owned at the last look, nobody looks again. One that has been taken from its optimizer since may
+        be among them: what is still done to it by others is for the torn check.
         """
         looked_at = tuple(map(id, optimizers))
         if self._ids is not None and looked_at == self._looked_at and self._ids.issuperset(wanted):
@@ -61,10 +62,12 @@ class OwnedStorages:
         return Owned(found.ids, found.tensors, covers=found.ids.issuperset(wanted))
 
     def look(self, optimizers: Sequence[Any], *, again: bool = True) -> Owned:
-        """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still holds.
+        """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still
+        holds.
 
-        It does because the identities in it cannot be given to other storages: weak references keep them taken. Were one
-        of these tensors given another storage over the same memory, it would only be missing, and be copied eagerly.
+        It does because the identities in it cannot be given to other storages: weak references keep them taken. Were
+        one of these tensors given another storage over the same memory, it would only be missing, and be copied
+        eagerly.
 
         Args:
             again: False: nothing can have changed since the last look.

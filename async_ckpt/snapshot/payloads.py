@@ -51,8 +51,8 @@ class Payloads:
         """Find the addresses again: the user may have moved the bytes.
 
         Raises:
-            TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe sees
-                what another owner has put there.
+            TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe
+                sees what another owner has put there.
         """
         before, self.addresses = self.addresses, self._look()
         if any(before[k] != self.addresses[k] for k in self.on_devices):

@@ -62,7 +62,7 @@ class ProbeMap:
             self._columns = _numbers(self._payloads), _numbers(self._offsets), _numbers(ends)
             self._chunk_offsets = _numbers(chunk_offsets)
         self._last: tuple[list[int], _Words] | None = None
-        """The payloads' addresses of the last save, and the probes of those: nearly always the next one has the same."""
+        """The payloads' addresses of the last save, and their probes: nearly always the next one has the same."""
 
     def _begin(self, k: int) -> None:
         while len(self._starts) <= k:
@@ -111,7 +111,8 @@ class Probes:
         self._words = words
         self._unread = unread
         self.copies = copies
-        """The payloads that were copied by being noted, and the address of each copy; valid while this object is alive."""
+        """The payloads that were copied by being noted, and the address of each copy; valid while this object is
+        alive."""
         self.changed: list[tuple[int, int]] = []
         """Where a chunk held something else: payload and offset in it."""
 
@@ -129,7 +130,8 @@ class Probes:
 
 
 class _Words:
-    """Eight bytes each at `starts` + `offsets`, as numbers; nothing is read beyond `starts` + `ends`. A start may be 0: nowhere."""
+    """Eight bytes each at `starts` + `offsets`, as numbers; nothing is read beyond `starts` + `ends`. A start may be 0:
+    nowhere."""
 
     def __init__(self, starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor) -> None:
         addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)

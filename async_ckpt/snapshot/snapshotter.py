@@ -5,8 +5,8 @@ Guarantees:
   guarded ones are copied in the background, and `FileCopy.copied` says when they are safe to change.
 - Chunks of a lazy copy are reserved before it is queued, so that it never waits for another one.
 
-Which thread: `take` on the caller's thread, with helpers; lazy copies on the one copy thread, in the order of the saves.
-Device copies are only queued there; one I/O thread at a time waits for them, file by file.
+Which thread: `take` on the caller's thread, with helpers; lazy copies on the one copy thread, in the order of the
+saves. Device copies are only queued there; one I/O thread at a time waits for them, file by file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Snapshotter:
         self._streams = SideStreams()
         self._changed = Condition()
         self._saving: set[int] = set()
-        """Threads that lazy copies are deferred for. Not a count: an interrupt may keep one from leaving, until its next save."""
+        """Threads that lazy copies are deferred for. Not a count: an interrupt may keep one from leaving, until its
+        next save."""
         self._deferred_until_s = 0.0
         self._unfinished: deque[Callable[[], None]] = deque()
         """What is to be done when the device copies of a file have ended, in the order in which they were queued."""
@@ -128,7 +129,8 @@ class Snapshotter:
             self._finish_later(lambda: file.finish_behind(chunks))
 
     def _finish_later(self, finish: Callable[[], None]) -> None:
-        """Run `finish`, which waits for a device, on an I/O thread: the copy thread queues what is saved next meanwhile."""
+        """Run `finish`, which waits for a device, on an I/O thread: the copy thread queues what is saved next
+        meanwhile."""
         with self._changed:
             self._unfinished.append(finish)
             if len(self._unfinished) > 1:

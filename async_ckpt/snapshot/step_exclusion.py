@@ -1,11 +1,13 @@
 """Optimizer steps on one thread and saves on another exclude each other.
 
 Guarantees:
-- While a thread steps, no other thread begins to save, and the other way round. Work of the same kind goes on side by side.
-- A thread never waits for itself: what it begins inside its own turn (a save in a closure, an inner optimizer's step) is part of that.
+- While a thread steps, no other thread begins to save, and the other way round. Work of the same kind goes on side by
+  side.
+- A thread never waits for itself: what it begins inside its own turn (a save in a closure, an inner optimizer's step)
+  is part of that.
 - First come, first served, so that neither kind starves the other. No wait is longer than the time limit.
-- A turn ends when `is_over` is set, by an assignment in a ``finally``: no exception out of a signal handler comes in between. Should
-  one keep the others from being told, they notice by themselves a moment later.
+- A turn ends when `is_over` is set, by an assignment in a ``finally``: no exception out of a signal handler comes in
+  between. Should one keep the others from being told, they notice by themselves a moment later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Whether tensors changed while their snapshot was taken: by their version counters, those of their owners, and content probes."""
+"""Whether tensors changed while their snapshot was taken: by their version counters, those of their owners, and content
+probes."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class TornCheck:
         """Compare everything, at the end of the copies.
 
         Args:
-            all_but: storages whose tensors are not copied yet and are left for a later check. What is not over them is final.
+            all_but: storages whose tensors are not copied yet and are left for a later check. What is not over them is
+                final.
 
         Raises:
             TornSnapshotError: something has changed; names up to ten tensors.
@@ -98,7 +100,8 @@ class TornCheck:
 
 
 def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """What holds the bytes of a dense tensor (of a DTensor's local part); nothing for other layouts, and without bytes."""
+    """What holds the bytes of a dense tensor (of a DTensor's local part); nothing for other layouts, and without
+    bytes."""
     local = getattr(tensor, "_local_tensor", tensor)
     if torch.nn.parameter.is_lazy(local):
         return []
@@ -111,7 +114,8 @@ def storage_ids(tensor: torch.Tensor) -> list[int]:
 
 
 def _still_torn(tensors: Sequence[torch.Tensor], versions: Sequence[int | None]) -> list[int | None]:
-    """The versions that are not those of the tensors any more; None for the others, and for those that are not compared."""
+    """The versions that are not those of the tensors any more; None for the others, and for those that are not
+    compared."""
     return [v if v is not None and t._version != v else None for t, v in zip(tensors, versions, strict=True)]
 
 
