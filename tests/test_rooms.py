@@ -56,7 +56,7 @@ MAY_IMPORT_TORCH = (
     "reading.shared_memory",
     "host.device",
 )
-NEVER_TORCH = ("ranks.protocol",)
+NEVER_TORCH = ("ranks.protocol", "ranks.announcements")
 MAY_IMPORT_AIOFILES = ("storage",)
 MAY_START_THREADS = ("threads", "writer", "integrations", "cli")
 DISK_CALLS = {"open", "pwrite", "pread", "preadv", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate", "posix_fallocate"}

@@ -265,7 +265,8 @@ class PreemptibleEngine:
 
         At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
         last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
-        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments.
+        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments; give
+        DataLoaders with workers `ignore_preemption`.
 
         Raises:
             ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 
 from .rank_requests import (
     Add,
-    Announcements,
     AttemptFailed,
     Await,
     AwaitCount,
@@ -40,9 +39,6 @@ from .rank_requests import (
     RankInfo,
     Step,
 )
-
-DISAGREE_S = 5.0
-"""How long after rank 0 another rank may begin a checkpoint if it has begun another one first."""
 
 # Rank 0 begins.
 
@@ -61,92 +57,7 @@ def announce(info: RankInfo, tag: str, staging_name: str | None, error: str = ""
     return attempt
 
 
-# The other ranks join.
-
-
-def join(info: RankInfo, tag: str, known: Announcements) -> Step:
-    """Another rank: wait until rank 0 has begun `tag`; returns the attempt and its announcement.
-
-    Raises:
-        AttemptFailed: rank 0 did not begin this tag in time or could not, or the jobs differ in size.
-    """
-    patience_s = info.timeout_s
-    grace_s = min(1.0, patience_s / 4)
-    noted = disputed = False
-    ended: AttemptFailed | None = None
-    while True:
-        found, failure = yield from _next_open(tag, known)
-        ended = failure or ended
-        if found is not None:
-            break
-        patience = patience_s if noted and ended is None else grace_s
-        if noted and (known.waiting or disputed):
-            patience = min(patience, DISAGREE_S)
-        head = yield Await("head", patience, str(known.last) if known.last else None)
-        if head is not None:
-            yield from _read_announcements(known, int(head))
-        elif ended is not None:
-            # Not an older try whose successor is about to be announced: this very attempt failed before we came.
-            raise ended
-        elif noted and known.waiting and not disputed:
-            # Rank 0 waits for us there, as we wait for it here: none of us would end before its timeout.
-            disputed, newest = True, ", ".join(map(repr, list(known.waiting)[-3:]))
-            yield from _refuse_waiting(info, known, f"it has opened tag {tag!r} instead")
-        elif noted:
-            known.in_vain = tag
-            cause = f"rank 0 has not opened tag {tag!r} within {info.timeout_s:g} s"
-            if disputed:
-                cause = f"rank 0 has opened tag {newest}, not {tag!r}"
-            raise AttemptFailed(None, CommitOutcome(False, 0, cause, info.rank))
-        else:
-            noted = True
-            patience_s -= grace_s
-            in_vain = f", after it has waited in vain for tag {known.in_vain!r}" if known.in_vain else ""
-            yield Put(f"note/{info.rank}", f"it waits for tag {tag!r}{in_vain}")
-    if noted or known.in_vain:
-        known.in_vain = ""
-        yield Drop(f"note/{info.rank}")
-    attempt, announcement = found
-    if announcement["error"]:
-        raise AttemptFailed(attempt, CommitOutcome(False, 0, announcement["error"], 0))
-    if (announcement["world_size"], announcement["num_nodes"]) != (info.world_size, info.num_nodes):
-        theirs = f"{announcement['world_size']} on {announcement['num_nodes']}"
-        cause = f"it counts {info.world_size} ranks on {info.num_nodes} nodes, rank 0 counts {theirs}"
-        raise AttemptFailed(attempt, (yield from fail(info, attempt, cause)))
-    return attempt, announcement
-
-
-def _refuse_waiting(info: RankInfo, known: Announcements, cause: str) -> Step:
-    """Give up, for all ranks, what rank 0 has announced and this rank has not begun."""
-    waiting, known.waiting = known.waiting, {}
-    for attempt, announcement in (found for queue in waiting.values() for found in queue):
-        if not announcement["error"]:
-            yield from fail(info, attempt, cause)
-        yield from settle(info, attempt)
-
-
-def _next_open(tag: str, known: Announcements) -> Step:
-    """The oldest announced attempt of `tag` that has not ended, or None; and how the newest that has ended failed, or None."""
-    failure = None
-    while (found := known.take(tag)) is not None:
-        attempt, announcement = found
-        raw = None if announcement["error"] else (yield Get(f"{attempt}/result"))
-        if raw is None:
-            return found, failure
-        outcome = CommitOutcome.decode(raw)
-        failure = None if outcome.ok else AttemptFailed(attempt, outcome)
-    return None, failure
-
-
-def _read_announcements(known: Announcements, head: int) -> Step:
-    if not known.last:
-        # A rank that starts late has no part in what was begun long before.
-        known.last = max(0, head - Announcements.MAX_KEPT)
-    while known.last < head:
-        known.last += 1
-        raw = yield Get(f"{known.last}/open")
-        if raw is not None:
-            known.add(known.last, json.loads(raw))
+# A node's ranks learn where to write.
 
 
 def open_node(info: RankInfo, attempt: int, staging_name: str) -> Step:

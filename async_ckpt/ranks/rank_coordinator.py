@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -31,12 +30,13 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import Destination, OpenTag
+from .joining import Joining
 from .latest_on_all import LatestOnAll
 from .mirror_agreement import MirrorAgreement
 from .rank_env import default_run_id
 from .rank_outcome import cause_of, error_of
 from .rank_parts import merge_parts, write_part
-from .rank_requests import Announcements, AttemptFailed, CommitOutcome, RankInfo, Step
+from .rank_requests import AttemptFailed, CommitOutcome, RankInfo
 from .rank_talk import RankTag, RankTalk
 from .store_link import StoreLink, private_connection
 
@@ -89,12 +89,11 @@ class RankCoordinator:
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
-        self._known = Announcements()
         self._num_asked = 0
         self._filesystem: FileSystem | None = None
         self._talking: RankTalk | None = None
+        self._starting: Joining | None = None
         self._root = ""
-        self._joins: dict[str, Future[int]] = {}
         self._cleaner: DaemonExecutor | None = None
 
     @classmethod
@@ -119,7 +118,7 @@ class RankCoordinator:
         """Whether this rank makes, renames and sweeps staging directories."""
         return self.info.leads
 
-    # The engine's calls; see `coordination.Coordinator`.
+    # The engine's calls; see `Coordinator`.
 
     def bind(self, filesystem: FileSystem, root: str) -> None:
         if self._talking is not None:
@@ -132,6 +131,7 @@ class RankCoordinator:
         patience_s = min(self.info.timeout_s, _STALL_S)
         link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
         self._talking = RankTalk(link, self.info)
+        self._starting = Joining(self._talking, filesystem)
 
     def begin(self, destination: Destination, overwrite: str) -> RankTag:
         tag, staging = destination.tag, None
@@ -139,18 +139,10 @@ class RankCoordinator:
             try:
                 staging = transaction.begin(self._fs, destination.root, tag, overwrite)
             except Exception as error:
-                self._tell_begin_failed(tag, error)
+                self._joining.tell_begin_failed(tag, error)
                 raise
         opened = RankTag(destination, overwrite, Future(), staging)
-        if self.rank == 0:
-            assert staging is not None
-            opened.attempt = self._talk.submit(rank_protocol.announce(self.info, tag, os.path.basename(staging.path)))
-        else:
-            opened.attempt = self._joins[tag] = self._join_after(self._joins.get(tag), opened)
-        if staging is not None:
-            opened.location.set_result(staging.path)
-        else:
-            opened.attempt.add_done_callback(lambda attempt: self._location_failed(opened, attempt))
+        self._joining.begin(opened)
         return opened
 
     def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
@@ -181,7 +173,7 @@ class RankCoordinator:
                 if not isinstance(cause, AttemptFailed):
                     report(logging.WARNING, "the other ranks could not be told that %r was given up: %s", opened.tag, failure)
         else:
-            self._tell_once_joined(opened, error)
+            self._joining.tell_once_joined(opened, error)
         self._leave(opened, attempt)
 
     def sweep(self) -> None:
@@ -217,80 +209,6 @@ class RankCoordinator:
         finally:
             if self.rank == 0:
                 self._talk.later(question.tidy())
-
-    # Beginning.
-
-    def _tell_begin_failed(self, tag: str, error: BaseException) -> None:
-        def tell() -> Step:
-            if self.rank == 0:
-                attempt = yield from rank_protocol.announce(self.info, tag, None, cause_of(error))
-                yield from self._talk.retire(attempt)
-            else:
-                attempt, _ = yield from rank_protocol.join(self.info, tag, self._known)
-                yield from rank_protocol.fail(self.info, attempt, cause_of(error))
-                yield from rank_protocol.settle(self.info, attempt)
-
-        self._talk.later(tell())
-
-    def _tell_once_joined(self, opened: RankTag, error: BaseException) -> None:
-        """This rank gave up before rank 0 had begun: the others are told as soon as there is somebody to tell."""
-        told: Future[None] = Future()
-
-        def joined(attempt: Future[int]) -> None:
-            if attempt.exception() is None:
-                self._talk.later(rank_protocol.fail(self.info, attempt.result(), cause_of(error)))
-                self._talk.later(rank_protocol.settle(self.info, attempt.result()))
-            told.set_result(None)
-
-        self._talk.track(told)
-        opened.attempt.add_done_callback(joined)
-
-    def _join_after(self, earlier: Future[int] | None, opened: RankTag) -> Future[int]:
-        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts is its."""
-        self._joins = {tag: join for tag, join in self._joins.items() if not join.done()}
-        if earlier is None or earlier.done():
-            return self._talk.submit(self._join(opened))
-        attempt: Future[int] = Future()
-
-        def passed_on(join: Future[int]) -> None:
-            error = join.exception()
-            if error is not None:
-                attempt.set_exception(error)
-            else:
-                attempt.set_result(join.result())
-
-        def join(_: Future[int]) -> None:
-            try:
-                self._talk.submit(self._join(opened)).add_done_callback(passed_on)
-            except Exception as error:  # noqa: BLE001 -- whoever waits for the attempt must learn it
-                attempt.set_exception(error)
-
-        self._talk.track(attempt)
-        earlier.add_done_callback(join)
-        return attempt
-
-    def _join(self, opened: RankTag) -> Step:
-        """Another rank's way into an attempt; resolves the location."""
-        info = self.info
-        attempt, announcement = yield from rank_protocol.join(info, opened.tag, self._known)
-        if opened.staging is not None:
-            yield from rank_protocol.open_node(info, attempt, os.path.basename(opened.staging.path))
-            return attempt
-        name = announcement["name"]
-        if announcement["node"] != info.node:
-            name = yield from rank_protocol.await_node(info, attempt)
-        try:
-            joined = transaction.join(self._fs, opened.destination.root, opened.tag, name)
-        except (CheckpointError, OSError) as error:
-            outcome = yield from rank_protocol.fail(info, attempt, cause_of(error))
-            raise AttemptFailed(attempt, outcome) from error
-        opened.location.set_result(joined.path)
-        return attempt
-
-    def _location_failed(self, opened: RankTag, attempt: Future[int]) -> None:
-        error = attempt.exception()
-        if error is not None:
-            opened.location.set_exception(self._talk.translated(opened, error, reported=False))
 
     # Committing.
 
@@ -380,6 +298,11 @@ class RankCoordinator:
     def _talk(self) -> RankTalk:
         assert self._talking is not None, "bind() comes first"
         return self._talking
+
+    @property
+    def _joining(self) -> Joining:
+        assert self._starting is not None, "bind() comes first"
+        return self._starting
 
     @property
     def _fs(self) -> FileSystem:

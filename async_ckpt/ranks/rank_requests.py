@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -123,29 +123,3 @@ class AttemptFailed(Exception):
         super().__init__(outcome.cause)
         self.attempt = attempt
         self.outcome = outcome
-
-
-@dataclass
-class Announcements:
-    """What this rank has read of rank 0's announcements and not used yet."""
-
-    last: int = 0
-    waiting: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
-    in_vain: str = ""
-    """The tag that this rank has waited for last, and that rank 0 never began."""
-
-    MAX_KEPT = 64
-
-    def add(self, attempt: int, announcement: dict[str, Any]) -> None:
-        self.waiting.setdefault(announcement["tag"], []).append((attempt, announcement))
-        while len(self.waiting) > self.MAX_KEPT:
-            del self.waiting[next(iter(self.waiting))]
-
-    def take(self, tag: str) -> tuple[int, dict[str, Any]] | None:
-        queue = self.waiting.get(tag)
-        if not queue:
-            return None
-        first = queue.pop(0)
-        if not queue:
-            del self.waiting[tag]
-        return first

@@ -31,7 +31,7 @@ class RankTalk:
 
     def __init__(self, link: StoreLink, info: RankInfo) -> None:
         self._link = link
-        self._info = info
+        self.info = info
         self._lock = Lock()
         self._background: list[Future[Any]] = []
         self._unretired: set[int] = set()
@@ -77,7 +77,7 @@ class RankTalk:
         if isinstance(error, AttemptFailed):
             opened.outcome = outcome = error.outcome
         elif isinstance(error, LinkLostError):
-            outcome = CommitOutcome(False, None, str(error), self._info.rank, None if reported else False)
+            outcome = CommitOutcome(False, None, str(error), self.info.rank, None if reported else False)
         else:
             return error
         translated = error_of(opened.destination, outcome)
@@ -88,13 +88,13 @@ class RankTalk:
         """Rank 0: forget an attempt once all ranks have seen how it ended; `close` does it if need be."""
         with self._lock:
             self._unretired.add(attempt)
-        yield from rank_protocol.retire(self._info, attempt)
+        yield from rank_protocol.retire(self.info, attempt)
         with self._lock:
             self._unretired.discard(attempt)
 
     def close(self, linger_s: float) -> None:
         """Let the others read the last outcome, for at most `linger_s`; then stop the link."""
-        deadline = time.monotonic() + min(linger_s, self._info.timeout_s)
+        deadline = time.monotonic() + min(linger_s, self.info.timeout_s)
         while time.monotonic() < deadline:
             with self._lock:
                 waiting = [future for future in self._background if not future.done()]
@@ -102,6 +102,6 @@ class RankTalk:
                 break
             concurrent.futures.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         # A later engine over this store must not take these for its own.
-        last = [self._link.submit(rank_protocol.retire(self._info, attempt, 0.0)) for attempt in tuple(self._unretired)]
+        last = [self._link.submit(rank_protocol.retire(self.info, attempt, 0.0)) for attempt in tuple(self._unretired)]
         concurrent.futures.wait(last, timeout=linger_s)
         self._link.close(linger_s)

@@ -1,8 +1,8 @@
 """A small training with DataLoader workers, for the tests of signals to a whole process group.
 
-    python -m tests.engine.loader_training ROOT kept|lost
+    python -m tests.engine.loader_training ROOT
 
-"kept" gives the loader `ignore_preemption`; "lost" does not, so that its workers die of the signal. Prints "at step" at each step.
+Its workers die of the signal, and the loop of that. Prints "at step" at each step.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import sys
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from async_ckpt import AsyncCheckpointEngine, ignore_preemption
+from async_ckpt import AsyncCheckpointEngine
 
 
-def main(root: str, how: str) -> None:
+def main(root: str) -> None:
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters())
     position = {"step": 0}
-    worker_init_fn = ignore_preemption if how == "kept" else None
-    loader = DataLoader(TensorDataset(torch.randn(100_000, 64)), batch_size=8, num_workers=2, worker_init_fn=worker_init_fn)
+    loader = DataLoader(TensorDataset(torch.randn(100_000, 64)), batch_size=8, num_workers=2)
     with AsyncCheckpointEngine(root, staging_bytes=4 << 20, chunk_bytes=1 << 20) as engine:
 
         def save() -> None:
@@ -36,10 +35,6 @@ def main(root: str, how: str) -> None:
             optimizer.zero_grad()
             position["step"] += 1
             print("at step", position["step"], flush=True)
-            # "lost" never looks: it dies of its worker's death.
-            if how == "kept" and engine.poll_preemption():
-                break
-    print("stopped", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,9 @@ def test_under_torchrun_every_worker_saves(tmp_path):
     assert output.count("LOG WARNING preempted (SIGTERM), ") == 2
 
 
-@pytest.mark.parametrize("how", ["kept", "lost"])
-def test_a_signal_to_the_whole_group_with_dataloader_workers_still_saves(tmp_path: Path, how: str) -> None:
+def test_a_loop_that_dies_of_its_workers_death_after_the_signal_still_saves(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.engine.loader_training", str(tmp_path), how],
+        [sys.executable, "-m", "tests.engine.loader_training", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -171,7 +170,7 @@ def test_a_signal_to_the_whole_group_with_dataloader_workers_still_saves(tmp_pat
         output = process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert (process.returncode == 0 and "stopped" in output) if how == "kept" else "DataLoader worker" in output, output
+    assert "DataLoader worker" in output, output
     (tag,) = Catalog(tmp_path).tags()
     state = load(tmp_path / tag / "state.pt")
     assert tag == f"last-{state['step']}" and state["step"] >= 20

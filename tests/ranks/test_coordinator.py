@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
 from async_ckpt.host.facts import node_from_env
-from async_ckpt.ranks.protocol import announce, join
+from async_ckpt.ranks.announcements import Announcements, join
+from async_ckpt.ranks.protocol import announce
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_env import default_run_id
-from async_ckpt.ranks.rank_requests import Announcements, RankInfo
+from async_ckpt.ranks.rank_requests import RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from async_ckpt.ranks import protocol as protocol
-from async_ckpt.ranks.rank_requests import Announcements, AttemptFailed, CommitOutcome, RankInfo
+from async_ckpt.ranks.announcements import DISAGREE_S, Announcements, join
+from async_ckpt.ranks.rank_requests import AttemptFailed, CommitOutcome, RankInfo
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
 
 TIMEOUT_S = 60.0
@@ -39,7 +40,7 @@ def rank_zero(info: RankInfo, tag: str, write_s: float, publish_s: float, rename
 
 def other_rank(info: RankInfo, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = "") -> Script:
     try:
-        attempt, _ = yield from protocol.join(info, tag, known or Announcements())
+        attempt, _ = yield from join(info, tag, known or Announcements())
     except AttemptFailed as failed:
         if failed.attempt is not None:
             yield from protocol.settle(info, failed.attempt)
@@ -174,7 +175,7 @@ def test_ranks_that_disagree_on_the_tag_are_named_with_their_tag() -> None:
         assert simulation.outcomes[rank].rank == 2
         assert "step-101" in simulation.outcomes[rank].cause
     assert "'step-100'" in simulation.outcomes[2].cause
-    assert max(simulation.ended_s.values()) < 3 * protocol.DISAGREE_S, "not the whole timeout"
+    assert max(simulation.ended_s.values()) < 3 * DISAGREE_S, "not the whole timeout"
 
 
 def test_jobs_of_different_size_do_not_mix() -> None:
@@ -245,7 +246,7 @@ def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_
     renames: list[str] = []
 
     def away(info: RankInfo) -> Script:
-        attempt, _ = yield from protocol.join(info, "a", Announcements())
+        attempt, _ = yield from join(info, "a", Announcements())
         yield from protocol.report(info, attempt, "digest")
         # Stopped here, while the others end and rank 0 drops the keys.
         yield Pause(5 * TIMEOUT_S)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from async_ckpt import Catalog
+from async_ckpt import Catalog, load
 from tests.support.processes import context, free_port
 
 HERE = Path(__file__).parent
@@ -49,6 +50,28 @@ def assert_trained(folder: Path, tags: list[str], ranks: set[int | None]) -> Non
     assert catalog.tags() == tags
     assert all(catalog.verify(tag).ok for tag in tags)
     assert {entry.rank for entry in catalog.manifest(tags[-1]).files} == ranks
+
+
+def test_a_signal_to_the_whole_process_group(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "preempted.py")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert any(line.startswith("step 20") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    (tag,) = Catalog(tmp_path / "checkpoints").tags()
+    state = load(tmp_path / "checkpoints" / tag / "train.pt")
+    assert tag == f"step-{state['step']}" and int(state["optimizer"]["state"][0]["step"]) == state["step"] >= 20
 
 
 def test_single_device(tmp_path: Path) -> None:
