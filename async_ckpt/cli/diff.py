@@ -1,8 +1,8 @@
 """`async-ckpt diff`: which tensors differ between two checkpoints, by checksum.
 
 A torch file's directory has a CRC for each storage, so nothing but headers is read, except for tensors that are a part
-of a storage that differs. A safetensors file has none: there the manifest's CRCs settle equal extents, and only tensors in
-differing ones are read.
+of a storage that differs. A safetensors file has none: there the manifest's CRCs settle equal extents, and only tensors
+in differing ones are read.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ _Leaf = TypeVar("_Leaf", TensorInfo, OtherInfo)
 
 
 def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], dict[str, _Leaf]]:
-    """Two files' leaves by dotted name; by key path where a file has two of that name (`{"a.b": x}` beside `{"a": {"b": y}}`)."""
+    """Two files' leaves by dotted name; by key path where a file has two of that name (`{"a.b": x}` beside `{"a": {"b":
+    y}}`)."""
     counts = [Counter(leaf.path for leaf in side) for side in (a, b)]
 
     def name(leaf: _Leaf) -> str:

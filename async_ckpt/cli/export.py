@@ -27,10 +27,12 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     tensors_only: Annotated[bool, typer.Option("--tensors-only", help="For .safetensors: leave out what is no tensor.")] = False,
 ) -> None:
-    """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not at all.
+    """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not
+    at all.
 
-    Nested keys are joined with dots for .safetensors; what is no tensor is refused there, or left out with --tensors-only.
-    Runs no code of the file: tensors inside objects of any class are exported too, under their attributes' names.
+    Nested keys are joined with dots for .safetensors; what is no tensor is refused there, or left out with
+    --tensors-only. Runs no code of the file: tensors inside objects of any class are exported too, under their
+    attributes' names.
     """
     place = place_of(source)
     wanted = _FORMATS.get(os.path.splitext(target)[1].lower())

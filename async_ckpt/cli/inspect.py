@@ -32,12 +32,12 @@ def command(
 ) -> None:
     """Show key path, shape, dtype, bytes and offset of every tensor, as a tree with totals per prefix.
 
-    Reads the headers only, and runs no code from them: objects of other classes are shown as <their class>, with the tensors
-    inside. A crafted or damaged header is refused.
+    Reads the headers only, and runs no code from them: objects of other classes are shown as <their class>, with the
+    tensors inside. A crafted or damaged header is refused.
 
-    JSON: a list of {file, format, size_bytes, tensor_bytes, num_tensors, num_others, tensors: [{path, dtype, shape, num_bytes,
-    offset, record, shared, kind}], others: [{path, text}]}; with --records {file, format, size_bytes, records: [{name, offset,
-    num_bytes, crc32}]}; for opaque files {file, format, size_bytes, tensors: [], note}
+    JSON: a list of {file, format, size_bytes, tensor_bytes, num_tensors, num_others, tensors: [{path, dtype, shape,
+    num_bytes, offset, record, shared, kind}], others: [{path, text}]}; with --records {file, format, size_bytes,
+    records: [{name, offset, num_bytes, crc32}]}; for opaque files {file, format, size_bytes, tensors: [], note}
     """
     if records and (prefix or flat or depth):
         raise UsageError("--records shows no tensors: it goes without --prefix, --depth and --flat")

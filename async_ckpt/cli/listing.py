@@ -1,4 +1,5 @@
-"""`async-ckpt list`: what is under a root, committed or not. No typer here, and no rich unless for a terminal (see `main`)."""
+"""`async-ckpt list`: what is under a root, committed or not. No typer here, and no rich unless for a terminal (see
+`main`)."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def _step(entry: CatalogEntry) -> int | None:
 
 
 def measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
-    """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be seen."""
+    """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be
+    seen."""
     size_bytes = num_files = 0
     try:
         changed_s = os.lstat(path).st_mtime

@@ -35,7 +35,8 @@ def command(
 
     Files that somebody else has put into a checkpoint are noted; they damage nothing.
 
-    JSON: a list of {tag, ok, level, num_files, size_bytes, seconds, bytes_per_s, problems: [{path, record, message}], extra: [path]}
+    JSON: a list of {tag, ok, level, num_files, size_bytes, seconds, bytes_per_s, problems: [{path, record, message}],
+    extra: [path]}
     """
     if level not in ("full", "size"):
         raise UsageError(f"--level must be 'full' or 'size', not {level!r}")

@@ -1,6 +1,7 @@
 """The header of a safetensors file: a length, and JSON that says where which tensor lies. No torch, no I/O.
 
-A crafted header is an error in time and memory that are linear in its length; every extent lies in the file and overlaps no other.
+A crafted header is an error in time and memory that are linear in its length; every extent lies in the file and
+overlaps no other.
 """
 
 from __future__ import annotations

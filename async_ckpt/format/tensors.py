@@ -1,4 +1,5 @@
-"""Finds the tensors in an inert pickle of torch's: in containers, in objects of any class, in sparse and quantized tensors.
+"""Finds the tensors in an inert pickle of torch's: in containers, in objects of any class, in sparse and quantized
+tensors.
 
 What rebuilds a tensor is known here by name; everything else stays an object that holds what it holds.
 """
@@ -172,7 +173,8 @@ def _plain_text(args: tuple[Any, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OtherInfo:
-    """A value that is no tensor, by key path and in a few words: a plain value as Python writes it, an object as ``<its class>``."""
+    """A value that is no tensor, by key path and in a few words: a plain value as Python writes it, an object as ``<its
+    class>``."""
 
     path: tuple[str, ...]
     text: str
@@ -188,7 +190,8 @@ class OtherInfo:
 
 
 def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], FoundTensor | OtherInfo]]:
-    """(path to be shown, key path, leaf) in order, without recursion; a container that occurs twice is shown where it occurs first."""
+    """(path to be shown, key path, leaf) in order, without recursion; a container that occurs twice is shown where it
+    occurs first."""
     seen: set[int] = set()
     todo: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), structure)]
     while todo:

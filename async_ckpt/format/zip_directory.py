@@ -1,12 +1,13 @@
 """Reads a zip container's directory without trusting it: which record lies where, and which CRC it should have.
 
-Accepts exactly the shape that `torch.save` writes (stored records back to back, zip64 end record, no comment). Everything is
-bounded by the file's size before it is used: a crafted file is an error, never a large allocation or an offset outside the file.
+Accepts exactly the shape that `torch.save` writes (stored records back to back, zip64 end record, no comment).
+Everything is bounded by the file's size before it is used: a crafted file is an error, never a large allocation or an
+offset outside the file.
 
-A local header says how long its padding is, and so where the payload starts; reading thousands of them would cost a seek each.
-But a payload ends where its data descriptor starts, and that ends where the next header starts: the directory is enough to
-know where to look. What others read (torch looks at the local headers) is the same only where those agree: `HeaderCheck` compares
-them as the file's bytes pass by, `check_headers` at once.
+A local header says how long its padding is, and so where the payload starts; reading thousands of them would cost a
+seek each. But a payload ends where its data descriptor starts, and that ends where the next header starts: the
+directory is enough to know where to look. What others read (torch looks at the local headers) is the same only where
+those agree: `HeaderCheck` compares them as the file's bytes pass by, `check_headers` at once.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Record:
         return _LOCAL.size + len(self.zip_name)
 
     def check_header(self, header: bytes | memoryview) -> None:
-        """Compare `header_bytes` bytes from `header_offset` with what the directory says. Raises CorruptCheckpointError."""
+        """Compare `header_bytes` bytes from `header_offset` with what the directory says. Raises
+        CorruptCheckpointError."""
         magic, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack_from(header, 0)
         is_same = magic == b"PK\3\4" and method == 0 and not flags & 1 and header[_LOCAL.size :] == self.zip_name
         if not is_same or self.header_offset + _LOCAL.size + name_bytes + extra_bytes != self.offset:
@@ -64,7 +66,8 @@ class Record:
 
 
 def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
-    """Every record by its name without the archive's, in file order, from the directory alone. Blocks in `pread` (two calls).
+    """Every record by its name without the archive's, in file order, from the directory alone. Blocks in `pread` (two
+    calls).
 
     Raises:
         CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
@@ -84,7 +87,8 @@ def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
 
 
 def check_headers(pread: PRead, records: Mapping[str, Record]) -> None:
-    """Compare all local headers with the directory. Blocks in `pread`, one call per record. Raises CorruptCheckpointError."""
+    """Compare all local headers with the directory. Blocks in `pread`, one call per record. Raises
+    CorruptCheckpointError."""
     for record in records.values():
         record.check_header(pread(record.header_offset, record.header_bytes))
 

@@ -129,7 +129,8 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
 
 @contextlib.contextmanager
 def _translated(file: VerifiedFile, place: Any, weights_only: bool | None) -> Iterator[None]:
-    """torch's errors about the file become ours; those of the caller's and of trusted code, about devices and memory pass."""
+    """torch's errors about the file become ours; those of the caller's and of trusted code, about devices and memory
+    pass."""
     try:
         yield
     except CheckpointError:

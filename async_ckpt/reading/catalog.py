@@ -87,7 +87,8 @@ class Catalog:
     def entries(self) -> list[CatalogEntry]:
         """Everything that looks like a checkpoint, oldest commit first; damaged ones first of all.
 
-        Where retention deletes faster than this reads, it looks again: else all could be gone, and the newest not yet seen.
+        Where retention deletes faster than this reads, it looks again: else all could be gone, and the newest not yet
+        seen.
         """
         found: list[CatalogEntry | None] = []
         for _ in range(_MAX_RACES):
@@ -232,7 +233,8 @@ class Catalog:
         """Open file `name` of a checkpoint to read it; with `verify="full"` its checksums are compared as it is read.
 
         Raises:
-            CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size is wrong.
+            CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size
+                is wrong.
             ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
         """
         check = _check_level(verify) == "full"
@@ -252,7 +254,8 @@ class Catalog:
 
     @contextlib.contextmanager
     def naming_older_ones(self, tag: str) -> Iterator[None]:
-        """Let damage in a store pass with the names of older checkpoints there added: a new machine has no other place to look."""
+        """Let damage in a store pass with the names of older checkpoints there added: a new machine has no other place
+        to look."""
         try:
             yield
         except CorruptCheckpointError as error:
@@ -264,7 +267,8 @@ class Catalog:
             raise
 
     def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:
-        """`function` of the open checkpoint; run again when the checkpoint was replaced under it (CheckpointNotFoundError)."""
+        """`function` of the open checkpoint; run again when the checkpoint was replaced under it
+        (CheckpointNotFoundError)."""
         for _ in range(_MAX_RACES):
             with self.open(tag) as checkpoint:
                 try:

@@ -1,8 +1,8 @@
 """One committed checkpoint, held open: its manifest and its files; and which checkpoint a path lies in. No torch.
 
 Guarantees:
-- It is read through one directory descriptor; names are looked up in its manifest. Nothing else is opened, and below the
-  checkpoint no link is followed.
+- It is read through one directory descriptor; names are looked up in its manifest. Nothing else is opened, and below
+  the checkpoint no link is followed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class CommittedCheckpoint:
     def open_file(
         self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
     ) -> VerifiedFile:
-        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as `open_raw`."""
+        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as
+        `open_raw`."""
         file = self.open_raw(entry)
         try:
             return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
@@ -102,7 +103,8 @@ class CommittedCheckpoint:
 
 
 def find_checkpoint(path: StrPath, filesystem: ReadSide) -> tuple[str, str, str] | None:
-    """(root, tag, file) by the manifest nearest at or above `path`; the file is "" for a checkpoint itself. Blocks for lstat calls."""
+    """(root, tag, file) by the manifest nearest at or above `path`; the file is "" for a checkpoint itself. Blocks for
+    lstat calls."""
     text = os.fspath(path)
     folder, name = text if is_url(text) else os.path.abspath(text), ""
     while True:

@@ -17,7 +17,8 @@ _MAX_NAMED = 3
 
 @contextlib.contextmanager
 def naming_the_record(file: VerifiedFile) -> Iterator[None]:
-    """Let `ExtentMismatch` pass with the record's name added where it can be told. Blocks for the records' bytes, on failure only."""
+    """Let `ExtentMismatch` pass with the record's name added where it can be told. Blocks for the records' bytes, on
+    failure only."""
     try:
         yield
     except ExtentMismatch as mismatch:
@@ -28,7 +29,8 @@ def naming_the_record(file: VerifiedFile) -> Iterator[None]:
 
 
 def damaged_records(file: VerifiedFile, extent: int) -> str | None:
-    """The records that touch an extent, narrowed to those whose own CRC fails; None if unknown. Any thread; blocks for their bytes."""
+    """The records that touch an extent, narrowed to those whose own CRC fails; None if unknown. Any thread; blocks for
+    their bytes."""
     if file.entry.format == "safetensors":
         return None
     first, end = file.extent_range(extent)

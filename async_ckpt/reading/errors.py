@@ -1,4 +1,5 @@
-"""What reading a committed file can raise: the disk failed, or the bytes are not those that were committed. No torch."""
+"""What reading a committed file can raise: the disk failed, or the bytes are not those that were committed. No
+torch."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from ..errors import CheckpointError, CorruptCheckpointError
 
 NOTHING_LOADED = "nothing was loaded"
 DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO})
-"""The disk or the kernel says that the data is bad: damage, and no passing state (EMFILE, ENOMEM, a server's ESTALE)."""
+"""The disk or the kernel says that the data is bad: damage, and no passing state (EMFILE, ENOMEM, a server's
+ESTALE)."""
 
 
 class ReadError(CheckpointError, OSError):

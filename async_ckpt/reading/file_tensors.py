@@ -60,7 +60,8 @@ class TensorsOnDisk(PlainObjects):
 
 
 def read_inventory(file: VerifiedFile, records: Mapping[str, Record]) -> Any:
-    """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can read it."""
+    """The file's structure with `FileTensor` leaves. Raises NotPlainError or UnusualLayoutError where only torch can
+    read it."""
     pickled = records.get("data.pkl")
     if pickled is None:
         raise UnusualLayoutError("no data.pkl")

@@ -1,4 +1,5 @@
-"""What a checkpoint file holds, from its header alone: tensors with key path, shape, dtype and extent. No torch, no code run.
+"""What a checkpoint file holds, from its header alone: tensors with key path, shape, dtype and extent. No torch, no
+code run.
 
 Guarantees:
 - Reads the zip directory and `data.pkl`, or the safetensors header; never the tensors.
@@ -60,7 +61,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """One file: its tensors in the order of its structure; `num_others` leaves are no tensors, `others` are the first of them."""
+    """One file: its tensors in the order of its structure; `num_others` leaves are no tensors, `others` are the first
+    of them."""
 
     tensors: tuple[TensorInfo, ...]
     num_others: int

@@ -77,7 +77,8 @@ def refuse_bombs(file: VerifiedFile, records: Mapping[str, Record]) -> None:
 
 
 def refuse_length(pickled: bytes, path: str, record: str) -> int:
-    """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`; gives its length.
+    """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`; gives its
+    length.
 
     Raises:
         CorruptCheckpointError: it does, or is no pickle.

@@ -50,9 +50,11 @@ def load(
 
     Args:
         map_location: as in `torch.load`.
-        weights_only: False runs the pickle's code: only for files you trust. None is True, unless TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
+        weights_only: False runs the pickle's code: only for files you trust. None is True, unless
+            TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
         verify: "full" compares every byte's CRC with the manifest, "size" and "off" only sizes.
-        mmap: map the file instead of reading it (after verifying it). None is ``torch.utils.serialization.config.load.mmap``.
+        mmap: map the file instead of reading it (after verifying it). None is
+            ``torch.utils.serialization.config.load.mmap``.
         num_threads: reads in flight; None chooses.
 
     Raises:
@@ -76,21 +78,23 @@ def load_into(
     num_threads: int | None = None,
     select: str | None = None,
 ) -> Restored:
-    """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from ``<root>/<tag>/file.pt``. Blocks; any thread.
+    """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from ``<root>/<tag>/file.pt``. Blocks; any
+    thread.
 
-    Names, shapes and dtypes are compared before the first byte moves, and, where given tensors share memory, whether the file
-    has the same bytes for it. Tensors are written in place, other leaves are
+    Names, shapes and dtypes are compared before the first byte moves, and, where given tensors share memory, whether
+    the file has the same bytes for it. Tensors are written in place, other leaves are
     in `Restored.state`: the file's structure with your tensors in it.
 
     Args:
         strict: False loads what matches and reports the rest in `Restored.mismatches`.
-        atomic: True: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are kept in
-            memory for that, and where it is too little, ConfigError says so before anything is changed. "auto": the same up to
-            half of the memory available; of a larger file, the rest is verified before it is overwritten, and read twice: an
-            error of the second reading leaves the tensors partly overwritten, and says so. False takes no memory, and after an
-            error the tensors are partly overwritten.
-        select: only tensors whose dotted names begin like this ("model."); nothing else is read. `state_dict` is the whole state,
-            or the selected part (its names without `select`). `Restored.state` is then a flat dict by the file's dotted names.
+        atomic: True: after an error the tensors hold what they held before. Their old bytes (for a GPU: the file's) are
+            kept in memory for that, and where it is too little, ConfigError says so before anything is changed. "auto":
+            the same up to half of the memory available; of a larger file, the rest is verified before it is
+            overwritten, and read twice: an error of the second reading leaves the tensors partly overwritten, and says
+            so. False takes no memory, and after an error the tensors are partly overwritten.
+        select: only tensors whose dotted names begin like this ("model."); nothing else is read. `state_dict` is the
+            whole state, or the selected part (its names without `select`). `Restored.state` is then a flat dict by the
+            file's dotted names.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.

@@ -1,10 +1,10 @@
 """Fills existing tensors from a committed file.
 
 Guarantees:
-- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves; so are the values for
-  memory that several of the given tensors share. What is returned is put together before it, too.
-- With `atomic=True`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back, tensors
-  on a GPU are untouched until every byte was read (and verified, with `verify="full"`).
+- All names, shapes and dtypes are compared, and all differences listed, before the first byte moves; so are the values
+  for memory that several of the given tensors share. What is returned is put together before it, too.
+- With `atomic=True`, a failure leaves the tensors as they were: on the CPU old bytes are set aside and written back,
+  tensors on a GPU are untouched until every byte was read (and verified, with `verify="full"`).
 - Values are moved bit by bit; autograd's version counters see the change.
 """
 
@@ -41,7 +41,8 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass(frozen=True)
 class Restored:
-    """What `load_into` did. `state` is the file's structure with your tensors in it; `loaded` and `mismatches` name key paths."""
+    """What `load_into` did. `state` is the file's structure with your tensors in it; `loaded` and `mismatches` name key
+    paths."""
 
     state: Any
     loaded: tuple[str, ...]
@@ -49,7 +50,8 @@ class Restored:
 
 
 def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None) -> Restored:
-    """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`. Blocks.
+    """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`.
+    Blocks.
 
     With `select` only the extents that hold the selected tensors are read.
 
@@ -127,7 +129,8 @@ def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[
 def compare_shared(
     file: VerifiedFile, found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values decide."""
+    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values
+    decide."""
     paths = [path for path, target in wanted.items() if _has_address(target)]
     clashes: list[tuple[str, str]] = []
     for group in overlapping([wanted[path] for path in paths]):
@@ -209,7 +212,8 @@ class _Mover:
         stream_into(file, self._scatter, extents)
 
     def run(self, file: VerifiedFile, atomic: Atomic) -> None:
-        """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile` raises."""
+        """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile`
+        raises."""
         self._scatter.freeze()
         held = self._held_extents(file, atomic)
         targets = [*self._direct, *(target for target, _ in self._copies)]
@@ -234,7 +238,8 @@ class _Mover:
             torch.autograd.graph.increment_version(tensor)
 
     def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> Sequence[int]:
-        """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it takes."""
+        """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it
+        takes."""
         available = available_memory_bytes()
         if atomic is not True:
             return self._extents[: available // 2 // file.extent_bytes]
@@ -248,7 +253,8 @@ class _Mover:
         return self._extents
 
     def _overwrite_or_restore(self, file: VerifiedFile, held: Sequence[int]) -> None:
-        """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and read again."""
+        """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and
+        read again."""
         rest = self._extents[len(held) :]
         undo = Undo(self._scatter, file.lend, file.extent_bytes)
         try:

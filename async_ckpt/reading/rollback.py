@@ -4,7 +4,8 @@ Guarantees:
 - After `roll_back` every byte that was overwritten has its old value again, also where pieces overlap.
 - A roll-back runs to its end: an interrupt meanwhile is raised after it.
 
-The old bytes are set aside while the disk is being waited for, which holding the new ones until the last is verified cannot use.
+The old bytes are set aside while the disk is being waited for, which holding the new ones until the last is verified
+cannot use.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Undo:
                 move(at, address, size)
                 entries.append((address, at, size))
                 at += size
-            # Whoever writes to the same bytes later has set aside what this thread wrote, and stands behind this in the log.
+            # Whoever writes to the same bytes later has set aside what this thread wrote, and stands behind this in the
+            # log.
             with self._lock:
                 self._log += entries
         self._scatter(offset, view)

@@ -17,7 +17,8 @@ def read_tensors(file: VerifiedFile) -> list[tuple[SafetensorsTensor, torch.dtyp
     """The file's header, checked, and each tensor's dtype.
 
     Raises:
-        CorruptCheckpointError: the header is malformed. UnsupportedStateError: a dtype that this version or torch does not know.
+        CorruptCheckpointError: the header is malformed. UnsupportedStateError: a dtype that this version or torch does
+            not know.
     """
     found = []
     for tensor in read_safetensors(file.view, file.size_bytes, name=file.name):

@@ -81,7 +81,8 @@ class Scatter:
                 yield address + low - start, high - low
 
     def __call__(self, offset: int, view: memoryview) -> None:
-        """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not written)."""
+        """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not
+        written)."""
         end = offset + len(view)
         first = bisect_right(self._ends, offset)
         stop = bisect_right(self._starts, end - 1)
@@ -105,7 +106,8 @@ class Scatter:
 
 
 def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
-    """A device copies from it at full rate, and torch caches it for the next load; pageable where the device has none."""
+    """A device copies from it at full rate, and torch caches it for the next load; pageable where the device has
+    none."""
     try:
         memory = pinning.allocate(num_bytes)
     except TransactionStateError:

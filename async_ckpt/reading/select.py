@@ -1,4 +1,5 @@
-"""A part of a file, chosen by the beginning of its dotted names: ``model.`` is ``['model']['layers.0.weight']`` and all beside it."""
+"""A part of a file, chosen by the beginning of its dotted names: ``model.`` is ``['model']['layers.0.weight']`` and all
+beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def dotted(path: str) -> str:
 def select_leaves(
     found: Mapping[str, F], wanted: Mapping[str, W], prefix: str, file: str
 ) -> tuple[dict[str, F], dict[str, W], dict[str, str]]:
-    """The leaves of a file whose names begin with `prefix`, and the given ones that they are for, by the key paths of the latter.
+    """The leaves of a file whose names begin with `prefix`, and the given ones that they are for, by the key paths of
+    the latter.
 
     The given state has the file's structure, or is the selected part alone (its names are the file's without `prefix`).
     The third result is the file's dotted name of each.

@@ -1,7 +1,7 @@
 """Finds the targets of a load that share memory, and whether the file has one value for every byte of it.
 
-Two targets agree where both map target bytes to file bytes in the same way (tied in the file too), or where what the file holds
-for both is equal wherever they overlap: then the order in which they are filled does not matter.
+Two targets agree where both map target bytes to file bytes in the same way (tied in the file too), or where what the
+file holds for both is equal wherever they overlap: then the order in which they are filled does not matter.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
 
 
 def disagreements(pairs: Iterable[Pair], geometry: Geometry, read: Read) -> Iterator[tuple[str, str]]:
-    """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it must."""
+    """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it
+    must."""
     cluster = list(pairs)
     if not all(_agree(cluster[0], other, geometry) for other in cluster):
         yield from _differing(cluster, read([pair.source for pair in cluster]))

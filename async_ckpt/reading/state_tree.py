@@ -1,4 +1,5 @@
-"""Walks nested state: dicts, lists and tuples, with key paths as in ``['model']['layers.0.weight']`` and ``['groups'][1]``."""
+"""Walks nested state: dicts, lists and tuples, with key paths as in ``['model']['layers.0.weight']`` and
+``['groups'][1]``."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
         num_bytes: what the state was read from, where somebody may have made that to blow up.
 
     Raises:
-        UnsupportedStateError: nested deeper than `MAX_DEPTH`, or the key paths are far longer than `num_bytes` accounts for.
+        UnsupportedStateError: nested deeper than `MAX_DEPTH`, or the key paths are far longer than `num_bytes` accounts
+            for.
     """
     found: list[tuple[str, Any]] = []
     left = None if num_bytes is None else _FREE_CHARACTERS + _CHARACTERS_PER_BYTE * num_bytes
@@ -29,7 +31,8 @@ def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
 
 
 def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
-    """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew. Nothing recurses.
+    """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew. Nothing
+    recurses.
 
     Raises:
         UnsupportedStateError: as `flatten`.
@@ -43,7 +46,8 @@ def _walk(
     on_end: Callable[[Any, list[tuple[Any, Any]], list[Any]], Any],
     characters_left: int | None = None,
 ) -> Any:
-    """Depth first: `on_leaf` gives what takes a leaf's place, `on_end(container, its items, what took their places)` a container's."""
+    """Depth first: `on_leaf` gives what takes a leaf's place, `on_end(container, its items, what took their places)` a
+    container's."""
     stack: list[tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = [(None, "", [("", state)], [])]
     above: set[int] = set()
     while True:

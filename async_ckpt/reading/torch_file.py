@@ -2,7 +2,8 @@
 
 Guarantees:
 - Every byte it hands out was verified (where the file is opened with `check`).
-- Large reads go to the disk in parallel, straight through to the caller's memory; a few extents are held for small ones.
+- Large reads go to the disk in parallel, straight through to the caller's memory; a few extents are held for small
+  ones.
 """
 
 from __future__ import annotations

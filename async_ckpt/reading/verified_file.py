@@ -113,7 +113,8 @@ class VerifiedFile:
         return extent * self.extent_bytes, min(self.size_bytes, (extent + 1) * self.extent_bytes)
 
     def keep(self, extents: Iterable[int]) -> None:
-        """Read and verify these extents and hold them in memory, so that `view` and `stream` need not read them again."""
+        """Read and verify these extents and hold them in memory, so that `view` and `stream` need not read them
+        again."""
         wanted: dict[int, memoryview] = {}
         try:
             for extent in extents:
@@ -154,7 +155,8 @@ class VerifiedFile:
         return bytes(self.view(offset, num_bytes))
 
     def unverified(self, offset: int, num_bytes: int) -> bytes:
-        """Bytes as they are on disk, compared with nothing: for headers that are shown, and for telling what is damaged."""
+        """Bytes as they are on disk, compared with nothing: for headers that are shown, and for telling what is
+        damaged."""
         self._check_inside(offset, num_bytes)
         data = bytearray(num_bytes)
         self.read_block(memoryview(data), offset)
@@ -266,7 +268,8 @@ class _Reading:
             for result in [pool.submit(self._work) for _ in range(self._num_workers)]:
                 result.result()
         finally:
-            # An interrupt in this thread must not wait for the rest of the file, but for the blocks that are being read into memory.
+            # An interrupt in this thread must not wait for the rest of the file, but for the blocks that are being read
+            # into memory.
             self._failed.set()
             uninterrupted(pool.shutdown)
 

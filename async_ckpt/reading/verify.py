@@ -1,7 +1,7 @@
 """Does a checkpoint hold exactly the bytes that were committed? Presence, sizes and the CRC of every extent.
 
-Problems are collected, not raised: a report names every bad file and, where the container can still be read, the records in
-the damaged bytes. Files that somebody else put there are noted, and are no problem.
+Problems are collected, not raised: a report names every bad file and, where the container can still be read, the
+records in the damaged bytes. Files that somebody else put there are noted, and are no problem.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class VerifyReport:
     size_bytes: int
     problems: tuple[Problem, ...]
     extra: tuple[str, ...] = ()
-    """Files in the directory that are no part of the checkpoint (an evaluation's results, a file manager's): no problem."""
+    """Files in the directory that are no part of the checkpoint (an evaluation's results, a file manager's): no
+    problem."""
 
     @property
     def ok(self) -> bool:
@@ -175,7 +176,8 @@ def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> No
 
 
 def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list[str], list[Problem]]:
-    """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are fine."""
+    """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are
+    fine."""
     expected = {entry.path for entry in entries} | {MANIFEST_NAME}
     folders = {tuple(path.split("/")[:depth]) for path in expected for depth in range(path.count("/") + 1)}
     extra: list[str] = []

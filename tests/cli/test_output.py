@@ -1,4 +1,5 @@
-"""What the commands write where: closed and full streams, pipes, a terminal with many checkpoints, folders of single files."""
+"""What the commands write where: closed and full streams, pipes, a terminal with many checkpoints, folders of single
+files."""
 
 from __future__ import annotations
 

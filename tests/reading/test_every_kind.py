@@ -1,4 +1,5 @@
-"""Whatever `save` accepts, the matching load gives back: every kind of state and dtype, through `load` and `load_into`."""
+"""Whatever `save` accepts, the matching load gives back: every kind of state and dtype, through `load` and
+`load_into`."""
 
 from __future__ import annotations
 

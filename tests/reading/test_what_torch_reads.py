@@ -1,4 +1,5 @@
-"""Where torch and this package could read one file in two ways, or torch's own switches have a say: the same, or refused by name."""
+"""Where torch and this package could read one file in two ways, or torch's own switches have a say: the same, or
+refused by name."""
 
 from __future__ import annotations
 

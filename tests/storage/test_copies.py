@@ -1,4 +1,5 @@
-"""A checkpoint that was renamed, copied, moved or linked is whole: it loads, is listed, counts, and retention leaves it alone."""
+"""A checkpoint that was renamed, copied, moved or linked is whole: it loads, is listed, counts, and retention leaves it
+alone."""
 
 from __future__ import annotations
 

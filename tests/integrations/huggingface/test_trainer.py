@@ -359,6 +359,16 @@ def test_just_in_time_markers_give_way(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2/manifest.json").exists()
 
 
+def test_a_relative_directory_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = trainer(Path("out"), max_steps=2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trained.train()
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     stock_trainer = trainer(tmp_path, asynchronous=False)
     for bad in ({"root": "x"}, {"overwrite": "refuse"}, {"staging_byte": 1}):
