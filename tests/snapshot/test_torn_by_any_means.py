@@ -350,6 +350,23 @@ def test_a_compiled_unguarded_step_waits(training: Training, held_save: Any, tmp
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_step_that_was_compiled_before_the_guard_waits(
+    engine: AsyncCheckpointEngine, training: Training, held_copies: Any, tmp_path: Path, is_guarded: bool
+) -> None:
+    other = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    step = torch.compile((training.optimizer if is_guarded else other).step, backend="eager")
+    step()
+    engine.guard(training.optimizer)
+    held = held_copies(engine)
+    held.expected = frozen(training.state())
+    engine.create("t")
+    engine.save(training.state(), "s.pt")
+    held.pending = engine.commit("t")
+    assert_waits(step, training, held, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_guarded_step_is_compiled_all_the_same(engine: AsyncCheckpointEngine, training: Training) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
