@@ -211,7 +211,9 @@ class PickleReader:
         for arg in args:
             if type(arg) in _SIZED:
                 cost += len(arg)
-        self.charge(cost)
+        self._left -= cost
+        if self._left < 0:
+            self.charge(0)
         if type(function) is Name and function.text in _HASHING_CALLS:
             for arg in args:
                 for item in arg if isinstance(arg, (list, tuple)) else ():
@@ -264,9 +266,10 @@ class PickleReader:
             self.pop_mark()
 
     def tuple_of(self, num: int) -> None:
-        if len(self.stack) < num:
+        stack = self.stack
+        if len(stack) < num:
             raise ValueError("stack underflow")
-        self.stack[-num:] = [tuple(self.stack[-num:])]
+        stack[-num:] = (tuple(stack[-num:]),)
 
     # Containers and objects.
 
@@ -303,15 +306,17 @@ class PickleReader:
         self.set_items(items)
 
     def call(self, function: Any, args: Any) -> None:
+        self.stack += (function, args)
+        self.reduce()
+
+    def reduce(self) -> None:
+        stack = self.stack
+        args, function = stack.pop(), stack.pop()
         if type(args) is not tuple:
             raise ValueError("arguments that are no tuple")
         if args:
             self._charge_call(function, args)
-        self.stack.append(self.maker.call(function, args))
-
-    def reduce(self) -> None:
-        args = self.stack.pop()
-        self.call(self.stack.pop(), args)
+        stack.append(self.maker.call(function, args))
 
     def new_with_keywords(self) -> None:
         self.stack.pop()
