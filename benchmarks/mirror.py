@@ -1,4 +1,5 @@
-"""Uploads and restores of the second tier against a SeaweedFS on loopback, beside what else does that, each in a process of its own.
+"""Uploads and restores of the second tier against a SeaweedFS on loopback, beside what else does that, each in a
+process of its own.
 
     python -m benchmarks.mirror DIR --size-mib 1024 --repeats 3 --out results/
 
@@ -252,7 +253,10 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a child; a contender that cannot run keeps its reason."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.mirror", "--child", json.dumps(spec)], capture_output=True, text=True, timeout=1800
+        [sys.executable, "-m", "benchmarks.mirror", "--child", json.dumps(spec)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
     )
     if done.returncode:
         return {"reason": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"}
@@ -291,17 +295,36 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
         engine.create("step-0")
         engine.save(state_of(given.size_mib), "model.pt")
         engine.commit("step-0")
-    common = {"root": str(root), "file": str(root / "step-0" / "model.pt"), "directory": str(home), "size_mib": given.size_mib}
+    common = {
+        "root": str(root),
+        "file": str(root / "step-0" / "model.pt"),
+        "directory": str(home),
+        "size_mib": given.size_mib,
+    }
     common |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel, "options": dict(server.options())}
     runs: list[dict[str, Any]] = []
     for repeat in range(given.repeats):
         asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
         for scenario, name in [*asked, ("training", "without mirror"), ("training", "with mirror")]:
             # Each repetition uploads anew, to a prefix of its own.
-            spec = {**common, "scenario": scenario, "contender": name, "prefix": f"run-{repeat}", "num_steps": given.num_steps}
+            spec = {
+                **common,
+                "scenario": scenario,
+                "contender": name,
+                "prefix": f"run-{repeat}",
+                "num_steps": given.num_steps,
+            }
             shutil.rmtree(root / ".mirrors", ignore_errors=scenario != "restore") if scenario == "upload" else None
             found = measure(spec)
-            runs.append({"scenario": f"mirror {scenario}", "contender": name, "size_mib": given.size_mib, "repeat": repeat, **found})
+            runs.append(
+                {
+                    "scenario": f"mirror {scenario}",
+                    "contender": name,
+                    "size_mib": given.size_mib,
+                    "repeat": repeat,
+                    **found,
+                }
+            )
             print(json.dumps(runs[-1]), flush=True)
     if given.out:
         from benchmarks.environment import describe

@@ -37,7 +37,8 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Upload what is not mirrored yet; go on where an earlier upload was cut short. Exit code 1 if one could not be mirrored.
+    """Upload what is not mirrored yet; go on where an earlier upload was cut short. Exit code 1 if one could not be
+    mirrored.
 
     Credentials and endpoint are those of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
 

@@ -77,14 +77,15 @@ class EngineMirrors(Mirrors):
             for mirror in self.mirrors:
                 remote = remote_catalog(mirror)
                 try:
-                    remote.path(tag)
+                    remote.manifest(tag)
                     return remote
                 except CheckpointNotFoundError:
                     continue
             return disk
 
     def latest(self, disk: Catalog, verify: str) -> str | None:
-        """The newest tag, on disk or in a mirror, that verifies; a mirror that cannot be reached is left out, and that is logged."""
+        """The newest tag, on disk or in a mirror, that verifies; a mirror that cannot be reached is left out, and
+        that is logged."""
         found = disk.latest(verify)
         newest_ns = disk.manifest(found).created_unix_ns if found is not None else -1
         for mirror in self.mirrors:

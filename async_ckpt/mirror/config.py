@@ -26,7 +26,8 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Mirror:
-    """A place to which committed checkpoints are copied, behind training. Needs the extra ``async-ckpt[remote]``, except ``file://``.
+    """A place to which committed checkpoints are copied, behind training. Needs the extra ``async-ckpt[remote]``,
+    except ``file://``.
 
     Raises:
         ConfigError: a field has a wrong type, unit or range; the message names the field and the fix.
@@ -58,7 +59,8 @@ class Mirror:
     """How long one request may take, in seconds: at least what one part needs at the slowest rate you accept."""
 
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Credentials, endpoint, region and the like, as ``obstore.store.from_url`` takes them. Without them: the environment."""
+    """Credentials, endpoint, region and the like, as ``obstore.store.from_url`` takes them. Without them: the
+    environment."""
 
     def __post_init__(self) -> None:
         split_url(self.url)

@@ -1,6 +1,7 @@
 """A mirror on another disk or a network mount, with the same layout as in an object store.
 
-Objects are written under a private name, synced and renamed. Conditions are checked and met under a lock of the object's
+Objects are written under a private name, synced and renamed. Conditions are checked and met under a lock of the
+object's
 directory; they hold among writers that see each other's locks.
 """
 

@@ -1,7 +1,8 @@
 """All mirrors of one engine: their thread, what is pending, what failed, and how long leaving waits.
 
 Guarantees:
-- One thread runs all of it; reading and small requests happen on a few more, at the lowest priority for processor and disk.
+- One thread runs all of it; reading and small requests happen on a few more, at the lowest priority for processor and
+  disk.
 - A `PendingMirror` always resolves. Nothing here harms a commit, and nothing waits longer than it was told to.
 """
 
@@ -22,9 +23,9 @@ from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
 from .config import Mirror
+from .context import Agreement, Alone
 from .pending import PendingMirror
 from .turns import UploadTurns
-from .upload import Agreement, Alone
 from .worker import Worker, WorkerHooks
 
 _MAX_THREADS = 16
@@ -33,7 +34,8 @@ _CHECK_S = 30.0
 
 
 class Mirrors:
-    """Calls come from the engine, on any thread. Making it starts threads and reads the states; it does not connect before that.
+    """Calls come from the engine, on any thread. Making it starts threads and reads the states; it does not connect
+    before that.
 
     Args:
         agreement: with the other ranks of the job; None: there are none.
@@ -42,7 +44,8 @@ class Mirrors:
         with_backlog: also mirror what is on disk already and not mirrored, behind what is asked for.
 
     Raises:
-        ConfigError: a mirror's library is not installed (from `check`). WriteError: the states cannot be read, or no thread is left.
+        ConfigError: a mirror's library is not installed (from `check`). WriteError: the states cannot be read, or no
+            thread is left.
     """
 
     def __init__(
@@ -93,10 +96,12 @@ class Mirrors:
     # The engine's calls.
 
     def check(self) -> None:
-        """The first call waits until every store has been tried, and says what is wrong with them; later ones do nothing.
+        """The first call waits until every store has been tried, and says what is wrong with them; later ones do
+        nothing.
 
         Raises:
-            CheckpointError: a store cannot be used, and its mirror says `on_failure="raise"`. Otherwise that is a warning.
+            CheckpointError: a store cannot be used, and its mirror says `on_failure="raise"`. Otherwise that is a
+                warning.
         """
         if self._is_checked:
             return
@@ -143,7 +148,8 @@ class Mirrors:
                 raise error
 
     def close(self, timeout_s: float) -> None:
-        """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it goes on.
+        """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it
+        goes on.
 
         Goes on where an interrupt has cut it short, and does nothing once it is done.
         """

@@ -1,6 +1,7 @@
 """S3, GCS and Azure through obstore, which is imported when the first store is made.
 
-Requests are tried again by the library, within the mirror's `retry_timeout_s`. S3 is asked to check the SHA-256 of every
+Requests are tried again by the library, within the mirror's `retry_timeout_s`. S3 is asked to check the SHA-256 of
+every
 part, which the library computes anyway to sign it.
 """
 
@@ -54,7 +55,11 @@ class ObjectStore:
         options["client_options"] = {**client, **options.get("client_options", {})}
         patience_s = min(mirror.retry_timeout_s, PROBE_TIMEOUT_S if quick else float("inf"))
         backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
-        retry = {"max_retries": 2 if quick else _MAX_RETRIES, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
+        retry = {
+            "max_retries": 2 if quick else _MAX_RETRIES,
+            "retry_timeout": timedelta(seconds=patience_s),
+            "backoff": backoff,
+        }
         options["retry_config"] = {**retry, **options.get("retry_config", {})}
         is_s3 = scheme in ("s3", "s3a")
         if is_s3:

@@ -1,4 +1,5 @@
-"""The parts of one file on their way to a store: bounded memory, every byte compared with the manifest before it is sent.
+"""The parts of one file on their way to a store: bounded memory, every byte compared with the manifest before it is
+sent.
 
 Each part lies in a slot; a slot is free again when the store has let go of the part, which is seen by the end of the
 memory view that was handed over. So however a library schedules its requests, at most `parallel` parts exist.
@@ -59,7 +60,8 @@ class Slots:
         self._lent: dict[int, weakref.ref[memoryview]] = {}
 
     async def take(self, num_bytes: int) -> memoryview:
-        """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view ends."""
+        """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view
+        ends."""
         await self._semaphore.acquire()
         if not self._free:
             self._num_unmade -= 1
@@ -109,7 +111,15 @@ class PartStream:
     """
 
     def __init__(
-        self, file: ReadableFile, plan: ObjectPlan, *, slots: Slots, pace: Pace, part_bytes: int, executor: Executor, on_part: OnPart
+        self,
+        file: ReadableFile,
+        plan: ObjectPlan,
+        *,
+        slots: Slots,
+        pace: Pace,
+        part_bytes: int,
+        executor: Executor,
+        on_part: OnPart,
     ) -> None:
         self.failure: BaseException | None = None
         self._file = file

@@ -10,7 +10,8 @@ from ..threads.pending import Pending
 class PendingMirror(Pending):
     """A committed checkpoint on its way to its mirrors. See `Pending`.
 
-    Resolves to the tag when every mirror has it, or to the first failure once all have ended; the checkpoint on disk is whole.
+    Resolves to the tag when every mirror has it, or to the first failure once all have ended; the checkpoint on disk
+    is whole.
     """
 
     def __init__(self, tag: str, urls: tuple[str, ...]) -> None:

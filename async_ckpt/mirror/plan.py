@@ -3,7 +3,8 @@
     <prefix>/<tag>/<attempt>/<path>     one object per file, byte for byte the file
     <prefix>/<tag>/manifest.json        the manifest of the disk, with one more member: "attempt"
 
-The attempt is the first 16 hex digits of the SHA-256 of the manifest on disk: two commits under one tag never share an object.
+The attempt is the first 16 hex digits of the SHA-256 of the manifest on disk: two commits under one tag never share
+an object.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class ObjectPlan:
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """One checkpoint's objects. `objects` are those that this rank puts, `manifest` the bytes of the last object of all."""
+    """One checkpoint's objects. `objects` are those that this rank puts, `manifest` the bytes of the last object of
+    all."""
 
     tag: str
     attempt: str

@@ -1,6 +1,7 @@
 """A store as the reading side of a file system, so that catalog, verification and loads are the same code for both.
 
-A checkpoint is what its manifest names: opening a tag reads the manifest, and files are looked for below the attempt that
+A checkpoint is what its manifest names: opening a tag reads the manifest, and files are looked for below the attempt
+    that
 it tells. Blocks for requests; any thread; nothing is kept between calls.
 """
 
@@ -174,7 +175,8 @@ class RemoteFile:
             raise CheckpointNotFoundError(f"{self.path} was deleted or replaced in the store while it was being read") from error
         if data.nbytes != buffer.nbytes:
             raise CorruptCheckpointError(
-                f"{self.path} ends at byte {offset + data.nbytes}, {buffer.nbytes - data.nbytes} bytes too early", path=self.path
+                f"{self.path} ends at byte {offset + data.nbytes}, {buffer.nbytes - data.nbytes} bytes too early",
+                path=self.path,
             )
         buffer[:] = data
 

@@ -1,4 +1,5 @@
-"""The manifest in a store: read, put where the condition holds, and the deletion of what no manifest names any more. Blocks."""
+"""The manifest in a store: read, put where the condition holds, and the deletion of what no manifest names any more.
+Blocks."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def publish(
     on_replace: Callable[[FoundManifest], object],
     patience_s: float,
 ) -> None:
-    """Put the manifest and read it back. `on_replace` is called before one is replaced: its objects are to be deleted afterwards.
+    """Put the manifest and read it back. `on_replace` is called before one is replaced: its objects are to be deleted
+    afterwards.
 
     A conflict (409), a reply that was lost and a manifest that arrived damaged are tried again, for `patience_s`.
 
@@ -96,7 +98,8 @@ def publish(
         try:
             store.put_if(plan.manifest_key, plan.manifest, absent_or_this if conditional else ANY_VERSION)
         except (ConditionFailed, PassingFailure) as error:
-            # It may have been done all the same, or the other side be about to end: the store is asked before anything is said.
+            # It may have been done all the same, or the other side be about to end: the store is asked before
+            # anything is said.
             failure = error
             time.sleep(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)

@@ -1,4 +1,5 @@
-"""Deletes one checkpoint in a store: the manifest first, then exactly the objects that it named, never by prefix. Blocks."""
+"""Deletes one checkpoint in a store: the manifest first, then exactly the objects that it named, never by prefix.
+Blocks."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from .store import Store
 
 
 def remove_remote(store: Store, states: States | None, expected: Manifest) -> None:
-    """Delete this very checkpoint. With `states`, what a crash leaves between the two deletions is deleted at the next start.
+    """Delete this very checkpoint. With `states`, what a crash leaves between the two deletions is deleted at the
+    next start.
 
     Raises:
-        CheckpointNotFoundError: it is gone, or another one has its tag; nothing was deleted. MirrorError: the store failed.
+        CheckpointNotFoundError: it is gone, or another one has its tag; nothing was deleted. MirrorError: the store
+            failed.
     """
     found = read_manifest(store, expected.tag)
     if found is None or found.manifest != expected:

@@ -117,7 +117,15 @@ def _signed(
     if token:
         headers["x-amz-security-token"] = token
     names = ";".join(sorted(headers))
-    lines = [method, parsed.path or "/", canonical_query, *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, empty]
+    lines = [
+        method,
+        parsed.path or "/",
+        canonical_query,
+        *(f"{name}:{headers[name]}" for name in sorted(headers)),
+        "",
+        names,
+        empty,
+    ]
     scope = f"{day}/{region}/s3/aws4_request"
     to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest()))
     secret_key = f"AWS4{secret}".encode()

@@ -1,6 +1,7 @@
 """What is uploaded, kept durably in the root: one small file per tag, mirror and rank, below ``<root>/.mirrors``.
 
-Each is replaced whole (temporary, fsync, rename, fsync of the directory), so that a crash leaves the old text or the new
+Each is replaced whole (temporary, fsync, rename, fsync of the directory), so that a crash leaves the old text or the
+new
 one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time.
 """
 
@@ -112,7 +113,8 @@ class States:
             self._states[state.tag] = state
 
     def forget(self, tag: str) -> None:
-        """Remove the state of a tag; fine where there is none. Need not be durable: a state that comes back is looked into again."""
+        """Remove the state of a tag; fine where there is none. Need not be durable: a state that comes back is looked
+        into again."""
         with self._lock:
             self._states.pop(tag, None)
         with contextlib.suppress(FileNotFoundError):
@@ -132,7 +134,12 @@ class States:
                     if state.tag + self._suffix != name:
                         raise ValueError(f"it is about {state.tag!r}")
                 except (ValueError, TypeError, KeyError, CorruptCheckpointError, UnsafePathError) as error:
-                    report(logging.WARNING, "the mirror state %s is damaged and left out (%s): the store is asked instead", path, error)
+                    report(
+                        logging.WARNING,
+                        "the mirror state %s is damaged and left out (%s): the store is asked instead",
+                        path,
+                        error,
+                    )
                     continue
                 except FileNotFoundError:
                     # Another process has forgotten it meanwhile.
@@ -154,11 +161,22 @@ def _decoded(document: dict[str, Any]) -> TagState:
     if type(created) is not int or type(document["mirrored"]) is not bool:
         raise ValueError("created_unix_ns or mirrored has another type")
     told = str(document.get("url", ""))
-    return TagState(check_tag(document["tag"]), str(document["attempt"]), created, keys, done, document["mirrored"], ours, told, doomed)
+    return TagState(
+        check_tag(document["tag"]),
+        str(document["attempt"]),
+        created,
+        keys,
+        done,
+        document["mirrored"],
+        ours,
+        told,
+        doomed,
+    )
 
 
 def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list[str]]:
-    """Where each checkpoint of a root has been mirrored: URLs by tag and time of the commit. Reads the states only; blocks."""
+    """Where each checkpoint of a root has been mirrored: URLs by tag and time of the commit. Reads the states only;
+    blocks."""
     found: dict[tuple[str, int], list[str]] = {}
     home = os.path.join(root, DIRECTORY)
     for folder in sorted(filesystem.listdir(home)) if filesystem.stat(home).kind == "dir" else ():

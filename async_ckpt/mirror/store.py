@@ -38,7 +38,8 @@ class ConditionFailed(MirrorError):
 
 
 class PassingFailure(MirrorError):
-    """A failure that may pass: a connection that broke, a server that is overloaded or restarting. It may have been done all the same."""
+    """A failure that may pass: a connection that broke, a server that is overloaded or restarting. It may have been
+    done all the same."""
 
 
 class Store(Protocol):
@@ -47,10 +48,12 @@ class Store(Protocol):
     url: str
 
     async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
-        """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go once it is sent."""
+        """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go
+        once it is sent."""
 
     def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
-        """Put a small object only where there is none (`e_tag` None), in place of exactly that one, or always (`ANY_VERSION`).
+        """Put a small object only where there is none (`e_tag` None), in place of exactly that one, or always
+        (`ANY_VERSION`).
 
         Raises:
             ConditionFailed: the condition does not hold (in a store that knows conditions).

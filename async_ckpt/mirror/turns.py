@@ -1,4 +1,5 @@
-"""How many processes of a node upload at once: one lock file each, held while a checkpoint is sent, given up with the process."""
+"""How many processes of a node upload at once: one lock file each, held while a checkpoint is sent, given up with the
+process."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Steps, each of which may be cut short and is done again or gone on with later:
 
 1. The state says which objects will be put. Those of an earlier attempt that never got its manifest are deleted first.
 2. Every object is put, found in the store with the right size and checksum, and noted in the state.
-3. All ranks have said that their objects are there (`Agreement`); the disk still has this very checkpoint.
+3. All ranks have said that their objects are there (`context.Agreement`); the disk still has this very checkpoint.
 4. The manifest is put if absent, or in place of one that may be replaced, and read back.
 5. What the replaced manifest named is deleted. The state says "mirrored".
 """
@@ -17,80 +17,25 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from ..errors import CheckpointNotFoundError, MirrorError, report
 from ..format.manifest import MAX_MANIFEST_BYTES
 from ..format.names import MANIFEST_NAME
 from ..metrics import MirrorMetrics, Span
-from ..reading.catalog import Catalog
 from ..reading.committed import CommittedCheckpoint
-from .config import Mirror
-from .parts import Pace, PartStream, Slots, opened
+from .context import UploadContext, abandon
+from .parts import PartStream, Slots, opened
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
-from .probe import Abilities
 from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
-from .state import States, TagState
-from .store import ConditionFailed, PassingFailure, Store
-from .turns import UploadTurns
+from .state import TagState
+from .store import ConditionFailed, PassingFailure
 
 T = TypeVar("T")
 _MAX_DAMAGED = 3
 """Times that an object is put where the store then holds other bytes."""
 _PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
-
-
-class Agreement(Protocol):
-    """How the ranks of a job agree that all objects are there; blocks."""
-
-    rank: int | None
-    """This rank, or None where there is only one."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank puts the manifest."""
-
-    def all_sent(self, name: str) -> None:
-        """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the manifest is there.
-
-        Raises:
-            RankFailedError: not within the time; names the ranks that were not heard of.
-        """
-
-    def concluded(self, name: str, error: str) -> None:
-        """The leader tells the others that the manifest is there, or why it is not."""
-
-
-class Alone:
-    """The agreement of a single process."""
-
-    rank: int | None = None
-    leads = True
-
-    def all_sent(self, name: str) -> None:
-        return None
-
-    def concluded(self, name: str, error: str) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class UploadContext:
-    """What all uploads to one mirror share."""
-
-    mirror: Mirror
-    store: Store
-    abilities: Abilities
-    states: States
-    catalog: Catalog
-    executor: Executor
-    pace: Pace
-    turns: UploadTurns
-    agreement: Agreement
-    may_overwrite: bool
-    on_span: Callable[[Span], object]
 
 
 class Upload:
@@ -107,8 +52,10 @@ class Upload:
 
         Raises:
             CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
-            CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of that tag.
-            MirrorError: the store failed. WriteError: the state could not be written. What is there is gone on with later.
+            CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of
+                that tag.
+            MirrorError: the store failed. WriteError: the state could not be written. What is there is gone on with
+                later.
         """
         try:
             checkpoint = await opened(self._context.executor, lambda: self._context.catalog.open(self._tag))
@@ -125,7 +72,11 @@ class Upload:
         context = self._context
         raw = await self._in_thread(checkpoint.directory.read_file, (MANIFEST_NAME,), MAX_MANIFEST_BYTES)
         plan = plan_upload(
-            checkpoint.manifest, raw, rank=context.agreement.rank, part_bytes=context.mirror.part_bytes, url=context.mirror.url
+            checkpoint.manifest,
+            raw,
+            rank=context.agreement.rank,
+            part_bytes=context.mirror.part_bytes,
+            url=context.mirror.url,
         )
         state = await self._in_thread(self._begin, plan)
         self._metrics.size_bytes = sum(one.entry.size_bytes for one in plan.objects)
@@ -216,7 +167,8 @@ class Upload:
                     raise
                 report(logging.WARNING, "%s; it is sent again", damaged)
             except PassingFailure:
-                # What the library does not send again by itself: requests that begin and end an upload of several parts.
+                # What the library does not send again by itself: requests that begin and end an upload of several
+                # parts.
                 if time.monotonic() > give_up_s:
                     raise
                 await asyncio.sleep(pause_s)
@@ -227,14 +179,25 @@ class Upload:
         file = await opened(context.executor, lambda: checkpoint.open_raw(one.entry))
         part_bytes = context.mirror.part_bytes
         stream = PartStream(
-            file, one, slots=slots, pace=context.pace, part_bytes=part_bytes, executor=context.executor, on_part=self._on_part
+            file,
+            one,
+            slots=slots,
+            pace=context.pace,
+            part_bytes=part_bytes,
+            executor=context.executor,
+            on_part=self._on_part,
         )
         try:
             await context.store.put(
-                one.key, stream, size_bytes=one.entry.size_bytes, part_bytes=part_bytes, parallel=context.mirror.parallel
+                one.key,
+                stream,
+                size_bytes=one.entry.size_bytes,
+                part_bytes=part_bytes,
+                parallel=context.mirror.parallel,
             )
             if one.entry.size_bytes > part_bytes:
-                # Where the reply to its beginning was lost, the library has begun a second upload, and nobody knows the first.
+                # Where the reply to its beginning was lost, the library has begun a second upload, and nobody knows
+                # the first.
                 await self._in_thread(context.store.discard_parts, one.key)
             self._told("upload", started_s, one.entry.path, 0, one.entry.size_bytes)
             return await stream.md5s()
@@ -316,20 +279,6 @@ class Upload:
 
     def _told(self, kind: str, started_s: float, path: str, offset: int, num_bytes: int) -> None:
         self._context.on_span(Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._tag, path, offset, num_bytes))
-
-
-def abandon(context: UploadContext, state: TagState) -> None:
-    """Delete what an attempt without a manifest has put, and forget it. Blocks.
-
-    Raises:
-        MirrorError: the store failed; it is tried again at the next start.
-    """
-    found = read_manifest(context.store, state.tag)
-    if found is None or found.attempt != state.attempt:
-        for key in state.keys:
-            context.store.discard_parts(key)
-        context.store.delete(state.keys)
-    context.states.forget(state.tag)
 
 
 class _ObjectDamaged(MirrorError):

@@ -1,6 +1,7 @@
 """One mirror's work: one checkpoint after the other, on the mirrors' event loop.
 
-What is to be done follows from the disk: what is committed there and not noted as mirrored. So a restart needs no queue,
+What is to be done follows from the disk: what is committed there and not noted as mirrored. So a restart needs no
+    queue,
 and what failed is tried again with the next commit. Checkpoints of this run come first.
 """
 
@@ -21,6 +22,7 @@ from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
 from .config import Mirror
+from .context import Agreement, UploadContext, abandon
 from .open_store import open_store
 from .parts import Pace
 from .pending import PendingMirror
@@ -31,7 +33,7 @@ from .remote_retention import remove_remote
 from .state import States
 from .store import ConditionFailed, PassingFailure
 from .turns import UploadTurns
-from .upload import Agreement, Upload, UploadContext, abandon
+from .upload import Upload
 
 T = TypeVar("T")
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
@@ -177,7 +179,8 @@ class Worker:
         )
 
     def _recover(self, context: UploadContext) -> None:
-        """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note what is missing."""
+        """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note
+        what is missing."""
         found = [entry for entry in self._catalog.entries() if entry.manifest is not None and entry.copied_from is None]
         local = {entry.tag: entry.manifest for entry in found if entry.manifest is not None}
         for state in self.states.all():

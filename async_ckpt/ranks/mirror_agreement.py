@@ -1,9 +1,12 @@
 """How the ranks agree that a checkpoint's objects are all in a mirror: over the store that the rename is agreed on.
 
-Keys, below the run's prefix; a name stands for one checkpoint in one mirror, n is the node, where each has a root of its own:
+Keys, below the run's prefix; a name stands for one checkpoint in one mirror, n is the node, where each has a root of
+its own:
 
-- "mirror/n/<name>/part/r": rank r's objects are there; set once, also where the upload is tried again. "count": how many.
-- "gate": wakes the leader: all are there. "result": what the leader's last try came to. "seen": how many have read the success.
+- "mirror/n/<name>/part/r": rank r's objects are there; set once, also where the upload is tried again. "count": how
+  many.
+- "gate": wakes the leader: all are there. "result": what the leader's last try came to. "seen": how many have read
+  the success.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, RankInfo, Ste
 
 
 class MirrorAgreement:
-    """A `mirror.upload.Agreement`. Any thread; blocks.
+    """A `mirror.context.Agreement`. Any thread; blocks.
 
     Args:
         ask: runs a step and gives its result.
@@ -35,7 +38,8 @@ class MirrorAgreement:
         self._tries = itertools.count()
 
     def all_sent(self, name: str) -> None:
-        """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the manifest is there.
+        """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the
+        manifest is there.
 
         Raises:
             RankFailedError: not within the time; names the ranks that were not heard of.

@@ -177,10 +177,12 @@ class Catalog:
         """The directory of a committed checkpoint.
 
         Raises:
-            CheckpointNotFoundError, UnsafePathError.
+            CheckpointNotFoundError, UnsafePathError. ConfigError: it lies in a store, where there is no directory.
         """
         if self._filesystem.stat(os.path.join(self._root, check_existing_tag(tag), MANIFEST_NAME)).kind != "file":
             raise self._not_found(tag)
+        if is_url(self._root):
+            raise ConfigError(f"checkpoint {tag!r} lies in the store {self._root}, and in no directory")
         return Path(self._root, tag)
 
     def staging(self) -> list[StagingInfo]:

@@ -101,4 +101,15 @@ def garbage(server: Any, prefix: str) -> list[str]:
     return [key for key in there if key not in named and "/.probe-" not in key]
 
 
-__all__ = ["SMALL", "big", "check_store", "commit", "commit_and_send", "content", "garbage", "mirroring", "remote_content", "s3_mirror"]
+__all__ = [
+    "SMALL",
+    "big",
+    "check_store",
+    "commit",
+    "commit_and_send",
+    "content",
+    "garbage",
+    "mirroring",
+    "remote_content",
+    "s3_mirror",
+]

@@ -13,10 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 Fault = str | None
-"""None: pass on. "503", "429", "409": say so. "skew": 403 RequestTimeTooSkewed. "reset": reset the connection before, "lost": after
-the server has done it. "stall": no answer until the proxy closes. "cut": half of the reply's body. "cut request": half of the
-request's body reaches the server. "duplicate": the request reaches the server twice, the second reply is given. "wrong body": one
-byte of the reply is flipped. "wrong request": one byte of the request's body is flipped, and the server gets no checksum."""
+"""None: pass on. "503", "429", "409": say so. "skew": 403 RequestTimeTooSkewed. "reset": reset the connection before,
+"lost": after
+the server has done it. "stall": no answer until the proxy closes. "cut": half of the reply's body. "cut request":
+half of the
+request's body reaches the server. "duplicate": the request reaches the server twice, the second reply is given.
+"wrong body": one
+byte of the reply is flipped. "wrong request": one byte of the request's body is flipped, and the server gets no
+checksum."""
 
 _XML = "<Error><Code>{0}</Code><Message>{1}</Message></Error>"
 _SAID = {
@@ -28,7 +32,8 @@ _SAID = {
 
 
 class Proxy:
-    """Use as a context manager. `plan(number, method, path)` is called for each request, numbered from 1, on the proxy's threads."""
+    """Use as a context manager. `plan(number, method, path)` is called for each request, numbered from 1, on the
+    proxy's threads."""
 
     def __init__(self, upstream: str, plan: Callable[[int, str, str], Fault] = lambda number, method, path: None) -> None:
         self.plan = plan

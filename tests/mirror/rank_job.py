@@ -1,4 +1,5 @@
-"""One rank of a job that commits and mirrors: ``python -m tests.mirror.rank_job RANK WORLD PORT ROOT URL OPTIONS ACT``."""
+"""One rank of a job that commits and mirrors: ``python -m tests.mirror.rank_job RANK WORLD PORT ROOT URL OPTIONS
+ACT``."""
 
 from __future__ import annotations
 

@@ -20,7 +20,11 @@ def run(server: Any, *arguments: str, code: int = 0) -> str:
     environment = {**os.environ, "AWS_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY}
     environment |= {"AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
     done = subprocess.run(
-        [sys.executable, "-m", "async_ckpt", *arguments], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
+        [sys.executable, "-m", "async_ckpt", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -15,7 +15,18 @@ import pytest
 from async_ckpt.mirror.state import DIRECTORY, States
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 
-from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .making import (
+    SMALL,
+    big,
+    check_store,
+    commit,
+    commit_and_send,
+    content,
+    garbage,
+    mirroring,
+    remote_content,
+    s3_mirror,
+)
 from .proxy import Fault, Proxy
 from .servers import BUCKET, unfinished_uploads
 from .test_upload import done_when, root_of

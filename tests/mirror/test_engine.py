@@ -216,7 +216,10 @@ def test_observers_of_the_package_show_uploads(tmp_path: Path, caplog: Any) -> N
 
     registry, url = prometheus_client.CollectorRegistry(), f"file://{tmp_path}/other"
     observers = (LoggingObserver(), PrometheusObserver(registry), TraceObserver(tmp_path / "trace.json"))
-    with caplog.at_level(logging.INFO, "async_ckpt"), engine_on(tmp_path / "root", Mirror(url), observers=observers) as engine:
+    with (
+        caplog.at_level(logging.INFO, "async_ckpt"),
+        engine_on(tmp_path / "root", Mirror(url), observers=observers) as engine,
+    ):
         saved(engine, "step-0").mirrored.result(60)
     for observer in observers:
         getattr(observer, "close", lambda: None)()

@@ -1,4 +1,5 @@
-"""What breaks on the way: replies, requests, servers, credentials. Each against a real server behind the tests' own proxy."""
+"""What breaks on the way: replies, requests, servers, credentials. Each against a real server behind the tests' own
+proxy."""
 
 from __future__ import annotations
 
@@ -15,7 +16,18 @@ from async_ckpt.errors import CheckpointNotFoundError, MirrorError, OutOfSpaceEr
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 
-from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .making import (
+    SMALL,
+    big,
+    check_store,
+    commit,
+    commit_and_send,
+    content,
+    garbage,
+    mirroring,
+    remote_content,
+    s3_mirror,
+)
 from .proxy import Fault, Proxy
 from .servers import Server, free_ports, keys, unfinished_uploads
 from .test_upload import root_of
@@ -63,7 +75,10 @@ def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Pa
 
 def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> None:
     conflict = every_other("409", lambda method, path: method == "PUT" and "manifest.json" in path)
-    with Proxy(moto.endpoint, conflict) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+    with (
+        Proxy(moto.endpoint, conflict) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
         commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
 
@@ -72,7 +87,10 @@ def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> No
 def test_a_body_that_arrives_damaged_is_sent_again(what: str, moto: Any, tmp_path: Path, prefix: str) -> None:
     # This server compares no checksums.
     damage = every_other("wrong request", lambda method, path: method == "PUT" and what in path)
-    with Proxy(moto.endpoint, damage) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+    with (
+        Proxy(moto.endpoint, damage) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
         commit_and_send(made, tmp_path, "step-1", big()).result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == big() and garbage(moto, prefix) == []
 
@@ -81,7 +99,10 @@ def test_bodies_that_always_arrive_damaged_are_an_error_and_no_manifest(moto: An
     def damage(number: int, method: str, path: str) -> Fault:
         return "wrong request" if is_data(method, path) else None
 
-    with Proxy(moto.endpoint, damage) as proxy, mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made:
+    with (
+        Proxy(moto.endpoint, damage) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
         pending = commit_and_send(made, tmp_path, "step-1", {"model.bin": b"m" * 999})
         with pytest.raises(MirrorError, match=r"holds other bytes of 'step-1/.*model\.bin' than were sent"):
             pending.result(60)
@@ -220,7 +241,10 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
                 commit(root, "latest", big(5), created=2, overwrite="replace")
             return None
 
-        with Proxy(moto.endpoint, replace) as proxy, mirroring(root, s3_mirror(moto, where, endpoint=proxy.endpoint)) as made:
+        with (
+            Proxy(moto.endpoint, replace) as proxy,
+            mirroring(root, s3_mirror(moto, where, endpoint=proxy.endpoint)) as made,
+        ):
             made.check()
             first = commit_and_send(made, root, "latest", big())
             assert isinstance(first.exception(60), CheckpointNotFoundError | None)

@@ -1,4 +1,5 @@
-"""Memory is bounded by parts, whatever the files' size; objects of many parts, and of more than one plain put can hold."""
+"""Memory is bounded by parts, whatever the files' size; objects of many parts, and of more than one plain put can
+hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Many ranks, one mirror: each puts the files that it wrote, the leader the manifest, after all have said that theirs are there."""
+"""Many ranks, one mirror: each puts the files that it wrote, the leader the manifest, after all have said that theirs
+are there."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]
     options = json.dumps(dict(server.options()))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.mirror.rank_job", str(rank), *map(str, (WORLD, port, root)), url, options, act],
+            [
+                sys.executable,
+                "-m",
+                "tests.mirror.rank_job",
+                str(rank),
+                *map(str, (WORLD, port, root)),
+                url,
+                options,
+                act,
+            ],
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

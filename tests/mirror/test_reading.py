@@ -33,7 +33,11 @@ def environment(moto: Any, monkeypatch: Any) -> None:
 
 def state(seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    return {"model": {"w": torch.randn(300, 500), "b": torch.randn(500)}, "optim": {"m": torch.randn(1000, 400)}, "step": seed}
+    return {
+        "model": {"w": torch.randn(300, 500), "b": torch.randn(500)},
+        "optim": {"m": torch.randn(1000, 400)},
+        "step": seed,
+    }
 
 
 def made_in(root: Path, *tags: str) -> None:

@@ -15,7 +15,18 @@ from async_ckpt.mirror.store import ConditionFailed
 from async_ckpt.mirror.worker import WorkerHooks
 from async_ckpt.retention import KeepLast, carry_out
 
-from .making import SMALL, big, check_store, commit, commit_and_send, content, garbage, mirroring, remote_content, s3_mirror
+from .making import (
+    SMALL,
+    big,
+    check_store,
+    commit,
+    commit_and_send,
+    content,
+    garbage,
+    mirroring,
+    remote_content,
+    s3_mirror,
+)
 from .servers import BUCKET, client, keys, unfinished_uploads
 
 

@@ -1,4 +1,5 @@
-"""A process that mirrors a root and is killed in the middle: ``python -m tests.mirror.victim ROOT URL OPTIONS KILL_AT_STEP``.
+"""A process that mirrors a root and is killed in the middle: ``python -m tests.mirror.victim ROOT URL OPTIONS
+KILL_AT_STEP``.
 
 Steps are the calls that change the state on disk, numbered from 1; 0 lets it live until everything is mirrored.
 """
