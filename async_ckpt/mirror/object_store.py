@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError, MirrorError
 from .config import Mirror, split_url
 from .s3_parts import S3Parts
-from .store import ANY_VERSION, PROBE_TIMEOUT_S, ConditionFailed, Listing, ObjectInfo, PassingFailure
+from .store import ANY_VERSION, PROBE_TIMEOUT_S, AbortedElsewhere, ConditionFailed, Listing, ObjectInfo, PassingFailure
 
 _MAX_RETRIES = 100
 _HINTS = {
@@ -84,8 +84,7 @@ class ObjectStore:
         except Exception as error:
             translated = self._translated(error, f"writing {key!r}")
             if isinstance(translated, FileNotFoundError):
-                # Another process, which uploads the same checkpoint, has tidied up: this upload begins anew.
-                translated = PassingFailure(f"the upload of {key!r} was aborted by another process", url=self.url)
+                translated = AbortedElsewhere(f"the upload of {key!r} was aborted by another process", url=self.url)
             raise translated from error
 
     def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:

@@ -42,6 +42,10 @@ class PassingFailure(MirrorError):
     done all the same."""
 
 
+class AbortedElsewhere(PassingFailure):
+    """Another process, which uploads the same checkpoint, has removed the parts of this upload."""
+
+
 class Store(Protocol):
     """One mirror's place in a store. See the module docstring for threads and errors."""
 

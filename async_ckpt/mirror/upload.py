@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import re
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from .parts import PartStream, Slots, opened
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
 from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
 from .state import TagState
-from .store import ConditionFailed, PassingFailure
+from .store import AbortedElsewhere, ConditionFailed, PassingFailure
 
 T = TypeVar("T")
 _MAX_DAMAGED = 3
@@ -166,12 +167,16 @@ class Upload:
                 if num_damaged == _MAX_DAMAGED:
                     raise
                 report(logging.WARNING, "%s; it is sent again", damaged)
-            except PassingFailure:
+            except PassingFailure as failure:
+                found = await self._in_thread(context.store.head, one.key)
+                if isinstance(failure, AbortedElsewhere) and found is not None and found.size_bytes == one.entry.size_bytes:
+                    # The other process has finished it, and looked at it.
+                    return found.e_tag
                 # What the library does not send again by itself: requests that begin and end an upload of several
                 # parts.
                 if time.monotonic() > give_up_s:
                     raise
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
     async def _send(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
@@ -201,6 +206,9 @@ class Upload:
                 await self._in_thread(context.store.discard_parts, one.key)
             self._told("upload", started_s, one.entry.path, 0, one.entry.size_bytes)
             return await stream.md5s()
+        except AbortedElsewhere:
+            # Nothing of it is left, and what there is now is the other process's.
+            raise
         except Exception:
             with contextlib.suppress(MirrorError):
                 # Best effort: the next try, or the next start, does it again.
