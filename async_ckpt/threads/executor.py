@@ -88,10 +88,11 @@ class DaemonExecutor(Executor):
         for k, thread in enumerate(self._threads):
             try:
                 start_thread(thread)
-            except BaseException:
-                # The system has no more threads: those that run must not be left behind.
-                self._threads = self._threads[:k]
-                self.shutdown()
+            except BaseException as error:
+                # Those that run must not be left behind: where the system had no more threads all before this one, after
+                # an interrupt perhaps this one too.
+                self._threads = self._threads[: k if isinstance(error, RuntimeError) else k + 1]
+                self.shutdown(wait=isinstance(error, RuntimeError))
                 raise
 
     @property
@@ -134,7 +135,7 @@ class DaemonExecutor(Executor):
         """Wait for the threads to end, after `shutdown`; False when one is still at work after `timeout_s` seconds."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
 

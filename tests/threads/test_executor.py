@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from async_ckpt.errors import TransactionStateError
+from async_ckpt.threads import executor as executor_module
 from async_ckpt.threads.executor import BACKGROUND_NICENESS, DaemonExecutor
 from async_ckpt.threads.outcome import Outcome
 from tests.writer.fakes import TIMEOUT_S, Gate
@@ -90,3 +91,20 @@ def test_an_outcome_resolves_once_and_cannot_be_cancelled():
     outcome.resolve(1, None)
     outcome.resolve(None, ValueError())
     assert outcome.result(0) == 1
+
+
+def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
+    start, started = executor_module.start_thread, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor_module, "start_thread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DaemonExecutor("async-ckpt-test", 3)
+    for thread in started:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
