@@ -14,7 +14,8 @@ from ..errors import CheckpointNotFoundError
 from ..format.names import is_url
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
-from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
+from ..reading.catalog import Catalog, StagingInfo
+from ..reading.committed import CatalogEntry
 from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import print_json, print_table

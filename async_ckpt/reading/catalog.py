@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
@@ -27,25 +27,14 @@ from ..format.names import MANIFEST_NAME, NameKind, Root, StrPath, check_existin
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide
 from ..storage.local_filesystem import read_side_of
-from .committed import CommittedCheckpoint, gone, identity_of
+from .committed import CatalogEntry, CommittedCheckpoint, gone, identity_of
 from .errors import DAMAGE_ERRNOS, ReadError
 from .verified_file import MemorySource, VerifiedFile
-from .verify import Level, Problem, Progress, VerifyReport, find_extra, verify_files
+from .verify import Problem, Progress, VerifyReport, check_level, verify_checkpoint
 
 _MAX_RACES = 32
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CatalogEntry:
-    """One directory that looks like a checkpoint: a readable manifest, or what is wrong with it."""
-
-    tag: str
-    manifest: Manifest | None
-    problem: str | None
-    copied_from: str | None = None
-    """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +109,7 @@ class Catalog:
         Raises:
             OSError: a shortage of this machine (not damage) kept a checkpoint from being checked.
         """
-        level = _check_level(verify)
+        level = check_level(verify)
         for _ in range(_MAX_RACES):
             vanished = False
             for entry in reversed(self._readable(self.entries())):
@@ -147,21 +136,10 @@ class Catalog:
             UnsafePathError: the tag is malformed.
             OSError: a shortage of this machine (not damage) kept a file from being read.
         """
-        checked = _check_level(level)
-
-        def check(checkpoint: CommittedCheckpoint) -> VerifyReport:
-            files = checkpoint.manifest.files
-            problems: list[Problem] = []
-            extra: list[str] = []
-            if checked != "off":
-                extra, problems = find_extra(checkpoint.directory, files)
-                problems += verify_files(checkpoint, files, level=checked, num_threads=num_threads, progress=progress)
-            if problems and not checkpoint.is_current():
-                raise gone(tag)
-            return VerifyReport(tag, checked, len(files), checkpoint.manifest.size_bytes, tuple(problems), tuple(extra))
+        checked = check_level(level)
 
         try:
-            return self.read(tag, check)
+            return self.read(tag, lambda found: verify_checkpoint(found, checked, num_threads, progress))
         except CorruptCheckpointError as error:
             return VerifyReport(tag, checked, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
 
@@ -239,7 +217,7 @@ class Catalog:
                 is wrong.
             ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
         """
-        check = _check_level(verify) == "full"
+        check = check_level(verify) == "full"
         is_number = isinstance(num_threads, int) and not isinstance(num_threads, bool)
         if num_threads is not None and not (is_number and 1 <= num_threads <= 256):
             raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
@@ -326,9 +304,3 @@ def _is_tag(name: str) -> bool:
     except UnsafePathError:
         return False
     return True
-
-
-def _check_level(level: str) -> Level:
-    if level not in ("full", "size", "off"):
-        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {level!r}")
-    return cast(Level, level)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import FileEntry, Manifest
@@ -100,6 +101,17 @@ class CommittedCheckpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One directory that looks like a checkpoint: a readable manifest, or what is wrong with it."""
+
+    tag: str
+    manifest: Manifest | None
+    problem: str | None
+    copied_from: str | None = None
+    """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
 
 
 def find_checkpoint(path: StrPath, filesystem: ReadSide) -> tuple[str, str, str] | None:

@@ -10,13 +10,14 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
-from ..errors import CheckpointError, CommitError, CorruptCheckpointError, escaped
+from ..errors import CheckpointError, CommitError, ConfigError, CorruptCheckpointError, escaped
 from ..format.manifest import FileEntry
 from ..format.names import MANIFEST_NAME
 from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
 from ..threads.locks import Lock
+from .committed import CommittedCheckpoint, gone
 from .damage import damaged_records
 from .errors import DAMAGE_ERRNOS, ExtentMismatch
 from .verified_file import DEFAULT_NUM_THREADS, VerifiedFile, check_files
@@ -66,6 +67,29 @@ class VerifyReport:
             first, more = self.problems[0], len(self.problems) - 1
             text = f"checkpoint {self.tag!r}: {first}" + (f"; and {more} more problems" if more else "")
             raise CorruptCheckpointError(text, path=first.path, record=first.record)
+
+
+def check_level(level: str) -> Level:
+    if level not in ("full", "size", "off"):
+        raise ConfigError(f"verify must be 'full', 'size' or 'off', not {level!r}")
+    return cast(Level, level)
+
+
+def verify_checkpoint(checkpoint: CommittedCheckpoint, level: Level, num_threads: int | None, progress: Progress | None) -> VerifyReport:
+    """Compare everything in an open checkpoint with its manifest. Blocks until it is read; raises as `verify_files`.
+
+    Raises:
+        CheckpointNotFoundError: it was deleted or replaced meanwhile.
+    """
+    manifest = checkpoint.manifest
+    problems: list[Problem] = []
+    extra: list[str] = []
+    if level != "off":
+        extra, problems = find_extra(checkpoint.directory, manifest.files)
+        problems += verify_files(checkpoint, manifest.files, level=level, num_threads=num_threads, progress=progress)
+    if problems and not checkpoint.is_current():
+        raise gone(manifest.tag)
+    return VerifyReport(manifest.tag, level, len(manifest.files), manifest.size_bytes, tuple(problems), tuple(extra))
 
 
 class Opener(Protocol):
