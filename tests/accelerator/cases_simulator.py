@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from .common import on
 from .simulator import Graph
 
 DEVICE = torch.device("simulated", 0)
@@ -18,20 +19,6 @@ OTHER = torch.device("simulated", 1)
 
 def values(tensor: torch.Tensor) -> list[float]:
     return sorted(set(tensor.cpu().flatten().tolist()))
-
-
-class On:
-    """What the block queues goes to `stream`."""
-
-    def __init__(self, stream: torch.Stream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        self._before = torch.accelerator.current_stream()
-        torch.accelerator.set_stream(self._stream)
-
-    def __exit__(self, *_: object) -> None:
-        torch.accelerator.set_stream(self._before)
 
 
 def trained(device: torch.device, optimizer: Any, **options: Any) -> list[torch.Tensor]:
@@ -103,7 +90,7 @@ def test_memory_that_another_stream_uses_is_kept_back_only_if_that_was_said(simu
         address = tensor.data_ptr()
         torch.accelerator.synchronize(DEVICE)
         with simulator.paused():
-            with On(side):
+            with on(side):
                 copy = tensor * 1
             if is_said:
                 tensor.record_stream(side)
@@ -142,9 +129,9 @@ def test_a_copy_into_pageable_memory_waits_and_one_from_it_reads_at_once(simulat
 def test_lazy_runs_only_what_a_wait_demands(simulator: Any) -> None:
     first, second = torch.Stream(DEVICE), torch.Stream(DEVICE)
     with simulator.mode("lazy"):
-        with On(first):
+        with on(first):
             torch.zeros(3, device=DEVICE)
-        with On(second):
+        with on(second):
             torch.zeros(3, device=DEVICE)
         second.synchronize()
         assert second.query() and not first.query()
@@ -153,9 +140,9 @@ def test_lazy_runs_only_what_a_wait_demands(simulator: Any) -> None:
 def test_contrary_runs_everything_else_before_what_is_waited_for(simulator: Any) -> None:
     first, second = torch.Stream(DEVICE), torch.Stream(DEVICE)
     with simulator.mode("contrary"):
-        with On(first):
+        with on(first):
             torch.zeros(3, device=DEVICE)
-        with On(second):
+        with on(second):
             torch.zeros(3, device=DEVICE)
         second.synchronize()
         assert first.query() and second.query()
@@ -166,7 +153,7 @@ def test_contrary_and_lazy_follow_events_between_streams_and_devices(any_mode: s
     tensor = torch.zeros(1000, device=DEVICE)
     for _ in range(10):
         side.wait_stream(torch.accelerator.current_stream(DEVICE))
-        with On(side):
+        with on(side):
             tensor.add_(1)
         torch.accelerator.current_stream(DEVICE).wait_stream(side)
         tensor.mul_(2)
@@ -179,7 +166,7 @@ def test_a_missing_order_is_a_race_under_every_schedule(any_mode: str, simulator
     tensor = torch.zeros(1000, device=DEVICE)
     if is_ordered:
         side.wait_stream(torch.accelerator.current_stream(DEVICE))
-    with On(side):
+    with on(side):
         tensor.add_(1)
     torch.accelerator.synchronize(DEVICE)
     races = simulator.races()
@@ -192,7 +179,7 @@ def test_reads_of_two_streams_are_no_race_and_neither_is_what_the_host_has_waite
     side = torch.Stream(DEVICE)
     tensor = torch.zeros(1000, device=DEVICE)
     torch.accelerator.synchronize(DEVICE)
-    with On(side):
+    with on(side):
         one = tensor + 1
     other = tensor + 1
     side.synchronize()

@@ -31,12 +31,13 @@ def busy(device: torch.device) -> None:
 @contextlib.contextmanager
 def on(stream: torch.Stream) -> Iterator[torch.Stream]:
     """What the block queues goes to `stream`."""
-    before = torch.accelerator.current_stream()
+    outer, inner = torch.accelerator.current_stream(), torch.accelerator.current_stream(stream.device)
     torch.accelerator.set_stream(stream)
     try:
         yield stream
     finally:
-        torch.accelerator.set_stream(before)
+        torch.accelerator.set_stream(inner)
+        torch.accelerator.set_stream(outer)
 
 
 def engine(root: Path, **options: Any) -> AsyncCheckpointEngine:
