@@ -70,7 +70,7 @@ class ObjectStore:
             self._store = from_url(mirror.url, **options)
         except Exception as error:
             raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
-        self._parts = S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url) if is_s3 else None
+        self._parts = S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url, patience_s) if is_s3 else None
 
     async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
         try:

@@ -13,6 +13,7 @@ import http.client
 import logging
 import os
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,15 +22,17 @@ from html import unescape
 from typing import Any
 
 from ..errors import MirrorError, report
+from .store import PassingFailure
 
 _TIMEOUT_S = 20.0
-_TRIES = 3
+_PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 
 
 class S3Parts:
     """The unfinished uploads below a prefix of a bucket."""
 
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], endpoint: str | None, url: str) -> None:
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], endpoint: str | None, url: str, patience_s: float) -> None:
+        self._patience_s = patience_s
         self._bucket = bucket
         self._prefix = prefix
         self._options = options
@@ -86,22 +89,29 @@ class S3Parts:
     def _request(self, credentials: tuple[str, str, str | None], method: str, key: str, query: Mapping[str, str]) -> str:
         region = self._option("region") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         address = self._address(region, key)
-        for attempt in range(_TRIES):
+        give_up_s, pause_s = time.monotonic() + self._patience_s, _PAUSE_S
+        while True:
             request = _signed(credentials, region, method, address, query)
+            failure: Exception
             try:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
                     return str(reply.read().decode("utf-8", "replace"))
             except urllib.error.HTTPError as error:
-                # Aborted by somebody else, or finished: nothing is left to discard.
                 with error:
                     if error.code == 404 and method == "DELETE":
+                        # Aborted by somebody else, or finished: nothing is left to discard.
                         return ""
-                    if (error.code < 500 and error.code != 429) or attempt == _TRIES - 1:
-                        raise MirrorError(f"aborting unfinished uploads of {key!r} was refused: {error}", url=self._url) from error
+                    if error.code < 500 and error.code != 429:
+                        told = f"aborting unfinished uploads below {self._url} was refused: {error}"
+                        raise MirrorError(told, url=self._url) from error
+                failure = error
             except (OSError, http.client.HTTPException) as error:
-                if attempt == _TRIES - 1:
-                    raise MirrorError(f"aborting unfinished uploads of {key!r} failed: {error}", url=self._url) from error
-        raise AssertionError("unreachable")
+                failure = error
+            if time.monotonic() > give_up_s:
+                told = f"aborting unfinished uploads below {self._url} failed: {failure}"
+                raise PassingFailure(told, url=self._url) from failure
+            time.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
 
 def _signed(
