@@ -57,8 +57,10 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     return None
 
 
-def adopt_ahead(run_dir: str, step: int, last_step: int) -> None:
+def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> None:
     """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be replaced. Blocks.
+
+    Every rank calls it, so that all of them refuse alike; one of those that share the directory `adopts`.
 
     Raises:
         ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes there.
@@ -73,7 +75,8 @@ def adopt_ahead(run_dir: str, step: int, last_step: int) -> None:
         try:
             if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind != "file":
                 raise ConfigError(f"it has no {_LAST_FILE_OF_STOCK}")
-            adopt(fs, folder, name)
+            if adopts:
+                adopt(fs, folder, name)
         except (CheckpointError, OSError) as error:
             message = (
                 f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or delete it. Nothing was changed"

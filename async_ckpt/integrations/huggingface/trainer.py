@@ -212,8 +212,8 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not state.is_hyper_param_search:
                 _check_supported(trainer)
-                if args.should_save:
-                    adopt_ahead(os.path.abspath(args.output_dir), state.global_step, state.max_steps)
+                run_dir = os.path.abspath(args.output_dir)
+                adopt_ahead(run_dir, state.global_step, state.max_steps, adopts=args.should_save)
                 trainer._open_engine(args.output_dir)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
