@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import CorruptCheckpointError
 
@@ -39,8 +39,7 @@ class UnusualLayoutError(Exception):
     """Perhaps a valid zip file, but not one laid out back to back as torch does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record: its payload's extent, the CRC that it claims, and where its header and its directory entry stand."""
 
     offset: int
@@ -177,22 +176,22 @@ def _extents(entries: list[tuple[bytes, int, int, int, int]], directory: int) ->
     # torch finds records whatever the case of their names.
     folded: set[bytes] = set()
     previous_end = 0
-    for i, (zip_name, header, size, crc, entry_offset) in enumerate(entries):
-        following = entries[i + 1][1] if i + 1 < len(entries) else directory
+    followings = [entry[1] for entry in entries[1:]] + [directory]
+    for (zip_name, header, size, crc, entry_offset), following in zip(entries, followings, strict=bool(entries)):
         wide = size >= UINT32_MAX or header >= UINT32_MAX
         offset = following - (0 if size == 0 else 24 if wide else 16) - size
         try:
-            name = zip_name.removeprefix(archive).decode("utf-8")
+            name = str(zip_name[len(archive) :], "utf-8")
         except UnicodeDecodeError as error:
             raise CorruptCheckpointError(f"zip directory holds a record name that is not UTF-8: {zip_name!r}") from error
-        if zip_name.lower() in folded:
+        key = zip_name.lower()
+        if key in folded:
             raise CorruptCheckpointError(f"zip directory names {name!a} twice", record=name)
-        record = Record(offset, size, crc, zip_name, header, entry_offset)
-        if header != previous_end or not 0 <= offset - header - record.header_bytes <= _MAX_PADDING_BYTES:
+        if header != previous_end or not 0 <= offset - header - _LOCAL.size - len(zip_name) <= _MAX_PADDING_BYTES:
             raise UnusualLayoutError(f"record {name!a} does not lie right behind the one before")
         if not zip_name.startswith(archive):
             raise UnusualLayoutError(f"record {name!a} is of another archive")
-        folded.add(zip_name.lower())
-        found[name] = record
+        folded.add(key)
+        found[name] = Record(offset, size, crc, zip_name, header, entry_offset)
         previous_end = following
     return found

@@ -18,6 +18,9 @@ from ..format.tensors import STORAGE_TYPES
 from ..format.zip_directory import Record
 from .scatter import Scatter, new_storage
 
+_COUNTED: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in STORAGE_TYPES.items() if not name.startswith("Q")}
+"""What the elements of plain storages are counted in."""
+
 Place = Callable[[str], torch.device]
 """Device for a location tag of the file; raises what `torch.load` would raise if there is no such device."""
 
@@ -82,12 +85,8 @@ class PlainObjects:
 
 def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]:
     """(type the storage is counted in, type of the tensor); they differ for types that have no storage class."""
-    counted = getattr(torch, STORAGE_TYPES.get(ref.type_name, ""), None)
-    if (
-        not isinstance(counted, torch.dtype)
-        or ref.type_name.startswith("Q")
-        or (dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage"))
-    ):
+    counted = _COUNTED.get(ref.type_name)
+    if counted is None or (dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage")):
         raise NotPlainError(f"storage type {ref.type_name!r}")
     return counted, counted if dtype is None else dtype
 
