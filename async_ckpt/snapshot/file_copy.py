@@ -96,7 +96,8 @@ class FileCopy:
         self._callers = mark(self._devices)
         self._probes = chunk_map.probes.note(self._payloads.host_addresses, self._payloads.on_devices)
         self._torn = TornCheck(state, owners, self._probes)
-        self._sources = self._find_sources()
+        self._sources: HostSources | None = None
+        """Found when the first copy needs them: a lazy save leaves that to the copy thread."""
 
     # On the thread that saves.
 
@@ -260,12 +261,13 @@ class FileCopy:
 
     def _find_sources(self) -> HostSources:
         addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
-        for k, address in self._probes.copies:
+        for k, address in self._probes.copies():
             addresses[k] = address
         return HostSources(self._map, addresses)
 
     def _fill_all(self, chunks: list[StagingChunk], team: CopyTeam, first: int, *, sends_early: bool) -> None:
         """Fill all of them, on the caller's thread and its helpers; those with bytes on devices are handed over too."""
+        self._sources = self._sources or self._find_sources()
         if self._devices:
             self._queue_device_copies(chunks, first)
             self._finish_device_copies()
@@ -288,6 +290,7 @@ class FileCopy:
 
     def _fill_on_cpu(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
         began = time.perf_counter()
+        assert self._sources is not None
         self._sources.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
             self._probes.compare(k, chunk.address)
@@ -296,6 +299,7 @@ class FileCopy:
     def _queue_device_copies(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Queue the copies of all chunks before the first one is waited for."""
         self._streams.order_behind(self._callers)
+        assert self._sources is not None
         on_devices = self._payloads.on_devices
         on_host = [k not in on_devices for k in range(len(self._sources.addresses))]
         wanted = on_host if self._wanted is None else list(map(and_, on_host, self._wanted))

@@ -39,7 +39,7 @@ class ProbeMap:
         distance = max(_MIN_DISTANCE_BYTES, sum(nbytes) // _MAX_INNER_PROBES // PROBE_BYTES * PROBE_BYTES)
         self._payloads, self._offsets, chunk_offsets = array("q"), array("q"), array("q")
         self._starts: list[int] = []
-        self._tiny: list[tuple[int, int]] = []
+        self.tiny: list[tuple[int, int]] = []
         """Payloads, and the row of the first probe of each."""
         for payload, (start, size) in enumerate(zip(file_offsets, nbytes, strict=True)):
             if size <= TINY_BYTES:
@@ -55,7 +55,7 @@ class ProbeMap:
         self._begin(num_chunks)
         for payload, size in enumerate(nbytes):
             if size <= TINY_BYTES:
-                self._tiny.append((payload, len(self._payloads)))
+                self.tiny.append((payload, len(self._payloads)))
                 self._add(payload, range(0, size, PROBE_BYTES))
         ends = array("q", [nbytes[payload] - 1 for payload in self._payloads])
         with _plain_torch():
@@ -84,10 +84,7 @@ class ProbeMap:
                 payloads, offsets, ends = self._columns
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
                 self._last = addresses, _Words(starts, offsets, ends)
-            words = self._last[1].read()
-            first = words.data_ptr()
-        copies = [(payload, first + row * PROBE_BYTES) for payload, row in self._tiny if payload not in unread]
-        return Probes(self, words, unread, copies)
+            return Probes(self, self._last[1].read(), unread)
 
     def rows(self, k: int) -> slice:
         """The probes in chunk `k`."""
@@ -106,15 +103,18 @@ class ProbeMap:
 class Probes:
     """What one save has noted."""
 
-    def __init__(self, where: ProbeMap, words: torch.Tensor, unread: frozenset[int], copies: list[tuple[int, int]]) -> None:
+    def __init__(self, where: ProbeMap, words: torch.Tensor, unread: frozenset[int]) -> None:
         self._where = where
         self._words = words
         self._unread = unread
-        self.copies = copies
-        """The payloads that were copied by being noted, and the address of each copy; valid while this object is
-        alive."""
         self.changed: list[tuple[int, int]] = []
         """Where a chunk held something else: payload and offset in it."""
+
+    def copies(self) -> list[tuple[int, int]]:
+        """The payloads that were copied by being noted, and the address of each copy; valid while this is alive."""
+        first = self._words.data_ptr()
+        tiny = self._where.tiny
+        return [(payload, first + row * PROBE_BYTES) for payload, row in tiny if payload not in self._unread]
 
     def compare(self, k: int, chunk_address: int) -> None:
         """Compare chunk `k`, which has been filled, with what was noted. Any thread; about 10 us."""
