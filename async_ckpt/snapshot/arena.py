@@ -125,6 +125,11 @@ class StagingArena:
         _arenas.add(self)
 
     @property
+    def is_entered(self) -> bool:
+        """Whether this thread is inside a call of the arena, as a signal handler may be."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def num_free(self) -> int:
         """Chunks that nobody owns."""
         with self._lock:

@@ -272,6 +272,13 @@ class FileCopy:
             self._queue_device_copies(chunks, first)
             self._finish_device_copies()
             return
+        if self._arena.is_entered:
+            # In a signal handler that has interrupted a call of the arena: helpers would wait for that call, and it for them.
+            for i, chunk in enumerate(chunks):
+                self._fill_on_cpu(first + i, chunk, is_urgent=True)
+                if sends_early:
+                    self._send(first + i, chunk)
+            return
 
         def help_with(i: int) -> None:
             # The caller may be interrupted, and give the chunks up, while a helper still writes to one.
