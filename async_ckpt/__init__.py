@@ -1,7 +1,8 @@
 """Asynchronous background checkpoint writer for PyTorch training.
 
 `save()` costs a training step next to nothing, `commit(tag)` makes the checkpoint durable and visible in one atomic
-rename, and no failure is silent. Public names load on first use, so that ``import async_ckpt`` and `Catalog` need no torch.
+rename, and no failure is silent. Public names load on first use, so that ``import async_ckpt`` and `Catalog` need no
+torch.
 """
 
 from __future__ import annotations

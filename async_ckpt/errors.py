@@ -1,4 +1,5 @@
-"""The error tree: one root, and every class is also the builtin a caller would expect. And how people hear of what is not raised.
+"""The error tree: one root, and every class is also the builtin a caller would expect. And how people hear of what is
+not raised.
 
 Guarantees:
 - Every message says what is on disk now, and what to do where there is something to do.
@@ -26,10 +27,11 @@ def report(
     warning: type[Warning] | None = None,
     stacklevel: int = 1,
 ) -> None:
-    """Log `message % args` as "async_ckpt", or issue it as `warning`. Any thread; blocks for as long as the user's handlers do.
+    """Log `message % args` as "async_ckpt", or issue it as `warning`. Any thread; blocks for as long as the user's
+    handlers do.
 
-    Never raises, whatever handlers, filters, hooks and closed streams do, `BaseException` included: a message is never worth a
-    checkpoint. A warning that is turned into an error, or that cannot be shown, is logged instead.
+    Never raises, whatever handlers, filters, hooks and closed streams do, `BaseException` included: a message is never
+    worth a checkpoint. A warning that is turned into an error, or that cannot be shown, is logged instead.
 
     Args:
         cause: its traceback is logged too.
@@ -51,10 +53,17 @@ def escaped(text: str) -> str:
 
 
 class CheckpointError(Exception):
-    """Root of every error this package raises on purpose. All of them can be pickled: other ranks and processes get them whole."""
+    """Root of every error this package raises on purpose. All of them can be pickled: other ranks and processes get
+    them whole.
+    """
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__, self.__cause__ if _is_picklable(self.__cause__) else None)
+        return _rebuild, (
+            type(self),
+            self.args,
+            self.__dict__,
+            self.__cause__ if _is_picklable(self.__cause__) else None,
+        )
 
 
 def _rebuild(
@@ -103,7 +112,9 @@ class BackpressureTimeout(CheckpointError, TimeoutError):
 class WriteError(CheckpointError, OSError):
     """A file operation failed while a checkpoint was being written; keeps path, offset and errno."""
 
-    def __init__(self, message: str, *, errno: int | None = None, path: str | None = None, offset: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, errno: int | None = None, path: str | None = None, offset: int | None = None
+    ) -> None:
         super().__init__(errno if errno is not None else _errno.EIO, message)
         self.message = message
         self.path = path
@@ -112,7 +123,11 @@ class WriteError(CheckpointError, OSError):
             self.filename = path
 
     def __str__(self) -> str:
-        where = "" if self.path is None else f" [path {self.path!r}" + ("" if self.offset is None else f", offset {self.offset}") + "]"
+        where = (
+            ""
+            if self.path is None
+            else f" [path {self.path!r}" + ("" if self.offset is None else f", offset {self.offset}") + "]"
+        )
         code = _errno.errorcode.get(self.errno or 0, "no errno")
         return f"{self.message}{where} ({code}: {os.strerror(self.errno or 0)})"
 
@@ -143,7 +158,13 @@ class CommitError(CheckpointError, OSError):
     """
 
     def __init__(
-        self, message: str, *, step: str, errno: int | None = None, path: str | None = None, committed: bool | None = False
+        self,
+        message: str,
+        *,
+        step: str,
+        errno: int | None = None,
+        path: str | None = None,
+        committed: bool | None = False,
     ) -> None:
         super().__init__(errno if errno is not None else _errno.EIO, message)
         self.message = message

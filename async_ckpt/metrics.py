@@ -15,9 +15,9 @@ from typing import Protocol
 class Span:
     """One piece of work on one thread, for timelines.
 
-    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, open, write, truncate, fsync or
-    close (of a file), publish (all that makes a checkpoint visible), and within that manifest, sync (of the directories),
-    rename and sync root.
+    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, open, write, truncate,
+    fsync or close (of a file), publish (all that makes a checkpoint visible), and within that manifest, sync (of the
+    directories), rename and sync root.
     """
 
     kind: str
@@ -184,7 +184,9 @@ def read_listener() -> ReadProgress | None:
 
 @contextlib.contextmanager
 def listening_to_reads(on_read: ReadProgress) -> Iterator[None]:
-    """Tell `on_read` about the reads of every `load` and `load_into` that starts within the block, in all threads of the process."""
+    """Tell `on_read` about the reads of every `load` and `load_into` that starts within the block, in all threads of
+    the process.
+    """
     _listeners.append(on_read)
     try:
         yield

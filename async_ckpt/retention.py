@@ -8,16 +8,14 @@ Guarantees:
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, WriteError, report
+from .errors import CheckpointNotFoundError, ConfigError, MirrorError, WriteError
 from .format.manifest import CLOCK_KEY, Manifest
 from .reading.catalog import Catalog
 from .storage import transaction
@@ -39,7 +37,12 @@ class CheckpointInfo:
     def of(cls, manifest: Manifest) -> CheckpointInfo:
         """The part of a manifest that policies look at."""
         clock = manifest.writer.get(CLOCK_KEY, "")
-        return cls(manifest.tag, manifest.created_unix_ns, manifest.metadata, int(clock) if re.fullmatch("[0-9]{1,19}", clock) else None)
+        return cls(
+            manifest.tag,
+            manifest.created_unix_ns,
+            manifest.metadata,
+            int(clock) if re.fullmatch("[0-9]{1,19}", clock) else None,
+        )
 
     @property
     def step(self) -> int | None:
@@ -161,7 +164,9 @@ class KeepBest(RetentionPolicy):
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number")
+                raise ConfigError(
+                    f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number"
+                )
             values.append((value if self.mode == "min" else -value, age, info.tag))
         if checkpoints and not any(self.metric in info.metadata for info in checkpoints):
             known = sorted({name for info in checkpoints for name in info.metadata})
@@ -183,7 +188,11 @@ class KeepNewerThan(RetentionPolicy):
     age_s: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.age_s, bool) or not isinstance(self.age_s, (int, float)) or not 0 < self.age_s < float("inf"):
+        if (
+            isinstance(self.age_s, bool)
+            or not isinstance(self.age_s, (int, float))
+            or not 0 < self.age_s < float("inf")
+        ):
             raise ConfigError(f"KeepNewerThan: age_s must be a positive number of seconds, not {self.age_s!r}")
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
@@ -197,7 +206,9 @@ class KeepNewerThan(RetentionPolicy):
         return kept
 
 
-def decide(checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, now_unix_ns: int | None = None) -> list[Decision]:
+def decide(
+    checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, now_unix_ns: int | None = None
+) -> list[Decision]:
     """What to do with each checkpoint, oldest commit first. Pure, apart from the clock when no time is given.
 
     Raises:
@@ -218,7 +229,9 @@ Hold = Callable[[Manifest], "str | None"]
 """Says why a checkpoint must not be deleted yet; None where it may be."""
 
 
-def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda manifest: None) -> list[Decision]:
+def apply(
+    filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda manifest: None
+) -> list[Decision]:
     """Delete what the policy does not keep, oldest first, and return what was done; blocks. See `carry_out`.
 
     Whoever published the newest one, its name is made durable before the first deletion.
@@ -246,12 +259,13 @@ def carry_out(
 ) -> list[Decision]:
     """Delete what the policy does not keep, on a disk or in a store, oldest first; returns what was done. Blocks.
 
-    Checkpoints with a damaged manifest are left alone. The newest checkpoint must hold all its files at their committed sizes,
-    else nothing is deleted: an older one may be the newest good one. One that cannot be deleted does not keep the others from
-    being deleted; its decision says so.
+    Checkpoints with a damaged manifest are left alone. The newest checkpoint must hold all its files at their committed
+    sizes, else nothing is deleted: an older one may be the newest good one. One that cannot be deleted does not keep
+    the others from being deleted; its decision says so.
 
     Args:
-        remove: deletes exactly this checkpoint. CheckpointNotFoundError: it is another one, or gone. OSError: it cannot be.
+        remove: deletes exactly this checkpoint. CheckpointNotFoundError: it is another one, or gone. OSError: it cannot
+            be.
         hold: what must not be deleted yet, whatever the policy says.
         before: called once, before the first deletion.
     """
@@ -278,58 +292,6 @@ def carry_out(
         except (WriteError, MirrorError) as error:
             carried_out[decision.tag] = Decision(decision.tag, True, (f"it cannot be deleted: {error}",), error)
     return list(carried_out.values())
-
-
-class Rotation:
-    """A policy at work after each commit of one engine; what the disk will not delete is told once and tried again.
-
-    Args:
-        hold: what must not be deleted yet, whatever the policy says.
-        policy: None keeps all; trees that commits have replaced are deleted all the same.
-    """
-
-    def __init__(self, filesystem: FileSystem, root: str, policy: RetentionPolicy | None, hold: Hold = lambda manifest: None) -> None:
-        self._hold = hold
-        self._filesystem = filesystem
-        self._root = root
-        self._policy = policy
-        self._undeleted: set[str] = set()
-
-    def apply(self) -> int:
-        """Delete what could not be deleted before, then what the policy does not keep. Blocks on the disk.
-
-        Returns how many could not be deleted: that is the end of no training.
-
-        Raises:
-            ConfigError: the policy cannot judge these checkpoints, or raised; it has deleted nothing.
-        """
-        failures: dict[str, object] = {}
-        try:
-            swept = transaction.sweep(self._filesystem, self._root, only_own=True)
-            failures.update({left.tag: left.reason for left in swept if left.action == "left"})
-            decisions = apply(self._filesystem, self._root, self._policy, self._hold) if self._policy is not None else []
-            failures.update({decision.tag: decision.failure for decision in decisions if decision.failure is not None})
-        except OSError as error:
-            failures[os.path.basename(self._root)] = error
-        except CheckpointError:
-            raise
-        except BaseException as error:
-            # SystemExit would end the writer.
-            raise ConfigError(
-                f"the retention policy raised {error!r}: nothing is deleted in {self._root!r}; the new checkpoint is committed"
-            ) from error
-        new, self._undeleted = failures.keys() - self._undeleted, set(failures)
-        if new:
-            name = min(new)
-            report(
-                logging.WARNING,
-                "%d old checkpoint(s) in %r cannot be deleted now, such as %r (%s); tried again after each commit",
-                len(failures),
-                self._root,
-                name,
-                failures[name],
-            )
-        return len(failures)
 
 
 def _is_good(catalog: Catalog, tag: str) -> bool:

@@ -1,6 +1,7 @@
 """The process that runs one contender once: reads a request, writes one JSON file, and exits.
 
-Guarantees: the file is written whatever the contender does short of killing the process; what was measured before a failure is in it.
+Guarantees: the file is written whatever the contender does short of killing the process; what was measured before a
+failure is in it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def perform(request: Request) -> dict[str, Any]:
     except Unavailable as error:
         result.update(status="missing", reason=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a contender raises is its row
-        result.update(status="failed", reason=f"{type(error).__name__}: {error}"[:600], traceback=traceback.format_exc()[-4000:])
+        result.update(
+            status="failed", reason=f"{type(error).__name__}: {error}"[:600], traceback=traceback.format_exc()[-4000:]
+        )
     return result
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.device DIRECTORY --out FILE.json [--gib 8] [--simulated] [--skip-tests]
 
 The device tests on this machine's accelerator; how fast it copies into pinned memory, and an eager save beside that;
-the first save; what a guarded save costs the training thread, and how soon it is durable; how much slower steps are while
-one is in flight; what it costs to keep copied memory for the side stream; every piece of work of one checkpoint on its
-thread. `--simulated` does the same on the simulated accelerator, with a small state: no time is told then, because none
-would mean anything.
+the first save; what a guarded save costs the training thread, and how soon it is durable; how much slower steps are
+while one is in flight; what it costs to keep copied memory for the side stream; every piece of work of one checkpoint
+on its thread. `--simulated` does the same on the simulated accelerator, with a small state: no time is told then,
+because none would mean anything.
 """
 
 from __future__ import annotations
@@ -144,11 +144,15 @@ class Device:
             eager = [self._save(engine, f"eager-{k}", training) for k in range(3) if k == 0 or self._has_time]
             self.figures["eager_stall_s"] = min(stall for stall, _ in eager)
             self.figures["is_pinned"] = all(save.pinned for _, metrics in eager for save in metrics.saves)
-        self.figures["eager_share_of_d2h"] = training.num_bytes / self.figures["eager_stall_s"] / self.figures["d2h_bytes_per_s"]
+        self.figures["eager_share_of_d2h"] = (
+            training.num_bytes / self.figures["eager_stall_s"] / self.figures["d2h_bytes_per_s"]
+        )
         shutil.rmtree(self._directory / "eager")
         with AsyncCheckpointEngine(self._directory / "guarded", **options) as engine:
             engine.guard(training.optimizer)
-            engine.prewarm(states={"model.pt": training.model.state_dict(), "optim.pt": training.optimizer.state_dict()})
+            engine.prewarm(
+                states={"model.pt": training.model.state_dict(), "optim.pt": training.optimizer.state_dict()}
+            )
             self._guarded(engine, training)
             self._slowed(engine, training)
         shutil.rmtree(self._directory / "guarded")
@@ -198,7 +202,13 @@ class Device:
         self.figures["guarded_host_waits"] = max(waits) if waits else None
         begin = min(span.start_s for span in self._timeline.spans)
         self.figures["timeline"] = [
-            {"kind": s.kind, "thread": s.thread, "start_s": s.start_s - begin, "end_s": s.end_s - begin, "num_bytes": s.num_bytes}
+            {
+                "kind": s.kind,
+                "thread": s.thread,
+                "start_s": s.start_s - begin,
+                "end_s": s.end_s - begin,
+                "num_bytes": s.num_bytes,
+            }
             for s in self._timeline.spans
         ]
 

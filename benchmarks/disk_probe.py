@@ -1,9 +1,10 @@
 """The writer pool side by side with fio on one disk: seconds until synced, in turn.
 
-    python -m benchmarks.disk_probe DIRECTORY [--sizes-mib 256 1024 4096] [--repeats 5] [--modes direct:16 buffered:4] [--out FOLDER]
+    python -m benchmarks.disk_probe DIRECTORY [--sizes-mib 256 1024 4096] [--repeats 5] [--modes direct:16 buffered:4]
+    [--out FOLDER]
 
-The pool's figure runs from opening to synced (reserving space and CRC included), as `async-ckpt bench` measures it; fio's is its
-own runtime, which leaves out opening and reserving. The best fio mode is the limit.
+The pool's figure runs from opening to synced (reserving space and CRC included), as `async-ckpt bench` measures it;
+fio's is its own runtime, which leaves out opening and reserving. The best fio mode is the limit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def table(size_bytes: int, seconds: dict[str, list[float]]) -> str:
     lines = [f"{size_bytes / 2**30:g} GiB"]
     for name, values in seconds.items():
         middle = statistics.median(values)
-        lines.append(f"  {name:14} {middle:7.3f} s [{min(values):.3f} to {max(values):.3f}]  share {best_s / middle:.2f}")
+        lines.append(
+            f"  {name:14} {middle:7.3f} s [{min(values):.3f} to {max(values):.3f}]  share {best_s / middle:.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -54,7 +57,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--sizes-mib", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--modes", nargs="+", default=["direct:16", "buffered:4"], help="direct:WRITERS or buffered:WRITERS")
+    parser.add_argument(
+        "--modes", nargs="+", default=["direct:16", "buffered:4"], help="direct:WRITERS or buffered:WRITERS"
+    )
     parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """What an eager save adds to the copy itself: in turn, in one process, on the same memory; several processes.
 
-    python -m benchmarks.eager_probe DIRECTORY [--workload adamw] [--size-mib 1024] [--repeats 7] [--processes 5] [--out FOLDER]
+    python -m benchmarks.eager_probe DIRECTORY [--workload adamw] [--size-mib 1024] [--repeats 7] [--processes 5] [--out
+    FOLDER]
 
-How fast a process copies depends on which pages it got (here by a factor of two from one process to the next), so a copy in another
-process says little: the ratio is taken in each, and the median of the processes' ratios is what counts. Three things are timed: one
-contiguous copy of as many bytes into warm memory with torch's threads; the state's own tensors into warm ones, by torch in one call;
-and `create` + `save` + `commit`.
+How fast a process copies depends on which pages it got (here by a factor of two from one process to the next), so a
+copy in another process says little: the ratio is taken in each, and the median of the processes' ratios is what counts.
+Three things are timed: one contiguous copy of as many bytes into warm memory with torch's threads; the state's own
+tensors into warm ones, by torch in one call; and `create` + `save` + `commit`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def timed(call: Callable[[], object]) -> float:
 def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, in this process; the first round is not counted."""
     workload = build(workload_name, size_mib, seed=0, device="cpu")
-    source, target = torch.ones(workload.num_bytes, dtype=torch.uint8), torch.ones(workload.num_bytes, dtype=torch.uint8)
+    source, target = (
+        torch.ones(workload.num_bytes, dtype=torch.uint8),
+        torch.ones(workload.num_bytes, dtype=torch.uint8),
+    )
     warm = [torch.ones_like(tensor) for tensor in flatten(workload.state())[0].values()]
     contender = AsyncCkptEager()
     contender.setup(directory, workload)
@@ -77,8 +81,23 @@ def main() -> None:
         return
     runs: list[dict[str, list[float]]] = []
     for k in range(options.processes):
-        arguments = ["--workload", options.workload, "--size-mib", str(options.size_mib), "--repeats", str(options.repeats)]
-        command = [sys.executable, "-m", "benchmarks.eager_probe", str(options.directory / f"process-{k}"), *arguments, "--processes", "0"]
+        arguments = [
+            "--workload",
+            options.workload,
+            "--size-mib",
+            str(options.size_mib),
+            "--repeats",
+            str(options.repeats),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.eager_probe",
+            str(options.directory / f"process-{k}"),
+            *arguments,
+            "--processes",
+            "0",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         medians = {way: statistics.median(seconds) for way, seconds in runs[-1].items()}

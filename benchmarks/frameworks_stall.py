@@ -1,12 +1,13 @@
-"""How long a save blocks training in Lightning and in Hugging Face's Trainer: stock against this package, on this machine.
+"""How long a save blocks training in Lightning and in Hugging Face's Trainer: stock against this package, on this
+machine.
 
     python -m benchmarks.frameworks_stall DIRECTORY [--megabytes 200] [--saves 5] [--out FOLDER]
 
 One process per row. A save is timed from the framework's call to its return; three training steps lie between any two,
-and no save starts before the one before it is on disk (what stock code leaves in the page cache is synced for that, outside
-the timing). The first save is a row's own column: it plans the files and meets cold memory. Stock Lightning and stock
-Trainer sync nothing: what they block for is the page cache's speed, not the disk's. ``steps`` is what three training
-steps take right after a save, beside the background work.
+and no save starts before the one before it is on disk (what stock code leaves in the page cache is synced for that,
+outside the timing). The first save is a row's own column: it plans the files and meets cold memory. Stock Lightning and
+stock Trainer sync nothing: what they block for is the page cache's speed, not the disk's. ``steps`` is what three
+training steps take right after a save, beside the background work.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def run_lightning(row: str, directory: Path, megabytes: int, watch: Stopwatch) -
 
     from async_ckpt.integrations.lightning import AsyncCkptIO
 
-    plugin = {"lightning AsyncCheckpointIO": AsyncCheckpointIO, "lightning AsyncCkptIO": AsyncCkptIO}.get(row, lambda: None)()
+    plugin = {"lightning AsyncCheckpointIO": AsyncCheckpointIO, "lightning AsyncCkptIO": AsyncCkptIO}.get(
+        row, lambda: None
+    )()
 
     class Job(pl.LightningModule):
         def __init__(self) -> None:
@@ -99,7 +102,12 @@ def run_lightning(row: str, directory: Path, megabytes: int, watch: Stopwatch) -
             watch.time(lambda: self.trainer.save_checkpoint(directory / f"{number}.ckpt"))
             (directory / f"{number - 2}.ckpt").unlink(missing_ok=True)
 
-    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, plugins=None if plugin is None else [plugin], **options)
     trainer.fit(Job(), DataLoader(torch.randn(3 * watch.num_saves * 4, WIDTH), batch_size=4))
 
@@ -189,7 +197,11 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         found = json.loads(output.strip().splitlines()[-1])
         results.append(found)
-        print(f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | {found['steps_s']:.3f} |", flush=True)
+        print(
+            f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | "
+            f"{found['steps_s']:.3f} |",
+            flush=True,
+        )
     if options.out:
         found = {"environment": measured_on, "megabytes": options.megabytes, "rows": results}
         append({"probe": "frameworks_stall", **found}, options.out)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.hot_path [--directory DIR] [--names]
 
-Every thread is traced (`sys.setprofile`) over one warm save and commit of 16 chunks: a call of a function of the package counts it,
-its class (where the function is a method) and its module. A hand-over is a job given to another thread (`DaemonExecutor.submit`) or
-a wake-up of the loop (`call_soon_threadsafe`); how many a chunk costs is what 48 chunks cost more than 16, divided by 32.
+Every thread is traced (`sys.setprofile`) over one warm save and commit of 16 chunks: a call of a function of the
+package counts it, its class (where the function is a method) and its module. A hand-over is a job given to another
+thread (`DaemonExecutor.submit`) or a wake-up of the loop (`call_soon_threadsafe`); how many a chunk costs is what 48
+chunks cost more than 16, divided by 32.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def measure(directory: Path, num_chunks: int) -> tuple[Calls, int]:
     state = {"model": {f"w{k}": torch.zeros(CHUNK_BYTES // 4) for k in range(num_chunks - 1)}}
     before = threading.active_count()
     try:
-        with AsyncCheckpointEngine(directory, staging_bytes=2 * num_chunks * CHUNK_BYTES, chunk_bytes=CHUNK_BYTES) as engine:
+        with AsyncCheckpointEngine(
+            directory, staging_bytes=2 * num_chunks * CHUNK_BYTES, chunk_bytes=CHUNK_BYTES
+        ) as engine:
             engine.prewarm(states={"model.pt": state})
             num_threads = threading.active_count() - before
             for tag in ("cold", "warm", "traced"):
@@ -106,7 +109,9 @@ def measure(directory: Path, num_chunks: int) -> tuple[Calls, int]:
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=None, help="where checkpoints go; default: a temporary directory")
+    parser.add_argument(
+        "--directory", type=Path, default=None, help="where checkpoints go; default: a temporary directory"
+    )
     parser.add_argument("--names", action="store_true", help="name every class and function too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:

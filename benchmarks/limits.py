@@ -1,4 +1,5 @@
-"""What the machine can do at all: a copy into warm memory, the disk by fio, pinned D2H. Run between the contenders, in the same way.
+"""What the machine can do at all: a copy into warm memory, the disk by fio, pinned D2H. Run between the contenders, in
+the same way.
 
 Guarantees: each function gives samples of the same form as a save (`durable_s` or `stall_s`, and `num_bytes`).
 """
@@ -35,7 +36,15 @@ def run_fio(path: Path, num_bytes: int, arguments: list[str]) -> dict[str, Any]:
         raise Unavailable("not installed: fio (a system package, not a Python one)")
     block = _block_bytes(num_bytes)
     size = max(block, num_bytes // block * block)
-    command = ["fio", "--name=limit", f"--filename={path}", f"--size={size}", f"--bs={block}", "--output-format=json", *arguments]
+    command = [
+        "fio",
+        "--name=limit",
+        f"--filename={path}",
+        f"--size={size}",
+        f"--bs={block}",
+        "--output-format=json",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Unavailable(f"fio: {(done.stderr or done.stdout).strip()[:300]}")

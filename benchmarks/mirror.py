@@ -259,7 +259,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         timeout=1800,
     )
     if done.returncode:
-        return {"reason": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"}
+        return {
+            "reason": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        }
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.pictures`: the README's pictures, from a run of the demo on this machine.
 
-Writes into benchmarks/figures: step_times.png (the demo's steps, with the saves marked), timeline.png (who did what while one
-checkpoint was saved), list.svg and verify.svg (what the command line shows). Needs the `plot` extra; takes about two minutes.
+Writes into benchmarks/figures: step_times.png (the demo's steps, with the saves marked), timeline.png (who did what
+while one checkpoint was saved), list.svg and verify.svg (what the command line shows). Needs the `plot` extra; takes
+about two minutes.
 """
 
 from __future__ import annotations
@@ -42,9 +43,21 @@ def main() -> None:
         # The first steps warm up allocators and caches; they would set the scale of the whole plot.
         plot_steps(result.steps[5:], str(arguments.out / "step_times.png"))
         tag = result.commits[-2].tag
-        write_timeline(_of_one_save(recorder.spans, tag), arguments.out / "timeline.png", title=f"Saving {tag}: who did what")
-        capture(["list", str(root)], arguments.out / "list.svg", shown="async-ckpt list runs/demo", before=lambda: _leave_staging(root))
-        capture(["verify", str(root)], arguments.out / "verify.svg", shown="async-ckpt verify runs/demo", before=lambda: _damage(root))
+        write_timeline(
+            _of_one_save(recorder.spans, tag), arguments.out / "timeline.png", title=f"Saving {tag}: who did what"
+        )
+        capture(
+            ["list", str(root)],
+            arguments.out / "list.svg",
+            shown="async-ckpt list runs/demo",
+            before=lambda: _leave_staging(root),
+        )
+        capture(
+            ["verify", str(root)],
+            arguments.out / "verify.svg",
+            shown="async-ckpt verify runs/demo",
+            before=lambda: _damage(root),
+        )
     for path in sorted(arguments.out.glob("*")):
         print(path)
 

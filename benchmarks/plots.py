@@ -47,7 +47,12 @@ def stall_against_durable(key: Group, rows: dict[str, Row], folder: Path) -> Pat
     for name, stall_ms, durable_s in points:
         axes.scatter(stall_ms, durable_s, color=color_of(name), zorder=3)
         axes.annotate(name, (stall_ms, durable_s), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="stall of the training thread, ms (median)", ylabel="until durable, s (median)")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="stall of the training thread, ms (median)",
+        ylabel="until durable, s (median)",
+    )
     axes.set_title(f"{key.workload}, {key.size_mib} MiB: stall against time until durable")
     axes.grid(True, which="both", alpha=0.25)
     return _save(figure, folder / f"stall_against_durable-{key.slug()}.png")
@@ -69,19 +74,28 @@ def durable_throughput(key: Group, rows: dict[str, Row], folder: Path) -> Path |
     if limits:
         axes.axvline(max(limits), color="black", linestyle="--", linewidth=1, label="best fio mode of the run")
         axes.legend(fontsize=8, loc="lower right")
-    axes.set(xlabel="GiB/s from the call until synced (median)", title=f"{key.workload}, {key.size_mib} MiB: durable throughput")
+    axes.set(
+        xlabel="GiB/s from the call until synced (median)",
+        title=f"{key.workload}, {key.size_mib} MiB: durable throughput",
+    )
     axes.tick_params(axis="y", labelsize=8)
     return _save(figure, folder / f"durable_throughput-{key.slug()}.png")
 
 
 def step_times(key: Group, rows: dict[str, Row], folder: Path) -> Path | None:
     """Each contender's own training run: step times with checkpoints over those without, one small panel each."""
-    shown = [row for row in sorted(rows.values(), key=lambda row: row.contender) if any(run.get("segments") for run in row.good())]
+    shown = [
+        row
+        for row in sorted(rows.values(), key=lambda row: row.contender)
+        if any(run.get("segments") for run in row.good())
+    ]
     if not shown:
         return None
     num_columns = 3
     num_lines = -(-len(shown) // num_columns)
-    figure, grid = pyplot.subplots(num_lines, num_columns, figsize=(11, 1.9 * num_lines + 0.6), sharex=True, sharey=True, squeeze=False)
+    figure, grid = pyplot.subplots(
+        num_lines, num_columns, figsize=(11, 1.9 * num_lines + 0.6), sharex=True, sharey=True, squeeze=False
+    )
     for axes, row in zip(grid.flat, shown, strict=False):
         segments = next(run["segments"] for run in row.good() if run.get("segments"))
         with_: list[float] = next((s["step_s"] for s in segments if s["with_checkpoints"]), [])

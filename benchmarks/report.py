@@ -1,4 +1,6 @@
-"""`python -m benchmarks.report results/ --out benchmarks/figures`: tables (report.md) and PNG plots from the JSON lines."""
+"""`python -m benchmarks.report results/ --out benchmarks/figures`: tables (report.md) and PNG plots from the JSON
+lines.
+"""
 
 from __future__ import annotations
 

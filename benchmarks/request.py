@@ -1,4 +1,6 @@
-"""One run of one contender, as plain data: what the parent asks and the child does. It is kept in the run's JSON file."""
+"""One run of one contender, as plain data: what the parent asks and the child does. It is kept in the run's JSON
+file.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.restore_probe DIRECTORY [--size-mib 1024] [--tensors 300] [--repeats 5] [--out FOLDER]
 
-One process, so that the ways differ in nothing else; the contenders in processes of their own are in `scenarios/restore.py`.
+One process, so that the ways differ in nothing else; the contenders in processes of their own are in
+`scenarios/restore.py`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def main() -> None:
     taken: dict[str, list[float]] = {"fio": [], **{name: [] for name in calls}}
     for _ in range(options.repeats):
         for name, call in calls.items():
-            job = run_fio(path, num_bytes, ["--rw=read", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--readonly"])
+            job = run_fio(
+                path, num_bytes, ["--rw=read", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--readonly"]
+            )
             taken["fio"].append(job["read"]["runtime"] / 1e3 * num_bytes / job["read"]["io_bytes"])
             evict(path)
             evict(plain)
@@ -112,7 +115,8 @@ def main() -> None:
     for name, samples in taken.items():
         median = statistics.median(samples)
         print(
-            f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  ({min(samples):.2f} to {max(samples):.2f} s)"
+            f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  "
+            f"({min(samples):.2f} to {max(samples):.2f} s)"
         )
     if options.out is not None:
         environment = describe(options.directory)

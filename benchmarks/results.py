@@ -1,5 +1,5 @@
-"""Keeps results as JSON lines, one file per machine and month, and reduces them: medians with their spread, per contender,
-workload and size.
+"""Keeps results as JSON lines, one file per machine and month, and reduces them: medians with their spread, per
+contender, workload and size.
 
 Guarantees: every number in a table or plot comes out of these files; a contender without numbers keeps its reason.
 Lines are only ever appended; where a run was repeated, its newest line counts.
@@ -140,7 +140,9 @@ def group(runs: Iterable[Run]) -> dict[Group, dict[str, Row]]:
 
 
 def training_figures(run: Run) -> dict[str, float]:
-    """With against without, of one training run: ratio of walls, seconds per checkpoint (with and without the drain)."""
+    """With against without, of one training run: ratio of walls, seconds per checkpoint (with and without the
+    drain).
+    """
     with_ = [s for s in run["segments"] if s["with_checkpoints"]]
     without = [s for s in run["segments"] if not s["with_checkpoints"]]
     if not with_ or not without:
@@ -164,4 +166,6 @@ def stages(run: Run) -> dict[str, float]:
     if not details:
         return {}
     saves = details[-1].get("saves", [])
-    return {key: sum(save.get(key, 0.0) for save in saves) for key in ("plan_s", "copy_s", "crc_s", "write_s", "sync_s")}
+    return {
+        key: sum(save.get(key, 0.0) for save in saves) for key in ("plan_s", "copy_s", "crc_s", "write_s", "sync_s")
+    }

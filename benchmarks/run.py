@@ -1,7 +1,7 @@
 """`python -m benchmarks.run`: one process per contender and repeat, in alternating order, one line of JSON each.
 
-Guarantees: contenders take turns within a repeat and the order turns round between repeats; a missing, failing, hanging or
-memory-exhausting contender is a row with its reason; scratch files are removed after every child.
+Guarantees: contenders take turns within a repeat and the order turns round between repeats; a missing, failing, hanging
+or memory-exhausting contender is a row with its reason; scratch files are removed after every child.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def order_of(names: list[str], repeat: int, seed: int) -> list[str]:
 
 
 def child_environment(run_id: str) -> dict[str, str]:
-    """The caller's variables, with this checkout importable, quiet libraries, and a name for what outlives a killed child."""
+    """The caller's variables, with this checkout importable, quiet libraries, and a name for what outlives a killed
+    child.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3", "DLROVER_LOG_LEVEL": "ERROR"}
     return {**quiet, **os.environ, "PYTHONPATH": path, "BENCH_RUN_ID": run_id}
@@ -122,7 +124,9 @@ def explain(watched: Watched, timeout_s: float) -> dict[str, Any]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--scenario", default="save", help=f"one or more of {', '.join(SCENARIOS)}, separated by commas")
+    parser.add_argument(
+        "--scenario", default="save", help=f"one or more of {', '.join(SCENARIOS)}, separated by commas"
+    )
     parser.add_argument("--workload", default="adamw", help=f"one or more of {', '.join(workloads.NAMES)}")
     parser.add_argument("--size-mib", default="", help="one or more sizes; default: the workload's own")
     parser.add_argument("--contenders", default="all", help="'all', or names separated by commas")
@@ -148,7 +152,9 @@ def requests_of(arguments: argparse.Namespace) -> list[Request]:
     found = []
     for scenario in arguments.scenario.split(","):
         for workload in arguments.workload.split(","):
-            sizes = [int(size) for size in arguments.size_mib.split(",") if size] or [workloads.default_size_mib(workload)]
+            sizes = [int(size) for size in arguments.size_mib.split(",") if size] or [
+                workloads.default_size_mib(workload)
+            ]
             for size in sizes:
                 for repeat in range(arguments.repeats):
                     for name in order_of(choose(scenario, arguments.contenders), repeat, arguments.seed):
@@ -188,7 +194,9 @@ def headline(result: dict[str, Any]) -> str:
         return f"{result['status']}: {result['reason']}"
     samples = result.get("samples") or [{}]
     if result.get("segments"):
-        return ", ".join(f"{'with' if s['with_checkpoints'] else 'without'} {s['wall_s']:.2f} s" for s in result["segments"])
+        return ", ".join(
+            f"{'with' if s['with_checkpoints'] else 'without'} {s['wall_s']:.2f} s" for s in result["segments"]
+        )
     last = samples[-1]
     return ", ".join(f"{key} {value:.4f}" for key, value in last.items() if isinstance(value, float))
 
@@ -203,7 +211,11 @@ def main(argv: list[str] | None = None) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     line = "python -m benchmarks.run " + " ".join(argv if argv is not None else sys.argv[1:])
     todo = requests_of(arguments)
-    kept = {results.key_of(run) for run in results.read(arguments.out) if run["status"] == "ok"} if arguments.resume else set()
+    kept = (
+        {results.key_of(run) for run in results.read(arguments.out) if run["status"] == "ok"}
+        if arguments.resume
+        else set()
+    )
     done = [request for request in todo if (*group_of(request), request.contender, request.repeat) in kept]
     for number, request in enumerate(todo, 1):
         if request in done:

@@ -99,7 +99,10 @@ COLUMNS: dict[str, tuple[Callable[[Row], Spread | None], list[Column]]] = {
     "planning": (
         lambda row: row.samples("us_per_tensor"),
         [
-            ("repeated, us per tensor", lambda row: "" if (f := row.samples("us_per_tensor")) is None else f.text(1.0, 2)),
+            (
+                "repeated, us per tensor",
+                lambda row: "" if (f := row.samples("us_per_tensor")) is None else f.text(1.0, 2),
+            ),
             ("first, us per tensor", lambda row: "" if (f := row.first("us_per_tensor")) is None else f.text(1.0, 2)),
         ],
     ),
@@ -125,7 +128,9 @@ def in_order(scenario: str, rows: dict[str, Row]) -> list[Row]:
 
 
 def table(key: Group, rows: dict[str, Row]) -> str:
-    """One group as Markdown: medians with [lowest to highest], number of samples, and a row for everyone who has none."""
+    """One group as Markdown: medians with [lowest to highest], number of samples, and a row for everyone who has
+    none.
+    """
     main, columns = COLUMNS[key.scenario]
     names = ["contender", *(title for title, _ in columns), "n", "note"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
@@ -147,7 +152,12 @@ def growth_table(groups: dict[Group, dict[str, Row]]) -> str:
         if len(keys) < 2:
             continue
         heads = [f"{key.size_mib} MiB" for key in keys]
-        parts.append(f"`{workload}`, durable seconds per GiB:\n\n| contender | " + " | ".join(heads) + " |\n|" + " --- |" * (len(keys) + 1))
+        parts.append(
+            f"`{workload}`, durable seconds per GiB:\n\n| contender | "
+            + " | ".join(heads)
+            + " |\n|"
+            + " --- |" * (len(keys) + 1)
+        )
         for name in sorted({name for key in keys for name in groups[key]}):
             cells = []
             for key in keys:
@@ -166,30 +176,50 @@ def machine(runs: list[Run]) -> str:
     environments: list[dict[str, Any]] = [run["environment"] for run in runs if run.get("environment")]
     if not environments:
         return "No run left a description of its machine."
-    fields = ("cpu", "num_cores", "torch_threads", "memory_bytes", "gpu", "kernel", "transparent_hugepage", "file_system")
+    fields = (
+        "cpu",
+        "num_cores",
+        "torch_threads",
+        "memory_bytes",
+        "gpu",
+        "kernel",
+        "transparent_hugepage",
+        "file_system",
+    )
     seen = {str([one.get(name) for name in fields]) for one in environments}
     last = environments[-1]
     disk = last["file_system"]
     lines = [
-        f"- {last['cpu']}, {last['num_cores']} cores, {last['memory_bytes'] / GIB:.1f} GiB, GPU: {(last['gpu'] or {}).get('name', 'none')}",
-        f"- Linux {last['kernel']}, {disk['fs_type']} ({disk['mount_options']}), scheduler {disk.get('scheduler', 'unknown')}",
+        f"- {last['cpu']}, {last['num_cores']} cores, {last['memory_bytes'] / GIB:.1f} GiB, GPU: "
+        f"{(last['gpu'] or {}).get('name', 'none')}",
+        f"- Linux {last['kernel']}, {disk['fs_type']} ({disk['mount_options']}), scheduler "
+        f"{disk.get('scheduler', 'unknown')}",
         "- " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
     ]
     if len(seen) > 1:
-        lines.append(f"- **The runs come from {len(seen)} different machines or settings: do not compare across them.**")
+        lines.append(
+            f"- **The runs come from {len(seen)} different machines or settings: do not compare across them.**"
+        )
     return "\n".join(lines)
 
 
 def configurations(groups: dict[Group, dict[str, Row]]) -> str:
     """What each contender was told to do."""
-    texts = {row.contender: row.text("config") for rows in groups.values() for row in rows.values() if row.text("config")}
+    texts = {
+        row.contender: row.text("config") for rows in groups.values() for row in rows.values() if row.text("config")
+    }
     return "\n".join(f"- `{name}`: {text}" for name, text in sorted(texts.items()))
 
 
 def document(runs: list[Run], plots: list[Path]) -> str:
     """The whole report as Markdown."""
     groups = group(runs)
-    parts = ["# Results", "", "Medians [lowest to highest]; n is the number of samples. How they are measured: `benchmarks/README.md`.", ""]
+    parts = [
+        "# Results",
+        "",
+        "Medians [lowest to highest]; n is the number of samples. How they are measured: `benchmarks/README.md`.",
+        "",
+    ]
     parts += ["## Machine", "", machine(runs), ""]
     for key, rows in groups.items():
         parts += [f"## {key.title()}", "", table(key, rows), ""]

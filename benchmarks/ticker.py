@@ -1,4 +1,5 @@
-"""Finds holds of the interpreter lock: a thread that sleeps half a millisecond at a time and notes when it came back late.
+"""Finds holds of the interpreter lock: a thread that sleeps half a millisecond at a time and notes when it came back
+late.
 
 The same loop runs in a process of its own as the control: what is late there too was the machine, not the lock.
 Times are `time.monotonic`, which processes of one Linux machine share.

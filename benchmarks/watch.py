@@ -1,6 +1,7 @@
 """Follows one child: its memory (the whole process tree), its time limit, and the machine's last free memory.
 
-Guarantees: ends only process groups that `run_child` started; a child that would exhaust the memory is stopped before the kernel has to.
+Guarantees: ends only process groups that `run_child` started; a child that would exhaust the memory is stopped before
+the kernel has to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ GRACE_S = 2.0
 
 @dataclass
 class Watched:
-    """How a child ended, and what its tree held over time: (monotonic seconds, bytes) with shared pages counted once."""
+    """How a child ended, and what its tree held over time: (monotonic seconds, bytes) with shared pages counted
+    once.
+    """
 
     returncode: int | None
     ended: str
@@ -61,7 +64,9 @@ def _first_to_be_killed() -> None:
         file.write("1000")
 
 
-def run_child(command: list[str], *, timeout_s: float, sample_memory: bool, environment: dict[str, str], log: Path) -> Watched:
+def run_child(
+    command: list[str], *, timeout_s: float, sample_memory: bool, environment: dict[str, str], log: Path
+) -> Watched:
     """Run a child in its own process group until it ends, the time is up, or memory runs short."""
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -103,7 +108,8 @@ def run_child(command: list[str], *, timeout_s: float, sample_memory: bool, envi
 def end_group(group: int) -> None:
     """End what the child left behind (helper processes of its contender); first politely, then for certain.
 
-    Python's resource tracker ignores the polite signal, sees its owners go, and removes their semaphores and shared memory.
+    Python's resource tracker ignores the polite signal, sees its owners go, and removes their semaphores and shared
+    memory.
     """
     try:
         os.killpg(group, signal.SIGTERM)

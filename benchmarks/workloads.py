@@ -2,7 +2,8 @@
 
 Guarantees:
 - The same name, size and seed give the same tensors (names, shapes, dtypes, values).
-- `state()` builds fresh containers on every call, as `state_dict()` in a training loop does; the storages stay the same.
+- `state()` builds fresh containers on every call, as `state_dict()` in a training loop does; the storages stay the
+  same.
 - `advance()` changes every tensor in place, so that no contender can get away with yesterday's bytes.
 """
 

@@ -17,7 +17,9 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def whole_collection() -> None:
-    """Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in total."""
+    """Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in
+    total.
+    """
     gc.unfreeze()
     gc.collect()
 
@@ -48,7 +50,9 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 
 
 def _open_files() -> set[str]:
-    """Regular files and directories that this process has open; what libraries keep of their own installation is not ours."""
+    """Regular files and directories that this process has open; what libraries keep of their own installation is not
+    ours.
+    """
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         try:

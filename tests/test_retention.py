@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt import retention
+from async_ckpt.engine.rotation import Rotation
 from async_ckpt.errors import ConfigError, WriteError
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.retention import (
@@ -19,7 +20,6 @@ from async_ckpt.retention import (
     KeepLast,
     KeepNewerThan,
     RetentionPolicy,
-    Rotation,
     decide,
 )
 from async_ckpt.storage import transaction
@@ -29,11 +29,17 @@ from tests.support.faulty_filesystem import FaultyFileSystem
 from .support.making import OLD, commit, content
 
 SECOND_NS = 10**9
-RUN = [CheckpointInfo(f"step-{n * 100}", n * SECOND_NS, {"step": n * 100, "loss": abs(n - 4) + 1.0}) for n in range(1, 9)]
+RUN = [
+    CheckpointInfo(f"step-{n * 100}", n * SECOND_NS, {"step": n * 100, "loss": abs(n - 4) + 1.0}) for n in range(1, 9)
+]
 
 
 def kept(policy: RetentionPolicy, run: list[CheckpointInfo] = RUN) -> list[int]:
-    return [int(decision.tag.split("-")[1]) // 100 for decision in decide(run, policy, now_unix_ns=9 * SECOND_NS) if decision.keep]
+    return [
+        int(decision.tag.split("-")[1]) // 100
+        for decision in decide(run, policy, now_unix_ns=9 * SECOND_NS)
+        if decision.keep
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,13 @@ def test_a_root_that_cannot_be_looked_at_is_told_and_a_policy_that_raises_is_an_
 def test_one_commit_dated_in_the_future_does_not_keep_all() -> None:
     """Its successors are ordered after it, so their order says nothing about their age; their writers' clocks do."""
     ahead = 1_000_000
-    seconds = {"old": (1, 1), "ahead": (ahead, ahead), "b": (ahead + 1, 20), "c": (ahead + 11, 30), "d": (ahead + 16, 35)}
+    seconds = {
+        "old": (1, 1),
+        "ahead": (ahead, ahead),
+        "b": (ahead + 1, 20),
+        "c": (ahead + 11, 30),
+        "d": (ahead + 16, 35),
+    }
     run = [CheckpointInfo(tag, made * SECOND_NS, {}, clock * SECOND_NS) for tag, (made, clock) in seconds.items()]
     decisions = decide(run, KeepNewerThan(8), now_unix_ns=36 * SECOND_NS)
     assert [decision.tag for decision in decisions if decision.keep] == ["c", "d"]

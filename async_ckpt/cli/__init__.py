@@ -8,9 +8,9 @@ Exit codes:
 - 3: no such root, checkpoint, file or metric
 - 130: interrupted
 
-Guarantees: `list`, `inspect`, `verify`, `diff` and `watch` write nothing, lock nothing and sweep nothing in the root, so they are
-safe beside a running training; they do not import torch.
-Errors are one line on standard error; `--debug` adds the traceback.
+Guarantees: `list`, `inspect`, `verify`, `diff` and `watch` write nothing, lock nothing and sweep nothing in the root,
+so they are safe beside a running training; they do not import torch. Errors are one line on standard error; `--debug`
+adds the traceback.
 """
 
 from __future__ import annotations

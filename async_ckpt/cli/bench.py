@@ -16,18 +16,30 @@ from .output import print_json, print_table
 if TYPE_CHECKING:
     from .measuring import DiskResult, IoMode, MemoryResult
 
-_PLAN: tuple[tuple[IoMode, int], ...] = (("buffered", 1), ("buffered", 4), ("direct", 1), ("direct", 2), ("direct", 4), ("direct", 8))
+_PLAN: tuple[tuple[IoMode, int], ...] = (
+    ("buffered", 1),
+    ("buffered", 4),
+    ("direct", 1),
+    ("direct", 2),
+    ("direct", 4),
+    ("direct", 8),
+)
 
 
 def command(
-    folder: Annotated[str, typer.Argument(help="A directory on the disk to measure, best your root.", metavar="DIR", show_default=False)],
+    folder: Annotated[
+        str,
+        typer.Argument(help="A directory on the disk to measure, best your root.", metavar="DIR", show_default=False),
+    ],
     seconds: Annotated[float, typer.Option(help="How long to measure, about.", min=2, max=3600)] = 60.0,
     checkpoint_gib: Annotated[
-        float | None, typer.Option(help="Size of your checkpoints; else that of the newest one there.", show_default=False)
+        float | None,
+        typer.Option(help="Size of your checkpoints; else that of the newest one there.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure disk and memory with the package's own writer, for a minute, and advise on staging_bytes, num_writers and io_mode.
+    """Measure disk and memory with the package's own writer, for a minute, and advise on staging_bytes, num_writers and
+    io_mode.
 
     Writes test files (at most a quarter of the free space) into a private directory below DIR, and removes them.
 
@@ -45,13 +57,17 @@ def command(
             results.append(result)
             if not as_json:
                 # One line as each is known: a minute is long.
-                typer.echo(f"{result.io_mode:8s} {result.num_writers} writers  {format_rate(result.median_bytes_per_s)}")
+                typer.echo(
+                    f"{result.io_mode:8s} {result.num_writers} writers  {format_rate(result.median_bytes_per_s)}"
+                )
         fs_type, free_bytes = disk.fs_type, disk.free_bytes
     advice = _advise(memory, best(results), size_bytes)
     if as_json:
         rows = [{**dataclasses.asdict(result), "median_bytes_per_s": result.median_bytes_per_s} for result in results]
         memory_json = dataclasses.asdict(memory)
-        print_json({"fs_type": fs_type, "free_bytes": free_bytes, "memory": memory_json, "disk": rows, "advice": advice})
+        print_json(
+            {"fs_type": fs_type, "free_bytes": free_bytes, "memory": memory_json, "disk": rows, "advice": advice}
+        )
     else:
         _print(memory, results, advice, fs_type)
 
@@ -74,7 +90,9 @@ def _advise(memory: MemoryResult, disk: DiskResult, size_bytes: int | None) -> d
     if size_bytes is None:
         # Without a size: what the disk takes in ten seconds hides every stall up to that.
         advice["staging_bytes"] = _round_up(min(affordable, int(10 * rate)))
-        advice["why"] = "the size of your checkpoints is not known (--checkpoint-gib): this is what the disk takes in 10 s"
+        advice["why"] = (
+            "the size of your checkpoints is not known (--checkpoint-gib): this is what the disk takes in 10 s"
+        )
         return advice
     fits = size_bytes * 1.02 <= affordable
     advice["staging_bytes"] = _round_up(int(size_bytes * 1.02)) if fits else _round_up(affordable)
@@ -84,7 +102,9 @@ def _advise(memory: MemoryResult, disk: DiskResult, size_bytes: int | None) -> d
         advice["why"] = "one whole checkpoint fits: with a guarded optimizer, save returns at once"
     else:
         waits = format_seconds(advice["stall_s"])
-        advice["why"] = f"a checkpoint does not fit into half of the free memory: each save waits about {waits} for the disk"
+        advice["why"] = (
+            f"a checkpoint does not fit into half of the free memory: each save waits about {waits} for the disk"
+        )
     return advice
 
 
@@ -113,10 +133,13 @@ def _print(memory: MemoryResult, results: list[DiskResult], advice: dict[str, An
             )
         )
     print_table(("measured", "value"), rows)
-    typer.echo(f"\nadvice: staging_bytes={advice['staging_bytes']}  # {format_bytes(advice['staging_bytes'])}; {advice['why']}")
+    typer.echo(
+        f"\nadvice: staging_bytes={advice['staging_bytes']}  # {format_bytes(advice['staging_bytes'])}; {advice['why']}"
+    )
     typer.echo(f"        num_writers={advice['num_writers']}, io_mode={advice['io_mode']!r}")
     if advice.get("durable_s") is not None:
         size = format_bytes(advice["checkpoint_bytes"])
         typer.echo(
-            f"        a checkpoint of {size} is durable after about {format_seconds(advice['durable_s'])}: do not save more often than that"
+            f"        a checkpoint of {size} is durable after about {format_seconds(advice['durable_s'])}: do "
+            "not save more often than that"
         )

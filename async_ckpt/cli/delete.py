@@ -16,14 +16,17 @@ from .output import print_json
 
 def command(
     targets: Annotated[
-        list[str], typer.Argument(help="Checkpoints, as ROOT/TAG each, or ROOT and then tags.", metavar="ROOT/TAG...", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Checkpoints, as ROOT/TAG each, or ROOT and then tags.", metavar="ROOT/TAG...", show_default=False
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Delete these checkpoints, the newest or a damaged one too; nothing is asked.
 
-    All are looked for before the first is deleted. A deletion is a rename first, so that a crash leaves nothing half-deleted
-    under a checkpoint's name. `prune` deletes by rules.
+    All are looked for before the first is deleted. A deletion is a rename first, so that a crash leaves nothing
+    half-deleted under a checkpoint's name. `prune` deletes by rules.
 
     JSON: a list of the deleted tags
     """
@@ -48,5 +51,8 @@ def _places(targets: list[str]) -> list[Place]:
     places = [place_of(target) for target in targets]
     for target, place in zip(targets, places, strict=True):
         if place.file is not None:
-            raise UsageError(f"{target!r} is a file of checkpoint {place.tag!r}; only whole checkpoints are deleted. Nothing was deleted")
+            raise UsageError(
+                f"{target!r} is a file of checkpoint {place.tag!r}; only whole checkpoints are deleted. Nothing "
+                "was deleted"
+            )
     return places

@@ -16,10 +16,16 @@ def command(
     save_every: Annotated[int, typer.Option(help="Steps between two saves.", min=1)] = 10,
     keep_last: Annotated[int, typer.Option(help="Checkpoints to keep.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or another of torch's, or 'auto'.")] = "auto",
-    plot: Annotated[str | None, typer.Option(help="Write the step times as a PNG (needs matplotlib).", show_default=False)] = None,
-    trace: Annotated[str | None, typer.Option(help="Write a trace for the Perfetto viewer.", show_default=False)] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Write the step times as a PNG (needs matplotlib).", show_default=False)
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Write a trace for the Perfetto viewer.", show_default=False)
+    ] = None,
 ) -> None:
-    """Train a small GPT on text for a minute or two, saving every few steps; interrupt it and run it again to see it resume."""
+    """Train a small GPT on text for a minute or two, saving every few steps; interrupt it and run it again to see it
+    resume.
+    """
     from ..observers.trace import TraceObserver
     from .demo.report import plot_steps, summary_table
     from .demo.training import DemoConfig, StepRecord, train
@@ -34,7 +40,8 @@ def command(
         def on_step(record: StepRecord) -> None:
             if record.saved or record.step == 1:
                 screen.print(
-                    f"step {record.step:5d}  loss {record.loss:.3f}  {1e3 * record.seconds:6.1f} ms" + ("  saved" if record.saved else "")
+                    f"step {record.step:5d}  loss {record.loss:.3f}  {1e3 * record.seconds:6.1f} ms"
+                    + ("  saved" if record.saved else "")
                 )
 
         result = train(config, on_step, tuple(observers))

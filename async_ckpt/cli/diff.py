@@ -38,8 +38,12 @@ class _Side:
 
 
 def command(
-    a: Annotated[str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the older one.", metavar="A", show_default=False)],
-    b: Annotated[str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the newer one.", metavar="B", show_default=False)],
+    a: Annotated[
+        str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the older one.", metavar="A", show_default=False)
+    ],
+    b: Annotated[
+        str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the newer one.", metavar="B", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal.
@@ -64,7 +68,11 @@ def command(
         counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
         typer.echo(f"{counts}, {num_equal} equal")
     if others and not as_json:
-        typer.echo(escaped(f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")))
+        typer.echo(
+            escaped(
+                f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")
+            )
+        )
     if changes:
         raise typer.Exit(EXIT_FAILED)
 
@@ -82,8 +90,12 @@ def _compare(
         left = {entry.path: entry for entry in first.manifest.files}
         right = {entry.path: entry for entry in second.manifest.files}
         pairs = [(left[path], right[path]) for path in left if path in right]
-        changes = [_change("removed", path, None, format_bytes(left[path].size_bytes)) for path in left if path not in right]
-        changes += [_change("added", path, None, format_bytes(right[path].size_bytes)) for path in right if path not in left]
+        changes = [
+            _change("removed", path, None, format_bytes(left[path].size_bytes)) for path in left if path not in right
+        ]
+        changes += [
+            _change("added", path, None, format_bytes(right[path].size_bytes)) for path in right if path not in left
+        ]
     num_equal = 0
     for one, other in pairs:
         with _opened(first, one) as x, _opened(second, other) as y:
@@ -99,13 +111,17 @@ def _opened(checkpoint: CommittedCheckpoint, entry: FileEntry) -> Iterator[_Side
     with checkpoint.open_file(entry) as file:
         yield _Side(entry, file, None if entry.format == "opaque" else read_header(file))
     if not checkpoint.is_current():
-        raise CheckpointNotFoundError(f"checkpoint {checkpoint.manifest.tag!r} was deleted or replaced while it was compared")
+        raise CheckpointNotFoundError(
+            f"checkpoint {checkpoint.manifest.tag!r} was deleted or replaced while it was compared"
+        )
 
 
 def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
     name = y.entry.path
     if x.header is None or y.header is None:
-        is_equal = x.entry.size_bytes == y.entry.size_bytes and _range_crc(x, 0, x.entry.size_bytes) == _range_crc(y, 0, y.entry.size_bytes)
+        is_equal = x.entry.size_bytes == y.entry.size_bytes and _range_crc(x, 0, x.entry.size_bytes) == _range_crc(
+            y, 0, y.entry.size_bytes
+        )
         return ([] if is_equal else [_change("changed", name, None, "contents")]), 0
     left, right = _by_name(x.header.tensors, y.header.tensors)
     changes = [_change("removed", name, path, _describe(left[path])) for path in left if path not in right]
@@ -155,7 +171,11 @@ def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:
     if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
         return "the conjugate or the negative bit, and so the values"
     if (a.kind, a.extra) != (b.kind, b.extra):
-        return f"{a.kind or 'plain'} -> {b.kind}" if a.kind != b.kind else "what belongs to it besides the elements (a scale, attributes)"
+        return (
+            f"{a.kind or 'plain'} -> {b.kind}"
+            if a.kind != b.kind
+            else "what belongs to it besides the elements (a scale, attributes)"
+        )
     if a.stride != b.stride and a.num_bytes:
         return f"strides {a.stride} -> {b.stride}"
     both_whole = a.covers_record and b.covers_record

@@ -22,10 +22,16 @@ _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "s
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="The file in a checkpoint.", metavar="ROOT/TAG/FILE", show_default=False)],
-    target: Annotated[str, typer.Argument(help="The new file: .pt, .pth, .bin or .safetensors.", metavar="FILE", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="The file in a checkpoint.", metavar="ROOT/TAG/FILE", show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Argument(help="The new file: .pt, .pth, .bin or .safetensors.", metavar="FILE", show_default=False)
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    tensors_only: Annotated[bool, typer.Option("--tensors-only", help="For .safetensors: leave out what is no tensor.")] = False,
+    tensors_only: Annotated[
+        bool, typer.Option("--tensors-only", help="For .safetensors: leave out what is no tensor.")
+    ] = False,
 ) -> None:
     """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not
     at all.
@@ -124,18 +130,23 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
     seen: set[str] = set()
     for tensor in header.tensors:
         if tensor.name in seen:
-            raise UnsupportedStateError(f"two tensors would be called {escaped(tensor.name)!r} in a .safetensors file; nothing was written")
+            raise UnsupportedStateError(
+                f"two tensors would be called {escaped(tensor.name)!r} in a .safetensors file; nothing was written"
+            )
         seen.add(tensor.name)
         if tensor.dtype not in DTYPE_NAMES:
             kind = f" of a {tensor.kind}" if tensor.kind else ""
             raise UnsupportedStateError(
-                f"{place.name}: {escaped(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot hold; "
+                f"{place.name}: {escaped(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file "
+                "cannot hold; "
                 "nothing was written. Export it to .pt"
             )
     if header.num_others and not tensors_only:
         names = [f"{'.'.join(other.path)} {other.text}" for other in header.others[:5]]
         shown = escaped(", ".join(names)) + (f" and {header.num_others - 5} more" if header.num_others > 5 else "")
-        raise UnsupportedStateError(f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out")
+        raise UnsupportedStateError(
+            f"{place.name} holds values that are no tensors: {shown}; --tensors-only leaves them out"
+        )
     if not header.tensors:
         raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
 
@@ -143,7 +154,9 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
 def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Place) -> Any:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:
-        raise UnsupportedStateError(f"{place.name}: this torch does not know the dtype {tensor.dtype} of {escaped(tensor.name)!r}")
+        raise UnsupportedStateError(
+            f"{place.name}: this torch does not know the dtype {tensor.dtype} of {escaped(tensor.name)!r}"
+        )
     if not tensor.extent_bytes:
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     memory = bytearray(source.view(tensor.offset, tensor.extent_bytes))

@@ -23,11 +23,17 @@ _ROOT = ("(the whole file)",)
 
 
 def command(
-    path: Annotated[str, typer.Argument(help="ROOT/TAG, or ROOT/TAG/FILE for one file.", metavar="ROOT/TAG", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(help="ROOT/TAG, or ROOT/TAG/FILE for one file.", metavar="ROOT/TAG", show_default=False)
+    ],
     prefix: Annotated[str, typer.Option(help="Only tensors whose key path starts with this.", show_default=False)] = "",
-    depth: Annotated[int | None, typer.Option(help="Fold the tree below this many levels.", min=1, show_default=False)] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Fold the tree below this many levels.", min=1, show_default=False)
+    ] = None,
     flat: Annotated[bool, typer.Option("--flat", help="A plain table instead of a tree.")] = False,
-    records: Annotated[bool, typer.Option("--records", help="The zip records instead of tensors; works for every torch file.")] = False,
+    records: Annotated[
+        bool, typer.Option("--records", help="The zip records instead of tensors; works for every torch file.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show key path, shape, dtype, bytes and offset of every tensor, as a tree with totals per prefix.
@@ -82,7 +88,9 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
     if isinstance(header, dict):
         return {
             **common,
-            "records": [{"name": n, "offset": r.offset, "num_bytes": r.num_bytes, "crc32": r.crc32} for n, r in header.items()],
+            "records": [
+                {"name": n, "offset": r.offset, "num_bytes": r.num_bytes, "crc32": r.crc32} for n, r in header.items()
+            ],
         }
     tensors = [
         {
@@ -104,7 +112,9 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
         "num_others": header.num_others,
         "tensors": tensors,
         "others": [
-            {"path": ".".join(other.path), "text": other.text} for other in header.others if ".".join(other.path).startswith(prefix)
+            {"path": ".".join(other.path), "text": other.text}
+            for other in header.others
+            if ".".join(other.path).startswith(prefix)
         ],
     }
 
@@ -117,7 +127,10 @@ def _print_records(entry: FileEntry, records: Any) -> None:
 
 def _print_flat(entry: FileEntry, tensors: list[TensorInfo]) -> None:
     typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
-    rows = [(t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "") for t in tensors]
+    rows = [
+        (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
+        for t in tensors
+    ]
     print_table(("tensor", "dtype", "shape", "size", "offset", ""), rows, right=("size", "offset"))
 
 
@@ -187,11 +200,14 @@ def _label(name: str, node: _Node) -> Any:
     if node.tensor is not None:
         shared = "  shared" if node.tensor.is_shared else ""
         text.append(
-            f"  {node.tensor.dtype} {_shape(node.tensor)}  {format_bytes(node.tensor.num_bytes)}  @{node.tensor.offset}{shared}",
+            f"  {node.tensor.dtype} {_shape(node.tensor)}  {format_bytes(node.tensor.num_bytes)}  "
+            f"@{node.tensor.offset}{shared}",
             style="cyan",
         )
         if node.tensor.kind:
             text.append(f"  <{escaped(node.tensor.kind)}>", style="magenta")
     if node.num_tensors > (node.tensor is not None):
-        text.append(f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim")
+        text.append(
+            f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim"
+        )
     return text

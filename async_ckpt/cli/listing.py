@@ -53,7 +53,9 @@ def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
         except CheckpointNotFoundError:
             # Deleted since it was listed, by retention: then a newer one is there by now.
             continue
-    raise CheckpointNotFoundError(f"the checkpoints in {catalog.root!r} come and go faster than they can be listed; try again")
+    raise CheckpointNotFoundError(
+        f"the checkpoints in {catalog.root!r} come and go faster than they can be listed; try again"
+    )
 
 
 def _mirrors(catalog: Catalog) -> Mirrored:
@@ -104,7 +106,18 @@ def _staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]
 
 def _item(tag: str, state: str, **fields: Any) -> dict[str, Any]:
     empty: dict[str, Any] = dict.fromkeys(
-        ("step", "metadata", "created_unix_ns", "age_s", "size_bytes", "num_files", "problem", "copied_from", "owner", "owner_state")
+        (
+            "step",
+            "metadata",
+            "created_unix_ns",
+            "age_s",
+            "size_bytes",
+            "num_files",
+            "problem",
+            "copied_from",
+            "owner",
+            "owner_state",
+        )
     )
     empty["mirrored"] = []
     return {"tag": tag, "state": state, **empty, **fields}
@@ -113,7 +126,11 @@ def _item(tag: str, state: str, **fields: Any) -> dict[str, Any]:
 def _step(entry: CatalogEntry) -> int | None:
     from ..retention import CheckpointInfo
 
-    return None if entry.manifest is None else CheckpointInfo.of(replace(entry.manifest, tag=entry.copied_from or entry.tag)).step
+    return (
+        None
+        if entry.manifest is None
+        else CheckpointInfo.of(replace(entry.manifest, tag=entry.copied_from or entry.tag)).step
+    )
 
 
 def measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
@@ -157,7 +174,12 @@ def _print(root: str, found: list[dict[str, Any]]) -> None:
             )
         )
         styles.append({"committed": "", "damaged": "red"}.get(item["state"], "dim"))
-    print_table(("tag", "step", "metadata", "age", "size", "files", "state"), rows, right=("step", "age", "size", "files"), styles=styles)
+    print_table(
+        ("tag", "step", "metadata", "age", "size", "files", "state"),
+        rows,
+        right=("step", "age", "size", "files"),
+        styles=styles,
+    )
 
 
 def _short(value: Any) -> str:
@@ -169,7 +191,11 @@ def _state(item: dict[str, Any]) -> str:
         return f"damaged: {item['problem']}"
     if item["owner_state"] is None:
         mirrored = f", mirrored to {', '.join(item['mirrored'])}" if item["mirrored"] else ""
-        return str(item["state"]) + mirrored + (f", copied from {item['copied_from']}" if item["copied_from"] is not None else "")
+        return (
+            str(item["state"])
+            + mirrored
+            + (f", copied from {item['copied_from']}" if item["copied_from"] is not None else "")
+        )
     return f"{item['state']}, {OWNERS[OwnerState(item['owner_state'])]}"
 
 

@@ -78,8 +78,13 @@ def _no_place(path: str, given: str) -> NotFoundError | UsageError:
     if os.path.isdir(given):
         tags = [entry.tag for entry in Catalog(given).entries()]
         if tags:
-            return UsageError(f"{escaped(path)!r} is a root; name one of its checkpoints, such as {os.path.join(escaped(path), tags[-1])}")
-        return NotFoundError(f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it")
+            return UsageError(
+                f"{escaped(path)!r} is a root; name one of its checkpoints, such as "
+                f"{os.path.join(escaped(path), tags[-1])}"
+            )
+        return NotFoundError(
+            f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it"
+        )
     if os.path.exists(given):
         return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
     parent = os.path.dirname(given)

@@ -1,7 +1,8 @@
-"""Measures this machine with the package's own writer: disk modes, checksums, memory. Plain numbers, no printing, no torch.
+"""Measures this machine with the package's own writer: disk modes, checksums, memory. Plain numbers, no printing, no
+torch.
 
-Every file is written in full, synced and deleted again; what a file needs is timed from the first chunk to the end of its
-sync, in memory that was touched before, as in a running engine.
+Every file is written in full, synced and deleted again; what a file needs is timed from the first chunk to the end of
+its sync, in memory that was touched before, as in a running engine.
 """
 
 from __future__ import annotations

@@ -25,12 +25,20 @@ _POLL_S = 0.25
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
-    url: Annotated[str, typer.Argument(help="s3://bucket/run, gs://, az:// or file:///path.", metavar="URL", show_default=False)],
-    tag: Annotated[str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)] = None,
+    root: Annotated[
+        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
+    ],
+    url: Annotated[
+        str, typer.Argument(help="s3://bucket/run, gs://, az:// or file:///path.", metavar="URL", show_default=False)
+    ],
+    tag: Annotated[
+        str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)
+    ] = None,
     parallel: Annotated[int, typer.Option(help="Parts on their way at once.", min=1, max=256)] = 4,
     part_mib: Annotated[int, typer.Option(help="Size of one part, in MiB.", min=5, max=1024)] = 16,
-    max_mib_per_s: Annotated[float | None, typer.Option(help="Bound of the rate, in MiB per second.", show_default=False)] = None,
+    max_mib_per_s: Annotated[
+        float | None, typer.Option(help="Bound of the rate, in MiB per second.", show_default=False)
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace older checkpoints of the same tags.")] = False,
     only_writer: Annotated[
         bool, typer.Option("--only-writer", help="Nobody else writes there: also use a store that ignores conditions.")
@@ -49,7 +57,9 @@ def command(
     for name in tags:
         catalog.path(name)
     max_bytes_per_s = None if max_mib_per_s is None else max_mib_per_s * (1 << 20)
-    mirror = Mirror(url, parallel=parallel, part_bytes=part_mib << 20, max_bytes_per_s=max_bytes_per_s, on_failure="raise")
+    mirror = Mirror(
+        url, parallel=parallel, part_bytes=part_mib << 20, max_bytes_per_s=max_bytes_per_s, on_failure="raise"
+    )
     results = _upload(catalog, mirror, tags, replace, only_writer, as_json)
     if as_json:
         print_json(results)
@@ -61,12 +71,15 @@ def _upload(
     catalog: Catalog, mirror: Mirror, tags: list[str], may_overwrite: bool, only_writer: bool, as_json: bool
 ) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
-    made = Mirrors((mirror,), filesystem=LocalFileSystem(), root=catalog.root, may_overwrite=may_overwrite, with_backlog=False)
+    made = Mirrors(
+        (mirror,), filesystem=LocalFileSystem(), root=catalog.root, may_overwrite=may_overwrite, with_backlog=False
+    )
     try:
         made.check()
         if made.unconditional and not only_writer:
             raise MirrorError(
-                "the store ignores conditions, so that two writers could overwrite each other's manifests: nothing was sent. "
+                "the store ignores conditions, so that two writers could overwrite each other's manifests: "
+                "nothing was sent. "
                 "Give --only-writer where nobody else writes there",
                 url=mirror.url,
             )

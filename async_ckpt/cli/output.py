@@ -49,7 +49,9 @@ def console() -> Console:
 Row = Sequence[str]
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[str] = (), styles: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[str] = (), styles: Sequence[str] = ()
+) -> None:
     """A table without frames; `right` names the columns that hold numbers, `styles` has one style per row.
 
     Into a pipe it is plain text, nothing cut and nothing wrapped.
@@ -64,7 +66,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers or column == columns[0])
+        table.add_column(
+            column, justify="right" if column in numbers else "left", no_wrap=column in numbers or column == columns[0]
+        )
     for index, row in enumerate(cells):
         table.add_row(*map(Text, row), style=styles[index] if styles else "")
     console().print(table)
@@ -73,9 +77,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[
 def _print_plain(columns: Sequence[str], cells: list[list[str]], numbers: frozenset[str]) -> None:
     lines = [list(columns), *cells]
     # One long cell (metadata, an error) does not make all lines as long.
-    widths = [max([len(columns[k]), *(len(line[k]) for line in cells if len(line[k]) <= _PAD_COLUMNS)]) for k in range(len(columns))]
+    widths = [
+        max([len(columns[k]), *(len(line[k]) for line in cells if len(line[k]) <= _PAD_COLUMNS)])
+        for k in range(len(columns))
+    ]
     for line in lines:
         parts = [
-            cell.rjust(width) if name in numbers else cell.ljust(width) for name, cell, width in zip(columns, line, widths, strict=True)
+            cell.rjust(width) if name in numbers else cell.ljust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
         ]
         print("  ".join(parts).rstrip())

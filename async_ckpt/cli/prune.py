@@ -31,16 +31,26 @@ from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory or URL that holds the checkpoints.", metavar="ROOT", show_default=False)],
+    root: Annotated[
+        str, typer.Argument(help="Directory or URL that holds the checkpoints.", metavar="ROOT", show_default=False)
+    ],
     keep_last: Annotated[int | None, typer.Option(help="Keep the N newest.", show_default=False)] = None,
-    keep_every: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple of N.", show_default=False)] = None,
-    keep_best: Annotated[str | None, typer.Option(help="Keep the best by this number in the metadata.", show_default=False)] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep those whose step is a multiple of N.", show_default=False)
+    ] = None,
+    keep_best: Annotated[
+        str | None, typer.Option(help="Keep the best by this number in the metadata.", show_default=False)
+    ] = None,
     best_num: Annotated[int, typer.Option(help="How many --keep-best keeps.")] = 1,
-    best_mode: Annotated[str, typer.Option(help="Whether the smallest ('min') or the largest ('max') is best.")] = "min",
+    best_mode: Annotated[
+        str, typer.Option(help="Whether the smallest ('min') or the largest ('max') is best.")
+    ] = "min",
     keep_newer_than: Annotated[
         str | None, typer.Option(help="Keep those younger than this: 90s, 15min, 6h, 2d, 1w.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted, and why the others are kept.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be deleted, and why the others are kept.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Delete every checkpoint that none of the given policies keeps.
@@ -55,7 +65,9 @@ def command(
     checkpoints = [CheckpointInfo.of(manifest) for manifest in committed_here(catalog)]
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
-        raise NotFoundError(f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}")
+        raise NotFoundError(
+            f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
+        )
     decisions = decide(checkpoints, policy) if dry_run else _carry_out(catalog, policy)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
@@ -86,7 +98,12 @@ def _action(decision: Decision, dry_run: bool) -> str:
 
 
 def _result(decision: Decision, dry_run: bool) -> dict[str, Any]:
-    return {"tag": decision.tag, "keep": decision.keep, "deleted": not decision.keep and not dry_run, "reasons": list(decision.reasons)}
+    return {
+        "tag": decision.tag,
+        "keep": decision.keep,
+        "deleted": not decision.keep and not dry_run,
+        "reasons": list(decision.reasons),
+    }
 
 
 def _policy(
@@ -107,7 +124,9 @@ def _policy(
             raise
         raise UsageError(str(error)) from error
     if not policies:
-        raise UsageError("say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted")
+        raise UsageError(
+            "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
+        )
     return AnyOf(*policies)
 
 

@@ -14,7 +14,9 @@ from .output import print_json, print_table
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
+    root: Annotated[
+        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is staged, and by whom.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -56,5 +58,8 @@ def command(
     elif not results:
         typer.echo("nothing is staged")
     else:
-        rows = [(r["name"], r["action"], r["reason"], "" if r["size_bytes"] is None else format_bytes(r["size_bytes"])) for r in results]
+        rows = [
+            (r["name"], r["action"], r["reason"], "" if r["size_bytes"] is None else format_bytes(r["size_bytes"]))
+            for r in results
+        ]
         print_table(("name", "action", "reason", "size"), rows, right=("size",))

@@ -24,10 +24,17 @@ _MAX_GONE = 32
 
 def command(
     root: Annotated[
-        str, typer.Argument(help="Directory that holds the checkpoints, or one checkpoint.", metavar="ROOT", show_default=False)
+        str,
+        typer.Argument(
+            help="Directory that holds the checkpoints, or one checkpoint.", metavar="ROOT", show_default=False
+        ),
     ],
-    tag: Annotated[str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)] = None,
-    level: Annotated[str, typer.Option(help="'full' reads everything, 'size' only compares presence and sizes.")] = "full",
+    tag: Annotated[
+        str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)
+    ] = None,
+    level: Annotated[
+        str, typer.Option(help="'full' reads everything, 'size' only compares presence and sizes.")
+    ] = "full",
     threads: Annotated[int | None, typer.Option(help="Reads in flight; chosen without it.", min=1, max=64)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -51,7 +58,9 @@ def command(
             done.add(name)
             started = time.perf_counter()
             try:
-                report = catalog.verify(name, level="full" if level == "full" else "size", progress=progress_for(name), num_threads=threads)
+                report = catalog.verify(
+                    name, level="full" if level == "full" else "size", progress=progress_for(name), num_threads=threads
+                )
             except CheckpointNotFoundError:
                 if tag is not None:
                     raise
@@ -125,17 +134,35 @@ def _print(results: list[dict[str, Any]], root: str) -> None:
     rows = []
     for result in results:
         rate = "" if result["bytes_per_s"] is None else format_rate(result["bytes_per_s"])
-        state = "ok" if result["ok"] else f"DAMAGED ({len(result['problems'])} problem{'s' * (len(result['problems']) != 1)})"
+        state = (
+            "ok"
+            if result["ok"]
+            else f"DAMAGED ({len(result['problems'])} problem{'s' * (len(result['problems']) != 1)})"
+        )
         rows.append(
-            (result["tag"], str(result["num_files"]), format_bytes(result["size_bytes"]), format_seconds(result["seconds"]), rate, state)
+            (
+                result["tag"],
+                str(result["num_files"]),
+                format_bytes(result["size_bytes"]),
+                format_seconds(result["seconds"]),
+                rate,
+                state,
+            )
         )
     styles = ["" if result["ok"] else "red" for result in results]
-    print_table(("tag", "files", "size", "time", "rate", "state"), rows, right=("files", "size", "time", "rate"), styles=styles)
+    print_table(
+        ("tag", "files", "size", "time", "rate", "state"), rows, right=("files", "size", "time", "rate"), styles=styles
+    )
     for result in results:
         if result["extra"]:
-            names = ", ".join(result["extra"][:5]) + (f" and {len(result['extra']) - 5} more" if len(result["extra"]) > 5 else "")
+            names = ", ".join(result["extra"][:5]) + (
+                f" and {len(result['extra']) - 5} more" if len(result["extra"]) > 5 else ""
+            )
             typer.echo(escaped(f"{result['tag']} also holds, from somebody else: {names}"))
     problems = [(result["tag"], problem) for result in results for problem in result["problems"]]
     if problems:
         typer.echo("")
-        print_table(("tag", "file", "record", "problem"), [(tag, p["path"], p["record"] or "", p["message"]) for tag, p in problems])
+        print_table(
+            ("tag", "file", "record", "problem"),
+            [(tag, p["path"], p["record"] or "", p["message"]) for tag, p in problems],
+        )

@@ -20,7 +20,9 @@ _NUM_SHOWN = 10
 
 
 def command(
-    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)],
+    root: Annotated[
+        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
+    ],
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600)] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Look once and print JSON.")] = False,
@@ -29,8 +31,9 @@ def command(
 
     Works on every machine that sees ROOT: everything is read from it.
 
-    JSON: {root, checkpoints: [{tag, age_s, size_bytes, num_files, stall_s, durable_s}], staging: [{tag, kind, name, owner,
-    owner_state, age_s, size_bytes, num_files}]}; stall_s and durable_s are null where the manifest does not tell.
+    JSON: {root, checkpoints: [{tag, age_s, size_bytes, num_files, stall_s, durable_s}], staging: [{tag, kind, name,
+    owner, owner_state, age_s, size_bytes, num_files}]}; stall_s and durable_s are null where the manifest does not
+    tell.
     """
     catalog = catalog_of(root)
     if as_json:
@@ -102,9 +105,13 @@ def _view(seen: dict[str, Any]) -> Any:
             table.add_column(column, justify="right", no_wrap=True)
         for item in committed[-_NUM_SHOWN:]:
             seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
-            table.add_row(Text(escaped(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds)
+            table.add_row(
+                Text(escaped(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds
+            )
         parts.append(table)
-    parts += [Text(escaped(_staged(item)), style="dim") for item in seen["staging"]] or [Text("nothing is staged", style="dim")]
+    parts += [Text(escaped(_staged(item)), style="dim") for item in seen["staging"]] or [
+        Text("nothing is staged", style="dim")
+    ]
     return Group(*parts)
 
 
@@ -112,4 +119,6 @@ def _staged(item: dict[str, Any]) -> str:
     state = OwnerState(item["owner_state"])
     hint = "; left behind, `async-ckpt sweep` removes it" if state is OwnerState.DEAD else ""
     size = f"{format_bytes(item['size_bytes'])} reserved or written in {item['num_files']} files"
-    return f"{item['kind']} of {item['tag']}, {OWNERS[state]}: {size}, last change {format_age(item['age_s'])} ago{hint}"
+    return (
+        f"{item['kind']} of {item['tag']}, {OWNERS[state]}: {size}, last change {format_age(item['age_s'])} ago{hint}"
+    )

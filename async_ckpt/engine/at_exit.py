@@ -1,4 +1,5 @@
-"""What happens when an engine is dropped, or the interpreter exits, without `close`. Also in children of multiprocessing.
+"""What happens when an engine is dropped, or the interpreter exits, without `close`. Also in children of
+multiprocessing.
 
 Guarantees: pending commits are finished (with a warning), checkpoints that were never committed are named, nothing
 hangs past `close_timeout_s`, and a checkpoint that is lost this way makes the exit code non-zero, whatever warnings,
@@ -43,7 +44,8 @@ def _finish_all() -> None:
     for commits in list(live):
         try:
             finish(commits)
-        except BaseException as error:  # noqa: BLE001 -- Ctrl-C: the others are still to be finished, and the exit code tells
+        except BaseException as error:  # noqa: BLE001
+            # Ctrl-C: the others are still to be finished, and the exit code tells.
             _lost.append(error)
 
 
@@ -99,6 +101,7 @@ def _close(commits: Commits) -> None:
         # At exit: the exception that has ended the program, which the other ranks learn as the cause.
         commits.close(reason=getattr(sys, "last_value", None))
         commits.raise_unacknowledged()
-    except BaseException as error:  # noqa: BLE001 -- whatever failed it, the others are still to be finished, and the exit code tells
+    except BaseException as error:  # noqa: BLE001
+        # Whatever failed it, the others are still to be finished, and the exit code tells.
         _lost.append(error)
         report(logging.ERROR, "a checkpoint was lost while the engine on %r was dropped: %s", commits.root, error)

@@ -1,4 +1,6 @@
-"""One checkpoint from `create` to committed: its files and directories, its state, its first failure, and its commit."""
+"""One checkpoint from `create` to committed: its files and directories, its state, its first failure, and its
+commit.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ class SavedFile:
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
-    """A checkpoint that is not committed yet. The engine's lock until `commit` is called, the writer's threads from then on.
+    """A checkpoint that is not committed yet. The engine's lock until `commit` is called, the writer's threads from
+    then on.
 
     Args:
         after: an unfinished commit of the same tag, which must be published before this one.
@@ -122,7 +125,9 @@ class Checkpoint:
         # A copy: a signal handler may save another file meanwhile.
         is_folder = parts in self.directories or any(name.startswith(f"{path}/") for name in list(self.files))
         if path in self.files or is_folder or any("/".join(parts[:n]) in self.files for n in range(1, len(parts))):
-            raise PathExistsError(f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept")
+            raise PathExistsError(
+                f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept"
+            )
 
     def add_file(self, path: str, saved: SavedFile) -> None:
         """Remember a file."""
@@ -228,7 +233,9 @@ class Checkpoint:
 
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:
-    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that led to it."""
+    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that led
+    to it.
+    """
     if reason is None:
         return TransactionStateError(message)
     error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from .. import retention
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, report
 from ..format.manifest import FileEntry
 from ..ranks.coordinator import Coordinator, Destination, LocalCoordinator
@@ -36,6 +35,7 @@ from .config import EngineConfig
 from .mirroring import EngineMirrors, hold_for_mirrors
 from .pending import PendingCommit
 from .pipeline import SavePipeline
+from .rotation import Rotation
 
 _NUM_REMEMBERED = 128
 
@@ -57,7 +57,7 @@ class Commits:
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
-        self._rotation = retention.Rotation(self.filesystem, root, config.retention, hold_for_mirrors(config, self))
+        self._rotation = Rotation(self.filesystem, root, config.retention, hold_for_mirrors(config, self))
         self.mirrors: EngineMirrors | None = None
         self._last_created_ns = 0
         self._first_created_ns = 0
@@ -87,7 +87,9 @@ class Commits:
     def current(self) -> Checkpoint:
         """The checkpoint opened last."""
         if not self._open:
-            raise TransactionStateError("no checkpoint is open: call create(tag) before save or makedirs. Nothing was written")
+            raise TransactionStateError(
+                "no checkpoint is open: call create(tag) before save or makedirs. Nothing was written"
+            )
         return next(reversed(self._open.values()))
 
     def require_open(self, tag: str) -> Checkpoint:
@@ -100,7 +102,9 @@ class Commits:
             assert failure is not None
             raise failure
         state = "its commit was called already" if ended is not None else f"open are: {', '.join(self._open) or 'none'}"
-        raise TransactionStateError(f"checkpoint {tag!r} is not open ({state}); call create({tag!r}) first. Nothing was changed")
+        raise TransactionStateError(
+            f"checkpoint {tag!r} is not open ({state}); call create({tag!r}) first. Nothing was changed"
+        )
 
     def raise_unacknowledged(self) -> None:
         """Raise the first failure that nobody has asked for yet; each is raised once."""
@@ -138,7 +142,8 @@ class Commits:
         given_up = self.pool.run(self._give_up_open(checkpoint, error))
         if not wait([given_up], self._config.close_timeout_s).done:
             raise BackpressureTimeout(
-                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes on; it waits for "
+                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes "
+                "on; it waits for "
                 f"{self.pool.waiting_for()}. Nothing is visible under that tag"
             )
         given_up.result()
@@ -184,7 +189,8 @@ class Commits:
             if not pending[0].wait(deadline - time.monotonic()):
                 raise BackpressureTimeout(
                     f"{len(pending)} commits are pending and none ended within {timeout_s:g} s; waiting for "
-                    f"{self.pool.waiting_for()}. The checkpoint stays open: call commit again, or raise max_pending_commits"
+                    f"{self.pool.waiting_for()}. The checkpoint stays open: call commit again, or raise "
+                    "max_pending_commits"
                 )
 
     def commit(self, checkpoint: Checkpoint, metadata: Mapping[str, Any], started_s: float) -> PendingCommit:
@@ -196,8 +202,8 @@ class Commits:
         if len(self._commits) >= 2 * self.num_remembered:
             self._forget_some()
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
-        # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends there,
-        # and nothing is waited for that nobody will resolve.
+        # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends
+        # there, and nothing is waited for that nobody will resolve.
         done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
         pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
         done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
@@ -213,7 +219,9 @@ class Commits:
             await checkpoint.give_up(error, self._on_io_thread)
             raise
 
-    def _publish(self, checkpoint: Checkpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def _publish(
+        self, checkpoint: Checkpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         checkpoint.publish(
             entries,
             metadata,
@@ -242,9 +250,16 @@ class Commits:
                 entries = Catalog(self.root, self.filesystem).entries()
             except OSError as error:
                 # Only the order after a clock that was set back is at stake; the next commit looks again.
-                report(logging.WARNING, "the times of older checkpoints in %r cannot be read, this clock is trusted: %s", self.root, error)
+                report(
+                    logging.WARNING,
+                    "the times of older checkpoints in %r cannot be read, this clock is trusted: %s",
+                    self.root,
+                    error,
+                )
                 return created_unix_ns
-            self._oldest_possible_ns = max((entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0)
+            self._oldest_possible_ns = max(
+                (entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0
+            )
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
@@ -262,14 +277,20 @@ class Commits:
         return asyncio.wrap_future(self.pool.submit_io(call))
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, future: Future[None]) -> None:
-        error = future.exception() if not future.cancelled() else TransactionStateError("the commit was cancelled with the writer")
+        error = (
+            future.exception()
+            if not future.cancelled()
+            else TransactionStateError("the commit was cancelled with the writer")
+        )
         pending.resolve(error)
         if self.mirrors is not None and pending.mirrored is not None:
             self.mirrors.committed(pending.mirrored, error)
         self.pipeline.callbacks.on_commit(checkpoint.metrics, error)
         if error is not None:
             # Log handlers are the user's code too.
-            self.pipeline.callbacks.run(lambda: report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error))
+            self.pipeline.callbacks.run(
+                lambda: report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error)
+            )
 
     # Ending.
 
@@ -288,7 +309,8 @@ class Commits:
                 if not pending.wait(deadline - time.monotonic()):
                     raise BackpressureTimeout(
                         f"{len(self.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
-                        f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older checkpoints are untouched"
+                        f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older "
+                        "checkpoints are untouched"
                     )
             is_impatient = False
         except Exception:
@@ -305,7 +327,10 @@ class Commits:
                 report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", self.root, timeout)
             finally:
                 for tag in forgotten:
-                    told = "checkpoint %r was created but never committed: it is given up, nothing is visible under that tag"
+                    told = (
+                        "checkpoint %r was created but never committed: it is given up, nothing is visible "
+                        "under that tag"
+                    )
                     report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=4)
 
     def _abandon_open(self, reason: BaseException | None, forgotten: list[str]) -> None:

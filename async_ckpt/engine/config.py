@@ -50,7 +50,9 @@ class EngineConfig:
     """Chunks that are written at once, over all files. "auto" is up to 16, fewer where many threads copy."""
 
     io_mode: Literal["auto", "direct", "buffered"] = "auto"
-    """O_DIRECT or the page cache; "auto" is O_DIRECT from 1 MiB on. "direct" falls back per file where it is refused."""
+    """O_DIRECT or the page cache; "auto" is O_DIRECT from 1 MiB on. "direct" falls back per file where it is
+    refused.
+    """
 
     overwrite: Literal["refuse", "replace"] = "refuse"
     """What `create` of a committed tag does: raise, or exchange the old for the new one atomically at commit."""
@@ -94,8 +96,9 @@ class EngineConfig:
     """Where there are mirrors, `retention` deletes nothing that not all of them have had."""
 
     mirror_timeout_s: float = 600.0
-    """How long leaving the block, `close` and interpreter exit wait for uploads, in seconds; what is left goes on at the
-    next start."""
+    """How long leaving the block, `close` and interpreter exit wait for uploads, in seconds; what is left goes on at
+    the next start.
+    """
 
     uploaders_per_node: int | None = None
     """How many processes of one node upload at once, over all engines on this root; None: all of them."""
@@ -137,7 +140,9 @@ class EngineConfig:
         if self.chunk_bytes != "auto":
             self._check_int("chunk_bytes", PAGE_BYTES, MAX_CHUNK_BYTES, hint="bytes, e.g. 16 << 20")
             if self.chunk_bytes % PAGE_BYTES:
-                raise ConfigError(f"chunk_bytes must be a multiple of {PAGE_BYTES} (direct I/O), not {self.chunk_bytes}")
+                raise ConfigError(
+                    f"chunk_bytes must be a multiple of {PAGE_BYTES} (direct I/O), not {self.chunk_bytes}"
+                )
         if self.staging_bytes != "auto":
             self._check_int("staging_bytes", 1, 1 << 50, hint="bytes, e.g. 4 << 30 for 4 GiB")
             smallest = PAGE_BYTES if self.chunk_bytes == "auto" else self.chunk_bytes
@@ -170,7 +175,9 @@ class EngineConfig:
             raise ConfigError(f"{name} must be an integer{what} from {low} to {high}, not {value!r}")
 
     @classmethod
-    def from_params(cls, params: EngineConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any) -> EngineConfig:
+    def from_params(
+        cls, params: EngineConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any
+    ) -> EngineConfig:
         """Build a configuration from a root, a mapping or a configuration; keyword arguments override.
 
         Raises:
@@ -187,7 +194,9 @@ class EngineConfig:
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
-                raise ConfigError(f"unknown configuration field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ConfigError(
+                    f"unknown configuration field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
         if isinstance(params, EngineConfig):
             return replace(params, **given)
         if "root" not in given:

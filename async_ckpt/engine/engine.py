@@ -5,7 +5,8 @@ Guarantees:
   of checkpoints never mixes. Within a tag, `save` must return before `commit` is called.
 - The first failure of a tag stays: its pending commit, the next `save` or `commit` of the tag, and (unless somebody
   has asked the pending commit for it) the next `create` and the end of the block raise it.
-- A forked child cannot use, close or harm its parent's engine (every call looks at the process id before any lock); it may make its own.
+- A forked child cannot use, close or harm its parent's engine (every call looks at the process id before any lock); it
+  may make its own.
 
 States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED from any of the first three.
 """
@@ -57,7 +58,9 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
             No thread, descriptor or directory is left behind.
     """
 
-    def __init__(self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any
+    ) -> None:
         super().__init__(config_params)
         config = EngineConfig.from_params(config_params, **overrides)
         self.name = "async_ckpt"
@@ -111,18 +114,20 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
                 return
             checkpoint, parts = self._locate(path)
             if not checkpoint.add_directory(parts) and not exist_ok:
-                raise PathExistsError(f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}")
+                raise PathExistsError(
+                    f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}"
+                )
 
     def save(self, state_dict: Any, path: StrPath, *, format: Literal["torch", "safetensors"] | None = None) -> None:
         """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
 
         The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
-        layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the copy of what
-        no guard protects (about one memcpy), and while the staging memory is full (backpressure).
+        layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the
+        copy of what no guard protects (about one memcpy), and while the staging memory is full (backpressure).
 
-        NumPy arrays and bytes are pickled in memory, outside the staging memory, at up to four times their size and with the GIL
-        held: wrap large ones (``torch.from_numpy``). The first save of a path warns of those above 64 MiB, and of objects
-        that `load` refuses unless `weights_only=False`, with their key paths.
+        NumPy arrays and bytes are pickled in memory, outside the staging memory, at up to four times their size and
+        with the GIL held: wrap large ones (``torch.from_numpy``). The first save of a path warns of those above 64 MiB,
+        and of objects that `load` refuses unless `weights_only=False`, with their key paths.
 
         Args:
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
@@ -143,7 +148,9 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
                 self._usable()
                 checkpoint, parts = self._locate(path, carried=isinstance(state_dict, PlannedState))
                 if not parts:
-                    raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}")
+                    raise UnsafePathError(
+                        f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}"
+                    )
                 checkpoint.check_healthy()
                 with self._pipeline.snapshotter.deferring():
                     self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn)
@@ -164,10 +171,12 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         Blocks only while `max_pending_commits` earlier ones are unfinished.
 
         Args:
-            metadata: JSON values (e.g. ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without torch.
+            metadata: JSON values (e.g. ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without
+                torch.
 
         Raises:
-            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not JSON.
+            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not
+                JSON.
             BackpressureTimeout: too many commits are pending; the tag stays open.
         """
         name = check_tag(tag_of(tag))
@@ -192,12 +201,14 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
     # Snapshots.
 
     def guard(self, *optimizers: Any) -> None:
-        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the copies.
+        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the
+        copies.
 
-        Everything else in a state dict is still copied inside `save`. Every other optimizer's `step` waits for the copies too. A step
-        of these on another thread and a `save` wait for each other to end. Guarded tensors that are changed by other means than steps
-        (``load_state_dict``, `.data`) before they are copied fail that checkpoint with `TornSnapshotError`: call `wait_snapshot` first.
-        So too before a graph is captured. A capturable or captured optimizer's tensors are saved eagerly: replays call nothing.
+        Everything else in a state dict is still copied inside `save`. Every other optimizer's `step` waits for the
+        copies too. A step of these on another thread and a `save` wait for each other to end. Guarded tensors that are
+        changed by other means than steps (``load_state_dict``, `.data`) before they are copied fail that checkpoint
+        with `TornSnapshotError`: call `wait_snapshot` first. So too before a graph is captured. A capturable or
+        captured optimizer's tensors are saved eagerly: replays call nothing.
         """
         self._usable()
         with self._lock:
@@ -214,8 +225,9 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
 
         Args:
             state_bytes: None is the size of `states`, or all staging memory without them.
-            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing of it is
-                copied or kept; later states of the same structure reuse the plan. Warns as the first `save` does.
+            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing
+                of it is copied or kept; later states of the same structure reuse the plan. Warns as the first `save`
+                does.
 
         Raises:
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
@@ -230,11 +242,13 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
     # Leaving.
 
     def delete(self, tag: Any) -> None:
-        """Delete a committed checkpoint, a pending one once it is committed. Blocks. Of several ranks, the one that commits does it.
+        """Delete a committed checkpoint, a pending one once it is committed. Blocks. Of several ranks, the one that
+        commits does it.
 
         Raises:
             CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
-            WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later commits.
+            WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later
+                commits.
         """
         name = check_tag(tag_of(tag))
         self._usable()
@@ -258,7 +272,8 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         Blocks, at most `close_timeout_s`. Calling it again does nothing.
 
         Raises:
-            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in time.
+            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in
+                time.
         """
         self._close(sys.exc_info()[1])
 
@@ -282,7 +297,9 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         self._usable()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -291,14 +308,17 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         try:
             # Given by hand: `__aexit__` runs this on a thread that handles no exception.
             self._close(error)
-        except Exception as failure:  # noqa: BLE001 - the block's own exception is on its way out and must not be replaced
+        except Exception as failure:  # noqa: BLE001
+            # The block's own exception is on its way out and must not be replaced.
             told = "while leaving the block with %r, closing the engine failed too: %s"
             report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=2)
 
     async def __aenter__(self) -> AsyncCheckpointEngine:
         return self.__enter__()
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await run_aside("async-ckpt-close", lambda: self.__exit__(kind, error, trace))
 
     # Inside.

@@ -51,7 +51,9 @@ class Callbacks:
         self._tell(lambda observer: observer.on_commit(metrics, error))
 
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
-        """See `Observer`. Newer than the other events: an observer that does not derive from `Observer` may not have it."""
+        """See `Observer`. Newer than the other events: an observer that does not derive from `Observer` may not have
+        it.
+        """
         self._tell(lambda observer: getattr(observer, "on_abort", _ignore)(metrics, error))
 
     def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
@@ -59,10 +61,16 @@ class Callbacks:
         self._tell(lambda observer: getattr(observer, "on_mirror", _ignore)(metrics, error))
 
     def close(self, timeout_s: float) -> None:
-        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody else."""
+        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody
+        else.
+        """
         self._thread.shutdown(wait=False)
         if not self._thread.join(timeout_s):
-            report(logging.WARNING, "a callback or observer did not end within %.1f s and goes on; no checkpoint waits for it", timeout_s)
+            report(
+                logging.WARNING,
+                "a callback or observer did not end within %.1f s and goes on; no checkpoint waits for it",
+                timeout_s,
+            )
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         if self._observers:

@@ -95,8 +95,8 @@ class CheckpointPacer:
     - The same times give the same answers: nothing but `clock` is read.
     - From the second save on, the measured cost stays under `overhead` of the time (`max_interval_s` may break that).
 
-    One thread, the training one; never blocks. The first save comes after five steps, to learn what one costs. With many
-    ranks the clocks differ: let one rank ask and broadcast its answer.
+    One thread, the training one; never blocks. The first save comes after five steps, to learn what one costs. With
+    many ranks the clocks differ: let one rank ask and broadcast its answer.
 
     Args:
         overhead: largest share of the time that saves may cost, between 0 and 1; None: no budget (then give `mtbf_s`).
@@ -126,7 +126,9 @@ class CheckpointPacer:
         if not (_is_number(min_interval_s) and 0 <= min_interval_s < math.inf):
             raise ConfigError(f"min_interval_s must be a number of seconds, at least 0, not {min_interval_s!r}")
         if max_interval_s is not None and not (_is_number(max_interval_s) and min_interval_s <= max_interval_s):
-            raise ConfigError(f"max_interval_s must be at least min_interval_s ({min_interval_s:g} s), not {max_interval_s!r}")
+            raise ConfigError(
+                f"max_interval_s must be at least min_interval_s ({min_interval_s:g} s), not {max_interval_s!r}"
+            )
         self._overhead = overhead
         self._mtbf_s = mtbf_s
         self._min_interval_s = min_interval_s
@@ -147,7 +149,8 @@ class CheckpointPacer:
     def should_save(self, step: int, *, even_if_pending: bool = False) -> bool:
         """Whether to save now. Call once after every training step, with its number.
 
-        A step number that did not grow by one (a resumed or skipped step) restarts the timing instead of being measured.
+        A step number that did not grow by one (a resumed or skipped step) restarts the timing instead of being
+        measured.
         """
         now = self._clock()
         if self._last_s is not None and self._last_step is not None and step == self._last_step + 1:
@@ -172,7 +175,9 @@ class CheckpointPacer:
             self._episode.pending.append(pending)
 
     def skip_time(self) -> None:
-        """Forget the time since the last step: it was no training (an evaluation, a pause). Call it right afterwards."""
+        """Forget the time since the last step: it was no training (an evaluation, a pause). Call it right
+        afterwards.
+        """
         self._last_s = self._clock()
 
     def report(self) -> PacingReport:

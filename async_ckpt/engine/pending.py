@@ -30,4 +30,6 @@ class PendingCommit(Pending):
         self._waiting_for = waiting_for
 
     def _still_waits(self, what: str) -> str:
-        return f"commit of {self.tag!r} {what}; it waits for {self._waiting_for()}. Nothing is visible under this tag yet"
+        return (
+            f"commit of {self.tag!r} {what}; it waits for {self._waiting_for()}. Nothing is visible under this tag yet"
+        )

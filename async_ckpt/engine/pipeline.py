@@ -49,10 +49,13 @@ class SavePipeline:
         name: prefix of the threads' names.
 
     Raises:
-        ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left behind.
+        ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left
+            behind.
     """
 
-    def __init__(self, config: EngineConfig, filesystem: FileSystem, *, name: str = "async-ckpt", min_chunks: int = 1) -> None:
+    def __init__(
+        self, config: EngineConfig, filesystem: FileSystem, *, name: str = "async-ckpt", min_chunks: int = 1
+    ) -> None:
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = max(min_chunks, config.resolved_staging_bytes() // chunk_bytes)
         # Memory first: what fails from here on must not leave threads behind.
@@ -60,7 +63,8 @@ class SavePipeline:
             self.arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
         except (OSError, MemoryError) as error:
             raise ConfigError(
-                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give less. Nothing was made"
+                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
+                "less. Nothing was made"
             ) from error
         self._observes = bool(config.observers)
         self._has_stopped = False
@@ -138,7 +142,9 @@ class SavePipeline:
         self.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
-    def _snapshot(self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn) -> FileCopy:
+    def _snapshot(
+        self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn
+    ) -> FileCopy:
         guarded = self.guard.owned(state.sources.identities())
         if guarded is NOTHING:
             # Nothing here is changed by a guarded step: those of other threads may go on.
@@ -157,7 +163,9 @@ class SavePipeline:
 
     # Telling.
 
-    def tell_span(self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0) -> None:
+    def tell_span(
+        self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0
+    ) -> None:
         """Tell the observers about a piece of work that ended now, on this thread."""
         thread = threading.current_thread().name
         self.callbacks.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
@@ -177,7 +185,9 @@ class SavePipeline:
         """
         # A closure over the arena alone: the background thread must not keep an engine alive.
         arena = self.arena
-        target_bytes = self._num_warm_bytes if more_bytes is None else arena.num_faulted * arena.chunk_bytes + more_bytes
+        target_bytes = (
+            self._num_warm_bytes if more_bytes is None else arena.num_faulted * arena.chunk_bytes + more_bytes
+        )
         job = self.pool.submit_io(lambda: arena.fault_in(target_bytes))
         job.add_done_callback(_warn_of_failure)
         self.warming = [*(other for other in self.warming if not other.done()), job]

@@ -1,10 +1,11 @@
 """Preemption: a signal says that the process will be killed soon; save once more, and see that it reaches the disk.
 
 Guarantees:
-- The signal handler only sets a flag (see signal_flag.py): it may run in the middle of `save`, of `commit`, or of a lock.
-- The save hook runs at most once, on the training thread, at a safe point: `poll_preemption`, the end of `commit`, or the
-  orderly end of the engine. Never inside `create` or `save`, and never in an optimizer's step hook, where the parameters
-  would be one step ahead of the step counter, the schedule and the data.
+- The signal handler only sets a flag (see signal_flag.py): it may run in the middle of `save`, of `commit`, or of a
+  lock.
+- The save hook runs at most once, on the training thread, at a safe point: `poll_preemption`, the end of `commit`, or
+  the orderly end of the engine. Never inside `create` or `save`, and never in an optimizer's step hook, where the
+  parameters would be one step ahead of the step counter, the schedule and the data.
 - After the hook, the pending commits are waited for until the deadline, and the outcome is logged, once.
 
 States, in order: WATCHING, PREEMPTED (the flag is set), SAVED (hook and draining are over), REMOVED.
@@ -30,14 +31,18 @@ from .signal_flag import SignalFlag
 _NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS})
 DEFAULT_DEADLINE_S = 25.0
-"""Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): leave some of that for the exit."""
+"""Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): leave some of that for the
+exit.
+"""
 
 
 def ignore_preemption(worker_id: int = 0, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
-    """Keep a DataLoader's worker alive when its whole process group is preempted: ``DataLoader(..., worker_init_fn=ignore_preemption)``.
+    """Keep a DataLoader's worker alive when its whole process group is preempted: ``DataLoader(...,
+    worker_init_fn=ignore_preemption)``.
 
-    The training process needs its workers until it has saved. The first of each signal is ignored; another one ends the worker, and
-    so does the loader itself. In the worker's main thread. Other signals: ``functools.partial(ignore_preemption, signals=(SIGUSR1,))``.
+    The training process needs its workers until it has saved. The first of each signal is ignored; another one ends the
+    worker, and so does the loader itself. In the worker's main thread. Other signals:
+    ``functools.partial(ignore_preemption, signals=(SIGUSR1,))``.
 
     Raises:
         ConfigError: a signal that cannot be caught.
@@ -84,8 +89,8 @@ class Preemption:
         signals: which signals mean preemption.
         deadline_s: how long after the signal the process may live, in seconds.
         save: makes the last checkpoint (`create`, `save`, `commit`); None only drains what is pending.
-        agree: with many ranks: gets this rank's flag and returns the whole job's, by a collective of the caller's. Called
-            at each poll, so every rank must reach the same safe points. None: every rank acts on its own signal.
+        agree: with many ranks: gets this rank's flag and returns the whole job's, by a collective of the caller's.
+            Called at each poll, so every rank must reach the same safe points. None: every rank acts on its own signal.
         exit_after: leave the process by SystemExit(128 + signal) after the outcome is known, for loops that never look.
         pending: the engine's unfinished commits.
 
@@ -111,7 +116,8 @@ class Preemption:
                 raise ConfigError(f"{name} must be callable, not {function!r}")
         if threading.current_thread() is not threading.main_thread():
             raise TransactionStateError(
-                f"signal handlers can be set from the main thread only, and this is {threading.current_thread().name!r}: "
+                "signal handlers can be set from the main thread only, and this is "
+                f"{threading.current_thread().name!r}: "
                 "call on_preemption there, before starting the thread that trains"
             )
         self.outcome: PreemptionOutcome | None = None
@@ -138,7 +144,8 @@ class Preemption:
     def poll(self, *, may_agree: bool = True) -> bool:
         """A safe point: after a signal, run the hook and drain, once; returns whether the process is being preempted.
 
-        Blocks until the deadline at most, apart from the hook's own time. Costs a microsecond while nothing has happened.
+        Blocks until the deadline at most, apart from the hook's own time. Costs a microsecond while nothing has
+        happened.
 
         Raises:
             BaseException: whatever the hook raised, after the draining and the logging.
@@ -169,7 +176,9 @@ class Preemption:
         return True
 
     def leave(self) -> None:
-        """The engine's end: the last safe point, then the signals go back to their earlier handlers. Raises as `poll`."""
+        """The engine's end: the last safe point, then the signals go back to their earlier handlers. Raises as
+        `poll`.
+        """
         try:
             # Another rank may have ended for good: no collective here.
             self.poll(may_agree=False)
@@ -179,7 +188,8 @@ class Preemption:
     def leave_with(self, error: BaseException) -> None:
         """The loop dies of `error`: drain only, from now on, because its state may be half way through a step.
 
-        Not if the signal has killed a DataLoader's worker, and the loop has died of that outside of an optimizer's step.
+        Not if the signal has killed a DataLoader's worker, and the loop has died of that outside of an optimizer's
+        step.
         """
         if not (self.preempted and _is_a_workers_death(error)):
             self._save = None
@@ -239,7 +249,9 @@ class Preemption:
 
 
 def _is_a_workers_death(error: BaseException) -> bool:
-    """Whether torch has raised this because a worker is gone; it does so anywhere on the main thread, from a handler of SIGCHLD."""
+    """Whether torch has raised this because a worker is gone; it does so anywhere on the main thread, from a handler of
+    SIGCHLD.
+    """
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
         return False
     frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -263,17 +275,20 @@ class PreemptibleEngine:
     ) -> None:
         """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
 
-        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make a
-        last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is logged.
-        Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the arguments; give
-        DataLoaders with workers `ignore_preemption`.
+        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make
+        a last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is
+        logged. Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the
+        arguments; give DataLoaders with workers `ignore_preemption`.
 
         Raises:
-            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called twice.
+            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called
+                twice.
         """
         self._inflight.check_usable()
         if self._preemption is not None:
-            raise TransactionStateError("on_preemption was called already on this engine; its signals and hook stay as they are")
+            raise TransactionStateError(
+                "on_preemption was called already on this engine; its signals and hook stay as they are"
+            )
         self._preemption = Preemption(
             signals=signals,
             deadline_s=deadline_s,
@@ -310,7 +325,9 @@ def _check_signals(signals: Iterable[int]) -> list[int]:
         if known in _NEVER_CAUGHT:
             raise ConfigError(f"{known.name} cannot be caught by any process; launchers send SIGTERM before it")
         if known in _FAULTS:
-            raise ConfigError(f"{known.name} means that the process is broken, not preempted; no checkpoint can be saved then")
+            raise ConfigError(
+                f"{known.name} means that the process is broken, not preempted; no checkpoint can be saved then"
+            )
         chosen.append(known)
     if not chosen:
         raise ConfigError("signals is empty: give at least one, such as (signal.SIGTERM,)")

@@ -38,10 +38,13 @@ class RestoringEngine:
     ) -> Any:
         """Load the committed file "<tag>/file.pt" (or "<root>/<tag>/file.pt") and check every byte. Blocks; any thread.
 
-        A commit of that tag that is pending here is waited for first. For the arguments and errors see `async_ckpt.load`.
+        A commit of that tag that is pending here is waited for first. For the arguments and errors see
+        `async_ckpt.load`.
         """
         catalog, tag, name = self._committed_path(path)
-        return load_committed(catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap)
+        return load_committed(
+            catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap
+        )
 
     def load_into(
         self,
@@ -56,20 +59,26 @@ class RestoringEngine:
     ) -> Any:
         """Read a committed file in parallel straight into the tensors of `state_dict`. Blocks; any thread.
 
-        Lazy snapshots are waited for first. Returns the loaded structure's other leaves. For the arguments (`atomic` says what
-        the tensors hold after an error) and errors see `async_ckpt.load_into`.
+        Lazy snapshots are waited for first. Returns the loaded structure's other leaves. For the arguments (`atomic`
+        says what the tensors hold after an error) and errors see `async_ckpt.load_into`.
         """
         catalog, tag, name = self._committed_path(path)
         self._pipeline.guard.wait(block=True)
-        how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only, "lend": self._pipeline.arena.lend}
+        how: Any = {
+            "strict": strict,
+            "verify": verify,
+            "atomic": atomic,
+            "weights_only": weights_only,
+            "lend": self._pipeline.arena.lend,
+        }
         return load_committed_into(catalog, tag, name, state_dict, select=select, **how)
 
     def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
 
         With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks.
-        Pending commits of other engines of this process in the same root are waited for first (a retry may still hold one);
-        BackpressureTimeout where they do not end.
+        Pending commits of other engines of this process in the same root are waited for first (a retry may still hold
+        one); BackpressureTimeout where they do not end.
         """
         others = self._inflight.others()
         self._await(pending for other in others for pending in other.unfinished())
@@ -98,4 +107,6 @@ class RestoringEngine:
         timeout_s = self.config.backpressure_timeout_s
         for pending in list(commits):
             if not pending.wait(timeout_s):
-                raise BackpressureTimeout(f"the commit of {pending.tag!r} did not end within {timeout_s:g} s; it goes on")
+                raise BackpressureTimeout(
+                    f"the commit of {pending.tag!r} did not end within {timeout_s:g} s; it goes on"
+                )

@@ -87,7 +87,9 @@ os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _restore(flag: SignalFlag) -> None:
-    """Put the earlier handlers back where ours are still in place; elsewhere somebody chained to us, and we only pass on."""
+    """Put the earlier handlers back where ours are still in place; elsewhere somebody chained to us, and we only pass
+    on.
+    """
     flag.active = False
     for signum, earlier in flag.earlier.items():
         if signal.getsignal(signum) == flag.handle and earlier is not None:

@@ -1,4 +1,6 @@
-"""Reads any pickle as plain data: what it would import or call becomes an inert note of the name and the arguments. No torch."""
+"""Reads any pickle as plain data: what it would import or call becomes an inert note of the name and the arguments. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def read_inert(pickled: bytes | memoryview, call: Call) -> Any:
 def _known(name: str, args: tuple[Any, ...]) -> Any:
     if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
         return OrderedDict()
-    if name.partition(".")[2] in ("set", "frozenset", "list", "bytearray") and name.startswith(("builtins.", "__builtin__.")):
+    if name.partition(".")[2] in ("set", "frozenset", "list", "bytearray") and name.startswith(
+        ("builtins.", "__builtin__.")
+    ):
         return list(args[0]) if args and isinstance(args[0], (list, tuple)) else None
     if name == "_codecs.encode" and len(args) == 2 and args[1] == "latin1" and isinstance(args[0], str):
         return args[0].encode("latin1")
@@ -122,7 +126,9 @@ def _known(name: str, args: tuple[Any, ...]) -> Any:
 
 
 def fingerprint(*values: Any) -> str:
-    """A checksum of everything that `values` hold, but for what is in place of tensors. Time is linear; nothing recurses."""
+    """A checksum of everything that `values` hold, but for what is in place of tensors. Time is linear; nothing
+    recurses.
+    """
     digest = hashlib.blake2b(digest_size=16)
     seen: dict[int, int] = {}
     todo: list[Any] = list(values)
@@ -148,7 +154,13 @@ def fingerprint(*values: Any) -> str:
         elif isinstance(value, (Name, float, NoneType)):
             text = repr(value)
         else:
-            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value if isinstance(value, bytes) else b""
+            raw = (
+                value.encode("utf-8", "surrogatepass")
+                if isinstance(value, str)
+                else value
+                if isinstance(value, bytes)
+                else b""
+            )
             text = f"{type(value).__name__} of {len(raw)}"
             digest.update(raw)
         digest.update(f";{text};".encode("utf-8", "surrogatepass"))
@@ -192,7 +204,11 @@ def _describe_inert(value: Inert) -> str:
 
 
 def _dims(shape: Any) -> str:
-    return "[" + ", ".join(str(n) for n in shape[:16] if type(n) is int and n.bit_length() < 64) + "]" if isinstance(shape, tuple) else "?"
+    return (
+        "[" + ", ".join(str(n) for n in shape[:16] if type(n) is int and n.bit_length() < 64) + "]"
+        if isinstance(shape, tuple)
+        else "?"
+    )
 
 
 def _short(text: str) -> str:

@@ -116,8 +116,10 @@ class ManifestBudget:
         num_items = self._num_items + _ENTRY_ITEMS
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(
-                f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at most "
-                f"{MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer files. Nothing of this file was written"
+                f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and "
+                f"{num_items} items (at most "
+                f"{MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer files. Nothing of this "
+                "file was written"
             )
         self._num_bytes, self._num_items = num_bytes, num_items
 
@@ -131,7 +133,8 @@ class ManifestBudget:
         num_bytes, num_items = self._num_bytes + len(raw), self._num_items + _count_items(raw.encode("ascii"))
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(
-                f"the metadata does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} items (at "
+                f"the metadata does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and "
+                f"{num_items} items (at "
                 f"most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); give less. The checkpoint stays open"
             )
 
@@ -180,7 +183,9 @@ def encode(manifest: Manifest) -> bytes:
     try:
         decode(raw, source="the new manifest")
     except CorruptCheckpointError as error:
-        raise CheckpointError(f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}") from error
+        raise CheckpointError(
+            f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}"
+        ) from error
     return raw
 
 
@@ -231,7 +236,9 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CorruptCheckpointError(
-            f"{source} has format_version {shown(str(version))}; this release reads {FORMAT_VERSION}: use a newer release", path=source
+            f"{source} has format_version {shown(str(version))}; this release reads {FORMAT_VERSION}: use a "
+            "newer release",
+            path=source,
         )
     return document
 

@@ -39,7 +39,9 @@ def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JS
         return value
     if isinstance(value, int):
         if abs(value) >= 10**MAX_INT_DIGITS:
-            raise UnsupportedStateError(f"{where} is an integer of more than {MAX_INT_DIGITS} digits; nothing was committed")
+            raise UnsupportedStateError(
+                f"{where} is an integer of more than {MAX_INT_DIGITS} digits; nothing was committed"
+            )
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -53,8 +55,12 @@ def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JS
         for key in value:
             if not isinstance(key, str):
                 raise UnsupportedStateError(f"{where} has the key {key!r}; JSON keys are str; nothing was committed")
-        return {str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()}
+        return {
+            str.__str__(key): _plain(item, f"{where}[{key!r}]", depth + 1, not_finite) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]", depth + 1, not_finite) for index, item in enumerate(value)]
     hint = "; call .item() for a number" if hasattr(value, "item") else ""
-    raise UnsupportedStateError(f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed")
+    raise UnsupportedStateError(
+        f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed"
+    )

@@ -1,4 +1,6 @@
-"""Which classes and functions a pickle names, and at which key paths of what it describes. No torch; nothing is imported or called."""
+"""Which classes and functions a pickle names, and at which key paths of what it describes. No torch; nothing is
+imported or called.
+"""
 
 from __future__ import annotations
 

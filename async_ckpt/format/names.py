@@ -67,7 +67,13 @@ def check_existing_tag(name: str) -> str:
     Raises:
         UnsafePathError: it is no such name.
     """
-    if not isinstance(name, str) or not name.isprintable() or name.startswith(".") or "/" in name or len(name.encode()) > _MAX_NAME_BYTES:
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or name.startswith(".")
+        or "/" in name
+        or len(name.encode()) > _MAX_NAME_BYTES
+    ):
         return check_tag(name)
     return name if name else check_tag(name)
 
@@ -84,7 +90,9 @@ def check_relative_path(path: str, *, carried: bool = False, stored: bool = Fals
         UnsafePathError: as `check_tag` for each component; also absolute paths, "..", and the manifest's own name.
     """
     if not isinstance(path, str):
-        raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched")
+        raise UnsafePathError(
+            f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched"
+        )
     if len(path) > MAX_PATH_BYTES:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
@@ -139,7 +147,11 @@ class Root:
         self.path = os.path.abspath(given)
         """Absolute; links in it are kept. Of a store: its URL."""
         # However the user writes it. (The root "/" leaves nothing to compare with: its paths are relative ones.)
-        self._prefixes = [prefix for prefix in (given.rstrip("/"), self.path.rstrip("/"), os.path.realpath(given).rstrip("/")) if prefix]
+        self._prefixes = [
+            prefix
+            for prefix in (given.rstrip("/"), self.path.rstrip("/"), os.path.realpath(given).rstrip("/"))
+            if prefix
+        ]
 
     def is_named_by(self, path: StrPath) -> bool:
         """Whether `path` is the root itself."""
@@ -183,12 +195,16 @@ class Root:
         """Whether the path begins with the root, and what it says behind that."""
         text = os.fspath(path)
         if not isinstance(text, str):
-            raise UnsafePathError(f"a path must be a str or os.PathLike[str], not {type(text).__name__}; nothing was touched")
+            raise UnsafePathError(
+                f"a path must be a str or os.PathLike[str], not {type(text).__name__}; nothing was touched"
+            )
         for prefix in self._prefixes:
             if text.startswith(prefix + "/"):
                 return True, text[len(prefix) + 1 :]
         if text.startswith("/"):
-            raise UnsafePathError(f"path {shown(text)} is absolute and not below the root {shown(self.path)}; nothing was touched")
+            raise UnsafePathError(
+                f"path {shown(text)} is absolute and not below the root {shown(self.path)}; nothing was touched"
+            )
         return False, text
 
 
@@ -216,7 +232,10 @@ def _check_foreign(part: str, whole: str) -> None:
     if not part or part in (".", ".."):
         raise UnsafePathError(f"path {quoted} has a component that is empty or only dots; nothing was touched")
     if not part.isprintable() or len(part.encode("utf-8", "surrogatepass")) > MAX_COMPONENT_BYTES:
-        message = f"path {quoted} has a component with characters that cannot be printed, or longer than {MAX_COMPONENT_BYTES} bytes"
+        message = (
+            f"path {quoted} has a component with characters that cannot be printed, or longer than "
+            f"{MAX_COMPONENT_BYTES} bytes"
+        )
         raise UnsafePathError(f"{message}; nothing was touched")
     if part.startswith(_PART_PREFIX) or parse_private_name(part) is not None:
         raise UnsafePathError(f"path {quoted} has a component that this package uses itself; nothing was touched")

@@ -1,11 +1,11 @@
 """The one reader of pickles: a stack machine that imports, calls and runs nothing. No torch.
 
-Numbers, text, lists, tuples and dicts are made; what the pickle names or calls is handed to a `Maker`, which says what stands in its
-place.
+Numbers, text, lists, tuples and dicts are made; what the pickle names or calls is handed to a `Maker`, which says what
+stands in its place.
 
 Guarantees:
-- Nothing recurses. Time and memory are linear in the pickle's length: what refers to something read before and would copy or hash it
-  (an argument, a key) is charged against that length.
+- Nothing recurses. Time and memory are linear in the pickle's length: what refers to something read before and would
+  copy or hash it (an argument, a key) is charged against that length.
 - What becomes a dict's key is cheap to hash and to compare; anything else is wrapped in an `OpaqueKey`.
 """
 
@@ -33,7 +33,11 @@ _CHEAP_KEYS = frozenset({str, bytes, float, bool, type(None)})
 _SMALL = 1 << 60
 _HASHING_CALLS = frozenset(
     f"{module}.{name}"
-    for module, names in (("builtins", "set frozenset dict"), ("__builtin__", "set frozenset dict"), ("collections", "OrderedDict Counter"))
+    for module, names in (
+        ("builtins", "set frozenset dict"),
+        ("__builtin__", "set frozenset dict"),
+        ("collections", "OrderedDict Counter"),
+    )
     for name in names.split()
 )
 _uint32 = struct.Struct("<I").unpack_from
@@ -166,7 +170,9 @@ class PickleReader:
     # What references may cost.
 
     def charge(self, num_items: int) -> None:
-        """Account for `num_items` that are copied, hashed or compared once more. Raises MalformedPickleError when it is too much."""
+        """Account for `num_items` that are copied, hashed or compared once more. Raises MalformedPickleError when it is
+        too much.
+        """
         self._left -= num_items
         if self._left < 0:
             raise MalformedPickleError("what it refers to again and again is larger than all it holds")

@@ -46,10 +46,18 @@ class StorageRef:
 
 
 class Builder(Protocol):
-    """Makes objects out of what the pickle describes; a `CheckpointError` passes, other exceptions become `NotPlainError`."""
+    """Makes objects out of what the pickle describes; a `CheckpointError` passes, other exceptions become
+    `NotPlainError`.
+    """
 
     def tensor(
-        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
+        self,
+        storage: StorageRef,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool,
+        dtype: Any,
     ) -> Any:
         """A strided tensor; `dtype` is None where the storage's type says it."""
 
@@ -144,7 +152,9 @@ class _PlainObjects:
                 raise NotPlainError("a tensor with hooks or metadata")
             storage, offset, size, stride, requires_grad = args[:5]
             _check_tensor_args(storage, offset, size, stride, requires_grad)
-            return self._builder.tensor(storage, offset, size, stride, requires_grad, args[6] if name == "tensor_v3" else None)
+            return self._builder.tensor(
+                storage, offset, size, stride, requires_grad, args[6] if name == "tensor_v3" else None
+            )
         if name == "OrderedDict" and args == ():
             return OrderedDict()
         if name == "parameter" and len(args) == 3 and type(args[1]) is bool and not args[2]:

@@ -109,7 +109,9 @@ def _tensor(key: str, entry: Any, start: int, file_bytes: int) -> SafetensorsTen
     if entry["dtype"] not in _DTYPES:
         raise UnsupportedStateError(f"tensor {key!r} has dtype {entry['dtype']!r}, which this version does not know")
     dtype, item_bytes, counted = _DTYPES[entry["dtype"]]
-    if len(shape) > _MAX_DIMS or not all(type(number) is int and 0 <= number < 1 << 63 for number in (first, last, *shape)):
+    if len(shape) > _MAX_DIMS or not all(
+        type(number) is int and 0 <= number < 1 << 63 for number in (first, last, *shape)
+    ):
         raise ValueError(f"tensor {key!r} has bad numbers")
     if counted > 1 and shape:
         if shape[-1] % counted:

@@ -2,9 +2,10 @@
 
 Guarantees:
 - Extents come in file order and may be cut anywhere, even inside a CRC field.
-- Each payload byte is read once; short payloads and the literals between them are read a second time while still in cache,
-  which is cheaper than combining CRCs.
-- No Python work longer than about a millisecond without giving other threads a chance to run (a CRC of more than 5 KiB is one).
+- Each payload byte is read once; short payloads and the literals between them are read a second time while still in
+  cache, which is cheaper than combining CRCs.
+- No Python work longer than about a millisecond without giving other threads a chance to run (a CRC of more than 5 KiB
+  is one).
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _COPY_NBYTES = 1 << 20
 
 
 class Sealer:
-    """`sealer(offset, view)` makes one extent final and returns its CRC-32; call it for every extent of one file, in order.
+    """`sealer(offset, view)` makes one extent final and returns its CRC-32; call it for every extent of one file, in
+    order.
 
-    One thread at a time; does not block on I/O. `view` must be writable, of exactly the extent's length, and already hold literals
-    and payload bytes. Raises ValueError where an extent does not follow the one before.
+    One thread at a time; does not block on I/O. `view` must be writable, of exactly the extent's length, and already
+    hold literals and payload bytes. Raises ValueError where an extent does not follow the one before.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Sealer:
         """Patch and checksum the extent that starts at file offset `offset`."""
         end = offset + view.nbytes
         if offset != self._expected or end > self._file_bytes:
-            raise ValueError(f"extent {offset}..{end} does not follow {self._expected} in a file of {self._file_bytes} bytes")
+            raise ValueError(
+                f"extent {offset}..{end} does not follow {self._expected} in a file of {self._file_bytes} bytes"
+            )
         self._expected = end
         if self._map is None:
             return crc32(view)
@@ -78,7 +82,9 @@ class Sealer:
         return crc32(view[done - offset :], crc)
 
     def _take_payloads(self, offset: int, end: int, view: memoryview) -> tuple[int, int]:
-        """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result, a file offset."""
+        """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result, a file
+        offset.
+        """
         offsets, sizes = self._offsets, self._nbytes
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
@@ -107,7 +113,9 @@ class Sealer:
         return crc, done
 
     def _run_end(self, index: int, offset: int, end: int) -> int:
-        """Where the run of short payloads ends that begins with payload `index`: all in this extent with their descriptors."""
+        """Where the run of short payloads ends that begins with payload `index`: all in this extent with their
+        descriptors.
+        """
         offsets, sizes = self._offsets, self._nbytes
         if offsets[index] < offset:
             return index
@@ -120,7 +128,9 @@ class Sealer:
         return stop if max(sizes[index:stop], default=0) < _COMBINE_FROM_NBYTES else next(long)
 
     def _take_run(self, index: int, stop: int, offset: int, view: memoryview) -> int:
-        """Checksum a run and patch its descriptors; returns the index behind it. A payload that may be taken for a descriptor ends it."""
+        """Checksum a run and patch its descriptors; returns the index behind it. A payload that may be taken for a
+        descriptor ends it.
+        """
         starts = list(map(sub, self._offsets[index:stop], repeat(offset)))
         suspect = bytes(map(view.__getitem__, starts)).find(DESCRIPTOR_MAGIC[0])
         if suspect >= 0:
@@ -138,8 +148,8 @@ class Sealer:
         return stop
 
     def _look_at_head(self, position: int, head: memoryview) -> None:
-        # torch's writer takes every write that starts like a data descriptor for one and mixes the four bytes behind the magic into the
-        # id, also when it is a payload. The same id needs the same slip.
+        # torch's writer takes every write that starts like a data descriptor for one and mixes the four bytes behind
+        # the magic into the id, also when it is a payload. The same id needs the same slip.
         if position >= 8 or (position == 0 and head[0] != DESCRIPTOR_MAGIC[0]):
             return
         if position == len(self._head):

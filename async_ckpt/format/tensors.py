@@ -45,8 +45,10 @@ _BYTES = {
     8: "float64 int64 uint64 complex64",
     4: "float32 int32 uint32 complex32 qint32",
     2: "float16 bfloat16 int16 uint16 bits16",
-    1: "int8 uint8 bool qint8 quint8 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
-    "bits8 bits1x8 bits2x4 bits4x2 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7 quint4x2 quint2x4",
+    1: "int8 uint8 bool qint8 quint8 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu "
+    "float4_e2m1fn_x2 "
+    "bits8 bits1x8 bits2x4 bits4x2 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7 "
+    "quint4x2 quint2x4",
     16: "complex128",
 }
 ITEM_BYTES = {name: num_bytes for num_bytes, names in _BYTES.items() for name in names.split()}
@@ -106,9 +108,15 @@ class Inventory:
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
             made = self(args[0].text, args[2])
             data = made if isinstance(made, FoundTensor) else getattr(made, "data", None)
-            return Inert(describe(args[1]).strip("<>"), state=args[3] if made is None or data is made else [args[3], made], data=data)
+            return Inert(
+                describe(args[1]).strip("<>"),
+                state=args[3] if made is None or data is made else [args[3], made],
+                data=data,
+            )
         if what == "qtensor" and len(args) >= 5:
-            return Inert("torch.Tensor quantized", state=args[4], data=self._tensor(args[0], args[1], args[2], args[3], None))
+            return Inert(
+                "torch.Tensor quantized", state=args[4], data=self._tensor(args[0], args[1], args[2], args[3], None)
+            )
         if what in ("sparse_tensor", "sparse_csr_tensor") and len(args) == 2 and isinstance(args[1], tuple):
             return _sparse(args[0], args[1])
         if what == "nested_tensor":
@@ -124,7 +132,9 @@ class Inventory:
         size = _dims_of(size)
         counted = STORAGE_TYPES.get(value[1].text.rpartition(".")[2])
         actual = counted if dtype is None else _dtype_of(dtype)
-        numbers = (offset, value[4], *(size or ()), *stride) if size is not None and isinstance(stride, tuple) else (None,)
+        numbers = (
+            (offset, value[4], *(size or ()), *stride) if size is not None and isinstance(stride, tuple) else (None,)
+        )
         if counted is None or actual not in ITEM_BYTES or len(size or ()) != len(stride):
             return None
         record = f"data/{value[2]}"
@@ -133,12 +143,21 @@ class Inventory:
         return self._fitting(record, counted, actual, value[4], offset, size or (), stride)
 
     def _fitting(
-        self, record: str, counted: str, actual: str, num_elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+        self,
+        record: str,
+        counted: str,
+        actual: str,
+        num_elements: int,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
     ) -> FoundTensor:
         extent = self._records.get(record)
         storage_bytes = num_elements * ITEM_BYTES[counted]
         if extent is None or extent.num_bytes != storage_bytes:
-            raise CorruptCheckpointError(f"record {record!r} does not have the {storage_bytes} bytes that data.pkl claims", record=record)
+            raise CorruptCheckpointError(
+                f"record {record!r} does not have the {storage_bytes} bytes that data.pkl claims", record=record
+            )
         item_bytes, per_byte = ITEM_BYTES[actual], _ITEMS_PER_BYTE.get(actual, 1)
         reach = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if -(-(offset + reach) // per_byte) * item_bytes > storage_bytes:
@@ -230,7 +249,10 @@ def _own_parts(value: Inert) -> list[Any]:
     if value.name.startswith(("numpy.", "_codecs.")):
         return [value]
     states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
-    return [value.name, *(type(part).__name__ if isinstance(part, _CONTAINERS) else part for part in (*value.args, *states))]
+    return [
+        value.name,
+        *(type(part).__name__ if isinstance(part, _CONTAINERS) else part for part in (*value.args, *states)),
+    ]
 
 
 def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
@@ -238,7 +260,11 @@ def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     if isinstance(value, dict):
         for number, (key, child) in enumerate(value.items()):
             text = key if isinstance(key, str) else describe(key)
-            parts = tuple(text.split(".")) if 0 < text.count(".") < _MAX_KEY_PARTS and all(text.split(".")) else (text or "''",)
+            parts = (
+                tuple(text.split("."))
+                if 0 < text.count(".") < _MAX_KEY_PARTS and all(text.split("."))
+                else (text or "''",)
+            )
             yield parts, _step(key, text, number), child
     elif isinstance(value, (list, tuple)):
         for index, child in enumerate(value):

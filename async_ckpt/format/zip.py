@@ -4,9 +4,10 @@
     file    = data.pkl, .format_version, .storage_alignment, byteorder, data/0.., version, .data/serialization_id,
               central directory, zip64 end record + locator, end record
 
-Padding makes every payload start on a multiple of the alignment. An empty record has flag bit 3 clear and no descriptor.
-A record gets zip64 fields where its size or the offset of its header reaches 2^32 - 1, and its descriptor grows to 24 bytes.
-CRCs stand only behind the payload (descriptor, central directory), so one sequential pass can fill them in.
+Padding makes every payload start on a multiple of the alignment. An empty record has flag bit 3 clear and no
+descriptor. A record gets zip64 fields where its size or the offset of its header reaches 2^32 - 1, and its descriptor
+grows to 24 bytes. CRCs stand only behind the payload (descriptor, central directory), so one sequential pass can fill
+them in.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ _LOCAL_HEADER_EMPTY = b"PK\3\4\0\0" + struct.pack("<H", 0x0800) + bytes(18)
 
 @dataclass(frozen=True, slots=True)
 class SealMap:
-    """Where the bytes lie that depend on payload CRCs, and what else goes into the serialization id. Offsets are file offsets."""
+    """Where the bytes lie that depend on payload CRCs, and what else goes into the serialization id. Offsets are file
+    offsets.
+    """
 
     entry_crc_offsets: Sequence[int]
-    """One per non-empty payload: its CRC field in the central directory. The descriptor's one is 4 bytes behind the payload."""
+    """One per non-empty payload: its CRC field in the central directory. The descriptor's one is 4 bytes behind the
+    payload.
+    """
     id_offset: int
     """The 40 digits of the serialization id."""
     id_crc_offsets: tuple[int, int]
@@ -79,13 +84,15 @@ class _Builder:
         pos = self.pos
         zip64 = b"" if nbytes < UINT32_MAX and pos < UINT32_MAX else _local_zip64(nbytes, pos)
         start = pos + 30 + len(name) + len(zip64) + 4
-        # Where an alignment of almost 64 KiB needs more padding than a zip header holds, torch writes a file that nobody can read.
-        # Here that one payload starts a few bytes early instead.
+        # Where an alignment of almost 64 KiB needs more padding than a zip header holds, torch writes a file that
+        # nobody can read. Here that one payload starts a few bytes early instead.
         pad_nbytes = min(-start % self.alignment, _UINT16_MAX - 4 - len(zip64))
         extra_nbytes = len(zip64) + 4 + pad_nbytes
         prefix = _LOCAL_HEADER if nbytes else _LOCAL_HEADER_EMPTY
         lengths = struct.pack("<HH", len(name), extra_nbytes)
-        self.run.append(prefix + lengths + name + zip64 + b"FB" + pad_nbytes.to_bytes(2, "little") + self.padding[:pad_nbytes])
+        self.run.append(
+            prefix + lengths + name + zip64 + b"FB" + pad_nbytes.to_bytes(2, "little") + self.padding[:pad_nbytes]
+        )
         self.pos = start + pad_nbytes
 
     def _close(self, name: bytes, nbytes: int, header_offset: int, crc: int) -> None:
@@ -99,7 +106,9 @@ class _Builder:
         self.entries_nbytes += len(entry)
 
     def add_literal(self, name: bytes, data: bytes, crc: int) -> tuple[int, int]:
-        """Append a record whose bytes are known; returns its payload offset and its entry's offset inside the directory."""
+        """Append a record whose bytes are known; returns its payload offset and its entry's offset inside the
+        directory.
+        """
         header_offset = self.pos
         self._header(name, len(data))
         offset, entry_at = self.pos, self.entries_nbytes
@@ -218,7 +227,9 @@ def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Seque
         for key in range(first + 1):
             builder.add_payload(ARCHIVE + b"data/%d" % key, storage_nbytes[key])
     if first is None or builder.payload_offsets[0] != container.payload_offsets[0]:
-        return lay_out(pickle_bytes, storage_nbytes, name_hash=container.seal_map.name_hash, alignment=container.alignment)
+        return lay_out(
+            pickle_bytes, storage_nbytes, name_hash=container.seal_map.name_hash, alignment=container.alignment
+        )
     tail_offset, tail = container.literals[-1]
     at = container.directory_offset - tail_offset
     # The last entry built is the first payload's: unchanged, so its (then zero) CRC field stays blank.

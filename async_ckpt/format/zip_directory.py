@@ -61,7 +61,9 @@ class Record(NamedTuple):
         is_same = magic == b"PK\3\4" and method == 0 and not flags & 1 and header[_LOCAL.size :] == self.zip_name
         if not is_same or self.header_offset + _LOCAL.size + name_bytes + extra_bytes != self.offset:
             name = self.zip_name.decode("utf-8", "replace")
-            raise CorruptCheckpointError(f"record {name!a} has a local header that contradicts the directory", record=name)
+            raise CorruptCheckpointError(
+                f"record {name!a} has a local header that contradicts the directory", record=name
+            )
 
 
 def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
@@ -81,7 +83,9 @@ def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
         entries.append((*entry, directory + at))
         at = following
     if at != directory_bytes:
-        raise CorruptCheckpointError(f"zip directory has {directory_bytes - at} bytes more than its {count} entries need")
+        raise CorruptCheckpointError(
+            f"zip directory has {directory_bytes - at} bytes more than its {count} entries need"
+        )
     return _extents(entries, directory)
 
 
@@ -141,7 +145,9 @@ def _read_entry(raw: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
     if at + ENTRY.size > len(raw):
         raise CorruptCheckpointError("zip directory is cut off inside an entry")
     fields = ENTRY.unpack_from(raw, at)
-    magic, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _, header = fields
+    magic, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _, header = (
+        fields
+    )
     name_at = at + ENTRY.size
     following = name_at + name_bytes + extra_bytes
     is_sound = magic == b"PK\1\2" and following <= len(raw) and 0 < name_bytes <= _MAX_NAME_BYTES
@@ -164,7 +170,9 @@ def _read_zip64(extra: bytes, size: int, packed: int, header: int, name: bytes) 
         kind, extra_bytes = struct.unpack_from("<HH", extra, at)
         if kind == 1 and extra_bytes >= 8 * sum(needed) and at + 4 + extra_bytes <= len(extra):
             wide = iter(struct.unpack_from(f"<{sum(needed)}Q", extra, at + 4))
-            size, packed, header = (next(wide) if need else field for need, field in zip(needed, (size, packed, header), strict=True))
+            size, packed, header = (
+                next(wide) if need else field for need, field in zip(needed, (size, packed, header), strict=True)
+            )
             return size, packed, header
         at += 4 + extra_bytes
     raise CorruptCheckpointError(f"record {name!r} lacks its 64-bit sizes")
@@ -183,7 +191,9 @@ def _extents(entries: list[tuple[bytes, int, int, int, int]], directory: int) ->
         try:
             name = str(zip_name[len(archive) :], "utf-8")
         except UnicodeDecodeError as error:
-            raise CorruptCheckpointError(f"zip directory holds a record name that is not UTF-8: {zip_name!r}") from error
+            raise CorruptCheckpointError(
+                f"zip directory holds a record name that is not UTF-8: {zip_name!r}"
+            ) from error
         key = zip_name.lower()
         if key in folded:
             raise CorruptCheckpointError(f"zip directory names {name!a} twice", record=name)

@@ -1,8 +1,9 @@
-"""Every device that torch has, through `torch.accelerator`, `torch.Stream` and `torch.Event`: nothing else knows how devices differ.
+"""Every device that torch has, through `torch.accelerator`, `torch.Stream` and `torch.Event`: nothing else knows how
+devices differ.
 
 Guarantees:
-- The device and stream that a caller has chosen are the same after each call here. A thread of the package keeps what it was given:
-  to go back to device 0 would make a context there, in every rank.
+- The device and stream that a caller has chosen are the same after each call here. A thread of the package keeps what
+  it was given: to go back to device 0 would make a context there, in every rank.
 - Memory is pinned under the device that was the caller's when it asked for it, on whatever thread that happens.
 """
 
@@ -22,7 +23,9 @@ THREAD_PREFIX = "async-ckpt"
 """Of the names of all threads of the package."""
 
 Registrar = tuple[Callable[[int, int], object], Callable[[int], object]]
-"""What pins (address, bytes) of memory that exists already, and what unpins it; both return 0, or an error code of the device's."""
+"""What pins (address, bytes) of memory that exists already, and what unpins it; both return 0, or an error code of the
+device's.
+"""
 
 
 def _cuda_registrar() -> Registrar:
@@ -35,7 +38,9 @@ registrars: dict[str, Callable[[], Registrar]] = {"cuda": _cuda_registrar}
 
 
 def is_copyable(device: torch.device) -> bool:
-    """Whether bytes on `device` can be copied to the host: those of the CPU and of the one kind of accelerator that a process has."""
+    """Whether bytes on `device` can be copied to the host: those of the CPU and of the one kind of accelerator that a
+    process has.
+    """
     own = torch.accelerator.current_accelerator()
     return device.type == "cpu" or (own is not None and device.type == own.type)
 
@@ -78,7 +83,9 @@ def synchronize(streams: Iterable[torch.Stream]) -> None:
 
 
 def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
-    """Keep the memory of `tensor` from being given to others, should its owner free it, until `stream` has done what it has now."""
+    """Keep the memory of `tensor` from being given to others, should its owner free it, until `stream` has done what it
+    has now.
+    """
     with contextlib.suppress(NotImplementedError):  # A device whose memory is never given to others early.
         tensor.record_stream(stream)
 
@@ -122,11 +129,14 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
-    """Raise TransactionStateError while the caller captures a graph on one of `devices`: what it queues would not run now."""
+    """Raise TransactionStateError while the caller captures a graph on one of `devices`: what it queues would not run
+    now.
+    """
     for device in devices:
         if is_capturing(device):
             raise TransactionStateError(
-                f"{consequence} while a graph is being captured on '{device}'; nothing was changed. Do it before the capture or after it"
+                f"{consequence} while a graph is being captured on '{device}'; nothing was changed. Do it before "
+                "the capture or after it"
             )
 
 
@@ -200,7 +210,10 @@ def pinning(wanted: bool | Literal["auto"]) -> Pinning | None:
         return None
     if not torch.accelerator.is_available():
         if wanted is True:
-            raise ConfigError("pin_memory=True, but torch sees no accelerator that memory could be pinned for; set it to 'auto' or False")
+            raise ConfigError(
+                "pin_memory=True, but torch sees no accelerator that memory could be pinned for; set it to "
+                "'auto' or False"
+            )
         return None
     try:
         made = Pinning(torch.accelerator.current_stream())
@@ -208,6 +221,8 @@ def pinning(wanted: bool | Literal["auto"]) -> Pinning | None:
             made.allocate(1)
     except RuntimeError as error:
         if wanted is True:
-            raise ConfigError(f"pin_memory=True, but this device pins no memory ({error}); set it to 'auto' or False") from error
+            raise ConfigError(
+                f"pin_memory=True, but this device pins no memory ({error}); set it to 'auto' or False"
+            ) from error
         return None
     return made

@@ -25,7 +25,9 @@ class _Hierarchy:
     """Where it is usually mounted, below /sys/fs/cgroup."""
 
 
-_V1 = _Hierarchy(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), "memory")
+_V1 = _Hierarchy(
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), "memory"
+)
 # Above memory.high, every allocation waits for reclaim: that is a limit too.
 _V2 = _Hierarchy(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"), "")
 
@@ -46,10 +48,14 @@ def node_from_env(rank: int, world_size: int) -> Node:
         ConfigError: one of torchrun's variables is missing or no number.
     """
     try:
-        number, local_rank, local_size = (int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        number, local_rank, local_size = (
+            int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
         num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"node_local needs torchrun's variables, or give node=Node(...): {error} is missing or no number") from error
+        raise ConfigError(
+            f"node_local needs torchrun's variables, or give node=Node(...): {error} is missing or no number"
+        ) from error
     first = rank - local_rank
     return Node(number, num_nodes, tuple(range(first, min(first + local_size, world_size))))
 

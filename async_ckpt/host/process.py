@@ -107,7 +107,9 @@ def _owner_of(pid: int) -> Owner:
     except OSError:
         namespace = 0
     status = _process_status(pid)
-    return Owner(host, boot if re.fullmatch("[0-9a-f]{8}", boot) else _NO_BOOT, namespace, pid, status[1] if status else 0)
+    return Owner(
+        host, boot if re.fullmatch("[0-9a-f]{8}", boot) else _NO_BOOT, namespace, pid, status[1] if status else 0
+    )
 
 
 def _is_running(pid: int, start_ticks: int) -> bool:

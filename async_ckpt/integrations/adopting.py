@@ -24,7 +24,8 @@ _EXTENT_BYTES = 16 << 20
 
 
 def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
-    """Give the folder of another tool's checkpoint a manifest, so that it can be replaced atomically; True if there was one.
+    """Give the folder of another tool's checkpoint a manifest, so that it can be replaced atomically; True if there was
+    one.
 
     Its files stay as they are, and stay loadable. Reads and syncs all of them: blocks for as long as that takes.
 
@@ -34,11 +35,17 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     folder = os.path.join(root, tag)
     if filesystem.stat(folder).kind != "dir" or filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
         return False
-    report(logging.WARNING, "%s was not written by this package: reading it once, so that it can be replaced as a whole", folder)
+    report(
+        logging.WARNING,
+        "%s was not written by this package: reading it once, so that it can be replaced as a whole",
+        folder,
+    )
     entries = tuple(read_entries(filesystem, folder, "", None))
     # Older than anything that will be committed from now on.
     created_unix_ns = filesystem.stat(folder).mtime_ns
-    adopted = Manifest(tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"})
+    adopted = Manifest(
+        tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"}
+    )
     with contextlib.suppress(FileExistsError):
         filesystem.create_file(os.path.join(folder, MANIFEST_NAME), manifest.encode(adopted))
     filesystem.fsync_dir(folder)

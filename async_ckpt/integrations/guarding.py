@@ -28,12 +28,15 @@ def check_guardable(optimizer: torch.optim.Optimizer, *modules: torch.nn.Module)
     """
     reason = _reason(optimizer)
     if reason is not None:
-        raise ConfigError(f"guard=True cannot protect {type(optimizer).__name__}: {reason}. Give guard=False: saves copy it at once")
+        raise ConfigError(
+            f"guard=True cannot protect {type(optimizer).__name__}: {reason}. Give guard=False: saves copy it at once"
+        )
     for module in modules:
         for name, layer in module.named_modules():
             if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and layer.max_norm is not None:
                 raise ConfigError(
-                    f"guard=True cannot protect {type(layer).__name__}(max_norm={layer.max_norm:g}) {name!r}: each forward scales its "
+                    f"guard=True cannot protect {type(layer).__name__}(max_norm={layer.max_norm:g}) {name!r}: "
+                    "each forward scales its "
                     "weights down in place. Give guard=False: saves copy it at once"
                 )
 

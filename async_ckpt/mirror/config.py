@@ -77,7 +77,9 @@ class Mirror:
         if self.retention is not None and not callable(getattr(self.retention, "kept", None)):
             raise ConfigError(f"Mirror: retention must be a policy such as KeepLast(3), not {self.retention!r}")
         if not isinstance(self.options, Mapping):
-            raise ConfigError(f"Mirror: options must be a mapping of names to values, not {type(self.options).__name__}")
+            raise ConfigError(
+                f"Mirror: options must be a mapping of names to values, not {type(self.options).__name__}"
+            )
 
     def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -93,10 +95,14 @@ def split_url(url: str) -> tuple[str, str, str]:
     """
     match = _URL.fullmatch(url) if isinstance(url, str) else None
     if match is None or match[1] not in SCHEMES:
-        raise ConfigError(f"a mirror's URL is like s3://bucket/run, gs://, az:// or file:///path, not {str(url)[:200]!r}")
+        raise ConfigError(
+            f"a mirror's URL is like s3://bucket/run, gs://, az:// or file:///path, not {str(url)[:200]!r}"
+        )
     scheme, bucket, path = match[1], match[2], match[3] or ""
     if (scheme == "file") == bool(bucket):
-        raise ConfigError(f"{url!r} " + ("has a host: write file:///path" if bucket else "names no bucket or container"))
+        raise ConfigError(
+            f"{url!r} " + ("has a host: write file:///path" if bucket else "names no bucket or container")
+        )
     prefix = path if scheme == "file" else path.strip("/")
     if any(part in (".", "..") for part in prefix.split("/")):
         raise ConfigError(f"{url!r} has '.' or '..' in its path; give the plain path")

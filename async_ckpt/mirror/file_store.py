@@ -34,7 +34,9 @@ class FileStore:
         self._fs = filesystem
         self._executor = executor
 
-    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+    async def put(
+        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
+    ) -> None:
         path = self._path(key)
         private = self._private(path)
         assert self._executor is not None, "this store was opened for reading"
@@ -68,7 +70,9 @@ class FileStore:
                 with self._locked(os.path.dirname(path)):
                     found = self.head(key)
                     if e_tag != ANY_VERSION and (found.e_tag if found else None) != e_tag:
-                        raise ConditionFailed(f"{key!r} {'is there already' if e_tag is None else 'was changed'}", url=self.url)
+                        raise ConditionFailed(
+                            f"{key!r} {'is there already' if e_tag is None else 'was changed'}", url=self.url
+                        )
                     self._fs.rename(private, path)
             except BaseException:
                 self._fs.unlink(private)
@@ -102,7 +106,11 @@ class FileStore:
             names = sorted(self._fs.listdir(self._path(prefix)))
         except FileNotFoundError:
             return
-        kinds = {name: self._fs.stat(os.path.join(self._path(prefix), name)).kind for name in names if not name.startswith(_PART)}
+        kinds = {
+            name: self._fs.stat(os.path.join(self._path(prefix), name)).kind
+            for name in names
+            if not name.startswith(_PART)
+        }
         folders = tuple(name for name, kind in kinds.items() if kind == "dir")
         below = f"{prefix}/" if prefix else ""
         yield Listing(() if deep else folders, tuple(below + name for name, kind in kinds.items() if kind == "file"))

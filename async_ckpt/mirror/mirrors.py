@@ -112,10 +112,14 @@ class Mirrors:
                 worker.ready.result(max(0.0, deadline - time.monotonic()))
             except Exception as error:
                 told = error if isinstance(error, MirrorError | ValueError) else None
-                problem = told or MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=worker.mirror.url)
+                problem = told or MirrorError(
+                    f"the store has not answered within {_CHECK_S:g} s", url=worker.mirror.url
+                )
                 if worker.mirror.on_failure == "raise":
                     raise problem from error
-                report(logging.WARNING, "checkpoints are not mirrored: %s", problem, warning=RuntimeWarning, stacklevel=3)
+                report(
+                    logging.WARNING, "checkpoints are not mirrored: %s", problem, warning=RuntimeWarning, stacklevel=3
+                )
 
     def expect(self, tag: str) -> PendingMirror:
         """A commit was called; `committed` or `not_committed` follows."""
@@ -129,7 +133,11 @@ class Mirrors:
         """The commit has ended: mirror it, or fail with it."""
         pending.committed_s = time.perf_counter()
         if self._is_closed or self._loop.death is not None:
-            pending.fail(error or self._loop.death or TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored"))
+            pending.fail(
+                error
+                or self._loop.death
+                or TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored")
+            )
         for worker in self._workers:
             self._loop.call(functools.partial(worker.wake, pending, error))
 
@@ -170,13 +178,16 @@ class Mirrors:
         self._loop.stop()
         self._executor.shutdown(wait=False)
         self._loop.join(max(0.1, stop_by - time.monotonic()))
-        cut_short = MirrorError("the engine was closed before the upload ended; it goes on at the next start", url=self._urls)
+        cut_short = MirrorError(
+            "the engine was closed before the upload ended; it goes on at the next start", url=self._urls
+        )
         for one in pending:
             one.fail(cut_short)
         self._has_ended = True
         if left:
             told = (
-                "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and the next engine on this root "
+                "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and "
+                "the next engine on this root "
                 "goes on (or `async-ckpt mirror`)"
             )
             tags = ", ".join(map(repr, left[:8]))
@@ -196,7 +207,11 @@ class Mirrors:
     def _worker_ended(self, mirror: Mirror, metrics: MirrorMetrics, error: BaseException | None) -> None:
         with self._lock:
             # Tried again, and there now.
-            self._failures = [(one, known) for one, known in self._failures if error is not None or one is None or one.tag != metrics.tag]
+            self._failures = [
+                (one, known)
+                for one, known in self._failures
+                if error is not None or one is None or one.tag != metrics.tag
+            ]
             if error is not None and mirror.on_failure == "raise":
                 pending = next((one for one in reversed(self._pending) if one.tag == metrics.tag), None)
                 self._failures.append((pending, error))

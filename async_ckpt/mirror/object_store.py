@@ -45,10 +45,14 @@ class ObjectStore:
             self._obstore: Any = import_module("obstore")
             from_url = import_module("obstore.store").from_url
         except ImportError as error:
-            raise ConfigError(f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})") from error
+            raise ConfigError(
+                f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})"
+            ) from error
         scheme, bucket, prefix = split_url(mirror.url)
         options = dict(mirror.options)
-        client = {"timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))}
+        client = {
+            "timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))
+        }
         client["connect_timeout"] = timedelta(seconds=PROBE_TIMEOUT_S / 2)
         if (_endpoint(options) or "").startswith("http://"):
             client["allow_http"] = True  # type: ignore[assignment]
@@ -70,9 +74,13 @@ class ObjectStore:
             self._store = from_url(mirror.url, **options)
         except Exception as error:
             raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
-        self._parts = S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url, patience_s) if is_s3 else None
+        self._parts = (
+            S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url, patience_s) if is_s3 else None
+        )
 
-    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+    async def put(
+        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
+    ) -> None:
         try:
             if size_bytes > part_bytes:
                 await self._obstore.put_async(self._store, key, parts, chunk_size=part_bytes, max_concurrency=parallel)

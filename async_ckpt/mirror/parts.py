@@ -181,7 +181,10 @@ class PartStream:
             if stop == min(entry.size_bytes, (extent + 1) * entry.extent_bytes):
                 if self._crc != entry.extent_crc32[extent]:
                     first = extent * entry.extent_bytes
-                    message = f"{self._file.path}: bytes {first} to {stop - 1} differ from what was committed; it is not mirrored"
+                    message = (
+                        f"{self._file.path}: bytes {first} to {stop - 1} differ from what was committed; "
+                        "it is not mirrored"
+                    )
                     raise CorruptCheckpointError(message, path=self._file.path)
                 self._crc = 0
             done = stop

@@ -65,7 +65,11 @@ def _judged(store: Store, key: str, races: list[Future[bool]]) -> Abilities | No
     found = store.head(key)
     if found is None or not num_winners:
         return None
-    is_kept = num_winners == 1 and not _wins(store, key, b"late", None) and not _wins(store, key, b"stranger", '"0123456789abcdef"')
+    is_kept = (
+        num_winners == 1
+        and not _wins(store, key, b"late", None)
+        and not _wins(store, key, b"stranger", '"0123456789abcdef"')
+    )
     content = bytes(store.get_range(key, 0, found.size_bytes))
     is_md5 = found.e_tag.strip('"') == hashlib.md5(content, usedforsecurity=False).hexdigest()
     return Abilities(is_kept, is_md5)

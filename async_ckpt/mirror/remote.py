@@ -142,7 +142,9 @@ class RemoteDirectory:
             return self._raw
         file = self.open_read(parts)
         if file.size_bytes > max_bytes:
-            raise CorruptCheckpointError(f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path)
+            raise CorruptCheckpointError(
+                f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path
+            )
         return bytes(self._store.get_range(self._attempt_key("/".join(parts)), 0, file.size_bytes))
 
     def close(self) -> None:
@@ -172,7 +174,9 @@ class RemoteFile:
         try:
             data = self._store.get_range(self._key, offset, buffer.nbytes)
         except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"{self.path} was deleted or replaced in the store while it was being read") from error
+            raise CheckpointNotFoundError(
+                f"{self.path} was deleted or replaced in the store while it was being read"
+            ) from error
         if data.nbytes != buffer.nbytes:
             raise CorruptCheckpointError(
                 f"{self.path} ends at byte {offset + data.nbytes}, {buffer.nbytes - data.nbytes} bytes too early",

@@ -117,7 +117,9 @@ def delete_doomed(store: Store, states: States, tag: str) -> None:
         named = found.keys if found is not None else ()
         store.delete([key for key in state.doomed if key not in named])
         # Not published yet: then what is to be replaced is still named.
-        states.write(replace(state, doomed=() if state.mirrored else tuple(key for key in state.doomed if key in named)))
+        states.write(
+            replace(state, doomed=() if state.mirrored else tuple(key for key in state.doomed if key in named))
+        )
 
 
 def _refusal(store: Store, plan: UploadPlan, found: FoundManifest) -> ConditionFailed:

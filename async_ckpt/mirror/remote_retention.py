@@ -23,7 +23,9 @@ def remove_remote(store: Store, states: States | None, expected: Manifest) -> No
     """
     found = read_manifest(store, expected.tag)
     if found is None or found.manifest != expected:
-        raise CheckpointNotFoundError(f"{store.url} has no such checkpoint {expected.tag!r} any more; nothing was deleted")
+        raise CheckpointNotFoundError(
+            f"{store.url} has no such checkpoint {expected.tag!r} any more; nothing was deleted"
+        )
     state = states.get(expected.tag) if states is not None else None
     if states is not None:
         # An own upload of the same tag in progress keeps its state: only the objects to be deleted are added.

@@ -31,7 +31,9 @@ _PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 class S3Parts:
     """The unfinished uploads below a prefix of a bucket."""
 
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, Any], endpoint: str | None, url: str, patience_s: float) -> None:
+    def __init__(
+        self, bucket: str, prefix: str, options: Mapping[str, Any], endpoint: str | None, url: str, patience_s: float
+    ) -> None:
         self._patience_s = patience_s
         self._bucket = bucket
         self._prefix = prefix
@@ -52,7 +54,8 @@ class S3Parts:
                 self._is_told = True
                 report(
                     logging.WARNING,
-                    "the credentials of %s cannot be read here: parts of interrupted uploads stay until the bucket's lifecycle rule "
+                    "the credentials of %s cannot be read here: parts of interrupted uploads stay until the "
+                    "bucket's lifecycle rule "
                     "(AbortIncompleteMultipartUpload) removes them",
                     self._url,
                 )
@@ -68,7 +71,11 @@ class S3Parts:
         provider = self._options.get("credential_provider")
         if provider is not None:
             given = provider()
-            return (given["access_key_id"], given["secret_access_key"], given.get("token")) if isinstance(given, Mapping) else None
+            return (
+                (given["access_key_id"], given["secret_access_key"], given.get("token"))
+                if isinstance(given, Mapping)
+                else None
+            )
         key, secret = self._option("access_key_id"), self._option("secret_access_key")
         return (key, secret, self._option("session_token")) if key and secret else None
 
@@ -86,7 +93,9 @@ class S3Parts:
             return f"{self._endpoint}/{self._bucket}/{quoted}".rstrip("/")
         return f"https://s3.{region}.amazonaws.com/{self._bucket}/{quoted}".rstrip("/")
 
-    def _request(self, credentials: tuple[str, str, str | None], method: str, key: str, query: Mapping[str, str]) -> str:
+    def _request(
+        self, credentials: tuple[str, str, str | None], method: str, key: str, query: Mapping[str, str]
+    ) -> str:
         region = self._option("region") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         address = self._address(region, key)
         give_up_s, pause_s = time.monotonic() + self._patience_s, _PAUSE_S
@@ -142,7 +151,9 @@ def _signed(
     for part in (day, region, "s3", "aws4_request"):
         secret_key = hmac.new(secret_key, part.encode(), hashlib.sha256).digest()
     signature = hmac.new(secret_key, to_sign.encode(), hashlib.sha256).hexdigest()
-    headers["authorization"] = f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
+    headers["authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
+    )
     del headers["host"]
     return urllib.request.Request(f"{address}?{canonical_query}", method=method, headers=headers)
 

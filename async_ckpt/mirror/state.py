@@ -108,7 +108,9 @@ class States:
                 raise
             self._fs.fsync_dir(self._folder)
         except OSError as error:
-            raise write_error(self._fs, error, f"how far the mirroring of {state.tag!r} is cannot be noted", path) from error
+            raise write_error(
+                self._fs, error, f"how far the mirroring of {state.tag!r} is cannot be noted", path
+            ) from error
         with self._lock:
             self._states[state.tag] = state
 
@@ -183,7 +185,9 @@ def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list
         path = os.path.join(home, folder)
         for name in filesystem.listdir(path) if filesystem.stat(path).kind == "dir" else ():
             if name.endswith(".0.json"):
-                with contextlib.suppress(ValueError, TypeError, KeyError, OSError, CorruptCheckpointError, UnsafePathError):
+                with contextlib.suppress(
+                    ValueError, TypeError, KeyError, OSError, CorruptCheckpointError, UnsafePathError
+                ):
                     state = _decoded(json.loads(filesystem.read_file(os.path.join(path, name), _MAX_BYTES)))
                     if state.mirrored:
                         found.setdefault((state.tag, state.created_unix_ns), []).append(state.url)

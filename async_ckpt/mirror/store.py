@@ -51,7 +51,9 @@ class Store(Protocol):
 
     url: str
 
-    async def put(self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+    async def put(
+        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
+    ) -> None:
         """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go
         once it is sent."""
 

@@ -119,7 +119,9 @@ class Upload:
             ours = (*before.ours, before.attempt)
             if not before.mirrored:
                 abandon(self._context, before)
-        state = TagState(plan.tag, plan.attempt, plan.created_unix_ns, tuple(one.key for one in plan.objects), ours=ours)
+        state = TagState(
+            plan.tag, plan.attempt, plan.created_unix_ns, tuple(one.key for one in plan.objects), ours=ours
+        )
         states.write(state)
         return state
 
@@ -148,7 +150,9 @@ class Upload:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _put_object(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None) -> str:
+    async def _put_object(
+        self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None
+    ) -> str:
         """Returns the entity tag of the object, once it is there and whole."""
         context = self._context
         if known_tag is not None:
@@ -169,7 +173,11 @@ class Upload:
                 report(logging.WARNING, "%s; it is sent again", damaged)
             except PassingFailure as failure:
                 found = await self._in_thread(context.store.head, one.key)
-                if isinstance(failure, AbortedElsewhere) and found is not None and found.size_bytes == one.entry.size_bytes:
+                if (
+                    isinstance(failure, AbortedElsewhere)
+                    and found is not None
+                    and found.size_bytes == one.entry.size_bytes
+                ):
                     # The other process has finished it, and looked at it.
                     return found.e_tag
                 # What the library does not send again by itself: requests that begin and end an upload of several
@@ -215,8 +223,12 @@ class Upload:
                 await self._in_thread(context.store.discard_parts, one.key)
             failure = stream.failure
             if failure is not None:
-                if isinstance(failure, FileNotFoundError | ValueError) and not await self._in_thread(checkpoint.is_current):
-                    raise CheckpointNotFoundError(f"checkpoint {self._tag!r} was deleted while it was being mirrored") from failure
+                if isinstance(failure, FileNotFoundError | ValueError) and not await self._in_thread(
+                    checkpoint.is_current
+                ):
+                    raise CheckpointNotFoundError(
+                        f"checkpoint {self._tag!r} was deleted while it was being mirrored"
+                    ) from failure
                 raise failure from None
             raise
         finally:
@@ -232,9 +244,13 @@ class Upload:
         is_single = size_bytes <= context.mirror.part_bytes
         expected, e_tag = md5s[0].hex() if is_single else combined_md5(md5s), found.e_tag.strip('"')
         # Some stores give an object of several parts a tag of another form: nothing can be said of that.
-        is_told = context.abilities.md5_tags and re.fullmatch("[0-9a-f]{32}" + ("" if is_single else f"-{len(md5s)}"), e_tag)
+        is_told = context.abilities.md5_tags and re.fullmatch(
+            "[0-9a-f]{32}" + ("" if is_single else f"-{len(md5s)}"), e_tag
+        )
         if is_told and e_tag != expected:
-            raise _ObjectDamaged(f"the store holds other bytes of {one.key!r} than were sent (checksum {e_tag})", url=context.store.url)
+            raise _ObjectDamaged(
+                f"the store holds other bytes of {one.key!r} than were sent (checksum {e_tag})", url=context.store.url
+            )
         return found.e_tag
 
     # The manifest.
@@ -242,7 +258,9 @@ class Upload:
     def _publish(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
         context = self._context
         if not checkpoint.is_current():
-            raise CheckpointNotFoundError(f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored")
+            raise CheckpointNotFoundError(
+                f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored"
+            )
         started_s = time.perf_counter()
         state = context.states.get(plan.tag)
         ours = state.ours if state is not None else ()
@@ -286,7 +304,9 @@ class Upload:
         self._metrics.sent_bytes += num_bytes
 
     def _told(self, kind: str, started_s: float, path: str, offset: int, num_bytes: int) -> None:
-        self._context.on_span(Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._tag, path, offset, num_bytes))
+        self._context.on_span(
+            Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._tag, path, offset, num_bytes)
+        )
 
 
 class _ObjectDamaged(MirrorError):

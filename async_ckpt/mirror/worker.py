@@ -162,7 +162,9 @@ class Worker:
         if not abilities.conditional:
             ignored = "the store ignores conditions (If-None-Match): two writers could overwrite each other's manifests"
             if self._agreement.rank is not None:
-                raise MirrorError(f"{ignored}, and this job has several ranks: nothing is mirrored there", url=mirror.url)
+                raise MirrorError(
+                    f"{ignored}, and this job has several ranks: nothing is mirrored there", url=mirror.url
+                )
             report(logging.WARNING, "%s. See to it that only this process writes to %s", ignored, mirror.url)
         return UploadContext(
             mirror=mirror,
@@ -191,7 +193,9 @@ class Worker:
             elif not state.mirrored and (manifest is None or manifest.created_unix_ns != state.created_unix_ns):
                 abandon(context, state)
         if self._with_backlog:
-            self._backlog = [tag for tag, manifest in local.items() if not self.states.is_mirrored(tag, manifest.created_unix_ns)]
+            self._backlog = [
+                tag for tag, manifest in local.items() if not self.states.is_mirrored(tag, manifest.created_unix_ns)
+            ]
 
     # Uploads.
 
@@ -244,7 +248,9 @@ class Worker:
     async def _retain(self, tag: str) -> None:
         store, catalog = self._connected.store, remote_catalog(self.mirror)
         try:
-            await self._in_thread(self._hooks.retain, self.mirror, catalog, lambda manifest: remove_remote(store, self.states, manifest))
+            await self._in_thread(
+                self._hooks.retain, self.mirror, catalog, lambda manifest: remove_remote(store, self.states, manifest)
+            )
         except (CheckpointError, OSError) as error:
             # The checkpoint is mirrored: only older ones stay longer than they should.
             self._hooks.on_ended(MirrorMetrics(tag, self.mirror.url), error)
@@ -264,4 +270,6 @@ class Worker:
 
 
 def _cut_short(tag: str, url: str) -> MirrorError:
-    return MirrorError(f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk", url=url)
+    return MirrorError(
+        f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk", url=url
+    )

@@ -50,7 +50,9 @@ class LoggingObserver(Observer):
         )
 
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
-        self._logger.log(self._level, "checkpoint %r was given up: %s", metrics.tag, error, extra={"async_ckpt": metrics})
+        self._logger.log(
+            self._level, "checkpoint %r was given up: %s", metrics.tag, error, extra={"async_ckpt": metrics}
+        )
 
     def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
         if error is not None:

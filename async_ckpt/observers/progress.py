@@ -126,7 +126,8 @@ class CommitProgress(Observer):
         while not commit.wait(min(_REFRESH_S if bar is not None else 60.0, deadline_s - time.monotonic())):
             if time.monotonic() >= deadline_s:
                 raise BackpressureTimeout(
-                    f"the commit of {commit.tag!r} did not end in time and goes on; nothing is visible under this tag yet"
+                    f"the commit of {commit.tag!r} did not end in time and goes on; nothing is visible under "
+                    "this tag yet"
                 )
             if bar is not None:
                 total_bytes = sum(save.size_bytes for save in commit.metrics.saves)

@@ -40,15 +40,27 @@ class PrometheusObserver(Observer):
         self._failures = library.Counter(f"{prefix}_commit_failures", "Checkpoints that were not committed", **options)
         self._aborted = library.Counter(f"{prefix}_aborts", "Checkpoints given up before their commit", **options)
         self._bytes = library.Counter(f"{prefix}_durable_bytes", "Bytes committed", **options)
-        self._stall = histogram("stall_seconds", "Time the training thread was blocked per checkpoint", _STALL_BUCKETS_S)
+        self._stall = histogram(
+            "stall_seconds", "Time the training thread was blocked per checkpoint", _STALL_BUCKETS_S
+        )
         self._total = histogram("durable_seconds", "From the first save until committed", _COMMIT_BUCKETS_S)
         self._backpressure = library.Counter(f"{prefix}_backpressure_seconds", "Waits for staging memory", **options)
-        self._work = library.Counter(f"{prefix}_work_seconds", "Time of the writers' work, summed over threads", ["kind"], **options)
+        self._work = library.Counter(
+            f"{prefix}_work_seconds", "Time of the writers' work, summed over threads", ["kind"], **options
+        )
         self._files = library.Counter(f"{prefix}_files", "Files written", ["io"], **options)
-        self._last = library.Gauge(f"{prefix}_last_commit_timestamp_seconds", "When the newest checkpoint was committed", **options)
-        self._rate = library.Gauge(f"{prefix}_last_commit_bytes_per_second", "Durable throughput of the newest checkpoint", **options)
-        self._queue = library.Gauge(f"{prefix}_max_queue_chunks", "Most chunks that waited for the disk at once", **options)
-        self._undeleted = library.Gauge(f"{prefix}_undeleted_checkpoints", "Old checkpoints that cannot be deleted now", **options)
+        self._last = library.Gauge(
+            f"{prefix}_last_commit_timestamp_seconds", "When the newest checkpoint was committed", **options
+        )
+        self._rate = library.Gauge(
+            f"{prefix}_last_commit_bytes_per_second", "Durable throughput of the newest checkpoint", **options
+        )
+        self._queue = library.Gauge(
+            f"{prefix}_max_queue_chunks", "Most chunks that waited for the disk at once", **options
+        )
+        self._undeleted = library.Gauge(
+            f"{prefix}_undeleted_checkpoints", "Old checkpoints that cannot be deleted now", **options
+        )
         self._mirrored = library.Counter(f"{prefix}_mirrored", "Checkpoints mirrored", ["mirror"], **options)
         self._unmirrored = library.Counter(f"{prefix}_mirror_failures", "Uploads that failed", ["mirror"], **options)
         self._sent = library.Counter(f"{prefix}_mirrored_bytes", "Bytes sent to mirrors", ["mirror"], **options)

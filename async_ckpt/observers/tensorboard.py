@@ -30,7 +30,9 @@ class TensorBoardObserver(Observer):
         prefix: in front of every scalar's name.
     """
 
-    def __init__(self, writer: ScalarWriter, step_of: Callable[[CommitMetrics], int] | None = None, prefix: str = "checkpoint") -> None:
+    def __init__(
+        self, writer: ScalarWriter, step_of: Callable[[CommitMetrics], int] | None = None, prefix: str = "checkpoint"
+    ) -> None:
         self._writer = writer
         self._step_of = step_of
         self._prefix = prefix

@@ -67,10 +67,16 @@ def read_trace(path: str | os.PathLike[str]) -> list[Span]:
         raw = file.read()
     try:
         events = json.loads(raw)["traceEvents"]
-        threads = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "thread_name"}
+        threads = {
+            event["tid"]: event["args"]["name"]
+            for event in events
+            if event["ph"] == "M" and event["name"] == "thread_name"
+        }
         return [_span(event, threads) for event in events if event["ph"] == "X"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{name!r} is not a trace of this package ({type(error).__name__}: {error})", path=name) from error
+        raise CorruptCheckpointError(
+            f"{name!r} is not a trace of this package ({type(error).__name__}: {error})", path=name
+        ) from error
 
 
 def _span(event: dict[str, Any], threads: dict[Any, str]) -> Span:
@@ -107,12 +113,16 @@ def write_timeline(spans: Sequence[Span], path: str | os.PathLike[str], *, title
     for row, (_, members) in enumerate(rows):
         # "publish" first: its steps lie within it and are drawn upon it.
         for kind in sorted({span.kind for span in members}, key=lambda kind: (kind not in ("publish", "save"), kind)):
-            bars = [(1e3 * (s.start_s - origin_s), 1e3 * max(s.end_s - s.start_s, 1e-6)) for s in members if s.kind == kind]
+            bars = [
+                (1e3 * (s.start_s - origin_s), 1e3 * max(s.end_s - s.start_s, 1e-6)) for s in members if s.kind == kind
+            ]
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS.get(kind, _OTHER), linewidth=0)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axes.set(xlabel="time in ms", title=title, ylim=(len(rows) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
-    kinds = sorted({span.kind for span in spans}, key=lambda kind: list(_COLOURS).index(kind) if kind in _COLOURS else 99)
+    kinds = sorted(
+        {span.kind for span in spans}, key=lambda kind: list(_COLOURS).index(kind) if kind in _COLOURS else 99
+    )
     handles = [Patch(color=_COLOURS.get(kind, _OTHER), label=kind) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), fontsize=8, frameon=False)
     figure.savefig(os.fspath(path), dpi=130)

@@ -2,8 +2,9 @@
 
 The file is the JSON form of the Trace Event Format: an object with "traceEvents". Work is complete events ("ph": "X",
 times in microseconds), one row per thread, named by metadata events ("M"), nested or apart on each row as the format
-demands; copies from a device overlap on the thread that queued them and get rows of their own. Checkpoints are asynchronous events
-("b", "e"), because several may be in flight. Open it at https://ui.perfetto.dev or chrome://tracing.
+demands; copies from a device overlap on the thread that queued them and get rows of their own. Checkpoints are
+asynchronous events ("b", "e"), because several may be in flight. Open it at https://ui.perfetto.dev or
+chrome://tracing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class TraceObserver(Observer):
         self._is_first = True
         self._file: BinaryIO | None = open(path, "wb")  # noqa: SIM115 - lives as long as the observer
         self._file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n' + _TAIL)
-        self._buffer.append({"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": process_name}})
+        self._buffer.append(
+            {"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": process_name}}
+        )
         self._flush()
 
     def on_span(self, span: Span) -> None:
@@ -55,15 +58,39 @@ class TraceObserver(Observer):
         if span.num_bytes:
             args |= {"offset": span.offset, "num_bytes": span.num_bytes}
         with self._lock:
-            event = {"ph": "X", "name": span.kind, "cat": "async_ckpt", "pid": self._pid, "tid": self._thread(self._row(span))}
-            self._add(event | {"ts": self._us(span.start_s), "dur": max(0.0, round((span.end_s - span.start_s) * 1e6, 3)), "args": args})
+            event = {
+                "ph": "X",
+                "name": span.kind,
+                "cat": "async_ckpt",
+                "pid": self._pid,
+                "tid": self._thread(self._row(span)),
+            }
+            self._add(
+                event
+                | {
+                    "ts": self._us(span.start_s),
+                    "dur": max(0.0, round((span.end_s - span.start_s) * 1e6, 3)),
+                    "args": args,
+                }
+            )
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         now_s = time.perf_counter()
-        args = {"tag": metrics.tag, "size_bytes": metrics.size_bytes, "stall_s": metrics.stall_s, "error": str(error) if error else None}
+        args = {
+            "tag": metrics.tag,
+            "size_bytes": metrics.size_bytes,
+            "stall_s": metrics.stall_s,
+            "error": str(error) if error else None,
+        }
         with self._lock:
             self._num_commits += 1
-            common = {"name": f"checkpoint {metrics.tag}", "cat": "checkpoint", "id": self._num_commits, "pid": self._pid, "tid": 0}
+            common = {
+                "name": f"checkpoint {metrics.tag}",
+                "cat": "checkpoint",
+                "id": self._num_commits,
+                "pid": self._pid,
+                "tid": 0,
+            }
             self._add({"ph": "b", **common, "ts": self._us(max(self._origin_s, now_s - metrics.total_s)), "args": args})
             self._add({"ph": "e", **common, "ts": self._us(now_s)})
             self._flush()
@@ -71,7 +98,14 @@ class TraceObserver(Observer):
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
         with self._lock:
             args = {"tag": metrics.tag, "error": str(error)}
-            instant = {"ph": "i", "s": "p", "name": f"gave up {metrics.tag}", "cat": "checkpoint", "pid": self._pid, "tid": 0}
+            instant = {
+                "ph": "i",
+                "s": "p",
+                "name": f"gave up {metrics.tag}",
+                "cat": "checkpoint",
+                "pid": self._pid,
+                "tid": 0,
+            }
             self._add(instant | {"ts": self._us(time.perf_counter()), "args": args})
             self._flush()
 
@@ -86,7 +120,9 @@ class TraceObserver(Observer):
     def __enter__(self) -> TraceObserver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _us(self, at_s: float) -> float:
@@ -104,8 +140,18 @@ class TraceObserver(Observer):
         number = self._threads.get(name)
         if number is None:
             number = self._threads[name] = len(self._threads) + 1
-            self._buffer.append({"ph": "M", "name": "thread_name", "pid": self._pid, "tid": number, "args": {"name": name}})
-            self._buffer.append({"ph": "M", "name": "thread_sort_index", "pid": self._pid, "tid": number, "args": {"sort_index": number}})
+            self._buffer.append(
+                {"ph": "M", "name": "thread_name", "pid": self._pid, "tid": number, "args": {"name": name}}
+            )
+            self._buffer.append(
+                {
+                    "ph": "M",
+                    "name": "thread_sort_index",
+                    "pid": self._pid,
+                    "tid": number,
+                    "args": {"sort_index": number},
+                }
+            )
         return number
 
     def _add(self, event: dict[str, Any]) -> None:

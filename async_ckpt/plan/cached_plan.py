@@ -86,7 +86,9 @@ class CachedPlan:
         self._devices = frozenset(draft.live.devices)
         self._storage_nbytes = [extents.nbytes[storage] for storage in order]
         filled = [storage for storage in order if extents.nbytes[storage]]
-        self._copied = [(position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied]
+        self._copied = [
+            (position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied
+        ]
         self._pick_sources = picker([draft.pattern.distinct[storage] for storage in filled])
         self._pick_addresses = picker(filled)
         self._source_offsets = [extents.starts[storage] for storage in filled]
@@ -94,7 +96,9 @@ class CachedPlan:
         pieces = self._cut(recorded.pickled, sites)
         exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
         container = recorded.container
-        self._scalars = _Scalars(pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast"))
+        self._scalars = _Scalars(
+            pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast")
+        )
         self._first = self._planned(self._scalars.plan, leaves, draft.tensors, draft.versions, draft.live, cached=False)
 
     def _cut(self, pickled: bytes, sites: Sites) -> list[bytes]:
@@ -184,7 +188,9 @@ class CachedPlan:
 
 
 def _constants(recorded: Recorded) -> tuple[str, ...]:
-    """Strings of torch's own in the pickle, which a user's may be the same objects as; those made anew for each storage are left out."""
+    """Strings of torch's own in the pickle, which a user's may be the same objects as; those made anew for each storage
+    are left out.
+    """
     found: dict[int, str] = {}
     asked: dict[str, str] = {}
     for storage, (marker, _, _, location, _) in zip(recorded.storages, recorded.persistent_ids, strict=True):

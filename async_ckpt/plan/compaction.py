@@ -22,7 +22,9 @@ class Extents:
     """In elements, from the start of what is written."""
     strides: Sequence[tuple[int, ...]]
     copied: Mapping[int, int]
-    """Storage -> index of its only tensor, where the elements are written row major from a copy instead of a span with gaps."""
+    """Storage -> index of its only tensor, where the elements are written row major from a copy instead of a span with
+    gaps.
+    """
 
 
 def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
@@ -103,7 +105,9 @@ class _Compactor:
 
     @staticmethod
     def _reduced(tensor: torch.Tensor) -> Any:
-        """torch's reduce value if it is (rebuild, (storage, offset, size, stride, ...)) of a plain strided view, else None."""
+        """torch's reduce value if it is (rebuild, (storage, offset, size, stride, ...)) of a plain strided view, else
+        None.
+        """
         if type(tensor) is not torch.Tensor:
             return None
         reduced = tensor.__reduce_ex__(2)

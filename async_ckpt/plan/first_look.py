@@ -1,4 +1,6 @@
-"""What people hear at the first save of a file: of types that `load` refuses by default, and of buffers that are not streamed."""
+"""What people hear at the first save of a file: of types that `load` refuses by default, and of buffers that are not
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def tell_of_buffers(state: Any, file_name: str) -> None:
     if found:
         report(
             logging.WARNING,
-            "%s: %s: what is no tensor is pickled in memory, outside staging_bytes, at up to four times its size and with the GIL held. "
+            "%s: %s: what is no tensor is pickled in memory, outside staging_bytes, at up to four times its size "
+            "and with the GIL held. "
             "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed",
             file_name or "the state",
             ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
@@ -51,7 +54,8 @@ def tell_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> Non
         return
     report(
         logging.WARNING,
-        "%s holds what load refuses by default (weights_only=True): %s. Convert it to numbers, text, lists, dicts or tensors; "
+        "%s holds what load refuses by default (weights_only=True): %s. Convert it to numbers, text, lists, "
+        "dicts or tensors; "
         "or load the file with weights_only=False, which runs code, or after torch.serialization.add_safe_globals",
         file_name or "the state",
         listing(found),

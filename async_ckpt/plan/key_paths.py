@@ -18,7 +18,8 @@ def children(obj: Any) -> list[tuple[str, Any]]:
     """(path step, child) of a container or of an object with attributes; nothing for leaves."""
     try:
         return list(_children(obj))
-    except Exception:  # noqa: BLE001 - a class's own `items` or property, which pickle does not call: what is inside has no name then
+    except Exception:  # noqa: BLE001
+        # A class's own `items` or property, which pickle does not call: what is inside has no name then.
         return []
 
 
@@ -47,7 +48,9 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
 
 
 Place = tuple[Any, str]
-"""(the parent's place, the step from there); the root is (None, ""). Text is made only for the place that is asked about."""
+"""(the parent's place, the step from there); the root is (None, ""). Text is made only for the place that is asked
+about.
+"""
 
 
 def path_of(place: Place) -> str:
@@ -62,7 +65,9 @@ def path_of(place: Place) -> str:
 
 
 def walk(root: Any) -> Iterator[tuple[Place, Any]]:
-    """(place, object) of `root` and everything reachable through containers and attributes, each object once, breadth first."""
+    """(place, object) of `root` and everything reachable through containers and attributes, each object once, breadth
+    first.
+    """
     seen = {id(root)}
     queue: deque[tuple[Place, Any]] = deque([((None, ""), root)])
     while queue:
@@ -103,7 +108,9 @@ def pickling_error(obj: Any) -> Exception | None:
 
 
 def find_culprit(root: Any) -> tuple[str, Any, Exception] | None:
-    """(path, object, error) of the deepest place that cannot be pickled, or None where every part can. Slow; for messages."""
+    """(path, object, error) of the deepest place that cannot be pickled, or None where every part can. Slow; for
+    messages.
+    """
     error = pickling_error(root)
     if error is None:
         return None

@@ -1,9 +1,10 @@
 """What pickle would make of an object that is no plain container: a reference to a global, or a call with its parts.
 
 Guarantees:
-- `expand` asks the very method that pickle asks, so that its answer is pickle's; whoever uses it may ask again and compare.
-- Only objects are asked whose method is known to have no effects (`_is_plain`): those of object itself, of the interpreter's,
-  NumPy's and torch's value types, and of enumerations. Everything else raises NotPlainError.
+- `expand` asks the very method that pickle asks, so that its answer is pickle's; whoever uses it may ask again and
+  compare.
+- Only objects are asked whose method is known to have no effects (`_is_plain`): those of object itself, of the
+  interpreter's, NumPy's and torch's value types, and of enumerations. Everything else raises NotPlainError.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ _VALUE_KINDS = frozenset(
         types.SimpleNamespace,
     )
 )
-_DEFAULTS: dict[str, tuple[Any, ...]] = {name: (getattr(object, name, None),) for name in ("__reduce_ex__", "__reduce__", "__getstate__")}
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    name: (getattr(object, name, None),) for name in ("__reduce_ex__", "__reduce__", "__getstate__")
+}
 if "__getstate__" in vars(torch.nn.Module):
     # A copy of its `__dict__`.
     _DEFAULTS["__getstate__"] += (torch.nn.Module.__getstate__,)
@@ -71,7 +74,9 @@ class NotPlainError(Exception):
 
 
 class Form(NamedTuple):
-    """How the parts of an object follow each other: what is called, then the state, the items, the keys and the values."""
+    """How the parts of an object follow each other: what is called, then the state, the items, the keys and the
+    values.
+    """
 
     is_new: bool
     """The class and the arguments of its `__new__`, one by one; otherwise a callable and the tuple of its arguments."""
@@ -88,7 +93,9 @@ def is_global(obj: Any) -> bool:
 
 
 def global_opcode(obj: Any) -> bytes:
-    """GLOBAL with the names pickle gives `obj`, without the memo opcode behind it. Raises NotPlainError for what has none."""
+    """GLOBAL with the names pickle gives `obj`, without the memo opcode behind it. Raises NotPlainError for what has
+    none.
+    """
     try:
         raw = pickle.dumps(obj, protocol=2)
     except Exception as error:
@@ -186,11 +193,15 @@ def _is_plain(kind: type) -> bool:
         return False
     if issubclass(kind, enum.Enum):
         return getattr(kind.__reduce_ex__, "__module__", "") == "enum"
-    if any(getattr(kind, name, None) not in defaults for name, defaults in _DEFAULTS.items()) or hasattr(kind, "__getnewargs_ex__"):
+    if any(getattr(kind, name, None) not in defaults for name, defaults in _DEFAULTS.items()) or hasattr(
+        kind, "__getnewargs_ex__"
+    ):
         return False
     if type(kind.__getattribute__) is not types.WrapperDescriptorType:
         return False
-    if (issubclass(kind, dict) and kind.items is not dict.items) or (issubclass(kind, list) and kind.__iter__ is not list.__iter__):
+    if (issubclass(kind, dict) and kind.items is not dict.items) or (
+        issubclass(kind, list) and kind.__iter__ is not list.__iter__
+    ):
         return False
     arguments = getattr(kind, "__getnewargs__", None)
     return arguments is None or arguments in _NEW_ARGUMENTS or (issubclass(kind, tuple) and hasattr(kind, "_fields"))

@@ -23,17 +23,23 @@ PlannerName = Literal["fast", "torch", "safetensors", "opaque"]
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """Every byte of a file that is not payload, and where the payloads go. Data only: keeps no tensor alive, never changes."""
+    """Every byte of a file that is not payload, and where the payloads go. Data only: keeps no tensor alive, never
+    changes.
+    """
 
     file_bytes: int
     literals: tuple[tuple[int, bytes], ...]
-    """(file offset, bytes), ascending; with the payloads they tile the file. What depends on payload CRCs is zero until sealed."""
+    """(file offset, bytes), ascending; with the payloads they tile the file. What depends on payload CRCs is zero until
+    sealed.
+    """
     payload_offsets: Sequence[int]
     payload_nbytes: Sequence[int]
     """Ascending, none empty, none overlapping."""
     format: FileFormat
     planner: PlannerName
-    """"fast": torch's own bytes, whose scalars can be patched for a later state; "torch": torch is asked for each state."""
+    """"fast": torch's own bytes, whose scalars can be patched for a later state; "torch": torch is asked for each
+    state.
+    """
     plan_hash: str
     """Equal for files with the same format and the same payload extents."""
     seal_map: SealMap | None = field(repr=False, default=None)
@@ -54,7 +60,9 @@ class Source:
 
 @dataclass(slots=True)
 class Sources:
-    """One source per payload, in file order, as parallel lists (a loop over 10,000 small objects costs more than the copies)."""
+    """One source per payload, in file order, as parallel lists (a loop over 10,000 small objects costs more than the
+    copies).
+    """
 
     storage: list[torch.UntypedStorage]
     offset_bytes: list[int]
@@ -64,7 +72,9 @@ class Sources:
     devices: frozenset[torch.device] | None = None
     """At least those of the storages; None where the planner has not looked."""
     addresses: list[int] = field(default_factory=list)
-    """Where the bytes of each storage lay while it was planned, at full length; empty where the planner has not looked."""
+    """Where the bytes of each storage lay while it was planned, at full length; empty where the planner has not
+    looked.
+    """
 
     def identities(self) -> list[int]:
         return self.ids or [storage._cdata for storage in self.storage]
@@ -118,7 +128,8 @@ def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:
 
 
 def _version_or_none(tensor: torch.Tensor) -> int | None:
-    # `is_inference` is no question to ask: a module that was converted since says no, and an uninitialised tensor refuses to answer.
+    # `is_inference` is no question to ask: a module that was converted since says no, and an uninitialised tensor
+    # refuses to answer.
     try:
         return tensor._version
     except RuntimeError:

@@ -51,13 +51,15 @@ class Planner:
         self._tells_of_refused = tells_of_refused
         self._told_of: set[str] = set()
         self._loose: dict[str, bool] = {}
-        """Files whose states hold so many more small objects than tensors that torch writes them faster than they are compared."""
+        """Files whose states hold so many more small objects than tensors that torch writes them faster than they are
+        compared.
+        """
 
     def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
         """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
 
-        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be saved, and
-        TransactionStateError while the caller captures a graph.
+        Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be
+        saved, and TransactionStateError while the caller captures a graph.
         """
         _refuse_contexts()
         if (format or self._format) == "safetensors":
@@ -155,7 +157,9 @@ def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
     for storage in storages:
         if not is_copyable(storage.device) or storage.data_ptr() == 0:
             path = storage_path(obj, storage)
-            raise UnsupportedStateError(f"state{path} has no readable data (device {storage.device}); nothing was written")
+            raise UnsupportedStateError(
+                f"state{path} has no readable data (device {storage.device}); nothing was written"
+            )
 
 
 def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
@@ -182,12 +186,16 @@ def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
         return UnsupportedStateError(f"state cannot be saved: {cause}; nothing was written")
     path, item, reason = culprit
     kind = type(item).__name__
-    return UnsupportedStateError(f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written")
+    return UnsupportedStateError(
+        f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
+    )
 
 
 def _refuse_contexts() -> None:
     """Refuse torch's own switches that would make a file without its data or its checksums."""
     if not torch.serialization.get_crc32_options():
-        raise ConfigError("torch.utils.serialization.config.save.compute_crc32=False: a checkpoint has checksums; save with it True")
+        raise ConfigError(
+            "torch.utils.serialization.config.save.compute_crc32=False: a checkpoint has checksums; save with it True"
+        )
     if getattr(torch.serialization._serialization_tls, "skip_data", False):
         raise ConfigError("torch.serialization.skip_data writes files without the tensors' data: save outside of it")

@@ -1,7 +1,8 @@
 """The safetensors layout: a JSON header, then the tensors back to back, as `safetensors.torch.save` writes them.
 
-The format knows neither sharing nor strides: tensors that share a storage are written once each, and a tensor that is not contiguous is
-copied (on its device) when it is planned. The order of dtypes and their names are asked from the safetensors library itself.
+The format knows neither sharing nor strides: tensors that share a storage are written once each, and a tensor that is
+not contiguous is copied (on its device) when it is planned. The order of dtypes and their names are asked from the
+safetensors library itself.
 """
 
 from __future__ import annotations
@@ -32,18 +33,26 @@ class SafetensorsPlan:
         self.metadata = metadata
         self.columns = live.columns
         formats = dict(_formats(frozenset(live.dtypes)))
-        self.order = sorted(range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode()))
+        self.order = sorted(
+            range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode())
+        )
         sizes = [num_elements(size) * dtype.itemsize for size, dtype in zip(live.sizes, live.dtypes, strict=True)]
         nbytes = [sizes[index] for index in self.order]
         ends = list(accumulate(nbytes))
-        entries = [] if metadata is None else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
+        entries = (
+            []
+            if metadata is None
+            else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
+        )
         for index, end, size in zip(self.order, ends, nbytes, strict=True):
             _, dtype_name, factor = formats[live.dtypes[index]]
             entries.append(_entry(names[index], dtype_name, _stored_shape(live.sizes[index], factor), end - size, end))
         text = ("{" + ",".join(entries) + "}").encode()
         text += b" " * (-len(text) % 8)
         if len(text) > _MAX_HEADER_BYTES:
-            raise UnsupportedStateError(f"the safetensors header would have {len(text)} bytes; the format allows {_MAX_HEADER_BYTES}")
+            raise UnsupportedStateError(
+                f"the safetensors header would have {len(text)} bytes; the format allows {_MAX_HEADER_BYTES}"
+            )
         header = len(text).to_bytes(8, "little") + text
         self.filled = [index for index, size in zip(self.order, nbytes, strict=True) if size]
         self.nbytes = [size for size in nbytes if size]
@@ -59,7 +68,9 @@ class SafetensorsPlan:
             plan_hash=hash_layout("safetensors", file_bytes, offsets, self.nbytes),
         )
 
-    def planned(self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool) -> PlannedState:
+    def planned(
+        self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
+    ) -> PlannedState:
         """Attach live storages; copies what is not contiguous, after `versions` were read."""
         sources = Sources([], [], self.nbytes)
         for index in self.filled:
@@ -82,7 +93,8 @@ class SafetensorsPlan:
 
 
 def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[SafetensorsPlan, PlannedState]:
-    """Plan a flat dict of str -> dense tensor, reusing `previous` where it fits. Raises UnsupportedStateError with the key path.
+    """Plan a flat dict of str -> dense tensor, reusing `previous` where it fits. Raises UnsupportedStateError with the
+    key path.
 
     "__metadata__" may hold a dict of str -> str, as in the file's header.
     """
@@ -96,7 +108,11 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
         live = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
     if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
-    if previous is not None and (previous.names, previous.columns, previous.metadata) == (names, live.columns, metadata):
+    if previous is not None and (previous.names, previous.columns, previous.metadata) == (
+        names,
+        live.columns,
+        metadata,
+    ):
         return previous, previous.planned(tensors, versions, live, cached=True)
     for name, dtype in zip(names, live.dtypes, strict=True):
         _format_of(name, dtype)
@@ -110,18 +126,26 @@ def _metadata(obj: Any) -> tuple[dict[str, str] | None, Any]:
         return None, obj
     found = obj["__metadata__"]
     if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise UnsupportedStateError("state['__metadata__']: safetensors takes a dict of str to str here; nothing was written")
+        raise UnsupportedStateError(
+            "state['__metadata__']: safetensors takes a dict of str to str here; nothing was written"
+        )
     return dict(found), {key: value for key, value in obj.items() if key != "__metadata__"}
 
 
 def _flat(obj: Any) -> tuple[list[str], list[torch.Tensor]]:
     if not isinstance(obj, dict):
-        raise UnsupportedStateError(f"safetensors takes a dict of tensors, not a {type(obj).__name__}; nothing was written")
+        raise UnsupportedStateError(
+            f"safetensors takes a dict of tensors, not a {type(obj).__name__}; nothing was written"
+        )
     for key, value in obj.items():
         if not isinstance(key, str):
-            raise UnsupportedStateError(f"state[{key!r}]: safetensors takes str keys, not {type(key).__name__}; nothing was written")
+            raise UnsupportedStateError(
+                f"state[{key!r}]: safetensors takes str keys, not {type(key).__name__}; nothing was written"
+            )
         if type(value) not in TENSOR_TYPES:
-            raise UnsupportedStateError(f"state[{key!r}]: safetensors takes tensors, not {type(value).__name__}; nothing was written")
+            raise UnsupportedStateError(
+                f"state[{key!r}]: safetensors takes tensors, not {type(value).__name__}; nothing was written"
+            )
     return list(obj), list(obj.values())
 
 
@@ -131,7 +155,9 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
         resolved = tensor.detach().resolve_conj().resolve_neg()
         look_at([resolved])
     except (NotPlainError, RuntimeError, NotImplementedError) as error:
-        message = f"state[{name!r}]: safetensors takes dense tensors whose bytes can be copied ({error}); nothing was written"
+        message = (
+            f"state[{name!r}]: safetensors takes dense tensors whose bytes can be copied ({error}); nothing was written"
+        )
         raise UnsupportedStateError(message) from error
     return resolved
 
@@ -140,7 +166,9 @@ def _library() -> Any:
     try:
         import safetensors.torch as library
     except ModuleNotFoundError as error:
-        raise ConfigError('format="safetensors" needs the safetensors package: install async-ckpt[safetensors]') from error
+        raise ConfigError(
+            'format="safetensors" needs the safetensors package: install async-ckpt[safetensors]'
+        ) from error
     return library
 
 
@@ -148,9 +176,14 @@ def _library() -> Any:
 def _formats(dtypes: frozenset[torch.dtype]) -> tuple[tuple[torch.dtype, tuple[int, str, int]], ...]:
     """Per dtype: rank in the file, name in the header, and how many elements the header counts per torch element."""
     listed = sorted(dtypes, key=str)
-    raw = _library().save({str(number): torch.empty((0, 3), dtype=dtype, device="cpu") for number, dtype in enumerate(listed)})
+    raw = _library().save(
+        {str(number): torch.empty((0, 3), dtype=dtype, device="cpu") for number, dtype in enumerate(listed)}
+    )
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return tuple((listed[int(key)], (rank, entry["dtype"], entry["shape"][1] // 3)) for rank, (key, entry) in enumerate(header.items()))
+    return tuple(
+        (listed[int(key)], (rank, entry["dtype"], entry["shape"][1] // 3))
+        for rank, (key, entry) in enumerate(header.items())
+    )
 
 
 def _format_of(name: str, dtype: torch.dtype) -> None:

@@ -1,8 +1,10 @@
-"""Where each scalar of a state stands in the pickle that torch has written of it, so that a later one can be put in its place.
+"""Where each scalar of a state stands in the pickle that torch has written of it, so that a later one can be put in its
+place.
 
-The pickle is read once, by the one reader, and gone through beside the state's flat list: a container's or an object's parts follow each
-other in both in the same order. What pickle writes of an int, a float, a boolean or None depends on nothing around it, nor does what it
-writes of a list of these: both come from `pickle` itself. So nothing here knows how a pickle is encoded.
+The pickle is read once, by the one reader, and gone through beside the state's flat list: a container's or an object's
+parts follow each other in both in the same order. What pickle writes of an int, a float, a boolean or None depends on
+nothing around it, nor does what it writes of a list of these: both come from `pickle` itself. So nothing here knows how
+a pickle is encoded.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def _children(item: Opened, node: Any) -> list[Any]:
     if item.kind is torch.Size:
         (node,) = node.args
     if item.kind in (dict, OrderedDict):
-        children = _checked(type(node) is item.kind and len(node) == item.count, [*map(key_value, node), *node.values()])
+        children = _checked(
+            type(node) is item.kind and len(node) == item.count, [*map(key_value, node), *node.values()]
+        )
         return [*children, vars(node)["state"]] if item.attributes >= 0 else children
     return _checked(type(node) is (list if item.kind is list else tuple) and len(node) == item.count, list(node))
 

@@ -1,9 +1,9 @@
 """The shape of a plain state, as data: flat lists that a later state can be compared with at C speed.
 
-A state is flattened breadth first: position 0 is the root, every container adds its children behind those before it (a dict its keys,
-then its values; an OrderedDict also its instance `__dict__`; any other object the parts that pickle would take it to). A container met
-again adds nothing. Pickle remembers objects by identity, so besides types, lengths and strings the pattern of which positions hold the
-same object belongs to the structure.
+A state is flattened breadth first: position 0 is the root, every container adds its children behind those before it (a
+dict its keys, then its values; an OrderedDict also its instance `__dict__`; any other object the parts that pickle
+would take it to). A container met again adds nothing. Pickle remembers objects by identity, so besides types, lengths
+and strings the pattern of which positions hold the same object belongs to the structure.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _SCALAR_TYPES = frozenset((*_EXACT_TYPES, float))
 _ALL_TYPES = frozenset((*CONTAINER_TYPES, *TENSOR_TYPES, *_EXACT_TYPES, float, str))
 
 MIN_RUN = 16
-"""From so many items on, a list or tuple of nothing but scalars is a leaf: its length may change, as a loss history's does."""
+"""From so many items on, a list or tuple of nothing but scalars is a leaf: its length may change, as a loss history's
+does.
+"""
 
 SINGLE_CHARACTER_KEYS = tuple(str(number) for number in range(10))
 """Storage keys that the interpreter shares with equal strings of the user; longer ones are always fresh objects."""
@@ -85,7 +87,9 @@ class SharingPattern:
         self._ids = ids
 
     def matches(self, ids: Sequence[int]) -> bool:
-        """True where `ids` fall into the same groups: every repeat equals its first, and no two groups have become one."""
+        """True where `ids` fall into the same groups: every repeat equals its first, and no two groups have
+        become one.
+        """
         if ids == self._ids:
             return True
         matches = self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == self.num_distinct
@@ -95,7 +99,9 @@ class SharingPattern:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A container whose children are in the flat list: `count` items from `first`, then `attributes` (OrderedDict's dict) or -1."""
+    """A container whose children are in the flat list: `count` items from `first`, then `attributes` (OrderedDict's
+    dict) or -1.
+    """
 
     position: int
     kind: type
@@ -107,7 +113,9 @@ class Opened:
 
 
 class Structure:
-    """What must be the same for a plan to be reused. Holds strings, numbers, classes and functions of the user, never tensors."""
+    """What must be the same for a plan to be reused. Holds strings, numbers, classes and functions of the user, never
+    tensors.
+    """
 
     def __init__(self, root: Any) -> None:
         flat = _Flat(root)
@@ -161,7 +169,9 @@ class Structure:
         self._globals = self._pick_globals(leaves)
         self._constants: tuple[str, ...] = ()
         self._sharing = SharingPattern(())
-        self._walk_plan = [(item.position, item.kind, item.count, item.attributes >= 0, item.form) for item in flat.opened]
+        self._walk_plan = [
+            (item.position, item.kind, item.count, item.attributes >= 0, item.form) for item in flat.opened
+        ]
         if sum(map(len, self._pick_blobs(leaves))) > MAX_BLOB_BYTES:
             raise NotPlainError("holds large bytes objects")
         if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):
@@ -190,7 +200,9 @@ class Structure:
     @property
     def _attribute_dicts(self) -> frozenset[int]:
         """Positions of the `__dict__` of objects."""
-        return frozenset(item.first + item.form.num_called for item in self.opened if item.form is not None and item.form.has_state)
+        return frozenset(
+            item.first + item.form.num_called for item in self.opened if item.form is not None and item.form.has_state
+        )
 
     def _name_parts(self, item: Opened, form: Form, paths: list[str], leaves: list[Any]) -> None:
         prefix = paths[item.position]
@@ -261,11 +273,15 @@ class Structure:
             return None
         if not self._sharing.matches(self._remembered_ids(leaves)):
             return None
-        return leaves if self._same_globals(leaves) and all(len(blob) > 1 for blob in self._pick_blobs(leaves)) else None
+        return (
+            leaves if self._same_globals(leaves) and all(len(blob) > 1 for blob in self._pick_blobs(leaves)) else None
+        )
 
     def _same_globals(self, leaves: list[Any]) -> bool:
         found, opcodes = self._pick_globals(leaves), self.global_opcodes
-        return all(map(operator.is_, found, self._globals)) and all(is_still_global(obj, opcodes[id(obj)]) for obj in found)
+        return all(map(operator.is_, found, self._globals)) and all(
+            is_still_global(obj, opcodes[id(obj)]) for obj in found
+        )
 
 
 class _Flat:

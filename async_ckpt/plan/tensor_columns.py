@@ -63,7 +63,9 @@ class LiveTensors(LiveStorages):
 
 
 def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
-    """Read the facts of `tensors`, which are torch.Tensor or Parameter exactly. Raises NotPlainError for what is not plain and dense."""
+    """Read the facts of `tensors`, which are torch.Tensor or Parameter exactly. Raises NotPlainError for what is not
+    plain and dense.
+    """
     tensor = torch.Tensor
     try:
         # A default device installs a function mode, which would turn each of these calls into Python.
@@ -106,12 +108,14 @@ class TensorFacts:
     def storages_if_same(self, tensors: Sequence[torch.Tensor]) -> LiveStorages | None:
         """The storages of `tensors` if they have these facts, else None. About 0.5 us per tensor.
 
-        torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes a dense one's place.
+        torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes
+        a dense one's place.
         """
         tensor, (sizes, strides, offsets, dtypes, devices, requires_grad) = torch.Tensor, self._columns
         try:
             with torch._C.DisableTorchFunction():
-                # One by one where the facts are objects: thousands of new ones at once would wake the garbage collector.
+                # One by one where the facts are objects: thousands of new ones at once would wake the garbage
+                # collector.
                 same = (
                     all(map(eq, map(tensor.size, tensors), sizes))
                     and all(map(eq, map(tensor.stride, tensors), strides))
@@ -153,7 +157,9 @@ class StoragePattern:
         return list(map(torch.UntypedStorage.nbytes, self._pick_distinct(storages)))
 
     def _readable(self, live: LiveStorages) -> bool:
-        """False where a non-empty storage has no address or two have the same one (torch then compares dtypes across them)."""
+        """False where a non-empty storage has no address or two have the same one (torch then compares dtypes across
+        them).
+        """
         try:
             live.addresses = list(map(torch.UntypedStorage.data_ptr, self._pick_distinct(live.storages)))
         except RuntimeError:
@@ -168,4 +174,8 @@ class StoragePattern:
 
     def matches(self, live: LiveStorages) -> bool:
         """True where a plan made for this pattern holds for `live`."""
-        return self.sharing.matches(live.storage_ids) and self._measure(live.storages) == self.nbytes and self._readable(live)
+        return (
+            self.sharing.matches(live.storage_ids)
+            and self._measure(live.storages) == self.nbytes
+            and self._readable(live)
+        )

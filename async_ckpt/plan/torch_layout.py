@@ -1,7 +1,8 @@
-"""The pickle by torch itself: `torch.save` runs until it has pickled the object, and what it was given tells which storage has which key.
+"""The pickle by torch itself: `torch.save` runs until it has pickled the object, and what it was given tells which
+storage has which key.
 
-Right for every object by construction, at the price of torch's own pickling (about 40 us per tensor). No payload byte is read, no device
-is synchronised, and location tags are those of the original devices.
+Right for every object by construction, at the price of torch's own pickling (about 40 us per tensor). No payload byte
+is read, no device is synchronised, and location tags are those of the original devices.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Recorded:
 
 
 class RecordingError(Exception):
-    """torch.save refused; `__cause__` says why. `suspects`: the storage it refused and the tensor met last, if it was a storage."""
+    """torch.save refused; `__cause__` says why. `suspects`: the storage it refused and the tensor met last, if it was a
+    storage.
+    """
 
     def __init__(self, suspects: list[Any]) -> None:
         super().__init__("torch.save refused the object")
@@ -147,7 +150,8 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
 
 @lru_cache(maxsize=64)
 def name_hash(num_storages: int) -> bytes:
-    """The 20 digits with which torch starts the serialization id of a file with so many storages: a hash of the record names.
+    """The 20 digits with which torch starts the serialization id of a file with so many storages: a hash of the record
+    names.
 
     The hash is the C++ library's own, so torch has to be asked; about 1 us per storage, once per count and process.
     """

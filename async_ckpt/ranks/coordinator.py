@@ -18,7 +18,9 @@ from ..storage.filesystem import FileSystem
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes: the directory `tag` below `root`, an absolute path. Integrations add what they know of it."""
+    """Where a checkpoint goes: the directory `tag` below `root`, an absolute path. Integrations add what they know of
+    it.
+    """
 
     root: str
     tag: str
@@ -59,7 +61,9 @@ class Coordinator(Protocol):
     def begin(self, destination: Destination, overwrite: str) -> OpenTag:
         """Open a checkpoint there. Training thread; must not wait for other ranks."""
 
-    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(
+        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         """Make the checkpoint durable and visible once every rank's part is durable. Worker thread; blocks.
 
         Raises:
@@ -102,7 +106,9 @@ class LocalCoordinator:
         location.set_result(staging.path)
         return OpenTag(destination, overwrite, location, staging)
 
-    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(
+        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         assert opened.staging is not None
         transaction.publish(self._fs, opened.staging, files, metadata, created_unix_ns)
 

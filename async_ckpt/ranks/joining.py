@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from concurrent.futures import Future
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, report
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from . import protocol as rank_protocol
@@ -64,7 +65,9 @@ class Joining:
         opened.attempt.add_done_callback(joined)
 
     def _join_after(self, earlier: Future[int] | None, opened: RankTag) -> Future[int]:
-        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts is its."""
+        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts
+        is its.
+        """
         self._joins = {tag: join for tag, join in self._joins.items() if not join.done()}
         if earlier is None or earlier.done():
             return self._talk.submit(self._join(opened))
@@ -109,3 +112,15 @@ class Joining:
         error = attempt.exception()
         if error is not None:
             opened.location.set_exception(self._talk.translated(opened, error, reported=False))
+
+
+def chain(source: Future[None], target: Future[None]) -> None:
+    """`target` ends when `source` has ended; a failure of that is reported."""
+
+    def done(ended: Future[None]) -> None:
+        target.set_result(None)
+        error = ended.exception()
+        if error is not None:
+            report(logging.WARNING, "a staging directory could not be removed: %s", error)
+
+    source.add_done_callback(done)

@@ -1,12 +1,14 @@
 """Which checkpoint to resume from, when each node has a root of its own: the newest one that every node has, whole.
 
-Keys, below the run's prefix; n counts the questions: "latest/n/tags/g": what node g has; "latest/n/say/k": rank 0's k-th word, a tag to
-check or the answer; "latest/n/said/k/g": what node g has found; "latest/n/seen": how many ranks know the answer.
+Keys, below the run's prefix; n counts the questions: "latest/n/tags/g": what node g has; "latest/n/say/k": rank 0's
+k-th word, a tag to check or the answer; "latest/n/said/k/g": what node g has found; "latest/n/seen": how many ranks
+know the answer.
 
 Guarantees:
 - All ranks get the same answer, or all raise. A node's leader reads and checks; the other ranks only wait.
 - Two nodes' directories are one checkpoint only if they were committed together (same tag, same time of commit).
-- Constant number of requests per rank and candidate; rank 0 has one more per node. Every wait is bounded by `timeout_s`.
+- Constant number of requests per rank and candidate; rank 0 has one more per node. Every wait is bounded by
+  `timeout_s`.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ class LatestOnAll:
         return self._lead(verify) if self._info.rank == 0 else self._follow(verify)
 
     def _list(self) -> list[tuple[str, int]]:
-        return [(entry.tag, entry.manifest.created_unix_ns) for entry in self._catalog.entries() if entry.manifest is not None]
+        return [
+            (entry.tag, entry.manifest.created_unix_ns)
+            for entry in self._catalog.entries()
+            if entry.manifest is not None
+        ]
 
     def _check(self, tag: str, verify: str) -> str:
         try:
@@ -55,7 +61,10 @@ class LatestOnAll:
 
     def _lead(self, verify: str) -> str | None:
         try:
-            found = [{(tag, created) for tag, created in self._hear(f"tags/{node}", node)} for node in range(self._info.num_nodes)]
+            found = [
+                {(tag, created) for tag, created in self._hear(f"tags/{node}", node)}
+                for node in range(self._info.num_nodes)
+            ]
             for tag, _ in sorted(set.intersection(*found), key=lambda pair: (pair[1], pair[0]), reverse=True):
                 self._say({"check": tag})
                 self._put(f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, tag, verify)))
@@ -74,7 +83,9 @@ class LatestOnAll:
             if "check" not in said:
                 break
             if self._info.leads:
-                self._put(f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, said["check"], verify)))
+                self._put(
+                    f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, said["check"], verify))
+                )
         self._ask(_one(Add(f"{self._prefix}/seen")))
         if "error" in said:
             raise RankFailedError(said["error"], rank=said["rank"], step="latest_on_all")
@@ -109,7 +120,9 @@ class LatestOnAll:
     def _hear(self, key: str, node: int) -> Any:
         said = self._await(key, node, self._info.timeout_s)
         if "error" in said:
-            raise RankFailedError(f"node {node} could not read its checkpoints: {said['error']}", rank=None, step="latest_on_all")
+            raise RankFailedError(
+                f"node {node} could not read its checkpoints: {said['error']}", rank=None, step="latest_on_all"
+            )
         return said["found"]
 
     def _put(self, key: str, word: Any) -> None:
@@ -118,7 +131,9 @@ class LatestOnAll:
     def _await(self, key: str, node: int, timeout_s: float) -> Any:
         raw = self._ask(_one(Await(f"{self._prefix}/{key}", timeout_s)))
         if raw is None:
-            message = f"node {node} has not answered within {timeout_s:g} s; every rank must ask for the newest checkpoint"
+            message = (
+                f"node {node} has not answered within {timeout_s:g} s; every rank must ask for the newest checkpoint"
+            )
             raise RankFailedError(message, rank=0 if node == 0 else None, step="latest_on_all")
         return json.loads(raw)
 

@@ -84,7 +84,8 @@ class MirrorAgreement:
                     missing.append(rank)
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise RankFailedError(
-                f"rank(s) {named} have not mirrored their files within {self._info.timeout_s:g} s; the manifest is not put. "
+                f"rank(s) {named} have not mirrored their files within {self._info.timeout_s:g} s; the manifest "
+                "is not put. "
                 "The checkpoint is whole on disk",
                 rank=missing[0] if missing else None,
                 step="mirror",
@@ -94,7 +95,8 @@ class MirrorAgreement:
         result = yield Await(f"{key}/result", self._info.timeout_s, known)
         if result is None:
             raise RankFailedError(
-                f"rank {self._info.group[0]} has not put the manifest within {self._info.timeout_s:g} s; the checkpoint is whole on disk",
+                f"rank {self._info.group[0]} has not put the manifest within {self._info.timeout_s:g} s; the "
+                "checkpoint is whole on disk",
                 rank=self._info.group[0],
                 step="mirror",
             )

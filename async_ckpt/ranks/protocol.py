@@ -1,23 +1,29 @@
 """How the ranks of a job agree on one checkpoint: the protocol alone, without store, disk, clock or thread.
 
-Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, `Await`, ...) and is sent their answers, so that
-the same code runs over a `torch.distributed` store (`store_link`) and in a simulation of 16,384 ranks.
+Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, `Await`, ...) and is sent their answers,
+so that the same code runs over a `torch.distributed` store (`store_link`) and in a simulation of 16,384 ranks.
 
 Keys, all below the run's prefix; n is the attempt, counted by rank 0, never used twice:
 
 - "seq", "head": how many attempts were begun; the newest one that may be read.
-- "n/open": rank 0's announcement: tag, staging name, world size, or why it could not begin. "n/open/g": node g's staging name.
-- "n/part/r": rank r's part is durable, and its digest. "n/count": how many parts. "n/gate": wakes rank 0: all are there, or one failed.
-- "n/decision": claimed once, by rank 0 ("publish") or by the first rank that gives up. Nothing is renamed without that claim.
-- "n/result": what became of it. "n/done", "n/done/g": nodes that have renamed. "n/seen": how many other ranks have read the result.
+- "n/open": rank 0's announcement: tag, staging name, world size, or why it could not begin. "n/open/g": node g's
+  staging name.
+- "n/part/r": rank r's part is durable, and its digest. "n/count": how many parts. "n/gate": wakes rank 0: all are
+  there, or one failed.
+- "n/decision": claimed once, by rank 0 ("publish") or by the first rank that gives up. Nothing is renamed without that
+  claim.
+- "n/result": what became of it. "n/done", "n/done/g": nodes that have renamed. "n/seen": how many other ranks have read
+  the result.
 - "note/r": what rank r waits for, where that takes long.
 
 Guarantees:
-- Whoever loses the claim of "n/decision" obeys the winner: no rank reports a failure of a checkpoint that is then published.
-- Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts), plus the polls of its waits.
+- Whoever loses the claim of "n/decision" obeys the winner: no rank reports a failure of a checkpoint that is then
+  published.
+- Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts), plus the polls of
+  its waits.
 - Every wait is bounded by `timeout_s`, whose end names the ranks that were not heard of.
-- Rank 0 drops an attempt's keys when all ranks have seen its result, or `timeout_s` later; a rank that asks after that is told that
-  the outcome is unknown.
+- Rank 0 drops an attempt's keys when all ranks have seen its result, or `timeout_s` later; a rank that asks after that
+  is told that the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -89,7 +95,10 @@ def report(info: RankInfo, attempt: int, digest: str) -> Step:
     """
     if (yield Get(f"{attempt}/open")) is None:
         raise AttemptFailed(
-            attempt, CommitOutcome(False, info.rank, f"it came later than {info.timeout_s:g} s: the others have given up", info.rank)
+            attempt,
+            CommitOutcome(
+                False, info.rank, f"it came later than {info.timeout_s:g} s: the others have given up", info.rank
+            ),
         )
     yield Put(f"{attempt}/part/{info.rank}", digest)
     if (yield Add(f"{attempt}/count")) == info.world_size:
@@ -111,7 +120,9 @@ def fail(info: RankInfo, attempt: int, cause: str, *, blamed: int | None = None)
 
 
 def _time_out(info: RankInfo, attempt: int) -> Step:
-    """Give up waiting. Only the rank that wins the claim looks for the missing ones: all of them looking would cost N * N requests."""
+    """Give up waiting. Only the rank that wins the claim looks for the missing ones: all of them looking would cost N *
+    N requests.
+    """
     mine = CommitOutcome(False, None, "timeout", info.rank).encode()
     held = yield Claim(f"{attempt}/decision", mine)
     if held != mine:
@@ -120,18 +131,28 @@ def _time_out(info: RankInfo, attempt: int) -> Step:
     if (yield Get(f"{attempt}/open")) is None:
         # This rank was away for so long that the attempt ended without it, and its keys were dropped.
         yield Drop(f"{attempt}/decision")
-        return CommitOutcome(False, info.rank, "it did not ask for the outcome before the others had forgotten it", info.rank, None)
+        return CommitOutcome(
+            False, info.rank, "it did not ask for the outcome before the others had forgotten it", info.rank, None
+        )
     missing = []
     for rank in range(info.world_size):
         if (yield Get(f"{attempt}/part/{rank}")) is None:
             missing.append(rank)
     if missing:
         note = yield Get(f"note/{missing[0]}")
-        more = f" (missing: {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''})" if len(missing) > 1 else ""
-        cause = f"it has not reported its part durable within {info.timeout_s:g} s{more}" + (f"; {note}" if note else "")
+        more = (
+            f" (missing: {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''})"
+            if len(missing) > 1
+            else ""
+        )
+        cause = f"it has not reported its part durable within {info.timeout_s:g} s{more}" + (
+            f"; {note}" if note else ""
+        )
         outcome = CommitOutcome(False, missing[0], cause, info.rank)
     else:
-        outcome = CommitOutcome(False, 0, f"all parts are durable, but it has not decided within {info.timeout_s:g} s", info.rank)
+        outcome = CommitOutcome(
+            False, 0, f"all parts are durable, but it has not decided within {info.timeout_s:g} s", info.rank
+        )
     yield Put(f"{attempt}/result", outcome.encode())
     yield Put(f"{attempt}/gate", "failed")
     return outcome
@@ -148,7 +169,9 @@ def gather(info: RankInfo, attempt: int) -> Step:
     """
     gate = yield Await(f"{attempt}/gate", info.timeout_s)
     if gate != "full":
-        outcome = (yield from _final_outcome(info, attempt)) if gate is not None else (yield from _time_out(info, attempt))
+        outcome = (
+            (yield from _final_outcome(info, attempt)) if gate is not None else (yield from _time_out(info, attempt))
+        )
         raise AttemptFailed(attempt, outcome)
     return (yield from parts(info, attempt))
 
@@ -201,7 +224,11 @@ def conclude_nodes(info: RankInfo, attempt: int) -> Step:
     outcome = CommitOutcome(True, None, "", info.rank, True)
     if bad:
         outcome = CommitOutcome(
-            False, None, f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})", info.rank, None
+            False,
+            None,
+            f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})",
+            info.rank,
+            None,
         )
     yield Put(f"{attempt}/result", outcome.encode())
     return outcome
@@ -234,7 +261,11 @@ def _final_outcome(info: RankInfo, attempt: int) -> Step:
     raw = yield Await(f"{attempt}/result", min(info.timeout_s, 10.0))
     if raw is None:
         raw = yield Get(f"{attempt}/decision")
-    return CommitOutcome.decode(raw) if raw is not None else CommitOutcome(False, None, "the attempt is over", info.rank, None)
+    return (
+        CommitOutcome.decode(raw)
+        if raw is not None
+        else CommitOutcome(False, None, "the attempt is over", info.rank, None)
+    )
 
 
 # Tidying up.
@@ -247,16 +278,24 @@ def settle(info: RankInfo, attempt: int) -> Step:
 
 
 def await_quit(info: RankInfo, attempt: int) -> Step:
-    """A leader, after a failure: wait until no other rank writes into a staging directory; False when some did not answer."""
+    """A leader, after a failure: wait until no other rank writes into a staging directory; False when some did not
+    answer.
+    """
     return (yield AwaitCount(f"{attempt}/seen", info.world_size - info.num_nodes, info.timeout_s))
 
 
 def retire(info: RankInfo, attempt: int, wait_s: float | None = None) -> Step:
-    """Rank 0: drop the attempt's keys once the others have seen the result, or after `wait_s` (by default `timeout_s`)."""
+    """Rank 0: drop the attempt's keys once the others have seen the result, or after `wait_s` (by default
+    `timeout_s`).
+    """
     all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s if wait_s is None else wait_s)
     names = ["open", "count", "gate", "decision", "result", "seen"]
     if info.num_nodes > 1:
-        names += ["done", "all_done", *(f"{kind}/{node}" for node in range(info.num_nodes) for kind in ("open", "done"))]
+        names += [
+            "done",
+            "all_done",
+            *(f"{kind}/{node}" for node in range(info.num_nodes) for kind in ("open", "done")),
+        ]
     leftover: Sequence[int] = (info.rank,) if all_seen else range(info.world_size)
     for name in (*names, *(f"part/{rank}" for rank in leftover)):
         yield Drop(f"{attempt}/{name}")

@@ -1,14 +1,16 @@
 """Many ranks, one checkpoint: every rank writes its own files, rank 0 renames, all ranks report the same outcome.
 
 Guarantees:
-- Shared root (the default): nothing is renamed before every rank's part is durable; then one rename makes all of it visible.
-- Node-local roots (`node=`): no node renames before every rank of every node is durable. Each node's lowest rank then renames its own
-  directory; a crash in that moment can leave the tag on some nodes only, so restart from `latest_on_all()`.
-  Where a rename failed, all ranks raise `CommitError` with `committed=None` that names the nodes.
-- A rank that raises, is killed, hangs, names another tag or runs out of disk fails the commit on every surviving rank within
-  `timeout_s` of its own part being durable, with `RankFailedError` (`rank`, cause); nothing is renamed, and the next checkpoint
-  works. Ranks that wait for each other in different tags fail both within seconds.
-- If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is unknown.
+- Shared root (the default): nothing is renamed before every rank's part is durable; then one rename makes all of it
+  visible.
+- Node-local roots (`node=`): no node renames before every rank of every node is durable. Each node's lowest rank then
+  renames its own directory; a crash in that moment can leave the tag on some nodes only, so restart from
+  `latest_on_all()`. Where a rename failed, all ranks raise `CommitError` with `committed=None` that names the nodes.
+- A rank that raises, is killed, hangs, names another tag or runs out of disk fails the commit on every surviving rank
+  within `timeout_s` of its own part being durable, with `RankFailedError` (`rank`, cause); nothing is renamed, and the
+  next checkpoint works. Ranks that wait for each other in different tags fail both within seconds.
+- If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is
+  unknown.
 - Nothing here runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
 """
 
@@ -30,7 +32,7 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import Destination, OpenTag
-from .joining import Joining
+from .joining import Joining, chain
 from .latest_on_all import LatestOnAll
 from .mirror_agreement import MirrorAgreement
 from .rank_env import default_run_id
@@ -47,13 +49,15 @@ _STALL_S = 60.0
 
 
 class RankCoordinator:
-    """Commits as one of `world_size` ranks that share a ``torch.distributed`` store. Give it to the engine as `coordinator`.
+    """Commits as one of `world_size` ranks that share a ``torch.distributed`` store. Give it to the engine as
+    `coordinator`.
 
     Args:
-        store: a TCPStore, FileStore, HashStore or PrefixStore on them, the same for all ranks. It is cloned where torch can do that.
+        store: a TCPStore, FileStore, HashStore or PrefixStore on them, the same for all ranks. It is cloned where torch
+            can do that.
         timeout_s: how far apart the ranks' `create` calls, and their parts becoming durable, may be.
-        run_id: a text that all ranks share and that is new in every run; needed where the store outlives a run (FileStore).
-            By default torchrun's run id and restart count.
+        run_id: a text that all ranks share and that is new in every run; needed where the store outlives a run
+            (FileStore). By default torchrun's run id and restart count.
         node: this node, where each node has a root of its own; None for one root on a file system that all ranks see.
         channel: keeps several engines over one store apart; by default made from the root's path.
         linger_s: how long `close` waits for the other ranks to read the last outcome.
@@ -77,7 +81,9 @@ class RankCoordinator:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in a job of {world_size} ranks")
         if node is not None and (rank not in node.ranks or not 0 <= node.number < node.num_nodes):
-            raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number} of {node.num_nodes}")
+            raise ConfigError(
+                f"rank {rank} is not among the ranks {node.ranks} of node {node.number} of {node.num_nodes}"
+            )
         if not 0 < timeout_s < float("inf"):
             raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         self.rank = rank
@@ -98,9 +104,11 @@ class RankCoordinator:
 
     @classmethod
     def from_env(cls, **options: Any) -> RankCoordinator:
-        """For a script under torchrun, or one that has called ``init_process_group``: rank, size and store come from there.
+        """For a script under torchrun, or one that has called ``init_process_group``: rank, size and store come from
+        there.
 
-        ``node_local=True`` means that each node has a root of its own. Other options as in the class. Blocks until the store answers.
+        ``node_local=True`` means that each node has a root of its own. Other options as in the class. Blocks until the
+        store answers.
         """
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
@@ -145,7 +153,9 @@ class RankCoordinator:
         self._joining.begin(opened)
         return opened
 
-    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(
+        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         assert isinstance(opened, RankTag)
         attempt = self._talk.learn(opened, opened.attempt)
         part = Manifest(opened.tag, created_unix_ns, tuple(files))
@@ -156,7 +166,9 @@ class RankCoordinator:
         elif self.leads:
             self._publish_own_node(opened, attempt, metadata)
         else:
-            opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True)
+            opened.outcome = self._talk.learn(
+                opened, self._talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True
+            )
             self._talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
@@ -166,12 +178,19 @@ class RankCoordinator:
             try:
                 attempt = self._talk.learn(opened, opened.attempt)
                 if opened.outcome is None:
-                    opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error))))
+                    opened.outcome = self._talk.learn(
+                        opened, self._talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error)))
+                    )
             except CommitError as failure:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
                 if not isinstance(cause, AttemptFailed):
-                    report(logging.WARNING, "the other ranks could not be told that %r was given up: %s", opened.tag, failure)
+                    report(
+                        logging.WARNING,
+                        "the other ranks could not be told that %r was given up: %s",
+                        opened.tag,
+                        failure,
+                    )
         else:
             self._joining.tell_once_joined(opened, error)
         self._leave(opened, attempt)
@@ -194,10 +213,11 @@ class RankCoordinator:
     # Resuming.
 
     def latest_on_all(self, verify: str = "full") -> str | None:
-        """The newest checkpoint that every node has and that verifies on every node; the same answer on all ranks. None: there is none.
+        """The newest checkpoint that every node has and that verifies on every node; the same answer on all ranks.
+        None: there is none.
 
-        All ranks call it, on a coordinator whose engine exists; each node's lowest rank reads, the others wait. Blocks for the reading
-        and for the slowest rank. It needs no process group. With one shared root, rank 0 alone reads.
+        All ranks call it, on a coordinator whose engine exists; each node's lowest rank reads, the others wait. Blocks
+        for the reading and for the slowest rank. It needs no process group. With one shared root, rank 0 alone reads.
 
         Raises:
             RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
@@ -212,7 +232,9 @@ class RankCoordinator:
 
     # Committing.
 
-    def _publish_as_first(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def _publish_as_first(
+        self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         info = self.info
         digests = self._talk.learn(opened, self._talk.submit(rank_protocol.gather(info, attempt)))
         assert opened.staging is not None
@@ -233,7 +255,9 @@ class RankCoordinator:
         info = self.info
         if info.num_nodes > 1:
             self._talk.submit(rank_protocol.renamed(info, attempt, error))
-            outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True)
+            outcome = self._talk.learn(
+                opened, self._talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True
+            )
             if not outcome.ok and not error:
                 opened.outcome = outcome
                 raise error_of(opened.destination, outcome)
@@ -242,11 +266,15 @@ class RankCoordinator:
             self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(info, attempt, outcome)))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
-            report(logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost)
+            report(
+                logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost
+            )
 
     def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info
-        decided = self._talk.learn(opened, self._talk.submit(rank_protocol.await_decision(info, attempt)), reported=True)
+        decided = self._talk.learn(
+            opened, self._talk.submit(rank_protocol.await_decision(info, attempt)), reported=True
+        )
         error = ""
         try:
             digests = self._talk.learn(opened, self._talk.submit(rank_protocol.parts(info, attempt)))
@@ -256,10 +284,14 @@ class RankCoordinator:
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
         self._talk.learn(opened, self._talk.submit(rank_protocol.renamed(info, attempt, error)), reported=True)
-        opened.outcome = self._talk.learn(opened, self._talk.submit(rank_protocol.await_result(info, attempt)), reported=True)
+        opened.outcome = self._talk.learn(
+            opened, self._talk.submit(rank_protocol.await_result(info, attempt)), reported=True
+        )
         self._talk.later(rank_protocol.settle(info, attempt))
 
-    def _rename(self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def _rename(
+        self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         assert opened.staging is not None
         marks = {}
         if self.info.num_nodes > 1:
@@ -286,7 +318,7 @@ class RankCoordinator:
         def others_quit(_: Future[Any]) -> None:
             # Also where the link was lost: an unremoved directory would hold its space until this process ends.
             assert self._cleaner is not None
-            _chain(self._cleaner.submit(remove), removed)
+            chain(self._cleaner.submit(remove), removed)
 
         self._talk.track(removed)
         self._talk.submit(rank_protocol.await_quit(self.info, attempt)).add_done_callback(others_quit)
@@ -308,13 +340,3 @@ class RankCoordinator:
     def _fs(self) -> FileSystem:
         assert self._filesystem is not None, "bind() comes first"
         return self._filesystem
-
-
-def _chain(source: Future[None], target: Future[None]) -> None:
-    def done(ended: Future[None]) -> None:
-        target.set_result(None)
-        error = ended.exception()
-        if error is not None:
-            report(logging.WARNING, "a staging directory could not be removed: %s", error)
-
-    source.add_done_callback(done)

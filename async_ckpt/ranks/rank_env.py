@@ -16,5 +16,7 @@ def default_run_id(store: Any) -> str:
     while hasattr(inner, "underlying_store"):
         inner = inner.underlying_store
     if type(inner).__name__ == "FileStore":
-        raise ConfigError("a FileStore keeps the keys of earlier runs: give run_id, the same on all ranks and new in every run")
+        raise ConfigError(
+            "a FileStore keeps the keys of earlier runs: give run_id, the same on all ranks and new in every run"
+        )
     return "run"

@@ -31,10 +31,14 @@ def merge_parts(fs: FileSystem, location: str, ranks: Sequence[int], digests: Se
         path = os.path.join(location, _part_name(rank))
         raw = fs.read_file(path, manifest.MAX_MANIFEST_BYTES)
         if _digest(raw) != digest:
-            raise CommitError(f"rank {rank}'s part in {path!r} is not what that rank has written", step="ranks", path=path)
+            raise CommitError(
+                f"rank {rank}'s part in {path!r} is not what that rank has written", step="ranks", path=path
+            )
         for entry in manifest.decode(raw, source=path).files:
             if entry.path in entries:
-                raise CommitError(f"ranks {entries[entry.path].rank} and {rank} both saved {entry.path!r}", step="ranks", path=path)
+                raise CommitError(
+                    f"ranks {entries[entry.path].rank} and {rank} both saved {entry.path!r}", step="ranks", path=path
+                )
             entries[entry.path] = entry
         fs.unlink(path)
     return list(entries.values())

@@ -1,4 +1,6 @@
-"""How a coordinator talks with the other ranks: steps on its link, their outcomes as errors, what goes on behind a commit."""
+"""How a coordinator talks with the other ranks: steps on its link, their outcomes as errors, what goes on behind a
+commit.
+"""
 
 from __future__ import annotations
 

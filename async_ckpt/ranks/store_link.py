@@ -3,10 +3,12 @@
 A second thread only watches the first, for a store that stops answering.
 
 Guarantees:
-- The training thread never talks to the store, and no request blocks on another rank: waits are polls of one key, so that
-  an unfinished wait holds neither a thread nor the store's connection lock.
-- Polls of all ranks together stay below about 5,000 requests per second whatever their number: the interval grows with it.
-- Every submitted step resolves: with its result, its own exception, or `LinkLostError` when the store is gone or the link closed.
+- The training thread never talks to the store, and no request blocks on another rank: waits are polls of one key, so
+  that an unfinished wait holds neither a thread nor the store's connection lock.
+- Polls of all ranks together stay below about 5,000 requests per second whatever their number: the interval grows with
+  it.
+- Every submitted step resolves: with its result, its own exception, or `LinkLostError` when the store is gone or the
+  link closed.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class LinkLostError(Exception):
 
 
 def private_connection(store: Any) -> Any:
-    """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be busy waiting."""
+    """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be
+    busy waiting.
+    """
     clone = getattr(store, "clone", None)
     if clone is None:
         return store
@@ -148,9 +152,13 @@ def _ask(client: StoreClient, request: requests.Request) -> Any:
 
 
 class StoreLink:
-    """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by another one."""
+    """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by
+    another one.
+    """
 
-    def __init__(self, connect: Callable[[], Store], prefix: str, *, world_size: int, patience_s: float = _REQUEST_TIMEOUT_S) -> None:
+    def __init__(
+        self, connect: Callable[[], Store], prefix: str, *, world_size: int, patience_s: float = _REQUEST_TIMEOUT_S
+    ) -> None:
         self._connect = connect
         self._patience_s = patience_s
         self._prefix = prefix
@@ -177,7 +185,9 @@ class StoreLink:
         return task.done
 
     def close(self, timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
-        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most `timeout_s` for the request that is under way."""
+        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most `timeout_s` for the request that is
+        under way.
+        """
         with self._changed:
             if self._closing is None:
                 self._closing = LinkLostError("the coordinator was closed")
@@ -209,7 +219,9 @@ class StoreLink:
         self._end_all(LinkLostError("the link has ended"))
 
     def _guard(self) -> None:
-        """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch waits for ever."""
+        """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch
+        waits for ever.
+        """
         with self._changed:
             while self._closing is None:
                 self._changed.wait(self._patience_s / 4)

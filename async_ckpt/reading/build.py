@@ -18,7 +18,9 @@ from ..format.tensors import STORAGE_TYPES
 from ..format.zip_directory import Record
 from .scatter import Scatter, new_storage
 
-_COUNTED: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in STORAGE_TYPES.items() if not name.startswith("Q")}
+_COUNTED: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, dtype in STORAGE_TYPES.items() if not name.startswith("Q")
+}
 """What the elements of plain storages are counted in."""
 
 Place = Callable[[str], torch.device]
@@ -47,14 +49,19 @@ def storage_extent(ref: StorageRef, records: Mapping[str, Record], dtype: torch.
     record = records.get(record_name)
     if record is None or ref.num_elements * dtype.itemsize > record.num_bytes:
         held = "is missing" if record is None else f"holds {record.num_bytes} bytes"
-        message = f"{name}: the pickle needs {ref.num_elements * dtype.itemsize} bytes of record {record_name!r}, which {held}"
+        message = (
+            f"{name}: the pickle needs {ref.num_elements * dtype.itemsize} bytes of record "
+            f"{record_name!r}, which {held}"
+        )
         raise CorruptCheckpointError(message, path=name, record=record_name)
     if ref.num_elements * dtype.itemsize < record.num_bytes:
         raise NotPlainError(f"{record_name} is longer than its storage")
     return record
 
 
-def check_inside(ref: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], element_ratio: int = 1) -> None:
+def check_inside(
+    ref: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], element_ratio: int = 1
+) -> None:
     """Raise `NotPlainError` unless every element lies in its storage."""
     last = offset
     for num, step in zip(size, stride, strict=True):
@@ -86,7 +93,9 @@ class PlainObjects:
 def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]:
     """(type the storage is counted in, type of the tensor); they differ for types that have no storage class."""
     counted = _COUNTED.get(ref.type_name)
-    if counted is None or (dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage")):
+    if counted is None or (
+        dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage")
+    ):
         raise NotPlainError(f"storage type {ref.type_name!r}")
     return counted, counted if dtype is None else dtype
 
@@ -103,7 +112,13 @@ class TensorBuilder(PlainObjects):
         self._storages: dict[str, torch.UntypedStorage] = {}
 
     def tensor(
-        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
+        self,
+        storage: StorageRef,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool,
+        dtype: Any,
     ) -> torch.Tensor:
         """A tensor on a storage that is shared with all others of the same key; filled once the scatter has run."""
         counted, actual = element_type(storage, dtype)

@@ -29,7 +29,17 @@ from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_recor
 from .torch_file import TorchFile
 from .verified_file import VerifiedFile
 
-_FILE_ERRORS = (RuntimeError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, struct.error)
+_FILE_ERRORS = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
 _OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
 """What torch says of a failed system call."""
@@ -80,7 +90,9 @@ def is_legacy(file: VerifiedFile) -> bool:
     """
     head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
     if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
-        raise UnsupportedStateError(f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path")
+        raise UnsupportedStateError(
+            f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path"
+        )
     return head == LEGACY_MAGIC
 
 
@@ -107,7 +119,8 @@ def _check_mapping(file: VerifiedFile) -> None:
         raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
     if config.load.mmap_flags not in (None, MAP_PRIVATE):
         raise ConfigError(
-            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into the committed "
+            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into "
+            "the committed "
             "checkpoint: load with MAP_PRIVATE, or with mmap=False"
         )
 
@@ -162,7 +175,8 @@ def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> Check
         what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0])
         return UnsupportedStateError(
             f"{file.name} cannot be read with weights_only=True: {what}. Allow the types with "
-            "torch.serialization.add_safe_globals, or pass weights_only=False, which runs code from the file: only for files you trust"
+            "torch.serialization.add_safe_globals, or pass weights_only=False, which runs code from the file: "
+            "only for files you trust"
         )
     if shortage := re.search(_OF_THE_SYSTEM, str(error)):
         code = int(shortage[1] or shortage[2])
@@ -175,4 +189,6 @@ def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> Check
     is_foreign = runs_code or re.search(_ABOUT_MACHINES, said)
     if not isinstance(error, _FILE_ERRORS) or (is_foreign and not re.search(_ABOUT_FILES, str(error))):
         return None
-    return CorruptCheckpointError(f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name)
+    return CorruptCheckpointError(
+        f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name
+    )

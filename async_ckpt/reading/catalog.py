@@ -21,9 +21,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, UnsafePathError, report
+from ..errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    UnsafePathError,
+    report,
+)
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
-from ..format.names import MANIFEST_NAME, NameKind, Root, StrPath, check_existing_tag, check_tag, is_url, parse_private_name
+from ..format.names import (
+    MANIFEST_NAME,
+    NameKind,
+    Root,
+    StrPath,
+    check_existing_tag,
+    check_tag,
+    is_url,
+    parse_private_name,
+)
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide
 from ..storage.local_filesystem import read_side_of
@@ -90,7 +106,9 @@ class Catalog:
         """What has this name; without a tag where that is no checkpoint, None where it has vanished meanwhile."""
         try:
             if self._looks_like_checkpoint(name):
-                return self.read(name, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from))
+                return self.read(
+                    name, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from)
+                )
         except CheckpointNotFoundError:
             return None
         except CorruptCheckpointError as error:
@@ -101,7 +119,9 @@ class Catalog:
 
     @staticmethod
     def _ordered(found: list[CatalogEntry]) -> list[CatalogEntry]:
-        return sorted(found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag))
+        return sorted(
+            found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag)
+        )
 
     def latest(self, verify: str = "full") -> str | None:
         """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
@@ -128,7 +148,9 @@ class Catalog:
                 return None
         return None
 
-    def verify(self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None) -> VerifyReport:
+    def verify(
+        self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None
+    ) -> VerifyReport:
         """Check every file of a checkpoint against its manifest; see `verify.py`.
 
         Raises:
@@ -167,7 +189,9 @@ class Catalog:
         """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
         parsed = [private for name in sorted(self._listdir()) if (private := parse_private_name(name)) is not None]
         return [
-            StagingInfo(str(private), private.kind, private.tag, str(private.owner), self._filesystem.owner_state(private.owner))
+            StagingInfo(
+                str(private), private.kind, private.tag, str(private.owner), self._filesystem.owner_state(private.owner)
+            )
             for private in parsed
         ]
 
@@ -182,7 +206,9 @@ class Catalog:
             # The checkpoint itself may be reached through a link; nothing below it may.
             is_link = self._filesystem.stat(path).kind == "other"
             try:
-                directory = self._filesystem.open_dir(path) if is_link else self._filesystem.open_dir(self._root, (tag,))
+                directory = (
+                    self._filesystem.open_dir(path) if is_link else self._filesystem.open_dir(self._root, (tag,))
+                )
             except FileNotFoundError:
                 raise self._not_found(tag) from None
             except OSError as error:
@@ -196,7 +222,9 @@ class Catalog:
                 identity = directory.identity
                 directory.close()
                 if isinstance(error, OSError) and error.errno in DAMAGE_ERRNOS:
-                    raise CorruptCheckpointError(f"{path!r}: its manifest cannot be read: {error}", path=path) from error
+                    raise CorruptCheckpointError(
+                        f"{path!r}: its manifest cannot be read: {error}", path=path
+                    ) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
                 if identity_of(self._filesystem, path) == identity:
@@ -204,11 +232,19 @@ class Catalog:
                 # Deleted or replaced between the two steps: look again.
                 continue
             copied_from = manifest.tag if is_link or manifest.tag != tag else None
-            return CommittedCheckpoint(self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
+            return CommittedCheckpoint(
+                self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from
+            )
         raise gone(tag)
 
     def open_file(
-        self, tag: str, name: str, *, verify: str = "full", num_threads: int | None = None, lend: MemorySource | None = None
+        self,
+        tag: str,
+        name: str,
+        *,
+        verify: str = "full",
+        num_threads: int | None = None,
+        lend: MemorySource | None = None,
     ) -> VerifiedFile:
         """Open file `name` of a checkpoint to read it; with `verify="full"` its checksums are compared as it is read.
 
@@ -289,13 +325,17 @@ class Catalog:
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"there is no directory {self._root!r}: check the root's path") from error
         except NotADirectoryError as error:
-            raise CheckpointNotFoundError(f"{self._root!r} is not a directory: give the root that holds the checkpoints") from error
+            raise CheckpointNotFoundError(
+                f"{self._root!r} is not a directory: give the root that holds the checkpoints"
+            ) from error
 
     def _not_found(self, tag: str) -> CheckpointNotFoundError:
         check_tag(tag)
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
         shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
-        return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}")
+        return CheckpointNotFoundError(
+            f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}"
+        )
 
 
 def _is_tag(name: str) -> bool:

@@ -22,7 +22,9 @@ from .verified_file import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
 class CommittedCheckpoint:
     """One committed checkpoint, held open: its files stay the same ones while others replace or delete the tag."""
 
-    def __init__(self, filesystem: ReadSide, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None) -> None:
+    def __init__(
+        self, filesystem: ReadSide, root: Root, manifest: Manifest, directory: DirHandle, copied_from: str | None = None
+    ) -> None:
         self.root = root.path
         self.copied_from = copied_from
         """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
@@ -41,7 +43,9 @@ class CommittedCheckpoint:
         entry = self.manifest.file(inner)
         if entry is None:
             there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
-            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}")
+            raise CheckpointNotFoundError(
+                f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}"
+            )
         return entry
 
     def open_file(
@@ -143,4 +147,6 @@ def identity_of(filesystem: ReadSide, path: str) -> tuple[int, int]:
 
 
 def gone(tag: str) -> CheckpointNotFoundError:
-    return CheckpointNotFoundError(f"checkpoint {tag!r} was deleted or replaced by another process while it was being read")
+    return CheckpointNotFoundError(
+        f"checkpoint {tag!r} was deleted or replaced by another process while it was being read"
+    )

@@ -25,7 +25,9 @@ def naming_the_record(file: VerifiedFile) -> Iterator[None]:
         record = damaged_records(file, mismatch.extent)
         if record is None:
             raise
-        raise ExtentMismatch(file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence) from mismatch
+        raise ExtentMismatch(
+            file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence
+        ) from mismatch
 
 
 def damaged_records(file: VerifiedFile, extent: int) -> str | None:
@@ -36,13 +38,18 @@ def damaged_records(file: VerifiedFile, extent: int) -> str | None:
     first, end = file.extent_range(extent)
     try:
         records = read_directory(file.unverified, file.size_bytes)
-        touching = [name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first]
+        touching = [
+            name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first
+        ]
         broken = [name for name in touching[:_MAX_SUMMED] if _crc(file, records[name]) != records[name].crc32]
     except (CheckpointError, UnusualLayoutError):
         # The directory is damaged too (or there is none): the byte range has to do.
         return None
     names = broken or touching
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "") or None
+    return (
+        ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "")
+        or None
+    )
 
 
 def _crc(file: VerifiedFile, record: Record) -> int:

@@ -16,7 +16,9 @@ ESTALE)."""
 class ReadError(CheckpointError, OSError):
     """The disk failed while a checkpoint was read; keeps path, offset and errno."""
 
-    def __init__(self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED) -> None:
+    def __init__(
+        self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED
+    ) -> None:
         super().__init__(cause.errno, cause.strerror or str(cause))
         self.path = path
         self.offset = offset
@@ -30,10 +32,14 @@ class ReadError(CheckpointError, OSError):
 class ExtentMismatch(CorruptCheckpointError):
     """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
 
-    def __init__(self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED) -> None:
+    def __init__(
+        self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED
+    ) -> None:
         where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
         super().__init__(
-            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}", path=name, record=record
+            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}",
+            path=name,
+            record=record,
         )
         self.extent, self.first, self.end = extent, first, end
         self.consequence = consequence

@@ -43,7 +43,13 @@ class TensorsOnDisk(PlainObjects):
         self._name = name
 
     def tensor(
-        self, storage: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, dtype: Any
+        self,
+        storage: StorageRef,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool,
+        dtype: Any,
     ) -> FileTensor:
         """Where the tensor's bytes are."""
         counted, actual = element_type(storage, dtype)
@@ -70,4 +76,7 @@ def read_inventory(file: VerifiedFile, records: Mapping[str, Record]) -> Any:
 
 def safetensors_inventory(file: VerifiedFile) -> dict[str, FileTensor]:
     """The flat structure of a safetensors file."""
-    return {t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, Record(t.offset, t.num_bytes, 0)) for t, dtype in read_tensors(file)}
+    return {
+        t.name: FileTensor(dtype, t.shape, t.stride, t.offset, 0, Record(t.offset, t.num_bytes, 0))
+        for t, dtype in read_tensors(file)
+    }

@@ -95,7 +95,9 @@ def read_header(file: VerifiedFile) -> FileHeader:
         raise CorruptCheckpointError(f"{name} holds no data.pkl: it is no file of torch.save", path=name)
     if pickled.num_bytes > MAX_PICKLE_BYTES:
         raise CorruptCheckpointError(
-            f"{name}: data.pkl has {pickled.num_bytes} bytes, at most {MAX_PICKLE_BYTES} are read", path=name, record="data.pkl"
+            f"{name}: data.pkl has {pickled.num_bytes} bytes, at most {MAX_PICKLE_BYTES} are read",
+            path=name,
+            record="data.pkl",
         )
     raw = file.unverified(pickled.offset, pickled.num_bytes)
     if crc32(raw) != pickled.crc32:
@@ -103,7 +105,9 @@ def read_header(file: VerifiedFile) -> FileHeader:
     try:
         structure = read_inert(raw, Inventory(records))
     except MalformedPickleError as error:
-        raise CorruptCheckpointError(f"{name}: data.pkl cannot be read: {error}", path=name, record="data.pkl") from error
+        raise CorruptCheckpointError(
+            f"{name}: data.pkl cannot be read: {error}", path=name, record="data.pkl"
+        ) from error
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{name}: {error}", path=name, record=error.record) from error
     return _collect(structure, records, name)

@@ -39,7 +39,9 @@ class _Suspicious(Notes):
         is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in args)
         if is_length or (args and _MADE_BY_LENGTH.fullmatch(name)):
             what = f"asks {describe(Name(name))} for memory that it does not hold ({describe(args)})"
-            raise CorruptCheckpointError(f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record)
+            raise CorruptCheckpointError(
+                f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record
+            )
         return super().call(function, args)
 
     def persistent(self, value: Any) -> Any:
@@ -107,4 +109,6 @@ def refuse_legacy_bombs(file: VerifiedFile) -> None:
     for _ in range(5):
         pickles = pickles[_read(pickles, maker, file.name, "the legacy file") :]
     if sum(maker.storage_bytes.values()) > file.size_bytes:
-        raise CorruptCheckpointError(f"{file.name}: its pickle names storages that are larger than the file", path=file.name)
+        raise CorruptCheckpointError(
+            f"{file.name}: its pickle names storages that are larger than the file", path=file.name
+        )

@@ -63,7 +63,14 @@ def load(
     """
     catalog, tag, name = _locate(path)
     return load_committed(
-        catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap, num_threads=num_threads
+        catalog,
+        tag,
+        name,
+        map_location=map_location,
+        weights_only=weights_only,
+        verify=verify,
+        mmap=mmap,
+        num_threads=num_threads,
     )
 
 
@@ -125,7 +132,9 @@ def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
     if found is None or not found[2]:
         is_file = filesystem.stat(os.fspath(path)).kind == "file"
         there = "torch.load reads it if it is a plain torch file" if is_file else "there is no such file"
-        raise CheckpointNotFoundError(f"{os.fspath(path)} is not in a committed checkpoint (no manifest above it); {there}")
+        raise CheckpointNotFoundError(
+            f"{os.fspath(path)} is not in a committed checkpoint (no manifest above it); {there}"
+        )
     root, tag, name = found
     return Catalog(root, filesystem), tag, name
 
@@ -149,7 +158,9 @@ def load_committed(
         return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
 
 
-def load_opened(file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None) -> Any:
+def load_opened(
+    file: VerifiedFile, *, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
+) -> Any:
     """The object in a file that is open already; None is what ``torch.load`` does by itself."""
     _refuse_contexts()
     with naming_the_record(file), without_default_device():

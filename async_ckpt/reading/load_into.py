@@ -49,7 +49,9 @@ class Restored:
     mismatches: tuple[str, ...] = ()
 
 
-def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None) -> Restored:
+def fill(
+    file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None
+) -> Restored:
     """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`.
     Blocks.
 
@@ -58,7 +60,9 @@ def fill(file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomi
     Raises:
         StateMismatchError: with `strict`, if anything differs.
     """
-    found = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, (FileTensor, torch.Tensor))}
+    found = {
+        path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, (FileTensor, torch.Tensor))
+    }
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
     names: dict[str, str] = {}
     if select is not None:
@@ -166,7 +170,14 @@ def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> l
 
 def _extents_of(file: VerifiedFile, sources: Iterable[FileTensor | torch.Tensor]) -> list[int]:
     """The extents that hold these tensors' storages, ascending."""
-    return sorted({e for s in sources if isinstance(s, FileTensor) for e in file.extents_of(s.storage.offset, s.storage.num_bytes)})
+    return sorted(
+        {
+            e
+            for s in sources
+            if isinstance(s, FileTensor)
+            for e in file.extents_of(s.storage.offset, s.storage.num_bytes)
+        }
+    )
 
 
 class _Mover:
@@ -185,7 +196,9 @@ class _Mover:
             self._copies.append((target, source))
         elif _same_order(source, target):
             itemsize = source.dtype.itemsize
-            self._scatter.add(source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize)
+            self._scatter.add(
+                source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize
+            )
             self._direct.append(target)
         else:
             self._copies.append((target, self.fresh(source).detach()))
@@ -247,7 +260,8 @@ class _Mover:
         needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
         if needed > available:
             raise ConfigError(
-                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was changed. "
+                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor "
+                "was changed. "
                 "atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
             )
         return self._extents
@@ -287,7 +301,9 @@ class _Mover:
         try:
             stream_into(file, self._scatter, self._extents if extents is None else extents)
         except ExtentMismatch as error:
-            raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN) from error
+            raise ExtentMismatch(
+                error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN
+            ) from error
         except ReadError as error:
             raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
 

@@ -24,7 +24,9 @@ def read_tensors(file: VerifiedFile) -> list[tuple[SafetensorsTensor, torch.dtyp
     for tensor in read_safetensors(file.view, file.size_bytes, name=file.name):
         dtype = getattr(torch, tensor.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise UnsupportedStateError(f"{file.name}: tensor {tensor.name!r} is {tensor.dtype}, which torch {torch.__version__} lacks")
+            raise UnsupportedStateError(
+                f"{file.name}: tensor {tensor.name!r} is {tensor.dtype}, which torch {torch.__version__} lacks"
+            )
         found.append((tensor, dtype))
     return found
 
@@ -37,7 +39,9 @@ def load_safetensors(file: VerifiedFile, map_location: Any) -> dict[str, torch.T
     """
     place: Place | None = place_for(map_location)
     if place is None:
-        raise UnsupportedStateError("a safetensors file has no location tags: map_location must be None, a device or its name")
+        raise UnsupportedStateError(
+            "a safetensors file has no location tags: map_location must be None, a device or its name"
+        )
     device = place("cpu")
     scatter = Scatter()
     tensors: dict[str, torch.Tensor] = {}

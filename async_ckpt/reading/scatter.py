@@ -32,7 +32,13 @@ class Scatter:
         """What was current on the caller's thread: there the memory was allocated, and may have been used before."""
 
     def add(
-        self, file_offset: int, num_bytes: int, storage: torch.UntypedStorage, storage_offset_bytes: int = 0, *, fresh: bool = False
+        self,
+        file_offset: int,
+        num_bytes: int,
+        storage: torch.UntypedStorage,
+        storage_offset_bytes: int = 0,
+        *,
+        fresh: bool = False,
     ) -> None:
         """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped.
 
@@ -47,7 +53,9 @@ class Scatter:
         address = storage.data_ptr() + storage_offset_bytes
         if storage.device.type != "cpu":
             self.streams.setdefault(storage.device, torch.accelerator.current_stream(storage.device))
-            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, storage_offset_bytes, (num_bytes,), (1,))
+            target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+                storage, storage_offset_bytes, (num_bytes,), (1,)
+            )
         self._pieces.append((file_offset, num_bytes, address, target))
         if fresh:
             self._fresh.add(address)
@@ -75,7 +83,9 @@ class Scatter:
     def targets(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Address and size of the CPU memory, not fresh, that the file bytes [offset, offset + num_bytes) go to."""
         end = offset + num_bytes
-        for start, size, address, target in self._pieces[bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)]:
+        for start, size, address, target in self._pieces[
+            bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)
+        ]:
             low, high = max(start, offset), min(start + size, end)
             if low < high and target is None and address not in self._fresh:
                 yield address + low - start, high - low

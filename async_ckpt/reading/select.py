@@ -38,7 +38,9 @@ def select_leaves(
     if not names:
         there = sorted({dotted(path).partition(".")[0] for path in found})
         shown = ", ".join(there[:_SHOWN]) + (f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else "")
-        raise StateMismatchError(f"{file} has no tensor whose name begins with {prefix!r}; it has {shown or 'none'}", (prefix,))
+        raise StateMismatchError(
+            f"{file} has no tensor whose name begins with {prefix!r}; it has {shown or 'none'}", (prefix,)
+        )
     whole = {path: leaf for path, leaf in wanted.items() if dotted(path).startswith(prefix)}
     given = whole or dict(wanted)
     name_of = {path: dotted(path) if whole else prefix + dotted(path) for path in given}

@@ -106,7 +106,9 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return layout_of(tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
 
 
-def layout_of(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], is_conj: bool, is_neg: bool) -> tuple[Any, ...]:
+def layout_of(
+    dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], is_conj: bool, is_neg: bool
+) -> tuple[Any, ...]:
     """What decides which byte is which element, comparable between a file's tensor and one in memory."""
     dims = tuple((num, step) for num, step in zip(shape, stride, strict=True) if num > 1)
     return dtype, tuple(shape), dims, is_conj, is_neg
@@ -131,7 +133,9 @@ def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Itera
 
 def _place(target: torch.Tensor, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
     offset = (target.data_ptr() - start) // target.dtype.itemsize
-    place: torch.Tensor = torch.empty(0, dtype=target.dtype, device="cpu").set_(storage, offset, target.shape, target.stride())
+    place: torch.Tensor = torch.empty(0, dtype=target.dtype, device="cpu").set_(
+        storage, offset, target.shape, target.stride()
+    )
     place = torch._neg_view(place) if target.is_neg() else place
     return place.conj() if target.is_conj() else place
 

@@ -66,7 +66,9 @@ def _walk(
             elif id(item) in above:
                 done.append(item)
             elif len(stack) > MAX_DEPTH:
-                raise UnsupportedStateError(f"the state is nested deeper than {MAX_DEPTH} levels, too deep to be matched by key path")
+                raise UnsupportedStateError(
+                    f"the state is nested deeper than {MAX_DEPTH} levels, too deep to be matched by key path"
+                )
             else:
                 above.add(id(item))
                 stack.append((item, item_path, inner, []))

@@ -61,7 +61,9 @@ class TorchFile(io.RawIOBase):
         end = min(first + len(target), self._verified.size_bytes)
         if end <= first:
             return 0
-        whole = [extent for extent in self._verified.extents_of(first, end - first) if self._is_large(extent, first, end)]
+        whole = [
+            extent for extent in self._verified.extents_of(first, end - first) if self._is_large(extent, first, end)
+        ]
         if whole:
             self._stream_into(target, first, whole)
         for extent in self._verified.extents_of(first, end - first):

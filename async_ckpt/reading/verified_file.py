@@ -88,7 +88,8 @@ class VerifiedFile:
         self._verified: set[int] = set()
         if check and len(entry.extent_crc32) != self.num_extents:
             raise CorruptCheckpointError(
-                f"{self.name}: the manifest holds {len(entry.extent_crc32)} extent checksums, the file has {self.num_extents} extents",
+                f"{self.name}: the manifest holds {len(entry.extent_crc32)} extent checksums, the file has "
+                f"{self.num_extents} extents",
                 path=self.name,
             )
 
@@ -120,7 +121,9 @@ class VerifiedFile:
             for extent in extents:
                 if extent not in self._kept:
                     wanted[extent] = self._new_extent(extent)
-            blocks = [block for extent, memory in wanted.items() for block in self._blocks(*self.extent_range(extent), memory)]
+            blocks = [
+                block for extent, memory in wanted.items() for block in self._blocks(*self.extent_range(extent), memory)
+            ]
             _Reading(blocks, None, self._num_threads).run()
         except BaseException:
             self._return(wanted)
@@ -211,7 +214,9 @@ class VerifiedFile:
 
     def _check_inside(self, offset: int, num_bytes: int) -> None:
         if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size_bytes:
-            raise CorruptCheckpointError(f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name)
+            raise CorruptCheckpointError(
+                f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name
+            )
 
     def _new_extent(self, extent: int) -> memoryview:
         first, end = self.extent_range(extent)
@@ -234,7 +239,9 @@ class VerifiedFile:
     def _blocks(self, first: int, end: int, memory: memoryview | None = None, loaded: bool = False) -> Iterator[_Block]:
         for offset in range(first, end, self.block_bytes):
             num_bytes = min(self.block_bytes, end - offset)
-            yield _Block(self, offset, num_bytes, None if memory is None else memory[offset - first :][:num_bytes], loaded)
+            yield _Block(
+                self, offset, num_bytes, None if memory is None else memory[offset - first :][:num_bytes], loaded
+            )
 
 
 def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threads: int = DEFAULT_NUM_THREADS) -> None:
@@ -243,13 +250,17 @@ def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threa
     Raises:
         OSError: a shortage of this process or machine kept a file from being read.
     """
-    _Reading([block for file in files for block in file.blocks(range(file.num_extents))], None, num_threads, on_damage).run()
+    _Reading(
+        [block for file in files for block in file.blocks(range(file.num_extents))], None, num_threads, on_damage
+    ).run()
 
 
 class _Reading:
     """One pass over some blocks by a few threads."""
 
-    def __init__(self, blocks: list[_Block], consume: Consume | None, num_threads: int, on_damage: OnDamage | None = None) -> None:
+    def __init__(
+        self, blocks: list[_Block], consume: Consume | None, num_threads: int, on_damage: OnDamage | None = None
+    ) -> None:
         self._num_workers = max(1, min(num_threads, len(blocks)))
         self._pending = iter(blocks)
         self._consume = consume

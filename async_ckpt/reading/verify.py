@@ -75,7 +75,9 @@ def check_level(level: str) -> Level:
     return cast(Level, level)
 
 
-def verify_checkpoint(checkpoint: CommittedCheckpoint, level: Level, num_threads: int | None, progress: Progress | None) -> VerifyReport:
+def verify_checkpoint(
+    checkpoint: CommittedCheckpoint, level: Level, num_threads: int | None, progress: Progress | None
+) -> VerifyReport:
     """Compare everything in an open checkpoint with its manifest. Blocks until it is read; raises as `verify_files`.
 
     Raises:
@@ -193,10 +195,15 @@ def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> No
             problems = verify_files(directory, entries, direct=True)
     except OSError as error:
         raise CommitError(
-            f"the staged files cannot be read ({error}); nothing was committed", step="read back", errno=error.errno, path=location
+            f"the staged files cannot be read ({error}); nothing was committed",
+            step="read back",
+            errno=error.errno,
+            path=location,
         ) from error
     if problems:
-        raise CommitError(f"{problems[0]}; nothing was committed", step="read back", path=os.path.join(location, problems[0].path))
+        raise CommitError(
+            f"{problems[0]}; nothing was committed", step="read back", path=os.path.join(location, problems[0].path)
+        )
 
 
 def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list[str], list[Problem]]:
@@ -220,7 +227,11 @@ def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list
         for name, kind in found:
             path = "/".join((*folder, name))
             is_known = (*folder, name) in folders if kind == "dir" else path in expected
-            if not is_known and not (kind == "dir" and _is_empty(directory, (*folder, name))) and len(extra) < _MAX_PROBLEMS:
+            if (
+                not is_known
+                and not (kind == "dir" and _is_empty(directory, (*folder, name)))
+                and len(extra) < _MAX_PROBLEMS
+            ):
                 extra.append(ascii(path)[1:-1])
     return extra, problems
 

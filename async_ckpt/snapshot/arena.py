@@ -187,7 +187,8 @@ class StagingArena:
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise BackpressureTimeout(
                         f"no staging chunk became free within {timeout_s:g} s: all {self.num_chunks} chunks "
-                        f"({self.num_chunks * self.chunk_bytes} bytes) wait for the disk; raise staging_bytes or save less often"
+                        f"({self.num_chunks * self.chunk_bytes} bytes) wait for the disk; raise staging_bytes or "
+                        "save less often"
                     )
 
     def release(self, chunk: StagingChunk) -> None:

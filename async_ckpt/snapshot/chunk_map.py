@@ -65,7 +65,9 @@ class SmallPieces:
     def pieces(self, k: int) -> Iterator[LargePiece]:
         """The rows of chunk `k`, one by one."""
         rows = self.rows(k)
-        return map(LargePiece, self.sources[rows], self.source_offsets[rows], self.chunk_offsets[rows], self.nbytes[rows])
+        return map(
+            LargePiece, self.sources[rows], self.source_offsets[rows], self.chunk_offsets[rows], self.nbytes[rows]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,9 @@ class CopyTeam:
         native_ids: of the threads that run what is submitted; they are kept off the caller's core.
     """
 
-    def __init__(self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int, native_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int, native_ids: Sequence[int] = ()
+    ) -> None:
         self._submit = submit
         self._num_helpers = num_helpers
         self._num_cores = _share_of_cores()

@@ -134,7 +134,9 @@ class FileCopy:
                 self._give_back([chunk], k)
                 raise
 
-    def copy_unguarded(self, chunks: list[StagingChunk], team: CopyTeam, is_lazy: list[bool] | None, guarded: frozenset[int]) -> None:
+    def copy_unguarded(
+        self, chunks: list[StagingChunk], team: CopyTeam, is_lazy: list[bool] | None, guarded: frozenset[int]
+    ) -> None:
         """Copy what may change at any time, and leave the rest for `copy_behind`.
 
         Args:
@@ -273,7 +275,8 @@ class FileCopy:
             self._finish_device_copies()
             return
         if self._arena.is_entered:
-            # In a signal handler that has interrupted a call of the arena: helpers would wait for that call, and it for them.
+            # In a signal handler that has interrupted a call of the arena: helpers would wait for that call, and it for
+            # them.
             for i, chunk in enumerate(chunks):
                 self._fill_on_cpu(first + i, chunk, is_urgent=True)
                 if sends_early:
@@ -313,8 +316,16 @@ class FileCopy:
         for k, chunk in enumerate(chunks, first):
             began = time.perf_counter()
             self._sources.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
-            pieces = [piece for piece in self._map.payload_pieces(k) if piece.source in on_devices and self._wants(piece.source)]
-            events = self._streams.queue((self._payloads.bytes_of(p), p.target_in(chunk.tensor)) for p in pieces) if pieces else []
+            pieces = [
+                piece
+                for piece in self._map.payload_pieces(k)
+                if piece.source in on_devices and self._wants(piece.source)
+            ]
+            events = (
+                self._streams.queue((self._payloads.bytes_of(p), p.target_in(chunk.tensor)) for p in pieces)
+                if pieces
+                else []
+            )
             self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)
         if self._completes and first + len(chunks) == len(self._map):

@@ -133,7 +133,9 @@ class Guard:
                 return
             if copy.events and not block:
                 devices = {event.device for event in copy.events}
-                refuse_capture("a step cannot wait for a lazy snapshot (call wait_snapshot() before the capture)", devices)
+                refuse_capture(
+                    "a step cannot wait for a lazy snapshot (call wait_snapshot() before the capture)", devices
+                )
                 for event in copy.events:
                     wait_on_stream(event)
                 copy.accept_changes()
@@ -141,7 +143,9 @@ class Guard:
                 copy.copied.exception(deadline)
         # concurrent.futures.TimeoutError is the builtin from Python 3.11 on only.
         except concurrent.futures.TimeoutError:
-            raise BackpressureTimeout(f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started") from None
+            raise BackpressureTimeout(
+                f"a lazy snapshot was not copied within {deadline:g} s; the optimizer step was not started"
+            ) from None
 
     def remove(self) -> None:
         """Guard nothing any more. What is wrapped around `step` stays where something else was wrapped around it, and
@@ -193,7 +197,8 @@ def _devices_of(optimizer: Any) -> set[torch.device]:
 
 def _warn_of_replays(optimizer: Any) -> None:
     warnings.warn(
-        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook and move "
+        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook "
+        "and move "
         "no counter, so what it owns is saved eagerly",
         RuntimeWarning,
         stacklevel=3,
@@ -210,13 +215,19 @@ def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:
 
     def excluding(self: Any, *args: Any, **kwargs: Any) -> Any:
         alive = guard()
-        call = functools.partial(step, *args, **kwargs) if function is None else functools.partial(function, self, *args, **kwargs)
+        call = (
+            functools.partial(step, *args, **kwargs)
+            if function is None
+            else functools.partial(function, self, *args, **kwargs)
+        )
         return call() if alive is None else alive.step(self, call)
 
     functools.update_wrapper(excluding, function or step, updated=())
     # A compiled step is compiled inside of it.
     wrapped: Any = torch._dynamo.disable(excluding, recursive=False)
-    wrapped.__dict__.update({name: value for name, value in vars(function or step).items() if name not in wrapped.__dict__})
+    wrapped.__dict__.update(
+        {name: value for name, value in vars(function or step).items() if name not in wrapped.__dict__}
+    )
     wrapped.guard, wrapped.inner = guard, step
     return wrapped
 
@@ -235,5 +246,7 @@ def _steppable(optimizer: Any) -> Any:
             break
         optimizer = inner
     if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
-        raise TransactionStateError(f"guard takes optimizers, with `step` and `param_groups`, not {type(optimizer).__name__}")
+        raise TransactionStateError(
+            f"guard takes optimizers, with `step` and `param_groups`, not {type(optimizer).__name__}"
+        )
     return optimizer

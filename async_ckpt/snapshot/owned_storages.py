@@ -79,7 +79,9 @@ class OwnedStorages:
         if self._ids is None or addresses is None or addresses != self._addresses:
             self._forget()
             # A weak reference to a storage is its `_cdata`.
-            taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, _storages(tensors, are_plain=addresses is not None)))
+            taken: list[Any] = list(
+                map(torch.UntypedStorage._weak_ref, _storages(tensors, are_plain=addresses is not None))
+            )
             self._letting_go = weakref.finalize(self, _let_go, taken)
             self._ids = frozenset(taken)
             self._addresses = addresses
@@ -99,7 +101,11 @@ def _let_go(taken: list[int]) -> None:
 def _tensors(optimizers: Iterable[Any]) -> list[torch.Tensor]:
     """The parameters, and those of the states."""
     values = _values(optimizers)
-    return values if _PLAIN.issuperset(map(type, values)) else [value for value in values if isinstance(value, torch.Tensor)]
+    return (
+        values
+        if _PLAIN.issuperset(map(type, values))
+        else [value for value in values if isinstance(value, torch.Tensor)]
+    )
 
 
 def _values(optimizers: Iterable[Any]) -> list[Any]:

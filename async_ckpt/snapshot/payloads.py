@@ -56,7 +56,9 @@ class Payloads:
         """
         before, self.addresses = self.addresses, self._look()
         if any(before[k] != self.addresses[k] for k in self.on_devices):
-            raise TornSnapshotError(f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}")
+            raise TornSnapshotError(
+                f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}"
+            )
 
     def bytes_of(self, piece: LargePiece) -> torch.Tensor:
         """The bytes of a piece of a payload, on its device."""
@@ -74,7 +76,8 @@ class Payloads:
         if not all(map(le, ends, storage_nbytes)):
             end, now = next((end, now) for end, now in zip(ends, storage_nbytes, strict=True) if end > now)
             raise TornSnapshotError(
-                f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was taken. {_OUTCOME}"
+                f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was "
+                f"taken. {_OUTCOME}"
             )
         return list(map(add, map(torch.UntypedStorage.data_ptr, self._storages), self._starts))
 

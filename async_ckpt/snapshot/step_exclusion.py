@@ -114,7 +114,9 @@ class StepExclusion:
         deadline = time.monotonic() + self._timeout_s
         self._queue.append(turn)
         try:
-            while self._in_the_way(turn) or any(before.work is not turn.work for before in self._queue[: self._queue.index(turn)]):
+            while self._in_the_way(turn) or any(
+                before.work is not turn.work for before in self._queue[: self._queue.index(turn)]
+            ):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise BackpressureTimeout(self._complaint(turn))
@@ -132,7 +134,8 @@ class StepExclusion:
         where = f" on {', '.join(map(repr, others))}" if others else ""
         return (
             f"{turn.work.value} of a guarded optimizer waited {self._timeout_s:g} s for "
-            f"{(Work.SAVE if is_step else Work.STEP).value}{where} to end; {outcome}. Do not let a step wait for the thread that saves"
+            f"{(Work.SAVE if is_step else Work.STEP).value}{where} to end; {outcome}. Do not let a step wait for "
+            "the thread that saves"
         )
 
     def _forget_ended(self) -> None:

@@ -56,8 +56,10 @@ class TornCheck:
         names = tuple(paths[i] for i in torn)
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         raise TornSnapshotError(
-            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not committed; "
-            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that changes them",
+            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is "
+            "not committed; "
+            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that "
+            "changes them",
             names,
         )
 
@@ -126,5 +128,9 @@ def _covers(tensor: torch.Tensor, places: dict[int, list[int]]) -> bool:
         return False
     item: int = local.element_size()
     start = local.storage_offset() * item
-    end = start + item + item * sum((size - 1) * stride for size, stride in zip(local.size(), local.stride(), strict=True))
+    end = (
+        start
+        + item
+        + item * sum((size - 1) * stride for size, stride in zip(local.size(), local.stride(), strict=True))
+    )
     return any(place < end and place + PROBE_BYTES > start for place in places.get(local.untyped_storage()._cdata, ()))

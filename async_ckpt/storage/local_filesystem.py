@@ -57,7 +57,9 @@ class LocalFileSystem:
         except (FileNotFoundError, NotADirectoryError):
             return FileStat("missing", 0, 0, (0, 0), 0)
         kind = read_file.kind_of(found.st_mode)
-        return FileStat(kind, found.st_size, _stat.S_IMODE(found.st_mode), (found.st_dev, found.st_ino), found.st_mtime_ns)
+        return FileStat(
+            kind, found.st_size, _stat.S_IMODE(found.st_mode), (found.st_dev, found.st_ino), found.st_mtime_ns
+        )
 
     def chmod(self, path: str, mode: int) -> None:
         self._calls.chmod(path, mode)

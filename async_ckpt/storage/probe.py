@@ -30,8 +30,8 @@ class Findings:
 
     def __str__(self) -> str:
         told = {
-            "a rename replaces a directory that is not empty, so only one writer at a time may have a tag": self.replaces,
-            "no rename refuses a name that is taken (RENAME_NOREPLACE), so it is looked at before": self.refuses_noreplace,
+            "renames replace a directory that is not empty: only one writer at a time may have a tag": self.replaces,
+            "no rename refuses a taken name (RENAME_NOREPLACE): it is looked at before": self.refuses_noreplace,
             "files cannot be shortened, so direct I/O is not used": self.ignores_truncate,
             "direct I/O is refused": self.refuses_direct,
             "files change their numbers, so what fails half way may stay until a later sweep": self.renumbers,
@@ -45,7 +45,9 @@ def probe(calls: Syscalls, folder: str) -> Findings:
     Raises:
         OSError: it refuses what every file system can.
     """
-    first, second, third, file, renamed = (os.path.join(folder, name) for name in ("first", "second", "third", "file", "renamed"))
+    first, second, third, file, renamed = (
+        os.path.join(folder, name) for name in ("first", "second", "third", "file", "renamed")
+    )
     for path in (first, second):
         calls.mkdir(path, 0o700)
     calls.close(calls.open(os.path.join(second, "inner"), _NEW))

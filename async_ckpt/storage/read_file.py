@@ -59,10 +59,13 @@ class LocalReadableFile:
             except InterruptedError:
                 continue
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (reading at offset {offset + done})", self._path) from error
+                raise OSError(
+                    error.errno, f"{error.strerror} (reading at offset {offset + done})", self._path
+                ) from error
             if count == 0:
                 raise CorruptCheckpointError(
-                    f"{self._path} ends at byte {offset + done}, {buffer.nbytes - done} bytes too early", path=self._path
+                    f"{self._path} ends at byte {offset + done}, {buffer.nbytes - done} bytes too early",
+                    path=self._path,
                 )
             done += count
 
@@ -130,7 +133,9 @@ class LocalDirHandle:
                 found = self._calls.fstat(fd)
                 if not stat.S_ISREG(found.st_mode):
                     raise CorruptCheckpointError(f"{path} is not a regular file; it was not read", path=path)
-                direct_fd = self._open_direct(parts[-1], parent, (found.st_dev, found.st_ino)) if direct and O_DIRECT else None
+                direct_fd = (
+                    self._open_direct(parts[-1], parent, (found.st_dev, found.st_ino)) if direct and O_DIRECT else None
+                )
             except BaseException:
                 self._calls.close(fd)
                 raise
@@ -139,7 +144,9 @@ class LocalDirHandle:
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
         with self.open_read(parts) as file:
             if file.size_bytes > max_bytes:
-                raise CorruptCheckpointError(f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path)
+                raise CorruptCheckpointError(
+                    f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path
+                )
             data = bytearray(file.size_bytes)
             file.pread_into(memoryview(data), 0)
             return bytes(data)

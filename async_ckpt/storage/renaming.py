@@ -69,7 +69,8 @@ def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
                 fs.rename_noreplace(aside[-1], staging.final_path)
             except OSError as second:
                 raise CommitError(
-                    f"{error}; and the old checkpoint could not be given its name back ({second}): it is whole at {aside[-1]!r}",
+                    f"{error}; and the old checkpoint could not be given its name back ({second}): it is whole "
+                    f"at {aside[-1]!r}",
                     step="rename",
                     errno=error.errno,
                     path=aside[-1],
@@ -106,8 +107,12 @@ def check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: s
         return
     if overwrite == "refuse":
         raise TagExistsError(
-            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'", step=step, path=final
+            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'",
+            step=step,
+            path=final,
         )
     is_checkpoint = fs.stat(os.path.join(final, MANIFEST_NAME)).kind == "file" and fs.stat(final).kind == "dir"
     if not is_checkpoint and fs.stat(final).kind != "missing":
-        raise TagExistsError(f"{final!r} is not a checkpoint (it has no {MANIFEST_NAME}) and is not replaced", step=step, path=final)
+        raise TagExistsError(
+            f"{final!r} is not a checkpoint (it has no {MANIFEST_NAME}) and is not replaced", step=step, path=final
+        )

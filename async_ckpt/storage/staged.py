@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import enum
 import os
+import platform
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ..errors import CommitError
+from ..format.manifest import CLOCK_KEY
 from ..metrics import OnStep
 from ..threads.locks import Lock
 from .filesystem import LockHandle
@@ -66,3 +70,18 @@ def refuse(staging: Staging, why: str) -> NoReturn:
         CommitError: always.
     """
     raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
+
+
+def written_by() -> dict[str, str]:
+    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is
+    loaded anyway."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        CLOCK_KEY: str(time.time_ns()),
+    }
+    for module in ("async_ckpt", "torch"):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if version is not None:
+            versions[module] = str(version)
+    return versions

@@ -21,8 +21,6 @@ import contextlib
 import errno
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,7 +35,7 @@ from ..errors import (
     UnsafePathError,
     report,
 )
-from ..format.manifest import CLOCK_KEY, FileEntry, Manifest, encode
+from ..format.manifest import FileEntry, Manifest, encode
 from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
@@ -46,7 +44,7 @@ from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
 from .renaming import check_final, rename_to_final
 from .root import make_root
-from .staged import Staging, State, refuse
+from .staged import Staging, State, refuse, written_by
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
@@ -92,7 +90,9 @@ def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Sta
     except OSError as error:
         if isinstance(error, CommitError):
             raise
-        raise write_error(fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final) from error
+        raise write_error(
+            fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final
+        ) from error
 
 
 def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
@@ -104,7 +104,8 @@ def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
             continue
         if fs.owner_state(other.owner) is not OwnerState.DEAD:
             raise TagExistsError(
-                f"another process has tag {tag!r} open ({name!r}), and this file system could not keep one from replacing the other's: "
+                f"another process has tag {tag!r} open ({name!r}), and this file system could not keep one from "
+                "replacing the other's: "
                 "use another tag, or delete that directory if its process is gone. Nothing was written",
                 step="create",
                 path=root,
@@ -140,7 +141,9 @@ def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) 
         try:
             fs.makedirs(path)
         except OSError as error:
-            raise write_error(fs, error, f"directory {directory!r} cannot be made in the staging directory", path) from error
+            raise write_error(
+                fs, error, f"directory {directory!r} cannot be made in the staging directory", path
+            ) from error
 
 
 def publish(
@@ -189,8 +192,10 @@ def _publish(
     if staging.state not in (State.OPEN, State.SEALED):
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
-    writer = {**_writer(), **(marks or {})}
-    manifest = Manifest(staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing)
+    writer = {**written_by(), **(marks or {})}
+    manifest = Manifest(
+        staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing
+    )
     raw = encode(manifest)
     with _step("manifest", staging):
         fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)
@@ -202,7 +207,9 @@ def _publish(
     staging.state = State.DURABLE
     with _step("rename", staging):
         if staging.given_up:
-            raise CommitError(f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename")
+            raise CommitError(
+                f"tag {staging.tag!r} was given up while it was being committed; nothing was renamed", step="rename"
+            )
         try:
             replaced = rename_to_final(fs, staging)
         except OSError as error:
@@ -243,7 +250,9 @@ def _abort(fs: FileSystem, staging: Staging) -> None:
         if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
             remove_tree(fs, staging.path)
     except OSError as error:
-        raise write_error(fs, error, "the staging directory could not be deleted; it is left for a later sweep", staging.path) from error
+        raise write_error(
+            fs, error, "the staging directory could not be deleted; it is left for a later sweep", staging.path
+        ) from error
     finally:
         staging.unlock()
 
@@ -277,21 +286,6 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
         ) from error
 
 
-def _writer() -> dict[str, str]:
-    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is
-    loaded anyway."""
-    versions = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()}-{platform.machine()}",
-        CLOCK_KEY: str(time.time_ns()),
-    }
-    for module in ("async_ckpt", "torch"):
-        version = getattr(sys.modules.get(module), "__version__", None)
-        if version is not None:
-            versions[module] = str(version)
-    return versions
-
-
 def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
     """The directories of the staging tree, deepest first, once it holds exactly the manifest's files."""
     expected = {entry.path: entry.size_bytes for entry in manifest.files} | {MANIFEST_NAME: manifest_bytes}
@@ -317,7 +311,8 @@ def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manife
 def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
     staging.renamed = True
     return CommitError(
-        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is unknown; "
+        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power "
+        "loss is unknown; "
         f"nothing was deleted ({error})",
         step=step,
         errno=error.errno,

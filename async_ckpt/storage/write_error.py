@@ -20,7 +20,13 @@ class TellsFreeBytes(Protocol):
 
 
 def write_error(
-    disk: TellsFreeBytes, error: OSError, message: str, path: str, *, offset: int | None = None, needed_bytes: int | None = None
+    disk: TellsFreeBytes,
+    error: OSError,
+    message: str,
+    path: str,
+    *,
+    offset: int | None = None,
+    needed_bytes: int | None = None,
 ) -> WriteError:
     """The error to raise for `error`: an `OutOfSpaceError`, with what is free, where the disk or the quota is full.
 
@@ -34,7 +40,12 @@ def write_error(
     free = "" if free_bytes is None else f", {free_bytes} bytes are free"
     full = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
     return OutOfSpaceError(
-        f"{message}: {full}{needed}{free}", errno=error.errno, path=path, offset=offset, needed_bytes=needed_bytes, free_bytes=free_bytes
+        f"{message}: {full}{needed}{free}",
+        errno=error.errno,
+        path=path,
+        offset=offset,
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes,
     )
 
 

@@ -52,7 +52,9 @@ def create_file(calls: Syscalls, path: str, data: bytes) -> None:
         raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
 
 
-async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> LocalWritableFile:
+async def open_write(
+    calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor
+) -> LocalWritableFile:
     """See `FileSystem.open_write`."""
     opening = _Opening(calls, size_bytes, direct and bool(O_DIRECT))
     try:
@@ -115,7 +117,9 @@ class _Opening:
 class LocalWritableFile:
     """A file being written; see `filesystem.WritableFile`."""
 
-    def __init__(self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor) -> None:
+    def __init__(
+        self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor
+    ) -> None:
         self._calls = calls
         self._path = path
         self._size_bytes = size_bytes
@@ -152,7 +156,9 @@ class LocalWritableFile:
         try:
             await self._file.close()
         except OSError as error:
-            raise write_error(self._calls, error, f"closing{_INCOMPLETE}", self._path, needed_bytes=self._size_bytes) from error
+            raise write_error(
+                self._calls, error, f"closing{_INCOMPLETE}", self._path, needed_bytes=self._size_bytes
+            ) from error
 
     async def _offload(self, function: Callable[..., None], *args: object) -> None:
         import aiofiles.os
@@ -173,7 +179,9 @@ class LocalWritableFile:
         except BaseException as error:
             failure: BaseException = error
             if isinstance(error, OSError):
-                failure = write_error(self._calls, error, f"{what}{_INCOMPLETE}", self._path, offset=offset, needed_bytes=self._size_bytes)
+                failure = write_error(
+                    self._calls, error, f"{what}{_INCOMPLETE}", self._path, offset=offset, needed_bytes=self._size_bytes
+                )
             with self._idle:
                 self._failure = self._failure or failure
             if failure is error:

@@ -69,14 +69,17 @@ _Job = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class DaemonExecutor(Executor):
-    """`num_threads` daemon threads called `name`, all started at once: none could be started any more while the interpreter exits.
+    """`num_threads` daemon threads called `name`, all started at once: none could be started any more while the
+    interpreter exits.
 
     Args:
         niceness: added scheduling niceness of the threads on Linux, so that they yield to training.
         on_start: called on each thread before its first job.
     """
 
-    def __init__(self, name: str, num_threads: int, *, niceness: int = 0, on_start: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, name: str, num_threads: int, *, niceness: int = 0, on_start: Callable[[], object] = lambda: None
+    ) -> None:
         self._pid = os.getpid()
         self._name = name
         self._niceness = niceness
@@ -84,13 +87,15 @@ class DaemonExecutor(Executor):
         self._lock = Lock()
         self._refusal: BaseException | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)
+        ]
         for k, thread in enumerate(self._threads):
             try:
                 start_thread(thread)
             except BaseException as error:
-                # Those that run must not be left behind: where the system had no more threads all before this one, after
-                # an interrupt perhaps this one too.
+                # Those that run must not be left behind: where the system had no more threads all before this one,
+                # after an interrupt perhaps this one too.
                 self._threads = self._threads[: k if isinstance(error, RuntimeError) else k + 1]
                 self.shutdown(wait=isinstance(error, RuntimeError))
                 raise
@@ -120,12 +125,16 @@ class DaemonExecutor(Executor):
         future: Future[T] = Future()
         with self._lock:
             if self._refusal is not None:
-                raise TransactionStateError(f"executor {self._name!r} accepts no work: {self._refusal}") from self._refusal
+                raise TransactionStateError(
+                    f"executor {self._name!r} accepts no work: {self._refusal}"
+                ) from self._refusal
             self._jobs.put((future, fn, args, kwargs))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Accept no more work; what is queued still runs, or fails at once with `cancel_futures`. `wait` joins the threads."""
+        """Accept no more work; what is queued still runs, or fails at once with `cancel_futures`. `wait` joins the
+        threads.
+        """
         check_process(self._pid, f"executor {self._name!r}")
         self._refuse(TransactionStateError(f"executor {self._name!r} was shut down"), drop=cancel_futures)
         if wait:

@@ -1,12 +1,12 @@
 """Locks that an exception out of a signal handler cannot leave locked.
 
-KeyboardInterrupt strikes wherever the interpreter looks for signals. From Python 3.14 on it looks between the acquisition
-by ``with threading.Lock()`` and the body, and on every version inside ``with threading.Condition()``: the lock is then
-held for ever, and the next `close()` hangs. (The same holds inside the standard library's queues, events and futures,
-which no caller can mend.) So the package enters no lock of `threading`; tests/test_rooms.py holds that.
+KeyboardInterrupt strikes wherever the interpreter looks for signals. From Python 3.14 on it looks between the
+acquisition by ``with threading.Lock()`` and the body, and on every version inside ``with threading.Condition()``: the
+lock is then held for ever, and the next `close()` hangs. (The same holds inside the standard library's queues, events
+and futures, which no caller can mend.) So the package enters no lock of `threading`; tests/test_rooms.py holds that.
 
-And no lock is held for ever in a forked child because a thread of the parent held it in that moment. What the lock protects may be
-half changed there: whatever belongs to the parent refuses to be used in a child, by its process id.
+And no lock is held for ever in a forked child because a thread of the parent held it in that moment. What the lock
+protects may be half changed there: whatever belongs to the parent refuses to be used in a child, by its process id.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Callable
 
 
 class Lock(_thread.RLock):  # type: ignore[misc]  # final for type checkers, not for the interpreter
-    """A re-entrant lock, for ``with``: held in the body, and by nobody after it, whatever a signal handler raises and when.
+    """A re-entrant lock, for ``with``: held in the body, and by nobody after it, whatever a signal handler raises and
+    when.
 
-    Any thread, and any process. `__exit__` must stay the C method of the base: a Python one could be interrupted before it releases.
+    Any thread, and any process. `__exit__` must stay the C method of the base: a Python one could be interrupted before
+    it releases.
     """
 
     def __init__(self) -> None:
@@ -78,9 +80,11 @@ _MAX_INTERRUPTS = 1000
 
 
 def uninterrupted(wait: Callable[[], object]) -> None:
-    """Call `wait` until it returns, again after each exception out of a signal handler; the last of them is raised then.
+    """Call `wait` until it returns, again after each exception out of a signal handler; the last of them is raised
+    then.
 
-    For what must have ended before memory or descriptors are given up. `wait` may begin anew; what it raises every time is raised.
+    For what must have ended before memory or descriptors are given up. `wait` may begin anew; what it raises every time
+    is raised.
     """
     interrupted: BaseException | None = None
     for _ in range(_MAX_INTERRUPTS):

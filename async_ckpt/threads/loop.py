@@ -2,7 +2,8 @@
 
 Guarantees:
 - What `run` returns always resolves, whoever stops the loop, cancels its tasks or raises in them.
-- When the loop ends otherwise than by `stop`, `on_death` is told first; then its tasks are given the chance to clean up.
+- When the loop ends otherwise than by `stop`, `on_death` is told first; then its tasks are given the chance to clean
+  up.
 - A callback that raises ends the loop: better dead, and told, than a file that waits for ever.
 - What another thread asks of the loop is heard within a second even where waking it up failed (asyncio's own pipe).
 """
@@ -36,7 +37,9 @@ class LoopThread:
         on_undrained: called on the dying thread when the tasks could not be ended.
     """
 
-    def __init__(self, name: str, *, on_death: Callable[[BaseException], None], on_undrained: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, *, on_death: Callable[[BaseException], None], on_undrained: Callable[[], None]
+    ) -> None:
         # Not the policy's loop: others schedule differently and may refuse to be stopped from outside.
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
         self.loop.set_exception_handler(self._on_exception)
@@ -72,13 +75,16 @@ class LoopThread:
         """
         outcome: Outcome[T] = Outcome()
         with self._lock:
-            refusal = self.death or (TransactionStateError("the writer's loop was stopped") if self._is_stopping else None)
+            refusal = self.death or (
+                TransactionStateError("the writer's loop was stopped") if self._is_stopping else None
+            )
             if refusal is None:
                 try:
                     self._runs[outcome] = None
                     self.loop.call_soon_threadsafe(self._start, coro, outcome)
                 except BaseException:
-                    # An interrupt in between: nobody may wait for what was never started. What was, enters itself again.
+                    # An interrupt in between: nobody may wait for what was never started. What was, enters itself
+                    # again.
                     self._runs.pop(outcome, None)
                     raise
         if refusal is not None:
@@ -122,7 +128,8 @@ class LoopThread:
     def _die(self, cause: BaseException | None) -> None:
         reason = repr(cause) if cause is not None else "its event loop was stopped from outside"
         death = WriteError(
-            f"the checkpoint writer died ({reason}); what it had not synced is not committed, older checkpoints are untouched"
+            f"the checkpoint writer died ({reason}); what it had not synced is not committed, older checkpoints "
+            "are untouched"
         )
         death.__cause__ = cause
         report(logging.ERROR, "%s", death, cause=cause)
@@ -180,7 +187,8 @@ class LoopThread:
             return self.death
         # A thread that was renaming it goes on.
         error = WriteError(
-            "a task of the checkpoint writer was cancelled; unless it was being renamed, this checkpoint is not committed: list the root"
+            "a task of the checkpoint writer was cancelled; unless it was being renamed, this checkpoint is not "
+            "committed: list the root"
         )
         error.__cause__ = cause
         return error

@@ -30,8 +30,8 @@ class Pending:
     Guarantees:
     - Resolves exactly once: to the tag, or to the first failure.
     - Giving up waiting (a timeout, a cancelled ``await``) never cancels what is waited for.
-    - May be used from any thread and awaited from any event loop, any number of times; a forked child is refused at once
-      (`TransactionStateError`): what is pending is its parent's.
+    - May be used from any thread and awaited from any event loop, any number of times; a forked child is refused at
+      once (`TransactionStateError`): what is pending is its parent's.
 
     Args:
         run_callback: runs the user's callbacks; must not block or raise.
@@ -129,7 +129,9 @@ class Pending:
         return self._future.exception() if self._future.done() else None
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Block up to `timeout_s` seconds (None: until it ends); True when ended. Does not mark the outcome as asked for."""
+        """Block up to `timeout_s` seconds (None: until it ends); True when ended. Does not mark the outcome as asked
+        for.
+        """
         self._check_process()
         done, _ = concurrent.futures.wait([self._future], timeout=None if timeout_s is None else max(0.0, timeout_s))
         return bool(done)

@@ -46,7 +46,9 @@ def whole_pages(nbytes: int) -> int:
 
 
 def problem_with(chunk: Chunk, next_offset: int, extent_bytes: int, size_bytes: int) -> str | None:
-    """Why `chunk` is not the next one of a file of `size_bytes` bytes, cut into extents of `extent_bytes` (0: not known yet)."""
+    """Why `chunk` is not the next one of a file of `size_bytes` bytes, cut into extents of `extent_bytes` (0: not known
+    yet).
+    """
     if chunk.offset != next_offset:
         return f"out of order, the next offset is {next_offset}"
     end = chunk.offset + chunk.nbytes

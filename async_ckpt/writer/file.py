@@ -1,13 +1,13 @@
 """One file on its way to the disk: its chunks, its first failure, and its steps: open, seal and write, sync, close.
 
-Three threads meet here. The caller hands chunks over in order (`submit`). I/O threads seal and write them, one job per chunk:
-each begins the next one's job as soon as its own chunk is sealed, so that seals come strictly in file order while writes
-overlap. The loop's task (`_serve`) opens the file, and once all is written it syncs and closes it.
+Three threads meet here. The caller hands chunks over in order (`submit`). I/O threads seal and write them, one job per
+chunk: each begins the next one's job as soon as its own chunk is sealed, so that seals come strictly in file order
+while writes overlap. The loop's task (`_serve`) opens the file, and once all is written it syncs and closes it.
 
 Guarantees:
 - Every chunk is released exactly once, and only when no seal or write can touch its memory any more.
-- The first failure stays, as an error of our tree with its cause; `FileWrite.done` always resolves. After a failure nothing new
-  is begun, and the descriptor is closed only after all jobs have ended, also when tasks were cancelled from outside.
+- The first failure stays, as an error of our tree with its cause; `FileWrite.done` always resolves. After a failure
+  nothing new is begun, and the descriptor is closed only after all jobs have ended, cancelled tasks or not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FileWrite:
     ) -> None:
         self.done: Outcome[WrittenFile] = Outcome()
         self.settled: Outcome[None] = Outcome()
-        """Resolves when no thread has anything to do with the file any more; `done` may come before, when the pool dies."""
+        """Resolves when no thread works on the file any more: after `done`, where the pool dies."""
         self.location = location
         self.size_bytes = size_bytes
         self.extent_bytes = 0
@@ -80,8 +80,7 @@ class FileWrite:
     def submit(self, *chunks: Chunk) -> None:
         """Hand over the next chunks (ascending, without gaps, equal sizes except the last).
 
-        They are taken over in every case, and released exactly once. A file that has failed takes no harm from
-        further chunks: they are released, and `done` has the failure.
+        They are taken over in every case, and released exactly once, by a file that has failed too.
 
         Raises:
             TransactionStateError: out of order or past the end (this fails the file), or in a forked child.
@@ -92,7 +91,9 @@ class FileWrite:
         self._notify()
         for chunk, problem in zip(chunks, problems, strict=True):
             if problem is not None:
-                error = TransactionStateError(f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {self.path}: {problem}")
+                error = TransactionStateError(
+                    f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {self.path}: {problem}"
+                )
                 self.abort(error)
                 raise error
 
@@ -102,7 +103,7 @@ class FileWrite:
             return offset in self._held or offset < self._next_offset
 
     def abort(self, error: BaseException) -> None:
-        """Give the file up: `done` fails with `error`, unless the file has ended or failed, after its writes in flight."""
+        """Give the file up after its writes in flight: `done` fails with `error`, unless it has ended or failed."""
         check_process(self._pid, "this file")
         if not self._fail(error, keep=True):
             # Whoever failed it first may have been interrupted before the loop was told.
@@ -155,7 +156,9 @@ class FileWrite:
         return True
 
     def _notify(self) -> None:
-        """Let the loop look at what has changed. On the loop, because only there no interrupt can cut a beginning in two."""
+        """Let the loop look at what has changed. On the loop, because only there no interrupt can cut a beginning in
+        two.
+        """
         self._disk.loop.call(self._look)
 
     def _release(self, offset: int) -> None:
@@ -289,9 +292,11 @@ class FileWrite:
         if self._make_parents:
             await asyncio.wrap_future(self._jobs.run(lambda: self._disk.make_parents(path)))
         self._jobs.step = "open"
-        # Reserving whole pages keeps the padded end from growing the file, which would run alone under the inode's lock.
+        # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
         reserved_bytes = whole_pages(self.size_bytes) if self._mode.direct else self.size_bytes
-        opened = await self._disk.filesystem.open_write(path, reserved_bytes, direct=self._mode.direct, executor=self._jobs)
+        opened = await self._disk.filesystem.open_write(
+            path, reserved_bytes, direct=self._mode.direct, executor=self._jobs
+        )
         self._opened = opened
         self._jobs.step = "a chunk or a free writer"
         if self.size_bytes:
@@ -327,7 +332,7 @@ class FileWrite:
         return location.result()
 
     async def _has_settled(self) -> bool:
-        """One round of waiting, after a failure, until no job is left and the file is closed; False when there is more to wait for."""
+        """One round of waiting, after a failure, for idle jobs and a closed file; False when there is more of it."""
         try:
             self._changed.clear()
             if not self._jobs.is_idle:

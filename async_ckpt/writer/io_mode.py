@@ -1,8 +1,8 @@
 """How a file is written: through the page cache or past it, and with how many writes in flight.
 
-The rule: files under `SMALL_BYTES` go through the cache in one write, because alignment and preallocation cost more than they
-bring; larger ones past it (O_DIRECT), with as many writes in flight as the pool has. `io_mode=` is for disks that like
-something else.
+The rule: files under `SMALL_BYTES` go through the cache in one write, because alignment and preallocation cost more
+than they bring; larger ones past it (O_DIRECT), with as many writes in flight as the pool has. `io_mode=` is for disks
+that like something else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ SMALL_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class IoMode:
-    """One way to write a file: `direct` (past the page cache) with at most `depth` chunks of it sealed and written at once."""
+    """One way to write a file: `direct` (past the page cache) with at most `depth` chunks of it sealed and written at
+    once.
+    """
 
     direct: bool
     depth: int

@@ -1,6 +1,7 @@
 """The jobs of one file on I/O threads: timed, told, and counted until their threads have left them.
 
-A cancelled ``await`` says nothing about the thread behind it: memory and descriptors may be given up only when no job is left.
+A cancelled ``await`` says nothing about the thread behind it: memory and descriptors may be given up only when no job
+is left.
 """
 
 from __future__ import annotations

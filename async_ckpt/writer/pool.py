@@ -1,8 +1,10 @@
 """The asyncio writer pool: one daemon thread with one event loop, and I/O threads, put staging chunks on disk.
 
 Guarantees:
-- `open_file`, `FileWrite.submit`, `submit_io`, `submit_copy`, `submit_help` and `run` never block; what they start always resolves.
-- At most `num_writers` chunks are written at once over all files; fsync of a file starts as soon as its data is written.
+- `open_file`, `FileWrite.submit`, `submit_io`, `submit_copy`, `submit_help` and `run` never block; what they start
+  always resolves.
+- At most `num_writers` chunks are written at once over all files; fsync of a file starts as soon as its data is
+  written.
 - When the loop thread dies, is stopped from outside or loses its executors, every outstanding future fails at once
   with an error of our tree that holds the cause, and every later call raises it. Memory is still given back only when
   no thread uses it.
@@ -124,8 +126,8 @@ class WriterPool:
         """Start a file of `size_bytes` bytes at `location`, or where that future will say. Never blocks.
 
         Args:
-            seal: called once per chunk, strictly in file order, with (offset, its bytes) on an I/O thread; may patch the
-                bytes; returns the CRC32 of the extent as it is to be written.
+            seal: called once per chunk, strictly in file order, with (offset, its bytes) on an I/O thread; may patch
+                the bytes; returns the CRC32 of the extent as it is to be written.
             make_parents: make missing parent directories.
             tag: goes into spans.
 
@@ -160,7 +162,9 @@ class WriterPool:
         return self._copier.submit(fn)
 
     def submit_help(self, fn: Callable[[], T]) -> Future[T]:
-        """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file` does."""
+        """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file`
+        does.
+        """
         self._check()
         return self._helpers.submit(fn)
 
@@ -179,7 +183,9 @@ class WriterPool:
         return self._thread.run(coro)
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
-        """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or block."""
+        """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or
+        block.
+        """
         with self._lock:
             death = self._death
             if death is None:
@@ -207,7 +213,8 @@ class WriterPool:
         return files[0].waiting_for() + more
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait for every file and coroutine, then stop and join the threads; may be called again. Files that lack chunks fail.
+        """Wait for every file and coroutine, then stop and join the threads; may be called again. Files that lack
+        chunks fail.
 
         Raises:
             BackpressureTimeout: not done within `timeout_s` seconds; says what it waits for. Writes go on in the
@@ -216,7 +223,9 @@ class WriterPool:
         """
         check_process(self._pid, "this writer pool")
         if self._thread.is_current:
-            raise TransactionStateError("the writer pool cannot be closed from its own thread: it would wait for itself")
+            raise TransactionStateError(
+                "the writer pool cannot be closed from its own thread: it would wait for itself"
+            )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             self._is_closing = True
@@ -228,11 +237,15 @@ class WriterPool:
             raise BackpressureTimeout(f"the writer did not end within {timeout_s} s; it waits for {self.waiting_for()}")
         self._thread.stop()
         if not self._thread.join(_left(deadline)):
-            raise BackpressureTimeout(f"the writer's thread did not end within {timeout_s} s; it waits for {self.waiting_for()}")
+            raise BackpressureTimeout(
+                f"the writer's thread did not end within {timeout_s} s; it waits for {self.waiting_for()}"
+            )
         for executor in self._executors:
             executor.shutdown(wait=False)
         if not all(executor.join(_left(deadline)) for executor in self._executors):
-            raise BackpressureTimeout(f"the writer's threads did not end within {timeout_s} s: one is stuck in the system")
+            raise BackpressureTimeout(
+                f"the writer's threads did not end within {timeout_s} s: one is stuck in the system"
+            )
 
     def check(self) -> None:
         """Raise what keeps files from being written, as `open_file` does."""

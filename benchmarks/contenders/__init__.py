@@ -1,4 +1,5 @@
-"""Every contender by name, imported only in the process that runs it: one that is not installed costs nothing and is a row.
+"""Every contender by name, imported only in the process that runs it: one that is not installed costs nothing and is a
+row.
 
 `load(name)` gives the class or raises `Unavailable` with the reason.
 """

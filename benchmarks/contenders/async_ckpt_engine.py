@@ -25,7 +25,10 @@ def staging_bytes_for(workload: Workload) -> int:
 class AsyncCkptEager(Contender):
     """The snapshot is complete when `save` returns."""
 
-    config = "AsyncCheckpointEngine, staging = state + 64 MiB (1 GiB where the state is above a third of the memory), prewarm, eager"
+    config = (
+        "AsyncCheckpointEngine, staging = state + 64 MiB (1 GiB where the state is above a third of the "
+        "memory), prewarm, eager"
+    )
     syncs = "all"
 
     def setup(self, directory: Path, workload: Workload) -> None:
@@ -51,7 +54,9 @@ class AsyncCkptEager(Contender):
         metrics = getattr(self.pending, "metrics", None)
         if callable(metrics):
             metrics = metrics()
-        return dataclasses.asdict(metrics) if dataclasses.is_dataclass(metrics) and not isinstance(metrics, type) else {}
+        return (
+            dataclasses.asdict(metrics) if dataclasses.is_dataclass(metrics) and not isinstance(metrics, type) else {}
+        )
 
     def close(self) -> None:
         self.engine.close()

@@ -2,7 +2,8 @@
 
 Guarantees:
 - Time is taken by the harness alone; a contender only acts.
-- `save` may be called again at once: a contender that allows one save in flight waits inside `save` for the last one (that is its stall).
+- `save` may be called again at once: a contender that allows one save in flight waits inside `save` for the last one
+  (that is its stall).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Contender(abc.ABC):
     config: str = ""
     """The configuration in words: what a reader needs to repeat it."""
     syncs: Syncs = "nothing"
-    """What the contender itself has synced when it reports a save as finished: nothing, its files, or files and directories."""
+    """What the contender itself has synced when it reports a save as finished: nothing, its files, or files and
+    directories.
+    """
 
     def setup(self, directory: Path, workload: Workload) -> None:
         """Start engines, allocate. Timed as the start, not as a save."""
@@ -47,11 +50,15 @@ class Contender(abc.ABC):
         """Save `state`; returns when training may go on (see `wait_safe`). Its duration is the stall."""
 
     def wait_safe(self) -> None:
-        """Block until the saved tensors may be changed. Nothing to do for contenders that copied or wrote inside `save`."""
+        """Block until the saved tensors may be changed. Nothing to do for contenders that copied or wrote inside
+        `save`.
+        """
         return
 
     def before_step(self) -> None:
-        """Called before `optimizer.step()` in a training loop; whoever hooks the optimizer itself has nothing to do here."""
+        """Called before `optimizer.step()` in a training loop; whoever hooks the optimizer itself has nothing to do
+        here.
+        """
         self.wait_safe()
 
     def wait_durable(self) -> None:

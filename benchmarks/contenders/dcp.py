@@ -55,7 +55,9 @@ class DcpAsyncThread(DcpSave):
 
     def save(self, step: int, state: State) -> None:
         self.wait_durable()
-        response = async_save(state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager)
+        response = async_save(
+            state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager
+        )
         if isinstance(response, AsyncSaveResponse):
             self.staged, self.upload = response.staging_completion, response.upload_completion
         else:
@@ -89,19 +91,25 @@ class DcpAsyncProcess(DcpAsyncThread):
 
     def make_stager(self) -> DefaultStager:
         return DefaultStager(
-            StagingOptions(use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False)
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
+            )
         )
 
 
 class DcpStagerCached(DcpAsyncThread):
     """One stager kept over all saves: copies go into memory that is warm after the first."""
 
-    config = f"dcp.async_save(THREAD, DefaultStager reused, staged on the caller's thread, thread_count={NUM_WRITE_THREADS})"
+    config = (
+        f"dcp.async_save(THREAD, DefaultStager reused, staged on the caller's thread, thread_count={NUM_WRITE_THREADS})"
+    )
 
     def make_stager(self) -> DefaultStager:
         gpu = self.workload.device.type == "cuda"
         return DefaultStager(
-            StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+            )
         )
 
 
@@ -113,5 +121,7 @@ class DcpStagerLazy(DcpAsyncThread):
     def make_stager(self) -> DefaultStager:
         gpu = self.workload.device.type == "cuda"
         return DefaultStager(
-            StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=gpu)
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=gpu
+            )
         )

@@ -11,7 +11,9 @@ import uuid
 from pathlib import Path
 
 # Names its shared memory and sockets: without it, two runs on one machine share them.
-os.environ["TORCHELASTIC_RUN_ID"] = os.environ["ELASTIC_JOB_NAME"] = os.environ.get("BENCH_RUN_ID", f"bench-{uuid.uuid4().hex[:12]}")
+os.environ["TORCHELASTIC_RUN_ID"] = os.environ["ELASTIC_JOB_NAME"] = os.environ.get(
+    "BENCH_RUN_ID", f"bench-{uuid.uuid4().hex[:12]}"
+)
 
 from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
 from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
@@ -50,7 +52,9 @@ class DlroverFlash(Contender):
             if tracker.exists() and tracker.read_text().strip() == str(self.last):
                 self.last = None
             elif time.monotonic() > deadline:
-                raise TimeoutError(f"step {self.last} was not written within {TIMEOUT_S} s (skipped or failed in silence)")
+                raise TimeoutError(
+                    f"step {self.last} was not written within {TIMEOUT_S} s (skipped or failed in silence)"
+                )
             else:
                 time.sleep(POLL_S)
 

@@ -1,7 +1,8 @@
 """nvidia-resiliency-ext: `torch.save` in its persistent worker process.
 
 On the CPU its `TorchAsyncCheckpoint.async_save` cannot be used (it calls `torch.cuda.synchronize`), so the request goes
-to the queue below it. CPU tensors are shared with the worker, not copied: they may change only when the file is written.
+to the queue below it. CPU tensors are shared with the worker, not copied: they may change only when the file is
+written.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ class TorchCheckpointing(Contender):
 
     def setup(self, directory: Path, workload: Workload) -> None:
         super().setup(directory, workload)
-        self.manager = CheckpointManager(CheckpointManager.Config(storage_config=LocalFileSystemStorageConfig(use_direct_io=False)))
+        self.manager = CheckpointManager(
+            CheckpointManager.Config(storage_config=LocalFileSystemStorageConfig(use_direct_io=False))
+        )
         self.pending: Future[Any] | None = None
 
     def prewarm(self) -> None:

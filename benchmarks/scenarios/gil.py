@@ -13,7 +13,8 @@ from benchmarks.ticker import Ticker
 def run(request: Request, result: Result) -> None:
     """Two windows per save: during the call, and from its return until the contender is done.
 
-    `idle_s` is the same ticker with nothing to do; `control_s` a ticker in another process during the background window.
+    `idle_s` is the same ticker with nothing to do; `control_s` a ticker in another process during the background
+    window.
     """
     workload = build_workload(request, result)
     contender = start_contender(request, result, workload)

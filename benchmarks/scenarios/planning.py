@@ -13,7 +13,9 @@ NAME = "async_ckpt_planner"
 
 
 def run(request: Request, result: Result) -> None:
-    """Calls the planner directly; no copy, no disk. `repeat_us_per_tensor` includes the check that the cached plan still holds."""
+    """Calls the planner directly; no copy, no disk. `repeat_us_per_tensor` includes the check that the cached plan
+    still holds.
+    """
     if request.contender != NAME:
         raise Unavailable(f"{request.contender!r} does not plan apart from saving; known here: {NAME}")
     workload = build_workload(request, result)

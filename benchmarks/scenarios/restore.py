@@ -89,7 +89,11 @@ def prepare(name: str, directory: Path, workload: Workload) -> tuple[Path, Calla
     if name in FIO_READS:
         path = directory / "fio.dat"
         run_fio(path, workload.num_bytes, ["--rw=write", "--end_fsync=1"])
-        return path, lambda: run_fio(path, workload.num_bytes, ["--rw=read", *FIO_READS[name]]), "fio read, " + " ".join(FIO_READS[name])
+        return (
+            path,
+            lambda: run_fio(path, workload.num_bytes, ["--rw=read", *FIO_READS[name]]),
+            "fio read, " + " ".join(FIO_READS[name]),
+        )
     if name.startswith("torch_load"):
         return _prepare_torch(name, directory / "state.pt", state)
     if name.startswith("safetensors"):
@@ -102,7 +106,11 @@ def _prepare_torch(name: str, path: Path, state: State) -> tuple[Path, Callable[
     if name == "torch_load":
         return path, lambda: torch.load(path, weights_only=True), "torch.load(path)"
     if name == "torch_load_into":
-        return path, lambda: _copy_into(torch.load(path, weights_only=True), state), "torch.load(path), copied into existing tensors"
+        return (
+            path,
+            lambda: _copy_into(torch.load(path, weights_only=True), state),
+            "torch.load(path), copied into existing tensors",
+        )
     return (
         path,
         lambda: _copy_into(torch.load(path, weights_only=True, mmap=True), state),
@@ -119,8 +127,16 @@ def _prepare_safetensors(name: str, path: Path, state: State) -> tuple[Path, Cal
     save_file(flat, path)
     if name == "safetensors_load_file":
         # load_file may map the file: read every page, as whoever uses the tensors will.
-        return path, lambda: [t.clone() for t in load_file(path).values()], "safetensors.torch.load_file(path), then every tensor read"
-    return path, lambda: _copy_into(load_file(path), flat), "safetensors.torch.load_file(path), copied into existing tensors"
+        return (
+            path,
+            lambda: [t.clone() for t in load_file(path).values()],
+            "safetensors.torch.load_file(path), then every tensor read",
+        )
+    return (
+        path,
+        lambda: _copy_into(load_file(path), flat),
+        "safetensors.torch.load_file(path), copied into existing tensors",
+    )
 
 
 def _prepare_async_ckpt(name: str, root: Path, state: State) -> tuple[Path, Callable[[], Any], str]:

@@ -32,7 +32,9 @@ def run(request: Request, result: Result) -> None:
 
 def run_limit(request: Request, result: Result) -> None:
     """The limit for as many bytes as the workload has (the workload itself is not kept in memory)."""
-    described = build(request.workload, request.size_mib, seed=request.seed, device="meta" if request.workload == "huge" else "cpu")
+    described = build(
+        request.workload, request.size_mib, seed=request.seed, device="meta" if request.workload == "huge" else "cpu"
+    )
     result["workload"] = described.describe()
     num_bytes = described.num_bytes
     del described

@@ -1,6 +1,8 @@
-"""What checkpoints cost a real training run on all cores: pairs of segments with and without them, in alternating order.
+"""What checkpoints cost a real training run on all cores: pairs of segments with and without them, in alternating
+order.
 
-During a segment only the contender's own syncing happens; after it, the segment's checkpoints are waited for and synced (`drain_s`).
+During a segment only the contender's own syncing happens; after it, the segment's checkpoints are waited for and synced
+(`drain_s`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,12 @@ def train_one(workload: Workload, generator: torch.Generator, num_tokens: int, c
 
 
 def run_segment(
-    request: Request, contender: Contender, workload: Workload, generator: torch.Generator, step: int, with_checkpoints: bool
+    request: Request,
+    contender: Contender,
+    workload: Workload,
+    generator: torch.Generator,
+    step: int,
+    with_checkpoints: bool,
 ) -> tuple[dict[str, Any], int]:
     """`num_steps` steps; a step's time includes the save that follows it."""
     steps: list[float] = []

@@ -24,7 +24,9 @@ def committed(root: Path, **state: torch.Tensor) -> None:
         saved(made, "t", model=state).result(TIMEOUT_S)
 
 
-def test_load_under_a_stream_of_the_callers_own_is_not_overwritten_by_what_its_memory_was_before(tmp_path: Path, any_mode: str) -> None:
+def test_load_under_a_stream_of_the_callers_own_is_not_overwritten_by_what_its_memory_was_before(
+    tmp_path: Path, any_mode: str
+) -> None:
     committed(tmp_path, w=torch.full((SIZE,), 3.0, device=DEVICE))
     with engine(tmp_path) as made, on(torch.Stream(DEVICE)):
         before = torch.ones(SIZE, device=DEVICE)
@@ -40,7 +42,9 @@ def test_load_under_a_stream_of_the_callers_own_is_not_overwritten_by_what_its_m
 def test_load_into_waits_for_kernels_that_still_read_its_targets(tmp_path: Path, any_mode: str, order: str) -> None:
     wanted = torch.arange(SIZE, dtype=torch.float32).reshape(256, -1)
     committed(tmp_path, w=wanted)
-    target = torch.ones(wanted.shape, device=DEVICE) if order == "same" else torch.ones(wanted.t().shape, device=DEVICE).t()
+    target = (
+        torch.ones(wanted.shape, device=DEVICE) if order == "same" else torch.ones(wanted.t().shape, device=DEVICE).t()
+    )
     torch.accelerator.synchronize(DEVICE)
     with engine(tmp_path) as made:
         with on(torch.Stream(DEVICE)):
@@ -125,7 +129,9 @@ def test_memory_is_pinned_for_the_callers_device_on_whatever_thread(tmp_path: Pa
 def test_calls_leave_the_callers_device_and_streams_as_they_were(tmp_path: Path) -> None:
     elsewhere = torch.accelerator.current_stream(OTHER)
     with engine(tmp_path) as made, on(torch.Stream(DEVICE)) as stream:
-        saved(made, "t", model={"a": torch.ones(SIZE, device=OTHER), "b": torch.ones(SIZE, device=DEVICE)}).result(TIMEOUT_S)
+        saved(made, "t", model={"a": torch.ones(SIZE, device=OTHER), "b": torch.ones(SIZE, device=DEVICE)}).result(
+            TIMEOUT_S
+        )
         made.load_into(made.load("t/model.pt"), "t/model.pt")
         assert torch.accelerator.current_device_index() == 0
         assert torch.accelerator.current_stream() == stream
@@ -138,13 +144,19 @@ def test_a_default_device_changes_nothing(tmp_path: Path, default: str) -> None:
     state = {"cpu": base, "device": base.to(DEVICE), "sparse": base.to_sparse(), "p": torch.nn.Parameter(base.t())}
     with engine(tmp_path) as made, torch.device(default):
         saved(made, "t", model=state, plain={k: v for k, v in state.items() if k != "sparse"}).result(TIMEOUT_S)
-        target = {"cpu": torch.zeros(4, 6, device="cpu"), "p": torch.zeros(6, 4, device=DEVICE), "device": torch.zeros(4, 6, device=DEVICE)}
+        target = {
+            "cpu": torch.zeros(4, 6, device="cpu"),
+            "p": torch.zeros(6, 4, device=DEVICE),
+            "device": torch.zeros(4, 6, device=DEVICE),
+        }
         made.load_into(target, "t/plain.pt")
         loaded = made.load("t/model.pt")
     for found in (loaded, target):
         for name, tensor in found.items():
             assert torch.equal(tensor.cpu().to_dense(), state[name].cpu().to_dense())
-    assert {name: tensor.device.type for name, tensor in loaded.items()} == {name: t.device.type for name, t in state.items()}
+    assert {name: tensor.device.type for name, tensor in loaded.items()} == {
+        name: t.device.type for name, t in state.items()
+    }
 
 
 def test_every_chunk_is_pinned_after_prewarm_while_another_thread_warms_too(tmp_path: Path) -> None:
@@ -181,7 +193,9 @@ def test_fault_in_waits_for_the_chunk_that_another_thread_is_pinning(simulator: 
 
 
 @pytest.mark.parametrize("is_registered", [True, False])
-def test_a_chunk_that_could_not_be_pinned_is_pinned_later_or_not_used(simulator: Any, is_registered: bool, monkeypatch: Any) -> None:
+def test_a_chunk_that_could_not_be_pinned_is_pinned_later_or_not_used(
+    simulator: Any, is_registered: bool, monkeypatch: Any
+) -> None:
     from async_ckpt.host import device
 
     if not is_registered:
@@ -237,7 +251,9 @@ def test_nothing_waits_for_the_device_from_create_to_the_step(tmp_path: Path, si
             assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
 
 
-def test_memory_that_was_given_back_and_taken_anew_before_its_copy_was_queued_is_torn(tmp_path: Path, held_copies: Any) -> None:
+def test_memory_that_was_given_back_and_taken_anew_before_its_copy_was_queued_is_torn(
+    tmp_path: Path, held_copies: Any
+) -> None:
     weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with engine(tmp_path) as made:
@@ -256,7 +272,9 @@ def test_memory_that_was_given_back_and_taken_anew_before_its_copy_was_queued_is
 
 
 @pytest.mark.parametrize("when", ["before guard", "after guard"])
-def test_an_optimizer_that_may_be_replayed_is_saved_eagerly_and_that_is_said(tmp_path: Path, any_mode: str, when: str) -> None:
+def test_an_optimizer_that_may_be_replayed_is_saved_eagerly_and_that_is_said(
+    tmp_path: Path, any_mode: str, when: str
+) -> None:
     weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
     optimizer = torch.optim.Adam([weight], lr=1.0, capturable=when == "before guard")
     with engine(tmp_path) as made:

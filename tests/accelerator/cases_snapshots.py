@@ -111,7 +111,9 @@ def test_threads_with_streams_of_their_own(tmp_path: Path, any_mode: str) -> Non
             thread.join(TIMEOUT_S)
     assert failures == []
     for number in range(3):
-        assert [distinct(on_disk(tmp_path, f"{number}-{step}")["w"]) for step in range(3)] == [[number + 10 * step] for step in range(3)]
+        assert [distinct(on_disk(tmp_path, f"{number}-{step}")["w"]) for step in range(3)] == [
+            [number + 10 * step] for step in range(3)
+        ]
 
 
 def test_sources_that_the_caller_drops_are_kept_until_they_are_copied(tmp_path: Path, any_mode: str) -> None:
@@ -144,7 +146,11 @@ def test_views_shared_storages_and_cpu_tensors_beside(tmp_path: Path, any_mode: 
     wanted = {name: tensor.cpu().clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     with engine(tmp_path) as made:
         saved(made, "t", model=state).result(TIMEOUT_S)
-        for loaded in (torch.load(tmp_path / "t" / "model.pt"), made.load("t/model.pt"), made.load("t/model.pt", map_location="cpu")):
+        for loaded in (
+            torch.load(tmp_path / "t" / "model.pt"),
+            made.load("t/model.pt"),
+            made.load("t/model.pt", map_location="cpu"),
+        ):
             assert all(torch.equal(loaded[name].cpu().to_dense(), tensor.to_dense()) for name, tensor in wanted.items())
             assert loaded["transposed"].untyped_storage().data_ptr() == loaded["base"].untyped_storage().data_ptr()
         assert made.load("t/model.pt")["other"].device == OTHER
@@ -190,7 +196,9 @@ def test_load_and_load_into_give_what_was_saved(tmp_path: Path, any_mode: str, f
         assert torch.equal(target.cpu(), wanted)
 
 
-def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(tmp_path: Path, any_mode: str, monkeypatch: Any) -> None:
+def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(
+    tmp_path: Path, any_mode: str, monkeypatch: Any
+) -> None:
     monkeypatch.delitem(devices.registrars, DEVICE.type, raising=False)
     weight, optimizer = guarded()
     with engine(tmp_path) as made:
@@ -229,7 +237,9 @@ def test_a_device_without_pinned_memory_works_with_pageable_chunks_and_the_metri
 
 
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
-def test_a_device_whose_bytes_cannot_be_copied_is_refused_by_its_name(tmp_path: Path, monkeypatch: Any, format: Any) -> None:
+def test_a_device_whose_bytes_cannot_be_copied_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: Any, format: Any
+) -> None:
     with engine(tmp_path) as made:
         made.create("t")
         with monkeypatch.context() as patched:
@@ -283,7 +293,10 @@ def test_memory_is_not_pinned_inside_a_graph_capture(tmp_path: Path, simulator: 
             made._arena.release(chunk)
         del chunk, chunks
         arena = type(made._arena)(2, 64 << 10, pinning=made._arena.pinning)
-        with simulator.capture(Graph()), pytest.raises(TransactionStateError, match="staging memory cannot be pinned while a graph"):
+        with (
+            simulator.capture(Graph()),
+            pytest.raises(TransactionStateError, match="staging memory cannot be pinned while a graph"),
+        ):
             arena.fault_in(1)
         arena.fault_in(2 * 64 << 10)
         arena.close()
@@ -294,7 +307,9 @@ KINDS = ("copy", "event", "run", "alloc")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_lazy", [True, False], ids=["lazy", "eager"])
-def test_a_failing_call_publishes_nothing_and_gives_every_chunk_back(tmp_path: Path, simulator: Any, kind: str, is_lazy: bool) -> None:
+def test_a_failing_call_publishes_nothing_and_gives_every_chunk_back(
+    tmp_path: Path, simulator: Any, kind: str, is_lazy: bool
+) -> None:
     weight, optimizer = guarded()
     num_failed = 0
     for after in range(12):
@@ -305,7 +320,9 @@ def test_a_failing_call_publishes_nothing_and_gives_every_chunk_back(tmp_path: P
         made.prewarm()
         simulator.extension.inject(kind, after)
         try:
-            saved(made, "t", model={"w": weight.detach(), "v": weight.detach() * 1}, other={"w": weight.detach()}).result(TIMEOUT_S)
+            saved(
+                made, "t", model={"w": weight.detach(), "v": weight.detach() * 1}, other={"w": weight.detach()}
+            ).result(TIMEOUT_S)
         except (CheckpointError, RuntimeError):
             num_failed += 1
             assert not (root / "t").exists()

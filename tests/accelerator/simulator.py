@@ -1,4 +1,5 @@
-"""The simulated accelerator from Python: builds and registers it, orders its schedule and failures, asks what went wrong.
+"""The simulated accelerator from Python: builds and registers it, orders its schedule and failures, asks what went
+wrong.
 
 `load` registers it as torch's PrivateUse1 device, called "simulated", for the whole process and for ever.
 """
@@ -35,7 +36,9 @@ class CannotBuild(Exception):
 
 
 def build() -> Path:
-    """The extension's file, compiled if it was not before: cached per source, torch and Python version, for this user."""
+    """The extension's file, compiled if it was not before: cached per source, torch and Python version, for this
+    user.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CannotBuild("no C++ compiler (g++) on this machine")
@@ -45,7 +48,10 @@ def build() -> Path:
     arguments = [
         *("-std=c++20", "-O1", "-fPIC", "-shared", f"-DTORCH_EXTENSION_NAME={NAME}"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{folder}" for folder in (include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"])),
+        *(
+            f"-I{folder}"
+            for folder in (include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"])
+        ),
         str(SOURCE),
         *(f"-L{include.parent / 'lib'}", f"-Wl,-rpath,{include.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
     ]
@@ -54,15 +60,22 @@ def build() -> Path:
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             fresh = Path(folder) / built.name
-            done = subprocess.run([compiler, *arguments, "-o", str(fresh)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+            done = subprocess.run(
+                [compiler, *arguments, "-o", str(fresh)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+            )
             if done.returncode:
-                raise CannotBuild(f"{compiler} cannot build {SOURCE.name} for torch {torch.__version__}:\n{done.stderr[-4000:]}")
+                raise CannotBuild(
+                    f"{compiler} cannot build {SOURCE.name} for torch {torch.__version__}:\n{done.stderr[-4000:]}"
+                )
             fresh.replace(built)
     return built
 
 
 def _cache() -> Path:
-    asked = os.environ.get("ASYNC_CKPT_TEST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "async-ckpt-tests"
+    asked = (
+        os.environ.get("ASYNC_CKPT_TEST_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "async-ckpt-tests"
+    )
     for folder in (Path(asked), Path(tempfile.gettempdir()) / f"async-ckpt-tests-{os.getuid()}"):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +128,9 @@ class Simulator:
         self.extension.drain()
 
     def begin_anew(self) -> None:
-        """Run everything that is queued, and forget what went wrong: a test must not suffer from the last one's mistakes."""
+        """Run everything that is queued, and forget what went wrong: a test must not suffer from the last one's
+        mistakes.
+        """
         self.drain()
         self.extension.forget_past()
         self.forget_waits()
@@ -141,7 +156,9 @@ class Simulator:
             self._forbidding.discard(me)
 
     def _note_wait(self, kind: str) -> str:
-        stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack(limit=12)[:-1])
+        stack = tuple(
+            f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack(limit=12)[:-1]
+        )
         self._waits.append(HostWait(kind, threading.current_thread().name, stack))
         if threading.get_ident() not in self._forbidding:
             return ""
@@ -151,7 +168,9 @@ class Simulator:
 
     @contextlib.contextmanager
     def inject(self, kind: str, after: int = 0) -> Iterator[None]:
-        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run": one task, when run."""
+        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run": one task,
+        when run.
+        """
         self.extension.inject(kind, after)
         try:
             yield
@@ -162,7 +181,9 @@ class Simulator:
     # What went wrong.
 
     def races(self) -> list[str]:
-        """Pairs of accesses to the same memory that nothing orders, since it was last asked; whatever order they ran in."""
+        """Pairs of accesses to the same memory that nothing orders, since it was last asked; whatever order they ran
+        in.
+        """
         return list(self.extension.take_races())
 
     @property

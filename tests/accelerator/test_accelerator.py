@@ -22,7 +22,16 @@ ON_REAL_DEVICES = [path for path in CASES if path.stem in ("cases_faults", "case
 def run(cases: Path, device: str, scratch: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "ASYNC_CKPT_TEST_DEVICE": device, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "python_files=cases_*.py", f"--basetemp={scratch / 'own'}", str(cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "python_files=cases_*.py",
+        f"--basetemp={scratch / 'own'}",
+        str(cases),
+    ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
 

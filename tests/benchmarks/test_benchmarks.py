@@ -25,7 +25,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def results_of(folder: Path) -> dict[str, dict[str, Any]]:
     (file,) = folder.glob("*.jsonl")
     runs = [json.loads(line) for line in file.read_text().splitlines()]
-    return {f"{r['scenario']}-{r['request']['workload']}-{r['request']['size_mib']}-{r['contender']}-r{r['repeat']}": r for r in runs}
+    return {
+        f"{r['scenario']}-{r['request']['workload']}-{r['request']['size_mib']}-{r['contender']}-r{r['repeat']}": r
+        for r in runs
+    }
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run of two contenders and an unknown one, as a person would start it."""
     out = tmp_path_factory.mktemp("results")
     names = "torch_save,thread_clone,no_such_writer"
-    assert run.main(f"--workload adamw --size-mib 2 --contenders {names} --repeats 1 --saves 2 --warmups 0 --out {out}".split()) == 0
+    assert (
+        run.main(
+            f"--workload adamw --size-mib 2 --contenders {names} --repeats 1 --saves 2 --warmups 0 --out {out}".split()
+        )
+        == 0
+    )
     return out
 
 
@@ -69,7 +77,9 @@ def test_a_missing_contender_is_a_row_with_its_reason(saved: Path, tmp_path: Pat
     assert result["status"] == "missing"
     assert "no_such_writer" in result["reason"]
     assert report.main([str(saved), "--out", str(tmp_path), "--no-plots"]) == 0
-    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| no_such_writer"))
+    row = next(
+        line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| no_such_writer")
+    )
     assert "missing: unknown contender" in row
 
 
@@ -96,7 +106,10 @@ def test_an_empty_folder_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_training_scenario_alternates_and_saves(tmp_path: Path) -> None:
-    arguments = "--scenario training --workload adamw --size-mib 2 --contenders thread_clone --repeats 1 --steps 4 --every 2 --segments 2"
+    arguments = (
+        "--scenario training --workload adamw --size-mib 2 --contenders thread_clone --repeats 1 --steps "
+        "4 --every 2 --segments 2"
+    )
     assert run.main([*arguments.split(), "--tokens", "8", "--out", str(tmp_path)]) == 0
     (result,) = results_of(tmp_path).values()
     assert result["status"] == "ok", result["reason"]
@@ -154,7 +167,12 @@ def test_workloads_have_their_size_and_change_in_place(name: str) -> None:
     after, _ = flatten(workload.state())
     assert all(after[key].data_ptr() == before[key].data_ptr() for key in before)
     assert not any(bool((after[key] == copies[key]).all()) for key in after)
-    counts = {"transformer": range(250, 350), "adamw": range(1000, 1400), "many": range(10_000, 10_001), "small": range(150, 300)}
+    counts = {
+        "transformer": range(250, 350),
+        "adamw": range(1000, 1400),
+        "many": range(10_000, 10_001),
+        "small": range(150, 300),
+    }
     assert len(workload.tensors) in counts[name]
 
 
@@ -168,7 +186,10 @@ def test_the_same_seed_gives_the_same_state() -> None:
 
 def test_every_registered_module_is_there() -> None:
     folder = Path(contenders.__file__).parent
-    assert {entry.module for entry in contenders.REGISTRY.values()} == {p.stem for p in folder.glob("*.py")} - {"__init__", "base"}
+    assert {entry.module for entry in contenders.REGISTRY.values()} == {p.stem for p in folder.glob("*.py")} - {
+        "__init__",
+        "base",
+    }
 
 
 def test_eviction_leaves_nothing_cached_where_the_file_system_has_a_disk(tmp_path: Path) -> None:
@@ -191,7 +212,13 @@ def test_medians_keep_their_spread_and_bad_runs_stay_out() -> None:
 
 def test_slowdown_is_with_over_without() -> None:
     def segment(with_checkpoints: bool, wall_s: float, drain_s: float) -> dict[str, Any]:
-        return {"with_checkpoints": with_checkpoints, "wall_s": wall_s, "drain_s": drain_s, "num_checkpoints": 3, "stall_s": [0.1]}
+        return {
+            "with_checkpoints": with_checkpoints,
+            "wall_s": wall_s,
+            "drain_s": drain_s,
+            "num_checkpoints": 3,
+            "stall_s": [0.1],
+        }
 
     figures = training_figures({"segments": [segment(False, 10.0, 0.0), segment(True, 13.0, 3.0)]})
     assert figures["slowdown"] == pytest.approx(1.3)

@@ -21,7 +21,16 @@ def test_it_runs_on_the_simulated_device_and_leaves_one_file(tmp_path: Path) -> 
         pytest.skip(str(reason))
     scratch, out = tmp_path / "scratch", tmp_path / "device.json"
     scratch.mkdir()
-    command = [sys.executable, "-m", "benchmarks.device", str(scratch), "--out", str(out), "--simulated", "--skip-tests"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.device",
+        str(scratch),
+        "--out",
+        str(out),
+        "--simulated",
+        "--skip-tests",
+    ]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)

@@ -42,7 +42,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 def states() -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 32, generator=generator)
-    first = {"model": {"layer.weight": weight, "layer.bias": torch.zeros(64), "tied": weight, "half": weight[:10]}, "step": 1}
+    first = {
+        "model": {"layer.weight": weight, "layer.bias": torch.zeros(64), "tied": weight, "half": weight[:10]},
+        "step": 1,
+    }
     changed = dict(first["model"], **{"layer.bias": torch.ones(64), "new": torch.arange(5)})
     changed.pop("half")
     return first, {"model": changed, "step": 2}
@@ -69,7 +72,10 @@ def root(made_root: Path, tmp_path: Path) -> Path:
 
 def listing(root: Path) -> dict[str, tuple[int, int]]:
     """Every name under `root` with size and time of change: read-only commands leave it as it is."""
-    return {str(path.relative_to(root)): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in sorted(root.rglob("*"))}
+    return {
+        str(path.relative_to(root)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in sorted(root.rglob("*"))
+    }
 
 
 def flip(path: Path, offset: int) -> None:

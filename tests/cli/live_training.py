@@ -1,6 +1,7 @@
 """A training that commits, replaces, gives up and prunes as fast as it can: python -m tests.cli.live_training ROOT
 
-Every tensor of a checkpoint has the value of its step, so that a reader can tell a mixed one. Ends when standard input does.
+Every tensor of a checkpoint has the value of its step, so that a reader can tell a mixed one. Ends when standard input
+does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def main(root: str) -> None:
             tag = "same" if step % 3 == 0 else f"step-{step}"
             engine.create(tag)
             value = float(step)
-            engine.save({"a": torch.full((30_000,), value), "b": {"c": torch.full((500,), value)}, "step": step}, "model.pt")
+            engine.save(
+                {"a": torch.full((30_000,), value), "b": {"c": torch.full((500,), value)}, "step": step}, "model.pt"
+            )
             engine.save({"momentum": torch.full((9_000,), value)}, "sub/optim.pt")
             if step % 7 == 0:
                 engine.abort(tag)

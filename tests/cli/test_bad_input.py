@@ -80,7 +80,9 @@ def committed(root, data: bytes, *, file_format: str = "torch") -> str:
         plan_hash=None,
     )
     (home / "x.pt").write_bytes(data)
-    (home / "manifest.json").write_bytes(encode(Manifest(tag="crafted", created_unix_ns=1, files=(entry,), metadata={}, writer={})))
+    (home / "manifest.json").write_bytes(
+        encode(Manifest(tag="crafted", created_unix_ns=1, files=(entry,), metadata={}, writer={}))
+    )
     return f"{home}/x.pt"
 
 

@@ -1,4 +1,6 @@
-"""Read-only commands beside a real training that commits, replaces, gives up and prunes: no traceback, no wrong answer."""
+"""Read-only commands beside a real training that commits, replaces, gives up and prunes: no traceback, no wrong
+answer.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_every_answer_is_right_while_everything_changes(cli, training, tmp_path)
 
 
 def test_a_listing_that_retention_outruns_is_made_again(tmp_path):
-    """All that was listed is deleted before it is read: once, an empty root was reported, and `latest` found nothing."""
+    """All that was listed is deleted before it is read: once, an empty root was reported, and `latest` found
+    nothing.
+    """
     from async_ckpt.reading.catalog import Catalog
     from async_ckpt.storage import transaction
     from async_ckpt.storage.local_filesystem import LocalFileSystem

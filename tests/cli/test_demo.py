@@ -85,7 +85,9 @@ def test_report_shows_stall_and_picture(tmp_path: Path) -> None:
     from async_ckpt.cli.demo.training import DemoConfig, train
 
     small = GPTConfig(num_layers=1, width=32, context_length=16)
-    result = train(DemoConfig(root=str(tmp_path / "r"), num_steps=8, save_every=2, batch_size=2, corpus_bytes=100_000, model=small))
+    result = train(
+        DemoConfig(root=str(tmp_path / "r"), num_steps=8, save_every=2, batch_size=2, corpus_bytes=100_000, model=small)
+    )
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(summary_table(result))
     text = console.export_text()

@@ -52,7 +52,9 @@ def test_one_of_two_of_a_name_is_missing(cli: Any, tmp_path: Path) -> None:
         (torch.tensor([1 + 2j, 3 - 1j]).imag, torch.tensor([1 + 2j, 3 - 1j]).conj().imag),
     ],
 )
-def test_the_same_bytes_with_another_value_are_a_change(cli: Any, tmp_path: Path, old: torch.Tensor, new: torch.Tensor) -> None:
+def test_the_same_bytes_with_another_value_are_a_change(
+    cli: Any, tmp_path: Path, old: torch.Tensor, new: torch.Tensor
+) -> None:
     found = compared(cli, tmp_path, {"x": old}, {"x": new})
     assert [change["tensor"] for change in found["changes"]] == ["x"]
 
@@ -86,7 +88,9 @@ def test_other_values_are_compared_whole(cli: Any, tmp_path: Path, old: object, 
 
 def test_nested_values_and_arrays_are_compared_whole(cli: Any, tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
-    assert compared(cli, tmp_path, {"x": numpy.arange(1000)}, {"x": numpy.arange(1000) % 999})["other_values"] == ["m.pt: x"]
+    assert compared(cli, tmp_path, {"x": numpy.arange(1000)}, {"x": numpy.arange(1000) % 999})["other_values"] == [
+        "m.pt: x"
+    ]
     deep_old: object = "a"
     deep_new: object = "b"
     for _ in range(220):

@@ -99,7 +99,9 @@ def odd(tmp_path):
         for tag, step in (("odd", 7), ("later", 8)):
             engine.create(tag)
             engine.save({**odd_state(), "step": step}, "all.pt")
-            engine.save({"q": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "array": numpy.ones(3)}, "q.pt")
+            engine.save(
+                {"q": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "array": numpy.ones(3)}, "q.pt"
+            )
             engine.commit(tag)
     return tmp_path / "root"
 
@@ -194,7 +196,9 @@ def test_no_bytes_do_harm(raw):
 
 @given(st.data())
 def test_no_damage_of_a_real_pickle_does_harm(data):
-    raw = bytearray(pickle.dumps({"a": [argparse.Namespace(x=numpy.ones(2)), Colour.RED, {1: (2, 3)}], "b": OwnDict(c=4)}, 2))
+    raw = bytearray(
+        pickle.dumps({"a": [argparse.Namespace(x=numpy.ones(2)), Colour.RED, {1: (2, 3)}], "b": OwnDict(c=4)}, 2)
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -211,7 +215,9 @@ HOSTILE = {
     "laughs": b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (k, k, k + 1) for k in range(90)) + b".",
     "itself": b"\x80\x02]q\x00h\x00a.",
     "long key": b"\x80\x02}X" + (2_000_000).to_bytes(4, "little") + b"a." * 1_000_000 + b"K\x01s.",
-    "colliding keys": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * _PRIME).to_bytes(10, "little") + b"N" for k in range(100_000)) + b"u.",
+    "colliding keys": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (k * _PRIME).to_bytes(10, "little") + b"N" for k in range(100_000))
+    + b"u.",
     "huge size": b"\x80\x02X\xff\xff\xff\xff.",
     "huge number": b"\x80\x02\x8b" + (1_000_000).to_bytes(4, "little") + b"\x7f" * 1_000_000 + b".",
     "no end": b"\x80\x02" + b"N0" * 100_000,

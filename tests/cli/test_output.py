@@ -17,10 +17,14 @@ from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON, flip
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"])
+@pytest.mark.parametrize(
+    "closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"]
+)
 @pytest.mark.parametrize("command", ["list", "verify"])
 def test_closed_and_full_streams_give_no_traceback(root: Path, command: str, closed: str) -> None:
-    ran = subprocess.run(["sh", "-c", f"{PYTHON} -m async_ckpt {command} {root} {closed}"], capture_output=True, text=True)
+    ran = subprocess.run(
+        ["sh", "-c", f"{PYTHON} -m async_ckpt {command} {root} {closed}"], capture_output=True, text=True
+    )
     assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr, ran.stderr
     assert ran.returncode == closed.startswith("> /dev/full"), ran
 

@@ -60,7 +60,11 @@ def test_list_tells_staging_of_live_and_dead_owners_and_damage(cli, root):
     assert ran.code == 1
     assert "missing" in items["step-100"]["problem"]
     assert items["step-200"]["state"] == "damaged"
-    assert (items["step-300"]["state"], items["step-300"]["owner_state"], items["step-300"]["size_bytes"]) == ("staging", "alive", 7)
+    assert (items["step-300"]["state"], items["step-300"]["owner_state"], items["step-300"]["size_bytes"]) == (
+        "staging",
+        "alive",
+        7,
+    )
     assert items["step-400"]["owner_state"] == "dead"
     assert "notes" not in items
     table = cli("list", root).out

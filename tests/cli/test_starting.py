@@ -53,7 +53,9 @@ print("asyncio" in sys.modules)
 
 
 def test_list_starts_fast(root):
-    """The best of several: the machine may be busy. The promise is 0.2 s; CPU time is what the package can answer for."""
+    """The best of several: the machine may be busy. The promise is 0.2 s; CPU time is what the package can answer
+    for.
+    """
     import resource
 
     def once() -> tuple[float, float]:
@@ -79,7 +81,19 @@ def test_module_and_exit_codes(root, tmp_path):
 
 def test_help_names_every_command_and_the_exit_codes(cli):
     ran = cli("--help")
-    for command in ("list", "inspect", "verify", "diff", "prune", "delete", "sweep", "watch", "export", "demo", "bench"):
+    for command in (
+        "list",
+        "inspect",
+        "verify",
+        "diff",
+        "prune",
+        "delete",
+        "sweep",
+        "watch",
+        "export",
+        "demo",
+        "bench",
+    ):
         assert f"  {command} " in ran.out
     assert "Exit codes" in ran.out
 

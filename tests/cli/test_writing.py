@@ -70,7 +70,9 @@ def test_sweep_removes_only_what_dead_owners_left(cli, root):
     stage(root, "step-400", dead_owner())
     assert "owner is dead" in cli("sweep", root, "--dry-run").out
     done = {
-        item["name"].split(".")[1]: item["action"] for item in json.loads(cli("sweep", root, "--json").out) if item["tag"] != "step-300"
+        item["name"].split(".")[1]: item["action"]
+        for item in json.loads(cli("sweep", root, "--json").out)
+        if item["tag"] != "step-300"
     }
     assert done == {"staging": "removed"}
     left = sorted(path.name for path in root.iterdir())

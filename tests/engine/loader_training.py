@@ -25,7 +25,9 @@ def main(root: str) -> None:
         def save() -> None:
             tag = f"last-{position['step']}"
             engine.create(tag)
-            engine.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position["step"]}, "state.pt")
+            engine.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position["step"]}, "state.pt"
+            )
             engine.commit(tag)
 
         engine.on_preemption(deadline_s=30.0, save=save)

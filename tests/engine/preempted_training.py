@@ -1,11 +1,12 @@
-"""A small training for tests/test_preemption_processes.py: says where it is, so that the test can send its signal there.
+"""A small training for tests/test_preemption_processes.py: says where it is, so that the test can send its signal
+there.
 
     python -m tests.engine.preempted_training ROOT WHERE [option]...
 
-WHERE: step (between steps), save, commit (inside the call), c_call (a long operation of torch's), sleep (in time.sleep).
-Options: exit, chain=python, chain=ignore, chain=default (the handler before ours), deadline=SECONDS, slow (a disk whose
-syncs wait for the file ROOT/go).
-Prints "at <where>" and goes on at once; the signal arrives somewhere in what follows. At the end it prints the outcome.
+WHERE: step (between steps), save, commit (inside the call), c_call (a long operation of torch's), sleep (in
+time.sleep). Options: exit, chain=python, chain=ignore, chain=default (the handler before ours), deadline=SECONDS, slow
+(a disk whose syncs wait for the file ROOT/go). Prints "at <where>" and goes on at once; the signal arrives somewhere in
+what follows. At the end it prints the outcome.
 """
 
 from __future__ import annotations
@@ -49,10 +50,14 @@ def main(root: str, where: str, *options: str) -> None:
 
         def save(tag: str) -> None:
             engine.create(tag)
-            engine.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position["step"]}, "state.pt")
+            engine.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position["step"]}, "state.pt"
+            )
             engine.commit(tag, {"step": position["step"]})
 
-        engine.on_preemption(deadline_s=deadline_s, save=lambda: save(f"last-{position['step']}"), exit_after="exit" in options)
+        engine.on_preemption(
+            deadline_s=deadline_s, save=lambda: save(f"last-{position['step']}"), exit_after="exit" in options
+        )
         engine.guard(optimizer)
         while position["step"] < 100_000:
             model(torch.randn(8, 1024)).square().mean().backward()

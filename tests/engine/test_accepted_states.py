@@ -1,4 +1,6 @@
-"""What torch.save takes, the engine takes: the file is torch.save's, the first time and from a cached plan, guarded or not."""
+"""What torch.save takes, the engine takes: the file is torch.save's, the first time and from a cached plan, guarded or
+not.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,11 @@ def test_an_alignment_of_nearly_64_kib_holds_for_tensors_of_any_size(tmp_path: P
         for size in sizes:
             more = torch.ones(2, dtype=torch.complex64)
             # A conjugated one is left to torch's own pickler.
-            state = {"a": torch.full((size,), 1, dtype=torch.uint8), "b": torch.arange(4), "more": more.conj() if size % 2 else more}
+            state = {
+                "a": torch.full((size,), 1, dtype=torch.uint8),
+                "b": torch.arange(4),
+                "more": more.conj() if size % 2 else more,
+            }
             engine.create(f"s{size}")
             engine.save(state, "state.pt")
             engine.commit(f"s{size}").result()
@@ -115,7 +121,9 @@ def test_an_alignment_of_nearly_64_kib_holds_for_tensors_of_any_size(tmp_path: P
     assert len(sizes) - 8 <= num_torchs_own < len(sizes)
 
 
-@pytest.mark.parametrize("bad", [lambda: lambda: 0, lambda: torch._efficientzerotensor((2,)), lambda: torch.zeros(2).to_mkldnn()])
+@pytest.mark.parametrize(
+    "bad", [lambda: lambda: 0, lambda: torch._efficientzerotensor((2,)), lambda: torch.zeros(2).to_mkldnn()]
+)
 def test_what_torch_refuses_leaves_the_checkpoint_usable(tmp_path: Path, bad: Callable[[], Any]) -> None:
     state = {"weight": torch.ones(3)}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=1 << 16) as engine:

@@ -74,7 +74,19 @@ def test_bad_tag(engine: AsyncCheckpointEngine, tmp_path: Path, tag: str) -> Non
     still_works(engine)
 
 
-BAD_PATHS = ["", "..", "../x.pt", "a/../../x.pt", "/etc/x.pt", "a\0b", "a//b.pt", "x" * 300, "./.hidden", "a\nb", "dir/"]
+BAD_PATHS = [
+    "",
+    "..",
+    "../x.pt",
+    "a/../../x.pt",
+    "/etc/x.pt",
+    "a\0b",
+    "a//b.pt",
+    "x" * 300,
+    "./.hidden",
+    "a\nb",
+    "dir/",
+]
 
 
 @pytest.mark.parametrize("path", BAD_PATHS, ids=repr)
@@ -209,7 +221,9 @@ BAD_CONFIG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "named"), BAD_CONFIG, ids=[next(iter(f)) + str(n) for n, (f, _) in enumerate(BAD_CONFIG)])
+@pytest.mark.parametrize(
+    ("fields", "named"), BAD_CONFIG, ids=[next(iter(f)) + str(n) for n, (f, _) in enumerate(BAD_CONFIG)]
+)
 def test_bad_config(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
         AsyncCheckpointEngine(tmp_path / "fresh", **fields)

@@ -26,7 +26,9 @@ class Observing(Observer):
 
 
 def save_that_waits_for_memory(root: Path, meet: Any, met: threading.Event, **options: Any) -> list[str]:
-    """Save a second checkpoint while the first one's commit holds all staging memory; `meet(engine, pending)` in between."""
+    """Save a second checkpoint while the first one's commit holds all staging memory; `meet(engine, pending)` in
+    between.
+    """
     gate = threading.Event()
     fs = FaultyFileSystem()
     fs.calls.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "pwrite" and ".first." in op.path else None

@@ -52,9 +52,13 @@ def test_a_checkpoint_that_cannot_be_deleted_never_ends_a_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str, code: int
 ) -> None:
     fs, commits = FaultyFileSystem(), Commits()
-    with AsyncCheckpointEngine(tmp_path, filesystem=fs, retention=KeepLast(1), observers=(commits,), staging_bytes=1 << 20) as engine:
+    with AsyncCheckpointEngine(
+        tmp_path, filesystem=fs, retention=KeepLast(1), observers=(commits,), staging_bytes=1 << 20
+    ) as engine:
         commit(engine, "a")
-        fs.fail_when(lambda op: op.name == call and ("/a" in op.path or ".a." in op.path) and ".staging" not in op.path, code)
+        fs.fail_when(
+            lambda op: op.name == call and ("/a" in op.path or ".a." in op.path) and ".staging" not in op.path, code
+        )
         for tag in ("b", "c", "d"):
             commit(engine, tag)
         assert len(warned(caplog)) == 1
@@ -66,9 +70,13 @@ def test_a_checkpoint_that_cannot_be_deleted_never_ends_a_training(
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
-def test_a_replaced_tree_that_cannot_be_deleted_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_replaced_tree_that_cannot_be_deleted_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fs, commits = FaultyFileSystem(), Commits()
-    with AsyncCheckpointEngine(tmp_path, filesystem=fs, overwrite="replace", observers=(commits,), staging_bytes=1 << 20) as engine:
+    with AsyncCheckpointEngine(
+        tmp_path, filesystem=fs, overwrite="replace", observers=(commits,), staging_bytes=1 << 20
+    ) as engine:
         commit(engine, "a", step=1)
         fs.fail_when(lambda op: op.name == "unlink", errno.EBUSY)
         commit(engine, "a", step=2)
@@ -120,7 +128,9 @@ def test_a_loss_that_is_not_a_number_never_ends_a_training(tmp_path: Path) -> No
         assert Catalog(tmp_path).manifest("f").metadata == {"loss": None, "_not_finite": {"metadata['loss']": "nan"}}
 
 
-def test_what_the_manifest_cannot_hold_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_manifest_cannot_hold_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("async_ckpt.format.manifest.MAX_MANIFEST_BYTES", 20_000)
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=4096) as engine:
         engine.create("a")
@@ -137,7 +147,9 @@ def test_what_the_manifest_cannot_hold_is_refused_before_it_is_written(tmp_path:
 @pytest.mark.parametrize("call", ["create", "allocate", "pwrite", "fsync"])
 def test_a_full_disk_says_what_the_file_needs(tmp_path: Path, call: str) -> None:
     fs = FaultyFileSystem()
-    with AsyncCheckpointEngine(tmp_path, filesystem=fs, staging_bytes=1 << 20, chunk_bytes=16384, io_mode="direct") as engine:
+    with AsyncCheckpointEngine(
+        tmp_path, filesystem=fs, staging_bytes=1 << 20, chunk_bytes=16384, io_mode="direct"
+    ) as engine:
         engine.create("a")
         fs.fail_when(lambda op: op.name == call and op.path.endswith("model.pt"), errno.ENOSPC)
         engine.save({"w": torch.zeros(300_000, dtype=torch.uint8)}, "model.pt")

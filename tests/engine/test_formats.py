@@ -19,7 +19,11 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
         engine.create("t")
         engine.save({"__metadata__": {"format": "pt"}, **weights}, "model.safetensors", format="safetensors")
         engine.save({"step": 3, "exp_avg": weights["w"]}, "optim.pt")
-        for name, data in {"config.json": b'{"a": 1}', "empty": b"", "tokenizer/big.txt": bytes(range(256)) * 100}.items():
+        for name, data in {
+            "config.json": b'{"a": 1}',
+            "empty": b"",
+            "tokenizer/big.txt": bytes(range(256)) * 100,
+        }.items():
             engine.save_bytes(data, name)
         with pytest.raises(PathExistsError):
             engine.save_bytes(b"again", "config.json")
@@ -36,7 +40,11 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "t/model.safetensors")["w"], weights["w"])
     assert Catalog(tmp_path).verify("t").ok
     formats = {entry.path: entry.format for entry in Catalog(tmp_path).manifest("t").files}
-    assert formats["model.safetensors"] == "safetensors" and formats["config.json"] == "opaque" and formats["optim.pt"] == "torch"
+    assert (
+        formats["model.safetensors"] == "safetensors"
+        and formats["config.json"] == "opaque"
+        and formats["optim.pt"] == "torch"
+    )
 
 
 def test_bytes_are_copied_at_once(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def test_metadata_is_readable_without_torch(tmp_path: Path) -> None:
         commit_one(engine, "a", 4).result(60)
     code = (
         "import sys, async_ckpt; c = async_ckpt.Catalog(sys.argv[1]); m = c.manifest(c.latest()); "
-        "assert m.metadata['step'] == 4 and m.metadata['loss'] == 2.0, m; assert c.tags() == ['a']; assert 'torch' not in sys.modules"
+        "assert m.metadata['step'] == 4 and m.metadata['loss'] == 2.0, m; assert c.tags() == ['a']; assert "
+        "'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
 
@@ -232,7 +233,9 @@ def test_a_broken_observer_harms_no_checkpoint(tmp_path: Path) -> None:
     assert len([w for w in caught if "observer bug" in str(w.message)]) == 1
 
 
-def test_newest_is_the_last_commit_even_when_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_is_the_last_commit_even_when_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         commit_one(engine, "z-first-run", 1).result(60)
     an_hour_ago = time.time_ns() - 3600 * 10**9

@@ -1,4 +1,6 @@
-"""The pacer against a simulated training: a clock that only moves when told, saves that slow the steps beside them, failures."""
+"""The pacer against a simulated training: a clock that only moves when told, saves that slow the steps beside them,
+failures.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,11 @@ def watch():
     made = []
 
     def make(*, signals=(signal.SIGUSR1,), deadline_s=20.0, save=None, agree=None, exit_after=False, pending=list):
-        made.append(Preemption(signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after, pending=pending))
+        made.append(
+            Preemption(
+                signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after, pending=pending
+            )
+        )
         return made[-1]
 
     yield make
@@ -223,7 +227,9 @@ def test_leaving_by_a_workers_death_saves_unless_a_step_was_cut(watch, inside_st
 
 def test_leaving_by_an_exception_drains_but_does_not_save(watch):
     other = Commit("other")
-    preemption = watch(save=lambda: pytest.fail("saved a state that is half way through a step"), pending=lambda: [other])
+    preemption = watch(
+        save=lambda: pytest.fail("saved a state that is half way through a step"), pending=lambda: [other]
+    )
     send()
     preemption.leave_with(ValueError())
     preemption.leave()
@@ -293,7 +299,9 @@ def test_a_signal_while_the_ranks_agree_is_for_the_next_safe_point(watch):
 
 
 def test_a_rank_that_leaves_asks_nobody_and_does_not_save_alone(watch):
-    preemption = watch(save=lambda: pytest.fail("one rank saved alone"), agree=lambda _: pytest.fail("a collective while leaving"))
+    preemption = watch(
+        save=lambda: pytest.fail("one rank saved alone"), agree=lambda _: pytest.fail("a collective while leaving")
+    )
     send()
     preemption.leave()
 

@@ -39,7 +39,9 @@ def read_until(process: subprocess.Popen[str], word: str, count: int = 1) -> Non
 
 
 def check_root(root: Path, output: str) -> None:
-    """Everything that is listed loads right, nothing is staged, and the last checkpoint is the state the process stopped in."""
+    """Everything that is listed loads right, nothing is staged, and the last checkpoint is the state the process
+    stopped in.
+    """
     catalog = Catalog(root)
     for tag in catalog.tags():
         assert catalog.verify(tag).ok
@@ -174,5 +176,6 @@ def test_a_loop_that_dies_of_its_workers_death_after_the_signal_still_saves(tmp_
     (tag,) = Catalog(tmp_path).tags()
     state = load(tmp_path / tag / "state.pt")
     assert tag == f"last-{state['step']}" and state["step"] >= 20
-    # Only whole steps: the optimizer has counted as many as the loop, but for the one that a signal may have come behind.
+    # Only whole steps: the optimizer has counted as many as the loop, but for the one that a signal may have come
+    # behind.
     assert int(state["optimizer"]["state"][0]["step"]) - state["step"] in (0, 1)

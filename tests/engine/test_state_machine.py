@@ -18,7 +18,9 @@ from tests.support.faulty_filesystem import FaultyFileSystem
 
 TAGS = st.sampled_from(["a", "b", "c"])
 FILES = st.sampled_from(["m.pt", "sub/o.pt"])
-FAULTS = st.sampled_from([("pwrite", errno.ENOSPC), ("fsync", errno.EIO), ("renameat2", errno.EIO), ("open", errno.EMFILE)])
+FAULTS = st.sampled_from(
+    [("pwrite", errno.ENOSPC), ("fsync", errno.EIO), ("renameat2", errno.EIO), ("open", errno.EMFILE)]
+)
 
 
 class Checkpoints(RuleBasedStateMachine):
@@ -101,7 +103,9 @@ class Checkpoints(RuleBasedStateMachine):
     @rule(fault=FAULTS)
     def break_disk(self, fault: tuple[str, int]) -> None:
         name, code = fault
-        self.filesystem.fail_when(lambda operation: operation.name == name and "staging" in (operation.path or ""), code)
+        self.filesystem.fail_when(
+            lambda operation: operation.name == name and "staging" in (operation.path or ""), code
+        )
         self.faulty = True
 
     @precondition(lambda self: self.faulty)
@@ -151,6 +155,11 @@ class Checkpoints(RuleBasedStateMachine):
 
 
 Checkpoints.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
 )
 TestCheckpoints = Checkpoints.TestCase

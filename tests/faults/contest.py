@@ -1,8 +1,8 @@
 """Two processes at work on the same tags, one killed. ``python -m tests.faults.contest --full``
 
-At the i-th file call of one engine the other runs its whole job, or as much of it as it can without waiting for the first;
-then either of them is killed at some later call of its own, or none. All pairs of calls are tried, through the seam. What
-either has reported is there afterwards, before anything is swept.
+At the i-th file call of one engine the other runs its whole job, or as much of it as it can without waiting for the
+first; then either of them is killed at some later call of its own, or none. All pairs of calls are tried, through the
+seam. What either has reported is there afterwards, before anything is swept.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ CONTESTS = (
     Contest("replace, replaced inside", REPLACING, REPLACING_TOO, _with_replacements),
     Contest("deletion, replaced inside", REMOVING, REPLACING, _with_removal),
     Contest("replace, deleted inside", REPLACING, REMOVING, _with_removal),
-    Contest("retention twice", RETAINING, Side({"retention": KeepLast(2)}, lambda job: job.whole("new-b", 11)), _reported),
+    Contest(
+        "retention twice", RETAINING, Side({"retention": KeepLast(2)}, lambda job: job.whole("new-b", 11)), _reported
+    ),
     Contest("retention, replaced inside by two renames", RETAINING, REPLACING, _with_retention, TWO_RENAMES),
     Contest("replace by two renames, retention inside", REPLACING, RETAINING, _with_retention, TWO_RENAMES),
 )
@@ -136,7 +138,9 @@ class _Player:
 
 
 def play(root: Path, told: Told, contest: Contest, i: int, victim: Victim, j: int) -> tuple[_Player, _Player]:
-    """One game; the second side begins at the first one's call `i`, the victim dies at its call `j` (-1: nobody does)."""
+    """One game; the second side begins at the first one's call `i`, the victim dies at its call `j` (-1: nobody
+    does).
+    """
     first = _Player(root, contest.first, told, contest)
     second = _Player(root, contest.second, told, contest)
     if j >= 0:

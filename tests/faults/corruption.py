@@ -1,7 +1,7 @@
 """Every kind of damage to every region of a committed checkpoint. ``python -m tests.faults.corruption --full``
 
-Each byte region of each file is flipped, cut, extended, swapped with another checkpoint's, or deleted. `verify` must name
-the file, `load` must refuse or give exactly the right state (never anything else), `latest` must move on.
+Each byte region of each file is flipped, cut, extended, swapped with another checkpoint's, or deleted. `verify` must
+name the file, `load` must refuse or give exactly the right state (never anything else), `latest` must move on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ Damage = tuple[str, Callable[[Path], None]]
 def flips(data: bytes, chance: random.Random, num: int | None, at: Sequence[int] | None = None) -> Iterator[Damage]:
     """One flipped bit, at every offset, at `num` of them, or `at` these."""
     offsets: Sequence[int] = (
-        at if at is not None else range(len(data)) if num is None or num >= len(data) else sorted(chance.sample(range(len(data)), num))
+        at
+        if at is not None
+        else range(len(data))
+        if num is None or num >= len(data)
+        else sorted(chance.sample(range(len(data)), num))
     )
     for offset in offsets:
         mask = 1 << chance.randrange(8)
@@ -89,7 +93,9 @@ def check(root: Path, name: str, what: str, is_same: bool) -> None:
         raise AssertionError(f"loaded as version {version_of(loaded, 'model.pt')}")
 
 
-def sweep(folder: Folder, name: str, *, num_flips: int | None, part: Part | None = None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(
+    folder: Folder, name: str, *, num_flips: int | None, part: Part | None = None, seed: int = 1, stop: bool = True
+) -> Row:
     """All damage (or a part of it) to one file of the newer checkpoint."""
     row = Row(name)
     chance = random.Random(seed)

@@ -81,7 +81,9 @@ def sweep(
     for k, when in chosen:
         root, told = folder.root(dirty=dirty)
         if run_killed(root, told, workload, num_writers, k, when, direct):
-            row.check(f"killed {when} call {k}", lambda root=root, told=told: check_recovery(root, told, workload), stop=stop)  # type: ignore[misc]
+            row.check(
+                f"killed {when} call {k}", lambda root=root, told=told: check_recovery(root, told, workload), stop=stop
+            )  # type: ignore[misc]
         folder.drop(root)
     return row
 
@@ -93,7 +95,16 @@ def main(options: argparse.Namespace) -> list[Row]:
             direct = dirty != (num_writers == 2)
             sample = sample_of(options, 12)
             rows.append(
-                sweep(folder, workload, num_writers=num_writers, dirty=dirty, direct=direct, sample=sample, seed=options.seed, stop=False)
+                sweep(
+                    folder,
+                    workload,
+                    num_writers=num_writers,
+                    dirty=dirty,
+                    direct=direct,
+                    sample=sample,
+                    seed=options.seed,
+                    stop=False,
+                )
             )
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
     return rows

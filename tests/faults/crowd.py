@@ -95,7 +95,9 @@ class _Writer:
 
 def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop: bool = False) -> Row:
     """One crowd; raises AssertionError."""
-    row = Row(f"{num_writers} writers, {rounds} rounds{', one killed' if kill else ''}{', one stopped' if stop else ''}")
+    row = Row(
+        f"{num_writers} writers, {rounds} rounds{', one killed' if kill else ''}{', one stopped' if stop else ''}"
+    )
     writers = [_Writer(root, number, rounds) for number in range(1, num_writers + 1)]
     for writer in writers:
         writer.into.write("go\n")

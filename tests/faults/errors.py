@@ -1,8 +1,8 @@
 """An error at every file operation of whole engines. ``python -m tests.faults.errors --full``
 
 Each call fails once, or for good until it is healed, with each errno. After it: the pending commit says what failed and
-where (class, errno, path, what is on disk), all staging memory is back, what was committed verifies, and the same engine
-commits again once the fault is gone. Short writes must not matter at all.
+where (class, errno, path, what is on disk), all staging memory is back, what was committed verifies, and the same
+engine commits again once the fault is gone. Short writes must not matter at all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Outcome:
         fs.calls.before = self._note
 
     def _note(self, op: Operation) -> None:
-        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not; deleting is tried again."""
+        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not; deleting is tried
+        again.
+        """
         frame = sys._getframe() if op.name in ("open", "rename", "fsync") else None
         while frame is not None:
             if frame.f_code.co_name == "fsync_dir":
@@ -123,10 +125,14 @@ class Outcome:
         if isinstance(error, WriteError) and [op.name for op in failed] == ["pwrite"]:
             assert error.offset is not None
         text = str(error)
-        assert any(word in text for word in ("not committed", "nothing was", "unknown", "cannot be", "left", "deleting")), text
+        assert any(
+            word in text for word in ("not committed", "nothing was", "unknown", "cannot be", "left", "deleting")
+        ), text
 
 
-def run_one(root: Path, told: Told, workload: Workload, k: int, code: int, *, num_writers: int, direct: bool, sticky: bool) -> None:
+def run_one(
+    root: Path, told: Told, workload: Workload, k: int, code: int, *, num_writers: int, direct: bool, sticky: bool
+) -> None:
     """The k-th call after the engine was made fails."""
     fs = faulty_filesystem(direct=direct)
     outcome = Outcome(root, told, workload, fs, code)
@@ -165,7 +171,9 @@ def sweep(
     row = Row(f"{name}, {num_writers} writers{', direct' if direct else ''}{', until healed' if sticky else ''}")
     row.operations = count(folder, workload, num_writers, direct)
     # A call that is interrupted for ever is retried for ever, in every program.
-    chosen = [(k, code) for k, code in itertools.product(range(row.operations), codes) if not sticky or code != errno.EINTR]
+    chosen = [
+        (k, code) for k, code in itertools.product(range(row.operations), codes) if not sticky or code != errno.EINTR
+    ]
     chosen = sampled(chosen, sample, random.Random(seed))
     for k, code in chosen:
         root, told = folder.root()
@@ -181,7 +189,9 @@ def sweep(
 
 
 def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: bool = True) -> Row:
-    """Every write is cut short, by various lengths, with O_DIRECT's alignment and without: nothing fails, nothing differs."""
+    """Every write is cut short, by various lengths, with O_DIRECT's alignment and without: nothing fails, nothing
+    differs.
+    """
     row = Row("short writes")
     for number, (name, direct) in enumerate(itertools.product(("one file", "several files", "replace"), (False, True))):
         for length in (1, 100, 4096, 4097, 10_000)[: rounds + 1]:
@@ -189,11 +199,17 @@ def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: 
             fs = faulty_filesystem(direct=direct)
             chance = random.Random(seed + number)
             # One byte at a time for a while only: else 24 KB take 24,000 calls.
-            fs.calls.short_writes = lambda op, length=length, chance=chance: length if length >= 4096 or chance.random() < 0.1 else 1 << 20  # type: ignore[misc]
+            fs.calls.short_writes = lambda op, length=length, chance=chance: (
+                length if length >= 4096 or chance.random() < 0.1 else 1 << 20
+            )  # type: ignore[misc]
             workload = WORKLOADS[name]
 
             def whole(
-                root: Path = root, told: Told = told, fs: FaultyFileSystem = fs, workload: Workload = workload, direct: bool = direct
+                root: Path = root,
+                told: Told = told,
+                fs: FaultyFileSystem = fs,
+                workload: Workload = workload,
+                direct: bool = direct,
             ) -> None:
                 with make_engine(root, fs, io_mode="direct" if direct else "buffered", **workload.config) as engine:
                     workload.run(Job(engine, told))
@@ -210,11 +226,21 @@ def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: 
 def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     with Folder() as folder:
-        for name, (num_writers, direct, sticky) in itertools.product(WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))):
+        for name, (num_writers, direct, sticky) in itertools.product(
+            WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))
+        ):
             sample = sample_of(options, 20)
             rows.append(
                 sweep(
-                    folder, name, CODES, num_writers=num_writers, direct=direct, sticky=sticky, sample=sample, seed=options.seed, stop=False
+                    folder,
+                    name,
+                    CODES,
+                    num_writers=num_writers,
+                    direct=direct,
+                    sticky=sticky,
+                    sample=sample,
+                    seed=options.seed,
+                    stop=False,
                 )
             )
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)

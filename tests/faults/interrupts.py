@@ -1,9 +1,10 @@
-"""A KeyboardInterrupt at every step of `create`, `save`, `commit`, `close` and `load_into`. ``python -m tests.faults.interrupts --full``
+"""A KeyboardInterrupt at every step of `create`, `save`, `commit`, `close` and `load_into`. ``python -m
+tests.faults.interrupts --full``
 
 A signal handler that raises can strike between any two steps of the main thread; a profile function raises at the k-th
 point there at which the interpreter looks for signals, and a trace function once more a few calls later. Afterwards the
-engine must close in bounded time, with all staging memory back, and what is listed must be whole and legal. Tensors that were
-being loaded into hold what they held before, or all of the file.
+engine must close in bounded time, with all staging memory back, and what is listed must be whole and legal. Tensors
+that were being loaded into hold what they held before, or all of the file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ CLOSE_S = 10.0
 class Interrupter:
     """Raises at the k-th step of this thread (None: only counts them), and again `again` function calls later.
 
-    With `act` it does not raise but calls that, once, as a signal handler would be called. Only steps in the folder `within` count.
+    With `act` it does not raise but calls that, once, as a signal handler would be called. Only steps in the folder
+    `within` count.
 
     The steps are the points at which CPython looks for signals in the package's code: the beginning of each function
     and the return of each C call.
@@ -145,7 +147,9 @@ def _scalars(version: int) -> dict[str, Any]:
 
 
 def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves: bool) -> None:
-    """A cached plan takes over changed scalars, watched; the user saves the same again, and then others. Each file is torch.save's."""
+    """A cached plan takes over changed scalars, watched; the user saves the same again, and then others. Each file is
+    torch.save's.
+    """
     engine = make_engine(root, overwrite="replace", staging_bytes=24 * CHUNK_BYTES)
     expected = {"warm": 10, "warm2": 300, "next": 300, "last": 70_000}
     files = ["model.pt"]
@@ -183,7 +187,9 @@ def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves
             for name in files if tag == "warm2" else files[:1]:
                 if tag in expected:
                     version = 11 if name == "signal.pt" else expected[tag]
-                    assert (root / tag / name).read_bytes() == torch_bytes(_scalars(version)), f"{tag}/{name} is not what torch.save writes"
+                    assert (root / tag / name).read_bytes() == torch_bytes(_scalars(version)), (
+                        f"{tag}/{name} is not what torch.save writes"
+                    )
     finally:
         _end(engine)
 
@@ -220,7 +226,8 @@ def _end(engine: AsyncCheckpointEngine) -> None:
         engine.close()
     elapsed = time.perf_counter() - started
     assert elapsed < CLOSE_S, f"closing took {elapsed:.1f} s"
-    # A chunk in the hands of an interrupted frame comes back with the traceback, which the last job of a thread may hold.
+    # A chunk in the hands of an interrupted frame comes back with the traceback, which the last job of a thread may
+    # hold.
     gc.collect()
     assert engine._arena.num_taken == 0, f"{engine._arena.num_taken} chunks were not given back"
 
@@ -264,7 +271,9 @@ def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
         raise AssertionError(f"interrupted at {interrupter.raised}: {error}") from error
 
 
-def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True, within: str = "") -> Row:
+def sweep(
+    folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True, within: str = ""
+) -> Row:
     """Every step (or `sample` of them) of one of `GAMES`, in one folder of the package or all of it."""
     row = Row(name)
     life, again = GAMES[name]
@@ -283,7 +292,9 @@ def sweep(folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, st
         second = None if again is None else chance.randrange(again)
         row.check(
             f"step {k}, again after {second}",
-            lambda root=root, told=told, k=k, second=second: check(root, told, Interrupter(k, second, within=within), life),  # type: ignore[misc]
+            lambda root=root, told=told, k=k, second=second: check(
+                root, told, Interrupter(k, second, within=within), life
+            ),  # type: ignore[misc]
             stop=stop,
         )
         folder.drop(root)
@@ -300,4 +311,9 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    command("KeyboardInterrupt at every step", __doc__, main, ("--row", {"type": int, "default": None, "help": "only this row, from 0"}))
+    command(
+        "KeyboardInterrupt at every step",
+        __doc__,
+        main,
+        ("--row", {"type": int, "default": None, "help": "only this row, from 0"}),
+    )

@@ -1,7 +1,7 @@
 """Real processes killed by SIGKILL at real system calls. ``python -m tests.faults.kills --full``
 
-strace injects the signal at a thread's k-th call of one kind, in whichever thread gets there first. What the process had printed as
-committed must be there afterwards; the rest of the oracle is that of `tests.faults.crash`.
+strace injects the signal at a thread's k-th call of one kind, in whichever thread gets there first. What the process
+had printed as committed must be there afterwards; the rest of the oracle is that of `tests.faults.crash`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,20 @@ from .report import Row, Sample, command, sample_of, sampled
 from .workloads import TIMEOUT_S, Folder, Told
 
 ROOT = Path(__file__).parents[2]
-CALLS = ("openat", "pwrite64", "ftruncate", "fallocate", "fsync", "close", "mkdir", "renameat2", "unlink", "rmdir", "chmod", "flock")
+CALLS = (
+    "openat",
+    "pwrite64",
+    "ftruncate",
+    "fallocate",
+    "fsync",
+    "close",
+    "mkdir",
+    "renameat2",
+    "unlink",
+    "rmdir",
+    "chmod",
+    "flock",
+)
 JOB = """
 import os, sys
 from pathlib import Path
@@ -55,7 +68,20 @@ def run_killed(root: Path, told: Told, call: str, k: int, log: Path) -> bool:
     for tag, version in (("new", 10), ("older", 11), ("new", 12)):
         told.attempt(tag, version)
     inject = [] if k < 0 else ["-e", f"inject={call}:signal=SIGKILL:when={k + 1}"]
-    arguments = ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={call}", *inject, sys.executable, "-c", JOB, str(root)]
+    arguments = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        str(log),
+        "-e",
+        f"trace={call}",
+        *inject,
+        sys.executable,
+        "-c",
+        JOB,
+        str(root),
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=2 * TIMEOUT_S, cwd=ROOT, check=False)
     for line in done.stdout.splitlines():
         tag, version = line.split()
@@ -65,7 +91,9 @@ def run_killed(root: Path, told: Told, call: str, k: int, log: Path) -> bool:
 
 
 def count(folder: Folder, call: str) -> tuple[int, int, int]:
-    """How many such calls a whole run makes on the root or after; and, as strace counts, the first and last number in one thread."""
+    """How many such calls a whole run makes on the root or after; and, as strace counts, the first and last number in
+    one thread.
+    """
     root, told = folder.root()
     log = folder.path / "strace.log"
     assert not run_killed(root, told, call, -1, log)
@@ -74,7 +102,11 @@ def count(folder: Folder, call: str) -> tuple[int, int, int]:
         # In memory, nothing is reserved.
         return 0, 0, 0
     # Importing makes the same calls by the thousand: only those from the first one on the root count.
-    started = next((number for number, line in enumerate(lines) if str(root) in line), 0) if call in ("openat", "close") else 0
+    started = (
+        next((number for number, line in enumerate(lines) if str(root) in line), 0)
+        if call in ("openat", "close")
+        else 0
+    )
     threads = Counter(line.split()[0] for line in lines)
     main_thread = lines[0].split()[0]
     first = sum(line.split()[0] == main_thread for line in lines[:started])
@@ -95,7 +127,9 @@ def sweep(folder: Folder, call: str, *, sample: Sample, seed: int = 1, stop: boo
     for k in chosen:
         root, told = folder.root()
         if run_killed(root, told, call, k, folder.path / "strace.log"):
-            row.check(f"killed at {call} number {k}", lambda root=root, told=told: check_recovery(root, told), stop=stop)  # type: ignore[misc]
+            row.check(
+                f"killed at {call} number {k}", lambda root=root, told=told: check_recovery(root, told), stop=stop
+            )  # type: ignore[misc]
         folder.drop(root)
     return row
 

@@ -24,7 +24,9 @@ def contents(root: Path, *, skip: tuple[str, ...] = ()) -> Contents:
         report = catalog.verify(entry.tag)
         assert report.ok, report.problems
         versions = {
-            version_of(load_committed(catalog, entry.tag, file.path), file.path) for file in entry.manifest.files if file.path not in skip
+            version_of(load_committed(catalog, entry.tag, file.path), file.path)
+            for file in entry.manifest.files
+            if file.path not in skip
         }
         assert len(versions) == 1, f"files of several versions in {entry.tag!r}: {versions}"
         found[entry.tag] = versions.pop()

@@ -42,7 +42,10 @@ def record(folder: Folder, workload: Workload, fs: FaultyFileSystem, *, num_writ
     history: list[tuple[int, str, int]] = []
     told.on_commit = lambda tag, version: history.append((len(fs.operations), tag, version))
     mode = "direct" if fs.calls.fs_type(str(root)) == "ext4" else "buffered"
-    with quiet(), contextlib.closing(make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config)) as engine:
+    with (
+        quiet(),
+        contextlib.closing(make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config)) as engine,
+    ):
         workload.run(Job(engine, told))
     fs.dispose()
     folder.drop(root)
@@ -60,9 +63,19 @@ def record(folder: Folder, workload: Workload, fs: FaultyFileSystem, *, num_writ
 
 
 def check_all(
-    folder: Folder, recording: Recording, row: Row, *, keeps: int | None, every: int, num_random: int, seed: int, stop: bool
+    folder: Folder,
+    recording: Recording,
+    row: Row,
+    *,
+    keeps: int | None,
+    every: int,
+    num_random: int,
+    seed: int,
+    stop: bool,
 ) -> None:
-    """Cut the power after each `every`-th call, and look at the states that may be left; equal ones are looked at once."""
+    """Cut the power after each `every`-th call, and look at the states that may be left; equal ones are looked at
+    once.
+    """
     chance = random.Random(seed)
     model = DiskModel(recording.before)
     known: set[bytes] = set()
@@ -80,7 +93,11 @@ def check_all(
                 continue
             known.add(key)
             write_state(state, place)
-            row.check(f"after call {k} ({op.name} {op.path}): {text}", lambda told=told: check_sweep(place, told, keeps), stop=stop)  # type: ignore[misc]
+            row.check(
+                f"after call {k} ({op.name} {op.path}): {text}",
+                lambda told=told: check_sweep(place, told, keeps),
+                stop=stop,
+            )  # type: ignore[misc]
             folder.drop(place)
 
 
@@ -175,18 +192,35 @@ class _DeleteBeforeRootSync(FaultyFileSystem):
 BROKEN: dict[str, tuple[str, Callable[[], FaultyFileSystem]]] = {
     "no fsync of the files": ("one file", lambda: _NoFileSync(_is_file)),
     "no fsync of the manifest": ("one file", lambda: _NoFileSync(lambda path: path.endswith(MANIFEST_NAME))),
-    "no fsync of the staging directory": ("one file", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith(".staging."))),
-    "no fsync of a sub-directory": ("several files", lambda: _NoFileSync(lambda path: os.path.basename(path) == "deep")),
+    "no fsync of the staging directory": (
+        "one file",
+        lambda: _NoFileSync(lambda path: os.path.basename(path).startswith(".staging.")),
+    ),
+    "no fsync of a sub-directory": (
+        "several files",
+        lambda: _NoFileSync(lambda path: os.path.basename(path) == "deep"),
+    ),
     "no fsync of the root": ("one file", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r"))),
     "rename before sync": ("one file", _RenameBeforeSync),
     "fsync before the data": ("one file", _SyncBeforeWrite),
     "old tree deleted before the root's fsync": ("replace", _DeleteBeforeRootSync),
-    "retention deletes before the root's fsync": ("retention", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r"))),
+    "retention deletes before the root's fsync": (
+        "retention",
+        lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r")),
+    ),
 }
 
 
 def sweep(
-    folder: Folder, name: str, *, direct: bool, num_writers: int, every: int = 1, num_random: int = 8, seed: int = 1, stop: bool = True
+    folder: Folder,
+    name: str,
+    *,
+    direct: bool,
+    num_writers: int,
+    every: int = 1,
+    num_random: int = 8,
+    seed: int = 1,
+    stop: bool = True,
 ) -> Row:
     """One workload as it is."""
     workload = WORKLOADS[name]
@@ -202,7 +236,14 @@ def sweep_broken(folder: Folder, name: str, *, every: int = 1, num_random: int =
     workload = WORKLOADS[workload_name]
     row = Row(f"broken: {name}")
     check_all(
-        folder, record(folder, workload, make()), row, keeps=workload.keeps, every=every, num_random=num_random, seed=seed, stop=False
+        folder,
+        record(folder, workload, make()),
+        row,
+        keeps=workload.keeps,
+        every=every,
+        num_random=num_random,
+        seed=seed,
+        stop=False,
     )
     return row
 
@@ -216,13 +257,23 @@ def main(options: argparse.Namespace) -> list[Row]:
         for name, (direct, num_writers) in sampled(cases, options.part, random.Random(options.seed)):
             rows.append(
                 sweep(
-                    folder, name, direct=direct, num_writers=num_writers, every=every, num_random=num_random, seed=options.seed, stop=False
+                    folder,
+                    name,
+                    direct=direct,
+                    num_writers=num_writers,
+                    every=every,
+                    num_random=num_random,
+                    seed=options.seed,
+                    stop=False,
                 )
             )
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
         for name in sampled(BROKEN, options.part, random.Random(options.seed)):
             broken = sweep_broken(folder, name, every=every, seed=options.seed)
-            print(f"{broken.name}: {broken.lost} of {broken.injected} states lose data: {'caught' if broken.lost else 'NOT CAUGHT'}")
+            print(
+                f"{broken.name}: {broken.lost} of {broken.injected} states lose data: "
+                f"{'caught' if broken.lost else 'NOT CAUGHT'}"
+            )
             # What counts as lost here is a variant that goes unnoticed.
             rows.append(Row(broken.name, broken.operations, 1, int(broken.lost > 0), int(broken.lost == 0)))
     return rows

@@ -1,4 +1,6 @@
-"""Ranks killed at random points of many commits. ``python -m tests.faults.rank_kills --jobs 60`` runs hundreds of commits."""
+"""Ranks killed at random points of many commits. ``python -m tests.faults.rank_kills --jobs 60`` runs hundreds of
+commits.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Tally:
 
 
 def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tally: Tally) -> None:
-    """Assert that committed means committed for all, and there; that failed means not there; and that all that is there is whole."""
+    """Assert that committed means committed for all, and there; that failed means not there; and that all that is there
+    is whole.
+    """
     catalog = Catalog(job.root)
     present = set(catalog.tags())
     outcomes: dict[str, set[str]] = {}

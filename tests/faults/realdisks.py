@@ -1,10 +1,10 @@
 """Power cuts on real ext4, xfs and btrfs. ``python -m tests.faults.realdisks --full`` (as root, on Linux)
 
-Each file system lives in an image behind a loop device. At every file call of a whole engine, and as soon as a commit has been
-reported, the image is cloned while the file system is mounted and at work: that is what the disk holds if the power
-fails now, with nothing that the kernel has not written out yet. The image lies on an xfs of its own, whose clones are
-made in one instant. Later each clone is mounted, which replays its journal, and must pass the oracle of every sweep.
-Engines that leave out a sync run too, and must be caught where the file system does not hide it.
+Each file system lives in an image behind a loop device. At every file call of a whole engine, and as soon as a commit
+has been reported, the image is cloned while the file system is mounted and at work: that is what the disk holds if the
+power fails now, with nothing that the kernel has not written out yet. The image lies on an xfs of its own, whose clones
+are made in one instant. Later each clone is mounted, which replays its journal, and must pass the oracle of every
+sweep. Engines that leave out a sync run too, and must be caught where the file system does not hide it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def film(place: Path, kind: str, workload: Workload, fs: FaultyFileSystem, *, di
     return camera
 
 
-def develop(row: Row, kind: str, place: Path, camera: Camera, workload: Workload, sample: Sample, seed: int, *, stop: bool) -> None:
+def develop(
+    row: Row, kind: str, place: Path, camera: Camera, workload: Workload, sample: Sample, seed: int, *, stop: bool
+) -> None:
     """Mount each shot (or a sample of them) as after a reboot, and look."""
     row.operations = len(camera.shots)
     for number in sampled(range(len(camera.shots)), sample, random.Random(seed)):
@@ -188,7 +190,9 @@ def main(options: argparse.Namespace) -> list[Row]:
     rows = []
     for kind in kinds() if options.kind is None else [options.kind]:
         for number, name in enumerate(WORKLOADS):
-            rows.append(sweep(kind, name, direct=number % 2 == 0, sample=sample_of(options, 10), seed=options.seed, stop=False))
+            rows.append(
+                sweep(kind, name, direct=number % 2 == 0, sample=sample_of(options, 10), seed=options.seed, stop=False)
+            )
             print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
         rows += [sweep_broken(kind, name) for name, caught_on in CAUGHT_ON.items() if kind in caught_on]
     return rows

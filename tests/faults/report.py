@@ -17,7 +17,9 @@ Point = TypeVar("Point")
 
 @dataclass
 class Row:
-    """One line: how many operations the job has, how many faults were injected, how many were survived, how many lost data."""
+    """One line: how many operations the job has, how many faults were injected, how many were survived, how many lost
+    data.
+    """
 
     name: str
     operations: int = 0
@@ -113,12 +115,24 @@ def command(
     print_table(title, rows, columns)
     seconds = time.perf_counter() - started
     part = options.part
-    extent = f"part {part.number} of {part.num_parts}" if part else "every point" if options.full else "a sample (--full for every point)"
+    extent = (
+        f"part {part.number} of {part.num_parts}"
+        if part
+        else "every point"
+        if options.full
+        else "a sample (--full for every point)"
+    )
     print(f"{seconds:.0f} s, seed {options.seed}, {extent}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(
-                {"sweep": title, "full": options.full, "seed": options.seed, "seconds": seconds, "rows": [asdict(r) for r in rows]},
+                {
+                    "sweep": title,
+                    "full": options.full,
+                    "seed": options.seed,
+                    "seconds": seconds,
+                    "rows": [asdict(r) for r in rows],
+                },
                 file,
                 indent=1,
             )

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT at every file call of save, commit and close. ``python -m tests.faults.signals --full``
 
-Real processes send themselves the signal at their k-th file call, from whichever thread makes it, once or twice. After it
-the process has ended, in bounded time and with the right exit code; what it had reported is there, each tag is whole, in its
-old or its new version; and a new engine works in the same root.
+Real processes send themselves the signal at their k-th file call, from whichever thread makes it, once or twice. After
+it the process has ended, in bounded time and with the right exit code; what it had reported is there, each tag is
+whole, in its old or its new version; and a new engine works in the same root.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ def check(root: Path, told: Told, case: Case, process: BaseProcess) -> None:
         raise AssertionError(f"the process hangs: {errors.read_text()[-2000:]}")
     num_calls = read_notes(root, told)
     # A signal after the last call that was counted before changes nothing.
-    assert process.exitcode in case.exit_codes or (process.exitcode == 0 and num_calls >= 0), (process.exitcode, errors.read_text()[-2000:])
+    assert process.exitcode in case.exit_codes or (process.exitcode == 0 and num_calls >= 0), (
+        process.exitcode,
+        errors.read_text()[-2000:],
+    )
     if process.exitcode == 0 and case.handler == "preemption" and num_calls >= 0:
         found = contents(root)
         assert all(found.get(tag) == version for tag, version in told.committed.items() if tag == "last"), found

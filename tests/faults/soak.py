@@ -1,7 +1,8 @@
 """Thousands of small checkpoints with faults, replacements, retention and kills. ``python -m tests.faults.soak --full``
 
 One engine lives through all of it in this process; killed processes work in the same root beside it. At the end the
-descriptors, threads and staging chunks are those of the start, memory has not grown, and every listed checkpoint is right.
+descriptors, threads and staging chunks are those of the start, memory has not grown, and every listed checkpoint is
+right.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An errno at real system calls of every thread. ``python -m tests.faults.syscalls --full``
 
-strace, attached to a running process, makes each thread's k-th call of one kind fail, below Python and the seam. Only the
-public interface is used: what `commit` reported is there with exactly its bytes, each listed tag loads right, the process
-ends in bounded time, every error is of our tree, and a new engine commits in the same root.
+strace, attached to a running process, makes each thread's k-th call of one kind fail, below Python and the seam. Only
+the public interface is used: what `commit` reported is there with exactly its bytes, each listed tag loads right, the
+process ends in bounded time, every error is of our tree, and a new engine commits in the same root.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def count(folder: Folder, call: str) -> tuple[int, int]:
     return sum(threads.values()), max(threads.values(), default=0)
 
 
-def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
+def sweep(
+    folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, seed: int = 1, stop: bool = True
+) -> Row:
     """Each errno at each call, or at `sample` of them."""
     row = Row(call)
     row.operations, most = count(folder, call)
@@ -160,13 +162,19 @@ def sweep(folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, 
     for code, k in chosen:
         root, told = folder.root()
         process = run(root, told, f"{call}:error={code}:when={k}", folder.path / "strace.log")
-        row.check(f"{code} at {call} number {k}", lambda root=root, told=told, process=process: check(root, told, process), stop=stop)  # type: ignore[misc]
+        row.check(
+            f"{code} at {call} number {k}",
+            lambda root=root, told=told, process=process: check(root, told, process),
+            stop=stop,
+        )  # type: ignore[misc]
         process.close()
         folder.drop(root)
     return row
 
 
-def refuse(folder: Folder, call: str, codes: tuple[str, ...] = ("EPERM", "ENOSYS", "EINVAL"), *, stop: bool = True) -> Row:
+def refuse(
+    folder: Folder, call: str, codes: tuple[str, ...] = ("EPERM", "ENOSYS", "EINVAL"), *, stop: bool = True
+) -> Row:
     """Every one of these calls fails, as in a sandbox: all commits succeed all the same."""
     row = Row(f"{call} refused")
     for code in codes:
@@ -175,7 +183,9 @@ def refuse(folder: Folder, call: str, codes: tuple[str, ...] = ("EPERM", "ENOSYS
 
         def whole(root: Path = root, told: Told = told, process: BaseProcess = process) -> None:
             check(root, told, process)
-            assert process.exitcode == 0 and told.committed == told.committed | dict(COMMITS), Path(f"{root}.notes").read_text()
+            assert process.exitcode == 0 and told.committed == told.committed | dict(COMMITS), Path(
+                f"{root}.notes"
+            ).read_text()
 
         row.check(f"{code} at every {call}", whole, stop=stop)
         row.operations += (folder.path / "strace.log").read_text().count("INJECTED")

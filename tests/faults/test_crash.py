@@ -13,7 +13,13 @@ def test_killed_at_a_sample_of_points(name: str) -> None:
     with Folder() as folder:
         for seed, num_writers in enumerate((1, 2, 4)):
             row = sweep(
-                folder, WORKLOADS[name], num_writers=num_writers, dirty=num_writers == 2, direct=num_writers != 1, sample=10, seed=seed
+                folder,
+                WORKLOADS[name],
+                num_writers=num_writers,
+                dirty=num_writers == 2,
+                direct=num_writers != 1,
+                sample=10,
+                seed=seed,
             )
             assert row.operations > 30 and row.survived == row.injected >= 5
 

@@ -38,7 +38,9 @@ def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
         pending = job.start("b", 2)
         with pytest.raises(WriteError) as caught:
             pending.result(TIMEOUT_S)
-        assert caught.value.errno == errno.EIO and caught.value.path is not None and caught.value.path.endswith("model.pt")
+        assert (
+            caught.value.errno == errno.EIO and caught.value.path is not None and caught.value.path.endswith("model.pt")
+        )
         fs.heal()
         assert pending.exception() is caught.value, "the failure does not stay"
         syncs = [op.path for op in fs.operations if op.name == "fsync" and ".staging.b." in op.path]
@@ -51,7 +53,9 @@ def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
     check_legal(contents(tmp_path), told)
 
 
-@pytest.mark.parametrize(("kind", "size_bytes"), [("tmpfs", 4 << 20), ("ext4", 16 << 20), ("xfs", 320 << 20), ("btrfs", 160 << 20)])
+@pytest.mark.parametrize(
+    ("kind", "size_bytes"), [("tmpfs", 4 << 20), ("ext4", 16 << 20), ("xfs", 320 << 20), ("btrfs", 160 << 20)]
+)
 def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -> None:
     """Refused with what was needed and what is free; nothing stays behind; works again after room was made."""
     with mounted(kind, tmp_path, size_bytes) as disk:
@@ -62,7 +66,9 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             _fill(disk / "other", keep_bytes=1 << 20)
             with pytest.raises(OutOfSpaceError) as caught:
                 _whole(engine, "big", state(2, num_floats=size_bytes // 8))
-            assert caught.value.errno == errno.ENOSPC and caught.value.needed_bytes and caught.value.free_bytes is not None
+            assert (
+                caught.value.errno == errno.ENOSPC and caught.value.needed_bytes and caught.value.free_bytes is not None
+            )
             assert private_names(root) == [] and engine._arena.num_taken == 0
             assert engine.latest() == "small"
             (disk / "other").unlink()

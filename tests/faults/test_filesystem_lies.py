@@ -70,7 +70,9 @@ class Talking(subprocess.Popen[str]):
     """A process with `root` as its argument that is told lines and says some; it has ended after the block."""
 
     def __init__(self, code: str, root: Path) -> None:
-        super().__init__([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__(
+            [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def say(self, line: str) -> None:
         assert self.stdin is not None
@@ -166,7 +168,9 @@ def warned(root: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 def test_one_warning_names_the_mount_and_what_was_found(lies: Mounted, caplog: pytest.LogCaptureFixture) -> None:
     root = lies.point / "root"
-    assert "fuse.rclone: atomic and durable renames are not promised there; nothing else was found" in warned(root, caplog)
+    assert "fuse.rclone: atomic and durable renames are not promised there; nothing else was found" in warned(
+        root, caplog
+    )
     lies.lie(rename="replaces")
     assert "a rename replaces a directory that is not empty" in warned(root, caplog)
     lies.lie(ignored=["truncate"])
@@ -389,9 +393,13 @@ except TimeoutError as error:
 """
 
 
-@pytest.mark.parametrize("request_name", [pytest.param(name, marks=pytest.mark.slow) for name in ("FSYNC", "RENAME2")] + ["WRITE"])
+@pytest.mark.parametrize(
+    "request_name", [pytest.param(name, marks=pytest.mark.slow) for name in ("FSYNC", "RENAME2")] + ["WRITE"]
+)
 @pytest.mark.leaves_staging
-def test_a_disk_that_hangs_keeps_nobody_for_longer_than_the_timeouts(lies: Mounted, root: Path, request_name: str) -> None:
+def test_a_disk_that_hangs_keeps_nobody_for_longer_than_the_timeouts(
+    lies: Mounted, root: Path, request_name: str
+) -> None:
     with Talking(HANG, root) as job:
         assert job.hear() == "open"
         lies.lie(hangs=[request_name])

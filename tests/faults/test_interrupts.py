@@ -9,7 +9,9 @@ from .workloads import Folder
 
 
 @pytest.mark.leaves_staging
-@pytest.mark.parametrize("name", ["eager", "lazy, close too", "lazy, close too, twice", "load_into", "load_into, twice"])
+@pytest.mark.parametrize(
+    "name", ["eager", "lazy, close too", "lazy, close too, twice", "load_into", "load_into, twice"]
+)
 def test_interrupted_at_a_sample_of_steps(name: str) -> None:
     with Folder() as folder:
         row = sweep(folder, name, sample=60, seed=3)

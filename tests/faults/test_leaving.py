@@ -36,7 +36,12 @@ def commit(engine, tag, version=1):
 
 ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
     # name: (code, exit status, tags that must be there, words that stderr must hold)
-    "no close": ("engine = make_engine(root, fs); commit(engine, 'a'); commit(engine, 'b')", 0, ["a", "b"], ["never closed", "'b'"]),
+    "no close": (
+        "engine = make_engine(root, fs); commit(engine, 'a'); commit(engine, 'b')",
+        0,
+        ["a", "b"],
+        ["never closed", "'b'"],
+    ),
     "no close, a failure": (
         "engine = make_engine(root, fs); fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
         "commit(engine, 'a'); commit(engine, 'b')",
@@ -50,16 +55,23 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         [],
         ["'x'", "never committed"],
     ),
-    "os._exit": ("engine = make_engine(root, fs); commit(engine, 'a').result(); commit(engine, 'b'); os._exit(7)", 7, ["a"], []),
+    "os._exit": (
+        "engine = make_engine(root, fs); commit(engine, 'a').result(); commit(engine, 'b'); os._exit(7)",
+        7,
+        ["a"],
+        [],
+    ),
     "sys.exit": ("engine = make_engine(root, fs); commit(engine, 'a'); sys.exit(3)", 3, ["a"], ["never closed"]),
     "an exception in the block": (
-        "with make_engine(root, fs) as engine:\n    commit(engine, 'a'); engine.create('x'); engine.save(state(1), 'model.pt'); 1 / 0",
+        "with make_engine(root, fs) as engine:\n    commit(engine, 'a'); engine.create('x'); "
+        "engine.save(state(1), 'model.pt'); 1 / 0",
         1,
         ["a"],
         ["ZeroDivisionError", "'x'"],
     ),
     "a generator that is dropped": (
-        "def train():\n    with make_engine(root, fs) as engine:\n        commit(engine, 'a'); engine.create('x'); yield\n"
+        "def train():\n    with make_engine(root, fs) as engine:\n        commit(engine, 'a'); "
+        "engine.create('x'); yield\n"
         "g = train(); next(g); g.close(); print('closed')",
         0,
         ["a"],
@@ -88,7 +100,8 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
     ),
     "a stuck disk, not committed": (
         "engine = make_engine(root, fs, close_timeout_s=0.3); commit(engine, 'a').result(20)\n"
-        "gate, reached = hold('pwrite'); engine.create('b'); engine.save(state(1), 'model.pt'); assert reached.wait(20)",
+        "gate, reached = hold('pwrite'); engine.create('b'); engine.save(state(1), 'model.pt'); assert "
+        "reached.wait(20)",
         1,
         ["a"],
         ["did not end within"],
@@ -120,7 +133,8 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["KeyboardInterrupt"],
     ),
     "SIGTERM while committing": (
-        "gate, reached = hold('fsync'); engine = make_engine(root, fs); p = commit(engine, 'b'); assert reached.wait(20)\n"
+        "gate, reached = hold('fsync'); engine = make_engine(root, fs); p = commit(engine, 'b'); assert "
+        "reached.wait(20)\n"
         "os.kill(os.getpid(), signal.SIGTERM)",
         -15,
         [],
@@ -134,11 +148,13 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         [],
     ),
     "a fork in flight": (
-        "gate, reached = hold('fsync'); engine = make_engine(root, fs); p = commit(engine, 'b'); assert reached.wait(20)\n"
+        "gate, reached = hold('fsync'); engine = make_engine(root, fs); p = commit(engine, 'b'); assert "
+        "reached.wait(20)\n"
         "from async_ckpt import TransactionStateError\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    for call in (lambda: engine.create('c'), lambda: engine.save({}, 'x'), lambda: engine.commit('b'), engine.close, p.result):\n"
+        "    for call in (lambda: engine.create('c'), lambda: engine.save({}, 'x'), lambda: engine.commit('b'), "
+        "engine.close, p.result):\n"
         "        try: call() if call != p.result else p.result(0)\n"
         "        except (TransactionStateError, TimeoutError): continue\n"
         "        os._exit(9)\n"
@@ -160,7 +176,8 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
     ),
     **{
         f"a failure, {name}": (
-            "engine = make_engine(root, fs); fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
+            "engine = make_engine(root, fs); fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, "
+            "errno.EIO)\n"
             f"commit(engine, 'a'); commit(engine, 'b'); {code}",
             1,
             ["a"],
@@ -194,7 +211,8 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         "gate, reached = hold('fsync'); engine = make_engine(root, fs); commit(engine, 'b'); assert reached.wait(20)\n"
         "signal.signal(signal.SIGALRM, signal.default_int_handler); signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
         "import atexit; from async_ckpt import Catalog\n"
-        "flush = sys.stdout.flush; sys.stdout.flush = lambda: (os.write(2, str(Catalog(root + '-2').tags()).encode()), flush())",
+        "flush = sys.stdout.flush; sys.stdout.flush = lambda: (os.write(2, str(Catalog(root + "
+        "'-2').tags()).encode()), flush())",
         1,
         [],
         ["lost", "['c']"],
@@ -233,8 +251,19 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
 def test_an_ending(tmp_path: Path, name: str) -> None:
     code, status, tags, words = ENDINGS[name]
     script = HEAD.format(package=str(ROOT), root=str(tmp_path / "run")) + code
-    done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
-    assert done.returncode == status or (status == -2 and done.returncode == 130), (done.returncode, done.stdout, done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == status or (status == -2 and done.returncode == 130), (
+        done.returncode,
+        done.stdout,
+        done.stderr,
+    )
     catalog = Catalog(tmp_path / "run")
     found = [tag for tag in catalog.tags() if catalog.verify(tag).ok]
     # What was never reported may be there, whole, or not.
@@ -264,5 +293,7 @@ if child:
 @pytest.mark.parametrize("num_processes", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_processes_that_open_and_close_end_well(tmp_path: Path, num_processes: int) -> None:
     script = OPEN_AND_CLOSE.format(package=str(ROOT), folder=str(tmp_path), num_processes=num_processes)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
+    )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[0]", "")

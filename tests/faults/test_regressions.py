@@ -117,7 +117,10 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
     fs = faulty_filesystem()
     gate = threading.Event()
     fs.calls.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "fsync" and op.path.endswith("model.pt") else None  # type: ignore[assignment, return-value]
-    with quiet(), make_engine(tmp_path, fs, overwrite="replace", max_pending_commits=2, backpressure_timeout_s=1.0) as engine:
+    with (
+        quiet(),
+        make_engine(tmp_path, fs, overwrite="replace", max_pending_commits=2, backpressure_timeout_s=1.0) as engine,
+    ):
         job = Job(engine, Told())
         pending = [job.start("a", 1), job.start("a", 2)]
         with pytest.raises(BackpressureTimeout):
@@ -151,7 +154,9 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
 
 
 def test_retention_deletes_nothing_for_a_newer_one_whose_name_is_not_durable_yet(tmp_path: Path) -> None:
-    """Another process had renamed it and not synced the root: after power loss it could be in staging again, and the older one gone."""
+    """Another process had renamed it and not synced the root: after power loss it could be in staging again, and the
+    older one gone.
+    """
     root, before = tmp_path / "root", tmp_path / "before"
     fs = faulty_filesystem(keep_data=True)
     with quiet(), make_engine(root, fs) as engine:
@@ -169,7 +174,9 @@ def test_retention_deletes_nothing_for_a_newer_one_whose_name_is_not_durable_yet
         op.dst = op.dst and op.dst.replace(str(root), str(before))
         model.apply(op)
         for text, after in model.states(random.Random(1), 2):
-            assert {"reported/manifest.json", "unknown/manifest.json"} & set(after), f"after {op.name} {op.path}: {text}"
+            assert {"reported/manifest.json", "unknown/manifest.json"} & set(after), (
+                f"after {op.name} {op.path}: {text}"
+            )
 
 
 def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path) -> None:
@@ -218,7 +225,9 @@ def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_rep
 
 
 def test_a_chunk_that_the_garbage_collector_finds_is_given_back() -> None:
-    """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost for good."""
+    """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost for
+    good.
+    """
     arena = StagingArena(2, 16384)
     held: list[object] = list(arena.try_reserve(2) or ())
     assert arena.num_taken == 2
@@ -238,7 +247,9 @@ _ASKS: tuple[Callable[[StagingArena], object], ...] = (
 
 
 @pytest.mark.parametrize("ask", _ASKS)
-def test_a_chunk_whose_end_is_interrupted_is_reclaimed(ask: Callable[[StagingArena], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_whose_end_is_interrupted_is_reclaimed(
+    ask: Callable[[StagingArena], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second Ctrl-C at the very moment when a chunk was being given back lost it for the engine's life."""
     arena = StagingArena(2, 16384)
     held = arena.try_reserve(2)
@@ -274,7 +285,9 @@ def test_a_chunk_that_was_reclaimed_is_not_given_back_by_its_former_holder() -> 
 
 @pytest.mark.leaves_staging
 def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
-    """Giving up a checkpoint that was never committed ended in the executor's own TimeoutError, after twice the time."""
+    """Giving up a checkpoint that was never committed ended in the executor's own TimeoutError, after twice the
+    time.
+    """
     fs = faulty_filesystem()
     gate, reached = threading.Event(), threading.Event()
     fs.calls.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
@@ -330,7 +343,9 @@ def test_an_old_checkpoint_is_read_into_tensors_after_the_writer_died(tmp_path: 
 
 
 @pytest.mark.parametrize("others", [{}, {"buffer": torch.zeros(10)}], ids=["alone", "beside unguarded ones"])
-def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, held_copies: Any, others: dict[str, Any]) -> None:
+def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(
+    tmp_path: Path, held_copies: Any, others: dict[str, Any]
+) -> None:
     """Its bytes were copied from where it no longer was."""
     weight = torch.nn.Parameter(torch.ones(1000))
     with quiet():
@@ -348,7 +363,9 @@ def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(tmp_path: Path, he
 
 
 def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
-    """A step on a GPU moves the counters at once, its kernels run behind the copies: the save before it failed as torn."""
+    """A step on a GPU moves the counters at once, its kernels run behind the copies: the save before it failed as
+    torn.
+    """
     kept, changed = torch.ones(3), torch.ones(3)
     [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
     check = TornCheck(plan, (), ProbeMap([], [], 4096, 1).note([], frozenset()))

@@ -1,4 +1,6 @@
-"""Engines that cannot be made: for want of descriptors, memory, threads or a root. Nothing stays behind, and the next one works."""
+"""Engines that cannot be made: for want of descriptors, memory, threads or a root. Nothing stays behind, and the next
+one works.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +75,16 @@ print(" ".join(outcomes))
 
 @pytest.mark.parametrize("kind", ["descriptors", "memory"])
 def test_an_engine_that_meets_the_limits_of_its_process(tmp_path: Path, kind: str) -> None:
-    """One more descriptor, or a few more megabytes (a thread's stack has eight), each time, until an engine can be made."""
+    """One more descriptor, or a few more megabytes (a thread's stack has eight), each time, until an engine can be
+    made.
+    """
     arguments = [sys.executable, "-W", "always", "-c", CHILD, str(tmp_path), kind]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     outcomes = done.stdout.split()
-    assert len(outcomes) > 3 and outcomes[-1] == "made" and set(outcomes[:-1]) <= {"WriteError", "ConfigError"}, outcomes
+    assert len(outcomes) > 3 and outcomes[-1] == "made" and set(outcomes[:-1]) <= {"WriteError", "ConfigError"}, (
+        outcomes
+    )
 
 
 def _threads_left() -> list[str]:
@@ -164,7 +170,9 @@ def test_an_engine_in_a_child_of_multiprocessing_finishes_its_commits(tmp_path: 
     script.write_text(WORKER)
     arguments = [sys.executable, "-W", "always", str(script), str(tmp_path / "run"), how]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=180, cwd=ROOT, check=False, env=environment)
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=180, cwd=ROOT, check=False, env=environment
+    )
     assert done.stdout.split() == ["0", "1"], done.stderr
     assert Catalog(tmp_path / "run" / "False").tags() == ["a", "b"]
     assert Catalog(tmp_path / "run" / "True").tags() == ["a"]

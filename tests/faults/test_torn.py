@@ -60,7 +60,9 @@ CHANGES: dict[str, Callable[[Training], None]] = {
 @pytest.mark.parametrize("guarded", [False, True], ids=["not guarded", "guarded"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["adamw-foreach", "adamw-fused"])
-def test_right_bytes_or_torn(tmp_path: Path, held_copies: Any, name: str, change: str, guarded: bool, is_held: bool) -> None:
+def test_right_bytes_or_torn(
+    tmp_path: Path, held_copies: Any, name: str, change: str, guarded: bool, is_held: bool
+) -> None:
     training = Training(OPTIMIZERS[name])
     training.step()
     engine = AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20, chunk_bytes=16384)

@@ -70,7 +70,9 @@ class Count:
     """Of `report.command`: the same as `wrong`."""
     notes: list[str] = field(default_factory=list)
 
-    def judge(self, what: str, path: Path, pending: PendingCommit, allowed: list[Any], *, may_tear: bool, stop: bool) -> None:
+    def judge(
+        self, what: str, path: Path, pending: PendingCommit, allowed: list[Any], *, may_tear: bool, stop: bool
+    ) -> None:
         """Count one checkpoint: it must hold one of `allowed`."""
         error = pending.exception(TIMEOUT_S)
         try:
@@ -108,8 +110,13 @@ class Training:
 
     def __init__(self, make: Make, chance: random.Random, width: int, *, is_scheduled: bool) -> None:
         torch.manual_seed(chance.randrange(1 << 30))
-        self.model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, width))
-        halves: Any = [{"params": list(self.model[0].parameters())}, {"params": [*self.model[1].parameters(), *self.model[2].parameters()]}]
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, width)
+        )
+        halves: Any = [
+            {"params": list(self.model[0].parameters())},
+            {"params": [*self.model[1].parameters(), *self.model[2].parameters()]},
+        ]
         try:
             self.optimizer = make(halves)
         except ValueError:
@@ -172,7 +179,14 @@ class Training:
                 parameter.data.copy_(self.ema[name] + 1)
         elif how == "fused":
             weights = [self.model[0].weight.detach(), self.model[2].weight.detach()]
-            options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.5, "dampening": 0.0, "nesterov": False, "maximize": False}
+            options = {
+                "weight_decay": 0.0,
+                "momentum": 0.0,
+                "lr": 0.5,
+                "dampening": 0.0,
+                "nesterov": False,
+                "maximize": False,
+            }
             torch._fused_sgd_(weights, list(map(torch.ones_like, weights)), [], **options, is_first_step=True)
         else:
             engine.wait_snapshot()
@@ -310,13 +324,18 @@ def _stops_half_way(training: Training, gate: Gate) -> Iterator[None]:
 
 
 def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_saves: int, stop: bool) -> None:
-    """One free schedule: each guarded save must hold the state after some whole number of steps, of those that were possible."""
+    """One free schedule: each guarded save must hold the state after some whole number of steps, of those that were
+    possible.
+    """
     training = Training(make, chance, 300, is_scheduled=False)
     training.step()
     after: list[Any] = []
     # What a step does not change, and BatchNorm's statistics, are not the guard's business.
     parameters = dict(training.model.named_parameters())
-    state = {"model": {name: value.detach() for name, value in parameters.items()}, "optimizer": training.optimizer.state_dict()["state"]}
+    state = {
+        "model": {name: value.detach() for name, value in parameters.items()},
+        "optimizer": training.optimizer.state_dict()["state"],
+    }
 
     def note(*_: object) -> None:
         after.append(frozen(state))
@@ -354,11 +373,19 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
 
 
 def _engine(folder: Path, **config: Any) -> AsyncCheckpointEngine:
-    given = {"staging_bytes": 1 << 20, "chunk_bytes": 16384, "num_writers": 2, "io_mode": "buffered", "backpressure_timeout_s": 30.0}
+    given = {
+        "staging_bytes": 1 << 20,
+        "chunk_bytes": 16384,
+        "num_writers": 2,
+        "io_mode": "buffered",
+        "backpressure_timeout_s": 30.0,
+    }
     return AsyncCheckpointEngine(folder, **{**given, **config})  # type: ignore[arg-type]
 
 
-def sweep(seed: int, *, num_ordered: int, num_free: int, stop: bool = False, kinds: dict[str, Make] | None = None) -> list[Count]:
+def sweep(
+    seed: int, *, num_ordered: int, num_free: int, stop: bool = False, kinds: dict[str, Make] | None = None
+) -> list[Count]:
     """`num_ordered` and `num_free` schedules for each kind of optimizer, half of the ordered ones guarded."""
     counts = []
     with Folder() as folder, quiet():

@@ -32,21 +32,30 @@ TIMEOUT_S = 60.0
 
 def state(version: int, path: str = "model.pt", num_floats: int = NUM_FLOATS) -> dict[str, Any]:
     """Version `version` of one file."""
-    return {"w": torch.full((num_floats,), float(version)), "i": torch.arange(50) + version, "step": version, "path": path}
+    return {
+        "w": torch.full((num_floats,), float(version)),
+        "i": torch.arange(50) + version,
+        "step": version,
+        "path": path,
+    }
 
 
 def version_of(loaded: Any, path: str) -> int:
     """The version of a loaded state; AssertionError when it is not exactly one."""
     version = loaded["step"]
     expected = state(version, path, loaded["w"].numel())
-    assert loaded["path"] == path and torch.equal(loaded["w"], expected["w"]) and torch.equal(loaded["i"], expected["i"])
+    assert (
+        loaded["path"] == path and torch.equal(loaded["w"], expected["w"]) and torch.equal(loaded["i"], expected["i"])
+    )
     assert isinstance(version, int)
     return version
 
 
 @dataclass
 class Told:
-    """What the job was told: versions it tried to commit per tag, in order, and the last one that was reported as committed."""
+    """What the job was told: versions it tried to commit per tag, in order, and the last one that was reported as
+    committed.
+    """
 
     attempted: dict[str, list[int]] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
@@ -181,7 +190,9 @@ def quiet() -> Iterator[None]:
 
 
 class Folder:
-    """Fresh roots in memory (else on disk), each a copy of a prepared one: tags "oldest" (version 1) and "older" (version 2)."""
+    """Fresh roots in memory (else on disk), each a copy of a prepared one: tags "oldest" (version 1) and "older"
+    (version 2).
+    """
 
     def __init__(self, *, on_disk: str | None = None) -> None:
         base = on_disk or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)

@@ -65,7 +65,12 @@ def real_pickles() -> list[bytes]:
     ordered = OrderedDict(w=weight, t=weight.t(), size=weight.shape)
     ordered._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
     states: list[Any] = [
-        {"m": ordered, "p": torch.nn.Parameter(weight), "n": [1, -5, 70_000, 1 << 80, 0.5, None, True], (1, "a"): b"bytes"},
+        {
+            "m": ordered,
+            "p": torch.nn.Parameter(weight),
+            "n": [1, -5, 70_000, 1 << 80, 0.5, None, True],
+            (1, "a"): b"bytes",
+        },
         [{1, 2}, torch.ones(2, dtype=torch.complex64).conj(), torch.device("cpu"), torch.float16, "text"],
     ]
     found = []
@@ -158,8 +163,12 @@ def check(pickled: bytes) -> None:
         reader(pickled)
         took_s = time.thread_time() - started
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes
-        assert took_s < MAX_S + MAX_S_PER_BYTE * len(pickled), f"{reader.__name__}: {took_s:.1f} s for {len(pickled)} bytes"
-        assert grown < MAX_BYTES + MAX_BYTES_PER_BYTE * len(pickled), f"{reader.__name__}: {grown} bytes for {len(pickled)}"
+        assert took_s < MAX_S + MAX_S_PER_BYTE * len(pickled), (
+            f"{reader.__name__}: {took_s:.1f} s for {len(pickled)} bytes"
+        )
+        assert grown < MAX_BYTES + MAX_BYTES_PER_BYTE * len(pickled), (
+            f"{reader.__name__}: {grown} bytes for {len(pickled)}"
+        )
 
 
 def fuzz(num: int, seed: int) -> None:
@@ -168,7 +177,9 @@ def fuzz(num: int, seed: int) -> None:
         try:
             check(pickled)
         except Exception as error:
-            raise AssertionError(f"{pickled[:2000]!r} ({len(pickled)} bytes): {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"{pickled[:2000]!r} ({len(pickled)} bytes): {type(error).__name__}: {error}"
+            ) from error
 
 
 if __name__ == "__main__":

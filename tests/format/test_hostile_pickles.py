@@ -1,4 +1,6 @@
-"""Crafted pickles end soon, in little memory, and as an error of this package: in `load`, in `inspect`, and before torch sees them."""
+"""Crafted pickles end soon, in little memory, and as an error of this package: in `load`, in `inspect`, and before
+torch sees them.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,22 @@ CRAFTED = {
     "one size many times": _again(_SIZE + b"q\0" + _ONES + b"\x85q\x01", b"h\0h\x01R"),
     "one tuple in many sizes": _again(_SIZE + b"q\0" + _ONES + b"q\x01", b"h\0h\x01\x85R"),
     "tensors of many dimensions": _again(
-        _TENSOR + b"q\0" + _ONES + b"q\x01" + _STORAGE + b"q\x02", b"h\0(h\x02K\0h\x01h\x01\x89" + _ODICT + b")RtR", 3000
+        _TENSOR + b"q\0" + _ONES + b"q\x01" + _STORAGE + b"q\x02",
+        b"h\0(h\x02K\0h\x01h\x01\x89" + _ODICT + b")RtR",
+        3000,
     ),
     "one long tuple as key": b"\x80\x02" + _ONES + b"q\0](" + b"}h\0Ns" * _NUM + b"e.",
-    "one huge number as key": b"\x80\x02\x8b" + struct.pack("<i", 100_000) + b"\x7f" * 100_000 + b"q\0](" + b"}h\0Ns" * _NUM + b"e.",
+    "one huge number as key": b"\x80\x02\x8b"
+    + struct.pack("<i", 100_000)
+    + b"\x7f" * 100_000
+    + b"q\0]("
+    + b"}h\0Ns" * _NUM
+    + b"e.",
     "a set of one list": _again(b"cbuiltins\nset\nq\0](" + b"N" * 16384 + b"e\x85q\x01", b"h\0h\x01R"),
     "a list of one list": _again(b"c__builtin__\nlist\nq\0](" + b"N" * 16384 + b"e\x85q\x01", b"h\0h\x01R"),
-    "bytes of one text": _again(b"c_codecs\nencode\nq\0X\0\x80\0\0" + b"a" * 32768 + b"X\x06\0\0\0latin1\x86q\x01", b"h\0h\x01R"),
+    "bytes of one text": _again(
+        b"c_codecs\nencode\nq\0X\0\x80\0\0" + b"a" * 32768 + b"X\x06\0\0\0latin1\x86q\x01", b"h\0h\x01R"
+    ),
     "a deep key": b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns.",
     "a deep key in a set": b"\x80\x02cbuiltins\nset\n](" + b")" + b"\x85" * 100_000 + b"e\x85R.",
     "a key of keys": b"\x80\x02}N\x85q\0" + b"h\0h\0\x86q\0" * 60 + b"Ns.",
@@ -112,7 +123,11 @@ def test_references_that_torch_itself_writes_cost_nothing() -> None:
     """Many objects with one shared tuple, many equal sizes, keys of every kind."""
     pair = (3, 4)
     shared = [torch.Size(pair) for _ in range(5000)]
-    state = {"sizes": shared, "keys": [{pair: n, 1 << 70: n, "text": n, None: n} for n in range(3000)], "bytes": [b"ab" * 50] * 2000}
+    state = {
+        "sizes": shared,
+        "keys": [{pair: n, 1 << 70: n, "text": n, None: n} for n in range(3000)],
+        "bytes": [b"ab" * 50] * 2000,
+    }
     buffer = io.BytesIO()
     torch.save(state, buffer)
     found = read_inert(zipfile.ZipFile(buffer).read("archive/data.pkl"), lambda name, args: None)

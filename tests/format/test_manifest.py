@@ -277,7 +277,21 @@ def test_names_of_other_tools_are_carried_but_not_made(name: str) -> None:
     assert decode(encode(manifest), source="m") == manifest
 
 
-BAD_FOREIGN = ["", ".", "..", "a//b", "/a", "a/..", "a\nb", "a\x00b", "a\u202eb", "\ud800", "x" * 201, "ü" * 101, ".part.0.json"]
+BAD_FOREIGN = [
+    "",
+    ".",
+    "..",
+    "a//b",
+    "/a",
+    "a/..",
+    "a\nb",
+    "a\x00b",
+    "a\u202eb",
+    "\ud800",
+    "x" * 201,
+    "ü" * 101,
+    ".part.0.json",
+]
 
 
 @pytest.mark.parametrize("name", [*BAD_FOREIGN, "a\u200bb", "manifest.json"])
@@ -287,7 +301,9 @@ def test_bad_names_of_other_tools(name: str) -> None:
     assert str(caught.value).isascii() and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("bad", [None, 1, b"bytes", "manifest.json", "MANIFEST.json/x", "a//b", "a/", "/a", "a/../b", "a/./b", "x" * 1025])
+@pytest.mark.parametrize(
+    "bad", [None, 1, b"bytes", "manifest.json", "MANIFEST.json/x", "a//b", "a/", "/a", "a/../b", "a/./b", "x" * 1025]
+)
 def test_bad_paths(bad: object) -> None:
     with pytest.raises(UnsafePathError):
         check_relative_path(bad)  # type: ignore[arg-type]

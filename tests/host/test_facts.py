@@ -96,13 +96,17 @@ def test_page_cache_that_can_be_given_up_is_not_used_memory(made_up: MadeUp, ver
     else:
         made_up.mounted(V1_MOUNT)
         made_up.member("4:memory:/pod")
-        made_up.v1("/pod", 4 * GIB, 3.9, cache=3.5, inactive_file=0, active_file=0, total_inactive_file=2, total_active_file=1)
+        made_up.v1(
+            "/pod", 4 * GIB, 3.9, cache=3.5, inactive_file=0, active_file=0, total_inactive_file=2, total_active_file=1
+        )
     assert made_up.available_gib() == pytest.approx(3.1)
 
 
 def test_version_1_beside_version_2(made_up: MadeUp) -> None:
     """A hybrid host: version 2 without controllers, memory in version 1, several controllers on one mount."""
-    made_up.mounted("29 1 0:25 / /nowhere rw - cgroup2 cgroup2 rw", "31 1 0:27 / MOUNT rw - cgroup cgroup rw,cpu,memory")
+    made_up.mounted(
+        "29 1 0:25 / /nowhere rw - cgroup2 cgroup2 rw", "31 1 0:27 / MOUNT rw - cgroup cgroup rw,cpu,memory"
+    )
     made_up.member("9:name=systemd:/", "4:cpu,memory:/job", "0::/")
     made_up.v1("/", 9223372036854771712, 20)
     made_up.v1("/job", 2 * GIB, 0.5)
@@ -111,7 +115,12 @@ def test_version_1_beside_version_2(made_up: MadeUp) -> None:
 
 @pytest.mark.parametrize(
     ("root", "member"),
-    [("/docker/abc", "/docker/abc"), ("/docker/abc", "/docker/abc/inner"), ("/", "/../../other"), ("/docker/abc", "/elsewhere")],
+    [
+        ("/docker/abc", "/docker/abc"),
+        ("/docker/abc", "/docker/abc/inner"),
+        ("/", "/../../other"),
+        ("/docker/abc", "/elsewhere"),
+    ],
 )
 def test_a_container_sees_its_own_part_as_the_root(made_up: MadeUp, root: str, member: str) -> None:
     made_up.mounted(f"30 1 0:26 {root} MOUNT ro - cgroup2 cgroup rw")

@@ -1,4 +1,6 @@
-"""A guard is asked for, never a default, and is refused by name for what changes weights between the optimizer's steps."""
+"""A guard is asked for, never a default, and is refused by name for what changes weights between the optimizer's
+steps.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def s3_mirror(server: Any, prefix: str, **fields: Any) -> Mirror:
 
 
 @contextlib.contextmanager
-def mirroring(root: Path, *mirrors: Mirror, fs: FileSystem | None = None, close_s: float = 20.0, **more: Any) -> Iterator[Mirrors]:
+def mirroring(
+    root: Path, *mirrors: Mirror, fs: FileSystem | None = None, close_s: float = 20.0, **more: Any
+) -> Iterator[Mirrors]:
     made = Mirrors(mirrors, filesystem=fs or LocalFileSystem(), root=os.fspath(root), **more)
     try:
         yield made

@@ -35,7 +35,9 @@ class Proxy:
     """Use as a context manager. `plan(number, method, path)` is called for each request, numbered from 1, on the
     proxy's threads."""
 
-    def __init__(self, upstream: str, plan: Callable[[int, str, str], Fault] = lambda number, method, path: None) -> None:
+    def __init__(
+        self, upstream: str, plan: Callable[[int, str, str], Fault] = lambda number, method, path: None
+    ) -> None:
         self.plan = plan
         self.seen: list[tuple[str, str]] = []
         self.num_reply_bytes = 0
@@ -80,7 +82,9 @@ class Proxy:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closing.set()
         self._server.shutdown()
         self._server.server_close()
@@ -138,7 +142,9 @@ class Proxy:
         finally:
             connection.close()
 
-    def _reply(self, request: Any, status: int, headers: list[tuple[str, str]], body: bytes, *, half: bool = False) -> None:
+    def _reply(
+        self, request: Any, status: int, headers: list[tuple[str, str]], body: bytes, *, half: bool = False
+    ) -> None:
         request.send_response_only(status)
         length = next((value for name, value in headers if name.lower() == "content-length"), str(len(body)))
         for name, value in headers:

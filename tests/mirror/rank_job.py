@@ -21,7 +21,9 @@ def main() -> None:
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=timedelta(seconds=30))
     coordinator = RankCoordinator(store, rank, world, timeout_s=4.0 if act == "die" else 30.0, run_id=act)
     mirror = Mirror(url, part_bytes=5 << 20, retry_timeout_s=10.0, options=json.loads(options))
-    engine = AsyncCheckpointEngine(root, staging_bytes=16 << 20, coordinator=coordinator, mirrors=(mirror,), uploaders_per_node=1)
+    engine = AsyncCheckpointEngine(
+        root, staging_bytes=16 << 20, coordinator=coordinator, mirrors=(mirror,), uploaders_per_node=1
+    )
     said = []
     for step in range(2):
         engine.create(f"step-{step}")

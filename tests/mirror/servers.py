@@ -68,7 +68,9 @@ class Server:
     def start(self) -> None:
         environment = {**os.environ, "HOME": str(self.directory)}
         with open(self.directory / "log", "ab") as log:
-            process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.directory, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, cwd=self.directory, env=environment, start_new_session=True
+            )
         self.process = process
         deadline = time.monotonic() + 60
         while not self._answers():

@@ -123,7 +123,11 @@ def test_deleted_on_disk_after_a_crash_ends_cleanly(moto: Any, tmp_path: Path, p
     shutil.rmtree(tmp_path / "gone")
     with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
         made.check()
-    assert unfinished_uploads(moto, prefix) == [] and garbage(moto, prefix) == [] and check_store(s3_mirror(moto, prefix)) == []
+    assert (
+        unfinished_uploads(moto, prefix) == []
+        and garbage(moto, prefix) == []
+        and check_store(s3_mirror(moto, prefix)) == []
+    )
     assert list((tmp_path / DIRECTORY).rglob("*.json")) == []
 
 

@@ -53,7 +53,9 @@ def test_a_commit_is_mirrored_and_told(moto: Any, tmp_path: Path, prefix: str) -
         assert pending.result(60) == "step-1" and pending.mirrored.result(60) == "step-1"
         assert pending.mirrored.metrics.sent_bytes == pending.metrics.size_bytes > 0
     assert check_store(mirror) == ["step-1"]
-    assert told.mirrors == [("step-1", pending.metrics.size_bytes, None)] and {"upload", "upload manifest"} <= told.kinds
+    assert (
+        told.mirrors == [("step-1", pending.metrics.size_bytes, None)] and {"upload", "upload manifest"} <= told.kinds
+    )
 
 
 def test_leaving_the_block_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
@@ -64,7 +66,9 @@ def test_leaving_the_block_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: 
     assert check_store(mirror) == [f"step-{step}" for step in range(4)]
 
 
-def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(
+    moto: Any, tmp_path: Path, prefix: str
+) -> None:
     is_open = threading.Event()
 
     def hold(number: int, method: str, path: str) -> Fault:

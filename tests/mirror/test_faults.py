@@ -33,7 +33,9 @@ from .servers import Server, free_ports, keys, unfinished_uploads
 from .test_upload import root_of
 
 
-def every_other(kind: Fault, what: Callable[[str, str], bool] = lambda method, path: True) -> Callable[[int, str, str], Fault]:
+def every_other(
+    kind: Fault, what: Callable[[str, str], bool] = lambda method, path: True
+) -> Callable[[int, str, str], Fault]:
     """Break each request once, the first time that its method and path are seen."""
     seen: set[tuple[str, str]] = set()
     lock = threading.Lock()
@@ -183,7 +185,9 @@ def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Pa
     assert check_store(s3_mirror(moto, prefix)) == ["step-1", "step-2"]
 
 
-def test_a_store_that_ignores_conditions_is_found_and_said(rclone: Any, tmp_path: Path, prefix: str, caplog: Any) -> None:
+def test_a_store_that_ignores_conditions_is_found_and_said(
+    rclone: Any, tmp_path: Path, prefix: str, caplog: Any
+) -> None:
     mirror = s3_mirror(rclone, prefix)
     with caplog.at_level(logging.WARNING, "async_ckpt"), mirroring(tmp_path, mirror) as made:
         made.check()
@@ -218,7 +222,9 @@ class FullForStates(LocalFileSystem):
         super().create_file(path, data)
 
 
-def test_a_disk_that_is_full_for_the_state_fails_the_mirroring_and_nothing_else(moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_a_disk_that_is_full_for_the_state_fails_the_mirroring_and_nothing_else(
+    moto: Any, tmp_path: Path, prefix: str
+) -> None:
     with mirroring(tmp_path, s3_mirror(moto, prefix), fs=FullForStates()) as made:
         pending = commit_and_send(made, tmp_path, "step-1", SMALL)
         assert isinstance(pending.exception(60), OutOfSpaceError) and "cannot be noted" in str(pending.exception())
@@ -235,7 +241,9 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
         where = f"{prefix}-{at}"
         replaced = threading.Event()
 
-        def replace(number: int, method: str, path: str, at: int = at, root: Path = root, replaced: threading.Event = replaced) -> Fault:
+        def replace(
+            number: int, method: str, path: str, at: int = at, root: Path = root, replaced: threading.Event = replaced
+        ) -> Fault:
             if number == at and (root / "latest").exists() and not replaced.is_set():
                 replaced.set()
                 commit(root, "latest", big(5), created=2, overwrite="replace")
@@ -256,7 +264,9 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
         assert garbage(moto, where) == [] and unfinished_uploads(moto, where) == []
 
 
-def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
+def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(
+    seaweedfs: Any, tmp_path: Path, prefix: str
+) -> None:
     mirror = s3_mirror(seaweedfs, prefix)
     roots = [root_of(tmp_path / str(k)) for k in range(3)]
     with mirroring(roots[0], mirror) as a, mirroring(roots[1], mirror) as b, mirroring(roots[2], mirror) as c:
@@ -331,4 +341,7 @@ def _upload_with_a_crash_of(server: Server, at: int, root: Path, where: str) -> 
             commit_and_send(made, root, "step-1", big()).result(90)
     for restart in restarts:
         restart.join()
-    assert remote_content(s3_mirror(server, where, retry_timeout_s=30.0), "step-1") == big() and garbage(server, where) == []
+    assert (
+        remote_content(s3_mirror(server, where, retry_timeout_s=30.0), "step-1") == big()
+        and garbage(server, where) == []
+    )

@@ -34,7 +34,9 @@ def sparse_checkpoint(root: Path, size_bytes: int, extent_bytes: int = 64 * _MIB
     zeros = memoryview(bytearray(extent_bytes))
     whole, rest = divmod(size_bytes, extent_bytes)
     crcs = (crc32(zeros),) * whole + ((crc32(zeros[:rest]),) if rest else ())
-    transaction.publish(filesystem, staging, [FileEntry("model.bin", size_bytes, extent_bytes, crcs, "opaque", "test", None)], {}, 1)
+    transaction.publish(
+        filesystem, staging, [FileEntry("model.bin", size_bytes, extent_bytes, crcs, "opaque", "test", None)], {}, 1
+    )
 
 
 def resident_bytes() -> int:

@@ -62,4 +62,6 @@ def test_without_the_objects_of_a_rank_there_is_no_manifest(moto: Any, tmp_path:
     assert Catalog(tmp_path).tags() == ["step-0", "step-1"]
     told, tags = json.loads(first[1])[1], check_store(s3_mirror(moto, prefix))
     # Rank 1 may have sent its file in the moment before it died.
-    assert (told is None and tags == ["step-0", "step-1"]) or ("rank(s) 1 have not mirrored" in told and tags == ["step-0"])
+    assert (told is None and tags == ["step-0", "step-1"]) or (
+        "rank(s) 1 have not mirrored" in told and tags == ["step-0"]
+    )

@@ -92,7 +92,9 @@ def test_only_what_is_selected_is_fetched(moto: Any, tmp_path: Path, prefix: str
         load_committed_into(catalog, "step-0", "model.pt", part, select="model.", atomic=True)
         assert same(part, state(0)["model"])
         num_bytes = proxy.num_reply_bytes
-        with pytest.raises(StateMismatchError, match=r"no tensor whose name begins with 'other\.'; it has model, optim"):
+        with pytest.raises(
+            StateMismatchError, match=r"no tensor whose name begins with 'other\.'; it has model, optim"
+        ):
             load_committed_into(catalog, "step-0", "model.pt", part, select="other.")
     size = (tmp_path / "step-0" / "model.pt").stat().st_size
     # Twice less than half of the file; the directory and the pickle at its ends are a few extents.
@@ -107,7 +109,9 @@ def test_a_directory_url(tmp_path: Path) -> None:
     assert same(async_ckpt.load(f"file://{other}/run/step-0/model.pt"), state(0))
 
 
-def test_damage_in_the_store_reaches_no_tensor_and_is_named(environment: None, moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_damage_in_the_store_reaches_no_tensor_and_is_named(
+    environment: None, moto: Any, tmp_path: Path, prefix: str
+) -> None:
     made_in(tmp_path, "older", "old", "step-0")
     mirrored(tmp_path, s3_mirror(moto, prefix), 3)
     (key,) = [key for key in keys(moto, prefix) if "/step-0/" in key and key.endswith("model.pt")]
@@ -130,8 +134,14 @@ def test_damage_in_the_store_reaches_no_tensor_and_is_named(environment: None, m
 
 def test_nothing_of_the_library_is_imported_without_a_mirror(tmp_path: Path) -> None:
     commit(tmp_path, "a", SMALL)
-    program = f"import sys, async_ckpt; async_ckpt.Catalog({str(tmp_path)!r}).latest(); print([m for m in sys.modules if 'obstore' in m])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    program = (
+        f"import sys, async_ckpt; async_ckpt.Catalog({str(tmp_path)!r}).latest(); print([m for m in "
+        "sys.modules if 'obstore' in m])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_many_tags_are_listed_in_pages(seaweedfs: Any, prefix: str) -> None:

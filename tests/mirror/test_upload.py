@@ -31,7 +31,9 @@ from .servers import BUCKET, client, keys, unfinished_uploads
 
 
 @pytest.mark.parametrize("server", ["moto", "seaweedfs"])
-def test_a_committed_checkpoint_is_mirrored_and_read_back(server: str, tmp_path: Path, prefix: str, request: Any) -> None:
+def test_a_committed_checkpoint_is_mirrored_and_read_back(
+    server: str, tmp_path: Path, prefix: str, request: Any
+) -> None:
     running = request.getfixturevalue(server)
     mirror = s3_mirror(running, prefix)
     files = {**big(), "empty.bin": b"", "deep/er/x.bin": b"x"}
@@ -42,7 +44,11 @@ def test_a_committed_checkpoint_is_mirrored_and_read_back(server: str, tmp_path:
         assert pending.metrics.sent_bytes == pending.metrics.size_bytes == sum(map(len, files.values()))
         assert made.is_mirrored("step-1", 1)
     assert remote_content(mirror, "step-1") == files == content(tmp_path, "step-1")
-    assert check_store(mirror) == ["step-1"] and garbage(running, prefix) == [] and unfinished_uploads(running, prefix) == []
+    assert (
+        check_store(mirror) == ["step-1"]
+        and garbage(running, prefix) == []
+        and unfinished_uploads(running, prefix) == []
+    )
 
 
 def test_what_any_client_copies_out_is_the_file(moto: Any, tmp_path: Path, prefix: str) -> None:
@@ -180,7 +186,9 @@ def test_the_catalog_of_a_store(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert "has 5 bytes" in str(catalog.verify("step-2", level="size").problems[0])
     s3.delete_object(Bucket=BUCKET, Key=key)
     assert "missing" in str(catalog.verify("step-2", level="size").problems[0])
-    s3.copy_object(Bucket=BUCKET, Key=f"{prefix}/step-1/manifest.json", CopySource=f"{BUCKET}/{prefix}/step-0/manifest.json")
+    s3.copy_object(
+        Bucket=BUCKET, Key=f"{prefix}/step-1/manifest.json", CopySource=f"{BUCKET}/{prefix}/step-0/manifest.json"
+    )
     assert "model.bin: is missing" in str(catalog.verify("step-1").problems[0]) and catalog.latest() == "step-0"
 
 

@@ -1,4 +1,6 @@
-"""Each observer against the engine's own reports: log records, trace, timeline, status file, progress, metrics of other tools."""
+"""Each observer against the engine's own reports: log records, trace, timeline, status file, progress, metrics of other
+tools.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_trace_is_valid_for_the_viewer(tmp_path, lazy):
         assert event["ts"] >= 0
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
-    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "thread_name"}
+    names = {
+        event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M" and event["name"] == "thread_name"
+    }
     assert {event["tid"] for event in spans} <= set(names)
     assert len(set(names.values())) == len(names)
     assert [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"] == ["rank 0"]

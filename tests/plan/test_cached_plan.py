@@ -1,4 +1,6 @@
-"""A cached plan is reused exactly where it is right: every kind of change gives the new bytes, and nothing of the user is kept alive."""
+"""A cached plan is reused exactly where it is right: every kind of change gives the new bytes, and nothing of the user
+is kept alive.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.support.states import torch_bytes
 
 def base_state():
     weight = torch.arange(12.0).view(3, 4)
-    ordered = OrderedDict([("layer.weight", weight), ("layer.bias", torch.zeros(4, dtype=torch.float64)), ("view", weight[1:])])
+    ordered = OrderedDict(
+        [("layer.weight", weight), ("layer.bias", torch.zeros(4, dtype=torch.float64)), ("view", weight[1:])]
+    )
     ordered._metadata = OrderedDict([("", {"version": 1})])
     return {
         "model": ordered,
@@ -52,7 +56,9 @@ def _unalias_string(state):
 
 
 def _rename(state):
-    state["model"] = OrderedDict([("layer.weighx", v) if k == "layer.weight" else (k, v) for k, v in state["model"].items()])
+    state["model"] = OrderedDict(
+        [("layer.weighx", v) if k == "layer.weight" else (k, v) for k, v in state["model"].items()]
+    )
     return state
 
 

@@ -1,4 +1,6 @@
-"""The first save of a file, and `prewarm`, name what `load` will refuse and what is not streamed; `load` names all of it at once."""
+"""The first save of a file, and `prewarm`, name what `load` will refuse and what is not streamed; `load` names all of
+it at once.
+"""
 
 from __future__ import annotations
 
@@ -95,12 +97,16 @@ def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: 
     assert "load refuses by default" in caplog.text
 
 
-@pytest.mark.parametrize("data", [np.zeros(4096), b"x" * 32768, bytearray(32768), np.array([0.5] * 4096).reshape(64, 64)])
+@pytest.mark.parametrize(
+    "data", [np.zeros(4096), b"x" * 32768, bytearray(32768), np.array([0.5] * 4096).reshape(64, 64)]
+)
 def test_large_buffers_are_named(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
     monkeypatch.setattr(first_look, "LARGE_BYTES", 30_000)
     monkeypatch.setattr("async_ckpt.plan.planner.LARGE_BYTES", 30_000)
     planner = Planner(tells_of_refused=True)
-    with pytest.warns(RuntimeWarning, match=r"a.pt: state\['data'\]\['x'\] \(\w+ of 0 MiB\): what is no tensor is pickled in memory"):
+    with pytest.warns(
+        RuntimeWarning, match=r"a.pt: state\['data'\]\['x'\] \(\w+ of 0 MiB\): what is no tensor is pickled in memory"
+    ):
         planner.plan({"data": {"x": data}, "w": torch.ones(2)}, name="a.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -61,7 +61,9 @@ def test_compact_writes_only_covered_bytes(name, planner_name):
 
 def test_compact_keeps_sharing_and_whole_storages():
     b = big()
-    loaded = torch.load(io.BytesIO(render(Planner(compact_views=True).plan({"a": b[10:20], "b": b[15:30]}))), weights_only=True)
+    loaded = torch.load(
+        io.BytesIO(render(Planner(compact_views=True).plan({"a": b[10:20], "b": b[15:30]}))), weights_only=True
+    )
     loaded["a"][5] = -1
     assert loaded["b"][0] == -1
     raw = torch.arange(100, dtype=torch.uint8)
@@ -70,7 +72,10 @@ def test_compact_keeps_sharing_and_whole_storages():
 
 
 def _every_dtype():
-    names = "F4 float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 complex64 float8_e4m3fn float8_e5m2"
+    names = (
+        "F4 float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 "
+        "complex64 float8_e4m3fn float8_e5m2"
+    )
     found = [getattr(torch, name) for name in names.split() if hasattr(torch, name)]
     return {f"{n % 3}.{dtype}": torch.empty(n + 1, 2, dtype=dtype).zero_() for n, dtype in enumerate(found)}
 
@@ -101,7 +106,11 @@ def test_safetensors_bytes_are_the_librarys(state):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.text(max_size=6), st.sampled_from([torch.float32, torch.int8, torch.int64, torch.bool]), max_size=6))
+@given(
+    st.dictionaries(
+        st.text(max_size=6), st.sampled_from([torch.float32, torch.int8, torch.int64, torch.bool]), max_size=6
+    )
+)
 def test_safetensors_names(names):
     state = {name: torch.zeros(index, dtype=dtype) for index, (name, dtype) in enumerate(names.items())}
     try:

@@ -84,7 +84,9 @@ _leaves = st.one_of(
     st.text(max_size=5),
     st.sampled_from(["cpu", "storage", "0", "1", "a"]),
 )
-_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint16, torch.float8_e4m3fn])
+_dtypes = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint16, torch.float8_e4m3fn]
+)
 
 
 @st.composite
@@ -109,11 +111,20 @@ def _states(draw):
         else:
             items = [build(depth - 1) for _ in range(draw(st.integers(0, 4)))]
             keys = draw(
-                st.lists(st.one_of(st.text(max_size=3), st.integers(0, 300)), min_size=len(items), max_size=len(items), unique=True)
+                st.lists(
+                    st.one_of(st.text(max_size=3), st.integers(0, 300)),
+                    min_size=len(items),
+                    max_size=len(items),
+                    unique=True,
+                )
             )
             pairs = list(zip(keys, items, strict=True))
             kind = draw(st.sampled_from(["dict", "ordered", "list", "tuple"]))
-            made = {"dict": dict, "ordered": __import__("collections").OrderedDict}[kind](pairs) if kind in ("dict", "ordered") else None
+            made = (
+                {"dict": dict, "ordered": __import__("collections").OrderedDict}[kind](pairs)
+                if kind in ("dict", "ordered")
+                else None
+            )
             made = made if made is not None else (items if kind == "list" else tuple(items))
         seen.append(made)
         return made
@@ -141,7 +152,8 @@ _GIB = 1 << 30
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(
-        st.one_of(st.integers(0, 300), st.sampled_from([2**32 - 2, 2**32 - 1, 2**32, 5 * _GIB]), st.integers(0, 2**40)), max_size=7
+        st.one_of(st.integers(0, 300), st.sampled_from([2**32 - 2, 2**32 - 1, 2**32, 5 * _GIB]), st.integers(0, 2**40)),
+        max_size=7,
     ),
     alignment=st.one_of(st.sampled_from([64, 4096]), st.integers(1, 60000)),
 )

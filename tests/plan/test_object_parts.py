@@ -1,4 +1,6 @@
-"""Objects beside containers and tensors: planned without torch's pickler where that is provably the same, and else by it."""
+"""Objects beside containers and tensors: planned without torch's pickler where that is provably the same, and else by
+it.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,14 @@ def _size(state):
     state["shapes"]["a"] = torch.Size((70_000, 3))
 
 
-CHANGES = {"scaler": _scaler, "fragment": _fragment, "random": _random, "blob": _blob, "numpy_scalar": _numpy_scalar, "size": _size}
+CHANGES = {
+    "scaler": _scaler,
+    "fragment": _fragment,
+    "random": _random,
+    "blob": _blob,
+    "numpy_scalar": _numpy_scalar,
+    "size": _size,
+}
 
 
 def _short_blob(state):
@@ -270,7 +279,12 @@ def test_paths_inside_objects():
 
 
 _leaves = st.one_of(
-    st.integers(-300, 300), st.binary(max_size=3), st.text("latin1", max_size=2), st.floats(), st.complex_numbers(), st.none()
+    st.integers(-300, 300),
+    st.binary(max_size=3),
+    st.text("latin1", max_size=2),
+    st.floats(),
+    st.complex_numbers(),
+    st.none(),
 )
 _kinds = st.sampled_from(sorted(set(OBJECTS) - {"module"}))
 
@@ -286,7 +300,13 @@ def _nests(draw):
             return draw(st.sampled_from(seen))
         if choice <= 2 or depth == 0:
             return draw(
-                st.one_of(st.integers(-300, 300), st.binary(max_size=3), st.text("latin1", max_size=2), st.floats(), st.complex_numbers())
+                st.one_of(
+                    st.integers(-300, 300),
+                    st.binary(max_size=3),
+                    st.text("latin1", max_size=2),
+                    st.floats(),
+                    st.complex_numbers(),
+                )
             )
         if choice <= 5:
             made = OBJECTS[draw(_kinds)]()
@@ -295,7 +315,9 @@ def _nests(draw):
         elif choice == 7:
             made = objects.Point(build(depth - 1), build(depth - 1))
         elif choice == 8:
-            made = types.SimpleNamespace(**{name: build(depth - 1) for name in draw(st.lists(st.sampled_from("abc"), unique=True))})
+            made = types.SimpleNamespace(
+                **{name: build(depth - 1) for name in draw(st.lists(st.sampled_from("abc"), unique=True))}
+            )
         else:
             made = objects.Row(build(depth - 1) for _ in range(draw(st.integers(0, 3))))
             if draw(st.booleans()):

@@ -157,7 +157,9 @@ def test_zip64_directory_is_read():
     plan = Planner().plan(state).plan
 
     def pread(offset, nbytes):
-        start, data = max((literal for literal in plan.literals if literal[0] <= offset), key=lambda literal: literal[0])
+        start, data = max(
+            (literal for literal in plan.literals if literal[0] <= offset), key=lambda literal: literal[0]
+        )
         return data[offset - start : offset - start + nbytes]
 
     records = read_directory(pread, plan.file_bytes)

@@ -177,8 +177,18 @@ def test_a_scalar_that_is_not_where_it_should_be_is_not_placed() -> None:
     structure = Structure(state)
     leaves = structure.finish(())
     sites = find_sites(structure, leaves, pickled)
-    assert [pickled[start:end] for start, end in (*sites.exact, *sites.floats)] == [b"K\x01", b"K\x03", b"G\x40\x04" + bytes(6)]
-    for other in ({"a": 2, "b": [2.5, 3]}, {"a": 1, "b": [2.5, 3, 4]}, {"b": [2.5, 3], "a": 1}, {"a": 1, "b": (2.5, 3)}, [1, [2.5, 3]]):
+    assert [pickled[start:end] for start, end in (*sites.exact, *sites.floats)] == [
+        b"K\x01",
+        b"K\x03",
+        b"G\x40\x04" + bytes(6),
+    ]
+    for other in (
+        {"a": 2, "b": [2.5, 3]},
+        {"a": 1, "b": [2.5, 3, 4]},
+        {"b": [2.5, 3], "a": 1},
+        {"a": 1, "b": (2.5, 3)},
+        [1, [2.5, 3]],
+    ):
         with pytest.raises(NotPlainError):
             find_sites(structure, leaves, record(other).pickled)
 

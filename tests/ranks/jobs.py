@@ -1,9 +1,10 @@
 """Jobs of real processes: each rank follows a plan of plain data and writes what it has learnt to a file.
 
-A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "die" (SIGKILL itself after save), "die early" (before
-create), "hang" (never commits, goes on when told to), "stop" (SIGSTOP itself after save), "full" (its disk is full), "skip" (no call at
-all for this tag), "late" (creates when told to), "leave" (closes its engine without a call for this tag), "death before report"
-(SIGKILL once its part is durable), and for rank 0 "death in rename", "death after rename".
+A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "die" (SIGKILL itself after save), "die
+early" (before create), "hang" (never commits, goes on when told to), "stop" (SIGSTOP itself after save), "full" (its
+disk is full), "skip" (no call at all for this tag), "late" (creates when told to), "leave" (closes its engine without a
+call for this tag), "death before report" (SIGKILL once its part is durable), and for rank 0 "death in rename", "death
+after rename".
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Deadly(LocalFileSystem):
 
 @dataclass(frozen=True)
 class Job:
-    """What all ranks of a job share. `store` is "host:port" of a TCPStore, "zero" (rank 0 holds it) or the path of a FileStore."""
+    """What all ranks of a job share. `store` is "host:port" of a TCPStore, "zero" (rank 0 holds it) or the path of a
+    FileStore.
+    """
 
     root: str
     results: str
@@ -87,7 +90,9 @@ class Job:
     def connect(self, rank: int) -> Any:
         if self.store.startswith("zero:"):
             port = int(self.store.removeprefix("zero:"))
-            return dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=30))
+            return dist.TCPStore(
+                "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=30)
+            )
         if self.store.startswith("/"):
             return dist.FileStore(self.store, -1)
         host, _, port_text = self.store.rpartition(":")
@@ -97,7 +102,9 @@ class Job:
         node = None
         if self.node_size:
             first = rank - rank % self.node_size
-            node = Node(rank // self.node_size, self.world_size // self.node_size, tuple(range(first, first + self.node_size)))
+            node = Node(
+                rank // self.node_size, self.world_size // self.node_size, tuple(range(first, first + self.node_size))
+            )
         return RankCoordinator(
             self.connect(rank),
             rank,
@@ -113,7 +120,12 @@ class Job:
         root = f"{self.root}/node{rank // self.node_size}" if self.node_size else self.root
         filesystem = FullDisk(poison) if poison else (deadly or LocalFileSystem())
         return AsyncCheckpointEngine(
-            root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=self.coordinator(rank), filesystem=filesystem, **self.extra
+            root,
+            staging_bytes=1 << 20,
+            chunk_bytes=4096,
+            coordinator=self.coordinator(rank),
+            filesystem=filesystem,
+            **self.extra,
         )
 
 
@@ -143,7 +155,11 @@ def run_rank(job: Job, rank: int, plan: Plan) -> None:
                 try:
                     _one(job, engine, rank, tag, act)
                 except CheckpointError as error:
-                    record |= {"outcome": type(error).__name__, "message": str(error), "blamed": getattr(error, "rank", None)}
+                    record |= {
+                        "outcome": type(error).__name__,
+                        "message": str(error),
+                        "blamed": getattr(error, "rank", None),
+                    }
                     record["committed"] = getattr(error, "committed", None)
                 except ZeroDivisionError:
                     record["outcome"] = "raised"
@@ -176,7 +192,9 @@ class Processes:
     def __init__(self, job: Job, plans: Sequence[Plan]) -> None:
         self.job = job
         Path(job.results).mkdir(parents=True, exist_ok=True)
-        self.ranks = [context.Process(target=run_rank, args=(job, rank, plan), daemon=True) for rank, plan in enumerate(plans)]
+        self.ranks = [
+            context.Process(target=run_rank, args=(job, rank, plan), daemon=True) for rank, plan in enumerate(plans)
+        ]
         for process in self.ranks:
             process.start()
 
@@ -195,7 +213,9 @@ class Processes:
 
     def learnt(self, rank: int) -> list[dict[str, Any]]:
         path = Path(self.job.results, f"rank{rank}.jsonl")
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        )
 
 
 def let_go(job: Job, tag: str) -> None:

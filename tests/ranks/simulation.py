@@ -1,4 +1,6 @@
-"""The ranks' protocol with thousands of ranks on a simulated store and clock: counts requests and time, never sleeps."""
+"""The ranks' protocol with thousands of ranks on a simulated store and clock: counts requests and time, never
+sleeps.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Dies(Exception):
 
 
 class SimulatedStore:
-    """A dict behind a server that answers one request at a time, `service_s` seconds each plus `per_key_s` for each key."""
+    """A dict behind a server that answers one request at a time, `service_s` seconds each plus `per_key_s` for each
+    key.
+    """
 
     def __init__(self, service_s: float = 20e-6, per_key_s: float = 1e-6) -> None:
         self.data: dict[str, str] = {}
@@ -113,12 +117,17 @@ class Simulation:
         answer = self.store.answer(request)
 
         def answered() -> None:
-            is_over = not isinstance(request, (Await, AwaitCount)) or answer or self.now_s >= began_s + request.timeout_s
+            is_over = (
+                not isinstance(request, (Await, AwaitCount)) or answer or self.now_s >= began_s + request.timeout_s
+            )
             if is_over:
                 self._step(rank, script, answer)
             else:
                 pace_s = self._pace.after(interval_s)
-                self._at(min(self.now_s + pace_s, began_s + request.timeout_s), lambda: self._ask(rank, script, request, began_s, pace_s))
+                self._at(
+                    min(self.now_s + pace_s, began_s + request.timeout_s),
+                    lambda: self._ask(rank, script, request, began_s, pace_s),
+                )
 
         self._at(back_s, answered)
 

@@ -24,7 +24,9 @@ from async_ckpt.ranks.store_link import LinkLostError, StoreLink
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
-def engine_of(root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any) -> AsyncCheckpointEngine:
+def engine_of(
+    root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any
+) -> AsyncCheckpointEngine:
     coordinator = RankCoordinator(store, rank, world_size, timeout_s=timeout_s, linger_s=2.0)
     return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=coordinator, **options)
 

@@ -1,4 +1,6 @@
-"""A sample of `tests.faults.rank_kills`: SIGKILL at random points of commits, then a restart with another number of ranks."""
+"""A sample of `tests.faults.rank_kills`: SIGKILL at random points of commits, then a restart with another number of
+ranks.
+"""
 
 from __future__ import annotations
 

@@ -148,4 +148,6 @@ def test_a_rank_whose_disk_is_full_for_real(tmp_path: Path, store: Any) -> None:
         assert os.listdir(small) == []
         # What was staged was given back, so that a smaller checkpoint fits.
         again = Job(job.root, str(tmp_path / "again"), 2, job.store, run_id="again", node_size=1)
-        assert [[record["outcome"] for record in rank] for rank in run(again, [GOOD, GOOD])] == [["ok", "ok", "closed"]] * 2
+        assert [[record["outcome"] for record in rank] for rank in run(again, [GOOD, GOOD])] == [
+            ["ok", "ok", "closed"]
+        ] * 2

@@ -27,7 +27,9 @@ def assert_whole(root: str, tags: list[str], ranks: list[int], numel: int = 3000
     assert catalog.tags() == tags
     for tag in tags:
         assert catalog.verify(tag).ok
-        assert {(entry.path, entry.rank) for entry in catalog.manifest(tag).files} == {(f"rank{r}.pt", r) for r in ranks}
+        assert {(entry.path, entry.rank) for entry in catalog.manifest(tag).files} == {
+            (f"rank{r}.pt", r) for r in ranks
+        }
         for rank in ranks:
             state, expected = load(catalog.path(tag) / f"rank{rank}.pt"), state_of(rank, tag, numel)
             assert state["tag"] == tag
@@ -144,7 +146,9 @@ def test_every_node_has_a_root_of_its_own(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 4, node_size=2)
     good = [("a", "commit"), ("b", "commit"), ("c", "commit")]
     learnt = run(job, [good, good, good, [("a", "commit"), ("b", "raise"), ("c", "commit")]])
-    assert [[record["outcome"] for record in rank] for rank in learnt[:3]] == [["ok", "RankFailedError", "ok", "closed"]] * 3
+    assert [[record["outcome"] for record in rank] for rank in learnt[:3]] == [
+        ["ok", "RankFailedError", "ok", "closed"]
+    ] * 3
     for node in (0, 1):
         root = f"{job.root}/node{node}"
         assert_whole(root, ["a", "c"], [2 * node, 2 * node + 1])

@@ -18,7 +18,9 @@ def _info(rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> RankInfo:
     return RankInfo(rank, world_size, timeout_s)
 
 
-def rank_zero(info: RankInfo, tag: str, write_s: float, publish_s: float, renames: list[str], merge_s: float = 0.0) -> Script:
+def rank_zero(
+    info: RankInfo, tag: str, write_s: float, publish_s: float, renames: list[str], merge_s: float = 0.0
+) -> Script:
     attempt = yield from protocol.announce(info, tag, f".staging.{tag}")
     yield Pause(write_s)
     try:
@@ -38,7 +40,9 @@ def rank_zero(info: RankInfo, tag: str, write_s: float, publish_s: float, rename
     return outcome
 
 
-def other_rank(info: RankInfo, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = "") -> Script:
+def other_rank(
+    info: RankInfo, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = ""
+) -> Script:
     try:
         attempt, _ = yield from join(info, tag, known or Announcements())
     except AttemptFailed as failed:
@@ -97,12 +101,16 @@ def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
     # The slowest rank hears of it within seconds of the rename, at any size.
     assert max(simulation.ended_s.values()) < 5.2 + 4 * 5.0
     ended_s = max(simulation.ended_s.values())
-    print(f"{world_size} ranks: {total} requests, {polls} polls, ended {ended_s:.2f} s, store busy {simulation.store.busy_s:.2f} s")
+    print(
+        f"{world_size} ranks: {total} requests, {polls} polls, ended {ended_s:.2f} s, store busy "
+        f"{simulation.store.busy_s:.2f} s"
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 1024])
 @pytest.mark.parametrize(
-    ("how", "expected"), [({"fails": "OSError: disk full"}, "disk full"), ({"dies": "writing"}, "not reported"), ({}, "")]
+    ("how", "expected"),
+    [({"fails": "OSError: disk full"}, "disk full"), ({"dies": "writing"}, "not reported"), ({}, "")],
 )
 def test_a_failed_rank_fails_all_and_is_named(world_size: int, how: dict[str, str], expected: str) -> None:
     culprit = world_size - 1
@@ -233,7 +241,10 @@ def test_an_attempt_that_failed_before_a_rank_came_is_that_ranks_failure_too() -
         yield Pause(1.0)
         return (yield from other_rank(info, "a", 1.0))
 
-    scripts = {0: rank_zero(_info(0, 3), "a", 5.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 0.0, fails="OSError: disk full")}
+    scripts = {
+        0: rank_zero(_info(0, 3), "a", 5.0, 0.1, renames),
+        1: other_rank(_info(1, 3), "a", 0.0, fails="OSError: disk full"),
+    }
     scripts[2] = late(_info(2, 3))
     simulation = run(scripts, 3)
     assert renames == []
@@ -255,7 +266,11 @@ def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_
         except AttemptFailed as failed:
             return failed.outcome
 
-    scripts = {0: rank_zero(_info(0, 3), "a", 1.0, 0.1, renames), 1: other_rank(_info(1, 3), "a", 1.0), 2: away(_info(2, 3))}
+    scripts = {
+        0: rank_zero(_info(0, 3), "a", 1.0, 0.1, renames),
+        1: other_rank(_info(1, 3), "a", 1.0),
+        2: away(_info(2, 3)),
+    }
     simulation = run(scripts, 3)
     assert renames == ["a"]
     assert (simulation.outcomes[2].ok, simulation.outcomes[2].committed) == (False, None)

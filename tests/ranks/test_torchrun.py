@@ -1,4 +1,6 @@
-"""Under real torchrun: all ranks save at the same steps, resume from the same tag, stop together, and one of them deletes."""
+"""Under real torchrun: all ranks save at the same steps, resume from the same tag, stop together, and one of them
+deletes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from async_ckpt import Catalog, load
 REPOSITORY = Path(__file__).parents[2]
 
 
-def torchrun(tmp_path: Path, num_ranks: int, num_steps: int, interfere: Callable[[subprocess.Popen[str], list[int]], None] | None) -> Any:
+def torchrun(
+    tmp_path: Path, num_ranks: int, num_steps: int, interfere: Callable[[subprocess.Popen[str], list[int]], None] | None
+) -> Any:
     """What each rank has learnt, and the launcher's exit code and output."""
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
@@ -53,7 +57,10 @@ def check_last(tmp_path: Path, learnt: list[dict[str, Any]]) -> None:
     (step,) = {one["stopped_at"] for one in learnt}
     catalog = Catalog(tmp_path / "root")
     assert catalog.latest() == f"last-{step}"
-    assert {entry.path for entry in catalog.manifest(f"last-{step}").files} == {"train.pt", *(f"rank-{r}.pt" for r in range(len(learnt)))}
+    assert {entry.path for entry in catalog.manifest(f"last-{step}").files} == {
+        "train.pt",
+        *(f"rank-{r}.pt" for r in range(len(learnt))),
+    }
     assert load(tmp_path / "root" / f"last-{step}" / "train.pt")["step"] == step
     assert catalog.staging() == []
     assert all(one["ok"] and one["preempted"] for one in learnt)
@@ -82,7 +89,9 @@ def test_any_number_of_ranks_saves_and_the_next_run_resumes_with_another(tmp_pat
     assert [one["after"] for one in learnt] == [[newest, newest]] * num_ranks
     catalog = Catalog(tmp_path / "root")
     files = {entry.path: entry.rank for entry in catalog.manifest(newest).files}
-    assert files == {"train.pt": 0 if num_ranks > 1 else None} | {f"rank-{r}.pt": r if num_ranks > 1 else None for r in range(num_ranks)}
+    assert files == {"train.pt": 0 if num_ranks > 1 else None} | {
+        f"rank-{r}.pt": r if num_ranks > 1 else None for r in range(num_ranks)
+    }
     assert all(catalog.verify(tag).ok for tag in catalog.tags()) and catalog.staging() == []
     again, code, output = torchrun(tmp_path, 2, 10, None)
     assert code == 0, output

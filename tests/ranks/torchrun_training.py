@@ -1,4 +1,5 @@
-"""A small training of several ranks for test_torchrun.py; run by ``torchrun ... -m tests.ranks.torchrun_training ROOT OUT NUM_STEPS``.
+"""A small training of several ranks for test_torchrun.py; run by ``torchrun ... -m tests.ranks.torchrun_training ROOT
+OUT NUM_STEPS``.
 
 Every rank writes what it has done to OUT/rank<r>.json; rank r's pid is in OUT/pid<r> once it trains.
 """
@@ -67,7 +68,9 @@ def main(root: str, out: str, num_steps: str) -> None:
         def save(tag: str) -> Any:
             engine.create(tag)
             if rank == 0:
-                engine.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, "train.pt")
+                engine.save(
+                    {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, "train.pt"
+                )
             engine.save({"random": torch.get_rng_state(), "step": step}, f"rank-{rank}.pt")
             return engine.commit(tag, {"step": step})
 
@@ -86,9 +89,17 @@ def main(root: str, out: str, num_steps: str) -> None:
                 break
         for pending in engine.pending():
             pending.result()
-        learnt |= {"stopped_at": step, "preempted": engine.preempted, "after": [engine.latest(), coordinator.latest_on_all()]}
+        learnt |= {
+            "stopped_at": step,
+            "preempted": engine.preempted,
+            "after": [engine.latest(), coordinator.latest_on_all()],
+        }
     outcome = engine.preemption_outcome
-    learnt |= {"deleted": filesystem.num_deleted, "ok": outcome is None or outcome.ok, "signal": outcome and outcome.signal_name}
+    learnt |= {
+        "deleted": filesystem.num_deleted,
+        "ok": outcome is None or outcome.ok,
+        "signal": outcome and outcome.signal_name,
+    }
     Path(out, f"rank{rank}.json").write_text(json.dumps(learnt))
     dist.destroy_process_group()
 

@@ -23,7 +23,9 @@ def torch_bytes(state: Any) -> bytes:
     return buffer.getvalue()
 
 
-def commit(root: Path, tag: str, files: dict[str, bytes], *, extent_bytes: int = EXTENT_BYTES, format: str = "torch") -> Any:
+def commit(
+    root: Path, tag: str, files: dict[str, bytes], *, extent_bytes: int = EXTENT_BYTES, format: str = "torch"
+) -> Any:
     """Write `files` and a manifest; returns a catalog of `root`."""
     entries = []
     for name, data in files.items():

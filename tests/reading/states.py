@@ -33,7 +33,10 @@ def plain() -> dict[str, Any]:
         "leaf": torch.randn(3, requires_grad=True),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(3.5),
-        "types": [torch.arange(9).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64)],
+        "types": [
+            torch.arange(9).to(dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64)
+        ],
         "float8": torch.randn(7).to(torch.float8_e4m3fn),
         "size": torch.Size([1, 2]),
         "dtype": torch.float16,

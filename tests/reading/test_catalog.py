@@ -78,8 +78,15 @@ def test_only_checkpoints_are_listed(tmp_path: Path) -> None:
     staging = stage(LocalFileSystem(), root, "staged", OLD)
     catalog = Catalog(root)
     assert sorted(catalog.tags()) == ["bad name ", "good", "link", "renamed"]
-    assert {item.tag: item.copied_from for item in catalog.entries()} == {"good": None, "bad name ": "good", "link": "t", "renamed": "good"}
-    assert [(item.kind, item.tag, item.owner_state) for item in catalog.staging()] == [("staging", "staged", OwnerState.ALIVE)]
+    assert {item.tag: item.copied_from for item in catalog.entries()} == {
+        "good": None,
+        "bad name ": "good",
+        "link": "t",
+        "renamed": "good",
+    }
+    assert [(item.kind, item.tag, item.owner_state) for item in catalog.staging()] == [
+        ("staging", "staged", OwnerState.ALIVE)
+    ]
     transaction.abort(LocalFileSystem(), staging)
 
 
@@ -174,7 +181,15 @@ def test_extra_files_are_named_and_empty_directories_are_fine(tmp_path: Path) ->
         report = Catalog(tmp_path).verify("t", level=level)
         assert report.ok
         assert sorted(report.extra) == sorted(
-            ["empty", "link", "other/more\\n", "eval_results.json", ".DS_Store", ".nfs0000000000000001", ".ipynb_checkpoints"]
+            [
+                "empty",
+                "link",
+                "other/more\\n",
+                "eval_results.json",
+                ".DS_Store",
+                ".nfs0000000000000001",
+                ".ipynb_checkpoints",
+            ]
         )
     assert Catalog(tmp_path).latest() == "t"
 
@@ -245,7 +260,9 @@ def test_disk_errors_are_damage_and_shortages_are_raised(tmp_path: Path, caplog:
     fs.fail_when(lambda op: op.name == "open" and op.path.endswith("model.bin"), errno.EMFILE)
     with pytest.raises(OSError, match="Too many open files"):
         catalog.latest()
-    assert sum(op.name == "open" and op.outcome == "ok" for op in fs.operations) == sum(op.name == "close" for op in fs.operations)
+    assert sum(op.name == "open" and op.outcome == "ok" for op in fs.operations) == sum(
+        op.name == "close" for op in fs.operations
+    )
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted", "deleted in part"])
@@ -333,5 +350,8 @@ def test_read_back_compares_the_disk_with_the_entries(tmp_path: Path) -> None:
 
 def test_the_disk_side_needs_no_torch() -> None:
     modules = "retention, format.manifest, reading.catalog, reading.verify, storage.filesystem, storage.transaction"
-    code = f"import sys, {', '.join(f'async_ckpt.{name}' for name in modules.split(', '))}; sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys, {', '.join(f'async_ckpt.{name}' for name in modules.split(', '))}; sys.exit('torch' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -30,7 +30,9 @@ def made(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
 def test_load_and_load_into_give_what_was_saved(tmp_path: Path, meta_by_default: None, format: Any) -> None:
     state = {"plain": made(3), "turned": made(2, 3).t(), "half": made(4).bfloat16()}
-    state |= {} if format == "safetensors" else {"sparse": made(2, 2).to_sparse(), "parameter": torch.nn.Parameter(made(2))}
+    state |= (
+        {} if format == "safetensors" else {"sparse": made(2, 2).to_sparse(), "parameter": torch.nn.Parameter(made(2))}
+    )
     with AsyncCheckpointEngine(tmp_path, staging_bytes=16 << 20, format=format) as engine:
         engine.create("t")
         engine.save(state, "model.pt")

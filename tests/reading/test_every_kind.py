@@ -54,8 +54,12 @@ def leaves(state: Any) -> list[tuple[str, type, bytes]]:
     """Every leaf and its value: of a view, the elements that it shows."""
     found = []
     for path, leaf in flatten(state):
-        is_plain = type(leaf) is torch.Tensor and leaf.layout == torch.strided and not (leaf.is_nested or leaf.is_quantized)
-        found.append((path, type(leaf), torch_bytes(leaf.detach().resolve_conj().resolve_neg().clone() if is_plain else leaf)))
+        is_plain = (
+            type(leaf) is torch.Tensor and leaf.layout == torch.strided and not (leaf.is_nested or leaf.is_quantized)
+        )
+        found.append(
+            (path, type(leaf), torch_bytes(leaf.detach().resolve_conj().resolve_neg().clone() if is_plain else leaf))
+        )
     return found
 
 
@@ -83,7 +87,9 @@ def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).bool()
     count = torch.Size(shape).numel() * dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(torch.randint(1, 120, (count,), dtype=torch.uint8).untyped_storage(), 0, shape)
+    return torch.empty(0, dtype=dtype).set_(
+        torch.randint(1, 120, (count,), dtype=torch.uint8).untyped_storage(), 0, shape
+    )
 
 
 @pytest.mark.usefixtures("quiet")

@@ -31,7 +31,13 @@ from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
 from .states import plain, torch_only, trained
 
-KINDS = {"trained": trained, "plain": plain, "torch_only": torch_only, "nothing": dict, "a tensor": lambda: torch.ones(3)}
+KINDS = {
+    "trained": trained,
+    "plain": plain,
+    "torch_only": torch_only,
+    "nothing": dict,
+    "a tensor": lambda: torch.ones(3),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +59,8 @@ def test_load_gives_what_torch_load_gives(tmp_path: Path, kind: str, verify: str
 
 
 @pytest.mark.parametrize(
-    "map_location", ["cpu", torch.device("cpu"), lambda storage, loc: storage, {"cpu": "cpu"}, lambda storage, loc: None]
+    "map_location",
+    ["cpu", torch.device("cpu"), lambda storage, loc: storage, {"cpu": "cpu"}, lambda storage, loc: None],
 )
 def test_map_locations(tmp_path: Path, map_location: object) -> None:
     data = torch_bytes(plain())
@@ -199,7 +206,10 @@ def _container(pickled: bytes) -> bytes:
     return buffer.getvalue()
 
 
-_TENSOR = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuM\xe8\x03tQ"
+_TENSOR = (
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuM\xe8\x03tQ"
+)
 _REST = b"\x89ccollections\nOrderedDict\n)RtR."
 CRAFTED = {
     "empty": b"",
@@ -218,7 +228,9 @@ CRAFTED = {
 
 @pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
 @pytest.mark.parametrize("kind", CRAFTED)
-def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(tmp_path: Path, kind: str, mode: dict[str, bool]) -> None:
+def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(
+    tmp_path: Path, kind: str, mode: dict[str, bool]
+) -> None:
     """torch's own EOFError, RuntimeError, TypeError passed; and a few bytes made as many gigabytes as they said."""
     catalog = commit(tmp_path, "a", {"m.pt": _container(CRAFTED[kind])})
     with pytest.raises(CorruptCheckpointError, match=r"a/m\.pt"):
@@ -227,7 +239,12 @@ def test_a_crafted_pickle_is_an_error_of_ours_that_names_the_file(tmp_path: Path
 
 @pytest.mark.parametrize("mode", [{}, {"mmap": True}], ids=["read", "mapped"])
 def test_a_bytearray_of_bytes_is_none_of_them(tmp_path: Path, mode: dict[str, bool]) -> None:
-    data = {"b": bytearray(b"bytes"), "e": bytearray(), "w": torch.ones(3).to_sparse(), "s": torch.ones(3).untyped_storage()}
+    data = {
+        "b": bytearray(b"bytes"),
+        "e": bytearray(),
+        "w": torch.ones(3).to_sparse(),
+        "s": torch.ones(3).untyped_storage(),
+    }
     loaded = restore.load_committed(commit(tmp_path, "a", {"m.pt": torch_bytes(data)}), "a", "m.pt", **mode)
     assert (loaded["b"], loaded["e"]) == (data["b"], data["e"]) and torch.equal(loaded["w"].to_dense(), torch.ones(3))
 

@@ -77,7 +77,11 @@ def test_all_plain_kinds(tmp_path: Path, atomic: bool | str) -> None:
 def test_what_only_torch_can_read(tmp_path: Path) -> None:
     state = torch_only()
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)})
-    target = {"sparse": torch.zeros(4, 4).to_sparse(), "conj": torch.zeros(1, dtype=torch.complex64), "plain": torch.zeros(40_000)}
+    target = {
+        "sparse": torch.zeros(4, 4).to_sparse(),
+        "conj": torch.zeros(1, dtype=torch.complex64),
+        "plain": torch.zeros(40_000),
+    }
     done = restore.load_committed_into(catalog, "a", "m.pt", target)
     assert torch.equal(target["sparse"].to_dense(), torch.eye(4))
     assert target["conj"].item() == 1 - 2j
@@ -134,15 +138,41 @@ def test_tied_weights_into_tied_and_untied(tmp_path: Path) -> None:
 
 
 def test_all_mismatches_are_listed_and_nothing_moves(tmp_path: Path) -> None:
-    state = {"same": torch.ones(3), "shape": torch.ones(3), "dtype": torch.ones(3), "only file": torch.ones(1), "nest": [torch.ones(2)]}
+    state = {
+        "same": torch.ones(3),
+        "shape": torch.ones(3),
+        "dtype": torch.ones(3),
+        "only file": torch.ones(1),
+        "nest": [torch.ones(2)],
+    }
     state |= {"meta": torch.ones(2), "expanded": torch.ones(3)}
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)})
-    target = {"same": torch.zeros(3), "shape": torch.zeros(4), "dtype": torch.zeros(3, dtype=torch.int32), "only given": torch.zeros(1)}
-    target |= {"nest": [torch.zeros(2), torch.zeros(1)], "meta": torch.zeros(2, device="meta"), "expanded": torch.zeros(1).expand(3)}
+    target = {
+        "same": torch.zeros(3),
+        "shape": torch.zeros(4),
+        "dtype": torch.zeros(3, dtype=torch.int32),
+        "only given": torch.zeros(1),
+    }
+    target |= {
+        "nest": [torch.zeros(2), torch.zeros(1)],
+        "meta": torch.zeros(2, device="meta"),
+        "expanded": torch.zeros(1).expand(3),
+    }
     with pytest.raises(StateMismatchError) as caught:
         restore.load_committed_into(catalog, "a", "m.pt", target)
     text = str(caught.value)
-    for part in ("['shape']", "(3,)", "(4,)", "['dtype']", "int32", "['only given']", "['only file']", "['nest'][1]", "meta", "expanded"):
+    for part in (
+        "['shape']",
+        "(3,)",
+        "(4,)",
+        "['dtype']",
+        "int32",
+        "['only given']",
+        "['only file']",
+        "['nest'][1]",
+        "meta",
+        "expanded",
+    ):
         assert part in text
     assert len(caught.value.mismatches) == 7
     assert target["same"].eq(0).all()
@@ -158,7 +188,13 @@ def test_all_mismatches_are_listed_and_nothing_moves(tmp_path: Path) -> None:
 
 def test_a_parameter_that_had_no_place_stays_a_parameter(tmp_path: Path) -> None:
     catalog = commit(
-        tmp_path, "a", {"m.pt": torch_bytes({"p": torch.nn.Parameter(torch.ones(2), False), "leaf": torch.ones(2, requires_grad=True)})}
+        tmp_path,
+        "a",
+        {
+            "m.pt": torch_bytes(
+                {"p": torch.nn.Parameter(torch.ones(2), False), "leaf": torch.ones(2, requires_grad=True)}
+            )
+        },
     )
     done = restore.load_committed_into(catalog, "a", "m.pt", {}, strict=False)
     assert isinstance(done.state["p"], torch.nn.Parameter)
@@ -250,7 +286,9 @@ def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pyt
     # Who asks for more than that is told so before anything is read.
     faulty.fail_at(1 << 30)
     before = faulty.num_reads
-    with pytest.raises(ConfigError, match=r"atomic=True sets 160000 bytes aside and 0 are available; no tensor was changed"):
+    with pytest.raises(
+        ConfigError, match=r"atomic=True sets 160000 bytes aside and 0 are available; no tensor was changed"
+    ):
         restore.load_committed_into(catalog, "a", "m.pt", {"w": torch.zeros(40_000)}, num_threads=1, atomic=True)
     assert faulty.num_reads - before < 4
 

@@ -26,7 +26,10 @@ def state() -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a
+        a[k].dtype == b[k].dtype
+        and a[k].shape == b[k].shape
+        and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8))
+        for k in a
     )
 
 
@@ -82,7 +85,9 @@ def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
         headed({"w": tensor(shape=[2**62] * 100_000)}),
         headed({"w": tensor(shape=[0, 2**62, 2**62], offsets=(0, 0))}),
         headed({"w": tensor(dtype="F4", shape=[15])}),
-        headed(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'),
+        headed(
+            b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+        ),
         headed({"w": tensor(), "v": tensor(offsets=(4, 12))}),
     ],
 )

@@ -68,7 +68,9 @@ def test_shared_targets_that_are_apart_in_the_file_are_a_mismatch(tmp_path: Path
     done = restore.load_committed_into(catalog, "a", "m.pt", target, strict=False)
     assert done.loaded == ()
     assert all(tensor.eq(0).all() for tensor in target.values())
-    assert {name: value.tolist() for name, value in done.state.items()} == {n: v.tolist() for n, v in filled(target).items()}
+    assert {name: value.tolist() for name, value in done.state.items()} == {
+        n: v.tolist() for n, v in filled(target).items()
+    }
 
 
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
@@ -82,7 +84,9 @@ def test_what_was_shared_when_it_was_saved_is_loaded(tmp_path: Path, make: Calla
         data = torch_bytes(state)
     else:
         # The format knows no sharing: each is written by itself.
-        data = pytest.importorskip("safetensors.torch").save({name: t.resolve_conj().clone().contiguous() for name, t in state.items()})
+        data = pytest.importorskip("safetensors.torch").save(
+            {name: t.resolve_conj().clone().contiguous() for name, t in state.items()}
+        )
     catalog = commit(tmp_path, "a", {"m": data}, extent_bytes=4096, format=format)
     restore.load_committed_into(catalog, "a", "m", target)
     assert all(torch.equal(target[name], state[name]) for name in state)
@@ -90,7 +94,9 @@ def test_what_was_shared_when_it_was_saved_is_loaded(tmp_path: Path, make: Calla
 
 def test_equal_bytes_at_two_places_are_no_mismatch_and_minus_zero_is(tmp_path: Path) -> None:
     target = tied()
-    catalog = commit(tmp_path, "a", {"m": torch_bytes({"a": torch.full((20,), float("nan")), "b": torch.full((20,), float("nan"))})})
+    catalog = commit(
+        tmp_path, "a", {"m": torch_bytes({"a": torch.full((20,), float("nan")), "b": torch.full((20,), float("nan"))})}
+    )
     restore.load_committed_into(catalog, "a", "m", target)
     assert target["a"].isnan().all()
     commit(tmp_path, "b", {"m": torch_bytes({"a": torch.zeros(20), "b": -torch.zeros(20)})})
@@ -121,7 +127,13 @@ def test_objects_that_torch_reads_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "stride", "is_shared"),
-    [((3,), (0,), True), ((4, 3), (1, 1), True), ((2, 3), (3, 2), False), ((3, 3), (4, 2), True), ((4, 0), (0, 1), False)],
+    [
+        ((3,), (0,), True),
+        ((4, 3), (1, 1), True),
+        ((2, 3), (3, 2), False),
+        ((3, 3), (4, 2), True),
+        ((4, 0), (0, 1), False),
+    ],
 )
 def test_elements_that_share_memory_within_one_target(
     tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...], is_shared: bool

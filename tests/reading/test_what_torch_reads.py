@@ -32,7 +32,9 @@ def load_into(path: Path, **options: Any) -> dict[str, torch.Tensor]:
 WAYS: dict[str, Callable[..., Any]] = {
     "load": async_ckpt.load,
     "mapped": lambda path, **options: async_ckpt.load(path, mmap=True, **options),
-    "by torch": lambda path, **options: async_ckpt.load(path, map_location=lambda storage, location: storage, **options),
+    "by torch": lambda path, **options: async_ckpt.load(
+        path, map_location=lambda storage, location: storage, **options
+    ),
     "trusted": lambda path, **options: async_ckpt.load(path, mmap=True, weights_only=False, **options),
     "load_into": load_into,
 }
@@ -69,7 +71,9 @@ def compressed(data: bytes) -> bytes:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("verify", ["full", "off"])
 @pytest.mark.parametrize("craft", [shifted, renamed, compressed], ids=lambda craft: craft.__name__)
-def test_local_headers_that_contradict_the_directory(tmp_path: Path, craft: Callable[[bytes], bytes], verify: str, way: str) -> None:
+def test_local_headers_that_contradict_the_directory(
+    tmp_path: Path, craft: Callable[[bytes], bytes], verify: str, way: str
+) -> None:
     for extent_bytes in (4096, 1 << 20):
         commit(tmp_path, f"a{extent_bytes}", {"m.pt": craft(torch_bytes(STATE))}, extent_bytes=extent_bytes)
         with pytest.raises(CorruptCheckpointError, match="local header"):
@@ -102,7 +106,9 @@ def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
             way(tmp_path / "a/m.pt")
 
 
-@pytest.mark.parametrize("device", ["meta", torch.device("meta"), lambda storage, location: storage, {"cpu": "meta"}], ids=str)
+@pytest.mark.parametrize(
+    "device", ["meta", torch.device("meta"), lambda storage, location: storage, {"cpu": "meta"}], ids=str
+)
 def test_another_byte_order_without_memory(tmp_path: Path, device: Any) -> None:
     """torch would exchange bytes that are not there, and end the process."""
     native, other = sys.byteorder.encode(), OTHER_ORDER.encode().ljust(len(sys.byteorder), b"\0")
@@ -139,7 +145,9 @@ def test_an_intact_legacy_file_is_loaded(tmp_path: Path) -> None:
 def test_a_legacy_file_that_lies_about_its_storages(tmp_path: Path) -> None:
     data = legacy_bytes({"w": torch.arange(70_000)})
     at = data.index(b"J" + (70_000).to_bytes(4, "little"))
-    commit(tmp_path, "a", {"m.pt": data[: at + 1] + (2**31 - 1).to_bytes(4, "little") + data[at + 5 :]}, format="opaque")
+    commit(
+        tmp_path, "a", {"m.pt": data[: at + 1] + (2**31 - 1).to_bytes(4, "little") + data[at + 5 :]}, format="opaque"
+    )
     with pytest.raises(CorruptCheckpointError, match="larger than the file"):
         async_ckpt.load(tmp_path / "a/m.pt")
     commit(tmp_path, "b", {"m.pt": data[:400]}, format="opaque")
@@ -171,14 +179,19 @@ def outcome(load: Callable[[], Any]) -> str:
 @pytest.mark.filterwarnings("ignore:Environment variable")
 @pytest.mark.parametrize("value", ["1", "true", "0", "no"])
 @pytest.mark.parametrize("name", ["TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
-def test_the_environment_says_whether_code_runs(needs_code: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_the_environment_says_whether_code_runs(
+    needs_code: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     target: dict[str, Any] = {"w": torch.zeros(3)}
     for options in ({}, {"weights_only": True}, {"weights_only": False}):
         expected = outcome(lambda options=options: torch.load(needs_code, **options))
         assert outcome(lambda options=options: async_ckpt.load(needs_code, **options)) == expected
         assert outcome(lambda options=options: async_ckpt.load(needs_code, mmap=True, **options)) == expected
-        assert outcome(lambda options=options: async_ckpt.load_into(target, needs_code, strict=False, **options)) == expected
+        assert (
+            outcome(lambda options=options: async_ckpt.load_into(target, needs_code, strict=False, **options))
+            == expected
+        )
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ with AsyncCheckpointEngine("checkpoints", coordinator=RankCoordinator.from_env()
             tag = f"step-{step}"
             engine.create(tag)
             if rank == 0:
-                engine.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, "train.pt")
+                engine.save(
+                    {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, "train.pt"
+                )
             engine.save({"random": torch.get_rng_state()}, f"rank-{rank}.pt")
             engine.commit(tag)
 

@@ -6,7 +6,9 @@ from async_ckpt import AsyncCheckpointEngine, ignore_preemption
 model = torch.nn.Linear(64, 64)
 optimizer = torch.optim.AdamW(model.parameters())
 # Schedulers signal the whole process group: without it, the loader's workers would die before the last save.
-loader = DataLoader(TensorDataset(torch.randn(100_000, 64)), batch_size=8, num_workers=2, worker_init_fn=ignore_preemption)
+loader = DataLoader(
+    TensorDataset(torch.randn(100_000, 64)), batch_size=8, num_workers=2, worker_init_fn=ignore_preemption
+)
 
 with AsyncCheckpointEngine("checkpoints") as engine:
     step = 0

@@ -1,4 +1,6 @@
-"""The recipes of the README, run as they stand there: trained, stopped, resumed, the sharded one with another number of ranks."""
+"""The recipes of the README, run as they stand there: trained, stopped, resumed, the sharded one with another number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ TAGS = [f"step-{step}" for step in (9, 19, 29, 39, 49, 59)]
 
 def _run_rank(folder: str, recipe: str, rank: int, world_size: int, port: int) -> None:
     os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     runpy.run_path(str(HERE / recipe), run_name="__main__")
 
@@ -28,7 +35,10 @@ def _run_rank(folder: str, recipe: str, rank: int, world_size: int, port: int) -
 def run(folder: Path, recipe: str, world_size: int) -> None:
     """As torchrun would start it, without importing torch anew in every rank."""
     port = free_port()
-    ranks = [context.Process(target=_run_rank, args=(str(folder), recipe, rank, world_size, port)) for rank in range(world_size)]
+    ranks = [
+        context.Process(target=_run_rank, args=(str(folder), recipe, rank, world_size, port))
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -39,8 +49,19 @@ def run(folder: Path, recipe: str, world_size: int) -> None:
 
 
 def torchrun(folder: Path, recipe: str, world_size: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", str(HERE / recipe)]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world_size}",
+        str(HERE / recipe),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE.parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -36,7 +36,11 @@ print(json.dumps({"extra": resident("VmHWM") - before, "state": sum(t.nbytes for
 def test_peak_memory_is_staging_plus_little(tmp_path: Path, repeats: int) -> None:
     staging = 32 << 20
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(staging), str(repeats)], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CHILD, str(tmp_path), str(staging), str(repeats)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     seen = json.loads(done.stdout)
     assert seen["state"] == 8 * staging

@@ -1,7 +1,7 @@
 """Changes that torch's version counters do not see, each with what happens: the Caveats of the README, as tests.
 
-An eager save has copied everything when it returns. A guarded one may still have to: content probes then see the change of a whole
-tensor, and not a few numbers in the middle of a large one, unless `wait_snapshot` comes first.
+An eager save has copied everything when it returns. A guarded one may still have to: content probes then see the change
+of a whole tensor, and not a few numbers in the middle of a large one, unless `wait_snapshot` comes first.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def test_a_guarded_save_is_immune_after_wait_snapshot(tmp_path: Path, weight: to
 
 
 @pytest.fixture
-def save_and_change(tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any) -> Callable[[Change], BaseException | None]:
+def save_and_change(
+    tmp_path: Path, weight: torch.nn.Parameter, held_copies: Any
+) -> Callable[[Change], BaseException | None]:
     """Saves the guarded weight, changes it before a byte was copied, and tells how the commit ended."""
 
     def run(change: Change) -> BaseException | None:
@@ -118,7 +120,9 @@ def test_a_few_numbers_in_the_middle_are_not_seen(tmp_path: Path, save_and_chang
     assert saved(tmp_path) == [1, 9]
 
 
-def test_giving_a_tensor_other_data_leaves_the_snapshot_right(tmp_path: Path, weight: torch.nn.Parameter, save_and_change: Any) -> None:
+def test_giving_a_tensor_other_data_leaves_the_snapshot_right(
+    tmp_path: Path, weight: torch.nn.Parameter, save_and_change: Any
+) -> None:
     """The saved tensor keeps the storage that it had."""
     assert save_and_change(HARMLESS["tensor.data = other"]) is None
     assert weight[0] == 9 and saved(tmp_path) == [1]

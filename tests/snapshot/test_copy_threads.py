@@ -1,4 +1,6 @@
-"""Eager copies shared between the caller and helper threads: the right bytes, and no chunk handed out while one still writes to it."""
+"""Eager copies shared between the caller and helper threads: the right bytes, and no chunk handed out while one still
+writes to it.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ def test_a_chunk_that_is_given_up_comes_back_after_its_last_user() -> None:
     arena.close()
 
 
-@pytest.mark.parametrize(("num_cores", "num_ranks", "num_helpers"), [(1, 1, 0), (2, 1, 1), (2, 2, 0), (2, 4, 0), (64, 1, 7), (64, 16, 3)])
+@pytest.mark.parametrize(
+    ("num_cores", "num_ranks", "num_helpers"), [(1, 1, 0), (2, 1, 1), (2, 2, 0), (2, 4, 0), (64, 1, 7), (64, 16, 3)]
+)
 def test_an_eager_save_with_helpers_has_the_right_bytes(
     tmp_path: Path, num_cores: int, num_ranks: int, num_helpers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,6 @@
-"""The guard: steps and saves of different threads take turns, whatever becomes of the step, the optimizer or the process."""
+"""The guard: steps and saves of different threads take turns, whatever becomes of the step, the optimizer or the
+process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def make_engine(root: Path, **config: Any) -> AsyncCheckpointEngine:
 class Net:
     """Two groups of parameters, so that a step can be stopped half way, and gradients."""
 
-    def __init__(self, make: Callable[[Any], torch.optim.Optimizer] = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5)) -> None:
+    def __init__(
+        self, make: Callable[[Any], torch.optim.Optimizer] = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5)
+    ) -> None:
         self.first = torch.nn.Parameter(torch.zeros(5000))
         self.second = torch.nn.Parameter(torch.zeros(5000))
         self.optimizer = make([{"params": [self.first]}, {"params": [self.second]}])
@@ -89,7 +93,9 @@ class Hooked:
 # Turns.
 
 
-def test_save_waits_for_a_step_that_runs_on_another_thread(engine: AsyncCheckpointEngine, net: Net, tmp_path: Path) -> None:
+def test_save_waits_for_a_step_that_runs_on_another_thread(
+    engine: AsyncCheckpointEngine, net: Net, tmp_path: Path
+) -> None:
     """Version counters move when an operation ends: without the wait a half-made step was saved, and nobody noticed."""
     engine.guard(net.optimizer)
     with gated(net.optimizer) as gate:
@@ -143,7 +149,9 @@ def test_a_save_without_guarded_tensors_lets_other_threads_step(tmp_path: Path, 
         engine.commit("t").result(60)
 
 
-def test_steps_of_two_optimizers_both_wait_for_the_copies(engine: AsyncCheckpointEngine, held_copies: Any, tmp_path: Path) -> None:
+def test_steps_of_two_optimizers_both_wait_for_the_copies(
+    engine: AsyncCheckpointEngine, held_copies: Any, tmp_path: Path
+) -> None:
     """The first one to wait took the list of copies away, so that the second stepped into the middle of them."""
     a, b = Net(plain_sgd), Net(plain_sgd)
     engine.guard(a.optimizer, b.optimizer)
@@ -161,7 +169,9 @@ def test_steps_of_two_optimizers_both_wait_for_the_copies(engine: AsyncCheckpoin
     assert not any(value.any() for net in loaded.values() for value in net.values())
 
 
-def test_a_step_waits_for_the_copies_that_another_thread_waits_for(engine: AsyncCheckpointEngine, net: Net, held_copies: Any) -> None:
+def test_a_step_waits_for_the_copies_that_another_thread_waits_for(
+    engine: AsyncCheckpointEngine, net: Net, held_copies: Any
+) -> None:
     engine.guard(net.optimizer)
     held = held_copies(engine)
     engine.create("t")
@@ -217,7 +227,9 @@ def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: 
             stepping = Doing(net.optimizer.step, name="the trainer")
             until(lambda: gate.is_held)
             engine.create("t")
-            with pytest.raises(BackpressureTimeout, match=r"a save .* waited 0.05 s for an optimizer step on 'the trainer'.*nothing"):
+            with pytest.raises(
+                BackpressureTimeout, match=r"a save .* waited 0.05 s for an optimizer step on 'the trainer'.*nothing"
+            ):
                 engine.save(net.state(), "s.pt")
             gate.open()
             stepping.result()
@@ -233,7 +245,9 @@ def test_a_step_that_waited_too_long_for_a_save_has_not_begun(tmp_path: Path, ne
         engine._guard._exclusion._timeout_s = 0.05
         engine.guard(net.optimizer)
         engine.create("t")
-        saving = Doing(lambda: engine.save({**net.state(), "x": Hooked(lambda: bool(reached.set() or go_on.wait(60)))}, "s.pt"))
+        saving = Doing(
+            lambda: engine.save({**net.state(), "x": Hooked(lambda: bool(reached.set() or go_on.wait(60)))}, "s.pt")
+        )
         reached.wait(60)
         with pytest.raises(BackpressureTimeout, match=r"an optimizer step .*waited 0.05 s for a save.*not started"):
             net.optimizer.step()
@@ -279,7 +293,9 @@ def test_save_in_a_closure_is_eager(engine: AsyncCheckpointEngine, tmp_path: Pat
 
 
 def test_save_in_a_closure_while_another_thread_wants_to_save(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
-    """The one waits for the step, the step for the lock of the engine: whoever waits for a turn must not hold that lock."""
+    """The one waits for the step, the step for the lock of the engine: whoever waits for a turn must not hold that
+    lock.
+    """
     weight = torch.nn.Parameter(torch.full((5000,), 3.0))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     engine.guard(optimizer)

@@ -18,7 +18,9 @@ def ids(*tensors: torch.Tensor) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def stepped(make: Callable[[Any], torch.optim.Optimizer], num: int = 3) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+def stepped(
+    make: Callable[[Any], torch.optim.Optimizer], num: int = 3
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     parameters = [torch.nn.Parameter(torch.zeros(10)) for _ in range(num)]
     optimizer = make(parameters)
     for parameter in parameters:
@@ -90,7 +92,9 @@ def test_under_a_default_device() -> None:
     [
         pytest.param(lambda p, o: setattr(p[1], "data", torch.ones(10)), id="data"),
         pytest.param(lambda p, o: o.load_state_dict(o.state_dict()), id="load_state_dict"),
-        pytest.param(lambda p, o: o.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))]}), id="add_param_group"),
+        pytest.param(
+            lambda p, o: o.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))]}), id="add_param_group"
+        ),
         pytest.param(lambda p, o: o.state.clear(), id="cleared"),
         pytest.param(lambda p, o: p[2].data.set_(torch.ones(10)), id="set_"),
     ],
@@ -106,7 +110,9 @@ def test_changes_are_seen(change: Callable[[Any, Any], Any]) -> None:
 
 
 def test_an_identity_is_not_given_to_another_storage_while_it_is_known() -> None:
-    """A tensor in the place of one that an optimizer owned must not be taken for guarded, and copied behind its owner's back."""
+    """A tensor in the place of one that an optimizer owned must not be taken for guarded, and copied behind its owner's
+    back.
+    """
     parameters, optimizer = stepped(lambda p: torch.optim.AdamW(p), num=50)
     known = OwnedStorages()
     before = known.look([optimizer]).ids

@@ -1,4 +1,6 @@
-"""Promise 1: what lands on disk is the state at the moment of `save`, eager, lazy and streamed; torn ones are refused."""
+"""Promise 1: what lands on disk is the state at the moment of `save`, eager, lazy and streamed; torn ones are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Training:
 
     def __init__(self, make: Callable[[Any], torch.optim.Optimizer], width: int = 64) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, width))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, width)
+        )
         self.optimizer = make(self.model.parameters())
         self.data = torch.randn(16, width)
 
@@ -37,7 +41,10 @@ class Training:
         return loss
 
     def step(self) -> None:
-        self.optimizer.step(self.loss) if isinstance(self.optimizer, torch.optim.LBFGS) else (self.loss(), self.optimizer.step())
+        self.optimizer.step(self.loss) if isinstance(self.optimizer, torch.optim.LBFGS) else (
+            self.loss(),
+            self.optimizer.step(),
+        )
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
@@ -136,12 +143,16 @@ def test_the_guard_waits_in_the_step(tmp_path: Path, held_copies: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda t: t.model.load_state_dict({k: v + 1 for k, v in t.model.state_dict().items()}), id="load_state_dict"),
+        pytest.param(
+            lambda t: t.model.load_state_dict({k: v + 1 for k, v in t.model.state_dict().items()}), id="load_state_dict"
+        ),
         pytest.param(lambda t: t.model[0].weight.data.detach_().requires_grad_(False), id="harmless"),
         pytest.param(lambda t: torch.no_grad()(lambda: t.model[0].weight.mul_(2))(), id="no_grad in place"),
     ],
 )
-def test_change_behind_the_guard_is_torn_or_right(tmp_path: Path, held_copies: Any, change: Callable[[Training], Any]) -> None:
+def test_change_behind_the_guard_is_torn_or_right(
+    tmp_path: Path, held_copies: Any, change: Callable[[Training], Any]
+) -> None:
     training = Training(OPTIMIZERS["adamw"])
     training.step()
     engine = AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20)
@@ -278,7 +289,9 @@ def test_a_default_device_and_modes_do_not_reach_into_a_save(tmp_path: Path, is_
 
 
 def test_bytes_that_are_left_from_an_earlier_save_are_those_of_this_one(tmp_path: Path) -> None:
-    """Headers between payloads are not copied again where the memory still holds them: never those of another file, nor half of them."""
+    """Headers between payloads are not copied again where the memory still holds them: never those of another file, nor
+    half of them.
+    """
     torch.manual_seed(0)
 
     def tensors(count: int, size: int) -> dict[str, torch.Tensor]:

@@ -93,8 +93,12 @@ def engine(tmp_path: Path) -> Iterator[AsyncCheckpointEngine]:
     engine.close()
 
 
-def save_and_change(engine: AsyncCheckpointEngine, held: Any, state: Any, change: Callable[[], object], **options: Any) -> Any:
-    """How the commit of a guarded save ended, whose state was changed before a byte of it was copied in the background."""
+def save_and_change(
+    engine: AsyncCheckpointEngine, held: Any, state: Any, change: Callable[[], object], **options: Any
+) -> Any:
+    """How the commit of a guarded save ended, whose state was changed before a byte of it was copied in the
+    background.
+    """
     engine.create("t")
     engine.save(state, "s.pt", **options)
     change()
@@ -153,7 +157,12 @@ def test_batchnorm_statistics_and_observers_are_copied_at_once(
         training.model(torch.randn(8, 64) + 5)
         fake(100 * torch.randn(10))
 
-    assert save_and_change(engine, held_copies(engine), {"model": training.model.state_dict(), "fake": fake.state_dict()}, forward) is None
+    assert (
+        save_and_change(
+            engine, held_copies(engine), {"model": training.model.state_dict(), "fake": fake.state_dict()}, forward
+        )
+        is None
+    )
     assert_same(torch.load(tmp_path / "t" / "s.pt"), expected)
     assert not torch.equal(fake.state_dict()["scale"], expected["fake"]["scale"])
 
@@ -208,7 +217,9 @@ def test_a_dtensors_local_part(engine: AsyncCheckpointEngine, held_copies: Any) 
         weight = torch.nn.Parameter(distribute_tensor(torch.ones(5000), mesh))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         engine.guard(optimizer)
-        error = save_and_change(engine, held_copies(engine), {"w": weight}, lambda: weight._local_tensor.data.fill_(9.0))
+        error = save_and_change(
+            engine, held_copies(engine), {"w": weight}, lambda: weight._local_tensor.data.fill_(9.0)
+        )
     finally:
         dist.destroy_process_group()
     assert isinstance(error, TornSnapshotError) and error.tensors[0] == "['w']"
@@ -224,7 +235,9 @@ def test_views_of_one_large_storage_are_named_one_by_one(engine: AsyncCheckpoint
 
 
 def test_an_eager_save_beside_a_thread_that_changes_by_data(tmp_path: Path) -> None:
-    """While it waits for staging memory: what was copied before the change and what is copied after it do not go together."""
+    """While it waits for staging memory: what was copied before the change and what is copied after it do not go
+    together.
+    """
     weights = {f"w{k}": torch.full((50_000,), 1.0) for k in range(4)}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=256 << 10, chunk_bytes=64 << 10, io_mode="buffered") as engine:
         taken = [engine._arena.acquire(1) for _ in range(engine._arena.num_chunks)]
@@ -246,7 +259,9 @@ def test_an_eager_save_beside_a_thread_that_changes_by_data(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "compact", "compact, recorded"])
-def test_a_copy_of_a_tensor_with_gaps_is_read_after_its_counter(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_a_tensor_with_gaps_is_read_after_its_counter(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change between the copy and the reading of the counter was no change at all: old bytes beside new ones."""
     from async_ckpt.plan import cached_plan, compaction, safetensors
 
@@ -301,7 +316,9 @@ def assert_waits(step: Callable[[], object], training: Training, held: Any, tmp_
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_unguarded_optimizer_over_the_same_parameters_waits(training: Training, held_save: Any, tmp_path: Path, fused: bool) -> None:
+def test_an_unguarded_optimizer_over_the_same_parameters_waits(
+    training: Training, held_save: Any, tmp_path: Path, fused: bool
+) -> None:
     other = torch.optim.SGD(training.model.parameters(), lr=0.1, fused=fused)
     assert_waits(other.step, training, held_save, tmp_path)
 
@@ -376,7 +393,9 @@ def test_a_guarded_step_is_compiled_all_the_same(engine: AsyncCheckpointEngine, 
 
     engine.guard(training.optimizer)
     torch.compile(training.optimizer.step, backend=backend)()
-    assert any("foreach" in str(node.target) or "add" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    assert any(
+        "foreach" in str(node.target) or "add" in str(node.target) for graph in graphs for node in graph.graph.nodes
+    )
 
 
 def test_a_forked_child_waits_for_no_copy(training: Training, held_save: Any) -> None:
@@ -403,7 +422,9 @@ def test_a_copy_of_the_optimizer_is_a_plain_one(training: Training, held_save: A
 def test_a_storage_where_a_dropped_subclass_lay_is_not_taken_for_guarded(
     engine: AsyncCheckpointEngine, tmp_path: Path, held_copies: Any
 ) -> None:
-    """Its identity was known by number alone; the next storage got the number, and was copied after it had been changed."""
+    """Its identity was known by number alone; the next storage got the number, and was copied after it had been
+    changed.
+    """
 
     class Wrapped(torch.Tensor):
         pass

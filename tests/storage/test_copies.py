@@ -95,7 +95,9 @@ def test_list_says_what_it_is(root: Path, way: str, capsys: pytest.CaptureFixtur
     assert line.endswith("committed, copied from step-100")
     with pytest.raises(SystemExit):
         main(["list", str(root), "--json"])
-    assert [item["copied_from"] for item in json.loads(capsys.readouterr().out) if item["tag"] == "best"] == ["step-100"]
+    assert [item["copied_from"] for item in json.loads(capsys.readouterr().out) if item["tag"] == "best"] == [
+        "step-100"
+    ]
     with pytest.raises(SystemExit) as left:
         main(["verify", str(root / "best")])
     assert not left.value.code
@@ -163,7 +165,9 @@ def test_links_that_lead_nowhere_are_no_checkpoints(root: Path, tmp_path: Path) 
             Catalog(root).open(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\nb", "a\0b", "x" * 300, "\u202eabc", "no such (copy)", "größe"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "a\nb", "a\0b", "x" * 300, "\u202eabc", "no such (copy)", "größe"]
+)
 def test_names_of_nothing_that_could_not_be_committed_are_refused(root: Path, name: str) -> None:
     for call in (Catalog(root).open, Catalog(root).verify, Catalog(root).path, Catalog(root).manifest):
         with pytest.raises(UnsafePathError):

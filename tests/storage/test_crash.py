@@ -92,7 +92,9 @@ def test_killed_at_every_call_of_a_commit(fast_path: Path, scenario: str) -> Non
                 commit(root, "t", NEW, fs=fs, overwrite=overwrite, created=3)
             fs.dispose()
             seen.add(str(content(root, "t")))
-            check_and_go_on(root, [OLD if has_old else None, NEW], tag_may_be_aside=limits in (no_exchange, no_renameat2))
+            check_and_go_on(
+                root, [OLD if has_old else None, NEW], tag_may_be_aside=limits in (no_exchange, no_renameat2)
+            )
     assert len(seen) >= 2, "the sweep saw only one outcome: it did not reach the rename"
 
 

@@ -37,12 +37,16 @@ def aligned(data: bytes) -> memoryview:
     return memory[: len(data)]
 
 
-async def write(fs: LocalFileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool) -> WritableFile:
+async def write(
+    fs: LocalFileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool
+) -> WritableFile:
     file = await fs.open_write(str(path), len(data), direct=direct, executor=executor)
     try:
         offsets = list(range(0, len(data), CHUNK_BYTES))
         random.Random(1).shuffle(offsets)
-        await asyncio.gather(*(asyncio.to_thread(file.pwrite, aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets))
+        await asyncio.gather(
+            *(asyncio.to_thread(file.pwrite, aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets)
+        )
         await file.truncate(len(data))
         await file.fsync()
     finally:
@@ -56,7 +60,9 @@ def everything(num_bytes: int) -> bytes:
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 4095, 4096, CHUNK_BYTES, 3 * CHUNK_BYTES + 4097])
 @pytest.mark.parametrize("direct", [True, False])
-async def test_written_and_read_back(tmp_path: Path, executor: ThreadPoolExecutor, num_bytes: int, direct: bool) -> None:
+async def test_written_and_read_back(
+    tmp_path: Path, executor: ThreadPoolExecutor, num_bytes: int, direct: bool
+) -> None:
     data = everything(num_bytes)
     file = await write(FS, tmp_path / "f", data, executor, direct=direct)
     assert file.direct is (direct and FS.fs_type(str(tmp_path)) != "tmpfs")
@@ -101,7 +107,9 @@ SHORTENERS: dict[str, Callable[[Operation], int]] = {
 
 @pytest.mark.parametrize("shorten", SHORTENERS)
 @pytest.mark.parametrize("direct", [True, False])
-async def test_short_writes_are_completed(tmp_path: Path, executor: ThreadPoolExecutor, shorten: str, direct: bool) -> None:
+async def test_short_writes_are_completed(
+    tmp_path: Path, executor: ThreadPoolExecutor, shorten: str, direct: bool
+) -> None:
     fs = FaultyFileSystem()
     fs.calls.short_writes = SHORTENERS[shorten]
     data = everything(3 * CHUNK_BYTES + 777)
@@ -127,7 +135,9 @@ async def test_interrupted_writes_are_completed(tmp_path: Path, executor: Thread
 
 
 @pytest.mark.parametrize("refusal", ["refuse_direct_open", "refuse_direct_write"])
-async def test_refused_direct_io_falls_back_per_file(tmp_path: Path, executor: ThreadPoolExecutor, refusal: str) -> None:
+async def test_refused_direct_io_falls_back_per_file(
+    tmp_path: Path, executor: ThreadPoolExecutor, refusal: str
+) -> None:
     fs = FaultyFileSystem()
     setattr(fs.calls, refusal, True)
     data = everything(3 * CHUNK_BYTES + 777)
@@ -137,12 +147,18 @@ async def test_refused_direct_io_falls_back_per_file(tmp_path: Path, executor: T
 
 
 @pytest.mark.parametrize("what", ["memory", "offset", "length"])
-async def test_unaligned_requests_are_right_all_the_same(tmp_path: Path, executor: ThreadPoolExecutor, what: str) -> None:
+async def test_unaligned_requests_are_right_all_the_same(
+    tmp_path: Path, executor: ThreadPoolExecutor, what: str
+) -> None:
     data = everything(4 * 4096)
     file = await FS.open_write(str(tmp_path / "f"), len(data), direct=True, executor=executor)
     cuts = {"memory": [0, 4096], "offset": [0, 100, 4096], "length": [0, 8192, 8292]}[what] + [len(data)]
     for start, stop in itertools.pairwise(cuts):
-        part = memoryview(bytearray(1) + bytearray(data[start:stop]))[1:] if what == "memory" else aligned(data[start:stop])
+        part = (
+            memoryview(bytearray(1) + bytearray(data[start:stop]))[1:]
+            if what == "memory"
+            else aligned(data[start:stop])
+        )
         await asyncio.to_thread(file.pwrite, part, start)
     await file.truncate(len(data))
     await file.fsync()
@@ -168,7 +184,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "code"), FAULTS)
-async def test_every_failure_is_raised_with_path_and_errno(tmp_path: Path, executor: ThreadPoolExecutor, name: str, code: int) -> None:
+async def test_every_failure_is_raised_with_path_and_errno(
+    tmp_path: Path, executor: ThreadPoolExecutor, name: str, code: int
+) -> None:
     if name == "allocate" and FS.fs_type(str(tmp_path)) not in ("ext4", "xfs"):
         pytest.skip("nothing is reserved here")
     fs = FaultyFileSystem()
@@ -268,7 +286,13 @@ def test_nothing_but_regular_files_is_opened(tmp_path: Path) -> None:
     for parts in (["link"], ["folder", "file"], ["fifo"], ["real"], ["real", "file", "more"]):
         with pytest.raises(CorruptCheckpointError):
             FS.open_read(str(tmp_path), parts)
-    for parts in (["..", tmp_path.name, "real", "file"], ["real", "..", "real", "file"], ["real/file"], ["real", ""], ["."]):
+    for parts in (
+        ["..", tmp_path.name, "real", "file"],
+        ["real", "..", "real", "file"],
+        ["real/file"],
+        ["real", ""],
+        ["."],
+    ):
         with pytest.raises(CorruptCheckpointError):
             FS.open_read(str(tmp_path), parts)
     with pytest.raises(FileNotFoundError):

@@ -34,7 +34,9 @@ def test_paths_below_a_root(root: str, path: str, parts: object) -> None:
     assert Root(root).split(path) == parts
 
 
-@pytest.mark.parametrize("path", ["/abs/u/x", "/abs/t/../u/x", "/abs/t/", "/abs/t", "/etc/passwd", "../t/x", "/abs/tx/y", "", b"x"])
+@pytest.mark.parametrize(
+    "path", ["/abs/u/x", "/abs/t/../u/x", "/abs/t/", "/abs/t", "/etc/passwd", "../t/x", "/abs/tx/y", "", b"x"]
+)
 def test_paths_outside_a_tag(path: str) -> None:
     with pytest.raises(UnsafePathError):
         Root("/abs").split_committed(path, tag="t")

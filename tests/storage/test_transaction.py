@@ -222,7 +222,9 @@ def test_modes_follow_the_umask_and_keep_the_group(tmp_path: Path, umask: int, s
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
 def test_a_colleague_of_the_group_reads_and_rotates() -> None:
-    """Two users of one group, umask 002, a set-group-id root: each deletes and replaces what the other has committed."""
+    """Two users of one group, umask 002, a set-group-id root: each deletes and replaces what the other has
+    committed.
+    """
     group, first, second = 4000, 4001, 4002
 
     def as_user(user: int, work: Callable[[], object]) -> None:
@@ -364,7 +366,9 @@ def test_bad_metadata_is_refused_by_name(tmp_path: Path) -> None:
     transaction.abort(FS, staging)
 
 
-@pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "/a", "a\0b", "a\nb", ".hidden", "x" * 129, "tür", " a", "a ", "a\\b"])
+@pytest.mark.parametrize(
+    "bad", ["", ".", "..", "a/b", "/a", "a\0b", "a\nb", ".hidden", "x" * 129, "tür", " a", "a ", "a\\b"]
+)
 def test_bad_tags(tmp_path: Path, bad: str) -> None:
     for call in (lambda: transaction.begin(FS, str(tmp_path), bad), lambda: transaction.remove(FS, str(tmp_path), bad)):
         with pytest.raises(UnsafePathError) as caught:
@@ -452,7 +456,16 @@ DEAD = dataclasses.replace(current_owner(), start_ticks=1)
         (dataclasses.replace(DEAD, boot="12345678", host="12345678"), 1e6, False),
         (dataclasses.replace(DEAD, host="12345678"), 0, True),
     ],
-    ids=["self", "pid reused", "pid gone", "other namespace", "other namespace, old", "rebooted", "other host", "renamed host"],
+    ids=[
+        "self",
+        "pid reused",
+        "pid gone",
+        "other namespace",
+        "other namespace, old",
+        "rebooted",
+        "other host",
+        "renamed host",
+    ],
 )
 def test_who_is_swept(fast_path: Path, owner: object, age_s: float, swept: bool) -> None:
     for kind in ("staging", "trash"):
@@ -485,7 +498,16 @@ def test_a_live_process_is_not_swept_though_its_owner_looks_dead(fast_path: Path
 
 @pytest.mark.parametrize(
     "name",
-    [".staging", ".staging.t", ".staging.t.x.1", ".staging.t.1-2-3-4.0", ".other.t.{}.1", "t", ".staging.t.{}.01", ".staging...{}.1"],
+    [
+        ".staging",
+        ".staging.t",
+        ".staging.t.x.1",
+        ".staging.t.1-2-3-4.0",
+        ".other.t.{}.1",
+        "t",
+        ".staging.t.{}.01",
+        ".staging...{}.1",
+    ],
 )
 def test_foreign_names_are_never_touched(fast_path: Path, name: str) -> None:
     path = fast_path / name.format(DEAD)

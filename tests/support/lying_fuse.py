@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 REQUESTS = {
-    1: "LOOKUP", 2: "FORGET", 3: "GETATTR", 4: "SETATTR", 5: "READLINK", 6: "SYMLINK", 8: "MKNOD", 9: "MKDIR", 10: "UNLINK", 11: "RMDIR",
-    12: "RENAME", 13: "LINK", 14: "OPEN", 15: "READ", 16: "WRITE", 17: "STATFS", 18: "RELEASE", 20: "FSYNC", 25: "FLUSH", 26: "INIT",
-    27: "OPENDIR", 28: "READDIR", 29: "RELEASEDIR", 30: "FSYNCDIR", 35: "CREATE", 36: "INTERRUPT", 38: "DESTROY", 42: "BATCH_FORGET",
-    43: "FALLOCATE", 45: "RENAME2",
+    1: "LOOKUP", 2: "FORGET", 3: "GETATTR", 4: "SETATTR", 5: "READLINK", 6: "SYMLINK", 8: "MKNOD", 9: "MKDIR",
+    10: "UNLINK", 11: "RMDIR", 12: "RENAME", 13: "LINK", 14: "OPEN", 15: "READ", 16: "WRITE", 17: "STATFS",
+    18: "RELEASE", 20: "FSYNC", 25: "FLUSH", 26: "INIT", 27: "OPENDIR", 28: "READDIR", 29: "RELEASEDIR",
+    30: "FSYNCDIR", 35: "CREATE", 36: "INTERRUPT", 38: "DESTROY", 42: "BATCH_FORGET", 43: "FALLOCATE", 45: "RENAME2",
 }  # fmt: skip
 NO_ANSWER = {"FORGET", "BATCH_FORGET", "INTERRUPT"}
 NOREPLACE, EXCHANGE = 1, 2
@@ -135,8 +135,16 @@ class Server:
             result: bytes | int
             try:
                 lied = self._lies.get("errors", {}).get(name)
-                handler: Callable[[int, bytes], bytes] | None = getattr(self, f"_{name.lower()}", None) if name else None
-                result = lied if lied is not None else errno.ENOSYS if handler is None else handler(node, request[_IN.size :])
+                handler: Callable[[int, bytes], bytes] | None = (
+                    getattr(self, f"_{name.lower()}", None) if name else None
+                )
+                result = (
+                    lied
+                    if lied is not None
+                    else errno.ENOSYS
+                    if handler is None
+                    else handler(node, request[_IN.size :])
+                )
             except OSError as error:
                 result = error.errno or errno.EIO
             if name in NO_ANSWER:
@@ -169,7 +177,9 @@ class Server:
         return self._next_node - 1
 
     def _forget_path(self, path: str) -> None:
-        self._paths = {node: known for node, known in self._paths.items() if known != path and not known.startswith(path + "/")}
+        self._paths = {
+            node: known for node, known in self._paths.items() if known != path and not known.startswith(path + "/")
+        }
 
     def _attributes(self, found: os.stat_result) -> bytes:
         number = time.monotonic_ns() if self._lies.get("identity") == "unstable" else found.st_ino
@@ -204,7 +214,9 @@ class Server:
 
     def _getattr(self, node: int, data: bytes) -> bytes:
         flags, _, handle = struct.unpack_from("<IIQ", data)
-        found = os.fstat(self._handles[handle]) if flags & 1 and handle in self._handles else os.lstat(self._paths[node])
+        found = (
+            os.fstat(self._handles[handle]) if flags & 1 and handle in self._handles else os.lstat(self._paths[node])
+        )
         return struct.pack("<QII", 0, 0, 0) + self._attributes(found)
 
     def _setattr(self, node: int, data: bytes) -> bytes:
@@ -240,7 +252,9 @@ class Server:
         how = self._lies.get("rename", "")
         if flags == EXCHANGE and not how:
             _renameat2(source, target, EXCHANGE)
-            self._paths = {n: _moved(_moved(_moved(p, target, "\0"), source, target), "\0", source) for n, p in self._paths.items()}
+            self._paths = {
+                n: _moved(_moved(_moved(p, target, "\0"), source, target), "\0", source) for n, p in self._paths.items()
+            }
             return b""
         if flags == NOREPLACE and not how and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "exists")
@@ -325,7 +339,12 @@ def _moved(path: str, source: str, target: str) -> str:
 
 
 def _renameat2(source: str, target: str, flags: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).renameat2(-100, os.fsencode(source), -100, os.fsencode(target), ctypes.c_uint(flags)) != 0:
+    if (
+        ctypes.CDLL(None, use_errno=True).renameat2(
+            -100, os.fsencode(source), -100, os.fsencode(target), ctypes.c_uint(flags)
+        )
+        != 0
+    ):
         raise OSError(ctypes.get_errno(), "renameat2")
 
 

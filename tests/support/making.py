@@ -23,7 +23,9 @@ def entry(path: str, data: bytes, extent_bytes: int = EXTENT_BYTES) -> FileEntry
     return FileEntry(path, len(data), extent_bytes, crcs, "opaque", "test", None)
 
 
-def stage(fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwrite: str = "refuse") -> transaction.Staging:
+def stage(
+    fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwrite: str = "refuse"
+) -> transaction.Staging:
     staging = transaction.begin(fs, str(root), tag, overwrite)
     try:
         for path, data in files.items():
@@ -41,7 +43,13 @@ def publish(fs: FileSystem, staging: transaction.Staging, files: dict[str, bytes
 
 
 def commit(
-    root: Path, tag: str, files: dict[str, bytes] = OLD, *, fs: FileSystem | None = None, overwrite: str = "refuse", created: int = 1
+    root: Path,
+    tag: str,
+    files: dict[str, bytes] = OLD,
+    *,
+    fs: FileSystem | None = None,
+    overwrite: str = "refuse",
+    created: int = 1,
 ) -> None:
     """The whole way; gives up what is staged when a step fails."""
     fs = LocalFileSystem() if fs is None else fs

@@ -20,7 +20,9 @@ def overlaid(lower: Path, where: Path) -> Iterator[Path]:
     for folder in (upper, work, point):
         folder.mkdir()
     options = f"lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=off"
-    done = subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(point)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, str(point)], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         pytest.skip(f"mounting an overlay is not allowed here: {done.stderr.strip()}")
     try:

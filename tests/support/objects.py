@@ -1,4 +1,6 @@
-"""Objects that states of trainings hold beside containers and tensors, as factories: name -> object, fresh at each call."""
+"""Objects that states of trainings hold beside containers and tensors, as factories: name -> object, fresh at each
+call.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,13 @@ def _flag() -> Any:
 
 
 OBJECTS: dict[str, Any] = {
-    "size": lambda: [torch.Size(()), torch.Size((1,)), torch.Size((2, 300)), torch.Size((1, 2, 3, 70000)), torch.ones(4, 5).shape],
+    "size": lambda: [
+        torch.Size(()),
+        torch.Size((1,)),
+        torch.Size((2, 300)),
+        torch.Size((1, 2, 3, 70000)),
+        torch.ones(4, 5).shape,
+    ],
     "shared_size": _shared_size,
     "dtype": lambda: [torch.float32, torch.uint16, torch.float32],
     "device": lambda: [torch.device("cpu"), torch.device("cuda", 1)],
@@ -159,7 +167,9 @@ OBJECTS: dict[str, Any] = {
     "empty": Empty,
     "scaler": Scaler,
     "selfish": Selfish,
-    "namespace": lambda: argparse.Namespace(lr=0.1, weight=torch.ones(2), flags=[True], path=pathlib.PurePosixPath("x")),
+    "namespace": lambda: argparse.Namespace(
+        lr=0.1, weight=torch.ones(2), flags=[True], path=pathlib.PurePosixPath("x")
+    ),
     "simple_namespace": lambda: types.SimpleNamespace(a=1, b="c"),
     "defaultdict": lambda: collections.defaultdict(list, {"x": [1], "y": [torch.ones(1)]}),
     "counter": _counter,
@@ -173,7 +183,14 @@ OBJECTS: dict[str, Any] = {
     ],
     "numbers": lambda: [decimal.Decimal("1.5"), fractions.Fraction(1, 3), range(3), slice(1, None, 2)],
     "partial": lambda: functools.partial(int, base=2),
-    "numpy_scalars": lambda: [np.float64(0.1), np.int64(7), np.float32(2.5), np.bool_(True), np.float64(0.1), np.str_("x")],
+    "numpy_scalars": lambda: [
+        np.float64(0.1),
+        np.int64(7),
+        np.float32(2.5),
+        np.bool_(True),
+        np.float64(0.1),
+        np.str_("x"),
+    ],
     "numpy_arrays": lambda: [
         np.arange(5, dtype=np.uint32),
         np.zeros((2, 3)),

@@ -32,12 +32,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(folder: str, rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank_main(
+    folder: str, rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
     try:
         outcome: tuple[bool, Any] = (True, work(rank, *args))
     except BaseException:  # noqa: BLE001 - whatever it is, the test shows it
@@ -47,11 +51,18 @@ def _rank_main(folder: str, rank: int, world_size: int, port: int, work: Callabl
         dist.destroy_process_group()
 
 
-def run_ranks(folder: Path, world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
-    """What `work(rank, *args)` returned on each rank, with a gloo process group around it. Fails if a rank raised or hung."""
+def run_ranks(
+    folder: Path, world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 90.0
+) -> list[Any]:
+    """What `work(rank, *args)` returned on each rank, with a gloo process group around it. Fails if a rank raised or
+    hung.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    processes = [context.Process(target=_rank_main, args=(str(folder), rank, world_size, port, work, args)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank_main, args=(str(folder), rank, world_size, port, work, args))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout_s

@@ -107,7 +107,12 @@ def _sparse():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dense = torch.tensor([[0, 1.0], [2, 0]])
-        return {"coo": dense.to_sparse(), "csr": dense.to_sparse_csr(), "csc": dense.to_sparse_csc(), "bsr": dense.to_sparse_bsr((1, 1))}
+        return {
+            "coo": dense.to_sparse(),
+            "csr": dense.to_sparse_csr(),
+            "csc": dense.to_sparse_csc(),
+            "bsr": dense.to_sparse_bsr((1, 1)),
+        }
 
 
 def _identities():
@@ -123,7 +128,10 @@ def _containers():
     lengths = (0, 1, 2, 3, 4, 999, 1000, 1001, 2000, 2001)
     ordered = OrderedDict((str(n), OrderedDict.fromkeys(range(n))) for n in lengths)
     ordered._metadata = OrderedDict([("", {"version": 1})])
-    return [ordered, *({"d": dict.fromkeys(map(str, range(n))), "l": list(range(n)), "t": tuple(range(n))} for n in lengths)]
+    return [
+        ordered,
+        *({"d": dict.fromkeys(map(str, range(n))), "l": list(range(n)), "t": tuple(range(n))} for n in lengths),
+    ]
 
 
 def _scalars():
@@ -239,7 +247,10 @@ STATES = {
     "rank_five": lambda: torch.randn(1, 2, 1, 2, 3).permute(4, 0, 2, 1, 3),
     "channels_last": lambda: torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last),
     "long_key": lambda: {"k" * 5000: torch.ones(1)},
-    "conj": lambda: {"c": torch.randn(2, dtype=torch.cfloat).conj(), "n": torch.randn(2, dtype=torch.cfloat).conj().imag},
+    "conj": lambda: {
+        "c": torch.randn(2, dtype=torch.cfloat).conj(),
+        "n": torch.randn(2, dtype=torch.cfloat).conj().imag,
+    },
     "sparse": _sparse,
     "quantised": _quantised,
     "nested_strided": lambda: _nested(torch.strided),
@@ -261,7 +272,11 @@ STATES = {
     },
     "rng": _random_states,
     "descriptor_quirk": _quirk,
-    "large": lambda: [torch.arange(300_000, dtype=torch.float32), torch.ones(3), torch.arange(50_001, dtype=torch.uint8)],
+    "large": lambda: [
+        torch.arange(300_000, dtype=torch.float32),
+        torch.ones(3),
+        torch.arange(50_001, dtype=torch.uint8),
+    ],
     "many": lambda: {f"layer.{n}": torch.full((n % 5,), n) for n in range(1500)},
     "dtypes": _dtypes,
 }

@@ -128,11 +128,15 @@ class Gate:
         with self._changed:
             self.num_reached += 1
             number = self.num_reached
-            assert self._changed.wait_for(lambda: self._is_open or self._num_allowed >= number, TIMEOUT_S), "nobody opened the gate"
+            assert self._changed.wait_for(lambda: self._is_open or self._num_allowed >= number, TIMEOUT_S), (
+                "nobody opened the gate"
+            )
 
 
 class GateGroup(dict[str, Any]):
-    """A param group that stops torch's own `step` before it is worked on: earlier groups are stepped, later ones are not."""
+    """A param group that stops torch's own `step` before it is worked on: earlier groups are stepped, later ones are
+    not.
+    """
 
     def __init__(self, group: dict[str, Any], gate: Gate) -> None:
         super().__init__(group)

@@ -1,4 +1,6 @@
-"""The container by torch itself: what `torch.save` writes around the holes it leaves for storages, with not a byte of them read."""
+"""The container by torch itself: what `torch.save` writes around the holes it leaves for storages, with not a byte of
+them read.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,11 @@ def torch_container(obj: Any, *, alignment: int = 64) -> Container:
 
 
 def scan(literals: Sequence[tuple[int, bytes]], file_bytes: int, alignment: int) -> Container:
-    """Read torch's own layout back from the literal bytes it wrote around the holes; blanks what depends on payload CRCs.
+    """Read torch's own layout back from the literal bytes it wrote around the holes; blanks what depends on payload
+    CRCs.
 
-    `literals`: ascending runs, merged so that each lies between two holes. Raises CorruptCheckpointError where they are no container.
+    `literals`: ascending runs, merged so that each lies between two holes. Raises CorruptCheckpointError where they are
+    no container.
     """
     starts = [offset for offset, _ in literals]
 

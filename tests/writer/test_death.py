@@ -1,4 +1,6 @@
-"""The pool's loop, tasks or executors die in every way: all waiters learn the cause, nothing hangs, memory comes back."""
+"""The pool's loop, tasks or executors die in every way: all waiters learn the cause, nothing hangs, memory comes
+back.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_death_fails_everything_at_once_and_gives_memory_back_later(make_pool, f
     told: list[BaseException] = []
     pool.on_death(told.append)
     sources = [Source(8 * 4096, 4096) for _ in range(2)]
-    files = [source.submit(pool.open_file(name, size_bytes=8 * 4096, seal=seal)) for name, source in zip("ab", sources, strict=True)]
+    files = [
+        source.submit(pool.open_file(name, size_bytes=8 * 4096, seal=seal))
+        for name, source in zip("ab", sources, strict=True)
+    ]
     unfed = pool.open_file("unfed", size_bytes=4096, seal=seal)
     waiting = pool.run(asyncio.sleep(3600))
     gate.wait_inside(3)

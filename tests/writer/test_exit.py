@@ -168,7 +168,9 @@ atexit.register(close)
 
 
 @pytest.mark.parametrize(
-    ("body", "says"), [(STUCK, "leaving"), (DRAINED, "written True"), (BOUNDED, "leaving\nbounded")], ids=["stuck", "drained", "bounded"]
+    ("body", "says"),
+    [(STUCK, "leaving"), (DRAINED, "written True"), (BOUNDED, "leaving\nbounded")],
+    ids=["stuck", "drained", "bounded"],
 )
 def test_a_real_process_ends(body, says):
     done = subprocess.run(

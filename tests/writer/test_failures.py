@@ -191,7 +191,9 @@ def test_thirty_good_and_thirty_failed_files_leave_nothing(make_pool, fs):
     pool = make_pool()
     num_threads = threading.active_count()
     for k in range(60):
-        fs.on["write"] = fail_at(4096 * (k // 2 % NUM), OSError(errno.EIO, "injected")) if k % 2 else lambda path, offset: None
+        fs.on["write"] = (
+            fail_at(4096 * (k // 2 % NUM), OSError(errno.EIO, "injected")) if k % 2 else lambda path, offset: None
+        )
         source = Source(NUM * 4096, 4096)
         file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
         assert (file.done.exception(TIMEOUT_S) is None) == (k % 2 == 0)

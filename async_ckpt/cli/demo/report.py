@@ -22,7 +22,9 @@ def summary_table(result: DemoResult) -> Table:
     table.add_row("steps, saves", f"{len(result.steps)}, {len(saving)}")
     table.add_row("parameters", f"{result.num_parameters:,}")
     if commits:
-        table.add_row("bytes per checkpoint", f"{commits[-1].size_bytes / 2**20:.1f} MiB in {commits[-1].num_files} files")
+        table.add_row(
+            "bytes per checkpoint", f"{commits[-1].size_bytes / 2**20:.1f} MiB in {commits[-1].num_files} files"
+        )
         table.add_row("stall per save (create + save + commit)", _median_ms([m.stall_s for m in commits]))
         table.add_row("time until durable", _median_ms([m.total_s for m in commits]))
         table.add_row("durable throughput", f"{statistics.median(m.bytes_per_s for m in commits) / 2**20:.0f} MiB/s")
@@ -49,10 +51,19 @@ def plot_steps(steps: Sequence[StepRecord], path: str) -> None:
     axes = figure.add_subplot()
     axes.plot([s.step for s in steps], [1e3 * s.seconds for s in steps], linewidth=0.9, color="0.35", label="step")
     saved = [s for s in steps if s.saved]
-    axes.scatter([s.step for s in saved], [1e3 * s.seconds for s in saved], s=18, color="tab:red", zorder=3, label="step with a save")
+    axes.scatter(
+        [s.step for s in saved],
+        [1e3 * s.seconds for s in saved],
+        s=18,
+        color="tab:red",
+        zorder=3,
+        label="step with a save",
+    )
     for record in steps:
         if record.in_flight and not record.saved:
             axes.axvspan(record.step - 0.5, record.step + 0.5, color="tab:blue", alpha=0.12, linewidth=0)
-    axes.set(xlabel="training step", ylabel="time in ms", ylim=(0, None), title="Step times; blue: a save is being written")
+    axes.set(
+        xlabel="training step", ylabel="time in ms", ylim=(0, None), title="Step times; blue: a save is being written"
+    )
     axes.legend(loc="upper right")
     figure.savefig(path, dpi=130)

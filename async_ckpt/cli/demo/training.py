@@ -74,7 +74,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         corpus = read_corpus(config.corpus_bytes)
-        self.batches = BatchSampler(corpus, batch_size=config.batch_size, context_length=config.model.context_length, seed=config.seed)
+        self.batches = BatchSampler(
+            corpus, batch_size=config.batch_size, context_length=config.model.context_length, seed=config.seed
+        )
         self.step = 0
 
     def _rate(self, step: int) -> float:
@@ -106,7 +108,12 @@ class Trainer:
         random: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             random[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return {"step": self.step, "schedule": self.schedule.state_dict(), "random": random, "batches": self.batches.state_dict()}
+        return {
+            "step": self.step,
+            "schedule": self.schedule.state_dict(),
+            "random": random,
+            "batches": self.batches.state_dict(),
+        }
 
     def resume(self, engine: AsyncCheckpointEngine) -> str | None:
         """Load the newest checkpoint that verifies; returns its tag, or None when there is none."""
@@ -125,7 +132,9 @@ class Trainer:
         return tag
 
 
-def train(config: DemoConfig, on_step: Callable[[StepRecord], None] | None = None, observers: tuple[Any, ...] = ()) -> DemoResult:
+def train(
+    config: DemoConfig, on_step: Callable[[StepRecord], None] | None = None, observers: tuple[Any, ...] = ()
+) -> DemoResult:
     """Train to `config.num_steps`, resuming where an earlier run in the same root ended, however it ended."""
     from ...retention import KeepLast
 
@@ -133,7 +142,9 @@ def train(config: DemoConfig, on_step: Callable[[StepRecord], None] | None = Non
     result = DemoResult(num_parameters=sum(p.numel() for p in trainer.model.parameters()), device=str(trainer.device))
     started = time.perf_counter()
     with (
-        AsyncCheckpointEngine(config.root, overwrite="replace", retention=KeepLast(config.keep_last), observers=observers) as engine,
+        AsyncCheckpointEngine(
+            config.root, overwrite="replace", retention=KeepLast(config.keep_last), observers=observers
+        ) as engine,
         open(config.loss_log or os.devnull, "a", encoding="ascii") as log,
     ):
         result.resumed_from = trainer.resume(engine)

@@ -1,4 +1,5 @@
-"""torch.distributed.checkpoint on this package: `DcpWriter`, `DcpReader`, `ArenaStager`; `save_sharded` and `load_sharded` in one call.
+"""torch.distributed.checkpoint on this package: `DcpWriter`, `DcpReader`, `ArenaStager`; `save_sharded` and
+`load_sharded` in one call.
 
 Run with torch 2.13 (gloo, FSDP2, DTensor); the stock on-disk form, so no lock-in.
 """

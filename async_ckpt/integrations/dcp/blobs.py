@@ -1,8 +1,11 @@
-"""One rank's file in the form of torch.distributed.checkpoint: blobs one after the other, each tensor a whole torch.save container.
+"""One rank's file in the form of torch.distributed.checkpoint: blobs one after the other, each tensor a whole
+torch.save container.
 
 Guarantees:
-- Planning reads no payload byte and copies none; a tensor's bytes come straight from its storage, also where it is a part of a larger one.
-- Each blob is what ``torch.save`` writes for a standalone contiguous tensor of that shape and dtype, with its conjugate and negative bit.
+- Planning reads no payload byte and copies none; a tensor's bytes come straight from its storage, also where it is a
+  part of a larger one.
+- Each blob is what ``torch.save`` writes for a standalone contiguous tensor of that shape and dtype, with its conjugate
+  and negative bit.
 """
 
 from __future__ import annotations
@@ -70,7 +73,11 @@ class BlobPlanner:
 
     def tensor(self, tensor: torch.Tensor) -> tuple[FilePlan, torch.Tensor | None]:
         """The blob of `tensor` and the contiguous tensor to copy from (None: the plan holds all bytes)."""
-        if tensor.layout is not torch.strided or tensor.is_quantized or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        ):
             buffer = io.BytesIO()
             torch.save(tensor.detach().cpu(), buffer)
             return raw_plan(buffer.getvalue()), None

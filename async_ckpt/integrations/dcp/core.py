@@ -1,7 +1,10 @@
-"""What a DCP writer needs of an engine: staging arena, writer pool, snapshotter. Its own, or borrowed from an engine."""
+"""What a DCP writer needs of an engine: staging arena, writer pool, snapshotter. Its own, or borrowed from an
+engine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from concurrent.futures import Future
@@ -9,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...engine.config import EngineConfig
 from ...engine.pipeline import SavePipeline
+from ...errors import CheckpointError
+from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.local_filesystem import LocalFileSystem
 from ...writer.chunks import WrittenFile
@@ -55,8 +60,42 @@ _kept: dict[Any, Core] = {}
 
 
 def kept_core(config: EngineConfig, key: Any) -> Core:
-    """A core that lives as long as this process: the checkpointing process of ``async_save`` gets a new writer for each save."""
+    """A core that lives as long as this process: the checkpointing process of ``async_save`` gets a new writer for each
+    save.
+    """
     core = _kept.get((os.getpid(), key))
     if core is None:
         core = _kept[os.getpid(), key] = Core(config)
     return core
+
+
+class Staged:
+    """The staging directory of an unfinished save; removed when dropped or collected."""
+
+    def __init__(self) -> None:
+        self.staging: transaction.Staging | None = None
+        self._finalizer: Any = None
+
+    def hold(self, fs: FileSystem, staging: transaction.Staging) -> None:
+        self.drop()
+        self.staging = staging
+        self._finalizer = weakref.finalize(self, _abort, fs, staging, os.getpid())
+
+    def forget(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self.staging = self._finalizer = None
+
+    def drop(self) -> None:
+        finalizer = self._finalizer
+        self.staging = self._finalizer = None
+        if finalizer is not None:
+            finalizer()
+
+
+def _abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    # Left behind, it is swept by the next engine.
+    with contextlib.suppress(CheckpointError, OSError):
+        transaction.abort(fs, staging)

@@ -1,7 +1,9 @@
-"""Reads DCP's `.metadata` without running code: the pickle is read as plain data, and DCP's own classes are filled from it.
+"""Reads DCP's `.metadata` without running code: the pickle is read as plain data, and DCP's own classes are filled from
+it.
 
 Guarantees:
-- Nothing named by the file is imported or called; the fields of every object have the types that DCP's planners rely on.
+- Nothing named by the file is imported or called; the fields of every object have the types that DCP's planners rely
+  on.
 - Time and memory are linear in the file's size, and nothing recurses deeper than `_MAX_DEPTH`.
 """
 
@@ -35,7 +37,15 @@ _MAX_DIMS = 64
 
 _DATACLASSES = {
     f"{kind.__module__}.{kind.__name__}": kind
-    for kind in (BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata, _StorageInfo)
+    for kind in (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorStorageMetadata,
+        _StorageInfo,
+    )
 }
 _METADATA = f"{Metadata.__module__}.Metadata"
 _PROPERTIES = f"{TensorProperties.__module__}.TensorProperties"
@@ -121,13 +131,17 @@ class _Builder:
         # Once for a list that many tensors share.
         key = (id(made.chunks), len(made.size))
         if key not in self._good_chunks:
-            if not all(isinstance(chunk, ChunkStorageMetadata) and len(chunk.sizes) == len(made.size) for chunk in made.chunks):
+            if not all(
+                isinstance(chunk, ChunkStorageMetadata) and len(chunk.sizes) == len(made.size) for chunk in made.chunks
+            ):
                 raise ValueError("a tensor has chunks of other dimensions")
             self._good_chunks.add(key)
 
 
 def _filled(kind: Any, state: Any) -> Any:
-    """An object of a dataclass with these fields, whose types are checked; fields of other torch versions are dropped."""
+    """An object of a dataclass with these fields, whose types are checked; fields of other torch versions are
+    dropped.
+    """
     made = object.__new__(kind)
     given = state if isinstance(state, dict) else {}
     for field in dataclasses.fields(kind):
@@ -154,8 +168,18 @@ def _size(args: tuple[Any, ...]) -> torch.Size:
 
 def _properties(state: Any) -> TensorProperties:
     made = object.__new__(TensorProperties)
-    good = isinstance(state, tuple) and len(state) == 5 and isinstance(state[0], torch.dtype) and isinstance(state[1], torch.layout)
-    if not good or not isinstance(state[2], bool) or not isinstance(state[3], _MEM_FORMAT_ENCODING) or not isinstance(state[4], bool):
+    good = (
+        isinstance(state, tuple)
+        and len(state) == 5
+        and isinstance(state[0], torch.dtype)
+        and isinstance(state[1], torch.layout)
+    )
+    if (
+        not good
+        or not isinstance(state[2], bool)
+        or not isinstance(state[3], _MEM_FORMAT_ENCODING)
+        or not isinstance(state[4], bool)
+    ):
         raise ValueError("TensorProperties has a field of a wrong type")
     made.__setstate__(state)
     return made
@@ -171,7 +195,11 @@ def _is_chunk(chunk: Any) -> bool:
 
 
 def _is_tensor(known: Any) -> bool:
-    return isinstance(known.properties, TensorProperties) and isinstance(known.size, torch.Size) and isinstance(known.chunks, list)
+    return (
+        isinstance(known.properties, TensorProperties)
+        and isinstance(known.size, torch.Size)
+        and isinstance(known.chunks, list)
+    )
 
 
 def _is_index(index: Any) -> bool:
@@ -185,7 +213,9 @@ def _is_metadata(metadata: Any) -> bool:
         return False
     kinds = (TensorStorageMetadata, BytesStorageMetadata)
     good = all(isinstance(name, str) and isinstance(known, kinds) for name, known in described.items())
-    good = good and all(isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo) for index, info in stored.items())
+    good = good and all(
+        isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo) for index, info in stored.items()
+    )
     return good and (metadata.storage_meta is None or isinstance(metadata.storage_meta, StorageMeta))
 
 
@@ -194,5 +224,7 @@ _CHECKS: dict[Any, Any] = {
     TensorStorageMetadata: _is_tensor,
     MetadataIndex: _is_index,
     Metadata: _is_metadata,
-    _StorageInfo: lambda info: isinstance(info.relative_path, str) and _is_count(info.offset) and _is_count(info.length),
+    _StorageInfo: lambda info: (
+        isinstance(info.relative_path, str) and _is_count(info.offset) and _is_count(info.length)
+    ),
 }

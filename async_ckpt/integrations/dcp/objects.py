@@ -1,7 +1,9 @@
-"""What is no tensor in a checkpoint of DCP: which of it is plain data, and refusing the rest before anything is made of it.
+"""What is no tensor in a checkpoint of DCP: which of it is plain data, and refusing the rest before anything is made of
+it.
 
-DCP's own planner unpickles these blobs and runs their code. Under ``weights_only`` a blob reaches it only if torch's restricted
-unpickler takes it, with a few more types that can do no harm: NumPy arrays and scalars, frozen sets, paths, dates.
+DCP's own planner unpickles these blobs and runs their code. Under ``weights_only`` a blob reaches it only if torch's
+restricted unpickler takes it, with a few more types that can do no harm: NumPy arrays and scalars, frozen sets, paths,
+dates.
 """
 
 from __future__ import annotations
@@ -98,5 +100,9 @@ def _plain_types() -> tuple[Any, ...]:
     found += [numpy.ndarray, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFDGSUVOMm"}]
     # Where these lie has changed with NumPy 2: files of both are read by both.
     reconstruct, scalar = numpy.empty(0).__reduce__()[0], numpy.float32(0).__reduce__()[0]
-    found += [(made, f"{module}.{name}") for module in _ARRAY_MODULES for made, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))]
+    found += [
+        (made, f"{module}.{name}")
+        for module in _ARRAY_MODULES
+        for made, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
+    ]
     return tuple(found)

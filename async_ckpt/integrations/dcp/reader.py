@@ -48,7 +48,9 @@ class DcpReader(StorageReader):
             planner would run their code. False is for files whose writer you trust.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True
+    ) -> None:
         super().__init__()
         if verify not in ("full", "size", "off"):
             raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
@@ -81,11 +83,15 @@ class DcpReader(StorageReader):
         return self._path
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises CheckpointNotFoundError, CorruptCheckpointError; DCP turns them into an AssertionError, so `failure` keeps them."""
+        """Raises CheckpointNotFoundError, CorruptCheckpointError; DCP turns them into an AssertionError, so `failure`
+        keeps them.
+        """
         try:
             with self._open() as checkpoint:
                 if checkpoint.manifest.file(METADATA_NAME) is None:
-                    raise CheckpointNotFoundError(f"{self._path!r} is a checkpoint, but not in DCP's form: load its files with engine.load")
+                    raise CheckpointNotFoundError(
+                        f"{self._path!r} is a checkpoint, but not in DCP's form: load its files with engine.load"
+                    )
                 with self._file(checkpoint, METADATA_NAME) as file:
                     metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
         except CheckpointError as error:
@@ -120,12 +126,16 @@ class DcpReader(StorageReader):
                     self._read_file(file, wanted, planner, refused)
         if refused:
             listed = "; ".join(f"{name!r} holds {what}" for name, what in refused.items())
-            raise UnsupportedStateError(f"not plain data: {listed}. Give weights_only=False if you trust the writer of {self._path!r}")
+            raise UnsupportedStateError(
+                f"not plain data: {listed}. Give weights_only=False if you trust the writer of {self._path!r}"
+            )
         future: torch.futures.Future[None] = torch.futures.Future()
         future.set_result(None)
         return future
 
-    def _read_file(self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner, refused: dict[str, str]) -> None:
+    def _read_file(
+        self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner, refused: dict[str, str]
+    ) -> None:
         """Hand every item to the planner; objects that are no plain data go to `refused`."""
         small = [(info.offset, info.length) for info, _ in wanted if info.length < LARGE_BYTES]
         next_small = 0
@@ -148,7 +158,9 @@ class DcpReader(StorageReader):
             stored = self._unpacker.tensor(file, self._part(info, item, name))
             target = planner.resolve_tensor(item)
             if target.size() != stored.size():
-                raise CorruptCheckpointError(f"{name} has shape {tuple(stored.size())}, {tuple(target.size())} is wanted", path=file.name)
+                raise CorruptCheckpointError(
+                    f"{name} has shape {tuple(stored.size())}, {tuple(target.size())} is wanted", path=file.name
+                )
             if _quantization(target) != _quantization(stored):
                 # Copied, the same numbers would mean other values.
                 raise StateMismatchError(f"{name} has another quantization than the tensor in its place", (name,))

@@ -1,4 +1,5 @@
-"""Sharded state (FSDP2, DTensor) through an engine: DCP plans and reshards, the engine snapshots, writes and commits in the background.
+"""Sharded state (FSDP2, DTensor) through an engine: DCP plans and reshards, the engine snapshots, writes and commits in
+the background.
 
 Guarantees:
 - `save_sharded` returns when the state is planned and copied; its collectives run on the calling thread only.
@@ -42,12 +43,18 @@ _blobs = BlobPlanner()
 
 
 class TrainingState(Stateful):
-    """A model and its optimizers as one entry of a state dict, sharded or not; saved and restored by their full names."""
+    """A model and its optimizers as one entry of a state dict, sharded or not; saved and restored by their full
+    names.
+    """
 
-    def __init__(self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
+    ) -> None:
         self._model = model
         self._optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
-        if not isinstance(model, torch.nn.Module) or not all(isinstance(known, torch.optim.Optimizer) for known in self._optimizers):
+        if not isinstance(model, torch.nn.Module) or not all(
+            isinstance(known, torch.optim.Optimizer) for known in self._optimizers
+        ):
             kinds = ", ".join(type(known).__name__ for known in (model, *self._optimizers))
             raise UnsupportedStateError(f"TrainingState takes a module and its optimizers, not ({kinds})")
 
@@ -55,19 +62,24 @@ class TrainingState(Stateful):
         """Model and optimizer state. A collective where the model is sharded.
 
         Raises:
-            UnsupportedStateError: an optimizer holds parameters that are not the model's (made before the model was sharded?).
+            UnsupportedStateError: an optimizer holds parameters that are not the model's (made before the model was
+                sharded?).
         """
         known = set(map(id, self._model.parameters()))
         for optimizer in self._optimizers:
             if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
                 kind = type(optimizer).__name__
-                raise UnsupportedStateError(f"{kind} holds parameters that are not the model's; make it after the model was sharded")
+                raise UnsupportedStateError(
+                    f"{kind} holds parameters that are not the model's; make it after the model was sharded"
+                )
         model, optimizers = get_state_dict(self._model, self._optimizers)
         return {"model": model, "optim": optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put a loaded state into model and optimizers."""
-        set_state_dict(self._model, self._optimizers, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optim"])
+        set_state_dict(
+            self._model, self._optimizers, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optim"]
+        )
 
 
 def save_sharded(
@@ -79,15 +91,17 @@ def save_sharded(
     process_group: dist.ProcessGroup | None = None,
     planner: SavePlanner | None = None,
 ) -> PendingCommit:
-    """Save `state_dict` (tensors, DTensors, plain objects, `Stateful` ones) as checkpoint `tag`, in DCP's own form. All ranks call it.
+    """Save `state_dict` (tensors, DTensors, plain objects, `Stateful` ones) as checkpoint `tag`, in DCP's own form. All
+    ranks call it.
 
-    Blocks for DCP's planning (two small gathers on `process_group`) and for the copy. The engine needs a `RankCoordinator` where there
-    is more than one rank.
+    Blocks for DCP's planning (two small gathers on `process_group`) and for the copy. The engine needs a
+    `RankCoordinator` where there is more than one rank.
 
     Objects of classes that `load_sharded` takes only with ``weights_only=False`` are named in a logged warning.
 
     Raises:
-        CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible under `tag`.
+        CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible
+            under `tag`.
         RankFailedError: another rank's.
     """
     _check_arguments(engine, state_dict)
@@ -121,12 +135,14 @@ def load_sharded(
     verify: str = "full",
     weights_only: bool = True,
 ) -> None:
-    """Load checkpoint `tag` into `state_dict`, in place, whatever number of ranks has saved it. All ranks call it; blocks.
+    """Load checkpoint `tag` into `state_dict`, in place, whatever number of ranks has saved it. All ranks call it;
+    blocks.
 
     A pending commit of that tag is waited for first.
 
     Args:
-        weights_only: False loads objects of any class, and runs their code: only for checkpoints whose writer you trust.
+        weights_only: False loads objects of any class, and runs their code: only for checkpoints whose writer you
+            trust.
 
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError: this rank's. RankFailedError: another rank's.
@@ -137,7 +153,9 @@ def load_sharded(
     _check_arguments(engine, state_dict)
     for pending in engine.pending():
         if pending.tag == tag and not pending.wait(engine.config.backpressure_timeout_s):
-            raise BackpressureTimeout(f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s")
+            raise BackpressureTimeout(
+                f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s"
+            )
     rank = dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
     reader = DcpReader(os.path.join(engine.root, tag), verify=verify, weights_only=weights_only)
     try:
@@ -150,14 +168,22 @@ def _check_arguments(engine: Any, state_dict: Any) -> None:
     if not isinstance(engine, AsyncCheckpointEngine):
         raise ConfigError(f"the first argument must be an AsyncCheckpointEngine, not {type(engine).__name__}")
     if not isinstance(state_dict, dict):
-        hint = ': wrap it, {"train": TrainingState(model, optimizer)}' if isinstance(state_dict, torch.nn.Module) else ""
-        raise UnsupportedStateError(f"the state must be a dict, not {type(state_dict).__name__}{hint}; nothing was read or written")
+        hint = (
+            ': wrap it, {"train": TrainingState(model, optimizer)}' if isinstance(state_dict, torch.nn.Module) else ""
+        )
+        raise UnsupportedStateError(
+            f"the state must be a dict, not {type(state_dict).__name__}{hint}; nothing was read or written"
+        )
 
 
 def _unplannable(error: BaseException) -> BaseException:
     """DCP's planner fails in torch's own words where it has no way to save a tensor (nested ones, say)."""
-    if isinstance(error, (AttributeError, NotImplementedError, RuntimeError, TypeError)) and not isinstance(error, CheckpointError):
-        return UnsupportedStateError(f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint")
+    if isinstance(error, (AttributeError, NotImplementedError, RuntimeError, TypeError)) and not isinstance(
+        error, CheckpointError
+    ):
+        return UnsupportedStateError(
+            f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint"
+        )
     return error
 
 
@@ -168,7 +194,8 @@ def _mismatch(error: BaseException, tag: str) -> BaseException:
         hint = ""
         if message.startswith("Missing key"):
             hint = (
-                "; a parameter without a gradient has no optimizer state. DefaultLoadPlanner(allow_partial_load=True) loads what is there"
+                "; a parameter without a gradient has no optimizer state. "
+                "DefaultLoadPlanner(allow_partial_load=True) loads what is there"
             )
         return StateMismatchError(f"checkpoint {tag!r} does not fit the given state: {message}{hint}", (message,))
     return error
@@ -182,12 +209,15 @@ def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
         return own
     first = min(causes)
     return RankFailedError(
-        f"rank {first} failed: {type(causes[first]).__name__}: {causes[first]}; this rank's part was dropped", rank=first
+        f"rank {first} failed: {type(causes[first]).__name__}: {causes[first]}; this rank's part was dropped",
+        rank=first,
     )
 
 
 class _EngineWriter(StorageWriter):
-    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata; the engine commits later."""
+    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata; the engine commits
+    later.
+    """
 
     def __init__(self, engine: AsyncCheckpointEngine, tag: str) -> None:
         super().__init__()
@@ -208,7 +238,8 @@ class _EngineWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.rank = kwargs.get("rank", 0)
-        # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not begin.
+        # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not
+        # begin.
         self._engine.create(self._tag)
         self.is_open = True
 

@@ -1,9 +1,11 @@
-"""An ``AsyncStager`` for ``dcp.async_save``: snapshots into memory that is touched once and reused, and never overwritten while in use.
+"""An ``AsyncStager`` for ``dcp.async_save``: snapshots into memory that is touched once and reused, and never
+overwritten while in use.
 
 Guarantees:
-- The staged state dict holds the values at the moment of `stage`, with every tensor's dtype, shape, stride, conjugate and negative bit,
-  `requires_grad` and kind (Parameter, DTensor); tensors that share memory still do.
-- A slot is handed out again only when no tensor of its snapshot is alive any more; till then `stage` takes another slot, or waits.
+- The staged state dict holds the values at the moment of `stage`, with every tensor's dtype, shape, stride, conjugate
+  and negative bit, `requires_grad` and kind (Parameter, DTensor); tensors that share memory still do.
+- A slot is handed out again only when no tensor of its snapshot is alive any more; till then `stage` takes another
+  slot, or waits.
 """
 
 from __future__ import annotations
@@ -34,15 +36,17 @@ class ArenaStager(AsyncStager):
         num_slots: snapshots that may be alive at once; each takes as much host memory as the state.
         slot_bytes: size of one slot; by default that of the first state staged. A larger state later gets new slots.
         timeout_s: how long `stage` waits for a slot before `BackpressureTimeout`.
-        to_process: set it with ``AsyncCheckpointerType.PROCESS``. torch's way into another process drops conjugate and negative bits
-            without a word, so tensors that have them are staged with the bits worked into the values.
+        to_process: set it with ``AsyncCheckpointerType.PROCESS``. torch's way into another process drops conjugate and
+            negative bits without a word, so tensors that have them are staged with the bits worked into the values.
 
     `stage` blocks for the copy (and the devices' copies), on the caller's thread.
     """
 
     _synchronize_after_execute = False
 
-    def __init__(self, *, num_slots: int = 2, slot_bytes: int | None = None, timeout_s: float = 1800.0, to_process: bool = False) -> None:
+    def __init__(
+        self, *, num_slots: int = 2, slot_bytes: int | None = None, timeout_s: float = 1800.0, to_process: bool = False
+    ) -> None:
         self._to_process = to_process
         self._num_slots = num_slots
         self._slot_bytes = slot_bytes
@@ -126,7 +130,11 @@ class _Storages:
             return
         storage = tensor.untyped_storage()
         low = int(tensor.storage_offset()) * tensor.element_size()
-        last: int = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) if tensor.numel() else -1
+        last: int = (
+            sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+            if tensor.numel()
+            else -1
+        )
         high = low + (last + 1) * tensor.element_size()
         low -= low % _ALIGNMENT
         known = self._ranges.get(storage._cdata)
@@ -192,7 +200,9 @@ class _Storages:
         key = tensor.untyped_storage()._cdata
         _, low, _ = self._ranges[key]
         offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
-        staged = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(self._staged[key], offset, tensor.size(), tensor.stride())
+        staged = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+            self._staged[key], offset, tensor.size(), tensor.stride()
+        )
         staged = staged.conj() if tensor.is_conj() else staged
         return torch._neg_view(staged) if tensor.is_neg() else staged
 
@@ -206,5 +216,7 @@ def _local(tensor: DTensor) -> torch.Tensor:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether storage, offset, size and stride say all about it; others (sparse, quantised, subclasses) are cloned."""
     return (
-        tensor.layout is torch.strided and not tensor.is_quantized and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     )

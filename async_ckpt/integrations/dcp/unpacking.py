@@ -1,8 +1,10 @@
-"""Tensors out of one rank's file: read in parallel, and without `torch.load` where a blob starts as `BlobPlanner` would write it.
+"""Tensors out of one rank's file: read in parallel, and without `torch.load` where a blob starts as `BlobPlanner` would
+write it.
 
 Guarantees:
-- What is returned is what ``torch.load`` would return: everything before the payload, the pickle with dtype, shape and stride among it,
-  is compared byte by byte with a blob planned here; all others go through ``torch.load(weights_only=True)``.
+- What is returned is what ``torch.load`` would return: everything before the payload, the pickle with dtype, shape and
+  stride among it, is compared byte by byte with a blob planned here; all others go through
+  ``torch.load(weights_only=True)``.
 - Nothing is returned before the checksums of the extents it comes from have been compared.
 - Of a large tensor only the rows that are wanted are read; memory beyond the result is a few extents.
 """
@@ -32,7 +34,9 @@ _AHEAD_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's, and only a guess."""
+    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's, and only a
+    guess.
+    """
 
     offset: int
     length: int
@@ -70,7 +74,11 @@ class Unpacker:
             CorruptCheckpointError: damaged, no torch container, or smaller than its metadata says.
         """
         template = self._template(part)
-        if template is None or template.file_bytes != part.length or file.view(part.offset, len(template.head)) != template.head:
+        if (
+            template is None
+            or template.file_bytes != part.length
+            or file.view(part.offset, len(template.head)) != template.head
+        ):
             return _narrow(self._load(file.view(part.offset, part.length), part), part)
         _check_box(part.shape, part)
         payload = part.offset + len(template.head)
@@ -97,17 +105,25 @@ class Unpacker:
             ):
                 # Never touched: only its description matters.
                 plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype, device="cpu"))
-                if kept is not None and plan.literals[0][0] == 0 and len(plan.literals[0][1]) == plan.payload_offsets[0]:
+                if (
+                    kept is not None
+                    and plan.literals[0][0] == 0
+                    and len(plan.literals[0][1]) == plan.payload_offsets[0]
+                ):
                     template = _Template(plan.file_bytes, plan.literals[0][1], plan.payload_nbytes[0])
             self._templates[key] = template
         return self._templates[key]
 
     def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
-        """Whatever is not laid out as this package would: other tools' blobs, sparse and quantised tensors, subclasses."""
+        """Whatever is not laid out as this package would: other tools' blobs, sparse and quantised tensors,
+        subclasses.
+        """
         if self._weights_only:
             reason = why_not_plain(blob, part.name)
             if reason is not None:
-                raise UnsupportedStateError(f"{part.name} is not plain data ({reason}); give weights_only=False if you trust its writer")
+                raise UnsupportedStateError(
+                    f"{part.name} is not plain data ({reason}); give weights_only=False if you trust its writer"
+                )
         try:
             tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=self._weights_only)
         # torch raises whatever its unpickler and zip reader meet.
@@ -149,7 +165,9 @@ def _read(file: VerifiedFile, offset: int, nbytes: int, dtype: torch.dtype) -> t
 
 def _check_box(shape: torch.Size, part: Part) -> None:
     if len(part.starts) != len(shape):
-        raise CorruptCheckpointError(f"{part.name} has {len(shape)} dimensions, not the {len(part.starts)} wanted", path=part.name)
+        raise CorruptCheckpointError(
+            f"{part.name} has {len(shape)} dimensions, not the {len(part.starts)} wanted", path=part.name
+        )
     for size, start, length in zip(shape, part.starts, part.lengths, strict=True):
         if not 0 <= start <= start + length <= size:
             raise CorruptCheckpointError(f"{part.name} is smaller than its metadata says", path=part.name)

@@ -1,12 +1,15 @@
-"""A ``StorageWriter``: checkpoints of torch.distributed.checkpoint, in its own on-disk form, written and committed our way.
+"""A ``StorageWriter``: checkpoints of torch.distributed.checkpoint, in its own on-disk form, written and committed our
+way.
 
-Call order, by DCP: `reset`, `set_up_storage_writer`, `prepare_local_plan`, `prepare_global_plan` (coordinator), `write_data`, and
-`finish` (coordinator, after every rank's `write_data` has succeeded). Source: ``torch/distributed/checkpoint/storage.py``.
+Call order, by DCP: `reset`, `set_up_storage_writer`, `prepare_local_plan`, `prepare_global_plan` (coordinator),
+`write_data`, and `finish` (coordinator, after every rank's `write_data` has succeeded). Source:
+``torch/distributed/checkpoint/storage.py``.
 
 Guarantees:
-- Nothing appears under the checkpoint's name before `finish` has renamed it, whole and durable; an older one there stays as it was.
-- A failure on any rank raises on all of them (by DCP); what was staged is removed by the next `reset`, by `close`, or when the writer is
-  dropped, and by the next engine's sweep where the process has died.
+- Nothing appears under the checkpoint's name before `finish` has renamed it, whole and durable; an older one there
+  stays as it was.
+- A failure on any rank raises on all of them (by DCP); what was staged is removed by the next `reset`, by `close`, or
+  when the writer is dropped, and by the next engine's sweep where the process has died.
 - Stock ``dcp.load`` and ``dcp_to_torch_save`` read the result; the manifest beside it makes it verifiable.
 """
 
@@ -19,7 +22,6 @@ import os
 import pickle
 import time
 import uuid
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import lru_cache
@@ -33,7 +35,6 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ...engine.config import EngineConfig
 from ...errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     TransactionStateError,
@@ -50,7 +51,7 @@ from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...writer.chunks import WrittenFile
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
-from .core import Core, kept_core
+from .core import Core, Staged, kept_core
 from .objects import unknown_types
 
 METADATA_NAME = ".metadata"
@@ -71,7 +72,9 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a rank tells the coordinator about one item: where it lies, and (with the first item) the file's manifest entry."""
+    """What a rank tells the coordinator about one item: where it lies, and (with the first item) the file's manifest
+    entry.
+    """
 
     info: _StorageInfo
     entry: FileEntry | None
@@ -87,8 +90,12 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
     return root, check_tag(tag)
 
 
-def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str) -> tuple[Any, list[tuple[Any, Extent]]]:
-    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no contiguous one."""
+def plan_file(
+    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str
+) -> tuple[Any, list[tuple[Any, Extent]]]:
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no contiguous
+    one.
+    """
     described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
     met: list[tuple[str, torch.Tensor, int | None]] = []
     classes: dict[str, str] = {}
@@ -96,7 +103,9 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_nam
         try:
             data = planner.resolve_data(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UnsupportedStateError(f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint") from error
+            raise UnsupportedStateError(
+                f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint"
+            ) from error
         if item.type == WriteItemType.BYTE_IO:
             raw = data.getvalue()  # type: ignore[union-attr]
             described.append((item.index.fqn, raw_plan(raw), None))
@@ -121,7 +130,11 @@ def _tell_once(message: str) -> None:
 def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
     """What DCP passes on to `finish`; the entry travels with the first item."""
     return [
-        WriteResult(item.index, extent.length, Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None))
+        WriteResult(
+            item.index,
+            extent.length,
+            Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None),
+        )
         for k, (item, extent) in enumerate(items)
     ]
 
@@ -139,17 +152,21 @@ def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: 
 
 def file_entry(path: str, written: WrittenFile, plan_hash: str | None, rank: int | None) -> FileEntry:
     """The manifest's line of a written file."""
-    return FileEntry(path, written.size_bytes, written.extent_bytes, tuple(written.extent_crc32), "opaque", "dcp", plan_hash, rank)
+    return FileEntry(
+        path, written.size_bytes, written.extent_bytes, tuple(written.extent_crc32), "opaque", "dcp", plan_hash, rank
+    )
 
 
 class DcpWriter(StorageWriter):
-    """Give it to ``dcp.save`` or ``dcp.async_save`` (thread or process) as `storage_writer`, with `checkpoint_id="<root>/<tag>"`.
+    """Give it to ``dcp.save`` or ``dcp.async_save`` (thread or process) as `storage_writer`, with
+    `checkpoint_id="<root>/<tag>"`.
 
     Args:
         path: the checkpoint's path, where none is given to ``dcp.save`` as `checkpoint_id`.
         overwrite: "refuse" an existing checkpoint, or "replace" it atomically.
         metadata: JSON values for the manifest.
-        options: `EngineConfig` fields for staging and writing (`staging_bytes`, `chunk_bytes`, `num_writers`, `io_mode`, ...).
+        options: `EngineConfig` fields for staging and writing (`staging_bytes`, `chunk_bytes`, `num_writers`,
+            `io_mode`, ...).
 
     Memory and threads are made at the first save and kept until `close`. One save at a time.
     """
@@ -174,7 +191,7 @@ class DcpWriter(StorageWriter):
         self._root = self._tag = ""
         self._save_id = ""
         self._coordinates = False
-        self._staged = _Staged()
+        self._staged = Staged()
         if path is not None:
             self._root, self._tag = split_checkpoint_id(path)
 
@@ -240,7 +257,11 @@ class DcpWriter(StorageWriter):
                 future.set_exception(error)  # type: ignore[arg-type]
             else:
                 future.set_result(
-                    write_results(items, place.file_name, file_entry(place.file_name, done.result(), state.plan.plan_hash, place.rank))
+                    write_results(
+                        items,
+                        place.file_name,
+                        file_entry(place.file_name, done.result(), state.plan.plan_hash, place.rank),
+                    )
                 )
 
         written.add_done_callback(on_written)
@@ -249,11 +270,18 @@ class DcpWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         staging = self._staged.staging
         if staging is None:
-            raise TransactionStateError("there is no staging directory: prepare_global_plan was not called on this rank")
+            raise TransactionStateError(
+                "there is no staging directory: prepare_global_plan was not called on this rank"
+            )
         fs = self._filesystem
         raw = encode_metadata(metadata, results, self.storage_meta())
         fs.create_file(os.path.join(staging.path, METADATA_NAME), raw)
-        entries = [result.storage_data.entry for per_rank in results for result in per_rank if result.storage_data.entry is not None]
+        entries = [
+            result.storage_data.entry
+            for per_rank in results
+            for result in per_rank
+            if result.storage_data.entry is not None
+        ]
         entries.append(FileEntry(METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
         transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
         self._staged.forget()
@@ -278,17 +306,22 @@ class DcpWriter(StorageWriter):
         return self._core
 
     def _locate(self, place: Place) -> str:
-        """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look for the new one."""
+        """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look
+        for the new one.
+        """
         fs = self._filesystem
         if place.tag == self._tag:
             with contextlib.suppress(CheckpointNotFoundError):
                 return transaction.join(fs, self._root, self._tag, place.staging_name).path
         known = parse_private_name(place.staging_name)
         found = [parsed for name in fs.listdir(self._root) if (parsed := parse_private_name(name)) is not None]
-        mine = [p for p in found if known is not None and (p.kind, p.tag, p.owner) == ("staging", self._tag, known.owner)]
+        mine = [
+            p for p in found if known is not None and (p.kind, p.tag, p.owner) == ("staging", self._tag, known.owner)
+        ]
         if not mine:
             raise CheckpointNotFoundError(
-                f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file system? Nothing was written"
+                f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file "
+                "system? Nothing was written"
             )
         return os.path.join(self._root, str(max(mine, key=lambda parsed: parsed.number)))
 
@@ -297,37 +330,5 @@ class DcpWriter(StorageWriter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._staged = _Staged()
+        self._staged = Staged()
         self._is_copy = True
-
-
-class _Staged:
-    """The staging directory of an unfinished save; removed when dropped or collected."""
-
-    def __init__(self) -> None:
-        self.staging: transaction.Staging | None = None
-        self._finalizer: Any = None
-
-    def hold(self, fs: FileSystem, staging: transaction.Staging) -> None:
-        self.drop()
-        self.staging = staging
-        self._finalizer = weakref.finalize(self, _abort, fs, staging, os.getpid())
-
-    def forget(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        self.staging = self._finalizer = None
-
-    def drop(self) -> None:
-        finalizer = self._finalizer
-        self.staging = self._finalizer = None
-        if finalizer is not None:
-            finalizer()
-
-
-def _abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
-    if os.getpid() != pid:
-        return
-    # Left behind, it is swept by the next engine.
-    with contextlib.suppress(CheckpointError, OSError):
-        transaction.abort(fs, staging)

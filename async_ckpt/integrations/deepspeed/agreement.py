@@ -27,10 +27,12 @@ class Store(Protocol):
 
 
 def await_values(store: Store, keys: list[str], timeout_s: float, what: str) -> list[str]:
-    """The values of `keys`, once they are there. Polls: a blocking `get` would hold the store's connection against other threads.
+    """The values of `keys`, once they are there. Polls: a blocking `get` would hold the store's connection against
+    other threads.
 
     Raises:
-        RankFailedError: one was not set in time, or the store is gone; says that `what` was not told, and names the first key.
+        RankFailedError: one was not set in time, or the store is gone; says that `what` was not told, and names the
+            first key.
     """
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     try:

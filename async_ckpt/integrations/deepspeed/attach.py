@@ -15,27 +15,45 @@ from .engine import AsyncDeepSpeedEngine
 from .guarding import guardable_optimizers
 
 _INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
-_NEEDED = ("create", "save", "makedirs", "load", "commit", "is_decoupled", "get_commit_info", "cleanup", "preserves_storage_sharing")
+_NEEDED = (
+    "create",
+    "save",
+    "makedirs",
+    "load",
+    "commit",
+    "is_decoupled",
+    "get_commit_info",
+    "cleanup",
+    "preserves_storage_sharing",
+)
 
 
 def attach(
-    ds_engine: Any, save_dir: StrPath | None = None, *, guard: bool = False, rank_timeout_s: float = 600.0, **config: Any
+    ds_engine: Any,
+    save_dir: StrPath | None = None,
+    *,
+    guard: bool = False,
+    rank_timeout_s: float = 600.0,
+    **config: Any,
 ) -> AsyncDeepSpeedEngine:
     """Make `ds_engine` (from ``deepspeed.initialize``) save its checkpoints asynchronously.
 
     Call it once, on every rank, after ``initialize``. From then on
     - ``save_checkpoint`` returns when the state is copied; files, rename and `latest` follow in the background;
-    - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do ``zero_to_fp32`` and
-      ``ds_to_universal``, ``destroy``, and the end of the process;
-    - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or ``destroy``.
-    Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read them.
+    - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do
+      ``zero_to_fp32`` and ``ds_to_universal``, ``destroy``, and the end of the process;
+    - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or
+      ``destroy``.
+    Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read
+    them.
 
     Args:
         save_dir: where checkpoints will go. Given, staging memory is prepared now instead of in the first save.
-        guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``. For
-            ZeRO 0 to 3 as DeepSpeed itself trains, where nothing but the optimizer's own ``step`` changes them. Not the
-            default, because your code may: between a save and the next step, do not write to parameters (stage 0), and do
-            not call ``safe_set_full_fp32_param`` and its like, which write past the counters that tell of a torn copy.
+        guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``.
+            For ZeRO 0 to 3 as DeepSpeed itself trains, where nothing but the optimizer's own ``step`` changes them. Not
+            the default, because your code may: between a save and the next step, do not write to parameters (stage 0),
+            and do not call ``safe_set_full_fp32_param`` and its like, which write past the counters that tell of a torn
+            copy.
         rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds.
         config: `EngineConfig` fields, such as ``staging_bytes``.
 
@@ -43,7 +61,8 @@ def attach(
 
     Raises:
         ImportError: DeepSpeed is missing or too old; names the extra to install.
-        ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect its optimizer.
+        ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect its
+            optimizer.
     """
     interface = _require_deepspeed()
     _check_engine(ds_engine)
@@ -53,7 +72,9 @@ def attach(
         former.cleanup()
     config.setdefault("compact_views", _cuts_buffers_up(ds_engine))
     node_local = bool(ds_engine.use_node_local_storage())
-    checkpointer = AsyncDeepSpeedEngine(save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config)
+    checkpointer = AsyncDeepSpeedEngine(
+        save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config
+    )
     interface.register(AsyncDeepSpeedEngine)
     ds_engine.checkpoint_engine = checkpointer
     checkpointer.guard(*guarded)
@@ -71,13 +92,18 @@ def _require_deepspeed() -> Any:
     try:
         module = importlib.import_module(_INTERFACE)
     except ImportError as error:
-        raise ImportError(f"the DeepSpeed integration needs deepspeed, which cannot be imported ({error}); {hint}") from error
+        raise ImportError(
+            f"the DeepSpeed integration needs deepspeed, which cannot be imported ({error}); {hint}"
+        ) from error
     interface = getattr(module, "CheckpointEngine", None)
     missing = [name for name in _NEEDED if not hasattr(interface, name)]
     if missing or not hasattr(module, "CheckpointCommitInfo"):
         version = getattr(importlib.import_module("deepspeed"), "__version__", "unknown")
         lacking = ", ".join(missing) or "CheckpointCommitInfo"
-        raise ImportError(f"deepspeed {version} is too old for the DeepSpeed integration: its checkpoint engines lack {lacking}; {hint}")
+        raise ImportError(
+            f"deepspeed {version} is too old for the DeepSpeed integration: its checkpoint engines lack "
+            f"{lacking}; {hint}"
+        )
     return interface
 
 
@@ -86,14 +112,16 @@ def _check_engine(ds_engine: Any) -> None:
     missing = [name for name in needed if not hasattr(ds_engine, name)]
     if missing:
         raise ConfigError(
-            f"attach takes the engine that deepspeed.initialize returned, not {type(ds_engine).__name__} (it has no {', '.join(missing)})"
+            f"attach takes the engine that deepspeed.initialize returned, not {type(ds_engine).__name__} (it has "
+            f"no {', '.join(missing)})"
         )
 
 
 def _cuts_buffers_up(ds_engine: Any) -> bool:
     """Whether single files hold small parts of DeepSpeed's flat buffers: layers, experts, frozen fragments.
 
-    Elsewhere a file's tensors cover their buffer, and finding that out again at each save would cost more than it saves.
+    Elsewhere a file's tensors cover their buffer, and finding that out again at each save would cost more than it
+    saves.
     """
     from deepspeed.pipe import PipelineModule
 
@@ -128,7 +156,9 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
 
 
 def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
-    """DeepSpeed looks at the files itself before it asks the engine to load them; another engine may have saved them."""
+    """DeepSpeed looks at the files itself before it asks the engine to load them; another engine may have saved
+    them.
+    """
     ds_engine.checkpoint_engine.drain()
     waiting.wait()
     return call()
@@ -156,7 +186,9 @@ def _wrap(ds_engine: Any, name: str, around: Around) -> None:
 
 
 def _copy_scripts_once(ds_engine: Any) -> None:
-    """DeepSpeed copies its recovery scripts into the save_dir at every save: truncating them there waits for a busy disk."""
+    """DeepSpeed copies its recovery scripts into the save_dir at every save: truncating them there waits for a busy
+    disk.
+    """
     original = getattr(ds_engine, "_copy_recovery_script", None)
     if original is None or getattr(original, "_is_async_ckpt", False):
         return

@@ -79,7 +79,9 @@ class DeepSpeedCoordinator:
         self._open[id(opened)] = (inner, number)
         return opened
 
-    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(
+        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         inner, number = self._open[id(opened)]
         destination = opened.destination
         assert isinstance(destination, DeepSpeedDestination)
@@ -157,8 +159,14 @@ class DeepSpeedCoordinator:
         try:
             while (num_heard := self._store.add("heard", 0)) < self._num_told:
                 if time.monotonic() > deadline:
-                    report(logging.WARNING, "%d checkpoint(s) are committed, but some rank has not heard of it", self._num_told - num_heard)
+                    report(
+                        logging.WARNING,
+                        "%d checkpoint(s) are committed, but some rank has not heard of it",
+                        self._num_told - num_heard,
+                    )
                     return
                 time.sleep(0.005)
         except RuntimeError as error:
-            report(logging.WARNING, "the store went away before every rank had heard how its checkpoints ended: %s", error)
+            report(
+                logging.WARNING, "the store went away before every rank had heard how its checkpoints ended: %s", error
+            )

@@ -16,8 +16,8 @@ from ...ranks.coordinator import Destination
 class DeepSpeedDestination(Destination):
     """One checkpoint: the folder `<root>/<tag>`, which DeepSpeed calls `<save_dir>/<full_tag>`.
 
-    DeepSpeed's tags may hold "/": then the root of the checkpoint lies below `save_dir`. `ranks` are those that save under
-    this tag, ascending: all of them, unless the training script has given its ranks different tags.
+    DeepSpeed's tags may hold "/": then the root of the checkpoint lies below `save_dir`. `ranks` are those that save
+    under this tag, ascending: all of them, unless the training script has given its ranks different tags.
     """
 
     save_dir: str
@@ -27,14 +27,17 @@ class DeepSpeedDestination(Destination):
 
     @classmethod
     def of(cls, info: Any, save_dir: str | None, tags: Sequence[str]) -> DeepSpeedDestination:
-        """From a `CheckpointCommitInfo`, or from a bare tag and the engine's own `save_dir`; `tags` are those of all ranks.
+        """From a `CheckpointCommitInfo`, or from a bare tag and the engine's own `save_dir`; `tags` are those of all
+        ranks.
 
         Raises:
             ConfigError: no save_dir is known. UnsafePathError: the tag leaves the save_dir.
         """
         given = getattr(info, "save_dir", save_dir)
         if given is None:
-            raise ConfigError("a bare tag needs save_dir: give it to AsyncDeepSpeedEngine, or pass a CheckpointCommitInfo")
+            raise ConfigError(
+                "a bare tag needs save_dir: give it to AsyncDeepSpeedEngine, or pass a CheckpointCommitInfo"
+            )
         base, full_tag = os.path.abspath(os.fspath(given)), tag_of(info)
         folder = os.path.normpath(os.path.join(base, full_tag))
         if not folder.startswith(base.rstrip("/") + "/"):

@@ -42,12 +42,13 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
     Every method is for the training thread, and on many ranks for all of them in the same order.
 
     Args:
-        config_params: a save_dir, a mapping of `EngineConfig` fields, or whatever DeepSpeed hands to its engines (ignored).
+        config_params: a save_dir, a mapping of `EngineConfig` fields, or whatever DeepSpeed hands to its engines
+            (ignored).
         save_dir: where checkpoints usually go; other directories work too. Given, staging memory is prepared at once.
         overlap: commit in the background, over many steps.
         node_local: each node has a save_dir of its own (DeepSpeed's `use_node_local_storage`).
-        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds; after that
-            the checkpoint fails on all ranks.
+        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds; after
+            that the checkpoint fails on all ranks.
         config: `EngineConfig` fields, except `root`, `overwrite` ("replace" here), `coordinator` and `format`.
 
     Raises:
@@ -125,8 +126,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
 
         Raises:
-            As `AsyncCheckpointEngine.save`. On many ranks the failure of one is kept until the save is complete, because
-            the others are on their way to DeepSpeed's next barrier; it is raised where theirs is.
+            As `AsyncCheckpointEngine.save`. On many ranks the failure of one is kept until the save is complete,
+            because the others are on their way to DeepSpeed's next barrier; it is raised where theirs is.
         """
         inside = None if self._destination is None else self._destination.inside(path)
         if not inside:
@@ -195,7 +196,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
                 self._inner.close()
 
     def preserves_storage_sharing(self) -> bool:
-        """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them first."""
+        """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them
+        first.
+        """
         return not self._config["compact_views"]
 
     # What DeepSpeed's interface lacks; `attach` calls these.
@@ -207,7 +210,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._inner.guard(*optimizers)
 
     def seal(self) -> bool:
-        """The open checkpoint's saves are complete: commit it in the background. Returns at once; False if none is open."""
+        """The open checkpoint's saves are complete: commit it in the background. Returns at once; False if none is
+        open.
+        """
         failed = self._failed
         if failed is not None:
             self._give_up(failed, is_raised=False)
@@ -221,7 +226,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         return True
 
     def abandon(self, error: BaseException) -> None:
-        """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its writes.
+        """Give the open checkpoint up, if there is one: nothing of it becomes visible, on no rank. Blocks for its
+        writes.
 
         The caller raises `error`; the other ranks learn it in the background.
         """
@@ -271,7 +277,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     @contextlib.contextmanager
     def _deferring(self) -> Iterator[None]:
-        """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the others."""
+        """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the
+        others.
+        """
         try:
             yield
         except CheckpointError as error:
@@ -299,7 +307,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("root", "overwrite", "coordinator", "format"):
         if name in config:
-            raise ConfigError(f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)")
+            raise ConfigError(
+                f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)"
+            )
     checked = {"compact_views": True, **config}
     EngineConfig.from_params(".", **checked)
     return checked

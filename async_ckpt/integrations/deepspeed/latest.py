@@ -1,4 +1,6 @@
-"""DeepSpeed's `latest` file, and other single files beside the checkpoints: each is whole, old or new, at any moment."""
+"""DeepSpeed's `latest` file, and other single files beside the checkpoints: each is whole, old or new, at any
+moment.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
         filesystem.fsync_dir(save_dir)
     except OSError as error:
         raise CommitError(
-            f"checkpoint {tag!r} is committed and whole in {save_dir!r}, but {path!r} could not be made to name it: {error}",
+            f"checkpoint {tag!r} is committed and whole in {save_dir!r}, but {path!r} could not be made to name "
+            f"it: {error}",
             step="latest",
             errno=error.errno,
             path=path,
@@ -78,4 +81,6 @@ def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:
             raise
         filesystem.fsync_dir(folder)
     except OSError as error:
-        raise WriteError(f"saving {name!r} failed; what was there before is unchanged", errno=error.errno, path=path) from error
+        raise WriteError(
+            f"saving {name!r} failed; what was there before is unchanged", errno=error.errno, path=path
+        ) from error

@@ -33,8 +33,8 @@ class _Outcome:
 class Outcomes:
     """Checkpoints whose saves are over and whose outcome has not been reported yet. Training thread only.
 
-    Guarantees: with the same calls in the same order, `settle` and `next` report the same checkpoints on every rank, and
-    a failure of any rank is raised by the same call on all of them.
+    Guarantees: with the same calls in the same order, `settle` and `next` report the same checkpoints on every rank,
+    and a failure of any rank is raised by the same call on all of them.
     """
 
     def __init__(self, agreement: Agreement, patience_s: float) -> None:
@@ -49,14 +49,18 @@ class Outcomes:
         """The next checkpoint to be added has been opened."""
         self._mark = self._agreement.mark()
 
-    def add(self, info: Any, pending: PendingCommit | None, error: BaseException | None = None, *, is_raised: bool = False) -> None:
+    def add(
+        self, info: Any, pending: PendingCommit | None, error: BaseException | None = None, *, is_raised: bool = False
+    ) -> None:
         """`pending` is on its way; without one the checkpoint was given up because of `error`."""
         self._waiting.append(_Outcome(self._num_added, info, pending, error, is_raised, self._mark))
         self._num_added += 1
 
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended on this rank, oldest first."""
-        return [outcome.pending for outcome in self._waiting if outcome.pending is not None and not outcome.pending.done()]
+        return [
+            outcome.pending for outcome in self._waiting if outcome.pending is not None and not outcome.pending.done()
+        ]
 
     def report_last(self) -> None:
         """Wait for the one added last; raise its failure."""

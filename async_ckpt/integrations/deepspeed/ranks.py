@@ -59,13 +59,17 @@ class Ranks:
             return LocalCoordinator()
         node = self.node
         if len(ranks) < self.world_size and node is not None:
-            raise ConfigError(f"ranks {ranks} save under a tag of their own; with use_node_local_storage all ranks must have the same")
+            raise ConfigError(
+                f"ranks {ranks} save under a tag of their own; with use_node_local_storage all ranks must have the same"
+            )
         from ...ranks.rank_coordinator import RankCoordinator
 
         # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
         channel = "all" if len(ranks) == self.world_size else f"{crc32(repr(ranks).encode()):08x}"
         mine, size = ranks.index(self.rank), len(ranks)
-        return RankCoordinator(self.store, mine, size, timeout_s=timeout_s, node=node, run_id="deepspeed", channel=channel)
+        return RankCoordinator(
+            self.store, mine, size, timeout_s=timeout_s, node=node, run_id="deepspeed", channel=channel
+        )
 
 
 def _this_node(rank: int, world_size: int) -> Node:
@@ -75,7 +79,9 @@ def _this_node(rank: int, world_size: int) -> Node:
     local_rank = _number("LOCAL_RANK")
     first = rank - local_rank
     last = min(first + _number("LOCAL_SIZE", "LOCAL_WORLD_SIZE"), world_size)
-    return Node(_number("CROSS_RANK", "GROUP_RANK"), _number("CROSS_SIZE", "GROUP_WORLD_SIZE"), tuple(range(first, last)))
+    return Node(
+        _number("CROSS_RANK", "GROUP_RANK"), _number("CROSS_SIZE", "GROUP_WORLD_SIZE"), tuple(range(first, last))
+    )
 
 
 def _number(*names: str) -> int:

@@ -1,4 +1,5 @@
-"""Whoever reads checkpoints in this process first waits for those that are on their way: another engine, or one of DeepSpeed's tools.
+"""Whoever reads checkpoints in this process first waits for those that are on their way: another engine, or one of
+DeepSpeed's tools.
 
 Stock DeepSpeed's files are there when `save_checkpoint` returns. So another attached engine's `load_checkpoint`,
 ``zero_to_fp32`` and ``ds_to_universal`` must find them, if they are called right after it.

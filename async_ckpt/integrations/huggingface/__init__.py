@@ -7,8 +7,8 @@
     trainer.train(resume_from_checkpoint=True)
 
 or, for a class of one's own, ``class MyTrainer(AsyncCheckpointTrainerMixin, Trainer)``. Checkpoints keep their names,
-files and formats (``checkpoint-500/model.safetensors``, ``optimizer.pt``, ...), plus a manifest: ``from_pretrained`` and
-stock `Trainer` read them. A directory appears under its name in one rename, when all of it is durable.
+files and formats (``checkpoint-500/model.safetensors``, ``optimizer.pt``, ...), plus a manifest: ``from_pretrained``
+and stock `Trainer` read them. A directory appears under its name in one rename, when all of it is durable.
 
 For Accelerate: `save_accelerator_state` and `load_accelerator_state`. Needs ``pip install 'async-ckpt[huggingface]'``;
 run with transformers 5.24.0 and accelerate 1.15.0, and with 4.57.6 and 1.10.1.

@@ -11,19 +11,32 @@ from typing import Any
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.interface import StrPath
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError, RankFailedError, report
+from ...errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    RankFailedError,
+    report,
+)
 from ...reading.catalog import Catalog
 from .capture import capture, require
 from .resume import verify_directory
 
 
 def save_accelerator_state(
-    accelerator: Any, engine: AsyncCheckpointEngine, tag: str, *, metadata: Mapping[str, Any] | None = None, **options: Any
+    accelerator: Any,
+    engine: AsyncCheckpointEngine,
+    tag: str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> PendingCommit:
     """``accelerator.save_state`` as checkpoint `tag` of `engine`: same files, written in the background.
 
     Models, optimizers, schedulers, scaler, samplers, random states, registered objects and hooks, as Accelerate saves
-    them. Blocks for the copy (less with ``engine.guard``). On many ranks, call it on each, with engines that share a coordinator.
+    them. Blocks for the copy (less with ``engine.guard``). On many ranks, call it on each, with engines that share a
+    coordinator.
 
     Args:
         metadata: JSON values for the manifest.
@@ -45,7 +58,9 @@ def save_accelerator_state(
         raise
 
 
-def load_accelerator_state(accelerator: Any, engine: AsyncCheckpointEngine | StrPath, tag: str | None = None, **options: Any) -> str:
+def load_accelerator_state(
+    accelerator: Any, engine: AsyncCheckpointEngine | StrPath, tag: str | None = None, **options: Any
+) -> str:
     """Verify a checkpoint, then ``accelerator.load_state`` from it. Returns the tag. Blocks; waits for pending commits.
 
     On many ranks, call it on each: one rank of each node reads, and all take the same checkpoint or raise alike.
@@ -56,7 +71,8 @@ def load_accelerator_state(accelerator: Any, engine: AsyncCheckpointEngine | Str
         options: of ``load_state``.
 
     Raises:
-        CheckpointNotFoundError, CorruptCheckpointError. CheckpointError: the pending commit of this tag failed, or another rank's
+        CheckpointNotFoundError, CorruptCheckpointError. CheckpointError: the pending commit of this tag failed, or
+        another rank's
             look at it.
     """
     require("accelerate")
@@ -87,7 +103,9 @@ def _agree(accelerator: Any, catalog: Catalog, tag: str | None) -> str:
             raise failure
         told = next(((rank, text) for rank, (_, text) in enumerate(said) if text is not None), None)
         if told is not None:
-            raise RankFailedError(f"rank {told[0]} could not read the checkpoints: {told[1]}", rank=told[0], step="load")
+            raise RankFailedError(
+                f"rank {told[0]} could not read the checkpoints: {told[1]}", rank=told[0], step="load"
+            )
         return [found for found, _ in said]
 
     def verify(name: str) -> str:
@@ -117,8 +135,11 @@ def _agree(accelerator: Any, catalog: Catalog, tag: str | None) -> str:
 def _check(accelerator: Any) -> None:
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise ConfigError(
-            "automatic_checkpoint_naming names and deletes checkpoints itself; leave it off: the tag is the name, `retention` deletes"
+            "automatic_checkpoint_naming names and deletes checkpoints itself; leave it off: the tag is the "
+            "name, `retention` deletes"
         )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TPU"):
-        raise ConfigError(f"{kind} state is sharded by its own writers; use async_ckpt.integrations.dcp or .deepspeed for it")
+        raise ConfigError(
+            f"{kind} state is sharded by its own writers; use async_ckpt.integrations.dcp or .deepspeed for it"
+        )

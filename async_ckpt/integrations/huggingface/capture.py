@@ -2,8 +2,9 @@
 
 The framework's own code runs as it is, with a scratch directory for its output, so that whatever it or a subclass
 saves is saved (adapters, shards, tokenizers, code). Its two ways of writing tensors, ``torch.save`` and
-``safetensors.torch.save_file``, are exchanged meanwhile for ones that snapshot into the engine; what reaches the scratch directory
-by any other way is small, and is added as it is. A way that this module does not know costs time, never content.
+``safetensors.torch.save_file``, are exchanged meanwhile for ones that snapshot into the engine; what reaches the
+scratch directory by any other way is small, and is added as it is. A way that this module does not know costs time,
+never content.
 
 Guarantees:
 - Only calls of this thread, with a path below the scratch directory and without unusual options, are taken over.
@@ -42,7 +43,9 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         name, hint = module.split(".")[0], "install it with: pip install 'async-ckpt[huggingface]'"
-        raise ImportError(f"the Hugging Face integration needs {name}, which cannot be imported ({error}); {hint}") from error
+        raise ImportError(
+            f"the Hugging Face integration needs {name}, which cannot be imported ({error}); {hint}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     """The newest ``checkpoint-<step>`` below `output_dir` whose every byte is as committed; None if there is none.
 
     Damaged ones are skipped, and so are directories without a manifest (stock `Trainer`'s, which may be parts), with a
-    warning. Only where nothing has a manifest, the newest directory that stock `Trainer` has completed is taken. Blocks for the reading.
+    warning. Only where nothing has a manifest, the newest directory that stock `Trainer` has completed is taken. Blocks
+    for the reading.
 
     Raises:
         CorruptCheckpointError: there are checkpoints with a manifest, and all are damaged.
@@ -46,7 +47,12 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
             damaged = damaged or error
             continue
         if foreign:
-            report(logging.WARNING, "%s and %d others have no manifest and are not resumed from", foreign[0], len(foreign) - 1)
+            report(
+                logging.WARNING,
+                "%s and %d others have no manifest and are not resumed from",
+                foreign[0],
+                len(foreign) - 1,
+            )
         return path
     if damaged is not None:
         raise damaged
@@ -58,17 +64,22 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
 
 
 def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> None:
-    """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be replaced. Blocks.
+    """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be
+    replaced. Blocks.
 
     Every rank calls it, so that all of them refuse alike; one of those that share the directory `adopts`.
 
     Raises:
-        ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes there.
+        ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes
+            there.
     """
     fs: FileSystem = LocalFileSystem()
     for path in _newest_first(run_dir):
         folder, name = os.path.split(path)
-        if not step < int(name.rpartition("-")[2]) <= last_step or fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing":
+        if (
+            not step < int(name.rpartition("-")[2]) <= last_step
+            or fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing"
+        ):
             continue
         if os.listdir(path) == [JIT_MARKER]:
             continue
@@ -79,13 +90,15 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
                 adopt(fs, folder, name)
         except (CheckpointError, OSError) as error:
             message = (
-                f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or delete it. Nothing was changed"
+                f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or "
+                "delete it. Nothing was changed"
             )
             raise ConfigError(message) from error
 
 
 def verify_directory(path: str, fs: ReadSide) -> Manifest:
-    """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are fine.
+    """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are
+    fine.
 
     Raises:
         CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
@@ -101,5 +114,9 @@ def _newest_first(root: str) -> list[str]:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = {int(match[1]): name for name in names if (match := _NAME.fullmatch(name)) and os.path.isdir(os.path.join(root, name))}
+    steps = {
+        int(match[1]): name
+        for name in names
+        if (match := _NAME.fullmatch(name)) and os.path.isdir(os.path.join(root, name))
+    }
     return [os.path.join(root, steps[step]) for step in sorted(steps, reverse=True)]

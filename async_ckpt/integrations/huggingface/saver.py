@@ -41,7 +41,10 @@ class Saver:
     def __init__(self, config: Mapping[str, Any]) -> None:
         own = [name for name in _OWN_FIELDS if name in config]
         if own:
-            raise ConfigError(f"Trainer's own settings decide {', '.join(own)}: output_dir, safetensors, and that a step is saved again")
+            raise ConfigError(
+                f"Trainer's own settings decide {', '.join(own)}: output_dir, safetensors, and that a step is "
+                "saved again"
+            )
         EngineConfig.from_params({"root": ".", **config})
         self._config = dict(config)
         self._engine: AsyncCheckpointEngine | None = None
@@ -53,7 +56,9 @@ class Saver:
         """The engine that does the work; None before the first save and after training."""
         return self._engine
 
-    def open(self, root: str, *, world_size: int, save_on_each_node: bool, retention: RetentionPolicy | None) -> AsyncCheckpointEngine:
+    def open(
+        self, root: str, *, world_size: int, save_on_each_node: bool, retention: RetentionPolicy | None
+    ) -> AsyncCheckpointEngine:
         """The engine for `root`; another root's is finished first."""
         if self._engine is not None and self._root != root:
             self.close()

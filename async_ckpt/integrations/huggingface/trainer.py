@@ -30,24 +30,31 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     """Put it before `Trainer` (or a subclass) in a class's bases, or use `attach`. Everything else stays as it is.
 
     Guarantees:
-    - A save has copied the state when training goes on (with ``guard=True``: protected it until the next optimizer step).
+    - A save has copied the state when training goes on (with ``guard=True``: protected it until the next optimizer
+      step).
     - ``checkpoint-<step>`` appears in one rename, complete and durable; a killed save leaves nothing under such a name.
-    - ``resume_from_checkpoint=True`` takes the newest checkpoint whose every byte verifies; a path that is given is verified too.
-    - ``save_total_limit`` deletes only after the newer checkpoint is durable, never the best one; ``load_best_model_at_end`` waits.
+    - ``resume_from_checkpoint=True`` takes the newest checkpoint whose every byte verifies; a path that is given is
+      verified too.
+    - ``save_total_limit`` deletes only after the newer checkpoint is durable, never the best one;
+      ``load_best_model_at_end`` waits.
     - A failed commit raises at the next step, and at the end of `train` at the latest.
 
     ``on_save`` comes when the snapshot is taken, as the checkpoint is still on its way. Callbacks that want the files
-    (to upload them, say) define ``on_checkpoint_committed(args, state, control, checkpoint, **kwargs)``: it is called on the
-    training thread, at the end of a step, with the path of each committed checkpoint. ``push_to_hub`` works that way too.
+    (to upload them, say) define ``on_checkpoint_committed(args, state, control, checkpoint, **kwargs)``: it is called
+    on the training thread, at the end of a step, with the path of each committed checkpoint. ``push_to_hub`` works that
+    way too.
 
     Args:
         async_ckpt: `EngineConfig` fields, such as ``{"staging_bytes": 4 << 30}``; not root, format and overwrite.
-        guard: copy parameters and optimizer state behind the next forward and backward instead of inside the save. Not the
-            default: only for training in which nothing but the optimizer's own step changes them. `train` refuses optimizers and
-            layers that are known to change weights otherwise; others fail a checkpoint with `TornSnapshotError`.
+        guard: copy parameters and optimizer state behind the next forward and backward instead of inside the save. Not
+            the default: only for training in which nothing but the optimizer's own step changes them. `train` refuses
+            optimizers and layers that are known to change weights otherwise; others fail a checkpoint with
+            `TornSnapshotError`.
     """
 
-    def __init__(self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = False, **kwargs: Any
+    ) -> None:
         require("transformers")
         super().__init__(*args, **kwargs)
         self._set_up_async(async_ckpt or {}, guard)
@@ -56,7 +63,8 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         """As `Trainer.train`; returns when every checkpoint is committed.
 
         Raises:
-            CheckpointError: a checkpoint could not be committed. CorruptCheckpointError: there is nothing whole to resume from.
+            CheckpointError: a checkpoint could not be committed. CorruptCheckpointError: there is nothing whole to
+                resume from.
         """
         resume = self._resolve_resume(resume_from_checkpoint)
         try:
@@ -138,7 +146,9 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             self._scratch = None
 
     def _name_best(self, scratch: str, run_dir: str, tag: str) -> None:
-        """Stock code has seen the scratch directory: give the best checkpoint its final path, in the saved state too."""
+        """Stock code has seen the scratch directory: give the best checkpoint its final path, in the saved state
+        too.
+        """
         best = self.state.best_model_checkpoint
         if best is not None and os.path.dirname(os.path.abspath(best)) == scratch:
             self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
@@ -184,14 +194,16 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
 def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
     """Make an existing `Trainer` (or SFTTrainer, Seq2SeqTrainer, ...) save asynchronously; returns it.
 
-    Its class becomes one that derives from `AsyncCheckpointTrainerMixin` and from its own class. Call it before ``train``.
+    Its class becomes one that derives from `AsyncCheckpointTrainerMixin` and from its own class. Call it before
+    ``train``.
 
     Args:
         guard: as in `AsyncCheckpointTrainerMixin`.
         config: `EngineConfig` fields, such as ``staging_bytes``.
 
     Raises:
-        ImportError: transformers is missing; names the extra. ConfigError: no `Trainer`, attached already, or a wrong field.
+        ImportError: transformers is missing; names the extra. ConfigError: no `Trainer`, attached already, or a wrong
+            field.
     """
     stock = require("transformers").Trainer
     if not isinstance(trainer, stock) or isinstance(trainer, AsyncCheckpointTrainerMixin):
@@ -199,7 +211,9 @@ def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
     # A wrong field must leave the trainer as it was.
     Saver(config)
     kind = type(trainer)
-    trainer.__class__ = type(f"Async{kind.__name__}", (AsyncCheckpointTrainerMixin, kind), {"__module__": kind.__module__})
+    trainer.__class__ = type(
+        f"Async{kind.__name__}", (AsyncCheckpointTrainerMixin, kind), {"__module__": kind.__module__}
+    )
     trainer._set_up_async(config, guard)
     return trainer
 
@@ -210,7 +224,10 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
 
     class AsyncCheckpointWatcher(base):  # type: ignore[misc, valid-type]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not state.is_hyper_param_search:
+            if (
+                str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+                and not state.is_hyper_param_search
+            ):
                 _check_supported(trainer)
                 run_dir = os.path.abspath(args.output_dir)
                 adopt_ahead(run_dir, state.global_step, state.max_steps, adopts=args.should_save)
@@ -224,19 +241,26 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
 
 def _check_supported(trainer: Any) -> None:
     if trainer.is_deepspeed_enabled:
-        raise ConfigError("DeepSpeed saves its own state: use async_ckpt.integrations.deepspeed.attach(trainer.deepspeed) instead")
+        raise ConfigError(
+            "DeepSpeed saves its own state: use async_ckpt.integrations.deepspeed.attach(trainer.deepspeed) instead"
+        )
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         raise ConfigError(
-            "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use async_ckpt.integrations.dcp"
+            "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use "
+            "async_ckpt.integrations.dcp"
         )
     if trainer._guards and any(name in str(trainer.args.optim) for name in _STEPS_IN_BACKWARD):
-        raise ConfigError(f"guard=True cannot protect {trainer.args.optim}: it steps inside the backward pass. Give guard=False")
+        raise ConfigError(
+            f"guard=True cannot protect {trainer.args.optim}: it steps inside the backward pass. Give guard=False"
+        )
     if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
         raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
 
 
 def _remove_jit_marker(path: str) -> None:
-    """Trainer's just-in-time saving marks a directory as incomplete before it saves into it; ours is never incomplete."""
+    """Trainer's just-in-time saving marks a directory as incomplete before it saves into it; ours is never
+    incomplete.
+    """
     if os.path.isdir(path) and os.listdir(path) == [JIT_MARKER]:
         os.unlink(os.path.join(path, JIT_MARKER))
         os.rmdir(path)

@@ -36,12 +36,14 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     - No older checkpoint is deleted, and no ``last.ckpt`` link switched, before the newer one is durable.
     - `load_checkpoint` waits for what is pending and compares every byte with the manifest.
 
-    One thread at a time. May be used for several ``fit`` calls. A save by hand (``trainer.save_checkpoint``) after ``fit`` has ended
-    returns when the file is there: no training overlaps with it, and nothing would tear down after it.
+    One thread at a time. May be used for several ``fit`` calls. A save by hand (``trainer.save_checkpoint``) after
+    ``fit`` has ended returns when the file is there: no training overlaps with it, and nothing would tear down after
+    it.
 
     Args:
-        guard: make saves lazy for the trainer's optimizers, from the start of each ``fit`` on. Not the default: only for
-            training in which nothing but an optimizer's own step changes its tensors (no `EMAWeightAveraging`, say).
+        guard: make saves lazy for the trainer's optimizers, from the start of each ``fit`` on. Not the default: only
+            for training in which nothing but an optimizer's own step changes its tensors (no `EMAWeightAveraging`,
+            say).
         on_commit: called with the path of each committed file, on a background thread, in order; it may block (an
             upload), and the file is not deleted before it returns.
         verify: "full" checks every byte on load, "off" nothing.
@@ -53,11 +55,18 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, guard: bool = False, on_commit: Callable[[str], object] | None = None, verify: str = "full", **config: Any
+        self,
+        *,
+        guard: bool = False,
+        on_commit: Callable[[str], object] | None = None,
+        verify: str = "full",
+        **config: Any,
     ) -> None:
         own = [name for name in _OWN_FIELDS if name in config]
         if own:
-            raise ConfigError(f"AsyncCkptIO sets {', '.join(own)} itself: Lightning's callbacks decide where files go and which stay")
+            raise ConfigError(
+                f"AsyncCkptIO sets {', '.join(own)} itself: Lightning's callbacks decide where files go and which stay"
+            )
         checked = EngineConfig.from_params({"root": ".", **config})
         self._config = config
         self._guards = guard
@@ -78,13 +87,18 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Snapshot `checkpoint` and write it to `path` in the background; after `teardown`, until the file is there.
 
-        Blocks for the copy (about one memcpy), while staging memory is full, and while `max_pending_commits` are unfinished.
+        Blocks for the copy (about one memcpy), while staging memory is full, and while `max_pending_commits` are
+        unfinished.
 
         Raises:
-            CheckpointError: this snapshot cannot be taken, or an earlier save failed. Anything that an `on_commit` hook raised.
+            CheckpointError: this snapshot cannot be taken, or an earlier save failed. Anything that an `on_commit` hook
+                raised.
         """
         if storage_options is not None:
-            raise TypeError("`Trainer.save_checkpoint(..., storage_options=...)` is not supported by AsyncCkptIO: it writes local files")
+            raise TypeError(
+                "`Trainer.save_checkpoint(..., storage_options=...)` is not supported by AsyncCkptIO: it writes "
+                "local files"
+            )
         place = Place.of(path)
         self._raise_failure()
         engine, after = self._running(place)
@@ -116,7 +130,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             weights_only: None is what the installed Lightning uses by itself.
 
         Raises:
-            CheckpointNotFoundError (a FileNotFoundError), CorruptCheckpointError. CheckpointError: the save to this path failed.
+            CheckpointNotFoundError (a FileNotFoundError), CorruptCheckpointError. CheckpointError: the save to this
+            path failed.
         """
         place = Place.of(path)
         if self._after is not None:
@@ -126,11 +141,15 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 raise error
         try_settle(self._filesystem, place.folder)
         only = default_weights_only() if weights_only is None else weights_only
-        loaded: dict[str, Any] = load_file(self._filesystem, place, map_location=map_location, weights_only=only, verify=self._verify)
+        loaded: dict[str, Any] = load_file(
+            self._filesystem, place, map_location=map_location, weights_only=only, verify=self._verify
+        )
         return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a file, pending ones too, once all saves before this call are durable. A missing one is fine. Does not block."""
+        """Delete a file, pending ones too, once all saves before this call are durable. A missing one is fine. Does not
+        block.
+        """
         place = Place.of(path)
         if self._after is not None:
             self._after.remove(place)
@@ -141,7 +160,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         """Block until everything is committed, linked and deleted; stop all threads. The plugin can be used again.
 
         Raises:
-            CheckpointError: the first failure that was not raised yet; while another exception is on its way out, it is logged instead.
+            CheckpointError: the first failure that was not raised yet; while another exception is on its way out, it is
+                logged instead.
         """
         self._is_over = True
         engine, after = self._engine, self._after
@@ -163,7 +183,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     # What Lightning does not ask for.
 
     def prepare(self, dirpath: Any) -> None:
-        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does it.
+        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does
+        it.
 
         From now on until `teardown`, saves go on in the background.
         """
@@ -192,7 +213,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             self._raise_failure()
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in ``on_fit_start``.
+        """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in
+        ``on_fit_start``.
 
         Raises:
             ConfigError: one of them changes weights outside of its own step.
@@ -224,7 +246,9 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     def _running(self, place: Place) -> tuple[AsyncCheckpointEngine, FollowUps]:
         if self._engine is None or self._after is None or self._coordinator is None:
             self._coordinator = FileCoordinator(sweep=self._sweeps)
-            self._engine = AsyncCheckpointEngine(root=place.root, overwrite="replace", coordinator=self._coordinator, **self._config)
+            self._engine = AsyncCheckpointEngine(
+                root=place.root, overwrite="replace", coordinator=self._coordinator, **self._config
+            )
             self._engine.guard(*self._guarded)
             self._after = FollowUps(self._filesystem, self._coordinator, self._on_commit)
         self._coordinator.prepare(place)

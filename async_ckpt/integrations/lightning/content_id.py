@@ -1,8 +1,9 @@
-"""Whether a `.ckpt` file that differs from its manifest is that file, damaged, or another one that somebody put in its place.
+"""Whether a `.ckpt` file that differs from its manifest is that file, damaged, or another one that somebody put in its
+place.
 
-torch writes an id into each file, made of its records' names and CRCs, and the manifest keeps it: a file with the same id, or
-with none that can be read, is the committed one and damaged, wherever it was copied to. One with another id was written by
-somebody else, and is whole if its own CRCs say so.
+torch writes an id into each file, made of its records' names and CRCs, and the manifest keeps it: a file with the same
+id, or with none that can be read, is the committed one and damaged, wherever it was copied to. One with another id was
+written by somebody else, and is whole if its own CRCs say so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _RECORD = ".data/serialization_id"
 
 
 def read_content_id(file: ReadableFile) -> str | None:
-    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three reads."""
+    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
+    reads.
+    """
 
     def pread(offset: int, num_bytes: int) -> bytes:
         memory = bytearray(num_bytes)
@@ -47,7 +50,15 @@ def check_own_crcs(path: str) -> None:
         with zipfile.ZipFile(os.fspath(path)) as archive:
             bad = archive.testzip()
     # zipfile raises its own, zlib's and struct's errors, and plain ones.
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise CorruptCheckpointError(f"{path} is no whole torch file: {error}", path=path) from error
     if bad is not None:
         raise CorruptCheckpointError(f"{path} is damaged in record {bad[:200]!a}", path=path, record=bad[:200])

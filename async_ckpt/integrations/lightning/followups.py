@@ -1,7 +1,8 @@
 """What must come after a commit, in the order Lightning asked for it: hooks, links, deletions. One background thread.
 
 Guarantees:
-- A file is deleted only after every save that was asked for before has been committed; if one of those failed, the file stays.
+- A file is deleted only after every save that was asked for before has been committed; if one of those failed, the file
+  stays.
 - A link is switched, in one rename, only after its target was committed; a file that a link still points to is deleted
   after the link has moved on, or at the end.
 - `on_commit` sees a file that is complete and durable, and that is not deleted before it returns.
@@ -81,7 +82,9 @@ class FollowUps:
     def is_pending(self, place: Place) -> bool:
         """Whether a save to this path has not ended, and no removal was asked for since."""
         newest = self._numbers.get(place.final, 0)
-        return newest > self._removed.get(place.final, 0) and any(s.place == place and not s.pending.done() for s in self._unended())
+        return newest > self._removed.get(place.final, 0) and any(
+            s.place == place and not s.pending.done() for s in self._unended()
+        )
 
     def failure_of(self, place: Place) -> BaseException | None:
         """Why the newest save to this path failed, if it has."""
@@ -132,7 +135,11 @@ class FollowUps:
             report(logging.ERROR, "after a checkpoint was committed: %s", error)
 
     def _ended(self, save: _Save) -> None:
-        if save.pending.exception() is None and self.on_commit is not None and self.filesystem.stat(save.place.final).kind == "file":
+        if (
+            save.pending.exception() is None
+            and self.on_commit is not None
+            and self.filesystem.stat(save.place.final).kind == "file"
+        ):
             self.on_commit(save.place.final)
         self._retry_postponed(force=False)
 
@@ -146,7 +153,12 @@ class FollowUps:
     def _remove(self, place: Place, number: int, before: list[_Save]) -> None:
         failed = [save for save in before if save.pending.exception() is not None]
         if failed:
-            report(logging.WARNING, "%s is kept: the save of %s, which was to replace it, failed", place.final, failed[0].place.final)
+            report(
+                logging.WARNING,
+                "%s is kept: the save of %s, which was to replace it, failed",
+                place.final,
+                failed[0].place.final,
+            )
             return
         if self._is_linked(place):
             self._postponed.append((place, number))

@@ -2,8 +2,9 @@
 
 `ModelCheckpoint` looks at the disk to choose a free file name, and points ``last.ckpt`` at a file in the moment it is
 saved. Neither is right for a file that is still on its way, and a plugin is not asked: so the two methods are wrapped,
-`setup` too, which is the first to know the directory (staging memory is prepared then instead of in the first save), and
-`on_train_start`, the first to know the optimizers. They behave as before under every trainer whose plugin is not ours.
+`setup` too, which is the first to know the directory (staging memory is prepared then instead of in the first save),
+and `on_train_start`, the first to know the optimizers. They behave as before under every trainer whose plugin is not
+ours.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def checkpoint_io_class() -> Any:
         except ImportError as error:
             failures.append(str(error))
     hint = "install it with: pip install 'async-ckpt[lightning]'"
-    raise ImportError(f"the Lightning integration needs lightning, which cannot be imported ({'; '.join(failures)}); {hint}")
+    raise ImportError(
+        f"the Lightning integration needs lightning, which cannot be imported ({'; '.join(failures)}); {hint}"
+    )
 
 
 def cooperate(plugin_class: Any) -> None:
-    """Let every loaded Lightning package take `plugin_class` for a `CheckpointIO`, and its callback ask it. Idempotent."""
+    """Let every loaded Lightning package take `plugin_class` for a `CheckpointIO`, and its callback ask it.
+    Idempotent.
+    """
     for fabric, pytorch in _PACKAGES:
         if f"{fabric}.plugins" in sys.modules:
             sys.modules[f"{fabric}.plugins"].CheckpointIO.register(plugin_class)
@@ -65,7 +70,10 @@ def default_weights_only() -> bool | None:
     """What this Lightning passes to ``torch.load`` for a local file unless told otherwise: False before 2.6."""
     for fabric, _ in _PACKAGES:
         module = sys.modules.get(f"{fabric}.plugins")
-        if module is not None and "weights_only" in inspect.signature(module.TorchCheckpointIO.load_checkpoint).parameters:
+        if (
+            module is not None
+            and "weights_only" in inspect.signature(module.TorchCheckpointIO.load_checkpoint).parameters
+        ):
             return None
     return False
 

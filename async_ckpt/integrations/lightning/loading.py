@@ -1,7 +1,7 @@
 """Reads a `.ckpt` file back: verified against its manifest where it has one.
 
-Bytes that differ from the manifest are an error, wherever the folder was copied to. Only a file that somebody else put there,
-whole by its own checksums, is read as stock Lightning reads it, with a warning (see `content_id`).
+Bytes that differ from the manifest are an error, wherever the folder was copied to. Only a file that somebody else put
+there, whole by its own checksums, is read as stock Lightning reads it, with a warning (see `content_id`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from .content_id import CONTENT_ID, check_own_crcs, read_content_id
 from .places import DATA_NAME, Place
 
 
-def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weights_only: bool | None, verify: str) -> Any:
+def load_file(
+    filesystem: FileSystem, place: Place, *, map_location: Any, weights_only: bool | None, verify: str
+) -> Any:
     """The object in the file at `place`, a link followed. Blocks.
 
     Raises:
@@ -62,7 +64,10 @@ def load_file(filesystem: FileSystem, place: Place, *, map_location: Any, weight
             raise
         check_own_crcs(place.final)
         report(
-            logging.WARNING, "%s was replaced after this package wrote it; only its own checksums were compared (%s)", place.final, error
+            logging.WARNING,
+            "%s was replaced after this package wrote it; only its own checksums were compared (%s)",
+            place.final,
+            error,
         )
         return _load_unverified(place, map_location, weights_only)
 
@@ -82,7 +87,9 @@ def _manifest(filesystem: FileSystem, place: Place) -> Manifest | None:
     return manifest if manifest.metadata.get("file") == place.name else None
 
 
-def _load_verified(filesystem: FileSystem, place: Place, entry: FileEntry, map_location: Any, weights_only: bool | None) -> Any:
+def _load_verified(
+    filesystem: FileSystem, place: Place, entry: FileEntry, map_location: Any, weights_only: bool | None
+) -> Any:
     file = filesystem.open_read(place.folder, (place.name,), direct=True)
     try:
         verified = VerifiedFile(file, entry, check=True)

@@ -20,7 +20,9 @@ DATA_NAME = "state.ckpt"
 
 
 class Place(Destination):
-    """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a digest of it."""
+    """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a
+    digest of it.
+    """
 
     final: str
     """The file's absolute path."""
@@ -41,7 +43,8 @@ class Place(Destination):
         text = text.removeprefix("file://")
         if "://" in text:
             raise ConfigError(
-                f"AsyncCkptIO writes to local or mounted file systems only, not to {text!r}; use Lightning's own plugin there"
+                f"AsyncCkptIO writes to local or mounted file systems only, not to {text!r}; use Lightning's own "
+                "plugin there"
             )
         return cls(os.path.abspath(text))
 

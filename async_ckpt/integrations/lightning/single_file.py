@@ -1,7 +1,8 @@
 """Commits one file: the core's commit into the hidden folder, then one rename to the path that Lightning chose.
 
 Guarantees:
-- At its final path a file is the old one, the new one, or absent; the new one only once it and its manifest are durable.
+- At its final path a file is the old one, the new one, or absent; the new one only once it and its manifest are
+  durable.
 - A crash between the two renames loses nothing: the next run on that folder makes the second one (`settle`).
 - A publish and a removal of the same folder never overlap.
 """
@@ -49,7 +50,9 @@ class FileCoordinator(LocalCoordinator):
         self.prepare(destination)
         return super().begin(destination, overwrite)
 
-    def publish(self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(
+        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         place = opened.destination
         assert isinstance(place, Place)
         marks = {CONTENT_ID: _content_id(self._fs, opened.location.result())}
@@ -113,7 +116,11 @@ def settle(fs: FileSystem, folder: str) -> None:
             continue
         staged, final = fs.stat(place.staged), fs.stat(place.final)
         if staged.kind == "file" and (final.kind == "missing" or final.mtime_ns <= staged.mtime_ns):
-            report(logging.WARNING, "%s was committed by a process that ended before it was in place; it is moved there now", place.final)
+            report(
+                logging.WARNING,
+                "%s was committed by a process that ended before it was in place; it is moved there now",
+                place.final,
+            )
             move_into_place(fs, place)
         elif staged.kind == "file" or final.kind == "missing":
             forget(fs, place)

@@ -1,4 +1,6 @@
-"""The same calls with DCP's own writer and reader and with ours: the same results, whichever of them reads what the other wrote."""
+"""The same calls with DCP's own writer and reader and with ours: the same results, whichever of them reads what the
+other wrote.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ STATES: dict[str, dict[str, Any]] = {
         "neg": torch.arange(4).to(torch.complex64).mul(1j).conj().imag,
     },
     "odd keys": {"a.b": torch.ones(1), "a/b": torch.ones(2), "": torch.ones(3), "ü": 1},
-    "large": {"x": torch.arange(3 << 18).reshape(-1, 16), "y": torch.arange(3 << 18).to(torch.uint8)[1:], "z": torch.ones(5)},
+    "large": {
+        "x": torch.arange(3 << 18).reshape(-1, 16),
+        "y": torch.arange(3 << 18).to(torch.uint8)[1:],
+        "z": torch.ones(5),
+    },
     "many": {f"t{n}": torch.full((n % 7, 3), float(n)) for n in range(300)},
 }
 
@@ -66,7 +72,13 @@ def blank(state: Any) -> Any:
         return {key: blank(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(map(blank, state))
-    return torch.zeros_like(state, requires_grad=False) if isinstance(state, torch.Tensor) else state if state is None else type(state)()
+    return (
+        torch.zeros_like(state, requires_grad=False)
+        if isinstance(state, torch.Tensor)
+        else state
+        if state is None
+        else type(state)()
+    )
 
 
 def values(state: Any) -> Any:
@@ -115,7 +127,9 @@ def test_any_state(tmp_path: Path, name: str, no_dist: bool) -> None:
     assert_same(values(whole[1]), values(whole[0]))
 
 
-@pytest.mark.parametrize("name", ["views", "tied", "parameters", "dtypes", "bits", "containers", "0-dim", "empty tensors"])
+@pytest.mark.parametrize(
+    "name", ["views", "tied", "parameters", "dtypes", "bits", "containers", "0-dim", "empty tensors"]
+)
 def test_any_state_through_the_stager(tmp_path: Path, name: str) -> None:
     state = STATES[name]
     expected, stager = values(state), ArenaStager()

@@ -27,7 +27,9 @@ from async_ckpt.errors import StateMismatchError
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.objects import why_not_plain
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore:Sparse")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore:Sparse"
+)
 
 
 class Color(enum.Enum):
@@ -85,7 +87,9 @@ PLAIN: dict[str, Any] = {
     "csc": quiet(lambda: torch.eye(4).to_sparse_csc()),
     "quantized": quantized(0.5),
     "quantized by channel": quiet(
-        lambda: torch.quantize_per_channel(torch.ones(3, 4), torch.ones(3), torch.zeros(3, dtype=torch.int64), 0, torch.qint8)
+        lambda: torch.quantize_per_channel(
+            torch.ones(3, 4), torch.ones(3), torch.zeros(3, dtype=torch.int64), 0, torch.qint8
+        )
     ),
     "fp8": torch.arange(3.0).to(torch.float8_e4m3fn),
     "fp4": torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
@@ -129,7 +133,9 @@ def same(a: Any, b: Any) -> bool:
             return a.layout is b.layout and torch.equal(a.to_dense(), b.to_dense())
         if a.is_quantized:
             return torch.equal(a.int_repr(), b.int_repr()) and torch.equal(a.dequantize(), b.dequantize())
-        return a.dtype == b.dtype and a.resolve_conj().contiguous().view(torch.uint8).equal(b.resolve_conj().contiguous().view(torch.uint8))
+        return a.dtype == b.dtype and a.resolve_conj().contiguous().view(torch.uint8).equal(
+            b.resolve_conj().contiguous().view(torch.uint8)
+        )
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and bool((a == b).all())
     if isinstance(a, (list, tuple)):
@@ -159,7 +165,9 @@ def test_plain_data_comes_back(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRUSTED)
-def test_objects_of_other_classes_come_back_on_request(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_objects_of_other_classes_come_back_on_request(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     value = TRUSTED[name]
     with pytest.raises(UnsupportedStateError, match=r"'x'.*weights_only=False"):
         back(tmp_path / "default", value, blank(value))
@@ -167,7 +175,9 @@ def test_objects_of_other_classes_come_back_on_request(tmp_path: Path, name: str
     assert same(value, found)
 
 
-def test_the_save_says_what_a_load_will_not_take_and_the_load_names_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_save_says_what_a_load_will_not_take_and_the_load_names_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     state = {"mode": {"color": Color.RED}, "settings": Settings(), "step": 3}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         save_sharded(engine, "a", state).result()
@@ -239,7 +249,9 @@ CRAFTED = {
     "no pickle": container(b"\xff"),
     "a bytearray by its length": container(b"\x80\x02c__builtin__\nbytearray\nJ" + HUGE + b"\x85R."),
     "a tensor by its length": container(b"\x80\x02ctorch\nFloatTensor\nJ" + HUGE + b"\x85R."),
-    "an array by its shape": container(b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ" + HUGE + b"\x85U\x01b\x87R."),
+    "an array by its shape": container(
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ" + HUGE + b"\x85U\x01b\x87R."
+    ),
 }
 
 

@@ -68,7 +68,9 @@ def image(state: Any, extent_bytes: int) -> bytes:
     for offset, literal in state.plan.literals:
         data[offset : offset + len(literal)] = literal
     for offset, source in zip(state.plan.payload_offsets, state.sources, strict=True):
-        data[offset : offset + source.nbytes] = ctypes.string_at(source.storage.data_ptr() + source.offset_bytes, source.nbytes)
+        data[offset : offset + source.nbytes] = ctypes.string_at(
+            source.storage.data_ptr() + source.offset_bytes, source.nbytes
+        )
     sealer = state.plan.sealer()
     for offset in range(0, len(data), extent_bytes):
         extent = memoryview(data)[offset : offset + extent_bytes]
@@ -142,8 +144,14 @@ def test_a_crafted_metadata_file_runs_nothing() -> None:
 def fitting(**changes: Any) -> Metadata:
     sizes = torch.Size([2, 3])
     chunk = ChunkStorageMetadata(torch.Size([0, 0]), sizes)
-    known: dict[str, Any] = {"x": TensorStorageMetadata(TensorProperties(torch.bfloat16), sizes, [chunk]), "y": BytesStorageMetadata()}
-    stored = {MetadataIndex("x", torch.Size([0, 0]), 0): _StorageInfo("__0_0.distcp", 0, 9), MetadataIndex("y"): _StorageInfo("f", 9, 1)}
+    known: dict[str, Any] = {
+        "x": TensorStorageMetadata(TensorProperties(torch.bfloat16), sizes, [chunk]),
+        "y": BytesStorageMetadata(),
+    }
+    stored = {
+        MetadataIndex("x", torch.Size([0, 0]), 0): _StorageInfo("__0_0.distcp", 0, 9),
+        MetadataIndex("y"): _StorageInfo("f", 9, 1),
+    }
     meta = StorageMeta(Path("/somewhere/s1"), "save id", None)
     fields = {
         "state_dict_metadata": known,
@@ -280,9 +288,18 @@ def test_a_stager_keeps_everything_and_sees_no_later_change() -> None:
     stager = ArenaStager()
     weight = torch.nn.Parameter(torch.randn(5, 5))
     base = COMPLEX.clone()
-    state = {**TENSORS, "conj": base[3:5].conj(), "base": base, "weight": weight, "tied": weight, "row": weight.detach()[1:]}
+    state = {
+        **TENSORS,
+        "conj": base[3:5].conj(),
+        "base": base,
+        "weight": weight,
+        "tied": weight,
+        "row": weight.detach()[1:],
+    }
     state |= {"leaf": torch.ones(2, requires_grad=True), "nested": OrderedDict(a=[1, (torch.arange(3), "x")])}
-    values = {k: v.detach().resolve_conj().resolve_neg().clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    values = {
+        k: v.detach().resolve_conj().resolve_neg().clone() for k, v in state.items() if isinstance(v, torch.Tensor)
+    }
     staged = stager.stage(state)
     with torch.no_grad():
         base.zero_()
@@ -341,7 +358,9 @@ def test_one_process_saves_and_loads_sharded(tmp_path: Path) -> None:
             load_sharded(engine, "none", {"x": torch.ones(1)})
 
 
-def test_a_copy_of_a_tensor_with_gaps_is_made_after_its_counter_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_a_tensor_with_gaps_is_made_after_its_counter_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.ones(100, 100)
     plan = BlobPlanner.tensor
 

@@ -87,7 +87,9 @@ def save(rank: int, path: str, seed: int, how: str) -> Any:
     else:
         kind = getattr(dcp.state_dict_saver.AsyncCheckpointerType, how)
         stager = ArenaStager(to_process=how == "PROCESS")
-        pending: Any = dcp.async_save(state, checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager)
+        pending: Any = dcp.async_save(
+            state, checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager
+        )
         # The snapshot must not see this.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -137,7 +139,12 @@ def save_with_cached_plans(rank: int, folder: str) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for n in range(3):
         state = {"x": distribute_tensor(values + n, mesh, [Shard(0)])}
-        dcp.save(state, checkpoint_id=f"{folder}/s{n}", storage_writer=writer, planner=DefaultSavePlanner(enable_plan_caching=True))
+        dcp.save(
+            state,
+            checkpoint_id=f"{folder}/s{n}",
+            storage_writer=writer,
+            planner=DefaultSavePlanner(enable_plan_caching=True),
+        )
     writer.close()
     found = []
     for n in range(3):
@@ -159,7 +166,9 @@ def save_sharded_steps(rank: int, root: str) -> Any:
         engine.guard(optimizer)
         for step in range(3):
             expected[f"s{step}"] = full(TrainingState(model, optimizer).state_dict())
-            pending = save_sharded(engine, f"s{step}", {"app": TrainingState(model, optimizer), "step": step}, metadata={"step": step})
+            pending = save_sharded(
+                engine, f"s{step}", {"app": TrainingState(model, optimizer), "step": step}, metadata={"step": step}
+            )
             model(torch.ones(4, 13) * step).sum().backward()
             optimizer.step()
             optimizer.zero_grad()

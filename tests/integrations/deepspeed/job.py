@@ -13,7 +13,9 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[3]
 
 
-def run_job(directory: Path, world_size: int, scenarios: list[str], *, timeout_s: float = 300.0) -> dict[str, str | None]:
+def run_job(
+    directory: Path, world_size: int, scenarios: list[str], *, timeout_s: float = 300.0
+) -> dict[str, str | None]:
     """Run the scenarios, in order, on `world_size` ranks; per scenario the first failure, or None.
 
     A scenario that was not reached, or a process that ended badly, is a failure too.
@@ -61,7 +63,9 @@ def start(directory: Path, world_size: int, arguments: list[str]) -> list[subpro
         }
         log = (directory / f"log-{rank}").open("wb")
         processes.append(
-            subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY)
+            subprocess.Popen(
+                [sys.executable, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY
+            )
         )
         log.close()
     return processes

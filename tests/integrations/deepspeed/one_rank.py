@@ -42,7 +42,9 @@ def load_stock(directory: Path, stage: int, dtype: str, tag: str | None = None) 
 
 
 def roundtrip(directory: Path, stage: str, dtype: str) -> None:
-    """Training goes on while the files are held back; what is loaded later, here or by stock DeepSpeed, is the state at the save."""
+    """Training goes on while the files are held back; what is loaded later, here or by stock DeepSpeed, is the state at
+    the save.
+    """
     filesystem = GatedFileSystem()
     engine = make(int(stage), dtype)
     attach(engine, directory, filesystem=filesystem, **SMALL)
@@ -112,7 +114,9 @@ def read_at_once(directory: Path) -> None:
 
 
 def overlap_spans_steps(directory: Path) -> None:
-    """`get_commit_info` says None for as long as the checkpoint is not durable, then names it once; `latest` comes with it."""
+    """`get_commit_info` says None for as long as the checkpoint is not durable, then names it once; `latest` comes with
+    it.
+    """
     filesystem = GatedFileSystem()
     engine = make(2)
     checkpointer = attach(engine, directory, filesystem=filesystem, **SMALL)
@@ -185,7 +189,12 @@ def paths_and_tags(directory: Path) -> None:
     attach(engine, **SMALL)
     train(engine, 1)
     expected = state_of(engine)
-    for save_dir, tag in ((directory / "pathlib", None), (LocalPath(), "a"), (str(directory / "deep"), "epoch1/step 5"), ("relative", "r")):
+    for save_dir, tag in (
+        (directory / "pathlib", None),
+        (LocalPath(), "a"),
+        (str(directory / "deep"), "epoch1/step 5"),
+        ("relative", "r"),
+    ):
         before = os.getcwd()
         os.chdir(directory)
         try:
@@ -249,7 +258,9 @@ def offloaded_tensors(directory: Path) -> None:
         copied = directory / tag / "offloaded_tensors" / "rank00" / "optimizer" / "0.tensor.swp"
         assert copied.read_bytes() == b"moments" * 1000
         assert Catalog(directory).verify(tag).ok
-        assert "offloaded_tensors/rank00/optimizer/0.tensor.swp" in {entry.path for entry in Catalog(directory).manifest(tag).files}
+        assert "offloaded_tensors/rank00/optimizer/0.tensor.swp" in {
+            entry.path for entry in Catalog(directory).manifest(tag).files
+        }
     load_stock(directory, 1, "fp32")
     assert checkpointer.pending() == []
 
@@ -427,7 +438,13 @@ def views_are_compacted(directory: Path) -> None:
     checkpointer = AsyncDeepSpeedEngine(save_dir=directory, **SMALL)
     flat = torch.arange(1_000_000, dtype=torch.float32)
     part = flat[1000:2000].view(10, 100)
-    state = {"weight": part, "tied": part, "other": flat[5000:5010], "size": torch.Size([3, 4]), "grad": (flat[:4].requires_grad_() * 2)}
+    state = {
+        "weight": part,
+        "tied": part,
+        "other": flat[5000:5010],
+        "size": torch.Size([3, 4]),
+        "grad": (flat[:4].requires_grad_() * 2),
+    }
     info = CheckpointCommitInfo(tag="t", save_dir=directory, save_latest=False)
     checkpointer.create(info)
     checkpointer.makedirs(str(directory / "t"), exist_ok=True)
@@ -493,7 +510,9 @@ class Modes:
 
 
 def guarded(directory: Path) -> None:
-    """With guard=True the optimizer's tensors are copied behind the next step, and hold the state at the save all the same."""
+    """With guard=True the optimizer's tensors are copied behind the next step, and hold the state at the save all the
+    same.
+    """
     for stage, dtype in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")):
         own = directory / f"{stage}-{dtype}"
         engine = make(stage, dtype)
@@ -509,7 +528,9 @@ def guarded(directory: Path) -> None:
 
 
 def saved_for_exit(directory: Path) -> None:
-    """Save, and let the process end: no step, no destroy. `loaded_after_exit` looks at the result from a new process."""
+    """Save, and let the process end: no step, no destroy. `loaded_after_exit` looks at the result from a new
+    process.
+    """
     engine = make(2)
     attach(engine, directory.parent / "exit", **SMALL)
     train(engine, 1)

@@ -4,10 +4,10 @@ The processes start slowly, so one of them runs many scenarios; each scenario is
 slow: ``pytest tests/integrations/deepspeed -m slow``.
 
 What DeepSpeed's own engines get wrong, and the scenario that shows it right here: `latest` before the data: slow_rank ·
-torn BatchNorm statistics, non-leaf tensors, files that do not load, names that are not found, no decoupled engine without
-data_parallel: roundtrip · the last save before exit is lost: saved_for_exit · a dead writer is silent: dead_writer · never
-committed by step: overlap_spans_steps · pipelines never commit: pipeline · overwritten in place: latest_is_last_and_atomic,
-same_tag_again · no checksum, no retention: retention.
+torn BatchNorm statistics, non-leaf tensors, files that do not load, names that are not found, no decoupled engine
+without data_parallel: roundtrip · the last save before exit is lost: saved_for_exit · a dead writer is silent:
+dead_writer · never committed by step: overlap_spans_steps · pipelines never commit: pipeline · overwritten in place:
+latest_is_last_and_atomic, same_tag_again · no checksum, no retention: retention.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def test_more_of_deepspeed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="DeepSpeed's extension for NVMe needs libaio-dev to be compiled")
+@pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(), reason="DeepSpeed's extension for NVMe needs libaio-dev to be compiled"
+)
 def test_an_optimizer_swapped_to_files(tmp_path: Path) -> None:
     assert run_job(tmp_path, 1, ["offloaded:3,nvme"], timeout_s=800) == {"offloaded:3,nvme": None}
 
@@ -156,11 +158,17 @@ def test_an_optimizer_swapped_to_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("num_changes", [1, 7, 20])
 def test_all_ranks_killed_in_the_middle_of_saves(tmp_path: Path, world_size: int, num_changes: int) -> None:
-    """SIGKILL after so many changes of the directory: `latest` names a whole checkpoint, which loads; saving goes on."""
+    """SIGKILL after so many changes of the directory: `latest` names a whole checkpoint, which loads; saving goes
+    on.
+    """
     own = tmp_path / "killed"
-    processes = start(tmp_path, world_size, ["-m", "tests.integrations.deepspeed.worker", str(tmp_path), "saves_until_killed"])
+    processes = start(
+        tmp_path, world_size, ["-m", "tests.integrations.deepspeed.worker", str(tmp_path), "saves_until_killed"]
+    )
     deadline, seen, changes = time.monotonic() + 300, set[str](), 0
-    while changes < num_changes and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    while (
+        changes < num_changes and all(process.poll() is None for process in processes) and time.monotonic() < deadline
+    ):
         found = set(os.listdir(own)) if (own / "latest").exists() else seen
         changes += len(found ^ seen)
         seen = found
@@ -176,7 +184,9 @@ def test_all_ranks_killed_in_the_middle_of_saves(tmp_path: Path, world_size: int
 @pytest.mark.leaves_staging
 @pytest.mark.timeout(600)
 def test_a_killed_rank(tmp_path: Path) -> None:
-    """SIGKILL while its file is being written: the other rank's next call raises, nothing is visible, the old one loads."""
+    """SIGKILL while its file is being written: the other rank's next call raises, nothing is visible, the old one
+    loads.
+    """
     processes = start(tmp_path, 2, ["-m", "tests.integrations.deepspeed.worker", str(tmp_path), "killed_rank"])
     finish(processes, 300)
     assert processes[1].returncode == -signal.SIGKILL
@@ -219,4 +229,6 @@ def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_is_the_version_that_was_tried() -> None:
-    assert importlib.metadata.version("deepspeed").startswith("0.19."), "try the slow matrix with this version, then name it"
+    assert importlib.metadata.version("deepspeed").startswith("0.19."), (
+        "try the slow matrix with this version, then name it"
+    )

@@ -1,4 +1,6 @@
-"""More scenarios for one rank: guarded copies byte by byte, experts, DeepSpeed's converters, offloaded optimizers, sudden ends."""
+"""More scenarios for one rank: guarded copies byte by byte, experts, DeepSpeed's converters, offloaded optimizers,
+sudden ends.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Twice:
 
 
 class LateCopies:
-    """Holds the lazy copies back until the optimizer's own step begins: the latest moment at which they may still run."""
+    """Holds the lazy copies back until the optimizer's own step begins: the latest moment at which they may still
+    run.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._gate = threading.Event()
@@ -122,7 +126,9 @@ def make_experts(seed: int) -> Any:
     torch.manual_seed(seed)
     deepspeed.init_distributed("gloo")
     model = Experts()
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "parameters"})
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "parameters"}
+    )
     optimizer = torch.optim.Adam(groups, lr=1e-2)
     settings = config(0, "fp32")
     del settings["optimizer"]
@@ -156,7 +162,9 @@ def experts(directory: Path) -> None:
 
 
 def universal(directory: Path, stage: str) -> None:
-    """`ds_to_universal` on the result, and the universal checkpoint loaded, by stock DeepSpeed and with the engine attached."""
+    """`ds_to_universal` on the result, and the universal checkpoint loaded, by stock DeepSpeed and with the engine
+    attached.
+    """
     engine = make(int(stage))
     attach(engine, directory, **SMALL)
     train(engine, 2)
@@ -191,7 +199,8 @@ def universal(directory: Path, stage: str) -> None:
 def offloaded(directory: Path, stage: str, device: str) -> None:
     """The optimizer on the CPU: training goes on bit for bit. Swapped to files: they become part of the checkpoint.
 
-    Stock DeepSpeed 0.19.8 does not bring the weights back from its own checkpoint of swapped tensors; then ours loads as it does.
+    Stock DeepSpeed 0.19.8 does not bring the weights back from its own checkpoint of swapped tensors; then ours loads
+    as it does.
     """
     settings: dict[str, Any] = {"stage": int(stage), "offload_optimizer": {"device": device}}
     if device == "nvme":

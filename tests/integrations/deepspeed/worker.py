@@ -25,13 +25,17 @@ def main(directory: Path, names: list[str]) -> int:
     outcomes: dict[str, str | None] = {}
     for name in names:
         function, _, argument = name.partition(":")
-        scenario = next(getattr(module, function) for module in (one_rank, wider, many_ranks) if hasattr(module, function))
+        scenario = next(
+            getattr(module, function) for module in (one_rank, wider, many_ranks) if hasattr(module, function)
+        )
         own = directory / name.replace(":", "-")
         own.mkdir(exist_ok=True)
         started = time.monotonic()
         try:
             scenario(own, *argument.split(",")) if argument else scenario(own)
-            left = [p.name for p in own.rglob(".*") if p.name.startswith((".staging.", ".trash.", ".aside.", ".latest."))]
+            left = [
+                p.name for p in own.rglob(".*") if p.name.startswith((".staging.", ".trash.", ".aside.", ".latest."))
+            ]
             # Other ranks may be at work in there still.
             assert os.environ["WORLD_SIZE"] != "1" or not left, f"left behind: {left}"
             outcomes[name] = None

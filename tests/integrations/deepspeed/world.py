@@ -26,7 +26,9 @@ class Norm(torch.nn.BatchNorm1d):
         assert self.weight is not None and self.bias is not None and self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         weight, bias = self.weight.float(), self.bias.float()
-        found = torch.nn.functional.batch_norm(x.float(), self.running_mean, self.running_var, weight, bias, training=True)
+        found = torch.nn.functional.batch_norm(
+            x.float(), self.running_mean, self.running_var, weight, bias, training=True
+        )
         normal: torch.Tensor = found.to(x.dtype)
         return normal
 
@@ -71,7 +73,9 @@ def make_pipeline(num_stages: int, seed: int = 0) -> Any:
     deepspeed.init_distributed("gloo")
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(FEATURES, FEATURES), Norm(FEATURES), torch.nn.ReLU(), torch.nn.Linear(FEATURES, FEATURES)]
-    model = PipelineModule(layers=layers, num_stages=num_stages, loss_fn=torch.nn.functional.mse_loss, partition_method="uniform")
+    model = PipelineModule(
+        layers=layers, num_stages=num_stages, loss_fn=torch.nn.functional.mse_loss, partition_method="uniform"
+    )
     engine, *_ = deepspeed.initialize(model=model, config={**config(0, "fp32"), "gradient_accumulation_steps": 1})
     return engine
 
@@ -123,7 +127,11 @@ def _copied(value: Any) -> Any:
 def differences(a: Any, b: Any, where: str = "state") -> list[str]:
     """Where two states differ, bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        same = (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        )
         return [] if same else [where]
     if type(a) is not type(b):
         return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
@@ -134,7 +142,9 @@ def differences(a: Any, b: Any, where: str = "state") -> list[str]:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{where}: {len(a)} and {len(b)} items"]
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")]
+        return [
+            found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")
+        ]
     return [] if a == b else [f"{where}: {a!r} and {b!r}"]
 
 

@@ -13,7 +13,13 @@ from async_ckpt.integrations.huggingface import load_accelerator_state
 
 def load_from_own_root(rank: int, root: str, tag: str | None) -> str:
     """The tag that this rank has loaded from `<root>/<rank>`, or the error's name and whom it blames."""
-    here = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    here = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     os.environ.update(here)
     from accelerate import Accelerator
 

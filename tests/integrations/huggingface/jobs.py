@@ -1,7 +1,9 @@
-"""A tiny language model with dropout and tied weights, trained by `Trainer`: every number depends on all of a checkpoint.
+"""A tiny language model with dropout and tied weights, trained by `Trainer`: every number depends on all of a
+checkpoint.
 
-``python -m tests.integrations.huggingface.jobs <output_dir> <hold_at>`` trains, and holds the commit of ``checkpoint-<hold_at>`` for ever;
-with ``ranks`` for <hold_at> it trains as one of several ranks (their number and so on in the environment), stops, and resumes.
+``python -m tests.integrations.huggingface.jobs <output_dir> <hold_at>`` trains, and holds the commit of
+``checkpoint-<hold_at>`` for ever; with ``ranks`` for <hold_at> it trains as one of several ranks (their number and so
+on in the environment), stops, and resumes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from async_ckpt.integrations.huggingface import attach
 from async_ckpt.storage.local_filesystem import LocalFileSystem
@@ -30,7 +39,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
     words = {f"w{n}": n for n in range(50)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0", pad_token="w1")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0", pad_token="w1"
+    )
 
 
 def rows(num: int = 64, seed: int = 1) -> list[dict[str, Any]]:
@@ -38,7 +49,9 @@ def rows(num: int = 64, seed: int = 1) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def trainer(output_dir: Path, *, asynchronous: bool = True, kind: type[Trainer] = Trainer, max_steps: int = 8, **options: Any) -> Trainer:
+def trainer(
+    output_dir: Path, *, asynchronous: bool = True, kind: type[Trainer] = Trainer, max_steps: int = 8, **options: Any
+) -> Trainer:
     config = options.pop("config", {})
     guard = options.pop("guard", False)
     made = options.pop("model", None)
@@ -107,7 +120,9 @@ def as_rank(output_dir: Path) -> None:
     second = trainer(output_dir / "parts", save_total_limit=2)
     second.train(resume_from_checkpoint=True)
     equal = all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
-    print(f"rank {whole.args.process_index} of {whole.args.world_size}: {'equal' if equal else 'different'}", flush=True)
+    print(
+        f"rank {whole.args.process_index} of {whole.args.world_size}: {'equal' if equal else 'different'}", flush=True
+    )
     torch.distributed.destroy_process_group()
 
 

@@ -70,7 +70,10 @@ def test_same_files_and_exact_resume(tmp_path: Path) -> None:
     stock, ours = tmp_path / "stock", tmp_path / "ours/step-3"
     assert {p.name for p in ours.iterdir()} == {p.name for p in stock.iterdir()} | {"manifest.json"}
     assert (ours / "model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
-    for back in (lambda j: load_accelerator_state(j.accelerator, tmp_path / "ours"), lambda j: j.accelerator.load_state(str(ours))):
+    for back in (
+        lambda j: load_accelerator_state(j.accelerator, tmp_path / "ours"),
+        lambda j: j.accelerator.load_state(str(ours)),
+    ):
         second = Job()
         assert back(second) in ("step-3", None)
         assert second.counter.count == 3 and [second.step() for _ in range(3)] == after != before
@@ -136,4 +139,8 @@ def test_files_that_others_have_added_do_no_harm(tmp_path: Path) -> None:
     with AsyncCheckpointEngine(tmp_path, **SMALL) as engine:
         save_accelerator_state(job.accelerator, engine, "a").result(60)
         (tmp_path / "a/eval_results.json").write_text("{}")
-        assert load_accelerator_state(job.accelerator, engine) == load_accelerator_state(job.accelerator, engine, "a") == "a"
+        assert (
+            load_accelerator_state(job.accelerator, engine)
+            == load_accelerator_state(job.accelerator, engine, "a")
+            == "a"
+        )

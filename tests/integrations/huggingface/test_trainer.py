@@ -156,7 +156,11 @@ def test_two_ranks(tmp_path: Path) -> None:
     ranks = []
     for rank in ("0", "1"):
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     try:
         outputs = [process.communicate(timeout=120) for process in ranks]
     finally:
@@ -191,7 +195,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, stock: A
     assert seen[2] == [] and "checkpoint-2" not in seen[6]
     assert seen["committed"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
     # Written long after the step, and still the state at the save.
-    assert same(load_file(tmp_path / "checkpoint-2/model.safetensors"), load_file(stock[1] / "checkpoint-2/model.safetensors"))
+    assert same(
+        load_file(tmp_path / "checkpoint-2/model.safetensors"), load_file(stock[1] / "checkpoint-2/model.safetensors")
+    )
     assert losses(trained) == losses(stock[0])
 
 
@@ -215,11 +221,17 @@ def test_save_total_limit_and_the_best_model(tmp_path: Path, limit: int | None) 
             "load_best_model_at_end": True,
             "metric_for_best_model": "loss",
         }
-        trained = trainer(folder, asynchronous=asynchronous, kind=Fixed, max_steps=10, save_total_limit=limit, **options)
+        trained = trainer(
+            folder, asynchronous=asynchronous, kind=Fixed, max_steps=10, save_total_limit=limit, **options
+        )
         trained.train()
         assert same(
             {k: v for k, v in trained.model.state_dict().items() if k != "lm_head.weight"},
-            {k: load_file(folder / "checkpoint-4/model.safetensors")[k] for k in trained.model.state_dict() if k != "lm_head.weight"},
+            {
+                k: load_file(folder / "checkpoint-4/model.safetensors")[k]
+                for k in trained.model.state_dict()
+                if k != "lm_head.weight"
+            },
         )
         states = {name: json.loads((folder / name / "trainer_state.json").read_text()) for name in names(folder)}
         best = {
@@ -237,7 +249,10 @@ def test_the_limit_is_a_pure_decision() -> None:
 
     assert kept(2, "checkpoint-2", "checkpoint-4", "checkpoint-6") == ["checkpoint-4", "checkpoint-6"]
     assert kept(1, "checkpoint-2", "checkpoint-4", best="checkpoint-2") == ["checkpoint-2", "checkpoint-4"]
-    assert kept(2, "checkpoint-2", "checkpoint-4", "checkpoint-6", best="checkpoint-2") == ["checkpoint-2", "checkpoint-6"]
+    assert kept(2, "checkpoint-2", "checkpoint-4", "checkpoint-6", best="checkpoint-2") == [
+        "checkpoint-2",
+        "checkpoint-6",
+    ]
     assert kept(1, "checkpoint-2", "mine", "checkpoint-4", best="checkpoint-9") == ["mine", "checkpoint-4"]
     with pytest.raises(ConfigError):
         SaveTotalLimit(0)
@@ -334,7 +349,11 @@ def test_a_class_of_ones_own(tmp_path: Path, stock: Any) -> None:
     last = tmp_path / "out/checkpoint-8"
     assert torch.load(last / "mine.pt")["mine"].tolist() == [0, 1, 2] and (last / "sub/mine.txt").read_text() == "mine"
     formats = {entry.path: entry.format for entry in Catalog(tmp_path / "out").manifest("checkpoint-8").files}
-    assert formats["model.safetensors"] == "safetensors" and formats["optimizer.pt"] == "torch" and formats["config.json"] == "opaque"
+    assert (
+        formats["model.safetensors"] == "safetensors"
+        and formats["optimizer.pt"] == "torch"
+        and formats["config.json"] == "opaque"
+    )
 
 
 def test_pushes_wait_for_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +433,10 @@ def test_checkpoints_of_stock_trainer_that_training_will_come_to(tmp_path: Path,
     shutil.rmtree(run / "checkpoint-6")
     trainer(run, callbacks=[StopAt(3)]).train()
     # Step 2 was replaced, steps 4 and 8 would have been.
-    assert sorted(Catalog(run).tags()) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"] and Catalog(run).verify("checkpoint-8").ok
+    assert (
+        sorted(Catalog(run).tags()) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"]
+        and Catalog(run).verify("checkpoint-8").ok
+    )
     assert last_committed_checkpoint(run) == str(run / "checkpoint-2"), "the newest that this package saved"
     resumed = trainer(run)
     resumed.train(resume_from_checkpoint=True)
@@ -441,4 +463,6 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.Monk
 
 def test_these_are_the_versions_that_were_tried() -> None:
     found = {name: importlib.metadata.version(name).split(".")[0] for name in ("transformers", "accelerate")}
-    assert found == {"transformers": "5", "accelerate": "1"}, "run these tests with these versions, then name them in the docstring"
+    assert found == {"transformers": "5", "accelerate": "1"}, (
+        "run these tests with these versions, then name them in the docstring"
+    )

@@ -19,7 +19,9 @@ class Job(pl.LightningModule):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+        )
         self.losses: list[float] = []
         self.at_step: Any = None
 
@@ -51,7 +53,9 @@ def data(num_batches: int = 6) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
 
 
-def trainer(folder: Path, plugin: Any = None, *, callbacks: Any = (), max_epochs: int = 1, **options: Any) -> pl.Trainer:
+def trainer(
+    folder: Path, plugin: Any = None, *, callbacks: Any = (), max_epochs: int = 1, **options: Any
+) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -67,7 +71,9 @@ def trainer(folder: Path, plugin: Any = None, *, callbacks: Any = (), max_epochs
 
 
 class GatedFileSystem(LocalFileSystem):
-    """Holds every manifest back until `gate` is set, so that tests look at pending checkpoints; and fails on request."""
+    """Holds every manifest back until `gate` is set, so that tests look at pending checkpoints; and fails on
+    request.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The plugin under the real Trainer: same files as stock Lightning, exact resume, nothing before its commit, loud failures."""
+"""The plugin under the real Trainer: same files as stock Lightning, exact resume, nothing before its commit, loud
+failures.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,11 @@ def plugin(**config: Any) -> AsyncCkptIO:
 
 def visible(folder: Path) -> dict[str, str]:
     """Names of the checkpoint files, and where links point."""
-    return {p.name: (os.readlink(p) if p.is_symlink() else "file") for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+    return {
+        p.name: (os.readlink(p) if p.is_symlink() else "file")
+        for p in sorted(folder.iterdir())
+        if not p.name.startswith(".")
+    }
 
 
 def same(a: Any, b: Any) -> bool:
@@ -74,8 +80,20 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "every_step_kept": {"save_top_k": -1, "every_n_train_steps": 1},
     "name_counter": {"save_top_k": -1, "monitor": "wave", "every_n_train_steps": 1, "filename": "model"},
     "same_name_again": {"save_top_k": 1, "every_n_train_steps": 1, "filename": "model"},
-    "top_2_and_last": {"save_top_k": 2, "monitor": "wave", "every_n_train_steps": 1, "save_last": True, "filename": "{step}-{wave:.0f}"},
-    "top_1_of_few_names": {"save_top_k": 1, "monitor": "wave", "every_n_train_steps": 1, "mode": "max", "filename": "best-{wave:.0f}"},
+    "top_2_and_last": {
+        "save_top_k": 2,
+        "monitor": "wave",
+        "every_n_train_steps": 1,
+        "save_last": True,
+        "filename": "{step}-{wave:.0f}",
+    },
+    "top_1_of_few_names": {
+        "save_top_k": 1,
+        "monitor": "wave",
+        "every_n_train_steps": 1,
+        "mode": "max",
+        "filename": "best-{wave:.0f}",
+    },
     "link": {"save_top_k": 2, "monitor": "wave", "every_n_train_steps": 2, "save_last": "link"},
     "link_of_newest": {"save_top_k": 1, "every_n_train_steps": 1, "save_last": "link"},
     "weights_only": {"save_weights_only": True, "every_n_train_steps": 3, "save_top_k": -1},
@@ -87,7 +105,9 @@ def test_the_same_files_as_stock_lightning(tmp_path: Path, name: str) -> None:
     found = {}
     for kind, io in (("stock", None), ("ours", plugin())):
         folder = tmp_path / kind
-        trainer(folder, io, callbacks=[ModelCheckpoint(dirpath=folder, **CALLBACKS[name])], max_epochs=2).fit(job(), data())
+        trainer(folder, io, callbacks=[ModelCheckpoint(dirpath=folder, **CALLBACKS[name])], max_epochs=2).fit(
+            job(), data()
+        )
         found[kind] = folder
     assert visible(found["ours"]) == visible(found["stock"]) != {}
     for file in visible(found["stock"]):
@@ -98,7 +118,9 @@ def test_the_same_files_as_stock_lightning(tmp_path: Path, name: str) -> None:
         with zipfile.ZipFile(found["ours"] / file) as archive:
             assert archive.testzip() is None
     records = [p.name for p in (found["ours"] / ".async_ckpt").iterdir()]
-    assert sorted(records) == sorted(f for f, kind in visible(found["ours"]).items() if kind == "file"), "a manifest for each file, no more"
+    assert sorted(records) == sorted(f for f, kind in visible(found["ours"]).items() if kind == "file"), (
+        "a manifest for each file, no more"
+    )
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
@@ -114,7 +136,9 @@ def test_resume_is_exact_in_stock_too(tmp_path: Path, save_last: Any) -> None:
     trainer(folder, plugin(), callbacks=[callback()], max_epochs=1).fit(first, data())
     for io in (plugin(), None):
         second = Job()
-        trainer(folder, io, callbacks=[], max_epochs=3, enable_checkpointing=False).fit(second, data(), ckpt_path=str(folder / "last.ckpt"))
+        trainer(folder, io, callbacks=[], max_epochs=3, enable_checkpointing=False).fit(
+            second, data(), ckpt_path=str(folder / "last.ckpt")
+        )
         assert first.losses + second.losses == whole.losses
         assert same(dict(second.state_dict()), dict(whole.state_dict()))
     third = Job()
@@ -183,9 +207,9 @@ def test_a_failed_commit_raises_at_the_next_save_and_keeps_the_old_file(tmp_path
             io.wait()
             files.fail_manifest = OSError(errno.EIO, "broken disk")
         if t.global_step == 2:
-            io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt") and io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt").wait(
-                60
-            )
+            io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt") and io.engine._inflight.find_unfinished(
+                "epoch=0-step=2.ckpt"
+            ).wait(60)
             files.fail_manifest = None
 
     model.at_step = at_step
@@ -267,7 +291,9 @@ def saved(tmp_path: Path, name: str = "a.ckpt", **config: Any) -> AsyncCkptIO:
     return io
 
 
-@pytest.mark.parametrize("name", ["a.ckpt", "epoch=1-step=2-val_loss=0.10.ckpt", "{odd} names ü.ckpt", ".hidden.ckpt", "x" * 150 + ".ckpt"])
+@pytest.mark.parametrize(
+    "name", ["a.ckpt", "epoch=1-step=2-val_loss=0.10.ckpt", "{odd} names ü.ckpt", ".hidden.ckpt", "x" * 150 + ".ckpt"]
+)
 def test_any_file_name(tmp_path: Path, name: str) -> None:
     io = saved(tmp_path, name)
     io.teardown()
@@ -317,7 +343,12 @@ def test_damage_is_found_in_a_copied_folder(tmp_path: Path, where: str) -> None:
         os.truncate(file, len(raw) + (1 if where == "longer" else -1))
     else:
         places = {"payload": 100_000, "head": 3, "padding": raw.index(b"ZZZZ")}
-        flip(file, places.get(where, raw.rindex(b".data/serialization_id") - 100 if where == "id" else raw.rindex(b"PK\1\2") + 20))
+        flip(
+            file,
+            places.get(
+                where, raw.rindex(b".data/serialization_id") - 100 if where == "id" else raw.rindex(b"PK\1\2") + 20
+            ),
+        )
     with pytest.raises(CorruptCheckpointError):
         plugin().load_checkpoint(file)
 
@@ -459,10 +490,14 @@ def test_guarded_saves(tmp_path: Path, how: str) -> None:
     io = plugin(observers=(Modes(modes),), guard=how == "asked")
     if how == "by_hand":
         model.on_fit_start = lambda: io.guard(*model.trainer.optimizers)  # type: ignore[method-assign]
-    trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1)]).fit(model, data())
+    trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1)]).fit(
+        model, data()
+    )
     assert len(visible(tmp_path)) == 6 and ("lazy" in modes) == (how != "eager")
     steps = [torch.load(tmp_path / f"epoch=0-step={n}.ckpt", weights_only=False) for n in range(1, 7)]
-    assert all(not same(a["state_dict"]["net.0.weight"], b["state_dict"]["net.0.weight"]) for a, b in itertools.pairwise(steps))
+    assert all(
+        not same(a["state_dict"]["net.0.weight"], b["state_dict"]["net.0.weight"]) for a, b in itertools.pairwise(steps)
+    )
 
 
 def test_a_guard_is_refused_before_the_first_step_for_what_it_cannot_protect(tmp_path: Path) -> None:
@@ -489,7 +524,9 @@ def test_the_older_package_name_works_too(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    checkpoint = old.callbacks.ModelCheckpoint(dirpath=tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=1, filename="m")
+    checkpoint = old.callbacks.ModelCheckpoint(
+        dirpath=tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=1, filename="m"
+    )
     old.Trainer(
         max_epochs=1,
         plugins=[plugin()],
@@ -511,4 +548,6 @@ def test_without_lightning_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
 
 
 def test_this_is_the_version_that_was_tried() -> None:
-    assert importlib.metadata.version("lightning").startswith("2.6."), "run these tests with this version, then name it in the docstring"
+    assert importlib.metadata.version("lightning").startswith("2.6."), (
+        "run these tests with this version, then name it in the docstring"
+    )

@@ -62,9 +62,9 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
         commit(LocalFileSystem(), Place(str(tmp_path / f"{k}" / "b.ckpt")), 3)
         settled = step_at(place)
         assert settled == 2 or (settled == old and found == old), f"call {k}"
-        assert sorted(p.name for p in Path(place.root).iterdir()) == [n for n in ("a.ckpt", "b.ckpt") if n[0] == "b" or settled], (
-            f"call {k}"
-        )
+        assert sorted(p.name for p in Path(place.root).iterdir()) == [
+            n for n in ("a.ckpt", "b.ckpt") if n[0] == "b" or settled
+        ], f"call {k}"
         seen.add((found, settled))
         commit(LocalFileSystem(), place, 4)
         assert step_at(place) == 4
