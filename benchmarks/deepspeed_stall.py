@@ -111,9 +111,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         blocked = f"{statistics.median(row['blocked_s']):.3f} ({max(row['blocked_s']):.3f})"
         lines.append(
-            f"| {row['stage']} | {row['contender']} | {row['size_bytes'] / 1e6:.0f} | "
-            f"{row['first_blocked_s']:.3f} | {blocked} "
-            f"| {row['blocked_s_per_200_mb']:.3f} | {statistics.median(row['durable_s']):.2f} |"
+            f"| {row['stage']} | {row['contender']} | {row['size_bytes'] / 1e6:.0f} | {row['first_blocked_s']:.3f} | "
+            f"{blocked} | {row['blocked_s_per_200_mb']:.3f} | {statistics.median(row['durable_s']):.2f} |"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -205,6 +206,19 @@ def test_threads_and_locks_have_one_home() -> None:
             locks = locks and module not in ("threads.locks", "engine.preemption")
             if starts or locks:
                 wrong.append(f"{module}:{node.lineno}: {ast.unparse(node)}")
+    assert wrong == []
+
+
+def test_only_one_helper_tells_what_no_caller_asked_for() -> None:
+    wrong = []
+    for module in (module for module in trees() if not is_in(module, ("errors", "observers", "cli"))):
+        for node in (node for node in ast.walk(trees()[module]) if isinstance(node, ast.Call)):
+            called = ast.unparse(node.func)
+            # A log handler or a warning filter of the user's may raise: `errors.report` cannot.
+            if called == "warnings.warn" or re.fullmatch(
+                r"_?logg(er|ing)\.(debug|info|warning|error|exception|log)", called
+            ):
+                wrong.append(f"{module}:{node.lineno}: {called}")
     assert wrong == []
 
 

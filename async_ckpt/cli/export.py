@@ -137,9 +137,8 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
         if tensor.dtype not in DTYPE_NAMES:
             kind = f" of a {tensor.kind}" if tensor.kind else ""
             raise UnsupportedStateError(
-                f"{place.name}: {escaped(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file "
-                "cannot hold; "
-                "nothing was written. Export it to .pt"
+                f"{place.name}: {escaped(tensor.name)!r} is {tensor.dtype}{kind}, which a .safetensors file cannot "
+                "hold; nothing was written. Export it to .pt"
             )
     if header.num_others and not tensors_only:
         names = [f"{'.'.join(other.path)} {other.text}" for other in header.others[:5]]

@@ -78,9 +78,8 @@ def _upload(
         made.check()
         if made.unconditional and not only_writer:
             raise MirrorError(
-                "the store ignores conditions, so that two writers could overwrite each other's manifests: "
-                "nothing was sent. "
-                "Give --only-writer where nobody else writes there",
+                "the store ignores conditions, so that two writers could overwrite each other's manifests: nothing was "
+                "sent. Give --only-writer where nobody else writes there",
                 url=mirror.url,
             )
         pendings = [made.expect(tag) for tag in tags]

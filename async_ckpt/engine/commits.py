@@ -142,9 +142,8 @@ class Commits:
         given_up = self.pool.run(self._give_up_open(checkpoint, error))
         if not wait([given_up], self._config.close_timeout_s).done:
             raise BackpressureTimeout(
-                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes "
-                "on; it waits for "
-                f"{self.pool.waiting_for()}. Nothing is visible under that tag"
+                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes on; it "
+                f"waits for {self.pool.waiting_for()}. Nothing is visible under that tag"
             )
         given_up.result()
 

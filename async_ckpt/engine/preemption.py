@@ -117,8 +117,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             raise TransactionStateError(
                 "signal handlers can be set from the main thread only, and this is "
-                f"{threading.current_thread().name!r}: "
-                "call on_preemption there, before starting the thread that trains"
+                f"{threading.current_thread().name!r}: call on_preemption there, before starting the thread that trains"
             )
         self.outcome: PreemptionOutcome | None = None
         self._save, self._agree, self._pending = save, agree, pending

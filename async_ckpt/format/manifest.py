@@ -117,9 +117,8 @@ class ManifestBudget:
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(
                 f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and "
-                f"{num_items} items (at most "
-                f"{MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer files. Nothing of this "
-                "file was written"
+                f"{num_items} items (at most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer "
+                "files. Nothing of this file was written"
             )
         self._num_bytes, self._num_items = num_bytes, num_items
 

@@ -46,9 +46,8 @@ _BYTES = {
     4: "float32 int32 uint32 complex32 qint32",
     2: "float16 bfloat16 int16 uint16 bits16",
     1: "int8 uint8 bool qint8 quint8 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu "
-    "float4_e2m1fn_x2 "
-    "bits8 bits1x8 bits2x4 bits4x2 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7 "
-    "quint4x2 quint2x4",
+    "float4_e2m1fn_x2 bits8 bits1x8 bits2x4 bits4x2 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 "
+    "uint6 uint7 quint4x2 quint2x4",
     16: "complex128",
 }
 ITEM_BYTES = {name: num_bytes for num_bytes, names in _BYTES.items() for name in names.split()}

@@ -35,9 +35,8 @@ def check_guardable(optimizer: torch.optim.Optimizer, *modules: torch.nn.Module)
         for name, layer in module.named_modules():
             if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and layer.max_norm is not None:
                 raise ConfigError(
-                    f"guard=True cannot protect {type(layer).__name__}(max_norm={layer.max_norm:g}) {name!r}: "
-                    "each forward scales its "
-                    "weights down in place. Give guard=False: saves copy it at once"
+                    f"guard=True cannot protect {type(layer).__name__}(max_norm={layer.max_norm:g}) {name!r}: each "
+                    "forward scales its weights down in place. Give guard=False: saves copy it at once"
                 )
 
 

@@ -186,9 +186,8 @@ class Mirrors:
         self._has_ended = True
         if left:
             told = (
-                "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and "
-                "the next engine on this root "
-                "goes on (or `async-ckpt mirror`)"
+                "%d checkpoint(s) are not mirrored yet after %g s of waiting: %s. They are whole on disk, and the next "
+                "engine on this root goes on (or `async-ckpt mirror`)"
             )
             tags = ", ".join(map(repr, left[:8]))
             report(logging.WARNING, told, len(left), timeout_s, tags, warning=RuntimeWarning, stacklevel=3)

@@ -67,8 +67,7 @@ def plan_upload(manifest: Manifest, raw: bytes, *, rank: int | None, part_bytes:
             needed = -(-entry.size_bytes // MAX_PARTS)
             raise MirrorError(
                 f"{manifest.tag}/{entry.path} has {entry.size_bytes} bytes, more than {MAX_PARTS} parts of "
-                f"{part_bytes}: "
-                f"set the mirror's part_bytes to {needed} or more. Nothing was sent",
+                f"{part_bytes}: set the mirror's part_bytes to {needed} or more. Nothing was sent",
                 url=url,
             )
     mine = [entry for entry in manifest.files if rank is None or (entry.rank or 0) == rank]

@@ -54,9 +54,8 @@ class S3Parts:
                 self._is_told = True
                 report(
                     logging.WARNING,
-                    "the credentials of %s cannot be read here: parts of interrupted uploads stay until the "
-                    "bucket's lifecycle rule "
-                    "(AbortIncompleteMultipartUpload) removes them",
+                    "the credentials of %s cannot be read here: parts of interrupted uploads stay until the bucket's "
+                    "lifecycle rule (AbortIncompleteMultipartUpload) removes them",
                     self._url,
                 )
             return

@@ -84,9 +84,8 @@ class MirrorAgreement:
                     missing.append(rank)
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise RankFailedError(
-                f"rank(s) {named} have not mirrored their files within {self._info.timeout_s:g} s; the manifest "
-                "is not put. "
-                "The checkpoint is whole on disk",
+                f"rank(s) {named} have not mirrored their files within {self._info.timeout_s:g} s; the manifest is not "
+                "put. The checkpoint is whole on disk",
                 rank=missing[0] if missing else None,
                 step="mirror",
             )

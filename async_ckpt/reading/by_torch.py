@@ -119,9 +119,8 @@ def _check_mapping(file: VerifiedFile) -> None:
         raise ConfigError(f"{file.name} lies in a store and cannot be mapped: load it without mmap=True")
     if config.load.mmap_flags not in (None, MAP_PRIVATE):
         raise ConfigError(
-            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into "
-            "the committed "
-            "checkpoint: load with MAP_PRIVATE, or with mmap=False"
+            "torch.serialization.set_default_mmap_options(MAP_SHARED) would write changes of the tensors into the "
+            "committed checkpoint: load with MAP_PRIVATE, or with mmap=False"
         )
 
 

@@ -260,9 +260,8 @@ class _Mover:
         needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
         if needed > available:
             raise ConfigError(
-                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor "
-                "was changed. "
-                "atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
+                f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was "
+                "changed. atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
             )
         return self._extents
 

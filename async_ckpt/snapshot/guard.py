@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import logging
 import os
 import time
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..errors import BackpressureTimeout, TransactionStateError
+from ..errors import BackpressureTimeout, TransactionStateError, report
 from ..host.device import is_capturing, refuse_capture, wait_on_stream
 from ..threads.locks import Lock
 from .file_copy import FileCopy
@@ -196,11 +196,12 @@ def _devices_of(optimizer: Any) -> set[torch.device]:
 
 
 def _warn_of_replays(optimizer: Any) -> None:
-    warnings.warn(
-        f"{type(optimizer).__name__} is capturable, or was captured in a graph: its replayed steps run no hook "
-        "and move "
-        "no counter, so what it owns is saved eagerly",
-        RuntimeWarning,
+    report(
+        logging.WARNING,
+        "%s is capturable, or was captured in a graph: its replayed steps run no hook and move no counter, so what it "
+        "owns is saved eagerly",
+        type(optimizer).__name__,
+        warning=RuntimeWarning,
         stacklevel=3,
     )
 

@@ -56,10 +56,9 @@ class TornCheck:
         names = tuple(paths[i] for i in torn)
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         raise TornSnapshotError(
-            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is "
-            "not committed; "
-            "older ones are untouched. Call wait_snapshot() before changing tensors, or guard the optimizer that "
-            "changes them",
+            f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not "
+            "committed; older ones are untouched. Call wait_snapshot() before changing tensors, or guard the "
+            "optimizer that changes them",
             names,
         )
 

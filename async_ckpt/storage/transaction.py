@@ -311,9 +311,8 @@ def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manife
 def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
     staging.renamed = True
     return CommitError(
-        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power "
-        "loss is unknown; "
-        f"nothing was deleted ({error})",
+        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is "
+        f"unknown; nothing was deleted ({error})",
         step=step,
         errno=error.errno,
         path=staging.root,
