@@ -30,7 +30,7 @@ class Findings:
 
     def __str__(self) -> str:
         told = {
-            "renames replace a directory that is not empty: only one writer at a time may have a tag": self.replaces,
+            "a rename replaces a directory that is not empty: only one writer may have a tag at a time": self.replaces,
             "no rename refuses a taken name (RENAME_NOREPLACE): it is looked at before": self.refuses_noreplace,
             "files cannot be shortened, so direct I/O is not used": self.ignores_truncate,
             "direct I/O is refused": self.refuses_direct,

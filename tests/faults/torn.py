@@ -23,7 +23,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
 from tests.snapshot.test_snapshots import assert_same, frozen
-from tests.support.stepping import Doing, Gate, gated, until, waits_for
+from tests.support.stepping import Doing, Gate, gated, until, waits_for, waits_noted
 
 from .report import command
 from .workloads import TIMEOUT_S, Folder, quiet
@@ -388,7 +388,7 @@ def sweep(
 ) -> list[Count]:
     """`num_ordered` and `num_free` schedules for each kind of optimizer, half of the ordered ones guarded."""
     counts = []
-    with Folder() as folder, quiet():
+    with Folder() as folder, quiet(), waits_noted():
         for number, (name, make) in enumerate((kinds or KINDS).items()):
             chance = random.Random(f"{seed}-{name}")
             for is_guarded in (True, False):

@@ -23,9 +23,11 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, BackpressureTimeout, TransactionStateError
-from tests.support.stepping import Doing, gated, is_blocked, until
+from tests.support.stepping import Doing, gated, is_blocked, noted_waits, until  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("noted_waits")
 
 
 def make_engine(root: Path, **config: Any) -> AsyncCheckpointEngine:
@@ -671,8 +673,10 @@ import os, sys, threading, torch
 sys.path.insert(0, {package!r})
 from async_ckpt import AsyncCheckpointEngine, TransactionStateError
 from tests.snapshot.test_guard import Net, plain_sgd, make_engine
-from tests.support.stepping import Doing, gated, until
+from tests.support.stepping import Doing, gated, until, waits_noted
 from pathlib import Path
+noting = waits_noted()
+noting.__enter__()
 net = Net(plain_sgd)
 engine = make_engine(Path({root!r}))
 engine.guard(net.optimizer)

@@ -13,7 +13,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 from tests.snapshot.test_snapshots import assert_same, frozen
-from tests.support.stepping import Doing, until
+from tests.support.stepping import Doing, noted_waits, until  # noqa: F401
 
 
 class Training:
@@ -79,6 +79,8 @@ def owner_in_place(training: Training) -> None:
 
 
 CHANGES = (clamp, swap_averages, fused_adamw, fused_sgd, owner_in_place)
+
+pytestmark = pytest.mark.usefixtures("noted_waits")
 
 
 @pytest.fixture

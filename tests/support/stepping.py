@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from async_ckpt.snapshot.guard import Guard
@@ -35,8 +36,20 @@ def _noted(wait: Callable[..., Any], threads: Counter[int]) -> Callable[..., Any
     return noted
 
 
-StepExclusion._wait = _noted(StepExclusion._wait, _waiting["turn"])  # type: ignore[method-assign]
-Guard._wait_for = _noted(Guard._wait_for, _waiting["copies"])  # type: ignore[method-assign]
+@contextlib.contextmanager
+def waits_noted() -> Iterator[None]:
+    """Within the block, `waits_for` and what stands on it know who waits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepExclusion, "_wait", _noted(StepExclusion._wait, _waiting["turn"]))
+        patch.setattr(Guard, "_wait_for", _noted(Guard._wait_for, _waiting["copies"]))
+        yield
+
+
+@pytest.fixture
+def noted_waits() -> Iterator[None]:
+    """`waits_noted`, for a test."""
+    with waits_noted():
+        yield
 
 
 def until(condition: Callable[[], object]) -> None:
