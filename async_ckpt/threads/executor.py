@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
-from .locks import Lock
+from .locks import MAX_INTERRUPTS, Lock
 
 T = TypeVar("T")
 
@@ -95,9 +95,15 @@ class DaemonExecutor(Executor):
                 start_thread(thread)
             except BaseException as error:
                 # Those that run must not be left behind: where the system had no more threads all before this one,
-                # after an interrupt perhaps this one too.
+                # after an interrupt perhaps this one too. Another interrupt may come at any call, so each is tried
+                # again.
                 self._threads = self._threads[: k if isinstance(error, RuntimeError) else k + 1]
-                self.shutdown(wait=isinstance(error, RuntimeError))
+                for _ in range(MAX_INTERRUPTS):
+                    try:
+                        self.shutdown(wait=isinstance(error, RuntimeError))
+                        break
+                    except BaseException:  # noqa: BLE001
+                        continue
                 raise
 
     @property

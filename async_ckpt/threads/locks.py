@@ -76,7 +76,7 @@ def _free_in_child() -> None:
 
 os.register_at_fork(after_in_child=_free_in_child)
 
-_MAX_INTERRUPTS = 1000
+MAX_INTERRUPTS = 1000
 
 
 def uninterrupted(wait: Callable[[], object]) -> None:
@@ -87,7 +87,7 @@ def uninterrupted(wait: Callable[[], object]) -> None:
     is raised.
     """
     interrupted: BaseException | None = None
-    for _ in range(_MAX_INTERRUPTS):
+    for _ in range(MAX_INTERRUPTS):
         try:
             wait()
             break
