@@ -17,7 +17,7 @@ from .first_look import LARGE_BYTES, tell_of_buffers, tell_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, Sources, container_plan
 from .safetensors import SafetensorsPlan, plan_safetensors
-from .structure import LooseStateError, NotPlainError
+from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
 from .torch_layout import Recorded, RecordingError, record
 
 _MAX_TOLD_OF = 64
@@ -91,6 +91,7 @@ class Planner:
             recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
+        refuse_cut_off(obj, recorded.tensors)
         entry = _cached_plan(draft, recorded)
         if entry is None:
             planned = _as_recorded(obj, recorded)
@@ -159,6 +160,21 @@ def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
             path = storage_path(obj, storage)
             raise UnsupportedStateError(
                 f"state{path} has no readable data (device {storage.device}); nothing was written"
+            )
+
+
+def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
+    """Raise for tensors whose storage was freed or shrunk: torch writes them, and nothing can load the file."""
+    for tensor in tensors:
+        if type(tensor) not in TENSOR_TYPES or tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if needed > storage.nbytes():
+            raise UnsupportedStateError(
+                f"state{storage_path(obj, storage)} needs {needed} bytes, and its storage was resized to "
+                f"{storage.nbytes()}; nothing was written"
             )
 
 

@@ -57,6 +57,19 @@ def test_meta_storage_is_refused():
         Planner().plan({"s": torch.empty(4, device="meta").untyped_storage()})
 
 
+@pytest.mark.parametrize("compact_views", [False, True])
+@pytest.mark.parametrize("nbytes_left", [0, 200])
+@pytest.mark.parametrize("was_planned_before", [False, True])
+def test_a_tensor_that_reaches_past_its_storage_is_refused(nbytes_left, was_planned_before, compact_views):
+    planner = Planner(compact_views=compact_views)
+    state = {"kept": torch.ones(3), "cut": torch.ones(100)[10:]}
+    if was_planned_before:
+        planner.plan(state)
+    state["cut"].untyped_storage().resize_(nbytes_left)
+    with pytest.raises(UnsupportedStateError, match=r"state\['cut'\] needs 400 bytes.* resized to"):
+        planner.plan(state)
+
+
 def test_too_deep_nesting_is_refused():
     state: list = []
     for _ in range(100_000):
