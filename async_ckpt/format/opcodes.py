@@ -24,6 +24,23 @@ def _put(reader: PickleReader, key: int) -> None:
     reader.memo[key] = reader.stack[-1]
 
 
+def _tuple_of_one(reader: PickleReader) -> None:
+    stack = reader.stack
+    stack[-1] = (stack[-1],)
+
+
+def _tuple_of_two(reader: PickleReader) -> None:
+    stack = reader.stack
+    second = stack.pop()
+    stack[-1] = (stack[-1], second)
+
+
+def _tuple_of_three(reader: PickleReader) -> None:
+    stack = reader.stack
+    third, second = stack.pop(), stack.pop()
+    stack[-1] = (stack[-1], second, third)
+
+
 def _signed(raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
@@ -52,10 +69,9 @@ _SCALARS: dict[int | str, Handler] = {
 _PROTOCOL_2: dict[int | str, Handler] = {
     **_SCALARS,
     0x80: lambda r: r.take(1),
-    "t": lambda r: r.push(tuple(r.pop_mark())),
-    0x85: lambda r: r.tuple_of(1),
-    0x86: lambda r: r.tuple_of(2),
-    0x87: lambda r: r.tuple_of(3),
+    0x85: _tuple_of_one,
+    0x86: _tuple_of_two,
+    0x87: _tuple_of_three,
     ")": lambda r: r.stack.append(()),
     "}": lambda r: r.stack.append({}),
     "]": lambda r: r.stack.append([]),

@@ -137,24 +137,27 @@ class PickleReader:
         for _ in range(MAX_OPCODES):
             opcode = data[at]
             at += 1
-            if opcode == 0x71:  # BINPUT
-                memo[data[at]] = stack[-1]
-                at += 1
-            elif opcode == 0x72:  # LONG_BINPUT
+            if opcode == 0x72:  # LONG_BINPUT
                 memo[_uint32(data, at)[0]] = stack[-1]
                 at += 4
             elif opcode == 0x68:  # BINGET
                 stack.append(memo[data[at]])
                 at += 1
-            elif opcode == 0x6A:  # LONG_BINGET
-                stack.append(memo[_uint32(data, at)[0]])
-                at += 4
             elif opcode == 0x4B and takes_small:  # BININT1
                 stack.append(data[at])
                 at += 1
             elif opcode == 0x28:  # MARK
                 self.marks.append(stack)
                 stack = []
+            elif opcode == 0x74:  # TUPLE
+                items, stack = stack, self.marks.pop()
+                stack.append(tuple(items))
+            elif opcode == 0x6A:  # LONG_BINGET
+                stack.append(memo[_uint32(data, at)[0]])
+                at += 4
+            elif opcode == 0x71:  # BINPUT
+                memo[data[at]] = stack[-1]
+                at += 1
             elif opcode == 0x2E:  # STOP
                 self.position, self.stack = at, stack
                 return stack.pop()
@@ -270,12 +273,6 @@ class PickleReader:
             self.stack.pop()
         else:
             self.pop_mark()
-
-    def tuple_of(self, num: int) -> None:
-        stack = self.stack
-        if len(stack) < num:
-            raise ValueError("stack underflow")
-        stack[-num:] = (tuple(stack[-num:]),)
 
     # Containers and objects.
 

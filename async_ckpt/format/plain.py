@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import CheckpointError
 from ..host.memory import collector_paused
@@ -35,8 +34,7 @@ class NotPlainError(Exception):
     """The pickle holds something outside the plain subset; it may still be a valid one."""
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
+class StorageRef(NamedTuple):
     """A storage as the pickle names it: record `data/<key>`, element type, device tag and number of elements."""
 
     type_name: str

@@ -26,7 +26,9 @@ END64 = struct.Struct("<4sQHHIIQQQQ")
 LOCATOR = struct.Struct("<4sIQI")
 END = struct.Struct("<4sHHHHIIH")
 
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+# What is compared of an entry and of a local header; the rest is passed over.
+_ENTRY_FACTS = struct.Struct("<4s4xHH4xIIIHHHH6xI")
+_LOCAL = struct.Struct("<4s2xHH16xHH")
 _TAIL_BYTES = END64.size + LOCATOR.size + END.size
 _MAX_NAME_BYTES = 4096
 _MAX_PADDING_BYTES = 65535
@@ -54,13 +56,16 @@ class Record(NamedTuple):
         """Size of the local header up to the end of the name."""
         return _LOCAL.size + len(self.zip_name)
 
-    def check_header(self, header: bytes | memoryview) -> None:
-        """Compare `header_bytes` bytes from `header_offset` with what the directory says. Raises
-        CorruptCheckpointError."""
-        magic, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack_from(header, 0)
-        is_same = magic == b"PK\3\4" and method == 0 and not flags & 1 and header[_LOCAL.size :] == self.zip_name
-        if not is_same or self.header_offset + _LOCAL.size + name_bytes + extra_bytes != self.offset:
-            name = self.zip_name.decode("utf-8", "replace")
+    def check_header(self, data: bytes | memoryview, at: int = 0) -> None:
+        """Compare the `header_bytes` bytes of `data` from `at`, which stand at `header_offset`, with what the directory
+        says. Raises CorruptCheckpointError."""
+        offset, _, _, zip_name, header_offset, _ = self
+        magic, flags, method, name_bytes, extra_bytes = _LOCAL.unpack_from(data, at)
+        name_at = at + _LOCAL.size
+        is_same = magic == b"PK\3\4" and method == 0 and not flags & 1
+        is_same = is_same and header_offset + _LOCAL.size + name_bytes + extra_bytes == offset
+        if not is_same or bytes(data[name_at : name_at + len(zip_name)]) != zip_name:
+            name = zip_name.decode("utf-8", "replace")
             raise CorruptCheckpointError(
                 f"record {name!a} has a local header that contradicts the directory", record=name
             )
@@ -109,9 +114,10 @@ class HeaderCheck:
         end = offset + len(view)
         first = bisect_left(self._starts, offset - _LOCAL.size - _MAX_NAME_BYTES)
         for record in self._records[first : bisect_left(self._starts, end)]:
-            low, high = record.header_offset, record.header_offset + record.header_bytes
+            low = record.header_offset
+            high = low + _LOCAL.size + len(record.zip_name)
             if offset <= low and high <= end:
-                record.check_header(view[low - offset : high - offset])
+                record.check_header(view, low - offset)
             elif high > offset:
                 # It lies in two blocks: whichever comes last finds both parts.
                 parts = self._parts.setdefault(low, {})
@@ -144,17 +150,16 @@ def _read_entry(raw: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
     """((name, offset of the local header, size, CRC), offset of the next entry) of the directory entry at `at`."""
     if at + ENTRY.size > len(raw):
         raise CorruptCheckpointError("zip directory is cut off inside an entry")
-    fields = ENTRY.unpack_from(raw, at)
-    magic, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _, header = (
-        fields
-    )
+    fields = _ENTRY_FACTS.unpack_from(raw, at)
+    magic, flags, method, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, header = fields
     name_at = at + ENTRY.size
     following = name_at + name_bytes + extra_bytes
     is_sound = magic == b"PK\1\2" and following <= len(raw) and 0 < name_bytes <= _MAX_NAME_BYTES
     if not is_sound or comment_bytes or disk:
         raise CorruptCheckpointError("zip directory holds a malformed entry")
     name = raw[name_at : name_at + name_bytes]
-    size, packed, header = _read_zip64(raw[name_at + name_bytes : following], size, packed, header, name)
+    if UINT32_MAX in (size, packed, header):
+        size, packed, header = _read_zip64(raw[name_at + name_bytes : following], size, packed, header, name)
     if method != 0 or flags & 1 or packed != size:
         raise UnusualLayoutError(f"record {name!r} is compressed or encrypted")
     return (name, header, size, crc), following
@@ -163,8 +168,6 @@ def _read_entry(raw: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
 def _read_zip64(extra: bytes, size: int, packed: int, header: int, name: bytes) -> tuple[int, int, int]:
     """Replace the saturated 32-bit fields by those of the zip64 extra."""
     needed = [field == UINT32_MAX for field in (size, packed, header)]
-    if not any(needed):
-        return size, packed, header
     at = 0
     while at + 4 <= len(extra):
         kind, extra_bytes = struct.unpack_from("<HH", extra, at)

@@ -47,14 +47,12 @@ def storage_extent(ref: StorageRef, records: Mapping[str, Record], dtype: torch.
     """The record of a storage, after its size was compared with what the pickle says."""
     record_name = f"data/{ref.key}"
     record = records.get(record_name)
-    if record is None or ref.num_elements * dtype.itemsize > record.num_bytes:
+    num_bytes = ref.num_elements * dtype.itemsize
+    if record is None or num_bytes > record.num_bytes:
         held = "is missing" if record is None else f"holds {record.num_bytes} bytes"
-        message = (
-            f"{name}: the pickle needs {ref.num_elements * dtype.itemsize} bytes of record "
-            f"{record_name!r}, which {held}"
-        )
+        message = f"{name}: the pickle needs {num_bytes} bytes of record {record_name!r}, which {held}"
         raise CorruptCheckpointError(message, path=name, record=record_name)
-    if ref.num_elements * dtype.itemsize < record.num_bytes:
+    if num_bytes < record.num_bytes:
         raise NotPlainError(f"{record_name} is longer than its storage")
     return record
 
@@ -122,7 +120,7 @@ class TensorBuilder(PlainObjects):
     ) -> torch.Tensor:
         """A tensor on a storage that is shared with all others of the same key; filled once the scatter has run."""
         counted, actual = element_type(storage, dtype)
-        check_inside(storage, offset, size, stride, actual.itemsize // counted.itemsize)
+        check_inside(storage, offset, size, stride, 1 if dtype is None else actual.itemsize // counted.itemsize)
         untyped = self._storages.get(storage.key)
         if untyped is None:
             untyped = self._storages[storage.key] = self._allocate(storage, counted)

@@ -18,6 +18,8 @@ from ..host.device import Pinning, on_stream, refuse_capture, synchronize
 from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
 from .verified_file import VerifiedFile
 
+_CPU = torch.device("cpu")
+
 
 class Scatter:
     """Where the bytes of a file go: a `reading.Consume`. Fill with `add`, then call from any thread."""
@@ -51,7 +53,8 @@ class Scatter:
         self._keep_alive.append(storage)
         target = None
         address = storage.data_ptr() + storage_offset_bytes
-        if storage.device.type != "cpu":
+        # The name of a device's type is made anew at each look.
+        if storage.device != _CPU and storage.device.type != "cpu":
             self.streams.setdefault(storage.device, torch.accelerator.current_stream(storage.device))
             target = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
                 storage, storage_offset_bytes, (num_bytes,), (1,)
@@ -138,6 +141,6 @@ def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
     The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
     """
     storage = torch.UntypedStorage(num_bytes, device=device)
-    if device.type == "cpu" and num_bytes >= 2 * HUGE_PAGE_BYTES:
+    if num_bytes >= 2 * HUGE_PAGE_BYTES and device.type == "cpu":
         advise_huge_pages(storage.data_ptr(), num_bytes)
     return storage
