@@ -179,8 +179,8 @@ class LoopThread:
         # Cancelled before its first step, the coroutine was not even begun.
         coro.close()
         outcome.resolve(None, self._cancelled_error(None))
-        with self._lock:
-            self._runs.pop(outcome, None)
+        # Without the lock: a signal handler may wait for this loop on a thread that it has interrupted inside `run`.
+        self._runs.pop(outcome, None)
 
     def _cancelled_error(self, cause: BaseException | None) -> BaseException:
         if self.death is not None:
