@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.insides import commits_of
+
 
 @pytest.fixture(scope="module", autouse=True)
 def whole_collection() -> None:
@@ -69,7 +71,7 @@ class HeldCopies:
 
     def __init__(self, engine: Any) -> None:
         self._gate = threading.Event()
-        engine._inflight.pool.submit_copy(self._gate.wait)
+        commits_of(engine).pool.submit_copy(self._gate.wait)
 
     def let_go(self) -> None:
         self._gate.set()

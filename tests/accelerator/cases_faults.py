@@ -14,6 +14,7 @@ from async_ckpt.errors import TornSnapshotError, TransactionStateError
 from async_ckpt.host.device import pinning
 from async_ckpt.integrations.dcp.stager import ArenaStager
 from async_ckpt.snapshot.arena import StagingArena
+from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
 from .simulator import Graph
@@ -89,9 +90,9 @@ def test_the_stager_keeps_its_slot_while_a_device_writes_to_it(any_mode: str, si
         with simulator.inject("copy", after=2), pytest.raises(RuntimeError, match="injected"):
             stager.stage(state)
         gc.collect()
-        [chunk] = stager._arena.try_reserve(1) or []
+        [chunk] = arena_of(stager).try_reserve(1) or []
         assert not simulator.extension.is_in_flight(chunk.address)
-        stager._arena.release(chunk)
+        arena_of(stager).release(chunk)
     finally:
         stager.close()
 
@@ -163,10 +164,10 @@ def test_every_chunk_is_pinned_after_prewarm_while_another_thread_warms_too(tmp_
     for _ in range(5):
         with engine(tmp_path, staging_bytes=8 << 20) as made:
             made.prewarm()
-            chunks = made._arena.try_reserve(made._arena.num_chunks) or []
-            assert [chunk.tensor.is_pinned() for chunk in chunks] == [True] * made._arena.num_chunks
+            chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
+            assert [chunk.tensor.is_pinned() for chunk in chunks] == [True] * arena_of(made).num_chunks
             for chunk in chunks:
-                made._arena.release(chunk)
+                arena_of(made).release(chunk)
 
 
 def test_fault_in_waits_for_the_chunk_that_another_thread_is_pinning(simulator: Any) -> None:

@@ -17,6 +17,7 @@ from async_ckpt.integrations.dcp import stager as staging
 from async_ckpt.reading import scatter
 from async_ckpt.snapshot import device as side
 from async_ckpt.snapshot import file_copy, guard
+from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
 from .simulator import MODES
@@ -80,10 +81,10 @@ def a_failing_copy(root: Path, simulator: Any) -> bool:
         made.create("t")
         with simulator.inject("copy", after=2), contextlib.suppress(RuntimeError):
             made.save(state, "model.pt")
-        chunks = made._arena.try_reserve(made._arena.num_chunks) or []
+        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
         is_quiet = not any(simulator.extension.is_in_flight(chunk.address) for chunk in chunks)
         for chunk in chunks:
-            made._arena.release(chunk)
+            arena_of(made).release(chunk)
         with contextlib.suppress(CheckpointError, RuntimeError):
             made.abort("t")
     return is_quiet and bool(chunks)

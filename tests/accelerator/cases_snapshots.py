@@ -12,6 +12,7 @@ import torch
 
 from async_ckpt.errors import CheckpointError, ConfigError, TransactionStateError, UnsupportedStateError
 from async_ckpt.host import device as devices
+from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, busy, distinct, engine, on, on_disk, saved
 from .simulator import Graph
@@ -204,10 +205,10 @@ def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(
     with engine(tmp_path) as made:
         made.guard(optimizer)
         made.prewarm()
-        chunks = made._arena.try_reserve(made._arena.num_chunks) or []
+        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
         assert all(chunk.tensor.is_pinned() and chunk.address % 4096 == 0 for chunk in chunks)
         for chunk in chunks:
-            made._arena.release(chunk)
+            arena_of(made).release(chunk)
         del chunk, chunks
         pending = saved(made, "t", model={"w": weight.detach()})
         pending.result(TIMEOUT_S)
@@ -288,11 +289,11 @@ def test_a_save_or_load_inside_a_graph_capture_is_refused_and_harms_nothing(tmp_
 def test_memory_is_not_pinned_inside_a_graph_capture(tmp_path: Path, simulator: Any) -> None:
     with engine(tmp_path, staging_bytes=1 << 20) as made:
         made.prewarm(0)
-        chunks = made._arena.try_reserve(made._arena.num_chunks) or []
+        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
         for chunk in chunks:
-            made._arena.release(chunk)
+            arena_of(made).release(chunk)
         del chunk, chunks
-        arena = type(made._arena)(2, 64 << 10, pinning=made._arena.pinning)
+        arena = type(arena_of(made))(2, 64 << 10, pinning=arena_of(made).pinning)
         with (
             simulator.capture(Graph()),
             pytest.raises(TransactionStateError, match="staging memory cannot be pinned while a graph"),
@@ -332,7 +333,7 @@ def test_a_failing_call_publishes_nothing_and_gives_every_chunk_back(
         simulator.extension.take_back_injected()
         with contextlib.suppress(CheckpointError, RuntimeError):
             made.close()
-        assert made._arena.num_taken == 0
+        assert arena_of(made).num_taken == 0
         assert not (root / "t").exists() or distinct(on_disk(root, "t")["w"]) == [1]
         del made
     assert num_failed

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
+from tests.support.insides import guard_of
 
 _KIND = torch.accelerator.current_accelerator()
 assert _KIND is not None, "these cases run where there is an accelerator, real or simulated"
@@ -55,7 +56,7 @@ def saved(made: AsyncCheckpointEngine, tag: str, **files: Any) -> Any:
 
 def wait_until_queued(made: AsyncCheckpointEngine) -> None:
     """Until the lazy copies are in the devices' queues, without ordering anything behind them."""
-    for copy in made._guard._copies:
+    for copy in guard_of(made)._copies:
         copy.queued.result(TIMEOUT_S)
 
 

@@ -13,6 +13,7 @@ from async_ckpt import AsyncCheckpointEngine, CheckpointError
 from async_ckpt.metrics import Observer
 from async_ckpt.retention import RetentionPolicy
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.insides import arena_of
 
 TIMEOUT_S = 60
 
@@ -42,7 +43,7 @@ def save_that_waits_for_memory(root: Path, meet: Any, met: threading.Event, **op
         engine.create("second")
         threading.Timer(0.2, gate.set).start()
         engine.save(state, "x.pt")
-        assert engine._arena.num_chunks == 1
+        assert arena_of(engine).num_chunks == 1
         engine.commit("second").result(TIMEOUT_S)
         assert met.wait(TIMEOUT_S)
         return sorted(engine.tags())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, UnsafePathError, UnsupportedStateError
+from tests.support.insides import arena_of
 
 CHUNK = 1 << 20
 
@@ -20,7 +21,7 @@ def test_a_state_planned_ahead_is_cached_at_its_first_save(tmp_path: Path) -> No
     model = torch.nn.Sequential(torch.nn.Linear(700, 700), torch.nn.Linear(700, 3))
     with make_engine(tmp_path) as engine:
         engine.prewarm(states={"sub/model.pt": model.state_dict(), "extra.pt": {"step": 0}})
-        assert engine._arena.num_faulted >= 3
+        assert arena_of(engine).num_faulted >= 3
         with torch.no_grad():
             model[0].weight.add_(1)
         engine.create("t")
@@ -38,7 +39,7 @@ def test_a_state_planned_ahead_is_cached_at_its_first_save(tmp_path: Path) -> No
 def test_all_staging_memory_is_touched_without_a_size(tmp_path: Path) -> None:
     with make_engine(tmp_path) as engine:
         engine.prewarm()
-        assert engine._arena.num_faulted == engine._arena.num_chunks
+        assert arena_of(engine).num_faulted == arena_of(engine).num_chunks
 
 
 def test_a_state_that_cannot_be_saved_is_refused_with_its_path(tmp_path: Path) -> None:

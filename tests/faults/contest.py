@@ -19,6 +19,7 @@ from typing import Any
 from async_ckpt import CheckpointNotFoundError, KeepLast
 from async_ckpt.storage import transaction
 from tests.support.faulty_filesystem import Killed, Operation
+from tests.support.insides import commits_of
 
 from .oracle import Contents, contents, private_names
 from .report import Row, Sample, command, sample_of, sampled
@@ -51,7 +52,7 @@ class Contest:
 
 def _remove(job: Job) -> None:
     with contextlib.suppress(CheckpointNotFoundError):
-        transaction.remove(job.engine._inflight.filesystem, job.engine.root, "oldest")
+        transaction.remove(commits_of(job.engine).filesystem, job.engine.root, "oldest")
         job.told.committed.pop("oldest", None)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapshotError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+from tests.support.insides import arena_of, commits_of, pipeline_of
 
 from .oracle import check_legal, contents, private_names
 from .report import Row, Sample, command, sample_of, sampled
@@ -72,8 +73,8 @@ class Outcome:
                 for version, tag in enumerate(("new", "older", "later"), 500):
                     if self.workload.config.get("overwrite") == "replace" or tag not in engine.tags():
                         Job(engine, self.told).whole(tag, version)
-                concurrent.futures.wait(engine._pipeline.warming, TIMEOUT_S)
-                assert engine._arena.num_taken == 0, "staging memory was not given back"
+                concurrent.futures.wait(pipeline_of(engine).warming, TIMEOUT_S)
+                assert arena_of(engine).num_taken == 0, "staging memory was not given back"
             finally:
                 self.fs.heal()
                 engine.close()
@@ -91,8 +92,8 @@ class Outcome:
         """Whatever nobody has asked for yet is raised by `create`, once each."""
         for _ in range(4):
             try:
-                engine._inflight.raise_unacknowledged()  # type: ignore[attr-defined]
-                for tag in list(engine._inflight._open):  # type: ignore[attr-defined]
+                commits_of(engine).raise_unacknowledged()  # type: ignore[attr-defined]
+                for tag in list(commits_of(engine)._open):  # type: ignore[attr-defined]
                     engine.abort(tag)  # type: ignore[attr-defined]
                 return
             except Exception as error:  # noqa: BLE001 - judged below

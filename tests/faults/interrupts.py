@@ -29,6 +29,7 @@ import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.local_filesystem import LocalFileSystem
+from tests.support.insides import arena_of
 from tests.support.states import torch_bytes
 
 from .oracle import check_legal, contents
@@ -229,7 +230,7 @@ def _end(engine: AsyncCheckpointEngine) -> None:
     # A chunk in the hands of an interrupted frame comes back with the traceback, which the last job of a thread may
     # hold.
     gc.collect()
-    assert engine._arena.num_taken == 0, f"{engine._arena.num_taken} chunks were not given back"
+    assert arena_of(engine).num_taken == 0, f"{arena_of(engine).num_taken} chunks were not given back"
 
 
 Life = Callable[[Path, Told, Interrupter], None]

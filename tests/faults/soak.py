@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 
 from async_ckpt import CheckpointError, KeepLast
+from tests.support.insides import arena_of, commits_of, pipeline_of
 from tests.support.stepping import until
 
 from .oracle import check_legal, contents, private_names
@@ -83,10 +84,10 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
             row.operations += len(fs.operations)
             fs.operations.clear()
             if k == num_commits // 2:
-                concurrent.futures.wait(engine._pipeline.warming, TIMEOUT_S)
+                concurrent.futures.wait(pipeline_of(engine).warming, TIMEOUT_S)
                 middle = resources()
         _give_up_open(job)
-        assert engine._arena.num_taken == 0
+        assert arena_of(engine).num_taken == 0
         # What the last commits have left to do in the background may still have a file open.
         with contextlib.suppress(AssertionError):
             until(lambda: resources()[:2] == middle[:2])
@@ -114,8 +115,8 @@ def _give_up_open(job: Job) -> None:
     engine = job.engine
     for _ in range(8):
         try:
-            engine._inflight.raise_unacknowledged()
-            for tag in list(engine._inflight._open):
+            commits_of(engine).raise_unacknowledged()
+            for tag in list(commits_of(engine)._open):
                 engine.abort(tag)
             return
         except CheckpointError:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import AsyncCheckpointEngine, OutOfSpaceError, WriteError
+from tests.support.insides import arena_of
 from tests.support.mounts import mounted
 
 from .errors import CODES, sweep, sweep_short_writes
@@ -69,7 +70,7 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             assert (
                 caught.value.errno == errno.ENOSPC and caught.value.needed_bytes and caught.value.free_bytes is not None
             )
-            assert private_names(root) == [] and engine._arena.num_taken == 0
+            assert private_names(root) == [] and arena_of(engine).num_taken == 0
             assert engine.latest() == "small"
             (disk / "other").unlink()
             job.whole("after", 3)

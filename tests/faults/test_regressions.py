@@ -39,6 +39,7 @@ from async_ckpt.snapshot.arena import StagingArena, StagingChunk
 from async_ckpt.snapshot.probes import ProbeMap
 from async_ckpt.snapshot.torn_check import TornCheck
 from async_ckpt.threads import executor
+from tests.support.insides import arena_of, commits_of, thread_of
 
 from .diskmodel import DiskModel
 from .oracle import contents
@@ -61,7 +62,7 @@ def test_a_file_whose_clean_up_breaks_does_not_hang_its_commit(tmp_path: Path) -
         fs.heal()
         fs.calls.before = None
         Job(engine, Told()).whole("b", 2)
-        assert engine._arena.num_taken == 0
+        assert arena_of(engine).num_taken == 0
 
 
 def test_an_older_checkpoint_that_cannot_be_read_does_not_fail_a_new_commit(tmp_path: Path) -> None:
@@ -104,12 +105,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_commits_that_nobody_asks_about_are_forgotten(tmp_path: Path) -> None:
     """Every successful commit whose result nobody looked at was remembered for as long as the engine lived."""
     with make_engine(tmp_path, overwrite="replace", max_pending_commits=1) as engine:
-        engine._inflight.num_remembered = 8
+        commits_of(engine).num_remembered = 8
         for k in range(30):
             engine.create(f"t{k % 20}")
             engine.save(state(k, num_floats=10), "model.pt")
             engine.commit(f"t{k % 20}")
-        assert len(engine._inflight._commits) <= 16
+        assert len(commits_of(engine)._commits) <= 16
 
 
 def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
@@ -333,8 +334,8 @@ def test_an_old_checkpoint_is_read_into_tensors_after_the_writer_died(tmp_path: 
     with quiet():
         engine = make_engine(tmp_path)
         Job(engine, Told()).whole("a", 1)
-        engine._inflight.pool._thread.loop.call_soon_threadsafe(engine._inflight.pool._thread.loop.stop)
-        engine._inflight.pool._thread.join(TIMEOUT_S)
+        thread_of(commits_of(engine).pool).loop.call_soon_threadsafe(thread_of(commits_of(engine).pool).loop.stop)
+        thread_of(commits_of(engine).pool).join(TIMEOUT_S)
         target = engine.load("a/model.pt")
         engine.load_into(target, "a/model.pt")
         with pytest.raises(CheckpointError, match="died"):

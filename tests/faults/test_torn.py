@@ -16,6 +16,7 @@ from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 from async_ckpt.snapshot.probes import Probes
 from async_ckpt.snapshot.step_exclusion import StepExclusion
 from tests.snapshot.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
+from tests.support.insides import commits_of
 from tests.support.stepping import until
 
 from .torn import KINDS, sweep
@@ -120,7 +121,7 @@ def test_a_change_after_the_copy_has_ended_tears_nothing(tmp_path: Path) -> None
         engine.guard(torch.optim.SGD([weight], lr=0.1))
         engine.create("t")
         engine.save({"w": weight}, "s.pt")
-        copy = engine._inflight.require_open("t").files["s.pt"].copy
+        copy = commits_of(engine).require_open("t").files["s.pt"].copy
         copy.copied.result(60)
         weight.add_(1)
         engine.commit("t").result(60)

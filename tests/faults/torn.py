@@ -23,6 +23,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
 from tests.snapshot.test_snapshots import assert_same, frozen
+from tests.support.insides import commits_of, exclusion_of, guard_of
 from tests.support.stepping import Doing, Gate, gated, until, waits_for, waits_noted
 
 from .report import command
@@ -211,7 +212,7 @@ class Actor:
         """Whether nothing of it will happen before somebody else does something."""
         if self.doing.ended or self.gate.is_held:
             return True
-        exclusion = engine._guard._exclusion
+        exclusion = exclusion_of(guard_of(engine))
         # One that waits for what has come to pass already is only slow to notice. A turn is taken under this lock.
         with exclusion._changed:
             if waits_for("turn", self.doing.thread):
@@ -256,7 +257,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
                     assert not training.is_stepping, "a save came into a guarded step"
                     saved.append((f"t{k}", engine.commit(f"t{k}"), frozen(state), changes[0]))
 
-                engine._guard.save(in_turn)
+                guard_of(engine).save(in_turn)
                 yield
 
         def meddle() -> Iterator[None]:
@@ -270,7 +271,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
         log: list[str] = []
         copying = Gate()
         copying.close()
-        submit = engine._inflight.pool.submit_copy
+        submit = commits_of(engine).pool.submit_copy
         saves, meddles = Gate(), Gate()
         saves.close()
         meddles.close()
@@ -281,7 +282,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
             until(is_at_rest)
 
         def is_at_rest() -> bool:
-            is_copied = not any(copy.is_reading for copy in engine._guard._copies)
+            is_copied = not any(copy.is_reading for copy in guard_of(engine)._copies)
             return (is_copied or copying.is_held) and all(actor.rests(engine, is_copied) for actor in actors)
 
         rest()

@@ -24,6 +24,7 @@ from async_ckpt import (
 from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from async_ckpt.observers.timeline import read_trace, write_timeline
+from tests.support.insides import commits_of, exclusion_of, guard_of
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}
 
@@ -284,7 +285,7 @@ class HeldCommit:
 
         self._gate = threading.Event()
         for _ in range(64):
-            engine._inflight.pool.submit_io(self._gate.wait)
+            commits_of(engine).pool.submit_io(self._gate.wait)
 
     def open(self) -> None:
         self._gate.set()
@@ -338,7 +339,7 @@ def test_stall_includes_the_wait_of_the_guard(tmp_path, held_copies):
         pending = engine.commit("t")
 
         def let_go_once_the_step_waits() -> None:
-            while engine._guard._exclusion.idle:
+            while exclusion_of(guard_of(engine)).idle:
                 os.sched_yield()
             held.let_go()
 

@@ -17,6 +17,7 @@ from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.snapshot import copy_threads as team_module
 from async_ckpt.snapshot.arena import StagingArena
 from async_ckpt.snapshot.copy_threads import CopyTeam
+from tests.support.insides import commits_of
 from tests.support.stepping import Doing, Gate
 
 TIMEOUT_S = 60.0
@@ -168,7 +169,7 @@ def test_an_eager_save_with_helpers_has_the_right_bytes(
     state = {f"w{k}": torch.randint(0, 255, (3_000_000 + 17 * k,), dtype=torch.uint8) for k in range(9)}
     wanted = {name: tensor.clone() for name, tensor in state.items()}
     with engine:
-        assert engine._inflight.pool.num_helpers == num_helpers
+        assert commits_of(engine).pool.num_helpers == num_helpers
         for step in range(3):
             engine.create(f"step-{step}")
             engine.save(state, "s.pt")

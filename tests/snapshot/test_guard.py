@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, BackpressureTimeout, TransactionStateError
+from tests.support.insides import arena_of, commits_of, exclusion_of, guard_of
 from tests.support.stepping import Doing, gated, is_blocked, noted_waits, until  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -139,14 +140,14 @@ def test_a_save_without_guarded_tensors_lets_other_threads_step(tmp_path: Path, 
     """Its own copy may wait long for the disk; that is no reason to hold a step up."""
     with make_engine(tmp_path) as engine:
         engine.guard(net.optimizer)
-        taken = [engine._arena.acquire(1) for _ in range(engine._arena.num_chunks)]
+        taken = [arena_of(engine).acquire(1) for _ in range(arena_of(engine).num_chunks)]
         engine.create("t")
         saving = Doing(lambda: engine.save({"data": torch.arange(5000)}, "s.pt"))
-        until(lambda: engine._inflight._open["t"].files)
+        until(lambda: commits_of(engine)._open["t"].files)
         Doing(net.optimizer.step).result()
         assert not saving.ended and net.first[0] == -1
         for chunk in taken:
-            engine._arena.release(chunk)
+            arena_of(engine).release(chunk)
         saving.result()
         engine.commit("t").result(60)
 
@@ -222,7 +223,7 @@ def test_nobody_starves(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
 
 def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: Net) -> None:
     with make_engine(tmp_path) as engine:
-        engine._guard._exclusion._timeout_s = 0.05
+        exclusion_of(guard_of(engine))._timeout_s = 0.05
         engine.guard(net.optimizer)
         with gated(net.optimizer) as gate:
             gate.close()
@@ -244,7 +245,7 @@ def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: 
 def test_a_step_that_waited_too_long_for_a_save_has_not_begun(tmp_path: Path, net: Net) -> None:
     reached, go_on = threading.Event(), threading.Event()
     with make_engine(tmp_path) as engine:
-        engine._guard._exclusion._timeout_s = 0.05
+        exclusion_of(guard_of(engine))._timeout_s = 0.05
         engine.guard(net.optimizer)
         engine.create("t")
         saving = Doing(
@@ -432,7 +433,7 @@ def test_nested_steps(engine: AsyncCheckpointEngine, net: Net, tmp_path: Path, w
     first, second = net.steps_in(tmp_path / "t" / "s.pt")
     # Where only the inner one is guarded, a save may come between its steps, but never into one.
     assert first == second and (first in (2, 3) if which == "inner" else first == 3)
-    assert engine._guard._exclusion.idle
+    assert exclusion_of(guard_of(engine)).idle
 
 
 def test_a_nested_step_that_raised_and_was_caught(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
@@ -446,7 +447,7 @@ def test_a_nested_step_that_raised_and_was_caught(engine: AsyncCheckpointEngine,
     outer = Catching(net.optimizer)
     engine.guard(outer, net.optimizer)
     outer.step()
-    assert not engine._guard._exclusion._running
+    assert not exclusion_of(guard_of(engine))._running
 
 
 def test_accelerates_wrapper(engine: AsyncCheckpointEngine, net: Net, held_copies: Any) -> None:
@@ -543,7 +544,7 @@ def test_a_compiled_step(engine: AsyncCheckpointEngine, net: Net, held_copies: A
     stepping.result()
     pending.result(60)
     assert net.steps_in(tmp_path / "t" / "s.pt") == (1, 1) and net.first[0] == -2
-    assert engine._guard._exclusion.idle
+    assert exclusion_of(guard_of(engine)).idle
 
 
 # The end of things.
@@ -655,7 +656,7 @@ def test_a_guarded_optimizer_can_be_copied_and_pickled(
     ]
     for other in copies:
         # It is not guarded: a save on another thread does not wait for its step.
-        assert not engine._guard._guards(other)
+        assert not guard_of(engine)._guards(other)
         weight = other.param_groups[0]["params"][0]
         weight.grad = torch.ones(5000)
         # Like the step of any optimizer, it waits for the copies.
@@ -722,4 +723,4 @@ def test_a_forked_child_steps_and_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_guarding_costs_nothing_without_an_optimizer(engine: AsyncCheckpointEngine, net: Net) -> None:
-    assert not engine._guard.save(lambda turn: engine._guard._exclusion._running)
+    assert not guard_of(engine).save(lambda turn: exclusion_of(guard_of(engine))._running)

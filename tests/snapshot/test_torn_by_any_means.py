@@ -13,6 +13,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 from tests.snapshot.test_snapshots import assert_same, frozen
+from tests.support.insides import arena_of, commits_of, guard_of
 from tests.support.stepping import Doing, noted_waits, until  # noqa: F401
 
 
@@ -242,15 +243,15 @@ def test_an_eager_save_beside_a_thread_that_changes_by_data(tmp_path: Path) -> N
     """
     weights = {f"w{k}": torch.full((50_000,), 1.0) for k in range(4)}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=256 << 10, chunk_bytes=64 << 10, io_mode="buffered") as engine:
-        taken = [engine._arena.acquire(1) for _ in range(engine._arena.num_chunks)]
+        taken = [arena_of(engine).acquire(1) for _ in range(arena_of(engine).num_chunks)]
         engine.create("t")
         saving = Doing(lambda: engine.save(weights, "s.pt"))
-        until(lambda: engine._inflight._open["t"].files)
+        until(lambda: commits_of(engine)._open["t"].files)
         # It has begun, and stands before its first chunk.
-        until(lambda: engine._arena._changed._waiters._waiters)
+        until(lambda: arena_of(engine)._changed._waiters._waiters)
         weights["w3"].data.fill_(9.0)
         for chunk in taken:
-            engine._arena.release(chunk)
+            arena_of(engine).release(chunk)
         with pytest.raises(TornSnapshotError, match="'w3'"):
             saving.result()
         with pytest.raises(TornSnapshotError):
@@ -442,4 +443,4 @@ def test_a_storage_where_a_dropped_subclass_lay_is_not_taken_for_guarded(
     strangers = {f"s{k}": torch.ones(3000) for k in range(200)}
     # Nothing has looked at the optimizer since.
     identities = [s.untyped_storage()._cdata for s in strangers.values()]
-    assert engine._guard.owned([*identities, weight.untyped_storage()._cdata]).ids.isdisjoint(identities)
+    assert guard_of(engine).owned([*identities, weight.untyped_storage()._cdata]).ids.isdisjoint(identities)

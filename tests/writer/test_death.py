@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from async_ckpt.errors import CheckpointError, WriteError
+from tests.support.insides import thread_of
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 
 def stop_loop(pool) -> None:
-    pool._thread.call(pool._thread.loop.stop)
+    thread_of(pool).call(thread_of(pool).loop.stop)
 
 
 def raise_in_callback(pool) -> None:
     def callback() -> None:
         raise ZeroDivisionError("in a callback")
 
-    pool._thread.call(callback)
+    thread_of(pool).call(callback)
 
 
 def raise_in_coroutine(pool) -> None:
@@ -37,9 +38,9 @@ def raise_in_coroutine(pool) -> None:
 
 def inject_into_thread(pool) -> None:
     """The loop's thread gets an exception from outside, wherever it is."""
-    thread = pool._thread._thread.ident
+    thread = thread_of(thread_of(pool)).ident
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
-    pool._thread.call(lambda: None)
+    thread_of(pool).call(lambda: None)
 
 
 DEATHS = [stop_loop, raise_in_callback, raise_in_coroutine, inject_into_thread]
@@ -110,12 +111,12 @@ def test_a_loop_that_is_stopped_again_and_again_still_gives_memory_back(make_poo
     gate.wait_inside(2)
 
     def stop_always() -> None:
-        pool._thread.loop.stop()
-        pool._thread.loop.call_soon(stop_always)
+        thread_of(pool).loop.stop()
+        thread_of(pool).loop.call_soon(stop_always)
 
-    pool._thread.call(stop_always)
+    thread_of(pool).call(stop_always)
     assert isinstance(file.done.exception(TIMEOUT_S), WriteError)
-    assert pool._thread.join(TIMEOUT_S)
+    assert thread_of(pool).join(TIMEOUT_S)
     assert not any(source.releases.values())
     gate.open()
     source.assert_released_once()
@@ -128,17 +129,17 @@ def test_all_tasks_cancelled(make_pool, fs, at):
     pool = make_pool()
 
     def cancel_all() -> None:
-        for task in asyncio.all_tasks(pool._thread.loop):
+        for task in asyncio.all_tasks(thread_of(pool).loop):
             task.cancel()
 
     source = Source(4 * 4096, 4096)
     if at == "unstarted":
         # Both callbacks run in one round of the loop: the task is cancelled before its first step.
         held = Gate()
-        pool._thread.call(held)
+        thread_of(pool).call(held)
         held.wait_inside(1)
         file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
-        pool._thread.call(cancel_all)
+        thread_of(pool).call(cancel_all)
         held.open()
     else:
         file = pool.open_file("f", size_bytes=source.size_bytes, seal=seal)
@@ -146,8 +147,8 @@ def test_all_tasks_cancelled(make_pool, fs, at):
             file.submit(chunk)
         if at != "waiting":
             gate.wait_inside(1)
-        pool._thread.call(cancel_all)
-        pool._thread.call(cancel_all)
+        thread_of(pool).call(cancel_all)
+        thread_of(pool).call(cancel_all)
         gate.open()
     error = file.done.exception(TIMEOUT_S)
     assert isinstance(error, WriteError)
@@ -162,10 +163,10 @@ def test_all_tasks_cancelled(make_pool, fs, at):
 def test_a_cancelled_coroutine_is_an_error_of_our_tree(make_pool):
     pool = make_pool()
     held = Gate()
-    pool._thread.call(held)
+    thread_of(pool).call(held)
     held.wait_inside(1)
     waiting = pool.run(asyncio.sleep(3600))
-    pool._thread.call(lambda: [task.cancel() for task in asyncio.all_tasks(pool._thread.loop)])
+    thread_of(pool).call(lambda: [task.cancel() for task in asyncio.all_tasks(thread_of(pool).loop)])
     held.open()
     assert isinstance(waiting.exception(TIMEOUT_S), WriteError)
     assert not waiting.cancel()

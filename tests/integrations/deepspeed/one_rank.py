@@ -28,6 +28,7 @@ from tests.integrations.deepspeed.world import (
     train,
     train_pipeline,
 )
+from tests.support.insides import commits_of, thread_of
 
 SMALL: dict[str, Any] = {"staging_bytes": 32 << 20}
 
@@ -324,7 +325,7 @@ def dead_writer(directory: Path) -> None:
     engine.save_checkpoint(str(directory), tag="before")
     checkpointer.drain()
     assert checkpointer.engine is not None
-    writer = checkpointer.engine._inflight.pool._thread
+    writer = thread_of(commits_of(checkpointer.engine).pool)
     writer.loop.call_soon_threadsafe(writer.loop.stop)
     writer.join(60)
     train(engine, 1)

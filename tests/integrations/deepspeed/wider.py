@@ -22,6 +22,7 @@ from async_ckpt import Catalog, ConfigError, KeepLast
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from tests.integrations.deepspeed.one_rank import SMALL, Modes, load_stock
 from tests.integrations.deepspeed.world import FEATURES, config, differences, make, state_of, train
+from tests.support.insides import commits_of
 
 
 class Twice:
@@ -58,7 +59,7 @@ class LateCopies:
     def close(self, checkpointer: AsyncDeepSpeedEngine) -> None:
         self._gate = gate = threading.Event()
         assert checkpointer.engine is not None
-        checkpointer.engine._inflight.pool.submit_copy(lambda: gate.wait(60) and None)
+        commits_of(checkpointer.engine).pool.submit_copy(lambda: gate.wait(60) and None)
 
 
 def bottom(engine: Any) -> torch.optim.Optimizer:

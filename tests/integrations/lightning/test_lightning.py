@@ -33,6 +33,7 @@ from async_ckpt import (  # noqa: E402
 from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
 from async_ckpt.integrations.lightning.places import Place  # noqa: E402
 from tests.support.faulty_filesystem import FaultyFileSystem  # noqa: E402
+from tests.support.insides import commits_of  # noqa: E402
 
 from .jobs import GatedFileSystem, Job, data, job, trainer  # noqa: E402
 
@@ -207,7 +208,7 @@ def test_a_failed_commit_raises_at_the_next_save_and_keeps_the_old_file(tmp_path
             io.wait()
             files.fail_manifest = OSError(errno.EIO, "broken disk")
         if t.global_step == 2:
-            io.engine._inflight.find_unfinished("epoch=0-step=2.ckpt") and io.engine._inflight.find_unfinished(
+            commits_of(io.engine).find_unfinished("epoch=0-step=2.ckpt") and commits_of(io.engine).find_unfinished(
                 "epoch=0-step=2.ckpt"
             ).wait(60)
             files.fail_manifest = None

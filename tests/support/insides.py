@@ -1,0 +1,35 @@
+"""Where tests look inside an engine, a pool or a guard: the one place that knows their private names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def arena_of(holder: Any) -> Any:
+    """The staging memory of an engine or a stager."""
+    return holder._arena
+
+
+def commits_of(engine: Any) -> Any:
+    """The commits of an engine: pool, rotation, open checkpoints."""
+    return engine._inflight
+
+
+def pipeline_of(engine: Any) -> Any:
+    """What copies and writes for an engine."""
+    return engine._pipeline
+
+
+def guard_of(engine: Any) -> Any:
+    """The guard of an engine."""
+    return engine._guard
+
+
+def exclusion_of(guard: Any) -> Any:
+    """What keeps steps and saves of a guard apart."""
+    return guard._exclusion
+
+
+def thread_of(holder: Any) -> Any:
+    """The loop thread of a pool, or the thread of that."""
+    return holder._thread
