@@ -10,7 +10,7 @@ from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.local_filesystem import LocalFileSystem
 from .failing import UsageError
-from .locating import Place, catalog_of, is_checkpoint, place_of
+from .locating import Located, catalog_of, is_checkpoint, place_of
 from .output import print_json
 
 
@@ -39,7 +39,7 @@ def command(
         print_json([place.tag for place in places])
 
 
-def _places(targets: list[str]) -> list[Place]:
+def _places(targets: list[str]) -> list[Located]:
     first, *others = targets
     if is_url(first):
         raise UsageError("delete works on directories; in a store, `prune` deletes by rules. Nothing was deleted")
@@ -47,7 +47,7 @@ def _places(targets: list[str]) -> list[Place]:
         catalog = catalog_of(first)
         for tag in others:
             catalog.path(tag)
-        return [Place(catalog, tag, None) for tag in others]
+        return [Located(catalog, tag, None) for tag in others]
     places = [place_of(target) for target in targets]
     for target, place in zip(targets, places, strict=True):
         if place.file is not None:

@@ -24,7 +24,7 @@ from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, UsageError
-from .locating import Place, place_of
+from .locating import Located, place_of
 from .output import print_json, print_table
 
 _BLOCK_BYTES = 4 << 20
@@ -81,7 +81,7 @@ _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 
 def _compare(
-    first: CommittedCheckpoint, second: CommittedCheckpoint, older: Place, newer: Place, others: list[str]
+    first: CommittedCheckpoint, second: CommittedCheckpoint, older: Located, newer: Located, others: list[str]
 ) -> tuple[list[dict[str, Any]], int]:
     if older.file is not None and newer.file is not None:
         pairs = [(first.entry(older.file), second.entry(newer.file))]

@@ -16,7 +16,7 @@ from ..observers.units import format_bytes
 from ..reading.header import FileHeader, TensorInfo, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import UsageError
-from .locating import Place, place_of
+from .locating import Located, place_of
 
 _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
 
@@ -86,7 +86,7 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def _copy(place: Place, file: str, fresh: str) -> None:
+def _copy(place: Located, file: str, fresh: str) -> None:
     """The committed bytes as they are: the file is a plain one already. No torch."""
     with _opened(place, file) as opened:
         handle = os.open(fresh, os.O_WRONLY)
@@ -96,7 +96,7 @@ def _copy(place: Place, file: str, fresh: str) -> None:
             os.close(handle)
 
 
-def _opened(place: Place, file: str) -> VerifiedFile:
+def _opened(place: Located, file: str) -> VerifiedFile:
     return place.catalog.open_file(place.tag, file)
 
 
@@ -106,7 +106,7 @@ def _write(handle: int, offset: int, memory: memoryview) -> None:
         done += os.pwrite(handle, memory[done:], offset + done)
 
 
-def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: bool) -> None:
+def _convert(place: Located, file: str, wanted: str, fresh: str, tensors_only: bool) -> None:
     import importlib
 
     # Through importlib: the command line as such must not depend on torch.
@@ -126,7 +126,7 @@ def _convert(place: Place, file: str, wanted: str, fresh: str, tensors_only: boo
     save_file(tensors, fresh, metadata={"format": "pt"})
 
 
-def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> None:
+def _check_exportable(header: FileHeader, place: Located, tensors_only: bool) -> None:
     seen: set[str] = set()
     for tensor in header.tensors:
         if tensor.name in seen:
@@ -150,7 +150,7 @@ def _check_exportable(header: FileHeader, place: Place, tensors_only: bool) -> N
         raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
 
 
-def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Place) -> Any:
+def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Located) -> Any:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:
         raise UnsupportedStateError(

@@ -14,7 +14,7 @@ from .failing import NotFoundError, UsageError
 
 
 @dataclass(frozen=True)
-class Place:
+class Located:
     """A checkpoint, or one file of it."""
 
     catalog: Catalog
@@ -48,7 +48,7 @@ def catalog_of(root: str) -> Catalog:
     return Catalog(beside if os.path.isdir(beside) and not Catalog(root).entries() else root)
 
 
-def place_of(path: str) -> Place:
+def place_of(path: str) -> Located:
     """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file, or the one that is one file.
 
     Raises:
@@ -58,13 +58,13 @@ def place_of(path: str) -> Place:
     home, name = os.path.split(given)
     beside, tag = os.path.join(home, SINGLE_FILES_NAME), single_file_tag(name)
     if is_checkpoint(os.path.join(beside, tag)) and os.path.isfile(given):
-        return Place(Catalog(beside), tag, None)
+        return Located(Catalog(beside), tag, None)
     filesystem = read_side_of(given)
     found = find_checkpoint(given, filesystem)
     if found is None:
         raise _no_place(path, given)
     root, tag, inner = found
-    return Place(Catalog(root, filesystem), tag, inner or None)
+    return Located(Catalog(root, filesystem), tag, inner or None)
 
 
 def is_checkpoint(folder: str) -> bool:

@@ -36,7 +36,7 @@ from ...errors import (
 from ...format.metadata import check_metadata
 from .blobs import BlobPlanner, join_blobs, raw_plan
 from .reader import DcpReader
-from .writer import METADATA_NAME, Place, encode_metadata, plan_file, write_results
+from .writer import METADATA_NAME, RankPlace, encode_metadata, plan_file, write_results
 
 # Templates are plain data, the same for every engine; only the training thread plans.
 _blobs = BlobPlanner()
@@ -247,7 +247,9 @@ class _EngineWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=Place(self._tag, "", rank)) for rank, plan in enumerate(plans)]
+        return [
+            dataclasses.replace(plan, storage_data=RankPlace(self._tag, "", rank)) for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         name = plan.storage_data.file_name

@@ -58,7 +58,7 @@ METADATA_NAME = ".metadata"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where one rank writes, told by the coordinator through its plan."""
 
     tag: str
@@ -235,11 +235,13 @@ class DcpWriter(StorageWriter):
         staging = transaction.begin(fs, self._root, self._tag, self._overwrite)
         self._staged.hold(fs, staging)
         name = os.path.basename(staging.path)
-        return [dataclasses.replace(plan, storage_data=Place(self._tag, name, rank)) for rank, plan in enumerate(plans)]
+        return [
+            dataclasses.replace(plan, storage_data=RankPlace(self._tag, name, rank)) for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         place = plan.storage_data
-        if not isinstance(place, Place):
+        if not isinstance(place, RankPlace):
             raise TransactionStateError("the plan does not say where to write: prepare_global_plan was not called")
         core = self._open_core()
         location = self._locate(place)
@@ -305,7 +307,7 @@ class DcpWriter(StorageWriter):
             self._core = kept_core(self._config, key) if self._is_copy else Core(self._config)
         return self._core
 
-    def _locate(self, place: Place) -> str:
+    def _locate(self, place: RankPlace) -> str:
         """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look
         for the new one.
         """

@@ -19,7 +19,7 @@ from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
 from .loading import load_file
-from .places import DATA_NAME, Place
+from .places import DATA_NAME, CheckpointFile
 from .single_file import FileCoordinator, remove, try_settle
 
 _OWN_FIELDS = ("root", "overwrite", "coordinator", "format", "retention")
@@ -99,7 +99,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 "`Trainer.save_checkpoint(..., storage_options=...)` is not supported by AsyncCkptIO: it writes "
                 "local files"
             )
-        place = Place.of(path)
+        place = CheckpointFile.of(path)
         self._raise_failure()
         engine, after = self._running(place)
         number = after.reserve(place)
@@ -133,7 +133,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             CheckpointNotFoundError (a FileNotFoundError), CorruptCheckpointError. CheckpointError: the save to this
             path failed.
         """
-        place = Place.of(path)
+        place = CheckpointFile.of(path)
         if self._after is not None:
             self._after.drain()
             error = self._after.failure_of(place)
@@ -150,7 +150,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         """Delete a file, pending ones too, once all saves before this call are durable. A missing one is fine. Does not
         block.
         """
-        place = Place.of(path)
+        place = CheckpointFile.of(path)
         if self._after is not None:
             self._after.remove(place)
         else:
@@ -189,7 +189,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         From now on until `teardown`, saves go on in the background.
         """
         self._is_over = False
-        self._running(Place.of(os.path.join(dirpath, "any")))
+        self._running(CheckpointFile.of(os.path.join(dirpath, "any")))
 
     def fit_started(self, optimizers: Sequence[torch.optim.Optimizer], module: torch.nn.Module) -> None:
         """With ``guard=True``, guard what trains `module`; `ModelCheckpoint` calls it on every rank.
@@ -232,18 +232,18 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
 
     def is_pending(self, path: Any) -> bool:
         """Whether a save to `path` has not ended yet. Never blocks."""
-        return self._after is not None and self._after.is_pending(Place.of(path))
+        return self._after is not None and self._after.is_pending(CheckpointFile.of(path))
 
     def link(self, target: Any, link: Any) -> None:
         """Point the symbolic link at `target` once that is committed."""
         if self._after is not None:
-            self._after.link(Place.of(target), Place.of(link))
+            self._after.link(CheckpointFile.of(target), CheckpointFile.of(link))
         else:
-            switch_link(self._filesystem, Place.of(target), Place.of(link))
+            switch_link(self._filesystem, CheckpointFile.of(target), CheckpointFile.of(link))
 
     # Inside.
 
-    def _running(self, place: Place) -> tuple[AsyncCheckpointEngine, FollowUps]:
+    def _running(self, place: CheckpointFile) -> tuple[AsyncCheckpointEngine, FollowUps]:
         if self._engine is None or self._after is None or self._coordinator is None:
             self._coordinator = FileCoordinator(sweep=self._sweeps)
             self._engine = AsyncCheckpointEngine(
@@ -264,7 +264,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         return {**self.__dict__, "_engine": None, "_after": None, "_coordinator": None, "_guarded": []}
 
 
-def _metadata(checkpoint: Any, place: Place) -> dict[str, Any]:
+def _metadata(checkpoint: Any, place: CheckpointFile) -> dict[str, Any]:
     found: dict[str, Any] = {"framework": "lightning", "file": os.path.basename(place.final)}
     for ours, theirs in (("epoch", "epoch"), ("step", "global_step")):
         value = checkpoint.get(theirs) if isinstance(checkpoint, dict) else None

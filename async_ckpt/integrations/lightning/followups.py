@@ -23,13 +23,13 @@ from ...errors import report
 from ...storage.filesystem import FileSystem
 from ...threads.executor import DaemonExecutor
 from ...threads.locks import Lock
-from .places import Place
+from .places import CheckpointFile
 from .single_file import FileCoordinator, remove
 
 
 @dataclass(slots=True)
 class _Save:
-    place: Place
+    place: CheckpointFile
     number: int
     pending: PendingCommit
     raised: bool = False
@@ -46,7 +46,7 @@ class FollowUps:
     _numbers: dict[str, int] = field(default_factory=dict)
     _count: int = 0
     _removed: dict[str, int] = field(default_factory=dict)
-    _postponed: list[tuple[Place, int]] = field(default_factory=list)
+    _postponed: list[tuple[CheckpointFile, int]] = field(default_factory=list)
     _undeleted: set[str] = field(default_factory=set)
     _failures: list[BaseException] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
@@ -54,39 +54,39 @@ class FollowUps:
 
     # The training thread.
 
-    def reserve(self, place: Place) -> int:
+    def reserve(self, place: CheckpointFile) -> int:
         """Number the save of `place` that begins now: an older removal of the same path no longer applies."""
         self._count += 1
         self._numbers[place.final] = self._count
         return self._count
 
-    def saved(self, place: Place, number: int, pending: PendingCommit) -> None:
+    def saved(self, place: CheckpointFile, number: int, pending: PendingCommit) -> None:
         """Follow this commit."""
         save = _Save(place, number, pending)
         with self._lock:
             self._saves.append(save)
         self._worker.submit(self._guarded, lambda: self._ended(save))
 
-    def remove(self, place: Place) -> None:
+    def remove(self, place: CheckpointFile) -> None:
         """Delete a file once everything that was saved before is committed."""
         self._count += 1
         self._removed[place.final] = number = self._count
         before = self._unended()
         self._worker.submit(self._guarded, lambda: self._remove(place, number, before))
 
-    def link(self, target: Place, link: Place) -> None:
+    def link(self, target: CheckpointFile, link: CheckpointFile) -> None:
         """Point a symbolic link at `target` once that is committed."""
         waits = [save for save in self._unended() if save.place == target]
         self._worker.submit(self._guarded, lambda: self._link(target, link, waits))
 
-    def is_pending(self, place: Place) -> bool:
+    def is_pending(self, place: CheckpointFile) -> bool:
         """Whether a save to this path has not ended, and no removal was asked for since."""
         newest = self._numbers.get(place.final, 0)
         return newest > self._removed.get(place.final, 0) and any(
             s.place == place and not s.pending.done() for s in self._unended()
         )
 
-    def failure_of(self, place: Place) -> BaseException | None:
+    def failure_of(self, place: CheckpointFile) -> BaseException | None:
         """Why the newest save to this path failed, if it has."""
         with self._lock:
             mine = [save for save in self._saves if save.place == place]
@@ -143,14 +143,14 @@ class FollowUps:
             self.on_commit(save.place.final)
         self._retry_postponed(force=False)
 
-    def _link(self, target: Place, link: Place, waits: list[_Save]) -> None:
+    def _link(self, target: CheckpointFile, link: CheckpointFile, waits: list[_Save]) -> None:
         if any(save.pending.exception() is not None for save in waits):
             report(logging.WARNING, "%s still points where it did: %s was not committed", link.final, target.final)
             return
         switch_link(self.filesystem, target, link)
         self._retry_postponed(force=False)
 
-    def _remove(self, place: Place, number: int, before: list[_Save]) -> None:
+    def _remove(self, place: CheckpointFile, number: int, before: list[_Save]) -> None:
         failed = [save for save in before if save.pending.exception() is not None]
         if failed:
             report(
@@ -173,7 +173,7 @@ class FollowUps:
             else:
                 self._postponed.append((place, number))
 
-    def _remove_now(self, place: Place, number: int) -> None:
+    def _remove_now(self, place: CheckpointFile, number: int) -> None:
         try:
             with self.coordinator.lock:
                 if self._numbers.get(place.final, 0) < number:
@@ -185,13 +185,13 @@ class FollowUps:
                 self._undeleted.add(place.final)
                 report(logging.WARNING, "%s cannot be deleted now; tried again after each save: %s", place.final, error)
 
-    def _is_linked(self, place: Place) -> bool:
+    def _is_linked(self, place: CheckpointFile) -> bool:
         with contextlib.suppress(FileNotFoundError), os.scandir(place.folder) as entries:
             return any(entry.is_symlink() and os.readlink(entry.path) in (place.name, place.final) for entry in entries)
         return False
 
 
-def switch_link(filesystem: FileSystem, target: Place, link: Place) -> None:
+def switch_link(filesystem: FileSystem, target: CheckpointFile, link: CheckpointFile) -> None:
     """Make `link` a relative symbolic link to `target`, in one rename; blocks.
 
     Raises:

@@ -20,11 +20,11 @@ from ...reading.load import load_opened
 from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
 from .content_id import CONTENT_ID, check_own_crcs, read_content_id
-from .places import DATA_NAME, Place
+from .places import DATA_NAME, CheckpointFile
 
 
 def load_file(
-    filesystem: FileSystem, place: Place, *, map_location: Any, weights_only: bool | None, verify: str
+    filesystem: FileSystem, place: CheckpointFile, *, map_location: Any, weights_only: bool | None, verify: str
 ) -> Any:
     """The object in the file at `place`, a link followed. Blocks.
 
@@ -35,7 +35,7 @@ def load_file(
         raise ConfigError(f"verify must be 'full' or 'off', not {verify!r}")
     found = filesystem.stat(place.final)
     if found.kind == "other":
-        place = Place(os.path.realpath(place.final))
+        place = CheckpointFile(os.path.realpath(place.final))
         found = filesystem.stat(place.final)
     if found.kind != "file":
         raise CheckpointNotFoundError(f"Checkpoint file not found: {place.final}")
@@ -72,7 +72,7 @@ def load_file(
         return _load_unverified(place, map_location, weights_only)
 
 
-def _manifest(filesystem: FileSystem, place: Place) -> Manifest | None:
+def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
     """The manifest of the file; None where there is none.
 
     Raises:
@@ -88,7 +88,7 @@ def _manifest(filesystem: FileSystem, place: Place) -> Manifest | None:
 
 
 def _load_verified(
-    filesystem: FileSystem, place: Place, entry: FileEntry, map_location: Any, weights_only: bool | None
+    filesystem: FileSystem, place: CheckpointFile, entry: FileEntry, map_location: Any, weights_only: bool | None
 ) -> Any:
     file = filesystem.open_read(place.folder, (place.name,), direct=True)
     try:
@@ -100,5 +100,5 @@ def _load_verified(
         return load_opened(verified, map_location=map_location, weights_only=weights_only)
 
 
-def _load_unverified(place: Place, map_location: Any, weights_only: bool | None) -> Any:
+def _load_unverified(place: CheckpointFile, map_location: Any, weights_only: bool | None) -> Any:
     return torch.load(place.final, map_location=map_location, weights_only=weights_only)

@@ -19,7 +19,7 @@ from ...ranks.coordinator import Destination
 DATA_NAME = "state.ckpt"
 
 
-class Place(Destination):
+class CheckpointFile(Destination):
     """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a
     digest of it.
     """
@@ -33,7 +33,7 @@ class Place(Destination):
         object.__setattr__(self, "final", final)
 
     @classmethod
-    def of(cls, path: Any) -> Place:
+    def of(cls, path: Any) -> CheckpointFile:
         """From what Lightning passes.
 
         Raises:

@@ -23,11 +23,11 @@ from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...threads.locks import Lock
 from .content_id import CONTENT_ID, read_content_id
-from .places import DATA_NAME, Place
+from .places import DATA_NAME, CheckpointFile
 
 
 class FileCoordinator(LocalCoordinator):
-    """A single process whose checkpoints are files in any folder, at a `Place` each."""
+    """A single process whose checkpoints are files in any folder, at a `CheckpointFile` each."""
 
     def __init__(self, *, sweep: bool) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class FileCoordinator(LocalCoordinator):
         self._sweeps = sweep
         self._settled: set[str] = set()
 
-    def prepare(self, place: Place) -> None:
+    def prepare(self, place: CheckpointFile) -> None:
         """Make and tidy the folder when it is used first. Training thread."""
         if place.root not in self._settled:
             transaction.make_root(self._fs, place.root)
@@ -46,7 +46,7 @@ class FileCoordinator(LocalCoordinator):
             self._settled.add(place.root)
 
     def begin(self, destination: Destination, overwrite: str) -> OpenTag:
-        assert isinstance(destination, Place)
+        assert isinstance(destination, CheckpointFile)
         self.prepare(destination)
         return super().begin(destination, overwrite)
 
@@ -54,7 +54,7 @@ class FileCoordinator(LocalCoordinator):
         self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         place = opened.destination
-        assert isinstance(place, Place)
+        assert isinstance(place, CheckpointFile)
         marks = {CONTENT_ID: _content_id(self._fs, opened.location.result())}
         with self.lock:
             super().publish(opened, files, {**metadata, **marks}, created_unix_ns)
@@ -74,7 +74,7 @@ def _content_id(fs: FileSystem, staging: str) -> str | None:
         raise CommitError(message, step="read", errno=error.errno, path=staging) from error
 
 
-def move_into_place(fs: FileSystem, place: Place) -> None:
+def move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
     """The second rename of a commit, made durable.
 
     Raises:
@@ -106,12 +106,12 @@ def settle(fs: FileSystem, folder: str) -> None:
     Raises:
         CommitError: a file could not be moved.
     """
-    catalog = Catalog(Place(os.path.join(folder, "x")).root, fs)
+    catalog = Catalog(CheckpointFile(os.path.join(folder, "x")).root, fs)
     for entry in catalog.entries():
         name = entry.manifest.metadata.get("file") if entry.manifest is not None else None
         if not isinstance(name, str) or "/" in name:
             continue
-        place = Place(os.path.join(folder, name))
+        place = CheckpointFile(os.path.join(folder, name))
         if place.tag != entry.tag:
             continue
         staged, final = fs.stat(place.staged), fs.stat(place.final)
@@ -126,7 +126,7 @@ def settle(fs: FileSystem, folder: str) -> None:
             forget(fs, place)
 
 
-def forget(fs: FileSystem, place: Place) -> None:
+def forget(fs: FileSystem, place: CheckpointFile) -> None:
     """Remove a file's manifest; one that has none is fine.
 
     Raises:
@@ -136,7 +136,7 @@ def forget(fs: FileSystem, place: Place) -> None:
         transaction.remove(fs, place.root, place.tag)
 
 
-def remove(fs: FileSystem, place: Place) -> None:
+def remove(fs: FileSystem, place: CheckpointFile) -> None:
     """Delete a checkpoint file, then its manifest; a directory that some other plugin wrote is deleted too. Blocks.
 
     Raises:
@@ -157,7 +157,7 @@ def remove(fs: FileSystem, place: Place) -> None:
 
 def try_settle(fs: FileSystem, folder: str) -> None:
     """`settle` for a reader, who may have no right to write here."""
-    if fs.stat(Place(os.path.join(folder, "x")).root).kind == "dir":
+    if fs.stat(CheckpointFile(os.path.join(folder, "x")).root).kind == "dir":
         try:
             settle(fs, folder)
         except (CheckpointError, OSError) as error:

@@ -9,13 +9,13 @@ import torch
 
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
-from async_ckpt.integrations.lightning.places import DATA_NAME, Place
+from async_ckpt.integrations.lightning.places import DATA_NAME, CheckpointFile
 from async_ckpt.integrations.lightning.single_file import FileCoordinator
 from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
-def commit(fs: FileSystem, place: Place, step: int) -> None:
+def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
     """What engine and writer do with a checkpoint, in one thread."""
     buffer = io.BytesIO()
     torch.save({"step": step, "w": torch.full((100,), float(step))}, buffer)
@@ -34,4 +34,4 @@ def commit(fs: FileSystem, place: Place, step: int) -> None:
 
 def commit_file(path: Path, step: int) -> None:
     """A checkpoint at `path`."""
-    commit(LocalFileSystem(), Place(str(path)), step)
+    commit(LocalFileSystem(), CheckpointFile(str(path)), step)

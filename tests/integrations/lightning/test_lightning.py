@@ -31,7 +31,7 @@ from async_ckpt import (  # noqa: E402
     UnsupportedStateError,
 )
 from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
-from async_ckpt.integrations.lightning.places import Place  # noqa: E402
+from async_ckpt.integrations.lightning.places import CheckpointFile  # noqa: E402
 from tests.support.faulty_filesystem import FaultyFileSystem  # noqa: E402
 from tests.support.insides import commits_of  # noqa: E402
 
@@ -65,8 +65,8 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def place(path: Path) -> Place:
-    return Place(str(path))
+def place(path: Path) -> CheckpointFile:
+    return CheckpointFile(str(path))
 
 
 def flip(path: Path, offset: int) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from async_ckpt.errors import CheckpointError
 from async_ckpt.integrations.lightning.loading import load_file
-from async_ckpt.integrations.lightning.places import Place
+from async_ckpt.integrations.lightning.places import CheckpointFile
 from async_ckpt.integrations.lightning.single_file import remove
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
@@ -20,7 +20,7 @@ from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 from .single_files import commit
 
 
-def step_at(place: Place) -> Any:
+def step_at(place: CheckpointFile) -> Any:
     """The step in the file, as stock Lightning and as we read it; None where there is no file."""
     if not os.path.exists(place.final):
         return None
@@ -31,7 +31,7 @@ def step_at(place: Place) -> Any:
 
 
 def num_calls(tmp_path: Path, old: int | None, work: Any) -> int:
-    place = Place(str(tmp_path / "count" / "a.ckpt"))
+    place = CheckpointFile(str(tmp_path / "count" / "a.ckpt"))
     if old is not None:
         commit(LocalFileSystem(), place, old)
     fs = FaultyFileSystem()
@@ -45,7 +45,7 @@ def num_calls(tmp_path: Path, old: int | None, work: Any) -> int:
 def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> None:
     seen = set()
     for k in range(num_calls(tmp_path, old, lambda fs, place: commit(fs, place, 2))):
-        place = Place(str(tmp_path / f"{k}" / "a.ckpt"))
+        place = CheckpointFile(str(tmp_path / f"{k}" / "a.ckpt"))
         if old is not None:
             commit(LocalFileSystem(), place, old)
         fs = FaultyFileSystem()
@@ -59,7 +59,7 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
         found = step_at(place)
         assert found == 2 if is_acknowledged else found in (old, 2), f"call {k}"
         # The next run finishes or sweeps, and works.
-        commit(LocalFileSystem(), Place(str(tmp_path / f"{k}" / "b.ckpt")), 3)
+        commit(LocalFileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
         settled = step_at(place)
         assert settled == 2 or (settled == old and found == old), f"call {k}"
         assert sorted(p.name for p in Path(place.root).iterdir()) == [
@@ -74,7 +74,7 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
 @pytest.mark.leaves_staging
 def test_a_removal_cut_anywhere(tmp_path: Path) -> None:
     for k in range(num_calls(tmp_path, 1, remove)):
-        place = Place(str(tmp_path / f"{k}" / "a.ckpt"))
+        place = CheckpointFile(str(tmp_path / f"{k}" / "a.ckpt"))
         commit(LocalFileSystem(), place, 1)
         fs = FaultyFileSystem()
         fs.kill_at(k)
@@ -82,6 +82,6 @@ def test_a_removal_cut_anywhere(tmp_path: Path) -> None:
             remove(fs, place)
         fs.dispose()
         assert step_at(place) in (None, 1)
-        commit(LocalFileSystem(), Place(str(tmp_path / f"{k}" / "b.ckpt")), 3)
+        commit(LocalFileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
         left = [p.name for p in Path(place.root).iterdir()]
         assert sorted(left) == (["a.ckpt", "b.ckpt"] if os.path.exists(place.final) else ["b.ckpt"])
