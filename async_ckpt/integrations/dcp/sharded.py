@@ -118,7 +118,10 @@ def save_sharded(
     try:
         state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
     except BaseException as error:
-        failure = _unplannable(_own_or_first(error, writer.rank)) if isinstance(error, CheckpointException) else error
+        failure = _own_or_first(error, writer.rank) if isinstance(error, CheckpointException) else error
+        # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
+        if isinstance(error, (CheckpointException, ValueError)):
+            failure = _unplannable(failure)
         if writer.is_open:
             engine.abort(tag)
         raise failure from error
@@ -177,10 +180,11 @@ def _check_arguments(engine: Any, state_dict: Any) -> None:
 
 
 def _unplannable(error: BaseException) -> BaseException:
-    """DCP's planner fails in torch's own words where it has no way to save a tensor (nested ones, say)."""
-    if isinstance(error, (AttributeError, NotImplementedError, RuntimeError, TypeError)) and not isinstance(
-        error, CheckpointError
-    ):
+    """DCP's planner fails in torch's own words where it has no way to save a tensor (nested ones, say), or where two
+    key paths have one dotted name.
+    """
+    kinds = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+    if isinstance(error, kinds) and not isinstance(error, CheckpointError):
         return UnsupportedStateError(
             f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint"
         )

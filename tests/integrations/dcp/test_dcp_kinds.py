@@ -111,6 +111,7 @@ REFUSED: dict[str, Any] = {
     "jagged": quiet(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
     "nested": quiet(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
     "meta": torch.empty(3, device="meta"),
+    "two keys of one dotted name": {1: torch.ones(1), "1": torch.zeros(1)},
 }
 
 

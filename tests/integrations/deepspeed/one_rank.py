@@ -107,7 +107,9 @@ def read_at_once(directory: Path) -> None:
     other.destroy()
     # A failure is told to the reader, and to its own engine as well.
     filesystem.error = OSError(errno.EIO, "no")
+    filesystem.gate.clear()
     engine.save_checkpoint(str(directory), tag="t9")
+    filesystem.gate.set()
     with pytest.raises(CheckpointError):
         get_fp32_state_dict_from_zero_checkpoint(str(directory))
     with pytest.raises(CheckpointError):
