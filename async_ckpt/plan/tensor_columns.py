@@ -12,14 +12,12 @@ import torch
 
 from ..host.device import is_copyable
 from .structure import NotPlainError, SharingPattern, picker
-from .tensor_guards import same_facts
 
 _dtype_of = attrgetter("dtype")
 _device_of = attrgetter("device")
 _requires_grad_of = attrgetter("requires_grad")
 _attributes_of = attrgetter("__dict__")
 _identity_of = attrgetter("_cdata")
-_is_nested = attrgetter("is_nested")
 
 Columns = tuple[list[Any], ...]
 
@@ -106,37 +104,31 @@ class TensorFacts:
 
     def __init__(self, live: LiveTensors) -> None:
         self._columns = live.columns
-        self._same = same_facts(live.tensors)
 
     def storages_if_same(self, tensors: Sequence[torch.Tensor]) -> LiveStorages | None:
-        """The storages of `tensors` if they have these facts, else None. About 0.3 us per tensor."""
+        """The storages of `tensors` if they have these facts, else None. About 0.5 us per tensor.
+
+        torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes
+        a dense one's place.
+        """
+        tensor, (sizes, strides, offsets, dtypes, devices, requires_grad) = torch.Tensor, self._columns
         try:
             with torch._C.DisableTorchFunction():
-                # Refused by every layout but the strided one.
-                storages = list(map(torch.Tensor.untyped_storage, tensors))
-                if any(map(_is_nested, tensors)):
-                    return None
-                if self._same is not None and self._same(tensors):
-                    offsets = list(map(torch.Tensor.storage_offset, tensors))
-                    same = offsets == self._columns[2] and not any(map(_attributes_of, tensors))
-                else:
-                    # Modes make the guards say no to equal tensors.
-                    same = self._compare_all(tensors)
+                # One by one where the facts are objects: thousands of new ones at once would wake the garbage
+                # collector.
+                same = (
+                    all(map(eq, map(tensor.size, tensors), sizes))
+                    and all(map(eq, map(tensor.stride, tensors), strides))
+                    and list(map(tensor.storage_offset, tensors)) == offsets
+                    and list(map(_dtype_of, tensors)) == dtypes
+                    and all(map(eq, map(_device_of, tensors), devices))
+                    and list(map(_requires_grad_of, tensors)) == requires_grad
+                    and not _has_more(tensors, dtypes)
+                )
+                storages = list(map(tensor.untyped_storage, tensors)) if same else []
         except (RuntimeError, NotImplementedError):
             return None
         return LiveStorages(storages, list(map(_identity_of, storages))) if same else None
-
-    def _compare_all(self, tensors: Sequence[torch.Tensor]) -> bool:
-        tensor, (sizes, strides, offsets, dtypes, devices, requires_grad) = torch.Tensor, self._columns
-        return (
-            list(map(tensor.storage_offset, tensors)) == offsets
-            and list(map(_dtype_of, tensors)) == dtypes
-            and list(map(_requires_grad_of, tensors)) == requires_grad
-            and all(map(eq, map(tensor.size, tensors), sizes))
-            and all(map(eq, map(tensor.stride, tensors), strides))
-            and all(map(eq, map(_device_of, tensors), devices))
-            and not _has_more(tensors, dtypes)
-        )
 
 
 class StoragePattern:
