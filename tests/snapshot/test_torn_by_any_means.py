@@ -406,6 +406,8 @@ def test_a_forked_child_waits_for_no_copy(training: Training, held_save: Any) ->
     child = os.fork()
     if child == 0:
         try:
+            # OpenMP's threads did not survive the fork.
+            torch.set_num_threads(1)
             other.step()
             training.optimizer.step()
             os._exit(42)
