@@ -42,6 +42,7 @@ def kept(policy: RetentionPolicy, run: list[CheckpointInfo] = RUN) -> list[int]:
     ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [

@@ -7,6 +7,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "async_ckpt"
 
 _GROUND = {"errors", "metrics"}
@@ -143,6 +145,7 @@ def room_arrows() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.wide
 def test_imports_follow_the_arrows() -> None:
     wrong = {
         (module, other)
@@ -153,6 +156,7 @@ def test_imports_follow_the_arrows() -> None:
     assert wrong == set()
 
 
+@pytest.mark.wide
 def test_few_rooms_on_few_floors() -> None:
     arrows = room_arrows()
 

@@ -15,6 +15,8 @@ import torch
 
 from . import simulator
 
+pytestmark = pytest.mark.wide
+
 CASES = sorted(Path(__file__).parent.glob("cases_*.py"))
 ON_REAL_DEVICES = [path for path in CASES if path.stem in ("cases_faults", "cases_snapshots")]
 

@@ -19,7 +19,7 @@ from benchmarks.scenarios.common import ShortCheckpoint, check_complete
 from benchmarks.scenarios.restore import evict
 from benchmarks.watch import run_child
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.wide]
 
 
 def results_of(folder: Path) -> dict[str, dict[str, Any]]:

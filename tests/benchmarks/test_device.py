@@ -13,6 +13,8 @@ import pytest
 from benchmarks.device import GOALS
 from tests.accelerator import simulator
 
+pytestmark = pytest.mark.wide
+
 
 def test_it_runs_on_the_simulated_device_and_leaves_one_file(tmp_path: Path) -> None:
     try:

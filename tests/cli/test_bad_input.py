@@ -14,6 +14,7 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry, Manifest, encode
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -152,6 +153,7 @@ def test_inspect_refuses_a_header_length_beyond_the_file(cli, tmp_path):
     assert cli("inspect", committed(tmp_path / "bad", data, file_format="safetensors")).code == 1
 
 
+@pytest.mark.wide
 def test_every_flipped_byte_of_the_directory_is_an_error_or_harmless(cli, root):
     """Headers are not verified bytes: any damage must end in exit code 0 or 1, never in a traceback."""
     path = root / "step-100" / "sub" / "optim.pt"

@@ -32,6 +32,7 @@ def training(tmp_path):
     assert process.returncode == 0, output
 
 
+@pytest.mark.wide
 def test_every_answer_is_right_while_everything_changes(cli, training, tmp_path):
     """A tag may be gone when its turn comes (3) or be another one by then; it is never damaged, and never a mixture."""
     from safetensors.torch import load_file

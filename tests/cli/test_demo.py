@@ -46,6 +46,7 @@ def wait_for_steps(process: subprocess.Popen[str], count: int) -> None:
         assert process.stdout.readline().strip().isdigit()
 
 
+@pytest.mark.wide
 def test_killed_and_resumed_training_is_bit_identical(tmp_path: Path) -> None:
     steps = 36
     whole = start(tmp_path / "whole", tmp_path / "whole.log", steps)
@@ -75,6 +76,7 @@ def default_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("default_algorithms")
 def test_report_shows_stall_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

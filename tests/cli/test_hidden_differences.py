@@ -22,6 +22,7 @@ def compared(cli: Any, root: Path, old: object, new: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -65,6 +66,7 @@ def test_another_scale_of_the_same_bytes_is_a_change(cli: Any, tmp_path: Path) -
     assert [change["tensor"] for change in compared(cli, tmp_path, {"x": old}, {"x": new})["changes"]] == ["x"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("old", "new"),
     [

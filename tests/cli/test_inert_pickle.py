@@ -106,6 +106,7 @@ def odd(tmp_path):
     return tmp_path / "root"
 
 
+@pytest.mark.wide
 def test_every_tensor_is_found_and_everything_else_is_named(cli, odd):
     found = json.loads(cli("inspect", odd / "odd" / "all.pt", "--json").out)[0]
     assert {tensor["path"]: (tensor["dtype"], tensor["shape"]) for tensor in found["tensors"]} == EXPECTED
@@ -224,6 +225,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pickles_end_soon(name):
     """In a process of its own, for some would crash it; with a limit on its memory and CPU time."""

@@ -17,6 +17,7 @@ from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON, flip
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"]
 )
@@ -42,6 +43,7 @@ def test_one_long_metadata_does_not_pad_all_lines(cli, tmp_path: Path) -> None:
     assert "x" * 3000 in second
 
 
+@pytest.mark.wide
 def test_verifying_many_on_a_terminal_draws_one_bar(tmp_path: Path) -> None:
     for number in range(60):
         commit(tmp_path, f"step-{number}", {"m.pt": torch_bytes({"w": torch.ones(10)})})

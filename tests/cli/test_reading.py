@@ -27,6 +27,7 @@ def stage(root, tag: str, owner: str, num_bytes: int = 10) -> None:
     (path / "model.pt").write_bytes(bytes(num_bytes))
 
 
+@pytest.mark.wide
 def test_list_shows_step_metadata_size_and_state(cli, root):
     ran = cli("list", root)
     assert ran.code == 0

@@ -19,6 +19,7 @@ except SystemExit as left:
 """
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -52,6 +53,7 @@ print("asyncio" in sys.modules)
     assert ran.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.wide
 def test_list_starts_fast(root):
     """The best of several: the machine may be busy. The promise is 0.2 s; CPU time is what the package can answer
     for.
@@ -70,6 +72,7 @@ def test_list_starts_fast(root):
     assert min(cpu_s for _, cpu_s in times) < 0.2, times
 
 
+@pytest.mark.wide
 def test_module_and_exit_codes(root, tmp_path):
     def code(*arguments: str) -> int:
         return subprocess.run([PYTHON, "-m", "async_ckpt", *arguments], capture_output=True, check=False).returncode

@@ -27,6 +27,7 @@ def watch(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+@pytest.mark.wide
 @pytest.mark.leaves_staging
 def test_watch_shows_what_is_committed_and_what_is_staged(watch: Any, tmp_path: Path) -> None:
     root = tmp_path / "root"

@@ -13,6 +13,7 @@ from .conftest import PYTHON
 from .test_reading import dead_owner, stage
 
 
+@pytest.mark.wide
 def test_prune_dry_run_says_why_and_deletes_nothing(cli, root):
     ran = cli("prune", root, "--keep-last", "1", "--keep-every", "1000", "--dry-run")
     assert ran.code == 0
@@ -113,6 +114,7 @@ def test_export_to_safetensors(cli, root, tmp_path):
     assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.wide
 def test_bench_gives_advice(cli, tmp_path):
     ran = cli("bench", tmp_path, "--seconds", "2", "--checkpoint-gib", "0.5", "--json")
     assert ran.code == 0
@@ -146,6 +148,7 @@ os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("command", [("bench", "--seconds", "2", "--json"), ("sweep",)], ids=lambda command: command[0])
 def test_what_a_killed_bench_left_is_removed(cli, tmp_path, command):
     subprocess.run([PYTHON, "-c", KILLED_BENCH, str(tmp_path)], check=False)

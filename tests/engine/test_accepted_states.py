@@ -76,6 +76,7 @@ STATES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "not guarded"])
 @pytest.mark.parametrize("name", STATES)
 def test_the_file_is_torchs_own(tmp_path: Path, name: str, guarded: bool) -> None:
@@ -91,6 +92,7 @@ def test_the_file_is_torchs_own(tmp_path: Path, name: str, guarded: bool) -> Non
             assert (tmp_path / tag / "state.pt").read_bytes() == torch_bytes(state)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("alignment", [65535, 65536])
 def test_an_alignment_of_nearly_64_kib_holds_for_tensors_of_any_size(tmp_path: Path, alignment: int) -> None:
     """Where torch's padding overflows its field, torch writes a file that nobody can read."""

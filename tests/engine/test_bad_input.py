@@ -64,6 +64,7 @@ BAD_TAGS = [
 ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("tag", BAD_TAGS, ids=repr)
 def test_bad_tag(engine: AsyncCheckpointEngine, tmp_path: Path, tag: str) -> None:
     before = tree(tmp_path)

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, CheckpointError
@@ -49,6 +50,7 @@ def save_that_waits_for_memory(root: Path, meet: Any, met: threading.Event, **op
         return sorted(engine.tags())
 
 
+@pytest.mark.wide
 def test_a_callback_that_creates_while_a_save_waits_for_memory(tmp_path: Path) -> None:
     created = threading.Event()
 

@@ -46,6 +46,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("call", ["rename", "unlink", "rmdir"])
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EPERM])
 def test_a_checkpoint_that_cannot_be_deleted_never_ends_a_training(

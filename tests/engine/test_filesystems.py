@@ -13,6 +13,7 @@ from tests.support.mounts import mounted
 from .test_interface import torch_bytes
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
 @pytest.mark.parametrize("io_mode", ["direct", "buffered"])
 def test_committed_bytes_are_right(tmp_path: Path, kind: str, io_mode: str) -> None:

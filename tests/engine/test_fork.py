@@ -73,6 +73,7 @@ def answers_of_a_child(engine: Any, pending: Any) -> list[str]:
     return answers
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("held", ["the engine", "the future too"])
 def test_a_child_forked_in_the_middle_of_a_save_is_refused_by_every_call(tmp_path: Path, held: str) -> None:

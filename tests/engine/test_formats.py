@@ -13,6 +13,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, PathExistsError, Unsuppor
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
+@pytest.mark.wide
 def test_formats_side_by_side(tmp_path: Path) -> None:
     weights = {"w": torch.arange(1000.0), "b": torch.ones(3, dtype=torch.bfloat16)}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=4096) as engine:

@@ -71,6 +71,7 @@ def run(pacer_options: dict, num_steps: int) -> tuple[CheckpointPacer, Training]
     return pacer, training
 
 
+@pytest.mark.wide
 def test_measures_steps_and_the_full_cost_of_saves():
     pacer, _ = run({"overhead": 0.02}, 400)
     report = pacer.report()
@@ -145,6 +146,7 @@ class EveryNth:
         return None
 
 
+@pytest.mark.wide
 def test_loses_less_than_fixed_intervals_under_failures():
     """Cost 1.5 s, a failure every hour on average: the optimum is about 102 s."""
     mtbf_s, num_steps, seeds = 3600.0, 30_000, range(6)

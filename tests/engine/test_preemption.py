@@ -54,6 +54,7 @@ def send(signum: int = signal.SIGUSR1) -> None:
     os.kill(os.getpid(), signum)
 
 
+@pytest.mark.wide
 def test_nothing_happens_before_a_signal(watch):
     preemption = watch(save=lambda: pytest.fail("saved without a signal"))
     assert not preemption.preempted

@@ -29,6 +29,7 @@ def send() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
+@pytest.mark.wide
 def test_commit_is_a_safe_point_but_create_and_save_are_not(engine):
     saved = []
     engine.on_preemption((signal.SIGUSR1,), save=lambda: (saved.append(engine.tags()), commit(engine, "last")))

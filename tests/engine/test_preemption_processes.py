@@ -52,6 +52,7 @@ def check_root(root: Path, output: str) -> None:
     assert hashlib.sha256(state["model"]["weight"].numpy().tobytes()).hexdigest() == digest
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("where", "num_signals"), [("save", 2), ("commit", 2), ("c_call", 1), ("sleep", 2)])
 def test_a_signal_anywhere_saves_the_last_state_and_ends_well(tmp_path, where, num_signals):
     process = start(tmp_path, where)
@@ -66,6 +67,7 @@ def test_a_signal_anywhere_saves_the_last_state_and_ends_well(tmp_path, where, n
     assert "Traceback" not in output
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("chain", ["python", "ignore", "default"])
 def test_the_handler_that_was_there_before_still_counts(tmp_path, chain):
     process = start(tmp_path, "step", f"chain={chain}")
@@ -77,6 +79,7 @@ def test_the_handler_that_was_there_before_still_counts(tmp_path, chain):
     assert output.count("earlier handler") == (chain == "python")
 
 
+@pytest.mark.wide
 @pytest.mark.leaves_staging
 def test_a_disk_slower_than_the_deadline_is_told_and_loses_nothing_old(tmp_path):
     """Nothing can be published: the process still ends soon after its deadline, says what is lost, and fails."""
@@ -90,6 +93,7 @@ def test_a_disk_slower_than_the_deadline_is_told_and_loses_nothing_old(tmp_path)
     assert Catalog(tmp_path / "rank-0").tags() == []
 
 
+@pytest.mark.wide
 def test_another_signal_does_what_it_always_did(tmp_path):
     process = start(tmp_path, "step")
     read_until(process, "at")
@@ -98,6 +102,7 @@ def test_another_signal_does_what_it_always_did(tmp_path):
     assert process.returncode == -signal.SIGUSR1
 
 
+@pytest.mark.wide
 def test_exit_after_ends_a_loop_that_never_looks(tmp_path):
     process = start(tmp_path, "step", "exit")
     read_until(process, "at")
@@ -156,6 +161,7 @@ def test_under_torchrun_every_worker_saves(tmp_path):
     assert output.count("LOG WARNING preempted (SIGTERM), ") == 2
 
 
+@pytest.mark.wide
 def test_a_loop_that_dies_of_its_workers_death_after_the_signal_still_saves(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.engine.loader_training", str(tmp_path)],

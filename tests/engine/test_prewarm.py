@@ -17,6 +17,7 @@ def make_engine(root: Path) -> AsyncCheckpointEngine:
     return AsyncCheckpointEngine(root, staging_bytes=16 * CHUNK, chunk_bytes=CHUNK)
 
 
+@pytest.mark.wide
 def test_a_state_planned_ahead_is_cached_at_its_first_save(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(700, 700), torch.nn.Linear(700, 3))
     with make_engine(tmp_path) as engine:

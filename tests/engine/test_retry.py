@@ -43,6 +43,7 @@ class Held:
         assert reached.wait(TIMEOUT_S)
 
 
+@pytest.mark.wide
 def test_a_second_engine_waits_for_what_the_first_has_pending(tmp_path: Path) -> None:
     held = Held(tmp_path / "root")
     (tmp_path / "link").symlink_to("root")

@@ -11,6 +11,8 @@ from tests.support.faulty_filesystem import Operation
 from .contest import CONTESTS, Contest, sweep
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: contest.name)
 def test_a_sample_of_games(contest: Contest) -> None:

@@ -9,6 +9,8 @@ from async_ckpt.format.names import MANIFEST_NAME
 from .corruption import sweep
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "model.pt"])
 def test_damage_is_named_and_never_loaded(name: str) -> None:

@@ -7,6 +7,8 @@ import pytest
 from .crash import sweep
 from .workloads import WORKLOADS, Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_killed_at_a_sample_of_points(name: str) -> None:

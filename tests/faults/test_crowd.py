@@ -7,6 +7,8 @@ import pytest
 from .crowd import crowd
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize(
     ("kill", "stop"), [(False, False), (True, False), (False, True)], ids=["all live", "one killed", "one stopped"]

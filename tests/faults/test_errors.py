@@ -15,6 +15,8 @@ from .errors import CODES, sweep, sweep_short_writes
 from .oracle import check_legal, contents, private_names
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, faulty_filesystem, make_engine, quiet, state
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "until healed"])
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -32,7 +32,7 @@ from tests.support.mounts import mounted, overlaid
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, make_engine, quiet
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.wide]
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import pytest
 from .interrupts import sweep
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize(

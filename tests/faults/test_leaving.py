@@ -10,6 +10,8 @@ import pytest
 
 from async_ckpt import Catalog
 
+pytestmark = pytest.mark.wide
+
 ROOT = Path(__file__).parents[2]
 
 HEAD = """

@@ -7,6 +7,8 @@ import pytest
 from .powerloss import BROKEN, sweep, sweep_broken
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("name", ["one file", "several files", "replace", "two in flight", "one tag in flight twice"])
 def test_every_state_holds_what_was_reported(name: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 from .kills import sweep, why_not
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2"])

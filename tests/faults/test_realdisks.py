@@ -8,6 +8,8 @@ import pytest
 
 from .realdisks import MKFS, sweep, sweep_broken, why_not
 
+pytestmark = pytest.mark.wide
+
 
 def _skip_without(kind: str) -> None:
     reason = why_not() or (f"{MKFS[kind][0]} is not installed" if shutil.which(MKFS[kind][0]) is None else None)

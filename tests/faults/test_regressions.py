@@ -45,6 +45,8 @@ from .diskmodel import DiskModel
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, faulty_filesystem, make_engine, quiet, state
 
+pytestmark = pytest.mark.wide
+
 
 def test_a_file_whose_clean_up_breaks_does_not_hang_its_commit(tmp_path: Path) -> None:
     """After a failed write, a close that raised something unforeseen left the commit pending for ever."""

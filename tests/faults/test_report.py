@@ -8,6 +8,8 @@ import pytest
 
 from .report import Part, sampled
 
+pytestmark = pytest.mark.wide
+
 
 def test_all_parts_together_are_the_whole_sweep() -> None:
     points = list(range(10))

@@ -7,6 +7,8 @@ import pytest
 from .signals import CASES, Case, sweep
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_signal_at_a_sample_of_calls(case: Case) -> None:

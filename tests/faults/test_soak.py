@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .soak import soak
 from .workloads import Folder
+
+pytestmark = pytest.mark.wide
 
 
 def test_a_short_soak_leaks_and_loses_nothing() -> None:

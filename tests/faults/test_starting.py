@@ -17,6 +17,8 @@ from tests.support.faulty_filesystem import FaultyFileSystem
 
 from .workloads import Job, Told, faulty_filesystem, make_engine, quiet
 
+pytestmark = pytest.mark.wide
+
 ROOT = Path(__file__).parents[2]
 
 CHILD = """

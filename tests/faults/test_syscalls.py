@@ -8,6 +8,8 @@ from .kills import why_not
 from .syscalls import FAULTS, OPTIONAL, refuse, sweep
 from .workloads import Folder
 
+pytestmark = pytest.mark.wide
+
 
 @pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2", "openat", "sendto"])
 def test_an_errno_at_a_sample_of_system_calls(call: str) -> None:

@@ -21,6 +21,8 @@ from tests.support.stepping import until
 
 from .torn import KINDS, sweep
 
+pytestmark = pytest.mark.wide
+
 
 def _scheduler(training: Training) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(training.optimizer, 1, 0.5)

@@ -75,6 +75,7 @@ CRAFTED = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", CRAFTED)
 def test_it_is_read_or_refused_within_its_bounds(name: str) -> None:
     check(CRAFTED[name])
@@ -94,6 +95,7 @@ def _file_with(pickled: bytes) -> bytes:
     return made.getvalue()
 
 
+@pytest.mark.wide
 def test_load_gives_an_error_of_this_package_or_a_value(tmp_path: Path) -> None:
     """In one process of its own: a crash, or 512 MiB more than torch itself takes, ends it."""
     files = {f"{number}.pt": _file_with(pickled) for number, pickled in enumerate(CRAFTED.values()) if pickled}
@@ -153,6 +155,7 @@ def test_the_opcodes_of_other_protocols_are_not_plain(tmp_path: Path) -> None:
         load(tmp_path / "tag" / "a.pt")
 
 
+@pytest.mark.wide
 def test_a_sample_of_the_fuzzer() -> None:
     assert len(NAMES) > 10
     fuzz(4000, seed=7)

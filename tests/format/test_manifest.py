@@ -47,6 +47,7 @@ def as_document() -> dict[str, object]:
     return document
 
 
+@pytest.mark.wide
 def test_round_trip_and_plain_json() -> None:
     raw = encode(SAMPLE)
     assert decode(raw, source="x") == SAMPLE
@@ -225,6 +226,7 @@ def test_what_readers_would_refuse_is_not_encoded() -> None:
 # --- names ---
 
 
+@pytest.mark.wide
 @given(st.text(max_size=300))
 @settings(max_examples=200, deadline=None)
 def test_accepted_names_are_harmless(text: str) -> None:

@@ -42,6 +42,7 @@ nests = st.recursive(
 )
 
 
+@pytest.mark.wide
 @given(nests)
 @settings(max_examples=80, deadline=None)
 def test_containers_and_leaves_come_back(value: Any) -> None:

@@ -58,6 +58,7 @@ V2_MOUNT = "30 1 0:26 / MOUNT rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate
 V1_MOUNT = "31 1 0:27 / MOUNT rw - cgroup cgroup rw,memory"
 
 
+@pytest.mark.wide
 def test_the_groups_own_limit_is_seen(made_up: MadeUp) -> None:
     made_up.mounted(V2_MOUNT)
     made_up.member("0::/system.slice/job_1")

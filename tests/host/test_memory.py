@@ -22,6 +22,7 @@ def mapping_of(address: int) -> list[str]:
     raise AssertionError("not mapped")
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("num_bytes", [1, PAGE_BYTES, 100_000, 4 * HUGE_PAGE_BYTES])
 def test_a_region_is_aligned_zeroed_and_private(num_bytes: int) -> None:

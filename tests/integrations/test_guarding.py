@@ -13,6 +13,8 @@ import torch
 from async_ckpt import ConfigError
 from async_ckpt.integrations.guarding import check_guardable, torch_optimizer
 
+pytestmark = pytest.mark.wide
+
 
 class ScheduleFree(torch.optim.SGD):
     def train(self) -> None: ...

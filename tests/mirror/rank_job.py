@@ -20,7 +20,7 @@ def main() -> None:
     rank, world, port, root, url, options, act = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:8]
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=timedelta(seconds=30))
     coordinator = RankCoordinator(store, rank, world, timeout_s=4.0 if act == "die" else 30.0, run_id=act)
-    mirror = Mirror(url, part_bytes=5 << 20, retry_timeout_s=10.0, options=json.loads(options))
+    mirror = Mirror(url, part_bytes=5 << 20, retry_timeout_s=45, options=json.loads(options))
     engine = AsyncCheckpointEngine(
         root, staging_bytes=16 << 20, coordinator=coordinator, mirrors=(mirror,), uploaders_per_node=1
     )

@@ -30,6 +30,7 @@ def run(server: Any, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.wide
 def test_mirror_catches_up_and_list_shows_it(moto: Any, tmp_path: Path, prefix: str) -> None:
     url = f"s3://{BUCKET}/{prefix}"
     for step in range(3):
@@ -46,6 +47,7 @@ def test_mirror_catches_up_and_list_shows_it(moto: Any, tmp_path: Path, prefix: 
     assert [item["mirrored"] for item in json.loads(run(moto, "list", str(tmp_path), "--json"))] == [[url]] * 3
 
 
+@pytest.mark.wide
 def test_commands_take_urls(moto: Any, tmp_path: Path, prefix: str) -> None:
     url, root = f"s3://{BUCKET}/{prefix}", tmp_path / "root"
     made_in(root, "step-0", "step-1")
@@ -65,6 +67,7 @@ def test_commands_take_urls(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert "not in a committed checkpoint" in run(moto, "inspect", f"{url}/step-9", code=3)
 
 
+@pytest.mark.wide
 def test_a_store_that_ignores_conditions_needs_a_word(rclone: Any, tmp_path: Path, prefix: str) -> None:
     url = f"s3://{BUCKET}/{prefix}"
     commit(tmp_path, "step-0", SMALL)

@@ -34,11 +34,13 @@ from .test_upload import done_when, root_of
 NUM_REQUESTS, NUM_STEPS = 34, 24
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("at", [9, 17, 22, 28])
 def test_killed_at_a_request(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
     _killed_at_request(moto, tmp_path, prefix, at)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("at", [1, 5, 9, 16])
 def test_killed_at_a_step_of_the_state(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
     _killed_at_step(moto, tmp_path, prefix, at)
@@ -106,6 +108,7 @@ def _goes_on(server: Any, root: Path, where: str) -> None:
     assert [path.name for path in (root / DIRECTORY).rglob(".tmp.*")] == []
 
 
+@pytest.mark.wide
 def test_deleted_on_disk_after_a_crash_ends_cleanly(moto: Any, tmp_path: Path, prefix: str) -> None:
     import shutil
 
@@ -131,6 +134,7 @@ def test_deleted_on_disk_after_a_crash_ends_cleanly(moto: Any, tmp_path: Path, p
     assert list((tmp_path / DIRECTORY).rglob("*.json")) == []
 
 
+@pytest.mark.wide
 def test_a_damaged_state_is_left_out_and_the_store_asked(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with mirroring(tmp_path, mirror) as made:

@@ -46,6 +46,7 @@ class Told(Observer):
         self.kinds.add(span.kind)
 
 
+@pytest.mark.wide
 def test_a_commit_is_mirrored_and_told(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror, told = s3_mirror(moto, prefix), Told()
     with engine_on(tmp_path, mirror, observers=(told,)) as engine:
@@ -58,6 +59,7 @@ def test_a_commit_is_mirrored_and_told(moto: Any, tmp_path: Path, prefix: str) -
     )
 
 
+@pytest.mark.wide
 def test_leaving_the_block_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with engine_on(tmp_path, mirror) as engine:
@@ -66,6 +68,7 @@ def test_leaving_the_block_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: 
     assert check_store(mirror) == [f"step-{step}" for step in range(4)]
 
 
+@pytest.mark.wide
 def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(
     moto: Any, tmp_path: Path, prefix: str
 ) -> None:
@@ -93,6 +96,7 @@ def remote(mirror: Mirror) -> Any:
     return RemoteFileSystem(mirror)
 
 
+@pytest.mark.wide
 def test_local_retention_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
     is_open = threading.Event()
 
@@ -114,6 +118,7 @@ def test_local_retention_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: st
     assert check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"]
 
 
+@pytest.mark.wide
 def test_local_retention_does_not_wait_where_it_is_told_so(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     mirror = Mirror("s3://bucket/run", options={"endpoint": f"http://127.0.0.1:{port}"}, retry_timeout_s=0.1)
@@ -126,6 +131,7 @@ def test_local_retention_does_not_wait_where_it_is_told_so(tmp_path: Path) -> No
         assert engine.tags() == ["step-2"]
 
 
+@pytest.mark.wide
 def test_a_new_machine_restores_from_the_mirror(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix, retention=KeepLast(1))
     with engine_on(tmp_path / "old", mirror) as engine:
@@ -145,6 +151,7 @@ def test_a_new_machine_restores_from_the_mirror(moto: Any, tmp_path: Path, prefi
     assert check_store(mirror) == ["step-1", "step-3"]
 
 
+@pytest.mark.wide
 def test_what_cannot_be_used_is_an_error_of_the_first_create(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     options = {"endpoint": f"http://127.0.0.1:{port}", "access_key_id": "a", "secret_access_key": "b"}
@@ -153,6 +160,7 @@ def test_what_cannot_be_used_is_an_error_of_the_first_create(tmp_path: Path) -> 
         engine.create("step-1")
 
 
+@pytest.mark.wide
 def test_a_failed_upload_is_raised_by_close_where_that_is_asked_for(moto: Any, tmp_path: Path, prefix: str) -> None:
     def refuse(number: int, method: str, path: str) -> Fault:
         return "skew" if "step-1" in path else None
@@ -165,6 +173,7 @@ def test_a_failed_upload_is_raised_by_close_where_that_is_asked_for(moto: Any, t
     assert Catalog(tmp_path).latest() == "step-1"
 
 
+@pytest.mark.wide
 def test_replaced_and_deleted_tags(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with engine_on(tmp_path, mirror, overwrite="replace") as engine:
@@ -180,6 +189,7 @@ def test_replaced_and_deleted_tags(moto: Any, tmp_path: Path, prefix: str) -> No
         assert same(engine.load("latest/model.pt"), state(2))
 
 
+@pytest.mark.wide
 def test_a_preemption_bounds_the_wait_for_mirrors(moto: Any, tmp_path: Path, prefix: str) -> None:
     is_open = threading.Event()
 
@@ -203,6 +213,7 @@ def test_a_preemption_bounds_the_wait_for_mirrors(moto: Any, tmp_path: Path, pre
     assert Catalog(tmp_path).latest() == "step-1"
 
 
+@pytest.mark.wide
 def test_a_rate_is_kept(tmp_path: Path) -> None:
     mirror = Mirror(f"file://{tmp_path}/other", max_bytes_per_s=2e6)
     with engine_on(tmp_path / "root", mirror) as engine:

@@ -56,6 +56,7 @@ def is_data(method: str, path: str) -> bool:
     return method in ("PUT", "POST") and "manifest.json" not in path and ".probe" not in path
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["503", "429", "reset", "lost", "cut request", "duplicate"])
 def test_every_request_fails_once_and_the_upload_ends_well(kind: str, moto: Any, tmp_path: Path, prefix: str) -> None:
     with Proxy(moto.endpoint, every_other(kind)) as proxy:
@@ -67,6 +68,7 @@ def test_every_request_fails_once_and_the_upload_ends_well(kind: str, moto: Any,
     assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Path, prefix: str) -> None:
     with Proxy(moto.endpoint, every_other("stall", is_data)) as proxy:
         mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, request_timeout_s=1.0)
@@ -75,6 +77,7 @@ def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Pa
     assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
 
 
+@pytest.mark.wide
 def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> None:
     conflict = every_other("409", lambda method, path: method == "PUT" and "manifest.json" in path)
     with (
@@ -85,6 +88,7 @@ def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> No
     assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("what", ["model.bin", "small.bin", "manifest.json"])
 def test_a_body_that_arrives_damaged_is_sent_again(what: str, moto: Any, tmp_path: Path, prefix: str) -> None:
     # This server compares no checksums.
@@ -97,6 +101,7 @@ def test_a_body_that_arrives_damaged_is_sent_again(what: str, moto: Any, tmp_pat
     assert remote_content(s3_mirror(moto, prefix), "step-1") == big() and garbage(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_bodies_that_always_arrive_damaged_are_an_error_and_no_manifest(moto: Any, tmp_path: Path, prefix: str) -> None:
     def damage(number: int, method: str, path: str) -> Fault:
         return "wrong request" if is_data(method, path) else None
@@ -111,6 +116,7 @@ def test_bodies_that_always_arrive_damaged_are_an_error_and_no_manifest(moto: An
     assert check_store(s3_mirror(moto, prefix)) == []
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["wrong body", "cut"])
 def test_replies_that_are_damaged_never_reach_a_reader(kind: str, moto: Any, tmp_path: Path, prefix: str) -> None:
     from async_ckpt.mirror.remote import remote_catalog
@@ -137,6 +143,7 @@ def test_a_clock_that_is_wrong_is_named(moto: Any, tmp_path: Path, prefix: str) 
             made.check()
 
 
+@pytest.mark.wide
 def test_wrong_credentials_are_told_at_once(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(seaweedfs, prefix, options={"secret_access_key": "wrong"}, on_failure="raise")
     with mirroring(tmp_path, mirror) as made:
@@ -151,6 +158,7 @@ def test_a_missing_bucket_is_told_at_once(moto: Any, tmp_path: Path) -> None:
         made.check()
 
 
+@pytest.mark.wide
 def test_no_network_is_a_warning_where_training_is_to_go_on(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     mirror = Mirror(
@@ -167,6 +175,7 @@ def test_no_network_is_a_warning_where_training_is_to_go_on(tmp_path: Path) -> N
     assert content(tmp_path, "step-1") == SMALL
 
 
+@pytest.mark.wide
 def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Path, prefix: str) -> None:
     is_down = True
     with Proxy(moto.endpoint, lambda number, method, path: "reset" if is_down else None) as proxy:
@@ -185,6 +194,7 @@ def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Pa
     assert check_store(s3_mirror(moto, prefix)) == ["step-1", "step-2"]
 
 
+@pytest.mark.wide
 def test_a_store_that_ignores_conditions_is_found_and_said(
     rclone: Any, tmp_path: Path, prefix: str, caplog: Any
 ) -> None:
@@ -234,6 +244,7 @@ def test_a_disk_that_is_full_for_the_state_fails_the_mirroring_and_nothing_else(
         commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
 
 
+@pytest.mark.wide
 def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path, prefix: str) -> None:
     """At each request of the upload in turn; both versions are whole, and the newer one is what stays."""
     for at in range(8, 30, 5):
@@ -264,6 +275,7 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
         assert garbage(moto, where) == [] and unfinished_uploads(moto, where) == []
 
 
+@pytest.mark.wide
 def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(
     seaweedfs: Any, tmp_path: Path, prefix: str
 ) -> None:
@@ -280,6 +292,7 @@ def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(
     assert len(check_store(mirror)) == 3 and garbage(seaweedfs, prefix) == []
 
 
+@pytest.mark.wide
 def test_two_processes_mirror_the_same_root(moto: Any, tmp_path: Path, prefix: str) -> None:
     """As `async-ckpt mirror` beside a training does."""
     mirror = s3_mirror(moto, prefix)
@@ -297,6 +310,7 @@ def test_two_processes_mirror_the_same_root(moto: Any, tmp_path: Path, prefix: s
     assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_the_server_is_killed_in_the_middle_of_an_upload(tmp_path: Path, prefix: str, tmp_path_factory: Any) -> None:
     from .servers import SeaweedFS
 

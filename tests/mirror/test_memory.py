@@ -66,6 +66,7 @@ def upload_watched(server: Any, root: Path, prefix: str, size_bytes: int) -> int
     return peak[0] - before
 
 
+@pytest.mark.wide
 def test_memory_is_parallel_times_part(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert upload_watched(moto, tmp_path, prefix, 96 * _MIB) <= (4 * 5 + 32) * _MIB
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from async_ckpt import Catalog
 
 from .making import check_store, garbage, s3_mirror
@@ -48,6 +50,7 @@ def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]
     return ended
 
 
+@pytest.mark.wide
 def test_each_rank_mirrors_what_it_wrote(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert job(moto, tmp_path, prefix, "commit") == [(0, "[null, null]")] * WORLD
     mirror = s3_mirror(moto, prefix)
@@ -55,6 +58,7 @@ def test_each_rank_mirrors_what_it_wrote(moto: Any, tmp_path: Path, prefix: str)
     assert sum("step-0/" in key and ".pt" in key for key in keys(moto, prefix)) == WORLD
 
 
+@pytest.mark.wide
 def test_without_the_objects_of_a_rank_there_is_no_manifest(moto: Any, tmp_path: Path, prefix: str) -> None:
     first, second = job(moto, tmp_path, prefix, "die")
     assert second[0] == -signal.SIGKILL

@@ -62,6 +62,7 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.wide
 def test_load_and_load_into_from_a_url(environment: None, moto: Any, tmp_path: Path, prefix: str) -> None:
     made_in(tmp_path, "step-0", "step-1")
     mirrored(tmp_path, s3_mirror(moto, prefix), 2)
@@ -79,6 +80,7 @@ def test_load_and_load_into_from_a_url(environment: None, moto: Any, tmp_path: P
         async_ckpt.load(f"{url}/step-1/model.pt", mmap=True)
 
 
+@pytest.mark.wide
 def test_only_what_is_selected_is_fetched(moto: Any, tmp_path: Path, prefix: str) -> None:
     made_in(tmp_path, "step-0")
     mirrored(tmp_path, s3_mirror(moto, prefix), 1)
@@ -109,6 +111,7 @@ def test_a_directory_url(tmp_path: Path) -> None:
     assert same(async_ckpt.load(f"file://{other}/run/step-0/model.pt"), state(0))
 
 
+@pytest.mark.wide
 def test_damage_in_the_store_reaches_no_tensor_and_is_named(
     environment: None, moto: Any, tmp_path: Path, prefix: str
 ) -> None:
@@ -144,6 +147,7 @@ def test_nothing_of_the_library_is_imported_without_a_mirror(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.wide
 def test_many_tags_are_listed_in_pages(seaweedfs: Any, prefix: str) -> None:
     """More than one page of a listing; `-m slow` has 10,000."""
     _many_tags(seaweedfs, prefix, 1_010)

@@ -30,6 +30,7 @@ from .making import (
 from .servers import BUCKET, client, keys, unfinished_uploads
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("server", ["moto", "seaweedfs"])
 def test_a_committed_checkpoint_is_mirrored_and_read_back(
     server: str, tmp_path: Path, prefix: str, request: Any
@@ -68,6 +69,7 @@ def test_a_directory_is_a_mirror_too(tmp_path: Path) -> None:
     assert sum(1 for path in (tmp_path / "other").rglob("*") if path.is_file()) == 3
 
 
+@pytest.mark.wide
 def test_replaced_locally_is_replaced_in_the_store(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with mirroring(tmp_path, mirror) as made:
@@ -77,6 +79,7 @@ def test_replaced_locally_is_replaced_in_the_store(moto: Any, tmp_path: Path, pr
     assert garbage(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_of_two_runs_on_one_prefix_the_second_is_refused(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     first, second = root_of(tmp_path / "a"), root_of(tmp_path / "b")
@@ -114,6 +117,7 @@ def test_deleted_locally_before_it_was_mirrored(moto: Any, tmp_path: Path, prefi
     assert keys(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_damaged_on_disk_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with mirroring(tmp_path, mirror) as made:
@@ -127,6 +131,7 @@ def test_damaged_on_disk_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str)
     assert check_store(mirror) == []
 
 
+@pytest.mark.wide
 def test_retention_in_the_store_deletes_manifest_and_objects(moto: Any, tmp_path: Path, prefix: str) -> None:
     def retain(mirror: Mirror, catalog: Any, remove: Any) -> None:
         carry_out(catalog, KeepLast(2), remove, hold=lambda manifest: "held" if manifest.tag == "step-1" else None)
@@ -168,6 +173,7 @@ def test_await_and_callbacks(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert told == ["a"]
 
 
+@pytest.mark.wide
 def test_the_catalog_of_a_store(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     with mirroring(tmp_path, mirror) as made:

@@ -43,6 +43,7 @@ def train(root, *observers, num_saves: int = 2, lazy: bool = True) -> None:
             engine.commit(f"step-{step}")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 def test_spans_cover_every_chunk_once_per_kind(tmp_path, lazy):
     recorder = SpanRecorder()
@@ -164,6 +165,7 @@ def test_trace_is_whole_after_each_commit_and_bounded_in_memory(tmp_path):
     trace.close()
 
 
+@pytest.mark.wide
 def test_timeline_from_spans_and_from_the_trace(tmp_path):
     recorder = SpanRecorder()
     with TraceObserver(tmp_path / "trace.json") as trace:

@@ -118,6 +118,7 @@ def state_view(old):
     return old.as_strided((2, 4), (4, 1), 0)
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", SCALAR_CHANGES)
 def test_changed_scalars_are_spliced_in(change):

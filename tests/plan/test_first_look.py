@@ -61,6 +61,7 @@ def told(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(warning.message) for warning in caught if "load refuses" in str(warning.message)]
 
 
+@pytest.mark.wide
 def test_the_first_save_and_prewarm_name_all_types_and_places_once(tmp_path: Path) -> None:
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=1 << 16) as engine:
         with warnings.catch_warnings(record=True) as caught:

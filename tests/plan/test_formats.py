@@ -41,6 +41,7 @@ def tensors(obj):
     return [tensor for item in items if not isinstance(item, int) for tensor in tensors(item)]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", COMPACT)
 @pytest.mark.parametrize("planner_name", ["fast", "torch"])
 def test_compact_writes_only_covered_bytes(name, planner_name):

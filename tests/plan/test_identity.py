@@ -37,6 +37,7 @@ def plan(planner, state, **options):
         return planner.plan(state, **options)
 
 
+@pytest.mark.wide
 def test_bytes_are_those_of_torch_save(state_name):
     state = make(state_name)
     expected = torch_bytes(state)

@@ -32,6 +32,7 @@ def make(kind):
         return {"t": torch.ones(3), "object": OBJECTS[kind](), "after": ["text", torch.arange(4)]}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_bytes_are_those_of_torch_save_and_plans_are_reused(kind):
     state = make(kind)
@@ -328,6 +329,7 @@ def _nests(draw):
     return [build(3) for _ in range(draw(st.integers(1, 4)))]
 
 
+@pytest.mark.wide
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_nests())
 def test_random_nests_of_objects(state):

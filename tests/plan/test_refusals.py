@@ -25,6 +25,7 @@ class Broken:
 _WEIGHT = torch.arange(4.0)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("state", "path", "cause"),
     [

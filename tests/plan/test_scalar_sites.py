@@ -75,6 +75,7 @@ def every_kind() -> dict[str, Any]:
     }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("seed", range(12))
 def test_random_changes_of_scalars_give_what_torch_writes(seed: int) -> None:
     chance, planner, state = random.Random(seed), Planner(), every_kind()

@@ -38,6 +38,7 @@ CHANGES: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "class"])  # types are the structure's business
 def test_a_changed_fact_is_seen(name: str) -> None:
     facts = TensorFacts(look_at([torch.zeros(1), torch.zeros(2, 3)]))
@@ -84,6 +85,7 @@ STRANGE = """
 """Of tensors whose class or attributes are those of a dense one, but whose memory is not."""
 
 
+@pytest.mark.wide
 def test_no_tensor_in_a_dense_ones_place_ends_the_process() -> None:
     script = f"""
 import io, warnings, torch

@@ -44,6 +44,7 @@ def together(world_size: int, work: Callable[[int], Any]) -> list[Any]:
         return list(ranks.map(guarded, range(world_size)))
 
 
+@pytest.mark.wide
 def test_many_tags_in_flight_begun_in_another_order_on_each_rank(tmp_path: Path) -> None:
     store = dist.PrefixStore("x", dist.HashStore())
     tags = [f"t{n}" for n in range(4)]

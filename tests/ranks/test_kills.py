@@ -11,6 +11,7 @@ import pytest
 from tests.faults.rank_kills import Tally, kill_one
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("seed", "kind"), [(0, "tcp"), (1, "file"), (2, "zero")])
 def test_one_rank_is_killed_at_a_random_point(tmp_path: Path, seed: int, kind: str) -> None:
     tally = Tally()

@@ -53,6 +53,7 @@ def answers_of(job: Job, verify: str = "full", without: int = -1) -> list[Any]:
     return [first for first, _ in found]
 
 
+@pytest.mark.wide
 def test_the_newest_checkpoint_that_all_nodes_have_whole(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 4, node_size=2)
     run(job, [[(tag, "commit") for tag in "abcd"]] * 4)
@@ -76,6 +77,7 @@ def test_the_newest_checkpoint_that_all_nodes_have_whole(tmp_path: Path, store: 
     assert store.num_keys() <= 1 + 6 * (3 + 2 * 4)
 
 
+@pytest.mark.wide
 def test_with_one_shared_root_rank_zero_reads(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3)
     assert answers_of(make_job(tmp_path, store, 3, run_id="0", timeout_s=30.0)) == [None] * 3
@@ -83,6 +85,7 @@ def test_with_one_shared_root_rank_zero_reads(tmp_path: Path, store: Any) -> Non
     assert answers_of(make_job(tmp_path, store, 3, run_id="2", timeout_s=30.0)) == ["b"] * 3
 
 
+@pytest.mark.wide
 def test_a_node_that_does_not_answer_is_named_on_all(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, node_size=1, timeout_s=2.0)
     for answer in answers_of(job, without=2):

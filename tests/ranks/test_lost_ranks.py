@@ -40,6 +40,7 @@ def restart(job: Job, tmp_path: Path, store: Any, world_size: int) -> None:
     assert [name for name in os.listdir(job.root) if name.startswith(".")] == []
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("act", ["die", "die early", "death before report", "leave"])
 @pytest.mark.parametrize("kind", ["launcher", "file"])
 def test_a_lost_rank_is_named_at_the_timeout(tmp_path: Path, store: Any, act: str, kind: str) -> None:
@@ -54,6 +55,7 @@ def test_a_lost_rank_is_named_at_the_timeout(tmp_path: Path, store: Any, act: st
     restart(job, tmp_path, store, 2)
 
 
+@pytest.mark.wide
 def test_several_lost_ranks_are_all_named(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 5, timeout_s=SHORT_S, linger_s=0.5)
     dying: Plan = [("a", "commit"), ("b", "die")]
@@ -63,6 +65,7 @@ def test_several_lost_ranks_are_all_named(tmp_path: Path, store: Any) -> None:
         assert "(missing: 2, 3, 4)" in learnt[rank][1]["message"]
 
 
+@pytest.mark.wide
 def test_a_rank_that_is_alive_but_never_creates_is_named_at_the_timeout(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, timeout_s=2.0)
     plan: Plan = [*GOOD, ("c", "commit")]
@@ -78,6 +81,7 @@ def test_a_rank_that_is_alive_but_never_creates_is_named_at_the_timeout(tmp_path
     assert_whole(job.root, ["a", "c"], [0, 1, 2])
 
 
+@pytest.mark.wide
 def test_a_stopped_rank_fails_the_commit_and_takes_part_again_when_it_goes_on(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, timeout_s=SHORT_S)
     processes = Processes(job, [GOOD, GOOD, [("a", "stop"), ("b", "commit")]])
@@ -96,6 +100,7 @@ def test_a_stopped_rank_fails_the_commit_and_takes_part_again_when_it_goes_on(tm
     assert_whole(job.root, ["b"], [0, 1, 2])
 
 
+@pytest.mark.wide
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize("kind", ["launcher", "rank 0"])
 @pytest.mark.parametrize("act", ["die", "die early", "death before report", "death in rename", "death after rename"])
@@ -117,6 +122,7 @@ def test_rank_zero_is_killed(tmp_path: Path, store: Any, kind: str, act: str) ->
         restart(job, tmp_path, store, 4)
 
 
+@pytest.mark.wide
 @pytest.mark.leaves_staging
 def test_rank_zero_is_stopped_with_the_store_in_its_process(tmp_path: Path) -> None:
     job = make_job(tmp_path, f"zero:{free_port()}", 3, timeout_s=4.0, linger_s=0.5)
@@ -134,6 +140,7 @@ def test_rank_zero_is_stopped_with_the_store_in_its_process(tmp_path: Path) -> N
     assert_whole(job.root, ["a"], [0, 1, 2])
 
 
+@pytest.mark.wide
 def test_a_rank_whose_disk_is_full_for_real(tmp_path: Path, store: Any) -> None:
     with mounted("tmpfs", tmp_path, 1 << 20) as small:
         job = make_job(tmp_path, store, 2, node_size=1, timeout_s=LONG_S, numel=300_000)

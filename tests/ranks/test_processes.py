@@ -42,6 +42,7 @@ def run(job: Job, plans: list[Plan], codes: list[int] | None = None) -> list[lis
     return [processes.learnt(rank) for rank in range(job.world_size)]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_rank_commits_into_one_directory(tmp_path: Path, store: Any, world_size: int) -> None:
     job = make_job(tmp_path, store, world_size)
@@ -66,6 +67,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("act", FAILURES)
 def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path: Path, store: Any, act: str) -> None:
     own, cause = FAILURES[act]
@@ -88,6 +90,7 @@ def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path:
         assert_whole(job.root, ["a", "c"], [0, 1, 2])
 
 
+@pytest.mark.wide
 def test_an_exception_that_leaves_the_block_on_one_rank_is_the_cause_on_the_others(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3)
     learnt = run(job, [[("a", "commit")], [("a", "raise out")], [("a", "commit")]], [0, 1, 0])
@@ -97,6 +100,7 @@ def test_an_exception_that_leaves_the_block_on_one_rank_is_the_cause_on_the_othe
         assert "closed before commit('a') because of RuntimeError: out of the block" in record["message"]
 
 
+@pytest.mark.wide
 def test_a_hanging_rank_is_named_and_may_join_the_next_checkpoint(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, timeout_s=2.0)
     plan = [("a", "commit"), ("b", "commit")]
@@ -114,6 +118,7 @@ def test_a_hanging_rank_is_named_and_may_join_the_next_checkpoint(tmp_path: Path
     assert_whole(job.root, ["b"], [0, 1, 2])
 
 
+@pytest.mark.wide
 def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, timeout_s=60.0)
     plan = [("step-1", "commit"), ("end", "commit")]
@@ -127,6 +132,7 @@ def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
     assert_whole(job.root, ["end"], [0, 1, 2])
 
 
+@pytest.mark.wide
 def test_restart_with_another_number_of_ranks_over_a_store_full_of_stale_keys(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     first = make_job(tmp_path, path, 3, run_id="1", timeout_s=2.0)
@@ -142,6 +148,7 @@ def test_restart_with_another_number_of_ranks_over_a_store_full_of_stale_keys(tm
     assert all(catalog.verify(tag).ok for tag in catalog.tags())
 
 
+@pytest.mark.wide
 def test_every_node_has_a_root_of_its_own(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 4, node_size=2)
     good = [("a", "commit"), ("b", "commit"), ("c", "commit")]

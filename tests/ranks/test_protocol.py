@@ -84,6 +84,7 @@ def left_keys(simulation: Simulation) -> set[str]:
     return set(simulation.store.data) - {"seq", "head"}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("world_size", [1, 2, 64, 1024, pytest.param(16384, marks=pytest.mark.timeout(120))])
 def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
     renames: list[str] = []
@@ -107,6 +108,7 @@ def test_cost_of_one_commit_is_constant_per_rank(world_size: int) -> None:
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("world_size", [2, 5, 1024])
 @pytest.mark.parametrize(
     ("how", "expected"),

@@ -67,6 +67,7 @@ def check_last(tmp_path: Path, learnt: list[dict[str, Any]]) -> None:
     assert [one["after"] for one in learnt] == [[f"last-{step}"] * 2] * len(learnt)
 
 
+@pytest.mark.wide
 def test_the_pacers_decision_latest_and_retention_are_the_same_on_all_ranks(tmp_path: Path) -> None:
     learnt, code, output = torchrun(tmp_path, 3, 60, None)
     assert code == 0, output
@@ -81,6 +82,7 @@ def test_the_pacers_decision_latest_and_retention_are_the_same_on_all_ranks(tmp_
     assert len(Catalog(tmp_path / "root").tags()) == min(2, num_saved)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("num_ranks", [1, 4, 8])
 def test_any_number_of_ranks_saves_and_the_next_run_resumes_with_another(tmp_path: Path, num_ranks: int) -> None:
     learnt, code, output = torchrun(tmp_path, num_ranks, 30, None)
@@ -98,6 +100,7 @@ def test_any_number_of_ranks_saves_and_the_next_run_resumes_with_another(tmp_pat
     assert [one["before"] for one in again] == [[newest, newest]] * 2
 
 
+@pytest.mark.wide
 def test_sigterm_to_one_rank_stops_all_with_the_same_last_checkpoint(tmp_path: Path) -> None:
     learnt, code, output = torchrun(tmp_path, 2, 100_000, lambda process, pids: os.kill(pids[1], signal.SIGTERM))
     assert code == 0, output
@@ -109,6 +112,7 @@ def test_sigterm_to_one_rank_stops_all_with_the_same_last_checkpoint(tmp_path: P
     assert [one["before"] for one in again] == [[f"last-{learnt[0]['stopped_at']}"] * 2] * 3
 
 
+@pytest.mark.wide
 def test_sigterm_to_the_launcher_stops_all_with_the_same_last_checkpoint(tmp_path: Path) -> None:
     # torchrun passes it on to its workers, waits for them, and ends with an error of its own.
     learnt, _, _ = torchrun(tmp_path, 2, 100_000, lambda process, pids: process.send_signal(signal.SIGTERM))

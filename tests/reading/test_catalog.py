@@ -31,6 +31,7 @@ from tests.support.faulty_filesystem import FaultyFileSystem
 from ..support.making import NEW, OLD, commit, entry, private_names, stage
 
 
+@pytest.mark.wide
 def test_order_is_that_of_the_commits(tmp_path: Path) -> None:
     for number, tag in enumerate(["b", "a", "c"]):
         commit(tmp_path, tag, created=number + 1)

@@ -27,6 +27,7 @@ def made(*shape: int) -> torch.Tensor:
     return torch.ones(*shape, device="cpu")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
 def test_load_and_load_into_give_what_was_saved(tmp_path: Path, meta_by_default: None, format: Any) -> None:
     state = {"plain": made(3), "turned": made(2, 3).t(), "half": made(4).bfloat16()}

@@ -63,6 +63,7 @@ def leaves(state: Any) -> list[tuple[str, type, bytes]]:
     return found
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_torch_format(engine: AsyncCheckpointEngine, kind: str) -> None:
@@ -92,6 +93,7 @@ def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     )
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
 @pytest.mark.parametrize("dtype", all_dtypes(), ids=str)

@@ -22,6 +22,7 @@ STATE = {"w": torch.arange(1000.0), "x": torch.ones(3)}
 ESCAPE = b"\x1b[31m"
 
 
+@pytest.mark.wide
 def test_names_of_records_are_escaped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = torch_bytes(STATE).replace(b"archive/data/0", b"archive/" + ESCAPE + b"/")
     commit(tmp_path, "a", {"m.pt": data})
@@ -62,6 +63,7 @@ def test_a_place_that_nobody_knows_is_no_bare_error(tmp_path: Path) -> None:
         async_ckpt.load(tmp_path / "a/m.pt")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["shared lists", "long key"])
 def test_key_paths_cannot_be_made_to_blow_up(tmp_path: Path, kind: str) -> None:
     state: Any = [torch.ones(1)]

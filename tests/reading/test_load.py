@@ -47,6 +47,7 @@ def no_descriptor_left():
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("verify", ["full", "size", "off"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_gives_what_torch_load_gives(tmp_path: Path, kind: str, verify: str) -> None:
@@ -88,6 +89,7 @@ def test_storages_can_be_resized_like_torchs_own(tmp_path: Path) -> None:
     assert loaded[:3_000_000].eq(1).all()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["small", "torch_only"])
 def test_every_flipped_byte_is_found(tmp_path: Path, kind: str) -> None:
     data = torch_bytes({"w": torch.arange(5.0), "n": 1} if kind == "small" else {"s": {1}, "w": torch.arange(5.0)})

@@ -51,6 +51,7 @@ def atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, smal
     return "auto" if request.param != "streamed" else False
 
 
+@pytest.mark.wide
 def test_a_trained_state_is_restored_in_place(tmp_path: Path, atomic: bool | str) -> None:
     state = trained()
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)}, extent_bytes=4096)
@@ -293,6 +294,7 @@ def test_failures_after_the_first_change_say_so(tmp_path: Path, monkeypatch: pyt
     assert faulty.num_reads - before < 4
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("small_blocks")
 def test_atomic_holds_above_half_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore_into, "available_memory_bytes", lambda: 170_000)

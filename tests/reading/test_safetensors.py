@@ -33,6 +33,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
+@pytest.mark.wide
 def test_load_and_load_into(tmp_path: Path) -> None:
     data = safetensors_torch.save(state(), metadata={"x": "y"})
     catalog = commit(tmp_path, "a", {"m.safetensors": data}, extent_bytes=4096, format="safetensors")

@@ -55,6 +55,7 @@ def filled(target: State) -> State:
     return {name: torch.randn(tensor.shape, dtype=tensor.dtype) for name, tensor in target.items()}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_shared_targets_that_are_apart_in_the_file_are_a_mismatch(tmp_path: Path, make: Callable[[], State]) -> None:
     target = make()

@@ -68,6 +68,7 @@ def compressed(data: bytes) -> bytes:
     return data[:at] + struct.pack("<H", 8) + data[at + 2 :]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("verify", ["full", "off"])
 @pytest.mark.parametrize("craft", [shifted, renamed, compressed], ids=lambda craft: craft.__name__)

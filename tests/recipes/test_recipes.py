@@ -16,6 +16,8 @@ import pytest
 from async_ckpt import Catalog, load
 from tests.support.processes import context, free_port
 
+pytestmark = pytest.mark.wide
+
 HERE = Path(__file__).parent
 TAGS = [f"step-{step}" for step in (9, 19, 29, 39, 49, 59)]
 

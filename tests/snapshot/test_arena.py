@@ -32,6 +32,7 @@ print(json.dumps({"extra": resident("VmHWM") - before, "state": sum(t.nbytes for
 """
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("repeats", [1, 6])
 def test_peak_memory_is_staging_plus_little(tmp_path: Path, repeats: int) -> None:
     staging = 32 << 20

@@ -61,6 +61,7 @@ def saved(root: Path) -> list[float]:
     return torch.load(root / "t" / "s.pt")["w"].unique().tolist()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("how", [*UNCOUNTED, *HARMLESS])
 def test_an_eager_save_is_immune_once_it_has_returned(tmp_path: Path, weight: torch.nn.Parameter, how: str) -> None:
     with make_engine(tmp_path) as engine:

@@ -38,6 +38,7 @@ def gate() -> Any:
     made.open()
 
 
+@pytest.mark.wide
 def test_each_job_runs_once_and_ends_are_told_in_order() -> None:
     ran: list[int] = []
     told: list[int] = []
@@ -156,6 +157,7 @@ def test_a_chunk_that_is_given_up_comes_back_after_its_last_user() -> None:
     arena.close()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("num_cores", "num_ranks", "num_helpers"), [(1, 1, 0), (2, 1, 1), (2, 2, 0), (2, 4, 0), (64, 1, 7), (64, 16, 3)]
 )

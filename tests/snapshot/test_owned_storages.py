@@ -35,6 +35,7 @@ def owned(optimizer: torch.optim.Optimizer) -> set[int]:
     return ids(*tensors)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "make",
     [

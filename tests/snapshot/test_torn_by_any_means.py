@@ -109,6 +109,7 @@ def save_and_change(
     return engine.commit("t").exception(60)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("change", CHANGES[:-1])
 def test_a_change_before_the_copy_is_torn_by_name(
     engine: AsyncCheckpointEngine, training: Training, held_copies: Any, change: Callable[[Training], None]
@@ -120,6 +121,7 @@ def test_a_change_before_the_copy_is_torn_by_name(
     assert all("running" not in name for name in error.tensors)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_the_copy_tears_nothing(
     engine: AsyncCheckpointEngine, training: Training, tmp_path: Path, change: Callable[[Training], None]
@@ -369,6 +371,7 @@ def test_a_compiled_unguarded_step_waits(training: Training, held_save: Any, tmp
     assert_waits(torch.compile(other.step, backend="eager"), training, held_save, tmp_path)
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("is_guarded", [False, True])
 def test_a_step_that_was_compiled_before_the_guard_waits(
@@ -401,6 +404,7 @@ def test_a_guarded_step_is_compiled_all_the_same(engine: AsyncCheckpointEngine, 
     )
 
 
+@pytest.mark.wide
 def test_a_forked_child_waits_for_no_copy(training: Training, held_save: Any) -> None:
     other = torch.optim.SGD(training.model.parameters(), lr=0.1)
     child = os.fork()

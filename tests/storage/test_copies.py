@@ -57,6 +57,7 @@ WAYS: dict[str, Callable[[Path, Path], object]] = {
 NAMES = ["best", "step-100-copy", "step-100 (copy)", "größe", "100"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_loads_under_its_new_name(root: Path, way: str, name: str) -> None:

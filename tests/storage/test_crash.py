@@ -76,6 +76,7 @@ def count_calls(fast_path: Path, has_old: bool, overwrite: str, limits: Callable
     return fs.num_counted
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_killed_at_every_call_of_a_commit(fast_path: Path, scenario: str) -> None:
     has_old, overwrite, limits = SCENARIOS[scenario]
@@ -98,6 +99,7 @@ def test_killed_at_every_call_of_a_commit(fast_path: Path, scenario: str) -> Non
     assert len(seen) >= 2, "the sweep saw only one outcome: it did not reach the rename"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("scenario", "code"),
     [(scenario, errno.EIO) for scenario in SCENARIOS]
@@ -134,6 +136,7 @@ def test_error_at_every_call_of_a_commit(fast_path: Path, scenario: str, code: i
         check_and_go_on(root, outcomes)
 
 
+@pytest.mark.wide
 def test_killed_at_every_call_after_an_error(fast_path: Path) -> None:
     num_calls = count_calls(fast_path, True, "replace", plain)
     for k in range(0, num_calls, 3):
@@ -176,6 +179,7 @@ def crashed_root(fast_path: Path, name: str) -> Path:
     return root
 
 
+@pytest.mark.wide
 def test_killed_at_every_call_of_the_sweep(fast_path: Path) -> None:
     root = crashed_root(fast_path, "count")
     assert sorted(name.split(".")[1] for name in private_names(root)) == ["aside", "staging", "staging", "trash"]

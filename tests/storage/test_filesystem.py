@@ -58,6 +58,7 @@ def everything(num_bytes: int) -> bytes:
     return random.Random(num_bytes).randbytes(num_bytes)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("num_bytes", [0, 1, 4095, 4096, CHUNK_BYTES, 3 * CHUNK_BYTES + 4097])
 @pytest.mark.parametrize("direct", [True, False])
 async def test_written_and_read_back(

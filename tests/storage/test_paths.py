@@ -17,6 +17,7 @@ from async_ckpt.storage import transaction
 from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("root", "path", "parts"),
     [
@@ -67,6 +68,7 @@ def go_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[]
     return lambda: os.chdir("other")
 
 
+@pytest.mark.wide
 def test_an_engine_stays_with_its_root(tmp_path: Path, go_elsewhere: Callable[[], None]) -> None:
     with AsyncCheckpointEngine("runs", staging_bytes=1 << 20) as engine:
         save(engine, "t", 1.0)

@@ -23,6 +23,7 @@ def executor():
     made.shutdown(wait=True)
 
 
+@pytest.mark.wide
 def test_threads_are_daemons_and_nice(executor):
     def look() -> tuple[bool, int]:
         return threading.current_thread().daemon, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

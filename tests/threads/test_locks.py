@@ -32,6 +32,7 @@ def is_held(lock: Any) -> bool:
     return not got[0]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", [locks.Lock, locks.Condition])
 def test_real_signals_leave_it_free(kind: Any) -> None:
     def strike(number: int, frame: FrameType | None) -> None:

@@ -53,6 +53,7 @@ def assert_dead(pool) -> None:
         pool.run(asyncio.sleep(0))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kill", DEATHS)
 def test_death_fails_everything_at_once_and_gives_memory_back_later(make_pool, fs, kill):
     gate = fs.on["write"] = Gate()

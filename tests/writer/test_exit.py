@@ -17,6 +17,7 @@ from .fakes import TIMEOUT_S, Gate, Source, seal
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.wide
 def test_close_waits_for_what_was_submitted(make_pool, fs):
     pool = make_pool()
     source = Source(4 * 4096, 4096)

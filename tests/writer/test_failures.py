@@ -33,6 +33,7 @@ def assert_usable(pool) -> None:
 STEPS = [(kind, 0) for kind in ("makedirs", "open", "truncate", "fsync", "close")]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("kind", "at"), [*STEPS, ("write", 0), ("write", NUM // 2), ("write", NUM - 1)])
 def test_any_step_may_fail(make_pool, fs, kind, at):
     cause = OSError(errno.EIO, "injected")

@@ -13,6 +13,7 @@ from async_ckpt.storage.local_filesystem import LocalFileSystem
 from .fakes import TIMEOUT_S, Gate, Source, seal
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("io_mode", ["auto", "direct", "buffered"])
 @pytest.mark.parametrize("size_bytes", [1, 4095, 4096, 4097, 8192, 20_000, 3 << 20, (3 << 20) + 5])
 def test_bytes_and_crcs_on_a_real_disk(make_pool, tmp_path, io_mode, size_bytes):

@@ -24,9 +24,12 @@ from tests.integrations.dcp import work
 from tests.integrations.dcp.test_dcp_ranks import assert_same
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore::FutureWarning"
+    ),
+    pytest.mark.wide,
+]
 
 BASE = torch.arange(24.0).reshape(4, 6)
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.bool)

@@ -23,7 +23,10 @@ from tests.integrations.dcp import work
 from tests.integrations.dcp.test_dcp_ranks import assert_same
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated"),
+    pytest.mark.wide,
+]
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2"])

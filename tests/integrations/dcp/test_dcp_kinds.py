@@ -27,9 +27,12 @@ from async_ckpt.errors import StateMismatchError
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.objects import why_not_plain
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore:Sparse"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated", "ignore:Sparse"
+    ),
+    pytest.mark.wide,
+]
 
 
 class Color(enum.Enum):

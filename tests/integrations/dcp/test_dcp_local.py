@@ -44,7 +44,10 @@ from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, Train
 from async_ckpt.integrations.dcp.blobs import BlobPlanner, join_blobs, raw_plan
 from async_ckpt.integrations.dcp.metadata import decode_metadata
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated"),
+    pytest.mark.wide,
+]
 
 COMPLEX = torch.randn(100, 10, dtype=torch.complex64)
 TENSORS = {

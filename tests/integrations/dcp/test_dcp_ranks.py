@@ -14,6 +14,8 @@ from async_ckpt import Catalog
 from tests.integrations.dcp import work
 from tests.support.processes import run_ranks
 
+pytestmark = pytest.mark.wide
+
 
 def assert_same(found: Any, expected: Any, path: str = "") -> None:
     if isinstance(expected, dict):

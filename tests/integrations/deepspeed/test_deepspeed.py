@@ -28,6 +28,8 @@ import torch
 
 from tests.integrations.deepspeed.job import finish, run_job, start
 
+pytestmark = pytest.mark.wide
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed: pip install 'async-ckpt[deepspeed]'", allow_module_level=True)
 

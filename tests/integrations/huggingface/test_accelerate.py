@@ -19,7 +19,7 @@ from tests.support.processes import run_ranks  # noqa: E402
 
 from .accelerate_ranks import load_from_own_root  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.wide]
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 65536}
 

@@ -37,7 +37,7 @@ from tests.support.processes import free_port  # noqa: E402
 
 from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.wide]
 
 REPOSITORY = Path(__file__).parents[3]
 

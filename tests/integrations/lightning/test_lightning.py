@@ -37,7 +37,7 @@ from tests.support.insides import commits_of  # noqa: E402
 
 from .jobs import GatedFileSystem, Job, data, job, trainer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.wide]
 
 SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 65536}
 

@@ -19,6 +19,8 @@ from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 from .single_files import commit
 
+pytestmark = pytest.mark.wide
+
 
 def step_at(place: CheckpointFile) -> Any:
     """The step in the file, as stock Lightning and as we read it; None where there is no file."""
