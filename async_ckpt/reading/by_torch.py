@@ -25,7 +25,7 @@ from ..format.pickles import MalformedPickleError
 from ..format.zip_directory import Record
 from .build import place_for
 from .errors import ReadError
-from .limits import LEGACY_MAGIC, refuse_bombs, refuse_legacy_bombs, torch_records
+from .limits import LEGACY_MAGIC, refuse_beyond_limits, refuse_legacy_beyond_limits, torch_records
 from .torch_file import TorchFile
 from .verified_file import VerifiedFile
 
@@ -128,7 +128,7 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
     """Raises CorruptCheckpointError or UnsupportedStateError for what torch itself must not be given."""
     if is_legacy(file):
         if not _runs_code(weights_only):
-            refuse_legacy_bombs(file)
+            refuse_legacy_beyond_limits(file)
         return
     records = torch_records(file)
     if byte_order(file, records) not in (None, sys.byteorder.encode()) and place_for(map_location) is None:
@@ -136,7 +136,7 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
         what = "is of another byte order: map_location must be None or a device with memory"
         raise UnsupportedStateError(f"{file.name} {what}")
     if not _runs_code(weights_only):
-        refuse_bombs(file, records)
+        refuse_beyond_limits(file, records)
 
 
 @contextlib.contextmanager

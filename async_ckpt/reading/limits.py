@@ -67,7 +67,7 @@ def torch_records(file: VerifiedFile) -> dict[str, Record]:
     return records
 
 
-def refuse_bombs(file: VerifiedFile, records: Mapping[str, Record]) -> None:
+def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> None:
     """Blocks for the pickle; about half as long as that unpickler takes.
 
     Raises:
@@ -98,8 +98,8 @@ def _read(pickled: bytes, maker: Notes, path: str, record: str) -> int:
     return reader.position
 
 
-def refuse_legacy_bombs(file: VerifiedFile) -> None:
-    """As `refuse_bombs`, of a file in torch's old format: five pickles, then the storages.
+def refuse_legacy_beyond_limits(file: VerifiedFile) -> None:
+    """As `refuse_beyond_limits`, of a file in torch's old format: five pickles, then the storages.
 
     Raises:
         CorruptCheckpointError: it is one, or its storages are larger than the file.

@@ -23,7 +23,7 @@ from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
 from .errors import ExtentMismatch, ReadError
 from .file_tensors import FileTensor
-from .rollback import Undo
+from .rollback import Rollback
 from .scatter import Scatter, new_storage, stream_into
 from .select import select_leaves
 from .shared_memory import Pair, disagreements, layout_of, overlapping, shares_own_memory
@@ -269,18 +269,18 @@ class _Mover:
         """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and
         read again."""
         rest = self._extents[len(held) :]
-        undo = Undo(self._scatter, file.lend, file.extent_bytes)
+        rollback = Rollback(self._scatter, file.lend, file.extent_bytes)
         try:
             file.stream(None, rest)
-            file.stream(undo, held)
+            file.stream(rollback, held)
             if rest:
                 self._overwrite(file, rest)
             self._copy_or_restore()
         except BaseException:
-            undo.roll_back()
+            rollback.roll_back()
             raise
         finally:
-            undo.close()
+            rollback.close()
 
     @torch.no_grad()
     def _copy(self) -> None:

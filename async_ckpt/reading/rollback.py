@@ -19,7 +19,7 @@ from .scatter import Scatter
 from .verified_file import MemorySource
 
 
-class Undo:
+class Rollback:
     """A `reading.Consume` that sets aside what `scatter` is about to overwrite, in memory of `region_bytes` at a time.
 
     Any thread; `close` gives lent memory back.

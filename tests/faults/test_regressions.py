@@ -33,7 +33,7 @@ from async_ckpt import (
     retention,
 )
 from async_ckpt.plan.planner import Planner
-from async_ckpt.reading.rollback import Undo
+from async_ckpt.reading.rollback import Rollback
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.arena import StagingArena, StagingChunk
 from async_ckpt.snapshot.probes import ProbeMap
@@ -389,19 +389,19 @@ def test_a_write_that_was_interrupted_does_not_hang_its_roll_back() -> None:
 
         def __call__(self, offset: int, view: memoryview) -> None:
             # As if the interrupt had struck before the write was counted out.
-            undo._writing.add(threading.get_ident())
-            undo._writing = _Stubborn(undo._writing)
+            rollback._writing.add(threading.get_ident())
+            rollback._writing = _Stubborn(rollback._writing)
             raise KeyboardInterrupt
 
     class _Stubborn(set[int]):
         def discard(self, element: int) -> None:
             raise KeyboardInterrupt
 
-    undo = Undo(Interrupting(), None, 4096)  # type: ignore[arg-type]
+    rollback = Rollback(Interrupting(), None, 4096)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
-        undo(0, memoryview(b"x"))
-    undo.roll_back()
-    undo.close()
+        rollback(0, memoryview(b"x"))
+    rollback.roll_back()
+    rollback.close()
 
 
 def test_a_thread_that_dies_before_it_begins_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
