@@ -115,8 +115,8 @@ class _Task:
         self._deadline_s = 0.0
         self._interval_s = 0.0
 
-    def advance(self, client: StoreClient) -> bool:
-        """Answer requests until the step ends (True) or stands at a wait that is not over (False).
+    def advance(self, ask: Callable[[requests.Request], Any]) -> bool:
+        """Answer requests by `ask` until the step ends (True) or stands at a wait that is not over (False).
 
         Raises:
             LinkLostError: the store failed. Otherwise what the step itself raises.
@@ -124,7 +124,7 @@ class _Task:
         try:
             request = self._step.send(None) if self._wait is None else self._wait
             while True:
-                answer = _ask(client, request)
+                answer = ask(request)
                 if isinstance(request, (Await, AwaitCount)) and not answer and not self._is_over(request):
                     return False
                 self._wait = None
@@ -143,14 +143,6 @@ class _Task:
         return now >= self._deadline_s
 
 
-def _ask(client: StoreClient, request: requests.Request) -> Any:
-    try:
-        return client.answer(request)
-    # torch raises DistError, a RuntimeError, for all that can happen to a store.
-    except (RuntimeError, OSError, ValueError) as error:
-        raise LinkLostError(f"the store does not answer: {error}") from error
-
-
 class StoreLink:
     """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by
     another one.
@@ -167,7 +159,8 @@ class StoreLink:
         self._tasks: list[_Task] = []
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None
-        self._busy_since_s: float | None = None
+        self._client: StoreClient | None = None
+        self._give_up_s: float | None = None
 
     def submit(self, step: Step) -> Future[Any]:
         """Run `step` to its end on the link's thread. Any thread; never blocks."""
@@ -197,16 +190,12 @@ class StoreLink:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        client: StoreClient | None = None
         while True:
             task = self._next_due()
             if task is None:
                 break
-            self._busy_since_s = time.monotonic()
             try:
-                if client is None:
-                    client = StoreClient(self._connect(), self._prefix)
-                if not task.advance(client):
+                if not task.advance(self._ask):
                     continue
             except BaseException as error:  # noqa: BLE001 -- whoever waits for the step gets it, whatever it is
                 if self._drop(task):
@@ -214,9 +203,21 @@ class StoreLink:
             else:
                 if self._drop(task):
                     task.done.set_result(task.result)
-            finally:
-                self._busy_since_s = None
         self._end_all(LinkLostError("the link has ended"))
+
+    def _ask(self, request: requests.Request) -> Any:
+        try:
+            if self._client is None:
+                # A connection may wait for a name service: it is not held to the time that a store has for an answer.
+                self._give_up_s = time.monotonic() + max(self._patience_s, _REQUEST_TIMEOUT_S)
+                self._client = StoreClient(self._connect(), self._prefix)
+            self._give_up_s = time.monotonic() + self._patience_s
+            return self._client.answer(request)
+        # torch raises DistError, a RuntimeError, for all that can happen to a store.
+        except (RuntimeError, OSError, ValueError) as error:
+            raise LinkLostError(f"the store does not answer: {error}") from error
+        finally:
+            self._give_up_s = None
 
     def _guard(self) -> None:
         """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch
@@ -225,8 +226,8 @@ class StoreLink:
         with self._changed:
             while self._closing is None:
                 self._changed.wait(self._patience_s / 4)
-                since_s = self._busy_since_s
-                if since_s is not None and time.monotonic() - since_s > self._patience_s:
+                give_up_s = self._give_up_s
+                if give_up_s is not None and time.monotonic() > give_up_s:
                     where = "it lives with rank 0 or with its launcher"
                     self._closing = LinkLostError(f"the store has not answered for {self._patience_s:g} s; {where}")
         self._end_all(LinkLostError("the link has ended"))

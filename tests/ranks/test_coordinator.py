@@ -218,6 +218,34 @@ def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path
     assert Catalog(tmp_path).tags() == []
 
 
+def test_a_slow_connection_is_not_a_store_that_does_not_answer() -> None:
+    connected = threading.Event()
+
+    def connect() -> dist.HashStore:
+        # The watching thread has looked several times when this ends.
+        connected.wait(0.5)
+        return dist.HashStore()
+
+    link = StoreLink(connect, "p/", world_size=2, patience_s=0.1)
+    assert link.submit(announce(RankInfo(0, 2, 1.0), "t", "name")).result(20) == 1
+    link.close()
+
+
+def test_a_request_without_an_answer_ends_every_wait() -> None:
+    released = threading.Event()
+
+    class Stopped(dist.HashStore):
+        def add(self, key: str, amount: int) -> int:
+            released.wait(60)
+            return 1
+
+    link = StoreLink(Stopped, "p/", world_size=2, patience_s=0.1)
+    with pytest.raises(LinkLostError, match="has not answered for 0"):
+        link.submit(announce(RankInfo(0, 2, 1.0), "t", "name")).result(20)
+    released.set()
+    link.close()
+
+
 def test_steps_do_not_interleave_between_waits() -> None:
     link = StoreLink(dist.HashStore, "p/", world_size=2)
     futures = [link.submit(announce(RankInfo(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
