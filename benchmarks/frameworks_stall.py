@@ -148,7 +148,7 @@ def run_trainer(row: str, directory: Path, megabytes: int, watch: Stopwatch) -> 
 
     def timed(*args: Any, **kwargs: Any) -> None:
         if row != "trainer stock":
-            trainer._saver.drain()
+            trainer._saver.drain()  # type: ignore[attr-defined]
         watch.time(lambda: save(*args, **kwargs))
 
     trainer._save_checkpoint = timed

@@ -51,7 +51,7 @@ def odd_state() -> dict:
     own = OwnDict()
     own["w"] = torch.arange(5)
     tensor = torch.ones(2, 3).as_subclass(OwnTensor)
-    tensor.extra = torch.zeros(7)
+    tensor.extra = torch.zeros(7)  # type: ignore[attr-defined]
     return {
         "array": numpy.arange(12.0).reshape(3, 4),
         "args": argparse.Namespace(lr=0.1, weight=torch.ones(2), inner={"x": torch.ones(3)}),

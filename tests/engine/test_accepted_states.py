@@ -118,7 +118,7 @@ def test_an_alignment_of_nearly_64_kib_holds_for_tensors_of_any_size(tmp_path: P
                     and torch.equal(loaded["b"], state["b"])
                     and torch.equal(loaded["more"], state["more"])
                 )
-            with serialization_config.patch({"save.storage_alignment": alignment}):
+            with serialization_config.patch({"save.storage_alignment": alignment}):  # type: ignore[attr-defined]
                 num_torchs_own += path.read_bytes() == torch_bytes(state)
     assert len(sizes) - 8 <= num_torchs_own < len(sizes)
 

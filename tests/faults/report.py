@@ -106,8 +106,8 @@ def command(
     parser.add_argument("--part", type=Part.parse, default=None, metavar="K/N", help="the K-th of N parts of --full")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the table there too")
     parser.add_argument("--seed", type=int, default=1)
-    for name, options in extra:
-        parser.add_argument(name, **options)
+    for name, settings in extra:
+        parser.add_argument(name, **settings)
     options = parser.parse_args()
     started = time.perf_counter()
     options.full = options.full or options.part is not None

@@ -22,7 +22,7 @@ def base_state():
     ordered = OrderedDict(
         [("layer.weight", weight), ("layer.bias", torch.zeros(4, dtype=torch.float64)), ("view", weight[1:])]
     )
-    ordered._metadata = OrderedDict([("", {"version": 1})])
+    ordered._metadata = OrderedDict([("", {"version": 1})])  # type: ignore[attr-defined]
     return {
         "model": ordered,
         "step": 7,

@@ -61,7 +61,7 @@ def test_extents_may_be_cut_inside_any_field(extent_nbytes):
 def test_every_alignment(alignment):
     for name in ("tied", "zero_dim", "descriptor_quirk", "conj"):
         state = make(name)
-        with serialization_config.patch({"save.storage_alignment": alignment}):
+        with serialization_config.patch({"save.storage_alignment": alignment}):  # type: ignore[attr-defined]
             expected = torch_bytes(state)
         planned = plan(Planner(alignment=alignment), state)
         assert render(planned, 1000) == expected
@@ -136,7 +136,7 @@ def _states(draw):
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_states(), st.sampled_from([64, 1, 96, 4096]))
 def test_random_nests(state, alignment):
-    with serialization_config.patch({"save.storage_alignment": alignment}):
+    with serialization_config.patch({"save.storage_alignment": alignment}):  # type: ignore[attr-defined]
         expected = torch_bytes(state)
     planner = Planner(alignment=alignment)
     planned = plan(planner, state)

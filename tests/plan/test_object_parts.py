@@ -322,7 +322,7 @@ def _nests(draw):
         else:
             made = objects.Row(build(depth - 1) for _ in range(draw(st.integers(0, 3))))
             if draw(st.booleans()):
-                made.back = draw(st.sampled_from([made, seen, vars(made)]))
+                made.back = draw(st.sampled_from([made, seen, vars(made)]))  # type: ignore[attr-defined]
         seen.append(made)
         return made
 

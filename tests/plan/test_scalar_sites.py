@@ -165,7 +165,7 @@ def test_a_state_of_very_many_small_objects_is_left_to_torch() -> None:
     planner = Planner()
     state = {"h": [{"loss": 0.1 * k, "step": k} for k in range(20_000)], "w": torch.ones(2)}
     for _ in range(3):
-        state["h"].append({"loss": 0.5, "step": 3})
+        state["h"].append({"loss": 0.5, "step": 3})  # type: ignore[attr-defined]
         planned = planner.plan(state, name="a")
         assert (planned.cached, planned.plan.planner) == (False, "torch")
     assert render(planned) == torch_bytes(state)

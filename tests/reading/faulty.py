@@ -18,7 +18,7 @@ class FaultyFileSystem(LocalFileSystem):
         super().__init__()
         self.num_reads = 0
         self._countdown: int | None = None
-        self._lock = threading.Lock()
+        self._counting = threading.Lock()
 
     def fail_at(self, k: int) -> None:
         self._countdown = k
@@ -27,7 +27,7 @@ class FaultyFileSystem(LocalFileSystem):
         return _Directory(super().open_dir(root, parts), self)
 
     def count(self) -> None:
-        with self._lock:
+        with self._counting:
             self.num_reads += 1
             if self._countdown is not None:
                 self._countdown -= 1

@@ -66,7 +66,7 @@ def zeroed(state: Any) -> Any:
     fresh = torch.load(io.BytesIO(torch_bytes(state)))
     for _, leaf in flatten(fresh):
         if isinstance(leaf, torch.Tensor):
-            leaf.detach().untyped_storage().fill_(0)
+            leaf.detach().untyped_storage().fill_(0)  # type: ignore[attr-defined]
     return fresh
 
 

@@ -46,7 +46,7 @@ def zeroed(raw: bytes) -> Any:
     state = torch.load(io.BytesIO(raw), weights_only=False)
     for _, leaf in flatten(state):
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_meta:
-            leaf.detach().untyped_storage().fill_(0)
+            leaf.detach().untyped_storage().fill_(0)  # type: ignore[attr-defined]
     return state
 
 
@@ -113,7 +113,7 @@ def test_every_dtype(engine: AsyncCheckpointEngine, dtype: torch.dtype, format: 
     for name, value in accepted.items():
         loaded = engine.load(f"t/{name}")["v"]
         target = torch.empty_like(value)
-        target.untyped_storage().fill_(0)
+        target.untyped_storage().fill_(0)  # type: ignore[attr-defined]
         engine.load_into({"v": target}, f"t/{name}")
         for found in (loaded, target):
             assert (found.dtype, found.shape) == (value.dtype, value.shape)

@@ -211,7 +211,7 @@ def test_mapping_by_default(engine: AsyncCheckpointEngine) -> None:
         return any(int(low, 16) <= tensor.data_ptr() < int(rest.split(" ")[0], 16) for low, rest in ranges)
 
     assert not is_mapped(engine.load("t/m.pt")["a"])
-    with config.patch({"load.mmap": True}):
+    with config.patch({"load.mmap": True}):  # type: ignore[attr-defined]
         mapped = engine.load("t/m.pt")["a"]
         assert is_mapped(mapped)
         assert torch.equal(mapped, STATE["a"])
@@ -250,7 +250,7 @@ def test_skipped_data_is_refused(engine: AsyncCheckpointEngine) -> None:
 
 def test_checksums_cannot_be_left_out(engine: AsyncCheckpointEngine) -> None:
     engine.create("u")
-    with config.patch({"save.compute_crc32": False}), pytest.raises(ConfigError, match="compute_crc32"):
+    with config.patch({"save.compute_crc32": False}), pytest.raises(ConfigError, match="compute_crc32"):  # type: ignore[attr-defined]
         engine.save(STATE, "m.pt")
     engine.save(STATE, "m.pt")
     engine.commit("u").result(60)

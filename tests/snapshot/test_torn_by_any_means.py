@@ -223,7 +223,10 @@ def test_a_dtensors_local_part(engine: AsyncCheckpointEngine, held_copies: Any) 
         optimizer = torch.optim.SGD([weight], lr=0.1)
         engine.guard(optimizer)
         error = save_and_change(
-            engine, held_copies(engine), {"w": weight}, lambda: weight._local_tensor.data.fill_(9.0)
+            engine,
+            held_copies(engine),
+            {"w": weight},
+            lambda: weight._local_tensor.data.fill_(9.0),  # type: ignore[attr-defined]
         )
     finally:
         dist.destroy_process_group()

@@ -249,11 +249,11 @@ class Overridden(dict):  # type: ignore[type-arg]
 class WithArguments:
     def __new__(cls, value: int = 0) -> Any:
         made = super().__new__(cls)
-        made.value = value
+        made.value = value  # type: ignore[attr-defined]
         return made
 
     def __getnewargs__(self) -> tuple[int]:
-        return (self.value,)
+        return (self.value,)  # type: ignore[attr-defined]
 
 
 class WithKeywords(WithArguments):

@@ -85,7 +85,7 @@ def _optimizer(kind, **options):
 
 def _attributed():
     tensor = torch.ones(2)
-    tensor.note = "mine"
+    tensor.note = "mine"  # type: ignore[attr-defined]
     return {"t": tensor}
 
 
@@ -127,7 +127,7 @@ def _identities():
 def _containers():
     lengths = (0, 1, 2, 3, 4, 999, 1000, 1001, 2000, 2001)
     ordered = OrderedDict((str(n), OrderedDict.fromkeys(range(n))) for n in lengths)
-    ordered._metadata = OrderedDict([("", {"version": 1})])
+    ordered._metadata = OrderedDict([("", {"version": 1})])  # type: ignore[attr-defined]
     return [
         ordered,
         *({"d": dict.fromkeys(map(str, range(n))), "l": list(range(n)), "t": tuple(range(n))} for n in lengths),

@@ -36,7 +36,7 @@ class Ranks:
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
             return cls()
         # Imported here: both are missing from a torch that was built without distributed.
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed import PrefixStore
         from torch.distributed.distributed_c10d import _get_default_store
 
         rank, world_size = distributed.get_rank(), distributed.get_world_size()

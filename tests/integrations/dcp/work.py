@@ -271,7 +271,7 @@ def save_face(rank: int, root: str, kind: str) -> Any:
     model, optimizer = trained(kind, 5)
     state = {"train": TrainingState(model, optimizer), "step": 2}
     with engine_of(root) as engine:
-        expected = full(state["train"].state_dict())  # type: ignore[union-attr]
+        expected = full(state["train"].state_dict())  # type: ignore[attr-defined]
         save_sharded(engine, "s1", state).result(60)
     return expected
 

@@ -146,7 +146,7 @@ def test_resume_is_exact_in_stock_too(tmp_path: Path, save_last: Any) -> None:
     again = trainer(folder, plugin(), callbacks=[callback()], max_epochs=3)
     again.fit(third, data(), ckpt_path="last")
     assert first.losses + third.losses == whole.losses
-    assert Job.load_from_checkpoint(again.checkpoint_callback.best_model_path, weights_only=False).hparams.width == 8
+    assert Job.load_from_checkpoint(again.checkpoint_callback.best_model_path, weights_only=False).hparams.width == 8  # type: ignore[attr-defined]
 
 
 def test_the_snapshot_is_of_the_save_not_of_later_steps(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_save_by_hand_after_fit_is_there_when_it_returns(tmp_path: Path) -> No
     t = trainer(tmp_path, io, callbacks=[ModelCheckpoint(dirpath=tmp_path)], max_epochs=1)
     t.fit(model, data())
     t.save_checkpoint(tmp_path / "by_hand.ckpt")
-    assert Job.load_from_checkpoint(tmp_path / "by_hand.ckpt", weights_only=False).hparams.width == 8
+    assert Job.load_from_checkpoint(tmp_path / "by_hand.ckpt", weights_only=False).hparams.width == 8  # type: ignore[attr-defined]
     assert io.engine is None, "nobody would stop its threads"
     files.fail_manifest = OSError(errno.EIO, "by hand")
     try:
