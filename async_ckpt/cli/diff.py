@@ -18,10 +18,10 @@ import typer
 from ..errors import CheckpointNotFoundError, escaped
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry
-from ..format.tensors import MAX_OTHERS, OtherInfo
+from ..format.tensors import MAX_OTHERS, OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
-from ..reading.header import FileHeader, TensorInfo, read_header
+from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, UsageError
 from .locating import Located, place_of
@@ -149,7 +149,7 @@ def _differing_others(x: _Side, y: _Side) -> list[str]:
     return differing
 
 
-_Leaf = TypeVar("_Leaf", TensorInfo, OtherInfo)
+_Leaf = TypeVar("_Leaf", TensorExtent, OtherInfo)
 
 
 def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], dict[str, _Leaf]]:
@@ -165,7 +165,7 @@ def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], 
     return {name(leaf): leaf for leaf in a}, {name(leaf): leaf for leaf in b}
 
 
-def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:
+def _difference(x: _Side, a: TensorExtent, y: _Side, b: TensorExtent) -> str | None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{_describe(a)} -> {_describe(b)}"
     if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
@@ -178,18 +178,19 @@ def _difference(x: _Side, a: TensorInfo, y: _Side, b: TensorInfo) -> str | None:
         )
     if a.stride != b.stride and a.num_bytes:
         return f"strides {a.stride} -> {b.stride}"
-    both_whole = a.covers_record and b.covers_record
+    in_zip = bool(a.record and b.record)
+    both_whole = in_zip and all(tensor.extent_bytes == tensor.storage.num_bytes for tensor in (a, b))
     same_place = both_whole or (a.record, a.offset) == (b.record, b.offset)
-    if a.record_crc32 is not None and a.record_crc32 == b.record_crc32 and same_place:
+    if in_zip and a.storage.crc32 == b.storage.crc32 and same_place:
         return None
-    if a.record_crc32 is not None and both_whole:
+    if both_whole:
         return "values"
-    if a.record_crc32 is None and _same_extents(x.entry, a, y.entry, b):
+    if not a.record and _same_extents(x.entry, a, y.entry, b):
         return None
     return "values" if _range_crc(x, a.offset, a.extent_bytes) != _range_crc(y, b.offset, b.extent_bytes) else None
 
 
-def _same_extents(x: FileEntry, a: TensorInfo, y: FileEntry, b: TensorInfo) -> bool:
+def _same_extents(x: FileEntry, a: TensorExtent, y: FileEntry, b: TensorExtent) -> bool:
     """Whether the manifests' CRCs alone say that these bytes are equal."""
     if x.extent_bytes != y.extent_bytes or a.offset != b.offset or not a.extent_bytes:
         return not a.extent_bytes
@@ -205,7 +206,7 @@ def _range_crc(side: _Side, offset: int, num_bytes: int) -> int:
     return value
 
 
-def _describe(tensor: TensorInfo) -> str:
+def _describe(tensor: TensorExtent) -> str:
     return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 

@@ -12,8 +12,9 @@ import typer
 
 from ..errors import UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
+from ..format.tensors import TensorExtent
 from ..observers.units import format_bytes
-from ..reading.header import FileHeader, TensorInfo, read_header
+from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import UsageError
 from .locating import Located, place_of
@@ -150,7 +151,7 @@ def _check_exportable(header: FileHeader, place: Located, tensors_only: bool) ->
         raise UnsupportedStateError(f"{place.name} holds no tensors; nothing was written")
 
 
-def _tensor(torch: Any, source: VerifiedFile, tensor: TensorInfo, place: Located) -> Any:
+def _tensor(torch: Any, source: VerifiedFile, tensor: TensorExtent, place: Located) -> Any:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:
         raise UnsupportedStateError(

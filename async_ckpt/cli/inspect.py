@@ -9,10 +9,10 @@ import typer
 
 from ..errors import escaped
 from ..format.manifest import FileEntry
-from ..format.tensors import OtherInfo
+from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
-from ..reading.header import FileHeader, TensorInfo, read_header, read_records
+from ..reading.header import FileHeader, read_header, read_records
 from .failing import UsageError
 from .locating import place_of
 from .output import console, print_json, print_table
@@ -77,7 +77,7 @@ def _look_at(checkpoint: CommittedCheckpoint, entry: FileEntry, records: bool) -
         return read_records(file) if entry.format == "torch" else "no zip records: a safetensors file"
 
 
-def _chosen(header: FileHeader, prefix: str) -> list[TensorInfo]:
+def _chosen(header: FileHeader, prefix: str) -> list[TensorExtent]:
     return [tensor for tensor in header.tensors if tensor.name.startswith(prefix)]
 
 
@@ -125,7 +125,7 @@ def _print_records(entry: FileEntry, records: Any) -> None:
     print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
 
 
-def _print_flat(entry: FileEntry, tensors: list[TensorInfo]) -> None:
+def _print_flat(entry: FileEntry, tensors: list[TensorExtent]) -> None:
     typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
     rows = [
         (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
@@ -134,20 +134,20 @@ def _print_flat(entry: FileEntry, tensors: list[TensorInfo]) -> None:
     print_table(("tensor", "dtype", "shape", "size", "offset", ""), rows, right=("size", "offset"))
 
 
-def _shape(tensor: TensorInfo) -> str:
+def _shape(tensor: TensorExtent) -> str:
     return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
 @dataclass
 class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
-    tensor: TensorInfo | None = None
+    tensor: TensorExtent | None = None
     text: str = ""
     num_tensors: int = 0
     num_bytes: int = 0
 
 
-def _grow(tensors: list[TensorInfo], others: list[OtherInfo]) -> _Node:
+def _grow(tensors: list[TensorExtent], others: list[OtherInfo]) -> _Node:
     root = _Node()
     for other in others:
         node = root

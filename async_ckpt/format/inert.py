@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -85,44 +84,34 @@ class Notes:
         target.pairs.update(pairs)
 
 
-Call = Callable[[str, tuple[Any, ...]], Any]
-"""Gets the name and the arguments of a call; returns what to put in its place, or None."""
-
-
-class _Knowing(Notes):
-    """Inert notes, but for what `call` knows, and for containers and bytes that pickles spell as calls."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self._call = call
+class Contents(Notes):
+    """Inert notes, but for containers and bytes that pickles spell as calls, and what `known` adds to them."""
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        """See `Notes`."""
         name = function.text if type(function) is Name else describe(function)
-        found = self._call(name, args)
-        if found is None:
-            found = _known(name, args)
+        found = self.known(name, args)
         return Inert(name, args) if found is None else found
 
+    def known(self, name: str, args: tuple[Any, ...]) -> Any:
+        """What to put in a call's place, or None."""
+        if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
+            return OrderedDict()
+        module, _, kind = name.partition(".")
+        if kind in ("set", "frozenset", "list", "bytearray") and module in ("builtins", "__builtin__"):
+            return list(args[0]) if args and isinstance(args[0], (list, tuple)) else None
+        if name == "_codecs.encode" and len(args) == 2 and args[1] == "latin1" and isinstance(args[0], str):
+            return args[0].encode("latin1")
+        return None
 
-def read_inert(pickled: bytes | memoryview, call: Call) -> Any:
+
+def read_inert(pickled: bytes | memoryview, maker: Notes | None = None) -> Any:
     """The structure that `pickled` describes: str, numbers, bytes, list, tuple, dict, `Inert`, `Name`, `PersistentId`.
 
     Raises:
         MalformedPickleError: see there.
     """
-    return PickleReader(pickled, _Knowing(call), EVERY_OPCODE).read()
-
-
-def _known(name: str, args: tuple[Any, ...]) -> Any:
-    if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
-        return OrderedDict()
-    if name.partition(".")[2] in ("set", "frozenset", "list", "bytearray") and name.startswith(
-        ("builtins.", "__builtin__.")
-    ):
-        return list(args[0]) if args and isinstance(args[0], (list, tuple)) else None
-    if name == "_codecs.encode" and len(args) == 2 and args[1] == "latin1" and isinstance(args[0], str):
-        return args[0].encode("latin1")
-    return None
+    return PickleReader(pickled, maker or Contents(), EVERY_OPCODE).read()
 
 
 def fingerprint(*values: Any) -> str:

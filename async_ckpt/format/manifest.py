@@ -33,12 +33,8 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 from .checksum import crc32
-from .metadata import JSON, MAX_INT_DIGITS, check_metadata
-from .names import (
-    check_relative_path,
-    check_tag,
-    shown,
-)
+from .metadata import JSON, MAX_INT_DIGITS, check_metadata, unique_pairs
+from .names import check_relative_path, check_tag, shown
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
@@ -223,7 +219,7 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
     try:
         document = json.loads(
             raw.decode("ascii"),
-            object_pairs_hook=_unique_pairs,
+            object_pairs_hook=unique_pairs,
             parse_int=_bounded_int,
             parse_float=_finite_float,
             parse_constant=_no_constant,
@@ -240,13 +236,6 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
             path=source,
         )
     return document
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
 
 
 def _bounded_int(text: str) -> int:

@@ -64,3 +64,11 @@ def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JS
     raise UnsupportedStateError(
         f"{where} is a {type(value).__qualname__}, which is not JSON{hint}; nothing was committed"
     )
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for JSON of unknown origin: no key occurs twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found

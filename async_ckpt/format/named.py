@@ -51,7 +51,7 @@ def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[st
     """
     found: dict[str, Places] = {}
     seen: set[int] = set()
-    todo: list[tuple[str, Any]] = [("", read_inert(pickled, lambda name, args: None))]
+    todo: list[tuple[str, Any]] = [("", read_inert(pickled))]
     while todo:
         path, value = todo.pop()
         text = value.text if isinstance(value, Name) else value.name if isinstance(value, Inert) else ""

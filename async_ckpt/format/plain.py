@@ -11,13 +11,15 @@ its size before it is allocated; a parallel restore needs both.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol
 
 from ..errors import CheckpointError
 from ..host.memory import collector_paused
 from .opcodes import PROTOCOL_2
 from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
+from .tensors import STORAGE_TYPES, StorageRef, TensorExtent, storage_of, tensor_in
+from .zip_directory import Record
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
 _CALLS = {
@@ -28,19 +30,16 @@ _CALLS = {
     "torch.Size": Name("size"),
     "torch.device": Name("device"),
 }
+_CALLS |= {
+    f"{module}.{kind}": Name(kind)
+    for module in ("torch", "torch.storage")
+    for kind in STORAGE_TYPES
+    if not kind.startswith("Q")
+}
 
 
 class NotPlainError(Exception):
     """The pickle holds something outside the plain subset; it may still be a valid one."""
-
-
-class StorageRef(NamedTuple):
-    """A storage as the pickle names it: record `data/<key>`, element type, device tag and number of elements."""
-
-    type_name: str
-    key: str
-    location: str
-    num_elements: int
 
 
 class Builder(Protocol):
@@ -48,16 +47,8 @@ class Builder(Protocol):
     `NotPlainError`.
     """
 
-    def tensor(
-        self,
-        storage: StorageRef,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        requires_grad: bool,
-        dtype: Any,
-    ) -> Any:
-        """A strided tensor; `dtype` is None where the storage's type says it."""
+    def tensor(self, extent: TensorExtent) -> Any:
+        """A strided tensor."""
 
     def parameter(self, data: Any, requires_grad: bool) -> Any:
         """An `nn.Parameter` around `data`."""
@@ -72,13 +63,14 @@ class Builder(Protocol):
         """A `torch.dtype` by name, or None if there is no such one."""
 
 
-def load_plain(pickled: bytes | memoryview, builder: Builder) -> Any:
+def load_plain(pickled: bytes | memoryview, records: Mapping[str, Record], builder: Builder) -> Any:
     """The object that `pickled` describes, its tensors made by `builder`. Any thread; does not block.
 
     Raises:
-        NotPlainError: damaged, or not within the plain subset.
+        NotPlainError: damaged, or not within the plain subset. CorruptCheckpointError: a tensor does not fit its
+            record.
     """
-    reader = PickleReader(pickled, _PlainObjects(builder), PROTOCOL_2)
+    reader = PickleReader(pickled, _PlainObjects(records, builder), PROTOCOL_2)
     if not reader.data.startswith(b"\x80\x02"):
         raise NotPlainError("not protocol 2")
     try:
@@ -91,12 +83,11 @@ def load_plain(pickled: bytes | memoryview, builder: Builder) -> Any:
         raise NotPlainError(f"malformed at byte {reader.position}: {type(error).__name__}: {error}") from error
     if reader.marks or reader.stack:
         raise NotPlainError("stack not empty at the end")
-    for _ in _strangers(result):
-        raise NotPlainError("a bare storage or a global is a leaf")
+    _refuse_strangers(result)
     return result
 
 
-def _strangers(root: Any) -> Iterator[Any]:
+def _refuse_strangers(root: Any) -> None:
     # A function or storage must have been consumed by a call; left over in the structure it would be a wrong value.
     seen: set[int] = set()
     todo = [root]
@@ -106,8 +97,8 @@ def _strangers(root: Any) -> Iterator[Any]:
         if kind in _LEAVES:
             continue
         if kind in (Name, StorageRef, OpaqueKey):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            raise NotPlainError("a bare storage or a global is a leaf")
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, dict):
                 todo.extend(value.keys())
@@ -120,13 +111,12 @@ def _strangers(root: Any) -> Iterator[Any]:
 class _PlainObjects:
     """A `pickles.Maker` that knows plain tensors and what surrounds them."""
 
-    def __init__(self, builder: Builder) -> None:
+    def __init__(self, records: Mapping[str, Record], builder: Builder) -> None:
+        self._records = records
         self._builder = builder
 
     def name(self, module: str, attribute: str) -> Any:
         found: Any = _CALLS.get(f"{module}.{attribute}")
-        if found is None and module in ("torch", "torch.storage") and attribute.endswith("Storage"):
-            found = Name(attribute)
         if found is None and module == "torch":
             found = self._builder.dtype(attribute)
         if found is None:
@@ -134,25 +124,12 @@ class _PlainObjects:
         return found
 
     def persistent(self, value: Any) -> StorageRef:
-        tag, kind, key, location, num_elements = value
-        if tag != "storage" or type(kind) is not Name or type(key) is not str or type(location) is not str:
-            raise NotPlainError("unknown persistent id")
-        if type(num_elements) is not int or num_elements < 0:
-            raise NotPlainError("bad storage size")
-        return StorageRef(kind.text, key, location, num_elements)
+        return storage_of(value, self._records) or _refuse("unknown persistent id")
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         name = function.text if type(function) is Name else ""
         if name in ("tensor_v2", "tensor_v3"):
-            fixed = 7 if name == "tensor_v3" else 6
-            if len(args) < fixed or any(args[fixed:]) or args[5]:
-                # Hooks, or metadata such as the conjugate bit.
-                raise NotPlainError("a tensor with hooks or metadata")
-            storage, offset, size, stride, requires_grad = args[:5]
-            _check_tensor_args(storage, offset, size, stride, requires_grad)
-            return self._builder.tensor(
-                storage, offset, size, stride, requires_grad, args[6] if name == "tensor_v3" else None
-            )
+            return self._builder.tensor(self._extent(args, 7 if name == "tensor_v3" else 6))
         if name == "OrderedDict" and args == ():
             return OrderedDict()
         if name == "parameter" and len(args) == 3 and type(args[1]) is bool and not args[2]:
@@ -161,7 +138,19 @@ class _PlainObjects:
             return self._builder.size(args[0])
         if name == "device":
             return self._builder.device(args)
-        raise NotPlainError(f"call of {name or 'something unknown'}")
+        return _refuse(f"call of {name or 'something unknown'}")
+
+    def _extent(self, args: tuple[Any, ...], fixed: int) -> TensorExtent:
+        if len(args) < fixed or any(args[fixed:]) or args[5]:
+            # Hooks, or metadata such as the conjugate bit.
+            raise NotPlainError("a tensor with hooks or metadata")
+        storage, offset, size, stride, requires_grad = args[:5]
+        if type(storage) is not StorageRef or type(requires_grad) is not bool:
+            raise NotPlainError("bad tensor arguments")
+        dtype = str(args[6]).removeprefix("torch.") if fixed == 7 and type(args[6]).__name__ == "dtype" else None
+        if (fixed == 7) is (dtype is None) or (dtype or "").startswith("q"):
+            raise NotPlainError("no dtype of plain tensors")
+        return tensor_in(storage, offset, size, stride, dtype, requires_grad) or _refuse("bad tensor geometry")
 
     def build(self, target: Any, state: Any) -> None:
         # `Module.state_dict()` carries `_metadata` as an attribute of its OrderedDict.
@@ -170,14 +159,11 @@ class _PlainObjects:
         target.__dict__.update(state)
 
     def extend(self, target: Any, items: list[Any]) -> None:
-        raise NotPlainError(f"items for a {type(target).__name__}")
+        _refuse(f"items for a {type(target).__name__}")
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
-        raise NotPlainError(f"pairs for a {type(target).__name__}")
+        _refuse(f"pairs for a {type(target).__name__}")
 
 
-def _check_tensor_args(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any) -> None:
-    good = type(storage) is StorageRef and type(offset) is int and offset >= 0 and type(requires_grad) is bool
-    good = good and type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
-    if not good or (size and (set(map(type, size + stride)) != {int} or min(size + stride) < 0)):
-        raise NotPlainError("bad tensor geometry")
+def _refuse(why: str) -> NoReturn:
+    raise NotPlainError(why)

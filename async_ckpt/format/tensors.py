@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import mul
+from typing import Any, NamedTuple
 
-from ..errors import CorruptCheckpointError, UnsupportedStateError
-from .inert import Inert, PersistentId, describe, fingerprint
+from ..errors import CorruptCheckpointError
+from .inert import Contents, Inert, PersistentId, describe, fingerprint
 from .pickles import Name, OpaqueKey
 from .zip_directory import Record
 
@@ -58,127 +59,158 @@ _SPARSE_PARTS["sparse_bsc"] = _SPARSE_PARTS["sparse_csc"]
 
 
 @dataclass(eq=False, slots=True)
-class FoundTensor:
-    """A strided tensor: where its elements lie, checked against the record."""
+class TensorExtent:
+    """One strided tensor in a file: which of its bytes are the elements, and in which order. Geometry in elements."""
 
     dtype: str
+    """torch's name of it."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    """File offset of the first element."""
     extent_bytes: int
-    record: str
-    extent: Record
+    """From there to the end of the last element."""
+    storage: Record
+    storage_offset: int = 0
+    location: str = "cpu"
+    """The tag of the device that it was saved from."""
+    requires_grad: bool = False
+    is_parameter: bool = False
     is_conj: bool = False
     is_neg: bool = False
+    """Its values are those of its bytes, conjugated or negated."""
     kind: str = ""
+    """The class of the object around it (a tensor subclass, a quantized tensor); "" for a plain tensor."""
     extra: str = ""
     """A checksum of what belongs to its value besides the elements (a scale, attributes)."""
+    path: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    """Its key path, whole: two tensors of one file may have the same `name`, none the same key."""
+    is_shared: bool = False
+    """An earlier tensor has the same bytes (tied weights, views): totals count them once."""
+
+    @property
+    def name(self) -> str:
+        """The key path, with dots."""
+        return ".".join(self.path)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
         return -(-math.prod(self.shape) * ITEM_BYTES[self.dtype] // _ITEMS_PER_BYTE.get(self.dtype, 1))
 
+    @property
+    def record(self) -> str:
+        """The zip record of its storage; "" in a safetensors file, where each is its own."""
+        return self.storage.name
 
-class Inventory:
-    """A `Call` for `read_inert`: makes `FoundTensor`s of torch's ways to say tensor."""
+
+class StorageRef(NamedTuple):
+    """A storage as a pickle names it: its record, what its elements are, and the device tag."""
+
+    record: Record
+    dtype: str
+    location: str
+
+
+def storage_of(persistent_id: Any, records: Mapping[str, Record]) -> StorageRef | None:
+    """The storage that torch's persistent id names, or None where it is no such id.
+
+    Raises:
+        CorruptCheckpointError: there is no such record, or it is longer or shorter than the storage.
+    """
+    if not isinstance(persistent_id, tuple) or len(persistent_id) != 5:
+        return None
+    tag, kind, key, location, num_elements = persistent_id
+    dtype = STORAGE_TYPES.get(kind.text.rpartition(".")[2]) if type(kind) is Name else None
+    if tag != "storage" or dtype is None or not type(key) is type(location) is str:
+        return None
+    record = records.get(f"data/{key}")
+    num_bytes = num_elements * ITEM_BYTES[dtype] if type(num_elements) is int else -1
+    if record is None or record.num_bytes != num_bytes:
+        held = "is missing" if record is None else f"holds {record.num_bytes} bytes"
+        raise CorruptCheckpointError(
+            f"data.pkl needs {num_bytes} bytes of record {f'data/{key}'!a}, which {held}", record=f"data/{key}"
+        )
+    return StorageRef(record, dtype, location)
+
+
+def tensor_in(
+    storage: StorageRef, offset: Any, size: Any, stride: Any, dtype: str | None = None, requires_grad: bool = False
+) -> TensorExtent | None:
+    """A tensor of a storage's elements, or of `dtype`; None where these are no numbers that torch writes.
+
+    Raises:
+        CorruptCheckpointError: it reaches outside its storage.
+    """
+    record, actual = storage.record, dtype or storage.dtype
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or actual not in ITEM_BYTES:
+        return None
+    numbers = (offset, *size, *stride)
+    if set(map(type, numbers)) != {int}:
+        return None
+    if min(numbers) < 0 or max(numbers) >= 1 << 63:
+        raise CorruptCheckpointError(f"a tensor of record {record.name!a} has impossible numbers", record=record.name)
+    item_bytes, per_byte = ITEM_BYTES[actual], _ITEMS_PER_BYTE.get(actual, 1)
+    reach = 0 if 0 in size else 1 + sum(map(mul, size, stride)) - sum(stride)
+    if reach and -(-(offset + reach) // per_byte) * item_bytes > record.num_bytes:
+        raise CorruptCheckpointError(f"a tensor reaches outside its record {record.name!a}", record=record.name)
+    start = record.offset + (offset // per_byte * item_bytes if reach else 0)
+    extent_bytes = -(-reach // per_byte) * item_bytes
+    return TensorExtent(actual, size, stride, start, extent_bytes, record, offset, storage.location, requires_grad)
+
+
+class Inventory(Contents):
+    """Inert notes, with a `TensorExtent` for each of torch's ways to say tensor."""
 
     def __init__(self, records: Mapping[str, Record]) -> None:
+        super().__init__()
         self._records = records
 
-    def __call__(self, name: str, args: tuple[Any, ...]) -> Any:
-        """See `inert.Call`. Raises CorruptCheckpointError where a tensor does not fit its record."""
+    def known(self, name: str, args: tuple[Any, ...]) -> Any:
+        """See `Contents`. Raises CorruptCheckpointError where a tensor does not fit its record."""
         if name in ("torch.Size", "torch.device") and len(args) <= 2:
             return Name(f"{name} {_plain_text(args)}")
         if not name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
-            return None
+            return super().known(name, args)
         what = name.rpartition("._rebuild_")[2]
         if what in ("tensor", "tensor_v2", "tensor_v3") and len(args) >= 4:
             is_v3 = what == "tensor_v3"
-            made = self._tensor(args[0], args[1], args[2], args[3], args[6] if is_v3 and len(args) > 6 else None)
+            made = self._tensor(args[:4], args[6] if is_v3 and len(args) > 6 else None)
             bits = args[7 if is_v3 else 6 :][:1]
             if made is not None and bits and isinstance(bits[0], dict):
                 made.is_conj, made.is_neg = (bits[0].get(name) is True for name in ("conj", "neg"))
             return made
         if what in ("parameter", "parameter_with_state") and args:
-            if what == "parameter_with_state" and isinstance(args[0], FoundTensor):
+            if what == "parameter_with_state" and isinstance(args[0], TensorExtent):
                 args[0].extra = fingerprint(args[3:])
             return args[0]
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
-            made = self(args[0].text, args[2])
-            data = made if isinstance(made, FoundTensor) else getattr(made, "data", None)
-            return Inert(
-                describe(args[1]).strip("<>"),
-                state=args[3] if made is None or data is made else [args[3], made],
-                data=data,
-            )
+            made = self.known(args[0].text, args[2])
+            data = made if isinstance(made, TensorExtent) else getattr(made, "data", None)
+            state = args[3] if made is None or data is made else [args[3], made]
+            return Inert(describe(args[1]).strip("<>"), state=state, data=data)
         if what == "qtensor" and len(args) >= 5:
-            return Inert(
-                "torch.Tensor quantized", state=args[4], data=self._tensor(args[0], args[1], args[2], args[3], None)
-            )
+            return Inert("torch.Tensor quantized", state=args[4], data=self._tensor(args[:4], None))
         if what in ("sparse_tensor", "sparse_csr_tensor") and len(args) == 2 and isinstance(args[1], tuple):
-            return _sparse(args[0], args[1])
+            layout = str(args[0].args[0]) if isinstance(args[0], Inert) and args[0].args else ""
+            kind = layout.rpartition(".")[2]
+            return _parts(f"torch.Tensor {kind}", (*_SPARSE_PARTS.get(kind, ()), "shape"), args[1])
         if what == "nested_tensor":
             return _parts("torch.Tensor nested", ("buffer", "sizes", "strides", "storage_offsets"), args)
         if what == "meta_tensor_no_storage" and len(args) >= 2:
             return Name(f"meta tensor {_dtype_of(args[0])} {_plain_text(args[1:2])}")
         return None
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> FoundTensor | None:
-        value = storage.value if isinstance(storage, PersistentId) else None
-        if not (isinstance(value, tuple) and len(value) >= 5 and value[0] == "storage" and isinstance(value[1], Name)):
-            return None
-        size = _dims_of(size)
-        counted = STORAGE_TYPES.get(value[1].text.rpartition(".")[2])
-        actual = counted if dtype is None else _dtype_of(dtype)
-        numbers = (
-            (offset, value[4], *(size or ()), *stride) if size is not None and isinstance(stride, tuple) else (None,)
-        )
-        if counted is None or actual not in ITEM_BYTES or len(size or ()) != len(stride):
-            return None
-        record = f"data/{value[2]}"
-        if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or len(stride) > 64:
-            raise CorruptCheckpointError(f"a tensor of record {record!r} has impossible numbers", record=record)
-        return self._fitting(record, counted, actual, value[4], offset, size or (), stride)
-
-    def _fitting(
-        self,
-        record: str,
-        counted: str,
-        actual: str,
-        num_elements: int,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-    ) -> FoundTensor:
-        extent = self._records.get(record)
-        storage_bytes = num_elements * ITEM_BYTES[counted]
-        if extent is None or extent.num_bytes != storage_bytes:
-            raise CorruptCheckpointError(
-                f"record {record!r} does not have the {storage_bytes} bytes that data.pkl claims", record=record
-            )
-        item_bytes, per_byte = ITEM_BYTES[actual], _ITEMS_PER_BYTE.get(actual, 1)
-        reach = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if -(-(offset + reach) // per_byte) * item_bytes > storage_bytes:
-            raise CorruptCheckpointError(f"a tensor reaches outside its record {record!r}", record=record)
-        start = extent.offset + offset // per_byte * item_bytes
-        return FoundTensor(actual, size, stride, start, -(-reach // per_byte) * item_bytes, record, extent)
-
-
-def _sparse(layout: Any, parts: tuple[Any, ...]) -> Inert:
-    text = str(layout.args[0]) if isinstance(layout, Inert) and layout.args else ""
-    name = text.rpartition(".")[2]
-    return _parts(f"torch.Tensor {name}", (*_SPARSE_PARTS.get(name, ()), "shape"), parts)
+    def _tensor(self, args: tuple[Any, ...], dtype: Any) -> TensorExtent | None:
+        storage, offset, size, stride = args
+        found = storage_of(storage.value, self._records) if isinstance(storage, PersistentId) else None
+        size = size.args[0] if isinstance(size, Inert) and size.args else size
+        return found and tensor_in(found, offset, size, stride, None if dtype is None else _dtype_of(dtype) or "?")
 
 
 def _parts(name: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Inert:
     return Inert(name, state=dict(zip(names, values, strict=False)))
-
-
-def _dims_of(size: Any) -> tuple[int, ...] | None:
-    if isinstance(size, Inert) and size.args:
-        size = size.args[0]
-    return size if isinstance(size, tuple) else None
 
 
 def _dtype_of(dtype: Any) -> str:
@@ -207,40 +239,37 @@ class OtherInfo:
         return self.text.startswith("<")
 
 
-def leaves(structure: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], FoundTensor | OtherInfo]]:
-    """(path to be shown, key path, leaf) in order, without recursion; a container that occurs twice is shown where it
-    occurs first."""
+def leaves(structure: Any) -> Iterator[TensorExtent | OtherInfo]:
+    """What the structure holds, in order, without recursion; a container that occurs twice is shown where it occurs
+    first."""
     seen: set[int] = set()
     todo: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), structure)]
     while todo:
         path, key, value = todo.pop()
-        if isinstance(value, FoundTensor):
-            yield path, key, value
-            continue
-        if isinstance(value, Inert):
-            if value.data is not None:
-                value.data.kind, value.data.extra = value.name, fingerprint(*_own_parts(value))
-                yield path, key, value.data
-            else:
-                yield path, key, OtherInfo(path, describe(value), key, fingerprint(*_own_parts(value)))
+        data = value.data if isinstance(value, Inert) else value
+        if isinstance(data, TensorExtent):
+            kind, extra = (
+                (value.name, fingerprint(*_own_parts(value))) if value is not data else (data.kind, data.extra)
+            )
+            yield replace(data, path=path, key=key, kind=kind, extra=extra)
+        elif isinstance(value, Inert):
+            yield OtherInfo(path, describe(value), key, fingerprint(*_own_parts(value)))
         elif isinstance(value, PersistentId):
             record = f"data/{value.value[2]}" if isinstance(value.value, tuple) and len(value.value) > 2 else ""
-            yield path, key, OtherInfo(path, "<a bare storage>", key, record)
-            continue
+            yield OtherInfo(path, "<a bare storage>", key, record)
         elif not isinstance(value, (dict, list, tuple)):
             exact = fingerprint(value) if isinstance(value, (str, int, bytes)) else ""
-            yield path, key, OtherInfo(path, describe(value), key, exact)
-            continue
-        if id(value) in seen:
+            yield OtherInfo(path, describe(value), key, exact)
+        if id(value) in seen or not isinstance(value, (Inert, dict, list, tuple)):
             continue
         seen.add(id(value))
         if len(path) > _MAX_DEPTH:
-            yield path, key, OtherInfo(path, "<nested too deeply to be shown>", key, fingerprint(value))
+            yield OtherInfo(path, "<nested too deeply to be shown>", key, fingerprint(value))
             continue
         todo.extend((path + parts, (*key, step), child) for parts, step, child in reversed(list(_children(value))))
 
 
-_CONTAINERS = (Inert, dict, list, tuple, FoundTensor)
+_CONTAINERS = (Inert, dict, list, tuple, TensorExtent)
 
 
 def _own_parts(value: Inert) -> list[Any]:
@@ -288,8 +317,3 @@ def _step(key: Any, text: str, number: int) -> str:
         return f"s{text}"
     is_vague = isinstance(key, (OpaqueKey, tuple, bytes)) or (isinstance(key, int) and key.bit_length() > 256)
     return f"{text}#{number}" if is_vague else text
-
-
-def too_many(name: str) -> UnsupportedStateError:
-    """The error for a file with more tensors than are shown."""
-    return UnsupportedStateError(f"{name} has more than {MAX_TENSORS} tensors; --records shows what can be shown")

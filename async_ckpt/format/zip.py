@@ -82,7 +82,8 @@ class _Builder:
 
     def _header(self, name: bytes, nbytes: int) -> None:
         pos = self.pos
-        zip64 = b"" if nbytes < UINT32_MAX and pos < UINT32_MAX else _local_zip64(nbytes, pos)
+        # The compressed size is 0 here: torch's zip writer learns it only after the data.
+        zip64 = _zip64(nbytes, 0, pos)
         start = pos + 30 + len(name) + len(zip64) + 4
         # Where an alignment of almost 64 KiB needs more padding than a zip header holds, torch writes a file that
         # nobody can read. Here that one payload starts a few bytes early instead.
@@ -149,21 +150,15 @@ class _Builder:
         return directory
 
 
-def _local_zip64(nbytes: int, header_offset: int) -> bytes:
-    # The compressed size is 0 here: torch's zip writer learns it only after the data.
-    fields = struct.pack("<QQ", nbytes, 0) if nbytes >= UINT32_MAX else b""
-    if header_offset >= UINT32_MAX:
-        fields += struct.pack("<Q", header_offset)
-    return struct.pack("<HH", 1, len(fields)) + fields
+def _zip64(nbytes: int, packed_nbytes: int, header_offset: int) -> bytes:
+    """The extra field for what 32 bits do not hold; empty where they do."""
+    fields = struct.pack("<QQ", nbytes, packed_nbytes) if nbytes >= UINT32_MAX else b""
+    fields += struct.pack("<Q", header_offset) if header_offset >= UINT32_MAX else b""
+    return struct.pack("<HH", 1, len(fields)) + fields if fields else b""
 
 
 def _central_entry(name: bytes, nbytes: int, header_offset: int, crc: int) -> bytes:
-    extra = b""
-    if nbytes >= UINT32_MAX or header_offset >= UINT32_MAX:
-        fields = struct.pack("<QQ", nbytes, nbytes) if nbytes >= UINT32_MAX else b""
-        if header_offset >= UINT32_MAX:
-            fields += struct.pack("<Q", header_offset)
-        extra = struct.pack("<HH", 1, len(fields)) + fields
+    extra = _zip64(nbytes, nbytes, header_offset)
     flags = 0x0808 if nbytes else 0x0800
     size32, offset32 = min(nbytes, UINT32_MAX), min(header_offset, UINT32_MAX)
     head = ENTRY.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, size32, size32, len(name), len(extra), 0, 0, 0, 0, offset32)

@@ -52,22 +52,20 @@ class Record(NamedTuple):
     entry_offset: int = 0
 
     @property
-    def header_bytes(self) -> int:
-        """Size of the local header up to the end of the name."""
-        return _LOCAL.size + len(self.zip_name)
+    def name(self) -> str:
+        """Without the archive's name."""
+        return self.zip_name.partition(b"/")[2].decode("utf-8", "replace")
 
     def check_header(self, data: bytes | memoryview, at: int = 0) -> None:
-        """Compare the `header_bytes` bytes of `data` from `at`, which stand at `header_offset`, with what the directory
-        says. Raises CorruptCheckpointError."""
+        """Compare the local header in `data` from `at` with what the directory says. Raises CorruptCheckpointError."""
         offset, _, _, zip_name, header_offset, _ = self
         magic, flags, method, name_bytes, extra_bytes = _LOCAL.unpack_from(data, at)
         name_at = at + _LOCAL.size
         is_same = magic == b"PK\3\4" and method == 0 and not flags & 1
         is_same = is_same and header_offset + _LOCAL.size + name_bytes + extra_bytes == offset
         if not is_same or bytes(data[name_at : name_at + len(zip_name)]) != zip_name:
-            name = zip_name.decode("utf-8", "replace")
             raise CorruptCheckpointError(
-                f"record {name!a} has a local header that contradicts the directory", record=name
+                f"record {self.name!a} has a local header that contradicts the directory", record=self.name
             )
 
 
@@ -98,7 +96,7 @@ def check_headers(pread: PRead, records: Mapping[str, Record]) -> None:
     """Compare all local headers with the directory. Blocks in `pread`, one call per record. Raises
     CorruptCheckpointError."""
     for record in records.values():
-        record.check_header(pread(record.header_offset, record.header_bytes))
+        record.check_header(pread(record.header_offset, _LOCAL.size + len(record.zip_name)))
 
 
 class HeaderCheck:
@@ -115,14 +113,15 @@ class HeaderCheck:
         first = bisect_left(self._starts, offset - _LOCAL.size - _MAX_NAME_BYTES)
         for record in self._records[first : bisect_left(self._starts, end)]:
             low = record.header_offset
-            high = low + _LOCAL.size + len(record.zip_name)
+            num_bytes = _LOCAL.size + len(record.zip_name)
+            high = low + num_bytes
             if offset <= low and high <= end:
                 record.check_header(view, low - offset)
             elif high > offset:
                 # It lies in two blocks: whichever comes last finds both parts.
                 parts = self._parts.setdefault(low, {})
                 parts[max(low, offset)] = bytes(view[max(low - offset, 0) : high - offset])
-                if sum(map(len, parts.copy().values())) == record.header_bytes:
+                if sum(map(len, parts.copy().values())) == num_bytes:
                     record.check_header(b"".join(part for _, part in sorted(parts.items())))
 
 

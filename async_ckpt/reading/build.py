@@ -1,4 +1,4 @@
-"""Makes storages and tensors out of a plain pickle, and says which file bytes fill them.
+"""Reads a file's structure from its pickle or header, with tensors that stay on disk or that a `Scatter` fills.
 
 Guarantees:
 - A storage is allocated only after its size was found equal to its record's; all together are smaller than the file.
@@ -7,22 +7,21 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..errors import CorruptCheckpointError
-from ..format.plain import NotPlainError, StorageRef
-from ..format.tensors import STORAGE_TYPES
-from ..format.zip_directory import Record
+from ..errors import UnsupportedStateError
+from ..format.plain import Builder, NotPlainError, load_plain
+from ..format.safetensors import read_safetensors
+from ..format.tensors import TensorExtent
+from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
 from .scatter import Scatter, new_storage
+from .verified_file import VerifiedFile
 
-_COUNTED: dict[str, torch.dtype] = {
-    name: getattr(torch, dtype) for name, dtype in STORAGE_TYPES.items() if not name.startswith("Q")
-}
-"""What the elements of plain storages are counted in."""
-
+CPU = torch.device("cpu")
 Place = Callable[[str], torch.device]
 """Device for a location tag of the file; raises what `torch.load` would raise if there is no such device."""
 
@@ -37,41 +36,55 @@ def place_for(map_location: Any) -> Place | None:
 
 def _resolve(tag: str) -> torch.device:
     if tag == "cpu":
-        return torch.device("cpu")
+        return CPU
     # Only torch knows all tags; it validates the device and moves the (empty) storage there.
     moved = torch.serialization.default_restore_location(torch.UntypedStorage(0), tag)
     return torch.device(moved.device)
 
 
-def storage_extent(ref: StorageRef, records: Mapping[str, Record], dtype: torch.dtype, name: str) -> Record:
-    """The record of a storage, after its size was compared with what the pickle says."""
-    record_name = f"data/{ref.key}"
-    record = records.get(record_name)
-    num_bytes = ref.num_elements * dtype.itemsize
-    if record is None or num_bytes > record.num_bytes:
-        held = "is missing" if record is None else f"holds {record.num_bytes} bytes"
-        message = f"{name}: the pickle needs {num_bytes} bytes of record {record_name!r}, which {held}"
-        raise CorruptCheckpointError(message, path=name, record=record_name)
-    if num_bytes < record.num_bytes:
-        raise NotPlainError(f"{record_name} is longer than its storage")
-    return record
+def read_structure(file: VerifiedFile, builder: Builder) -> Any:
+    """What the file holds, its tensors made by `builder`; local headers are compared as the rest of it is read. Blocks.
+
+    Raises:
+        NotPlainError, UnusualLayoutError: only torch can read it. CorruptCheckpointError: malformed.
+        UnsupportedStateError: a safetensors file with a dtype that this version or torch does not know.
+    """
+    if file.entry.format == "safetensors":
+        found = read_safetensors(file.view, file.size_bytes, name=file.name)
+        try:
+            return {tensor.name: builder.tensor(tensor) for tensor in found}
+        except NotPlainError as error:
+            raise UnsupportedStateError(f"{file.name}: {error}") from error
+    records = read_directory(file.read, file.size_bytes)
+    if byte_order(file, records) != sys.byteorder.encode():
+        raise UnusualLayoutError("not this machine's byte order")
+    file.on_bytes = HeaderCheck(records)
+    pickled = records.get("data.pkl")
+    if pickled is None:
+        raise UnusualLayoutError("no data.pkl")
+    return load_plain(file.view(pickled.offset, pickled.num_bytes), records, builder)
 
 
-def check_inside(
-    ref: StorageRef, offset: int, size: tuple[int, ...], stride: tuple[int, ...], element_ratio: int = 1
-) -> None:
-    """Raise `NotPlainError` unless every element lies in its storage."""
-    last = offset
-    for num, step in zip(size, stride, strict=True):
-        if num == 0:
-            return
-        last += (num - 1) * step
-    if last >= ref.num_elements // element_ratio:
-        raise NotPlainError(f"a tensor reaches past the end of storage {ref.key!r}")
+def byte_order(file: VerifiedFile, records: dict[str, Record]) -> bytes | None:
+    """What the file says of its numbers' byte order; None where it says nothing."""
+    order = records.get("byteorder")
+    return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
 
 
-class PlainObjects:
-    """The parts of `plain.Builder` that need no storage."""
+class TensorsOnDisk:
+    """A `plain.Builder` that allocates nothing: tensors stay `TensorExtent`."""
+
+    def tensor(self, extent: TensorExtent) -> Any:
+        """The extent itself. Raises NotPlainError where torch lacks its dtype."""
+        dtype_of(extent)
+        return extent
+
+    def parameter(self, data: Any, requires_grad: bool) -> Any:
+        """The tensor inside, marked."""
+        if not isinstance(data, TensorExtent):
+            raise NotPlainError("a parameter around no tensor")
+        data.requires_grad, data.is_parameter = requires_grad, True
+        return data
 
     def size(self, dims: tuple[int, ...]) -> Any:
         """A `torch.Size`."""
@@ -88,48 +101,27 @@ class PlainObjects:
         return found if isinstance(found, torch.dtype) else None
 
 
-def element_type(ref: StorageRef, dtype: Any) -> tuple[torch.dtype, torch.dtype]:
-    """(type the storage is counted in, type of the tensor); they differ for types that have no storage class."""
-    counted = _COUNTED.get(ref.type_name)
-    if counted is None or (
-        dtype is not None and not (isinstance(dtype, torch.dtype) and ref.type_name == "UntypedStorage")
-    ):
-        raise NotPlainError(f"storage type {ref.type_name!r}")
-    return counted, counted if dtype is None else dtype
+class TensorBuilder(TensorsOnDisk):
+    """A `plain.Builder` that allocates storages and notes in `scatter` how to fill them; tensors of one storage share
+    it."""
 
-
-class TensorBuilder(PlainObjects):
-    """A `plain.Builder` that allocates storages and notes in `scatter` how to fill them."""
-
-    def __init__(self, records: Mapping[str, Record], place: Place, *, name: str) -> None:
+    def __init__(self, place: Place) -> None:
         self.scatter = Scatter()
-        self._records = records
         self._place = place
-        self._name = name
         self._devices: dict[str, torch.device] = {}
-        self._storages: dict[str, torch.UntypedStorage] = {}
+        self._storages: dict[Record, torch.UntypedStorage] = {}
 
-    def tensor(
-        self,
-        storage: StorageRef,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        requires_grad: bool,
-        dtype: Any,
-    ) -> torch.Tensor:
-        """A tensor on a storage that is shared with all others of the same key; filled once the scatter has run."""
-        counted, actual = element_type(storage, dtype)
-        check_inside(storage, offset, size, stride, 1 if dtype is None else actual.itemsize // counted.itemsize)
-        untyped = self._storages.get(storage.key)
+    def tensor(self, extent: TensorExtent) -> torch.Tensor:
+        """A tensor on a storage that is shared with all others of the same record; filled once the scatter has run."""
+        untyped = self._storages.get(extent.storage)
         if untyped is None:
-            untyped = self._storages[storage.key] = self._allocate(storage, counted)
-        elif storage.num_elements * counted.itemsize != untyped.nbytes():
-            raise NotPlainError(f"storage {storage.key!r} has two sizes")
-        tensor = torch.empty(0, dtype=actual, device=untyped.device).set_(untyped, offset, size, stride)
-        if requires_grad:
-            tensor.requires_grad_()
-        return tensor
+            untyped = self._storages[extent.storage] = self._allocate(extent)
+        tensor: torch.Tensor = torch.empty(0, dtype=dtype_of(extent), device=untyped.device).set_(
+            untyped, extent.storage_offset, extent.shape, extent.stride
+        )
+        if extent.is_parameter:
+            return torch.nn.Parameter(tensor, extent.requires_grad)
+        return tensor.requires_grad_() if extent.requires_grad else tensor
 
     def parameter(self, data: Any, requires_grad: bool) -> Any:
         """An `nn.Parameter` around `data`."""
@@ -137,11 +129,20 @@ class TensorBuilder(PlainObjects):
             raise NotPlainError("a parameter around no tensor")
         return torch.nn.Parameter(data, requires_grad)
 
-    def _allocate(self, ref: StorageRef, counted: torch.dtype) -> torch.UntypedStorage:
-        record = storage_extent(ref, self._records, counted, self._name)
-        device = self._devices.get(ref.location)
+    def _allocate(self, extent: TensorExtent) -> torch.UntypedStorage:
+        device = self._devices.get(extent.location)
         if device is None:
-            device = self._devices[ref.location] = self._place(ref.location)
-        untyped = new_storage(record.num_bytes, device)
-        self.scatter.add(record.offset, record.num_bytes, untyped)
+            device = self._devices[extent.location] = self._place(extent.location)
+        untyped = new_storage(extent.storage.num_bytes, device)
+        self.scatter.add(extent.storage.offset, extent.storage.num_bytes, untyped, fresh=True)
         return untyped
+
+
+def dtype_of(source: TensorExtent | torch.Tensor) -> torch.dtype:
+    """torch's dtype of its elements. Raises NotPlainError where this torch has none of that name."""
+    if isinstance(source, torch.Tensor):
+        return source.dtype
+    found = vars(torch).get(source.dtype)
+    if not isinstance(found, torch.dtype):
+        raise NotPlainError(f"tensor {source.name!r} is {source.dtype}, which torch {torch.__version__} does not know")
+    return found

@@ -12,7 +12,7 @@ import pickle
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from mmap import MAP_PRIVATE
 from typing import Any
 
@@ -22,8 +22,7 @@ from torch.utils.serialization import config
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
 from ..format.named import file_naming, listing, names_in, places_named
 from ..format.pickles import MalformedPickleError
-from ..format.zip_directory import Record
-from .build import place_for
+from .build import byte_order, place_for
 from .errors import ReadError
 from .limits import LEGACY_MAGIC, refuse_beyond_limits, refuse_legacy_beyond_limits, torch_records
 from .torch_file import TorchFile
@@ -94,11 +93,6 @@ def is_legacy(file: VerifiedFile) -> bool:
             f"{file.name} was saved as bytes and is no state that could be loaded; read it at its path"
         )
     return head == LEGACY_MAGIC
-
-
-def byte_order(file: VerifiedFile, records: Mapping[str, Record]) -> bytes | None:
-    order = records.get("byteorder")
-    return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
 
 
 def _runs_code(weights_only: bool | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CorruptCheckpointError
 from ..format.checksum import crc32
 from ..format.zip_directory import Record, UnusualLayoutError, read_directory
 from .errors import ExtentMismatch
@@ -16,9 +16,9 @@ _MAX_NAMED = 3
 
 
 @contextlib.contextmanager
-def naming_the_record(file: VerifiedFile) -> Iterator[None]:
-    """Let `ExtentMismatch` pass with the record's name added where it can be told. Blocks for the records' bytes, on
-    failure only."""
+def naming(file: VerifiedFile) -> Iterator[None]:
+    """Let errors pass with the file's name added, and `ExtentMismatch` with the record's where it can be told. Blocks
+    for the records' bytes, on failure only."""
     try:
         yield
     except ExtentMismatch as mismatch:
@@ -28,6 +28,10 @@ def naming_the_record(file: VerifiedFile) -> Iterator[None]:
         raise ExtentMismatch(
             file.name, mismatch.extent, mismatch.first, mismatch.end, record, mismatch.consequence
         ) from mismatch
+    except CorruptCheckpointError as error:
+        if error.path is not None:
+            raise
+        raise CorruptCheckpointError(f"{file.name}: {error}", path=file.name, record=error.record) from error
 
 
 def damaged_records(file: VerifiedFile, extent: int) -> str | None:

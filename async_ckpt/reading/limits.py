@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, UnsupportedStateError
 from ..format.inert import Notes, describe
 from ..format.opcodes import EVERY_OPCODE
 from ..format.pickles import MalformedPickleError, Name, PickleReader
 from ..format.tensors import ITEM_BYTES, STORAGE_TYPES
-from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
+from ..format.zip_directory import Record
+from .header import read_records
 from .verified_file import VerifiedFile
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
@@ -58,13 +59,11 @@ def torch_records(file: VerifiedFile) -> dict[str, Record]:
         CorruptCheckpointError: it is no container that `torch.save` has written.
     """
     try:
-        records = read_directory(file.read, file.size_bytes)
-        check_headers(file.unverified, records)
-    except (CorruptCheckpointError, UnusualLayoutError) as error:
+        return read_records(file)
+    except (CorruptCheckpointError, UnsupportedStateError) as error:
         # Damage is told as damage, with the record's name.
         file.verify_rest()
         raise CorruptCheckpointError(f"{file.name} is no file of torch.save: {error}", path=file.name) from error
-    return records
 
 
 def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> None:

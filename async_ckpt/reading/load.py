@@ -9,28 +9,24 @@ Guarantees:
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from typing import Any
 
 import torch
 from torch.utils.serialization import config
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from ..format.plain import NotPlainError, load_plain
-from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedStateError
+from ..format.plain import NotPlainError
+from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
 from ..storage.local_filesystem import read_side_of
-from .build import TensorBuilder, place_for
-from .by_torch import byte_order, is_legacy, load_by_torch
+from .build import TensorBuilder, TensorsOnDisk, place_for, read_structure
+from .by_torch import is_legacy, load_by_torch
 from .catalog import Catalog
 from .committed import find_checkpoint
-from .damage import naming_the_record
+from .damage import naming
 from .errors import ReadError
-from .file_tensors import read_inventory, safetensors_inventory
 from .load_into import Atomic, Restored, fill
-from .safetensors_file import load_safetensors
 from .scatter import stream_into
 from .verified_file import MemorySource, VerifiedFile
 
@@ -163,17 +159,25 @@ def load_opened(
 ) -> Any:
     """The object in a file that is open already; None is what ``torch.load`` does by itself."""
     _refuse_contexts()
-    with naming_the_record(file), without_default_device():
+    place = place_for(map_location)
+    is_mapped = config.load.mmap if mmap is None else mmap
+    with naming(file), without_default_device():
         if file.entry.format == "safetensors":
-            return load_safetensors(file, map_location)
-        is_mapped = config.load.mmap if mmap is None else mmap
-        if is_mapped or is_legacy(file):
+            if place is None:
+                raise UnsupportedStateError(
+                    "a safetensors file has no location tags: map_location must be None, a device or its name"
+                )
+        elif place is None or is_mapped or is_legacy(file) or torch._guards.detect_fake_mode(None) is not None:
             return load_by_torch(file, map_location, weights_only, mmap=is_mapped)
+        builder = TensorBuilder(place)
         try:
-            return _load_plain(file, map_location)
+            state = read_structure(file, builder)
         except (NotPlainError, UnusualLayoutError):
             # A valid file may hold more than plain tensors: torch knows how to read it.
             return load_by_torch(file, map_location, weights_only)
+        builder.scatter.freeze()
+        stream_into(file, builder.scatter)
+        return state
 
 
 def _refuse_contexts() -> None:
@@ -206,42 +210,15 @@ def load_committed_into(
     with (
         catalog.naming_older_ones(tag),
         catalog.open_file(tag, name, verify=verify, num_threads=num_threads, lend=lend) as file,
-        naming_the_record(file),
+        naming(file),
         without_default_device(),
     ):
-        structure = _structure(file, weights_only)
+        structure: Any = None
+        try:
+            if file.entry.format == "safetensors" or not is_legacy(file):
+                structure = read_structure(file, TensorsOnDisk())
+        except (NotPlainError, UnusualLayoutError):
+            structure = None
+        if structure is None:
+            structure = load_by_torch(file, "cpu", weights_only)
         return fill(file, structure, state_dict, strict=strict, atomic=atomic, select=select)
-
-
-def _structure(file: VerifiedFile, weights_only: bool | None) -> Any:
-    """The file's structure, its tensors still on disk where they can be read one by one."""
-    if file.entry.format == "safetensors":
-        return safetensors_inventory(file)
-    if not is_legacy(file):
-        with contextlib.suppress(NotPlainError, UnusualLayoutError):
-            return read_inventory(file, _plain_records(file))
-    return load_by_torch(file, "cpu", weights_only)
-
-
-def _plain_records(file: VerifiedFile) -> dict[str, Record]:
-    """The records of a file in this machine's byte order, whose local headers are compared as it is read."""
-    records = read_directory(file.read, file.size_bytes)
-    if byte_order(file, records) != sys.byteorder.encode():
-        raise UnusualLayoutError("not this machine's byte order")
-    file.on_bytes = HeaderCheck(records)
-    return records
-
-
-def _load_plain(file: VerifiedFile, map_location: Any) -> Any:
-    place = place_for(map_location)
-    if place is None or torch._guards.detect_fake_mode(None) is not None:
-        raise NotPlainError("map_location is a callable or a mapping, or tensors are fakes")
-    records = _plain_records(file)
-    pickled = records.get("data.pkl")
-    if pickled is None:
-        raise UnusualLayoutError("no data.pkl")
-    builder = TensorBuilder(records, place, name=file.name)
-    state = load_plain(file.view(pickled.offset, pickled.num_bytes), builder)
-    builder.scatter.freeze()
-    stream_into(file, builder.scatter)
-    return state

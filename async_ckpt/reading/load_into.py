@@ -17,25 +17,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import ConfigError, StateMismatchError
-from ..format.zip_directory import Record
+from ..format.tensors import TensorExtent
 from ..host.device import is_copyable
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
+from .build import CPU, TensorBuilder, dtype_of
 from .errors import ExtentMismatch, ReadError
-from .file_tensors import FileTensor
 from .rollback import Rollback
-from .scatter import Scatter, new_storage, stream_into
-from .select import select_leaves
+from .scatter import stream_into
 from .shared_memory import Pair, disagreements, layout_of, overlapping, shares_own_memory
-from .state_tree import flatten, replace_leaves
+from .state_tree import flatten, replace_leaves, select_leaves
 from .verified_file import VerifiedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _OVERWRITTEN = "the given tensors are partly overwritten"
-_CPU = torch.device("cpu")
 Atomic = bool | Literal["auto"]
+Source = TensorExtent | torch.Tensor
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -52,7 +51,7 @@ class Restored:
 def fill(
     file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None
 ) -> Restored:
-    """Move what `structure` (leaves: `FileTensor`, or tensors already in memory) holds into the tensors of `target`.
+    """Move what `structure` (leaves: `TensorExtent`, or tensors already in memory) holds into the tensors of `target`.
     Blocks.
 
     With `select` only the extents that hold the selected tensors are read.
@@ -60,9 +59,7 @@ def fill(
     Raises:
         StateMismatchError: with `strict`, if anything differs.
     """
-    found = {
-        path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, (FileTensor, torch.Tensor))
-    }
+    found = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, Source)}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
     names: dict[str, str] = {}
     if select is not None:
@@ -90,7 +87,7 @@ def fill(
     return restored
 
 
-def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def compare(found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What differs, by key path, in words."""
     differences: dict[str, str] = {}
     for path, tensor in wanted.items():
@@ -99,8 +96,9 @@ def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str,
             differences[path] = f"missing: {path} is not in the file"
             continue
         words = []
-        if source.dtype != tensor.dtype:
-            words.append(f"dtype {source.dtype} in the file, {tensor.dtype} given")
+        dtype = dtype_of(source)
+        if dtype != tensor.dtype:
+            words.append(f"dtype {dtype} in the file, {tensor.dtype} given")
         if tensor.is_nested or (isinstance(source, torch.Tensor) and source.is_nested):
             words.append("nested tensors cannot be filled in place")
         elif tuple(source.shape) != tuple(tensor.shape):
@@ -114,7 +112,7 @@ def compare(found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str,
     return differences
 
 
-def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[str]:
+def _unfit(source: Source, tensor: torch.Tensor) -> Iterable[str]:
     if tensor.is_meta:
         yield "the given tensor has no memory (meta device)"
     elif type(tensor) not in _PLAIN_TYPES and type(tensor) is not type(source):
@@ -124,14 +122,14 @@ def _unfit(source: FileTensor | torch.Tensor, tensor: torch.Tensor) -> Iterable[
     elif tensor.is_nested:
         return
     elif tensor.layout != torch.strided:
-        if isinstance(source, FileTensor):
+        if isinstance(source, TensorExtent):
             yield f"layout torch.strided in the file, {tensor.layout} given"
     elif shares_own_memory(tensor):
         yield "elements of the given tensor share memory (expanded, or overlapping windows)"
 
 
 def compare_shared(
-    file: VerifiedFile, found: Mapping[str, FileTensor | torch.Tensor], wanted: Mapping[str, torch.Tensor]
+    file: VerifiedFile, found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
     """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values
     decide."""
@@ -153,14 +151,14 @@ def _has_address(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
 
 
-def _geometry(source: FileTensor | torch.Tensor) -> tuple[int, tuple[Any, ...]]:
-    if isinstance(source, FileTensor):
-        return source.first_byte, layout_of(source.dtype, source.shape, source.stride, False, False)
+def _geometry(source: Source) -> tuple[int, tuple[Any, ...]]:
+    if isinstance(source, TensorExtent):
+        return source.offset, layout_of(dtype_of(source), source.shape, source.stride, False, False)
     layout = layout_of(source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
     return source.data_ptr(), layout
 
 
-def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> list[torch.Tensor]:
+def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:
     """The values of some tensors of the file, in fresh memory."""
     mover = _Mover(())
     values = [mover.fresh(source).detach() for source in sources]
@@ -168,13 +166,13 @@ def _read(file: VerifiedFile, sources: Sequence[FileTensor | torch.Tensor]) -> l
     return values
 
 
-def _extents_of(file: VerifiedFile, sources: Iterable[FileTensor | torch.Tensor]) -> list[int]:
+def _extents_of(file: VerifiedFile, sources: Iterable[Source]) -> list[int]:
     """The extents that hold these tensors' storages, ascending."""
     return sorted(
         {
             e
             for s in sources
-            if isinstance(s, FileTensor)
+            if isinstance(s, TensorExtent)
             for e in file.extents_of(s.storage.offset, s.storage.num_bytes)
         }
     )
@@ -185,39 +183,23 @@ class _Mover:
 
     def __init__(self, extents: Sequence[int]) -> None:
         self._extents = extents
-        self._scatter = Scatter()
+        self._builder = TensorBuilder(lambda tag: CPU)
+        self._scatter = self._builder.scatter
         self._direct: list[torch.Tensor] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._storages: dict[Record, torch.UntypedStorage] = {}
 
-    def add(self, source: FileTensor | torch.Tensor, target: torch.Tensor) -> None:
+    def add(self, source: Source, target: torch.Tensor) -> None:
         """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""
-        if isinstance(source, torch.Tensor):
-            self._copies.append((target, source))
-        elif _same_order(source, target):
-            itemsize = source.dtype.itemsize
-            self._scatter.add(
-                source.first_byte, source.num_bytes, target.untyped_storage(), int(target.storage_offset()) * itemsize
-            )
+        if isinstance(source, TensorExtent) and _same_order(source, target):
+            first = int(target.storage_offset()) * target.dtype.itemsize
+            self._scatter.add(source.offset, source.num_bytes, target.untyped_storage(), first)
             self._direct.append(target)
         else:
             self._copies.append((target, self.fresh(source).detach()))
 
-    def fresh(self, source: FileTensor | torch.Tensor) -> torch.Tensor:
+    def fresh(self, source: Source) -> torch.Tensor:
         """A new CPU tensor for `source`; tensors that share a storage in the file share one again."""
-        if isinstance(source, torch.Tensor):
-            return source
-        # By offset and size: an empty tensor begins where the next one does.
-        storage = self._storages.get(source.storage)
-        if storage is None:
-            storage = self._storages[source.storage] = new_storage(source.storage.num_bytes, _CPU)
-            self._scatter.add(source.storage.offset, source.storage.num_bytes, storage, fresh=True)
-        tensor: torch.Tensor = torch.empty(0, dtype=source.dtype, device=_CPU).set_(
-            storage, source.storage_offset, source.shape, source.stride
-        )
-        if source.is_parameter:
-            return torch.nn.Parameter(tensor, source.requires_grad)
-        return tensor.requires_grad_() if source.requires_grad else tensor
+        return source if isinstance(source, torch.Tensor) else self._builder.tensor(source)
 
     def read(self, file: VerifiedFile, extents: Iterable[int]) -> None:
         """Fill what `fresh` has made. Blocks."""
@@ -307,7 +289,7 @@ class _Mover:
             raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
 
 
-def _same_order(source: FileTensor, target: torch.Tensor) -> bool:
+def _same_order(source: TensorExtent, target: torch.Tensor) -> bool:
     if type(target) not in _PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
         return False
     if target.is_contiguous():

@@ -23,13 +23,15 @@ from async_ckpt.format.inert import describe, fingerprint, read_inert
 from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.format.plain import NotPlainError, load_plain
 from async_ckpt.format.tensors import Inventory, leaves
-from async_ckpt.reading.build import PlainObjects
+from async_ckpt.format.zip_directory import Record
+from async_ckpt.reading.build import TensorsOnDisk
 
 MAX_S = 2.0
 MAX_S_PER_BYTE = 50e-6
 MAX_BYTES = 64 << 20
 MAX_BYTES_PER_BYTE = 1000
 
+RECORDS = {f"data/{key}": Record(64, num_bytes, 0) for key, num_bytes in (("0", 24), ("1", 24), ("2", 16))}
 NAMES = [
     b"ccollections\nOrderedDict\n",
     b"ccollections\nCounter\n",
@@ -47,16 +49,6 @@ NAMES = [
     b"c_codecs\nencode\n",
     b"cos\n\x1b[31msystem\n",
 ]
-
-
-class Stub(PlainObjects):
-    """Makes no tensors."""
-
-    def tensor(self, *args: Any) -> Any:
-        return ("tensor", *args)
-
-    def parameter(self, data: Any, requires_grad: bool) -> Any:
-        return ("parameter", data, requires_grad)
 
 
 def real_pickles() -> list[bytes]:
@@ -139,8 +131,8 @@ def inputs(num: int, seed: int) -> Iterator[bytes]:
 def look_into(pickled: bytes) -> None:
     """What `inspect` does."""
     with contextlib.suppress(MalformedPickleError, CheckpointError):
-        structure = read_inert(pickled, Inventory({}))
-        for _, _, leaf in leaves(structure):
+        structure = read_inert(pickled, Inventory(RECORDS))
+        for leaf in leaves(structure):
             assert str(getattr(leaf, "text", "")).isprintable()
         describe(structure)
         fingerprint(structure)
@@ -149,7 +141,7 @@ def look_into(pickled: bytes) -> None:
 def read_plainly(pickled: bytes) -> None:
     """What `load` does first."""
     with contextlib.suppress(NotPlainError, CheckpointError):
-        load_plain(pickled, Stub())
+        load_plain(pickled, RECORDS, TensorsOnDisk())
 
 
 READERS: tuple[Callable[[bytes], None], ...] = (look_into, read_plainly)

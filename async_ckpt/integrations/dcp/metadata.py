@@ -63,7 +63,7 @@ def decode_metadata(raw: bytes, *, source: str) -> Metadata:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        metadata = _Builder().value(read_inert(raw, lambda name, args: None), 0)
+        metadata = _Builder().value(read_inert(raw), 0)
     except (MalformedPickleError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise CorruptCheckpointError(f"{source} is not readable as DCP metadata: {error}", path=source) from error
     finally:

@@ -20,7 +20,7 @@ import numpy
 import torch
 
 from ...errors import CorruptCheckpointError
-from ...format.inert import read_inert
+from ...format.inert import Contents, read_inert
 from ...format.pickles import MalformedPickleError
 from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
 from ...reading.limits import refuse_length
@@ -50,14 +50,21 @@ def check_container(blob: memoryview, source: str) -> None:
         _check_arrays(data, source)
 
 
-def _check_arrays(data: bytes, source: str) -> None:
-    def call(name: str, args: tuple[Any, ...]) -> None:
+class _Arrays(Contents):
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self._source = source
+
+    def known(self, name: str, args: tuple[Any, ...]) -> Any:
         # NumPy makes an empty array, and fills it from bytes that are there.
         if name.endswith("._reconstruct") and args[1:2] != ((0,),):
-            raise CorruptCheckpointError(f"{source} asks for an array that it does not hold", path=source)
+            raise CorruptCheckpointError(f"{self._source} asks for an array that it does not hold", path=self._source)
+        return super().known(name, args)
 
+
+def _check_arrays(data: bytes, source: str) -> None:
     try:
-        read_inert(data, call)
+        read_inert(data, _Arrays(source))
     except MalformedPickleError as error:
         raise CorruptCheckpointError(f"{source} is no pickle: {error}", path=source) from error
 
