@@ -21,22 +21,25 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError, load
-from async_ckpt.format.names import PrivateName
+from async_ckpt.format.names import MANIFEST_NAME, PrivateName
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.local_filesystem import LocalFileSystem
-from tests.support.lying_fuse import Mounted, lying, why_not
+from tests.support.lying_fuse import REQUESTS, Mounted, lying, why_not
 from tests.support.mounts import mounted, overlaid
 
 from .oracle import contents
-from .workloads import TIMEOUT_S, Job, Told, make_engine, quiet
+from .workloads import TIMEOUT_S, Job, Told, make_engine, quiet, state
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.wide]
+pytestmark = pytest.mark.wide
 
 
 @pytest.fixture
 def lies(tmp_path: Path) -> Iterator[Mounted]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
     with lying(tmp_path, "fuse.rclone") as mount:
         yield mount
 
@@ -150,6 +153,30 @@ def test_a_sweep_keeps_an_old_tree_whose_name_something_else_has(tmp_path: Path)
     (swept,) = transaction.sweep(LocalFileSystem(), str(tmp_path))
     assert swept.action == "restored"
     assert contents(tmp_path) == {"a": 1}
+
+
+# What cannot be deleted.
+
+
+@pytest.mark.parametrize("what", [".", "model.pt", MANIFEST_NAME])
+def test_an_immutable_checkpoint_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str) -> None:
+    """`chattr +i`: the directory keeps its name, or its files stay in one that was renamed; once it is lifted, the next
+    commit deletes them."""
+    with mounted("ext4", tmp_path, 64 << 20) as root:
+        (root / "lost+found").rmdir()
+        with make_engine(root, retention=KeepLast(1)) as engine:
+            job = Job(engine, Told())
+            job.whole("a", 1)
+            subprocess.run(["chattr", "+i", root / "a" / what], check=True)
+            for version, tag in enumerate(("b", "c"), 2):
+                job.whole(tag, version)
+            assert "cannot be deleted now" in "".join(record.message for record in caplog.records)
+            assert contents(root) | {"a": 1} == {"a": 1, "c": 3}
+            for folder in {root / "a", *root.glob(".trash.*")}:
+                subprocess.run(["chattr", "-f", "-R", "-i", folder], check=False)
+            job.whole("d", 4)
+        assert names(root) == ["d"]
+        assert contents(root) == {"d": 4}
 
 
 # What is said at the start.
@@ -301,38 +328,59 @@ def test_files_that_change_their_numbers(lies: Mounted, root: Path, io_mode: str
     assert contents(root) == {"new": 3}
 
 
-def test_an_fsync_that_does_nothing_and_a_slow_answer_are_no_failure(lies: Mounted, root: Path) -> None:
-    lies.lie(ignored=["fsync"], latency_s=0.005)
+def test_an_fsync_that_does_nothing_is_no_failure(lies: Mounted, root: Path) -> None:
+    lies.lie(ignored=["fsync"])
     with engine_on(root) as job:
         job.whole("new", 2)
     assert contents(root) == {"old": 1, "new": 2}
 
 
-ERRORS: dict[str, tuple[str, int]] = {
-    "ESTALE while writing": ("WRITE", errno.ESTALE),
-    "EIO at the sync of a file": ("FSYNC", errno.EIO),
-    "EIO at the sync of a directory": ("FSYNCDIR", errno.EIO),
-    "ESTALE at the rename": ("RENAME2", errno.ESTALE),
-    "ENOTCONN at the rename": ("RENAME2", errno.ENOTCONN),
-    "EDQUOT while writing": ("WRITE", errno.EDQUOT),
-    "ESTALE at the making of a file": ("CREATE", errno.ESTALE),
-    "EIO at the look at a file": ("GETATTR", errno.EIO),
-}
+@pytest.mark.parametrize("late", [["RENAME2"], pytest.param(list(REQUESTS.values()), marks=pytest.mark.slow)], ids=len)
+def test_answers_that_take_five_seconds_are_no_failure(lies: Mounted, root: Path, late: list[str]) -> None:
+    with engine_on(root, backpressure_timeout_s=3600.0, close_timeout_s=3600.0) as job:
+        lies.lie(latency_s=5.0, late=late)
+        began = time.monotonic()
+        job.engine.create("new")
+        job.engine.save(state(2), "model.pt")
+        job.engine.commit("new", metadata={"step": 2}).result(3600.0)
+        assert time.monotonic() - began > 4.0
+        lies.lie()
+    assert contents(root) == {"old": 1, "new": 2}
+
+
+OFTEN = [
+    ("WRITE", "ESTALE"), ("WRITE", "EDQUOT"), ("FSYNC", "EIO"), ("FSYNCDIR", "EIO"), ("RENAME2", "ESTALE"),
+    ("RENAME2", "ENOTCONN"), ("CREATE", "ESTALE"), ("GETATTR", "EIO"),
+]  # fmt: skip
+REST = [
+    pytest.param(request, code, marks=pytest.mark.slow)
+    for request in ("LOOKUP", "GETATTR", "SETATTR", "MKDIR", "UNLINK", "RMDIR", "OPEN", "READ", "WRITE", "STATFS", "RELEASE",
+                    "FSYNC", "FLUSH", "OPENDIR", "READDIR", "RELEASEDIR", "FSYNCDIR", "CREATE", "RENAME2")
+    for code in ("ESTALE", "ENOTCONN", "EIO", "EINVAL", "EPERM", "EACCES")
+    if (request, code) not in OFTEN
+]  # fmt: skip
 
 
 @pytest.mark.leaves_staging
-@pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_told_and_nothing_is_lost(lies: Mounted, root: Path, case: str) -> None:
-    request, code = ERRORS[case]
+@pytest.mark.parametrize(("request_name", "code"), [*OFTEN, *REST])
+def test_an_error_is_told_and_nothing_is_lost(lies: Mounted, root: Path, request_name: str, code: str) -> None:
     with engine_on(root) as job:
         job.engine.create("new")
-        lies.lie(errors={request: code})
-        with pytest.raises(CheckpointError) as caught:
-            finish(job)
-        assert isinstance(caught.value, OSError)
-        assert caught.value.errno == code
+        lies.lie(errors={request_name: getattr(errno, code)})
+        if (request_name, code) in OFTEN:
+            with pytest.raises(CheckpointError) as caught:
+                finish(job)
+            assert isinstance(caught.value, OSError)
+            assert caught.value.errno == getattr(errno, code)
+        else:
+            with contextlib.suppress(CheckpointError):
+                finish(job)
         lies.lie()
-        assert Catalog(root).tags() == ["old"]
+        seen = Catalog(root).tags()
+        assert seen in (["old"], ["old", "new"])
+        if "new" in seen:
+            assert load(root / "new" / "model.pt") == {"x": b"x" * 50_000}
+            job.engine.delete("new")
         job.whole("newer", 3)
     assert contents(root) == {"old": 1, "newer": 3}
 

@@ -57,7 +57,8 @@ class Mounted:
         """From the next request on, and instead of all lies before.
 
         Args:
-            errors: an errno by request. ignored: "truncate", "fsync". latency_s: before each answer.
+            errors: an errno by request. ignored: "truncate", "fsync". latency_s: before each answer, or those to the
+                requests that are `late`.
             hangs: requests that are never answered, nor is anything after them.
             rename: "replaces" puts a directory in the place of one that is not empty, and knows no flags; "no flags"
                 ignores them.
@@ -129,7 +130,8 @@ class Server:
             _, code, unique, node, *_ = _IN.unpack_from(request)
             name = REQUESTS.get(code, "")
             self._listen()
-            time.sleep(self._lies.get("latency_s", 0))
+            if name in self._lies.get("late", REQUESTS.values()):
+                time.sleep(self._lies.get("latency_s", 0))
             while name in self._lies.get("hangs", ()):
                 time.sleep(3600)
             result: bytes | int
