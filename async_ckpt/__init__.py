@@ -29,8 +29,7 @@ from .errors import (
     UnsupportedStateError,
     WriteError,
 )
-from .storage.filesystem import ReadSide
-from .storage.local_filesystem import open_urls_with
+from .storage.filesystem import ReadSide, open_urls_with
 
 if TYPE_CHECKING:
     from .engine.config import EngineConfig

@@ -67,9 +67,9 @@ def _store(spec: dict[str, Any]) -> Any:
 
 def upload_ours(spec: dict[str, Any]) -> Callable[[], object]:
     from async_ckpt.mirror.mirrors import Mirrors
-    from async_ckpt.storage.local_filesystem import LocalFileSystem
+    from async_ckpt.storage.filesystem import FileSystem
 
-    made = Mirrors((_mirror(spec),), filesystem=LocalFileSystem(), root=spec["root"], with_backlog=False)
+    made = Mirrors((_mirror(spec),), filesystem=FileSystem(), root=spec["root"], with_backlog=False)
     made.check()
 
     def run() -> None:

@@ -23,7 +23,7 @@ from async_ckpt.retention import (
     decide,
 )
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from .support.making import OLD, commit, content
@@ -137,7 +137,7 @@ def test_the_newest_is_always_kept_and_union_is_union(rows: list[tuple[int, floa
 def test_applied_to_a_directory(fast_path: Path) -> None:
     for number in range(1, 6):
         commit(fast_path, f"s{number}", OLD, created=number)
-    retention.apply(LocalFileSystem(), str(fast_path), KeepLast(2))
+    retention.apply(FileSystem(), str(fast_path), KeepLast(2))
     assert Catalog(fast_path).tags() == ["s4", "s5"]
     assert content(fast_path, "s4") == OLD
 
@@ -146,7 +146,7 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(fast_path: Path) -> None
     for number in range(1, 4):
         commit(fast_path, f"s{number}", OLD, created=number)
     (fast_path / "s3" / "model.bin").unlink()
-    decisions = retention.apply(LocalFileSystem(), str(fast_path), KeepLast(1))
+    decisions = retention.apply(FileSystem(), str(fast_path), KeepLast(1))
     assert all(decision.keep for decision in decisions)
     assert "damaged" in decisions[0].reasons[0]
     assert len(Catalog(fast_path).tags()) == 3
@@ -159,7 +159,7 @@ def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptu
 
     def race(op: object) -> None:
         if op.name == "flock" and "/s1/" in op.path and (fast_path / "s1").exists():  # type: ignore[attr-defined]
-            transaction.remove(LocalFileSystem(), str(fast_path), "s1")
+            transaction.remove(FileSystem(), str(fast_path), "s1")
 
     fs.calls.before = race
     fs.fail_when(lambda op: op.name == "rename" and op.path.endswith("s2"), 5)
@@ -185,7 +185,7 @@ def test_a_root_that_cannot_be_looked_at_is_told_and_a_policy_that_raises_is_an_
     fs.fail_when(lambda op: op.name == "open" and op.path.endswith("a/manifest.json"), 24)
     assert Rotation(fs, str(fast_path), KeepLast(1)).apply() == 1
     with pytest.raises(ConfigError, match="KeyError"):
-        Rotation(LocalFileSystem(), str(fast_path), Broken()).apply()
+        Rotation(FileSystem(), str(fast_path), Broken()).apply()
 
 
 def test_one_commit_dated_in_the_future_does_not_keep_all() -> None:

@@ -8,7 +8,7 @@ import typer
 
 from ..format.names import is_url
 from ..storage.delete import remove
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileSystem
 from .failing import UsageError
 from .locating import Located, catalog_of, is_checkpoint, place_of
 from .output import print_json
@@ -32,7 +32,7 @@ def command(
     """
     places = _places(targets)
     for place in places:
-        remove(LocalFileSystem(), place.catalog.root, place.tag)
+        remove(FileSystem(), place.catalog.root, place.tag)
         if not as_json:
             typer.echo(f"deleted {place.tag}")
     if as_json:

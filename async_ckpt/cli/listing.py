@@ -63,9 +63,9 @@ def _mirrors(catalog: Catalog) -> Mirrored:
     if is_url(catalog.root) or not os.path.isdir(os.path.join(catalog.root, ".mirrors")):
         return {}
     from ..mirror.state import mirrored_in
-    from ..storage.local_filesystem import LocalFileSystem
+    from ..storage.filesystem import FileSystem
 
-    return mirrored_in(LocalFileSystem(), catalog.root)
+    return mirrored_in(FileSystem(), catalog.root)
 
 
 def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mirrored) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ..errors import escaped
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, is_url, single_file_tag
 from ..reading.catalog import Catalog
 from ..reading.committed import find_checkpoint
-from ..storage.local_filesystem import read_side_of
+from ..storage.filesystem import read_side_of
 from .failing import NotFoundError, UsageError
 
 

@@ -23,7 +23,7 @@ from ..format.checksum import crc32
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
 from ..host.process import Owner, OwnerState, current_owner, owner_state
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileSystem
 from ..writer.chunks import Chunk
 from ..writer.pool import WriterPool
 
@@ -119,7 +119,7 @@ class DiskMeasurement:
     """
 
     def __init__(self, folder: str) -> None:
-        self._filesystem = LocalFileSystem()
+        self._filesystem = FileSystem()
         self.free_bytes = self._filesystem.free_bytes(folder)
         self.fs_type = self._filesystem.fs_type(folder)
         if self.free_bytes < 4 * _SMALLEST_FILE_BYTES:

@@ -16,7 +16,7 @@ from ..mirror.config import Mirror
 from ..mirror.mirrors import Mirrors
 from ..observers.units import format_bytes, format_rate
 from ..reading.catalog import Catalog
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileSystem
 from .failing import EXIT_FAILED
 from .locating import catalog_of
 from .output import print_json
@@ -72,7 +72,7 @@ def _upload(
 ) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     made = Mirrors(
-        (mirror,), filesystem=LocalFileSystem(), root=catalog.root, may_overwrite=may_overwrite, with_backlog=False
+        (mirror,), filesystem=FileSystem(), root=catalog.root, may_overwrite=may_overwrite, with_backlog=False
     )
     try:
         made.check()

@@ -24,7 +24,7 @@ from ..retention import (
     committed_here,
     decide,
 )
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileSystem
 from .failing import EXIT_FAILED, NotFoundError, UsageError
 from .locating import catalog_of
 from .output import print_json, print_table
@@ -82,12 +82,12 @@ def command(
 
 def _carry_out(catalog: Catalog, policy: RetentionPolicy) -> list[Decision]:
     if not is_url(catalog.root):
-        return apply(LocalFileSystem(), catalog.root, policy)
+        return apply(FileSystem(), catalog.root, policy)
     from ..mirror.config import Mirror
     from ..mirror.open_store import open_store
     from ..mirror.remote_retention import remove_remote
 
-    store = open_store(Mirror(catalog.root), executor=None, filesystem=LocalFileSystem())
+    store = open_store(Mirror(catalog.root), executor=None, filesystem=FileSystem())
     return carry_out(catalog, policy, lambda manifest: remove_remote(store, None, manifest))
 
 

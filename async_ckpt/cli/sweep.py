@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..observers.units import format_bytes
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileSystem
 from .listing import measure_tree
 from .locating import catalog_of
 from .output import print_json, print_table
@@ -47,7 +47,7 @@ def command(
     else:
         results = [
             {"name": swept.name, "tag": swept.tag, "action": swept.action, "reason": swept.reason, "size_bytes": None}
-            for swept in sweep(LocalFileSystem(), catalog.root)
+            for swept in sweep(FileSystem(), catalog.root)
         ]
         results += [
             {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}

@@ -27,7 +27,6 @@ from ..ranks.coordinator import Coordinator, Destination, LocalCoordinator
 from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
-from ..storage.local_filesystem import LocalFileSystem
 from ..storage.staged import State
 from ..threads.executor import check_process
 from .checkpoint import Checkpoint, given_up
@@ -51,7 +50,7 @@ class Commits:
         self.closed = False
         self.root = root
         self._config = config
-        self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
+        self.filesystem: FileSystem = config.filesystem or FileSystem()
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
         self._open: OrderedDict[str, Checkpoint] = OrderedDict()
         self._commits: list[PendingCommit] = []

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import ConfigError
 
@@ -105,48 +106,51 @@ def mount_type(path: str) -> str:
     """The type that `path` is mounted with, as the mount table has it ("fuse.rclone"); "" where the system does not
     tell."""
     where, longest, found = f"{os.path.realpath(path)}/", 0, ""
-    for line in _read_lines("/proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        point = f"{_unescaped(fields[4]).rstrip('/')}/" if len(fields) > 4 else "/"
+    for mount in _mounts("/proc"):
+        point = f"{mount.point.rstrip('/')}/"
         # Of two mounts in one place, the later hides the earlier.
-        if kind and where.startswith(point) and len(point) >= longest:
-            longest, found = len(point), kind[0]
+        if where.startswith(point) and len(point) >= longest:
+            longest, found = len(point), mount.kind
     return found
 
 
 def _own_groups(proc: str, cgroups: str) -> Iterator[tuple[_Hierarchy, str]]:
     """Directories of the control groups that this process is in, and of all their parents that can be seen from
     here."""
-    mounts = _mounted_hierarchies(proc)
+    mounts: dict[_Hierarchy, list[tuple[str, str]]] = {}
+    for mount in _mounts(proc):
+        if mount.kind == "cgroup2" or (mount.kind == "cgroup" and "memory" in mount.options):
+            mounts.setdefault(_V2 if mount.kind == "cgroup2" else _V1, []).append((mount.root, mount.point))
     for line in _read_lines(os.path.join(proc, "self/cgroup")):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number != "0" and "memory" not in controllers.split(","):
             continue
         hierarchy = _V2 if number == "0" else _V1
-        for root, mount in mounts.get(hierarchy, [("/", os.path.join(cgroups, hierarchy.mount))]):
+        for root, point in mounts.get(hierarchy, [("/", os.path.join(cgroups, hierarchy.mount))]):
             # A container may see only its own part of the tree, mounted as if it were the root.
             inside = path[len(root.rstrip("/")) :] if f"{path}/".startswith(f"{root.rstrip('/')}/") else ""
             parts = [part for part in inside.split("/") if part]
             parts = parts if ".." not in parts else []
             for depth in range(len(parts), -1, -1):
-                yield hierarchy, os.path.join(mount, *parts[:depth])
+                yield hierarchy, os.path.join(point, *parts[:depth])
 
 
-def _mounted_hierarchies(proc: str) -> dict[_Hierarchy, list[tuple[str, str]]]:
-    """(root inside the hierarchy, mount point) of each mount that tells about memory."""
-    found: dict[_Hierarchy, list[tuple[str, str]]] = {}
+class _Mount(NamedTuple):
+    """A line of the mount table: what of the file system is shown, where, its type, and its own options."""
+
+    root: str
+    point: str
+    kind: str
+    options: list[str]
+
+
+def _mounts(proc: str) -> Iterator[_Mount]:
     for line in _read_lines(os.path.join(proc, "self/mountinfo")):
         before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        if kind[0] == "cgroup2":
-            found.setdefault(_V2, []).append((_unescaped(fields[3]), _unescaped(fields[4])))
-        elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
-            found.setdefault(_V1, []).append((_unescaped(fields[3]), _unescaped(fields[4])))
-    return found
+        fields, own = before.split(), after.split()
+        if len(fields) > 4 and len(own) > 2:
+            yield _Mount(_unescaped(fields[3]), _unescaped(fields[4]), own[0], own[2].split(","))
 
 
 def _unescaped(path: str) -> str:

@@ -156,7 +156,7 @@ class FileStore:
     @contextlib.contextmanager
     def _locked(self, folder: str) -> Iterator[None]:
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while (lock := self._fs.lock_dir(folder)) is None:
+        while (lock := self._fs.lock(folder)) is None:
             if time.monotonic() > deadline:
                 raise MirrorError(f"another process has held {folder!r} for {_LOCK_TIMEOUT_S:g} s", url=self.url)
             time.sleep(0.01)

@@ -16,8 +16,8 @@ from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES, decode
 from ..format.names import MANIFEST_NAME
 from ..host.process import Owner, OwnerState
-from ..storage.filesystem import FileStat, Kind
-from ..storage.local_filesystem import LocalFileSystem
+from ..storage.filesystem import FileStat, FileSystem
+from ..storage.read_file import Kind
 from .config import Mirror, split_url
 from .open_store import open_store
 from .plan import attempt_of, object_key
@@ -60,7 +60,7 @@ class RemoteFileSystem:
     """What the reading side needs of `filesystem.FileSystem`. Paths begin with the mirror's URL."""
 
     def __init__(self, mirror: Mirror) -> None:
-        self.store = open_store(mirror, executor=None, filesystem=LocalFileSystem())
+        self.store = open_store(mirror, executor=None, filesystem=FileSystem())
         self._root = mirror.url.rstrip("/")
 
     def owner_state(self, owner: Owner) -> OwnerState:

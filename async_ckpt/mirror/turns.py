@@ -9,7 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from ..storage.filesystem import FileSystem, LockHandle
+from ..storage.filesystem import FileLock, FileSystem
 from .parts import opened
 from .state import DIRECTORY
 
@@ -27,7 +27,7 @@ class UploadTurns:
     @contextlib.asynccontextmanager
     async def taken(self, executor: Executor) -> AsyncIterator[None]:
         """Wait for a turn and hold it."""
-        lock: LockHandle | None = None
+        lock: FileLock | None = None
         while self._num is not None and lock is None:
             lock = await opened(executor, self._try)
             if lock is None:
@@ -38,14 +38,14 @@ class UploadTurns:
             if lock is not None:
                 lock.close()
 
-    def _try(self) -> LockHandle | None:
+    def _try(self) -> FileLock | None:
         self._fs.makedirs(self._folder)
         for number in range(self._num or 0):
             path = os.path.join(self._folder, f"uploader.{self._fs.owner().host}.{number}")
             with contextlib.suppress(FileExistsError):
                 if self._fs.stat(path).kind == "missing":
                     self._fs.create_file(path, b"")
-            lock = self._fs.lock_file(path)
+            lock = self._fs.lock(path)
             if lock is not None:
                 return lock
         return None

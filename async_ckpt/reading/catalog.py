@@ -41,8 +41,7 @@ from ..format.names import (
     parse_private_name,
 )
 from ..host.process import OwnerState
-from ..storage.filesystem import ReadSide
-from ..storage.local_filesystem import read_side_of
+from ..storage.filesystem import ReadSide, read_side_of
 from .committed import CatalogEntry, CommittedCheckpoint, gone, identity_of
 from .errors import DAMAGE_ERRNOS, ReadError
 from .verified_file import MemorySource, VerifiedFile

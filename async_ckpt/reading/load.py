@@ -19,7 +19,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, Unsu
 from ..format.plain import NotPlainError
 from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
-from ..storage.local_filesystem import read_side_of
+from ..storage.filesystem import read_side_of
 from .build import TensorBuilder, TensorsOnDisk, place_for, read_structure
 from .by_torch import is_legacy, load_by_torch
 from .catalog import Catalog

@@ -1,7 +1,7 @@
 """The seam to the disk: every file system call of the package passes through `FileSystem`.
 
-It is this narrow so that a fault can be put at every single step: each method is one system call or a handful with
-one outcome, and tests swap the whole object (or its `_syscalls.Syscalls`) instead of patching `os`.
+Each method is one system call or a handful with one outcome, so that a fault can be put at every single step: tests
+swap the table of system calls below it (`syscalls.Syscalls`), or the whole object, instead of patching `os`.
 
 Guarantees:
 - Nothing is followed: files inside a checkpoint are opened component by component with O_NOFOLLOW, and only
@@ -9,24 +9,31 @@ Guarantees:
 - New files are made with O_EXCL; their modes and those of directories are what the umask leaves. Private directories
   are 0700.
 - Synchronous methods may block on the disk and may be called from any thread. They raise the plain `OSError` with
-  its path; the writing side (`open_write`, `WritableFile`, `create_file`) raises `WriteError` and `OutOfSpaceError`.
+  its path; the writing side (`open_write`, `create_file`) raises `WriteError` and `OutOfSpaceError`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import stat as _stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from ..host.process import Owner, OwnerState
-from .probe import Findings
+from ..format.names import is_url
+from ..host.process import Owner, OwnerState, current_owner, owner_state
+from . import probe, write_file
+from .probe import OCCUPIED, Findings
+from .read_file import Kind, LocalDirHandle, LocalReadableFile, kind_of
+from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
 
 T = TypeVar("T")
 R = TypeVar("R")
-Kind = Literal["file", "dir", "other", "missing"]
 
-LOCAL_TYPES = frozenset({"ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "bcachefs", "overlay"})
+LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "bcachefs", "overlay"})
 """File systems that one kernel owns, with atomic rename: the promises are made for these."""
 
 
@@ -39,40 +46,6 @@ class FileStat:
     mode: int
     identity: tuple[int, int]
     mtime_ns: int
-
-
-class WritableFile(Protocol):
-    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor.
-
-    The first failure stays: every later call but `close` raises it again. A failed fsync is never repeated.
-    """
-
-    @property
-    def path(self) -> str:
-        """Where the file is."""
-
-    @property
-    def direct(self) -> bool:
-        """Whether O_DIRECT is in use; turns False when the file system refuses it."""
-
-    def pwrite(self, buffer: memoryview, offset: int) -> None:
-        """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
-
-        Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
-        of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
-
-        Raises:
-            WriteError, OutOfSpaceError: with path, offset and errno.
-        """
-
-    async def truncate(self, size_bytes: int) -> None:
-        """Set the length of the file."""
-
-    async def fsync(self) -> None:
-        """Make content and length durable. Fails once and for good."""
-
-    async def close(self) -> None:
-        """Close the descriptor once no write on it is running any more; idempotent."""
 
 
 class ReadableFile(Protocol):
@@ -131,17 +104,6 @@ class DirHandle(Protocol):
         """Close the descriptor; idempotent."""
 
 
-class LockHandle(Protocol):
-    """A held lock of a directory or file; ends with `close` or with the process."""
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """(device, inode) of what is locked; not reused while the lock is held."""
-
-    def close(self) -> None:
-        """Let go; idempotent."""
-
-
 class ReadSide(Protocol):
     """What reading checkpoints needs: of a disk, or of a store that is shown as if it were one. Blocks; any thread."""
 
@@ -161,75 +123,191 @@ class ReadSide(Protocol):
         """`function` of each item, in their order; many at once where the way to the data is long."""
 
 
-class FileSystem(ReadSide, Protocol):
-    """Every file operation of the package. See the module docstring for threads, blocking and errors."""
+class FileLock:
+    """The held lock of a directory or file; ends with `close` or with the process.
+
+    Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it for
+    it.
+    """
+
+    def __init__(self, calls: Syscalls, fd: int) -> None:
+        found = calls.fstat(fd)
+        self.identity = (found.st_dev, found.st_ino)
+        """Of what is locked; not reused while the lock is held."""
+        self._pid = os.getpid()
+        self._calls = calls
+        self._fd: int | None = fd
+
+    def close(self) -> None:
+        """Let go; idempotent."""
+        fd, self._fd = self._fd, None
+        # A descriptor that was never written through has nothing to lose when its close fails.
+        with contextlib.suppress(OSError):
+            if fd is not None:
+                try:
+                    if os.getpid() == self._pid:
+                        self._calls.unlock(fd)
+                finally:
+                    self._calls.close(fd)
+
+
+class FileSystem:
+    """The file system of this machine. It remembers its table of system calls, which tests replace, and what a `probe`
+    has found.
+    """
+
+    def __init__(self, calls: Syscalls | None = None) -> None:
+        self._calls = Syscalls() if calls is None else calls
+        self.findings = Findings()
+        """What the last `probe` has found."""
 
     def owner(self) -> Owner:
         """Who makes staging directories through this object: this process."""
+        return current_owner()
+
+    def owner_state(self, owner: Owner) -> OwnerState:
+        return owner_state(owner, self.owner())
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        return [function(item) for item in items]
 
     def mkdir(self, path: str, *, private: bool = False) -> None:
         """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
+        self._calls.mkdir(path, 0o700 if private else 0o777)
 
     def makedirs(self, path: str) -> None:
         """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
+        if self._calls.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        if parent and parent != path:
+            self.makedirs(parent)
+        try:
+            self.mkdir(path)
+        except FileExistsError:
+            if not self._calls.isdir(path):
+                raise
+
+    def listdir(self, path: str) -> list[str]:
+        return self._calls.listdir(path)
+
+    def stat(self, path: str) -> FileStat:
+        try:
+            found = self._calls.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return FileStat("missing", 0, 0, (0, 0), 0)
+        mode = _stat.S_IMODE(found.st_mode)
+        return FileStat(kind_of(found.st_mode), found.st_size, mode, (found.st_dev, found.st_ino), found.st_mtime_ns)
 
     def chmod(self, path: str, mode: int) -> None:
         """Set permission bits."""
+        self._calls.chmod(path, mode)
 
     def rename(self, src: str, dst: str) -> None:
         """Plain rename."""
+        self._calls.rename(src, dst)
 
     def rename_noreplace(self, src: str, dst: str) -> None:
         """Rename a directory, atomically refusing (FileExistsError) a `dst` that exists."""
+        taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst)
+        try:
+            self._calls.renameat2(src, dst, NOREPLACE)
+            return
+        except OSError as error:
+            # Not EEXIST: the flag was ignored, and the rename itself refused.
+            if error.errno in OCCUPIED:
+                raise taken from error
+            if error.errno not in REFUSED:
+                raise
+        if self.stat(dst).kind != "missing":
+            raise taken
+        # A checkpoint is never an empty directory, so the kernel's own ENOTEMPTY closes the gap after the check.
+        try:
+            self._calls.rename(src, dst)
+        except OSError as error:
+            if error.errno in OCCUPIED | {errno.ENOTDIR}:
+                raise taken from error
+            raise
 
     def rename_exchange(self, a: str, b: str) -> None:
         """Swap two names atomically; OSError EINVAL, ENOSYS or ENOTSUP where it cannot be done."""
+        self._calls.renameat2(a, b, EXCHANGE)
 
     def link(self, path: str, name: str) -> None:
         """Give a file a second name."""
+        self._calls.link(path, name)
 
     def unlink(self, path: str) -> None:
         """Remove a file or link."""
+        self._calls.unlink(path)
 
     def rmdir(self, path: str) -> None:
         """Remove an empty directory."""
+        self._calls.rmdir(path)
 
     def fsync_dir(self, path: str) -> None:
         """Make the names in a directory durable."""
+        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._calls.fsync(fd)
+        except OSError as error:
+            # How a file system says that it has no such call for directories: then names are durable when they are
+            # made, or never.
+            if error.errno != errno.EINVAL:
+                raise
+        finally:
+            self._calls.close(fd)
 
     def create_file(self, path: str, data: bytes) -> None:
         """Make a new file with `data`, complete, synced and closed (O_EXCL)."""
+        write_file.create_file(self._calls, path, data)
 
     def read_file(self, path: str, max_bytes: int) -> bytes:
         """The whole content of a small regular file; the last component is not followed."""
+        folder, name = os.path.split(path)
+        with LocalDirHandle(self._calls, folder or ".") as handle:
+            return handle.read_file((name,), max_bytes)
 
-    def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+    def open_dir(self, root: str, parts: Sequence[str] = ()) -> LocalDirHandle:
+        return LocalDirHandle(self._calls, root, parts)
+
+    def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> LocalReadableFile:
         """Open the regular file `parts` below `root`; as `DirHandle.open_read`."""
+        with LocalDirHandle(self._calls, root) as handle:
+            return handle.open_read(parts, direct=direct)
 
-    def lock_dir(self, path: str) -> LockHandle | None:
-        """Take the directory's exclusive lock (flock) without waiting; None if someone holds it.
+    def lock(self, path: str) -> FileLock | None:
+        """Take the exclusive lock (flock) of a directory or file without waiting; None if someone holds it.
 
         Raises:
             OSError: ENOTSUP or ENOLCK where the file system has no locks.
         """
-
-    def lock_file(self, path: str) -> LockHandle | None:
-        """As `lock_dir`, of a regular file."""
-
-    @property
-    def findings(self) -> Findings:
-        """What the last `probe` has found."""
+        # A FIFO in its place must not hang the open.
+        fd = self._calls.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = None
+        try:
+            if self._calls.flock(fd):
+                lock = FileLock(self._calls, fd)
+        finally:
+            if lock is None:
+                self._calls.close(fd)
+        return lock
 
     def probe(self, folder: str) -> None:
         """Try in an empty private directory what a file system does that is not known to be local."""
+        self.findings = probe.probe(self._calls, folder)
 
     def free_bytes(self, path: str) -> int:
         """Bytes that this user may still write on the file system of `path`."""
+        return self._calls.free_bytes(path)
 
     def fs_type(self, path: str) -> str:
-        """Name of the file system type, "0x..." for one unknown here, "" where the system does not tell."""
+        """Name of the file system type, as the mount table has it; "" where the system does not tell."""
+        return self._calls.fs_type(path)
 
-    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+    async def open_write(
+        self, path: str, size_bytes: int, *, direct: bool, executor: Executor
+    ) -> write_file.WritableFile:
         """Make a new file of (later) `size_bytes` and open it for parallel writes.
 
         Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
@@ -238,3 +316,23 @@ class FileSystem(ReadSide, Protocol):
         Raises:
             WriteError, OutOfSpaceError: with path and errno.
         """
+        # The padded end of a direct write must be cut off again.
+        direct = direct and not self.findings.ignores_truncate
+        return await write_file.open_write(self._calls, path, size_bytes, direct=direct, executor=executor)
+
+
+_openers: list[Callable[[str], ReadSide]] = []
+
+
+def open_urls_with(opener: Callable[[str], ReadSide]) -> None:
+    """Say who opens URLs (``s3://bucket/run``) for reading."""
+    _openers[:] = [opener]
+
+
+def read_side_of(path: str) -> ReadSide:
+    """What a root, or a path in one, is read through.
+
+    Raises:
+        ConfigError: a URL that no mirror can have, or whose library is not installed.
+    """
+    return _openers[0](path) if is_url(path) else FileSystem()

@@ -8,7 +8,7 @@ import itertools
 import os
 
 from ..format.names import MANIFEST_NAME, NameKind, PrivateName
-from .filesystem import FileSystem, LockHandle
+from .filesystem import FileLock, FileSystem
 from .syscalls import REFUSED
 
 NO_LOCKS = REFUSED | {errno.ENOLCK}
@@ -61,10 +61,10 @@ def take_apart(fs: FileSystem, final: str) -> None:
     fs.fsync_dir(final)
 
 
-def lock_or_none(fs: FileSystem, path: str) -> LockHandle | None:
+def lock_or_none(fs: FileSystem, path: str) -> FileLock | None:
     """The lock, or None where the file system has none: then the owner in the name alone protects it."""
     try:
-        return fs.lock_dir(path)
+        return fs.lock(path)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

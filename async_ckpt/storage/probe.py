@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..host.memory import PAGE_BYTES
 from .syscalls import NOREPLACE, O_DIRECT, REFUSED, Syscalls
 
-PAGE_BYTES = 4096
 OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

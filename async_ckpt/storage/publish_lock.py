@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 
 from ..format.names import MANIFEST_NAME
-from .filesystem import FileSystem, LockHandle
+from .filesystem import FileLock, FileSystem
 from .private_dirs import NO_LOCKS
 
 TIMEOUT_S = 10.0
@@ -52,11 +52,11 @@ def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
             lock.close()
 
 
-def _try(fs: FileSystem, final: str) -> tuple[LockHandle | None, bool]:
+def _try(fs: FileSystem, final: str) -> tuple[FileLock | None, bool]:
     """The lock if it was free and is that of the tree that has the name now; and whether there are locks at all."""
     path = os.path.join(final, MANIFEST_NAME)
     try:
-        lock = fs.lock_file(path)
+        lock = fs.lock(path)
     except OSError as error:
         # EBADF: NFS wants a descriptor that can write.
         if error.errno not in NO_LOCKS | {errno.EBADF}:

@@ -1,4 +1,4 @@
-"""Reading side of `LocalFileSystem`: directories and regular files, opened without following anything."""
+"""Reading side of `FileSystem`: directories and regular files, opened without following anything."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from ..errors import CorruptCheckpointError
+from ..host.memory import PAGE_BYTES
 from .syscalls import O_DIRECT, Syscalls
 
-if TYPE_CHECKING:
-    from .filesystem import Kind
+Kind = Literal["file", "dir", "other", "missing"]
 
-PAGE_BYTES = 4096
 # O_NONBLOCK: opening a FIFO for reading would wait for a writer for ever; regular files ignore it.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -30,94 +29,75 @@ class LocalReadableFile:
     """A regular file; in direct mode a second, buffered descriptor serves what is not aligned."""
 
     def __init__(self, calls: Syscalls, path: str, fd: int, direct_fd: int | None, size_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
         self._calls = calls
         self._fd: int | None = fd
         self._direct_fd = direct_fd
-        self._path = path
-        self._size_bytes = size_bytes
-
-    @property
-    def path(self) -> str:
-        return self._path
 
     @property
     def map_path(self) -> str:
+        """A path to this very file while it is open here."""
         descriptors = "/proc/self/fd"
-        return f"{descriptors}/{self._fd}" if self._fd is not None and self._calls.isdir(descriptors) else self._path
-
-    @property
-    def size_bytes(self) -> int:
-        return self._size_bytes
+        return f"{descriptors}/{self._fd}" if self._fd is not None and self._calls.isdir(descriptors) else self.path
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill all of `buffer`: once from its aligned head, directly; what is left through the page cache."""
         if self._fd is None:
-            raise ValueError(f"{self._path} is closed")
-        done = self._read_direct(buffer, offset, self._direct_fd) if self._direct_fd is not None else 0
+            raise ValueError(f"{self.path} is closed")
+        whole = 0 if offset % PAGE_BYTES else buffer.nbytes // PAGE_BYTES * PAGE_BYTES
+        direct_fd = self._direct_fd if whole else None
+        done = 0
         while done < buffer.nbytes:
+            is_direct = direct_fd is not None
+            fd, end = (self._fd, buffer.nbytes) if direct_fd is None else (direct_fd, whole)
+            direct_fd = None
             try:
-                count = self._calls.pread_into(self._fd, buffer[done:], offset + done)
+                count = self._calls.pread_into(fd, buffer[done:end], offset + done)
             except InterruptedError:
                 continue
             except OSError as error:
-                raise OSError(
-                    error.errno, f"{error.strerror} (reading at offset {offset + done})", self._path
-                ) from error
-            if count == 0:
+                # Memory not aligned, or a file system that refuses late.
+                if is_direct and error.errno == errno.EINVAL:
+                    continue
+                told = f"{error.strerror} (reading at offset {offset + done})"
+                raise OSError(error.errno, told, self.path) from error
+            if count == 0 and not is_direct:
                 raise CorruptCheckpointError(
-                    f"{self._path} ends at byte {offset + done}, {buffer.nbytes - done} bytes too early",
-                    path=self._path,
+                    f"{self.path} ends at byte {offset + done}, {buffer.nbytes - done} bytes too early", path=self.path
                 )
             done += count
 
-    def _read_direct(self, buffer: memoryview, offset: int, fd: int) -> int:
-        """Read the aligned head; the caller reads what is left through the page cache."""
-        whole = buffer.nbytes // PAGE_BYTES * PAGE_BYTES
-        if offset % PAGE_BYTES or not whole:
-            return 0
-        try:
-            count = self._calls.pread_into(fd, buffer[:whole], offset)
-        except InterruptedError:
-            return 0
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                # Memory not aligned, or a file system that refuses late: the buffered descriptor does it.
-                return 0
-            raise OSError(error.errno, f"{error.strerror} (reading at offset {offset})", self._path) from error
-        return count
-
     def close(self) -> None:
+        """Close the descriptors; idempotent."""
         fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
         self._fd = self._direct_fd = None
         for fd in fds:
             _close(self._calls, fd)
 
-    def __enter__(self) -> LocalReadableFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 class LocalDirHandle:
-    """An open directory."""
+    """The directory `parts` below `root`, open; nothing below `root` is followed."""
 
-    def __init__(self, calls: Syscalls, path: str, fd: int) -> None:
+    def __init__(self, calls: Syscalls, root: str, parts: Sequence[str] = ()) -> None:
         self._calls = calls
-        self._path = path
-        self._fd: int | None = fd
-        found = calls.fstat(fd)
-        self._identity = (found.st_dev, found.st_ino)
-
-    @property
-    def path(self) -> str:
-        return self._path
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self._identity
+        self._fd: int | None = None
+        top = calls.open(root, _DIRECTORY)
+        try:
+            self._fd, self.path = self._descend(top, root, parts)
+        finally:
+            if self._fd != top:
+                _close(calls, top)
+        try:
+            found = calls.fstat(self._fd)
+        except BaseException:
+            self.close()
+            raise
+        self.identity = (found.st_dev, found.st_ino)
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
-        with self._descend(parts) as (fd, _):
+        """Names and kinds in the sub-directory `parts`."""
+        with self._opened(parts) as (fd, _):
             found: list[tuple[str, Kind]] = []
             for name in self._calls.listdir(fd):
                 # A name that vanished since the listing is simply not there.
@@ -126,7 +106,8 @@ class LocalDirHandle:
             return found
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> LocalReadableFile:
-        with self._descend(parts[:-1]) as (parent, folder):
+        """Open a regular file; see `filesystem.DirHandle`."""
+        with self._opened(parts[:-1]) as (parent, folder):
             path = os.path.join(folder, parts[-1])
             fd = self._open(parts[-1], _READ, parent, path)
             try:
@@ -142,7 +123,8 @@ class LocalDirHandle:
             return LocalReadableFile(self._calls, path, fd, direct_fd, found.st_size)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
-        with self.open_read(parts) as file:
+        """The whole content of a small file; CorruptCheckpointError if it is larger than `max_bytes`."""
+        with contextlib.closing(self.open_read(parts)) as file:
             if file.size_bytes > max_bytes:
                 raise CorruptCheckpointError(
                     f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path
@@ -152,6 +134,7 @@ class LocalDirHandle:
             return bytes(data)
 
     def close(self) -> None:
+        """Close the descriptor; idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             _close(self._calls, fd)
@@ -163,22 +146,29 @@ class LocalDirHandle:
         self.close()
 
     @contextlib.contextmanager
-    def _descend(self, parts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Open the sub-directory `parts`; gives (descriptor, path), closed afterwards unless it is our own."""
+    def _opened(self, parts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """The sub-directory `parts`; gives (descriptor, path), closed afterwards unless it is our own."""
         if self._fd is None:
-            raise ValueError(f"{self._path} is closed")
-        fd, path = self._fd, self._path
+            raise ValueError(f"{self.path} is closed")
+        fd, path = self._descend(self._fd, self.path, parts)
         try:
-            for part in parts:
-                path = os.path.join(path, part)
-                deeper = self._open(part, _DIRECTORY | os.O_NOFOLLOW, fd, path)
-                previous, fd = fd, deeper
-                if previous != self._fd:
-                    _close(self._calls, previous)
             yield fd, path
         finally:
             if fd != self._fd:
                 _close(self._calls, fd)
+
+    def _descend(self, top: int, path: str, parts: Sequence[str]) -> tuple[int, str]:
+        """(Descriptor, path) of `parts` below the open directory `top`, which stays open and is it without parts."""
+        fd = top
+        for part in parts:
+            path = os.path.join(path, part)
+            try:
+                deeper = self._open(part, _DIRECTORY | os.O_NOFOLLOW, fd, path)
+            finally:
+                if fd != top:
+                    _close(self._calls, fd)
+            fd = deeper
+        return fd, path
 
     def _open(self, name: str, flags: int, parent: int, path: str) -> int:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
@@ -207,22 +197,7 @@ class LocalDirHandle:
         return None
 
 
-def open_directory(calls: Syscalls, root: str, parts: Sequence[str]) -> LocalDirHandle:
-    """Open `root`, then `parts` below it, following nothing below `root`."""
-    handle = LocalDirHandle(calls, root, calls.open(root, _DIRECTORY))
-    for part in parts:
-        with handle:
-            path = os.path.join(handle.path, part)
-            handle = LocalDirHandle(calls, path, handle._open(part, _DIRECTORY | os.O_NOFOLLOW, _fd_of(handle), path))
-    return handle
-
-
 def _close(calls: Syscalls, fd: int) -> None:
     # Nothing was written through it, so nothing is lost when its close fails; raising would leak what was opened next.
     with contextlib.suppress(OSError):
         calls.close(fd)
-
-
-def _fd_of(handle: LocalDirHandle) -> int:
-    assert handle._fd is not None
-    return handle._fd

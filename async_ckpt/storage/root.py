@@ -7,7 +7,6 @@ import logging
 import os
 
 from ..errors import report
-from ..host.facts import mount_type
 from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import make_private, remove_tree
 from .write_error import write_error
@@ -37,7 +36,7 @@ def make_root(fs: FileSystem, root: str) -> None:
             # A parent that may not be opened was there before us, with the root in it.
             with contextlib.suppress(PermissionError):
                 fs.fsync_dir(os.path.join(root, os.pardir))
-        kind = fs.fs_type(root) or mount_type(root)
+        kind = fs.fs_type(root)
     except OSError as error:
         with contextlib.suppress(OSError):
             # Only what is empty, and was not there before; what cannot be removed is an empty directory.
@@ -45,7 +44,7 @@ def make_root(fs: FileSystem, root: str) -> None:
                 fs.rmdir(path)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if kind not in LOCAL_TYPES and not fs.findings.tried:
-        _try_out(fs, root, mount_type(root) or kind or "an unknown file system")
+        _try_out(fs, root, kind or "an unknown file system")
 
 
 def _try_out(fs: FileSystem, root: str, kind: str) -> None:

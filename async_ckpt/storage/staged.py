@@ -15,7 +15,7 @@ from ..errors import CommitError
 from ..format.manifest import CLOCK_KEY
 from ..metrics import OnStep
 from ..threads.locks import Lock
-from .filesystem import LockHandle
+from .filesystem import FileLock
 
 
 class State(enum.Enum):
@@ -38,7 +38,7 @@ class Staging:
     path: str
     overwrite: str
     identity: tuple[int, int]
-    lock: LockHandle | None
+    lock: FileLock | None
     state: State = State.OPEN
     renamed: bool = False
     """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""

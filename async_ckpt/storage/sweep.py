@@ -100,7 +100,7 @@ def _decide(fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.Ex
     if not is_gone and time.time() - found.mtime_ns / 1e9 < UNDECIDED_AGE_S:
         return left("its owner cannot be looked up, and it is younger than a minute")
     try:
-        lock = fs.lock_dir(path)
+        lock = fs.lock(path)
     except OSError as error:
         if error.errno not in NO_LOCKS or not is_gone:
             raise

@@ -1,7 +1,7 @@
-"""The table of system calls behind `LocalFileSystem`: one method, one call, nothing decided here.
+"""The table of system calls behind `FileSystem`: one method, one call, nothing decided here.
 
-Linux has calls that Python does not offer (renameat2, statfs); they go through ctypes and raise
-`OSError` like the rest. Where the C library lacks one, it fails with ENOSYS and the caller falls back.
+Python does not offer renameat2: it goes through ctypes and raises `OSError` like the rest. Where the C library lacks
+it, it fails with ENOSYS and the caller falls back.
 All methods may block, release the GIL, and may be called from any thread.
 """
 
@@ -13,8 +13,9 @@ import errno
 import fcntl
 import functools
 import os
-import sys
 from typing import Any
+
+from ..host.facts import mount_type
 
 NOREPLACE = 1
 EXCHANGE = 2
@@ -24,27 +25,6 @@ meets it too."""
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 _AT_FDCWD = -100
-_MAGIC = {
-    0xEF53: "ext4",
-    0x58465342: "xfs",
-    0x9123683E: "btrfs",
-    0x01021994: "tmpfs",
-    0xF2F52010: "f2fs",
-    0x2FC12FC1: "zfs",
-    0xCA451A4E: "bcachefs",
-    0x794C7630: "overlay",
-    0x6969: "nfs",
-    0x65735546: "fuse",
-    0xFF534D42: "cifs",
-    0xFE534D42: "smb2",
-    0x01021997: "9p",
-    0x0BD00BD0: "lustre",
-    0x00C36400: "ceph",
-    0x4D44: "vfat",
-    0x2011BAB0: "exfat",
-    0x47504653: "gpfs",
-    0x19830326: "beegfs",
-}
 
 
 class Syscalls:
@@ -91,9 +71,12 @@ class Syscalls:
 
     def renameat2(self, src: str, dst: str, flags: int) -> None:
         call = getattr(_libc(), "renameat2", None)
-        if call is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), src)
-        _check(call(_AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), ctypes.c_uint(flags)), src, dst)
+        code = errno.ENOSYS
+        if call is not None:
+            if call(_AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), ctypes.c_uint(flags)) == 0:
+                return
+            code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), src, None, dst)
 
     def chmod(self, path: str, mode: int) -> None:
         os.chmod(path, mode)
@@ -126,28 +109,9 @@ class Syscalls:
         return found.f_bavail * found.f_frsize
 
     def fs_type(self, path: str) -> str:
-        """Name of the type, "0x..." for one unknown here, "" where the system does not tell."""
-        if not sys.platform.startswith("linux"):
-            return ""
-        # struct statfs begins with the type; its full size is below 256 bytes on every architecture.
-        buffer = (ctypes.c_long * 32)()
-        try:
-            _check(_libc().statfs(os.fsencode(path), ctypes.byref(buffer)), path)
-        except OSError as error:
-            if error.errno not in REFUSED:
-                raise
-            return ""
-        magic = buffer[0] & 0xFFFFFFFF
-        return _MAGIC.get(magic, hex(magic))
+        return mount_type(path)
 
 
 @functools.lru_cache(maxsize=1)
 def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, *paths: str) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        names: tuple[Any, ...] = (paths[0], None, paths[1]) if len(paths) > 1 else (paths[0],)
-        raise OSError(code, os.strerror(code), *names)

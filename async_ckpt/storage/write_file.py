@@ -1,4 +1,4 @@
-"""Writing side of `LocalFileSystem`: one new file over aiofiles, with O_DIRECT where the file system takes it.
+"""Writing side of `FileSystem`: one new file over aiofiles, with O_DIRECT where the file system takes it.
 
 Guarantees:
 - A descriptor is closed only when no write on it is running in any thread: a reused number would send a late write
@@ -19,11 +19,10 @@ from concurrent.futures import Executor
 from typing import Any
 
 from ..errors import WriteError
+from ..host.memory import PAGE_BYTES
 from ..threads.locks import Condition
 from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import write_error
-
-PAGE_BYTES = 4096
 
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
 _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
@@ -52,9 +51,7 @@ def create_file(calls: Syscalls, path: str, data: bytes) -> None:
         raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
 
 
-async def open_write(
-    calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor
-) -> LocalWritableFile:
+async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
     """See `FileSystem.open_write`."""
     opening = _Opening(calls, size_bytes, direct and bool(O_DIRECT))
     try:
@@ -64,7 +61,7 @@ async def open_write(
         file = await aiofiles.open(path, "xb", buffering=0, opener=opening, executor=executor)
     except OSError as error:
         raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=size_bytes) from error
-    return LocalWritableFile(calls, path, size_bytes, file, direct=opening.direct, executor=executor)
+    return WritableFile(calls, path, size_bytes, file, direct=opening.direct, executor=executor)
 
 
 class _Opening:
@@ -114,14 +111,18 @@ class _Opening:
         self._calls.ftruncate(fd, self._size_bytes)
 
 
-class LocalWritableFile:
-    """A file being written; see `filesystem.WritableFile`."""
+class WritableFile:
+    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor.
+
+    The first failure stays: every later call but `close` raises it again.
+    """
 
     def __init__(
         self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor
     ) -> None:
         self._calls = calls
-        self._path = path
+        self.path = path
+        """Where the file is."""
         self._size_bytes = size_bytes
         self._file = file
         self._fd: int = file.fileno()
@@ -133,37 +134,53 @@ class LocalWritableFile:
         self._failure: BaseException | None = None
 
     @property
-    def path(self) -> str:
-        return self._path
-
-    @property
     def direct(self) -> bool:
+        """Whether O_DIRECT is in use; turns False when the file system refuses it."""
         return self._direct
 
     def pwrite(self, buffer: memoryview, offset: int) -> None:
-        self._write_all(buffer.cast("B"), offset)
+        """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
+
+        Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
+        of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
+
+        Raises:
+            WriteError, OutOfSpaceError: with path, offset and errno.
+        """
+        view = buffer.cast("B")
+        with self._running("writing", offset):
+            done = self._write_direct(view, offset) if self._direct else 0
+            while done < view.nbytes:
+                done += self._write_some(view[done:], offset + done)
 
     async def truncate(self, size_bytes: int) -> None:
-        await self._offload(self._truncate, size_bytes)
+        """Set the length of the file."""
+        await self._aside(lambda: self._call("setting the length", self._calls.ftruncate, size_bytes))
 
     async def fsync(self) -> None:
-        await self._offload(self._sync)
+        """Make content and length durable. Fails once and for good."""
+        await self._aside(lambda: self._call("fsync", self._calls.fsync))
 
     async def close(self) -> None:
-        await self._offload(self._wait_until_idle)
+        """Close the descriptor once no write on it is running any more; idempotent."""
+        await self._aside(self._wait_until_idle)
         if self._file.closed:
             return
         try:
             await self._file.close()
         except OSError as error:
             raise write_error(
-                self._calls, error, f"closing{_INCOMPLETE}", self._path, needed_bytes=self._size_bytes
+                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self._size_bytes
             ) from error
 
-    async def _offload(self, function: Callable[..., None], *args: object) -> None:
+    async def _aside(self, work: Callable[[], None]) -> None:
         import aiofiles.os
 
-        await aiofiles.os.wrap(function)(*args, executor=self._executor)
+        await aiofiles.os.wrap(work)(executor=self._executor)
+
+    def _call(self, what: str, call: Callable[..., None], *args: object) -> None:
+        with self._running(what):
+            call(self._fd, *args)
 
     @contextlib.contextmanager
     def _running(self, what: str, offset: int | None = None) -> Iterator[None]:
@@ -172,7 +189,7 @@ class LocalWritableFile:
             if self._failure is not None:
                 raise self._failure
             if self._closing:
-                raise WriteError(f"{what} after close", errno=errno.EBADF, path=self._path, offset=offset)
+                raise WriteError(f"{what} after close", errno=errno.EBADF, path=self.path, offset=offset)
             self._num_running += 1
         try:
             yield
@@ -180,7 +197,7 @@ class LocalWritableFile:
             failure: BaseException = error
             if isinstance(error, OSError):
                 failure = write_error(
-                    self._calls, error, f"{what}{_INCOMPLETE}", self._path, offset=offset, needed_bytes=self._size_bytes
+                    self._calls, error, f"{what}{_INCOMPLETE}", self.path, offset=offset, needed_bytes=self._size_bytes
                 )
             with self._idle:
                 self._failure = self._failure or failure
@@ -198,27 +215,13 @@ class LocalWritableFile:
             while self._num_running:
                 self._idle.wait()
 
-    def _truncate(self, size_bytes: int) -> None:
-        with self._running("setting the length", offset=size_bytes):
-            self._calls.ftruncate(self._fd, size_bytes)
-
-    def _sync(self) -> None:
-        with self._running("fsync"):
-            self._calls.fsync(self._fd)
-
-    def _write_all(self, buffer: memoryview, offset: int) -> None:
-        with self._running("writing", offset):
-            done = self._write_direct(buffer, offset) if self._direct else 0
-            while done < buffer.nbytes:
-                done += self._write_some(buffer[done:], offset + done)
-
     def _write_some(self, buffer: memoryview, offset: int) -> int:
         try:
             count = self._calls.pwrite(self._fd, buffer, offset)
         except InterruptedError:
             return 0
         if count == 0:
-            raise OSError(errno.EIO, "the write made no progress", self._path)
+            raise OSError(errno.EIO, "the write made no progress", self.path)
         return count
 
     def _write_direct(self, buffer: memoryview, offset: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..format.chunk import Chunk
-from ..storage.filesystem import WritableFile
+from ..storage.write_file import WritableFile
 
 __all__ = ["PAGE_BYTES", "Chunk", "WrittenFile", "bytes_to_write", "problem_with", "whole_pages"]
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from ..errors import CheckpointError, TransactionStateError, report
-from ..storage.filesystem import WritableFile
+from ..storage.write_file import WritableFile
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.outcome import Outcome

@@ -79,10 +79,10 @@ def test_a_listing_that_retention_outruns_is_made_again(tmp_path):
     """
     from async_ckpt.reading.catalog import Catalog
     from async_ckpt.storage import transaction
-    from async_ckpt.storage.local_filesystem import LocalFileSystem
+    from async_ckpt.storage.filesystem import FileSystem
     from tests.support.making import OLD, commit
 
-    class Outrun(LocalFileSystem):
+    class Outrun(FileSystem):
         num_listings = 0
 
         def listdir(self, path: str) -> list[str]:
@@ -90,11 +90,11 @@ def test_a_listing_that_retention_outruns_is_made_again(tmp_path):
             self.num_listings += 1
             if self.num_listings == 2:
                 commit(tmp_path, "new", OLD, created=2)
-                transaction.remove(LocalFileSystem(), str(tmp_path), "old")
+                transaction.remove(FileSystem(), str(tmp_path), "old")
             return names
 
     for ask, answer in ((lambda c: c.tags(), ["new"]), (lambda c: c.latest(), "new")):
         for path in tmp_path.iterdir():
-            transaction.remove(LocalFileSystem(), str(tmp_path), path.name)
+            transaction.remove(FileSystem(), str(tmp_path), path.name)
         commit(tmp_path, "old", OLD, created=1)
         assert ask(Catalog(tmp_path, Outrun())) == answer

@@ -21,7 +21,7 @@ import time
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
 def say(*words: object) -> None:
@@ -76,7 +76,7 @@ def main(root: str, where: str, *options: str) -> None:
     say("closed", engine.preemption_outcome)
 
 
-class SlowDisk(LocalFileSystem):
+class SlowDisk(FileSystem):
     """Its directories are not synced before somebody lets them."""
 
     def __init__(self, gate: str) -> None:

@@ -32,7 +32,7 @@ import json, sys
 from pathlib import Path
 from async_ckpt import CheckpointError, CheckpointNotFoundError, TagExistsError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.faults.workloads import Job, Told, make_engine
 root, me, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 outcomes = {"won": [], "refused": 0, "replaced": 0, "deleted": 0}
@@ -51,7 +51,7 @@ with make_engine(root) as refusing, make_engine(root, overwrite="replace", sweep
         outcomes["replaced"] += 1
         Job(replacing, Told()).whole(f"gone-{me}", version)
         try:
-            transaction.remove(LocalFileSystem(), str(root), f"gone-{me}")
+            transaction.remove(FileSystem(), str(root), f"gone-{me}")
             outcomes["deleted"] += 1
         except CheckpointNotFoundError:
             pass

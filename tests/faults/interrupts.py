@@ -28,7 +28,7 @@ import torch
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.insides import arena_of
 from tests.support.states import torch_bytes
 
@@ -264,7 +264,7 @@ def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
             life(root, told, interrupter)
         found = contents(root, skip=("lazy.pt", "signal.pt"))
         check_legal(found, told)
-        transaction.sweep(LocalFileSystem(), str(root))
+        transaction.sweep(FileSystem(), str(root))
         for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
             thread.join(CLOSE_S)
             assert not thread.is_alive(), f"{thread.name} is still alive"

@@ -8,7 +8,7 @@ from pathlib import Path
 from async_ckpt import Catalog
 from async_ckpt.reading.load import load_committed
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 from .workloads import Job, Told, Workload, make_engine, version_of
 
@@ -72,7 +72,7 @@ def check_sweep(root: Path, told: Told, keeps: int | None = None) -> Contents:
     """A lighter oracle: legal before and after a sweep."""
     found = contents(root)
     check_legal(found, told, keeps)
-    transaction.sweep(LocalFileSystem(), str(root))
+    transaction.sweep(FileSystem(), str(root))
     assert private_names(root) == []
     assert contents(root) == found
     return found

@@ -25,7 +25,7 @@ from async_ckpt.format.names import MANIFEST_NAME, PrivateName
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.lying_fuse import REQUESTS, Mounted, lying, why_not
 from tests.support.mounts import mounted, overlaid
 
@@ -146,11 +146,11 @@ def test_a_sweep_keeps_an_old_tree_whose_name_something_else_has(tmp_path: Path)
     aside = tmp_path / str(PrivateName("aside", "a", dead, 0))
     os.rename(tmp_path / "a", aside)
     (tmp_path / "a").mkdir()
-    (swept,) = transaction.sweep(LocalFileSystem(), str(tmp_path))
+    (swept,) = transaction.sweep(FileSystem(), str(tmp_path))
     assert swept.action == "left"
     assert (aside / "model.pt").exists()
     (tmp_path / "a").rmdir()
-    (swept,) = transaction.sweep(LocalFileSystem(), str(tmp_path))
+    (swept,) = transaction.sweep(FileSystem(), str(tmp_path))
     assert swept.action == "restored"
     assert contents(tmp_path) == {"a": 1}
 
@@ -185,7 +185,7 @@ def test_an_immutable_checkpoint_ends_no_training(tmp_path: Path, caplog: pytest
 def warned(root: Path, caplog: pytest.LogCaptureFixture) -> str:
     caplog.clear()
     with pytest.warns(RuntimeWarning, match="promised") as caught:
-        transaction.make_root(LocalFileSystem(), str(root))
+        transaction.make_root(FileSystem(), str(root))
     assert len(caught) == 1
     logged = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert logged == [str(caught[0].message)]
@@ -213,7 +213,7 @@ def test_one_warning_names_the_mount_and_what_was_found(lies: Mounted, caplog: p
 
 
 def test_a_file_system_is_tried_out_once(lies: Mounted) -> None:
-    fs = LocalFileSystem()
+    fs = FileSystem()
     with pytest.warns(RuntimeWarning, match=r"fuse\.rclone"):
         transaction.make_root(fs, str(lies.point / "a"))
     transaction.make_root(fs, str(lies.point / "b"))
@@ -223,9 +223,9 @@ def test_a_file_system_is_tried_out_once(lies: Mounted) -> None:
 def test_local_file_systems_are_not_tried_out(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        transaction.make_root(LocalFileSystem(), str(tmp_path))
+        transaction.make_root(FileSystem(), str(tmp_path))
         with mounted("btrfs", tmp_path, 128 << 20) as point:
-            transaction.make_root(LocalFileSystem(), str(point))
+            transaction.make_root(FileSystem(), str(point))
 
 
 # Lies about renames.
@@ -252,9 +252,9 @@ import sys
 from pathlib import Path
 from async_ckpt import CheckpointError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.making import publish, stage
-fs, root = LocalFileSystem(), Path(sys.argv[1])
+fs, root = FileSystem(), Path(sys.argv[1])
 transaction.make_root(fs, str(root))
 print("ready", flush=True)
 for line in sys.stdin:
@@ -303,7 +303,7 @@ def test_where_a_rename_replaces_a_tag_that_another_process_has_open_is_refused(
                 job.engine.create("t")
             other.kill()
         job.whole("t", 5)
-    transaction.sweep(LocalFileSystem(), str(root))
+    transaction.sweep(FileSystem(), str(root))
     assert contents(root)["t"] == 5
 
 
@@ -354,8 +354,8 @@ OFTEN = [
 ]  # fmt: skip
 REST = [
     pytest.param(request, code, marks=pytest.mark.slow)
-    for request in ("LOOKUP", "GETATTR", "SETATTR", "MKDIR", "UNLINK", "RMDIR", "OPEN", "READ", "WRITE", "STATFS", "RELEASE",
-                    "FSYNC", "FLUSH", "OPENDIR", "READDIR", "RELEASEDIR", "FSYNCDIR", "CREATE", "RENAME2")
+    for request in ("LOOKUP", "GETATTR", "SETATTR", "MKDIR", "UNLINK", "RMDIR", "OPEN", "READ", "WRITE", "STATFS",
+                    "RELEASE", "FSYNC", "FLUSH", "OPENDIR", "READDIR", "RELEASEDIR", "FSYNCDIR", "CREATE", "RENAME2")
     for code in ("ESTALE", "ENOTCONN", "EIO", "EINVAL", "EPERM", "EACCES")
     if (request, code) not in OFTEN
 ]  # fmt: skip

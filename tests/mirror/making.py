@@ -14,7 +14,6 @@ from async_ckpt.mirror.pending import PendingMirror
 from async_ckpt.mirror.plan import attempt_of
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.storage.filesystem import FileSystem
-from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 from ..support.making import commit, content
 from .servers import BUCKET, client, keys
@@ -42,7 +41,7 @@ def s3_mirror(server: Any, prefix: str, **fields: Any) -> Mirror:
 def mirroring(
     root: Path, *mirrors: Mirror, fs: FileSystem | None = None, close_s: float = 20.0, **more: Any
 ) -> Iterator[Mirrors]:
-    made = Mirrors(mirrors, filesystem=fs or LocalFileSystem(), root=os.fspath(root), **more)
+    made = Mirrors(mirrors, filesystem=fs or FileSystem(), root=os.fspath(root), **more)
     try:
         yield made
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from async_ckpt.mirror.state import DIRECTORY, States
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 from .making import (
     SMALL,
@@ -96,7 +96,7 @@ def _goes_on(server: Any, root: Path, where: str) -> None:
     """Whatever is reported as mirrored is there; everything is, in the end; nothing is left over."""
     mirror = s3_mirror(server, where)
     check_store(mirror)
-    states = States(LocalFileSystem(), str(root), mirror.url, 0)
+    states = States(FileSystem(), str(root), mirror.url, 0)
     for tag, created in (("latest", 2), ("step-3", 3)):
         if states.is_mirrored(tag, created):
             assert remote_content(mirror, tag) == content(root, tag)

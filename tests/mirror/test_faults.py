@@ -14,7 +14,7 @@ import pytest
 
 from async_ckpt.errors import CheckpointNotFoundError, MirrorError, OutOfSpaceError
 from async_ckpt.mirror.config import Mirror
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 from .making import (
     SMALL,
@@ -223,7 +223,7 @@ def test_a_store_that_ignores_conditions_is_refused_to_several_ranks(rclone: Any
     assert [key for key in keys(rclone, prefix) if "step" in key] == []
 
 
-class FullForStates(LocalFileSystem):
+class FullForStates(FileSystem):
     """A disk that is full when the mirror's state is written."""
 
     def create_file(self, path: str, data: bytes) -> None:

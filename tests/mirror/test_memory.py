@@ -18,7 +18,7 @@ from async_ckpt.mirror.parts import Pace, PartStream, Slots
 from async_ckpt.mirror.plan import ObjectPlan
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 from .making import mirroring, s3_mirror
 
@@ -27,7 +27,7 @@ _MIB = 1 << 20
 
 def sparse_checkpoint(root: Path, size_bytes: int, extent_bytes: int = 64 * _MIB) -> None:
     """One file of zeros that takes no space."""
-    filesystem = LocalFileSystem()
+    filesystem = FileSystem()
     staging = transaction.begin(filesystem, str(root), "huge", "refuse")
     with open(os.path.join(staging.path, "model.bin"), "wb") as file:
         file.truncate(size_bytes)
@@ -81,7 +81,7 @@ def test_no_part_is_read_before_a_slot_is_free(tmp_path: Path) -> None:
     entry = FileEntry("model.bin", 10 * _MIB, _MIB, (crc32(bytes(_MIB)),) * 10, "opaque", "test", None)
 
     async def main() -> None:
-        file = LocalFileSystem().open_read(str(tmp_path / "huge"), ("model.bin",))
+        file = FileSystem().open_read(str(tmp_path / "huge"), ("model.bin",))
         with ThreadPoolExecutor(2) as pool:
             stream = PartStream(
                 file,

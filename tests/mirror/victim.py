@@ -15,10 +15,10 @@ import time
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.mirrors import Mirrors
 from async_ckpt.reading.catalog import Catalog
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
-class Mortal(LocalFileSystem):
+class Mortal(FileSystem):
     def __init__(self, kill_at: int) -> None:
         super().__init__()
         self.kill_at = kill_at

@@ -26,14 +26,14 @@ import torch.distributed as dist
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError, OutOfSpaceError
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
-from async_ckpt.storage.filesystem import WritableFile
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.write_file import WritableFile
 from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]
 
 
-class FullDisk(LocalFileSystem):
+class FullDisk(FileSystem):
     """Real, until the path holds `poison`: then no space is left."""
 
     def __init__(self, poison: str) -> None:
@@ -46,7 +46,7 @@ class FullDisk(LocalFileSystem):
         return await super().open_write(path, size_bytes, direct=direct, executor=executor)
 
 
-class Deadly(LocalFileSystem):
+class Deadly(FileSystem):
     """Kills its process by SIGKILL at a step of the checkpoint whose staging name holds `tag`."""
 
     def __init__(self, tag: str, act: str) -> None:
@@ -116,9 +116,9 @@ class Job:
             channel="c",
         )
 
-    def engine(self, rank: int, poison: str, deadly: LocalFileSystem | None = None) -> AsyncCheckpointEngine:
+    def engine(self, rank: int, poison: str, deadly: FileSystem | None = None) -> AsyncCheckpointEngine:
         root = f"{self.root}/node{rank // self.node_size}" if self.node_size else self.root
-        filesystem = FullDisk(poison) if poison else (deadly or LocalFileSystem())
+        filesystem = FullDisk(poison) if poison else (deadly or FileSystem())
         return AsyncCheckpointEngine(
             root,
             staging_bytes=1 << 20,

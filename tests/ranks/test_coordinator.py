@@ -21,7 +21,7 @@ from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_env import default_run_id
 from async_ckpt.ranks.rank_requests import RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
 def engine_of(
@@ -295,9 +295,9 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="run_id"):
         RankCoordinator(dist.PrefixStore("p", dist.FileStore(str(tmp_path / "store"), 2)), 0, 2)
     coordinator = RankCoordinator(store, 0, 1, run_id="1")
-    coordinator.bind(LocalFileSystem(), str(tmp_path))
+    coordinator.bind(FileSystem(), str(tmp_path))
     with pytest.raises(ConfigError, match="has an engine already"):
-        coordinator.bind(LocalFileSystem(), str(tmp_path))
+        coordinator.bind(FileSystem(), str(tmp_path))
     coordinator.close()
 
 

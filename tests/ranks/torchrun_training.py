@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from async_ckpt import AsyncCheckpointEngine, CheckpointPacer, KeepLast, RankCoordinator
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 NUM_STEPS = 100_000
 
 
-class CountingDeletions(LocalFileSystem):
+class CountingDeletions(FileSystem):
     """Counts the checkpoints that this process takes away."""
 
     num_deleted = 0

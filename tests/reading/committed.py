@@ -12,7 +12,7 @@ from async_ckpt import Catalog
 from async_ckpt.format import manifest
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.names import MANIFEST_NAME
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 EXTENT_BYTES = 64 << 10
 
@@ -40,4 +40,4 @@ def commit(
 
 
 def catalog(root: Path, filesystem: Any = None) -> Catalog:
-    return Catalog(root, filesystem or LocalFileSystem())
+    return Catalog(root, filesystem or FileSystem())

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from async_ckpt.storage.filesystem import DirHandle, ReadableFile
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import DirHandle, FileSystem, ReadableFile
 
 
-class FaultyFileSystem(LocalFileSystem):
+class FaultyFileSystem(FileSystem):
     """Counts reads of files in checkpoints (not of manifests); `fail_at(k)` makes the k-th one from now raise EIO."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from async_ckpt.host.process import OwnerState
 from async_ckpt.reading import verify
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 from ..support.making import NEW, OLD, commit, entry, private_names, stage
@@ -76,7 +76,7 @@ def test_only_checkpoints_are_listed(tmp_path: Path) -> None:
     shutil.copytree(root / "good", root / ".hidden")
     shutil.copytree(root / "good", root / "bad name ")
     shutil.copytree(root / "good", root / "renamed")
-    staging = stage(LocalFileSystem(), root, "staged", OLD)
+    staging = stage(FileSystem(), root, "staged", OLD)
     catalog = Catalog(root)
     assert sorted(catalog.tags()) == ["bad name ", "good", "link", "renamed"]
     assert {item.tag: item.copied_from for item in catalog.entries()} == {
@@ -88,7 +88,7 @@ def test_only_checkpoints_are_listed(tmp_path: Path) -> None:
     assert [(item.kind, item.tag, item.owner_state) for item in catalog.staging()] == [
         ("staging", "staged", OwnerState.ALIVE)
     ]
-    transaction.abort(LocalFileSystem(), staging)
+    transaction.abort(FileSystem(), staging)
 
 
 def flip(path: Path, at: int, mask: int = 1) -> None:
@@ -202,7 +202,7 @@ def test_extents_of_every_size(fast_path: Path, extent_bytes: int, direct: bool)
     data = random.Random(0).randbytes(num_bytes)
     (fast_path / "f").write_bytes(data)
     item = entry("f", data, extent_bytes)
-    handle = LocalFileSystem().open_dir(str(fast_path))
+    handle = FileSystem().open_dir(str(fast_path))
     seen: list[tuple[int, int]] = []
     assert verify.verify_files(handle, [item], direct=direct, progress=lambda *done: seen.append(done)) == []
     assert seen[-1] == (num_bytes, num_bytes)
@@ -278,7 +278,7 @@ def test_a_checkpoint_that_changes_while_it_is_read(tmp_path: Path, change: str)
             if change == "replaced":
                 commit(tmp_path, "t", NEW, overwrite="replace")
             elif change == "deleted":
-                transaction.remove(LocalFileSystem(), str(tmp_path), "t")
+                transaction.remove(FileSystem(), str(tmp_path), "t")
             else:
                 (tmp_path / "t").rename(tmp_path / "moved")
                 (tmp_path / "moved" / "model.bin").unlink()
@@ -342,10 +342,10 @@ def test_unknown_levels_are_refused(tmp_path: Path) -> None:
 def test_read_back_compares_the_disk_with_the_entries(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 9000)
     good = entry("a", b"x" * 9000)
-    verify.read_back(LocalFileSystem(), str(tmp_path), [good])
+    verify.read_back(FileSystem(), str(tmp_path), [good])
     flip(tmp_path / "a", 8999)
     with pytest.raises(CommitError, match="nothing was committed") as caught:
-        verify.read_back(LocalFileSystem(), str(tmp_path), [good])
+        verify.read_back(FileSystem(), str(tmp_path), [good])
     assert caught.value.step == "read back"
 
 

@@ -24,7 +24,7 @@ from async_ckpt import (
     retention,
 )
 from async_ckpt.cli import main
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_retention_leaves_copies_alone_and_does_not_count_them(root: Path, way: 
     WAYS[way](root / "step-200", root / "best")
     if way == "renamed":
         shutil.copytree(root / "best", root / "step-200")
-    decisions = retention.apply(LocalFileSystem(), str(root), KeepLast(1))
+    decisions = retention.apply(FileSystem(), str(root), KeepLast(1))
     assert [(decision.tag, decision.keep) for decision in decisions] == [("step-100", False), ("step-200", True)]
     assert sorted(os.listdir(root)) == ["best", "step-200"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from async_ckpt.errors import CheckpointError, CommitError, WriteError
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 from ..support.making import NEW, OLD, commit, content, private_names
@@ -57,7 +57,7 @@ def check_and_go_on(root: Path, allowed: list[dict[str, bytes] | None], *, tag_m
     assert content(root, "older") == {"a": b"older"}
     found = content(root, "t")
     assert found in allowed or (tag_may_be_aside and found is None)
-    transaction.sweep(LocalFileSystem(), str(root))
+    transaction.sweep(FileSystem(), str(root))
     assert private_names(root) == []
     recovered = content(root, "t")
     assert recovered in allowed

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, WriteError
-from async_ckpt.storage.filesystem import WritableFile
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.write_file import WritableFile
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.mounts import mounted
 
 CHUNK_BYTES = 64 << 10
-FS = LocalFileSystem()
+FS = FileSystem()
 
 
 @pytest.fixture
@@ -37,9 +37,7 @@ def aligned(data: bytes) -> memoryview:
     return memory[: len(data)]
 
 
-async def write(
-    fs: LocalFileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool
-) -> WritableFile:
+async def write(fs: FileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool) -> WritableFile:
     file = await fs.open_write(str(path), len(data), direct=direct, executor=executor)
     try:
         offsets = list(range(0, len(data), CHUNK_BYTES))
@@ -336,19 +334,17 @@ def test_read_errors_are_raised_with_path_and_offset(tmp_path: Path) -> None:
 
 
 def test_locks_exclude_and_end_with_close(tmp_path: Path) -> None:
-    first = FS.lock_dir(str(tmp_path))
+    first = FS.lock(str(tmp_path))
     assert first is not None
-    assert FS.lock_dir(str(tmp_path)) is None
+    assert FS.lock(str(tmp_path)) is None
     first.close()
     first.close()
-    second = FS.lock_dir(str(tmp_path))
+    second = FS.lock(str(tmp_path))
     assert second is not None
     second.close()
 
 
-def test_errors_of_calls_without_a_python_name(tmp_path: Path) -> None:
+def test_errors_of_a_call_without_a_python_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         FS.rename_exchange(str(tmp_path / "a"), str(tmp_path / "b"))
     assert caught.value.filename == str(tmp_path / "a")
-    with pytest.raises(FileNotFoundError):
-        FS.fs_type(str(tmp_path / "a"))

@@ -14,7 +14,7 @@ import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, Catalog, UnsafePathError, retention
 from async_ckpt.format.names import Root
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
 @pytest.mark.wide
@@ -114,11 +114,11 @@ def test_retention_and_staging_stay_with_their_root(tmp_path: Path, go_elsewhere
     with AsyncCheckpointEngine("runs", staging_bytes=1 << 20) as engine:
         save(engine, "t", 1.0)
         save(engine, "u", 2.0)
-    deleted = [decision.tag for decision in retention.apply(LocalFileSystem(), "runs", Leaving(1)) if not decision.keep]
+    deleted = [decision.tag for decision in retention.apply(FileSystem(), "runs", Leaving(1)) if not decision.keep]
     assert deleted == ["t"]
     assert (os.listdir(tmp_path / "runs"), os.listdir(tmp_path / "other/runs")) == (["u"], ["t"])
     os.chdir(tmp_path)
-    staging = transaction.begin(LocalFileSystem(), "runs", "v")
+    staging = transaction.begin(FileSystem(), "runs", "v")
     go_elsewhere()
-    transaction.abort(LocalFileSystem(), staging)
+    transaction.abort(FileSystem(), staging)
     assert os.listdir(tmp_path / "runs") == ["u"]

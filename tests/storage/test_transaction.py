@@ -30,14 +30,14 @@ from async_ckpt.format.names import PrivateName, parse_private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 
 from ..support.making import NEW, OLD, commit, content, entry, private_names, publish, stage
 
-FS = LocalFileSystem()
+FS = FileSystem()
 OTHERS = dataclasses.replace(current_owner(), pid_namespace=1)
 
 
@@ -88,7 +88,7 @@ def test_an_abort_beside_a_replace_never_deletes_the_older_checkpoint(tmp_path: 
     commit(tmp_path, "t", OLD)
     looked, exchanged = threading.Event(), threading.Event()
 
-    class Racing(LocalFileSystem):
+    class Racing(FileSystem):
         """The abort has deleted a first file when the exchange comes, unless something keeps it from that."""
 
         def unlink(self, path: str) -> None:
@@ -116,7 +116,7 @@ def test_a_publish_that_was_given_up_does_not_rename(tmp_path: Path) -> None:
     commit(tmp_path, "t", OLD)
     started = threading.Event()
 
-    class Racing(LocalFileSystem):
+    class Racing(FileSystem):
         def create_file(self, path: str, data: bytes) -> None:
             super().create_file(path, data)
             aborting.start()
@@ -257,7 +257,7 @@ def test_a_colleague_of_the_group_reads_and_rotates() -> None:
         assert {path.stat().st_gid for path in root.rglob("*")} == {group}
 
 
-def rubbish(fs: LocalFileSystem, root: Path) -> list[tuple[str, str]]:
+def rubbish(fs: FileSystem, root: Path) -> list[tuple[str, str]]:
     return sorted((swept.tag, swept.action) for swept in transaction.sweep(fs, str(root), only_own=True))
 
 
@@ -313,7 +313,7 @@ def test_a_failed_root_sync_is_unknown_and_deletes_nothing(tmp_path: Path) -> No
 
 
 def test_a_rename_that_reports_failure_but_happened_is_unknown(tmp_path: Path) -> None:
-    class Nfs(LocalFileSystem):
+    class Nfs(FileSystem):
         def rename_noreplace(self, src: str, dst: str) -> None:
             super().rename_noreplace(src, dst)
             raise OSError(errno.EIO, "the answer got lost")
@@ -398,7 +398,7 @@ def test_root_is_made_durably_and_its_mode_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_root_that_cannot_be_looked_at_is_an_error_of_ours(tmp_path: Path) -> None:
-    class Blind(LocalFileSystem):
+    class Blind(FileSystem):
         def stat(self, path: str) -> Any:
             raise OSError(errno.EIO, "Input/output error", path)
 
@@ -481,7 +481,7 @@ def test_who_is_swept(fast_path: Path, owner: object, age_s: float, swept: bool)
 def test_a_locked_directory_is_never_swept(fast_path: Path) -> None:
     for owner in (DEAD, OTHERS):
         path = fake_left_over(fast_path, owner, age_s=1e6)
-        lock = FS.lock_dir(str(path))
+        lock = FS.lock(str(path))
         assert lock is not None
         assert [result.action for result in transaction.sweep(FS, str(fast_path))] == ["left"]
         lock.close()
@@ -525,8 +525,8 @@ def test_a_file_or_link_with_a_staging_name_is_left(fast_path: Path) -> None:
 KILLED_WRITER = """
 import os, sys
 from async_ckpt.storage import transaction
-from async_ckpt.storage.local_filesystem import LocalFileSystem
-staging = transaction.begin(LocalFileSystem(), sys.argv[1], "t", "refuse")
+from async_ckpt.storage.filesystem import FileSystem
+staging = transaction.begin(FileSystem(), sys.argv[1], "t", "refuse")
 if sys.argv[2] == "fork" and os.fork() == 0:
     sys.stdin.read()
     staging.unlock()

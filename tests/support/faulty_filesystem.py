@@ -1,6 +1,6 @@
 """A local file system that records every system call, and fails, shortens or "kills the process" at a chosen one.
 
-The faults sit in the table of system calls, below `LocalFileSystem`, so that its own loops and fallbacks are under
+The faults sit in the table of system calls, below `FileSystem`, so that its own loops and fallbacks are under
 test too. What works here works through the seam alone: pass the object as `filesystem=` to an engine, a catalog or
 the functions of `transaction`.
 
@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from async_ckpt.host.process import Owner, current_owner
-from async_ckpt.storage.filesystem import WritableFile
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT, Syscalls
-from async_ckpt.storage.write_file import LocalWritableFile
+from async_ckpt.storage.write_file import WritableFile
 
 COUNTED = frozenset(
     {
@@ -305,8 +304,8 @@ class FaultySyscalls(Syscalls):
             return super().lstat(path, dir_fd=dir_fd)
 
 
-class FaultyFileSystem(LocalFileSystem):
-    """`LocalFileSystem` over `FaultySyscalls`; the methods below set the faults."""
+class FaultyFileSystem(FileSystem):
+    """`FileSystem` over `FaultySyscalls`; the methods below set the faults."""
 
     def __init__(self, *, keep_data: bool = False) -> None:
         self.calls = FaultySyscalls(keep_data=keep_data)
@@ -356,7 +355,7 @@ class FaultyFileSystem(LocalFileSystem):
 
     async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
         file = await super().open_write(path, size_bytes, direct=direct, executor=executor)
-        assert isinstance(file, LocalWritableFile)
+        assert isinstance(file, WritableFile)
         file._file = _FaultyHandle(file._file, self.calls, file.path)
         return file
 

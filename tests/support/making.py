@@ -10,7 +10,6 @@ from async_ckpt.format.manifest import FileEntry
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
-from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 EXTENT_BYTES = 4096
 
@@ -52,7 +51,7 @@ def commit(
     created: int = 1,
 ) -> None:
     """The whole way; gives up what is staged when a step fails."""
-    fs = LocalFileSystem() if fs is None else fs
+    fs = FileSystem() if fs is None else fs
     staging = stage(fs, root, tag, files, overwrite)
     try:
         publish(fs, staging, files, created)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from async_ckpt.metrics import Span
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 
@@ -17,7 +17,7 @@ from .fakes import TIMEOUT_S, Gate, Source, seal
 @pytest.mark.parametrize("io_mode", ["auto", "direct", "buffered"])
 @pytest.mark.parametrize("size_bytes", [1, 4095, 4096, 4097, 8192, 20_000, 3 << 20, (3 << 20) + 5])
 def test_bytes_and_crcs_on_a_real_disk(make_pool, tmp_path, io_mode, size_bytes):
-    pool = make_pool(LocalFileSystem(), io_mode=io_mode)
+    pool = make_pool(FileSystem(), io_mode=io_mode)
     source = Source(size_bytes, 8192 if size_bytes < 1 << 20 else 1 << 20)
     path = tmp_path / "a" / "b" / "file"
     written = source.submit(pool.open_file(str(path), size_bytes=size_bytes, seal=seal, make_parents=True)).done.result(

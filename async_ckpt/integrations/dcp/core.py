@@ -15,7 +15,6 @@ from ...engine.pipeline import SavePipeline
 from ...errors import CheckpointError
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...storage.local_filesystem import LocalFileSystem
 from ...writer.chunks import WrittenFile
 from .blobs import BlobPlanner
 
@@ -27,7 +26,7 @@ class Core:
     """Snapshots planned files and writes them. `write` by one thread at a time; `close` once."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.filesystem: FileSystem = config.filesystem or LocalFileSystem()
+        self.filesystem: FileSystem = config.filesystem or FileSystem()
         self.planner = BlobPlanner()
         self._pipeline = SavePipeline(config, self.filesystem, name="async-ckpt-dcp", min_chunks=2)
         self._finalizer = weakref.finalize(self, _close, self._pipeline, os.getpid(), 60.0)

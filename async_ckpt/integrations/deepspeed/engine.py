@@ -19,7 +19,6 @@ from ...errors import CheckpointError, ConfigError, PathExistsError, Transaction
 from ...format.names import MANIFEST_NAME
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
-from ...storage.local_filesystem import LocalFileSystem
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import DeepSpeedDestination
@@ -75,7 +74,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
         self._config = _checked(config)
         self._ranks = Ranks.current(node_local=node_local)
-        self._filesystem: FileSystem = config.get("filesystem") or LocalFileSystem()
+        self._filesystem: FileSystem = config.get("filesystem") or FileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
         self._coordinator = DeepSpeedCoordinator(self._ranks, rank_timeout_s)

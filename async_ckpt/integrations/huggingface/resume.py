@@ -12,7 +12,6 @@ from ...format.manifest import Manifest
 from ...format.names import MANIFEST_NAME
 from ...reading.catalog import Catalog
 from ...storage.filesystem import FileSystem, ReadSide
-from ...storage.local_filesystem import LocalFileSystem
 from ..adopting import ADOPTED, adopt
 
 _NAME = re.compile("checkpoint-([0-9]+)")
@@ -31,7 +30,7 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
         CorruptCheckpointError: there are checkpoints with a manifest, and all are damaged.
     """
     root = os.path.abspath(os.fspath(output_dir))
-    fs: FileSystem = LocalFileSystem()
+    fs: FileSystem = FileSystem()
     foreign: list[str] = []
     damaged: CheckpointError | None = None
     for path in _newest_first(root):
@@ -73,7 +72,7 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
         ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes
             there.
     """
-    fs: FileSystem = LocalFileSystem()
+    fs: FileSystem = FileSystem()
     for path in _newest_first(run_dir):
         folder, name = os.path.split(path)
         if (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ...format.names import MANIFEST_NAME
-from ...storage.local_filesystem import LocalFileSystem
+from ...storage.filesystem import FileSystem
 from .capture import capture, require
 from .limit import BEST, SaveTotalLimit
 from .resume import JIT_MARKER, adopt_ahead, last_committed_checkpoint, verify_directory
@@ -185,7 +185,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             # Without any, stock code raises what its users know.
             return last_committed_checkpoint(self.args.output_dir) or True
         path = os.path.abspath(os.fspath(resume))
-        fs = LocalFileSystem()
+        fs = FileSystem()
         if fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing":
             verify_directory(path, fs)
         return resume

@@ -14,7 +14,6 @@ from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
 from ...errors import CheckpointError, ConfigError, report
 from ...storage.filesystem import FileSystem
-from ...storage.local_filesystem import LocalFileSystem
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
@@ -73,7 +72,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         self._on_commit = on_commit
         self._verify = verify
         self._sweeps = checked.sweep_on_start
-        self._filesystem: FileSystem = checked.filesystem or LocalFileSystem()
+        self._filesystem: FileSystem = checked.filesystem or FileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
         self._engine: AsyncCheckpointEngine | None = None
         self._coordinator: FileCoordinator | None = None

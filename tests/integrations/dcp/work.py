@@ -19,13 +19,13 @@ from async_ckpt import AsyncCheckpointEngine, Catalog
 from async_ckpt.errors import CheckpointError, CorruptCheckpointError, OutOfSpaceError
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
-from async_ckpt.storage.filesystem import WritableFile
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.write_file import WritableFile
 
 OPTIONS: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 8192, "num_writers": 2}
 
 
-class FullOnRank(LocalFileSystem):
+class FullOnRank(FileSystem):
     """No space for data files on one rank."""
 
     async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:

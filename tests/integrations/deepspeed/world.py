@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 # Without this DeepSpeed compiles its shared-memory reduction for a minute; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -148,7 +148,7 @@ def differences(a: Any, b: Any, where: str = "state") -> list[str]:
     return [] if a == b else [f"{where}: {a!r} and {b!r}"]
 
 
-class GatedFileSystem(LocalFileSystem):
+class GatedFileSystem(FileSystem):
     """Lets no checkpoint file be opened for writing before `gate` is set; then fails with `error`, if there is one."""
 
     def __init__(self, *, is_open: bool = False) -> None:
@@ -165,7 +165,7 @@ class GatedFileSystem(LocalFileSystem):
         return await super().open_write(path, size_bytes, direct=direct, executor=executor)
 
 
-class RecordingFileSystem(LocalFileSystem):
+class RecordingFileSystem(FileSystem):
     """Notes renames, new small files and directory syncs, in order."""
 
     def __init__(self) -> None:

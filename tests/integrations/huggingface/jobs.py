@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from async_ckpt.integrations.huggingface import attach
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 SMALL: dict[str, Any] = {"staging_bytes": 4 << 20, "chunk_bytes": 65536}
 
@@ -86,7 +86,7 @@ def losses(trained: Trainer) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in trained.state.log_history if "loss" in entry}
 
 
-class HoldingFileSystem(LocalFileSystem):
+class HoldingFileSystem(FileSystem):
     """Stops for ever before the manifest of one tag; `reached` tells that it has come so far."""
 
     def __init__(self, tag: str) -> None:

@@ -32,7 +32,7 @@ from async_ckpt.integrations.huggingface import (  # noqa: E402
 )
 from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
-from async_ckpt.storage.local_filesystem import LocalFileSystem  # noqa: E402
+from async_ckpt.storage.filesystem import FileSystem  # noqa: E402
 from tests.support.processes import free_port  # noqa: E402
 
 from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402
@@ -259,7 +259,7 @@ def test_the_limit_is_a_pure_decision() -> None:
 
 
 def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) -> None:
-    class Failing(LocalFileSystem):
+    class Failing(FileSystem):
         def create_file(self, path: str, data: bytes) -> None:
             if ".staging.checkpoint-4." in path:
                 raise OSError(errno.EIO, "broken disk")
@@ -273,7 +273,7 @@ def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) ->
 
 
 def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:
-    class Failing(LocalFileSystem):
+    class Failing(FileSystem):
         def create_file(self, path: str, data: bytes) -> None:
             if ".staging.checkpoint-8." in path:
                 raise OSError(errno.ENOSPC, "no space left")
@@ -289,7 +289,7 @@ def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:
 
 
 def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
-    class Failing(LocalFileSystem):
+    class Failing(FileSystem):
         def create_file(self, path: str, data: bytes) -> None:
             raise OSError(errno.EIO, "broken disk")
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 
 
 class Job(pl.LightningModule):
@@ -70,7 +70,7 @@ def trainer(
     )
 
 
-class GatedFileSystem(LocalFileSystem):
+class GatedFileSystem(FileSystem):
     """Holds every manifest back until `gate` is set, so that tests look at pending checkpoints; and fails on
     request.
     """

@@ -12,7 +12,6 @@ from async_ckpt.format.manifest import FileEntry
 from async_ckpt.integrations.lightning.places import DATA_NAME, CheckpointFile
 from async_ckpt.integrations.lightning.single_file import FileCoordinator
 from async_ckpt.storage.filesystem import FileSystem
-from async_ckpt.storage.local_filesystem import LocalFileSystem
 
 
 def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
@@ -34,4 +33,4 @@ def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
 
 def commit_file(path: Path, step: int) -> None:
     """A checkpoint at `path`."""
-    commit(LocalFileSystem(), CheckpointFile(str(path)), step)
+    commit(FileSystem(), CheckpointFile(str(path)), step)

@@ -14,7 +14,7 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.integrations.lightning.loading import load_file
 from async_ckpt.integrations.lightning.places import CheckpointFile
 from async_ckpt.integrations.lightning.single_file import remove
-from async_ckpt.storage.local_filesystem import LocalFileSystem
+from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
 from .single_files import commit
@@ -27,7 +27,7 @@ def step_at(place: CheckpointFile) -> Any:
     if not os.path.exists(place.final):
         return None
     stock = torch.load(place.final)
-    ours = load_file(LocalFileSystem(), place, map_location="cpu", weights_only=True, verify="full")
+    ours = load_file(FileSystem(), place, map_location="cpu", weights_only=True, verify="full")
     assert stock["step"] == ours["step"] and bool((stock["w"] == stock["step"]).all())
     return ours["step"]
 
@@ -35,7 +35,7 @@ def step_at(place: CheckpointFile) -> Any:
 def num_calls(tmp_path: Path, old: int | None, work: Any) -> int:
     place = CheckpointFile(str(tmp_path / "count" / "a.ckpt"))
     if old is not None:
-        commit(LocalFileSystem(), place, old)
+        commit(FileSystem(), place, old)
     fs = FaultyFileSystem()
     work(fs, place)
     return fs.num_counted
@@ -49,7 +49,7 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
     for k in range(num_calls(tmp_path, old, lambda fs, place: commit(fs, place, 2))):
         place = CheckpointFile(str(tmp_path / f"{k}" / "a.ckpt"))
         if old is not None:
-            commit(LocalFileSystem(), place, old)
+            commit(FileSystem(), place, old)
         fs = FaultyFileSystem()
         fs.fail_at(k, errno.EIO) if how == "error" else fs.kill_at(k, how)
         try:
@@ -61,14 +61,14 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
         found = step_at(place)
         assert found == 2 if is_acknowledged else found in (old, 2), f"call {k}"
         # The next run finishes or sweeps, and works.
-        commit(LocalFileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
+        commit(FileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
         settled = step_at(place)
         assert settled == 2 or (settled == old and found == old), f"call {k}"
         assert sorted(p.name for p in Path(place.root).iterdir()) == [
             n for n in ("a.ckpt", "b.ckpt") if n[0] == "b" or settled
         ], f"call {k}"
         seen.add((found, settled))
-        commit(LocalFileSystem(), place, 4)
+        commit(FileSystem(), place, 4)
         assert step_at(place) == 4
     assert {(old, old), (2, 2), (old, 2)} <= seen, "the sweep met a crash before, between and after the renames"
 
@@ -77,13 +77,13 @@ def test_a_commit_cut_anywhere(tmp_path: Path, old: int | None, how: Any) -> Non
 def test_a_removal_cut_anywhere(tmp_path: Path) -> None:
     for k in range(num_calls(tmp_path, 1, remove)):
         place = CheckpointFile(str(tmp_path / f"{k}" / "a.ckpt"))
-        commit(LocalFileSystem(), place, 1)
+        commit(FileSystem(), place, 1)
         fs = FaultyFileSystem()
         fs.kill_at(k)
         with pytest.raises(Killed):
             remove(fs, place)
         fs.dispose()
         assert step_at(place) in (None, 1)
-        commit(LocalFileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
+        commit(FileSystem(), CheckpointFile(str(tmp_path / f"{k}" / "b.ckpt")), 3)
         left = [p.name for p in Path(place.root).iterdir()]
         assert sorted(left) == (["a.ckpt", "b.ckpt"] if os.path.exists(place.final) else ["b.ckpt"])
