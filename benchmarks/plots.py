@@ -1,4 +1,4 @@
-"""The PNG plots: stall against durable, step times of real training runs, durable throughput against the limits.
+"""The two PNG plots: durable throughput against the limits, step times of real training runs; 1 GiB of `adamw`.
 
 Nothing here measures; everything comes from the rows of `results`.
 """
@@ -32,30 +32,6 @@ def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
     return path
-
-
-def stall_against_durable(key: Group, rows: dict[str, Row], folder: Path) -> Path | None:
-    """Both axes logarithmic; down and left is better."""
-    points = []
-    for row in rows.values():
-        stall, durable = row.samples("stall_s"), row.samples("durable_s")
-        if stall and durable:
-            points.append((row.contender, stall.median * 1e3, durable.median))
-    if not points:
-        return None
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    for name, stall_ms, durable_s in points:
-        axes.scatter(stall_ms, durable_s, color=color_of(name), zorder=3)
-        axes.annotate(name, (stall_ms, durable_s), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="stall of the training thread, ms (median)",
-        ylabel="until durable, s (median)",
-    )
-    axes.set_title(f"{key.workload}, {key.size_mib} MiB: stall against time until durable")
-    axes.grid(True, which="both", alpha=0.25)
-    return _save(figure, folder / f"stall_against_durable-{key.slug()}.png")
 
 
 def durable_throughput(key: Group, rows: dict[str, Row], folder: Path) -> Path | None:
@@ -113,12 +89,12 @@ def step_times(key: Group, rows: dict[str, Row], folder: Path) -> Path | None:
     return _save(figure, folder / f"step_times-{key.slug()}.png")
 
 
-def draw(groups: dict[Group, dict[str, Row]], folder: Path) -> list[Path]:
-    """Every plot that the results have numbers for."""
+def draw(groups: dict[Group, dict[str, Row]], folder: Path, workload: str = "adamw") -> list[Path]:
+    """A workload's save and training run; of several sizes the one nearest to 1 GiB."""
     made: list[Path | None] = []
-    for key, rows in groups.items():
-        if key.scenario == "save":
-            made += [stall_against_durable(key, rows, folder), durable_throughput(key, rows, folder)]
-        elif key.scenario == "training":
-            made.append(step_times(key, rows, folder))
+    for scenario, plot in (("save", durable_throughput), ("training", step_times)):
+        keys = [key for key in groups if key.scenario == scenario and key.workload == workload]
+        if keys:
+            key = min(keys, key=lambda key: abs(key.size_mib - 1024))
+            made.append(plot(key, groups[key], folder))
     return [path for path in made if path is not None]

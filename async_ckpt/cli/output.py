@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import escaped
@@ -22,26 +21,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
 
 
-_recording: Console | None = None
-
-
-@contextlib.contextmanager
-def recording(screen: Console) -> Iterator[None]:
-    """Print tables and trees on `screen` within the block, as on a terminal; for pictures. One at a time."""
-    global _recording
-    _recording = screen
-    try:
-        yield
-    finally:
-        _recording = None
-
-
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that nothing is cut for a program that reads it."""
     from rich.console import Console
 
-    if _recording is not None:
-        return _recording
     screen = Console(highlight=False)
     return screen if screen.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
 
@@ -58,7 +41,7 @@ def print_table(
     """
     numbers = frozenset(right)
     cells = [[escaped(cell) for cell in row] for row in rows]
-    if _recording is None and not sys.stdout.isatty():
+    if not sys.stdout.isatty():
         _print_plain(columns, cells, numbers)
         return
     from rich.table import Table
