@@ -9,6 +9,7 @@ Guarantees:
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -36,6 +37,12 @@ class Draft:
         self.pattern = StoragePattern(self.live)
         self.compact_views = compact_views
         self.extents = plan_extents(self.live, self.pattern, compact_views=compact_views)
+
+    def alone(self) -> frozenset[int]:
+        """The tensors, by identity, that share their storage with no other."""
+        num_views = Counter(self.pattern.storage_of)
+        views = zip(self.tensors, self.pattern.storage_of, strict=True)
+        return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
     def key_order(self, recorded: Recorded) -> list[int]:
         """The written storages in the order of their keys. Raises NotPlainError where torch has met others."""
@@ -72,7 +79,7 @@ class CachedPlan:
         """Raises NotPlainError where it is not certain which bytes of the pickle are whose."""
         structure, extents = draft.structure, draft.extents
         order = draft.key_order(recorded)
-        leaves = structure.finish(_constants(recorded))
+        leaves = structure.finish(_constants(recorded), draft.alone())
         sites = find_sites(structure, leaves, recorded.pickled)
         if draft.compact_views:
             _check_geometry(structure, sites, extents)

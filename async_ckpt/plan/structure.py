@@ -9,7 +9,7 @@ and strings the pattern of which positions hold the same object belongs to the s
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -131,24 +131,21 @@ class Structure:
         floats: list[int] = []
         strings: list[int] = []
         runs: dict[int, int] = {}
-        remembered: list[int] = []
         for position, kind in enumerate(self.types):
             if kind is float:
                 floats.append(position)
             elif kind in _EXACT_TYPES:
                 exact.append(position)
-            else:
-                remembered.append(position)
-                if kind is str:
-                    strings.append(position)
-                elif kind in TENSOR_TYPES:
-                    tensors.setdefault(id(leaves[position]), position)
-                elif id(leaves[position]) in flat.runs:
-                    runs.setdefault(id(leaves[position]), position)
-                elif kind is bytes and len(leaves[position]) > 1:
-                    blobs.setdefault(id(leaves[position]), position)
-                elif id(leaves[position]) in self.global_opcodes:
-                    globals_.setdefault(id(leaves[position]), position)
+            elif kind is str:
+                strings.append(position)
+            elif kind in TENSOR_TYPES:
+                tensors.setdefault(id(leaves[position]), position)
+            elif id(leaves[position]) in flat.runs:
+                runs.setdefault(id(leaves[position]), position)
+            elif kind is bytes and len(leaves[position]) > 1:
+                blobs.setdefault(id(leaves[position]), position)
+            elif id(leaves[position]) in self.global_opcodes:
+                globals_.setdefault(id(leaves[position]), position)
         # The content of bytes may change like a number's; which of them are the same object may not.
         self.exact_positions = exact + list(blobs.values())
         if len(leaves) > max(_MAX_LOOSE_LEAVES, _MAX_LEAVES_PER_TENSOR * len(tensors)):
@@ -162,7 +159,7 @@ class Structure:
         self._pick_runs = picker(self.run_positions)
         self.pick_tensors = picker(self.tensor_positions)
         self._pick_strings = picker(strings)
-        self._pick_remembered = picker(remembered)
+        self._pick_remembered = picker(())
         self._pick_blobs = picker(list(blobs.values()))
         self._pick_globals = picker(list(globals_.values()))
         self._strings = self._pick_strings(leaves)
@@ -182,13 +179,27 @@ class Structure:
         ids.extend(map(id, self._constants))
         return ids
 
-    def finish(self, constants: tuple[str, ...]) -> list[Any]:
+    def finish(self, constants: tuple[str, ...], alone: frozenset[int]) -> list[Any]:
         """Note the sharing pattern; returns the flat list of the first state and from now on keeps none of its objects.
 
-        `constants`: strings that torch itself pickles. A user's equal string may or may not be the same object.
+        Args:
+            constants: strings that torch itself pickles. A user's equal string may or may not be the same object.
+            alone: tensors, by identity, that share their storage with no other: so must those in their places, and
+                are then other objects than the rest.
         """
         leaves, self.first_leaves = self.first_leaves, []
         self._constants = (*constants, LATIN1, *SINGLE_CHARACTER_KEYS)
+        # Strings of different values are different objects too, so most of a state's need not be looked at.
+        texts = {id(text): text for text in (*self._constants, *self._strings)}
+        num_equal = Counter(texts.values())
+        remembered = [position for position, kind in enumerate(self.types) if kind not in _SCALAR_TYPES]
+        times_met = Counter(id(leaves[position]) for position in remembered)
+
+        def may_be_another(leaf: Any) -> bool:
+            is_alone = num_equal[leaf] == 1 if type(leaf) is str else id(leaf) in alone
+            return times_met[id(leaf)] > 1 or not is_alone
+
+        self._pick_remembered = picker([position for position in remembered if may_be_another(leaves[position])])
         self._sharing = SharingPattern(self._remembered_ids(leaves))
         return leaves
 

@@ -144,6 +144,31 @@ def test_a_changed_structure_is_planned_anew(change):
     assert render(again) == torch_bytes(state)
 
 
+ONE, WORD = torch.ones(3), "".join(["wo", "rd"])
+IDENTITIES = {
+    "two_storages_become_one_tensor": ([torch.ones(3), torch.zeros(3)], [ONE, ONE]),
+    "one_tensor_becomes_two_storages": ([ONE, ONE], [torch.ones(3), torch.zeros(3)]),
+    "two_views_become_one_tensor": ([ONE, ONE[:]], [ONE, ONE]),
+    "one_tensor_becomes_two_views": ([ONE, ONE], [ONE, ONE[:]]),
+    "two_texts_become_one": ([WORD, "".join(["wor", "d"])], [WORD, WORD]),
+    "one_text_becomes_two": ([WORD, WORD], [WORD, "".join(["wor", "d"])]),
+    "torchs_own_text_becomes_another": (["cpu", ONE], ["".join(["c", "pu"]), ONE]),
+    "a_key_becomes_torchs_own_text": ({"".join(["c", "pu"]): ONE}, {"cpu": ONE}),
+    "two_lists_become_one": ([[1], [1]], [(one := [1]), one]),
+    "strides_where_a_size_is_one": ([torch.ones(1, 3)], [torch.ones(9).as_strided((1, 3), (7, 1))]),
+    "strides_without_elements": ([torch.ones(0, 3)], [torch.ones(9).as_strided((0, 3), (7, 1))]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_equal_values_that_are_other_objects_are_written_as_torch_writes_them(name):
+    before, after = IDENTITIES[name]
+    planner = Planner()
+    planner.plan(before, name="a")
+    assert render(planner.plan(after, name="a")) == torch_bytes(after)
+
+
 def test_fresh_state_dicts_of_a_module_hit():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     planner = Planner()
