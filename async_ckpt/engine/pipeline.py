@@ -121,7 +121,7 @@ class SavePipeline:
         # An integration may have planned the file itself.
         is_planned = isinstance(state_dict, PlannedState)
         state: PlannedState = state_dict if is_planned else self.planner.plan(state_dict, name=path, format=format)
-        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=state.num_tensors)
+        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
@@ -145,7 +145,7 @@ class SavePipeline:
     def _snapshot(
         self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn
     ) -> FileCopy:
-        guarded = self.guard.owned(state.sources.identities())
+        guarded = self.guard.owned(state.storage_ids)
         if guarded is NOTHING:
             # Nothing here is changed by a guarded step: those of other threads may go on.
             turn.end()

@@ -18,7 +18,7 @@ import torch
 
 from ..format.zip import Container, with_pickle
 from .compaction import Extents, dense_copy, plan_extents
-from .plan import FilePlan, PlannedState, Sources, container_plan, version_counters
+from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import Sites, find_sites, written
 from .structure import NotPlainError, Structure, picker
 from .tensor_columns import LiveStorages, StoragePattern, TensorFacts, look_at
@@ -98,8 +98,7 @@ class CachedPlan:
         ]
         self._pick_sources = picker([draft.pattern.distinct[storage] for storage in filled])
         self._pick_addresses = picker(filled)
-        self._source_offsets = [extents.starts[storage] for storage in filled]
-        self._source_nbytes = [extents.nbytes[storage] for storage in filled]
+        self._source_starts = [extents.starts[storage] for storage in filled]
         pieces = self._cut(recorded.pickled, sites)
         exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
         container = recorded.container
@@ -186,11 +185,15 @@ class CachedPlan:
             ids[position], addresses[position] = storages[position]._cdata, storages[position].data_ptr()
         return PlannedState(
             plan=plan,
-            sources=Sources(storages, self._source_offsets, self._source_nbytes, ids, self._devices, addresses),
-            tensors=list(tensors),
+            storages=storages,
+            starts=self._source_starts,
+            storage_ids=ids,
+            devices=self._devices,
+            tensors=tensors,
             versions=versions,
+            tensor_paths=paths,
             cached=cached,
-            _paths=paths,
+            addresses=addresses,
         )
 
 

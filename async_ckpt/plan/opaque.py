@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .plan import FilePlan, PlannedState, Sources, hash_layout
+from .plan import FilePlan, PlannedState, hash_layout, planned_state
 
 
 def opaque_state(data: bytes) -> PlannedState:
@@ -16,4 +16,4 @@ def opaque_state(data: bytes) -> PlannedState:
         planner="opaque",
         plan_hash=hash_layout("opaque", len(data), (), ()),
     )
-    return PlannedState(plan=plan, sources=Sources([], [], []), tensors=[], cached=False, _paths=list)
+    return planned_state(plan, [], [], [], [], list)

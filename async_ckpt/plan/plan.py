@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
@@ -49,74 +49,50 @@ class FilePlan:
         return Sealer(self.file_bytes, self.payload_offsets, self.payload_nbytes, self.seal_map, self.literals[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """`nbytes` bytes of `storage`, from byte `offset_bytes`: one payload."""
-
-    storage: torch.UntypedStorage
-    offset_bytes: int
-    nbytes: int
-
-
 @dataclass(slots=True)
-class Sources:
-    """One source per payload, in file order, as parallel lists (a loop over 10,000 small objects costs more than the
+class PlannedState:
+    """A plan and the live storages to fill it from. Drop it when the copy is done: it keeps the tensors alive.
+
+    One storage per payload, in file order, as parallel lists (a loop over 10,000 small objects costs more than the
     copies).
     """
 
-    storage: list[torch.UntypedStorage]
-    offset_bytes: list[int]
-    nbytes: list[int]
-    ids: list[int] = field(default_factory=list)
-    """What tells the storages apart (`_cdata`); read from them where the planner has not."""
-    devices: frozenset[torch.device] | None = None
-    """At least those of the storages; None where the planner has not looked."""
-    addresses: list[int] = field(default_factory=list)
+    plan: FilePlan
+    storages: Sequence[torch.UntypedStorage]
+    starts: Sequence[int]
+    """The first byte of each payload in its storage."""
+    storage_ids: Sequence[int]
+    """What tells the storages apart (`_cdata`)."""
+    devices: frozenset[torch.device]
+    """At least those of the storages."""
+    tensors: Sequence[torch.Tensor]
+    """Every tensor object met, each once; their version counters tell whether a snapshot is torn."""
+    versions: list[int | None] = field(repr=False)
+    """The counters when the planner met the tensors, before anything of them was copied."""
+    tensor_paths: Callable[[], list[str]] = field(repr=False)
+    """Gives the key path of each of `tensors`, such as "['model']['layer.0.weight']"."""
+    cached: bool = False
+    """True where an earlier plan was reused."""
+    addresses: list[int] = field(repr=False, default_factory=list)
     """Where the bytes of each storage lay while it was planned, at full length; empty where the planner has not
     looked.
     """
 
-    def identities(self) -> list[int]:
-        return self.ids or [storage._cdata for storage in self.storage]
 
-    def all_devices(self) -> frozenset[torch.device]:
-        return frozenset(storage.device for storage in self.storage) if self.devices is None else self.devices
-
-    def __len__(self) -> int:
-        return len(self.storage)
-
-    def __getitem__(self, index: int) -> Source:
-        return Source(self.storage[index], self.offset_bytes[index], self.nbytes[index])
-
-    def __iter__(self) -> Iterator[Source]:
-        return map(Source, self.storage, self.offset_bytes, self.nbytes)
-
-
-@dataclass(slots=True)
-class PlannedState:
-    """A plan and the live storages to fill it from. Drop it when the copy is done: it keeps the tensors alive."""
-
-    plan: FilePlan
-    sources: Sources
-    tensors: list[torch.Tensor]
-    """Every tensor object met, each once; their version counters tell whether a snapshot is torn."""
-    cached: bool
-    """True where an earlier plan was reused."""
-    _paths: Callable[[], list[str]] = field(repr=False)
-    versions: list[int | None] = field(default_factory=list, repr=False)
-    """The counters when the planner met the tensors; read now where it did not."""
-
-    def __post_init__(self) -> None:
-        if not self.versions:
-            self.versions = version_counters(self.tensors)
-
-    @property
-    def num_tensors(self) -> int:
-        return len(self.tensors)
-
-    def tensor_paths(self) -> list[str]:
-        """Key path of each of `tensors`, such as "['model']['layer.0.weight']"; worked out when asked for."""
-        return self._paths()
+def planned_state(
+    plan: FilePlan,
+    storages: Sequence[torch.UntypedStorage],
+    starts: Sequence[int],
+    tensors: Sequence[torch.Tensor],
+    versions: list[int | None],
+    tensor_paths: Callable[[], list[str]],
+    *,
+    cached: bool = False,
+) -> PlannedState:
+    """As `PlannedState`, for planners that have not looked at the storages."""
+    ids = [storage._cdata for storage in storages]
+    devices = frozenset(storage.device for storage in storages)
+    return PlannedState(plan, storages, starts, ids, devices, tensors, versions, tensor_paths, cached)
 
 
 def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:

@@ -15,7 +15,7 @@ from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
 from .first_look import LARGE_BYTES, tell_of_buffers, tell_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
-from .plan import FileFormat, PlannedState, Sources, container_plan
+from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
 from .torch_layout import Recorded, RecordingError, record
@@ -67,7 +67,7 @@ class Planner:
         else:
             with collector_paused():
                 planned = self._plan_from_cache(obj, name) or self._plan_anew(obj, name)
-        accelerators(planned.sources.all_devices())
+        accelerators(planned.devices)
         return planned
 
     def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
@@ -131,14 +131,9 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     if nbytes != recorded.container.payload_nbytes:
         raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
     refuse_unreadable(obj, storages)
-    return PlannedState(
-        plan=container_plan(recorded.container, "torch"),
-        sources=Sources(storages, [0] * len(storages), nbytes),
-        tensors=recorded.tensors,
-        versions=recorded.versions,
-        cached=False,
-        _paths=lambda: tensor_paths(obj, recorded.tensors),
-    )
+    plan = container_plan(recorded.container, "torch")
+    tensors, versions = recorded.tensors, recorded.versions
+    return planned_state(plan, storages, [0] * len(storages), tensors, versions, lambda: tensor_paths(obj, tensors))
 
 
 Entry = TypeVar("Entry")

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import ConfigError, UnsupportedStateError
 from .compaction import dense_copy, num_elements
-from .plan import FilePlan, PlannedState, Sources, hash_layout, version_counters
+from .plan import FilePlan, PlannedState, hash_layout, planned_state, version_counters
 from .structure import TENSOR_TYPES, NotPlainError
 from .tensor_columns import LiveTensors, look_at
 
@@ -72,23 +72,18 @@ class SafetensorsPlan:
         self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
     ) -> PlannedState:
         """Attach live storages; copies what is not contiguous, after `versions` were read."""
-        sources = Sources([], [], self.nbytes)
+        storages, starts = [], []
         for index in self.filled:
             tensor = live.tensors[index]
             if tensor.is_contiguous():
-                sources.storage.append(live.storages[index])
-                sources.offset_bytes.append(live.offsets[index] * live.dtypes[index].itemsize)
+                storages.append(live.storages[index])
+                starts.append(live.offsets[index] * live.dtypes[index].itemsize)
             else:
-                sources.storage.append(dense_copy(tensor))
-                sources.offset_bytes.append(0)
+                storages.append(dense_copy(tensor))
+                starts.append(0)
         names = self.names
-        return PlannedState(
-            plan=self.plan,
-            sources=sources,
-            tensors=tensors,
-            versions=versions,
-            cached=cached,
-            _paths=lambda: [f"[{n!r}]" for n in names],
+        return planned_state(
+            self.plan, storages, starts, tensors, versions, lambda: [f"[{n!r}]" for n in names], cached=cached
         )
 
 

@@ -26,11 +26,11 @@ class Payloads:
     """
 
     def __init__(self, state: PlannedState) -> None:
-        self.devices = accelerators(state.sources.all_devices())
-        self._storages = state.sources.storage
-        self._starts = state.sources.offset_bytes
+        self.devices = accelerators(state.devices)
+        self._storages = state.storages
+        self._starts = state.starts
         self._nbytes = state.plan.payload_nbytes
-        planned = state.sources.addresses
+        planned = state.addresses
         if planned and not self.devices:
             self.addresses = list(map(add, planned, self._starts)) if any(self._starts) else planned
         else:

@@ -114,7 +114,7 @@ class Snapshotter:
         if guarded is NOTHING:
             file.copy_now(chunks, self._team)
             return file
-        is_lazy = None if guarded.covers else list(map(guarded.ids.__contains__, state.sources.identities()))
+        is_lazy = None if guarded.covers else list(map(guarded.ids.__contains__, state.storage_ids))
         file.copy_unguarded(chunks, self._team, is_lazy, guarded.ids)
         done = self._pool.submit_copy(lambda: self._copy_behind(file, chunks))
         done.add_done_callback(lambda done: _give_up_unstarted(file, chunks, sink, done))

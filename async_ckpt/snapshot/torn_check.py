@@ -28,7 +28,7 @@ class TornCheck:
         self._owners = owners
         self._owner_versions = version_counters(owners)
         self._paths = state.tensor_paths
-        self._sources = state.sources
+        self._storage_ids, self._starts = state.storage_ids, state.starts
         self._probes = probes
         self._lock = Lock()
 
@@ -92,7 +92,7 @@ class TornCheck:
         """The tensors over bytes that probes have found changed."""
         if not self._probes.changed:
             return []
-        ids, starts = self._sources.identities(), self._sources.offset_bytes
+        ids, starts = self._storage_ids, self._starts
         places: dict[int, list[int]] = {}
         for payload, offset in self._probes.changed:
             places.setdefault(ids[payload], []).append(starts[payload] + offset)

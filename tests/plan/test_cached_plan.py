@@ -201,7 +201,7 @@ def test_the_cache_is_bounded_and_remembers_by_structure():
 
 def test_tensor_paths_and_counts():
     planned = Planner().plan(base_state())
-    assert planned.num_tensors == 3
+    assert len(planned.tensors) == 3
     assert planned.tensor_paths() == ["['model']['layer.weight']", "['model']['layer.bias']", "['model']['view']"]
     recorded = Planner().plan({"o": bytearray(1), "m": [torch.ones(1)]})
     assert recorded.plan.planner == "torch"

@@ -234,8 +234,8 @@ def test_four_gib_for_real(tmp_path):
     state["huge"][12345::1_000_003] = 7
     planned = Planner().plan(state)
     pieces = [(offset, memoryview(data)) for offset, data in planned.plan.literals]
-    for offset, source in zip(planned.plan.payload_offsets, planned.sources, strict=True):
-        pieces.append((offset, memoryview(torch.tensor([], dtype=torch.uint8).set_(source.storage).numpy())))
+    for offset, storage in zip(planned.plan.payload_offsets, planned.storages, strict=True):
+        pieces.append((offset, memoryview(torch.tensor([], dtype=torch.uint8).set_(storage).numpy())))
     sealer = planned.plan.sealer()
     path = tmp_path / "reference"
     with open(path, "wb") as file:

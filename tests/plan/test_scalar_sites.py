@@ -176,7 +176,7 @@ def test_a_scalar_that_is_not_where_it_should_be_is_not_placed() -> None:
     state = {"a": 1, "b": [2.5, 3]}
     pickled = record(state).pickled
     structure = Structure(state)
-    leaves = structure.finish(())
+    leaves = structure.finish((), frozenset())
     sites = find_sites(structure, leaves, pickled)
     assert [pickled[start:end] for start, end in (*sites.exact, *sites.floats)] == [
         b"K\x01",

@@ -16,11 +16,12 @@ def storage_bytes(storage, offset_bytes: int, nbytes: int) -> bytes:
 def unsealed(planned: PlannedState) -> bytearray:
     """Literals and payloads in place, payload CRCs still zero. Fails where they do not tile the file."""
     plan = planned.plan
-    assert len(planned.sources) == len(plan.payload_offsets) == len(plan.payload_nbytes)
+    assert len(planned.storages) == len(planned.starts) == len(plan.payload_offsets) == len(plan.payload_nbytes)
     pieces = [(offset, data) for offset, data in plan.literals if data]
-    for offset, nbytes, source in zip(plan.payload_offsets, plan.payload_nbytes, planned.sources, strict=True):
-        assert source.nbytes == nbytes > 0
-        pieces.append((offset, storage_bytes(source.storage, source.offset_bytes, nbytes)))
+    payloads = zip(plan.payload_offsets, plan.payload_nbytes, planned.storages, planned.starts, strict=True)
+    for offset, nbytes, storage, start in payloads:
+        assert nbytes > 0
+        pieces.append((offset, storage_bytes(storage, start, nbytes)))
     image = bytearray()
     for offset, data in sorted(pieces, key=lambda piece: piece[0]):
         assert offset == len(image)

@@ -19,7 +19,7 @@ import torch
 
 from ...format.checksum import crc32_combine
 from ...format.sealer import Sealer
-from ...plan.plan import FilePlan, PlannedState, Sources, hash_layout
+from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state
 from ...plan.planner import Planner
 
 _MAX_TEMPLATES = 4096
@@ -126,7 +126,8 @@ def join_blobs(
     literals: list[tuple[int, bytes]] = []
     offsets: list[int] = []
     sizes: list[int] = []
-    sources = Sources([], [], [])
+    storages: list[torch.UntypedStorage] = []
+    starts: list[int] = []
     position = 0
     for _, plan, source in blobs:
         extents.append(Extent(position, plan.file_bytes))
@@ -138,12 +139,11 @@ def join_blobs(
             (offset,), (nbytes,) = plan.payload_offsets, plan.payload_nbytes
             offsets.append(position + offset)
             sizes.append(nbytes)
-            sources.storage.append(source.untyped_storage())
-            sources.offset_bytes.append(int(source.storage_offset()) * source.element_size())
-            sources.nbytes.append(nbytes)
+            storages.append(source.untyped_storage())
+            starts.append(int(source.storage_offset()) * source.element_size())
         position += plan.file_bytes
     plan_hash = hash_layout("opaque", position, offsets, sizes)
     joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, None, tuple(parts))
     names = [name for name, _, _ in met]
     tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
-    return PlannedState(joined, sources, tensors, False, lambda: names, versions), extents
+    return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents

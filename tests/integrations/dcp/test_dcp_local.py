@@ -70,10 +70,10 @@ def image(state: Any, extent_bytes: int) -> bytes:
     data = bytearray(state.plan.file_bytes)
     for offset, literal in state.plan.literals:
         data[offset : offset + len(literal)] = literal
-    for offset, source in zip(state.plan.payload_offsets, state.sources, strict=True):
-        data[offset : offset + source.nbytes] = ctypes.string_at(
-            source.storage.data_ptr() + source.offset_bytes, source.nbytes
-        )
+    plan = state.plan
+    payloads = zip(plan.payload_offsets, plan.payload_nbytes, state.storages, state.starts, strict=True)
+    for offset, nbytes, storage, start in payloads:
+        data[offset : offset + nbytes] = ctypes.string_at(storage.data_ptr() + start, nbytes)
     sealer = state.plan.sealer()
     for offset in range(0, len(data), extent_bytes):
         extent = memoryview(data)[offset : offset + extent_bytes]
@@ -104,7 +104,7 @@ def test_a_part_of_a_large_storage_is_written_alone(tmp_path: Path) -> None:
     large = torch.randn(1 << 18)
     state, _ = join_blobs([("x", *BlobPlanner().tensor(large[100:200]))])
     assert state.plan.file_bytes < 3000
-    assert state.sources.nbytes == [400]
+    assert state.plan.payload_nbytes == [400]
 
 
 def make_writer(**options: Any) -> DcpWriter:
