@@ -21,7 +21,7 @@ from .compaction import Extents, dense_copy, plan_extents
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import Sites, find_sites, written
 from .structure import NotPlainError, Structure, picker
-from .tensor_columns import LiveStorages, StoragePattern, TensorFacts, look_at
+from .tensor_columns import LiveStorages, TensorFacts, look_at
 from .torch_layout import Recorded
 
 
@@ -34,14 +34,14 @@ class Draft:
         self.tensors = self.structure.pick_tensors(self.structure.first_leaves)
         self.versions = version_counters(self.tensors)
         self.live = look_at(self.tensors)
-        self.pattern = StoragePattern(self.live)
+        self.facts = TensorFacts(self.live)
         self.compact_views = compact_views
-        self.extents = plan_extents(self.live, self.pattern, compact_views=compact_views)
+        self.extents = plan_extents(self.live, self.facts, compact_views=compact_views)
 
     def alone(self) -> frozenset[int]:
         """The tensors, by identity, that share their storage with no other."""
-        num_views = Counter(self.pattern.storage_of)
-        views = zip(self.tensors, self.pattern.storage_of, strict=True)
+        num_views = Counter(self.facts.storage_of)
+        views = zip(self.tensors, self.facts.storage_of, strict=True)
         return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
     def key_order(self, recorded: Recorded) -> list[int]:
@@ -49,11 +49,11 @@ class Draft:
         index_of = {id(tensor): index for index, tensor in enumerate(self.tensors)}
         # A parameter is followed by the tensor in it.
         met = [index_of[id(tensor)] for tensor in recorded.tensors if id(tensor) in index_of]
-        order = list(dict.fromkeys(self.pattern.storage_of[index] for index in met))
+        order = list(dict.fromkeys(self.facts.storage_of[index] for index in met))
         nbytes = [self.extents.nbytes[storage] for storage in order]
         is_so = nbytes == [storage.nbytes() for storage in recorded.storages]
         if is_so and not self.compact_views:
-            ids = [self.live.storage_ids[self.pattern.distinct[storage]] for storage in order]
+            ids = [self.live.storage_ids[self.facts.distinct[storage]] for storage in order]
             is_so = ids == [storage._cdata for storage in recorded.storages]
         if not is_so or [size for size in nbytes if size] != recorded.container.payload_nbytes:
             raise NotPlainError("torch writes storages that are no tensor's")
@@ -88,15 +88,14 @@ class CachedPlan:
             raise NotPlainError("the state has changed meanwhile")
         self.names = sites.names
         self.structure = structure
-        self._pattern = draft.pattern
-        self._facts = TensorFacts(draft.live)
+        self._facts = draft.facts
         self._devices = frozenset(draft.live.devices)
         self._storage_nbytes = [extents.nbytes[storage] for storage in order]
         filled = [storage for storage in order if extents.nbytes[storage]]
         self._copied = [
             (position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied
         ]
-        self._pick_sources = picker([draft.pattern.distinct[storage] for storage in filled])
+        self._pick_sources = picker([draft.facts.distinct[storage] for storage in filled])
         self._pick_addresses = picker(filled)
         self._source_starts = [extents.starts[storage] for storage in filled]
         pieces = self._cut(recorded.pickled, sites)
@@ -133,9 +132,9 @@ class CachedPlan:
         tensors = self.structure.pick_tensors(leaves)
         # Read at once: a change from here on is seen as torn.
         versions = version_counters(tensors)
-        live = self._facts.storages_if_same(tensors)
+        live = self._facts.match(tensors)
         runs = self.structure.runs(leaves)
-        if live is None or runs is None or not self._pattern.matches(live):
+        if live is None or runs is None:
             return None
         # One assignment: a signal handler may raise, or save by this very plan, before it or after it.
         scalars = self._scalars = self._with_scalars(self._scalars, leaves, list(map(written, runs)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .tensor_columns import LiveTensors, StoragePattern
+from .tensor_columns import LiveTensors, TensorFacts
 from .torch_layout import Recorded, record
 
 
@@ -51,12 +51,12 @@ def num_elements(sizes: Sequence[int]) -> int:
     return count
 
 
-def plan_extents(live: LiveTensors, pattern: StoragePattern, *, compact_views: bool) -> Extents:
+def plan_extents(live: LiveTensors, facts: TensorFacts, *, compact_views: bool) -> Extents:
     """Whole storages, or with `compact_views` the union span of each storage's views."""
     if not compact_views:
-        return Extents([0] * len(pattern.nbytes), pattern.nbytes, live.offsets, live.strides, {})
-    low, high, views = [0] * len(pattern.nbytes), [0] * len(pattern.nbytes), [0] * len(pattern.nbytes)
-    for index, storage in enumerate(pattern.storage_of):
+        return Extents([0] * len(facts.nbytes), facts.nbytes, live.offsets, live.strides, {})
+    low, high, views = [0] * len(facts.nbytes), [0] * len(facts.nbytes), [0] * len(facts.nbytes)
+    for index, storage in enumerate(facts.storage_of):
         views[storage] += 1
         start, stop = view_span(live.sizes[index], live.strides[index], live.offsets[index])
         if start == stop:
@@ -69,7 +69,7 @@ def plan_extents(live: LiveTensors, pattern: StoragePattern, *, compact_views: b
             low[storage], high[storage] = min(low[storage], start), max(high[storage], stop)
     nbytes = [stop - start for start, stop in zip(low, high, strict=True)]
     offsets, strides, copied = list(live.offsets), list(live.strides), {}
-    for index, storage in enumerate(pattern.storage_of):
+    for index, storage in enumerate(facts.storage_of):
         item, sizes = live.dtypes[index].itemsize, live.sizes[index]
         if views[storage] == 1 and num_elements(sizes) * item < nbytes[storage]:
             copied[storage] = index
