@@ -190,10 +190,9 @@ class Structure:
         leaves, self.first_leaves = self.first_leaves, []
         self._constants = (*constants, LATIN1, *SINGLE_CHARACTER_KEYS)
         # Strings of different values are different objects too, so most of a state's need not be looked at.
-        texts = {id(text): text for text in (*self._constants, *self._strings)}
-        num_equal = Counter(texts.values())
+        num_equal = Counter({id(text): text for text in (*self._constants, *self._strings)}.values())
         remembered = [position for position, kind in enumerate(self.types) if kind not in _SCALAR_TYPES]
-        times_met = Counter(id(leaves[position]) for position in remembered)
+        times_met = Counter(map(id, (*self._constants, *map(leaves.__getitem__, remembered))))
 
         def may_be_another(leaf: Any) -> bool:
             is_alone = num_equal[leaf] == 1 if type(leaf) is str else id(leaf) in alone
