@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from operator import add
 from typing import TYPE_CHECKING
 
 from ..host.memory import LONG_BYTES
@@ -37,34 +36,30 @@ class LargePiece:
 
 @dataclass(frozen=True, slots=True)
 class SmallPieces:
-    """As `LargePiece`, all small ones of a file in columns; chunk k has rows `starts[k]` to `starts[k + 1]`."""
+    """As `LargePiece`, all small ones of a file in columns."""
 
     sources: list[int] = field(default_factory=list)
     source_offsets: list[int] = field(default_factory=list)
     chunk_offsets: list[int] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    rows: list[slice] = field(default_factory=list)
+    """Of each chunk."""
 
-    def add(self, k: int, piece: LargePiece) -> None:
-        """Append a row to chunk `k`, the last one or a later one."""
-        self.begin(k)
+    def add(self, piece: LargePiece) -> None:
+        """Append a row to the chunk that is being filled."""
         self.sources.append(piece.source)
         self.source_offsets.append(piece.source_offset)
         self.chunk_offsets.append(piece.chunk_offset)
         self.nbytes.append(piece.nbytes)
 
-    def begin(self, k: int) -> None:
-        """No row is added to a chunk before `k` any more."""
-        while len(self.starts) <= k:
-            self.starts.append(len(self.nbytes))
-
-    def rows(self, k: int) -> slice:
-        """Of chunk `k`."""
-        return slice(self.starts[k], self.starts[k + 1])
+    def end(self, num_chunks: int) -> None:
+        """So many chunks have all their rows."""
+        while len(self.rows) < num_chunks:
+            self.rows.append(slice(self.rows[-1].stop if self.rows else 0, len(self.nbytes)))
 
     def pieces(self, k: int) -> Iterator[LargePiece]:
         """The rows of chunk `k`, one by one."""
-        rows = self.rows(k)
+        rows = self.rows[k]
         return map(
             LargePiece, self.sources[rows], self.source_offsets[rows], self.chunk_offsets[rows], self.nbytes[rows]
         )
@@ -80,7 +75,10 @@ class ChunkMap:
     """
 
     file_bytes: int
-    chunk_bytes: int
+    offsets: list[int]
+    """Of each chunk, in the file."""
+    nbytes: list[int]
+    """Of each chunk."""
     num_payloads: int
     small: SmallPieces
     """Of payloads."""
@@ -93,31 +91,13 @@ class ChunkMap:
     key: object
     """Equal for maps with the same `between` and `middle`."""
     probes: ProbeMap
-    _pick_small: Callable[[Sequence[int]], tuple[int, ...]]
-
-    def __len__(self) -> int:
-        return len(self.large)
+    pick_small: Callable[[Sequence[int]], tuple[int, ...]]
+    """Picks what belongs to each row of `small` from one item per payload."""
 
     def payload_pieces(self, k: int) -> Iterator[LargePiece]:
         """All pieces of payloads in chunk `k`, one by one."""
         large = (piece for piece in self.large[k] if piece.source < self.num_payloads)
         return chain(large, self.small.pieces(k))
-
-    def literal_sources(self, plan: FilePlan) -> list[bytes]:
-        """The bytes of `plan` that are sources of their own, in the order of their numbers."""
-        return [plan.literals[0][1], self.middle, plan.literals[-1][1]]
-
-    def small_addresses(self, sources: Sequence[int]) -> list[int]:
-        """Of the bytes of each row of `small`, where `sources` are the addresses of all payloads."""
-        return list(map(add, self._pick_small(sources), self.small.source_offsets))
-
-    def offset(self, k: int) -> int:
-        """Of chunk `k` in the file."""
-        return k * self.chunk_bytes
-
-    def nbytes(self, k: int) -> int:
-        """Of chunk `k`."""
-        return min(self.chunk_bytes, self.file_bytes - k * self.chunk_bytes)
 
 
 def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
@@ -133,28 +113,30 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
             k, chunk_offset = divmod(offset + done, chunk_bytes)
             size = min(nbytes - done, chunk_bytes - chunk_offset)
             piece = LargePiece(source, source_start + done, chunk_offset, size)
+            small.end(k)
+            between.end(k)
             if source == num_payloads + 1:
-                between.add(k, piece)
+                between.add(piece)
             elif source >= num_payloads or size >= LONG_BYTES:
                 large[k].append(piece)
             else:
-                small.add(k, piece)
+                small.add(piece)
             done += size
-    small.begin(num_chunks)
-    between.begin(num_chunks)
-    middle = b"".join(data for _, data in plan.literals[1:-1])
-    probes = ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks)
+    small.end(num_chunks)
+    between.end(num_chunks)
+    offsets = [k * chunk_bytes for k in range(num_chunks)]
     return ChunkMap(
-        plan.file_bytes,
-        chunk_bytes,
-        num_payloads,
-        small,
-        large,
-        between,
-        middle,
-        object(),
-        probes,
-        picker(small.sources),
+        file_bytes=plan.file_bytes,
+        offsets=offsets,
+        nbytes=[min(chunk_bytes, plan.file_bytes - offset) for offset in offsets],
+        num_payloads=num_payloads,
+        small=small,
+        large=large,
+        between=between,
+        middle=b"".join(data for _, data in plan.literals[1:-1]),
+        key=object(),
+        probes=ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks),
+        pick_small=picker(small.sources),
     )
 
 

@@ -87,15 +87,16 @@ class FileCopy:
         self._arena = arena
         self._streams = streams
         self._on_copied = on_copied
-        self._literals = chunk_map.literal_sources(state.plan)
+        literals = state.plan.literals
+        self._literals = [literals[0][1], chunk_map.middle, literals[-1][1]]
         self._wanted: list[bool] | None = None
         """Of payloads and literals, those that are being copied; None: all of them."""
         self._completes = True
         """Whether chunks are complete when those are copied."""
         self._unfinished: list[_QueuedChunk] = []
         self._callers = mark(self._devices)
-        self._probes = chunk_map.probes.note(self._payloads.host_addresses, self._payloads.on_devices)
-        self._torn = TornCheck(state, owners, self._probes)
+        payloads = self._payloads
+        self._torn = TornCheck(state, owners, chunk_map.probes, payloads.host_addresses, payloads.on_devices)
         self._sources: HostSources | None = None
         """Found when the first copy needs them: a lazy save leaves that to the copy thread."""
 
@@ -114,7 +115,7 @@ class FileCopy:
             self.fail(chunks, error, first)
             raise
         self.copy_s += time.perf_counter() - started
-        if first + len(chunks) == len(self._map):
+        if first + len(chunks) == len(self._map.offsets):
             self._end(CopyState.COPIED)
 
     def stream_through(self, team: CopyTeam, timeout_s: float) -> None:
@@ -123,8 +124,8 @@ class FileCopy:
         Raises:
             BackpressureTimeout: none became free within `timeout_s`.
         """
-        self.mode = "streamed" if len(self._map) > self._arena.num_chunks else "eager"
-        for k in range(len(self._map)):
+        self.mode = "streamed" if len(self._map.offsets) > self._arena.num_chunks else "eager"
+        for k in range(len(self._map.offsets)):
             before = time.perf_counter()
             chunk = self._arena.acquire(timeout_s)
             try:
@@ -233,28 +234,28 @@ class FileCopy:
         """Those that the sink has not taken over, once no device writes to them."""
         self._streams.finish(self._devices)
         for k, chunk in enumerate(chunks, first):
-            if not self._sink.has_taken(self._map.offset(k)):
+            if not self._sink.has_taken(self._map.offsets[k]):
                 self._arena.release(chunk)
 
     def _send(self, first: int, *chunks: StagingChunk) -> None:
         """Hand over the chunks from number `first` on."""
-        if first + len(chunks) == len(self._map):
+        if first + len(chunks) == len(self._map.offsets):
             self._torn.check_torn()
         # They are taken over in every case, also when they are refused.
-        numbers = range(first, first + len(chunks))
+        numbers = slice(first, first + len(chunks))
         releases = [partial(self._arena.release, chunk) for chunk in chunks]
         views = [chunk.view for chunk in chunks]
-        self._sink.submit(*map(Chunk, map(self._map.offset, numbers), map(self._map.nbytes, numbers), views, releases))
+        self._sink.submit(*map(Chunk, self._map.offsets[numbers], self._map.nbytes[numbers], views, releases))
 
     def _report(self, k: int, began: float) -> None:
         """Tell the observers that the wanted parts of chunk `k` are copied."""
         if self._on_copied is None:
             return
-        num_bytes = self._map.nbytes(k)
+        num_bytes = self._map.nbytes[k]
         if self._wanted is not None:
             num_bytes = sum(piece.nbytes for piece in self._map.payload_pieces(k) if self._wanted[piece.source])
         if num_bytes:
-            self._on_copied("d2h" if self._devices else "copy", began, self._map.offset(k), num_bytes)
+            self._on_copied("d2h" if self._devices else "copy", began, self._map.offsets[k], num_bytes)
 
     # Inside: copying.
 
@@ -263,7 +264,7 @@ class FileCopy:
 
     def _find_sources(self) -> HostSources:
         addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
-        for k, address in self._probes.copies():
+        for k, address in self._torn.copies():
             addresses[k] = address
         return HostSources(self._map, addresses)
 
@@ -303,7 +304,7 @@ class FileCopy:
         assert self._sources is not None
         self._sources.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
-            self._probes.compare(k, chunk.address)
+            self._torn.compare_chunk(k, chunk.address)
         self._report(k, began)
 
     def _queue_device_copies(self, chunks: list[StagingChunk], first: int = 0) -> None:
@@ -328,7 +329,7 @@ class FileCopy:
             )
             self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)
-        if self._completes and first + len(chunks) == len(self._map):
+        if self._completes and first + len(chunks) == len(self._map.offsets):
             self.queued.set_result(None)
 
     def _finish_device_copies(self) -> None:
@@ -338,5 +339,5 @@ class FileCopy:
             wait_for(events)
             self._report(k, began)
             if self._completes:
-                self._probes.compare(k, chunk.address)
+                self._torn.compare_chunk(k, chunk.address)
                 self._send(k, chunk)

@@ -46,8 +46,9 @@ class HostSources:
     def _fill_small(self, k: int, chunk: StagingChunk, wanted: list[bool] | None, is_urgent: bool) -> None:
         small, addresses = self._map.small, self._small_addresses
         if addresses is None:
-            addresses = self._small_addresses = self._map.small_addresses(self.addresses)
-        rows = small.rows(k)
+            addresses = list(map(add, self._map.pick_small(self.addresses), small.source_offsets))
+            self._small_addresses = addresses
+        rows = small.rows[k]
         columns = [small.chunk_offsets[rows], addresses[rows], small.nbytes[rows]]
         if wanted is not None:
             chosen = list(map(wanted.__getitem__, small.sources[rows]))
@@ -59,7 +60,7 @@ class HostSources:
         key = (self._map.key, k)
         if chunk.former_key != key:
             between = self._map.between
-            rows = between.rows(k)
+            rows = between.rows[k]
             addresses = list(map(add, between.source_offsets[rows], repeat(address_of_bytes(self._map.middle))))
             _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
         chunk.resident_key = key

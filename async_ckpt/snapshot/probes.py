@@ -13,6 +13,7 @@ import ctypes
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
@@ -38,8 +39,9 @@ class ProbeMap:
     def __init__(self, file_offsets: Sequence[int], nbytes: Sequence[int], chunk_bytes: int, num_chunks: int) -> None:
         distance = max(_MIN_DISTANCE_BYTES, sum(nbytes) // _MAX_INNER_PROBES // PROBE_BYTES * PROBE_BYTES)
         self._payloads, self._offsets, chunk_offsets = array("q"), array("q"), array("q")
-        self._starts: list[int] = []
-        self.tiny: list[tuple[int, int]] = []
+        starts: list[int] = []
+        """Of the probes in each chunk."""
+        self._tiny: list[tuple[int, int]] = []
         """Payloads, and the row of the first probe of each."""
         for payload, (start, size) in enumerate(zip(file_offsets, nbytes, strict=True)):
             if size <= TINY_BYTES:
@@ -49,13 +51,15 @@ class ProbeMap:
             for offset in (*range(0, tail, distance), tail):
                 k, chunk_offset = divmod(start + offset, chunk_bytes)
                 if chunk_offset <= chunk_bytes - PROBE_BYTES:
-                    self._begin(k)
+                    starts += [len(self._payloads)] * (k + 1 - len(starts))
                     self._add(payload, range(offset, offset + 1))
                     chunk_offsets.append(chunk_offset)
-        self._begin(num_chunks)
+        starts += [len(self._payloads)] * (num_chunks + 1 - len(starts))
+        self._rows = [slice(first, last) for first, last in pairwise(starts)]
+        """Of each chunk."""
         for payload, size in enumerate(nbytes):
             if size <= TINY_BYTES:
-                self.tiny.append((payload, len(self._payloads)))
+                self._tiny.append((payload, len(self._payloads)))
                 self._add(payload, range(0, size, PROBE_BYTES))
         ends = array("q", [nbytes[payload] - 1 for payload in self._payloads])
         with _plain_torch():
@@ -64,88 +68,62 @@ class ProbeMap:
         self._last: tuple[list[int], _Words] | None = None
         """The payloads' addresses of the last save, and their probes: nearly always the next one has the same."""
 
-    def _begin(self, k: int) -> None:
-        while len(self._starts) <= k:
-            self._starts.append(len(self._payloads))
-
     def _add(self, payload: int, offsets: range) -> None:
         self._payloads.extend([payload] * len(offsets))
         self._offsets.extend(offsets)
 
-    def note(self, addresses: list[int], unread: frozenset[int]) -> Probes:
-        """Read the probes now. One thread at a time.
+    def note(self, addresses: list[int]) -> torch.Tensor:
+        """The probes' bytes now. One thread at a time.
 
         Args:
             addresses: of the payloads; 0 for those that lie on a device.
-            unread: the numbers of those.
         """
         with _plain_torch():
             if self._last is None or self._last[0] != addresses:
                 payloads, offsets, ends = self._columns
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
-                self._last = addresses, _Words(starts, offsets, ends)
-            return Probes(self, self._last[1].read(), unread)
+                self._last = addresses, _words_at(starts, offsets, ends)
+            return _read(self._last[1])
 
-    def rows(self, k: int) -> slice:
-        """The probes in chunk `k`."""
-        return slice(self._starts[k], self._starts[k + 1])
+    def copies(self, noted: torch.Tensor) -> list[tuple[int, int]]:
+        """The payloads that were copied by being noted, and the address of each copy; valid while `noted` is alive."""
+        first = noted.data_ptr()
+        return [(payload, first + row * PROBE_BYTES) for payload, row in self._tiny]
 
-    def place(self, row: int) -> tuple[int, int]:
-        """The payload of a probe, and its offset in that."""
-        return self._payloads[row], self._offsets[row]
-
-    def read_chunk(self, k: int, chunk_address: int) -> torch.Tensor:
-        """The probes' bytes as they are in chunk `k`."""
-        starts, offsets = torch.tensor(chunk_address), self._chunk_offsets[self.rows(k)]
-        return _Words(starts, offsets, offsets + PROBE_BYTES).read()
-
-
-class Probes:
-    """What one save has noted."""
-
-    def __init__(self, where: ProbeMap, words: torch.Tensor, unread: frozenset[int]) -> None:
-        self._where = where
-        self._words = words
-        self._unread = unread
-        self.changed: list[tuple[int, int]] = []
-        """Where a chunk held something else: payload and offset in it."""
-
-    def copies(self) -> list[tuple[int, int]]:
-        """The payloads that were copied by being noted, and the address of each copy; valid while this is alive."""
-        first = self._words.data_ptr()
-        tiny = self._where.tiny
-        return [(payload, first + row * PROBE_BYTES) for payload, row in tiny if payload not in self._unread]
-
-    def compare(self, k: int, chunk_address: int) -> None:
-        """Compare chunk `k`, which has been filled, with what was noted. Any thread; about 10 us."""
-        rows = self._where.rows(k)
+    def changed(self, noted: torch.Tensor, k: int, chunk_address: int) -> list[tuple[int, int]]:
+        """Where chunk `k`, which has been filled, holds something else than was noted: payload and offset in it. Any
+        thread; about 10 us.
+        """
+        rows = self._rows[k]
         if rows.start == rows.stop:
-            return
+            return []
         with _plain_torch():
-            noted, found = self._words[rows], self._where.read_chunk(k, chunk_address)
-            if torch.equal(noted, found):
-                return
-            places = [self._where.place(rows.start + int(row)) for row in torch.nonzero(noted != found)]
-        self.changed += [place for place in places if place[0] not in self._unread]
+            offsets = self._chunk_offsets[rows]
+            found = _read(_words_at(torch.tensor(chunk_address), offsets, offsets + PROBE_BYTES))
+            if torch.equal(noted[rows], found):
+                return []
+            changed = (rows.start + int(row) for row in torch.nonzero(noted[rows] != found))
+            return [(self._payloads[row], self._offsets[row]) for row in changed]
 
 
-class _Words:
-    """Eight bytes each at `starts` + `offsets`, as numbers; nothing is read beyond `starts` + `ends`. A start may be 0:
-    nowhere."""
+_Words = tuple[torch.Tensor, torch.dtype]
+"""Eight bytes each: indices into the address space, of whole words where all are aligned, else of bytes."""
 
-    def __init__(self, starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor) -> None:
-        addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
-        # An aligned word lies in one page, whatever of it belongs to the payload.
-        self._is_aligned = not bool((addresses & (PROBE_BYTES - 1)).any())
-        if self._is_aligned:
-            self._indices = (addresses - _BASE) >> 3
-        else:
-            places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
-            self._indices = (addresses[:, None] + places - _BASE).flatten()
 
-    def read(self) -> torch.Tensor:
-        memory = torch.frombuffer(_ADDRESS_SPACE, dtype=torch.int64 if self._is_aligned else torch.uint8)
-        return memory.index_select(0, self._indices).view(torch.int64)
+def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor) -> _Words:
+    """Those at `starts` + `offsets`; nothing is read beyond `starts` + `ends`. A start may be 0: nowhere."""
+    addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
+    # An aligned word lies in one page, whatever of it belongs to the payload.
+    if not bool((addresses & (PROBE_BYTES - 1)).any()):
+        return (addresses - _BASE) >> 3, torch.int64
+    places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
+    return (addresses[:, None] + places - _BASE).flatten(), torch.uint8
+
+
+def _read(words: _Words) -> torch.Tensor:
+    """What is there now, as numbers."""
+    indices, dtype = words
+    return torch.frombuffer(_ADDRESS_SPACE, dtype=dtype).index_select(0, indices).view(torch.int64)
 
 
 def _numbers(column: array[int]) -> torch.Tensor:

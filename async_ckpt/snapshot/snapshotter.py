@@ -78,7 +78,7 @@ class Snapshotter:
 
     def plan_ahead(self, plan: FilePlan, name: str) -> int:
         """Cut `plan` into chunks before its first `take`; returns the bytes of the chunks it will need."""
-        return len(self._map_of(plan, name)) * self._arena.chunk_bytes
+        return len(self._map_of(plan, name).offsets) * self._arena.chunk_bytes
 
     def take(
         self,
@@ -105,7 +105,7 @@ class Snapshotter:
         """
         chunk_map = self._map_of(state.plan, name)
         file = FileCopy(state, chunk_map, sink, self._arena, self._streams, owners=guarded.tensors, on_copied=on_copied)
-        chunks = self._arena.try_reserve(len(chunk_map))
+        chunks = self._arena.try_reserve(len(chunk_map.offsets))
         if chunks is None:
             # Chunks come back only when the copies that hold them have been made.
             self.start_now()

@@ -11,7 +11,7 @@ import torch
 from ..errors import TornSnapshotError
 from ..plan.plan import PlannedState, version_counters
 from ..threads.locks import Lock
-from .probes import PROBE_BYTES, Probes
+from .probes import PROBE_BYTES, ProbeMap
 
 
 class TornCheck:
@@ -19,10 +19,18 @@ class TornCheck:
 
     Args:
         owners: other tensors, perhaps over the same storages: a change through one of them moves its counter alone.
-        probes: compared with each filled chunk by whoever fills it.
+        probes: where the content probes lie.
+        addresses: of the payloads; 0 for those on devices, whose numbers are in `on_devices`: they have no probes.
     """
 
-    def __init__(self, state: PlannedState, owners: Sequence[torch.Tensor], probes: Probes) -> None:
+    def __init__(
+        self,
+        state: PlannedState,
+        owners: Sequence[torch.Tensor],
+        probes: ProbeMap,
+        addresses: list[int],
+        on_devices: frozenset[int],
+    ) -> None:
         self._tensors: Sequence[torch.Tensor] = state.tensors
         self._versions = state.versions
         self._owners = owners
@@ -30,7 +38,20 @@ class TornCheck:
         self._paths = state.tensor_paths
         self._storage_ids, self._starts = state.storage_ids, state.starts
         self._probes = probes
+        self._on_devices = on_devices
+        self._noted = probes.note(addresses)
+        self._changed_bytes: list[tuple[int, int]] = []
+        """Where a chunk held something else: payload and offset in it."""
         self._lock = Lock()
+
+    def copies(self) -> list[tuple[int, int]]:
+        """The payloads that were copied by being noted, and the address of each copy; valid while this is alive."""
+        return [copy for copy in self._probes.copies(self._noted) if copy[0] not in self._on_devices]
+
+    def compare_chunk(self, k: int, chunk_address: int) -> None:
+        """Compare the content of chunk `k`, which has been filled, with what was noted."""
+        changed = self._probes.changed(self._noted, k, chunk_address)
+        self._changed_bytes += [place for place in changed if place[0] not in self._on_devices]
 
     def check_torn(self, all_but: frozenset[int] = frozenset()) -> None:
         """Compare everything, at the end of the copies.
@@ -90,11 +111,11 @@ class TornCheck:
 
     def _with_changed_bytes(self) -> list[int]:
         """The tensors over bytes that probes have found changed."""
-        if not self._probes.changed:
+        if not self._changed_bytes:
             return []
         ids, starts = self._storage_ids, self._starts
         places: dict[int, list[int]] = {}
-        for payload, offset in self._probes.changed:
+        for payload, offset in self._changed_bytes:
             places.setdefault(ids[payload], []).append(starts[payload] + offset)
         over = [i for i, tensor in enumerate(self._tensors) if not places.keys().isdisjoint(storage_ids(tensor))]
         return [i for i in over if _covers(self._tensors[i], places)] or over

@@ -371,7 +371,7 @@ def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
     """
     kept, changed = torch.ones(3), torch.ones(3)
     [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
-    check = TornCheck(plan, (), ProbeMap([], [], 4096, 1).note([], frozenset()))
+    check = TornCheck(plan, (), ProbeMap([], [], 4096, 1), [], frozenset())
     changed.add_(1)
     check.accept_changes()
     kept.add_(1)
