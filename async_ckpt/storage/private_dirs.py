@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+from collections.abc import Callable
 
 from ..format.names import MANIFEST_NAME, NameKind, PrivateName
 from .filesystem import FileLock, FileSystem
@@ -18,19 +19,18 @@ _numbers = itertools.count()
 
 
 def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging") -> str:
-    for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
-        path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
-        with contextlib.suppress(FileExistsError):
-            fs.mkdir(path, private=True)
-            return path
-    raise FileExistsError(f"no free staging name in {root!r}")
+    return _under_new_name(fs, root, tag, kind, lambda path: fs.mkdir(path, private=True))
 
 
 def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: NameKind) -> str:
+    return _under_new_name(fs, root, tag, kind, lambda path: fs.rename_noreplace(src, path))
+
+
+def _under_new_name(fs: FileSystem, root: str, tag: str, kind: NameKind, make: Callable[[str], None]) -> str:
     for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
         path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
         with contextlib.suppress(FileExistsError):
-            fs.rename_noreplace(src, path)
+            make(path)
             return path
     raise FileExistsError(f"no free {kind} name in {root!r}")
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 
 from ..format.names import MANIFEST_NAME
-from .filesystem import FileLock, FileSystem
+from .filesystem import FileSystem
 from .private_dirs import NO_LOCKS
 
 TIMEOUT_S = 10.0
@@ -36,40 +36,27 @@ def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
         FileNotFoundError: there is none (any more).
         OSError: EBUSY when somebody else has held it for `TIMEOUT_S`; or the disk failed.
     """
+    path = os.path.join(final, MANIFEST_NAME)
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        lock, is_supported = _try(fs, final)
-        if lock is not None or not is_supported:
-            break
+        lock, is_supported = None, True
+        try:
+            lock = fs.lock(path)
+        except OSError as error:
+            # EBADF: NFS wants a descriptor that can write.
+            if error.errno not in NO_LOCKS | {errno.EBADF}:
+                raise
+            is_supported = False
+        if not is_supported:
+            yield False
+            return
+        if lock is not None:
+            with contextlib.closing(lock):
+                # Another tree may have got the name meanwhile.
+                if fs.findings.renumbers or fs.stat(path).identity == lock.identity:
+                    yield True
+                    return
         if time.monotonic() > deadline:
             told = f"another process has held it for {TIMEOUT_S:g} s to replace or delete it; is it stopped?"
             raise OSError(errno.EBUSY, told, final)
         time.sleep(_POLL_S)
-    try:
-        yield is_supported
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _try(fs: FileSystem, final: str) -> tuple[FileLock | None, bool]:
-    """The lock if it was free and is that of the tree that has the name now; and whether there are locks at all."""
-    path = os.path.join(final, MANIFEST_NAME)
-    try:
-        lock = fs.lock(path)
-    except OSError as error:
-        # EBADF: NFS wants a descriptor that can write.
-        if error.errno not in NO_LOCKS | {errno.EBADF}:
-            raise
-        return None, False
-    if lock is None:
-        return None, True
-    try:
-        is_current = fs.findings.renumbers or fs.stat(path).identity == lock.identity
-    except BaseException:
-        lock.close()
-        raise
-    if is_current:
-        return lock, True
-    lock.close()
-    return None, True

@@ -37,7 +37,6 @@ class LocalReadableFile:
 
     @property
     def map_path(self) -> str:
-        """A path to this very file while it is open here."""
         descriptors = "/proc/self/fd"
         return f"{descriptors}/{self._fd}" if self._fd is not None and self._calls.isdir(descriptors) else self.path
 
@@ -69,7 +68,6 @@ class LocalReadableFile:
             done += count
 
     def close(self) -> None:
-        """Close the descriptors; idempotent."""
         fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
         self._fd = self._direct_fd = None
         for fd in fds:
@@ -96,7 +94,6 @@ class LocalDirHandle:
         self.identity = (found.st_dev, found.st_ino)
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
-        """Names and kinds in the sub-directory `parts`."""
         with self._opened(parts) as (fd, _):
             found: list[tuple[str, Kind]] = []
             for name in self._calls.listdir(fd):
@@ -106,7 +103,6 @@ class LocalDirHandle:
             return found
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> LocalReadableFile:
-        """Open a regular file; see `filesystem.DirHandle`."""
         with self._opened(parts[:-1]) as (parent, folder):
             path = os.path.join(folder, parts[-1])
             fd = self._open(parts[-1], _READ, parent, path)
@@ -123,7 +119,6 @@ class LocalDirHandle:
             return LocalReadableFile(self._calls, path, fd, direct_fd, found.st_size)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
-        """The whole content of a small file; CorruptCheckpointError if it is larger than `max_bytes`."""
         with contextlib.closing(self.open_read(parts)) as file:
             if file.size_bytes > max_bytes:
                 raise CorruptCheckpointError(
@@ -134,7 +129,6 @@ class LocalDirHandle:
             return bytes(data)
 
     def close(self) -> None:
-        """Close the descriptor; idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             _close(self._calls, fd)

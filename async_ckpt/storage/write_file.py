@@ -39,16 +39,23 @@ def create_file(calls: Syscalls, path: str, data: bytes) -> None:
         fd = calls.open(path, _CREATE, _MODE)
         try:
             while offset < len(data):
-                with contextlib.suppress(InterruptedError):
-                    count = calls.pwrite(fd, memoryview(data)[offset:], offset)
-                    if count == 0:
-                        raise OSError(errno.EIO, "the write made no progress", path)
-                    offset += count
+                offset += _write_some(calls, fd, path, memoryview(data)[offset:], offset)
             calls.fsync(fd)
         finally:
             calls.close(fd)
     except OSError as error:
         raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
+
+
+def _write_some(calls: Syscalls, fd: int, path: str, buffer: memoryview, offset: int) -> int:
+    """Bytes written: none where a signal came first."""
+    try:
+        count = calls.pwrite(fd, buffer, offset)
+    except InterruptedError:
+        return 0
+    if count == 0:
+        raise OSError(errno.EIO, "the write made no progress", path)
+    return count
 
 
 async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
@@ -216,13 +223,7 @@ class WritableFile:
                 self._idle.wait()
 
     def _write_some(self, buffer: memoryview, offset: int) -> int:
-        try:
-            count = self._calls.pwrite(self._fd, buffer, offset)
-        except InterruptedError:
-            return 0
-        if count == 0:
-            raise OSError(errno.EIO, "the write made no progress", self.path)
-        return count
+        return _write_some(self._calls, self._fd, self.path, buffer, offset)
 
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
         """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""

@@ -1,6 +1,7 @@
-"""An errno at real system calls of every thread. ``python -m tests.faults.syscalls --full``
+"""An errno, or SIGKILL, at real system calls of every thread. ``python -m tests.faults.syscalls --full``
 
-strace, attached to a running process, makes each thread's k-th call of one kind fail, below Python and the seam. Only
+strace, attached to a running process, makes each thread's k-th call of one kind fail, or the last of the process, below
+Python and the seam. Only
 the public interface is used: what `commit` reported is there with exactly its bytes, each listed tag loads right, the
 process ends in bounded time, every error is of our tree, and a new engine commits in the same root.
 """
@@ -12,10 +13,13 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import traceback
 from collections import Counter
+from functools import lru_cache, partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -24,7 +28,6 @@ import torch
 import async_ckpt
 from async_ckpt import CheckpointError, KeepLast
 
-from .kills import why_not
 from .oracle import check_recovery
 from .report import Row, Sample, command, sample_of, sampled
 from .workloads import NUM_FLOATS, TIMEOUT_S, Folder, Job, Told, Workload, make_engine, state, version_of
@@ -53,6 +56,21 @@ FAULTS = {
     "clone3,clone": ("EAGAIN",),
     "mmap,madvise": ("ENOMEM",),
 }
+KILLED = (
+    "openat",
+    "pwrite64",
+    "ftruncate",
+    "fallocate",
+    "fsync",
+    "close",
+    "mkdir",
+    "renameat2",
+    "unlink",
+    "rmdir",
+    "chmod",
+    "flock",
+)
+"""Where the process is killed, too."""
 ALONE = (
     "setpriority,getpriority",
     "madvise",
@@ -71,6 +89,20 @@ KEEPS = Workload("syscalls", lambda job: None, keeps=3)
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "async_ckpt.engine.engine", "tests.faults.workloads"])
+
+
+@lru_cache(maxsize=1)
+def why_not() -> str | None:
+    """Why strace cannot inject here; None when it can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    tried = subprocess.run(
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=getpid:signal=SIGKILL:when=999", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if tried.returncode == 0 else f"strace may not trace here: {tried.stderr.strip()}"
 
 
 def job(root: Path, fault: str, log: str) -> None:
@@ -129,7 +161,7 @@ def run(root: Path, told: Told, fault: str, log: Path) -> BaseProcess:
     return process
 
 
-def check(root: Path, told: Told, process: BaseProcess) -> None:
+def check(root: Path, told: Told, process: BaseProcess, *, killed: bool = False) -> None:
     process.join(TIMEOUT_S)
     errors = Path(f"{root}.err")
     if process.exitcode is None:
@@ -142,7 +174,8 @@ def check(root: Path, told: Told, process: BaseProcess) -> None:
         assert what != "foreign", (line, errors.read_text()[-3000:])
         if value.isdigit():
             told.commit(what, int(value))
-    assert lines and lines[-1] == "ended", (process.exitcode, lines, errors.read_text()[-2000:])
+    died = killed and process.exitcode == -signal.SIGKILL
+    assert died or lines[-1:] == ["ended"], (process.exitcode, lines, errors.read_text()[-2000:])
     check_recovery(root, told, KEEPS)
 
 
@@ -168,12 +201,10 @@ def sweep(
     chosen = sampled(chosen, sample, random.Random(seed))
     for code, k in chosen:
         root, told = folder.root()
-        process = run(root, told, f"{call}:error={code}:when={k}", folder.path / "strace.log")
-        row.check(
-            f"{code} at {call} number {k}",
-            lambda root=root, told=told, process=process: check(root, told, process),
-            stop=stop,
-        )  # type: ignore[misc]
+        kills = code == "SIGKILL"
+        how = f"{'signal' if kills else 'error'}={code}"
+        process = run(root, told, f"{call}:{how}:when={k}", folder.path / "strace.log")
+        row.check(f"{code} at {call} number {k}", partial(check, root, told, process, killed=kills), stop=stop)
         process.close()
         folder.drop(root)
     return row
@@ -209,6 +240,7 @@ def main(options: argparse.Namespace) -> list[Row]:
     with Folder(on_disk=options.folder) as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
+                codes = codes if call not in KILLED else (*codes, "SIGKILL")
                 rows.append(sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False))
                 print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
         for call in OPTIONAL:
@@ -221,7 +253,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command(
-        "Errors of real system calls",
+        "Errors and kills at real system calls",
         __doc__,
         main,
         ("--folder", {"default": None, "help": "where the roots are (default: in memory)"}),

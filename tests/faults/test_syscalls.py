@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .kills import why_not
-from .syscalls import FAULTS, OPTIONAL, refuse, sweep
+from .syscalls import FAULTS, OPTIONAL, refuse, sweep, why_not
 from .workloads import Folder
 
 pytestmark = pytest.mark.wide
@@ -19,6 +18,17 @@ def test_an_errno_at_a_sample_of_system_calls(call: str) -> None:
     with Folder() as folder:
         row = sweep(folder, call, FAULTS[call], sample=3)
         assert row.operations > 3 and row.survived == row.injected == 3
+
+
+@pytest.mark.leaves_staging
+@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2"])
+def test_killed_at_a_real_call(call: str) -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with Folder() as folder:
+        row = sweep(folder, call, ("SIGKILL",), sample=2)
+        assert row.operations > 3 and row.survived == row.injected == 2
 
 
 @pytest.mark.parametrize("call", OPTIONAL)
