@@ -39,7 +39,7 @@ from .workloads import CHUNK_BYTES, TIMEOUT_S, Folder, Job, Told, make_engine, q
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
 READ_BYTES = 5 << 20
 """More than one read block."""
-CLOSE_S = 10.0
+CLOSE_S = 30.0
 """An engine that hangs waits 30 s, by its configuration."""
 
 

@@ -86,10 +86,10 @@ def job(root: Path, case: Case, k: int, notes: str) -> None:
     sender = _Sender(case, k)
     if case.handler == "exit":
         signal.signal(case.signum, _exit)
-    with make_engine(root, fs, overwrite="replace", close_timeout_s=20.0) as engine:
+    with make_engine(root, fs, overwrite="replace", close_timeout_s=30.0) as engine:
         work = Job(engine, told)
         if case.handler == "preemption":
-            engine.on_preemption((case.signum,), save=lambda: work.whole(*LAST), deadline_s=20.0)
+            engine.on_preemption((case.signum,), save=lambda: work.whole(*LAST), deadline_s=30.0)
         fs.calls.before = sender
         for tag, version in COMMITS:
             work.whole(tag, version, ("model.pt", "sub/optim.pt"))
@@ -120,7 +120,7 @@ def read_notes(root: Path, told: Told) -> int:
 
 
 def check(root: Path, told: Told, case: Case, process: BaseProcess) -> None:
-    process.join(TIMEOUT_S)
+    process.join(2 * TIMEOUT_S)
     errors = Path(str(root) + ".notes.err")
     if process.exitcode is None:
         process.kill()

@@ -416,7 +416,7 @@ def test_a_server_that_goes_away_is_an_error_in_bounded_time(lies: Mounted, root
             finish(Job(engine, Told()))
         with contextlib.suppress(CheckpointError):
             engine.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < TIMEOUT_S
     assert contents(lies.real / "root") == {"old": 1}
 
 
@@ -454,6 +454,6 @@ def test_a_disk_that_hangs_keeps_nobody_for_longer_than_the_timeouts(
         began = time.monotonic()
         job.say("go on")
         assert [job.hear(), job.hear()] == ["waits", "closed"]
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < TIMEOUT_S
         lies.kill()
     assert contents(lies.real / "root")["old"] == 1

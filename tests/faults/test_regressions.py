@@ -122,7 +122,7 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
     fs.calls.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "fsync" and op.path.endswith("model.pt") else None  # type: ignore[assignment, return-value]
     with (
         quiet(),
-        make_engine(tmp_path, fs, overwrite="replace", max_pending_commits=2, backpressure_timeout_s=1.0) as engine,
+        make_engine(tmp_path, fs, overwrite="replace", max_pending_commits=2, backpressure_timeout_s=3.0) as engine,
     ):
         job = Job(engine, Told())
         pending = [job.start("a", 1), job.start("a", 2)]

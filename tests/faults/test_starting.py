@@ -81,7 +81,7 @@ def test_an_engine_that_meets_the_limits_of_its_process(tmp_path: Path, kind: st
     made.
     """
     arguments = [sys.executable, "-W", "always", "-c", CHILD, str(tmp_path), kind]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     outcomes = done.stdout.split()
     assert len(outcomes) > 3 and outcomes[-1] == "made" and set(outcomes[:-1]) <= {"WriteError", "ConfigError"}, (
@@ -173,7 +173,7 @@ def test_an_engine_in_a_child_of_multiprocessing_finishes_its_commits(tmp_path: 
     arguments = [sys.executable, "-W", "always", str(script), str(tmp_path / "run"), how]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=180, cwd=ROOT, check=False, env=environment
+        arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, env=environment
     )
     assert done.stdout.split() == ["0", "1"], done.stderr
     assert Catalog(tmp_path / "run" / "False").tags() == ["a", "b"]

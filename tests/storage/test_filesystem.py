@@ -275,7 +275,7 @@ async def test_a_full_disk_names_need_and_free(tmp_path: Path, executor: ThreadP
 # --- reading ---
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_nothing_but_regular_files_is_opened(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_text("x")

@@ -107,7 +107,7 @@ def test_an_abort_beside_a_replace_never_deletes_the_older_checkpoint(tmp_path: 
     staging = stage(FS, tmp_path, "t", NEW, overwrite="replace")
     aborting = threading.Thread(target=lambda: transaction.abort(fs, staging))
     publish(fs, staging, NEW)
-    aborting.join(20)
+    aborting.join(60)
     assert content(tmp_path, "t") == NEW
     assert private_names(tmp_path) == []
 
@@ -128,7 +128,7 @@ def test_a_publish_that_was_given_up_does_not_rename(tmp_path: Path) -> None:
     aborting = threading.Thread(target=lambda: transaction.abort(FS, staging))
     with pytest.raises(CommitError, match="given up"):
         publish(fs, staging, NEW)
-    aborting.join(20)
+    aborting.join(60)
     assert content(tmp_path, "t") == OLD
     assert private_names(tmp_path) == []
 
@@ -154,7 +154,7 @@ def test_one_of_many_writers_wins(tmp_path: Path, num_writers: int) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     winners = [outcome for outcome in outcomes if isinstance(outcome, dict)]
     assert len(winners) == 1
     assert sum(isinstance(outcome, TagExistsError) for outcome in outcomes) == num_writers - 1
