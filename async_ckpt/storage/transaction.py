@@ -212,17 +212,13 @@ def _publish(
             )
         try:
             replaced = rename_to_final(fs, staging)
-        except OSError as error:
+        except OSError:
             # Network file systems may report the failure of a rename that they did.
-            if fs.stat(staging.final_path).identity != staging.identity:
-                raise
-            raise _unknown(staging, error, "rename") from error
+            staging.renamed = fs.stat(staging.final_path).identity == staging.identity
+            raise
     staging.renamed = True
-    try:
-        with _told("sync root", staging):
-            fs.fsync_dir(staging.root)
-    except OSError as error:
-        raise _unknown(staging, error, "sync root") from error
+    with _step("sync root", staging):
+        fs.fsync_dir(staging.root)
     staging.state = State.COMMITTED
     staging.unlock()
     return manifest, replaced
@@ -258,32 +254,26 @@ def _abort(fs: FileSystem, staging: Staging) -> None:
 
 
 @contextlib.contextmanager
-def _told(step: str, staging: Staging) -> Iterator[None]:
-    """Tell who watches the steps, whether this one succeeds or fails."""
+def _step(step: str, staging: Staging) -> Iterator[None]:
+    """Turn an OSError into a CommitError that names the step and says what is on disk; tell who watches the steps,
+    whether this one succeeds or fails."""
     start_s = time.perf_counter()
     try:
         yield
-    finally:
-        if staging.on_step is not None:
-            staging.on_step(step, start_s)
-
-
-@contextlib.contextmanager
-def _step(step: str, staging: Staging) -> Iterator[None]:
-    """Turn an OSError into a CommitError that names the step and says that the tag is as it was; tell who watches the
-    steps."""
-    try:
-        with _told(step, staging):
-            yield
-    except (CommitError, OutOfSpaceError):
-        raise
     except OSError as error:
+        if staging.renamed:
+            raise _unknown(staging, error, step) from error
+        if isinstance(error, (CommitError, OutOfSpaceError)):
+            raise
         raise CommitError(
             f"{error}; tag {staging.tag!r} was not committed, what was there before is unchanged",
             step=step,
             errno=error.errno,
             path=error.filename if isinstance(error.filename, str) else staging.path,
         ) from error
+    finally:
+        if staging.on_step is not None:
+            staging.on_step(step, start_s)
 
 
 def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
@@ -309,7 +299,6 @@ def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manife
 
 
 def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
-    staging.renamed = True
     return CommitError(
         f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is "
         f"unknown; nothing was deleted ({error})",
