@@ -262,16 +262,6 @@ async def test_an_existing_file_or_link_is_never_written_to(tmp_path: Path, exec
     assert not (tmp_path / "new").exists()
 
 
-async def test_a_full_disk_names_need_and_free(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
-    for kind in ("tmpfs", "ext4"):
-        with mounted(kind, tmp_path, 8 << 20) as root:
-            with pytest.raises(OutOfSpaceError) as caught:
-                await write(FS, root / "f", bytes(64 << 20), executor, direct=True)
-            assert caught.value.errno == errno.ENOSPC
-            assert caught.value.needed_bytes
-            assert caught.value.free_bytes is not None
-
-
 # --- reading ---
 
 

@@ -19,7 +19,6 @@ import pytest
 from async_ckpt.errors import (
     CheckpointNotFoundError,
     CommitError,
-    OutOfSpaceError,
     TagExistsError,
     TransactionStateError,
     UnsafePathError,
@@ -33,7 +32,6 @@ from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
-from tests.support.mounts import mounted
 
 from ..support.making import NEW, OLD, commit, content, entry, private_names, publish, stage
 
@@ -573,18 +571,3 @@ def test_private_names_round_trip() -> None:
         name = PrivateName("aside", tag, current_owner(), 12)
         assert parse_private_name(str(name)) == name
         assert len(str(name)) < 255
-
-
-@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-def test_a_full_disk_is_refused_cleanly_and_works_again(tmp_path: Path, kind: str) -> None:
-    with mounted(kind, tmp_path, 8 << 20) as root:
-        commit(root, "old", OLD)
-        staging = transaction.begin(FS, str(root), "big")
-        with pytest.raises(OutOfSpaceError) as caught:
-            FS.create_file(os.path.join(staging.path, "big"), bytes(64 << 20))
-        assert caught.value.needed_bytes is not None
-        assert caught.value.free_bytes is not None
-        transaction.abort(FS, staging)
-        assert content(root, "old") == OLD
-        commit(root, "next", {"a": bytes(1 << 20)})
-        assert content(root, "next") == {"a": bytes(1 << 20)}
