@@ -28,9 +28,9 @@ from .workloads import TIMEOUT_S, Folder, make_engine, version_of
 ROOT = Path(__file__).parents[2]
 
 WRITER = """
-import json, sys
+import errno, json, sys
 from pathlib import Path
-from async_ckpt import CheckpointError, CheckpointNotFoundError, TagExistsError
+from async_ckpt import CheckpointNotFoundError, CommitError, TagExistsError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.faults.workloads import Job, Told, make_engine
@@ -47,8 +47,13 @@ with make_engine(root) as refusing, make_engine(root, overwrite="replace", sweep
         except TagExistsError:
             outcomes["refused"] += 1
             refusing._inflight.raise_unacknowledged()
-        Job(replacing, Told()).whole("again", version, ("model.pt", "sub/optim.pt"))
-        outcomes["replaced"] += 1
+        try:
+            Job(replacing, Told()).whole("again", version, ("model.pt", "sub/optim.pt"))
+            outcomes["replaced"] += 1
+        except CommitError as error:
+            # Another process was stopped in the very moment in which it held the name.
+            if error.errno != errno.EBUSY:
+                raise
         Job(replacing, Told()).whole(f"gone-{me}", version)
         try:
             transaction.remove(FileSystem(), str(root), f"gone-{me}")
