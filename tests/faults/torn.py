@@ -26,7 +26,7 @@ from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.insides import commits_of, exclusion_of, guard_of
 from tests.support.stepping import Doing, Gate, gated, until, waits_for, waits_noted
 
-from .report import command
+from .report import command, sampled
 from .workloads import TIMEOUT_S, Folder, quiet
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -408,7 +408,8 @@ def sweep(
 
 
 def main(options: argparse.Namespace) -> list[Any]:
-    return sweep(options.seed, num_ordered=200 if options.full else 12, num_free=10 if options.full else 1)
+    kinds = dict(sampled(list(KINDS.items()), options.part, random.Random(options.seed)))
+    return sweep(options.seed, num_ordered=200 if options.full else 12, num_free=10 if options.full else 1, kinds=kinds)
 
 
 if __name__ == "__main__":
