@@ -147,7 +147,15 @@ def test_a_host_that_says_nothing_has_a_conservative_figure(tmp_path: Path) -> N
 def test_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with open("/proc/meminfo", encoding="ascii") as file:
         total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:"))
-    assert 0 < available_memory_bytes() <= total
+    limits = [total]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        where, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        for folder in [Path(path), *Path(path).parents]:
+            limit = Path("/sys/fs/cgroup", where, str(folder).lstrip("/"), name)
+            if controllers in ("", "memory") and limit.is_file() and (text := limit.read_text().strip()) != "max":
+                limits.append(int(text))
+    assert 0 < available_memory_bytes() <= min(limits)
     assert num_cores() == len(os.sched_getaffinity(0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert local_world_size() == 8
