@@ -206,6 +206,13 @@ def games(num_first: int, num_second: int) -> Iterator[tuple[int, Victim, int]]:
         yield from ((i, "second", j) for j in range(num_second))
 
 
+def play_and_check(root: Path, told: Told, contest: Contest, i: int, victim: Victim, j: int) -> None:
+    """One game, and what must hold after it."""
+    play(root, told, contest, i, victim, j)
+    with quiet():
+        check(root, told, contest)
+
+
 def sweep(
     folder: Folder,
     contest: Contest,
@@ -223,13 +230,9 @@ def sweep(
     chosen = sampled(chosen, sample, random.Random(seed))
     for i, victim, j in chosen:
         root, told = folder.root()
-
-        def game(root: Path = root, told: Told = told, i: int = i, victim: Victim = victim, j: int = j) -> None:
-            play(root, told, contest, i, victim, j)
-            with quiet():
-                check(root, told, contest)
-
-        row.check(f"second at call {i}, {victim} killed at {j}", game, stop=stop)
+        row.check(
+            f"second at call {i}, {victim} killed at {j}", play_and_check, root, told, contest, i, victim, j, stop=stop
+        )
         folder.drop(root)
     return row
 

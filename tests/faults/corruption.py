@@ -113,7 +113,7 @@ def sweep(
         damage(path)
         is_same = path.is_file() and not path.is_symlink() and path.read_bytes() == data
         with quiet():
-            row.check(what, lambda what=what, is_same=is_same: check(root, name, what, is_same), stop=stop)  # type: ignore[misc]
+            row.check(what, check, root, name, what, is_same, stop=stop)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)

@@ -81,9 +81,7 @@ def sweep(
     for k, when in chosen:
         root, told = folder.root(dirty=dirty)
         if run_killed(root, told, workload, num_writers, k, when, direct):
-            row.check(
-                f"killed {when} call {k}", lambda root=root, told=told: check_recovery(root, told, workload), stop=stop
-            )  # type: ignore[misc]
+            row.check(f"killed {when} call {k}", check_recovery, root, told, workload, stop=stop)
         folder.drop(root)
     return row
 

@@ -14,6 +14,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapshotError, WriteError
@@ -178,15 +179,17 @@ def sweep(
     chosen = sampled(chosen, sample, random.Random(seed))
     for k, code in chosen:
         root, told = folder.root()
-        row.check(
-            f"{errno.errorcode[code]} at call {k}",
-            lambda root=root, told=told, k=k, code=code: run_one(  # type: ignore[misc]
-                root, told, workload, k, code, num_writers=num_writers, direct=direct, sticky=sticky
-            ),
-            stop=stop,
-        )
+        one = partial(run_one, num_writers=num_writers, direct=direct, sticky=sticky)
+        row.check(f"{errno.errorcode[code]} at call {k}", one, root, told, workload, k, code, stop=stop)
         folder.drop(root)
     return row
+
+
+def _run_whole(root: Path, told: Told, fs: FaultyFileSystem, workload: Workload, direct: bool) -> None:
+    with make_engine(root, fs, io_mode="direct" if direct else "buffered", **workload.config) as engine:
+        workload.run(Job(engine, told))
+    check_legal(contents(root), told)
+    assert private_names(root) == []
 
 
 def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: bool = True) -> Row:
@@ -205,19 +208,8 @@ def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: 
             )  # type: ignore[misc]
             workload = WORKLOADS[name]
 
-            def whole(
-                root: Path = root,
-                told: Told = told,
-                fs: FaultyFileSystem = fs,
-                workload: Workload = workload,
-                direct: bool = direct,
-            ) -> None:
-                with make_engine(root, fs, io_mode="direct" if direct else "buffered", **workload.config) as engine:
-                    workload.run(Job(engine, told))
-                check_legal(contents(root), told)
-                assert private_names(root) == []
-
-            row.check(f"{name}, writes of {length}{', direct' if direct else ''}", whole, stop=stop)
+            what = f"{name}, writes of {length}{', direct' if direct else ''}"
+            row.check(what, _run_whole, root, told, fs, workload, direct, stop=stop)
             row.operations += sum(op.name == "pwrite" for op in fs.operations)
             fs.dispose()
             folder.drop(root)

@@ -291,13 +291,8 @@ def sweep(
     for k in sampled(range(row.operations), sample, chance):
         root, told = folder.root()
         second = None if again is None else chance.randrange(again)
-        row.check(
-            f"step {k}, again after {second}",
-            lambda root=root, told=told, k=k, second=second: check(
-                root, told, Interrupter(k, second, within=within), life
-            ),  # type: ignore[misc]
-            stop=stop,
-        )
+        interrupter = Interrupter(k, second, within=within)
+        row.check(f"step {k}, again after {second}", check, root, told, interrupter, life, stop=stop)
         folder.drop(root)
     return row
 

@@ -93,11 +93,7 @@ def check_all(
                 continue
             known.add(key)
             write_state(state, place)
-            row.check(
-                f"after call {k} ({op.name} {op.path}): {text}",
-                lambda told=told: check_sweep(place, told, keeps),
-                stop=stop,
-            )  # type: ignore[misc]
+            row.check(f"after call {k} ({op.name} {op.path}): {text}", check_sweep, place, told, keeps, stop=stop)
             folder.drop(place)
 
 

@@ -143,16 +143,16 @@ def develop(
     row: Row, kind: str, place: Path, camera: Camera, workload: Workload, sample: Sample, seed: int, *, stop: bool
 ) -> None:
     """Mount each shot (or a sample of them) as after a reboot, and look."""
+
+    def look(image: Path, told: Told) -> None:
+        with mounted(image, kind, place / "after") as disk:
+            check_recovery(disk / "root", told, workload)
+
     row.operations = len(camera.shots)
     for number in sampled(range(len(camera.shots)), sample, random.Random(seed)):
         what, image, told = camera.shots[number]
-
-        def look(image: Path = image, told: Told = told) -> None:
-            with mounted(image, kind, place / "after") as disk:
-                check_recovery(disk / "root", told, workload)
-
         with quiet():
-            row.check(what, look, stop=stop)
+            row.check(what, look, image, told, stop=stop)
     shutil.rmtree(place / "shots")
 
 

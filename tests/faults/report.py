@@ -28,11 +28,11 @@ class Row:
     lost: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def check(self, what: str, oracle: Callable[[], object], *, stop: bool) -> None:
+    def check(self, what: str, oracle: Callable[..., object], *args: Any, stop: bool) -> None:
         """Count one injected fault; `stop` lets the first failure through, else it is noted and counted as lost."""
         self.injected += 1
         try:
-            oracle()
+            oracle(*args)
         except Exception as error:
             self.lost += 1
             if stop:

@@ -161,11 +161,7 @@ def sweep(folder: Folder, case: Case, *, sample: Sample, seed: int = 1, stop: bo
             root, told = folder.root()
             games.append((k, root, told, start(root, case, k)))
         for k, root, told, process in games:
-            row.check(
-                f"{case.name} at call {k}",
-                lambda root=root, told=told, process=process: check(root, told, case, process),  # type: ignore[misc]
-                stop=stop,
-            )
+            row.check(f"{case.name} at call {k}", check, root, told, case, process, stop=stop)
             process.close()
             folder.drop(root)
     return row
