@@ -1,64 +1,125 @@
-"""The commands, put together; each lives in a module of its own, which is imported only when it is asked for."""
+"""The command line, put together: each command is a module of its own, imported only when it is asked for.
+
+A command's module has `options(parser)`, which adds its arguments, and `command(...)`, which takes them by name and
+returns the exit code; the first sentence of its docstring is the command's line in the help.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Annotated, Any
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
-import typer
+from .failing import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, exit_code, one_line
 
-_MODULES = {
-    "list": "list_command",
-    "inspect": "inspect",
-    "verify": "verify",
-    "diff": "diff",
-    "prune": "prune",
-    "delete": "delete",
-    "mirror": "mirror",
-    "sweep": "sweep",
-    "watch": "watch",
-    "export": "export",
-    "demo": "demo_command",
-    "bench": "bench",
-}
-
+COMMANDS = (
+    "list",
+    "inspect",
+    "verify",
+    "diff",
+    "prune",
+    "delete",
+    "mirror",
+    "sweep",
+    "watch",
+    "export",
+    "demo",
+    "bench",
+)
+_ABOUT = (
+    "Look after checkpoints: list, inspect, verify, compare, prune, delete, watch, export, measure.\n\n"
+    "ROOT is the directory that an engine saves to, TAG one checkpoint in it (the directory ROOT/TAG), FILE a path "
+    "inside that checkpoint. Begin with `async-ckpt list ROOT`; `async-ckpt demo` makes a root to try things on."
+)
 _EPILOG = (
     "Exit codes: 0 nothing is wrong; 1 damaged, different or failed; 2 wrong usage; "
     "3 no such root, checkpoint, file or metric; 130 interrupted."
 )
 
 
-def build(arguments: list[str]) -> Callable[..., Any]:
-    """The command line for these arguments: with all commands, or only the one that is asked for."""
-    app = typer.Typer(
-        name="async-ckpt",
-        help="Look after checkpoints: list, inspect, verify, compare, prune, delete, watch, export, measure.",
-        epilog=_EPILOG,
-        add_completion=False,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
-    app.callback()(_options)
-    asked = arguments[0] if arguments and arguments[0] in _MODULES else None
-    for name, module in _MODULES.items():
-        if asked in (None, name):
-            app.command(name, epilog=_EPILOG)(importlib.import_module(f".{module}", __package__).command)
-    return app
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process with its exit code (SystemExit)."""
+    for name in ("stdout", "stderr"):
+        # Closed by the caller (`>&-`): there is nobody to read it.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+    given = sys.argv[1:] if argv is None else argv
+    # Accepted before and after the command.
+    debug = "--debug" in given
+    try:
+        try:
+            done = _run([argument for argument in given if argument != "--debug"])
+        except SystemExit as left:
+            # argparse's, after help or a usage error.
+            done = EXIT_OK if left.code is None else int(left.code)
+        sys.stdout.flush()
+        raise SystemExit(done)
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is left to say.
+        _drop_output()
+        raise SystemExit(EXIT_FAILED) from None
+    except Exception as error:
+        code = exit_code(error)
+        if debug or code is None:
+            # Without a code it is a bug of ours, not a known failure: then the traceback is what helps.
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        with contextlib.suppress(OSError):
+            print(f"async-ckpt: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
-def _version(value: bool) -> None:
-    if value:
+def _drop_output() -> None:
+    """What could not be written is not tried again while the interpreter exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Help(argparse.HelpFormatter):
+    """Keeps the paragraphs of a text."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+        return "\n\n".join(textwrap.fill(paragraph, width, break_on_hyphens=False) for paragraph in paragraphs)
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        module = _module(arguments[0])
+        parser = _parser(f"async-ckpt {arguments[0]}", module.command.__doc__)
+        module.options(parser)
+        done: int = module.command(**vars(parser.parse_intermixed_args(arguments[1:])))
+        return done
+    parser = _parser("async-ckpt", _ABOUT)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks; accepted anywhere")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands (each has a --help of its own)")
+    for name in COMMANDS:
+        about = " ".join(_module(name).command.__doc__.split("\n\n")[0].split())
+        commands.add_parser(name, help=about.partition(". ")[0].rstrip("."))
+    if parser.parse_args(arguments).version:
+        from importlib.metadata import version
+
         print(f"async-ckpt {version('async-ckpt')}")
-        raise typer.Exit
+        return EXIT_OK
+    parser.print_help()
+    return EXIT_USAGE
 
 
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere.")] = False,
-) -> None:
-    pass
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _parser(name: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=name, description=about, epilog=_EPILOG, formatter_class=_Help, allow_abbrev=False
+    )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import escaped
 from ..observers.units import format_bytes, format_rate, format_seconds
-from .failing import NotFoundError
-from .output import print_json, print_table
+from .failing import EXIT_OK, NotFoundError
+from .output import add_json, number, print_json, print_table
 
 if TYPE_CHECKING:
     from .measuring import DiskResult, IoMode, MemoryResult
@@ -24,20 +23,24 @@ _PLAN: tuple[tuple[IoMode, int], ...] = (
     ("direct", 4),
     ("direct", 8),
 )
+_STEP_BYTES = 64 << 20
 
 
-def command(
-    folder: Annotated[
-        str,
-        typer.Argument(help="A directory on the disk to measure, best your root.", metavar="DIR", show_default=False),
-    ],
-    seconds: Annotated[float, typer.Option(help="How long to measure, about.", min=2, max=3600)] = 60.0,
-    checkpoint_gib: Annotated[
-        float | None,
-        typer.Option(help="Size of your checkpoints; else that of the newest one there.", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a directory on the disk to measure, best your root")
+    parser.add_argument(
+        "--seconds", metavar="S", type=number(float, 2, 3600), default=60.0, help="how long to measure, about [60]"
+    )
+    parser.add_argument(
+        "--checkpoint-gib",
+        metavar="GIB",
+        type=float,
+        help="size of your checkpoints [that of the newest there]",
+    )
+    add_json(parser)
+
+
+def command(folder: str, seconds: float, checkpoint_gib: float | None, as_json: bool) -> int:
     """Measure disk and memory with the package's own writer, for a minute, and advise on staging_bytes, num_writers and
     io_mode.
 
@@ -57,64 +60,52 @@ def command(
             results.append(result)
             if not as_json:
                 # One line as each is known: a minute is long.
-                typer.echo(
-                    f"{result.io_mode:8s} {result.num_writers} writers  {format_rate(result.median_bytes_per_s)}"
+                print(
+                    f"{result.io_mode:8s} {result.num_writers} writers  {format_rate(result.median_bytes_per_s)}",
+                    flush=True,
                 )
-        fs_type, free_bytes = disk.fs_type, disk.free_bytes
     advice = _advise(memory, best(results), size_bytes)
     if as_json:
         rows = [{**dataclasses.asdict(result), "median_bytes_per_s": result.median_bytes_per_s} for result in results]
-        memory_json = dataclasses.asdict(memory)
-        print_json(
-            {"fs_type": fs_type, "free_bytes": free_bytes, "memory": memory_json, "disk": rows, "advice": advice}
-        )
+        about = {"fs_type": disk.fs_type, "free_bytes": disk.free_bytes, "memory": dataclasses.asdict(memory)}
+        print_json({**about, "disk": rows, "advice": advice})
     else:
-        _print(memory, results, advice, fs_type)
+        _print(memory, results, advice, disk.fs_type)
+    return EXIT_OK
 
 
 def _newest_bytes(folder: str) -> int | None:
     from ..reading.catalog import Catalog
 
     manifests = [entry.manifest for entry in Catalog(folder).entries() if entry.manifest is not None]
-    return sum(file.size_bytes for file in manifests[-1].files) if manifests else None
+    return manifests[-1].size_bytes if manifests else None
 
 
 def _advise(memory: MemoryResult, disk: DiskResult, size_bytes: int | None) -> dict[str, Any]:
     rate = disk.median_bytes_per_s
+    affordable = memory.available_bytes // 2
+    # Without a size: what the disk takes in ten seconds hides every stall up to that.
+    wanted = int(10 * rate) if size_bytes is None else int(size_bytes * 1.02)
+    staging_bytes = max(_STEP_BYTES, -(-min(affordable, wanted) // _STEP_BYTES) * _STEP_BYTES)
     advice: dict[str, Any] = {
         "num_writers": disk.num_writers,
         "io_mode": "direct" if disk.direct else "buffered",
         "checkpoint_bytes": size_bytes,
+        "staging_bytes": staging_bytes,
     }
-    affordable = memory.available_bytes // 2
     if size_bytes is None:
-        # Without a size: what the disk takes in ten seconds hides every stall up to that.
-        advice["staging_bytes"] = _round_up(min(affordable, int(10 * rate)))
-        advice["why"] = (
-            "the size of your checkpoints is not known (--checkpoint-gib): this is what the disk takes in 10 s"
-        )
-        return advice
-    fits = size_bytes * 1.02 <= affordable
-    advice["staging_bytes"] = _round_up(int(size_bytes * 1.02)) if fits else _round_up(affordable)
-    advice["durable_s"] = size_bytes / rate
-    advice["stall_s"] = 0.0 if fits else (size_bytes - advice["staging_bytes"]) / rate
-    if fits:
-        advice["why"] = "one whole checkpoint fits: with a guarded optimizer, save returns at once"
+        why = "the size of your checkpoints is not known (--checkpoint-gib): this is what the disk takes in 10 s"
     else:
-        waits = format_seconds(advice["stall_s"])
-        advice["why"] = (
-            f"a checkpoint does not fit into half of the free memory: each save waits about {waits} for the disk"
-        )
-    return advice
-
-
-def _round_up(num_bytes: int) -> int:
-    step = 64 << 20
-    return max(step, -(-num_bytes // step) * step)
+        advice["durable_s"] = size_bytes / rate
+        advice["stall_s"] = 0.0 if wanted <= affordable else (size_bytes - staging_bytes) / rate
+        why = "one whole checkpoint fits: with a guarded optimizer, save returns at once"
+        if wanted > affordable:
+            waits = format_seconds(advice["stall_s"])
+            why = f"a checkpoint does not fit into half of the free memory: each save waits about {waits} for the disk"
+    return {**advice, "why": why}
 
 
 def _print(memory: MemoryResult, results: list[DiskResult], advice: dict[str, Any], fs_type: str) -> None:
-    typer.echo("")
     rows = [
         ("copy into warm staging memory", format_rate(memory.copy_warm_bytes_per_s)),
         ("copy into fresh memory (what a clone costs)", format_rate(memory.copy_fresh_bytes_per_s)),
@@ -126,20 +117,13 @@ def _print(memory: MemoryResult, results: list[DiskResult], advice: dict[str, An
         # A file system that refuses O_DIRECT is written through the page cache instead.
         note = "" if result.direct == (result.io_mode == "direct") else " (O_DIRECT was refused)"
         spread = f"{format_rate(min(result.rates_bytes_per_s))} to {format_rate(max(result.rates_bytes_per_s))}"
-        rows.append(
-            (
-                f"write + fsync, {result.io_mode}, {result.num_writers} writers{note}",
-                f"{format_rate(result.median_bytes_per_s)}  ({spread})",
-            )
-        )
+        how = f"write + fsync, {result.io_mode}, {result.num_writers} writers{note}"
+        rows.append((how, f"{format_rate(result.median_bytes_per_s)}  ({spread})"))
+    print()
     print_table(("measured", "value"), rows)
-    typer.echo(
-        f"\nadvice: staging_bytes={advice['staging_bytes']}  # {format_bytes(advice['staging_bytes'])}; {advice['why']}"
-    )
-    typer.echo(f"        num_writers={advice['num_writers']}, io_mode={advice['io_mode']!r}")
-    if advice.get("durable_s") is not None:
-        size = format_bytes(advice["checkpoint_bytes"])
-        typer.echo(
-            f"        a checkpoint of {size} is durable after about {format_seconds(advice['durable_s'])}: do "
-            "not save more often than that"
-        )
+    staging = format_bytes(advice["staging_bytes"])
+    print(f"\nadvice: staging_bytes={advice['staging_bytes']}  # {staging}; {advice['why']}")
+    print(f"        num_writers={advice['num_writers']}, io_mode={advice['io_mode']!r}")
+    if "durable_s" in advice:
+        size, durable = format_bytes(advice["checkpoint_bytes"]), format_seconds(advice["durable_s"])
+        print(f"        a checkpoint of {size} is durable after about {durable}: do not save more often than that")

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+import argparse
 
 from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.filesystem import FileSystem
-from .failing import UsageError
-from .locating import Located, catalog_of, is_checkpoint, place_of
-from .output import print_json
+from .failing import EXIT_OK, UsageError
+from .locating import Located, catalog_of, is_checkpoint, place_of, refuse_single_files
+from .output import add_json, print_json
 
 
-def command(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            help="Checkpoints, as ROOT/TAG each, or ROOT and then tags.", metavar="ROOT/TAG...", show_default=False
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", metavar="ROOT/TAG", nargs="+", help="checkpoints; or ROOT, and then tags")
+    add_json(parser)
+
+
+def command(targets: list[str], as_json: bool) -> int:
     """Delete these checkpoints, the newest or a damaged one too; nothing is asked.
 
     All are looked for before the first is deleted. A deletion is a rename first, so that a crash leaves nothing
@@ -32,11 +27,14 @@ def command(
     """
     places = _places(targets)
     for place in places:
+        refuse_single_files(place.catalog)
+    for place in places:
         remove(FileSystem(), place.catalog.root, place.tag)
         if not as_json:
-            typer.echo(f"deleted {place.tag}")
+            print(f"deleted {place.tag}")
     if as_json:
         print_json([place.tag for place in places])
+    return EXIT_OK
 
 
 def _places(targets: list[str]) -> list[Located]:

@@ -7,13 +7,12 @@ in differing ones are read.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
-
-import typer
+from typing import Any, TypeVar
 
 from ..errors import CheckpointNotFoundError, escaped
 from ..format.checksum import crc32
@@ -23,9 +22,9 @@ from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
-from .failing import EXIT_FAILED, UsageError
+from .failing import EXIT_FAILED, EXIT_OK, UsageError
 from .locating import Located, place_of
-from .output import print_json, print_table
+from .output import add_json, print_json, print_table
 
 _BLOCK_BYTES = 4 << 20
 
@@ -37,16 +36,14 @@ class _Side:
     header: FileHeader | None
 
 
-def command(
-    a: Annotated[
-        str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the older one.", metavar="A", show_default=False)
-    ],
-    b: Annotated[
-        str, typer.Argument(help="ROOT/TAG or ROOT/TAG/FILE: the newer one.", metavar="B", show_default=False)
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal.
+def options(parser: argparse.ArgumentParser) -> None:
+    for name, which in (("a", "older"), ("b", "newer")):
+        parser.add_argument(name, metavar=name.upper(), help=f"ROOT/TAG or ROOT/TAG/FILE: the {which} one")
+    add_json(parser)
+
+
+def command(a: str, b: str, as_json: bool) -> int:
+    """Show tensors that were added, removed or changed from A to B. Exit code 1 if there are any, 0 if all are equal.
 
     Values that are no tensors (step counts, learning rates) are named when they differ, and change no exit code.
 
@@ -61,20 +58,16 @@ def command(
     if as_json:
         print_json({"changes": changes, "num_equal": num_equal, "other_values": others})
     elif not changes:
-        typer.echo(f"equal: {num_equal} tensors")
+        print(f"equal: {num_equal} tensors")
     else:
         rows = [(c["change"], c["file"], c["tensor"] or "(file)", c["detail"]) for c in changes]
         print_table(("change", "file", "tensor", "detail"), rows, styles=[_STYLES[c["change"]] for c in changes])
         counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
-        typer.echo(f"{counts}, {num_equal} equal")
+        print(f"{counts}, {num_equal} equal")
     if others and not as_json:
-        typer.echo(
-            escaped(
-                f"values that are no tensors differ: {', '.join(others[:10])}" + (", ..." if len(others) > 10 else "")
-            )
-        )
-    if changes:
-        raise typer.Exit(EXIT_FAILED)
+        more = ", ..." if len(others) > 10 else ""
+        print(escaped(f"values that are no tensors differ: {', '.join(others[:10])}{more}"))
+    return EXIT_FAILED if changes else EXIT_OK
 
 
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}

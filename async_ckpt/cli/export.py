@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..errors import UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
@@ -16,24 +15,20 @@ from ..format.tensors import TensorExtent
 from ..observers.units import format_bytes
 from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
-from .failing import UsageError
+from .failing import EXIT_OK, UsageError
 from .locating import Located, place_of
 
 _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
 
 
-def command(
-    source: Annotated[
-        str, typer.Argument(help="The file in a checkpoint.", metavar="ROOT/TAG/FILE", show_default=False)
-    ],
-    target: Annotated[
-        str, typer.Argument(help="The new file: .pt, .pth, .bin or .safetensors.", metavar="FILE", show_default=False)
-    ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    tensors_only: Annotated[
-        bool, typer.Option("--tensors-only", help="For .safetensors: leave out what is no tensor.")
-    ] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="ROOT/TAG/FILE", help="the file in a checkpoint")
+    parser.add_argument("target", metavar="FILE", help=f"the new file: {', '.join(_FORMATS)}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--tensors-only", action="store_true", help="for .safetensors: leave out what is no tensor")
+
+
+def command(source: str, target: str, overwrite: bool, tensors_only: bool) -> int:
     """Write a file of a checkpoint as a plain file. Every byte is verified first, and the new file appears whole or not
     at all.
 
@@ -56,7 +51,8 @@ def command(
             _copy(place, place.file, fresh)
         else:
             _convert(place, place.file, wanted, fresh, tensors_only)
-    typer.echo(f"{target}: {format_bytes(os.path.getsize(target))}, verified copy of {place.name}")
+    print(escaped(f"{target}: {format_bytes(os.path.getsize(target))}, verified copy of {place.name}"))
+    return EXIT_OK
 
 
 @contextlib.contextmanager
@@ -89,16 +85,12 @@ def _sync(path: str) -> None:
 
 def _copy(place: Located, file: str, fresh: str) -> None:
     """The committed bytes as they are: the file is a plain one already. No torch."""
-    with _opened(place, file) as opened:
+    with place.catalog.open_file(place.tag, file) as opened:
         handle = os.open(fresh, os.O_WRONLY)
         try:
             opened.stream(lambda offset, memory: _write(handle, offset, memory))
         finally:
             os.close(handle)
-
-
-def _opened(place: Located, file: str) -> VerifiedFile:
-    return place.catalog.open_file(place.tag, file)
 
 
 def _write(handle: int, offset: int, memory: memoryview) -> None:
@@ -119,7 +111,7 @@ def _convert(place: Located, file: str, wanted: str, fresh: str, tensors_only: b
     from safetensors.torch import save_file
 
     # The file is taken apart by its header: nothing of its pickle is run, so every file can be exported.
-    with _opened(place, file) as source:
+    with place.catalog.open_file(place.tag, file) as source:
         source.verify_rest()
         header = read_header(source)
         _check_exportable(header, place, tensors_only)

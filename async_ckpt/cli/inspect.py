@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..errors import escaped
 from ..format.manifest import FileEntry
@@ -13,29 +12,27 @@ from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, read_header, read_records
-from .failing import UsageError
+from .failing import EXIT_OK, UsageError
 from .locating import place_of
-from .output import console, print_json, print_table
+from .output import add_json, console, number, print_json, print_table
 
 _MAX_OBJECTS = 200
 _ROOT = ("(the whole file)",)
 """Where a file holds one tensor or object and no dict."""
 
 
-def command(
-    path: Annotated[
-        str, typer.Argument(help="ROOT/TAG, or ROOT/TAG/FILE for one file.", metavar="ROOT/TAG", show_default=False)
-    ],
-    prefix: Annotated[str, typer.Option(help="Only tensors whose key path starts with this.", show_default=False)] = "",
-    depth: Annotated[
-        int | None, typer.Option(help="Fold the tree below this many levels.", min=1, show_default=False)
-    ] = None,
-    flat: Annotated[bool, typer.Option("--flat", help="A plain table instead of a tree.")] = False,
-    records: Annotated[
-        bool, typer.Option("--records", help="The zip records instead of tensors; works for every torch file.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="ROOT/TAG", help="a checkpoint; or ROOT/TAG/FILE for one file")
+    parser.add_argument("--prefix", default="", help="only tensors whose key path starts with this")
+    parser.add_argument("--depth", metavar="N", type=number(int, 1), help="fold the tree below this many levels")
+    parser.add_argument("--flat", action="store_true", help="a plain table instead of a tree")
+    parser.add_argument(
+        "--records", action="store_true", help="the zip records instead of tensors; works for every torch file"
+    )
+    add_json(parser)
+
+
+def command(path: str, prefix: str, depth: int | None, flat: bool, records: bool, as_json: bool) -> int:
     """Show key path, shape, dtype, bytes and offset of every tensor, as a tree with totals per prefix.
 
     Reads the headers only, and runs no code from them: objects of other classes are shown as <their class>, with the
@@ -56,16 +53,17 @@ def command(
     found = place.catalog.read(place.tag, look)
     if as_json:
         print_json([_as_json(entry, header, prefix) for entry, header in found])
-        return
+        return EXIT_OK
     for entry, header in found:
         if isinstance(header, str):
-            typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}  {header}")
+            print(f"{entry.path}  {format_bytes(entry.size_bytes)}  {header}")
         elif records:
             _print_records(entry, header)
         elif flat:
             _print_flat(entry, _chosen(header, prefix))
         else:
             _print_tree(entry, header, prefix, depth)
+    return EXIT_OK
 
 
 def _look_at(checkpoint: CommittedCheckpoint, entry: FileEntry, records: bool) -> Any:
@@ -120,13 +118,13 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
 
 
 def _print_records(entry: FileEntry, records: Any) -> None:
-    typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
+    print(f"{entry.path}  {format_bytes(entry.size_bytes)}")
     rows = [(name, format_bytes(r.num_bytes), str(r.offset), f"{r.crc32:08x}") for name, r in records.items()]
     print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
 
 
 def _print_flat(entry: FileEntry, tensors: list[TensorExtent]) -> None:
-    typer.echo(f"{entry.path}  {format_bytes(entry.size_bytes)}")
+    print(f"{entry.path}  {format_bytes(entry.size_bytes)}")
     rows = [
         (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
         for t in tensors

@@ -67,6 +67,19 @@ def place_of(path: str) -> Located:
     return Located(Catalog(root, filesystem), tag, inner or None)
 
 
+def refuse_single_files(catalog: Catalog) -> None:
+    """For commands that delete: a checkpoint that is one file does not lie where its manifest does.
+
+    Raises:
+        UsageError: these checkpoints are single files.
+    """
+    if os.path.basename(catalog.root) == SINGLE_FILES_NAME:
+        raise UsageError(
+            f"the checkpoints in {os.path.dirname(catalog.root)!r} are single files: delete them as files, and the "
+            "next run there drops what is kept about them. Nothing was deleted"
+        )
+
+
 def is_checkpoint(folder: str) -> bool:
     """Whether it has a manifest, whole or damaged."""
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))

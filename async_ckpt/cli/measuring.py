@@ -82,11 +82,22 @@ def measure_memory(seconds: float) -> MemoryResult:
     """Copy into touched memory, copy into fresh memory, CRC-32; takes about `seconds`."""
     num_bytes = min(256 << 20, available_memory_bytes() // 8)
     source, target = _touched(num_bytes), _touched(num_bytes)
-    share_s = seconds / 3
+
+    def rate(work: Callable[[], object]) -> float:
+        work()
+        started, rounds = time.perf_counter(), 0
+        while rounds == 0 or time.perf_counter() - started < seconds / 3:
+            work()
+            rounds += 1
+        return rounds * num_bytes / (time.perf_counter() - started)
+
+    def copy(target: memoryview) -> None:
+        move(address_of(target), address_of(source), num_bytes)
+
     return MemoryResult(
-        copy_warm_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, target)),
-        copy_fresh_bytes_per_s=_rate(num_bytes, share_s, lambda: _copy(source, region(num_bytes))),
-        crc_bytes_per_s=_rate(num_bytes, share_s, lambda: crc32(source)),
+        copy_warm_bytes_per_s=rate(lambda: copy(target)),
+        copy_fresh_bytes_per_s=rate(lambda: copy(region(num_bytes))),
+        crc_bytes_per_s=rate(lambda: crc32(source)),
         available_bytes=available_memory_bytes(),
     )
 
@@ -95,20 +106,6 @@ def _touched(num_bytes: int) -> memoryview:
     memory = region(num_bytes)
     ctypes.memset(address_of(memory), 0x5A, num_bytes)
     return memory
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    move(address_of(target), address_of(source), len(source))
-
-
-def _rate(num_bytes: int, seconds: float, work: Callable[[], object]) -> float:
-    work()
-    started = time.perf_counter()
-    rounds = 0
-    while rounds == 0 or time.perf_counter() - started < seconds:
-        work()
-        rounds += 1
-    return rounds * num_bytes / (time.perf_counter() - started)
 
 
 class DiskMeasurement:
@@ -128,10 +125,9 @@ class DiskMeasurement:
         self._folder = os.path.join(folder, f"{_PREFIX}{current_owner()}.{next(_numbers)}")
         os.mkdir(self._folder, 0o700)
         self._free_chunks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._arena = _touched(_NUM_CHUNKS * CHUNK_BYTES)
-        view = memoryview(self._arena)
-        for k in range(_NUM_CHUNKS):
-            self._free_chunks.put(view[k * CHUNK_BYTES : (k + 1) * CHUNK_BYTES])
+        arena = _touched(_NUM_CHUNKS * CHUNK_BYTES)
+        for start in range(0, len(arena), CHUNK_BYTES):
+            self._free_chunks.put(arena[start : start + CHUNK_BYTES])
 
     def __enter__(self) -> DiskMeasurement:
         return self
@@ -141,15 +137,12 @@ class DiskMeasurement:
 
     def run(self, plan: list[tuple[IoMode, int]], seconds: float) -> Iterator[DiskResult]:
         """One result per (mode, writers); file sizes are chosen so that all take about `seconds` together."""
-        size_bytes = self._file_bytes(seconds / (len(plan) * 3 + 1))
+        probe = self.measure("buffered", 2, _SMALLEST_FILE_BYTES, 0.0)
+        wanted = int(probe.median_bytes_per_s * seconds / (len(plan) * 3 + 1))
+        most = min(_LARGEST_FILE_BYTES, self.free_bytes // 4)
+        size_bytes = max(_SMALLEST_FILE_BYTES, min(wanted, most)) // CHUNK_BYTES * CHUNK_BYTES
         for io_mode, num_writers in plan:
             yield self.measure(io_mode, num_writers, size_bytes, seconds / len(plan))
-
-    def _file_bytes(self, share_s: float) -> int:
-        probe = self.measure("buffered", 2, _SMALLEST_FILE_BYTES, 0.0)
-        wanted = int(probe.median_bytes_per_s * share_s)
-        most = min(_LARGEST_FILE_BYTES, self.free_bytes // 4)
-        return max(_SMALLEST_FILE_BYTES, min(wanted, most)) // CHUNK_BYTES * CHUNK_BYTES
 
     def measure(self, io_mode: IoMode, num_writers: int, size_bytes: int, seconds: float = 0.0) -> DiskResult:
         """Write files of `size_bytes` in one way, for about `seconds`, one at least; blocks."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated
-
-import typer
+import argparse
+from typing import Any
 
 from ..errors import MirrorError, escaped
 from ..format.names import check_tag
@@ -17,34 +13,44 @@ from ..mirror.mirrors import Mirrors
 from ..observers.units import format_bytes, format_rate
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED
+from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
-from .output import print_json
+from .output import add_json, add_root, bar, number, print_json
 
 _POLL_S = 0.25
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    add_root(parser)
+    parser.add_argument("url", metavar="URL", help="s3://bucket/run, gs://, az:// or file:///path")
+    parser.add_argument("tag", metavar="TAG", nargs="?", help="one checkpoint; all without it")
+    parser.add_argument(
+        "--parallel", metavar="N", type=number(int, 1, 256), default=4, help="parts on their way at once [4]"
+    )
+    parser.add_argument(
+        "--part-mib", metavar="MIB", type=number(int, 5, 1024), default=16, help="size of one part, in MiB [16]"
+    )
+    parser.add_argument("--max-mib-per-s", metavar="MIB", type=float, help="bound of the rate, in MiB per second")
+    parser.add_argument("--replace", action="store_true", help="replace older checkpoints of the same tags")
+    parser.add_argument(
+        "--only-writer",
+        action="store_true",
+        help="nobody else writes there: also use a store that ignores conditions",
+    )
+    add_json(parser)
+
+
 def command(
-    root: Annotated[
-        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
-    ],
-    url: Annotated[
-        str, typer.Argument(help="s3://bucket/run, gs://, az:// or file:///path.", metavar="URL", show_default=False)
-    ],
-    tag: Annotated[
-        str | None, typer.Argument(help="One checkpoint; all without it.", metavar="[TAG]", show_default=False)
-    ] = None,
-    parallel: Annotated[int, typer.Option(help="Parts on their way at once.", min=1, max=256)] = 4,
-    part_mib: Annotated[int, typer.Option(help="Size of one part, in MiB.", min=5, max=1024)] = 16,
-    max_mib_per_s: Annotated[
-        float | None, typer.Option(help="Bound of the rate, in MiB per second.", show_default=False)
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace older checkpoints of the same tags.")] = False,
-    only_writer: Annotated[
-        bool, typer.Option("--only-writer", help="Nobody else writes there: also use a store that ignores conditions.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+    root: str,
+    url: str,
+    tag: str | None,
+    parallel: int,
+    part_mib: int,
+    max_mib_per_s: float | None,
+    replace: bool,
+    only_writer: bool,
+    as_json: bool,
+) -> int:
     """Upload what is not mirrored yet; go on where an earlier upload was cut short. Exit code 1 if one could not be
     mirrored.
 
@@ -63,14 +69,13 @@ def command(
     results = _upload(catalog, mirror, tags, replace, only_writer, as_json)
     if as_json:
         print_json(results)
-    if any(result["error"] is not None for result in results):
-        raise typer.Exit(EXIT_FAILED)
+    return EXIT_FAILED if any(result["error"] is not None for result in results) else EXIT_OK
 
 
 def _upload(
     catalog: Catalog, mirror: Mirror, tags: list[str], may_overwrite: bool, only_writer: bool, as_json: bool
-) -> list[dict[str, object]]:
-    results: list[dict[str, object]] = []
+) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     made = Mirrors(
         (mirror,), filesystem=FileSystem(), root=catalog.root, may_overwrite=may_overwrite, with_backlog=False
     )
@@ -85,27 +90,20 @@ def _upload(
         pendings = [made.expect(tag) for tag in tags]
         for pending in pendings:
             made.committed(pending, None)
-        with _progress(as_json) as show:
+        with bar(hidden=as_json) as show:
             for pending in pendings:
                 while not pending.wait(_POLL_S):
-                    show(pending.metrics)
+                    metrics = pending.metrics
+                    show(f"mirroring {metrics.tag}", metrics.sent_bytes, metrics.size_bytes or None)
                 error, metrics = pending.exception(0), pending.metrics
-                results.append(_result(metrics, error))
+                said = None if error is None else str(error)
+                names = ("tag", "size_bytes", "sent_bytes", "bytes_per_s")
+                results.append({"error": said, **{name: getattr(metrics, name) for name in names}})
                 if not as_json:
-                    typer.echo(_line(metrics, error))
+                    print(_line(metrics, error))
     finally:
         made.close(0.0)
     return results
-
-
-def _result(metrics: MirrorMetrics, error: BaseException | None) -> dict[str, object]:
-    return {
-        "tag": metrics.tag,
-        "error": None if error is None else str(error),
-        "size_bytes": metrics.size_bytes,
-        "sent_bytes": metrics.sent_bytes,
-        "bytes_per_s": metrics.bytes_per_s,
-    }
 
 
 def _line(metrics: MirrorMetrics, error: BaseException | None) -> str:
@@ -114,18 +112,3 @@ def _line(metrics: MirrorMetrics, error: BaseException | None) -> str:
     if not metrics.sent_bytes:
         return f"{metrics.tag}: mirrored already"
     return f"{metrics.tag}: mirrored, {format_bytes(metrics.sent_bytes)} sent, {format_rate(metrics.bytes_per_s)}"
-
-
-@contextlib.contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[MirrorMetrics], None]]:
-    """What draws a bar on a terminal; elsewhere nothing."""
-    if as_json or not sys.stderr.isatty():
-        yield lambda metrics: None
-        return
-    from ..observers.progress import progress_bar, terminal
-
-    with progress_bar(terminal()) as bar:
-        task = bar.add_task("mirroring", total=None)
-        yield lambda metrics: bar.update(
-            task, description=f"mirroring {metrics.tag}", completed=metrics.sent_bytes, total=metrics.size_bytes or None
-        )

@@ -1,10 +1,13 @@
-"""What commands print: JSON, or tables through rich, which is imported only for those."""
+"""What commands have in common: arguments, and what they print: JSON, bars, or tables through rich, which is imported
+only for those."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import escaped
@@ -14,6 +17,30 @@ if TYPE_CHECKING:
 
 _PIPE_COLUMNS = 240
 _PAD_COLUMNS = 40
+
+
+def add_root(parser: argparse.ArgumentParser, kind: str = "directory") -> None:
+    """The argument ROOT."""
+    parser.add_argument("root", metavar="ROOT", help=f"{kind} that holds the checkpoints")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json."""
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+
+
+def number(kind: Callable[[str], Any], least: float, most: float = float("inf")) -> Callable[[str], Any]:
+    """An argument's type: a number within bounds."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            bound = f"at least {least:g}" if most == float("inf") else f"between {least:g} and {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def print_json(value: Any) -> None:
@@ -29,44 +56,54 @@ def console() -> Console:
     return screen if screen.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
 
 
-Row = Sequence[str]
+@contextlib.contextmanager
+def bar(*, hidden: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """One bar: call it with what is done, bytes done, and all bytes. Nothing is drawn unless standard error is a
+    terminal."""
+    if hidden or not sys.stderr.isatty():
+        yield lambda doing, done_bytes, total_bytes: None
+        return
+    from ..observers.progress import progress_bar, terminal
+
+    with progress_bar(terminal()) as drawn:
+        task = drawn.add_task("", total=None)
+        yield lambda doing, done_bytes, total_bytes: drawn.update(
+            task, description=doing, completed=done_bytes, total=total_bytes
+        )
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Row], *, right: Iterable[str] = (), styles: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    styles: Sequence[str] = (),
 ) -> None:
     """A table without frames; `right` names the columns that hold numbers, `styles` has one style per row.
 
     Into a pipe it is plain text, nothing cut and nothing wrapped.
     """
-    numbers = frozenset(right)
     cells = [[escaped(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        _print_plain(columns, cells, numbers)
+        # One long cell (metadata, an error) does not make all lines as long.
+        widths = [
+            max(len(cell) for cell in column if len(cell) <= _PAD_COLUMNS)
+            for column in zip(columns, *cells, strict=True)
+        ]
+        for line in (columns, *cells):
+            parts = [
+                cell.rjust(width) if name in right else cell.ljust(width)
+                for name, cell, width in zip(columns, line, widths, strict=True)
+            ]
+            print("  ".join(parts).rstrip())
         return
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in numbers else "left", no_wrap=column in numbers or column == columns[0]
-        )
+        is_number = column in right
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number or column == columns[0])
     for index, row in enumerate(cells):
         table.add_row(*map(Text, row), style=styles[index] if styles else "")
     console().print(table)
-
-
-def _print_plain(columns: Sequence[str], cells: list[list[str]], numbers: frozenset[str]) -> None:
-    lines = [list(columns), *cells]
-    # One long cell (metadata, an error) does not make all lines as long.
-    widths = [
-        max([len(columns[k]), *(len(line[k]) for line in cells if len(line[k]) <= _PAD_COLUMNS)])
-        for k in range(len(columns))
-    ]
-    for line in lines:
-        parts = [
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ]
-        print("  ".join(parts).rstrip())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import argparse
+from typing import Any, Literal
 
-import typer
-
-from ..errors import ConfigError
 from ..format.names import is_url
 from ..observers.units import parse_duration_s
 from ..reading.catalog import Catalog
@@ -25,34 +23,38 @@ from ..retention import (
     decide,
 )
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED, NotFoundError, UsageError
-from .locating import catalog_of
-from .output import print_json, print_table
+from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
+from .locating import catalog_of, refuse_single_files
+from .output import add_json, add_root, print_json, print_table
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add_root(parser, "directory or URL")
+    parser.add_argument("--keep-last", metavar="N", type=int, help="keep the N newest")
+    parser.add_argument("--keep-every", metavar="N", type=int, help="keep those whose step is a multiple of N")
+    parser.add_argument("--keep-best", metavar="NAME", help="keep the best by this number in the metadata")
+    parser.add_argument("--best-num", metavar="N", type=int, default=1, help="how many --keep-best keeps [1]")
+    parser.add_argument(
+        "--best-mode", choices=("min", "max"), default="min", help="whether the smallest or the largest is best [min]"
+    )
+    parser.add_argument("--keep-newer-than", metavar="AGE", help="keep those younger than this: 90s, 15min, 6h, 2d, 1w")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be deleted, and why the others are kept"
+    )
+    add_json(parser)
 
 
 def command(
-    root: Annotated[
-        str, typer.Argument(help="Directory or URL that holds the checkpoints.", metavar="ROOT", show_default=False)
-    ],
-    keep_last: Annotated[int | None, typer.Option(help="Keep the N newest.", show_default=False)] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(help="Keep those whose step is a multiple of N.", show_default=False)
-    ] = None,
-    keep_best: Annotated[
-        str | None, typer.Option(help="Keep the best by this number in the metadata.", show_default=False)
-    ] = None,
-    best_num: Annotated[int, typer.Option(help="How many --keep-best keeps.")] = 1,
-    best_mode: Annotated[
-        str, typer.Option(help="Whether the smallest ('min') or the largest ('max') is best.")
-    ] = "min",
-    keep_newer_than: Annotated[
-        str | None, typer.Option(help="Keep those younger than this: 90s, 15min, 6h, 2d, 1w.", show_default=False)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be deleted, and why the others are kept.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+    root: str,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_best: str | None,
+    best_num: int,
+    best_mode: Literal["min", "max"],
+    keep_newer_than: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
     """Delete every checkpoint that none of the given policies keeps.
 
     The newest is always kept, and nothing is deleted while it is damaged. A deletion is a rename first, so that a crash
@@ -60,7 +62,19 @@ def command(
 
     JSON: a list of {tag, keep, deleted, reasons}; the exit code is 1 when one cannot be deleted
     """
-    policy = _policy(keep_last, keep_every, keep_best, best_num, best_mode, keep_newer_than)
+    policies: list[RetentionPolicy] = []
+    if keep_last is not None:
+        policies.append(KeepLast(keep_last))
+    if keep_every is not None:
+        policies.append(KeepEvery(keep_every))
+    if keep_best is not None:
+        policies.append(KeepBest(keep_best, best_num, best_mode))
+    if keep_newer_than is not None:
+        policies.append(KeepNewerThan(_seconds(keep_newer_than)))
+    if not policies:
+        raise UsageError(
+            "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
+        )
     catalog = catalog_of(root)
     checkpoints = [CheckpointInfo.of(manifest) for manifest in committed_here(catalog)]
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
@@ -68,19 +82,20 @@ def command(
         raise NotFoundError(
             f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
         )
+    policy = AnyOf(*policies)
     decisions = decide(checkpoints, policy) if dry_run else _carry_out(catalog, policy)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
     elif not decisions:
-        typer.echo(f"no checkpoints in {root!r}")
+        print(f"no checkpoints in {root!r}")
     else:
         rows = [(d.tag, _action(d, dry_run), "; ".join(d.reasons)) for d in decisions]
         print_table(("tag", "action", "reason"), rows, styles=["" if d.keep else "yellow" for d in decisions])
-    if any(decision.failure is not None for decision in decisions):
-        raise typer.Exit(EXIT_FAILED)
+    return EXIT_FAILED if any(decision.failure is not None for decision in decisions) else EXIT_OK
 
 
 def _carry_out(catalog: Catalog, policy: RetentionPolicy) -> list[Decision]:
+    refuse_single_files(catalog)
     if not is_url(catalog.root):
         return apply(FileSystem(), catalog.root, policy)
     from ..mirror.config import Mirror
@@ -106,31 +121,8 @@ def _result(decision: Decision, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _policy(
-    last: int | None, every: int | None, best: str | None, best_num: int, best_mode: str, newer_than: str | None
-) -> RetentionPolicy:
-    policies: list[RetentionPolicy] = []
+def _seconds(age: str) -> float:
     try:
-        if last is not None:
-            policies.append(KeepLast(last))
-        if every is not None:
-            policies.append(KeepEvery(every))
-        if best is not None:
-            policies.append(KeepBest(best, best_num, "max" if best_mode == "max" else _min(best_mode)))
-        if newer_than is not None:
-            policies.append(KeepNewerThan(parse_duration_s(newer_than)))
+        return parse_duration_s(age)
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         raise UsageError(str(error)) from error
-    if not policies:
-        raise UsageError(
-            "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
-        )
-    return AnyOf(*policies)
-
-
-def _min(mode: str) -> Any:
-    if mode != "min":
-        raise UsageError(f"--best-mode must be 'min' or 'max', not {mode!r}")
-    return mode

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+import argparse
+from typing import Any
 
 from ..observers.units import format_bytes
 from ..storage.filesystem import FileSystem
-from .listing import measure_tree
+from .failing import EXIT_OK
+from .list import staged
 from .locating import catalog_of
-from .output import print_json, print_table
+from .output import add_json, add_root, print_json, print_table
 
 
-def command(
-    root: Annotated[
-        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is staged, and by whom.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    add_root(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only show what is staged, and by whom")
+    add_json(parser)
+
+
+def command(root: str, dry_run: bool, as_json: bool) -> int:
     """Remove staging left by processes that are certainly gone; never a live one's, never a committed checkpoint.
 
     Also test files of a `bench` that was killed. Every engine does this when it starts, apart from those.
@@ -30,36 +30,26 @@ def command(
     from .measuring import remove_dead_measurements
 
     catalog = catalog_of(root)
-    results: list[dict[str, Any]]
     if dry_run:
-        results = []
-        for info in catalog.staging():
-            size_bytes, _, _ = measure_tree(f"{catalog.root}/{info.name}")
-            results.append(
-                {
-                    "name": info.name,
-                    "tag": info.tag,
-                    "action": "none",
-                    "reason": f"owner is {info.owner_state.value}",
-                    "size_bytes": size_bytes,
-                }
-            )
+        found = [staged(catalog, info, 0.0) for info in catalog.staging()]
+        results = [_result(s["name"], s["tag"], "none", f"owner is {s['owner_state']}", s["size_bytes"]) for s in found]
     else:
-        results = [
-            {"name": swept.name, "tag": swept.tag, "action": swept.action, "reason": swept.reason, "size_bytes": None}
-            for swept in sweep(FileSystem(), catalog.root)
-        ]
-        results += [
-            {"name": name, "tag": None, "action": "removed", "reason": "its owner is gone", "size_bytes": None}
-            for name in remove_dead_measurements(root)
-        ]
+        swept = sweep(FileSystem(), catalog.root)
+        results = [_result(one.name, one.tag, one.action, one.reason) for one in swept]
+        gone = remove_dead_measurements(root)
+        results += [_result(name, None, "removed", "its owner is gone") for name in gone]
     if as_json:
         print_json(results)
     elif not results:
-        typer.echo("nothing is staged")
+        print("nothing is staged")
     else:
         rows = [
             (r["name"], r["action"], r["reason"], "" if r["size_bytes"] is None else format_bytes(r["size_bytes"]))
             for r in results
         ]
         print_table(("name", "action", "reason", "size"), rows, right=("size",))
+    return EXIT_OK
+
+
+def _result(name: str, tag: str | None, action: str, reason: str, size_bytes: int | None = None) -> dict[str, Any]:
+    return {"name": name, "tag": tag, "action": action, "reason": reason, "size_bytes": size_bytes}

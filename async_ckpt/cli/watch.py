@@ -2,92 +2,77 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import time
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..errors import escaped
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes, format_seconds
 from ..reading.catalog import Catalog
-from .listing import OWNERS, measure_tree
+from .failing import EXIT_OK
+from .list import OWNERS, staged
 from .locating import catalog_of
-from .output import console, print_json
+from .output import add_json, add_root, console, number, print_json
 
 _NUM_SHOWN = 10
 
 
-def command(
-    root: Annotated[
-        str, typer.Argument(help="Directory that holds the checkpoints.", metavar="ROOT", show_default=False)
-    ],
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600)] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Look once and print JSON.")] = False,
-) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    add_root(parser)
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=number(float, 0.1, 3600), default=1.0, help="between two looks [1]"
+    )
+    parser.add_argument("--once", action="store_true", help="look once and leave")
+    add_json(parser)
+
+
+def command(root: str, interval: float, once: bool, as_json: bool) -> int:
     """Show what is committed, how long that took, and what is being saved now. Ends with Ctrl-C.
 
-    Works on every machine that sees ROOT: everything is read from it.
+    Works on every machine that sees ROOT: everything is read from it. With --json it looks once.
 
     JSON: {root, checkpoints: [{tag, age_s, size_bytes, num_files, stall_s, durable_s}], staging: [{tag, kind, name,
     owner, owner_state, age_s, size_bytes, num_files}]}; stall_s and durable_s are null where the manifest does not
     tell.
     """
     catalog = catalog_of(root)
+    screen = console()
     if as_json:
         print_json(_look(catalog))
-        return
-    screen = console()
-    if once or not screen.is_terminal:
+    elif once or not screen.is_terminal:
         screen.print(_view(_look(catalog)))
-        return
-    from rich.live import Live
+    else:
+        from rich.live import Live
 
-    try:
-        with Live(_view(_look(catalog)), console=screen, auto_refresh=False) as live:
-            while True:
-                time.sleep(interval)
-                live.update(_view(_look(catalog)), refresh=True)
-    except KeyboardInterrupt:
-        return
+        try:
+            with Live(_view(_look(catalog)), console=screen, auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(_view(_look(catalog)), refresh=True)
+        except KeyboardInterrupt:
+            pass
+    return EXIT_OK
 
 
 def _look(catalog: Catalog) -> dict[str, Any]:
     now_s = time.time()
-    checkpoints = []
     # Not tags(), which logs damaged ones: a log record in the middle of a live view destroys it.
-    for entry in catalog.entries():
-        if entry.manifest is not None and entry.problem is None:
-            timing = entry.manifest.timing
-            checkpoints.append(
-                {
-                    "tag": entry.tag,
-                    "age_s": now_s - entry.manifest.created_unix_ns / 1e9,
-                    "size_bytes": entry.manifest.size_bytes,
-                    "num_files": len(entry.manifest.files),
-                    "stall_s": timing.get("stall_s"),
-                    "durable_s": timing.get("durable_s"),
-                }
-            )
-    staging = []
-    for info in catalog.staging():
-        size_bytes, num_files, changed_s = measure_tree(os.path.join(catalog.root, info.name))
-        if changed_s is not None:
-            staging.append(
-                {
-                    "tag": info.tag,
-                    "kind": info.kind,
-                    "name": info.name,
-                    "owner": info.owner,
-                    "owner_state": info.owner_state.value,
-                    "age_s": now_s - changed_s,
-                    "size_bytes": size_bytes,
-                    "num_files": num_files,
-                }
-            )
-    return {"root": catalog.root, "checkpoints": checkpoints, "staging": staging}
+    checkpoints = [
+        {
+            "tag": entry.tag,
+            "age_s": now_s - entry.manifest.created_unix_ns / 1e9,
+            "size_bytes": entry.manifest.size_bytes,
+            "num_files": len(entry.manifest.files),
+            "stall_s": entry.manifest.timing.get("stall_s"),
+            "durable_s": entry.manifest.timing.get("durable_s"),
+        }
+        for entry in catalog.entries()
+        if entry.manifest is not None and entry.problem is None
+    ]
+    staging = [{**staged(catalog, info, now_s), "kind": info.kind} for info in catalog.staging()]
+    seen = [item for item in staging if item["age_s"] is not None]
+    return {"root": catalog.root, "checkpoints": checkpoints, "staging": seen}
 
 
 def _view(seen: dict[str, Any]) -> Any:
@@ -109,10 +94,8 @@ def _view(seen: dict[str, Any]) -> Any:
                 Text(escaped(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds
             )
         parts.append(table)
-    parts += [Text(escaped(_staged(item)), style="dim") for item in seen["staging"]] or [
-        Text("nothing is staged", style="dim")
-    ]
-    return Group(*parts)
+    staging = [_staged(item) for item in seen["staging"]] or ["nothing is staged"]
+    return Group(*parts, *(Text(escaped(line), style="dim") for line in staging))
 
 
 def _staged(item: dict[str, Any]) -> str:

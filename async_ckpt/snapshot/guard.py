@@ -63,7 +63,7 @@ class Guard:
         Protects from its next step on: one that runs now on another thread has begun already.
         """
         global _hook
-        optimizer = _steppable(optimizer)
+        given, optimizer = optimizer, _steppable(optimizer)
         if not self._guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
             self._must_look = True
@@ -72,6 +72,9 @@ class Guard:
             if _is_capturable(optimizer):
                 _warn_of_replays(optimizer)
             _hook = _hook or register_optimizer_step_pre_hook(_before_any_step)
+        if hasattr(given, "_optimizer_original_step_method"):
+            # Accelerate's wrapper for a gradient scaler puts the step back that it knows: it must know the new one.
+            given.__setstate__({})
         parameters: int = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
         # Adam keeps two moments per parameter, and its state does not exist before the first step.
         return 3 * parameters

@@ -21,13 +21,12 @@ from .conftest import PYTHON, flip
 @pytest.mark.parametrize(
     "closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"]
 )
-@pytest.mark.parametrize("command", ["list", "verify"])
+@pytest.mark.parametrize("command", ["list {root}", "verify {root}", "verify --help", "--help"])
 def test_closed_and_full_streams_give_no_traceback(root: Path, command: str, closed: str) -> None:
-    ran = subprocess.run(
-        ["sh", "-c", f"{PYTHON} -m async_ckpt {command} {root} {closed}"], capture_output=True, text=True
-    )
+    shown = f"{PYTHON} -m async_ckpt {command.format(root=root)} {closed}"
+    ran = subprocess.run(["sh", "-c", shown], capture_output=True, text=True)
     assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr, ran.stderr
-    assert ran.returncode == closed.startswith("> /dev/full"), ran
+    assert ran.returncode == (closed.startswith("> /dev/full") and "--help" not in command), ran
 
 
 def test_one_long_metadata_does_not_pad_all_lines(cli, tmp_path: Path) -> None:
@@ -79,5 +78,8 @@ def test_folders_of_single_files_are_listed_and_verified(cli, tmp_path: Path) ->
     assert cli("verify", tmp_path / "epoch=0.ckpt").code == 1
     assert cli("verify", tmp_path / "größe (1).ckpt").code == 0
     assert "w" in cli("inspect", tmp_path / "größe (1).ckpt").out
+    for arguments in (("delete", tmp_path, "epoch=0.ckpt"), ("prune", tmp_path, "--keep-last", "1")):
+        refused = cli(*arguments)
+        assert refused.code == 2 and "delete them as files" in refused.err
     (tmp_path / "epoch=0.ckpt").unlink()
     assert cli("list", tmp_path).code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 
@@ -45,8 +46,8 @@ def test_no_torch_where_none_is_needed(root, arguments):
 def test_list_imports_no_event_loop(root):
     script = """
 import sys
-from async_ckpt.cli.listing import list_checkpoints
-list_checkpoints(sys.argv[1], as_json=True)
+from async_ckpt.cli.list import command
+command(sys.argv[1], as_json=True)
 print("asyncio" in sys.modules)
 """
     ran = subprocess.run([PYTHON, "-c", script, str(root)], capture_output=True, text=True, check=True)
@@ -91,6 +92,7 @@ def test_help_names_every_command_and_the_exit_codes(cli):
         "diff",
         "prune",
         "delete",
+        "mirror",
         "sweep",
         "watch",
         "export",
@@ -98,7 +100,18 @@ def test_help_names_every_command_and_the_exit_codes(cli):
         "bench",
     ):
         assert f"  {command} " in ran.out
-    assert "Exit codes" in ran.out
+        shown = cli(command, "--help")
+        assert shown.code == 0 and shown.out.startswith(f"usage: async-ckpt {command} ")
+        assert "Exit codes" in shown.out
+    assert "Exit codes" in ran.out and ran.code == 0
+    assert cli().code == 2
+
+
+def test_options_may_stand_anywhere(cli, root):
+    assert json.loads(cli("verify", root, "--level", "size", "step-100", "--json").out)[0]["level"] == "size"
+    assert cli("verify", "--json", "--", root, "step-100").code == 0
+    assert cli("list", "--debug", root).code == cli("--debug", "list", root).code == 0
+    assert cli("verify", root, "--lev", "size").code == 2, "no abbreviations"
 
 
 def test_version(cli):

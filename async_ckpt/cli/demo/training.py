@@ -6,15 +6,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
-from .data import BatchSampler, read_corpus
-from .model import GPT, GPTConfig
+from ...retention import KeepLast
+from .model import GPT, GPTConfig, read_corpus
+
+_SEED = 1337
+_WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +29,7 @@ class DemoConfig:
     num_steps: int = 250
     save_every: int = 10
     batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
     corpus_bytes: int = 2_000_000
-    seed: int = 1337
     keep_last: int = 3
     device: str = "auto"
     loss_log: str | None = None
@@ -51,11 +52,10 @@ class StepRecord:
 class DemoResult:
     """What a run did: its steps, its commits, where it resumed."""
 
+    num_parameters: int
+    resumed_from: str | None
     steps: list[StepRecord] = field(default_factory=list)
     commits: list[PendingCommit] = field(default_factory=list)
-    resumed_from: str | None = None
-    num_parameters: int = 0
-    device: str = "cpu"
     wall_s: float = 0.0
 
 
@@ -69,25 +69,29 @@ class Trainer:
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(_SEED)
         self.model = GPT(config.model).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        corpus = read_corpus(config.corpus_bytes)
-        self.batches = BatchSampler(
-            corpus, batch_size=config.batch_size, context_length=config.model.context_length, seed=config.seed
-        )
+        self.corpus = read_corpus(config.corpus_bytes)
+        # Its state is the position in the data.
+        self.sampler = torch.Generator().manual_seed(_SEED)
         self.step = 0
 
     def _rate(self, step: int) -> float:
-        warmup = self.config.warmup_steps
-        return (step + 1) / warmup if step < warmup else max(0.1, 1 - (step - warmup) / max(1, self.config.num_steps))
+        return min((step + 1) / _WARMUP_STEPS, max(0.1, 1 - step / self.config.num_steps))
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Random windows of the text, and the same one byte later: int64 of shape [batch_size, context_length]."""
+        length = self.config.model.context_length
+        starts = torch.randint(len(self.corpus) - length - 1, (self.config.batch_size,), generator=self.sampler)
+        windows = torch.stack([self.corpus[s : s + length + 1] for s in starts.tolist()]).long().to(self.device)
+        return windows[:, :-1], windows[:, 1:]
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss."""
-        inputs, targets = (t.to(self.device) for t in self.batches.next())
-        logits = self.model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        inputs, targets = self._batch()
+        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -96,24 +100,15 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, engine: AsyncCheckpointEngine, loss: float) -> PendingCommit:
-        """Save model, optimizer, schedule, RNG and data position under a tag of their own; returns at once."""
+        """Save model, optimizer, schedule and data position under a tag of their own; returns at once."""
         tag = f"step-{self.step:06d}"
+        # Nothing but the sampler is random here; with dropout, torch's own generators would belong into it too.
+        progress = {"step": self.step, "schedule": self.schedule.state_dict(), "sampler": self.sampler.get_state()}
         engine.create(tag)
         engine.save(self.model.state_dict(), "model.pt")
         engine.save(self.optimizer.state_dict(), "optim.pt")
-        engine.save(self._progress(), "progress.pt")
+        engine.save(progress, "progress.pt")
         return engine.commit(tag, metadata={"step": self.step, "loss": loss})
-
-    def _progress(self) -> dict[str, Any]:
-        random: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            random[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return {
-            "step": self.step,
-            "schedule": self.schedule.state_dict(),
-            "random": random,
-            "batches": self.batches.state_dict(),
-        }
 
     def resume(self, engine: AsyncCheckpointEngine) -> str | None:
         """Load the newest checkpoint that verifies; returns its tag, or None when there is none."""
@@ -124,10 +119,7 @@ class Trainer:
         self.optimizer.load_state_dict(engine.load(f"{tag}/optim.pt", map_location=self.device))
         progress = engine.load(f"{tag}/progress.pt", map_location="cpu")
         self.schedule.load_state_dict(progress["schedule"])
-        self.batches.load_state_dict(progress["batches"])
-        torch.set_rng_state(progress["random"]["cpu"])
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(progress["random"][self.device.type], self.device)
+        self.sampler.set_state(progress["sampler"])
         self.step = progress["step"]
         return tag
 
@@ -136,10 +128,7 @@ def train(
     config: DemoConfig, on_step: Callable[[StepRecord], None] | None = None, observers: tuple[Any, ...] = ()
 ) -> DemoResult:
     """Train to `config.num_steps`, resuming where an earlier run in the same root ended, however it ended."""
-    from ...retention import KeepLast
-
     trainer = Trainer(config)
-    result = DemoResult(num_parameters=sum(p.numel() for p in trainer.model.parameters()), device=str(trainer.device))
     started = time.perf_counter()
     with (
         AsyncCheckpointEngine(
@@ -147,30 +136,20 @@ def train(
         ) as engine,
         open(config.loss_log or os.devnull, "a", encoding="ascii") as log,
     ):
-        result.resumed_from = trainer.resume(engine)
+        result = DemoResult(sum(p.numel() for p in trainer.model.parameters()), trainer.resume(engine))
         engine.guard(trainer.optimizer)
         while trainer.step < config.num_steps:
-            record = _one_step(trainer, engine, result)
-            _log_loss(log, record)
+            began = time.perf_counter()
+            in_flight = bool(engine.pending())
+            loss = trainer.train_step()
+            is_save = trainer.step % config.save_every == 0 or trainer.step == config.num_steps
+            if is_save:
+                result.commits.append(trainer.save(engine, loss))
+            record = StepRecord(trainer.step, loss, time.perf_counter() - began, is_save, in_flight)
+            result.steps.append(record)
+            # Hexadecimal floats: two runs are the same only if every bit is.
+            print(record.step, loss.hex(), file=log, flush=True)
             if on_step is not None:
                 on_step(record)
     result.wall_s = time.perf_counter() - started
     return result
-
-
-def _one_step(trainer: Trainer, engine: AsyncCheckpointEngine, result: DemoResult) -> StepRecord:
-    began = time.perf_counter()
-    in_flight = bool(engine.pending())
-    loss = trainer.train_step()
-    is_save = trainer.step % trainer.config.save_every == 0 or trainer.step == trainer.config.num_steps
-    if is_save:
-        result.commits.append(trainer.save(engine, loss))
-    record = StepRecord(trainer.step, loss, time.perf_counter() - began, is_save, in_flight)
-    result.steps.append(record)
-    return record
-
-
-def _log_loss(log: TextIO, record: StepRecord) -> None:
-    # Hexadecimal floats: two runs are the same only if every bit is.
-    log.write(f"{record.step} {record.loss.hex()}\n")
-    log.flush()

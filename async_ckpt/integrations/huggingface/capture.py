@@ -14,7 +14,6 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...engine.engine import AsyncCheckpointEngine
+from ..frameworks import require
 
 # Modules that hold safetensors' function under a name of their own.
 _SAFETENSORS_USERS = (
@@ -31,21 +31,6 @@ _SAFETENSORS_USERS = (
     ("accelerate.utils.other", "safe_save_file"),
     ("peft.peft_model", "safe_save_file"),
 )
-
-
-def require(module: str) -> Any:
-    """Import a framework.
-
-    Raises:
-        ImportError: it cannot be imported; names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name, hint = module.split(".")[0], "install it with: pip install 'async-ckpt[huggingface]'"
-        raise ImportError(
-            f"the Hugging Face integration needs {name}, which cannot be imported ({error}); {hint}"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -93,7 +78,7 @@ def _redirected(engine: AsyncCheckpointEngine, folder: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as undo:
         _exchange(undo, torch, "save", save)
-        stock_save_file = require("safetensors.torch").save_file
+        stock_save_file = require("huggingface", "safetensors.torch").save_file
 
         def save_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
             name = name_inside(filename)

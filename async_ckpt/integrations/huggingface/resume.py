@@ -1,18 +1,23 @@
-"""Which checkpoint to resume from: the newest one that is whole, to the last byte."""
+"""Which checkpoint to resume from: the newest one that is whole, to the last byte, and the same on all ranks."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ...engine.interface import StrPath
-from ...errors import CheckpointError, ConfigError, report
+from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, RankFailedError, report
 from ...format.manifest import Manifest
 from ...format.names import MANIFEST_NAME
 from ...reading.catalog import Catalog
-from ...storage.filesystem import FileSystem, ReadSide
+from ...storage.filesystem import FileSystem
 from ..adopting import ADOPTED, adopt
+from ..frameworks import require
+
+T = TypeVar("T")
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 JIT_MARKER = "checkpoint-is-incomplete.txt"
@@ -29,64 +34,107 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     Raises:
         CorruptCheckpointError: there are checkpoints with a manifest, and all are damaged.
     """
-    root = os.path.abspath(os.fspath(output_dir))
-    fs: FileSystem = FileSystem()
     foreign: list[str] = []
     damaged: CheckpointError | None = None
-    for path in _newest_first(root):
-        if fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "file":
-            foreign.append(path)
-            continue
+    for path in _newest_first(os.path.abspath(os.fspath(output_dir))):
         try:
-            if ADOPTED in verify_directory(path, fs).metadata:
-                foreign.append(path)
-                continue
+            is_ours = _has(path, MANIFEST_NAME) and ADOPTED not in _verify(path).metadata
         except CheckpointError as error:
             report(logging.WARNING, "%s is not resumed from: %s", path, error)
             damaged = damaged or error
             continue
-        if foreign:
-            report(
-                logging.WARNING,
-                "%s and %d others have no manifest and are not resumed from",
-                foreign[0],
-                len(foreign) - 1,
-            )
-        return path
+        if is_ours:
+            if foreign:
+                message = "%s and %d others have no manifest and are not resumed from"
+                report(logging.WARNING, message, foreign[0], len(foreign) - 1)
+            return path
+        foreign.append(path)
     if damaged is not None:
         raise damaged
     for path in foreign:
-        if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind == "file":
+        if _has(path, _LAST_FILE_OF_STOCK):
             report(logging.WARNING, "%s was saved by stock Trainer: it cannot be verified", path)
             return path
     return None
 
 
+def resume_point(resume: Any, args: Any) -> Any:
+    """What `Trainer` is to resume from, verified: the same on all ranks, or an error on all of them. Blocks.
+
+    Args:
+        resume: True for the newest, or a path. Where there is none, True is returned: stock code raises what its users
+            know.
+
+    Raises:
+        CorruptCheckpointError: there is nothing whole. CheckpointNotFoundError: not every node has one.
+        RankFailedError: any of this on another rank.
+    """
+    # Where each node has a directory of its own, one rank of each looks.
+    looks = (args.local_process_index if args.save_on_each_node else args.process_index) == 0
+
+    def look() -> str | bool | None:
+        """The name of the newest here, False for none; for a path that was given, whether it is whole."""
+        if not looks:
+            return None
+        if resume is True:
+            newest = last_committed_checkpoint(args.output_dir)
+            return newest is not None and os.path.basename(newest)
+        path = os.path.abspath(os.fspath(resume))
+        return not _has(path, MANIFEST_NAME) or bool(_verify(path))
+
+    found = {answer for answer in on_all_ranks(look) if answer is not None}
+    if resume is not True or found == {False}:
+        return resume
+    if False in found:
+        raise CheckpointNotFoundError(f"{args.output_dir!r} holds checkpoints on some nodes, and none on others")
+    oldest = os.path.join(args.output_dir, min(map(str, found), key=_step))
+    if len(found) > 1:
+        on_all_ranks(lambda: looks and bool(_verify(oldest)))
+    return oldest
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on each rank of Accelerate's; its failure on one raises on all. Blocks for the slowest rank.
+
+    Raises:
+        CheckpointError, OSError: as `work` has raised here. RankFailedError: it has raised on another rank.
+    """
+    mine: T | None = None
+    failure: CheckpointError | OSError | None = None
+    try:
+        mine = work()
+    except (CheckpointError, OSError) as error:
+        failure = error
+    said = require("huggingface", "accelerate.utils").gather_object([(mine, None if failure is None else str(failure))])
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(said):
+        if text is not None:
+            raise RankFailedError(f"rank {rank} could not read its checkpoints: {text}", rank=rank, step="load")
+    return [found for found, _ in said]
+
+
 def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> None:
     """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be
-    replaced. Blocks.
-
-    Every rank calls it, so that all of them refuse alike; one of those that share the directory `adopts`.
+    replaced. Every rank calls it; one of those that share the directory `adopts`. Blocks for the slowest rank.
 
     Raises:
         ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes
-            there.
+            there. RankFailedError: so on another rank.
     """
-    fs: FileSystem = FileSystem()
+    on_all_ranks(lambda: _adopt_ahead(run_dir, step, last_step, adopts))
+
+
+def _adopt_ahead(run_dir: str, step: int, last_step: int, adopts: bool) -> None:
     for path in _newest_first(run_dir):
         folder, name = os.path.split(path)
-        if (
-            not step < int(name.rpartition("-")[2]) <= last_step
-            or fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing"
-        ):
-            continue
-        if os.listdir(path) == [JIT_MARKER]:
+        if not step < _step(path) <= last_step or _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
             continue
         try:
-            if fs.stat(os.path.join(path, _LAST_FILE_OF_STOCK)).kind != "file":
+            if not _has(path, _LAST_FILE_OF_STOCK):
                 raise ConfigError(f"it has no {_LAST_FILE_OF_STOCK}")
             if adopts:
-                adopt(fs, folder, name)
+                adopt(FileSystem(), folder, name)
         except (CheckpointError, OSError) as error:
             message = (
                 f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or "
@@ -95,27 +143,31 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
             raise ConfigError(message) from error
 
 
-def verify_directory(path: str, fs: ReadSide) -> Manifest:
+def _has(path: str, name: str) -> bool:
+    return FileSystem().stat(os.path.join(path, name)).kind == "file"
+
+
+def _verify(path: str) -> Manifest:
     """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are
     fine.
 
     Raises:
         CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    catalog = Catalog(folder, fs)
+    folder, name = os.path.split(path)
+    catalog = Catalog(folder)
     catalog.verify(name).raise_if_bad()
     return catalog.manifest(name)
 
 
+def _step(path: str) -> int:
+    match = _NAME.fullmatch(os.path.basename(path))
+    return -1 if match is None else int(match[1])
+
+
 def _newest_first(root: str) -> list[str]:
     try:
-        names = os.listdir(root)
+        paths = [os.path.join(root, name) for name in os.listdir(root)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = {
-        int(match[1]): name
-        for name in names
-        if (match := _NAME.fullmatch(name)) and os.path.isdir(os.path.join(root, name))
-    }
-    return [os.path.join(root, steps[step]) for step in sorted(steps, reverse=True)]
+    return sorted((path for path in paths if _step(path) >= 0 and os.path.isdir(path)), key=_step, reverse=True)

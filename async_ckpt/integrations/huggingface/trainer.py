@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ...format.names import MANIFEST_NAME
-from ...storage.filesystem import FileSystem
-from .capture import capture, require
-from .limit import BEST, SaveTotalLimit
-from .resume import JIT_MARKER, adopt_ahead, last_committed_checkpoint, verify_directory
+from ..frameworks import require
+from .capture import capture
+from .limit import BEST
+from .resume import JIT_MARKER, adopt_ahead, resume_point
 from .saver import Saver
 
 if TYPE_CHECKING:
@@ -52,10 +50,14 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             `TornSnapshotError`.
     """
 
+    _scratch: str | None = None
+    """Where stock code believes its directory to be while it saves."""
+    _saver: Saver
+
     def __init__(
         self, *args: Any, async_ckpt: Mapping[str, Any] | None = None, guard: bool = False, **kwargs: Any
     ) -> None:
-        require("transformers")
+        require("huggingface", "transformers")
         super().__init__(*args, **kwargs)
         self._set_up_async(async_ckpt or {}, guard)
 
@@ -66,11 +68,13 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             CheckpointError: a checkpoint could not be committed. CorruptCheckpointError: there is nothing whole to
                 resume from.
         """
-        resume = self._resolve_resume(resume_from_checkpoint)
+        resume = resume_from_checkpoint
+        if resume is not None and resume is not False:
+            resume = resume_point(resume, self.args)
         try:
             output = super().train(resume, *args, **kwargs)
         except BaseException as error:
-            self._saver.close_behind(error)
+            self._saver.close(behind=error)
             raise
         self._saver.close()
         return output
@@ -87,13 +91,16 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         self._push_wanted = False
         engine.create(tag)
         try:
-            with capture(engine, tag) as scratch, self._saving_below(scratch):
+            with capture(engine, tag) as scratch:
+                self._scratch = scratch
                 super()._save_checkpoint(model, trial, *args, **kwargs)
                 self._name_best(scratch, run_dir, tag)
             pending = engine.commit(tag, metadata=self._metadata(run_dir))
         except BaseException:
             engine.abort(tag)
             raise
+        finally:
+            self._scratch = None
         push = self._push_wanted
         self._saver.follow(os.path.join(run_dir, tag), pending, lambda path: self._committed(path, push))
 
@@ -121,29 +128,14 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         self.args.output_dir = os.path.abspath(self.args.output_dir)
         self._saver = Saver(config)
         self._guards = guard
-        self._scratch: str | None = None
         self._push_wanted = False
         self.add_callback(_watcher(self))
 
     def _open_engine(self, run_dir: str) -> Any:
-        limit = self.args.save_total_limit
-        engine = self._saver.open(
-            run_dir,
-            world_size=self.args.world_size,
-            save_on_each_node=self.args.save_on_each_node,
-            retention=SaveTotalLimit(limit) if limit is not None and limit > 0 else None,
-        )
+        engine = self._saver.open(run_dir, self.args)
         if self._guards:
             self._saver.guard(self.optimizer, self.model)
         return engine
-
-    @contextlib.contextmanager
-    def _saving_below(self, scratch: str) -> Iterator[None]:
-        self._scratch = scratch
-        try:
-            yield
-        finally:
-            self._scratch = None
 
     def _name_best(self, scratch: str, run_dir: str, tag: str) -> None:
         """Stock code has seen the scratch directory: give the best checkpoint its final path, in the saved state
@@ -171,25 +163,6 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
             if hook is not None:
                 hook(self.args, self.state, self.control, checkpoint=path)
 
-    def _resolve_resume(self, resume: Any) -> Any:
-        if resume is None or resume is False:
-            return resume
-        if self.args.world_size > 1:
-            # One rank looks, so that all ranks resume from the same checkpoint.
-            found = [self._find_resume(resume)] if self.args.process_index == 0 else [None]
-            return require("accelerate.utils").broadcast_object_list(found, from_process=0)[0]
-        return self._find_resume(resume)
-
-    def _find_resume(self, resume: Any) -> Any:
-        if resume is True:
-            # Without any, stock code raises what its users know.
-            return last_committed_checkpoint(self.args.output_dir) or True
-        path = os.path.abspath(os.fspath(resume))
-        fs = FileSystem()
-        if fs.stat(os.path.join(path, MANIFEST_NAME)).kind != "missing":
-            verify_directory(path, fs)
-        return resume
-
 
 def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
     """Make an existing `Trainer` (or SFTTrainer, Seq2SeqTrainer, ...) save asynchronously; returns it.
@@ -205,7 +178,7 @@ def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
         ImportError: transformers is missing; names the extra. ConfigError: no `Trainer`, attached already, or a wrong
             field.
     """
-    stock = require("transformers").Trainer
+    stock = require("huggingface", "transformers").Trainer
     if not isinstance(trainer, stock) or isinstance(trainer, AsyncCheckpointTrainerMixin):
         raise ConfigError(f"attach takes a transformers.Trainer that is not attached yet, not {type(trainer).__name__}")
     # A wrong field must leave the trainer as it was.
@@ -220,7 +193,7 @@ def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
 
 def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
     """A callback that prepares the engine before the first step and reports commits after each."""
-    base = require("transformers").TrainerCallback
+    base = require("huggingface", "transformers").TrainerCallback
 
     class AsyncCheckpointWatcher(base):  # type: ignore[misc, valid-type]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
-from ...errors import CheckpointError, ConfigError, report
+from ...errors import CheckpointError, report
 from ...storage.filesystem import FileSystem
+from ..frameworks import checked_config
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
@@ -21,7 +21,13 @@ from .loading import load_file
 from .places import DATA_NAME, CheckpointFile
 from .single_file import FileCoordinator, remove, try_settle
 
-_OWN_FIELDS = ("root", "overwrite", "coordinator", "format", "retention")
+_DECIDED = {
+    "root": "by Lightning's callbacks",
+    "overwrite": "a file that is saved again is replaced",
+    "coordinator": "one rank saves",
+    "format": "torch's",
+    "retention": "by Lightning's callbacks",
+}
 
 _CheckpointIO: Any = checkpoint_io_class()
 
@@ -61,12 +67,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         verify: str = "full",
         **config: Any,
     ) -> None:
-        own = [name for name in _OWN_FIELDS if name in config]
-        if own:
-            raise ConfigError(
-                f"AsyncCkptIO sets {', '.join(own)} itself: Lightning's callbacks decide where files go and which stay"
-            )
-        checked = EngineConfig.from_params({"root": ".", **config})
+        checked = checked_config(config, _DECIDED)
         self._config = config
         self._guards = guard
         self._on_commit = on_commit
@@ -74,8 +75,6 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         self._sweeps = checked.sweep_on_start
         self._filesystem: FileSystem = checked.filesystem or FileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
-        self._engine: AsyncCheckpointEngine | None = None
-        self._coordinator: FileCoordinator | None = None
         self._after: FollowUps | None = None
         # Lightning's trainer has torn down and has not begun again.
         self._is_over = False
@@ -100,8 +99,9 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             )
         place = CheckpointFile.of(path)
         self._raise_failure()
-        engine, after = self._running(place)
-        number = after.reserve(place)
+        after = self._running(place)
+        engine = after.engine
+        after.saving(place)
         try:
             engine.create(place)
         except CheckpointError as error:
@@ -114,7 +114,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         except BaseException:
             engine.abort(place.tag)
             raise
-        after.saved(place, number, pending)
+        after.saved(place, pending)
         if self._is_over:
             try:
                 # Raises, also where `teardown` would only log: the caller may be handling another exception.
@@ -140,9 +140,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 raise error
         try_settle(self._filesystem, place.folder)
         only = default_weights_only() if weights_only is None else weights_only
-        loaded: dict[str, Any] = load_file(
-            self._filesystem, place, map_location=map_location, weights_only=only, verify=self._verify
-        )
+        options = {"map_location": map_location, "weights_only": only}
+        loaded: dict[str, Any] = load_file(self._filesystem, place, verify=self._verify, **options)
         return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -163,16 +162,12 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 logged instead.
         """
         self._is_over = True
-        engine, after = self._engine, self._after
-        if engine is None or after is None:
+        after = self._after
+        if after is None:
             return
         is_unwinding = sys.exc_info()[0] is not None
-        try:
-            after.drain()
-            after.close()
-        finally:
-            self._engine = self._after = self._coordinator = None
-            engine.close()
+        self._after = None
+        after.close()
         failure = after.take_failure()
         if failure is not None and is_unwinding:
             report(logging.ERROR, "a checkpoint was lost: %s", failure)
@@ -221,13 +216,13 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         for optimizer in optimizers:
             check_guardable(optimizer)
         self._guarded += [optimizer for optimizer in optimizers if optimizer not in self._guarded]
-        if self._engine is not None:
-            self._engine.guard(*optimizers)
+        if self._after is not None:
+            self._after.engine.guard(*optimizers)
 
     @property
     def engine(self) -> AsyncCheckpointEngine | None:
         """The engine that does the work; None before the first save and after teardown."""
-        return self._engine
+        return None if self._after is None else self._after.engine
 
     def is_pending(self, path: Any) -> bool:
         """Whether a save to `path` has not ended yet. Never blocks."""
@@ -242,16 +237,16 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
 
     # Inside.
 
-    def _running(self, place: CheckpointFile) -> tuple[AsyncCheckpointEngine, FollowUps]:
-        if self._engine is None or self._after is None or self._coordinator is None:
-            self._coordinator = FileCoordinator(sweep=self._sweeps)
-            self._engine = AsyncCheckpointEngine(
-                root=place.root, overwrite="replace", coordinator=self._coordinator, **self._config
+    def _running(self, place: CheckpointFile) -> FollowUps:
+        if self._after is None:
+            coordinator = FileCoordinator(sweep=self._sweeps)
+            engine = AsyncCheckpointEngine(
+                root=place.root, overwrite="replace", coordinator=coordinator, **self._config
             )
-            self._engine.guard(*self._guarded)
-            self._after = FollowUps(self._filesystem, self._coordinator, self._on_commit)
-        self._coordinator.prepare(place)
-        return self._engine, self._after
+            engine.guard(*self._guarded)
+            self._after = FollowUps(engine, self._filesystem, coordinator, self._on_commit)
+        self._after.coordinator.prepare(place)
+        return self._after
 
     def _raise_failure(self) -> None:
         failure = None if self._after is None else self._after.take_failure()
@@ -260,7 +255,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Launchers that spawn send the plugin to their processes: its settings travel, its threads do not.
-        return {**self.__dict__, "_engine": None, "_after": None, "_coordinator": None, "_guarded": []}
+        return {**self.__dict__, "_after": None, "_guarded": []}
 
 
 def _metadata(checkpoint: Any, place: CheckpointFile) -> dict[str, Any]:

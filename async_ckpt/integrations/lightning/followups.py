@@ -16,8 +16,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import report
 from ...storage.filesystem import FileSystem
@@ -30,103 +31,115 @@ from .single_file import FileCoordinator, remove
 @dataclass(slots=True)
 class _Save:
     place: CheckpointFile
-    number: int
     pending: PendingCommit
     raised: bool = False
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it failed, if it has ended and failed. Never blocks."""
+        return self.pending.exception() if self.pending.done() else None
 
-@dataclass(slots=True)
+
 class FollowUps:
-    """One per engine. Calls come from the training thread, the work is done on its own thread."""
+    """An engine's. Calls come from the training thread, the work is done on its own thread."""
 
-    filesystem: FileSystem
-    coordinator: FileCoordinator
-    on_commit: Callable[[str], object] | None
-    _saves: list[_Save] = field(default_factory=list)
-    _numbers: dict[str, int] = field(default_factory=dict)
-    _count: int = 0
-    _removed: dict[str, int] = field(default_factory=dict)
-    _postponed: list[tuple[CheckpointFile, int]] = field(default_factory=list)
-    _undeleted: set[str] = field(default_factory=set)
-    _failures: list[BaseException] = field(default_factory=list)
-    _lock: Lock = field(default_factory=Lock)
-    _worker: DaemonExecutor = field(default_factory=lambda: DaemonExecutor("async-ckpt-lightning", 1))
+    def __init__(
+        self,
+        engine: AsyncCheckpointEngine,
+        filesystem: FileSystem,
+        coordinator: FileCoordinator,
+        on_commit: Callable[[str], object] | None,
+    ) -> None:
+        self.engine = engine
+        self._filesystem = filesystem
+        self.coordinator = coordinator
+        self._on_commit = on_commit
+        self._saves: list[_Save] = []
+        # Saves and removals by number, the newest of each path: what came later counts.
+        self._count = 0
+        self._saved: dict[str, int] = {}
+        self._removed: dict[str, int] = {}
+        self._postponed: list[tuple[CheckpointFile, int]] = []
+        self._undeleted: set[str] = set()
+        self._failures: list[BaseException] = []
+        self._lock = Lock()
+        self._worker = DaemonExecutor("async-ckpt-lightning", 1)
 
     # The training thread.
 
-    def reserve(self, place: CheckpointFile) -> int:
-        """Number the save of `place` that begins now: an older removal of the same path no longer applies."""
+    def saving(self, place: CheckpointFile) -> None:
+        """A save of `place` begins now: an older removal of the same path no longer applies."""
         self._count += 1
-        self._numbers[place.final] = self._count
-        return self._count
+        self._saved[place.final] = self._count
 
-    def saved(self, place: CheckpointFile, number: int, pending: PendingCommit) -> None:
+    def saved(self, place: CheckpointFile, pending: PendingCommit) -> None:
         """Follow this commit."""
-        save = _Save(place, number, pending)
+        save = _Save(place, pending)
         with self._lock:
             self._saves.append(save)
-        self._worker.submit(self._guarded, lambda: self._ended(save))
+        self._worker.submit(self._noting, lambda: self._ended(save))
 
     def remove(self, place: CheckpointFile) -> None:
         """Delete a file once everything that was saved before is committed."""
         self._count += 1
         self._removed[place.final] = number = self._count
         before = self._unended()
-        self._worker.submit(self._guarded, lambda: self._remove(place, number, before))
+        self._worker.submit(self._noting, lambda: self._remove(place, number, before))
 
     def link(self, target: CheckpointFile, link: CheckpointFile) -> None:
         """Point a symbolic link at `target` once that is committed."""
         waits = [save for save in self._unended() if save.place == target]
-        self._worker.submit(self._guarded, lambda: self._link(target, link, waits))
+        self._worker.submit(self._noting, lambda: self._link(target, link, waits))
 
     def is_pending(self, place: CheckpointFile) -> bool:
         """Whether a save to this path has not ended, and no removal was asked for since."""
-        newest = self._numbers.get(place.final, 0)
-        return newest > self._removed.get(place.final, 0) and any(
-            s.place == place and not s.pending.done() for s in self._unended()
-        )
+        is_newer = self._saved.get(place.final, 0) > self._removed.get(place.final, 0)
+        return is_newer and any(save.place == place for save in self._unended())
 
     def failure_of(self, place: CheckpointFile) -> BaseException | None:
         """Why the newest save to this path failed, if it has."""
         with self._lock:
             mine = [save for save in self._saves if save.place == place]
-        return mine[-1].pending.exception() if mine and mine[-1].pending.done() else None
+        return mine[-1].failure if mine else None
 
     def take_failure(self) -> BaseException | None:
         """The oldest failure that was not handed out yet. Never blocks."""
         with self._lock:
             for save in self._saves:
-                if not save.raised and save.pending.done() and save.pending.exception() is not None:
+                if not save.raised and save.failure is not None:
                     save.raised = True
-                    return save.pending.exception()
+                    return save.failure
             return self._failures.pop(0) if self._failures else None
 
     def forget(self, error: BaseException) -> None:
         """Somebody else has raised this failure."""
         with self._lock:
             for save in self._saves:
-                if save.pending.done() and save.pending.exception() is error:
-                    save.raised = True
+                save.raised = save.raised or save.failure is error
 
     def drain(self) -> None:
         """Block until all commits have ended and everything that follows them is done."""
         for save in self._unended():
             save.pending.exception()
-        self._worker.submit(self._guarded, lambda: self._retry_postponed(force=True)).result()
+        self._worker.submit(self._noting, lambda: self._retry_postponed(force=True)).result()
 
     def close(self) -> None:
-        """Stop the thread. After `drain`."""
-        self._worker.shutdown()
+        """`drain`, and stop all threads."""
+        try:
+            self.drain()
+            self._worker.shutdown()
+        finally:
+            self.engine.close()
 
     def _unended(self) -> list[_Save]:
         with self._lock:
-            # What has ended well needs no memory; the last save of a path is kept for `failure_of`.
-            self._saves = [s for s in self._saves if not s.pending.done() or s.pending.exception() is not None]
+            # What has ended well needs no memory.
+            self._saves = [save for save in self._saves if not save.pending.done() or save.failure is not None]
             return [save for save in self._saves if not save.pending.done()]
 
     # The worker thread.
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _noting(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - also a user's hook may fail in any way; the next save raises it
@@ -135,60 +148,51 @@ class FollowUps:
             report(logging.ERROR, "after a checkpoint was committed: %s", error)
 
     def _ended(self, save: _Save) -> None:
-        if (
-            save.pending.exception() is None
-            and self.on_commit is not None
-            and self.filesystem.stat(save.place.final).kind == "file"
-        ):
-            self.on_commit(save.place.final)
+        # Waits for it.
+        failure = save.pending.exception()
+        if failure is None and self._on_commit is not None and self._filesystem.stat(save.place.final).kind == "file":
+            self._on_commit(save.place.final)
         self._retry_postponed(force=False)
 
     def _link(self, target: CheckpointFile, link: CheckpointFile, waits: list[_Save]) -> None:
         if any(save.pending.exception() is not None for save in waits):
             report(logging.WARNING, "%s still points where it did: %s was not committed", link.final, target.final)
             return
-        switch_link(self.filesystem, target, link)
+        switch_link(self._filesystem, target, link)
         self._retry_postponed(force=False)
 
     def _remove(self, place: CheckpointFile, number: int, before: list[_Save]) -> None:
-        failed = [save for save in before if save.pending.exception() is not None]
-        if failed:
-            report(
-                logging.WARNING,
-                "%s is kept: the save of %s, which was to replace it, failed",
-                place.final,
-                failed[0].place.final,
-            )
+        failed = next((save for save in before if save.pending.exception() is not None), None)
+        if failed is not None:
+            message = "%s is kept: the save of %s, which was to replace it, failed"
+            report(logging.WARNING, message, place.final, failed.place.final)
             return
-        if self._is_linked(place):
-            self._postponed.append((place, number))
-            return
-        self._remove_now(place, number)
+        self._postponed.append((place, number))
+        self._retry_postponed(force=False)
 
     def _retry_postponed(self, *, force: bool) -> None:
         postponed, self._postponed = self._postponed, []
         for place, number in postponed:
-            if force or not self._is_linked(place):
-                self._remove_now(place, number)
-            else:
+            if not force and _is_linked(place):
                 self._postponed.append((place, number))
+                continue
+            try:
+                with self.coordinator.lock:
+                    if self._saved.get(place.final, 0) < number:
+                        remove(self._filesystem, place)
+            except OSError as error:
+                # A file that cannot be deleted ends no training.
+                self._postponed.append((place, number))
+                if place.final not in self._undeleted:
+                    self._undeleted.add(place.final)
+                    message = "%s cannot be deleted now; tried again after each save: %s"
+                    report(logging.WARNING, message, place.final, error)
 
-    def _remove_now(self, place: CheckpointFile, number: int) -> None:
-        try:
-            with self.coordinator.lock:
-                if self._numbers.get(place.final, 0) < number:
-                    remove(self.filesystem, place)
-        except OSError as error:
-            # A file that cannot be deleted ends no training.
-            self._postponed.append((place, number))
-            if place.final not in self._undeleted:
-                self._undeleted.add(place.final)
-                report(logging.WARNING, "%s cannot be deleted now; tried again after each save: %s", place.final, error)
 
-    def _is_linked(self, place: CheckpointFile) -> bool:
-        with contextlib.suppress(FileNotFoundError), os.scandir(place.folder) as entries:
-            return any(entry.is_symlink() and os.readlink(entry.path) in (place.name, place.final) for entry in entries)
-        return False
+def _is_linked(place: CheckpointFile) -> bool:
+    with contextlib.suppress(FileNotFoundError), os.scandir(place.folder) as entries:
+        return any(entry.is_symlink() and os.readlink(entry.path) in (place.name, place.final) for entry in entries)
+    return False
 
 
 def switch_link(filesystem: FileSystem, target: CheckpointFile, link: CheckpointFile) -> None:

@@ -13,26 +13,11 @@ import functools
 import importlib
 import inspect
 import sys
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
+
+from ..frameworks import require
 
 _PACKAGES = (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning"))
-
-
-@runtime_checkable
-class KnowsPending(Protocol):
-    """What the wrapped methods ask of the plugin."""
-
-    def is_pending(self, path: Any) -> bool:
-        """Whether a save to `path` has not ended yet."""
-
-    def link(self, target: Any, link: Any) -> None:
-        """Point the symbolic link at `target` once that is committed."""
-
-    def prepare(self, dirpath: Any) -> None:
-        """Make ready for saves to this directory."""
-
-    def fit_started(self, optimizers: Any, module: Any) -> None:
-        """Training begins, with these optimizers."""
 
 
 def checkpoint_io_class() -> Any:
@@ -42,16 +27,7 @@ def checkpoint_io_class() -> Any:
         ImportError: neither package is there; names the extra.
     """
     used = sorted(_PACKAGES, key=lambda package: package[0].split(".")[0] not in sys.modules)
-    failures = []
-    for fabric, _ in used:
-        try:
-            return importlib.import_module(f"{fabric}.plugins").CheckpointIO
-        except ImportError as error:
-            failures.append(str(error))
-    hint = "install it with: pip install 'async-ckpt[lightning]'"
-    raise ImportError(
-        f"the Lightning integration needs lightning, which cannot be imported ({'; '.join(failures)}); {hint}"
-    )
+    return require("lightning", *(f"{fabric}.plugins" for fabric, _ in used)).CheckpointIO
 
 
 def cooperate(plugin_class: Any) -> None:
@@ -63,40 +39,42 @@ def cooperate(plugin_class: Any) -> None:
             sys.modules[f"{fabric}.plugins"].CheckpointIO.register(plugin_class)
         # Whoever has a Trainer has imported this already.
         if pytorch in sys.modules:
-            _teach(importlib.import_module(f"{pytorch}.callbacks").ModelCheckpoint)
+            _teach(importlib.import_module(f"{pytorch}.callbacks").ModelCheckpoint, plugin_class)
 
 
 def default_weights_only() -> bool | None:
     """What this Lightning passes to ``torch.load`` for a local file unless told otherwise: False before 2.6."""
     for fabric, _ in _PACKAGES:
         module = sys.modules.get(f"{fabric}.plugins")
-        if (
-            module is not None
-            and "weights_only" in inspect.signature(module.TorchCheckpointIO.load_checkpoint).parameters
-        ):
+        load = None if module is None else module.TorchCheckpointIO.load_checkpoint
+        if load is not None and "weights_only" in inspect.signature(load).parameters:
             return None
     return False
 
 
-def _teach(callback_class: Any) -> None:
+def _teach(callback_class: Any, plugin_class: Any) -> None:
     if getattr(callback_class.file_exists, "_is_async_ckpt", False):
         return
     stock_exists, stock_link = callback_class.file_exists, callback_class._link_checkpoint
     stock_setup, stock_start = callback_class.setup, callback_class.on_train_start
 
+    def plugin_of(trainer: Any) -> Any:
+        plugin = trainer.strategy.checkpoint_io
+        return plugin if isinstance(plugin, plugin_class) else None
+
     @functools.wraps(stock_exists)
     def file_exists(self: Any, filepath: Any, trainer: Any) -> bool:
         exists = bool(stock_exists(self, filepath, trainer))
-        plugin = trainer.strategy.checkpoint_io
-        if exists or not isinstance(plugin, KnowsPending):
+        plugin = plugin_of(trainer)
+        if exists or plugin is None:
             return exists
         # Every rank gets the answer of the one that saves.
         return bool(trainer.strategy.broadcast(trainer.is_global_zero and plugin.is_pending(filepath)))
 
     @functools.wraps(stock_link)
     def link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
-        plugin = trainer.strategy.checkpoint_io
-        if not isinstance(plugin, KnowsPending):
+        plugin = plugin_of(trainer)
+        if plugin is None:
             stock_link(trainer, filepath, linkpath)
             return
         if trainer.is_global_zero:
@@ -106,15 +84,15 @@ def _teach(callback_class: Any) -> None:
     @functools.wraps(stock_setup)
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         stock_setup(self, trainer, pl_module, stage)
-        plugin = trainer.strategy.checkpoint_io
-        if isinstance(plugin, KnowsPending) and trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
+        plugin = plugin_of(trainer)
+        if plugin is not None and trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
             plugin.prepare(self.dirpath)
 
     @functools.wraps(stock_start)
     def on_train_start(self: Any, trainer: Any, pl_module: Any) -> None:
         stock_start(self, trainer, pl_module)
-        plugin = trainer.strategy.checkpoint_io
-        if isinstance(plugin, KnowsPending):
+        plugin = plugin_of(trainer)
+        if plugin is not None:
             plugin.fit_started(trainer.optimizers, pl_module)
 
     file_exists._is_async_ckpt = True  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
-"""Reads a `.ckpt` file back: verified against its manifest where it has one.
+"""Reads a `.ckpt` file back: verified against its manifest where it has one, else against the checksums inside it.
 
 Bytes that differ from the manifest are an error, wherever the folder was copied to. Only a file that somebody else put
-there, whole by its own checksums, is read as stock Lightning reads it, with a warning (see `content_id`).
+there, whole by its own checksums, is read as stock Lightning reads it, with a warning. torch writes an id into each
+file, made of its records' names and CRCs, and the manifest keeps it: a file with the same id, or with none that can be
+read, is the committed one and damaged.
 """
 
 from __future__ import annotations
@@ -9,24 +11,32 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import zipfile
 from typing import Any
-
-import torch
 
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import FileEntry, Manifest
+from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...reading.catalog import Catalog
+from ...reading.limits import LEGACY_MAGIC
 from ...reading.load import load_opened
 from ...reading.verified_file import VerifiedFile
-from ...storage.filesystem import FileSystem
-from .content_id import CONTENT_ID, check_own_crcs, read_content_id
+from ...storage.filesystem import FileSystem, ReadableFile
 from .places import DATA_NAME, CheckpointFile
 
+CONTENT_ID = "content_id"
+"""Metadata: torch's id of the committed file."""
 
-def load_file(
-    filesystem: FileSystem, place: CheckpointFile, *, map_location: Any, weights_only: bool | None, verify: str
-) -> Any:
+_RECORD = ".data/serialization_id"
+# zipfile raises its own, zlib's and struct's errors, and plain ones.
+_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
+
+
+def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **options: Any) -> Any:
     """The object in the file at `place`, a link followed. Blocks.
+
+    Args:
+        options: `map_location` and `weights_only`, as of ``torch.load``.
 
     Raises:
         CheckpointNotFoundError: there is no such file. CorruptCheckpointError: it is not as it was committed.
@@ -41,35 +51,26 @@ def load_file(
         raise CheckpointNotFoundError(f"Checkpoint file not found: {place.final}")
     manifest = None if verify == "off" else _manifest(filesystem, place)
     entry = None if manifest is None else manifest.file(DATA_NAME)
-    if manifest is None or entry is None:
-        return _load_unverified(place, map_location, weights_only)
-    if filesystem.stat(place.staged).kind == "file":
-        # A crash came between the two renames: the manifest speaks of the file that is not here yet.
-        check_own_crcs(place.final)
-        report(
-            logging.WARNING,
-            "%s is older than its manifest, and only its own checksums were compared; the next save here ends that",
-            place.final,
-        )
-        return _load_unverified(place, map_location, weights_only)
-    try:
-        if found.size_bytes != entry.size_bytes:
-            message = f"{place.final} has {found.size_bytes} bytes, {entry.size_bytes} were committed"
-            raise CorruptCheckpointError(message, path=place.final)
-        return _load_verified(filesystem, place, entry, map_location, weights_only)
-    except CorruptCheckpointError as error:
-        with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
-            content_id = read_content_id(file)
-        if content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id):
-            raise
-        check_own_crcs(place.final)
-        report(
-            logging.WARNING,
-            "%s was replaced after this package wrote it; only its own checksums were compared (%s)",
-            place.final,
-            error,
-        )
-        return _load_unverified(place, map_location, weights_only)
+    doubt = ""
+    if manifest is not None and entry is not None:
+        if filesystem.stat(place.staged).kind == "file":
+            # A crash came between the two renames: the manifest speaks of the file that is not here yet.
+            doubt = "is older than its manifest; the next save here ends that"
+        else:
+            try:
+                return _load(filesystem, place, entry, **options)
+            except CorruptCheckpointError as error:
+                if _is_the_committed_one(filesystem, place, manifest):
+                    raise
+                doubt = f"was replaced after this package wrote it ({error})"
+    if verify == "full" and not check_own_crcs(place.final):
+        doubt = doubt or "has no manifest"
+        report(logging.WARNING, "%s %s, and holds no checksums: nothing could be compared", place.final, doubt)
+    elif doubt:
+        report(logging.WARNING, "%s %s; only its own checksums were compared", place.final, doubt)
+    size_bytes = max(1, found.size_bytes)
+    entry = FileEntry(DATA_NAME, size_bytes, size_bytes, (), "torch", "torch", None)
+    return _load(filesystem, place, entry, **options)
 
 
 def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
@@ -87,18 +88,60 @@ def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
     return manifest if manifest.metadata.get("file") == place.name else None
 
 
-def _load_verified(
-    filesystem: FileSystem, place: CheckpointFile, entry: FileEntry, map_location: Any, weights_only: bool | None
-) -> Any:
-    file = filesystem.open_read(place.folder, (place.name,), direct=True)
+def _load(fs: FileSystem, place: CheckpointFile, entry: FileEntry, **options: Any) -> Any:
+    check = bool(entry.extent_crc32)
+    with contextlib.closing(fs.open_read(place.folder, (place.name,), direct=True)) as file:
+        if check and file.size_bytes != entry.size_bytes:
+            message = f"{place.final} has {file.size_bytes} bytes, {entry.size_bytes} were committed"
+            raise CorruptCheckpointError(message, path=place.final)
+        with VerifiedFile(file, entry, check=check) as verified:
+            return load_opened(verified, **options)
+
+
+def _is_the_committed_one(filesystem: FileSystem, place: CheckpointFile, manifest: Manifest) -> bool:
+    with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
+        content_id = read_content_id(file)
+    return content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id)
+
+
+def read_content_id(file: ReadableFile) -> str | None:
+    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
+    reads.
+    """
+
+    def pread(offset: int, num_bytes: int) -> bytes:
+        memory = bytearray(num_bytes)
+        file.pread_into(memoryview(memory), offset)
+        return bytes(memory)
+
     try:
-        verified = VerifiedFile(file, entry, check=True)
-    except BaseException:
-        file.close()
-        raise
-    with verified:
-        return load_opened(verified, map_location=map_location, weights_only=weights_only)
+        record = read_directory(pread, file.size_bytes).get(_RECORD)
+    except (CorruptCheckpointError, UnusualLayoutError):
+        return None
+    if record is None or not 0 < record.num_bytes <= 256:
+        return None
+    return pread(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
-def _load_unverified(place: CheckpointFile, map_location: Any, weights_only: bool | None) -> Any:
-    return torch.load(place.final, map_location=map_location, weights_only=weights_only)
+def check_own_crcs(path: str) -> bool:
+    """Compare every record of a torch file with the CRC beside it. Blocks for the reading.
+
+    Returns:
+        False where there are none to compare: torch's old format has none, and torch can be told to write none.
+
+    Raises:
+        CorruptCheckpointError: one differs, or it is no torch file.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(record.CRC for record in archive.infolist()):
+                return False
+            bad = archive.testzip()
+    except _ZIP_ERRORS as error:
+        raise CorruptCheckpointError(f"{path} is no whole torch file: {error}", path=path) from error
+    if bad is not None:
+        raise CorruptCheckpointError(f"{path} is damaged in record {bad[:200]!a}", path=path, record=bad[:200])
+    return True

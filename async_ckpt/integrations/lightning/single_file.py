@@ -22,7 +22,7 @@ from ...reading.catalog import Catalog
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...threads.locks import Lock
-from .content_id import CONTENT_ID, read_content_id
+from .loading import CONTENT_ID, read_content_id
 from .places import DATA_NAME, CheckpointFile
 
 

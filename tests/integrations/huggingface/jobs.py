@@ -137,7 +137,8 @@ def main() -> None:
         print("reached", flush=True)
 
     threading.Thread(target=tell, daemon=True).start()
-    trainer(Path(sys.argv[1]), config={"filesystem": held}).train()
+    # One at a time: what came before the held one is committed.
+    trainer(Path(sys.argv[1]), config={"filesystem": held, "max_pending_commits": 1}).train()
 
 
 if __name__ == "__main__":

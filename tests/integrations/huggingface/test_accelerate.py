@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,25 @@ import torch
 accelerate = pytest.importorskip("accelerate")
 
 from accelerate import Accelerator  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.utils import ProjectConfiguration  # noqa: E402
 
-from async_ckpt import AsyncCheckpointEngine, CheckpointNotFoundError, ConfigError, CorruptCheckpointError  # noqa: E402
+from async_ckpt import (  # noqa: E402
+    AsyncCheckpointEngine,
+    BackpressureTimeout,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+)
 from async_ckpt.integrations.huggingface import load_accelerator_state, save_accelerator_state  # noqa: E402
 from tests.support.processes import run_ranks  # noqa: E402
 
-from .accelerate_ranks import load_from_own_root  # noqa: E402
+from .accelerate_ranks import (  # noqa: E402
+    adopt_in_own_root,
+    load_from_own_root,
+    load_with_a_lost_commit,
+    resume_from_own_root,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.wide]
 
@@ -61,7 +75,7 @@ class Job:
 def test_same_files_and_exact_resume(tmp_path: Path) -> None:
     job = Job()
     with AsyncCheckpointEngine(tmp_path / "ours", **SMALL) as engine:
-        engine.guard(job.optimizer.optimizer)
+        engine.guard(job.optimizer)
         before = [job.step() for _ in range(3)]
         job.accelerator.save_state(str(tmp_path / "stock"))
         pending = save_accelerator_state(job.accelerator, engine, "step-3", metadata={"step": 3})
@@ -112,6 +126,57 @@ def test_a_failing_save_gives_the_tag_up(tmp_path: Path) -> None:
         assert engine.tags() == ["a"]
 
 
+class Held(torch.optim.SGD):
+    """Stops in the middle of a step while `gate` is clear."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.begun.set()
+        assert self.gate.wait(60)
+        super().step()
+
+
+def scaled_step(net: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
+    optimizer.scaler.scale(net(torch.ones(2, 64)).sum()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("given", ["wrapper", "inner"])
+def test_a_gradient_scaler_steps_behind_the_guard(tmp_path: Path, given: str) -> None:
+    """Accelerate's wrapper puts `step` back as it was when it was prepared, after each step that a scaler makes."""
+    Accelerator(cpu=True)
+    net = torch.nn.Linear(64, 64)
+    inner = Held(net.parameters(), lr=0.1)
+    optimizer = AcceleratedOptimizer(inner, scaler=torch.amp.GradScaler("cpu"))
+    with AsyncCheckpointEngine(tmp_path, **SMALL, backpressure_timeout_s=0.5) as engine:
+        engine.guard(optimizer if given == "wrapper" else inner)
+        for tag in ("a", "b"):
+            engine.create(tag)
+            engine.save(net.state_dict(), "x.pt")
+            before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            pending = engine.commit(tag)
+            scaled_step(net, optimizer)
+            pending.result(60)
+            assert pending.metrics.saves[0].mode == "lazy"
+            assert all(torch.equal(before[name], tensor) for name, tensor in engine.load(f"{tag}/x.pt").items())
+        if given == "wrapper":
+            engine.create("c")
+            inner.begun.clear()
+            inner.gate.clear()
+            stepping = threading.Thread(target=scaled_step, args=(net, optimizer))
+            stepping.start()
+            assert inner.begun.wait(60)
+            with pytest.raises(BackpressureTimeout, match="a save of a guarded optimizer waited"):
+                engine.save(net.state_dict(), "x.pt")
+            inner.gate.set()
+            stepping.join()
+            engine.abort("c")
+
+
 def make_roots(root: Path) -> None:
     """Each rank is a node with a root of its own: "a" and "b" on both, "c" on rank 0 alone."""
     for rank in range(2):
@@ -132,6 +197,37 @@ def test_all_ranks_load_the_same_checkpoint_or_raise_alike(tmp_path: Path) -> No
     found = run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), "b")
     assert found == ["RankFailedError 1", "CorruptCheckpointError None"]
     assert run_ranks(tmp_path / "p", 2, load_from_own_root, str(tmp_path), "c")[0] == "RankFailedError 1"
+
+
+def test_a_commit_that_failed_on_one_rank_raises_on_all(tmp_path: Path) -> None:
+    make_roots(tmp_path)
+    found = run_ranks(tmp_path / "p", 2, load_with_a_lost_commit, str(tmp_path))
+    assert found == ["RankFailedError 1", "CommitError None"]
+
+
+def test_trainers_on_nodes_of_their_own_resume_alike(tmp_path: Path) -> None:
+    make_roots(tmp_path)
+    for rank in range(2):
+        for number, tag in enumerate("abc"[: 3 - rank]):
+            (tmp_path / f"{rank}/{tag}").rename(tmp_path / f"{rank}/checkpoint-{number}")
+    assert run_ranks(tmp_path / "p", 2, resume_from_own_root, str(tmp_path)) == ["checkpoint-1"] * 2
+    (tmp_path / "0/checkpoint-1/x.pt").write_bytes(b"")
+    found = run_ranks(tmp_path / "p", 2, resume_from_own_root, str(tmp_path))
+    assert found == ["CorruptCheckpointError None", "RankFailedError 0"]
+    shutil.rmtree(tmp_path / "1")
+    assert run_ranks(tmp_path / "p", 2, resume_from_own_root, str(tmp_path)) == ["CheckpointNotFoundError None"] * 2
+    shutil.rmtree(tmp_path / "0")
+    assert run_ranks(tmp_path / "p", 2, resume_from_own_root, str(tmp_path)) == ["True"] * 2
+
+
+def test_a_stock_checkpoint_on_one_node_alone_is_adopted_or_refused_by_all(tmp_path: Path) -> None:
+    stock = tmp_path / "1" / "checkpoint-4"
+    stock.mkdir(parents=True)
+    found = run_ranks(tmp_path / "p", 2, adopt_in_own_root, str(tmp_path))
+    assert found == ["RankFailedError 1", "ConfigError None"]
+    (stock / "trainer_state.json").write_text("{}")
+    assert run_ranks(tmp_path / "p", 2, adopt_in_own_root, str(tmp_path)) == ["None", "None"]
+    assert (stock / "manifest.json").exists()
 
 
 def test_files_that_others_have_added_do_no_harm(tmp_path: Path) -> None:

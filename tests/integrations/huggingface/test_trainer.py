@@ -24,10 +24,10 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, Trai
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError  # noqa: E402
+from async_ckpt.integrations.frameworks import require  # noqa: E402
 from async_ckpt.integrations.huggingface import (  # noqa: E402
     AsyncCheckpointTrainerMixin,
     attach,
-    capture,
     last_committed_checkpoint,
 )
 from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
@@ -456,7 +456,7 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.Monk
     for name in ("transformers", "accelerate"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=r"pip install 'async-ckpt\[huggingface\]'"):
-            capture.require(name)
+            require("huggingface", name)
     with pytest.raises(ImportError, match="transformers"):
         attach(object())
 

@@ -4,12 +4,14 @@ failures.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import itertools
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -354,13 +356,67 @@ def test_damage_is_found_in_a_copied_folder(tmp_path: Path, where: str) -> None:
         plugin().load_checkpoint(file)
 
 
-def test_a_damaged_file_that_stock_lightning_wrote_over_ours_is_refused(tmp_path: Path) -> None:
+def test_no_flipped_bit_of_a_file_copied_without_its_folder_is_loaded(tmp_path: Path) -> None:
+    """Its own checksums stand in for the manifest: each flip is an error, or in bytes that nobody reads."""
+    state: dict[str, Any] = {"w": torch.arange(300.0), "step": 7}
+    io = plugin()
+    io.save_checkpoint(state, tmp_path / "a.ckpt")
+    io.teardown()
+    alone = tmp_path / "elsewhere" / "a.ckpt"
+    alone.parent.mkdir()
+    shutil.copy(tmp_path / "a.ckpt", alone)
+    whole = alone.read_bytes()
+    assert same(io.load_checkpoint(alone), state)
+    payload = whole.index(state["w"].numpy().tobytes())
+    num_found = 0
+    for offset in {*range(0, len(whole), 7), *range(payload, payload + 1200, 50)}:
+        flip(alone, offset)
+        try:
+            assert same(io.load_checkpoint(alone), state), offset
+            assert not payload <= offset < payload + 1200
+        except CorruptCheckpointError:
+            num_found += 1
+        alone.write_bytes(whole)
+    assert num_found > 300
+    for cut in (len(whole) - 1, len(whole) // 2, 10):
+        alone.write_bytes(whole[:cut])
+        with pytest.raises(CorruptCheckpointError):
+            io.load_checkpoint(alone)
+        with contextlib.suppress(Exception):
+            plugin(verify="off").load_checkpoint(alone)
+
+
+@pytest.mark.parametrize("over_ours", [True, False])
+def test_a_damaged_file_that_stock_lightning_wrote_is_refused(tmp_path: Path, over_ours: bool) -> None:
     io = saved(tmp_path)
     io.teardown()
-    torch.save({**STATE, "global_step": 9}, tmp_path / "a.ckpt")
-    flip(tmp_path / "a.ckpt", 100_000)
+    file = tmp_path / ("a.ckpt" if over_ours else "b.ckpt")
+    torch.save({**STATE, "global_step": 9}, file)
+    flip(file, 100_000)
     with pytest.raises(CorruptCheckpointError, match="damaged in record"):
-        io.load_checkpoint(tmp_path / "a.ckpt")
+        io.load_checkpoint(file)
+
+
+@pytest.mark.parametrize("kind", ["old format", "no crc"])
+def test_a_file_without_checksums_is_read_with_a_warning(tmp_path: Path, caplog: Any, kind: str) -> None:
+    torch.serialization.set_crc32_options(kind != "no crc")
+    try:
+        torch.save(STATE, tmp_path / "a.ckpt", _use_new_zipfile_serialization=kind != "old format")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(plugin().load_checkpoint(tmp_path / "a.ckpt"), STATE)
+    assert "holds no checksums" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+def test_a_folder_that_rsync_copied_is_verified(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    saved(tmp_path / "run").teardown()
+    subprocess.run(["rsync", "-a", f"{tmp_path}/run/", f"{tmp_path}/copy"], check=True)
+    assert same(plugin().load_checkpoint(tmp_path / "copy/a.ckpt"), STATE)
+    flip(tmp_path / "copy/a.ckpt", 100_000)
+    with pytest.raises(CorruptCheckpointError, match=r"a\.ckpt"):
+        plugin().load_checkpoint(tmp_path / "copy/a.ckpt")
 
 
 def test_load_waits_for_the_pending_save(tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+"""`async-ckpt list`: what is under a root, committed or not. No rich unless for a terminal: scripts call it often."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..errors import CheckpointNotFoundError
+from ..format.names import is_url
+from ..host.process import OwnerState
+from ..observers.units import format_age, format_bytes
+from ..reading.catalog import Catalog, StagingInfo
+from ..reading.committed import CatalogEntry
+from .failing import EXIT_FAILED, EXIT_OK
+from .locating import catalog_of
+from .output import add_json, add_root, print_json, print_table
+
+_MAX_RACES = 32
+Mirrored = dict[tuple[str, int], list[str]]
+
+OWNERS = {
+    OwnerState.ALIVE: "live owner",
+    OwnerState.DEAD: "dead owner",
+    OwnerState.REBOOTED: "owner gone (reboot)",
+    OwnerState.FOREIGN: "owner on another host",
+    OwnerState.UNKNOWN: "owner unknown",
+}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add_root(parser, "directory or URL")
+    add_json(parser)
+
+
+def command(root: str, as_json: bool) -> int:
+    """List checkpoints with step, metadata, age, size and state; oldest first.
+
+    Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
+
+    JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, num_files, problem, copied_from,
+    owner, owner_state, mirrored: [url]} and, for what is not committed, name; state is committed, damaged, staging,
+    trash or aside.
+    """
+    catalog = catalog_of(root)
+    now_s = time.time()
+    found = _all_committed(catalog, now_s) + [
+        _item(**staged(catalog, info, now_s), state=info.kind) for info in catalog.staging()
+    ]
+    if as_json:
+        print_json(found)
+    elif not found:
+        print(f"no checkpoints in {root!r}")
+    else:
+        print_table(
+            ("tag", "step", "metadata", "age", "size", "files", "state"),
+            [_row(item) for item in found],
+            right=("step", "age", "size", "files"),
+            styles=[{"committed": "", "damaged": "red"}.get(item["state"], "dim") for item in found],
+        )
+    return EXIT_FAILED if any(item["state"] == "damaged" for item in found) else EXIT_OK
+
+
+def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
+    mirrors = _mirrors(catalog)
+    for _ in range(_MAX_RACES):
+        try:
+            return catalog.filesystem.each(lambda entry: _committed(catalog, entry, now_s, mirrors), catalog.entries())
+        except CheckpointNotFoundError:
+            # Deleted since it was listed, by retention: then a newer one is there by now.
+            continue
+    raise CheckpointNotFoundError(
+        f"the checkpoints in {catalog.root!r} come and go faster than they can be listed; try again"
+    )
+
+
+def _mirrors(catalog: Catalog) -> Mirrored:
+    """Where checkpoints have been mirrored, where an engine has noted that."""
+    if is_url(catalog.root) or not os.path.isdir(os.path.join(catalog.root, ".mirrors")):
+        return {}
+    from ..mirror.state import mirrored_in
+    from ..storage.filesystem import FileSystem
+
+    return mirrored_in(FileSystem(), catalog.root)
+
+
+def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mirrored) -> dict[str, Any]:
+    from ..retention import CheckpointInfo
+
+    manifest, problem = entry.manifest, entry.problem
+    if manifest is None:
+        return _item(tag=entry.tag, state="damaged", problem=problem)
+    report = catalog.verify(entry.tag, level="size")
+    if not report.ok:
+        problem = str(report.problems[0])
+    return _item(
+        tag=entry.tag,
+        state="committed" if problem is None else "damaged",
+        problem=problem,
+        copied_from=entry.copied_from,
+        step=CheckpointInfo.of(replace(manifest, tag=entry.copied_from or entry.tag)).step,
+        metadata=dict(manifest.metadata),
+        created_unix_ns=manifest.created_unix_ns,
+        age_s=now_s - manifest.created_unix_ns / 1e9,
+        size_bytes=manifest.size_bytes,
+        num_files=len(manifest.files),
+        mirrored=mirrors.get((entry.tag, manifest.created_unix_ns), []),
+    )
+
+
+def _item(**known: Any) -> dict[str, Any]:
+    names = "tag state step metadata created_unix_ns age_s size_bytes num_files problem copied_from owner owner_state"
+    return {**dict.fromkeys(names.split()), "mirrored": [], **known}
+
+
+def staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]:
+    """What can be said of one staging directory: tag, name, owner, and the age and size where they can be seen."""
+    size_bytes, num_files, changed_s = _measure_tree(os.path.join(catalog.root, info.name))
+    return {
+        "tag": info.tag,
+        "name": info.name,
+        "owner": info.owner,
+        "owner_state": info.owner_state.value,
+        "age_s": None if changed_s is None else now_s - changed_s,
+        "size_bytes": size_bytes,
+        "num_files": num_files,
+    }
+
+
+def _measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
+    """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be
+    seen."""
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    size_bytes = num_files = 0
+    try:
+        changed_s = os.lstat(path).st_mtime
+        for folder, _, names in os.walk(path, onerror=give_up):
+            for name in names:
+                found = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(found.st_mode):
+                    size_bytes, num_files = size_bytes + found.st_size, num_files + 1
+                    changed_s = max(changed_s, found.st_mtime)
+    except OSError:
+        # Committed or deleted in this moment, or another user's: there is nothing to add to its name.
+        return None, None, None
+    return size_bytes, num_files, changed_s
+
+
+def _row(item: dict[str, Any]) -> tuple[str, ...]:
+    def shown(name: str, show: Callable[[Any], str]) -> str:
+        return "" if item[name] is None else show(item[name])
+
+    metadata = {key: value for key, value in (item["metadata"] or {}).items() if key != "step"}
+    return (
+        item["tag"],
+        shown("step", str),
+        " ".join(f"{key}={_short(value)}" for key, value in metadata.items()),
+        shown("age_s", format_age),
+        shown("size_bytes", format_bytes),
+        shown("num_files", str),
+        _state(item),
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _state(item: dict[str, Any]) -> str:
+    state = str(item["state"])
+    if state == "damaged":
+        return f"damaged: {item['problem']}"
+    if item["owner_state"] is not None:
+        return f"{state}, {OWNERS[OwnerState(item['owner_state'])]}"
+    if item["mirrored"]:
+        state += f", mirrored to {', '.join(item['mirrored'])}"
+    return state if item["copied_from"] is None else f"{state}, copied from {item['copied_from']}"
