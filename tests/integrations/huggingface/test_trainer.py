@@ -23,7 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
-from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError  # noqa: E402
+from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError, Observer  # noqa: E402
 from async_ckpt.integrations.frameworks import require  # noqa: E402
 from async_ckpt.integrations.huggingface import (  # noqa: E402
     AsyncCheckpointTrainerMixin,
@@ -114,6 +114,39 @@ def test_resume_is_exact(tmp_path: Path, stock: Any, back_in: str) -> None:
     assert losses(second) == losses(stock[0]) and second.state.global_step == 8
     assert same(dict(second.model.state_dict()), dict(stock[0].model.state_dict()))
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+class Modes(Observer):
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+
+    def on_save(self, metrics: Any) -> None:
+        self.seen.add((metrics.path, metrics.mode))
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_guard_is_there_only_where_it_was_asked_for(tmp_path: Path, guard: bool) -> None:
+    modes = Modes()
+    trainer(tmp_path, max_steps=2, guard=guard, config={"observers": (modes,)}).train()
+    assert ("optimizer.pt", "lazy" if guard else "eager") in modes.seen
+
+
+class ScheduleFree(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def test_an_optimizer_that_a_guard_cannot_protect_is_named_before_the_first_step(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, guard=True)
+    trained.optimizer = ScheduleFree(trained.model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"ScheduleFree.*guard=False"):
+        trained.train()
+    assert trained.state.global_step == 0 and names(tmp_path) == []
+    again = trainer(tmp_path, max_steps=2)
+    again.optimizer = ScheduleFree(again.model.parameters(), lr=0.1)
+    again.train()
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 @pytest.mark.leaves_staging
