@@ -11,7 +11,7 @@ import argparse
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import CheckpointNotFoundError, escaped
@@ -36,6 +36,16 @@ class _Side:
     header: FileHeader | None
 
 
+@dataclass
+class _Found:
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    num_equal: int = 0
+    others: list[str] = field(default_factory=list)
+
+    def note(self, kind: str, file: str, tensor: str | None, detail: str) -> None:
+        self.changes.append({"change": kind, "file": file, "tensor": tensor, "detail": detail})
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     for name, which in (("a", "older"), ("b", "newer")):
         parser.add_argument(name, metavar=name.upper(), help=f"ROOT/TAG or ROOT/TAG/FILE: the {which} one")
@@ -53,17 +63,17 @@ def command(a: str, b: str, as_json: bool) -> int:
     if (older.file is None) != (newer.file is None):
         raise UsageError("compare two checkpoints or two files, not a checkpoint with a file")
     with older.catalog.open(older.tag) as first, newer.catalog.open(newer.tag) as second:
-        others: list[str] = []
-        changes, num_equal = _compare(first, second, older, newer, others)
+        found = _compare(first, second, older, newer)
+    changes, others = found.changes, found.others
     if as_json:
-        print_json({"changes": changes, "num_equal": num_equal, "other_values": others})
+        print_json({"changes": changes, "num_equal": found.num_equal, "other_values": others})
     elif not changes:
-        print(f"equal: {num_equal} tensors")
+        print(f"equal: {found.num_equal} tensors")
     else:
         rows = [(c["change"], c["file"], c["tensor"] or "(file)", c["detail"]) for c in changes]
         print_table(("change", "file", "tensor", "detail"), rows, styles=[_STYLES[c["change"]] for c in changes])
         counts = ", ".join(f"{sum(c['change'] == kind for c in changes)} {kind}" for kind in _STYLES)
-        print(f"{counts}, {num_equal} equal")
+        print(f"{counts}, {found.num_equal} equal")
     if others and not as_json:
         more = ", ..." if len(others) > 10 else ""
         print(escaped(f"values that are no tensors differ: {', '.join(others[:10])}{more}"))
@@ -73,30 +83,22 @@ def command(a: str, b: str, as_json: bool) -> int:
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 
-def _compare(
-    first: CommittedCheckpoint, second: CommittedCheckpoint, older: Located, newer: Located, others: list[str]
-) -> tuple[list[dict[str, Any]], int]:
+def _compare(first: CommittedCheckpoint, second: CommittedCheckpoint, older: Located, newer: Located) -> _Found:
+    found = _Found()
+    left = {entry.path: entry for entry in first.manifest.files}
+    right = {entry.path: entry for entry in second.manifest.files}
+    pairs = [(left[path], right[path]) for path in left if path in right]
     if older.file is not None and newer.file is not None:
         pairs = [(first.entry(older.file), second.entry(newer.file))]
-        changes: list[dict[str, Any]] = []
     else:
-        left = {entry.path: entry for entry in first.manifest.files}
-        right = {entry.path: entry for entry in second.manifest.files}
-        pairs = [(left[path], right[path]) for path in left if path in right]
-        changes = [
-            _change("removed", path, None, format_bytes(left[path].size_bytes)) for path in left if path not in right
-        ]
-        changes += [
-            _change("added", path, None, format_bytes(right[path].size_bytes)) for path in right if path not in left
-        ]
-    num_equal = 0
+        for kind, here, there in (("removed", left, right), ("added", right, left)):
+            for path in here:
+                if path not in there:
+                    found.note(kind, path, None, format_bytes(here[path].size_bytes))
     for one, other in pairs:
         with _opened(first, one) as x, _opened(second, other) as y:
-            found, equal = _compare_files(x, y)
-            others += _differing_others(x, y)
-        changes += found
-        num_equal += equal
-    return changes, num_equal
+            _compare_files(x, y, found)
+    return found
 
 
 @contextlib.contextmanager
@@ -109,37 +111,31 @@ def _opened(checkpoint: CommittedCheckpoint, entry: FileEntry) -> Iterator[_Side
         )
 
 
-def _compare_files(x: _Side, y: _Side) -> tuple[list[dict[str, Any]], int]:
-    name = y.entry.path
+def _compare_files(x: _Side, y: _Side, found: _Found) -> None:
+    file, size_bytes = y.entry.path, y.entry.size_bytes
     if x.header is None or y.header is None:
-        is_equal = x.entry.size_bytes == y.entry.size_bytes and _range_crc(x, 0, x.entry.size_bytes) == _range_crc(
-            y, 0, y.entry.size_bytes
-        )
-        return ([] if is_equal else [_change("changed", name, None, "contents")]), 0
+        if x.entry.size_bytes != size_bytes or _range_crc(x, 0, size_bytes) != _range_crc(y, 0, size_bytes):
+            found.note("changed", file, None, "contents")
+        return
     left, right = _by_name(x.header.tensors, y.header.tensors)
-    changes = [_change("removed", name, path, _describe(left[path])) for path in left if path not in right]
-    changes += [_change("added", name, path, _describe(right[path])) for path in right if path not in left]
-    num_equal = 0
+    for kind, here, there in (("removed", left, right), ("added", right, left)):
+        for path in here:
+            if path not in there:
+                found.note(kind, file, path, _describe(here[path]))
     for path in left:
-        if path not in right:
-            continue
-        detail = _difference(x, left[path], y, right[path])
-        if detail is None:
-            num_equal += 1
-        else:
-            changes.append(_change("changed", name, path, detail))
-    return changes, num_equal
-
-
-def _differing_others(x: _Side, y: _Side) -> list[str]:
-    if x.header is None or y.header is None:
-        return []
-    left, right = _by_name(x.header.others, y.header.others)
-    values = [{name: (other.text, other.exact) for name, other in side.items()} for side in (left, right)]
-    differing = [f"{y.entry.path}: {name}" for name in {**left, **right} if values[0].get(name) != values[1].get(name)]
+        if path in right:
+            detail = _difference(x, left[path], y, right[path])
+            if detail is None:
+                found.num_equal += 1
+            else:
+                found.note("changed", file, path, detail)
+    one, other = (
+        {name: (leaf.text, leaf.exact) for name, leaf in side.items()}
+        for side in _by_name(x.header.others, y.header.others)
+    )
+    found.others += [f"{file}: {name}" for name in {**one, **other} if one.get(name) != other.get(name)]
     if x.header.rest != y.header.rest:
-        differing.append(f"{y.entry.path}: some of the values behind the first {MAX_OTHERS}")
-    return differing
+        found.others.append(f"{file}: some of the values behind the first {MAX_OTHERS}")
 
 
 _Leaf = TypeVar("_Leaf", TensorExtent, OtherInfo)
@@ -201,7 +197,3 @@ def _range_crc(side: _Side, offset: int, num_bytes: int) -> int:
 
 def _describe(tensor: TensorExtent) -> str:
     return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
-
-
-def _change(kind: str, file: str, tensor: str | None, detail: str) -> dict[str, Any]:
-    return {"change": kind, "file": file, "tensor": tensor, "detail": detail}

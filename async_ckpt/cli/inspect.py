@@ -84,36 +84,29 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
     if isinstance(header, str):
         return {**common, "tensors": [], "note": header}
     if isinstance(header, dict):
-        return {
-            **common,
-            "records": [
-                {"name": n, "offset": r.offset, "num_bytes": r.num_bytes, "crc32": r.crc32} for n, r in header.items()
-            ],
-        }
-    tensors = [
-        {
-            "path": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "num_bytes": tensor.num_bytes,
-            "offset": tensor.offset,
-            "record": tensor.record or None,
-            "shared": tensor.is_shared,
-            "kind": tensor.kind or None,
-        }
-        for tensor in _chosen(header, prefix)
-    ]
+        names = ("offset", "num_bytes", "crc32")
+        records = [{"name": name, **{n: getattr(record, n) for n in names}} for name, record in header.items()]
+        return {**common, "records": records}
+    others = [{"path": ".".join(other.path), "text": other.text} for other in header.others]
     return {
         **common,
         "tensor_bytes": header.tensor_bytes,
         "num_tensors": len(header.tensors),
         "num_others": header.num_others,
-        "tensors": tensors,
-        "others": [
-            {"path": ".".join(other.path), "text": other.text}
-            for other in header.others
-            if ".".join(other.path).startswith(prefix)
+        "tensors": [
+            {
+                "path": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "num_bytes": tensor.num_bytes,
+                "offset": tensor.offset,
+                "record": tensor.record or None,
+                "shared": tensor.is_shared,
+                "kind": tensor.kind or None,
+            }
+            for tensor in _chosen(header, prefix)
         ],
+        "others": [other for other in others if other["path"].startswith(prefix)],
     }
 
 
@@ -197,15 +190,11 @@ def _label(name: str, node: _Node) -> Any:
         text.append(f"  {escaped(node.text)}", style="magenta")
     if node.tensor is not None:
         shared = "  shared" if node.tensor.is_shared else ""
-        text.append(
-            f"  {node.tensor.dtype} {_shape(node.tensor)}  {format_bytes(node.tensor.num_bytes)}  "
-            f"@{node.tensor.offset}{shared}",
-            style="cyan",
-        )
+        size = format_bytes(node.tensor.num_bytes)
+        text.append(f"  {node.tensor.dtype} {_shape(node.tensor)}  {size}  @{node.tensor.offset}{shared}", style="cyan")
         if node.tensor.kind:
             text.append(f"  <{escaped(node.tensor.kind)}>", style="magenta")
     if node.num_tensors > (node.tensor is not None):
-        text.append(
-            f"  {node.num_tensors} tensor{'s' * (node.num_tensors != 1)}, {format_bytes(node.num_bytes)}", style="dim"
-        )
+        plural = "s" * (node.num_tensors != 1)
+        text.append(f"  {node.num_tensors} tensor{plural}, {format_bytes(node.num_bytes)}", style="dim")
     return text

@@ -21,7 +21,7 @@ from .conftest import PYTHON, flip
 @pytest.mark.parametrize(
     "closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"]
 )
-@pytest.mark.parametrize("command", ["list {root}", "verify {root}", "verify --help", "--help"])
+@pytest.mark.parametrize("command", ["list {root}", "verify {root}", "--help"])
 def test_closed_and_full_streams_give_no_traceback(root: Path, command: str, closed: str) -> None:
     shown = f"{PYTHON} -m async_ckpt {command.format(root=root)} {closed}"
     ran = subprocess.run(["sh", "-c", shown], capture_output=True, text=True)
