@@ -5,14 +5,18 @@ process of its own.
 
 - upload: seconds until one checkpoint of one file is in the store; processor seconds; memory above what the process had
   before; longest hold of the interpreter lock. "obstore put" is the library's own put of the same file with the same
-  settings; DCP and s3torchconnector write from memory.
+  settings; DCP and s3torchconnector write from memory. The file is not in the page cache: a commit leaves it so.
 - restore: seconds into existing tensors; "obstore get" are ranges of the same object by as many threads, into memory.
-- training: a step of fixed work, a save every 10 steps, uploads all the time; with and without a mirror.
+- training: a step of fixed work, a save every 10 steps, uploads all the time. The control has no mirror: another
+  process puts the same files into the same store, at the same priority. What is left between the two is what a mirror
+  costs the training process; what both lose is the machine's, which here is the store as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +35,7 @@ from tests.mirror.servers import BUCKET, SeaweedFS
 
 UPLOADS = ("async_ckpt", "obstore put", "boto3", "DCP fsspec+s3fs", "s3torchconnector")
 RESTORES = ("async_ckpt", "obstore get")
+TRAININGS = ("no uploads", "mirror", "another process uploads")
 _GET_BYTES = 8 << 20
 _NUM_GETS = 8
 
@@ -167,8 +172,8 @@ def restore_obstore(spec: dict[str, Any]) -> Callable[[], object]:
     return run
 
 
-def train(spec: dict[str, Any], *, with_mirror: bool) -> dict[str, Any]:
-    """Step times with a save every 10 steps; with a mirror, each save is uploaded while the next steps run."""
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Step times with a save every 10 steps, each of which is uploaded while the next steps run."""
     import torch
 
     from async_ckpt import AsyncCheckpointEngine, KeepLast
@@ -176,10 +181,16 @@ def train(spec: dict[str, Any], *, with_mirror: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(32)))
     optimizer = torch.optim.AdamW(model.parameters())
-    data, root = torch.randn(64, 512), tempfile.mkdtemp(dir=spec["directory"])
-    mirrors = (_mirror(spec, f"training-{os.getpid()}", retention=KeepLast(1)),) if with_mirror else ()
-    steps, saves = [], []
-    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, mirrors=mirrors, retention=KeepLast(1)) as engine:
+    data, root = torch.randn(16, 512), tempfile.mkdtemp(dir=spec["directory"])
+    name, contender = f"training-{os.getpid()}", spec["contender"]
+    mirrors = (_mirror(spec, name, retention=KeepLast(1)),) if contender == "mirror" else ()
+    other = None
+    if contender == "another process uploads":
+        asked = json.dumps({**spec, "scenario": "put all", "root": root, "prefix": f"{spec['prefix']}/{name}"})
+        other = subprocess.Popen([sys.executable, "-m", "benchmarks.mirror", "--child", asked], stdin=subprocess.PIPE)
+    steps, saves, pendings = [], [], []
+    # Two: the other process is still reading the last one.
+    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, mirrors=mirrors, retention=KeepLast(2)) as engine:
         engine.guard(optimizer)
         for step in range(spec["num_steps"]):
             started = time.perf_counter()
@@ -191,8 +202,11 @@ def train(spec: dict[str, Any], *, with_mirror: bool) -> dict[str, Any]:
                 started = time.perf_counter()
                 engine.create(f"step-{step}")
                 engine.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "model.pt")
-                engine.commit(f"step-{step}")
+                pendings.append(engine.commit(f"step-{step}"))
                 saves.append(time.perf_counter() - started)
+        num_mirrored = sum(one.mirrored is not None and one.mirrored.done() for one in pendings)
+    if other is not None:
+        other.communicate()
     shutil.rmtree(root)
     settled, later = steps[20:], saves[2:]
     return {
@@ -200,7 +214,31 @@ def train(spec: dict[str, Any], *, with_mirror: bool) -> dict[str, Any]:
         "mean_step_s": statistics.fmean(settled),
         "save_s": statistics.median(later),
         "slowest_save_s": max(later),
+        "num_mirrored": num_mirrored,
     }
+
+
+def put_all(spec: dict[str, Any]) -> dict[str, Any]:
+    """The library's own put of each checkpoint that appears in a root, until standard input ends."""
+    import select
+
+    import obstore
+
+    from async_ckpt import Catalog
+    from async_ckpt.host.process import lower_priority
+
+    lower_priority()
+    store, catalog, done = _store(spec), Catalog(spec["root"]), set()
+    while not select.select([sys.stdin], [], [], 0.01)[0]:
+        for tag in catalog.tags():
+            path = Path(spec["root"], tag, "model.pt")
+            if tag not in done and path.exists():
+                done.add(tag)
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.put(
+                        store, f"{tag}.pt", path, chunk_size=spec["part_bytes"], max_concurrency=spec["parallel"]
+                    )
+    return {"num_put": len(done)}
 
 
 PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]] = {
@@ -214,15 +252,23 @@ PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]
 }
 
 
+def forget_pages(path: str) -> None:
+    """Take a file out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement; the imports and the state are there before it begins."""
-    if spec["scenario"] == "training":
-        return train(spec, with_mirror=spec["contender"] == "with mirror")
+    if spec["scenario"] in ("training", "put all"):
+        return train(spec) if spec["scenario"] == "training" else put_all(spec)
     run = PREPARED[spec["scenario"], spec["contender"]](spec)
+    forget_pages(spec["file"])
     stop, peak = threading.Event(), [0]
 
     def watch() -> None:
@@ -273,6 +319,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=300)
+    parser.add_argument("--scenarios", default="upload,restore,training")
+    parser.add_argument("--contenders", help="only these, by commas")
     parser.add_argument("--out", help="directory of the results; without it they are only printed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -305,9 +353,16 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
     }
     common |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel, "options": dict(server.options())}
     runs: list[dict[str, Any]] = []
-    for repeat in range(given.repeats):
-        asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
-        for scenario, name in [*asked, ("training", "without mirror"), ("training", "with mirror")]:
+    asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
+    asked += [("training", name) for name in TRAININGS]
+    chosen = (given.contenders or ",".join(name for _, name in asked)).split(",")
+    asked = [one for one in asked if one[0] in given.scenarios.split(",") and one[1] in chosen]
+    for scenario in given.scenarios.split(","):
+        if scenario == "training" and server.process is not None:
+            # In life the store is another machine: here it must not take the training's processors.
+            for thread in os.listdir(f"/proc/{server.process.pid}/task"):
+                os.setpriority(os.PRIO_PROCESS, int(thread), 19)
+        for repeat, name in itertools.product(range(given.repeats), [one[1] for one in asked if one[0] == scenario]):
             # Each repetition uploads anew, to a prefix of its own.
             spec = {
                 **common,
@@ -316,7 +371,8 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
                 "prefix": f"run-{repeat}",
                 "num_steps": given.num_steps,
             }
-            shutil.rmtree(root / ".mirrors", ignore_errors=scenario != "restore") if scenario == "upload" else None
+            if scenario == "upload":
+                shutil.rmtree(root / ".mirrors", ignore_errors=True)
             found = measure(spec)
             runs.append(
                 {

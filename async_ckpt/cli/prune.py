@@ -100,9 +100,9 @@ def _carry_out(catalog: Catalog, policy: RetentionPolicy) -> list[Decision]:
         return apply(FileSystem(), catalog.root, policy)
     from ..mirror.config import Mirror
     from ..mirror.open_store import open_store
-    from ..mirror.remote_retention import remove_remote
+    from ..mirror.remote_manifest import remove_remote
 
-    store = open_store(Mirror(catalog.root), executor=None, filesystem=FileSystem())
+    store = open_store(Mirror(catalog.root), FileSystem())
     return carry_out(catalog, policy, lambda manifest: remove_remote(store, None, manifest))
 
 

@@ -10,9 +10,9 @@ from typing import Protocol
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, report
 from ..format.manifest import Manifest
 from ..mirror.config import Mirror
+from ..mirror.context import MirrorHooks
 from ..mirror.mirrors import Mirrors
 from ..mirror.remote import remote_catalog
-from ..mirror.worker import WorkerHooks
 from ..ranks.coordinator import Coordinator
 from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
@@ -54,7 +54,7 @@ class EngineMirrors(Mirrors):
             agreement=agreement,
             may_overwrite=config.overwrite == "replace",
             uploaders_per_node=config.uploaders_per_node,
-            hooks=WorkerHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),
+            hooks=MirrorHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),
         )
 
     def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:

@@ -36,9 +36,20 @@ def move(target: int, source: int, num_bytes: int) -> None:
     (move_releasing_gil if num_bytes >= LONG_BYTES else move_holding_gil)(target, source, num_bytes)
 
 
+class _PyBuffer(ctypes.Structure):
+    """CPython's Py_buffer: its first member is the address, the others are not looked at."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("others", ctypes.c_byte * 128)]
+
+
 def address_of(buffer: memoryview) -> int:
-    """Of the first byte of a writable buffer; valid while the buffer is alive."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    """Of the first byte of a buffer; valid while the buffer is alive."""
+    if not buffer.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    found = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(found), 0)
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(found))
+    return int(found.address or 0)
 
 
 def region(num_bytes: int) -> memoryview:

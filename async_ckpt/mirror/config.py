@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ..errors import ConfigError
 
@@ -16,12 +16,6 @@ MAX_PARTS = 10_000
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "file")
 
 _URL = re.compile(r"([a-z0-9]+)://([^/?#\s]*)(/[^?#\0]*)?")
-
-
-class Policy(Protocol):
-    """A `retention.RetentionPolicy`."""
-
-    def kept(self, checkpoints: Sequence[Any], now_unix_ns: int) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,8 @@ class Mirror:
     """Whether a checkpoint that could not be mirrored is a warning, or an error of the next `create` and of `close`.
     `pending.mirrored` raises it either way, and the next commit tries again."""
 
-    retention: Policy | None = None
-    """Which older checkpoints to delete in the store after each upload; None keeps all."""
+    retention: Any = None
+    """Which older checkpoints to delete in the store after each upload, such as `KeepLast(3)`; None keeps all."""
 
     retry_timeout_s: float = 180.0
     """How long one request is tried again after errors that may pass, in seconds."""
@@ -64,8 +58,10 @@ class Mirror:
 
     def __post_init__(self) -> None:
         split_url(self.url)
-        self._check_int("parallel", 1, 256)
-        self._check_int("part_bytes", MIN_PART_BYTES, MAX_PART_BYTES)
+        for name, low, high in (("parallel", 1, 256), ("part_bytes", MIN_PART_BYTES, MAX_PART_BYTES)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"Mirror: {name} must be an integer from {low} to {high}, not {value!r}")
         for name in ("max_bytes_per_s", "retry_timeout_s", "request_timeout_s"):
             value = getattr(self, name)
             if value is None and name == "max_bytes_per_s":
@@ -80,11 +76,6 @@ class Mirror:
             raise ConfigError(
                 f"Mirror: options must be a mapping of names to values, not {type(self.options).__name__}"
             )
-
-    def _check_int(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"Mirror: {name} must be an integer from {low} to {high}, not {value!r}")
 
 
 def split_url(url: str) -> tuple[str, str, str]:

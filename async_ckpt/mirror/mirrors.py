@@ -12,10 +12,10 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, TimeoutError, wait
 from dataclasses import replace
 
-from ..errors import MirrorError, TransactionStateError, report
+from ..errors import CheckpointError, MirrorError, TransactionStateError, report
 from ..host.process import lower_priority
 from ..metrics import MirrorMetrics
 from ..storage.filesystem import FileSystem
@@ -23,10 +23,9 @@ from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
 from .config import Mirror
-from .context import Agreement, Alone
+from .context import Agreement, Alone, MirrorContext, MirrorHooks
 from .pending import PendingMirror
-from .turns import UploadTurns
-from .worker import Worker, WorkerHooks
+from .worker import Worker
 
 _MAX_THREADS = 16
 _STOP_S = 5.0
@@ -58,28 +57,31 @@ class Mirrors:
         may_overwrite: bool = False,
         uploaders_per_node: int | None = None,
         with_backlog: bool = True,
-        hooks: WorkerHooks | None = None,
+        hooks: MirrorHooks | None = None,
     ) -> None:
         self.mirrors = tuple(mirrors)
-        self._hooks = hooks or WorkerHooks()
+        self._hooks = hooks or MirrorHooks()
         self._lock = Lock()
         self._pending: list[PendingMirror] = []
         self._failures: list[tuple[PendingMirror | None, BaseException]] = []
         self._is_checked = self._is_closed = self._has_ended = False
-        num_threads = min(_MAX_THREADS, 4 + max((mirror.parallel for mirror in self.mirrors), default=1))
+        # One of each mirror may wait: for the other ranks, or for those that race while its store is tried.
+        num_threads = len(self.mirrors) + min(_MAX_THREADS, 4 + max(mirror.parallel for mirror in self.mirrors))
         self._executor = DaemonExecutor("async-ckpt-mirror-io", num_threads, on_start=lower_priority)
         self._loop = LoopThread("async-ckpt-mirror", on_death=self._died, on_undrained=lambda: None)
         try:
             self._workers = [
                 Worker(
-                    mirror,
-                    filesystem=filesystem,
-                    root=root,
-                    agreement=agreement or Alone(),
-                    may_overwrite=may_overwrite,
-                    executor=self._executor,
-                    hooks=replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
-                    turns=UploadTurns(filesystem, root, uploaders_per_node),
+                    MirrorContext(
+                        mirror,
+                        filesystem,
+                        root,
+                        self._executor,
+                        agreement or Alone(),
+                        may_overwrite,
+                        uploaders_per_node,
+                        replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
+                    ),
                     with_backlog=with_backlog,
                 )
                 for mirror in self.mirrors
@@ -108,18 +110,19 @@ class Mirrors:
         self._is_checked = True
         deadline = time.monotonic() + _CHECK_S
         for worker in self._workers:
+            mirror = worker.context.mirror
+            problem: CheckpointError | None = None
             try:
                 worker.ready.result(max(0.0, deadline - time.monotonic()))
-            except Exception as error:
-                told = error if isinstance(error, MirrorError | ValueError) else None
-                problem = told or MirrorError(
-                    f"the store has not answered within {_CHECK_S:g} s", url=worker.mirror.url
-                )
-                if worker.mirror.on_failure == "raise":
-                    raise problem from error
-                report(
-                    logging.WARNING, "checkpoints are not mirrored: %s", problem, warning=RuntimeWarning, stacklevel=3
-                )
+            except TimeoutError:
+                problem = MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=mirror.url)
+            except CheckpointError as error:
+                problem = error
+            if problem is not None and mirror.on_failure == "raise":
+                raise problem
+            if problem is not None:
+                told = "checkpoints are not mirrored: %s"
+                report(logging.WARNING, told, problem, warning=RuntimeWarning, stacklevel=3)
 
     def expect(self, tag: str) -> PendingMirror:
         """A commit was called; `committed` or `not_committed` follows."""
@@ -133,17 +136,14 @@ class Mirrors:
         """The commit has ended: mirror it, or fail with it."""
         pending.committed_s = time.perf_counter()
         if self._is_closed or self._loop.death is not None:
-            pending.fail(
-                error
-                or self._loop.death
-                or TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored")
-            )
+            closed = TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored")
+            pending.fail(error or self._loop.death or closed)
         for worker in self._workers:
             self._loop.call(functools.partial(worker.wake, pending, error))
 
     def is_mirrored(self, tag: str, created_unix_ns: int) -> bool:
         """Whether every mirror has had this very checkpoint."""
-        return all(worker.states.is_mirrored(tag, created_unix_ns) for worker in self._workers)
+        return all(worker.context.states.is_mirrored(tag, created_unix_ns) for worker in self._workers)
 
     def raise_unacknowledged(self) -> None:
         """Raise the first failure of a mirror with `on_failure="raise"` that nobody has asked for; each once."""
@@ -178,11 +178,9 @@ class Mirrors:
         self._loop.stop()
         self._executor.shutdown(wait=False)
         self._loop.join(max(0.1, stop_by - time.monotonic()))
-        cut_short = MirrorError(
-            "the engine was closed before the upload ended; it goes on at the next start", url=self._urls
-        )
         for one in pending:
-            one.fail(cut_short)
+            told = f"the engine was closed before {one.tag!r} was mirrored; it goes on at the next start"
+            one.fail(MirrorError(told, url=", ".join(mirror.url for mirror in self.mirrors)))
         self._has_ended = True
         if left:
             told = (
@@ -195,11 +193,8 @@ class Mirrors:
     @property
     def unconditional(self) -> list[str]:
         """Mirrors that were found to ignore conditions; known after `check`."""
-        return [worker.mirror.url for worker in self._workers if worker.is_unconditional]
-
-    @property
-    def _urls(self) -> str:
-        return ", ".join(mirror.url for mirror in self.mirrors)
+        tried = [(worker.context.mirror.url, worker.context.abilities) for worker in self._workers]
+        return [url for url, abilities in tried if abilities is not None and not abilities.conditional]
 
     # The workers' side.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MirrorError
 from .config import Mirror, split_url
-from .s3_parts import S3Parts
+from .signed_s3 import SignedS3
 from .store import ANY_VERSION, PROBE_TIMEOUT_S, AbortedElsewhere, ConditionFailed, Listing, ObjectInfo, PassingFailure
 
 _MAX_RETRIES = 100
@@ -30,6 +30,16 @@ _HINTS = {
     "401": "the store knows nobody of these credentials",
     "403": "the credentials do not allow this: check them, and this machine's clock",
 }
+
+
+_DAMAGED_ON_THE_WAY = (
+    "BadDigest",
+    "InvalidDigest",
+    "IncompleteBody",
+    "RequestTimeout",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+)
 
 
 class ObjectStore:
@@ -48,7 +58,7 @@ class ObjectStore:
             raise ConfigError(
                 f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})"
             ) from error
-        scheme, bucket, prefix = split_url(mirror.url)
+        scheme = split_url(mirror.url)[0]
         options = dict(mirror.options)
         client = {
             "timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))
@@ -65,8 +75,7 @@ class ObjectStore:
             "backoff": backoff,
         }
         options["retry_config"] = {**retry, **options.get("retry_config", {})}
-        is_s3 = scheme in ("s3", "s3a")
-        if is_s3:
+        if scheme in ("s3", "s3a"):
             options.setdefault("checksum_algorithm", "SHA256")
             # Deleting in bulk is a POST, which is not sent again when the connection breaks.
             options.setdefault("disable_bulk_delete", True)
@@ -74,9 +83,8 @@ class ObjectStore:
             self._store = from_url(mirror.url, **options)
         except Exception as error:
             raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
-        self._parts = (
-            S3Parts(bucket, prefix, mirror.options, _endpoint(options), self.url, patience_s) if is_s3 else None
-        )
+        speaks_s3 = scheme in ("s3", "s3a", "gs")
+        self._s3 = SignedS3(self.url, mirror.options, _endpoint(options), patience_s) if speaks_s3 else None
 
     async def put(
         self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
@@ -95,8 +103,11 @@ class ObjectStore:
                 translated = AbortedElsewhere(f"the upload of {key!r} was aborted by another process", url=self.url)
             raise translated from error
 
-    def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
-        mode = "create" if e_tag is None else "overwrite" if e_tag == ANY_VERSION else {"e_tag": e_tag}
+    def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
+        mode: object = "create" if replaced is None else "overwrite"
+        if replaced is not None and replaced is not ANY_VERSION:
+            # GCS wants the version, S3 and Azure the tag; the library takes no None.
+            mode = {"e_tag": replaced.e_tag} | ({"version": replaced.version} if replaced.version is not None else {})
         try:
             self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
         except Exception as error:
@@ -136,7 +147,7 @@ class ObjectStore:
             if isinstance(translated, FileNotFoundError):
                 return None
             raise translated from error
-        return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""))
+        return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""), found["version"])
 
     def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
         try:
@@ -160,8 +171,11 @@ class ObjectStore:
                 raise self._translated(error, f"deleting {key!r}") from error
 
     def discard_parts(self, key: str) -> None:
-        if self._parts is not None:
-            self._parts.discard(key)
+        if self._s3 is not None:
+            self._s3.discard_parts(key)
+
+    def refuses_damage(self, key: str) -> bool:
+        return self._s3 is not None and self._s3.refuses_damage(key)
 
     def _translated(self, error: Exception, what: str) -> Exception:
         exceptions = self._obstore.exceptions
@@ -178,14 +192,17 @@ class ObjectStore:
         said = re.search(r"<Message>([^<]*)</Message>", text)
         reason = f"{code[1]}: {said[1]}" if code and said else _first_line(error)
         may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "429")
+        may_pass |= code is not None and code[1] in _DAMAGED_ON_THE_WAY
         kind = PassingFailure if may_pass else MirrorError
         return kind(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)
 
 
 def _endpoint(options: dict[str, Any]) -> str | None:
-    named = (options.get(name) for name in ("endpoint", "aws_endpoint_url_s3", "endpoint_url", "aws_endpoint"))
-    from_env = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
-    return next((found for found in (*named, *from_env) if found), None)
+    """As the options or the environment name it, for S3 (`base_url`: for Google)."""
+    names = ("endpoint", "aws_endpoint_url_s3", "endpoint_url", "aws_endpoint", "base_url")
+    from_env = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    known = (*map(options.get, names), *map(os.environ.get, from_env))
+    return next((found for found in known if found), None)
 
 
 def _first_line(error: Exception) -> str:

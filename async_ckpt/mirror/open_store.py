@@ -9,11 +9,13 @@ from .config import Mirror, split_url
 from .store import Store
 
 
-def open_store(mirror: Mirror, *, executor: Executor | None, filesystem: FileSystem, quick: bool = False) -> Store:
-    """The store of a mirror. Does not connect.
+def open_store(
+    mirror: Mirror, filesystem: FileSystem, executor: Executor | None = None, *, quick: bool = False
+) -> Store:
+    """The store of a mirror; its library is imported now. Does not connect.
 
     Args:
-        executor: where ``file://`` writes; None where nothing is written.
+        executor: where a mirror in `filesystem` writes; None where nothing is written.
         quick: give up within `PROBE_TIMEOUT_S` instead of the mirror's own patience.
 
     Raises:

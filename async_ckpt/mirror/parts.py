@@ -10,42 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Executor
-from typing import Protocol, TypeVar
 
 from ..errors import CorruptCheckpointError
 from ..format.checksum import crc32
 from ..host.memory import region
+from ..metrics import MirrorMetrics
 from ..storage.filesystem import ReadableFile
+from .context import MirrorContext
 from .plan import ObjectPlan
-
-OnPart = Callable[[float, int, int], None]
-"""Called with (start on ``time.perf_counter``, offset, bytes) when a part was read; must be quick."""
-
-
-class Closable(Protocol):
-    """What must be closed by whoever has it."""
-
-    def close(self) -> object: ...
-
-
-C = TypeVar("C", bound=Closable | None)
-
-
-async def opened(executor: Executor, call: Callable[[], C]) -> C:
-    """What `call` opens on a thread; closed again where the waiting is cancelled in between."""
-    opening = asyncio.get_running_loop().run_in_executor(executor, call)
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        await asyncio.wait([opening])
-        found = None if opening.exception() is not None else opening.result()
-        if found is not None:
-            found.close()
-        raise
 
 
 class Slots:
@@ -55,7 +28,6 @@ class Slots:
         self._loop = asyncio.get_running_loop()
         self._part_bytes = part_bytes
         self._free: list[memoryview] = []
-        self._num_unmade = num_slots
         self._semaphore = asyncio.Semaphore(num_slots)
         self._lent: dict[int, weakref.ref[memoryview]] = {}
 
@@ -63,10 +35,7 @@ class Slots:
         """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view
         ends."""
         await self._semaphore.acquire()
-        if not self._free:
-            self._num_unmade -= 1
-            self._free.append(region(self._part_bytes))
-        memory = self._free.pop()
+        memory = self._free.pop() if self._free else region(self._part_bytes)
         view = memory[:num_bytes]
 
         def ended(reference: weakref.ref[memoryview]) -> None:
@@ -85,23 +54,6 @@ class Slots:
         self._semaphore.release()
 
 
-class Pace:
-    """Bounds a rate by sleeping; None bounds nothing. One event loop."""
-
-    def __init__(self, max_bytes_per_s: float | None) -> None:
-        self._max_bytes_per_s = max_bytes_per_s
-        self._free_at_s = 0.0
-
-    async def wait(self, num_bytes: int) -> None:
-        """Return when `num_bytes` more may be sent."""
-        if self._max_bytes_per_s is None:
-            return
-        now_s = time.monotonic()
-        start_s = max(now_s, self._free_at_s)
-        self._free_at_s = start_s + num_bytes / self._max_bytes_per_s
-        await asyncio.sleep(start_s - now_s)
-
-
 class PartStream:
     """The parts of one file, in order, for one call of `Store.put`. One event loop.
 
@@ -111,24 +63,15 @@ class PartStream:
     """
 
     def __init__(
-        self,
-        file: ReadableFile,
-        plan: ObjectPlan,
-        *,
-        slots: Slots,
-        pace: Pace,
-        part_bytes: int,
-        executor: Executor,
-        on_part: OnPart,
+        self, context: MirrorContext, file: ReadableFile, plan: ObjectPlan, slots: Slots, metrics: MirrorMetrics
     ) -> None:
         self.failure: BaseException | None = None
+        self._context = context
         self._file = file
         self._plan = plan
         self._slots = slots
-        self._pace = pace
-        self._executor = executor
-        self._on_part = on_part
-        self._todo = plan.parts(part_bytes)
+        self._metrics = metrics
+        self._todo = plan.parts(context.mirror.part_bytes)
         self._md5s: list[asyncio.Future[bytes]] = []
         self._reading: asyncio.Future[None] | None = None
         self._crc = 0
@@ -141,23 +84,24 @@ class PartStream:
         if part is None:
             raise StopAsyncIteration
         offset, num_bytes = part
+        loop, executor = asyncio.get_running_loop(), self._context.executor
         try:
             view = await self._slots.take(num_bytes)
-            await self._pace.wait(num_bytes)
-            started_s = time.perf_counter()
-            loop = asyncio.get_running_loop()
-            self._reading = loop.run_in_executor(self._executor, self._fill, view, offset)
+            await self._context.pace.wait(num_bytes)
+            self._reading = loop.run_in_executor(executor, self._fill, view, offset)
             await self._reading
         except BaseException as error:
             self.failure = error if self.failure is None else self.failure
             raise
-        # Beside the sending: the store's own checksum is compared with it afterwards.
-        self._md5s.append(loop.run_in_executor(self._executor, _md5, view))
-        self._on_part(started_s, offset, num_bytes)
+        if self._context.abilities is not None and self._context.abilities.compares_md5:
+            # Beside the sending: the store's own checksum is compared with it afterwards.
+            self._md5s.append(loop.run_in_executor(executor, _md5, view))
+        self._metrics.num_parts += 1
+        self._metrics.sent_bytes += num_bytes
         return view
 
     async def md5s(self) -> list[bytes]:
-        """The MD5 of each part, once all were sent."""
+        """The MD5 of each part, once all were sent; none where the store compares checksums itself."""
         return list(await asyncio.gather(*self._md5s))
 
     async def close(self) -> None:

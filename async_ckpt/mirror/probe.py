@@ -1,4 +1,4 @@
-"""What a store can do, found out by trying, once per engine: does it keep conditions, is its entity tag an MD5?
+"""What a store can do, found out by trying, once per engine: does it keep conditions, does it compare checksums?
 
 Some servers take ``If-None-Match`` and ignore it; some refuse a second writer who comes later, but not two at once.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
 from ..errors import MirrorError
-from .store import ConditionFailed, PassingFailure, Store
+from .store import ConditionFailed, ObjectInfo, PassingFailure, Store
 
 _NUM_RACERS = 4
 _TRIES = 3
+_STRANGER = ObjectInfo(0, '"0123456789abcdef"', "1")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Abilities:
 
     conditional: bool
     """Put-if-absent and put-if-match are kept, also among writers that race."""
-    md5_tags: bool
-    """The entity tag of an object that was put in one piece is its MD5."""
+    compares_md5: bool
+    """The store does not compare what arrives with its checksum, but tells its MD5: then we compare that."""
 
 
 def probe(store: Store, executor: Executor) -> Abilities:
@@ -35,8 +36,9 @@ def probe(store: Store, executor: Executor) -> Abilities:
         MirrorError: the store cannot be reached, or refuses; says what to do.
     """
     for attempt in range(1, _TRIES + 1):
+        key = f".probe-{secrets.token_hex(8)}"
         try:
-            abilities = _probe(store, executor)
+            abilities = _probe(store, executor, key)
         except PassingFailure:
             # What came of the request is not known, so neither is who has won: once more, with another name.
             if attempt == _TRIES:
@@ -44,40 +46,29 @@ def probe(store: Store, executor: Executor) -> Abilities:
         else:
             if abilities is not None:
                 return abilities
+        finally:
+            with contextlib.suppress(MirrorError):
+                store.delete([key])
     return Abilities(False, False)
 
 
-def _probe(store: Store, executor: Executor) -> Abilities | None:
+def _probe(store: Store, executor: Executor, key: str) -> Abilities | None:
     """None where nobody seems to have won, because a reply was lost."""
-    key = f".probe-{secrets.token_hex(8)}"
-    texts = [f"racer {k}".encode() for k in range(_NUM_RACERS)]
-    races = [executor.submit(_wins, store, key, text, None) for text in texts]
+    races = [executor.submit(_wins, store, key, f"racer {k}".encode(), None) for k in range(_NUM_RACERS)]
     wait(races)
-    try:
-        return _judged(store, key, races)
-    finally:
-        with contextlib.suppress(MirrorError):
-            store.delete([key])
-
-
-def _judged(store: Store, key: str, races: list[Future[bool]]) -> Abilities | None:
     num_winners = sum(race.result() for race in races)
     found = store.head(key)
     if found is None or not num_winners:
         return None
-    is_kept = (
-        num_winners == 1
-        and not _wins(store, key, b"late", None)
-        and not _wins(store, key, b"stranger", '"0123456789abcdef"')
-    )
+    is_kept = num_winners == 1 and not _wins(store, key, b"late", None) and not _wins(store, key, b"odd", _STRANGER)
     content = bytes(store.get_range(key, 0, found.size_bytes))
     is_md5 = found.e_tag.strip('"') == hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return Abilities(is_kept, is_md5)
+    return Abilities(is_kept, is_md5 and not store.refuses_damage(key))
 
 
-def _wins(store: Store, key: str, data: bytes, e_tag: str | None) -> bool:
+def _wins(store: Store, key: str, data: bytes, replaced: ObjectInfo | None) -> bool:
     try:
-        store.put_if(key, data, e_tag)
+        store.put_if(key, data, replaced)
     except ConditionFailed:
         return False
     return True

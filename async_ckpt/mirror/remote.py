@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES, decode
 from ..format.names import MANIFEST_NAME
+from ..host.memory import address_of, move
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileStat, FileSystem
 from ..storage.read_file import Kind
@@ -60,7 +61,7 @@ class RemoteFileSystem:
     """What the reading side needs of `filesystem.FileSystem`. Paths begin with the mirror's URL."""
 
     def __init__(self, mirror: Mirror) -> None:
-        self.store = open_store(mirror, executor=None, filesystem=FileSystem())
+        self.store = open_store(mirror, FileSystem())
         self._root = mirror.url.rstrip("/")
 
     def owner_state(self, owner: Owner) -> OwnerState:
@@ -170,19 +171,25 @@ class RemoteFile:
         self._store = store
         self._key = key
 
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
+    def pread(self, offset: int, num_bytes: int) -> memoryview:
+        """What `pread_into` fills a buffer with, in the library's own memory."""
         try:
-            data = self._store.get_range(self._key, offset, buffer.nbytes)
+            data = self._store.get_range(self._key, offset, num_bytes)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"{self.path} was deleted or replaced in the store while it was being read"
             ) from error
-        if data.nbytes != buffer.nbytes:
+        if data.nbytes != num_bytes:
             raise CorruptCheckpointError(
-                f"{self.path} ends at byte {offset + data.nbytes}, {buffer.nbytes - data.nbytes} bytes too early",
+                f"{self.path} ends at byte {offset + data.nbytes}, {num_bytes - data.nbytes} bytes too early",
                 path=self.path,
             )
-        buffer[:] = data
+        return data
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        data = self.pread(offset, buffer.nbytes)
+        if data.nbytes:
+            move(address_of(buffer), address_of(data), data.nbytes)
 
     def close(self) -> None:
         return None

@@ -1,5 +1,4 @@
-"""The manifest in a store: read, put where the condition holds, and the deletion of what no manifest names any more.
-Blocks."""
+"""The manifest in a store: read, put where the condition holds, deleted before what it names. Blocks."""
 
 from __future__ import annotations
 
@@ -7,12 +6,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..errors import CorruptCheckpointError, MirrorError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorError
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME
 from .plan import UploadPlan, attempt_of, object_key
-from .state import States
-from .store import ANY_VERSION, ConditionFailed, PassingFailure, Store
+from .state import States, TagState
+from .store import ANY_VERSION, ConditionFailed, ObjectInfo, PassingFailure, Store
 
 _PAUSE_S, _MAX_PAUSE_S = 0.05, 5.0
 
@@ -22,7 +21,7 @@ class FoundManifest:
     """A manifest as it is in a store; damaged where `manifest` is None."""
 
     raw: bytes
-    e_tag: str
+    info: ObjectInfo
     manifest: Manifest | None
     attempt: str
 
@@ -53,9 +52,9 @@ def read_manifest(store: Store, tag: str) -> FoundManifest | None:
         manifest = decode(raw, source=source)
         if manifest.tag != tag:
             raise CorruptCheckpointError(f"{source} is the manifest of {manifest.tag!r}", path=source)
-        return FoundManifest(raw, info.e_tag, manifest, attempt_of(raw, source=source))
+        return FoundManifest(raw, info, manifest, attempt_of(raw, source=source))
     except CorruptCheckpointError:
-        return FoundManifest(raw, info.e_tag, None, "")
+        return FoundManifest(raw, info, None, "")
 
 
 def may_replace(found: FoundManifest, plan: UploadPlan, ours: Iterable[str], may_overwrite: bool) -> bool:
@@ -94,7 +93,7 @@ def publish(
             raise failure
         if found is not None:
             on_replace(found)
-        absent_or_this = found.e_tag if found is not None else None
+        absent_or_this = found.info if found is not None else None
         try:
             store.put_if(plan.manifest_key, plan.manifest, absent_or_this if conditional else ANY_VERSION)
         except (ConditionFailed, PassingFailure) as error:
@@ -130,3 +129,29 @@ def _refusal(store: Store, plan: UploadPlan, found: FoundManifest) -> ConditionF
         "Give this run a prefix of its own, or overwrite='replace' to replace older ones",
         url=store.url,
     )
+
+
+def remove_remote(store: Store, states: States | None, expected: Manifest) -> None:
+    """Delete this very checkpoint: the manifest first, then exactly the objects that it named, never by prefix. With
+    `states`, what a crash leaves between the two deletions is deleted at the next start.
+
+    Raises:
+        CheckpointNotFoundError: it is gone, or another one has its tag; nothing was deleted. MirrorError: the store
+            failed.
+    """
+    found = read_manifest(store, expected.tag)
+    if found is None or found.manifest != expected:
+        raise CheckpointNotFoundError(
+            f"{store.url} has no such checkpoint {expected.tag!r} any more; nothing was deleted"
+        )
+    state = states.get(expected.tag) if states is not None else None
+    if states is not None:
+        # An own upload of the same tag in progress keeps its state: only the objects to be deleted are added.
+        kept = state or TagState(expected.tag, found.attempt, expected.created_unix_ns, mirrored=True)
+        states.write(replace(kept, doomed=(*kept.doomed, *found.keys)))
+    store.delete([f"{expected.tag}/{MANIFEST_NAME}"])
+    store.delete(found.keys)
+    if states is not None and state is None:
+        states.forget(expected.tag)
+    elif states is not None:
+        delete_doomed(store, states, expected.tag)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..errors import CorruptCheckpointError, UnsafePathError, report
+from ..errors import CorruptCheckpointError, report
 from ..format.names import check_tag
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileSystem
@@ -124,56 +124,37 @@ class States:
 
     def _load(self) -> dict[str, TagState]:
         states: dict[str, TagState] = {}
-        if self._fs.stat(self._folder).kind != "dir":
-            return states
-        for name in self._fs.listdir(self._folder):
+        for name in self._fs.listdir(self._folder) if self._fs.stat(self._folder).kind == "dir" else ():
             path = os.path.join(self._folder, name)
             if name.startswith(_TEMPORARY):
-                self._sweep(path, name)
+                owner = Owner.parse(name[len(_TEMPORARY) :].rpartition(".")[0])
+                if owner is not None and self._fs.owner_state(owner) in (OwnerState.DEAD, OwnerState.REBOOTED):
+                    with contextlib.suppress(FileNotFoundError):
+                        self._fs.unlink(path)
             elif name.endswith(self._suffix):
                 try:
-                    state = _decoded(json.loads(self._fs.read_file(path, _MAX_BYTES)))
-                    if state.tag + self._suffix != name:
-                        raise ValueError(f"it is about {state.tag!r}")
-                except (ValueError, TypeError, KeyError, CorruptCheckpointError, UnsafePathError) as error:
-                    report(
-                        logging.WARNING,
-                        "the mirror state %s is damaged and left out (%s): the store is asked instead",
-                        path,
-                        error,
-                    )
-                    continue
+                    states[name[: -len(self._suffix)]] = _read(self._fs, path, self._suffix)
                 except FileNotFoundError:
                     # Another process has forgotten it meanwhile.
                     continue
-                states[state.tag] = state
+                except CorruptCheckpointError as error:
+                    report(logging.WARNING, "%s, and is left out: the store is asked instead", error)
         return states
 
-    def _sweep(self, path: str, name: str) -> None:
-        owner = Owner.parse(name[len(_TEMPORARY) :].rpartition(".")[0])
-        if owner is not None and self._fs.owner_state(owner) in (OwnerState.DEAD, OwnerState.REBOOTED):
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.unlink(path)
 
-
-def _decoded(document: dict[str, Any]) -> TagState:
-    keys, ours, doomed = (tuple(map(str, document[name])) for name in ("keys", "ours", "doomed"))
-    done = {str(key): str(e_tag) for key, e_tag in document["done"].items()}
-    created = document["created_unix_ns"]
-    if type(created) is not int or type(document["mirrored"]) is not bool:
-        raise ValueError("created_unix_ns or mirrored has another type")
-    told = str(document.get("url", ""))
-    return TagState(
-        check_tag(document["tag"]),
-        str(document["attempt"]),
-        created,
-        keys,
-        done,
-        document["mirrored"],
-        ours,
-        told,
-        doomed,
-    )
+def _read(filesystem: FileSystem, path: str, suffix: str) -> TagState:
+    """Raises CorruptCheckpointError (not what `States.write` writes), OSError."""
+    try:
+        members: dict[str, Any] = json.loads(filesystem.read_file(path, _MAX_BYTES))
+        members |= {name: tuple(map(str, members[name])) for name in ("keys", "ours", "doomed")}
+        state = TagState(**members)
+        if (type(state.created_unix_ns), type(state.mirrored), type(state.done)) != (int, bool, dict):
+            raise ValueError("a member has another type")
+        if os.path.join(os.path.dirname(path), check_tag(state.tag) + suffix) != path:
+            raise ValueError(f"it is about {state.tag!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptCheckpointError(f"the mirror state {path} is damaged ({error})", path=path) from error
+    return state
 
 
 def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list[str]]:
@@ -185,10 +166,8 @@ def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list
         path = os.path.join(home, folder)
         for name in filesystem.listdir(path) if filesystem.stat(path).kind == "dir" else ():
             if name.endswith(".0.json"):
-                with contextlib.suppress(
-                    ValueError, TypeError, KeyError, OSError, CorruptCheckpointError, UnsafePathError
-                ):
-                    state = _decoded(json.loads(filesystem.read_file(os.path.join(path, name), _MAX_BYTES)))
+                with contextlib.suppress(OSError, CorruptCheckpointError):
+                    state = _read(filesystem, os.path.join(path, name), ".0.json")
                     if state.mirrored:
                         found.setdefault((state.tag, state.created_unix_ns), []).append(state.url)
     return found

@@ -1,4 +1,4 @@
-"""The seam to a store: seven methods, so that another library or service can be brought.
+"""The seam to a store: a few methods, so that another library or service can be brought.
 
 Keys are below the mirror's prefix. Every method may be called from any thread; all block but `put`, which is a
 coroutine. They raise `FileNotFoundError` for an object that is not there, and `MirrorError` for everything else.
@@ -13,16 +13,20 @@ from typing import Protocol
 from ..errors import MirrorError
 
 PROBE_TIMEOUT_S = 10.0
-ANY_VERSION = "*"
-"""For `Store.put_if`: whatever is there, or nothing."""
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a store says of an object; `e_tag` changes with its content."""
+    """What a store says of an object; `e_tag` changes with its content, `version` (where a store has one) with each
+    put."""
 
     size_bytes: int
     e_tag: str
+    version: str | None = None
+
+
+ANY_VERSION = ObjectInfo(-1, "*")
+"""For `Store.put_if`: whatever is there, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Store(Protocol):
         """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go
         once it is sent."""
 
-    def put_if(self, key: str, data: bytes, e_tag: str | None) -> None:
-        """Put a small object only where there is none (`e_tag` None), in place of exactly that one, or always
+    def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
+        """Put a small object only where there is none (`replaced` None), in place of exactly that one, or always
         (`ANY_VERSION`).
 
         Raises:
@@ -79,3 +83,6 @@ class Store(Protocol):
 
     def discard_parts(self, key: str) -> None:
         """Remove what interrupted calls of `put` left of this object."""
+
+    def refuses_damage(self, key: str) -> bool:
+        """Whether the store compares what arrives with its checksum: found out by a few wrong bytes under `key`."""

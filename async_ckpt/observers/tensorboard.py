@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Protocol
 
-from ..metrics import CommitMetrics, Observer
+from ..metrics import CommitMetrics, MirrorMetrics, Observer
 
 
 class ScalarWriter(Protocol):
@@ -22,7 +22,8 @@ def step_of_tag(tag: str) -> int | None:
 
 
 class TensorBoardObserver(Observer):
-    """Writes one point per commit of stall, times, size and throughput. Any thread, one call at a time per commit.
+    """Writes one point per commit of stall, times, size and throughput, and one per upload to a mirror. Any thread, one
+    call at a time per commit.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its `add_scalar`. The caller closes it.
@@ -37,11 +38,12 @@ class TensorBoardObserver(Observer):
         self._step_of = step_of
         self._prefix = prefix
         self._num_commits = 0
+        self._steps: dict[str, int] = {}
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         self._num_commits += 1
         step = self._step_of(metrics) if self._step_of is not None else step_of_tag(metrics.tag)
-        step = self._num_commits if step is None else step
+        step = self._steps[metrics.tag] = self._num_commits if step is None else step
         values: dict[str, float] = {"failed": float(error is not None)}
         if error is None:
             values |= {
@@ -60,3 +62,13 @@ class TensorBoardObserver(Observer):
             }
         for name, value in values.items():
             self._writer.add_scalar(f"{self._prefix}/{name}", value, step)
+
+    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        # Of an earlier run, or a command's: only its tag is known.
+        step = self._steps.pop(metrics.tag, None) if error is None else self._steps.get(metrics.tag)
+        step = step if step is not None else step_of_tag(metrics.tag) or 0
+        values: dict[str, float] = {"failed": float(error is not None)}
+        if error is None:
+            values |= {name: getattr(metrics, name) for name in ("wait_s", "upload_s", "sent_bytes", "bytes_per_s")}
+        for name, value in values.items():
+            self._writer.add_scalar(f"{self._prefix}/mirror/{metrics.url.partition('://')[2]}/{name}", value, step)

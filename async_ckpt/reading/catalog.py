@@ -276,9 +276,13 @@ class Catalog:
         except CorruptCheckpointError as error:
             if not is_url(self._root):
                 raise
-            tags = [entry.tag for entry in self.entries() if entry.problem is None]
-            older = tags[: tags.index(tag)] if tag in tags else tags
-            error.args = (f"{error}; older ones in {self._root}: {', '.join(reversed(older[-5:])) or 'none'}",)
+            sources = {entry.tag: entry.copied_from for entry in self.entries() if entry.problem is None}
+            foreign = sources.get(tag)
+            # A manifest of another checkpoint says nothing of the age of this one.
+            is_known = tag in sources and foreign is None
+            older = list(sources)[: list(sources).index(tag)] if is_known else [one for one in sources if one != tag]
+            told = f"{error}" if foreign is None else f"{error}: its manifest is that of {foreign!r}"
+            error.args = (f"{told}; older ones in {self._root}: {', '.join(reversed(older[-5:])) or 'none'}",)
             raise
 
     def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:

@@ -94,8 +94,8 @@ class Scatter:
                 yield address + low - start, high - low
 
     def __call__(self, offset: int, view: memoryview) -> None:
-        """Move what lies in the file bytes [offset, offset + len(view)); `view` must be writable memory (it is not
-        written)."""
+        """Move what lies in the file bytes [offset, offset + len(view)); for a device, `view` must be writable memory
+        (it is not written)."""
         end = offset + len(view)
         first = bisect_right(self._ends, offset)
         stop = bisect_right(self._starts, end - 1)

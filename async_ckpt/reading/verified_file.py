@@ -53,7 +53,8 @@ class _Block:
 class VerifiedFile:
     """One open file and the CRCs of its extents. One caller at a time; owns `file` and closes it.
 
-    `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned.
+    `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned;
+    None where the file has a `pread(offset, num_bytes)` that gives what it reads in memory of its own, read-only.
     `on_read(name, bytes just read, bytes of the file)` is called on the threads that read.
     """
 
@@ -77,7 +78,7 @@ class VerifiedFile:
         self.num_extents = -(-self.size_bytes // self.extent_bytes) if self.size_bytes else 0
         self.check = check
         self.lend = lend
-        self.new_buffer: Callable[[int], memoryview] = region
+        self.new_buffer: Callable[[int], memoryview] | None = None if hasattr(file, "pread") else region
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
         self.on_read = metrics.read_listener()
@@ -162,7 +163,7 @@ class VerifiedFile:
         damaged."""
         self._check_inside(offset, num_bytes)
         data = bytearray(num_bytes)
-        self.read_block(memoryview(data), offset)
+        self.read_block(memoryview(data), offset, num_bytes)
         return bytes(data)
 
     def stream(self, consume: Consume | None, extents: Iterable[int] | None = None) -> None:
@@ -197,10 +198,14 @@ class VerifiedFile:
                     yield from self._blocks(low, high, kept, loaded=True)
         yield from self._blocks(first, end)
 
-    def read_block(self, memory: memoryview, offset: int) -> None:
-        """Fill `memory` from the disk. Any thread. Raises ReadError, CorruptCheckpointError (the file has ended)."""
+    def read_block(self, memory: memoryview | None, offset: int, num_bytes: int) -> memoryview:
+        """What the disk holds, in `memory` or (None) in the file's own. Any thread. Raises ReadError,
+        CorruptCheckpointError (the file has ended)."""
         try:
+            if memory is None:
+                return self._file.pread(offset, num_bytes)  # type: ignore[attr-defined, no-any-return]
             self._file.pread_into(memory, offset)
+            return memory
         except CheckpointError:
             raise
         except OSError as error:
@@ -292,22 +297,22 @@ class _Reading:
             if block is None:
                 return
             try:
-                if block.memory is None:
+                memory = block.memory
+                if memory is None and block.file.new_buffer is not None:
                     if buffer is None:
                         buffer = block.file.new_buffer(block.file.block_bytes)
-                    block.memory = buffer[: block.num_bytes]
-                self._process(block, block.memory)
-                block.memory = None
+                    memory = buffer[: block.num_bytes]
+                self._process(block, memory)
             except BaseException:
                 self._failed.set()
                 raise
 
-    def _process(self, block: _Block, memory: memoryview) -> None:
+    def _process(self, block: _Block, memory: memoryview | None) -> None:
         file = block.file
         extents = file.extents_of(block.offset, block.num_bytes)
         if not block.loaded:
             try:
-                file.read_block(memory, block.offset)
+                memory = file.read_block(memory, block.offset, block.num_bytes)
             except (CorruptCheckpointError, ReadError) as error:
                 if self._on_damage is None or (isinstance(error, ReadError) and error.errno not in DAMAGE_ERRNOS):
                     raise
@@ -318,10 +323,9 @@ class _Reading:
                     self._sum(block, memory, extent)
             if file.on_read is not None:
                 file.on_read(file.name, block.num_bytes, file.size_bytes)
-        if file.on_bytes is not None:
-            file.on_bytes(block.offset, memory)
-        if self._consume is not None:
-            self._consume(block.offset, memory)
+        for consume in (file.on_bytes, self._consume):
+            if consume is not None and memory is not None:
+                consume(block.offset, memory)
 
     def _sum(self, block: _Block, memory: memoryview, extent: int) -> None:
         """Take the CRC of what the block has of an extent, and compare it once all of the extent was read."""

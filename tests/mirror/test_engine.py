@@ -227,10 +227,22 @@ def test_a_rate_is_kept(tmp_path: Path) -> None:
 def test_observers_of_the_package_show_uploads(tmp_path: Path, caplog: Any) -> None:
     import prometheus_client
 
-    from async_ckpt import LoggingObserver, PrometheusObserver, TraceObserver
+    from async_ckpt import LoggingObserver, PrometheusObserver, TensorBoardObserver, TraceObserver
 
-    registry, url = prometheus_client.CollectorRegistry(), f"file://{tmp_path}/other"
-    observers = (LoggingObserver(), PrometheusObserver(registry), TraceObserver(tmp_path / "trace.json"))
+    class Board:
+        def __init__(self) -> None:
+            self.points: dict[str, tuple[float, int]] = {}
+
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+            self.points[tag] = scalar_value, global_step
+
+    registry, board, url = prometheus_client.CollectorRegistry(), Board(), f"file://{tmp_path}/other"
+    observers = (
+        LoggingObserver(),
+        PrometheusObserver(registry),
+        TraceObserver(tmp_path / "trace.json"),
+        TensorBoardObserver(board, step_of=lambda metrics: 7),
+    )
     with (
         caplog.at_level(logging.INFO, "async_ckpt"),
         engine_on(tmp_path / "root", Mirror(url), observers=observers) as engine,
@@ -241,6 +253,8 @@ def test_observers_of_the_package_show_uploads(tmp_path: Path, caplog: Any) -> N
     assert f"'step-0' mirrored to {url}" in caplog.text
     assert registry.get_sample_value("async_ckpt_mirrored_total", {"mirror": url}) == 1.0
     assert '"upload"' in (tmp_path / "trace.json").read_text()
+    name = f"checkpoint/mirror/{tmp_path}/other"
+    assert board.points[f"{name}/failed"] == (0.0, 7) and board.points[f"{name}/sent_bytes"][0] > 0
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import pytest
 
 from async_ckpt import Catalog
 
-from .making import check_store, garbage, s3_mirror
+from .making import check_store, content, garbage, remote_content, s3_mirror
 from .servers import BUCKET, free_ports, keys
 
 WORLD = 2
 
 
-def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]:
+def job(server: Any, root: Path, prefix: str, act: str, world: int = WORLD) -> list[tuple[int, str]]:
     (port,) = free_ports(1)
     url = f"s3://{BUCKET}/{prefix}"
     options = json.dumps(dict(server.options()))
@@ -31,7 +31,7 @@ def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]
                 "-m",
                 "tests.mirror.rank_job",
                 str(rank),
-                *map(str, (WORLD, port, root)),
+                *map(str, (world, port, root)),
                 url,
                 options,
                 act,
@@ -41,12 +41,12 @@ def job(server: Any, root: Path, prefix: str, act: str) -> list[tuple[int, str]]
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     ended = []
     for process in ranks:
-        said, wrong = process.communicate(timeout=90)
-        ended.append((process.returncode, said.strip().rpartition("\n")[2] or wrong[-2000:]))
+        said, wrong = process.communicate(timeout=300)
+        ended.append((process.returncode, said.strip().rpartition("\n")[2] or wrong[-4000:]))
     return ended
 
 
@@ -56,6 +56,18 @@ def test_each_rank_mirrors_what_it_wrote(moto: Any, tmp_path: Path, prefix: str)
     mirror = s3_mirror(moto, prefix)
     assert check_store(mirror) == ["step-0", "step-1"] and garbage(moto, prefix) == []
     assert sum("step-0/" in key and ".pt" in key for key in keys(moto, prefix)) == WORLD
+
+
+@pytest.mark.wide
+def test_each_node_with_a_root_of_its_own_has_a_place_of_its_own(moto: Any, tmp_path: Path, prefix: str) -> None:
+    assert job(moto, tmp_path, prefix, "nodes", 3) == [(0, "[null, null]")] * 3
+    for node, ranks in ((0, (0, 1)), (1, (2,))):
+        mirror = s3_mirror(moto, f"{prefix}/node-{node}")
+        assert check_store(mirror) == ["step-0", "step-1"]
+        found = remote_content(mirror, "step-1")
+        assert found == content(tmp_path / f"node-{node}", "step-1")
+        assert found is not None and sorted(found) == [f"rank-{rank}.pt" for rank in ranks]
+        assert garbage(moto, f"{prefix}/node-{node}") == []
 
 
 @pytest.mark.wide

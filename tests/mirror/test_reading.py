@@ -130,9 +130,17 @@ def test_damage_in_the_store_reaches_no_tensor_and_is_named(
         async_ckpt.load_into(target, path)
     assert same(target, before)
     assert async_ckpt.Catalog(f"s3://{BUCKET}/{prefix}").latest() == "old"
+    s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(data[:-1]))
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' .* has \d+ bytes, \d+ were committed.*older ones"):
+        async_ckpt.load(path)
     s3.delete_object(Bucket=BUCKET, Key=key)
     with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' is missing.*older ones"):
         async_ckpt.load(path)
+    foreign = {"Bucket": BUCKET, "Key": f"{prefix}/older/manifest.json"}
+    s3.copy_object(Bucket=BUCKET, Key=f"{prefix}/step-0/manifest.json", CopySource=foreign)
+    with pytest.raises(CorruptCheckpointError, match=r"its manifest is that of 'older'; older ones.*: old, older"):
+        async_ckpt.load(path)
+    assert async_ckpt.Catalog(f"s3://{BUCKET}/{prefix}").latest() == "old"
 
 
 def test_nothing_of_the_library_is_imported_without_a_mirror(tmp_path: Path) -> None:
@@ -163,8 +171,13 @@ def _many_tags(server: Any, prefix: str, num_tags: int) -> None:
     filesystem = RemoteFileSystem(mirror)
 
     def put(number: int) -> None:
-        raw = with_attempt(encode(Manifest(f"step-{number}", number + 1, ())), "0" * 16)
+        manifest = Manifest(f"step-{number}", number + 1, (), metadata={"step": number})
+        raw = with_attempt(encode(manifest), "0" * 16)
         filesystem.store.put_if(f"step-{number}/manifest.json", raw, None)
 
     filesystem.each(put, range(num_tags))
-    assert async_ckpt.Catalog(mirror.url, filesystem).tags() == [f"step-{number}" for number in range(num_tags)]
+    catalog = async_ckpt.Catalog(mirror.url, filesystem)
+    entries = catalog.entries()
+    assert [entry.tag for entry in entries] == [f"step-{number}" for number in range(num_tags)]
+    assert all(entry.manifest.metadata == {"step": entry.manifest.created_unix_ns - 1} for entry in entries)
+    assert catalog.latest() == f"step-{num_tags - 1}"

@@ -10,9 +10,9 @@ import pytest
 
 from async_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorError
 from async_ckpt.mirror.config import Mirror
+from async_ckpt.mirror.context import MirrorHooks
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.mirror.store import ConditionFailed
-from async_ckpt.mirror.worker import WorkerHooks
 from async_ckpt.retention import KeepLast, carry_out
 
 from .making import (
@@ -137,7 +137,7 @@ def test_retention_in_the_store_deletes_manifest_and_objects(moto: Any, tmp_path
         carry_out(catalog, KeepLast(2), remove, hold=lambda manifest: "held" if manifest.tag == "step-1" else None)
 
     mirror = s3_mirror(moto, prefix, retention=KeepLast(2))
-    with mirroring(tmp_path, mirror, hooks=WorkerHooks(retain=retain)) as made:
+    with mirroring(tmp_path, mirror, hooks=MirrorHooks(retain=retain)) as made:
         for step in range(5):
             commit_and_send(made, tmp_path, f"step-{step}", SMALL, created=step + 1).result(60)
         commit_and_send(made, tmp_path, "last", SMALL, created=9).result(60)
