@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import describe
 from benchmarks.ticker import Ticker
 from tests.mirror.servers import BUCKET, SeaweedFS
 
@@ -385,12 +386,10 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
             )
             print(json.dumps(runs[-1]), flush=True)
     if given.out:
-        from benchmarks.environment import describe
+        from benchmarks.results import append
 
-        target = Path(given.out) / f"mirror-{time.strftime('%Y-%m')}.jsonl"
-        with open(target, "a") as file:
-            for run in runs:
-                file.write(json.dumps({**run, "environment": describe(home)}) + "\n")
+        settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
+        append({"probe": "mirror", "environment": describe(home), **settings, "rows": runs}, Path(given.out))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, report
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, report
 from ..format.manifest import Manifest
 from ..mirror.config import Mirror
 from ..mirror.context import MirrorHooks
 from ..mirror.mirrors import Mirrors
+from ..mirror.pending import PendingMirror
 from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
 from ..ranks.rank_coordinator import RankCoordinator
@@ -39,6 +40,8 @@ class EngineMirrors(Mirrors):
         on_mirrored: Callable[[], object],
     ) -> None:
         self._resumed: set[str] = set()
+        self._better: dict[str, Catalog] = {}
+        """Where `latest` has found a tag whole that the disk has not, or has damaged."""
         agreement, mirrors = None, tuple(config.mirrors)
         if isinstance(coordinator, RankCoordinator):
             info, agreement = coordinator.info, coordinator.mirror_agreement()
@@ -64,23 +67,34 @@ class EngineMirrors(Mirrors):
         assert isinstance(mirror.retention, RetentionPolicy)
         carry_out(catalog, mirror.retention, remove, hold=hold)
 
+    def expect(self, tag: str) -> PendingMirror:
+        self._better.pop(tag, None)
+        return super().expect(tag)
+
     def resume_from(self, tag: str, disk: Catalog) -> Catalog:
-        """`disk` where that has the tag, else the first mirror that has it; `disk` where none has.
+        """`disk` where that has the tag, unless `latest` has found it damaged there; else the first mirror that has it;
+        `disk` where none has.
 
         The run loads from this checkpoint: no mirror's retention deletes it from now on.
         """
         self._resumed.add(tag)
+        if tag in self._better:
+            return self._better[tag]
         try:
             disk.path(tag)
             return disk
         except CheckpointNotFoundError:
-            for mirror in self.mirrors:
-                remote = remote_catalog(mirror)
+            failure: MirrorError | None = None
+            for remote in map(remote_catalog, self.mirrors):
                 try:
                     remote.manifest(tag)
                     return remote
                 except CheckpointNotFoundError:
                     continue
+                except MirrorError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure from None
             return disk
 
     def latest(self, disk: Catalog, verify: str) -> str | None:
@@ -96,6 +110,7 @@ class EngineMirrors(Mirrors):
                         continue
                     if remote.verify(entry.tag, level=verify).ok:
                         found, newest_ns = entry.tag, entry.manifest.created_unix_ns
+                        self._better[found] = remote
                         break
             except CheckpointError as error:
                 if found is None:

@@ -152,6 +152,34 @@ def test_a_new_machine_restores_from_the_mirror(moto: Any, tmp_path: Path, prefi
 
 
 @pytest.mark.wide
+def test_a_mirror_that_is_away_does_not_hide_the_other(moto: Any, tmp_path: Path, prefix: str) -> None:
+    (port,) = free_ports(1)
+    nobody = {"endpoint": f"http://127.0.0.1:{port}", "access_key_id": "a", "secret_access_key": "b"}
+    away = Mirror("s3://bucket/away", options=nobody, retry_timeout_s=0.1)
+    there = s3_mirror(moto, prefix)
+    with engine_on(tmp_path / "old", there) as engine:
+        saved(engine, "step-1", 1).mirrored.result(60)
+    with engine_on(tmp_path / "new", away, there) as engine:
+        assert same(engine.load("step-1/model.pt"), state(1))
+        with pytest.raises(MirrorError, match="cannot be reached"):
+            engine.load("step-2/model.pt")
+
+
+@pytest.mark.wide
+def test_what_is_damaged_on_disk_is_restored_from_the_mirror(moto: Any, tmp_path: Path, prefix: str) -> None:
+    mirror = s3_mirror(moto, prefix)
+    with engine_on(tmp_path, mirror, overwrite="replace") as engine:
+        saved(engine, "step-1", 1).mirrored.result(60)
+        saved(engine, "step-2", 2).mirrored.result(60)
+        file = tmp_path / "step-2" / "model.pt"
+        file.write_bytes(file.read_bytes()[:-9] + b"x" * 9)
+        assert engine.latest() == "step-1" and engine.latest(tier="any") == "step-2"
+        assert same(engine.load("step-2/model.pt"), state(2))
+        saved(engine, "step-2", 3).result(60)
+        assert same(engine.load("step-2/model.pt"), state(3))
+
+
+@pytest.mark.wide
 def test_what_cannot_be_used_is_an_error_of_the_first_create(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     options = {"endpoint": f"http://127.0.0.1:{port}", "access_key_id": "a", "secret_access_key": "b"}
