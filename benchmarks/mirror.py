@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,13 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     other = None
     if contender == "another process uploads":
         asked = json.dumps({**spec, "scenario": "put all", "root": root, "prefix": f"{spec['prefix']}/{name}"})
-        other = subprocess.Popen([sys.executable, "-m", "benchmarks.mirror", "--child", asked], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", "benchmarks.mirror", "--child", asked]
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     steps, saves, pendings = [], [], []
-    # Two: the other process is still reading the last one.
-    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, mirrors=mirrors, retention=KeepLast(2)) as engine:
+    # Two are kept: the other process is still reading the last one. What is not sent at the end does not matter.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    how: dict[str, Any] = {"mirrors": mirrors, "mirror_timeout_s": 1.0, "retention": KeepLast(2)}
+    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, **how) as engine:
         engine.guard(optimizer)
         for step in range(spec["num_steps"]):
             started = time.perf_counter()
@@ -205,9 +209,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
                 engine.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "model.pt")
                 pendings.append(engine.commit(f"step-{step}"))
                 saves.append(time.perf_counter() - started)
-        num_mirrored = sum(one.mirrored is not None and one.mirrored.done() for one in pendings)
+        sent_bytes = sum(one.mirrored.metrics.sent_bytes for one in pendings if one.mirrored is not None)
     if other is not None:
-        other.communicate()
+        sent_bytes = json.loads(other.communicate(b"end")[0].splitlines()[-1])["sent_bytes"]
     shutil.rmtree(root)
     settled, later = steps[20:], saves[2:]
     return {
@@ -215,7 +219,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         "mean_step_s": statistics.fmean(settled),
         "save_s": statistics.median(later),
         "slowest_save_s": max(later),
-        "num_mirrored": num_mirrored,
+        "sent_bytes_per_s": sent_bytes / (sum(steps) + sum(saves)),
     }
 
 
@@ -229,17 +233,17 @@ def put_all(spec: dict[str, Any]) -> dict[str, Any]:
     from async_ckpt.host.process import lower_priority
 
     lower_priority()
-    store, catalog, done = _store(spec), Catalog(spec["root"]), set()
+    store, catalog, done, sent_bytes = _store(spec), Catalog(spec["root"]), set(), 0
     while not select.select([sys.stdin], [], [], 0.01)[0]:
         for tag in catalog.tags():
             path = Path(spec["root"], tag, "model.pt")
             if tag not in done and path.exists():
                 done.add(tag)
+                how = {"chunk_size": spec["part_bytes"], "max_concurrency": spec["parallel"]}
                 with contextlib.suppress(FileNotFoundError):
-                    obstore.put(
-                        store, f"{tag}.pt", path, chunk_size=spec["part_bytes"], max_concurrency=spec["parallel"]
-                    )
-    return {"num_put": len(done)}
+                    obstore.put(store, f"{tag}.pt", path, **how)
+                    sent_bytes += path.stat().st_size
+    return {"sent_bytes": sent_bytes}
 
 
 PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]] = {

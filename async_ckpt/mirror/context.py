@@ -25,15 +25,6 @@ T = TypeVar("T")
 _POLL_S = 0.1
 
 
-class Closable(Protocol):
-    """What must be closed by whoever has it."""
-
-    def close(self) -> object: ...
-
-
-C = TypeVar("C", bound=Closable | None)
-
-
 class Agreement(Protocol):
     """How the ranks of a job agree that all objects are there; blocks."""
 
@@ -131,14 +122,14 @@ class MirrorContext:
         """`call` on one of the mirrors' threads."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, call, *args)
 
-    async def opened(self, call: Callable[[], C]) -> C:
-        """What `call` opens on a thread; closed again where the waiting is cancelled in between."""
+    async def opened(self, call: Callable[[], T]) -> T:
+        """What `call` opens on a thread (or None); closed again where the waiting is cancelled in between."""
         opening = asyncio.get_running_loop().run_in_executor(self.executor, call)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
             await asyncio.wait([opening])
-            found = None if opening.exception() is not None else opening.result()
+            found: Any = None if opening.exception() is not None else opening.result()
             if found is not None:
                 found.close()
             raise
