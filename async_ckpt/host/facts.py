@@ -43,19 +43,20 @@ class Node:
 
 
 def node_from_env(rank: int, world_size: int) -> Node:
-    """torchrun's layout: ranks are dealt node by node.
+    """From the variables of torchrun, or else of DeepSpeed's launcher: both deal ranks node by node.
 
     Raises:
-        ConfigError: one of torchrun's variables is missing or no number.
+        ConfigError: one of them is missing or no number.
     """
+    names = ("GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    if "GROUP_RANK" not in os.environ and "CROSS_RANK" in os.environ:
+        names = ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
     try:
-        number, local_rank, local_size = (
-            int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        )
-        num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
+        number, num_nodes, local_size, local_rank = (int(os.environ[name]) for name in (*names, "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"node_local needs torchrun's variables, or give node=Node(...): {error} is missing or no number"
+            "roots of each node's own need the variables of torchrun or DeepSpeed's launcher, or node=Node(...): "
+            f"{error} is missing or no number"
         ) from error
     first = rank - local_rank
     return Node(number, num_nodes, tuple(range(first, min(first + local_size, world_size))))

@@ -10,12 +10,13 @@ import logging
 import os
 from collections.abc import Iterator
 
-from ..errors import report
+from ..errors import CheckpointError, UnsafePathError, report
 from ..format import manifest
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME, check_relative_path
 from ..storage.filesystem import FileSystem
+from ..storage.write_error import write_error
 
 ADOPTED = "adopted"
 """Metadata of such a manifest."""
@@ -30,7 +31,8 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     Its files stay as they are, and stay loadable. Reads and syncs all of them: blocks for as long as that takes.
 
     Raises:
-        UnsafePathError: it holds names that a checkpoint cannot have. WriteError: the manifest could not be written.
+        UnsafePathError: it holds what a checkpoint cannot. WriteError: it could not be read, or the manifest
+            not be written.
     """
     folder = os.path.join(root, tag)
     if filesystem.stat(folder).kind != "dir" or filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
@@ -40,15 +42,21 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
         "%s was not written by this package: reading it once, so that it can be replaced as a whole",
         folder,
     )
-    entries = tuple(read_entries(filesystem, folder, "", None))
-    # Older than anything that will be committed from now on.
-    created_unix_ns = filesystem.stat(folder).mtime_ns
-    adopted = Manifest(
-        tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"}
-    )
-    with contextlib.suppress(FileExistsError):
-        filesystem.create_file(os.path.join(folder, MANIFEST_NAME), manifest.encode(adopted))
-    filesystem.fsync_dir(folder)
+    what = f"{folder!r} was written by another tool and cannot be replaced as a whole; move or delete it"
+    try:
+        entries = tuple(read_entries(filesystem, folder, "", None))
+        # Older than anything that will be committed from now on.
+        created_unix_ns = filesystem.stat(folder).mtime_ns
+        adopted = Manifest(
+            tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"}
+        )
+        with contextlib.suppress(FileExistsError):
+            filesystem.create_file(os.path.join(folder, MANIFEST_NAME), manifest.encode(adopted))
+        filesystem.fsync_dir(folder)
+    except OSError as error:
+        raise write_error(filesystem, error, what, folder) from error
+    except CheckpointError as error:
+        raise UnsafePathError(f"{what}: {error}") from error
     return True
 
 

@@ -18,12 +18,26 @@ from ..storage.filesystem import FileSystem
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes: the directory `tag` below `root`, an absolute path. Integrations add what they know of
-    it.
+    """Where a checkpoint goes: the directory `tag` below `root`, an absolute path.
+
+    Integrations add what they know of it, and what they do there besides. What a hook raises fails the checkpoint on
+    all ranks.
     """
 
     root: str
     tag: str
+
+    def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
+        """Called before anything is staged; `leads` on the rank that makes the directory. Training thread."""
+
+    def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
+        """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker
+        thread; blocks.
+        """
+        return ()
+
+    def published(self, filesystem: FileSystem) -> None:
+        """Called on the rank that has renamed, before any rank reports success. Worker thread; blocks."""
 
 
 @dataclass(slots=True)
@@ -101,6 +115,7 @@ class LocalCoordinator:
         return self._filesystem
 
     def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+        destination.prepare(self._fs, leads=True, overwrite=overwrite)
         staging = transaction.begin(self._fs, destination.root, destination.tag, overwrite)
         location: Future[str] = Future()
         location.set_result(staging.path)
@@ -110,7 +125,9 @@ class LocalCoordinator:
         self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         assert opened.staging is not None
-        transaction.publish(self._fs, opened.staging, files, metadata, created_unix_ns)
+        entries = [*files, *opened.destination.take_in(self._fs, opened.staging.path)]
+        transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns)
+        opened.destination.published(self._fs)
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         assert opened.staging is not None

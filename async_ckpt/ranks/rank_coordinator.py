@@ -142,13 +142,14 @@ class RankCoordinator:
         self._starting = Joining(self._talking, filesystem)
 
     def begin(self, destination: Destination, overwrite: str) -> RankTag:
-        tag, staging = destination.tag, None
-        if self.leads:
-            try:
-                staging = transaction.begin(self._fs, destination.root, tag, overwrite)
-            except Exception as error:
-                self._joining.tell_begin_failed(tag, error)
-                raise
+        staging = None
+        try:
+            destination.prepare(self._fs, leads=self.leads, overwrite=overwrite)
+            if self.leads:
+                staging = transaction.begin(self._fs, destination.root, destination.tag, overwrite)
+        except Exception as error:
+            self._joining.tell_begin_failed(destination.tag, error)
+            raise
         opened = RankTag(destination, overwrite, Future(), staging)
         self._joining.begin(opened)
         return opened
@@ -157,29 +158,30 @@ class RankCoordinator:
         self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         assert isinstance(opened, RankTag)
-        attempt = self._talk.learn(opened, opened.attempt)
-        part = Manifest(opened.tag, created_unix_ns, tuple(files))
-        digest = write_part(self._fs, opened.location.result(), self.rank, part)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.report(self.info, attempt, digest)), reported=True)
+        attempt = self.talk.learn(opened, opened.attempt)
+        location = opened.location.result()
+        entries = (*files, *opened.destination.take_in(self._fs, location))
+        digest = write_part(self._fs, location, self.rank, Manifest(opened.tag, created_unix_ns, entries))
+        self.talk.learn(opened, self.talk.submit(rank_protocol.report(self.info, attempt, digest)), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
         elif self.leads:
             self._publish_own_node(opened, attempt, metadata)
         else:
-            opened.outcome = self._talk.learn(
-                opened, self._talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True
+            opened.outcome = self.talk.learn(
+                opened, self.talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True
             )
-            self._talk.later(rank_protocol.settle(self.info, attempt))
+            self.talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
         assert isinstance(opened, RankTag)
         attempt: int | None = None
         if self.rank == 0 or opened.attempt.done():
             try:
-                attempt = self._talk.learn(opened, opened.attempt)
+                attempt = self.talk.learn(opened, opened.attempt)
                 if opened.outcome is None:
-                    opened.outcome = self._talk.learn(
-                        opened, self._talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error)))
+                    opened.outcome = self.talk.learn(
+                        opened, self.talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error)))
                     )
             except CommitError as failure:
                 cause = failure.__cause__
@@ -201,7 +203,7 @@ class RankCoordinator:
 
     def mirror_agreement(self) -> MirrorAgreement:
         """How uploads of this job's checkpoints agree; after `bind`."""
-        return MirrorAgreement(self.info, self._talk.ask, self._talk.later)
+        return MirrorAgreement(self.info, self.talk.ask, self.talk.later)
 
     def close(self) -> None:
         if self._talking is not None:
@@ -223,12 +225,12 @@ class RankCoordinator:
             RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
         """
         self._num_asked += 1
-        question = LatestOnAll(self.info, self._num_asked, Catalog(self._root, self._fs), self._talk.ask)
+        question = LatestOnAll(self.info, self._num_asked, Catalog(self._root, self._fs), self.talk.ask)
         try:
             return question.newest(verify)
         finally:
             if self.rank == 0:
-                self._talk.later(question.tidy())
+                self.talk.later(question.tidy())
 
     # Committing.
 
@@ -236,10 +238,10 @@ class RankCoordinator:
         self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         info = self.info
-        digests = self._talk.learn(opened, self._talk.submit(rank_protocol.gather(info, attempt)))
+        digests = self.talk.learn(opened, self.talk.submit(rank_protocol.gather(info, attempt)))
         assert opened.staging is not None
         entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.decide(info, attempt, created_unix_ns)))
+        self.talk.learn(opened, self.talk.submit(rank_protocol.decide(info, attempt, created_unix_ns)))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
         except BaseException as error:
@@ -249,21 +251,21 @@ class RankCoordinator:
             raise
         opened.outcome = CommitOutcome(True, None, "", 0, True)
         self._tell_outcome(opened, attempt, opened.outcome, "")
-        self._talk.later(self._talk.retire(attempt))
+        self.talk.later(self.talk.retire(attempt))
 
     def _tell_outcome(self, opened: RankTag, attempt: int, outcome: CommitOutcome, error: str) -> None:
         info = self.info
         if info.num_nodes > 1:
-            self._talk.submit(rank_protocol.renamed(info, attempt, error))
-            outcome = self._talk.learn(
-                opened, self._talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True
+            self.talk.submit(rank_protocol.renamed(info, attempt, error))
+            outcome = self.talk.learn(
+                opened, self.talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True
             )
             if not outcome.ok and not error:
                 opened.outcome = outcome
                 raise error_of(opened.destination, outcome)
             return
         try:
-            self._talk.learn(opened, self._talk.submit(rank_protocol.conclude(info, attempt, outcome)))
+            self.talk.learn(opened, self.talk.submit(rank_protocol.conclude(info, attempt, outcome)))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
             report(
@@ -272,22 +274,20 @@ class RankCoordinator:
 
     def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info
-        decided = self._talk.learn(
-            opened, self._talk.submit(rank_protocol.await_decision(info, attempt)), reported=True
-        )
+        decided = self.talk.learn(opened, self.talk.submit(rank_protocol.await_decision(info, attempt)), reported=True)
         error = ""
         try:
-            digests = self._talk.learn(opened, self._talk.submit(rank_protocol.parts(info, attempt)))
+            digests = self.talk.learn(opened, self.talk.submit(rank_protocol.parts(info, attempt)))
             assert opened.staging is not None
             entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
-        self._talk.learn(opened, self._talk.submit(rank_protocol.renamed(info, attempt, error)), reported=True)
-        opened.outcome = self._talk.learn(
-            opened, self._talk.submit(rank_protocol.await_result(info, attempt)), reported=True
+        self.talk.learn(opened, self.talk.submit(rank_protocol.renamed(info, attempt, error)), reported=True)
+        opened.outcome = self.talk.learn(
+            opened, self.talk.submit(rank_protocol.await_result(info, attempt)), reported=True
         )
-        self._talk.later(rank_protocol.settle(info, attempt))
+        self.talk.later(rank_protocol.settle(info, attempt))
 
     def _rename(
         self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
@@ -297,6 +297,7 @@ class RankCoordinator:
         if self.info.num_nodes > 1:
             marks = {"shared": "False", "node": str(self.info.node), "num_nodes": str(self.info.num_nodes)}
         transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns, marks=marks)
+        opened.destination.published(self._fs)
 
     # Leaving.
 
@@ -305,7 +306,7 @@ class RankCoordinator:
         staging = opened.staging
         if staging is None or attempt is None:
             if attempt is not None:
-                self._talk.later(rank_protocol.settle(self.info, attempt))
+                self.talk.later(rank_protocol.settle(self.info, attempt))
             if staging is not None:
                 transaction.abort(self._fs, staging)
             return
@@ -313,21 +314,20 @@ class RankCoordinator:
 
         def remove() -> None:
             transaction.abort(self._fs, staging)
-            self._talk.later(self._talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))
+            self.talk.later(self.talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))
 
         def others_quit(_: Future[Any]) -> None:
             # Also where the link was lost: an unremoved directory would hold its space until this process ends.
             assert self._cleaner is not None
             chain(self._cleaner.submit(remove), removed)
 
-        self._talk.track(removed)
-        self._talk.submit(rank_protocol.await_quit(self.info, attempt)).add_done_callback(others_quit)
+        self.talk.track(removed)
+        self.talk.submit(rank_protocol.await_quit(self.info, attempt)).add_done_callback(others_quit)
         concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.info.timeout_s / 4))
 
-    # Inside.
-
     @property
-    def _talk(self) -> RankTalk:
+    def talk(self) -> RankTalk:
+        """Asks the other ranks anything, over the connection of the commits; after `bind`."""
         assert self._talking is not None, "bind() comes first"
         return self._talking
 

@@ -1,128 +1,87 @@
-"""How all ranks give DeepSpeed the same answer: rank 0 tells it, over a store; never a collective.
+"""How all ranks give DeepSpeed the same answer: rank 0 tells it, over the store of the commits; never a collective.
 
-Guarantees:
-- The n-th question gets rank 0's n-th answer on every rank, whatever the ranks know themselves at that moment.
-- Only the caller's thread is used. Keys of questions that every rank is done with are deleted.
+The n-th question gets rank 0's n-th answer on every rank, whatever the ranks know themselves at that moment.
+
+Keys, below the run's prefix: "save/n/r": the tag that rank r saves under. "save/n", "step/n": rank 0's answers. They
+are deleted at the next save.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from typing import Protocol
 
 from ...errors import RankFailedError
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02
-
-
-class Store(Protocol):
-    """What is used of a ``torch.distributed.Store``."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def add(self, key: str, amount: int) -> int: ...
-    def delete_key(self, key: str) -> bool: ...
-
-
-def await_values(store: Store, keys: list[str], timeout_s: float, what: str) -> list[str]:
-    """The values of `keys`, once they are there. Polls: a blocking `get` would hold the store's connection against
-    other threads.
-
-    Raises:
-        RankFailedError: one was not set in time, or the store is gone; says that `what` was not told, and names the
-            first key.
-    """
-    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
-    try:
-        while not store.check(keys):
-            if time.monotonic() > deadline:
-                missing = next((key for key in keys if not store.check([key])), keys[0])
-                raise RankFailedError(f"{what} was not told within {timeout_s:g} s ({missing})", rank=None)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return [store.get(key).decode() for key in keys]
-    except RuntimeError as error:
-        raise RankFailedError(f"the store is gone, so {what} was not told: {error}", rank=None) from error
+from ...ranks.rank_requests import Await, Drop, Put, Step
+from ...ranks.rank_talk import RankTalk
 
 
 class Agreement:
-    """Questions that are asked on all ranks in the same order."""
+    """Questions that are asked on all ranks in the same order. Training thread."""
 
-    def __init__(self, store: Store | None, rank: int, world_size: int, timeout_s: float) -> None:
-        """`store` is None for a single process."""
-        self._store = store
-        self._rank = rank
-        self._world_size = world_size
+    def __init__(self, talk: RankTalk | None, timeout_s: float) -> None:
+        """`talk` is None for a single process."""
+        self._talk = talk
         self._timeout_s = timeout_s
-        self._num_asked = {"now": 0, "ahead": 0, "each": 0}
-        self._num_deleted = {"now": 0, "ahead": 0, "each": 0}
-        self._said_ahead = 0
+        self._num_saves = self._num_steps = 0
+        self._num_steps_dropped = 0
+        self._said_at_step = 0
 
-    def now(self, mine: int) -> int:
-        """Rank 0's `mine`. Others wait until rank 0 has come here too."""
-        n = self._next("now")
-        if self._rank == 0:
-            self._say("now", n, mine)
-            return mine
-        return self._hear("now", n)
+    def at_save(self, tag: str, num_ended: int) -> tuple[list[str], int]:
+        """The tags of all ranks, and rank 0's `num_ended`. Waits until all of them have come here.
 
-    def each(self, mine: str) -> list[str]:
-        """What every rank says, by rank. Waits until all of them have come here."""
-        n = self._next("each")
-        if self._store is None:
-            return [mine]
-        keys = [f"each/{n}/{rank}" for rank in range(self._world_size)]
-        self._store.set(keys[self._rank], mine)
-        if self._rank == 0:
-            said = await_values(self._store, keys, self._timeout_s, "which tag each rank saves under")
-            # Nearly always the same: then one stands for all.
-            self._store.set(f"each/{n}", json.dumps(said if len(set(said)) > 1 else said[:1]))
-            for key in keys:
-                self._store.delete_key(key)
-            return said
-        (heard,) = await_values(self._store, [f"each/{n}"], self._timeout_s, "which tag each rank saves under")
-        all_said: list[str] = json.loads(heard)
-        return all_said if len(all_said) > 1 else all_said * self._world_size
-
-    def ahead(self, mine: int) -> int:
-        """What rank 0's `mine` was at its previous question (0 at the first).
-
-        So the answer is there already unless rank 0 is more than one question behind: nobody waits for anybody.
+        Raises:
+            RankFailedError: a rank did not come in time, or the store is lost.
         """
-        n = self._next("ahead")
-        if self._store is None:
-            return mine
-        if self._rank == 0:
-            answer, self._said_ahead = self._said_ahead, mine
-            self._say("ahead", n + 1, mine)
+        if self._talk is None:
+            return [tag], num_ended
+        self._num_saves += 1
+        tags, num_ended = self._talk.ask(self._gather_tags(tag, num_ended))
+        return tags, num_ended
+
+    def at_step(self, num_ended: int) -> int:
+        """What rank 0's `num_ended` was at its previous step (0 at the first).
+
+        So the answer is there already unless rank 0 is more than one step behind: nobody waits for anybody.
+        """
+        if self._talk is None:
+            return num_ended
+        n, self._num_steps = self._num_steps, self._num_steps + 1
+        if self._talk.info.rank == 0:
+            answer, self._said_at_step = self._said_at_step, num_ended
+            self._talk.ask(_put(f"step/{n + 1}", str(num_ended)))
             return answer
-        return 0 if n == 0 else self._hear("ahead", n)
+        return 0 if n == 0 else int(self._talk.ask(self._hear(f"step/{n}", 0)))
 
-    def mark(self) -> dict[str, int]:
-        """How much has been asked until now; for `forget`."""
-        return dict(self._num_asked)
+    def _gather_tags(self, tag: str, num_ended: int) -> Step:
+        assert self._talk is not None
+        info, n = self._talk.info, self._num_saves
+        if info.rank == 0:
+            tags = [tag]
+            for rank in range(1, info.world_size):
+                tags.append((yield from self._hear(f"save/{n}/{rank}", rank)))
+                yield Drop(f"save/{n}/{rank}")
+            # Nearly always the same: then one stands for all.
+            yield Put(f"save/{n}", json.dumps([tags if len(set(tags)) > 1 else tags[:1], num_ended]))
+            # All ranks are here, so nobody asks again what was asked before.
+            yield Drop(f"save/{n - 1}")
+            for step in range(self._num_steps_dropped, self._num_steps):
+                yield Drop(f"step/{step}")
+            self._num_steps_dropped = self._num_steps
+            return tags, num_ended
+        yield Put(f"save/{n}/{info.rank}", tag)
+        tags, num_ended = json.loads((yield from self._hear(f"save/{n}", 0)))
+        return tags if len(tags) > 1 else tags * info.world_size, num_ended
 
-    def forget(self, mark: dict[str, int]) -> None:
-        """Delete the keys of questions before `mark`: the caller knows that every rank has passed it."""
-        if self._store is None or self._rank != 0:
-            return
-        for kind, num in mark.items():
-            for n in range(self._num_deleted[kind], num):
-                self._store.delete_key(f"{kind}/{n}")
-            self._num_deleted[kind] = max(num, self._num_deleted[kind])
+    def _hear(self, key: str, rank: int) -> Step:
+        """The value of a key that `rank` sets."""
+        said = yield Await(key, self._timeout_s)
+        if said is None:
+            kind = key.partition("/")[0]
+            raise RankFailedError(
+                f"rank {rank} has not come to this {kind} within {self._timeout_s:g} s", rank=rank, step=kind
+            )
+        return said
 
-    def _next(self, kind: str) -> int:
-        n = self._num_asked[kind]
-        self._num_asked[kind] = n + 1
-        return n
 
-    def _say(self, kind: str, n: int, value: int) -> None:
-        if self._store is not None:
-            self._store.set(f"{kind}/{n}", str(value))
-
-    def _hear(self, kind: str, n: int) -> int:
-        assert self._store is not None
-        (heard,) = await_values(self._store, [f"{kind}/{n}"], self._timeout_s, "which checkpoints have ended")
-        return int(heard)
+def _put(key: str, value: str) -> Step:
+    yield Put(key, value)

@@ -1,172 +1,108 @@
-"""The commit of a DeepSpeed checkpoint: any save_dir, other files taken in, and `latest` as its last step.
-
-Guarantees:
-- `latest` is written after the rename, by the rank that renamed, and never goes back to an older save of this job.
-- On every rank a commit succeeds only once `latest` is durable, so that whoever has waited may read it.
-"""
+"""Which ranks commit together: those that share a tag, nearly always all of them."""
 
 from __future__ import annotations
 
-import logging
-import time
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import CheckpointError, CommitError, RankFailedError, report
-from ...format.manifest import FileEntry
-from ...ranks.coordinator import Coordinator, Destination, OpenTag
-from ...storage import transaction
-from ...storage.filesystem import FileSystem
-from ...storage.root import make_root
-from ...threads.locks import Lock
-from ..adopting import adopt
-from .agreement import Store, await_values
-from .destination import DeepSpeedDestination
-from .foreign import take_in
-from .latest import write_latest
-from .ranks import Ranks
+from torch import distributed
 
-_PARTING_S = 60.0
-_DONE = "done"
+from ...errors import ConfigError
+from ...format.checksum import crc32
+from ...format.manifest import FileEntry
+from ...host.facts import Node, node_from_env
+from ...ranks.coordinator import Coordinator, Destination, LocalCoordinator, OpenTag
+from ...ranks.rank_coordinator import RankCoordinator
+from ...storage.filesystem import FileSystem
+from .destination import DeepSpeedDestination
+
+# Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended.
+_LINGER_S = 60.0
+
+# Engines are made in the same order on every rank, so the same number means the same engine.
+_numbers = itertools.count()
 
 
 class DeepSpeedCoordinator:
-    """Commits for the ranks that share a tag: nearly always all of them, with one coordinator for every save_dir."""
+    """Hands each checkpoint to the coordinator of the ranks that save under its tag, whatever its save_dir."""
 
-    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self.rank = ranks.rank
-        self.world_size = ranks.world_size
-        self.leads = ranks.rank == 0 or (ranks.node is not None and ranks.rank == min(ranks.node.ranks))
-        self._ranks = ranks
-        self._store: Store | None = ranks.store
+    def __init__(self, filesystem: FileSystem, timeout_s: float, *, node_local: bool) -> None:
+        """Rank and store come from the default process group; without one this is a single process.
+
+        Raises:
+            ConfigError: `node_local`, and no launcher's variables tell of the nodes.
+        """
+        self.rank, self.world_size = 0, 1
+        self.node: Node | None = None
+        self._store: Any = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # Imported here: both are missing from a torch that was built without distributed.
+            from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+            self._store = PrefixStore(f"async_ckpt/deepspeed/{next(_numbers)}", _get_default_store())
+            self.node = node_from_env(self.rank, self.world_size) if node_local else None
+        self._filesystem = filesystem
         self._timeout_s = timeout_s
-        self._filesystem: FileSystem | None = None
         self._by_ranks: dict[tuple[int, ...], Coordinator] = {}
-        self._tidied: set[str] = set()
-        self._open: dict[int, tuple[Coordinator, int]] = {}
-        self._num_begun = 0
-        self._num_told = 0
-        self.reason: BaseException | None = None
-        """Why the next `abort` comes, where its caller knows better than the engine."""
-        self._lock = Lock()
-        self._newest: dict[str, int] = {}
+        everybody = self._of(tuple(range(self.world_size)))
+        self.leads = everybody.leads
+        self.talk = everybody.talk if isinstance(everybody, RankCoordinator) else None
+        """Asks the other ranks; None for a single process."""
 
     def bind(self, filesystem: FileSystem, root: str) -> None:
-        self._filesystem = filesystem
-
-    @property
-    def _fs(self) -> FileSystem:
-        assert self._filesystem is not None, "bind() comes first"
-        return self._filesystem
+        return
 
     def begin(self, destination: Destination, overwrite: str) -> OpenTag:
         assert isinstance(destination, DeepSpeedDestination)
-        number = self._num_begun
-        self._num_begun += 1
-        inner = self._coordinator(destination)
-        if destination.root not in self._tidied:
-            make_root(self._fs, destination.root)
-            if inner.leads:
-                transaction.sweep(self._fs, destination.root)
-            self._tidied.add(destination.root)
-        if inner.leads and overwrite == "replace":
-            try:
-                adopt(self._fs, destination.root, destination.tag)
-            except (CheckpointError, OSError) as error:
-                # It cannot be replaced then: the inner coordinator refuses, and tells the other ranks.
-                report(logging.WARNING, "%s cannot be replaced: %s", destination.folder, error)
-        opened = inner.begin(destination, overwrite)
-        self._open[id(opened)] = (inner, number)
-        return opened
+        return self._of(destination.ranks).begin(destination, overwrite)
 
     def publish(
         self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        inner, number = self._open[id(opened)]
-        destination = opened.destination
-        assert isinstance(destination, DeepSpeedDestination)
-        rank = self.rank if self.world_size > 1 else None
-        staging = opened.location.result()
-        taken_in = take_in(self._fs, destination.folder, staging, self._ranks.folder_name, rank)
-        inner.publish(opened, [*files, *taken_in], metadata, created_unix_ns)
-        del self._open[id(opened)]
-        is_for_all = len(destination.ranks) == self.world_size
-        failure = self._finish(destination, number) if self.rank == 0 or (self.leads and is_for_all) else None
-        if is_for_all and self.rank == 0:
-            self._tell_finished(number, failure)
-        elif is_for_all:
-            self._hear_finished(number)
-        if failure is not None:
-            raise failure
+        assert isinstance(opened.destination, DeepSpeedDestination)
+        self._of(opened.destination.ranks).publish(opened, files, metadata, created_unix_ns)
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
-        found = self._open.pop(id(opened), None)
-        reason, self.reason = self.reason, None
-        # Without an entry the checkpoint is visible already, and only what came after failed.
-        if found is not None:
-            found[0].abort(opened, reason or error)
+        assert isinstance(opened.destination, DeepSpeedDestination)
+        self._of(opened.destination.ranks).abort(opened, error)
 
     def sweep(self) -> None:
-        # Each root is swept when it is first used.
+        # Each save_dir is swept when it is first used.
         return
 
     def close(self) -> None:
-        self._part()
-        for inner in self._by_ranks.values():
-            inner.close()
+        for coordinator in self._by_ranks.values():
+            coordinator.close()
 
-    def _coordinator(self, destination: DeepSpeedDestination) -> Coordinator:
-        inner = self._by_ranks.get(destination.ranks)
-        if inner is None:
-            inner = self._by_ranks[destination.ranks] = self._ranks.coordinator(destination.ranks, self._timeout_s)
-            inner.bind(self._fs, destination.root)
-        return inner
+    def _of(self, ranks: tuple[int, ...]) -> Coordinator:
+        """The coordinator of these ranks, this one among them.
 
-    def _finish(self, destination: DeepSpeedDestination, number: int) -> CommitError | None:
-        """The checkpoint is committed: make `latest` name it."""
-        with self._lock:
-            # Commits may end in another order than they began.
-            if not destination.save_latest or number < self._newest.get(destination.save_dir, 0):
-                return None
-            try:
-                write_latest(self._fs, destination.save_dir, destination.full_tag)
-            except CommitError as error:
-                return error
-            self._newest[destination.save_dir] = number
-            return None
+        Raises:
+            ConfigError: some ranks, but not all, share a tag, and each node has a save_dir of its own.
+        """
+        if ranks not in self._by_ranks:
+            made = self._by_ranks[ranks] = self._make(ranks)
+            made.bind(self._filesystem, "")
+        return self._by_ranks[ranks]
 
-    def _tell_finished(self, number: int, failure: CommitError | None) -> None:
-        with self._lock:
-            self._num_told += 1
-        if self._store is not None:
-            self._store.set(f"latest/{number}", _DONE if failure is None else str(failure))
-
-    def _hear_finished(self, number: int) -> None:
-        assert self._store is not None
-        (said,) = await_values(self._store, [f"latest/{number}"], self._timeout_s, "that the checkpoint is finished")
-        if self._store.add(f"heard/{number}", 1) == self.world_size - 1:
-            self._store.delete_key(f"latest/{number}")
-            self._store.delete_key(f"heard/{number}")
-            self._store.add("heard", 1)
-        if said != _DONE:
-            raise RankFailedError(said, rank=0, step="latest")
-
-    def _part(self) -> None:
-        """Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended."""
-        if self._store is None or self.rank != 0:
-            return
-        deadline = time.monotonic() + min(_PARTING_S, self._timeout_s)
-        try:
-            while (num_heard := self._store.add("heard", 0)) < self._num_told:
-                if time.monotonic() > deadline:
-                    report(
-                        logging.WARNING,
-                        "%d checkpoint(s) are committed, but some rank has not heard of it",
-                        self._num_told - num_heard,
-                    )
-                    return
-                time.sleep(0.005)
-        except RuntimeError as error:
-            report(
-                logging.WARNING, "the store went away before every rank had heard how its checkpoints ended: %s", error
+    def _make(self, ranks: tuple[int, ...]) -> Coordinator:
+        if self._store is None or len(ranks) == 1:
+            return LocalCoordinator()
+        if len(ranks) < self.world_size and self.node is not None:
+            raise ConfigError(
+                f"ranks {ranks} save under a tag of their own; with use_node_local_storage all ranks must have the same"
             )
+        return RankCoordinator(
+            self._store,
+            ranks.index(self.rank),
+            len(ranks),
+            timeout_s=self._timeout_s,
+            # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
+            run_id="deepspeed",
+            node=self.node,
+            channel="all" if len(ranks) == self.world_size else f"{crc32(repr(ranks).encode()):08x}",
+            linger_s=_LINGER_S,
+        )

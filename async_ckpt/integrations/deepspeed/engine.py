@@ -21,10 +21,9 @@ from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
-from .destination import DeepSpeedDestination
+from .destination import DeepSpeedDestination, SaveDirs
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
-from .ranks import Ranks
 
 
 class AsyncDeepSpeedEngine(CheckpointEngine):
@@ -72,20 +71,19 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             config = {**config_params, **config}
         self.overlap = overlap
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
-        self._config = _checked(config)
-        self._ranks = Ranks.current(node_local=node_local)
         self._filesystem: FileSystem = config.get("filesystem") or FileSystem()
+        self._config = {"compact_views": True, **config, "filesystem": self._filesystem}
+        self._checked = _check(self._config)
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
-        self._coordinator = DeepSpeedCoordinator(self._ranks, rank_timeout_s)
-        patience_s = EngineConfig(root=".", **self._config).backpressure_timeout_s
-        if self._ranks.world_size > 1:
-            # This rank's disk, then the other ranks' (see `RankCoordinator` for the factor).
-            patience_s += 3 * rank_timeout_s
-        self.patience_s = patience_s
+        self._coordinator = there = DeepSpeedCoordinator(self._filesystem, rank_timeout_s, node_local=node_local)
+        number_there = there.rank if there.node is None else there.node.ranks.index(there.rank)
+        self._dirs = SaveDirs(there.rank, there.world_size, f"rank{number_there:02d}")
+        # This rank's disk, then the other ranks' (see `RankCoordinator` for the factor).
+        self.patience_s = self._checked.backpressure_timeout_s + (3 * rank_timeout_s if there.world_size > 1 else 0)
         """How long a commit may take until its outcome is known here, in seconds."""
-        self._agreement = Agreement(self._ranks.store, self._ranks.rank, self._ranks.world_size, patience_s)
-        self._outcomes = Outcomes(self._agreement, patience_s)
+        self._outcomes = Outcomes(Agreement(there.talk, self.patience_s), self.patience_s)
+        self._num_saves = 0
         self._destination: DeepSpeedDestination | None = None
         self._info: Any = None
         self._is_open = False
@@ -105,10 +103,10 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._is_closed:
             raise TransactionStateError("this checkpoint engine was closed by cleanup() or destroy(); attach a new one")
         self.abandon(TransactionStateError("the next save began before this one was complete"))
-        if self._inner is not None:
-            self._outcomes.settle(self._inner.config.max_pending_commits)
+        tags = self._outcomes.open_next(tag_of(tag), self._checked.max_pending_commits)
         self._info = tag
-        self._destination = DeepSpeedDestination.of(tag, self.save_dir, self._agreement.each(tag_of(tag)))
+        self._num_saves += 1
+        self._destination = DeepSpeedDestination.of(tag, self.save_dir, tags, self._num_saves, self._dirs)
 
     def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
         """A directory of the open checkpoint is staged; any other one is made at once."""
@@ -269,7 +267,6 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         assert destination is not None
         engine = self._engine(destination)
         if not self._is_open:
-            self._outcomes.opened()
             engine.create(destination)
             self._is_open = True
         return engine
@@ -282,7 +279,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         try:
             yield
         except CheckpointError as error:
-            if self._ranks.world_size == 1:
+            if self._coordinator.world_size == 1:
                 raise
             self._failed = self._failed or error
 
@@ -293,8 +290,10 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self._outcomes.add(self._info, None, error, is_raised=is_raised)
         if self._is_open:
             self._is_open = False
-            self._coordinator.reason = error
-            self._engine(destination).abort(destination.tag)
+            try:
+                raise error
+            except BaseException:  # noqa: BLE001 -- `abort` tells the other ranks what it is called for
+                self._engine(destination).abort(destination.tag)
         report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.full_tag, error)
 
     def _make_outside(self, path: str, exist_ok: bool) -> None:
@@ -303,12 +302,10 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self._filesystem.makedirs(path)
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
+def _check(config: dict[str, Any]) -> EngineConfig:
     for name in ("root", "overwrite", "coordinator", "format"):
         if name in config:
             raise ConfigError(
                 f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)"
             )
-    checked = {"compact_views": True, **config}
-    EngineConfig.from_params(".", **checked)
-    return checked
+    return EngineConfig.from_params(".", **config)

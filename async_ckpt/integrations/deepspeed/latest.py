@@ -1,6 +1,4 @@
-"""DeepSpeed's `latest` file, and other single files beside the checkpoints: each is whole, old or new, at any
-moment.
-"""
+"""DeepSpeed's `latest` file, and exports beside the checkpoints: each is whole, old or new, at any moment."""
 
 from __future__ import annotations
 

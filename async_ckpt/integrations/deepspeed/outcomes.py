@@ -24,17 +24,13 @@ class _Outcome:
     pending: PendingCommit | None
     error: BaseException | None
     is_raised: bool
-    mark: dict[str, int]
-
-    def has_ended(self) -> bool:
-        return self.pending is None or self.pending.done()
 
 
 class Outcomes:
     """Checkpoints whose saves are over and whose outcome has not been reported yet. Training thread only.
 
-    Guarantees: with the same calls in the same order, `settle` and `next` report the same checkpoints on every rank,
-    and a failure of any rank is raised by the same call on all of them.
+    Guarantees: with the same calls in the same order, `open_next` and `next` report the same checkpoints on every
+    rank, and a failure of any rank is raised by the same call on all of them.
     """
 
     def __init__(self, agreement: Agreement, patience_s: float) -> None:
@@ -43,24 +39,30 @@ class Outcomes:
         self._patience_s = patience_s
         self._waiting: deque[_Outcome] = deque()
         self._num_added = 0
-        self._mark: dict[str, int] = {}
 
-    def opened(self) -> None:
-        """The next checkpoint to be added has been opened."""
-        self._mark = self._agreement.mark()
+    def open_next(self, tag: str, max_pending: int) -> list[str]:
+        """A save begins: wait until fewer than `max_pending` commits are unfinished on rank 0, and report what has
+        ended there; returns the tags of all ranks.
+        """
+        pending = self.pending()
+        for oldest in pending[: max(0, len(pending) + 1 - max_pending)]:
+            oldest.exception(self._patience_s)
+        tags, num_ended = self._agreement.at_save(tag, self._num_ended())
+        while self._waiting and self._waiting[0].number < num_ended:
+            self._report(self._waiting.popleft())
+        return tags
 
     def add(
         self, info: Any, pending: PendingCommit | None, error: BaseException | None = None, *, is_raised: bool = False
     ) -> None:
         """`pending` is on its way; without one the checkpoint was given up because of `error`."""
-        self._waiting.append(_Outcome(self._num_added, info, pending, error, is_raised, self._mark))
+        self._waiting.append(_Outcome(self._num_added, info, pending, error, is_raised))
         self._num_added += 1
 
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended on this rank, oldest first."""
-        return [
-            outcome.pending for outcome in self._waiting if outcome.pending is not None and not outcome.pending.done()
-        ]
+        found = (outcome.pending for outcome in self._waiting)
+        return [pending for pending in found if pending is not None and not pending.done()]
 
     def report_last(self) -> None:
         """Wait for the one added last; raise its failure."""
@@ -77,18 +79,9 @@ class Outcomes:
         if first is not None:
             raise first
 
-    def settle(self, max_pending: int) -> None:
-        """Report what has ended on rank 0, after waiting until fewer than `max_pending` are unfinished there."""
-        pending = self.pending()
-        for oldest in pending[: len(pending) + 1 - max_pending]:
-            oldest.exception(self._patience_s)
-        num_ended = self._agreement.now(self._num_ended())
-        while self._waiting and self._waiting[0].number < num_ended:
-            self._report(self._waiting.popleft())
-
     def next(self) -> Any:
         """The `info` of the oldest one if it has ended, else None; raises its failure. Does not wait for the disk."""
-        if not self._waiting or self._agreement.ahead(self._num_ended()) <= self._waiting[0].number:
+        if not self._waiting or self._agreement.at_step(self._num_ended()) <= self._waiting[0].number:
             return None
         first = self._waiting.popleft()
         self._report(first)
@@ -102,12 +95,10 @@ class Outcomes:
         if error is not None:
             outcome.is_raised = True
             raise error
-        # It was committed, so every rank had opened it: nobody asks what was asked before that any more.
-        self._agreement.forget(outcome.mark)
 
     def _num_ended(self) -> int:
         """All with smaller numbers have ended on this rank."""
         for outcome in self._waiting:
-            if not outcome.has_ended():
+            if outcome.pending is not None and not outcome.pending.done():
                 return outcome.number
         return self._num_added

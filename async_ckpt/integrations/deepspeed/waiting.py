@@ -1,14 +1,17 @@
-"""Whoever reads checkpoints in this process first waits for those that are on their way: another engine, or one of
-DeepSpeed's tools.
+"""Whoever reads checkpoints in this process first waits for those that are on their way.
 
-Stock DeepSpeed's files are there when `save_checkpoint` returns. So another attached engine's `load_checkpoint`,
-``zero_to_fp32`` and ``ds_to_universal`` must find them, if they are called right after it.
+Stock DeepSpeed's files are there when `save_checkpoint` returns. So another attached engine's `load_checkpoint`, and
+DeepSpeed's tools ``zero_to_fp32`` and ``ds_to_universal``, must find them if they are called right after it: `attach`
+wraps these functions, wherever they have been imported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import sys
+import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +20,21 @@ if TYPE_CHECKING:
 
 _engines: weakref.WeakSet[AsyncDeepSpeedEngine] = weakref.WeakSet()
 
-_TOOLS = ("deepspeed.utils.zero_to_fp32", "deepspeed.checkpoint.ds_to_universal")
+# What every way into these tools goes through, before it looks at the disk.
+_TOOLS = {
+    "deepspeed.utils.zero_to_fp32": "get_fp32_state_dict_from_zero_checkpoint",
+    "deepspeed.checkpoint.ds_to_universal": "main",
+}
 
 
 def note(engine: AsyncDeepSpeedEngine) -> None:
     """From now on, readers wait for this engine's checkpoints."""
     _engines.add(engine)
-    for name in _TOOLS:
+    for module, name in _TOOLS.items():
         with contextlib.suppress(ImportError):
-            module: Any = importlib.import_module(name)
-            # Their functions may have been imported by name already: what all of them look up first is this.
-            if not isinstance(module.os, _WaitingModule):
-                module.os = _WaitingModule(module.os)
+            tool = getattr(importlib.import_module(module), name)
+            if not hasattr(tool, "_is_async_ckpt"):
+                _put_in_place(tool, _waiting(tool))
 
 
 def wait() -> None:
@@ -44,12 +50,20 @@ def wait() -> None:
                 raise error
 
 
-class _WaitingModule:
-    """A module; whoever looks something up in it waits first."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
+def _waiting(tool: Any) -> Any:
+    @functools.wraps(tool)
+    def waits_first(*args: Any, **kwargs: Any) -> Any:
         wait()
-        return getattr(self._module, name)
+        return tool(*args, **kwargs)
+
+    waits_first._is_async_ckpt = True  # type: ignore[attr-defined]
+    return waits_first
+
+
+def _put_in_place(tool: Any, wrapper: Any) -> None:
+    """Wherever a module holds `tool` under any name, give it `wrapper`."""
+    for module in list(sys.modules.values()):
+        # Modules of other kinds may load themselves when they are looked at.
+        if type(module) is types.ModuleType:
+            for name in [name for name, value in vars(module).items() if value is tool]:
+                setattr(module, name, wrapper)

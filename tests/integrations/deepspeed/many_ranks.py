@@ -233,6 +233,29 @@ def ranks_same_tag(directory: Path) -> None:
     assert torch.load(directory / "pytorch_model.bin", weights_only=True).keys() >= expected["model"].keys()
 
 
+def ranks_folder_that_cannot_be_replaced(directory: Path) -> None:
+    """Only rank 0 looks at another tool's folder; what it cannot read there fails the save on both alike."""
+    stock = make(2)
+    train(stock, 1, seed=RANK)
+    stock.save_checkpoint(str(directory), tag="t")
+    if RANK == 0:
+        (directory / "t" / "link").symlink_to("nowhere")
+    distributed.barrier()
+    engine = make(2, seed=3)
+    checkpointer = attach(engine, directory, **SMALL)
+    answers = answers_of(checkpointer)
+    engine.save_checkpoint(str(directory), tag="t")
+    with pytest.raises(CheckpointError, match="written by another tool and cannot be replaced") as caught:
+        steps_until_answered(engine, answers)
+    agree(len(answers))
+    assert isinstance(caught.value, RankFailedError) == (RANK == 1)
+    expected = saved_state(engine)
+    engine.save_checkpoint(str(directory), tag="next")
+    engine.destroy()
+    assert (directory / "latest").read_text() == "next" and (directory / "t").is_dir()
+    assert differences(expected, state_of(load_stock(directory, 2, "fp32")[0])) == []
+
+
 def ranks_pipeline(directory: Path) -> None:
     """Two stages, one on each rank; step() is never called."""
     engine = make_pipeline(num_stages=2)

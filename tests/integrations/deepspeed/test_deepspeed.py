@@ -79,6 +79,7 @@ TWO_RANKS = (
     "failing_rank",
     "bad_state_on_one_rank",
     "ranks_same_tag",
+    "ranks_folder_that_cannot_be_replaced",
     "ranks_pipeline",
     "ranks_node_local",
     "ranks_saved_for_exit",
