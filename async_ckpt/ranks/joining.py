@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import Future
+from typing import Any
 
 from ..errors import CheckpointError, report
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from . import protocol as rank_protocol
 from .announcements import Announcements, join
-from .rank_outcome import cause_of
-from .rank_requests import AttemptFailed, Step
+from .rank_requests import AttemptFailed, Step, cause_of
 from .rank_talk import RankTag, RankTalk
 
 
@@ -24,7 +24,7 @@ class Joining:
         self._info = talk.info
         self._fs = filesystem
         self._known = Announcements()
-        self._joins: dict[str, Future[int]] = {}
+        self._joins: dict[str, Future[Any]] = {}
 
     def begin(self, opened: RankTag) -> None:
         """Announce the checkpoint (rank 0) or join it (others): `opened` learns its attempt and its location."""
@@ -33,62 +33,44 @@ class Joining:
             name = os.path.basename(opened.staging.path)
             opened.attempt = self._talk.submit(rank_protocol.announce(self._info, opened.tag, name))
         else:
-            opened.attempt = self._joins[opened.tag] = self._join_after(self._joins.get(opened.tag), opened)
+            opened.attempt = self._in_turn(opened.tag, self._join(opened))
         if opened.staging is not None:
             opened.location.set_result(opened.staging.path)
         else:
             opened.attempt.add_done_callback(lambda attempt: self._location_failed(opened, attempt))
 
     def tell_begin_failed(self, tag: str, error: BaseException) -> None:
+        """This rank cannot take part in the next checkpoint of that name."""
+
         def tell() -> Step:
             if self._info.rank == 0:
                 attempt = yield from rank_protocol.announce(self._info, tag, None, cause_of(error))
                 yield from self._talk.retire(attempt)
             else:
                 attempt, _ = yield from join(self._info, tag, self._known)
-                yield from rank_protocol.fail(self._info, attempt, cause_of(error))
-                yield from rank_protocol.settle(self._info, attempt)
+                yield from self._fail(attempt, error)
 
-        self._talk.later(tell())
+        self._talk.track(self._in_turn(tag, tell()))
 
     def tell_once_joined(self, opened: RankTag, error: BaseException) -> None:
         """This rank gave up before rank 0 had begun: the others are told as soon as there is somebody to tell."""
-        told: Future[None] = Future()
 
-        def joined(attempt: Future[int]) -> None:
-            if attempt.exception() is None:
-                self._talk.later(rank_protocol.fail(self._info, attempt.result(), cause_of(error)))
-                self._talk.later(rank_protocol.settle(self._info, attempt.result()))
-            told.set_result(None)
+        def tell() -> Step:
+            if opened.attempt.exception() is None:
+                yield from self._fail(opened.attempt.result(), error)
 
-        self._talk.track(told)
-        opened.attempt.add_done_callback(joined)
+        self._talk.track(self._talk.submit(tell(), after=opened.attempt))
 
-    def _join_after(self, earlier: Future[int] | None, opened: RankTag) -> Future[int]:
-        """Join once the earlier join of the same tag has ended: given up or not, the first of rank 0's attempts
-        is its.
-        """
-        self._joins = {tag: join for tag, join in self._joins.items() if not join.done()}
-        if earlier is None or earlier.done():
-            return self._talk.submit(self._join(opened))
-        attempt: Future[int] = Future()
+    def _fail(self, attempt: int, error: BaseException) -> Step:
+        yield from rank_protocol.fail(self._info, attempt, cause_of(error))
+        yield from rank_protocol.settle(self._info, attempt)
 
-        def passed_on(join: Future[int]) -> None:
-            error = join.exception()
-            if error is not None:
-                attempt.set_exception(error)
-            else:
-                attempt.set_result(join.result())
-
-        def join(_: Future[int]) -> None:
-            try:
-                self._talk.submit(self._join(opened)).add_done_callback(passed_on)
-            except Exception as error:  # noqa: BLE001 -- whoever waits for the attempt must learn it
-                attempt.set_exception(error)
-
-        self._talk.track(attempt)
-        earlier.add_done_callback(join)
-        return attempt
+    def _in_turn(self, tag: str, step: Step) -> Future[Any]:
+        """Given up or not, an earlier way into this tag gets the first of rank 0's attempts."""
+        earlier = self._joins.get(tag)
+        self._joins = {known: join for known, join in self._joins.items() if not join.done()}
+        self._joins[tag] = self._talk.submit(step, after=earlier)
+        return self._joins[tag]
 
     def _join(self, opened: RankTag) -> Step:
         """Another rank's way into an attempt; resolves the location."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError, RankFailedError
 from ..reading.catalog import Catalog
-from .rank_requests import Add, Await, AwaitCount, Drop, Put, RankInfo, Step
+from .rank_requests import Add, Await, AwaitCount, Drop, Put, RankInfo, Step, one
 
 Ask = Callable[[Step], Any]
 
@@ -86,7 +86,7 @@ class LatestOnAll:
                 self._put(
                     f"said/{self.num_said}/{self._info.node}", self._look(partial(self._check, said["check"], verify))
                 )
-        self._ask(_one(Add(f"{self._prefix}/seen")))
+        self._ask(one(Add(f"{self._prefix}/seen")))
         if "error" in said:
             raise RankFailedError(said["error"], rank=said["rank"], step="latest_on_all")
         tag: str | None = said["tag"]
@@ -126,17 +126,13 @@ class LatestOnAll:
         return said["found"]
 
     def _put(self, key: str, word: Any) -> None:
-        self._ask(_one(Put(f"{self._prefix}/{key}", json.dumps(word))))
+        self._ask(one(Put(f"{self._prefix}/{key}", json.dumps(word))))
 
     def _await(self, key: str, node: int, timeout_s: float) -> Any:
-        raw = self._ask(_one(Await(f"{self._prefix}/{key}", timeout_s)))
+        raw = self._ask(one(Await(f"{self._prefix}/{key}", timeout_s)))
         if raw is None:
             message = (
                 f"node {node} has not answered within {timeout_s:g} s; every rank must ask for the newest checkpoint"
             )
             raise RankFailedError(message, rank=0 if node == 0 else None, step="latest_on_all")
         return json.loads(raw)
-
-
-def _one(request: Any) -> Step:
-    return (yield request)

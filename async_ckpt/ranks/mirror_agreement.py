@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import MirrorError, RankFailedError
-from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, RankInfo, Step
+from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, RankInfo, Step, one
 
 
 class MirrorAgreement:
@@ -62,7 +62,7 @@ class MirrorAgreement:
     def concluded(self, name: str, error: str) -> None:
         """The leader tells the others that the manifest is there, or why it is not."""
         key = f"mirror/{self._info.node}/{name}"
-        self._ask(_put(f"{key}/result", f"{next(self._tries)}:{error}"))
+        self._ask(one(Put(f"{key}/result", f"{next(self._tries)}:{error}")))
         if not error:
             self._forget(name)
             self._later(self._tidy(key))
@@ -107,7 +107,3 @@ class MirrorAgreement:
         yield AwaitCount(f"{key}/seen", len(self._info.group) - 1, self._info.timeout_s)
         for name in ("count", "gate", "result", "seen", *(f"part/{rank}" for rank in self._info.group)):
             yield Drop(f"{key}/{name}")
-
-
-def _put(key: str, value: str) -> Step:
-    yield Put(key, value)

@@ -35,12 +35,10 @@ from .coordinator import Destination, OpenTag
 from .joining import Joining, chain
 from .latest_on_all import LatestOnAll
 from .mirror_agreement import MirrorAgreement
-from .rank_env import default_run_id
-from .rank_outcome import cause_of, error_of
 from .rank_parts import merge_parts, write_part
-from .rank_requests import AttemptFailed, CommitOutcome, RankInfo
+from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, cause_of
 from .rank_talk import RankTag, RankTalk
-from .store_link import StoreLink, private_connection
+from .store_link import StoreLink, default_run_id, private_connection
 
 __all__ = ["Node", "RankCoordinator", "RankTag"]
 
@@ -162,15 +160,13 @@ class RankCoordinator:
         location = opened.location.result()
         entries = (*files, *opened.destination.take_in(self._fs, location))
         digest = write_part(self._fs, location, self.rank, Manifest(opened.tag, created_unix_ns, entries))
-        self.talk.learn(opened, self.talk.submit(rank_protocol.report(self.info, attempt, digest)), reported=True)
+        self.talk.learn(opened, rank_protocol.report(self.info, attempt, digest), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
         elif self.leads:
             self._publish_own_node(opened, attempt, metadata)
         else:
-            opened.outcome = self.talk.learn(
-                opened, self.talk.submit(rank_protocol.await_result(self.info, attempt)), reported=True
-            )
+            opened.outcome = self.talk.learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
             self.talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: OpenTag, error: BaseException) -> None:
@@ -180,9 +176,7 @@ class RankCoordinator:
             try:
                 attempt = self.talk.learn(opened, opened.attempt)
                 if opened.outcome is None:
-                    opened.outcome = self.talk.learn(
-                        opened, self.talk.submit(rank_protocol.fail(self.info, attempt, cause_of(error)))
-                    )
+                    opened.outcome = self.talk.learn(opened, rank_protocol.fail(self.info, attempt, cause_of(error)))
             except CommitError as failure:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
@@ -238,10 +232,10 @@ class RankCoordinator:
         self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         info = self.info
-        digests = self.talk.learn(opened, self.talk.submit(rank_protocol.gather(info, attempt)))
+        digests = self.talk.learn(opened, rank_protocol.gather(info, attempt))
         assert opened.staging is not None
         entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
-        self.talk.learn(opened, self.talk.submit(rank_protocol.decide(info, attempt, created_unix_ns)))
+        self.talk.learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
         except BaseException as error:
@@ -257,15 +251,13 @@ class RankCoordinator:
         info = self.info
         if info.num_nodes > 1:
             self.talk.submit(rank_protocol.renamed(info, attempt, error))
-            outcome = self.talk.learn(
-                opened, self.talk.submit(rank_protocol.conclude_nodes(info, attempt)), reported=True
-            )
+            outcome = self.talk.learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
             if not outcome.ok and not error:
                 opened.outcome = outcome
-                raise error_of(opened.destination, outcome)
+                raise outcome.error(opened.destination.root, opened.tag)
             return
         try:
-            self.talk.learn(opened, self.talk.submit(rank_protocol.conclude(info, attempt, outcome)))
+            self.talk.learn(opened, rank_protocol.conclude(info, attempt, outcome))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
             report(
@@ -274,19 +266,17 @@ class RankCoordinator:
 
     def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info
-        decided = self.talk.learn(opened, self.talk.submit(rank_protocol.await_decision(info, attempt)), reported=True)
+        decided = self.talk.learn(opened, rank_protocol.await_decision(info, attempt), reported=True)
         error = ""
         try:
-            digests = self.talk.learn(opened, self.talk.submit(rank_protocol.parts(info, attempt)))
+            digests = self.talk.learn(opened, rank_protocol.parts(info, attempt))
             assert opened.staging is not None
             entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
-        self.talk.learn(opened, self.talk.submit(rank_protocol.renamed(info, attempt, error)), reported=True)
-        opened.outcome = self.talk.learn(
-            opened, self.talk.submit(rank_protocol.await_result(info, attempt)), reported=True
-        )
+        self.talk.learn(opened, rank_protocol.renamed(info, attempt, error), reported=True)
+        opened.outcome = self.talk.learn(opened, rank_protocol.await_result(info, attempt), reported=True)
         self.talk.later(rank_protocol.settle(info, attempt))
 
     def _rename(

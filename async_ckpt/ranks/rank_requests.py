@@ -7,6 +7,8 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import CommitError, RankFailedError
+
 
 @dataclass(frozen=True, slots=True)
 class Put:
@@ -75,6 +77,11 @@ Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
 Step = Generator[Request, Any, Any]
 
 
+def one(request: Request) -> Step:
+    """The step of a single request."""
+    return (yield request)
+
+
 @dataclass(frozen=True)
 class RankInfo:
     """This rank's place in the job. `ranks` are those that share its staging directory; the lowest of them leads."""
@@ -108,6 +115,15 @@ class CommitOutcome:
     committed: bool | None = False
     created_unix_ns: int = 0
 
+    def error(self, root: str, tag: str) -> CommitError:
+        """What a rank raises for an outcome that is no success."""
+        who = "the ranks have lost each other" if self.rank is None else f"rank {self.rank} failed"
+        if self.committed is None:
+            state = f"whether checkpoint {tag!r} is visible is unknown: list {root!r}"
+            return CommitError(f"{who}: {self.cause}; {state}", step="ranks", committed=None)
+        state = f"checkpoint {tag!r} is not visible on any rank, older ones are untouched"
+        return RankFailedError(f"{who}: {self.cause}; {state}", rank=self.rank)
+
     def encode(self) -> str:
         return json.dumps(asdict(self))
 
@@ -123,3 +139,8 @@ class AttemptFailed(Exception):
         super().__init__(outcome.cause)
         self.attempt = attempt
         self.outcome = outcome
+
+
+def cause_of(error: BaseException) -> str:
+    """What the other ranks are told about an error."""
+    return f"{type(error).__name__}: {error}"[:600]

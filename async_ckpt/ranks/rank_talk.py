@@ -14,7 +14,6 @@ from ..errors import RankFailedError
 from ..threads.locks import Lock
 from . import protocol as rank_protocol
 from .coordinator import OpenTag
-from .rank_outcome import error_of
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, Step
 from .store_link import LinkLostError, StoreLink
 
@@ -38,9 +37,9 @@ class RankTalk:
         self._background: list[Future[Any]] = []
         self._unretired: set[int] = set()
 
-    def submit(self, step: Step) -> Future[Any]:
-        """Run a step."""
-        return self._link.submit(step)
+    def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
+        """Run a step, once the one that gives `after` has ended."""
+        return self._link.submit(step, after)
 
     def later(self, step: Step) -> None:
         """Run a step whose end `close` waits for a while."""
@@ -63,14 +62,14 @@ class RankTalk:
         except LinkLostError as lost:
             raise RankFailedError(f"the ranks have lost each other: {lost}", rank=None) from lost
 
-    def learn(self, opened: RankTag, future: Future[Any], *, reported: bool = False) -> Any:
-        """The result of a protocol step; `reported` says that the others may publish without this rank.
+    def learn(self, opened: RankTag, step: Step | Future[Any], *, reported: bool = False) -> Any:
+        """The result of a step of `opened`; `reported` says that the others may publish without this rank. Blocks.
 
         Raises:
             RankFailedError, CommitError: the attempt is over; the outcome is kept in `opened`.
         """
         try:
-            return future.result()
+            return (step if isinstance(step, Future) else self.submit(step)).result()
         except (AttemptFailed, LinkLostError) as failure:
             raise self.translated(opened, failure, reported) from failure
 
@@ -82,7 +81,7 @@ class RankTalk:
             outcome = CommitOutcome(False, None, str(error), self.info.rank, None if reported else False)
         else:
             return error
-        translated = error_of(opened.destination, outcome)
+        translated = outcome.error(opened.destination.root, opened.tag)
         translated.__cause__ = error
         return translated
 

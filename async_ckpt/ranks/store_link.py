@@ -13,12 +13,14 @@ Guarantees:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Protocol
 
+from ..errors import ConfigError
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Condition
 from . import rank_requests as requests
@@ -56,6 +58,25 @@ def private_connection(store: Any) -> Any:
     own = clone()
     own.set_timeout(timedelta(seconds=_REQUEST_TIMEOUT_S))
     return own
+
+
+def default_run_id(store: Any) -> str:
+    """The name of this run: torchrun's, or any in a store that ends with it.
+
+    Raises:
+        ConfigError: the store outlives runs.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is not None:
+        return f"{run_id}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    inner = store
+    while hasattr(inner, "underlying_store"):
+        inner = inner.underlying_store
+    if type(inner).__name__ == "FileStore":
+        raise ConfigError(
+            "a FileStore keeps the keys of earlier runs: give run_id, the same on all ranks and new in every run"
+        )
+    return "run"
 
 
 class StoreClient:
@@ -105,8 +126,9 @@ class PollPace:
 class _Task:
     """One generator on its way, with the wait it stands at."""
 
-    def __init__(self, step: Step, pace: PollPace) -> None:
+    def __init__(self, step: Step, after: Future[Any] | None, pace: PollPace) -> None:
         self.done: Future[Any] = Future()
+        self.after = after
         self.due_s = 0.0
         self.result: Any = None
         self._step = step
@@ -162,9 +184,11 @@ class StoreLink:
         self._client: StoreClient | None = None
         self._give_up_s: float | None = None
 
-    def submit(self, step: Step) -> Future[Any]:
-        """Run `step` to its end on the link's thread. Any thread; never blocks."""
-        task = _Task(step, self._pace)
+    def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
+        """Run `step` to its end on the link's thread, once `after`, another step's future, is done. Any thread; never
+        blocks.
+        """
+        task = _Task(step, after, self._pace)
         with self._changed:
             if self._closing is not None:
                 task.done.set_exception(self._closing)
@@ -242,7 +266,8 @@ class StoreLink:
         with self._changed:
             while self._closing is None:
                 now = time.monotonic()
-                first = min(self._tasks, key=lambda task: task.due_s, default=None)
+                begun = (task for task in self._tasks if task.after is None or task.after.done())
+                first = min(begun, key=lambda task: task.due_s, default=None)
                 if first is not None and first.due_s <= now:
                     return first
                 self._changed.wait(None if first is None else first.due_s - now)

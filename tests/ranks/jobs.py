@@ -9,6 +9,7 @@ after rename".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -141,13 +142,20 @@ def run_rank(job: Job, rank: int, plan: Plan) -> None:
     with open(f"{job.results}/rank{rank}.jsonl", "a", buffering=1) as out:
         deadly = next((Deadly(tag, act) for tag, act in plan if act.startswith("death")), None)
         with job.engine(rank, poison, deadly) as engine:
+            # Timeouts of a few seconds are for the checkpoints, and not for how far apart processes start.
+            gate = dist.FileStore(f"{job.results}/gate", -1)
+            if gate.add("ready", 1) == job.world_size:
+                gate.set("all ready", "yes")
+            with contextlib.suppress(RuntimeError):
+                # One of them may have been killed already.
+                gate.wait(["all ready"], timedelta(seconds=20))
             for tag, act in plan:
                 if act == "skip":
                     continue
                 if act == "leave":
                     break
                 if act == "late":
-                    dist.FileStore(f"{job.results}/gate", -1).wait([tag], timedelta(seconds=60))
+                    gate.wait([tag], timedelta(seconds=60))
                 if act == "die early":
                     os.kill(os.getpid(), signal.SIGKILL)
                 started = time.monotonic()

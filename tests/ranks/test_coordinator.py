@@ -18,14 +18,13 @@ from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.announcements import Announcements, join
 from async_ckpt.ranks.protocol import announce
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
-from async_ckpt.ranks.rank_env import default_run_id
 from async_ckpt.ranks.rank_requests import RankInfo
-from async_ckpt.ranks.store_link import LinkLostError, StoreLink
+from async_ckpt.ranks.store_link import LinkLostError, StoreLink, default_run_id
 from async_ckpt.storage.filesystem import FileSystem
 
 
 def engine_of(
-    root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 5.0, **options: Any
+    root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 30.0, **options: Any
 ) -> AsyncCheckpointEngine:
     coordinator = RankCoordinator(store, rank, world_size, timeout_s=timeout_s, linger_s=2.0)
     return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=coordinator, **options)
@@ -177,7 +176,7 @@ def test_a_rank_that_gives_up_before_rank_zero_has_begun(tmp_path: Path) -> None
     def work(rank: int) -> Any:
         with engine_of(tmp_path, store, rank, 2) as engine:
             if rank == 0:
-                gave_up.wait(10)
+                gave_up.wait(20)
             engine.create("a")
             if rank == 1:
                 engine.abort("a")
@@ -187,7 +186,7 @@ def test_a_rank_that_gives_up_before_rank_zero_has_begun(tmp_path: Path) -> None
             started = time.monotonic()
             error = engine.commit("a").exception(20)
             # It is told, not timed out.
-            assert time.monotonic() - started < 4
+            assert time.monotonic() - started < 20
             return error
 
     zero, _ = together(2, work)
@@ -199,8 +198,8 @@ def test_closing_ends_every_wait(tmp_path: Path) -> None:
     link = StoreLink(dist.HashStore, "p/", world_size=2)
     waiting = link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements()))
     link.close()
-    assert isinstance(waiting.exception(5), LinkLostError)
-    assert isinstance(link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements())).exception(5), LinkLostError)
+    assert isinstance(waiting.exception(20), LinkLostError)
+    assert isinstance(link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements())).exception(20), LinkLostError)
 
 
 def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path) -> None:
@@ -249,7 +248,7 @@ def test_a_request_without_an_answer_ends_every_wait() -> None:
 def test_steps_do_not_interleave_between_waits() -> None:
     link = StoreLink(dist.HashStore, "p/", world_size=2)
     futures = [link.submit(announce(RankInfo(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
-    assert [future.result(5) for future in futures] == list(range(1, 51))
+    assert [future.result(20) for future in futures] == list(range(1, 51))
     link.close()
 
 

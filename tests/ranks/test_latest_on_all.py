@@ -98,7 +98,7 @@ def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:
     def work(rank: int) -> str:
         from async_ckpt.ranks.rank_coordinator import Node
 
-        coordinator = RankCoordinator(store, rank, 2, timeout_s=10.0, linger_s=1.0, node=Node(rank, 2, (rank,)))
+        coordinator = RankCoordinator(store, rank, 2, timeout_s=30.0, linger_s=1.0, node=Node(rank, 2, (rank,)))
         with AsyncCheckpointEngine(tmp_path / str(rank), staging_bytes=1 << 20, coordinator=coordinator):
             if rank == 1:
                 os.rmdir(tmp_path / "1")

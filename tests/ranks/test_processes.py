@@ -63,7 +63,7 @@ def test_every_rank_commits_into_one_directory(tmp_path: Path, store: Any, world
 FAILURES = {
     "raise": ("raised", "aborted by its owner because of ZeroDivisionError: by hand"),
     "full": ("OutOfSpaceError", "disk is full"),
-    "die": (None, "has not reported its part durable within 3 s"),
+    "die": (None, "has not reported its part durable within 4 s"),
 }
 
 
@@ -71,7 +71,7 @@ FAILURES = {
 @pytest.mark.parametrize("act", FAILURES)
 def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path: Path, store: Any, act: str) -> None:
     own, cause = FAILURES[act]
-    job = make_job(tmp_path, store, 3, timeout_s=3.0 if act == "die" else 30.0)
+    job = make_job(tmp_path, store, 3, timeout_s=4.0 if act == "die" else 30.0)
     bad = [("a", "commit"), ("b", act), ("c", "commit")]
     # A dead rank does not come back.
     good = bad[:1] + [("b", "commit")] + ([] if act == "die" else [("c", "commit")])
@@ -81,7 +81,7 @@ def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path:
         assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 2, False)
         assert cause in record["message"]
         assert "older ones are untouched" in record["message"]
-        assert record["s"] < job.timeout_s + 3
+        assert record["s"] < job.timeout_s + 15
     if act == "die":
         assert_whole(job.root, ["a"], [0, 1, 2])
     else:
@@ -102,7 +102,7 @@ def test_an_exception_that_leaves_the_block_on_one_rank_is_the_cause_on_the_othe
 
 @pytest.mark.wide
 def test_a_hanging_rank_is_named_and_may_join_the_next_checkpoint(tmp_path: Path, store: Any) -> None:
-    job = make_job(tmp_path, store, 3, timeout_s=2.0)
+    job = make_job(tmp_path, store, 3, timeout_s=4.0)
     plan = [("a", "commit"), ("b", "commit")]
     processes = Processes(job, [plan, plan, [("a", "hang"), ("b", "commit")]])
     # The survivors have gone on to "b" when they know that "a" has failed.
@@ -135,7 +135,7 @@ def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
 @pytest.mark.wide
 def test_restart_with_another_number_of_ranks_over_a_store_full_of_stale_keys(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
-    first = make_job(tmp_path, path, 3, run_id="1", timeout_s=2.0)
+    first = make_job(tmp_path, path, 3, run_id="1", timeout_s=4.0)
     good = [("a", "commit"), ("b", "commit")]
     processes = Processes(first, [[("a", "commit"), ("b", "die")], good, [("a", "commit"), ("b", "die")]])
     assert processes.join() == [-9, 0, -9]

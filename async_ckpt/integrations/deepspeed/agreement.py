@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 
 from ...errors import RankFailedError
-from ...ranks.rank_requests import Await, Drop, Put, Step
+from ...ranks.rank_requests import Await, Drop, Put, Step, one
 from ...ranks.rank_talk import RankTalk
 
 
@@ -48,7 +48,7 @@ class Agreement:
         n, self._num_steps = self._num_steps, self._num_steps + 1
         if self._talk.info.rank == 0:
             answer, self._said_at_step = self._said_at_step, num_ended
-            self._talk.ask(_put(f"step/{n + 1}", str(num_ended)))
+            self._talk.ask(one(Put(f"step/{n + 1}", str(num_ended))))
             return answer
         return 0 if n == 0 else int(self._talk.ask(self._hear(f"step/{n}", 0)))
 
@@ -81,7 +81,3 @@ class Agreement:
                 f"rank {rank} has not come to this {kind} within {self._timeout_s:g} s", rank=rank, step=kind
             )
         return said
-
-
-def _put(key: str, value: str) -> Step:
-    yield Put(key, value)

@@ -38,7 +38,7 @@ class DeepSpeedCoordinator:
         self._store: Any = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Imported here: both are missing from a torch that was built without distributed.
-            from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+            from torch.distributed import PrefixStore
             from torch.distributed.distributed_c10d import _get_default_store
 
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
