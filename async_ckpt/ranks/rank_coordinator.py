@@ -32,8 +32,9 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import Destination, OpenTag
+from .exchange import Exchange
 from .joining import Joining, chain
-from .latest_on_all import LatestOnAll
+from .latest_on_all import latest_on_all
 from .mirror_agreement import MirrorAgreement
 from .rank_parts import merge_parts, write_part
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, cause_of
@@ -93,7 +94,7 @@ class RankCoordinator:
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
-        self._num_asked = 0
+        self._resumes: Exchange | None = None
         self._filesystem: FileSystem | None = None
         self._talking: RankTalk | None = None
         self._starting: Joining | None = None
@@ -218,13 +219,9 @@ class RankCoordinator:
         Raises:
             RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
         """
-        self._num_asked += 1
-        question = LatestOnAll(self.info, self._num_asked, Catalog(self._root, self._fs), self.talk.ask)
-        try:
-            return question.newest(verify)
-        finally:
-            if self.rank == 0:
-                self.talk.later(question.tidy())
+        if self._resumes is None:
+            self._resumes = Exchange(self.talk, "latest_on_all", self.info.timeout_s)
+        return latest_on_all(self.info, Catalog(self._root, self._fs), self._resumes, verify)
 
     # Committing.
 

@@ -89,7 +89,7 @@ def test_with_one_shared_root_rank_zero_reads(tmp_path: Path, store: Any) -> Non
 def test_a_node_that_does_not_answer_is_named_on_all(tmp_path: Path, store: Any) -> None:
     job = make_job(tmp_path, store, 3, node_size=1, timeout_s=5.0)
     for answer in answers_of(job, without=2):
-        assert "node 2 has not answered within 5 s" in answer
+        assert "rank 2 has not answered within 5 s" in answer
 
 
 def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:

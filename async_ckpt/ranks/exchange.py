@@ -1,0 +1,71 @@
+"""Questions to all ranks at once: each says something, rank 0 makes one answer of it, and all get that answer.
+
+Keys, below the run's prefix; n counts the rounds of one exchange: "<name>/n/r": what rank r says. "<name>/n": the
+answer, until the next round.
+
+Guarantees:
+- All ranks get the same answer, or all raise.
+- Constant number of requests per rank; rank 0 has two more per rank. Every wait is bounded by twice `timeout_s`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import RankFailedError
+from .rank_requests import Await, Drop, Put, Step
+from .rank_talk import RankTalk
+
+
+class Exchange:
+    """Rounds that all ranks call in the same order. One thread at a time; blocks for the slowest rank."""
+
+    def __init__(self, talk: RankTalk, name: str, timeout_s: float) -> None:
+        self._talk = talk
+        self._name = name
+        self._timeout_s = timeout_s
+        self._num_rounds = 0
+
+    def round(self, mine: Any, answer_of: Callable[[list[Any]], Any]) -> Any:
+        """Say `mine`; what rank 0's `answer_of` makes of all that was said, by rank. Both are JSON values.
+
+        Raises:
+            RankFailedError: a rank did not come in time, or the store is lost; or what rank 0's `answer_of` raises.
+        """
+        self._num_rounds += 1
+        said = self._talk.ask(self._round(mine, answer_of))
+        if "error" in said:
+            raise RankFailedError(said["error"], rank=said["rank"], step=self._name)
+        return said["answer"]
+
+    def _round(self, mine: Any, answer_of: Callable[[list[Any]], Any]) -> Step:
+        info, key = self._talk.info, f"{self._name}/{self._num_rounds}"
+        if info.rank != 0:
+            yield Put(f"{key}/{info.rank}", json.dumps(mine))
+            # A round lasts as long as the slowest rank, which rank 0 gives `timeout_s`.
+            raw = yield Await(key, 2 * self._timeout_s)
+            return {"error": self._silent(0), "rank": 0} if raw is None else json.loads(raw)
+        try:
+            told = {"answer": answer_of([mine, *(yield from self._hear_others(key))])}
+            # All ranks are here, so all know the answer before.
+            yield Drop(f"{self._name}/{self._num_rounds - 1}")
+        except RankFailedError as error:
+            told = {"error": error.message, "rank": error.rank}
+        yield Put(key, json.dumps(told))
+        return told
+
+    def _hear_others(self, key: str) -> Step:
+        said, end_s = [], time.monotonic() + self._timeout_s
+        for rank in range(1, self._talk.info.world_size):
+            raw = yield Await(f"{key}/{rank}", max(0.0, end_s - time.monotonic()))
+            if raw is None:
+                raise RankFailedError(self._silent(rank), rank=rank)
+            said.append(json.loads(raw))
+            yield Drop(f"{key}/{rank}")
+        return said
+
+    def _silent(self, rank: int) -> str:
+        return f"rank {rank} has not answered within {self._timeout_s:g} s; every rank must ask for {self._name!r}"
