@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import CheckpointError, report
+from ..errors import CheckpointError
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from . import protocol as rank_protocol
@@ -94,15 +93,3 @@ class Joining:
         error = attempt.exception()
         if error is not None:
             opened.location.set_exception(self._talk.translated(opened, error, reported=False))
-
-
-def chain(source: Future[None], target: Future[None]) -> None:
-    """`target` ends when `source` has ended; a failure of that is reported."""
-
-    def done(ended: Future[None]) -> None:
-        target.set_result(None)
-        error = ended.exception()
-        if error is not None:
-            report(logging.WARNING, "a staging directory could not be removed: %s", error)
-
-    source.add_done_callback(done)

@@ -17,6 +17,7 @@ Guarantees:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -33,13 +34,13 @@ from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .coordinator import Destination, OpenTag
 from .exchange import Exchange
-from .joining import Joining, chain
+from .joining import Joining
 from .latest_on_all import latest_on_all
 from .mirror_agreement import MirrorAgreement
 from .rank_parts import merge_parts, write_part
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, cause_of
 from .rank_talk import RankTag, RankTalk
-from .store_link import StoreLink, default_run_id, private_connection
+from .store_link import LinkLostError, StoreLink, default_run_id, private_connection
 
 __all__ = ["Node", "RankCoordinator", "RankTag"]
 
@@ -297,19 +298,21 @@ class RankCoordinator:
             if staging is not None:
                 transaction.abort(self._fs, staging)
             return
-        removed: Future[None] = Future()
+        quit_by_others = self.talk.submit(rank_protocol.await_quit(self.info, attempt))
 
         def remove() -> None:
-            transaction.abort(self._fs, staging)
+            # Also where the link was lost: an unremoved directory would hold its space until this process ends.
+            with contextlib.suppress(LinkLostError):
+                quit_by_others.result()
+            try:
+                transaction.abort(self._fs, staging)
+            except CheckpointError as error:
+                report(logging.WARNING, "a staging directory could not be removed: %s", error)
             self.talk.later(self.talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))
 
-        def others_quit(_: Future[Any]) -> None:
-            # Also where the link was lost: an unremoved directory would hold its space until this process ends.
-            assert self._cleaner is not None
-            chain(self._cleaner.submit(remove), removed)
-
+        assert self._cleaner is not None
+        removed = self._cleaner.submit(remove)
         self.talk.track(removed)
-        self.talk.submit(rank_protocol.await_quit(self.info, attempt)).add_done_callback(others_quit)
         concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.info.timeout_s / 4))
 
     @property

@@ -13,9 +13,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, RankFailedError, TagExistsError
+from async_ckpt import (
+    AsyncCheckpointEngine,
+    Catalog,
+    CheckpointError,
+    CommitError,
+    ConfigError,
+    KeepLast,
+    PathExistsError,
+    RankFailedError,
+    TagExistsError,
+)
 from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.announcements import Announcements, join
+from async_ckpt.ranks.coordinator import Destination
 from async_ckpt.ranks.protocol import announce
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_requests import RankInfo
@@ -153,6 +164,59 @@ def test_a_tag_that_exists_is_refused_on_every_rank(tmp_path: Path) -> None:
     assert one.rank == 0
     assert "TagExistsError" in str(one)
     assert Catalog(tmp_path).verify("a").ok
+
+
+class Refusing(Destination):
+    """What an integration does at its destination fails."""
+
+    def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
+        raise PathExistsError("it cannot be prepared")
+
+
+class Unfinished(Destination):
+    """What an integration does after the rename fails."""
+
+    def published(self, filesystem: FileSystem) -> None:
+        raise CommitError("it is there, but unfinished", step="by hand", committed=None)
+
+
+def commit_to(tmp_path: Path, destinations: dict[int, Destination]) -> list[Any]:
+    """How rank 0 and rank 1 fared at tag "a", where some of them go to destinations of their own, and then at "b"."""
+    store = dist.HashStore()
+
+    def work(rank: int) -> list[Any]:
+        outcomes: list[Any] = []
+        with engine_of(tmp_path, store, rank, 2) as engine:
+            for tag in (destinations.get(rank, "a"), "b"):
+                try:
+                    engine.create(tag)
+                    engine.save({"x": 1}, f"{rank}.pt")
+                    outcomes.append(engine.commit(tag).result(20))
+                except CheckpointError as error:
+                    outcomes.append(error)
+        return outcomes
+
+    return together(2, work)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_destination_that_one_rank_cannot_prepare_fails_on_all(tmp_path: Path, rank: int) -> None:
+    found = commit_to(tmp_path, {rank: Refusing(str(tmp_path), "a")})
+    own, told = found[rank][0], found[1 - rank][0]
+    assert isinstance(own, PathExistsError)
+    assert isinstance(told, RankFailedError) and told.rank == rank and "it cannot be prepared" in str(told)
+    assert [outcomes[1] for outcomes in found] == ["b", "b"]
+    assert Catalog(tmp_path).tags() == ["b"]
+
+
+def test_what_fails_after_the_rename_is_told_to_all(tmp_path: Path) -> None:
+    destination = Unfinished(str(tmp_path), "a")
+    found = commit_to(tmp_path, {0: destination, 1: destination})
+    for outcomes in found:
+        assert isinstance(outcomes[0], CommitError) and outcomes[0].committed is None
+        assert "it is there, but unfinished" in str(outcomes[0])
+        assert outcomes[1] == "b"
+    assert Catalog(tmp_path).tags() == ["a", "b"]
 
 
 def test_two_ranks_that_save_one_path_are_named(tmp_path: Path) -> None:

@@ -73,23 +73,22 @@ class Staged:
 
     def __init__(self) -> None:
         self.staging: transaction.Staging | None = None
-        self._finalizer: Any = None
+        self._remove: Any = None
 
     def hold(self, fs: FileSystem, staging: transaction.Staging) -> None:
         self.drop()
         self.staging = staging
-        self._finalizer = weakref.finalize(self, _abort, fs, staging, os.getpid())
+        self._remove = weakref.finalize(self, _abort, fs, staging, os.getpid())
 
     def forget(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        self.staging = self._finalizer = None
+        self.staging = None
+        self._remove.detach()
 
     def drop(self) -> None:
-        finalizer = self._finalizer
-        self.staging = self._finalizer = None
-        if finalizer is not None:
-            finalizer()
+        self.staging = None
+        if self._remove is not None:
+            # Once: a second call, or one after `forget`, does nothing.
+            self._remove()
 
 
 def _abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:

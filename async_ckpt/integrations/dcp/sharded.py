@@ -257,7 +257,7 @@ class _EngineWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         name = plan.storage_data.file_name
-        state, items = plan_file(plan, planner, _blobs, name)
+        state, items = plan_file(plan, planner, _blobs)
         if items:
             self._engine.save(state, f"{self._engine.root}/{self._tag}/{name}")
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()

@@ -90,9 +90,7 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
     return root, check_tag(tag)
 
 
-def plan_file(
-    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, file_name: str
-) -> tuple[Any, list[tuple[Any, Extent]]]:
+def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner) -> tuple[Any, list[tuple[Any, Extent]]]:
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no contiguous
     one.
     """
@@ -245,7 +243,7 @@ class DcpWriter(StorageWriter):
             raise TransactionStateError("the plan does not say where to write: prepare_global_plan was not called")
         core = self._open_core()
         location = self._locate(place)
-        state, items = plan_file(plan, planner, core.planner, place.file_name)
+        state, items = plan_file(plan, planner, core.planner)
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         if not items:
             future.set_result([])

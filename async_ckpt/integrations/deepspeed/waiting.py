@@ -2,7 +2,7 @@
 
 Stock DeepSpeed's files are there when `save_checkpoint` returns. So another attached engine's `load_checkpoint`, and
 DeepSpeed's tools ``zero_to_fp32`` and ``ds_to_universal``, must find them if they are called right after it: `attach`
-wraps these functions, wherever they have been imported.
+wraps these functions, in every module that has imported them.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from async_ckpt import Catalog, CheckpointError, ConfigError, KeepLast, OutOfSpaceError
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
@@ -81,9 +82,9 @@ def stock_first(engine: Any, directory: Path, stage: int, dtype: str, expected: 
 
 
 def read_at_once(directory: Path) -> None:
-    """Another attached engine, and the tool, find what `save_checkpoint` has left on its way."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
+    """Another attached engine, and a tool that was imported before any, find what `save_checkpoint` has left on its
+    way.
+    """
     filesystem = GatedFileSystem()
     engine = make(2, "fp32")
     attach(engine, directory, filesystem=filesystem, **SMALL)
