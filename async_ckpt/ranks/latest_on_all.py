@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError, RankFailedError
@@ -37,9 +38,9 @@ def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: 
             return str(error)
         return "" if report.ok else str(report.problems[0])
 
-    committed = exchange.round(leaders(lambda: _committed(catalog)), _on_all_nodes)
+    committed = exchange.round(leaders(partial(_committed, catalog)), _on_all_nodes)
     for tag in committed:
-        if not exchange.round(leaders(lambda tag=tag: problem_with(tag)), lambda said: any(_found(said))):  # type: ignore[misc]
+        if not exchange.round(leaders(partial(problem_with, tag)), lambda said: any(_found(said))):
             return str(tag)
     return None
 
