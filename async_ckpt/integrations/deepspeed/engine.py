@@ -189,8 +189,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self.abandon(TransactionStateError("the engine was closed before the save was complete"))
             self.drain()
         finally:
-            if self._inner is not None:
-                self._inner.close()
+            (self._inner or self._coordinator).close()
 
     def preserves_storage_sharing(self) -> bool:
         """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them
