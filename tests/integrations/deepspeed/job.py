@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def run_job(
-    directory: Path, world_size: int, scenarios: list[str], *, timeout_s: float = 300.0
+    directory: Path, world_size: int, scenarios: list[str], *, timeout_s: float = 600.0
 ) -> dict[str, str | None]:
     """Run the scenarios, in order, on `world_size` ranks; per scenario the first failure, or None.
 

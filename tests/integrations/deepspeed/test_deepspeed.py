@@ -101,26 +101,26 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return run
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("scenario", ONE_RANK)
 def test_one_rank(outcomes: Outcomes, scenario: str) -> None:
     assert outcomes(1, ONE_RANK)[scenario] is None
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("scenario", AFTER_ONE_RANK)
 def test_after_the_process_has_ended(outcomes: Outcomes, scenario: str) -> None:
     assert outcomes(1, ONE_RANK)["saved_for_exit"] is None
     assert outcomes(1, AFTER_ONE_RANK)[scenario] is None
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("scenario", TWO_RANKS)
 def test_two_ranks(outcomes: Outcomes, scenario: str) -> None:
     assert outcomes(2, TWO_RANKS)[scenario] is None
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("scenario", AFTER_TWO_RANKS)
 def test_after_both_processes_have_ended(outcomes: Outcomes, scenario: str) -> None:
     assert outcomes(2, TWO_RANKS)["ranks_saved_for_exit"] is None
