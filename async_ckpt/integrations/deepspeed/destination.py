@@ -19,6 +19,7 @@ from ...format.manifest import FileEntry
 from ...ranks.coordinator import Destination
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
+from ...storage.write_error import write_error
 from ...threads.locks import Lock
 from ..adopting import adopt, read_entries
 from .latest import write_latest
@@ -111,17 +112,22 @@ class DeepSpeedDestination(Destination):
         source = os.path.join(folder, _OFFLOADED_NAME, name)
         if filesystem.stat(source).kind != "dir":
             return ()
-        filesystem.makedirs(os.path.join(staging, _OFFLOADED_NAME))
-        filesystem.rename(source, os.path.join(staging, _OFFLOADED_NAME, name))
-        for emptied in (os.path.dirname(source), folder):
-            try:
-                filesystem.rmdir(emptied)
-            except OSError as error:
-                # Other ranks' folders are still there: the last one to move its own removes it.
-                if error.errno not in _STILL_USED:
-                    raise
-        rank = self.dirs.rank if self.dirs.world_size > 1 else None
-        return tuple(read_entries(filesystem, staging, f"{_OFFLOADED_NAME}/{name}", rank))
+        try:
+            filesystem.makedirs(os.path.join(staging, _OFFLOADED_NAME))
+            filesystem.rename(source, os.path.join(staging, _OFFLOADED_NAME, name))
+            for emptied in (os.path.dirname(source), folder):
+                try:
+                    filesystem.rmdir(emptied)
+                except OSError as error:
+                    # Other ranks' folders are still there: the last one to move its own removes it.
+                    if error.errno not in _STILL_USED:
+                        raise
+            rank = self.dirs.rank if self.dirs.world_size > 1 else None
+            return tuple(read_entries(filesystem, staging, f"{_OFFLOADED_NAME}/{name}", rank))
+        except OSError as error:
+            raise write_error(
+                filesystem, error, f"offloaded tensors could not be moved to {staging!r}", source
+            ) from error
 
     def published(self, filesystem: FileSystem) -> None:
         """Make `latest` name it. Of ranks with tags of their own rank 0 does so, as with stock DeepSpeed."""
