@@ -182,7 +182,8 @@ class StoreLink:
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None
         self._client: StoreClient | None = None
-        self._give_up_s: float | None = None
+        self._under_way: list[float] | None = None
+        """The request that the store has not answered yet: how long it may take, in seconds."""
 
     def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
         """Run `step` to its end on the link's thread, once `after`, another step's future, is done. Any thread; never
@@ -233,27 +234,32 @@ class StoreLink:
         try:
             if self._client is None:
                 # A connection may wait for a name service: it is not held to the time that a store has for an answer.
-                self._give_up_s = time.monotonic() + max(self._patience_s, _REQUEST_TIMEOUT_S)
+                self._under_way = [max(self._patience_s, _REQUEST_TIMEOUT_S)]
                 self._client = StoreClient(self._connect(), self._prefix)
-            self._give_up_s = time.monotonic() + self._patience_s
+            self._under_way = [self._patience_s]
             return self._client.answer(request)
         # torch raises DistError, a RuntimeError, for all that can happen to a store.
         except (RuntimeError, OSError, ValueError) as error:
             raise LinkLostError(f"the store does not answer: {error}") from error
         finally:
-            self._give_up_s = None
+            self._under_way = None
 
     def _guard(self) -> None:
         """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch
         waits for ever.
         """
+        look_s, waited_s = self._patience_s / 4, 0.0
         with self._changed:
             while self._closing is None:
-                self._changed.wait(self._patience_s / 4)
-                give_up_s = self._give_up_s
-                if give_up_s is not None and time.monotonic() > give_up_s:
+                before_s, watched = time.monotonic(), self._under_way
+                self._changed.wait(look_s)
+                # Time also passes while this process is stopped: then the answer is there, and only not read yet.
+                waited_s += min(look_s, time.monotonic() - before_s)
+                if watched is None or watched is not self._under_way:
+                    waited_s = 0.0
+                elif waited_s > watched[0]:
                     where = "it lives with rank 0 or with its launcher"
-                    self._closing = LinkLostError(f"the store has not answered for {self._patience_s:g} s; {where}")
+                    self._closing = LinkLostError(f"the store has not answered for {watched[0]:g} s; {where}")
         self._end_all(LinkLostError("the link has ended"))
 
     def _end_all(self, otherwise: LinkLostError) -> None:
