@@ -237,13 +237,10 @@ def sweep(
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for contest in CONTESTS:
-            rows.append(sweep(folder, contest, sample=sample_of(options, 60), seed=options.seed, stop=False))
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-    return rows
+            yield sweep(folder, contest, sample=sample_of(options, 60), seed=options.seed, stop=False)
 
 
 if __name__ == "__main__":

@@ -86,26 +86,21 @@ def sweep(
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for workload, num_writers, dirty in itertools.product(WORKLOADS.values(), WRITERS, (False, True)):
             direct = dirty != (num_writers == 2)
             sample = sample_of(options, 12)
-            rows.append(
-                sweep(
-                    folder,
-                    workload,
-                    num_writers=num_writers,
-                    dirty=dirty,
-                    direct=direct,
-                    sample=sample,
-                    seed=options.seed,
-                    stop=False,
-                )
+            yield sweep(
+                folder,
+                workload,
+                num_writers=num_writers,
+                dirty=dirty,
+                direct=direct,
+                sample=sample,
+                seed=options.seed,
+                stop=False,
             )
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-    return rows
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,13 @@ def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         sizes = ((2, 200), (4, 100), (8, 50)) if options.full else ((2, 20), (4, 10))
         cases = list(itertools.product(sizes, ((False, False), (True, False), (False, True))))
         for (num_writers, rounds), (kill, stop) in sampled(cases, options.part, random.Random(options.seed)):
             root, _ = folder.root()
-            rows.append(crowd(root, num_writers, rounds, kill=kill, stop=stop))
-            print(rows[-1].name, rows[-1].operations, flush=True)
-    return rows
+            yield crowd(root, num_writers, rounds, kill=kill, stop=stop)
 
 
 if __name__ == "__main__":

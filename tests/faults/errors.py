@@ -13,7 +13,7 @@ import errno
 import itertools
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -216,29 +216,24 @@ def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: 
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for name, (num_writers, direct, sticky) in itertools.product(
             WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))
         ):
             sample = sample_of(options, 20)
-            rows.append(
-                sweep(
-                    folder,
-                    name,
-                    CODES,
-                    num_writers=num_writers,
-                    direct=direct,
-                    sticky=sticky,
-                    sample=sample,
-                    seed=options.seed,
-                    stop=False,
-                )
+            yield sweep(
+                folder,
+                name,
+                CODES,
+                num_writers=num_writers,
+                direct=direct,
+                sticky=sticky,
+                sample=sample,
+                seed=options.seed,
+                stop=False,
             )
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-        rows.append(sweep_short_writes(folder, seed=options.seed, stop=False))
-    return rows
+        yield sweep_short_writes(folder, seed=options.seed, stop=False)
 
 
 if __name__ == "__main__":

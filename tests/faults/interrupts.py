@@ -297,13 +297,10 @@ def sweep(
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for name in list(GAMES) if options.row is None else list(GAMES)[options.row : options.row + 1]:
-            rows.append(sweep(folder, name, sample=sample_of(options, 150), seed=options.seed, stop=False))
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-    return rows
+            yield sweep(folder, name, sample=sample_of(options, 150), seed=options.seed, stop=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,26 +244,22 @@ def sweep_broken(folder: Folder, name: str, *, every: int = 1, num_random: int =
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         every, num_random = (1, 12) if options.full else (3, 3)
         modes = ((False, 1), (True, 2), (True, 4))[: None if options.full else 2]
         cases = list(itertools.product(WORKLOADS, modes))
         for name, (direct, num_writers) in sampled(cases, options.part, random.Random(options.seed)):
-            rows.append(
-                sweep(
-                    folder,
-                    name,
-                    direct=direct,
-                    num_writers=num_writers,
-                    every=every,
-                    num_random=num_random,
-                    seed=options.seed,
-                    stop=False,
-                )
+            yield sweep(
+                folder,
+                name,
+                direct=direct,
+                num_writers=num_writers,
+                every=every,
+                num_random=num_random,
+                seed=options.seed,
+                stop=False,
             )
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
         for name in sampled(BROKEN, options.part, random.Random(options.seed)):
             broken = sweep_broken(folder, name, every=every, seed=options.seed)
             print(
@@ -271,8 +267,7 @@ def main(options: argparse.Namespace) -> list[Row]:
                 f"{'caught' if broken.lost else 'NOT CAUGHT'}"
             )
             # What counts as lost here is a variant that goes unnoticed.
-            rows.append(Row(broken.name, broken.operations, 1, int(broken.lost > 0), int(broken.lost == 0)))
-    return rows
+            yield Row(broken.name, broken.operations, 1, int(broken.lost > 0), int(broken.lost == 0))
 
 
 if __name__ == "__main__":

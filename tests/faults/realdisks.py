@@ -183,19 +183,16 @@ def kinds() -> list[str]:
     return [kind for kind, (tool, *_) in MKFS.items() if shutil.which(tool)]
 
 
-def main(options: argparse.Namespace) -> list[Row]:
+def main(options: argparse.Namespace) -> Iterator[Row]:
     reason = why_not()
     if reason is not None:
         sys.exit(reason)
-    rows = []
     for kind in kinds() if options.kind is None else [options.kind]:
         for number, name in enumerate(WORKLOADS):
-            rows.append(
-                sweep(kind, name, direct=number % 2 == 0, sample=sample_of(options, 10), seed=options.seed, stop=False)
+            yield sweep(
+                kind, name, direct=number % 2 == 0, sample=sample_of(options, 10), seed=options.seed, stop=False
             )
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-        rows += [sweep_broken(kind, name) for name, caught_on in CAUGHT_ON.items() if kind in caught_on]
-    return rows
+        yield from (sweep_broken(kind, name) for name, caught_on in CAUGHT_ON.items() if kind in caught_on)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def print_table(title: str, rows: list[Any], columns: tuple[str, ...] = COLUMNS)
 def command(
     title: str,
     description: str | None,
-    run: Callable[[argparse.Namespace], list[Any]],
+    run: Callable[[argparse.Namespace], Iterable[Any]],
     *extra: tuple[str, dict[str, Any]],
     columns: tuple[str, ...] = COLUMNS,
 ) -> None:
@@ -111,7 +111,10 @@ def command(
     options = parser.parse_args()
     started = time.perf_counter()
     options.full = options.full or options.part is not None
-    rows = run(options)
+    rows = []
+    for row in run(options):
+        rows.append(row)
+        print(row.name, *(getattr(row, column) for column in columns), flush=True)
     print_table(title, rows, columns)
     seconds = time.perf_counter() - started
     part = options.part

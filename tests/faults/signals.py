@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -167,13 +168,10 @@ def sweep(folder: Folder, case: Case, *, sample: Sample, seed: int = 1, stop: bo
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    rows = []
+def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for case in CASES:
-            rows.append(sweep(folder, case, sample=sample_of(options, 12), seed=options.seed, stop=False))
-            print(rows[-1].name, rows[-1].injected, rows[-1].lost, flush=True)
-    return rows
+            yield sweep(folder, case, sample=sample_of(options, 12), seed=options.seed, stop=False)
 
 
 if __name__ == "__main__":

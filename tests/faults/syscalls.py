@@ -19,6 +19,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -232,22 +233,18 @@ def refuse(
     return row
 
 
-def main(options: argparse.Namespace) -> list[Row]:
+def main(options: argparse.Namespace) -> Iterator[Row]:
     reason = why_not()
     if reason is not None:
         sys.exit(reason)
-    rows = []
     with Folder(on_disk=options.folder) as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
                 codes = codes if call not in KILLED else (*codes, "SIGKILL")
-                rows.append(sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False))
-                print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
+                yield sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False)
         for call in OPTIONAL:
             if options.call is None or options.call in call:
-                rows.append(refuse(folder, call, stop=False))
-                print(rows[-1].name, rows[-1].operations, rows[-1].injected, rows[-1].lost, flush=True)
-    return rows
+                yield refuse(folder, call, stop=False)
 
 
 if __name__ == "__main__":
