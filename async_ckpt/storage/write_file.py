@@ -60,62 +60,61 @@ def _write_some(calls: Syscalls, fd: int, path: str, buffer: memoryview, offset:
 
 async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
     """See `FileSystem.open_write`."""
-    opening = _Opening(calls, size_bytes, direct and bool(O_DIRECT))
+    is_direct = direct and bool(O_DIRECT)
+
+    def opener(path: str, flags: int) -> int:
+        nonlocal is_direct
+        fd, is_direct = _open(calls, path, size_bytes, is_direct)
+        return fd
+
     try:
         # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
         import aiofiles
 
-        file = await aiofiles.open(path, "xb", buffering=0, opener=opening, executor=executor)
+        file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
     except OSError as error:
         raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=size_bytes) from error
-    return WritableFile(calls, path, size_bytes, file, direct=opening.direct, executor=executor)
+    return WritableFile(calls, path, size_bytes, file, direct=is_direct, executor=executor)
 
 
-class _Opening:
-    """The opener given to aiofiles: makes, opens and reserves in one go, on the executor's thread."""
-
-    def __init__(self, calls: Syscalls, size_bytes: int, direct: bool) -> None:
-        self.direct = direct
-        self._calls = calls
-        self._size_bytes = size_bytes
-
-    def __call__(self, path: str, flags: int) -> int:
-        fs_type = self._calls.fs_type(os.path.dirname(path) or ".") if self.direct else ""
-        # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
-        self.direct = self.direct and fs_type != "tmpfs"
-        fd = self._open(path)
+def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool) -> tuple[int, bool]:
+    """Make, open and reserve in one go, on the executor's thread; gives the descriptor, and whether O_DIRECT is in
+    use."""
+    fs_type = calls.fs_type(os.path.dirname(path) or ".") if direct else ""
+    fd = -1
+    # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
+    direct = direct and fs_type != "tmpfs"
+    if direct:
         try:
-            self._reserve(fd, fs_type)
-        except BaseException:
-            self._calls.close(fd)
-            self._calls.unlink(path)
-            raise
-        return fd
+            fd = calls.open(path, _CREATE | O_DIRECT, _MODE)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            # The kernel makes the file before it looks at the flag.
+            direct = False
+            with contextlib.suppress(FileNotFoundError):
+                calls.unlink(path)
+    if not direct:
+        return calls.open(path, _CREATE, _MODE), False
+    try:
+        _reserve(calls, fd, size_bytes, fs_type)
+    except BaseException:
+        calls.close(fd)
+        calls.unlink(path)
+        raise
+    return fd, True
 
-    def _open(self, path: str) -> int:
-        if self.direct:
-            try:
-                return self._calls.open(path, _CREATE | O_DIRECT, _MODE)
-            except OSError as error:
-                if error.errno not in REFUSED:
-                    raise
-                # The kernel makes the file before it looks at the flag.
-                self.direct = False
-                with contextlib.suppress(FileNotFoundError):
-                    self._calls.unlink(path)
-        return self._calls.open(path, _CREATE, _MODE)
 
-    def _reserve(self, fd: int, fs_type: str) -> None:
-        if not self.direct or not self._size_bytes:
+def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str) -> None:
+    if size_bytes and fs_type in _PREALLOCATED_TYPES:
+        try:
+            calls.allocate(fd, size_bytes)
             return
-        if fs_type in _PREALLOCATED_TYPES:
-            try:
-                self._calls.allocate(fd, self._size_bytes)
-                return
-            except OSError as error:
-                if error.errno not in REFUSED:
-                    raise
-        self._calls.ftruncate(fd, self._size_bytes)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+    if size_bytes:
+        calls.ftruncate(fd, size_bytes)
 
 
 class WritableFile:
@@ -158,7 +157,7 @@ class WritableFile:
         with self._running("writing", offset):
             done = self._write_direct(view, offset) if self._direct else 0
             while done < view.nbytes:
-                done += self._write_some(view[done:], offset + done)
+                done += _write_some(self._calls, self._fd, self.path, view[done:], offset + done)
 
     async def truncate(self, size_bytes: int) -> None:
         """Set the length of the file."""
@@ -222,9 +221,6 @@ class WritableFile:
             while self._num_running:
                 self._idle.wait()
 
-    def _write_some(self, buffer: memoryview, offset: int) -> int:
-        return _write_some(self._calls, self._fd, self.path, buffer, offset)
-
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
         """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""
         whole = buffer.nbytes // PAGE_BYTES * PAGE_BYTES
@@ -246,7 +242,9 @@ class WritableFile:
         done = num_stalled = 0
         while done < buffer.nbytes:
             try:
-                count = self._write_some(buffer[done:], offset + done) if self._direct else 0
+                count = (
+                    _write_some(self._calls, self._fd, self.path, buffer[done:], offset + done) if self._direct else 0
+                )
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
