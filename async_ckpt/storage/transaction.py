@@ -42,9 +42,8 @@ from ..host.process import OwnerState
 from .delete import remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
-from .renaming import check_final, rename_to_final
 from .root import make_root
-from .staged import Staging, State, refuse, written_by
+from .staged import Staging, State, check_final, refuse, rename_to_final, written_by
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
