@@ -163,7 +163,7 @@ def run(root: Path, told: Told, fault: str, log: Path) -> BaseProcess:
 
 
 def check(root: Path, told: Told, process: BaseProcess, *, killed: bool = False) -> None:
-    process.join(TIMEOUT_S)
+    process.join(2 * TIMEOUT_S)
     errors = Path(f"{root}.err")
     if process.exitcode is None:
         process.kill()
