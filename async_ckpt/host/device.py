@@ -10,10 +10,12 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,19 +24,64 @@ from ..errors import ConfigError, TransactionStateError, UnsupportedStateError
 THREAD_PREFIX = "async-ckpt"
 """Of the names of all threads of the package."""
 
-Registrar = tuple[Callable[[int, int], object], Callable[[int], object]]
-"""What pins (address, bytes) of memory that exists already, and what unpins it; both return 0, or an error code of the
-device's.
-"""
+_POOL_STREAMS = 32
+"""As many as torch has of one device and priority."""
+
+_RELAXED = 2
+"""The capture mode of a thread that the captures of others forbid nothing; as CUDA and HIP count them."""
 
 
-def _cuda_registrar() -> Registrar:
-    cudart = torch.cuda.cudart()
-    return lambda address, num_bytes: cudart.cudaHostRegister(address, num_bytes, 0), cudart.cudaHostUnregister
+class Driver(NamedTuple):
+    """What a device's driver does and torch does not offer. What returns an int returns 0, or an error code."""
+
+    register: Callable[[int, int], object]
+    """Pin (address, bytes) of memory that exists already."""
+    unregister: Callable[[int], object]
+    exchange_capture_mode: Callable[[int], int]
+    """Give this thread another stream capture mode; returns the one before."""
 
 
-registrars: dict[str, Callable[[], Registrar]] = {"cuda": _cuda_registrar}
-"""By device type (ROCm's is "cuda"). A device that is not here pins only memory that it allocates itself."""
+def _cuda_driver() -> Driver:
+    # The driver's own function: the runtime's of that name would make a context on the current device.
+    library, name = ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode")
+    if torch.version.hip:
+        library, name = "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
+    exchange, cudart = getattr(ctypes.CDLL(library), name), torch.cuda.cudart()
+
+    def exchange_capture_mode(mode: int) -> int:
+        held = ctypes.c_int(mode)
+        # Before the driver is initialized nobody captures, and every thread has mode 0.
+        return held.value if exchange(ctypes.byref(held)) == 0 else 0
+
+    return Driver(
+        lambda address, num_bytes: cudart.cudaHostRegister(address, num_bytes, 0),
+        cudart.cudaHostUnregister,
+        exchange_capture_mode,
+    )
+
+
+drivers: dict[str, Callable[[], Driver]] = {"cuda": functools.cache(_cuda_driver)}
+"""By device type (ROCm's is "cuda"). A device that is not here pins only memory that it allocates itself, and lets
+other threads do as they like while a graph is captured."""
+
+
+@contextlib.contextmanager
+def beside_captures(device: torch.device) -> Iterator[None]:
+    """What this thread asks of `device` in the block spoils no graph that another thread captures meanwhile.
+
+    By default (CUDA's global mode) a capture forbids every thread to pin or allocate memory and to wait for events,
+    and breaks where one does. What is done here concerns no captured work.
+    """
+    driver = drivers.get(device.type)
+    if driver is None:
+        yield
+        return
+    exchange = driver().exchange_capture_mode
+    before = exchange(_RELAXED)
+    try:
+        yield
+    finally:
+        exchange(before)
 
 
 def is_copyable(device: torch.device) -> bool:
@@ -65,21 +112,39 @@ def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.Stream) -> Iterator[None]:
-    """What this thread queues in the block goes to `stream`, on its device."""
+    """What this thread queues in the block goes to `stream`, on its device, beside any capture."""
     outer, inner = torch.accelerator.current_stream(), torch.accelerator.current_stream(stream.device)
     try:
         torch.accelerator.set_stream(stream)
-        yield
+        with beside_captures(stream.device):
+            yield
     finally:
         if not threading.current_thread().name.startswith(THREAD_PREFIX):
             torch.accelerator.set_stream(inner)
             torch.accelerator.set_stream(outer)
 
 
-def synchronize(streams: Iterable[torch.Stream]) -> None:
-    """Block until everything queued on `streams` has run."""
-    for stream in streams:
-        stream.synchronize()
+def synchronize(queued: Iterable[torch.Stream | torch.Event]) -> None:
+    """Block until everything queued on these streams, or before these events, has run."""
+    for one in queued:
+        with beside_captures(one.device):
+            one.synchronize()
+
+
+def synchronize_device(device: torch.device) -> None:
+    """Block until everything queued on any stream of `device` has run.
+
+    Raises:
+        TransactionStateError: some thread captures a graph there on one of torch's streams. A wait for the device would
+            break that.
+    """
+    # torch hands out its streams, those of captures too, from a pool in turn.
+    if any(is_stream_capturing(side_stream(device)) for _ in range(_POOL_STREAMS)):
+        raise TransactionStateError(
+            f"'{device}' cannot be waited for while another thread captures a graph on it; nothing was changed. Do it "
+            "before the capture or after it"
+        )
+    torch.accelerator.synchronize(device)
 
 
 def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
@@ -100,15 +165,17 @@ def without_default_device() -> contextlib.AbstractContextManager[Any]:
 def side_stream(device: torch.device) -> torch.Stream:
     """A new stream; the caller's current one where the device has no others."""
     try:
-        return torch.Stream(device)
+        with beside_captures(device):
+            return torch.Stream(device)
     except (RuntimeError, NotImplementedError):
         return torch.accelerator.current_stream(device)
 
 
 def record_now(device: torch.device) -> torch.Event:
     """An event at the end of what the current stream of `device` was given."""
-    event = torch.Event(device)
-    event.record(torch.accelerator.current_stream(device))
+    with beside_captures(device):
+        event = torch.Event(device)
+        event.record(torch.accelerator.current_stream(device))
     return event
 
 
@@ -119,13 +186,20 @@ def wait_on_stream(event: torch.Event) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` records a graph instead of running what it is given."""
-    if device.type == "cpu":
+    return device.type != "cpu" and is_stream_capturing(torch.accelerator.current_stream(device))
+
+
+def is_stream_capturing(stream: torch.Stream) -> bool:
+    """Whether `stream`, of whatever thread, records a graph."""
+    known: Any = stream
+    if hasattr(known, "is_capturing"):
+        return bool(known.is_capturing())
+    # Before torch 2.11 only the current stream is asked, and by few devices.
+    ask = getattr(torch.get_device_module(stream.device), "is_current_stream_capturing", None)
+    if ask is None:
         return False
-    stream: Any = torch.accelerator.current_stream(device)
-    if hasattr(stream, "is_capturing"):
-        return bool(stream.is_capturing())
-    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-    return ask is not None and bool(ask())
+    with on_stream(stream):
+        return bool(ask())
 
 
 def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
@@ -145,13 +219,13 @@ class Pinning:
 
     def __init__(self, stream: torch.Stream) -> None:
         self.stream = stream
-        registrar = registrars.get(stream.device.type)
-        self._registrar = None if registrar is None else registrar()
+        driver = drivers.get(stream.device.type)
+        self._driver = None if driver is None else driver()
 
     @property
     def needs_own_memory(self) -> bool:
         """Whether `allocate` gives pinned memory; else `register` pins what is there."""
-        return self._registrar is None
+        return self._driver is None
 
     def register(self, address: int, num_bytes: int) -> None:
         """Pin memory that exists.
@@ -160,17 +234,17 @@ class Pinning:
             TransactionStateError: the device refused, or a graph is being captured; the memory is as before.
         """
         refuse_capture("staging memory cannot be pinned", [self.stream.device])
-        if self._registrar is not None:
-            self._call(self._registrar[0], address, num_bytes)
+        if self._driver is not None:
+            self._call(self._driver.register, address, num_bytes)
 
     def unregister(self, *addresses: int) -> None:
         """Undo `register` for each of them. Raises TransactionStateError: the device refused some."""
-        if self._registrar is None:
+        if self._driver is None:
             return
         with contextlib.ExitStack() as every:
             # Whatever one of them raises, the others are tried.
             for address in addresses:
-                every.callback(self._call, self._registrar[1], address)
+                every.callback(self._call, self._driver.unregister, address)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """New pinned memory, uint8, page-aligned. Raises as `register` does."""

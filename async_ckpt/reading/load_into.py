@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ConfigError, StateMismatchError
 from ..format.tensors import TensorExtent
-from ..host.device import is_copyable
+from ..host.device import beside_captures, is_copyable, synchronize_device
 from ..host.facts import available_memory_bytes
 from ..threads.locks import uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
@@ -214,7 +214,7 @@ class _Mover:
         targets = [*self._direct, *(target for target, _ in self._copies)]
         for device in {tensor.device for tensor in targets if tensor.device.type != "cpu"}:
             # Kernels that still read the old values may be queued on any stream.
-            torch.accelerator.synchronize(device)
+            synchronize_device(device)
         tracked = [tensor for tensor in self._direct if not tensor.is_inference()]
         for tensor in tracked:
             # A snapshot that is being taken of it must see the first change, not only the last.
@@ -267,7 +267,8 @@ class _Mover:
     @torch.no_grad()
     def _copy(self) -> None:
         for target, source in self._copies:
-            target.copy_(source)
+            with beside_captures(target.device):
+                target.copy_(source)
 
     @torch.no_grad()
     def _copy_or_restore(self) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from ..errors import TransactionStateError
-from ..host.device import Pinning, on_stream, refuse_capture, synchronize
+from ..host.device import Pinning, beside_captures, on_stream, refuse_capture, synchronize
 from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
 from .verified_file import VerifiedFile
 
@@ -140,7 +140,8 @@ def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
 
     The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
     """
-    storage = torch.UntypedStorage(num_bytes, device=device)
+    with beside_captures(device):
+        storage = torch.UntypedStorage(num_bytes, device=device)
     if num_bytes >= 2 * HUGE_PAGE_BYTES and device.type == "cpu":
         advise_huge_pages(storage.data_ptr(), num_bytes)
     return storage

@@ -6,11 +6,12 @@ Neither queueing nor ordering blocks the CPU; what waits gives up the GIL.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 
-from ..host.device import keep_for, on_stream, record_now, side_stream
+from ..host.device import keep_for, on_stream, record_now, side_stream, synchronize
 from ..threads.locks import uninterrupted
 
 Callers = dict[torch.device, torch.Event]
@@ -49,7 +50,7 @@ class SideStreams:
         for device in devices:
             if device in self._streams:
                 with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
-                    uninterrupted(self._streams[device].synchronize)
+                    uninterrupted(partial(synchronize, [self._streams[device]]))
 
     def _stream(self, device: torch.device) -> torch.Stream:
         # Both the caller's thread and the copy thread may be the first.
@@ -59,9 +60,3 @@ class SideStreams:
 def mark(devices: Iterable[torch.device]) -> Callers:
     """The point on the caller's streams after which the sources are final."""
     return {device: record_now(device) for device in devices}
-
-
-def wait_for(events: Sequence[torch.Event]) -> None:
-    """Block this thread until the queued copies have ended."""
-    for event in events:
-        event.synchronize()

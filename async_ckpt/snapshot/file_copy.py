@@ -20,12 +20,13 @@ from operator import and_
 import torch
 
 from ..format.chunk import Chunk
+from ..host.device import synchronize
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
 from .chunk_map import ChunkMap
 from .chunk_sink import ChunkSink
 from .copy_threads import CopyTeam
-from .device import SideStreams, mark, wait_for
+from .device import SideStreams, mark
 from .host_copy import HostSources
 from .payloads import Payloads, address_of_bytes
 from .torn_check import TornCheck
@@ -336,7 +337,7 @@ class FileCopy:
         """Wait for each chunk's copies and hand it over."""
         queued, self._unfinished = self._unfinished, []
         for k, chunk, events, began in queued:
-            wait_for(events)
+            synchronize(events)
             self._report(k, began)
             if self._completes:
                 self._torn.compare_chunk(k, chunk.address)

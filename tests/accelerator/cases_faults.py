@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from async_ckpt.errors import TornSnapshotError, TransactionStateError
 from async_ckpt.host.device import pinning
+from async_ckpt.integrations.dcp import load_sharded, save_sharded
 from async_ckpt.integrations.dcp.stager import ArenaStager
 from async_ckpt.snapshot.arena import StagingArena
 from tests.support.insides import arena_of
@@ -200,7 +204,7 @@ def test_a_chunk_that_could_not_be_pinned_is_pinned_later_or_not_used(
     from async_ckpt.host import device
 
     if not is_registered:
-        monkeypatch.delitem(device.registrars, DEVICE.type)
+        monkeypatch.delitem(device.drivers, DEVICE.type)
     arena = StagingArena(3, 64 << 10, pinning=pinning(True))
     with simulator.inject("pin", after=1), pytest.raises(TransactionStateError, match="refused to pin"):
         arena.fault_in(3 * 64 << 10)
@@ -309,6 +313,80 @@ def test_a_step_that_was_captured_is_noticed(tmp_path: Path, simulator: Any) -> 
             pending.result(TIMEOUT_S)
             assert pending.metrics.saves[0].mode == "eager"
     assert [distinct(on_disk(tmp_path, f"{step}")["w"]) for step in range(3)] == [[1], [0], [-1]]
+
+
+@pytest.fixture
+def captured_elsewhere(simulator: Any) -> Any:
+    """A context in which another thread captures a graph, in torch's default mode; gives the graph."""
+
+    @contextlib.contextmanager
+    def capturing(weight: torch.Tensor) -> Iterator[Graph]:
+        has_begun, may_end, graph = threading.Event(), threading.Event(), Graph()
+
+        def capture() -> None:
+            with simulator.capture(graph):
+                weight.add_(10)
+                has_begun.set()
+                may_end.wait(TIMEOUT_S)
+                weight.mul_(2)
+
+        with ThreadPoolExecutor(1) as thread:
+            captured = thread.submit(capture)
+            try:
+                assert has_begun.wait(TIMEOUT_S)
+                yield graph
+            finally:
+                may_end.set()
+                captured.result(TIMEOUT_S)
+
+    return capturing
+
+
+def test_nothing_spoils_a_graph_that_another_thread_captures(
+    tmp_path: Path, any_mode: str, captured_elsewhere: Any
+) -> None:
+    other = torch.ones(3, device=DEVICE)
+    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with captured_elsewhere(other) as graph:
+        # All that a device is asked for, and all on the caller's thread or behind it: memory is pinned and unpinned,
+        # streams are made, events waited for, chunks given up, device memory is taken.
+        with engine(tmp_path) as made:
+            made.prewarm()
+            saved(made, "eager", model={"w": weight.detach(), "t": weight.detach().reshape(256, -1).t()}).result(
+                TIMEOUT_S
+            )
+            made.guard(optimizer)
+            pending = saved(made, "lazy", model={"w": weight.detach()})
+            optimizer.step()
+            pending.result(TIMEOUT_S)
+            loaded = made.load("lazy/model.pt")["w"]
+        stager = ArenaStager(num_slots=1)
+        staged = stager.stage({"w": weight.detach()})["w"].clone()
+        stager.close()
+    graph.replay()
+    assert (distinct(other), distinct(loaded), distinct(staged)) == ([22], [1], [0])
+    assert distinct(on_disk(tmp_path, "eager")["w"]) == distinct(on_disk(tmp_path, "lazy")["w"]) == [1]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_load_that_would_spoil_another_threads_graph_is_refused(
+    tmp_path: Path, simulator: Any, captured_elsewhere: Any
+) -> None:
+    target, other = torch.ones(SIZE, device=DEVICE), torch.ones(3, device=DEVICE)
+    committed(tmp_path, w=torch.full((SIZE,), 3.0))
+    with engine(tmp_path) as made:
+        save_sharded(made, "shards", {"w": torch.full((SIZE,), 3.0)}).result(TIMEOUT_S)
+        with captured_elsewhere(other) as graph:
+            with pytest.raises(TransactionStateError, match="while another thread captures a graph on it"):
+                made.load_into({"w": target}, "t/model.pt")
+            with pytest.raises(TransactionStateError, match="while another thread captures a graph on it"):
+                load_sharded(made, "shards", {"w": target})
+        graph.replay()
+        assert (distinct(other), distinct(target)) == ([22], [1])
+        made.load_into({"w": target}, "t/model.pt")
+    assert distinct(target) == [3]
 
 
 def test_a_step_inside_a_capture_is_refused_while_a_lazy_snapshot_is_in_flight(tmp_path: Path, simulator: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from async_ckpt.snapshot import file_copy, guard
 from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
-from .simulator import MODES
+from .simulator import MODES, Graph
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -128,6 +130,28 @@ def staged(root: Path, simulator: Any) -> bool:
         stager.close()
 
 
+def beside_a_capture(root: Path, simulator: Any) -> bool:
+    """A save while another thread captures a graph."""
+    weight = torch.ones(SIZE, device=DEVICE)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def capture() -> None:
+        with simulator.capture(Graph()):
+            has_begun.set()
+            may_end.wait(TIMEOUT_S)
+
+    with ThreadPoolExecutor(1) as thread:
+        captured = thread.submit(capture)
+        has_begun.wait(TIMEOUT_S)
+        try:
+            with engine(root) as made:
+                saved(made, "t", model={"w": weight}).result(TIMEOUT_S)
+        finally:
+            may_end.set()
+        captured.result(TIMEOUT_S)
+    return distinct(on_disk(root, "t")["w"]) == [1]
+
+
 def recorded_early(monkeypatch: Any) -> None:
     """The event of a chunk's copies stands before them."""
     early: list[torch.Event] = []
@@ -166,7 +190,7 @@ MISTAKES: dict[str, tuple[Plant, Scenario]] = {
         guarded_steps_on_another_device,
     ),
     "chunks are sent before their copies have ended": (
-        patched(file_copy, "wait_for"),
+        patched(file_copy, "synchronize"),
         guarded_steps,
     ),
     "an event is recorded before the copies": (recorded_early, guarded_steps),
@@ -176,6 +200,10 @@ MISTAKES: dict[str, tuple[Plant, Scenario]] = {
     "load copies on a stream of its own": (patched(scatter, "on_stream", lambda _: contextlib.nullcontext()), a_load),
     "load_into does not wait for readers": (patched(torch.accelerator, "synchronize"), a_load_into),
     "load_into does not wait for its copies": (patched(scatter, "synchronize"), a_load_into),
+    "calls are forbidden by another thread's capture": (
+        patched(devices, "beside_captures", lambda _: contextlib.nullcontext()),
+        beside_a_capture,
+    ),
     "the stager does not wait": (patched(staging, "synchronize"), staged),
 }
 SCENARIOS = sorted({scenario for _, scenario in MISTAKES.values()}, key=lambda scenario: scenario.__name__)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from .common import on
-from .simulator import Graph
+from .simulator import CAPTURE_MODES, Graph
 
 DEVICE = torch.device("simulated", 0)
 OTHER = torch.device("simulated", 1)
@@ -238,23 +241,59 @@ def test_a_captured_graph_runs_only_when_it_is_replayed(simulator: Any) -> None:
     assert values(tensor) == [2]
 
 
-@pytest.mark.parametrize("act", ["pin", "register", "wait", "event"])
-def test_a_capture_is_spoilt_by_what_no_device_permits_meanwhile(simulator: Any, act: str) -> None:
+UNSAFE = {
+    "pin": lambda made, event: torch.empty(3, pin_memory=True),
+    "register": lambda made, event: made.extension.host_register(4096, 4096),
+    "unregister": lambda made, event: made.extension.host_unregister(4096),
+    "stream": lambda made, event: torch.Stream(DEVICE),
+    "query": lambda made, event: event.query(),
+    "wait": lambda made, event: event.synchronize(),
+}
+"""Forbidden during a capture in the global mode, on every thread that has that mode too."""
+CONFLICTING = {
+    "device": lambda made, event: torch.accelerator.synchronize(DEVICE),
+    "event": lambda made, event: torch.accelerator.current_stream(DEVICE).wait_event(event),
+}
+"""In every mode, on the thread that captures."""
+
+
+def is_spoilt(simulator: Any, mode: str, act: Any) -> bool:
+    """Whether `act()`, which may fail, spoils a capture of this mode around it."""
+    try:
+        with simulator.capture(Graph(), mode), contextlib.suppress(RuntimeError):
+            act()
+    except RuntimeError as error:
+        assert "capture was spoilt" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", [*UNSAFE, *CONFLICTING])
+def test_a_capture_is_spoilt_by_what_no_device_permits_meanwhile(simulator: Any, name: str) -> None:
     event = torch.Event(DEVICE)
     event.record(torch.accelerator.current_stream(DEVICE))
-    acts = {
-        "pin": lambda: torch.empty(3, pin_memory=True),
-        "register": lambda: simulator.extension.host_register(4096, 4096),
-        "wait": lambda: torch.accelerator.synchronize(DEVICE),
-        "event": lambda: torch.accelerator.current_stream(DEVICE).wait_event(event),
-    }
+    act = partial({**UNSAFE, **CONFLICTING}[name], simulator, event)
+    is_unsafe = name in UNSAFE
+    spoils = [is_spoilt(simulator, mode, act) for mode in CAPTURE_MODES]
+    assert spoils == [True, True, not is_unsafe]
+    if not is_unsafe:
+        return
 
-    def captured() -> None:
-        with simulator.capture(Graph()):
-            acts[act]()
+    def elsewhere(mode: int) -> None:
+        def run() -> None:
+            simulator.extension.exchange_capture_mode(mode)
+            with contextlib.suppress(RuntimeError):
+                act()
 
-    with pytest.raises(RuntimeError, match="capture"):
-        captured()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    for own in (0, 1, 2):
+        spoils = [is_spoilt(simulator, mode, partial(elsewhere, own)) for mode in CAPTURE_MODES]
+        assert spoils == [own == 0, False, False]
+    with contextlib.suppress(RuntimeError):
+        simulator.extension.host_unregister(4096)
 
 
 def test_a_device_has_a_context_once_something_is_queued_or_chosen_there(simulator: Any) -> None:

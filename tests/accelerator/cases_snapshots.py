@@ -200,7 +200,7 @@ def test_load_and_load_into_give_what_was_saved(tmp_path: Path, any_mode: str, f
 def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(
     tmp_path: Path, any_mode: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.delitem(devices.registrars, DEVICE.type, raising=False)
+    monkeypatch.delitem(devices.drivers, DEVICE.type, raising=False)
     weight, optimizer = guarded()
     with engine(tmp_path) as made:
         made.guard(optimizer)
@@ -219,7 +219,7 @@ def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(
 def test_a_device_without_pinned_memory_works_with_pageable_chunks_and_the_metrics_say_so(
     tmp_path: Path, any_mode: str, monkeypatch: Any, simulator: Any
 ) -> None:
-    monkeypatch.delitem(devices.registrars, DEVICE.type, raising=False)
+    monkeypatch.delitem(devices.drivers, DEVICE.type, raising=False)
     simulator.extension.set_has_pinned_memory(False)
     try:
         weight, optimizer = guarded()

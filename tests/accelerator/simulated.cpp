@@ -92,8 +92,14 @@ struct Task {
   uint64_t awaited_seq = 0;
 };
 
+// What a capture, and a thread, may have: as CUDA's `cudaStreamCaptureMode`.
+enum CaptureMode { Global, ThreadLocal, Relaxed };
+
 struct Graph {
   std::vector<Task> tasks;
+  CaptureMode mode = Global;
+  std::thread::id thread = std::this_thread::get_id();
+  bool is_spoilt = false;
 };
 
 struct StreamState {
@@ -108,7 +114,7 @@ struct Event {
   int stream = -1;
   uint64_t seq = 0;
   Clock clock{};
-  const Graph* capture = nullptr;
+  Graph* capture = nullptr;
 };
 
 struct Block {
@@ -144,8 +150,6 @@ struct State {
   bool is_paused = false;
   bool has_pinned_memory = true;
   int num_waits = 0;
-  int num_captures = 0;
-  bool is_capture_spoilt = false;
   std::string failure;  // Of a task; the next wait raises it.
   std::map<std::string, int> injected;
 };
@@ -156,6 +160,7 @@ State& state() {
 }
 
 thread_local int current_device = 0;
+thread_local int capture_mode = Global;
 thread_local std::array<int, kNumDevices> current_stream{};  // Numbers within the device.
 
 int stream_index(const c10::Stream& stream) {
@@ -324,11 +329,31 @@ void work(int index) {
   }
 }
 
-void spoil_captures(const char* what) {  // As a device does that captures in its global mode.
+// What is unsafe during a capture is forbidden by this thread's own captures and, where it has the global mode, by those
+// of others that have it too: whoever does it all the same spoils them.
+void spoil_captures_locked(const char* what) {
+  bool is_permitted = true;
+  for (StreamState& stream : state().streams) {
+    Graph* graph = stream.capture;
+    if (graph == nullptr || graph->mode == Relaxed || capture_mode == Relaxed) continue;
+    bool is_own = graph->thread == std::this_thread::get_id();
+    if (!is_own && (capture_mode == ThreadLocal || graph->mode == ThreadLocal)) continue;
+    graph->is_spoilt = true;
+    is_permitted = false;
+  }
+  TORCH_CHECK(is_permitted, what, " is not permitted while a stream captures; the capture is spoilt");
+}
+
+void spoil_captures(const char* what) {
   std::lock_guard<std::mutex> lock(state().mutex);
-  if (state().num_captures == 0) return;
-  state().is_capture_spoilt = true;
-  TORCH_CHECK(false, what, " is not permitted while a stream captures; the capture is spoilt");
+  spoil_captures_locked(what);
+}
+
+// Whoever asks for the end of what is captured spoils it, in every mode.
+void spoil_captured(const char* what, Graph* graph) {
+  if (graph == nullptr) return;
+  graph->is_spoilt = true;
+  TORCH_CHECK(false, what, " is not permitted for what is being captured; the capture is spoilt");
 }
 
 // With the mutex held. Returns the number of the task in its stream.
@@ -410,6 +435,7 @@ void wait_for_streams(const char* kind, int first, int end) {
   {
     std::lock_guard<std::mutex> lock(state().mutex);
     for (int i = first; i < end; ++i) {
+      spoil_captured(kind, state().streams[i].capture);
       targets.emplace_back(i, state().streams[i].last);
       join(clock, state().streams[i].clock);
     }
@@ -501,6 +527,8 @@ struct DeviceAllocator final : c10::Allocator {
       block = fitting.back();
       fitting.pop_back();
     } else {
+      // torch's allocator lets the thread that captures allocate.
+      if (state().streams[stream].capture == nullptr) spoil_captures_locked("allocating device memory");
       TORCH_CHECK_WITH(OutOfMemoryError, memory.used + size <= kDeviceBytes, "simulated device ", current_device,
                        " is out of memory");
       block = new Block{current_device, stream, memory.base + memory.used, size, {}, {}};
@@ -578,6 +606,7 @@ void host_register(uintptr_t address, size_t num_bytes) {
 }
 
 void host_unregister(uintptr_t address) {
+  spoil_captures("unpinning memory");
   std::lock_guard<std::mutex> lock(state().mutex);
   auto found = state().regions.find(address);
   TORCH_CHECK(found != state().regions.end() && found->second.is_registered, "this memory is not registered");
@@ -624,6 +653,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(index_or_current(device), 0); }
   c10::Stream getNewStream(c10::Device device, int) const override {
     fail_if_injected("stream");
+    spoil_captures("making a stream");
     std::lock_guard<std::mutex> lock(state().mutex);
     int index = index_or_current(device);
     state().contexts.insert(index);
@@ -643,7 +673,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     TORCH_CHECK(device < 0 || device == stream.device_index(), "an event of simulated device ", int(device),
                 " was recorded on a stream of device ", int(stream.device_index()));
     fail_if_injected("event");
-    if (*event == nullptr) *event = new Event();
+    if (*event == nullptr) {
+      if (state().streams[stream_index(stream)].capture == nullptr) spoil_captures("making an event");
+      *event = new Event();
+    }
     auto* recorded = static_cast<Event*>(*event);
     int index = stream_index(stream);
     std::lock_guard<std::mutex> lock(state().mutex);
@@ -661,7 +694,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     std::lock_guard<std::mutex> lock(state().mutex);
     StreamState& waiting = state().streams[index];
     if (waiting.capture != awaited.capture) {
-      state().is_capture_spoilt = true;
+      for (Graph* graph : {waiting.capture, awaited.capture})
+        if (graph != nullptr) graph->is_spoilt = true;
       TORCH_CHECK(
           false,
           "a stream that captures cannot wait for an event from outside of the capture, nor the other way round");
@@ -679,6 +713,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (event == nullptr) return true;
     const auto& asked = *static_cast<Event*>(event);
     std::lock_guard<std::mutex> lock(state().mutex);
+    spoil_captures_locked("event.query");
+    spoil_captured("event.query", asked.capture);
     if (asked.stream >= 0 && !is_done(asked.stream, asked.seq)) return false;
     join(state().host, asked.clock);
     return true;
@@ -686,6 +722,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void* event) const override {
     if (event == nullptr) return;
     const auto& awaited = *static_cast<Event*>(event);
+    spoil_captured("event.synchronize", awaited.capture);
     if (awaited.stream >= 0) host_wait("event.synchronize", {{awaited.stream, awaited.seq}}, awaited.clock);
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
@@ -693,6 +730,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream& stream) const override {
     std::lock_guard<std::mutex> lock(state().mutex);
     const StreamState& asked = state().streams[stream_index(stream)];
+    spoil_captured("stream.query", asked.capture);
     return asked.done >= asked.last;
   }
   void synchronizeStream(const c10::Stream& stream) const override {
@@ -1198,21 +1236,18 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
 
 // Graphs.
 
-void begin_capture(int device, int number) {
+void begin_capture(int device, int number, int mode) {
   std::lock_guard<std::mutex> lock(state().mutex);
   StreamState& stream = state().streams[device * kStreamsPerDevice + number];
   TORCH_CHECK(stream.capture == nullptr, "this stream captures already");
-  stream.capture = new Graph();
-  state().is_capture_spoilt = false;
-  ++state().num_captures;
+  stream.capture = new Graph{{}, static_cast<CaptureMode>(mode)};
 }
 
 uintptr_t end_capture(int device, int number) {
   std::lock_guard<std::mutex> lock(state().mutex);
   StreamState& stream = state().streams[device * kStreamsPerDevice + number];
-  --state().num_captures;
   auto* graph = std::exchange(stream.capture, nullptr);
-  TORCH_CHECK(!state().is_capture_spoilt, "the capture was spoilt by an operation that is not permitted meanwhile");
+  TORCH_CHECK(!graph->is_spoilt, "the capture was spoilt by an operation that is not permitted meanwhile");
   return reinterpret_cast<uintptr_t>(graph);
 }
 
@@ -1327,6 +1362,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     std::lock_guard<std::mutex> lock(state().mutex);
     return state().streams[device * kStreamsPerDevice + number].capture != nullptr;
   });
+  module.def("exchange_capture_mode", [](int mode) { return std::exchange(capture_mode, mode); });
   module.def("begin_capture", &begin_capture);
   module.def("end_capture", &end_capture);
   module.def("replay", &replay, Unlocked());

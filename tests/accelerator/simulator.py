@@ -28,6 +28,7 @@ import torch
 SOURCE = Path(__file__).with_name("simulated.cpp")
 NAME = "simulated"
 MODES = ("immediate", "random", "lazy", "contrary")
+CAPTURE_MODES = ("global", "thread_local", "relaxed")
 BUILD_TIMEOUT_S = 500.0
 
 
@@ -198,13 +199,16 @@ class Simulator:
         return bool(self.extension.is_capturing(stream.device_index, stream.stream_id))
 
     @contextlib.contextmanager
-    def capture(self, graph: Graph) -> Iterator[None]:
-        """What the block queues on a stream of its own is recorded in `graph`, and does not run."""
+    def capture(self, graph: Graph, error_mode: str = "global") -> Iterator[None]:
+        """What the block queues on a stream of its own is recorded in `graph`, and does not run.
+
+        `error_mode`: one of `CAPTURE_MODES`, as of torch's graphs: whom it forbids what is unsafe meanwhile.
+        """
         stream = torch.Stream(torch.device(NAME, torch.accelerator.current_device_index()))
         before = torch.accelerator.current_stream()
         stream.wait_stream(before)
         torch.accelerator.set_stream(stream)
-        self.extension.begin_capture(stream.device_index, stream.stream_id)
+        self.extension.begin_capture(stream.device_index, stream.stream_id, CAPTURE_MODES.index(error_mode))
         try:
             yield
         except BaseException:
@@ -255,7 +259,9 @@ def load_for_package() -> Simulator:
     from async_ckpt.host import device
 
     made = load()
-    device.registrars[NAME] = lambda: (made.extension.host_register, made.extension.host_unregister)
+    extension = made.extension
+    driver = device.Driver(extension.host_register, extension.host_unregister, extension.exchange_capture_mode)
+    device.drivers[NAME] = lambda: driver
     return made
 
 

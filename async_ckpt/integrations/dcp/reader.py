@@ -26,6 +26,7 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
+from ...host.device import beside_captures, synchronize_device
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint
 from ...reading.verified_file import VerifiedFile
@@ -166,14 +167,15 @@ class DcpReader(StorageReader):
                 raise StateMismatchError(f"{name} has another quantization than the tensor in its place", (name,))
             if target.device.type != "cpu" and target.device not in self._quiet:
                 # Kernels that still read the old values may be queued on any stream.
-                torch.accelerator.synchronize(target.device)
+                synchronize_device(target.device)
                 self._quiet.add(target.device)
             try:
                 # Not into a detached view: of a sparse tensor that would be another one.
                 with torch.no_grad():
                     if stored.layout in _COMPRESSED and target.layout is stored.layout:
                         target.resize_as_sparse_(stored)
-                    target.copy_(stored)
+                    with beside_captures(target.device):
+                        target.copy_(stored)
             except RuntimeError as error:
                 raise StateMismatchError(f"{name} does not fit the tensor in its place: {error}", (name,)) from error
             planner.commit_tensor(item, target)

@@ -15,13 +15,14 @@ import copy
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from ...host.device import accelerators, pinning, synchronize
+from ...host.device import accelerators, beside_captures, pinning, synchronize
 from ...snapshot.arena import StagingArena, StagingChunk
 from ...threads.locks import uninterrupted
 
@@ -161,7 +162,7 @@ class _Storages:
             # The slot must not be given back while a device still writes to it.
             for stream in streams.values():
                 with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
-                    uninterrupted(stream.synchronize)
+                    uninterrupted(partial(synchronize, [stream]))
             raise
 
     def _queue_copies(self, chunk: StagingChunk, memory: memoryview) -> None:
@@ -171,7 +172,8 @@ class _Storages:
                 continue
             offset, nbytes = self._offsets[key], high - low
             source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (nbytes,), (1,))
-            chunk.tensor[offset : offset + nbytes].copy_(source, non_blocking=True)
+            with beside_captures(storage.device):
+                chunk.tensor[offset : offset + nbytes].copy_(source, non_blocking=True)
             self._staged[key] = torch.frombuffer(memory[offset : offset + nbytes], dtype=torch.uint8).untyped_storage()
 
     def rebuild(self, tensor: torch.Tensor) -> torch.Tensor:
