@@ -125,9 +125,12 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the
         copy of what no guard protects (about one memcpy), and while the staging memory is full (backpressure).
 
-        NumPy arrays and bytes are pickled in memory, outside the staging memory, at up to four times their size and
-        with the GIL held: wrap large ones (``torch.from_numpy``). The first save of a path warns of those above 64 MiB,
-        and of objects that `load` refuses unless `weights_only=False`, with their key paths.
+        NumPy arrays and bytes cannot be streamed: torch's pickle writes each byte from 128 on as two, so that the place
+        of everything behind them depends on their values. They are encoded in this call, outside the staging memory,
+        and kept until they are written: an array at its size to twice that (1.5 times for random bits), MiB by MiB;
+        bytes and bytearrays at up to six times theirs while the GIL is held. So wrap large ones (``torch.from_numpy``).
+        The first save of a path warns of those above 64 MiB, and of objects that `load` refuses unless
+        `weights_only=False`, with their key paths.
 
         Args:
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.

@@ -16,11 +16,13 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from .checksum import crc32
 from .zip_directory import DESCRIPTOR_MAGIC, END, END64, ENTRY, LOCATOR, UINT32_MAX
 
 MAX_ALIGNMENT = 65536
+APART_BYTES = 1 << 20
 ARCHIVE = b"archive/"
 SERIALIZATION_ID_NBYTES = 40
 _UINT16_MAX = 0xFFFF
@@ -106,16 +108,22 @@ class _Builder:
         self.entries.append(entry)
         self.entries_nbytes += len(entry)
 
-    def add_literal(self, name: bytes, data: bytes, crc: int) -> tuple[int, int]:
+    def add_literal(self, name: bytes, pieces: Sequence[bytes], crc: int) -> tuple[int, int]:
         """Append a record whose bytes are known; returns its payload offset and its entry's offset inside the
-        directory.
+        directory. Of several pieces, large ones become literals as they are.
         """
-        header_offset = self.pos
-        self._header(name, len(data))
+        header_offset, nbytes = self.pos, sum(map(len, pieces))
+        self._header(name, nbytes)
         offset, entry_at = self.pos, self.entries_nbytes
-        self.run.append(data)
-        self.pos += len(data)
-        self._close(name, len(data), header_offset, crc)
+        for piece in pieces:
+            is_apart = len(piece) >= APART_BYTES and len(pieces) > 1
+            if is_apart:
+                self.flush()
+            self.run.append(piece)
+            self.pos += len(piece)
+            if is_apart:
+                self.flush()
+        self._close(name, nbytes, header_offset, crc)
         return offset, entry_at
 
     def add_payload(self, name: bytes, nbytes: int) -> None:
@@ -132,9 +140,9 @@ class _Builder:
         self._close(name, nbytes, header_offset, 0)
 
     def flush(self) -> None:
-        """End the current literal: a payload starts here, or the file ends."""
+        """End the current literal: a payload starts here, a large piece, or the file ends."""
         self.literals.append((self.run_start, b"".join(self.run)))
-        self.run = []
+        self.run, self.run_start = [], self.pos
 
     def finish(self) -> int:
         """Append the central directory and the end records; returns the directory's offset."""
@@ -165,34 +173,37 @@ def _central_entry(name: bytes, nbytes: int, header_offset: int, crc: int) -> by
     return head + name + extra
 
 
-def _add_head(builder: _Builder, pickle_bytes: bytes) -> tuple[int, ...]:
+def _add_head(builder: _Builder, pickled: Sequence[bytes]) -> tuple[int, ...]:
     head = (
-        (b"data.pkl", pickle_bytes),
-        (b".format_version", b"1"),
-        (b".storage_alignment", b"%d" % builder.alignment),
-        (b"byteorder", sys.byteorder.encode()),
+        (b"data.pkl", pickled),
+        (b".format_version", [b"1"]),
+        (b".storage_alignment", [b"%d" % builder.alignment]),
+        (b"byteorder", [sys.byteorder.encode()]),
     )
-    crcs = tuple(crc32(data) for _, data in head)
-    for (name, data), crc in zip(head, crcs, strict=True):
-        builder.add_literal(ARCHIVE + name, data, crc)
+    crcs = tuple(reduce(lambda crc, piece: crc32(piece, crc), pieces, 0) for _, pieces in head)
+    for (name, pieces), crc in zip(head, crcs, strict=True):
+        builder.add_literal(ARCHIVE + name, pieces, crc)
     return crcs
 
 
-def lay_out(pickle_bytes: bytes, storage_nbytes: Sequence[int], *, name_hash: bytes, alignment: int = 64) -> Container:
+def lay_out(
+    pickle_bytes: bytes | Sequence[bytes], storage_nbytes: Sequence[int], *, name_hash: bytes, alignment: int = 64
+) -> Container:
     """The container that `torch.save` writes around `pickle_bytes` and storages of these sizes, in key order.
 
+    Where the pickle comes in pieces, those of `APART_BYTES` or more become literals as they are, without a copy.
     `name_hash`: the 20 digits torch gives to this set of record names. Costs about 4 us per storage.
     Raises ValueError for an alignment outside 1..65536.
     """
     if not 1 <= alignment <= MAX_ALIGNMENT:
         raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
     builder = _Builder(alignment)
-    crcs_before = _add_head(builder, pickle_bytes)
+    crcs_before = _add_head(builder, [pickle_bytes] if isinstance(pickle_bytes, bytes) else pickle_bytes)
     prefix = ARCHIVE + b"data/%d"
     for key, nbytes in enumerate(storage_nbytes):
         builder.add_payload(prefix % key, nbytes)
-    builder.add_literal(ARCHIVE + b"version", b"3\n", crc32(b"3\n"))
-    id_offset, id_entry = builder.add_literal(ARCHIVE + b".data/serialization_id", bytes(SERIALIZATION_ID_NBYTES), 0)
+    builder.add_literal(ARCHIVE + b"version", [b"3\n"], crc32(b"3\n"))
+    id_offset, id_entry = builder.add_literal(ARCHIVE + b".data/serialization_id", [bytes(SERIALIZATION_ID_NBYTES)], 0)
     directory = builder.finish()
     seal_map = SealMap(
         entry_crc_offsets=[directory + at + 16 for at in builder.payload_entries],
@@ -217,7 +228,7 @@ def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Seque
     """`container` with another data.pkl in front of the same storages; cheap where no payload has to move."""
     first = next((key for key, nbytes in enumerate(storage_nbytes) if nbytes), None)
     builder = _Builder(container.alignment)
-    crcs_before = _add_head(builder, pickle_bytes)
+    crcs_before = _add_head(builder, [pickle_bytes])
     if first is not None:
         for key in range(first + 1):
             builder.add_payload(ARCHIVE + b"data/%d" % key, storage_nbytes[key])

@@ -162,6 +162,13 @@ def without_default_device() -> contextlib.AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction() if is_set else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Without the modes and default devices of the user: for work on memory, which is nobody's tensor."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode(False):
+        yield
+
+
 def side_stream(device: torch.device) -> torch.Stream:
     """A new stream; the caller's current one where the device has no others."""
     try:

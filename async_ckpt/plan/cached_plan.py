@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..format.zip import Container, with_pickle
-from .compaction import Extents, dense_copy, plan_extents
+from .compaction import Extents, plan_extents
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import Sites, find_sites, written
 from .structure import NotPlainError, Structure, picker
@@ -92,9 +92,9 @@ class CachedPlan:
         self._devices = frozenset(draft.live.devices)
         self._storage_nbytes = [extents.nbytes[storage] for storage in order]
         filled = [storage for storage in order if extents.nbytes[storage]]
-        self._copied = [
-            (position, extents.copied[storage]) for position, storage in enumerate(filled) if storage in extents.copied
-        ]
+        self._strided = {
+            payload: extents.strided[storage] for payload, storage in enumerate(filled) if storage in extents.strided
+        }
         self._pick_sources = picker([draft.facts.distinct[storage] for storage in filled])
         self._pick_addresses = picker(filled)
         self._source_starts = [extents.starts[storage] for storage in filled]
@@ -102,7 +102,7 @@ class CachedPlan:
         exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
         container = recorded.container
         self._scalars = _Scalars(
-            pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast")
+            pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast", self._strided)
         )
         self._first = self._planned(self._scalars.plan, leaves, draft.tensors, draft.versions, draft.live, cached=False)
 
@@ -158,7 +158,7 @@ class CachedPlan:
             pieces[piece] = run
         container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
         moved = container.payload_offsets is not before.container.payload_offsets
-        plan = container_plan(container, "fast", None if moved else before.plan.plan_hash)
+        plan = container_plan(container, "fast", self._strided, None if moved else before.plan.plan_hash)
         return _Scalars(pieces, exact, floats, runs, container, plan)
 
     def _planned(
@@ -179,9 +179,6 @@ class CachedPlan:
 
         storages, ids = list(self._pick_sources(live.storages)), list(self._pick_sources(live.storage_ids))
         addresses = list(self._pick_addresses(live.addresses))
-        for position, tensor_index in self._copied:
-            storages[position] = dense_copy(tensors[tensor_index])
-            ids[position], addresses[position] = storages[position]._cdata, storages[position].data_ptr()
         return PlannedState(
             plan=plan,
             storages=storages,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from .strided import Strided
 from .tensor_columns import LiveTensors, TensorFacts
-from .torch_layout import Recorded, record
+from .torch_layout import Part, Recorded, record, run_torch_save
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,8 @@ class Extents:
     offsets: Sequence[int]
     """In elements, from the start of what is written."""
     strides: Sequence[tuple[int, ...]]
-    copied: Mapping[int, int]
-    """Storage -> index of its only tensor, where the elements are written row major from a copy instead of a span with
-    gaps.
-    """
+    strided: Mapping[int, Strided]
+    """By storage, where the elements of its only tensor are written row by row instead of a span with gaps."""
 
 
 def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
@@ -68,32 +67,29 @@ def plan_extents(live: LiveTensors, facts: TensorFacts, *, compact_views: bool) 
         else:
             low[storage], high[storage] = min(low[storage], start), max(high[storage], stop)
     nbytes = [stop - start for start, stop in zip(low, high, strict=True)]
-    offsets, strides, copied = list(live.offsets), list(live.strides), {}
+    offsets, strides, strided = list(live.offsets), list(live.strides), {}
     for index, storage in enumerate(facts.storage_of):
         item, sizes = live.dtypes[index].itemsize, live.sizes[index]
         if views[storage] == 1 and num_elements(sizes) * item < nbytes[storage]:
-            copied[storage] = index
-            low[storage], nbytes[storage] = 0, num_elements(sizes) * item
+            strided[storage] = Strided(live.dtypes[index], sizes, live.strides[index])
+            nbytes[storage] = num_elements(sizes) * item
             offsets[index], strides[index] = 0, dense_strides(sizes)
         else:
             offsets[index] = 0 if 0 in sizes else offsets[index] - low[storage] // item
-    return Extents(low, nbytes, offsets, strides, copied)
+    return Extents(low, nbytes, offsets, strides, strided)
 
 
-def dense_copy(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """A storage with exactly the elements of `tensor`, row major, on the same device."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage()
-
-
-def record_compact(obj: Any, *, alignment: int) -> Recorded:
+def record_compact(obj: Any, *, alignment: int, is_apart: bool) -> Recorded:
     """`record` with `compact_views`: torch pickles shortened storages in place of those of which only views are met.
 
     Two runs: the first learns every view, the second writes. Raises RecordingError like `record`.
     """
     compactor = _Compactor()
-    first = record(obj, alignment=alignment, substitute=compactor.learn)
-    compactor.settle({storage._cdata: uses for storage, uses in zip(first.storages, first.uses, strict=True)})
-    return record(obj, alignment=alignment, substitute=compactor.shorten)
+    first = run_torch_save(obj, compactor.learn)
+    compactor.settle({storage._cdata: first.uses[key] for key, storage in first.storages.items()})
+    recorded = record(obj, alignment=alignment, substitute=compactor.shorten, is_apart=is_apart)
+    recorded.parts = compactor.parts
+    return recorded
 
 
 class _Compactor:
@@ -102,6 +98,7 @@ class _Compactor:
         self.high: dict[int, int] = {}
         self.views: dict[int, int] = {}
         self.shortened: dict[int, torch.UntypedStorage] = {}
+        self.parts: dict[int, Part] = {}
 
     @staticmethod
     def _reduced(tensor: torch.Tensor) -> Any:
@@ -148,9 +145,13 @@ class _Compactor:
         low, high = self.low.get(key, 0), self.high.get(key, 0)
         lazy_bits = type(rest[-1]) is dict
         if self.views[key] == 1 and num_elements(size) * item < high - low and not lazy_bits:
-            short, offset, stride = dense_copy(tensor), 0, dense_strides(size)
+            # As long as what is written, which is not what lies there.
+            short = storage[low : low + num_elements(size) * item]
+            self.parts[short._cdata] = storage, low, Strided(tensor.dtype, tuple(size), tuple(stride))
+            offset, stride = 0, dense_strides(size)
         else:
             short = self.shortened.setdefault(key, storage[low:high])
+            self.parts[short._cdata] = storage, low, None
             offset = 0 if 0 in size else offset - low // item
         wrapped: Any = short
         if not isinstance(held, torch.UntypedStorage):

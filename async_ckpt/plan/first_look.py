@@ -16,13 +16,11 @@ from ..format.named import file_naming, listing, places_named
 from ..format.pickles import MalformedPickleError
 from .key_paths import path_of, walk
 from .object_parts import is_numpy
-
-LARGE_BYTES = 64 << 20
-"""From so many on, a buffer that is no tensor is named."""
+from .torch_layout import LARGE_BYTES
 
 
 def tell_of_buffers(state: Any, file_name: str) -> None:
-    """Warn, with the key paths, of large arrays and bytes: they are pickled in memory, where tensors are streamed."""
+    """Warn, with the key paths, of large arrays and bytes: they are encoded in memory, where tensors are streamed."""
     found = []
     for place, obj in walk(state):
         kind = type(obj)
@@ -33,8 +31,8 @@ def tell_of_buffers(state: Any, file_name: str) -> None:
     if found:
         report(
             logging.WARNING,
-            "%s: %s: what is no tensor is pickled in memory, outside staging_bytes, at up to four times its size "
-            "and with the GIL held. "
+            "%s: %s: what is no tensor is encoded in memory, outside staging_bytes: an array at once to twice its "
+            "size, bytes at up to six times theirs and with the GIL held. "
             "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed",
             file_name or "the state",
             ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else ""),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 from ..format.sealer import Sealer
 from ..format.zip import Container, SealMap
+from .strided import Strided
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ class FilePlan:
     plan_hash: str
     """Equal for files with the same format and the same payload extents."""
     seal_map: SealMap | None = field(repr=False, default=None)
+    strided: Mapping[int, Strided] = field(repr=False, default_factory=dict)
+    """By number, the payloads whose bytes do not lie one behind the other."""
 
     def sealer(self) -> Sealer:
         """A fresh sealer for one written file."""
@@ -120,7 +123,9 @@ def hash_layout(file_format: str, file_bytes: int, offsets: Sequence[int], nbyte
     return digest.hexdigest()
 
 
-def container_plan(container: Container, planner: PlannerName, plan_hash: str | None = None) -> FilePlan:
+def container_plan(
+    container: Container, planner: PlannerName, strided: Mapping[int, Strided], plan_hash: str | None = None
+) -> FilePlan:
     """The plan of a torch container."""
     if plan_hash is None:
         plan_hash = hash_layout("torch", container.file_bytes, container.payload_offsets, container.payload_nbytes)
@@ -133,4 +138,5 @@ def container_plan(container: Container, planner: PlannerName, plan_hash: str | 
         planner=planner,
         plan_hash=plan_hash,
         seal_map=container.seal_map,
+        strided=strided,
     )

@@ -13,12 +13,12 @@ from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
-from .first_look import LARGE_BYTES, tell_of_buffers, tell_of_refused
+from .first_look import tell_of_buffers, tell_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
-from .torch_layout import Recorded, RecordingError, record
+from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError, record
 
 _MAX_TOLD_OF = 64
 """Files whose first save is looked at; a name that changes with each save is no news any more."""
@@ -88,7 +88,8 @@ class Planner:
         """Let torch write it, and remember the plan where its structure is known."""
         draft = None if name in self._loose else self._draft(obj, name)
         try:
-            recorded = (record_compact if self._compact_views else record)(obj, alignment=self._alignment)
+            recording = record_compact if self._compact_views else record
+            recorded = recording(obj, alignment=self._alignment, is_apart=draft is None)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
         refuse_cut_off(obj, recorded.tensors)
@@ -100,7 +101,7 @@ class Planner:
             self._cache = _remembered(self._cache, name, entry, self._cache_entries)
         if self._tells_of_refused and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
-            if len(recorded.pickled) >= LARGE_BYTES:
+            if recorded.pickled_bytes >= LARGE_BYTES:
                 tell_of_buffers(obj, name)
             else:
                 tell_of_refused(recorded.pickled, names_in(recorded.pickled) if entry is None else entry.names, name)
@@ -131,9 +132,12 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     if nbytes != recorded.container.payload_nbytes:
         raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
     refuse_unreadable(obj, storages)
-    plan = container_plan(recorded.container, "torch")
+    parts: list[Part] = [recorded.parts.get(storage._cdata, (storage, 0, None)) for storage in storages]
+    strided = {payload: layout for payload, (_, _, layout) in enumerate(parts) if layout is not None}
+    plan = container_plan(recorded.container, "torch", strided)
+    sources, starts = [storage for storage, _, _ in parts], [start for _, start, _ in parts]
     tensors, versions = recorded.tensors, recorded.versions
-    return planned_state(plan, storages, [0] * len(storages), tensors, versions, lambda: tensor_paths(obj, tensors))
+    return planned_state(plan, sources, starts, tensors, versions, lambda: tensor_paths(obj, tensors))
 
 
 Entry = TypeVar("Entry")

@@ -1,8 +1,7 @@
 """The safetensors layout: a JSON header, then the tensors back to back, as `safetensors.torch.save` writes them.
 
 The format knows neither sharing nor strides: tensors that share a storage are written once each, and a tensor that is
-not contiguous is copied (on its device) when it is planned. The order of dtypes and their names are asked from the
-safetensors library itself.
+not contiguous is written row by row. The order of dtypes and their names are asked from the safetensors library itself.
 """
 
 from __future__ import annotations
@@ -16,10 +15,14 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError
-from .compaction import dense_copy, num_elements
+from .compaction import num_elements
 from .plan import FilePlan, PlannedState, hash_layout, planned_state, version_counters
+from .strided import Strided
 from .structure import TENSOR_TYPES, NotPlainError
 from .tensor_columns import LiveTensors, look_at
+
+Bits = dict[int, tuple[bool, bool]]
+"""By tensor, of those that have one: the conjugate and the negative bit."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The library refuses to read longer headers."""
@@ -28,10 +31,11 @@ _MAX_HEADER_BYTES = 100_000_000
 class SafetensorsPlan:
     """One set of names, dtypes and shapes laid out. Keeps no tensor; can be reused while names and facts are equal."""
 
-    def __init__(self, names: list[str], live: LiveTensors, metadata: dict[str, str] | None = None) -> None:
+    def __init__(self, names: list[str], live: LiveTensors, bits: Bits, metadata: dict[str, str] | None = None) -> None:
         self.names = names
         self.metadata = metadata
         self.columns = live.columns
+        self.bits = bits
         formats = dict(_formats(frozenset(live.dtypes)))
         self.order = sorted(
             range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode())
@@ -66,21 +70,19 @@ class SafetensorsPlan:
             format="safetensors",
             planner="safetensors",
             plan_hash=hash_layout("safetensors", file_bytes, offsets, self.nbytes),
+            strided={
+                payload: Strided(live.dtypes[index], live.sizes[index], live.strides[index], *bits.get(index, ()))
+                for payload, index in enumerate(self.filled)
+                if index in bits or not live.tensors[index].is_contiguous()
+            },
         )
 
     def planned(
         self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
     ) -> PlannedState:
-        """Attach live storages; copies what is not contiguous, after `versions` were read."""
-        storages, starts = [], []
-        for index in self.filled:
-            tensor = live.tensors[index]
-            if tensor.is_contiguous():
-                storages.append(live.storages[index])
-                starts.append(live.offsets[index] * live.dtypes[index].itemsize)
-            else:
-                storages.append(dense_copy(tensor))
-                starts.append(0)
+        """Attach live storages."""
+        storages = [live.storages[index] for index in self.filled]
+        starts = [live.offsets[index] * live.dtypes[index].itemsize for index in self.filled]
         names = self.names
         return planned_state(
             self.plan, storages, starts, tensors, versions, lambda: [f"[{n!r}]" for n in names], cached=cached
@@ -95,23 +97,24 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
     """
     metadata, obj = _metadata(obj)
     names, tensors = _flat(obj)
-    # Before anything is copied, here (conjugate bits) or in `planned`.
-    versions = version_counters(tensors)
+    versions, bits = version_counters(tensors), Bits()
     try:
         live = look_at(tensors)
     except NotPlainError:
+        bits = {i: (t.is_conj(), t.is_neg()) for i, t in enumerate(tensors) if t.is_conj() or t.is_neg()}
         live = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
     if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
-    if previous is not None and (previous.names, previous.columns, previous.metadata) == (
+    if previous is not None and (previous.names, previous.columns, previous.bits, previous.metadata) == (
         names,
         live.columns,
+        bits,
         metadata,
     ):
         return previous, previous.planned(tensors, versions, live, cached=True)
     for name, dtype in zip(names, live.dtypes, strict=True):
         _format_of(name, dtype)
-    plan = SafetensorsPlan(names, live, metadata)
+    plan = SafetensorsPlan(names, live, bits, metadata)
     return plan, plan.planned(tensors, versions, live, cached=False)
 
 
@@ -145,16 +148,18 @@ def _flat(obj: Any) -> tuple[list[str], list[torch.Tensor]]:
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without Python attributes and lazy conjugation, or an error that names it."""
+    """The memory of `tensor`, without Python attributes and its conjugate and negative bit, or an error that names
+    it."""
     try:
-        resolved = tensor.detach().resolve_conj().resolve_neg()
-        look_at([resolved])
+        memory = tensor.detach().conj() if tensor.is_conj() else tensor.detach()
+        memory = torch._neg_view(memory) if memory.is_neg() else memory
+        look_at([memory])
     except (NotPlainError, RuntimeError, NotImplementedError) as error:
         message = (
             f"state[{name!r}]: safetensors takes dense tensors whose bytes can be copied ({error}); nothing was written"
         )
         raise UnsupportedStateError(message) from error
-    return resolved
+    return memory
 
 
 def _library() -> Any:

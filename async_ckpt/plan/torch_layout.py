@@ -8,9 +8,12 @@ is read, no device is synchronised, and location tags are those of the original 
 from __future__ import annotations
 
 import pickle
+import secrets
+import struct
+import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from types import SimpleNamespace
@@ -18,13 +21,25 @@ from typing import Any
 
 import torch
 
-from ..format.zip import Container, lay_out
+from ..format.zip import APART_BYTES, Container, lay_out
+from .object_parts import is_numpy
 from .plan import version_counters
+from .strided import Strided
 
 _STORAGES = (torch.storage.TypedStorage, torch.UntypedStorage)
 
+LARGE_BYTES = 64 << 20
+"""From so many on, a data.pkl is not looked through, and a buffer that is no tensor is named."""
+
+_TOKEN_BYTES = 32
+_MAX_TEXT_BYTES = 0xFFFFFFFF
+
 Substitute = Callable[[torch.Tensor], Any]
 """Returns a reduce value to pickle instead of the tensor's own, or NotImplemented."""
+
+
+Part = tuple[torch.UntypedStorage, int, Strided | None]
+"""A storage, the byte of it that what is written begins at, and how that lies there if not as it is written."""
 
 
 @dataclass(slots=True)
@@ -33,7 +48,9 @@ class Recorded:
 
     container: Container
     pickled: bytes
-    """data.pkl."""
+    """data.pkl, with tokens in place of the bytes of large arrays; empty where it has `LARGE_BYTES`, and lies apart."""
+    pickled_bytes: int
+    """Of the whole data.pkl."""
     storages: list[torch.UntypedStorage]
     """Per storage key, empty ones too."""
     persistent_ids: list[tuple[Any, ...]]
@@ -43,7 +60,9 @@ class Recorded:
     tensors: list[torch.Tensor]
     """Every tensor object, in pickling order."""
     versions: list[int | None]
-    """The version counter of each when it was met, before anything of it was copied."""
+    """The version counter of each when it was met."""
+    parts: Mapping[int, Part] = field(default_factory=dict)
+    """By `_cdata`, the storages that stand for parts of the user's."""
 
 
 class RecordingError(Exception):
@@ -60,7 +79,7 @@ class _Pickled(Exception):
     """Ends torch.save when it has pickled the object: the container around it is arithmetic."""
 
 
-class _Recorder:
+class Recorder:
     """Collects, during one torch.save, which storage owns which key."""
 
     def __init__(self, substitute: Substitute | None) -> None:
@@ -70,7 +89,10 @@ class _Recorder:
         self.tensors: list[torch.Tensor] = []
         self.versions: list[int | None] = []
         self.refused: list[Any] = []
-        self.pickled = b""
+        self.pieces: list[bytes] = []
+        """Of the pickle: a text of 64 KiB or more is one, which nobody has copied."""
+        self.arrays: dict[bytes, Any] = {}
+        """Large arrays, each by the bytes that were pickled in place of its own."""
         self.substitute = substitute
 
     def note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
@@ -104,29 +126,30 @@ class _Recorder:
                 cls.persistent_id = persistent_id  # type: ignore[method-assign]
 
             def __init__(self, file: BytesIO, *arguments: Any, **options: Any) -> None:
-                super().__init__(file, *arguments, **options)
-                self._file = file
+                super().__init__(SimpleNamespace(write=recorder.pieces.append), *arguments, **options)
 
             def dump(self, obj: Any) -> None:
                 super().dump(obj)
-                recorder.pickled = self._file.getvalue()
                 raise _Pickled
 
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, torch.Tensor):
                     recorder.tensors.append(obj)
-                    # At once: a substitute may hold a copy.
                     recorder.versions += version_counters([obj])
                     if recorder.substitute is not None:
                         return recorder.substitute(obj)
+                elif type(obj).__name__ == "ndarray" and is_numpy(type(obj)) and _is_left_out(obj):
+                    token = secrets.token_hex(_TOKEN_BYTES // 2).encode()
+                    recorder.arrays[token] = obj
+                    return _reduced(obj, token)
                 return NotImplemented
 
         return RecordingPickler
 
 
-def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = None) -> Recorded:
-    """Run torch.save on `obj` and keep its layout. Raises RecordingError where torch.save raises an Exception."""
-    recorder = _Recorder(substitute)
+def run_torch_save(obj: Any, substitute: Substitute | None = None) -> Recorder:
+    """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
+    recorder = Recorder(substitute)
     module = SimpleNamespace(__name__="pickle", Pickler=recorder.pickler_class(), Unpickler=pickle.Unpickler)
     try:
         # No file object in Python: torch loses what a signal handler raises in one.
@@ -135,17 +158,81 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
         pass
     except Exception as error:
         raise RecordingError(recorder.refused) from error
+    return recorder
+
+
+def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = None, is_apart: bool = False) -> Recorded:
+    """Run torch.save on `obj` and keep its layout. Raises RecordingError as `run_torch_save`.
+
+    `is_apart`: pieces of `APART_BYTES` or more become literals as they are; nobody is to look for scalars in them.
+    """
+    recorder = run_torch_save(obj, substitute)
     storages = list(recorder.storages.values())
     nbytes = [storage.nbytes() for storage in storages]
+    pieces = list(_with_arrays(recorder.pieces, recorder.arrays))
+    num_bytes = sum(map(len, pieces))
+    pickled = b"".join(recorder.pieces) if num_bytes < LARGE_BYTES or not is_apart else b""
     return Recorded(
-        container=lay_out(recorder.pickled, nbytes, name_hash=name_hash(len(storages)), alignment=alignment),
-        pickled=recorder.pickled,
+        container=lay_out(
+            pieces if is_apart else b"".join(pieces), nbytes, name_hash=name_hash(len(storages)), alignment=alignment
+        ),
+        pickled=pickled,
+        pickled_bytes=num_bytes,
         storages=storages,
         persistent_ids=list(recorder.persistent_ids.values()),
         uses=[recorder.uses[key] for key in recorder.storages],
         tensors=recorder.tensors,
         versions=recorder.versions,
     )
+
+
+def _is_left_out(array: Any) -> bool:
+    """Whether the pickler, which would copy them several times, is given a token in place of the bytes of `array`."""
+    is_plain = array.nbytes > APART_BYTES and not array.dtype.hasobject and array.flags.forc
+    return is_plain and _reduces_as_known()
+
+
+def _reduced(array: Any, data: bytes) -> Any:
+    """What numpy makes of `array`, with `data` in place of its bytes."""
+    numpy = sys.modules["numpy"]
+    rebuild, arguments, (version, *_) = numpy.empty(0, array.dtype).__reduce__()
+    return rebuild, arguments, (version, array.shape, array.dtype, array.flags.fnc, data)
+
+
+@lru_cache(maxsize=1)
+def _reduces_as_known() -> bool:
+    numpy = sys.modules["numpy"]
+    samples = [numpy.arange(6.0), numpy.arange(6.0).reshape(2, 3), numpy.arange(6.0).reshape(2, 3).T]
+    return all(sample.__reduce__() == _reduced(sample, sample.tobytes("A")) for sample in samples)
+
+
+def _with_arrays(pieces: Iterable[bytes], arrays: dict[bytes, Any]) -> Iterator[bytes]:
+    """The pieces of a pickle, with the bytes of arrays in place of their tokens, which come in this order.
+
+    Protocol 2 writes bytes as UTF-8, as if each were a character: those from 128 on take two. So they cannot be copied
+    from where they lie, and the place of everything behind them depends on them.
+    """
+    opcode = b"X" + struct.pack("<I", _TOKEN_BYTES)
+    none_left: tuple[bytes, Any] = (b"", None)
+    left = iter(arrays.items())
+    token, array = next(left, none_left)
+    for piece in pieces:
+        done = 0
+        while token and (at := piece.find(opcode + token, done)) >= 0:
+            flat = array.ravel(order="K").view("u1")
+            # One by one, so that other threads get the GIL between them.
+            blocks = [
+                str(flat[low : low + APART_BYTES].data, "latin1").encode() for low in range(0, flat.size, APART_BYTES)
+            ]
+            num_bytes = sum(map(len, blocks))
+            if num_bytes > _MAX_TEXT_BYTES:
+                # As pickle says it.
+                raise RecordingError([array]) from OverflowError("cannot serialize a string larger than 4GiB")
+            yield piece[done:at] + b"X" + struct.pack("<I", num_bytes)
+            yield from blocks
+            done = at + len(opcode) + _TOKEN_BYTES
+            token, array = next(left, none_left)
+        yield piece[done:]
 
 
 @lru_cache(maxsize=64)

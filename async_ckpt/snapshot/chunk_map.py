@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING
 
 from ..host.memory import LONG_BYTES
@@ -69,9 +69,9 @@ class SmallPieces:
 class ChunkMap:
     """The chunks of one layout.
 
-    A source is a payload by its number, or a literal: the file's first one is source `num_payloads`, all between the
-    first and the last joined are the next, the last is the one after. (The first and the last may differ between plans
-    of one layout.)
+    A source is a payload by its number, or a literal: the file's first one is source `num_payloads`, all short ones
+    between the first and the last joined are the next, the last is the one after, then come the long ones. (The first
+    and the last may differ between plans of one layout.)
     """
 
     file_bytes: int
@@ -83,9 +83,9 @@ class ChunkMap:
     small: SmallPieces
     """Of payloads."""
     large: list[list[LargePiece]]
-    """Per chunk: of payloads, and all of the first and the last literal."""
+    """Per chunk: of payloads, all of the strided ones, and all of the first, the last and the long literals."""
     between: SmallPieces
-    """Of the literals between them."""
+    """Of the short literals between them."""
     middle: bytes
     """The source of `between`."""
     key: object
@@ -93,6 +93,10 @@ class ChunkMap:
     probes: ProbeMap
     pick_small: Callable[[Sequence[int]], tuple[int, ...]]
     """Picks what belongs to each row of `small` from one item per payload."""
+
+    def literal_sources(self, plan: FilePlan) -> list[bytes]:
+        """The bytes of `plan` that are sources of their own, in the order of their numbers."""
+        return [plan.literals[0][1], self.middle, plan.literals[-1][1], *(data for _, data in _long_literals(plan))]
 
     def payload_pieces(self, k: int) -> Iterator[LargePiece]:
         """All pieces of payloads in chunk `k`, one by one."""
@@ -117,7 +121,7 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
             between.end(k)
             if source == num_payloads + 1:
                 between.add(piece)
-            elif source >= num_payloads or size >= LONG_BYTES:
+            elif source >= num_payloads or size >= LONG_BYTES or source in plan.strided:
                 large[k].append(piece)
             else:
                 small.add(piece)
@@ -133,9 +137,9 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
         small=small,
         large=large,
         between=between,
-        middle=b"".join(data for _, data in plan.literals[1:-1]),
+        middle=b"".join(data for _, data in plan.literals[1:-1] if len(data) < LONG_BYTES),
         key=object(),
-        probes=ProbeMap(plan.payload_offsets, plan.payload_nbytes, chunk_bytes, num_chunks),
+        probes=ProbeMap(plan, chunk_bytes, num_chunks),
         pick_small=picker(small.sources),
     )
 
@@ -143,8 +147,13 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
 def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:
     """(file offset, bytes, source, offset in the source) of each literal."""
     first, middle, last = range(len(plan.payload_offsets), len(plan.payload_offsets) + 3)
-    between = plan.literals[1:-1]
+    between = [literal for literal in plan.literals[1:-1] if len(literal[1]) < LONG_BYTES]
     starts = list(accumulate([len(data) for _, data in between], initial=0))
     extents = [(offset, len(data), middle, start) for (offset, data), start in zip(between, starts, strict=False)]
     ends = [(plan.literals[0], first), (plan.literals[-1], last)][: len(plan.literals)]
+    ends += zip(_long_literals(plan), count(last + 1))
     return [*extents, *((offset, len(data), source, 0) for (offset, data), source in ends)]
+
+
+def _long_literals(plan: FilePlan) -> list[tuple[int, bytes]]:
+    return [literal for literal in plan.literals[1:-1] if len(literal[1]) >= LONG_BYTES]

@@ -29,20 +29,21 @@ class SideStreams:
         for device, event in callers.items():
             self._stream(device).wait_event(event)
 
-    def queue(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Event]:
-        """Queue copies from device tensors to host tensors; returns what ends them."""
-        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for source, target in copies:
-            by_device.setdefault(source.device, []).append((source, target))
-        events = []
-        for device, theirs in by_device.items():
-            stream = self._stream(device)
-            with on_stream(stream):
-                for source, target in theirs:
-                    keep_for(source, stream)
-                    target.copy_(source, non_blocking=True)
-                events.append(record_now(device))
-        return events
+    def queue(
+        self, device: torch.device, copies: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> torch.Event:
+        """Queue copies from one device to the host; returns what ends them.
+
+        Args:
+            copies: memory that is read, its bytes, and where they go; each made on the side stream when it is asked
+                for.
+        """
+        stream = self._stream(device)
+        with on_stream(stream):
+            for memory, source, target in copies:
+                keep_for(memory, stream)
+                target.copy_(source, non_blocking=True)
+            return record_now(device)
 
     def finish(self, devices: Iterable[torch.device]) -> None:
         """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be

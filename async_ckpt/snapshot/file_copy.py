@@ -23,12 +23,11 @@ from ..format.chunk import Chunk
 from ..host.device import synchronize
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
-from .chunk_map import ChunkMap
+from .chunk_map import ChunkMap, LargePiece
 from .chunk_sink import ChunkSink
 from .copy_threads import CopyTeam
 from .device import SideStreams, mark
-from .host_copy import HostSources
-from .payloads import Payloads, address_of_bytes
+from .payloads import Payloads
 from .torn_check import TornCheck
 
 OnCopied = Callable[[str, float, int, int], None]
@@ -81,15 +80,13 @@ class FileCopy:
         self.backpressure_s = 0.0
         self.copy_s = 0.0
         self.guard_wait_s = 0.0
-        self._payloads = Payloads(state)
+        self._payloads = Payloads(state, chunk_map)
         self._devices = self._payloads.devices
         self._map = chunk_map
         self._sink = sink
         self._arena = arena
         self._streams = streams
         self._on_copied = on_copied
-        literals = state.plan.literals
-        self._literals = [literals[0][1], chunk_map.middle, literals[-1][1]]
         self._wanted: list[bool] | None = None
         """Of payloads and literals, those that are being copied; None: all of them."""
         self._completes = True
@@ -97,9 +94,7 @@ class FileCopy:
         self._unfinished: list[_QueuedChunk] = []
         self._callers = mark(self._devices)
         payloads = self._payloads
-        self._torn = TornCheck(state, owners, chunk_map.probes, payloads.host_addresses, payloads.on_devices)
-        self._sources: HostSources | None = None
-        """Found when the first copy needs them: a lazy save leaves that to the copy thread."""
+        self._torn = TornCheck(state, owners, chunk_map.probes, payloads.host_addresses, frozenset(payloads.on_devices))
 
     # On the thread that saves.
 
@@ -148,13 +143,14 @@ class FileCopy:
         started = time.perf_counter()
         try:
             if is_lazy is not None:
+                num_literals = len(self._payloads) - len(is_lazy)
                 self._wanted, self._completes = (
-                    [*(not lazy for lazy in is_lazy), *repeat(False, len(self._literals))],
+                    [*(not lazy for lazy in is_lazy), *repeat(False, num_literals)],
                     False,
                 )
                 self._fill_all(chunks, team, 0, sends_early=False)
                 self._torn.check_torn(all_but=guarded)
-                self._wanted, self._completes = [*is_lazy, *repeat(True, len(self._literals))], True
+                self._wanted, self._completes = [*is_lazy, *repeat(True, num_literals)], True
         except BaseException as error:
             self.fail(chunks, error)
             raise
@@ -174,7 +170,7 @@ class FileCopy:
         with self._handing_on_failures(chunks):
             # The user may have moved the bytes.
             self._payloads.look_again()
-            self._sources = self._find_sources()
+            self._payloads.prepare(self._torn.copies())
             if self._devices:
                 self._queue_device_copies(chunks)
                 return
@@ -263,15 +259,9 @@ class FileCopy:
     def _wants(self, source: int) -> bool:
         return self._wanted is None or self._wanted[source]
 
-    def _find_sources(self) -> HostSources:
-        addresses = [*self._payloads.host_addresses, *map(address_of_bytes, self._literals)]
-        for k, address in self._torn.copies():
-            addresses[k] = address
-        return HostSources(self._map, addresses)
-
     def _fill_all(self, chunks: list[StagingChunk], team: CopyTeam, first: int, *, sends_early: bool) -> None:
         """Fill all of them, on the caller's thread and its helpers; those with bytes on devices are handed over too."""
-        self._sources = self._sources or self._find_sources()
+        self._payloads.prepare(self._torn.copies())
         if self._devices:
             self._queue_device_copies(chunks, first)
             self._finish_device_copies()
@@ -302,8 +292,7 @@ class FileCopy:
 
     def _fill_on_cpu(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
         began = time.perf_counter()
-        assert self._sources is not None
-        self._sources.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
+        self._payloads.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
             self._torn.compare_chunk(k, chunk.address)
         self._report(k, began)
@@ -311,23 +300,20 @@ class FileCopy:
     def _queue_device_copies(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Queue the copies of all chunks before the first one is waited for."""
         self._streams.order_behind(self._callers)
-        assert self._sources is not None
         on_devices = self._payloads.on_devices
-        on_host = [k not in on_devices for k in range(len(self._sources.addresses))]
+        on_host = [k not in on_devices for k in range(len(self._payloads))]
         wanted = on_host if self._wanted is None else list(map(and_, on_host, self._wanted))
         for k, chunk in enumerate(chunks, first):
             began = time.perf_counter()
-            self._sources.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
-            pieces = [
-                piece
-                for piece in self._map.payload_pieces(k)
-                if piece.source in on_devices and self._wants(piece.source)
+            self._payloads.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
+            by_device: dict[torch.device, list[LargePiece]] = {}
+            for piece in self._map.payload_pieces(k):
+                if piece.source in on_devices and self._wants(piece.source):
+                    by_device.setdefault(on_devices[piece.source], []).append(piece)
+            events = [
+                self._streams.queue(device, ((*self._payloads.read(p), p.target_in(chunk.tensor)) for p in pieces))
+                for device, pieces in by_device.items()
             ]
-            events = (
-                self._streams.queue((self._payloads.bytes_of(p), p.target_in(chunk.tensor)) for p in pieces)
-                if pieces
-                else []
-            )
             self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)
         if self._completes and first + len(chunks) == len(self._map.offsets):

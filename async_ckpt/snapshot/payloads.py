@@ -1,51 +1,77 @@
-"""Where the bytes of a file's payloads lie, in the user's storages."""
+"""Where the bytes of a file lie in memory, and copies of what the CPU can read of them, by address in loops in C.
+
+A tensor costs microseconds. The copies release the GIL, but for small pieces: getting it back takes longer than copying
+them.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import compress, repeat
 from operator import add, le
 
 import torch
 
 from ..errors import TornSnapshotError
 from ..host.device import accelerators
+from ..host.memory import move, move_holding_gil, move_releasing_gil
 from ..plan.plan import PlannedState
-from .chunk_map import LargePiece
+from ..plan.strided import row_major_bytes
+from .arena import StagingChunk
+from .chunk_map import ChunkMap, LargePiece
+
+_BATCH = 100
+"""So many small pieces are copied by one loop in C before a signal is looked at: under 1 ms, with the GIL held."""
+_BLOCK_BYTES = 1 << 20
+"""So many bytes of a strided payload are put in order outside the staging memory at a time, by each thread."""
 
 _OUTCOME = "This checkpoint is not committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
 
 
 class Payloads:
-    """The payloads of one planned state, by number. Keeps their storages alive until `drop`. One thread at a time.
-
-    `addresses` are those of the first byte of each, as they were found last; of those on devices too.
+    """The payloads of one planned state, by number, and the file's literals behind them. Keeps the storages alive until
+    `drop`. One thread at a time, but for `fill`.
 
     Raises:
         UnsupportedStateError: a storage's device cannot be copied from.
         TornSnapshotError: a storage has become shorter since it was planned.
     """
 
-    def __init__(self, state: PlannedState) -> None:
+    def __init__(self, state: PlannedState, chunk_map: ChunkMap) -> None:
         self.devices = accelerators(state.devices)
         self._storages = state.storages
         self._starts = state.starts
         self._nbytes = state.plan.payload_nbytes
+        self._strided = state.plan.strided
+        self._map = chunk_map
+        self._literals = chunk_map.literal_sources(state.plan)
         planned = state.addresses
         if planned and not self.devices:
-            self.addresses = list(map(add, planned, self._starts)) if any(self._starts) else planned
+            self._addresses = list(map(add, planned, self._starts)) if any(self._starts) else planned
         else:
-            self.addresses = self._look()
-        self.on_devices: frozenset[int] = frozenset()
-        """The numbers of the payloads on devices."""
+            self._addresses = self._look()
+        self.on_devices: dict[int, torch.device] = {}
+        """By number, the payloads on devices."""
         if self.devices:
-            self.on_devices = frozenset(k for k, storage in enumerate(self._storages) if storage.device.type != "cpu")
+            devices = [storage.device for storage in self._storages]
+            self.on_devices = {k: device for k, device in enumerate(devices) if device.type != "cpu"}
+        self._sources: list[int] = []
+        """The addresses of everything that `fill` copies; 0 for what it cannot."""
+        self._small_sources: list[int] = []
+
+    def __len__(self) -> int:
+        """With the literals."""
+        return len(self._starts) + len(self._literals)
 
     @property
     def host_addresses(self) -> list[int]:
-        """The addresses of payloads that the CPU can read, and 0 for the others."""
+        """The addresses of the first bytes of payloads that the CPU can read, and 0 for the others."""
         if not self.on_devices:
-            return self.addresses
-        return [0 if k in self.on_devices else address for k, address in enumerate(self.addresses)]
+            return self._addresses
+        return [0 if k in self.on_devices else address for k, address in enumerate(self._addresses)]
 
     def look_again(self) -> None:
         """Find the addresses again: the user may have moved the bytes.
@@ -54,17 +80,47 @@ class Payloads:
             TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe
                 sees what another owner has put there.
         """
-        before, self.addresses = self.addresses, self._look()
-        if any(before[k] != self.addresses[k] for k in self.on_devices):
+        before, self._addresses, self._sources = self._addresses, self._look(), []
+        if any(before[k] != self._addresses[k] for k in self.on_devices):
             raise TornSnapshotError(
                 f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}"
             )
 
-    def bytes_of(self, piece: LargePiece) -> torch.Tensor:
-        """The bytes of a piece of a payload, on its device."""
-        storage = self._storages[piece.source]
-        view = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        return view.set_(storage, self._starts[piece.source] + piece.source_offset, (piece.nbytes,), (1,))
+    def prepare(self, copies: Iterable[tuple[int, int]]) -> None:
+        """To be called before `fill`. `copies`: payloads that are read elsewhere, and where."""
+        if not self._sources:
+            sources = [*self.host_addresses, *map(_address_of_bytes, self._literals)]
+            for k, address in copies:
+                sources[k] = address
+            starts = self._map.pick_small(sources)
+            self._sources, self._small_sources = sources, list(map(add, starts, self._map.small.source_offsets))
+
+    def fill(
+        self, k: int, chunk: StagingChunk, wanted: Sequence[bool] | None, *, completes: bool, is_urgent: bool
+    ) -> None:
+        """Copy what is wanted (None: everything) of chunk `k`, as far as the CPU can read it. Several threads may.
+
+        Args:
+            completes: with the literals between payloads.
+            is_urgent: somebody waits for it: keep the GIL between small pieces too.
+        """
+        if completes:
+            self._fill_between(k, chunk, is_urgent)
+        small = self._map.small
+        rows = small.rows[k]
+        columns = [small.chunk_offsets[rows], self._small_sources[rows], small.nbytes[rows]]
+        if wanted is not None:
+            chosen = list(map(wanted.__getitem__, small.sources[rows]))
+            columns = [list(compress(column, chosen)) for column in columns]
+        _copy_rows(chunk.address, *columns, is_urgent=is_urgent)
+        for piece in self._map.large[k]:
+            if self._sources[piece.source] and (wanted is None or wanted[piece.source]):
+                self._copy(piece, chunk.address + piece.chunk_offset)
+
+    def read(self, piece: LargePiece) -> tuple[torch.Tensor, torch.Tensor]:
+        """The memory that a piece of a payload is in, and its bytes: a part of that, or a copy on their device that the
+        current stream makes."""
+        return self._read(piece.source, piece.source_offset, piece.nbytes)
 
     def drop(self) -> None:
         """Let go of the storages."""
@@ -73,6 +129,8 @@ class Payloads:
     def _look(self) -> list[int]:
         storage_nbytes = list(map(torch.UntypedStorage.nbytes, self._storages))
         ends = list(map(add, self._starts, self._nbytes))
+        for k, layout in self._strided.items():
+            ends[k] = self._starts[k] + layout.span_bytes
         if not all(map(le, ends, storage_nbytes)):
             end, now = next((end, now) for end, now in zip(ends, storage_nbytes, strict=True) if end > now)
             raise TornSnapshotError(
@@ -81,7 +139,44 @@ class Payloads:
             )
         return list(map(add, map(torch.UntypedStorage.data_ptr, self._storages), self._starts))
 
+    def _read(self, payload: int, offset: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        storage, start = self._storages[payload], self._starts[payload]
+        memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        layout = self._strided.get(payload)
+        if layout is None:
+            return memory, memory[start + offset :][:nbytes]
+        return memory, row_major_bytes(layout.memory(storage, start), offset, nbytes)
 
-def address_of_bytes(data: bytes) -> int:
+    def _copy(self, piece: LargePiece, target: int) -> None:
+        if piece.source not in self._strided:
+            move_releasing_gil(target, self._sources[piece.source] + piece.source_offset, piece.nbytes)
+            return
+        for done in range(0, piece.nbytes, _BLOCK_BYTES):
+            nbytes = min(_BLOCK_BYTES, piece.nbytes - done)
+            _, block = self._read(piece.source, piece.source_offset + done, nbytes)
+            move(target + done, block.data_ptr(), nbytes)
+
+    def _fill_between(self, k: int, chunk: StagingChunk, is_urgent: bool) -> None:
+        """The literals between payloads: they depend on the layout alone, and may be there from the save before."""
+        key = (self._map.key, k)
+        if chunk.former_key != key:
+            between = self._map.between
+            rows = between.rows[k]
+            middle = _address_of_bytes(self._map.middle)
+            addresses = list(map(add, between.source_offsets[rows], repeat(middle)))
+            _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
+        chunk.resident_key = key
+
+
+def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[int], *, is_urgent: bool) -> None:
+    """Copy `nbytes[i]` bytes from address `sources[i]` to `base + offsets[i]`."""
+    for low in range(0, len(nbytes), _BATCH):
+        batch = slice(low, low + _BATCH)
+        deque(map(move_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
+        if not is_urgent:
+            time.sleep(0)
+
+
+def _address_of_bytes(data: bytes) -> int:
     """Of the first byte; valid while `data` is alive."""
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

@@ -10,12 +10,16 @@ Noting is one gather over addresses, about 25 ns per probe: a read of one cache 
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
+
+from ..host.device import plain_torch
+from ..plan.plan import FilePlan
+from ..plan.strided import Strided
 
 PROBE_BYTES = 8
 TINY_BYTES = 256
@@ -33,44 +37,53 @@ _NOWHERE = torch.zeros(1, dtype=torch.int64, device="cpu")
 class ProbeMap:
     """Where the probes of one layout lie, in the payloads and in the chunks.
 
-    Payloads of up to `TINY_BYTES` are probed as a whole: what is noted of them is their copy.
+    Payloads of up to `TINY_BYTES` are probed as a whole: what is noted of them is their copy. Each probe of a strided
+    one is an element, or its first eight bytes. (Where what is written is the conjugate, or the negative, of what lies
+    there, there are none.)
     """
 
-    def __init__(self, file_offsets: Sequence[int], nbytes: Sequence[int], chunk_bytes: int, num_chunks: int) -> None:
+    def __init__(self, plan: FilePlan, chunk_bytes: int, num_chunks: int) -> None:
+        nbytes, strided = plan.payload_nbytes, plan.strided
         distance = max(_MIN_DISTANCE_BYTES, sum(nbytes) // _MAX_INNER_PROBES // PROBE_BYTES * PROBE_BYTES)
-        self._payloads, self._offsets, chunk_offsets = array("q"), array("q"), array("q")
+        self._payloads, self._offsets, widths, chunk_offsets = array("q"), array("q"), array("q"), array("q")
         starts: list[int] = []
         """Of the probes in each chunk."""
         self._tiny: list[tuple[int, int]] = []
         """Payloads, and the row of the first probe of each."""
-        for payload, (start, size) in enumerate(zip(file_offsets, nbytes, strict=True)):
-            if size <= TINY_BYTES:
+        for payload, (start, size) in enumerate(zip(plan.payload_offsets, nbytes, strict=True)):
+            layout = strided.get(payload)
+            if size <= TINY_BYTES if layout is None else not _is_probed(layout):
                 continue
             # Whole words from where the payload begins, so that the last one is as aligned as the first.
-            tail = (size - PROBE_BYTES) // PROBE_BYTES * PROBE_BYTES
-            for offset in (*range(0, tail, distance), tail):
+            step = PROBE_BYTES if layout is None else layout.dtype.itemsize
+            tail = (size - step) // step * step
+            for offset in (*range(0, tail, distance // step * step), tail):
                 k, chunk_offset = divmod(start + offset, chunk_bytes)
                 if chunk_offset <= chunk_bytes - PROBE_BYTES:
                     starts += [len(self._payloads)] * (k + 1 - len(starts))
-                    self._add(payload, range(offset, offset + 1))
+                    self._add(payload, [offset if layout is None else layout.displacement(offset // step)])
+                    widths.append(min(step, PROBE_BYTES))
                     chunk_offsets.append(chunk_offset)
         starts += [len(self._payloads)] * (num_chunks + 1 - len(starts))
         self._rows = [slice(first, last) for first, last in pairwise(starts)]
         """Of each chunk."""
         for payload, size in enumerate(nbytes):
-            if size <= TINY_BYTES:
+            if size <= TINY_BYTES and payload not in strided:
                 self._tiny.append((payload, len(self._payloads)))
                 self._add(payload, range(0, size, PROBE_BYTES))
-        ends = array("q", [nbytes[payload] - 1 for payload in self._payloads])
-        with _plain_torch():
-            self._columns = _numbers(self._payloads), _numbers(self._offsets), _numbers(ends)
+        widths.extend([PROBE_BYTES] * (len(self._payloads) - len(widths)))
+        probes = zip(self._payloads, self._offsets, widths, strict=True)
+        ends = [offset + width if payload in strided else nbytes[payload] for payload, offset, width in probes]
+        with plain_torch():
+            self._columns = _numbers(self._payloads), _numbers(self._offsets), _numbers(array("q", ends)) - 1
+            self._widths = _numbers(widths) if strided else None
             self._chunk_offsets = _numbers(chunk_offsets)
         self._last: tuple[list[int], _Words] | None = None
         """The payloads' addresses of the last save, and their probes: nearly always the next one has the same."""
 
-    def _add(self, payload: int, offsets: range) -> None:
-        self._payloads.extend([payload] * len(offsets))
+    def _add(self, payload: int, offsets: Iterable[int]) -> None:
         self._offsets.extend(offsets)
+        self._payloads.extend([payload] * (len(self._offsets) - len(self._payloads)))
 
     def note(self, addresses: list[int]) -> torch.Tensor:
         """The probes' bytes now. One thread at a time.
@@ -78,11 +91,11 @@ class ProbeMap:
         Args:
             addresses: of the payloads; 0 for those that lie on a device.
         """
-        with _plain_torch():
+        with plain_torch():
             if self._last is None or self._last[0] != addresses:
                 payloads, offsets, ends = self._columns
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
-                self._last = addresses, _words_at(starts, offsets, ends)
+                self._last = addresses, _words_at(starts, offsets, ends, self._widths)
             return _read(self._last[1])
 
     def copies(self, noted: torch.Tensor) -> list[tuple[int, int]]:
@@ -97,41 +110,45 @@ class ProbeMap:
         rows = self._rows[k]
         if rows.start == rows.stop:
             return []
-        with _plain_torch():
+        with plain_torch():
             offsets = self._chunk_offsets[rows]
-            found = _read(_words_at(torch.tensor(chunk_address), offsets, offsets + PROBE_BYTES))
+            widths = None if self._widths is None else self._widths[rows]
+            found = _read(_words_at(torch.tensor(chunk_address), offsets, offsets + PROBE_BYTES, widths))
             if torch.equal(noted[rows], found):
                 return []
             changed = (rows.start + int(row) for row in torch.nonzero(noted[rows] != found))
             return [(self._payloads[row], self._offsets[row]) for row in changed]
 
 
-_Words = tuple[torch.Tensor, torch.dtype]
-"""Eight bytes each: indices into the address space, of whole words where all are aligned, else of bytes."""
+_Words = tuple[torch.Tensor, torch.dtype, torch.Tensor, torch.Tensor | None]
+"""Eight bytes each: indices into the address space, of whole words where none of the probes goes beyond an aligned one,
+else of bytes; the bits of each word before the probe, and a mask of the probe where some are narrower."""
 
 
-def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor) -> _Words:
-    """Those at `starts` + `offsets`; nothing is read beyond `starts` + `ends`. A start may be 0: nowhere."""
+def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor, widths: torch.Tensor | None) -> _Words:
+    """`widths` bytes (None: eight) each at `starts` + `offsets`; nothing is read beyond `starts` + `ends`. A start may
+    be 0: nowhere."""
     addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
+    mask = None if widths is None else torch.where(widths == PROBE_BYTES, -1, (1 << 8 * widths) - 1)
     # An aligned word lies in one page, whatever of it belongs to the payload.
-    if not bool((addresses & (PROBE_BYTES - 1)).any()):
-        return (addresses - _BASE) >> 3, torch.int64
+    before = addresses & (PROBE_BYTES - 1)
+    if bool((before + (PROBE_BYTES if widths is None else widths) <= PROBE_BYTES).all()):
+        return (addresses - _BASE) >> 3, torch.int64, 8 * before, mask
     places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
-    return (addresses[:, None] + places - _BASE).flatten(), torch.uint8
+    return (addresses[:, None] + places - _BASE).flatten(), torch.uint8, torch.zeros_like(before), mask
 
 
 def _read(words: _Words) -> torch.Tensor:
     """What is there now, as numbers."""
-    indices, dtype = words
-    return torch.frombuffer(_ADDRESS_SPACE, dtype=dtype).index_select(0, indices).view(torch.int64)
+    indices, dtype, before, mask = words
+    found = torch.frombuffer(_ADDRESS_SPACE, dtype=dtype).index_select(0, indices).view(torch.int64)
+    return found if mask is None else (found >> before) & mask
+
+
+def _is_probed(layout: Strided) -> bool:
+    # A narrow probe is the low bytes of a word.
+    return not (layout.is_conj or layout.is_neg) and sys.byteorder == "little"
 
 
 def _numbers(column: array[int]) -> torch.Tensor:
     return torch.frombuffer(column, dtype=torch.int64) if column else torch.empty(0, dtype=torch.int64)
-
-
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Without the modes and default devices of the user."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode(False):
-        yield

@@ -157,6 +157,35 @@ def test_views_shared_storages_and_cpu_tensors_beside(tmp_path: Path, any_mode: 
         assert made.load("t/model.pt")["other"].device == OTHER
 
 
+@pytest.mark.parametrize("options", [{"format": "safetensors"}, {"compact_views": True}], ids=str)
+@pytest.mark.parametrize("is_lazy", [True, False], ids=["lazy", "eager"])
+def test_tensors_with_gaps_are_put_in_order_on_their_device(
+    tmp_path: Path, any_mode: str, no_host_sync: Any, options: dict[str, Any], is_lazy: bool
+) -> None:
+    base = torch.arange(4 * SIZE, dtype=torch.float32).reshape(512, -1)
+    owners = [torch.nn.Parameter(base.to(device)) for device in (DEVICE, OTHER)]
+    state = {f"{k}": owner.detach()[:, 3:300].t() for k, owner in enumerate(owners)}
+    owners.append(torch.nn.Parameter(torch.view_as_complex(base.reshape(-1, 64, 2)).to(DEVICE)))
+    state["complex"] = owners[2].detach()[:, :7].conj()
+    state["host"] = base[:, 1:7]
+    wanted = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    optimizer = torch.optim.SGD(owners, lr=1.0)
+    with engine(tmp_path, **options) as made:
+        if is_lazy:
+            made.guard(optimizer)
+        made.prewarm()
+        for owner in owners:
+            owner.grad = torch.ones_like(owner)
+        with no_host_sync() if is_lazy else contextlib.nullcontext():
+            pending = saved(made, "t", model=state)
+            optimizer.step()
+        pending.result(TIMEOUT_S)
+        assert pending.metrics.saves[0].mode == ("lazy" if is_lazy else "eager")
+        found = made.load("t/model.pt")
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name].cpu(), tensor), name
+
+
 def test_a_file_is_byte_for_byte_what_torch_saves(tmp_path: Path, any_mode: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters())

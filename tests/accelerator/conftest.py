@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,12 @@ def simulator() -> Any:
     if KIND != "simulated":
         pytest.skip("needs the simulated device")
     return simulators.loaded()
+
+
+@pytest.fixture
+def no_host_sync() -> Any:
+    """A context in which this thread may not wait for a device; nothing on a real one."""
+    return simulators.loaded().no_host_sync if KIND == "simulated" else contextlib.nullcontext
 
 
 @pytest.fixture(params=simulators.MODES if KIND == "simulated" else ("real",))

@@ -32,6 +32,7 @@ from async_ckpt import (
     WriteError,
     retention,
 )
+from async_ckpt.plan.opaque import opaque_state
 from async_ckpt.plan.planner import Planner
 from async_ckpt.reading.rollback import Rollback
 from async_ckpt.retention import RetentionPolicy
@@ -371,7 +372,7 @@ def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
     """
     kept, changed = torch.ones(3), torch.ones(3)
     [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
-    check = TornCheck(plan, (), ProbeMap([], [], 4096, 1), [], frozenset())
+    check = TornCheck(plan, (), ProbeMap(opaque_state(b"").plan, 4096, 1), [], frozenset())
     changed.add_(1)
     check.accept_changes()
     kept.add_(1)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, UnsupportedStateError
-from async_ckpt.plan import first_look
+from async_ckpt.plan import first_look, torch_layout
+from async_ckpt.plan import planner as planner_module
 from async_ckpt.plan.planner import Planner
 
 
@@ -102,11 +103,11 @@ def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: 
     "data", [np.zeros(4096), b"x" * 32768, bytearray(32768), np.array([0.5] * 4096).reshape(64, 64)]
 )
 def test_large_buffers_are_named(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
-    monkeypatch.setattr(first_look, "LARGE_BYTES", 30_000)
-    monkeypatch.setattr("async_ckpt.plan.planner.LARGE_BYTES", 30_000)
+    for module in (first_look, planner_module, torch_layout):
+        monkeypatch.setattr(module, "LARGE_BYTES", 30_000)
     planner = Planner(tells_of_refused=True)
     with pytest.warns(
-        RuntimeWarning, match=r"a.pt: state\['data'\]\['x'\] \(\w+ of 0 MiB\): what is no tensor is pickled in memory"
+        RuntimeWarning, match=r"a.pt: state\['data'\]\['x'\] \(\w+ of 0 MiB\): what is no tensor is encoded in memory"
     ):
         planner.plan({"data": {"x": data}, "w": torch.ones(2)}, name="a.pt")
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,38 +264,49 @@ def test_an_eager_save_beside_a_thread_that_changes_by_data(tmp_path: Path) -> N
             engine.commit("t").result(60)
 
 
-# Copies of tensors that are not contiguous.
+# Tensors that are written row by row.
+
+STRIDED: dict[str, dict[str, Any]] = {
+    "safetensors": {"format": "safetensors"},
+    "compact": {"compact_views": True},
+    "compact, recorded": {"compact_views": True},
+}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "compact", "compact, recorded"])
-def test_a_copy_of_a_tensor_with_gaps_is_read_after_its_counter(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+def by_counter(weight: torch.Tensor) -> None:
+    weight.detach()[0, 0] += 1
+
+
+def by_data(weight: torch.Tensor) -> None:
+    weight.data.fill_(9.0)
+
+
+@pytest.mark.parametrize("shape", [(100, 300), (4, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.complex128], ids=str)
+@pytest.mark.parametrize("kind", STRIDED)
+def test_a_tensor_with_gaps_is_copied_lazily_and_a_change_of_it_is_seen(
+    tmp_path: Path, held_copies: Any, kind: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    """A change between the copy and the reading of the counter was no change at all: old bytes beside new ones."""
-    from async_ckpt.plan import cached_plan, compaction, safetensors
-
-    weight = torch.ones(100, 100)
-    copies = []
-
-    def copied_and_changed(tensor: torch.Tensor) -> torch.UntypedStorage:
-        copies.append(original(tensor))
-        weight.add_(1)
-        return copies[-1]
-
-    original = compaction.dense_copy
-    for module in (compaction, cached_plan, safetensors):
-        monkeypatch.setattr(module, "dense_copy", copied_and_changed)
-    state: dict[str, Any] = {"w": weight[:, :50], "x": torch.zeros(50)}
+    owner = torch.ones(shape[0] + 1, shape[1] * 2, dtype=dtype)
+    weight = owner.t()[::2, 1:]
+    state = {"w": weight, "x": torch.zeros(50)}
+    if kind == "safetensors" and dtype is torch.complex128:
+        state["w"] = weight = weight.to(torch.complex64)[::2] if weight.size(0) > 1 else weight.to(torch.complex64)
     if kind == "compact, recorded":
         state["sparse"] = torch.eye(3).to_sparse()
-    options: dict[str, Any] = {"format": "safetensors"} if kind == "safetensors" else {"compact_views": True}
-    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, **options) as engine:
-        engine.create("t")
-        with pytest.raises(TornSnapshotError, match="'w'"):
-            engine.save(state, "s.pt")
-        with pytest.raises(TornSnapshotError):
-            engine.commit("t").result(60)
-    assert copies
+    wanted = weight.clone()
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=4096, **STRIDED[kind]) as engine:
+        optimizer = torch.optim.SGD([weight.detach()], lr=0.1)
+        engine.guard(optimizer)
+        engine.create("right")
+        engine.save(state, "s.pt")
+        pending = engine.commit("right")
+        pending.result(60)
+        assert pending.metrics.saves[0].mode == "lazy"
+        assert torch.equal(engine.load("right/s.pt")["w"], wanted)
+        for change in (by_counter, by_data):
+            error = save_and_change(engine, held_copies(engine), state, partial(change, weight))
+            assert isinstance(error, TornSnapshotError) and error.tensors == ("['w']",)
 
 
 # Every optimizer of the process.

@@ -6,6 +6,7 @@ import ctypes
 
 from async_ckpt.format.checksum import crc32
 from async_ckpt.plan.plan import PlannedState
+from async_ckpt.plan.strided import row_major_bytes
 
 
 def storage_bytes(storage, offset_bytes: int, nbytes: int) -> bytes:
@@ -19,9 +20,13 @@ def unsealed(planned: PlannedState) -> bytearray:
     assert len(planned.storages) == len(planned.starts) == len(plan.payload_offsets) == len(plan.payload_nbytes)
     pieces = [(offset, data) for offset, data in plan.literals if data]
     payloads = zip(plan.payload_offsets, plan.payload_nbytes, planned.storages, planned.starts, strict=True)
-    for offset, nbytes, storage, start in payloads:
+    for payload, (offset, nbytes, storage, start) in enumerate(payloads):
         assert nbytes > 0
-        pieces.append((offset, storage_bytes(storage, start, nbytes)))
+        if payload in plan.strided:
+            memory = plan.strided[payload].memory(storage, start)
+            pieces.append((offset, row_major_bytes(memory, 0, nbytes).numpy().tobytes()))
+        else:
+            pieces.append((offset, storage_bytes(storage, start, nbytes)))
     image = bytearray()
     for offset, data in sorted(pieces, key=lambda piece: piece[0]):
         assert offset == len(image)

@@ -3,7 +3,7 @@ torch.save container.
 
 Guarantees:
 - Planning reads no payload byte and copies none; a tensor's bytes come straight from its storage, also where it is a
-  part of a larger one.
+  part of a larger one, or not contiguous.
 - Each blob is what ``torch.save`` writes for a standalone contiguous tensor of that shape and dtype, with its conjugate
   and negative bit.
 """
@@ -21,6 +21,7 @@ from ...format.checksum import crc32_combine
 from ...format.sealer import Sealer
 from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state
 from ...plan.planner import Planner
+from ...plan.strided import Strided
 
 _MAX_TEMPLATES = 4096
 
@@ -72,7 +73,7 @@ class BlobPlanner:
         self._templates: dict[Any, FilePlan] = {}
 
     def tensor(self, tensor: torch.Tensor) -> tuple[FilePlan, torch.Tensor | None]:
-        """The blob of `tensor` and the contiguous tensor to copy from (None: the plan holds all bytes)."""
+        """The blob of `tensor` and the tensor to copy from, row by row (None: the plan holds all bytes)."""
         if (
             tensor.layout is not torch.strided
             or tensor.is_quantized
@@ -81,8 +82,7 @@ class BlobPlanner:
             buffer = io.BytesIO()
             torch.save(tensor.detach().cpu(), buffer)
             return raw_plan(buffer.getvalue()), None
-        tensor = tensor.detach()
-        source = tensor if tensor.is_contiguous() else _flip_bits(_flip_bits(tensor, tensor).contiguous(), tensor)
+        source = tensor.detach()
         key = (source.dtype, source.shape, source.is_conj(), source.is_neg())
         plan = self._templates.get(key)
         if plan is None:
@@ -128,6 +128,7 @@ def join_blobs(
     sizes: list[int] = []
     storages: list[torch.UntypedStorage] = []
     starts: list[int] = []
+    strided: dict[int, Strided] = {}
     position = 0
     for _, plan, source in blobs:
         extents.append(Extent(position, plan.file_bytes))
@@ -139,11 +140,16 @@ def join_blobs(
             (offset,), (nbytes,) = plan.payload_offsets, plan.payload_nbytes
             offsets.append(position + offset)
             sizes.append(nbytes)
+            if not source.is_contiguous():
+                # The blob itself has the bits.
+                strided[len(storages)] = Strided(source.dtype, tuple(source.shape), source.stride())
             storages.append(source.untyped_storage())
             starts.append(int(source.storage_offset()) * source.element_size())
         position += plan.file_bytes
     plan_hash = hash_layout("opaque", position, offsets, sizes)
-    joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, None, tuple(parts))
+    joined = JoinedPlan(
+        position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, strided=strided, parts=tuple(parts)
+    )
     names = [name for name, _, _ in met]
     tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
     return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents

@@ -91,9 +91,7 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
 
 
 def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner) -> tuple[Any, list[tuple[Any, Extent]]]:
-    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data; copies no contiguous
-    one.
-    """
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy."""
     described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
     met: list[tuple[str, torch.Tensor, int | None]] = []
     classes: dict[str, str] = {}

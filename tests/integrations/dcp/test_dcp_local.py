@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import io
 import os
@@ -43,6 +42,7 @@ from async_ckpt import (
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.blobs import BlobPlanner, join_blobs, raw_plan
 from async_ckpt.integrations.dcp.metadata import decode_metadata
+from tests.support.render import unsealed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated"),
@@ -67,13 +67,7 @@ TENSORS = {
 
 def image(state: Any, extent_bytes: int) -> bytes:
     """The file's bytes, made as snapshot and writer make them; asserts the CRC of each extent."""
-    data = bytearray(state.plan.file_bytes)
-    for offset, literal in state.plan.literals:
-        data[offset : offset + len(literal)] = literal
-    plan = state.plan
-    payloads = zip(plan.payload_offsets, plan.payload_nbytes, state.storages, state.starts, strict=True)
-    for offset, nbytes, storage, start in payloads:
-        data[offset : offset + nbytes] = ctypes.string_at(storage.data_ptr() + start, nbytes)
+    data = unsealed(state)
     sealer = state.plan.sealer()
     for offset in range(0, len(data), extent_bytes):
         extent = memoryview(data)[offset : offset + extent_bytes]
