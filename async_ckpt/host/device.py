@@ -42,16 +42,21 @@ class Driver(NamedTuple):
 
 
 def _cuda_driver() -> Driver:
+    cudart = torch.cuda.cudart()
     # The driver's own function: the runtime's of that name would make a context on the current device.
-    library, name = ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode")
+    libraries, name = ["libcuda.so.1"], "cuThreadExchangeStreamCaptureMode"
     if torch.version.hip:
-        library, name = "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
-    exchange, cudart = getattr(ctypes.CDLL(library), name), torch.cuda.cudart()
+        major = torch.version.hip.split(".")[0]
+        libraries, name = ["libamdhip64.so", f"libamdhip64.so.{major}"], "hipThreadExchangeStreamCaptureMode"
+    exchange: Any = None
+    for library in libraries:
+        with contextlib.suppress(OSError, AttributeError):
+            exchange = getattr(ctypes.CDLL(library), name)
 
     def exchange_capture_mode(mode: int) -> int:
         held = ctypes.c_int(mode)
         # Before the driver is initialized nobody captures, and every thread has mode 0.
-        return held.value if exchange(ctypes.byref(held)) == 0 else 0
+        return held.value if exchange is not None and exchange(ctypes.byref(held)) == 0 else 0
 
     return Driver(
         lambda address, num_bytes: cudart.cudaHostRegister(address, num_bytes, 0),
