@@ -14,6 +14,8 @@ from .opcodes import EVERY_OPCODE
 from .pickles import MalformedPickleError, Name, PickleReader, key_value
 
 _MAX_TEXT = 80
+_FREE_STEPS = 1 << 18
+_STEPS_PER_BYTE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +39,26 @@ class Inert:
 
 
 class Notes:
-    """A `Maker` of inert notes: of every name, and of every call with its arguments."""
+    """A `pickles.Maker` of inert notes: of every name, and of every call with its arguments."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
         """Every class and function that was named."""
 
     def name(self, module: str, attribute: str) -> Any:
-        """What stands for a class or function."""
         self.names.add(f"{module}.{attribute}")
         return Name(f"{module}.{attribute}")
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        """What stands for the result of a call."""
         name = function.text if type(function) is Name else describe(function)
         if not args and name == "collections.OrderedDict":
             return OrderedDict()
         return Inert(name, args)
 
     def persistent(self, value: Any) -> Any:
-        """What stands for a persistent id."""
         return PersistentId(value)
 
     def build(self, target: Any, state: Any) -> None:
-        """Give an object its state."""
         if type(target) is Inert:
             target.state = state
         elif type(target) is OrderedDict:
@@ -68,7 +66,6 @@ class Notes:
             vars(target)["state"] = state
 
     def extend(self, target: Any, items: list[Any]) -> None:
-        """Add items to what is no list."""
         if type(target) is not Inert:
             raise MalformedPickleError(f"items for a {type(target).__name__}")
         if target.items is None:
@@ -76,7 +73,6 @@ class Notes:
         target.items.extend(items)
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
-        """Add pairs to what is no dict."""
         if type(target) is not Inert:
             raise MalformedPickleError(f"pairs for a {type(target).__name__}")
         if target.pairs is None:
@@ -88,7 +84,6 @@ class Contents(Notes):
     """Inert notes, but for containers and bytes that pickles spell as calls, and what `known` adds to them."""
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        """See `Notes`."""
         name = function.text if type(function) is Name else describe(function)
         found = self.known(name, args)
         return Inert(name, args) if found is None else found
@@ -107,54 +102,57 @@ class Contents(Notes):
 
 def read_inert(pickled: bytes | memoryview, maker: Notes | None = None) -> Any:
     """The structure that `pickled` describes: str, numbers, bytes, list, tuple, dict, `Inert`, `Name`, `PersistentId`.
-
-    Raises:
-        MalformedPickleError: see there.
-    """
+    Raises MalformedPickleError."""
     return PickleReader(pickled, maker or Contents(), EVERY_OPCODE).read()
 
 
-def fingerprint(*values: Any) -> str:
-    """A checksum of everything that `values` hold, but for what is in place of tensors. Time is linear; nothing
-    recurses.
+class Fingerprint:
+    """Checksums of everything that values of one pickle hold, but for what is in place of tensors. Nothing recurses.
+
+    Raises MalformedPickleError where values that hold the same again and again would take more time than the
+    `num_bytes` of the pickle account for.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    seen: dict[int, int] = {}
-    todo: list[Any] = list(values)
-    while todo:
-        value = key_value(todo.pop())
-        parts: list[Any] = []
-        if isinstance(value, (Inert, dict, list, tuple)):
-            if id(value) in seen:
-                text = f"again {seen[id(value)]}"
-            else:
-                seen[id(value)] = len(seen)
-                if isinstance(value, dict):
-                    parts = [part for pair in value.items() for part in pair]
-                elif isinstance(value, Inert):
-                    parts = [value.name, value.args, value.state, value.items, value.pairs]
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = _FREE_STEPS + _STEPS_PER_BYTE * num_bytes
+
+    def __call__(self, *values: Any) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        seen: dict[int, int] = {}
+        todo: list[Any] = list(values)
+        while todo:
+            value = key_value(todo.pop())
+            parts, raw = [], b""
+            text = "dict" if isinstance(value, dict) else type(value).__name__
+            if isinstance(value, (Inert, dict, list, tuple)):
+                if id(value) in seen:
+                    text = f"again {seen[id(value)]}"
                 else:
-                    parts = list(value)
-                text = f"{'dict' if isinstance(value, dict) else type(value).__name__} of {len(parts)}"
-        elif isinstance(value, PersistentId):
-            text, parts = "persistent id", [value.value]
-        elif isinstance(value, int):
-            text = f"{type(value).__name__} {value:x}"
-        elif isinstance(value, (Name, float, NoneType)):
-            text = repr(value)
-        else:
-            raw = (
-                value.encode("utf-8", "surrogatepass")
-                if isinstance(value, str)
-                else value
-                if isinstance(value, bytes)
-                else b""
-            )
-            text = f"{type(value).__name__} of {len(raw)}"
+                    seen[id(value)] = len(seen)
+                    parts = _parts_of(value)
+                    text = f"{text} of {len(parts)}"
+            elif isinstance(value, PersistentId):
+                text, parts = "persistent id", [value.value]
+            elif isinstance(value, int):
+                raw = f"{value:x}".encode()
+            elif isinstance(value, (Name, float, NoneType)):
+                text = repr(value)
+            elif isinstance(value, (str, bytes)):
+                raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+                text = f"{text} of {len(raw)}"
+            self._left -= 1 + len(parts) + (len(raw) >> 8)
+            if self._left < 0:
+                raise MalformedPickleError("what it refers to again and again is larger than all it holds")
             digest.update(raw)
-        digest.update(f";{text};".encode("utf-8", "surrogatepass"))
-        todo += parts
-    return digest.hexdigest()
+            digest.update(f";{text};".encode("utf-8", "surrogatepass"))
+            todo += parts
+        return digest.hexdigest()
+
+
+def _parts_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [part for pair in value.items() for part in pair]
+    return [value.name, value.args, value.state, value.items, value.pairs] if isinstance(value, Inert) else list(value)
 
 
 def describe(value: Any) -> str:
@@ -187,7 +185,7 @@ def _describe_inert(value: Inert) -> str:
     state = value.state
     if value.name.endswith("multiarray._reconstruct") and isinstance(state, tuple) and len(state) >= 3:
         kind = state[2].args[0] if isinstance(state[2], Inert) and state[2].args else "?"
-        return _short(f"<numpy.ndarray {printable(str(kind))} {_dims(state[1])}>")
+        return _short(f"<numpy.ndarray {describe(kind)} {_dims(state[1])}>")
     plain = [describe(arg) for arg in value.args[:4] if isinstance(arg, (str, int, float, bool, Name, bytes))]
     return _short(f"<{printable(value.name)}{'(' + ', '.join(plain) + ')' if plain else ''}>")
 

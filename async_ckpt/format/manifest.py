@@ -5,9 +5,11 @@ one JSON object in ASCII, with these members:
 
 - "format": "async-ckpt"; "format_version": 1. Readers refuse other versions and ignore members they do not know.
 - "tag": the name it was committed under; "created_unix_ns": time of the commit, the order among checkpoints.
-- "metadata": what the user gave to `commit`; "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the
-  training thread and "durable_s" from the first `save` until every file was synced; "writer": names and versions of the
-  software that wrote it, and "clock_unix_ns", what its clock said.
+- "metadata": what the user gave to `commit`, NaN and infinities as null; "not_finite" (or nothing): what those were,
+  by where they stand (`"metadata['loss']": "nan"`).
+- "timing" (or nothing): seconds that the checkpoint took, "stall_s" of the training thread and "durable_s" from the
+  first `save` until every file was synced; "writer": names and versions of the software that wrote it, and
+  "clock_unix_ns", what its clock said.
 - "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
   "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
   of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
@@ -84,6 +86,8 @@ class Manifest:
     writer: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     timing: Mapping[str, float] = field(default_factory=dict)
+    not_finite: Mapping[str, str] = field(default_factory=dict)
+    """Of numbers in `metadata` that JSON cannot hold and that are None there: what they were, by where they stand."""
 
     @property
     def size_bytes(self) -> int:
@@ -103,35 +107,27 @@ class ManifestBudget:
         self._num_items = _OTHER_ITEMS
 
     def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> None:
-        """Count a file in, before its bytes are written.
-
-        Raises:
-            UnsupportedStateError: the manifest could not hold it; the file is not counted.
-        """
-        num_bytes = self._num_bytes + _ENTRY_BYTES + len(json.dumps(path)) + 8 * -(-size_bytes // extent_bytes)
-        num_items = self._num_items + _ENTRY_ITEMS
-        if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
-            raise UnsupportedStateError(
-                f"{path!r} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and "
-                f"{num_items} items (at most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); use larger chunk_bytes or fewer "
-                "files. Nothing of this file was written"
-            )
-        self._num_bytes, self._num_items = num_bytes, num_items
+        """Count a file in, before its bytes are written. Raises UnsupportedStateError: the manifest could not hold it;
+        the file is not counted."""
+        more_bytes = _ENTRY_BYTES + len(json.dumps(path)) + 8 * -(-size_bytes // extent_bytes)
+        advice = "use larger chunk_bytes or fewer files. Nothing of this file was written"
+        self._num_bytes, self._num_items = self._with(repr(path), more_bytes, _ENTRY_ITEMS, advice)
 
     def check_metadata(self, metadata: Mapping[str, JSON]) -> None:
-        """Refuse metadata that does not fit beside the files.
+        """Refuse metadata that does not fit beside the files. Raises UnsupportedStateError: the manifest could not hold
+        it."""
+        not_finite: dict[str, str] = {}
+        raw = json.dumps([check_metadata(metadata, not_finite), not_finite]).encode("ascii")
+        self._with("the metadata", len(raw), _count_items(raw), "give less. The checkpoint stays open")
 
-        Raises:
-            UnsupportedStateError: the manifest could not hold it.
-        """
-        raw = json.dumps(metadata)
-        num_bytes, num_items = self._num_bytes + len(raw), self._num_items + _count_items(raw.encode("ascii"))
+    def _with(self, what: str, more_bytes: int, more_items: int, advice: str) -> tuple[int, int]:
+        num_bytes, num_items = self._num_bytes + more_bytes, self._num_items + more_items
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(
-                f"the metadata does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and "
-                f"{num_items} items (at "
-                f"most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); give less. The checkpoint stays open"
+                f"{what} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} "
+                f"items (at most {MAX_MANIFEST_BYTES} and {_MAX_ITEMS}); {advice}"
             )
+        return num_bytes, num_items
 
 
 def _count_items(raw: bytes) -> int:
@@ -139,18 +135,17 @@ def _count_items(raw: bytes) -> int:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`.
-
-    Raises:
-        UnsupportedStateError: metadata that is not JSON, with the field named.
-        CheckpointError: it would be larger than readers accept.
-    """
+    """The bytes of `manifest.json`. Raises UnsupportedStateError: metadata that is not JSON, with the field named.
+    CheckpointError: it would be larger than readers accept."""
+    not_finite = dict(manifest.not_finite)
+    metadata = check_metadata(manifest.metadata, not_finite)
     document = {
         "format": "async-ckpt",
         "format_version": manifest.format_version,
         "tag": manifest.tag,
         "created_unix_ns": manifest.created_unix_ns,
-        "metadata": check_metadata(manifest.metadata),
+        "metadata": metadata,
+        **({"not_finite": not_finite} if not_finite else {}),
         **({"timing": dict(manifest.timing)} if manifest.timing else {}),
         "writer": dict(manifest.writer),
         "files": [
@@ -185,11 +180,8 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(raw: bytes, *, source: str) -> Manifest:
-    """The manifest in `raw`, fully checked, in bounded time and memory; `source` is named in errors.
-
-    Raises:
-        CorruptCheckpointError: anything about it is not as `encode` writes it, or the version is unknown.
-    """
+    """The manifest in `raw`, fully checked, in bounded time and memory; `source` is named in errors. Raises
+    CorruptCheckpointError: anything about it is not as `encode` writes it, or the version is unknown."""
     document = _parse(raw, source)
     try:
         return _manifest_from(document)
@@ -260,13 +252,14 @@ def _manifest_from(document: dict[str, Any]) -> Manifest:
     _check_tree([entry.path for entry in files])
     metadata = _typed(document["metadata"], dict, "metadata")
     writer = _typed(document["writer"], dict, "writer")
-    if not all(isinstance(value, str) for value in writer.values()):
-        raise ValueError("writer holds something that is not a string")
+    not_finite = _typed(document.get("not_finite", {}), dict, "not_finite")
+    if not all(isinstance(value, str) for value in (*writer.values(), *not_finite.values())):
+        raise ValueError("writer or not_finite holds something that is not a string")
     created = _bounded(document["created_unix_ns"], _MAX_FILE_BYTES, "created_unix_ns")
     timing = _typed(document.get("timing", {}), dict, "timing")
     if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
         raise ValueError("timing holds something that is not a number of seconds")
-    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing)
+    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing, not_finite)
 
 
 def _entry_from(item: Any, index: int) -> FileEntry:
@@ -292,13 +285,13 @@ def _entry_from(item: Any, index: int) -> FileEntry:
 
 
 def _check_tree(paths: Sequence[str]) -> None:
-    known = set(paths)
-    if len(known) != len(paths):
+    if len(set(paths)) != len(paths):
         raise ValueError("a path occurs twice")
-    for path in paths:
-        parts = path.split("/")
-        if any("/".join(parts[:depth]) in known for depth in range(1, len(parts))):
-            raise ValueError(f"{path!r} lies below another file")
+    # With the separator before all other characters, what lies below a file comes right behind it.
+    ordered = sorted(path.replace("/", "\0") for path in paths)
+    for path, following in itertools.pairwise(ordered):
+        if following.startswith(path + "\0"):
+            raise ValueError(f"{following.replace(chr(0), '/')!r} lies below another file")
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

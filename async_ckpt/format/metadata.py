@@ -11,14 +11,12 @@ from ..errors import UnsupportedStateError
 JSON = Any
 MAX_INT_DIGITS = 80
 _MAX_DEPTH = 32
-NOT_FINITE_KEY = "_not_finite"
-"""In metadata: what the numbers were that JSON cannot hold, by where they stand."""
 
 
-def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
+def check_metadata(metadata: Mapping[str, Any] | None, not_finite: dict[str, str] | None = None) -> dict[str, JSON]:
     """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
 
-    JSON has no NaN and no infinity: such a number becomes null, and `NOT_FINITE_KEY` in the copy says what it was.
+    JSON has no NaN and no infinity: where `not_finite` is given, such a number becomes null, and that says what it was.
 
     Raises:
         UnsupportedStateError: something in it is not JSON; the message names where.
@@ -27,12 +25,10 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, JSON]:
         return {}
     if not isinstance(metadata, Mapping):
         raise UnsupportedStateError(f"metadata must be a mapping of str to JSON values, not {type(metadata).__name__}")
-    not_finite: dict[str, str] = {}
-    plain = cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
-    return {**plain, NOT_FINITE_KEY: not_finite} if not_finite else plain
+    return cast("dict[str, JSON]", _plain(metadata, "metadata", 0, not_finite))
 
 
-def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JSON:
+def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str] | None) -> JSON:
     if depth > _MAX_DEPTH:
         raise UnsupportedStateError(f"{where} is nested deeper than {_MAX_DEPTH} levels; nothing was committed")
     if value is None or isinstance(value, bool):
@@ -44,7 +40,7 @@ def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str]) -> JS
             )
         return int(value)
     if isinstance(value, float):
-        if not math.isfinite(value):
+        if not_finite is not None and not math.isfinite(value):
             not_finite[where] = str(float(value))
             return None
         return float(value)

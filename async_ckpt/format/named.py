@@ -10,10 +10,13 @@ from typing import Any
 
 from .inert import Inert, Notes, describe, printable, read_inert
 from .opcodes import EVERY_OPCODE
-from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader, key_value
+from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
 from .zip import lay_out
 
 _MAX_SHOWN = 5
+_MAX_NAMES = 20
+_MAX_PATH = 400
+"""Longer key paths are not followed: with each level, they would have to be copied."""
 
 
 def names_in(pickled: bytes) -> frozenset[str]:
@@ -44,11 +47,8 @@ class Places:
 
 
 def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, Places]:
-    """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory.
-
-    Raises:
-        MalformedPickleError: it is no pickle that is read.
-    """
+    """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory. Raises
+    MalformedPickleError: it is no pickle that is read."""
     found: dict[str, Places] = {}
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", read_inert(pickled))]
@@ -61,7 +61,7 @@ def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[st
                 places.num += 1
                 if places.num <= _MAX_SHOWN:
                     places.shown.append(path)
-        if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen:
+        if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen and len(path) <= _MAX_PATH:
             seen.add(id(value))
             todo.extend(reversed(_children(path, value)))
     return found
@@ -75,7 +75,10 @@ def _children(path: str, value: Any) -> list[tuple[str, Any]]:
     children = [(path, child) for arg in value.args for child in (arg if isinstance(arg, tuple) else (arg,))]
     for state in value.state if isinstance(value.state, tuple) else (value.state,):
         if isinstance(state, dict):
-            children += [(f"{path}.{printable(str(key_value(key)))}", child) for key, child in state.items()]
+            children += [
+                (f"{path}.{printable(key[:_MAX_PATH]) if isinstance(key, str) else describe(key)}", child)
+                for key, child in state.items()
+            ]
         else:
             children.append((path, state))
     children += [(f"{path}[{index}]", child) for index, child in enumerate(value.items or ())]
@@ -95,7 +98,7 @@ def _of_dict(path: str, value: dict[Any, Any]) -> list[tuple[str, Any]]:
 def listing(found: dict[str, Places]) -> str:
     """`found` in one line, for messages."""
     lines = []
-    for name, places in sorted(found.items()):
+    for name, places in sorted(found.items())[:_MAX_NAMES]:
         more = f" and {places.num - len(places.shown)} more" if places.num > len(places.shown) else ""
         lines.append(f"{printable(name)} at {', '.join(f'state{path}' for path in places.shown)}{more}")
-    return "; ".join(lines)
+    return "; ".join(lines) + (f"; and {len(found) - _MAX_NAMES} more types" if len(found) > _MAX_NAMES else "")

@@ -24,6 +24,7 @@ MAX_TAG_BYTES = 128
 _MAX_NAME_BYTES = 255
 MAX_COMPONENT_BYTES = 200
 MAX_PATH_BYTES = 1024
+_MAX_PARTS = 64
 
 _PART_PREFIX = ".part."
 """A rank's own list of files, in the staging directory."""
@@ -48,12 +49,9 @@ class PrivateName:
 
 
 def check_tag(tag: str) -> str:
-    """`tag` itself, when it can name a checkpoint directory.
-
-    Raises:
-        UnsafePathError: not a str, empty, too long, a separator or leading dot, or a character outside
-            letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only); or the manifest's own name.
-    """
+    """`tag` itself, when it can name a checkpoint directory. Raises UnsafePathError: not a str, empty, too long, a
+    separator or leading dot, or a character outside letters, digits and `_ . + = @ - ,` and inner spaces (ASCII only);
+    or the manifest's own name."""
     _check_component(tag, "tag", MAX_TAG_BYTES)
     if tag.casefold() == MANIFEST_NAME:
         raise UnsafePathError(f"tag {shown(tag)}: {MANIFEST_NAME!r} is the checkpoint's own file; choose another tag")
@@ -62,11 +60,7 @@ def check_tag(tag: str) -> str:
 
 def check_existing_tag(name: str) -> str:
     """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name,
-    without a leading dot.
-
-    Raises:
-        UnsafePathError: it is no such name.
-    """
+    without a leading dot. Raises UnsafePathError: it is no such name."""
     if (
         not isinstance(name, str)
         or not name.isprintable()
@@ -96,6 +90,8 @@ def check_relative_path(path: str, *, carried: bool = False, stored: bool = Fals
     if len(path) > MAX_PATH_BYTES:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
+    if len(parts) > _MAX_PARTS:
+        raise UnsafePathError(f"path {shown(path)} has more than {_MAX_PARTS} components; nothing was touched")
     for part in parts:
         if carried or stored:
             _check_foreign(part, path)
@@ -176,11 +172,8 @@ class Root:
 
     def split_committed(self, path: StrPath, *, tag: str | None = None) -> tuple[str, str]:
         """The tag and the file of "<tag>/file.pt" or "<root>/<tag>/file.pt"; with `tag` also of "file.pt", in that
-        checkpoint.
-
-        Raises:
-            UnsafePathError: malformed, outside the root, in another checkpoint than `tag`, or no file inside one.
-        """
+        checkpoint. Raises UnsafePathError: malformed, outside the root, in another checkpoint than `tag`, or no file
+        inside one."""
         is_below, inner = self._below(path)
         if tag is None or is_below:
             found, _, inner = inner.partition("/")
@@ -211,34 +204,29 @@ class Root:
 def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
     if not isinstance(part, str):
         raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")
-    quoted = shown(part if whole is None else whole)
-    if not part:
-        why = "is empty" if not whole else "has an empty component"
-        raise UnsafePathError(f"{what} {quoted} {why}; nothing was touched")
-    if len(part) > max_bytes:
-        raise UnsafePathError(f"{what} {quoted} is longer than {max_bytes} bytes; nothing was touched")
-    if part.startswith("."):
-        raise UnsafePathError(f"{what} {quoted} starts a name with a dot; nothing was touched")
-    if not _COMPONENT.fullmatch(part):
-        raise UnsafePathError(
-            f"{what} {quoted} holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , "
-            "and spaces inside; nothing was touched"
-        )
+    for is_bad, why in (
+        (not part, "has an empty component" if whole else "is empty"),
+        (len(part) > max_bytes, f"is longer than {max_bytes} bytes"),
+        (part.startswith("."), "starts a name with a dot"),
+        (
+            not _COMPONENT.fullmatch(part),
+            "holds a character that is not allowed: use ASCII letters, digits, _ . + = @ - , and spaces inside",
+        ),
+    ):
+        if is_bad:
+            raise UnsafePathError(f"{what} {shown(part if whole is None else whole)} {why}; nothing was touched")
 
 
 def _check_foreign(part: str, whole: str) -> None:
     """What a name must be even where another tool chose it: one component, printable, none of this package's own."""
-    quoted = shown(whole)
-    if not part or part in (".", ".."):
-        raise UnsafePathError(f"path {quoted} has a component that is empty or only dots; nothing was touched")
-    if not part.isprintable() or len(part.encode("utf-8", "surrogatepass")) > MAX_COMPONENT_BYTES:
-        message = (
-            f"path {quoted} has a component with characters that cannot be printed, or longer than "
-            f"{MAX_COMPONENT_BYTES} bytes"
-        )
-        raise UnsafePathError(f"{message}; nothing was touched")
-    if part.startswith(_PART_PREFIX) or parse_private_name(part) is not None:
-        raise UnsafePathError(f"path {quoted} has a component that this package uses itself; nothing was touched")
+    too_long = len(part.encode("utf-8", "surrogatepass")) > MAX_COMPONENT_BYTES
+    for is_bad, why in (
+        (part in ("", ".", ".."), "is empty or only dots"),
+        (too_long or not part.isprintable(), f"cannot be printed, or is longer than {MAX_COMPONENT_BYTES} bytes"),
+        (part.startswith(_PART_PREFIX) or parse_private_name(part) is not None, "this package uses itself"),
+    ):
+        if is_bad:
+            raise UnsafePathError(f"path {shown(whole)} has a component that {why}; nothing was touched")
 
 
 def shown(text: str) -> str:

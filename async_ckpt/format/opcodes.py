@@ -24,23 +24,6 @@ def _put(reader: PickleReader, key: int) -> None:
     reader.memo[key] = reader.stack[-1]
 
 
-def _tuple_of_one(reader: PickleReader) -> None:
-    stack = reader.stack
-    stack[-1] = (stack[-1],)
-
-
-def _tuple_of_two(reader: PickleReader) -> None:
-    stack = reader.stack
-    second = stack.pop()
-    stack[-1] = (stack[-1], second)
-
-
-def _tuple_of_three(reader: PickleReader) -> None:
-    stack = reader.stack
-    third, second = stack.pop(), stack.pop()
-    stack[-1] = (stack[-1], second, third)
-
-
 def _signed(raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
@@ -69,9 +52,8 @@ _SCALARS: dict[int | str, Handler] = {
 _PROTOCOL_2: dict[int | str, Handler] = {
     **_SCALARS,
     0x80: lambda r: r.take(1),
-    0x85: _tuple_of_one,
-    0x86: _tuple_of_two,
-    0x87: _tuple_of_three,
+    0x86: lambda r: r.push((r.stack.pop(-2), r.stack.pop())),
+    0x87: lambda r: r.push((r.stack.pop(-3), r.stack.pop(-2), r.stack.pop())),
     ")": lambda r: r.stack.append(()),
     "}": lambda r: r.stack.append({}),
     "]": lambda r: r.stack.append([]),
@@ -79,9 +61,8 @@ _PROTOCOL_2: dict[int | str, Handler] = {
     "s": PickleReader.set_item,
     "a": PickleReader.append,
     "e": lambda r: r.extend(r.pop_mark()),
-    "c": lambda r: r.push(r.maker.name(r.line(), r.line())),
+    "c": lambda r: r.name(r.line(), r.line()),
     "Q": lambda r: r.stack.append(r.maker.persistent(r.stack.pop())),
-    "R": PickleReader.reduce,
     0x81: PickleReader.reduce,
     "b": PickleReader.build,
 }
@@ -131,8 +112,8 @@ def _table(handlers: dict[int | str, Handler], *, places: bool = False) -> Opcod
         placed = _placed(handler) if places and opcode in _SCALARS else handler
         table[ord(opcode) if isinstance(opcode, str) else opcode] = placed
     if not places:
-        # The reader's own loop reads BININT1.
-        table[0x4B] = None
+        # The reader's own loop reads BININT1 and BINUNICODE.
+        table[0x4B] = table[0x58] = None
     return table
 
 

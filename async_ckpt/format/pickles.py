@@ -23,6 +23,7 @@ MAX_OPCODES = 100_000_000
 """Four million tensors."""
 MAX_KEY_DEPTH = 100
 """Hashing a tuple recurses in C."""
+_MAX_NAME = 1024
 # What references may copy or hash, in items, beyond what the pickle holds once.
 _COPIES_PER_BYTE = 4
 _FREE_COPIES = 4096
@@ -117,11 +118,7 @@ class PickleReader:
         self._num_of_hash: dict[int, int] = {}
 
     def read(self) -> Any:
-        """What the pickle describes.
-
-        Raises:
-            MalformedPickleError: see there.
-        """
+        """What the pickle describes. Raises MalformedPickleError."""
         try:
             return self._run()
         except CheckpointError:
@@ -132,8 +129,8 @@ class PickleReader:
     def _run(self) -> Any:
         # Nine of ten opcodes are these few: spelled out here, because a method call each would double the time.
         data, handlers, memo, stack = self.data, self._opcodes, self.memo, self.stack
-        takes_small = handlers[0x4B] is None
-        at = 0
+        is_plain = handlers[0x4B] is None
+        num_bytes, at = len(data), 0
         for _ in range(MAX_OPCODES):
             opcode = data[at]
             at += 1
@@ -143,7 +140,7 @@ class PickleReader:
             elif opcode == 0x68:  # BINGET
                 stack.append(memo[data[at]])
                 at += 1
-            elif opcode == 0x4B and takes_small:  # BININT1
+            elif opcode == 0x4B and is_plain:  # BININT1
                 stack.append(data[at])
                 at += 1
             elif opcode == 0x28:  # MARK
@@ -152,6 +149,17 @@ class PickleReader:
             elif opcode == 0x74:  # TUPLE
                 items, stack = stack, self.marks.pop()
                 stack.append(tuple(items))
+            elif opcode == 0x58 and is_plain:  # BINUNICODE
+                start = at + 4
+                at = start + _uint32(data, at)[0]
+                if at > num_bytes:
+                    raise ValueError("truncated")
+                stack.append(str(data[start:at], "utf-8", "surrogatepass"))
+            elif opcode == 0x52:  # REDUCE
+                args = stack.pop()
+                stack[-1] = self.called(stack[-1], args)
+            elif opcode == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
             elif opcode == 0x6A:  # LONG_BINGET
                 stack.append(memo[_uint32(data, at)[0]])
                 at += 4
@@ -308,18 +316,16 @@ class PickleReader:
         self.push({})
         self.set_items(items)
 
-    def call(self, function: Any, args: Any) -> None:
-        self.stack += (function, args)
-        self.reduce()
-
-    def reduce(self) -> None:
-        stack = self.stack
-        args, function = stack.pop(), stack.pop()
+    def called(self, function: Any, args: Any) -> Any:
         if type(args) is not tuple:
             raise ValueError("arguments that are no tuple")
         if args:
             self._charge_call(function, args)
-        stack.append(self.maker.call(function, args))
+        return self.maker.call(function, args)
+
+    def reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.push(self.called(function, args))
 
     def new_with_keywords(self) -> None:
         self.stack.pop()
@@ -327,20 +333,29 @@ class PickleReader:
 
     def from_mark(self) -> None:
         made, *args = self.pop_mark()
-        self.call(made, tuple(args))
+        self.push(self.called(made, tuple(args)))
 
     def instance(self) -> None:
-        name = self.maker.name(self.line(), self.line())
-        self.call(name, tuple(self.pop_mark()))
+        self.name(self.line(), self.line())
+        name = self.stack.pop()
+        self.push(self.called(name, tuple(self.pop_mark())))
 
     def build(self) -> None:
         state = self.stack.pop()
+        if type(state) in _SIZED:
+            self.charge(len(state))
         self.maker.build(self.stack[-1], state)
 
+    def name(self, module: Any, attribute: Any) -> None:
+        if not isinstance(module, str) or not isinstance(attribute, str):
+            module, attribute = "", "?"
+        if len(module) + len(attribute) > _MAX_NAME:
+            raise MalformedPickleError(f"it names something in more than {_MAX_NAME} characters")
+        self.push(self.maker.name(module, attribute))
+
     def stack_global(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        is_name = isinstance(module, str) and isinstance(name, str)
-        self.push(self.maker.name(module, name) if is_name else self.maker.name("", "?"))
+        attribute, module = self.stack.pop(), self.stack.pop()
+        self.name(module, attribute)
 
 
 Handler = Callable[[PickleReader], object]

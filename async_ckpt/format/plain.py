@@ -64,12 +64,8 @@ class Builder(Protocol):
 
 
 def load_plain(pickled: bytes | memoryview, records: Mapping[str, Record], builder: Builder) -> Any:
-    """The object that `pickled` describes, its tensors made by `builder`. Any thread; does not block.
-
-    Raises:
-        NotPlainError: damaged, or not within the plain subset. CorruptCheckpointError: a tensor does not fit its
-            record.
-    """
+    """The object that `pickled` describes, its tensors made by `builder`. Any thread; does not block. Raises
+    NotPlainError: damaged, or not within the plain subset. CorruptCheckpointError: a tensor does not fit its record."""
     reader = PickleReader(pickled, _PlainObjects(records, builder), PROTOCOL_2)
     if not reader.data.startswith(b"\x80\x02"):
         raise NotPlainError("not protocol 2")

@@ -82,9 +82,7 @@ class Sealer:
         return crc32(view[done - offset :], crc)
 
     def _take_payloads(self, offset: int, end: int, view: memoryview) -> tuple[int, int]:
-        """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result, a file
-        offset.
-        """
+        """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result."""
         offsets, sizes = self._offsets, self._nbytes
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
@@ -113,9 +111,7 @@ class Sealer:
         return crc, done
 
     def _run_end(self, index: int, offset: int, end: int) -> int:
-        """Where the run of short payloads ends that begins with payload `index`: all in this extent with their
-        descriptors.
-        """
+        """Where the run of short payloads ends that begins with payload `index`, all in this extent."""
         offsets, sizes = self._offsets, self._nbytes
         if offsets[index] < offset:
             return index

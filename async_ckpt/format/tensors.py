@@ -13,7 +13,8 @@ from operator import mul
 from typing import Any, NamedTuple
 
 from ..errors import CorruptCheckpointError
-from .inert import Contents, Inert, PersistentId, describe, fingerprint
+from .inert import Contents, Fingerprint, Inert, PersistentId, describe, read_inert
+from .names import shown
 from .pickles import Name, OpaqueKey
 from .zip_directory import Record
 
@@ -114,11 +115,8 @@ class StorageRef(NamedTuple):
 
 
 def storage_of(persistent_id: Any, records: Mapping[str, Record]) -> StorageRef | None:
-    """The storage that torch's persistent id names, or None where it is no such id.
-
-    Raises:
-        CorruptCheckpointError: there is no such record, or it is longer or shorter than the storage.
-    """
+    """The storage that torch's persistent id names, or None where it is no such id. Raises CorruptCheckpointError:
+    there is no such record, or it is longer or shorter than the storage."""
     if not isinstance(persistent_id, tuple) or len(persistent_id) != 5:
         return None
     tag, kind, key, location, num_elements = persistent_id
@@ -129,8 +127,9 @@ def storage_of(persistent_id: Any, records: Mapping[str, Record]) -> StorageRef 
     num_bytes = num_elements * ITEM_BYTES[dtype] if type(num_elements) is int else -1
     if record is None or record.num_bytes != num_bytes:
         held = "is missing" if record is None else f"holds {record.num_bytes} bytes"
+        name = shown(f"data/{key}")
         raise CorruptCheckpointError(
-            f"data.pkl needs {num_bytes} bytes of record {f'data/{key}'!a}, which {held}", record=f"data/{key}"
+            f"data.pkl needs {num_bytes} bytes of record {name}, which {held}", record=name[1:-1]
         )
     return StorageRef(record, dtype, location)
 
@@ -138,11 +137,8 @@ def storage_of(persistent_id: Any, records: Mapping[str, Record]) -> StorageRef 
 def tensor_in(
     storage: StorageRef, offset: Any, size: Any, stride: Any, dtype: str | None = None, requires_grad: bool = False
 ) -> TensorExtent | None:
-    """A tensor of a storage's elements, or of `dtype`; None where these are no numbers that torch writes.
-
-    Raises:
-        CorruptCheckpointError: it reaches outside its storage.
-    """
+    """A tensor of a storage's elements, or of `dtype`; None where these are no numbers that torch writes. Raises
+    CorruptCheckpointError: it reaches outside its storage."""
     record, actual = storage.record, dtype or storage.dtype
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or actual not in ITEM_BYTES:
         return None
@@ -163,9 +159,10 @@ def tensor_in(
 class Inventory(Contents):
     """Inert notes, with a `TensorExtent` for each of torch's ways to say tensor."""
 
-    def __init__(self, records: Mapping[str, Record]) -> None:
+    def __init__(self, records: Mapping[str, Record], fingerprint: Fingerprint) -> None:
         super().__init__()
         self._records = records
+        self._fingerprint = fingerprint
 
     def known(self, name: str, args: tuple[Any, ...]) -> Any:
         """See `Contents`. Raises CorruptCheckpointError where a tensor does not fit its record."""
@@ -183,7 +180,7 @@ class Inventory(Contents):
             return made
         if what in ("parameter", "parameter_with_state") and args:
             if what == "parameter_with_state" and isinstance(args[0], TensorExtent):
-                args[0].extra = fingerprint(args[3:])
+                args[0].extra = self._fingerprint(args[3:])
             return args[0]
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
             made = self.known(args[0].text, args[2])
@@ -193,8 +190,8 @@ class Inventory(Contents):
         if what == "qtensor" and len(args) >= 5:
             return Inert("torch.Tensor quantized", state=args[4], data=self._tensor(args[:4], None))
         if what in ("sparse_tensor", "sparse_csr_tensor") and len(args) == 2 and isinstance(args[1], tuple):
-            layout = str(args[0].args[0]) if isinstance(args[0], Inert) and args[0].args else ""
-            kind = layout.rpartition(".")[2]
+            layout = args[0].args[0] if isinstance(args[0], Inert) and args[0].args else ""
+            kind = layout.rpartition(".")[2] if isinstance(layout, str) else ""
             return _parts(f"torch.Tensor {kind}", (*_SPARSE_PARTS.get(kind, ()), "shape"), args[1])
         if what == "nested_tensor":
             return _parts("torch.Tensor nested", ("buffer", "sizes", "strides", "storage_offsets"), args)
@@ -239,9 +236,11 @@ class OtherInfo:
         return self.text.startswith("<")
 
 
-def leaves(structure: Any) -> Iterator[TensorExtent | OtherInfo]:
+def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExtent | OtherInfo]:
     """What the structure holds, in order, without recursion; a container that occurs twice is shown where it occurs
-    first."""
+    first. Raises MalformedPickleError, CorruptCheckpointError: a tensor does not fit its record."""
+    fingerprint = Fingerprint(len(pickled))
+    structure = read_inert(pickled, Inventory(records, fingerprint))
     seen: set[int] = set()
     todo: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), structure)]
     while todo:
@@ -255,8 +254,8 @@ def leaves(structure: Any) -> Iterator[TensorExtent | OtherInfo]:
         elif isinstance(value, Inert):
             yield OtherInfo(path, describe(value), key, fingerprint(*_own_parts(value)))
         elif isinstance(value, PersistentId):
-            record = f"data/{value.value[2]}" if isinstance(value.value, tuple) and len(value.value) > 2 else ""
-            yield OtherInfo(path, "<a bare storage>", key, record)
+            name = value.value[2] if isinstance(value.value, tuple) and len(value.value) > 2 else ""
+            yield OtherInfo(path, "<a bare storage>", key, f"data/{name}" if isinstance(name, str) else "")
         elif not isinstance(value, (dict, list, tuple)):
             exact = fingerprint(value) if isinstance(value, (str, int, bytes)) else ""
             yield OtherInfo(path, describe(value), key, exact)

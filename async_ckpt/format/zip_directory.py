@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -71,12 +72,8 @@ class Record(NamedTuple):
 
 def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
     """Every record by its name without the archive's, in file order, from the directory alone. Blocks in `pread` (two
-    calls).
-
-    Raises:
-        CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
-        UnusualLayoutError: the records do not lie back to back, or not as they are.
-    """
+    calls). Raises CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
+    UnusualLayoutError: the records do not lie back to back, or not as they are."""
     count, directory, directory_bytes = _read_end(pread, file_bytes)
     raw = bytes(pread(directory, directory_bytes))
     entries: list[tuple[bytes, int, int, int, int]] = []
@@ -183,27 +180,25 @@ def _read_zip64(extra: bytes, size: int, packed: int, header: int, name: bytes) 
 def _extents(entries: list[tuple[bytes, int, int, int, int]], directory: int) -> dict[str, Record]:
     archive = entries[0][0].partition(b"/")[0] + b"/" if entries else b""
     found: dict[str, Record] = {}
-    # torch finds records whatever the case of their names.
-    folded: set[bytes] = set()
-    previous_end = 0
-    followings = [entry[1] for entry in entries[1:]] + [directory]
-    for (zip_name, header, size, crc, entry_offset), following in zip(entries, followings, strict=bool(entries)):
+    previous_end, following = 0, iter([*[entry[1] for entry in entries[1:]], directory])
+    for zip_name, header, size, crc, entry_offset in entries:
+        end = next(following)
         wide = size >= UINT32_MAX or header >= UINT32_MAX
-        offset = following - (0 if size == 0 else 24 if wide else 16) - size
+        offset = end - (0 if size == 0 else 24 if wide else 16) - size
         try:
             name = str(zip_name[len(archive) :], "utf-8")
         except UnicodeDecodeError as error:
-            raise CorruptCheckpointError(
-                f"zip directory holds a record name that is not UTF-8: {zip_name!r}"
-            ) from error
-        key = zip_name.lower()
-        if key in folded:
-            raise CorruptCheckpointError(f"zip directory names {name!a} twice", record=name)
+            message = f"zip directory holds a record name that is not UTF-8: {zip_name!r}"
+            raise CorruptCheckpointError(message) from error
         if header != previous_end or not 0 <= offset - header - _LOCAL.size - len(zip_name) <= _MAX_PADDING_BYTES:
             raise UnusualLayoutError(f"record {name!a} does not lie right behind the one before")
         if not zip_name.startswith(archive):
             raise UnusualLayoutError(f"record {name!a} is of another archive")
-        folded.add(key)
         found[name] = Record(offset, size, crc, zip_name, header, entry_offset)
-        previous_end = following
+        previous_end = end
+    # torch finds records whatever the case of their names.
+    if len({entry[0].lower() for entry in entries}) < len(entries):
+        ((twice, _),) = Counter(entry[0].lower() for entry in entries).most_common(1)
+        name = str(twice[len(archive) :], "utf-8", "replace")
+        raise CorruptCheckpointError(f"zip directory names {name!a} twice", record=name)
     return found

@@ -44,11 +44,8 @@ def _resolve(tag: str) -> torch.device:
 
 def read_structure(file: VerifiedFile, builder: Builder) -> Any:
     """What the file holds, its tensors made by `builder`; local headers are compared as the rest of it is read. Blocks.
-
-    Raises:
-        NotPlainError, UnusualLayoutError: only torch can read it. CorruptCheckpointError: malformed.
-        UnsupportedStateError: a safetensors file with a dtype that this version or torch does not know.
-    """
+    Raises NotPlainError, UnusualLayoutError: only torch can read it. CorruptCheckpointError: malformed.
+    UnsupportedStateError: a safetensors file with a dtype that this version or torch does not know."""
     if file.entry.format == "safetensors":
         found = read_safetensors(file.view, file.size_bytes, name=file.name)
         try:
@@ -109,13 +106,15 @@ class TensorBuilder(TensorsOnDisk):
         self.scatter = Scatter()
         self._place = place
         self._devices: dict[str, torch.device] = {}
-        self._storages: dict[Record, torch.UntypedStorage] = {}
+        self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def tensor(self, extent: TensorExtent) -> torch.Tensor:
         """A tensor on a storage that is shared with all others of the same record; filled once the scatter has run."""
-        untyped = self._storages.get(extent.storage)
+        # An empty one begins where the next one does.
+        key = extent.storage.offset, extent.storage.num_bytes
+        untyped = self._storages.get(key)
         if untyped is None:
-            untyped = self._storages[extent.storage] = self._allocate(extent)
+            untyped = self._storages[key] = self._allocate(extent)
         tensor: torch.Tensor = torch.empty(0, dtype=dtype_of(extent), device=untyped.device).set_(
             untyped, extent.storage_offset, extent.shape, extent.stride
         )
@@ -140,7 +139,7 @@ class TensorBuilder(TensorsOnDisk):
 
 def dtype_of(source: TensorExtent | torch.Tensor) -> torch.dtype:
     """torch's dtype of its elements. Raises NotPlainError where this torch has none of that name."""
-    if isinstance(source, torch.Tensor):
+    if not isinstance(source, TensorExtent):
         return source.dtype
     found = vars(torch).get(source.dtype)
     if not isinstance(found, torch.dtype):

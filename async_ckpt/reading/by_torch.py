@@ -39,6 +39,7 @@ _FILE_ERRORS = (
     AssertionError,
     struct.error,
 )
+_MAX_SAID = 1000
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
 _OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
 """What torch says of a failed system call."""
@@ -82,11 +83,8 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
 
 
 def is_legacy(file: VerifiedFile) -> bool:
-    """Whether it is in torch's old format.
-
-    Raises:
-        UnsupportedStateError: nobody says that it is a torch file, and it does not look like one.
-    """
+    """Whether it is in torch's old format. Raises UnsupportedStateError: nobody says that it is a torch file, and it
+    does not look like one."""
     head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
     if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
         raise UnsupportedStateError(
@@ -165,7 +163,7 @@ def _refused_in(file: VerifiedFile) -> str:
 def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> CheckpointError | None:
     if isinstance(error, pickle.UnpicklingError):
         needed = _refused_in(file)
-        what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0])
+        what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0][:_MAX_SAID])
         return UnsupportedStateError(
             f"{file.name} cannot be read with weights_only=True: {what}. Allow the types with "
             "torch.serialization.add_safe_globals, or pass weights_only=False, which runs code from the file: "
@@ -178,7 +176,7 @@ def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> Check
         return None if runs_code else ReadError(error, path=file.name)
     # Where the file's code does not run, and it is not about the machine, it is about the file.
     # (The lines after the first are torch's own stack.)
-    said = str(error).partition("\n")[0]
+    said = str(error).partition("\n")[0][:_MAX_SAID]
     is_foreign = runs_code or re.search(_ABOUT_MACHINES, said)
     if not isinstance(error, _FILE_ERRORS) or (is_foreign and not re.search(_ABOUT_FILES, str(error))):
         return None

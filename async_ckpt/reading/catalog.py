@@ -71,18 +71,10 @@ class Catalog:
 
     def __init__(self, root: StrPath | Root, filesystem: ReadSide | None = None) -> None:
         self._paths = root if isinstance(root, Root) else Root(root)
-        self._root = self._paths.path
-        self._filesystem = read_side_of(self._root) if filesystem is None else filesystem
-
-    @property
-    def root(self) -> str:
+        self.root = self._paths.path
         """The directory that holds the checkpoints."""
-        return self._root
-
-    @property
-    def filesystem(self) -> ReadSide:
+        self.filesystem = read_side_of(self.root) if filesystem is None else filesystem
         """What it reads through."""
-        return self._filesystem
 
     def tags(self) -> list[str]:
         """Committed tags, oldest commit first. Those with a damaged manifest are left out and logged."""
@@ -96,10 +88,13 @@ class Catalog:
         """
         found: list[CatalogEntry | None] = []
         for _ in range(_MAX_RACES):
-            found = self._filesystem.each(self._entry, self._possible_tags())
+            found = self.filesystem.each(self._entry, self._possible_tags())
             if None not in found:
                 break
-        return self._ordered([entry for entry in found if entry is not None and entry.tag])
+        there = [entry for entry in found if entry is not None and entry.tag]
+        return sorted(
+            there, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag)
+        )
 
     def _entry(self, name: str) -> CatalogEntry | None:
         """What has this name; without a tag where that is no checkpoint, None where it has vanished meanwhile."""
@@ -113,21 +108,12 @@ class Catalog:
         except CorruptCheckpointError as error:
             return CatalogEntry(name, None, str(error))
         # A directory that is no checkpoint is still there.
-        is_there = self._filesystem.stat(os.path.join(self._root, name)).kind != "missing"
+        is_there = self.filesystem.stat(os.path.join(self.root, name)).kind != "missing"
         return CatalogEntry("", None, None) if is_there else None
 
-    @staticmethod
-    def _ordered(found: list[CatalogEntry]) -> list[CatalogEntry]:
-        return sorted(
-            found, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag)
-        )
-
     def latest(self, verify: str = "full") -> str | None:
-        """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged.
-
-        Raises:
-            OSError: a shortage of this machine (not damage) kept a checkpoint from being checked.
-        """
+        """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged. Raises
+        OSError: a shortage of this machine (not damage) kept a checkpoint from being checked."""
         level = check_level(verify)
         for _ in range(_MAX_RACES):
             vanished = False
@@ -150,64 +136,49 @@ class Catalog:
     def verify(
         self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None
     ) -> VerifyReport:
-        """Check every file of a checkpoint against its manifest; see `verify.py`.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint (any more).
-            UnsafePathError: the tag is malformed.
-            OSError: a shortage of this machine (not damage) kept a file from being read.
-        """
+        """Check every file of a checkpoint against its manifest; see `verify.py`. Raises CheckpointNotFoundError: there
+        is no such checkpoint (any more). UnsafePathError: the tag is malformed. OSError: a shortage of this machine
+        (not damage) kept a file from being read."""
         checked = check_level(level)
-
         try:
             return self.read(tag, lambda found: verify_checkpoint(found, checked, num_threads, progress))
         except CorruptCheckpointError as error:
             return VerifyReport(tag, checked, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
 
     def manifest(self, tag: str) -> Manifest:
-        """What a checkpoint consists of, with its user metadata.
-
-        Raises:
-            CheckpointNotFoundError, CorruptCheckpointError, UnsafePathError.
-        """
+        """What a checkpoint consists of, with its user metadata. Raises CheckpointNotFoundError,
+        CorruptCheckpointError, UnsafePathError."""
         return self.read(tag, lambda checkpoint: checkpoint.manifest)
 
     def path(self, tag: str) -> Path:
-        """The directory of a committed checkpoint.
-
-        Raises:
-            CheckpointNotFoundError, UnsafePathError. ConfigError: it lies in a store, where there is no directory.
-        """
-        if self._filesystem.stat(os.path.join(self._root, check_existing_tag(tag), MANIFEST_NAME)).kind != "file":
+        """The directory of a committed checkpoint. Raises CheckpointNotFoundError, UnsafePathError. ConfigError: it
+        lies in a store, where there is no directory."""
+        if self.filesystem.stat(os.path.join(self.root, check_existing_tag(tag), MANIFEST_NAME)).kind != "file":
             raise self._not_found(tag)
-        if is_url(self._root):
-            raise ConfigError(f"checkpoint {tag!r} lies in the store {self._root}, and in no directory")
-        return Path(self._root, tag)
+        if is_url(self.root):
+            raise ConfigError(f"checkpoint {tag!r} lies in the store {self.root}, and in no directory")
+        return Path(self.root, tag)
 
     def staging(self) -> list[StagingInfo]:
         """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
         parsed = [private for name in sorted(self._listdir()) if (private := parse_private_name(name)) is not None]
         return [
             StagingInfo(
-                str(private), private.kind, private.tag, str(private.owner), self._filesystem.owner_state(private.owner)
+                str(private), private.kind, private.tag, str(private.owner), self.filesystem.owner_state(private.owner)
             )
             for private in parsed
         ]
 
     def open(self, tag: str) -> CommittedCheckpoint:
-        """Hold a checkpoint open for reading; use as a context manager.
-
-        Raises:
-            CheckpointNotFoundError, CorruptCheckpointError (its manifest is damaged), UnsafePathError.
-        """
-        path = os.path.join(self._root, check_existing_tag(tag))
+        """Hold a checkpoint open for reading; use as a context manager. Raises CheckpointNotFoundError,
+        CorruptCheckpointError (its manifest is damaged), UnsafePathError."""
+        path = os.path.join(self.root, check_existing_tag(tag))
         for _ in range(_MAX_RACES):
             # The checkpoint itself may be reached through a link; nothing below it may.
-            is_link = self._filesystem.stat(path).kind == "other"
+            is_link = self.filesystem.stat(path).kind == "other"
+            where = (path,) if is_link else (self.root, (tag,))
             try:
-                directory = (
-                    self._filesystem.open_dir(path) if is_link else self._filesystem.open_dir(self._root, (tag,))
-                )
+                directory = self.filesystem.open_dir(*where)
             except FileNotFoundError:
                 raise self._not_found(tag) from None
             except OSError as error:
@@ -226,14 +197,12 @@ class Catalog:
                     ) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
-                if identity_of(self._filesystem, path) == identity:
+                if identity_of(self.filesystem, path) == identity:
                     raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
                 # Deleted or replaced between the two steps: look again.
                 continue
             copied_from = manifest.tag if is_link or manifest.tag != tag else None
-            return CommittedCheckpoint(
-                self._filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from
-            )
+            return CommittedCheckpoint(self.filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
         raise gone(tag)
 
     def open_file(
@@ -265,7 +234,7 @@ class Catalog:
         except CheckpointError:
             raise
         except OSError as error:
-            raise ReadError(error, path=f"{self._root}/{tag}/{name}") from error
+            raise ReadError(error, path=f"{self.root}/{tag}/{name}") from error
 
     @contextlib.contextmanager
     def naming_older_ones(self, tag: str) -> Iterator[None]:
@@ -274,7 +243,7 @@ class Catalog:
         try:
             yield
         except CorruptCheckpointError as error:
-            if not is_url(self._root):
+            if not is_url(self.root):
                 raise
             sources = {entry.tag: entry.copied_from for entry in self.entries() if entry.problem is None}
             foreign = sources.get(tag)
@@ -282,7 +251,7 @@ class Catalog:
             is_known = tag in sources and foreign is None
             older = list(sources)[: list(sources).index(tag)] if is_known else [one for one in sources if one != tag]
             told = f"{error}" if foreign is None else f"{error}: its manifest is that of {foreign!r}"
-            error.args = (f"{told}; older ones in {self._root}: {', '.join(reversed(older[-5:])) or 'none'}",)
+            error.args = (f"{told}; older ones in {self.root}: {', '.join(reversed(older[-5:])) or 'none'}",)
             raise
 
     def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:
@@ -316,7 +285,7 @@ class Catalog:
     def _looks_like_checkpoint(self, name: str) -> bool:
         # A manifest that is a link or a FIFO is a damaged checkpoint, not a stray directory.
         try:
-            return self._filesystem.stat(os.path.join(self._root, name, MANIFEST_NAME)).kind != "missing"
+            return self.filesystem.stat(os.path.join(self.root, name, MANIFEST_NAME)).kind != "missing"
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
@@ -324,20 +293,17 @@ class Catalog:
 
     def _listdir(self) -> list[str]:
         try:
-            return self._filesystem.listdir(self._root)
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"there is no directory {self._root!r}: check the root's path") from error
-        except NotADirectoryError as error:
-            raise CheckpointNotFoundError(
-                f"{self._root!r} is not a directory: give the root that holds the checkpoints"
-            ) from error
+            return self.filesystem.listdir(self.root)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "is not a directory" if isinstance(error, NotADirectoryError) else "does not exist"
+            raise CheckpointNotFoundError(f"{self.root!r} {what}: give the root that holds the checkpoints") from error
 
     def _not_found(self, tag: str) -> CheckpointNotFoundError:
         check_tag(tag)
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
         shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         return CheckpointNotFoundError(
-            f"there is no checkpoint {tag!r} in {self._root!r}; there is {shown or 'nothing'}"
+            f"there is no checkpoint {tag!r} in {self.root!r}; there is {shown or 'nothing'}"
         )
 
 

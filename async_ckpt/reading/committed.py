@@ -11,12 +11,35 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, Root, StrPath, is_url
 from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
-from .verified_file import DEFAULT_NUM_THREADS, MemorySource, VerifiedFile
+from .verified_file import MemorySource, VerifiedFile
+
+
+class Opener(Protocol):
+    """What files are opened through: a `DirHandle`, a `CommittedCheckpoint`."""
+
+    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
+        """See `DirHandle.open_read`."""
+
+
+def open_exact(directory: Opener, entry: FileEntry, *, direct: bool, tag: str | None = None) -> ReadableFile:
+    """Open a file that is as its manifest entry says, as far as its size tells. Raises CorruptCheckpointError: it is
+    not; without `tag` in words that follow the file's name."""
+    try:
+        file = directory.open_read(entry.parts, direct=direct)
+        if file.size_bytes == entry.size_bytes:
+            return file
+        file.close()
+        cause, what = None, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
+    except FileNotFoundError as error:
+        cause, what = error, "is missing"
+    told = what if tag is None else f"{entry.path!r} {what} (checkpoint {tag!r})"
+    raise CorruptCheckpointError(told, path=entry.path) from cause
 
 
 class CommittedCheckpoint:
@@ -34,11 +57,8 @@ class CommittedCheckpoint:
         self._filesystem = filesystem
 
     def entry(self, path: StrPath) -> FileEntry:
-        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`.
-
-        Raises:
-            UnsafePathError, CheckpointNotFoundError: malformed, or not in this checkpoint.
-        """
+        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`. Raises UnsafePathError,
+        CheckpointNotFoundError: malformed, or not in this checkpoint."""
         _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
         entry = self.manifest.file(inner)
         if entry is None:
@@ -53,32 +73,18 @@ class CommittedCheckpoint:
     ) -> VerifiedFile:
         """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as
         `open_raw`."""
-        file = self.open_raw(entry)
-        try:
-            return VerifiedFile(file, entry, check=check, num_threads=num_threads or DEFAULT_NUM_THREADS, lend=lend)
-        except BaseException:
-            file.close()
-            raise
+        return VerifiedFile(self.open_raw(entry), entry, check=check, num_threads=num_threads, lend=lend)
 
     def open_raw(self, entry: FileEntry) -> ReadableFile:
-        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself.
-
-        Raises:
-            CorruptCheckpointError: missing, not a regular file, or another size.
-            CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile; opening it again may help.
-        """
+        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself. Raises
+        CorruptCheckpointError: missing, not a regular file, or another size. CheckpointNotFoundError: the checkpoint
+        was deleted or replaced meanwhile; opening it again may help."""
         try:
-            file = self.open_read(entry.parts, direct=True)
-        except FileNotFoundError as error:
-            if not self.is_current():
+            return open_exact(self, entry, direct=True, tag=self.manifest.tag)
+        except CorruptCheckpointError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and not self.is_current():
                 raise gone(self.manifest.tag) from error
-            message = f"{entry.path!r} is missing from checkpoint {self.manifest.tag!r}"
-            raise CorruptCheckpointError(message, path=entry.path) from error
-        if file.size_bytes != entry.size_bytes:
-            file.close()
-            what = f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
-            raise CorruptCheckpointError(f"{entry.path!r} in checkpoint {self.manifest.tag!r} {what}", path=entry.path)
-        return file
+            raise
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
         """As `DirHandle.open_read`; the file of a single-file checkpoint is looked for where its manifest says, too."""

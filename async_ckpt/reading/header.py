@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import CorruptCheckpointError, UnsupportedStateError
 from ..format.checksum import crc32
-from ..format.inert import read_inert
 from ..format.pickles import MalformedPickleError
 from ..format.safetensors import read_safetensors
-from ..format.tensors import MAX_OTHERS, MAX_TENSORS, Inventory, OtherInfo, TensorExtent, leaves
+from ..format.tensors import MAX_OTHERS, MAX_TENSORS, OtherInfo, TensorExtent, leaves
 from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
 from .damage import naming
 from .verified_file import VerifiedFile
@@ -44,12 +43,9 @@ class FileHeader:
 
 
 def read_header(file: VerifiedFile) -> FileHeader:
-    """The header of an open file of format "torch" or "safetensors". Blocks for small reads; any thread.
-
-    Raises:
-        CorruptCheckpointError: malformed, or an extent outside the file.
-        UnsupportedStateError: more than a million tensors, an opaque file, or a zip file that torch did not write.
-    """
+    """The header of an open file of format "torch" or "safetensors". Blocks for small reads; any thread. Raises
+    CorruptCheckpointError: malformed, or an extent outside the file. UnsupportedStateError: more than a million
+    tensors, an opaque file, or a zip file that torch did not write."""
     name = file.name
     if file.entry.format == "safetensors":
         found = read_safetensors(file.unverified, file.size_bytes, name=name)
@@ -68,20 +64,21 @@ def read_header(file: VerifiedFile) -> FileHeader:
         if crc32(raw) != pickled.crc32:
             raise CorruptCheckpointError("the checksum of data.pkl is wrong", record="data.pkl")
         try:
-            structure = read_inert(raw, Inventory(records))
+            return _header_of(raw, records)
         except MalformedPickleError as error:
             raise CorruptCheckpointError(f"data.pkl cannot be read: {error}", record="data.pkl") from error
+
+
+def _header_of(pickled: bytes, records: dict[str, Record]) -> FileHeader:
     tensors: list[TensorExtent] = []
     others: list[OtherInfo] = []
     seen_bytes: set[tuple[int, int]] = set()
     num_others = 0
     rest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves(structure):
+    for leaf in leaves(pickled, records):
         if isinstance(leaf, TensorExtent):
             if len(tensors) >= MAX_TENSORS:
-                raise UnsupportedStateError(
-                    f"{name} has more than {MAX_TENSORS} tensors; --records shows what can be shown"
-                )
+                raise UnsupportedStateError(f"more than {MAX_TENSORS} tensors; --records shows what can be shown")
             where = (leaf.offset, leaf.extent_bytes)
             leaf.is_shared = where in seen_bytes and leaf.extent_bytes > 0
             tensors.append(leaf)

@@ -46,18 +46,16 @@ class _Suspicious(Notes):
         return super().call(function, args)
 
     def persistent(self, value: Any) -> Any:
-        if isinstance(value, tuple) and len(value) >= 5 and isinstance(value[1], Name) and type(value[4]) is int:
+        is_storage = isinstance(value, tuple) and len(value) >= 5 and isinstance(value[1], Name)
+        if is_storage and type(value[2]) is str and type(value[4]) is int:
             item_bytes = ITEM_BYTES.get(STORAGE_TYPES.get(value[1].text.rpartition(".")[2], ""), 16)
-            self.storage_bytes[str(value[2])] = value[4] * item_bytes
+            self.storage_bytes[value[2]] = value[4] * item_bytes
         return super().persistent(value)
 
 
 def torch_records(file: VerifiedFile) -> dict[str, Record]:
     """The records of a file of `torch.save`; torch reads the same ones. Blocks for the directory and the local headers.
-
-    Raises:
-        CorruptCheckpointError: it is no container that `torch.save` has written.
-    """
+    Raises CorruptCheckpointError: it is no container that `torch.save` has written."""
     try:
         return read_records(file)
     except (CorruptCheckpointError, UnsupportedStateError) as error:
@@ -67,11 +65,7 @@ def torch_records(file: VerifiedFile) -> dict[str, Record]:
 
 
 def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> None:
-    """Blocks for the pickle; about half as long as that unpickler takes.
-
-    Raises:
-        CorruptCheckpointError: it is one.
-    """
+    """Blocks for the pickle; about half as long as that unpickler takes. Raises CorruptCheckpointError: it is one."""
     for name, record in records.items():
         if name.endswith("data.pkl"):
             refuse_length(file.read(record.offset, record.num_bytes), file.name, name)
@@ -79,11 +73,7 @@ def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> N
 
 def refuse_length(pickled: bytes, path: str, record: str) -> int:
     """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`; gives its
-    length.
-
-    Raises:
-        CorruptCheckpointError: it does, or is no pickle.
-    """
+    length. Raises CorruptCheckpointError: it does, or is no pickle."""
     return _read(pickled, _Suspicious(path, record), path, record)
 
 
@@ -98,11 +88,8 @@ def _read(pickled: bytes, maker: Notes, path: str, record: str) -> int:
 
 
 def refuse_legacy_beyond_limits(file: VerifiedFile) -> None:
-    """As `refuse_beyond_limits`, of a file in torch's old format: five pickles, then the storages.
-
-    Raises:
-        CorruptCheckpointError: it is one, or its storages are larger than the file.
-    """
+    """As `refuse_beyond_limits`, of a file in torch's old format: five pickles, then the storages. Raises
+    CorruptCheckpointError: it is one, or its storages are larger than the file."""
     pickles = file.read(0, min(file.size_bytes, _MAX_LEGACY_PICKLES_BYTES))
     maker = _Suspicious(file.name, "the legacy file")
     for _ in range(5):

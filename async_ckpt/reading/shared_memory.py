@@ -64,26 +64,20 @@ def overlapping(targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
 
     There are none, mostly: nothing but numbers is made for each target.
     """
-    filled = [i for i, target in enumerate(targets) if target.numel()]
-    firsts = {i: targets[i].data_ptr() for i in filled}
+    # Addresses of two devices have nothing to do with each other.
+    where = {i: (target.get_device(), target.data_ptr()) for i, target in enumerate(targets) if target.numel()}
     group: list[int] = []
-    reach = 0
-    for i in sorted(filled, key=firsts.__getitem__):
-        if firsts[i] >= reach:
-            yield from _by_device(group, targets)
-            group, reach = [], 0
+    reach = (-2, 0)
+    for i in sorted(where, key=where.__getitem__):
+        device, first = where[i]
+        if device != reach[0] or first >= reach[1]:
+            if len(group) > 1:
+                yield group
+            group, reach = [], (device, 0)
         group.append(i)
-        reach = max(reach, _extent(targets[i])[1])
-    yield from _by_device(group, targets)
-
-
-def _by_device(group: list[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Addresses of two devices have nothing to do with each other."""
+        reach = device, max(reach[1], _extent(targets[i])[1])
     if len(group) > 1:
-        for device in {targets[i].device for i in group}:
-            there = [i for i in group if targets[i].device == device]
-            if len(there) > 1:
-                yield there
+        yield group
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -38,11 +38,7 @@ def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
 
 def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
     """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew. Nothing
-    recurses.
-
-    Raises:
-        UnsupportedStateError: as `flatten`.
-    """
+    recurses. Raises UnsupportedStateError: as `flatten`."""
     return _walk(state, new.get, _rebuilt)
 
 

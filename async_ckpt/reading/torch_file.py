@@ -19,7 +19,7 @@ _HELD_EXTENTS = 4
 
 
 class TorchFile(io.RawIOBase):
-    """Seekable reader over a `VerifiedFile`, which stays the caller's to close. One thread at a time."""
+    """See `io.RawIOBase`; reads a `VerifiedFile`, which stays the caller's to close. One thread at a time."""
 
     def __init__(self, file: VerifiedFile) -> None:
         super().__init__()
@@ -29,25 +29,20 @@ class TorchFile(io.RawIOBase):
         """The first error of a read: torch's reader swallows it and complains about a missing attribute instead."""
 
     def readable(self) -> bool:
-        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """Always True."""
         return True
 
     def tell(self) -> int:
-        """Current position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position; it may lie past the end."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._verified.size_bytes}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the position; fewer bytes only at the end of the file."""
         try:
             return self._readinto(buffer)
         except BaseException as error:

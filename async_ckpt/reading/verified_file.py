@@ -64,7 +64,7 @@ class VerifiedFile:
         entry: FileEntry,
         *,
         check: bool,
-        num_threads: int = DEFAULT_NUM_THREADS,
+        num_threads: int | None = None,
         lend: MemorySource | None = None,
     ) -> None:
         self.entry = entry
@@ -83,11 +83,12 @@ class VerifiedFile:
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
         self.on_read = metrics.read_listener()
         self._file = file
-        self._num_threads = num_threads
+        self._num_threads = num_threads or DEFAULT_NUM_THREADS
         self._kept: dict[int, memoryview] = {}
         self._give_back: dict[int, Callable[[], None]] = {}
         self._verified: set[int] = set()
         if check and len(entry.extent_crc32) != self.num_extents:
+            file.close()
             raise CorruptCheckpointError(
                 f"{self.name}: the manifest holds {len(entry.extent_crc32)} extent checksums, the file has "
                 f"{self.num_extents} extents",
@@ -168,11 +169,8 @@ class VerifiedFile:
 
     def stream(self, consume: Consume | None, extents: Iterable[int] | None = None) -> None:
         """Hand every byte of `extents` (default: all) to `consume`, in parallel and in no order; blocks until done.
-
-        Raises:
-            CorruptCheckpointError: a CRC differs. `consume` may have seen the bytes already: it must write
-                only to memory that nobody uses yet, or bytes that `verify_rest` has seen.
-        """
+        Raises CorruptCheckpointError: a CRC differs. `consume` may have seen the bytes already: it must write only to
+        memory that nobody uses yet, or bytes that `verify_rest` has seen."""
         wanted = range(self.num_extents) if extents is None else extents
         _Reading(list(self.blocks(wanted, with_kept=consume is not None)), consume, self._num_threads).run()
 
@@ -249,15 +247,11 @@ class VerifiedFile:
             )
 
 
-def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threads: int = DEFAULT_NUM_THREADS) -> None:
-    """Compare all of `files` with their CRCs; blocks until every byte was read.
-
-    Raises:
-        OSError: a shortage of this process or machine kept a file from being read.
-    """
-    _Reading(
-        [block for file in files for block in file.blocks(range(file.num_extents))], None, num_threads, on_damage
-    ).run()
+def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threads: int | None = None) -> None:
+    """Compare all of `files` with their CRCs; blocks until every byte was read. Raises OSError: a shortage of this
+    process or machine kept a file from being read."""
+    blocks = [block for file in files for block in file.blocks(range(file.num_extents))]
+    _Reading(blocks, None, num_threads or DEFAULT_NUM_THREADS, on_damage).run()
 
 
 class _Reading:

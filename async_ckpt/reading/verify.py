@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 from ..errors import CheckpointError, CommitError, ConfigError, CorruptCheckpointError, escaped
 from ..format.manifest import FileEntry
 from ..format.names import MANIFEST_NAME
-from ..storage.filesystem import DirHandle, FileSystem, ReadableFile
+from ..storage.filesystem import DirHandle, FileSystem
 from ..threads.locks import Lock
-from .committed import CommittedCheckpoint, gone
+from .committed import CommittedCheckpoint, Opener, gone, open_exact
 from .damage import damaged_records
 from .errors import DAMAGE_ERRNOS, ExtentMismatch
-from .verified_file import DEFAULT_NUM_THREADS, VerifiedFile, check_files
+from .verified_file import VerifiedFile, check_files
 
 Level = Literal["full", "size", "off"]
 Progress = Callable[[int, int], None]
@@ -79,10 +80,7 @@ def verify_checkpoint(
     checkpoint: CommittedCheckpoint, level: Level, num_threads: int | None, progress: Progress | None
 ) -> VerifyReport:
     """Compare everything in an open checkpoint with its manifest. Blocks until it is read; raises as `verify_files`.
-
-    Raises:
-        CheckpointNotFoundError: it was deleted or replaced meanwhile.
-    """
+    Raises CheckpointNotFoundError: it was deleted or replaced meanwhile."""
     manifest = checkpoint.manifest
     problems: list[Problem] = []
     extra: list[str] = []
@@ -92,13 +90,6 @@ def verify_checkpoint(
     if problems and not checkpoint.is_current():
         raise gone(manifest.tag)
     return VerifyReport(manifest.tag, level, len(manifest.files), manifest.size_bytes, tuple(problems), tuple(extra))
-
-
-class Opener(Protocol):
-    """What files are opened through: a `DirHandle`, a `CommittedCheckpoint`."""
-
-    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
-        """See `DirHandle.open_read`."""
 
 
 def verify_files(
@@ -128,7 +119,7 @@ def verify_files(
                     opened.enter_context(file)
                     files.append(file)
             if level == "full":
-                check_files(files, found.add_damage, num_threads=num_threads or DEFAULT_NUM_THREADS)
+                check_files(files, found.add_damage, num_threads=num_threads)
     order = {entry.path: index for index, entry in enumerate(entries)}
     return sorted(found.problems, key=lambda problem: (order[problem.path], problem.offset))
 
@@ -146,18 +137,11 @@ class _Problems:
     def open(self, directory: Opener, entry: FileEntry, direct: bool) -> VerifiedFile | None:
         """The file, or None where it is no file of the right size."""
         try:
-            file = directory.open_read(entry.parts, direct=direct)
-        except FileNotFoundError:
-            self._add(entry.path, "is missing")
-            return None
+            file = open_exact(directory, entry, direct=direct)
         except (CorruptCheckpointError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in DAMAGE_ERRNOS:
                 raise
             self._add(entry.path, str(error))
-            return None
-        if file.size_bytes != entry.size_bytes:
-            file.close()
-            self._add(entry.path, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed")
             return None
         verified = VerifiedFile(file, entry, check=True)
         verified.on_read = self._on_read
@@ -185,11 +169,8 @@ class _Problems:
 
 
 def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> None:
-    """Read staged files from the disk, around the page cache where it lets, and compare them with their entries.
-
-    Raises:
-        CommitError: they differ, or cannot be read; nothing was committed.
-    """
+    """Read staged files from the disk, around the page cache where it lets, and compare them with their entries. Raises
+    CommitError: they differ, or cannot be read; nothing was committed."""
     try:
         with contextlib.closing(fs.open_dir(location)) as directory:
             problems = verify_files(directory, entries, direct=True)
@@ -209,31 +190,35 @@ def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> No
 def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list[str], list[Problem]]:
     """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are
     fine."""
-    expected = {entry.path for entry in entries} | {MANIFEST_NAME}
-    folders = {tuple(path.split("/")[:depth]) for path in expected for depth in range(path.count("/") + 1)}
+    expected = sorted({entry.path for entry in entries} | {MANIFEST_NAME})
     extra: list[str] = []
     problems: list[Problem] = []
-    for folder in sorted(folders):
+    todo = [""]
+    while todo:
+        folder = todo.pop()
+        parts = tuple(folder.split("/")) if folder else ()
         try:
-            found = directory.entries(folder)
+            found = directory.entries(parts)
         except (FileNotFoundError, CorruptCheckpointError):
             # Whatever should be in there is reported as missing already.
             continue
         except OSError as error:
             if error.errno not in DAMAGE_ERRNOS:
                 raise
-            problems.append(Problem("/".join(folder) or ".", str(error)))
+            problems.append(Problem(folder or ".", str(error)))
             continue
         for name, kind in found:
-            path = "/".join((*folder, name))
-            is_known = (*folder, name) in folders if kind == "dir" else path in expected
-            if (
-                not is_known
-                and not (kind == "dir" and _is_empty(directory, (*folder, name)))
-                and len(extra) < _MAX_PROBLEMS
-            ):
+            path = "/".join((*parts, name))
+            # What is expected of a directory is what lies in it: right behind its name, in order.
+            sought = f"{path}/" if kind == "dir" else path
+            at = bisect_left(expected, sought)
+            first = expected[at] if at < len(expected) else ""
+            is_known = first.startswith(sought) if kind == "dir" else first == path
+            if is_known and kind == "dir":
+                todo.append(path)
+            elif not is_known and not (kind == "dir" and _is_empty(directory, (*parts, name))):
                 extra.append(ascii(path)[1:-1])
-    return extra, problems
+    return sorted(extra)[:_MAX_PROBLEMS], problems
 
 
 def _is_empty(directory: DirHandle, parts: Sequence[str]) -> bool:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from async_ckpt.errors import CheckpointError
-from async_ckpt.format.inert import describe, fingerprint, read_inert
+from async_ckpt.format.inert import Fingerprint, describe, read_inert
+from async_ckpt.format.named import listing, names_in, places_named
 from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.format.plain import NotPlainError, load_plain
-from async_ckpt.format.tensors import Inventory, leaves
+from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
 from async_ckpt.reading.build import TensorsOnDisk
+from async_ckpt.reading.limits import refuse_length
 
 MAX_S = 2.0
 MAX_S_PER_BYTE = 50e-6
@@ -131,11 +133,11 @@ def inputs(num: int, seed: int) -> Iterator[bytes]:
 def look_into(pickled: bytes) -> None:
     """What `inspect` does."""
     with contextlib.suppress(MalformedPickleError, CheckpointError):
-        structure = read_inert(pickled, Inventory(RECORDS))
-        for leaf in leaves(structure):
+        for leaf in leaves(pickled, RECORDS):
             assert str(getattr(leaf, "text", "")).isprintable()
-        describe(structure)
-        fingerprint(structure)
+        structure = read_inert(pickled)
+        assert describe(structure).isprintable()
+        Fingerprint(len(pickled))(structure)
 
 
 def read_plainly(pickled: bytes) -> None:
@@ -144,7 +146,14 @@ def read_plainly(pickled: bytes) -> None:
         load_plain(pickled, RECORDS, TensorsOnDisk())
 
 
-READERS: tuple[Callable[[bytes], None], ...] = (look_into, read_plainly)
+def read_before_torch(pickled: bytes) -> None:
+    """What `load` does where only torch can read it, and what it says if torch refuses."""
+    with contextlib.suppress(MalformedPickleError, CheckpointError):
+        refuse_length(pickled, "m.pt", "data.pkl")
+        assert len(listing(places_named(pickled, names_in(pickled)))) < 100_000
+
+
+READERS: tuple[Callable[[bytes], None], ...] = (look_into, read_plainly, read_before_torch)
 
 
 def check(pickled: bytes) -> None:

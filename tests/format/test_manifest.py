@@ -7,6 +7,7 @@ import json
 import math
 import time
 from enum import Enum, IntEnum
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry, Manifest, ManifestBudget, decode, encode
 from async_ckpt.format.metadata import check_metadata
 from async_ckpt.format.names import check_relative_path, check_tag
+from async_ckpt.reading.verify import find_extra
+from async_ckpt.storage.filesystem import FileSystem
 
 SAMPLE = Manifest(
     "step-1",
@@ -132,6 +135,22 @@ def test_hostile_manifests_are_refused_fast(name: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+def test_deep_paths_take_no_time_and_no_memory(tmp_path: Path) -> None:
+    """Neither in a manifest, nor where what lies beside its files is looked for."""
+    files = [FileEntry(f"{k}/" + "a/" * 60 + "b", 0, 1, (), "opaque", "", None) for k in range(5000)]
+    started = time.thread_time()
+    raw = encode(Manifest("t", 1, tuple(files)))
+    (tmp_path / "7/a").mkdir(parents=True)
+    for name in ("7/mine", "7/a/b", "8"):
+        (tmp_path / name).write_bytes(b"")
+    with contextlib.closing(FileSystem().open_dir(str(tmp_path))) as directory:
+        assert find_extra(directory, decode(raw, source="m").files) == (["7/a/b", "7/mine", "8"], [])
+    assert time.thread_time() - started < 5
+    for path in ("a/" * 64 + "b", "a/" * 500 + "b"):
+        with pytest.raises(UnsafePathError, match="64 components"):
+            check_relative_path(path, stored=True)
+
+
 def test_other_versions_are_refused_with_the_way_out() -> None:
     with pytest.raises(CorruptCheckpointError, match=r"format_version '2'.*newer release"):
         decode(sealed({**as_document(), "format_version": 2}), source="x")
@@ -182,11 +201,14 @@ def test_bad_metadata_names_the_field(metadata: object, where: str) -> None:
 
 
 def test_numbers_that_json_cannot_hold_are_null_and_the_manifest_says_so() -> None:
-    plain = check_metadata({"loss": math.nan, "eval": {"bound": [1.0, -math.inf]}, "lr": 0.1})
-    told = {"metadata['loss']": "nan", "metadata['eval']['bound'][1]": "-inf"}
-    assert plain == {"loss": None, "eval": {"bound": [1.0, None]}, "lr": 0.1, "_not_finite": told}
-    assert check_metadata(plain) == plain
-    assert decode(encode(Manifest("t", 1, (), plain)), source="m").metadata == plain
+    """Also beside a user's key of any name."""
+    given = {"loss": math.nan, "eval": {"bound": [1.0, -math.inf]}, "lr": 0.1, "_not_finite": "mine", "not_finite": 1}
+    plain = check_metadata(given)
+    assert math.isnan(plain["loss"]) and plain["eval"] == given["eval"]
+    found = decode(encode(Manifest("t", 1, (), plain)), source="m")
+    assert found.not_finite == {"metadata['loss']": "nan", "metadata['eval']['bound'][1]": "-inf"}
+    assert found.metadata == {**given, "loss": None, "eval": {"bound": [1.0, None]}}
+    assert decode(encode(found), source="m") == found
 
 
 def test_what_will_not_fit_is_refused_while_the_checkpoint_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
