@@ -185,7 +185,8 @@ def _describe_inert(value: Inert) -> str:
     state = value.state
     if value.name.endswith("multiarray._reconstruct") and isinstance(state, tuple) and len(state) >= 3:
         kind = state[2].args[0] if isinstance(state[2], Inert) and state[2].args else "?"
-        return _short(f"<numpy.ndarray {describe(kind)} {_dims(state[1])}>")
+        text = printable(kind[:_MAX_TEXT]) if isinstance(kind, str) else describe(kind)
+        return _short(f"<numpy.ndarray {text} {_dims(state[1])}>")
     plain = [describe(arg) for arg in value.args[:4] if isinstance(arg, (str, int, float, bool, Name, bytes))]
     return _short(f"<{printable(value.name)}{'(' + ', '.join(plain) + ')' if plain else ''}>")
 

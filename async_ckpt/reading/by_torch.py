@@ -12,11 +12,12 @@ import pickle
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from mmap import MAP_PRIVATE
 from typing import Any
 
 import torch
+from torch.serialization import LoadEndianness
 from torch.utils.serialization import config
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
@@ -46,34 +47,28 @@ _OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
 _ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
 
 
-class _CallersPlace:
-    """A `map_location` that is a function; an error of its own can be told from torch's."""
-
-    def __init__(self, function: Callable[[Any, str], Any]) -> None:
-        self._function = function
-        self.raised: BaseException | None = None
-
-    def __call__(self, storage: Any, location: str) -> Any:
-        try:
-            return self._function(storage, location)
-        except BaseException as error:
-            self.raised = error
-            raise
-
-
 def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None, *, mmap: bool = False) -> Any:
     """What ``torch.load`` makes of the file, read or mapped. Blocks until every byte was verified."""
     if mmap:
         _check_mapping(file)
         file.verify_rest()
     _refuse_crafted(file, map_location, weights_only)
-    place = _CallersPlace(map_location) if callable(map_location) else map_location
+    raised: list[BaseException] = []
+
+    def place(storage: Any, location: str) -> Any:
+        try:
+            return map_location(storage, location)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
     source = TorchFile(file)
+    # Mapped not by its name: the tag may be replaced, and what has that name then was not verified.
+    given: Any = file.map_path if mmap else source
+    where = place if callable(map_location) else map_location
     try:
-        with _translated(file, place, weights_only):
-            # Mapped not by its name: the tag may be replaced, and what has that name then was not verified.
-            given: Any = file.map_path if mmap else source
-            state = torch.load(given, map_location=place, weights_only=weights_only, mmap=mmap)
+        with _translated(file, raised, weights_only):
+            state = torch.load(given, map_location=where, weights_only=weights_only, mmap=mmap)
     except Exception:
         if source.failure is not None:
             raise source.failure from None
@@ -123,7 +118,11 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
             refuse_legacy_beyond_limits(file)
         return
     records = torch_records(file)
-    if byte_order(file, records) not in (None, sys.byteorder.encode()) and place_for(map_location) is None:
+    order = byte_order(file, records)
+    if order is None:
+        # A file that does not say so is what the user has told torch, or else little-endian.
+        order = (torch.serialization.get_default_load_endianness() or LoadEndianness.LITTLE).name.lower().encode()
+    if order not in (b"native", sys.byteorder.encode()) and place_for(map_location) is None:
         # torch would exchange the bytes of what has no memory, and end the process.
         what = "is of another byte order: map_location must be None or a device with memory"
         raise UnsupportedStateError(f"{file.name} {what}")
@@ -132,15 +131,15 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
 
 
 @contextlib.contextmanager
-def _translated(file: VerifiedFile, place: Any, weights_only: bool | None) -> Iterator[None]:
-    """torch's errors about the file become ours; those of the caller's and of trusted code, about devices and memory
-    pass."""
+def _translated(file: VerifiedFile, raised: list[BaseException], weights_only: bool | None) -> Iterator[None]:
+    """torch's errors about the file become ours; those `raised` by the caller's function or by trusted code, about
+    devices and memory pass."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        if isinstance(place, _CallersPlace) and place.raised is error:
+        if any(error is one for one in raised):
             raise
         translated = _translation(file, error, _runs_code(weights_only))
         if translated is None:

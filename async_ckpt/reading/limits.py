@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsupportedStateError
-from ..format.inert import Notes, describe
+from ..format.inert import Inert, Notes, describe
 from ..format.opcodes import EVERY_OPCODE
 from ..format.pickles import MalformedPickleError, Name, PickleReader
 from ..format.tensors import ITEM_BYTES, STORAGE_TYPES
@@ -24,6 +24,22 @@ LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _MAX_LEGACY_PICKLES_BYTES = 64 << 20
 _MADE_BY_LENGTH = re.compile(r"torch\.(?:(?:cuda\.|sparse\.)*\w*Tensor|storage\.(?:Unt|T)ypedStorage)")
 """What torch itself never pickles as a call."""
+_CALLERS = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type")
+"""What calls another function by name; torch nests it once."""
+_MAX_CALLERS = 4
+_MAX_QUANTIZED = 1 << 32
+"""Elements of one quantized tensor: torch makes room for them before it looks at the storage."""
+
+
+def _is_huge(size: Any) -> bool:
+    if isinstance(size, Inert) and size.args:
+        size = size.args[0]
+    num = 1
+    for dim in size if isinstance(size, (tuple, list)) else ():
+        num *= dim if type(dim) is int else 1
+        if abs(num) > _MAX_QUANTIZED:
+            return True
+    return False
 
 
 class _Suspicious(Notes):
@@ -36,10 +52,17 @@ class _Suspicious(Notes):
         self.storage_bytes: dict[Any, int] = {}
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        name = function.text if type(function) is Name else describe(function)
-        is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in args)
-        if is_length or (args and _MADE_BY_LENGTH.fullmatch(name)):
-            what = f"asks {describe(Name(name))} for memory that it does not hold ({describe(args)})"
+        made, given, depth = function, args, 0
+        while depth < _MAX_CALLERS and type(made) is Name and made.text in _CALLERS:
+            if len(given) < 3 or type(given[2]) is not tuple:
+                break
+            made, given, depth = given[0], given[2], depth + 1
+        name = made.text if type(made) is Name else describe(made)
+        is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in given)
+        is_length = is_length or depth == _MAX_CALLERS
+        is_size = name == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
+        if is_length or is_size or (given and _MADE_BY_LENGTH.fullmatch(name)):
+            what = f"asks {describe(Name(name))} for memory that it does not hold ({describe(given)})"
             raise CorruptCheckpointError(
                 f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record
             )
@@ -71,14 +94,10 @@ def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> N
             refuse_length(file.read(record.offset, record.num_bytes), file.name, name)
 
 
-def refuse_length(pickled: bytes, path: str, record: str) -> int:
+def refuse_length(pickled: bytes, path: str, record: str, maker: Notes | None = None) -> int:
     """Refuse a pickle that makes objects by their length, or that is beyond the bounds of `format.pickles`; gives its
     length. Raises CorruptCheckpointError: it does, or is no pickle."""
-    return _read(pickled, _Suspicious(path, record), path, record)
-
-
-def _read(pickled: bytes, maker: Notes, path: str, record: str) -> int:
-    reader = PickleReader(pickled, maker, EVERY_OPCODE)
+    reader = PickleReader(pickled, maker or _Suspicious(path, record), EVERY_OPCODE)
     try:
         reader.read()
     except MalformedPickleError as error:
@@ -93,7 +112,7 @@ def refuse_legacy_beyond_limits(file: VerifiedFile) -> None:
     pickles = file.read(0, min(file.size_bytes, _MAX_LEGACY_PICKLES_BYTES))
     maker = _Suspicious(file.name, "the legacy file")
     for _ in range(5):
-        pickles = pickles[_read(pickles, maker, file.name, "the legacy file") :]
+        pickles = pickles[refuse_length(pickles, file.name, "the legacy file", maker) :]
     if sum(maker.storage_bytes.values()) > file.size_bytes:
         raise CorruptCheckpointError(
             f"{file.name}: its pickle names storages that are larger than the file", path=file.name

@@ -57,17 +57,8 @@ def load(
         CheckpointNotFoundError: not in a committed checkpoint. CorruptCheckpointError: damaged; names file and record.
         UnsupportedStateError: the file needs `weights_only=False`. ReadError: the disk failed.
     """
-    catalog, tag, name = _locate(path)
-    return load_committed(
-        catalog,
-        tag,
-        name,
-        map_location=map_location,
-        weights_only=weights_only,
-        verify=verify,
-        mmap=mmap,
-        num_threads=num_threads,
-    )
+    options: dict[str, Any] = {"map_location": map_location, "weights_only": weights_only, "mmap": mmap}
+    return load_committed(*_locate(path), verify=verify, num_threads=num_threads, **options)
 
 
 def load_into(
@@ -102,19 +93,8 @@ def load_into(
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
-    catalog, tag, name = _locate(path)
-    return load_committed_into(
-        catalog,
-        tag,
-        name,
-        state_dict,
-        strict=strict,
-        verify=verify,
-        atomic=atomic,
-        weights_only=weights_only,
-        num_threads=num_threads,
-        select=select,
-    )
+    options: dict[str, Any] = {"strict": strict, "atomic": atomic, "weights_only": weights_only, "select": select}
+    return load_committed_into(*_locate(path), state_dict, verify=verify, num_threads=num_threads, **options)
 
 
 def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
@@ -136,22 +116,14 @@ def _locate(path: str | os.PathLike[str]) -> tuple[Catalog, str, str]:
 
 
 def load_committed(
-    catalog: Catalog,
-    tag: str,
-    name: str,
-    *,
-    map_location: Any = None,
-    weights_only: bool | None = None,
-    verify: str = "full",
-    mmap: bool | None = None,
-    num_threads: int | None = None,
+    catalog: Catalog, tag: str, name: str, *, verify: str = "full", num_threads: int | None = None, **options: Any
 ) -> Any:
-    """`load` of file `name` in checkpoint `tag` of `catalog`."""
+    """`load` of file `name` in checkpoint `tag` of `catalog`; for the `options` see `load_opened`."""
     with (
         catalog.naming_older_ones(tag),
         catalog.open_file(tag, name, verify=verify, num_threads=num_threads) as file,
     ):
-        return load_opened(file, map_location=map_location, weights_only=weights_only, mmap=mmap)
+        return load_opened(file, **options)
 
 
 def load_opened(

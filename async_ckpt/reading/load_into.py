@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import ConfigError, StateMismatchError
+from ..errors import ConfigError, CorruptCheckpointError, StateMismatchError
 from ..format.tensors import TensorExtent
 from ..host.device import beside_captures, is_copyable, synchronize_device
 from ..host.facts import available_memory_bytes
@@ -76,15 +76,14 @@ def fill(
     mover = _Mover(range(file.num_extents) if select is None else _extents_of(file, [found[path] for path in loaded]))
     for path, tensor in loaded.items():
         mover.add(found[path], tensor)
-    if select is not None:
-        restored = Restored({names[path]: loaded[path] for path in loaded}, tuple(loaded), tuple(differences.values()))
-        mover.run(file, atomic)
-        return restored
-    rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
     # Whatever may fail comes before the first byte moves.
-    restored = Restored(replace_leaves(structure, {**rest, **loaded}), tuple(loaded), tuple(differences.values()))
+    if select is None:
+        rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
+        state = replace_leaves(structure, {**rest, **loaded})
+    else:
+        state = {names[path]: tensor for path, tensor in loaded.items()}
     mover.run(file, atomic)
-    return restored
+    return Restored(state, tuple(loaded), tuple(differences.values()))
 
 
 def compare(found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -195,7 +194,7 @@ class _Mover:
             self._scatter.add(source.offset, source.num_bytes, target.untyped_storage(), first)
             self._direct.append(target)
         else:
-            self._copies.append((target, self.fresh(source).detach()))
+            self._copies.append((target, self.fresh(source)))
 
     def fresh(self, source: Source) -> torch.Tensor:
         """A new CPU tensor for `source`; tensors that share a storage in the file share one again."""
@@ -286,6 +285,8 @@ class _Mover:
             raise ExtentMismatch(
                 error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN
             ) from error
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{error}; {_OVERWRITTEN}", path=error.path, record=error.record) from error
         except ReadError as error:
             raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
 

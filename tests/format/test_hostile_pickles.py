@@ -75,6 +75,21 @@ CRAFTED = {
     + b"ctorch._utils\n_rebuild_sparse_tensor\n"
     + _ODD
     + b"h<\x85R)\x86R.",
+    "a length for another caller": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\n"
+    + b"ctorch\nTensor\n\x8a\x08"
+    + b"\x7f" * 8
+    + b"\x85}tR.",
+    "a length for a caller's caller": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\0(h\0ctorch\nTensor\nq\1"
+    + b"(ctorch\nFloatTensor\nh\1\x8a\x07"
+    + b"\x7f" * 7
+    + b"\x85}t}tR.",
+    "a quantized tensor without memory": b"\x80\x02ctorch._utils\n_rebuild_qtensor\n("
+    + _id(b"X\1\0\0\x000")
+    + b"K\0\x8a\x07"
+    + b"\x7f" * 7
+    + b"\x85K\0\x85(ctorch\nper_tensor_affine\nG?\xf0\0\0\0\0\0\0K\0t\x89"
+    + _ODICT
+    + b")RtR.",
     "a doubling attribute": b"\x80\x02" + _DOUBLING + _ODD + b")R}h<Nsb.",
     "one size many times": _again(_SIZE + b"q\0" + _ONES + b"\x85q\x01", b"h\0h\x01R"),
     "one tuple in many sizes": _again(_SIZE + b"q\0" + _ONES + b"q\x01", b"h\0h\x01\x85R"),

@@ -93,6 +93,10 @@ def test_a_header_that_lies_in_two_blocks(tmp_path: Path, shift: int) -> None:
     commit(tmp_path, "bad", {"m.pt": data[:at] + b"archive/data/7" + data[at + 14 :]}, extent_bytes=4096)
     with pytest.raises(CorruptCheckpointError, match="local header"):
         async_ckpt.load(tmp_path / "bad/m.pt")
+    with pytest.raises(CorruptCheckpointError, match=r"m\.pt: .*local header.*partly overwritten"):
+        async_ckpt.load_into(
+            {name: torch.zeros_like(tensor) for name, tensor in state.items()}, tmp_path / "bad/m.pt", atomic=False
+        )
 
 
 def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
@@ -118,6 +122,25 @@ def test_another_byte_order_without_memory(tmp_path: Path, device: Any) -> None:
     commit(tmp_path, "a", {"m.pt": data[:at] + other + data[at + len(native) :]})
     with pytest.raises(UnsupportedStateError, match="byte order"):
         async_ckpt.load(tmp_path / "a/m.pt", map_location=device)
+
+
+def test_a_file_that_does_not_say_its_byte_order(tmp_path: Path) -> None:
+    """torch is told by `set_default_load_endianness`."""
+    states = {"m.pt": STATE, "s.pt": {"set": {1}, **STATE}}
+    files = {name: torch_bytes(state).replace(b"/byteorder", b"/byteorde_") for name, state in states.items()}
+    commit(tmp_path, "a", files)
+    endianness = torch.serialization.LoadEndianness
+    try:
+        for order in endianness:
+            torch.serialization.set_default_load_endianness(order)
+            expected = torch.load(io.BytesIO(files["m.pt"]))["a"]
+            for name in files:
+                assert torch.equal(async_ckpt.load(tmp_path / "a" / name)["a"], expected)
+        torch.serialization.set_default_load_endianness(endianness[OTHER_ORDER.upper()])
+        with pytest.raises(UnsupportedStateError, match="byte order"):
+            async_ckpt.load(tmp_path / "a/m.pt", map_location="meta")
+    finally:
+        torch.serialization.set_default_load_endianness(None)
 
 
 # torch's old format.

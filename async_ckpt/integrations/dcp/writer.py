@@ -43,7 +43,7 @@ from ...errors import (
     report,
 )
 from ...format.checksum import crc32
-from ...format.manifest import FileEntry
+from ...format.manifest import FileEntry, ManifestBudget
 from ...format.metadata import check_metadata
 from ...format.names import check_tag, parse_private_name
 from ...plan.plan import FilePlan, version_counters
@@ -121,6 +121,11 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner) -> tuple
 @lru_cache(maxsize=64)
 def _tell_once(message: str) -> None:
     report(logging.WARNING, "%s", message)
+
+
+def _tensor_bytes(plan: SavePlan) -> int:
+    tensors = [item.tensor_data for item in plan.items if item.tensor_data is not None]
+    return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in tensors)
 
 
 def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
@@ -226,6 +231,12 @@ class DcpWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        budget = ManifestBudget()
+        for rank, plan in enumerate(plans):
+            # All ranks have the coordinator's chunks, or the manifest is a little smaller or larger.
+            name = RankPlace(self._tag, "", rank).file_name
+            budget.add_file(name, _tensor_bytes(plan), self._config.resolved_chunk_bytes())
+        budget.check_metadata(self._user_metadata)
         fs = self._filesystem
         transaction.make_root(fs, self._root)
         staging = transaction.begin(fs, self._root, self._tag, self._overwrite)

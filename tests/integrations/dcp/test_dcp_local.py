@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from async_ckpt import (
     AsyncCheckpointEngine,
@@ -371,3 +372,20 @@ def test_a_copy_of_a_tensor_with_gaps_is_made_after_its_counter_was_read(
         with pytest.raises(TornSnapshotError, match="w"):
             save_sharded(engine, "t", {"w": weight.t()}).result(60)
         assert engine.latest() is None
+
+
+def test_a_manifest_above_its_limit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The sum over all ranks counts: each of these would fit alone."""
+
+    def plan(num_elements: int) -> SavePlan:
+        chunk = ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([num_elements]))
+        data = TensorWriteData(chunk, TensorProperties(dtype=torch.float32), torch.Size([num_elements]))
+        return SavePlan([WriteItem(MetadataIndex("w"), WriteItemType.SHARD, tensor_data=data)])
+
+    writer = DcpWriter(tmp_path / "root/t", staging_bytes=64 << 20, chunk_bytes=16 << 20)
+    with pytest.raises(UnsupportedStateError, match="does not fit"):
+        writer.prepare_global_plan([plan(2**43), plan(2**43)])
+    assert not list(tmp_path.iterdir())
+    writer.prepare_global_plan([plan(2**43), plan(2**10)])
+    writer.close()
+    assert not list((tmp_path / "root").iterdir())
