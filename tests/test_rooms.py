@@ -50,10 +50,7 @@ MAY_IMPORT_TORCH = (
     "reading.load_into",
     "reading.build",
     "reading.by_torch",
-    "reading.file_tensors",
     "reading.scatter",
-    "reading.torch_file",
-    "reading.safetensors_file",
     "reading.shared_memory",
     "host.device",
 )

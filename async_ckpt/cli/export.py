@@ -18,6 +18,7 @@ from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_OK, UsageError
 from .locating import Located, place_of
 
+_FREE_BYTES, _MAX_GROWTH = 1 << 30, 64
 _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
 
 
@@ -115,6 +116,12 @@ def _convert(place: Located, file: str, wanted: str, fresh: str, tensors_only: b
         source.verify_rest()
         header = read_header(source)
         _check_exportable(header, place, tensors_only)
+        whole_bytes = sum(tensor.num_bytes for tensor in header.tensors)
+        if whole_bytes > max(_FREE_BYTES, _MAX_GROWTH * source.size_bytes):
+            raise UnsupportedStateError(
+                f"{place.name} has {source.size_bytes} bytes, and its tensors would have {whole_bytes} in a "
+                ".safetensors file, where each is whole (they are expanded, or share memory); nothing was written"
+            )
         tensors = {tensor.name: _tensor(torch, source, tensor, place) for tensor in header.tensors}
     save_file(tensors, fresh, metadata={"format": "pt"})
 

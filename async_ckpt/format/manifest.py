@@ -164,17 +164,13 @@ def encode(manifest: Manifest) -> bytes:
     }
     body = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))[:-1].encode("ascii")
     raw = body + f',"crc32":"{crc32(body):08x}"}}\n'.encode("ascii")
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(
-            f"the manifest of tag {manifest.tag!r} would have {len(raw)} bytes, more than {MAX_MANIFEST_BYTES}: "
-            "use larger chunk_bytes, fewer files or less metadata; nothing was committed"
-        )
     # What readers would refuse must not be committed: metadata may nest or count beyond their limits.
     try:
         decode(raw, source="the new manifest")
     except CorruptCheckpointError as error:
         raise CheckpointError(
-            f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}"
+            f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}. Use larger "
+            "chunk_bytes, fewer files or less metadata"
         ) from error
     return raw
 

@@ -4,8 +4,7 @@ imported or called.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .inert import Inert, Notes, describe, printable, read_inert
@@ -37,34 +36,21 @@ def file_naming(names: Iterable[str]) -> bytes:
     return b"".join(data for _, data in lay_out(pickled, [], name_hash=bytes(20)).literals)
 
 
-@dataclass(slots=True)
-class Places:
-    """Where one name is used."""
-
-    num: int = 0
-    shown: list[str] = field(default_factory=list)
-    """The first few key paths."""
-
-
-def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, Places]:
+def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, list[str]]:
     """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory. Raises
     MalformedPickleError: it is no pickle that is read."""
-    found: dict[str, Places] = {}
+    found: dict[str, dict[str, None]] = {}
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", read_inert(pickled))]
     while todo:
         path, value = todo.pop()
         text = value.text if isinstance(value, Name) else value.name if isinstance(value, Inert) else ""
         if text in names:
-            places = found.setdefault(text, Places())
-            if path not in places.shown:
-                places.num += 1
-                if places.num <= _MAX_SHOWN:
-                    places.shown.append(path)
+            found.setdefault(text, {})[path] = None
         if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen and len(path) <= _MAX_PATH:
             seen.add(id(value))
             todo.extend(reversed(_children(path, value)))
-    return found
+    return {name: list(paths) for name, paths in found.items()}
 
 
 def _children(path: str, value: Any) -> list[tuple[str, Any]]:
@@ -95,10 +81,10 @@ def _of_dict(path: str, value: dict[Any, Any]) -> list[tuple[str, Any]]:
     return children
 
 
-def listing(found: dict[str, Places]) -> str:
+def listing(found: Mapping[str, Sequence[str]]) -> str:
     """`found` in one line, for messages."""
     lines = []
-    for name, places in sorted(found.items())[:_MAX_NAMES]:
-        more = f" and {places.num - len(places.shown)} more" if places.num > len(places.shown) else ""
-        lines.append(f"{printable(name)} at {', '.join(f'state{path}' for path in places.shown)}{more}")
+    for name, paths in sorted(found.items())[:_MAX_NAMES]:
+        more = f" and {len(paths) - _MAX_SHOWN} more" if len(paths) > _MAX_SHOWN else ""
+        lines.append(f"{printable(name)} at {', '.join(f'state{path}' for path in paths[:_MAX_SHOWN])}{more}")
     return "; ".join(lines) + (f"; and {len(found) - _MAX_NAMES} more types" if len(found) > _MAX_NAMES else "")

@@ -61,15 +61,8 @@ def check_tag(tag: str) -> str:
 def check_existing_tag(name: str) -> str:
     """`name` itself, when a checkpoint may have got it by being copied or renamed: one directory's printable name,
     without a leading dot. Raises UnsafePathError: it is no such name."""
-    if (
-        not isinstance(name, str)
-        or not name.isprintable()
-        or name.startswith(".")
-        or "/" in name
-        or len(name.encode()) > _MAX_NAME_BYTES
-    ):
-        return check_tag(name)
-    return name if name else check_tag(name)
+    is_name = isinstance(name, str) and name.isprintable() and "/" not in name and not name.startswith(".")
+    return name if is_name and 0 < len(name.encode()) <= _MAX_NAME_BYTES else check_tag(name)
 
 
 def check_relative_path(path: str, *, carried: bool = False, stored: bool = False) -> tuple[str, ...]:

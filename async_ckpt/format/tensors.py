@@ -20,7 +20,7 @@ from .zip_directory import Record
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000
-_MAX_DEPTH = 200
+_MAX_DEPTH = 100
 _MAX_KEY_PARTS = 64
 
 STORAGE_TYPES = {

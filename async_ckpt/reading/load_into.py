@@ -25,7 +25,7 @@ from .build import CPU, TensorBuilder, dtype_of
 from .errors import ExtentMismatch, ReadError
 from .rollback import Rollback
 from .scatter import stream_into
-from .shared_memory import Pair, disagreements, layout_of, overlapping, shares_own_memory
+from .shared_memory import Pair, disagreements, overlapping, shares_own_memory
 from .state_tree import flatten, replace_leaves, select_leaves
 from .verified_file import VerifiedFile
 
@@ -136,7 +136,7 @@ def compare_shared(
     clashes: list[tuple[str, str]] = []
     for group in overlapping([wanted[path] for path in paths]):
         pairs = [Pair(paths[i], wanted[paths[i]], found[paths[i]]) for i in group]
-        clashes += disagreements(pairs, _geometry, lambda sources: _read(file, sources))
+        clashes += disagreements(pairs, lambda sources: _read(file, sources))
     objects: dict[int, str] = {}
     for path, target in wanted.items() if len(paths) < len(wanted) else ():
         first = objects.setdefault(id(target), path)
@@ -148,13 +148,6 @@ def compare_shared(
 
 def _has_address(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _geometry(source: Source) -> tuple[int, tuple[Any, ...]]:
-    if isinstance(source, TensorExtent):
-        return source.offset, layout_of(dtype_of(source), source.shape, source.stride, False, False)
-    layout = layout_of(source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
-    return source.data_ptr(), layout
 
 
 def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:

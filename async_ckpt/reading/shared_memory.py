@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..format.tensors import TensorExtent
+from .build import dtype_of
+
 _ALIGNMENT_BYTES = 64
 
 
@@ -22,8 +25,6 @@ class Pair(NamedTuple):
     source: Any
 
 
-Geometry = Callable[[Any], tuple[int, tuple[Any, ...]]]
-"""Address of a source's first byte, in the file or in memory, and its `layout_of`."""
 Read = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
 """Reads sources into memory."""
 
@@ -51,11 +52,11 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
     return int(places.count_nonzero()) < tensor.numel()
 
 
-def disagreements(pairs: Iterable[Pair], geometry: Geometry, read: Read) -> Iterator[tuple[str, str]]:
+def disagreements(pairs: Iterable[Pair], read: Read) -> Iterator[tuple[str, str]]:
     """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it
     must."""
     cluster = list(pairs)
-    if not all(_agree(cluster[0], other, geometry) for other in cluster):
+    if not all(_agree(cluster[0], other) for other in cluster):
         yield from _differing(cluster, read([pair.source for pair in cluster]))
 
 
@@ -88,24 +89,22 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.dtype.itemsize
 
 
-def _agree(a: Pair, b: Pair, geometry: Geometry) -> bool:
-    (byte_a, layout_a), (byte_b, layout_b) = geometry(a.source), geometry(b.source)
-    if _layout(a.target) == _layout(b.target) and a.target.data_ptr() == b.target.data_ptr():
+def _agree(a: Pair, b: Pair) -> bool:
+    (byte_a, layout_a), (byte_b, layout_b) = _geometry(a.source), _geometry(b.source)
+    (to_a, target_a), (to_b, target_b) = _geometry(a.target), _geometry(b.target)
+    if (to_a, target_a) == (to_b, target_b):
         return (byte_a, layout_a) == (byte_b, layout_b)
-    is_same_distance = byte_a - a.target.data_ptr() == byte_b - b.target.data_ptr()
-    return is_same_distance and layout_a == _layout(a.target) and layout_b == _layout(b.target)
+    return byte_a - to_a == byte_b - to_b and layout_a == target_a and layout_b == target_b
 
 
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return layout_of(tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-
-
-def layout_of(
-    dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], is_conj: bool, is_neg: bool
-) -> tuple[Any, ...]:
-    """What decides which byte is which element, comparable between a file's tensor and one in memory."""
-    dims = tuple((num, step) for num, step in zip(shape, stride, strict=True) if num > 1)
-    return dtype, tuple(shape), dims, is_conj, is_neg
+def _geometry(tensor: TensorExtent | torch.Tensor) -> tuple[int, tuple[Any, ...]]:
+    """Where its first byte is, in the file or in memory, and what decides which byte is which element."""
+    if isinstance(tensor, TensorExtent):
+        first, stride, bits = tensor.offset, tensor.stride, (False, False)
+    else:
+        first, stride, bits = tensor.data_ptr(), tensor.stride(), (tensor.is_conj(), tensor.is_neg())
+    dims = tuple((num, step) for num, step in zip(tensor.shape, stride, strict=True) if num > 1)
+    return first, (dtype_of(tensor), tuple(tensor.shape), dims, *bits)
 
 
 def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON
 from .test_reading import dead_owner, stage
 
@@ -97,6 +98,13 @@ def test_export_of_a_damaged_file_writes_nothing(cli, root, tmp_path):
     assert ran.code == 1
     assert "model.pt" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
+
+
+def test_export_of_a_tensor_without_its_memory(cli, tmp_path):
+    commit(tmp_path / "r", "t", {"m.pt": torch_bytes({"w": torch.ones(1).expand(1 << 40)})})
+    ran = cli("export", tmp_path / "r/t/m.pt", tmp_path / "out.safetensors")
+    assert ran.code == 1 and "4398046511104" in ran.err and "Traceback" not in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 def test_export_to_safetensors(cli, root, tmp_path):
