@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..errors import StateMismatchError, UnsupportedStateError
+from ..errors import StateMismatchError, UnsupportedStateError, escaped
 
 MAX_DEPTH = 2000
 """Key paths of deeper structures would take far more memory than the structures themselves."""
@@ -56,7 +56,7 @@ def _walk(
         container, path, items, done = stack[-1]
         if len(done) < len(items):
             key, item = items[len(done)]
-            item_path = f"{path}[{key!r}]" if len(stack) > 1 else ""
+            item_path = f"{path}[{_text(key)}]" if len(stack) > 1 else ""
             if characters_left is not None:
                 characters_left -= len(item_path) + 1
                 if characters_left < 0:
@@ -80,6 +80,14 @@ def _walk(
             return done[0]
         above.discard(id(container))
         stack[-1][3].append(on_end(container, items, done))
+
+
+def _text(key: Any) -> str:
+    try:
+        return repr(key)
+    except ValueError:
+        # Python writes out no number of more than some thousand digits.
+        return f"<huge {type(key).__name__}, hash {hash(key)}>"
 
 
 def _items(container: Any) -> list[tuple[Any, Any]] | None:
@@ -123,7 +131,7 @@ def select_leaves(
         there = sorted({dotted(path).partition(".")[0] for path in found})
         shown = ", ".join(there[:_SHOWN]) + (f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else "")
         raise StateMismatchError(
-            f"{file} has no tensor whose name begins with {prefix!r}; it has {shown or 'none'}", (prefix,)
+            f"{file} has no tensor whose name begins with {prefix!r}; it has {escaped(shown) or 'none'}", (prefix,)
         )
     whole = {path: leaf for path, leaf in wanted.items() if dotted(path).startswith(prefix)}
     given = whole or dict(wanted)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import async_ckpt
-from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError, UnsupportedStateError
+from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
 
 from .committed import commit, torch_bytes
 from .states import plain, torch_only
@@ -61,6 +61,21 @@ def test_a_place_that_nobody_knows_is_no_bare_error(tmp_path: Path) -> None:
     commit(tmp_path, "a", {"m.pt": data})
     with pytest.raises(CorruptCheckpointError):
         async_ckpt.load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize(
+    "key", [1 << 20_000, (1 << 20_000, "a"), b"\x1b[31m", "\x1b[31m\ud800"], ids=lambda k: type(k).__name__
+)
+def test_keys_of_every_kind_can_be_named(tmp_path: Path, key: Any) -> None:
+    state = {key: torch.ones(2)}
+    commit(tmp_path, "a", {"m.pt": torch_bytes(state)})
+    target = {key: torch.zeros(2)}
+    async_ckpt.load_into(target, tmp_path / "a/m.pt")
+    assert torch.equal(target[key], torch.ones(2))
+    for options in ({}, {"select": "none"}):
+        with pytest.raises(StateMismatchError) as caught:
+            async_ckpt.load_into({}, tmp_path / "a/m.pt", **options)
+        assert str(caught.value).replace("\n", "").isprintable()
 
 
 @pytest.mark.wide
