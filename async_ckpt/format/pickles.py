@@ -303,14 +303,6 @@ class PickleReader:
         if not is_dict:
             self.maker.set_items(target, pairs)
 
-    def append(self) -> None:
-        value = self.stack.pop()
-        self.extend([value])
-
-    def set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items((key, value))
-
     def new_dict(self) -> None:
         items = self.pop_mark()
         self.push({})
@@ -326,10 +318,6 @@ class PickleReader:
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         self.push(self.called(function, args))
-
-    def new_with_keywords(self) -> None:
-        self.stack.pop()
-        self.reduce()
 
     def from_mark(self) -> None:
         made, *args = self.pop_mark()
@@ -352,10 +340,6 @@ class PickleReader:
         if len(module) + len(attribute) > _MAX_NAME:
             raise MalformedPickleError(f"it names something in more than {_MAX_NAME} characters")
         self.push(self.maker.name(module, attribute))
-
-    def stack_global(self) -> None:
-        attribute, module = self.stack.pop(), self.stack.pop()
-        self.name(module, attribute)
 
 
 Handler = Callable[[PickleReader], object]

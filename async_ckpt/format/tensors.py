@@ -183,7 +183,8 @@ class Inventory(Contents):
                 args[0].extra = self._fingerprint(args[3:])
             return args[0]
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
-            made = self.known(args[0].text, args[2])
+            # torch nests it once.
+            made = None if args[0].text.endswith("from_type_v2") else self.known(args[0].text, args[2])
             data = made if isinstance(made, TensorExtent) else getattr(made, "data", None)
             state = args[3] if made is None or data is made else [args[3], made]
             return Inert(describe(args[1]).strip("<>"), state=state, data=data)

@@ -83,6 +83,8 @@ CRAFTED = {
     + b"(ctorch\nFloatTensor\nh\1\x8a\x07"
     + b"\x7f" * 7
     + b"\x85}t}tR.",
+    "callers of callers": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\0"
+    + (b"(h\0h\0" * 5000 + b")" + b"Nt" * 5000 + b"R."),
     "a quantized tensor without memory": b"\x80\x02ctorch._utils\n_rebuild_qtensor\n("
     + _id(b"X\1\0\0\x000")
     + b"K\0\x8a\x07"
