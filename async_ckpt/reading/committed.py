@@ -38,8 +38,10 @@ def open_exact(directory: Opener, entry: FileEntry, *, direct: bool, tag: str | 
         cause, what = None, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
     except FileNotFoundError as error:
         cause, what = error, "is missing"
-    told = what if tag is None else f"{entry.path!r} {what} (checkpoint {tag!r})"
-    raise CorruptCheckpointError(told, path=entry.path) from cause
+    if tag is not None:
+        is_there = f"{entry.path!r} in checkpoint {tag!r} {what}"
+        what = is_there if cause is None else f"{entry.path!r} {what} from checkpoint {tag!r}"
+    raise CorruptCheckpointError(what, path=entry.path) from cause
 
 
 class CommittedCheckpoint:
