@@ -211,7 +211,8 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         copies too. A step of these on another thread and a `save` wait for each other to end. Guarded tensors that are
         changed by other means than steps (``load_state_dict``, `.data`) before they are copied fail that checkpoint
         with `TornSnapshotError`: call `wait_snapshot` first. So too before a graph is captured. A capturable or
-        captured optimizer's tensors are saved eagerly: replays call nothing.
+        captured optimizer's tensors are saved eagerly: replays call nothing. (Guard it before its step is captured:
+        nothing sees the capture otherwise.)
         """
         self._usable()
         with self._lock:

@@ -37,6 +37,8 @@ from .step_exclusion import StepExclusion, Turn, Work
 T = TypeVar("T")
 
 _guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+_captured: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Optimizers whose step was seen inside a graph capture: a replay of it asks nobody."""
 _hook: Any = None
 
 
@@ -52,8 +54,6 @@ class Guard:
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
-        self._captured: weakref.WeakSet[Any] = weakref.WeakSet()
-        """Optimizers whose step was seen inside a graph capture: a replay of it asks nobody."""
         self._must_look = True
 
     def add(self, optimizer: Any) -> int:
@@ -69,7 +69,7 @@ class Guard:
             self._must_look = True
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
             _guards.add(self)
-            if _is_capturable(optimizer):
+            if _is_replayed(optimizer):
                 _warn_of_replays(optimizer)
             _hook = _hook or register_optimizer_step_pre_hook(_before_any_step)
         if hasattr(given, "_optimizer_original_step_method"):
@@ -103,7 +103,7 @@ class Guard:
         if not self._optimizers or self._exclusion.in_own_step():
             return NOTHING
         again, self._must_look = self._must_look, False
-        return self._owned.of([o for o in self._alive() if not self._is_replayed(o)], wanted, again=again)
+        return self._owned.of([o for o in self._alive() if not _is_replayed(o)], wanted, again=again)
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -164,8 +164,7 @@ class Guard:
         guarded."""
         if os.getpid() != self._pid or not self._guards(optimizer):
             return call()
-        if not self._is_replayed(optimizer) and any(map(is_capturing, _devices_of(optimizer))):
-            self._captured.add(optimizer)
+        if not _is_replayed(optimizer) and _note_capture(optimizer):
             _warn_of_replays(optimizer)
 
         def after_copies() -> Any:
@@ -174,10 +173,6 @@ class Guard:
 
         # The turn comes first: no save can begin between the wait for the copies and the step.
         return Turn(self._exclusion, Work.STEP).run(after_copies)
-
-    def _is_replayed(self, optimizer: Any) -> bool:
-        """Whether steps may be made that call nothing here: what they change must be saved eagerly."""
-        return optimizer in self._captured or _is_capturable(optimizer)
 
     def _guards(self, optimizer: Any) -> bool:
         return any(known is optimizer for known in self._alive())
@@ -189,13 +184,19 @@ class Guard:
                 yield optimizer
 
 
-def _is_capturable(optimizer: Any) -> bool:
-    return any(group.get("capturable", False) for group in optimizer.param_groups)
+def _is_replayed(optimizer: Any) -> bool:
+    """Whether steps may be made that call nothing here: what they change must be saved eagerly."""
+    return optimizer in _captured or any(group.get("capturable", False) for group in optimizer.param_groups)
 
 
-def _devices_of(optimizer: Any) -> set[torch.device]:
-    """Those of the first parameter of each group: a graph captures all of them, or none."""
-    return {group["params"][0].device for group in optimizer.param_groups if group["params"]}
+def _note_capture(optimizer: Any) -> bool:
+    """Remember a step that is being captured; returns whether it is."""
+    # The first parameter of each group: a graph captures all of them, or none.
+    devices = {group["params"][0].device for group in optimizer.param_groups if group["params"]}
+    is_captured = any(map(is_capturing, devices))
+    if is_captured:
+        _captured.add(optimizer)
+    return is_captured
 
 
 def _warn_of_replays(optimizer: Any) -> None:
@@ -239,6 +240,7 @@ def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:
 @_disable_dynamo
 def _before_any_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """Torch's hook for every optimizer."""
+    _note_capture(optimizer)
     for guard in list(_guards):
         guard.wait()
 

@@ -315,6 +315,21 @@ def test_a_step_that_was_captured_is_noticed(tmp_path: Path, simulator: Any) -> 
     assert [distinct(on_disk(tmp_path, f"{step}")["w"]) for step in range(3)] == [[1], [0], [-1]]
 
 
+def test_a_step_that_was_captured_before_its_optimizer_was_guarded_is_noticed(tmp_path: Path, simulator: Any) -> None:
+    weights = [torch.nn.Parameter(torch.ones(SIZE, device=DEVICE)) for _ in range(2)]
+    other, optimizer = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
+    weights[1].grad = torch.ones_like(weights[1])
+    with engine(tmp_path) as made:
+        made.guard(other)
+        with simulator.capture(Graph()):
+            optimizer.step()
+        with pytest.warns(RuntimeWarning, match="saved eagerly"):
+            made.guard(optimizer)
+        pending = saved(made, "t", model={"w": weights[1].detach()})
+        pending.result(TIMEOUT_S)
+        assert pending.metrics.saves[0].mode == "eager"
+
+
 @pytest.fixture
 def captured_elsewhere(simulator: Any) -> Any:
     """A context in which another thread captures a graph, in torch's default mode; gives the graph."""
