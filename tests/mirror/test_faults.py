@@ -294,9 +294,9 @@ def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(
 
 
 @pytest.mark.wide
-def test_two_processes_mirror_the_same_root(moto: Any, tmp_path: Path, prefix: str) -> None:
-    """As `async-ckpt mirror` beside a training does."""
-    mirror = s3_mirror(moto, prefix)
+def test_two_processes_mirror_the_same_root(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
+    """As `async-ckpt mirror` beside a training does; whoever ends first removes what the other has half sent."""
+    mirror = s3_mirror(seaweedfs, prefix)
     with mirroring(tmp_path, mirror) as one, mirroring(tmp_path, mirror) as other:
         one.check()
         other.check()
@@ -308,7 +308,7 @@ def test_two_processes_mirror_the_same_root(moto: Any, tmp_path: Path, prefix: s
             for _, waits in pending:
                 waits.result(60)
     assert check_store(mirror) == ["step-0", "step-1", "step-2"]
-    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
+    assert garbage(seaweedfs, prefix) == [] and unfinished_uploads(seaweedfs, prefix) == []
 
 
 @pytest.mark.wide
