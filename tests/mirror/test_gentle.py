@@ -13,12 +13,27 @@ from typing import Any
 
 import pytest
 
-from async_ckpt import AsyncCheckpointEngine
+from async_ckpt import AsyncCheckpointEngine, KeepLast
+from async_ckpt.errors import CheckpointNotFoundError
 from async_ckpt.host.process import Owner
 from async_ckpt.storage.filesystem import FileLock, FileSystem
 
-from .making import SMALL, big, check_store, commit, commit_and_send, content, mirroring, remote_content, s3_mirror
+from .making import (
+    SMALL,
+    big,
+    check_store,
+    commit,
+    commit_and_send,
+    content,
+    garbage,
+    mirroring,
+    remote_content,
+    s3_mirror,
+)
 from .proxy import Fault, Proxy
+from .servers import unfinished_uploads
+from .test_engine import engine_on, saved
+from .test_upload import done_when
 
 pytestmark = pytest.mark.wide
 
@@ -107,8 +122,6 @@ def test_so_many_processes_of_a_node_upload_at_once(num: int, moto: Any, tmp_pat
 
 
 def _all_mirrored(*made: Any) -> None:
-    from .test_upload import done_when
-
     done_when(lambda: all(one.is_mirrored("step-1", 1) for one in made))
 
 
@@ -141,3 +154,28 @@ def test_a_sweep_beside_an_upload(moto: Any, tmp_path: Path, prefix: str) -> Non
             pending.result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == big() == content(tmp_path, "step-1")
     assert "step-1" in check_store(s3_mirror(moto, prefix))
+
+
+def test_local_retention_deletes_what_is_being_sent(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """Where it was told not to wait for mirrors: nothing of that checkpoint stays in the store."""
+    is_open, is_sending = threading.Event(), threading.Event()
+
+    def hold(number: int, method: str, path: str) -> Fault:
+        if method == "PUT" and "step-0" in path and not is_open.is_set():
+            is_sending.set()
+            is_open.wait(60)
+        return None
+
+    with Proxy(moto.endpoint, hold) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, request_timeout_s=60.0)
+        fields: dict[str, Any] = {"retention": KeepLast(1), "keep_local_until_mirrored": False}
+        with engine_on(tmp_path, mirror, **fields) as engine:
+            first = saved(engine, "step-0")
+            first.result(60)
+            assert is_sending.wait(60)
+            saved(engine, "step-1", 1).result(60)
+            done_when(lambda: engine.tags() == ["step-1"])
+            is_open.set()
+            assert isinstance(first.mirrored.exception(60), CheckpointNotFoundError)
+    assert check_store(s3_mirror(moto, prefix)) == ["step-1"]
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
