@@ -18,7 +18,7 @@ from concurrent.futures import Executor
 
 from ..errors import MirrorError
 from ..storage.filesystem import FileSystem
-from .store import ANY_VERSION, ConditionFailed, Listing, ObjectInfo
+from .store import ANY_VERSION, ConditionFailed, ObjectInfo
 
 _PART = ".part-"
 _LOCK_TIMEOUT_S = 10.0
@@ -97,21 +97,14 @@ class FileStore:
             return None
         return ObjectInfo(found.size_bytes, f"{found.identity[1]:x}-{found.mtime_ns:x}-{found.size_bytes:x}")
 
-    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
-        try:
-            names = sorted(self._fs.listdir(self._path(prefix)))
-        except FileNotFoundError:
-            return
-        kinds = {
-            name: self._fs.stat(os.path.join(self._path(prefix), name)).kind
-            for name in names
-            if not name.startswith(_PART)
-        }
-        folders = tuple(name for name, kind in kinds.items() if kind == "dir")
-        below = f"{prefix}/" if prefix else ""
-        yield Listing(() if deep else folders, tuple(below + name for name, kind in kinds.items() if kind == "file"))
-        for name in folders if deep else ():
-            yield from self.list(below + name, deep=True)
+    def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
+        path = self._path(folder)
+        found: dict[str, list[str]] = {"dir": [], "file": []}
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(self._fs.listdir(path)):
+                if not name.startswith(_PART):
+                    found.setdefault(self._fs.stat(os.path.join(path, name)).kind, []).append(name)
+        return found["dir"], found["file"]
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -125,7 +125,7 @@ class Mirrors:
                 report(logging.WARNING, told, problem, warning=RuntimeWarning, stacklevel=3)
 
     def expect(self, tag: str) -> PendingMirror:
-        """A commit was called; `committed` or `not_committed` follows."""
+        """A commit was called; `committed` follows."""
         pending = PendingMirror(tag, tuple(mirror.url for mirror in self.mirrors))
         with self._lock:
             self._pending = [known for known in self._pending if not known.done()]

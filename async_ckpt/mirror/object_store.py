@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError, MirrorError
 from .config import Mirror, split_url
 from .signed_s3 import SignedS3
-from .store import ANY_VERSION, PROBE_TIMEOUT_S, AbortedElsewhere, ConditionFailed, Listing, ObjectInfo, PassingFailure
+from .store import ANY_VERSION, PROBE_TIMEOUT_S, AbortedElsewhere, ConditionFailed, ObjectInfo, PassingFailure
 
 _MAX_RETRIES = 100
 _HINTS = {
@@ -149,17 +149,13 @@ class ObjectStore:
             raise translated from error
         return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""), found["version"])
 
-    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
+    def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
         try:
-            if deep:
-                for page in self._obstore.list(self._store, prefix or None):
-                    yield Listing((), tuple(str(found["path"]) for found in page))
-                return
-            found = self._obstore.list_with_delimiter(self._store, prefix or None)
+            found = self._obstore.list_with_delimiter(self._store, folder or None)
         except Exception as error:
-            raise self._translated(error, f"listing {prefix!r}") from error
-        folders = tuple(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
-        yield Listing(folders, tuple(str(meta["path"]) for meta in found["objects"]))
+            raise self._translated(error, f"listing {folder!r}") from error
+        objects = [str(meta["path"]).rpartition("/")[2] for meta in found["objects"]]
+        return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]], objects
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:

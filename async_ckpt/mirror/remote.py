@@ -83,7 +83,7 @@ class RemoteFileSystem:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def listdir(self, path: str) -> list[str]:
-        return [folder for page in self.store.list(self._key(path)) for folder in page.folders]
+        return [*self.store.list(self._key(path))[0]]
 
     def stat(self, path: str) -> FileStat:
         key = self._key(path)
@@ -124,12 +124,9 @@ class RemoteDirectory:
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
         folder = "/".join(parts)
-        base = self._attempt_key(folder).rstrip("/")
+        folders, files = self._store.list(self._attempt_key(folder).rstrip("/"))
         found: list[tuple[str, Kind]] = [] if folder else [(MANIFEST_NAME, "file")]
-        for page in self._store.list(base):
-            found += [(name, "dir") for name in page.folders]
-            found += [(key.rpartition("/")[2], "file") for key in page.keys]
-        return found
+        return [*found, *((name, "dir") for name in folders), *((name, "file") for name in files)]
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> RemoteFile:
         key = self._attempt_key("/".join(parts))
@@ -139,14 +136,9 @@ class RemoteDirectory:
         return RemoteFile(self._store, key, f"{self.path}/{'/'.join(parts)}", info)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
-        if tuple(parts) == (MANIFEST_NAME,):
-            return self._raw
-        file = self.open_read(parts)
-        if file.size_bytes > max_bytes:
-            raise CorruptCheckpointError(
-                f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path
-            )
-        return bytes(self._store.get_range(self._attempt_key("/".join(parts)), 0, file.size_bytes))
+        """The manifest, as it was when this was opened: nothing else is read as a whole."""
+        assert tuple(parts) == (MANIFEST_NAME,)
+        return self._raw
 
     def close(self) -> None:
         return None

@@ -6,7 +6,7 @@ coroutine. They raise `FileNotFoundError` for an object that is not there, and `
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,14 +27,6 @@ class ObjectInfo:
 
 ANY_VERSION = ObjectInfo(-1, "*")
 """For `Store.put_if`: whatever is there, or nothing."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """One page of a listing: sub-folders (names alone) and objects (keys)."""
-
-    folders: tuple[str, ...]
-    keys: tuple[str, ...]
 
 
 class ConditionFailed(MirrorError):
@@ -75,8 +67,8 @@ class Store(Protocol):
     def head(self, key: str) -> ObjectInfo | None:
         """What is there; None where nothing is."""
 
-    def list(self, prefix: str, *, deep: bool = False) -> Iterator[Listing]:
-        """What is directly below the folder `prefix`, page by page, or with `deep` all objects below it."""
+    def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Names of the folders and of the objects that are directly in `folder`; none where there is no such folder."""
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; those that are not there do not matter."""

@@ -76,7 +76,12 @@ def mirror(request: Any, prefix: str) -> Iterator[Mirror]:
 
 def objects(mirror: Mirror) -> list[str]:
     store = RemoteFileSystem(mirror).store
-    return [key for page in store.list("", deep=True) for key in page.keys]
+
+    def below(folder: str) -> list[str]:
+        folders, names = store.list(folder)
+        return [*names, *(name for inner in folders for name in below(f"{folder}/{inner}".strip("/")))]
+
+    return below("")
 
 
 def test_mirrored_replaced_and_read_back(mirror: Mirror, tmp_path: Path) -> None:
