@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ..frameworks import require
 from .capture import capture
-from .limit import BEST
 from .resume import JIT_MARKER, adopt_ahead, resume_point
-from .saver import Saver
+from .saver import BEST, Saver
 
 if TYPE_CHECKING:
     _Base = Any

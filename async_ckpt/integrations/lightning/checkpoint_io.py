@@ -18,8 +18,7 @@ from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
 from .loading import load_file
-from .places import DATA_NAME, CheckpointFile
-from .single_file import FileCoordinator, remove, try_settle
+from .single_file import DATA_NAME, CheckpointFile, FileCoordinator, remove, try_settle
 
 _DECIDED = {
     "root": "by Lightning's callbacks",
@@ -39,7 +38,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     - `save_checkpoint` has copied the state when it returns; the file appears at its path, whole and durable, later.
     - A failed save, link, deletion or hook raises at the next save, or when the trainer tears down, at the latest.
     - No older checkpoint is deleted, and no ``last.ckpt`` link switched, before the newer one is durable.
-    - `load_checkpoint` waits for what is pending and compares every byte with the manifest.
+    - `load_checkpoint` waits for what is pending and compares every byte with the manifest; a file that has none (stock
+      Lightning's, or copied without its folder ``.async_ckpt``) is compared with the checksums inside it.
 
     One thread at a time. May be used for several ``fit`` calls. A save by hand (``trainer.save_checkpoint``) after
     ``fit`` has ended returns when the file is there: no training overlaps with it, and nothing would tear down after
@@ -123,7 +123,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 self.teardown()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, verified; waits for pending saves first. Files of stock Lightning are read as stock does.
+        """Read a checkpoint, verified; waits for pending saves first. Files of stock Lightning are read too.
 
         Args:
             weights_only: None is what the installed Lightning uses by itself.

@@ -24,8 +24,7 @@ from ...errors import report
 from ...storage.filesystem import FileSystem
 from ...threads.executor import DaemonExecutor
 from ...threads.locks import Lock
-from .places import CheckpointFile
-from .single_file import FileCoordinator, remove
+from .single_file import CheckpointFile, FileCoordinator, remove
 
 
 @dataclass(slots=True)

@@ -16,18 +16,13 @@ from typing import Any
 
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import FileEntry, Manifest
-from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...reading.catalog import Catalog
 from ...reading.limits import LEGACY_MAGIC
 from ...reading.load import load_opened
 from ...reading.verified_file import VerifiedFile
-from ...storage.filesystem import FileSystem, ReadableFile
-from .places import DATA_NAME, CheckpointFile
+from ...storage.filesystem import FileSystem
+from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id
 
-CONTENT_ID = "content_id"
-"""Metadata: torch's id of the committed file."""
-
-_RECORD = ".data/serialization_id"
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
 
@@ -102,25 +97,6 @@ def _is_the_committed_one(filesystem: FileSystem, place: CheckpointFile, manifes
     with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
         content_id = read_content_id(file)
     return content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id)
-
-
-def read_content_id(file: ReadableFile) -> str | None:
-    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
-    reads.
-    """
-
-    def pread(offset: int, num_bytes: int) -> bytes:
-        memory = bytearray(num_bytes)
-        file.pread_into(memoryview(memory), offset)
-        return bytes(memory)
-
-    try:
-        record = read_directory(pread, file.size_bytes).get(_RECORD)
-    except (CorruptCheckpointError, UnusualLayoutError):
-        return None
-    if record is None or not 0 < record.num_bytes <= 256:
-        return None
-    return pread(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
 def check_own_crcs(path: str) -> bool:

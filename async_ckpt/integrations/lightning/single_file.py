@@ -1,4 +1,11 @@
-"""Commits one file: the core's commit into the hidden folder, then one rename to the path that Lightning chose.
+"""One `.ckpt` file: where it belongs, and its commit: the core's into the hidden folder, then one rename to the path
+that Lightning chose.
+
+    <dirpath>/epoch=3.ckpt                            the checkpoint: one plain torch file, its only name
+    <dirpath>/.async_ckpt/epoch=3.ckpt/manifest.json  its sizes and CRCs
+    <dirpath>/.async_ckpt/.staging...                 in flight
+
+Deleting a `.ckpt` by hand frees its space; the next run removes the left-over manifest.
 
 Guarantees:
 - At its final path a file is the old one, the new one, or absent; the new one only once it and its manifest are
@@ -15,15 +22,77 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import CheckpointError, CheckpointNotFoundError, CommitError, report
+from ...errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CommitError,
+    ConfigError,
+    CorruptCheckpointError,
+    report,
+)
 from ...format.manifest import FileEntry
+from ...format.names import SINGLE_FILES_NAME, single_file_tag
+from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...ranks.coordinator import Destination, LocalCoordinator, OpenTag
 from ...reading.catalog import Catalog
 from ...storage import transaction
-from ...storage.filesystem import FileSystem
+from ...storage.filesystem import FileSystem, ReadableFile
 from ...threads.locks import Lock
-from .loading import CONTENT_ID, read_content_id
-from .places import DATA_NAME, CheckpointFile
+
+DATA_NAME = "state.ckpt"
+CONTENT_ID = "content_id"
+"""Metadata: torch's id of the committed file."""
+_ID_RECORD = ".data/serialization_id"
+
+
+class CheckpointFile(Destination):
+    """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a
+    digest of it.
+    """
+
+    final: str
+    """The file's absolute path."""
+
+    def __init__(self, final: str) -> None:
+        folder, name = os.path.split(final)
+        super().__init__(os.path.join(folder, SINGLE_FILES_NAME), single_file_tag(name))
+        object.__setattr__(self, "final", final)
+
+    @classmethod
+    def of(cls, path: Any) -> CheckpointFile:
+        """From what Lightning passes.
+
+        Raises:
+            ConfigError: a URL; only local paths can be committed by a rename.
+        """
+        text = os.fspath(path)
+        text = text.removeprefix("file://")
+        if "://" in text:
+            raise ConfigError(
+                f"AsyncCkptIO writes to local or mounted file systems only, not to {text!r}; use Lightning's own "
+                "plugin there"
+            )
+        return cls(os.path.abspath(text))
+
+    @property
+    def folder(self) -> str:
+        """The directory that holds the file."""
+        return os.path.dirname(self.final)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return os.path.basename(self.final)
+
+    @property
+    def record(self) -> str:
+        """The directory that holds the manifest."""
+        return os.path.join(self.root, self.tag)
+
+    @property
+    def staged(self) -> str:
+        """The file's name between its commit and its move to `final`."""
+        return os.path.join(self.record, DATA_NAME)
 
 
 class FileCoordinator(LocalCoordinator):
@@ -72,6 +141,25 @@ def _content_id(fs: FileSystem, staging: str) -> str | None:
     except OSError as error:
         message = f"the written file in {staging!r} cannot be read ({error}); what was there before is unchanged"
         raise CommitError(message, step="read", errno=error.errno, path=staging) from error
+
+
+def read_content_id(file: ReadableFile) -> str | None:
+    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
+    reads.
+    """
+
+    def pread(offset: int, num_bytes: int) -> bytes:
+        memory = bytearray(num_bytes)
+        file.pread_into(memoryview(memory), offset)
+        return bytes(memory)
+
+    try:
+        record = read_directory(pread, file.size_bytes).get(_ID_RECORD)
+    except (CorruptCheckpointError, UnusualLayoutError):
+        return None
+    if record is None or not 0 < record.num_bytes <= 256:
+        return None
+    return pread(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
 def move_into_place(fs: FileSystem, place: CheckpointFile) -> None:

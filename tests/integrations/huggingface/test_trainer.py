@@ -30,7 +30,7 @@ from async_ckpt.integrations.huggingface import (  # noqa: E402
     attach,
     last_committed_checkpoint,
 )
-from async_ckpt.integrations.huggingface.limit import SaveTotalLimit  # noqa: E402
+from async_ckpt.integrations.huggingface.saver import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
 from async_ckpt.storage.filesystem import FileSystem  # noqa: E402
 from tests.support.processes import free_port  # noqa: E402

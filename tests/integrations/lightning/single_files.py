@@ -9,8 +9,7 @@ import torch
 
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
-from async_ckpt.integrations.lightning.places import DATA_NAME, CheckpointFile
-from async_ckpt.integrations.lightning.single_file import FileCoordinator
+from async_ckpt.integrations.lightning.single_file import DATA_NAME, CheckpointFile, FileCoordinator
 from async_ckpt.storage.filesystem import FileSystem
 
 

@@ -33,7 +33,7 @@ from async_ckpt import (  # noqa: E402
     UnsupportedStateError,
 )
 from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
-from async_ckpt.integrations.lightning.places import CheckpointFile  # noqa: E402
+from async_ckpt.integrations.lightning.single_file import CheckpointFile  # noqa: E402
 from tests.support.faulty_filesystem import FaultyFileSystem  # noqa: E402
 from tests.support.insides import commits_of  # noqa: E402
 
