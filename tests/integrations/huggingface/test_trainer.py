@@ -160,7 +160,8 @@ def test_kill_9_in_the_middle_of_a_save(tmp_path: Path, stock: Any) -> None:
     )
     assert process.stdout is not None
     with process.stdout:
-        assert any(line.strip() == "reached" for line in process.stdout)
+        # The training prints too, from another thread: the word may stand within one of its lines.
+        assert any("reached" in line for line in process.stdout)
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     assert "checkpoint-6" not in names(tmp_path) and "checkpoint-4" in names(tmp_path)
