@@ -24,8 +24,7 @@ from typing import Any, Literal
 from ..errors import PathExistsError, UnsafePathError, report
 from ..format.metadata import check_metadata
 from ..format.names import Root, check_tag
-from ..plan.opaque import opaque_state
-from ..plan.plan import PlannedState
+from ..plan.plan import PlannedState, opaque_state
 from ..ranks.coordinator import Destination
 from ..reading.catalog import Catalog
 from ..snapshot.step_exclusion import Turn

@@ -140,3 +140,17 @@ def container_plan(
         seal_map=container.seal_map,
         strided=strided,
     )
+
+
+def opaque_state(data: bytes) -> PlannedState:
+    """The plan of a file that holds exactly `data`: what somebody else made (a configuration, a tokenizer)."""
+    plan = FilePlan(
+        file_bytes=len(data),
+        literals=((0, data),),
+        payload_offsets=(),
+        payload_nbytes=(),
+        format="opaque",
+        planner="opaque",
+        plan_hash=hash_layout("opaque", len(data), (), ()),
+    )
+    return planned_state(plan, [], [], [], [], list)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import operator
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,8 +96,7 @@ class SharingPattern:
         return matches
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A container whose children are in the flat list: `count` items from `first`, then `attributes` (OrderedDict's
     dict) or -1.
     """
@@ -166,9 +164,6 @@ class Structure:
         self._globals = self._pick_globals(leaves)
         self._constants: tuple[str, ...] = ()
         self._sharing = SharingPattern(())
-        self._walk_plan = [
-            (item.position, item.kind, item.count, item.attributes >= 0, item.form) for item in flat.opened
-        ]
         if sum(map(len, self._pick_blobs(leaves))) > MAX_BLOB_BYTES:
             raise NotPlainError("holds large bytes objects")
         if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):
@@ -253,7 +248,7 @@ class Structure:
         leaves = [root]
         append, extend = leaves.append, leaves.extend
         container: Any
-        for position, kind, count, has_attributes, form in self._walk_plan:
+        for position, kind, count, _, attributes_at, form in self.opened:
             container = leaves[position]
             actual: type = type(container)
             if actual is not kind:
@@ -275,9 +270,9 @@ class Structure:
             elif kind is OrderedDict:
                 extend(container.values())
                 attributes = vars(container)
-                if bool(attributes) is not has_attributes:
+                if bool(attributes) is not (attributes_at >= 0):
                     return None
-                if has_attributes:
+                if attributes:
                     append(attributes)
         if list(map(type, leaves)) != self.types or self._pick_strings(leaves) != self._strings:
             return None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from async_ckpt.errors import UnsupportedStateError
-from async_ckpt.plan.opaque import opaque_state
+from async_ckpt.plan.plan import opaque_state
 from async_ckpt.plan.planner import Planner
 from tests.support.render import render
 
