@@ -100,10 +100,10 @@ def _children(item: Opened, node: Any) -> list[Any]:
         (node,) = node.args
     if item.kind in (dict, OrderedDict):
         children = _checked(
-            type(node) is item.kind and len(node) == item.count, [*map(key_value, node), *node.values()]
+            type(node) is item.kind and len(node) == item.length, [*map(key_value, node), *node.values()]
         )
         return [*children, vars(node)["state"]] if item.attributes >= 0 else children
-    return _checked(type(node) is (list if item.kind is list else tuple) and len(node) == item.count, list(node))
+    return _checked(type(node) is (list if item.kind is list else tuple) and len(node) == item.length, list(node))
 
 
 def _parts(item: Opened, node: Any) -> list[Any]:

@@ -103,11 +103,11 @@ class Opened(NamedTuple):
 
     position: int
     kind: type
-    count: int
+    length: int
     first: int
     attributes: int
     form: Form | None = None
-    """How the children make up an object that is no plain container; `count` is their number then."""
+    """How the children make up an object that is no plain container; `length` is their number then."""
 
 
 class Structure:
@@ -232,13 +232,13 @@ class Structure:
                 self._name_parts(item, item.form, paths, leaves)
                 continue
             is_sequence = item.kind in (list, tuple, torch.Size)
-            for index in range(item.count):
+            for index in range(item.length):
                 if item.position in attribute_dicts:
-                    paths[item.first + item.count + index] = f"{prefix}.{leaves[item.first + index]}"
+                    paths[item.first + item.length + index] = f"{prefix}.{leaves[item.first + index]}"
                 elif is_sequence:
                     paths[item.first + index] = f"{prefix}[{index}]"
                 else:
-                    paths[item.first + item.count + index] = prefix + in_brackets(leaves[item.first + index])
+                    paths[item.first + item.length + index] = prefix + in_brackets(leaves[item.first + index])
             if item.attributes >= 0:
                 paths[item.attributes] = f"{prefix}.__dict__"
         return paths
