@@ -97,7 +97,7 @@ class SharingPattern:
 
 
 class Opened(NamedTuple):
-    """A container whose children are in the flat list: `count` items from `first`, then `attributes` (OrderedDict's
+    """A container whose children are in the flat list: `length` items from `first`, then `attributes` (OrderedDict's
     dict) or -1.
     """
 
