@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from ..format.zip import Container, with_pickle
-from .compaction import Extents, plan_extents
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import Sites, find_sites, written
+from .strided import Strided
 from .structure import NotPlainError, Structure, picker
 from .tensor_columns import LiveStorages, TensorFacts, look_at
 from .torch_layout import Recorded
@@ -28,15 +28,13 @@ from .torch_layout import Recorded
 class Draft:
     """What is known of a plain state before torch has written it: the versions of its tensors are read now."""
 
-    def __init__(self, root: Any, *, compact_views: bool) -> None:
+    def __init__(self, root: Any) -> None:
         """Raises NotPlainError (or RecursionError) where only torch knows what becomes of `root`."""
         self.structure = Structure(root)
         self.tensors = self.structure.pick_tensors(self.structure.first_leaves)
         self.versions = version_counters(self.tensors)
         self.live = look_at(self.tensors)
         self.facts = TensorFacts(self.live)
-        self.compact_views = compact_views
-        self.extents = plan_extents(self.live, self.facts, compact_views=compact_views)
 
     def alone(self) -> frozenset[int]:
         """The tensors, by identity, that share their storage with no other."""
@@ -44,20 +42,20 @@ class Draft:
         views = zip(self.tensors, self.facts.storage_of, strict=True)
         return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
-    def key_order(self, recorded: Recorded) -> list[int]:
-        """The written storages in the order of their keys. Raises NotPlainError where torch has met others."""
-        index_of = {id(tensor): index for index, tensor in enumerate(self.tensors)}
-        # A parameter is followed by the tensor in it.
-        met = [index_of[id(tensor)] for tensor in recorded.tensors if id(tensor) in index_of]
-        order = list(dict.fromkeys(self.facts.storage_of[index] for index in met))
-        nbytes = [self.extents.nbytes[storage] for storage in order]
-        is_so = nbytes == [storage.nbytes() for storage in recorded.storages]
-        if is_so and not self.compact_views:
-            ids = [self.live.storage_ids[self.facts.distinct[storage]] for storage in order]
-            is_so = ids == [storage._cdata for storage in recorded.storages]
-        if not is_so or [size for size in nbytes if size] != recorded.container.payload_nbytes:
-            raise NotPlainError("torch writes storages that are no tensor's")
-        return order
+    def parts(self, recorded: Recorded) -> list[tuple[int, int, Strided | None]]:
+        """Per storage key the storage, the byte of it that what is written begins at, and how that lies there.
+
+        Raises NotPlainError where torch has met other storages than those of the tensors, or they have changed.
+        """
+        storage_of = {self.live.storage_ids[index]: storage for storage, index in enumerate(self.facts.distinct)}
+        parts = []
+        for written_storage in recorded.storages:
+            storage, start, strided = recorded.parts.get(written_storage._cdata, (written_storage, 0, None))
+            known = storage_of.get(storage._cdata)
+            if known is None or storage.nbytes() != self.facts.nbytes[known]:
+                raise NotPlainError("torch writes storages that are no tensor's")
+            parts.append((known, start, strided))
+        return parts
 
 
 class _Scalars(NamedTuple):
@@ -77,12 +75,10 @@ class CachedPlan:
 
     def __init__(self, draft: Draft, recorded: Recorded) -> None:
         """Raises NotPlainError where it is not certain which bytes of the pickle are whose."""
-        structure, extents = draft.structure, draft.extents
-        order = draft.key_order(recorded)
+        structure = draft.structure
+        parts = draft.parts(recorded)
         leaves = structure.finish(_constants(recorded), draft.alone())
         sites = find_sites(structure, leaves, recorded.pickled)
-        if draft.compact_views:
-            _check_geometry(structure, sites, extents)
         runs = structure.runs(leaves)
         if runs is None:
             raise NotPlainError("the state has changed meanwhile")
@@ -90,14 +86,12 @@ class CachedPlan:
         self.structure = structure
         self._facts = draft.facts
         self._devices = frozenset(draft.live.devices)
-        self._storage_nbytes = [extents.nbytes[storage] for storage in order]
-        filled = [storage for storage in order if extents.nbytes[storage]]
-        self._strided = {
-            payload: extents.strided[storage] for payload, storage in enumerate(filled) if storage in extents.strided
-        }
-        self._pick_sources = picker([draft.facts.distinct[storage] for storage in filled])
-        self._pick_addresses = picker(filled)
-        self._source_starts = [extents.starts[storage] for storage in filled]
+        self._storage_nbytes = [storage.nbytes() for storage in recorded.storages]
+        filled = [part for part, nbytes in zip(parts, self._storage_nbytes, strict=True) if nbytes]
+        self._strided = {payload: strided for payload, (_, _, strided) in enumerate(filled) if strided is not None}
+        self._pick_sources = picker([draft.facts.distinct[storage] for storage, _, _ in filled])
+        self._pick_addresses = picker([storage for storage, _, _ in filled])
+        self._source_starts = [start for _, start, _ in filled]
         pieces = self._cut(recorded.pickled, sites)
         exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
         container = recorded.container
@@ -206,18 +200,3 @@ def _constants(recorded: Recorded) -> tuple[str, ...]:
         if asked[location] is location:
             found[id(location)] = location
     return tuple(found.values())
-
-
-def _check_geometry(structure: Structure, sites: Sites, extents: Extents) -> None:
-    """Raise NotPlainError where torch has written other offsets or strides than the extents have."""
-    for position, offset, strides in zip(structure.tensor_positions, extents.offsets, extents.strides, strict=True):
-        args = sites.nodes[position].args
-        if len(args) == 3:
-            # A parameter is made of a tensor.
-            args = args[0].args
-        if args[1].value != offset or tuple(_values(args[3])) != tuple(strides):
-            raise NotPlainError("torch writes other views")
-
-
-def _values(node: Any) -> Iterator[int]:
-    return (part.value for part in node)

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .strided import Strided
-from .tensor_columns import LiveTensors, TensorFacts
 from .torch_layout import Part, Recorded, record, run_torch_save
-
-
-@dataclass(frozen=True, slots=True)
-class Extents:
-    """Per distinct storage the bytes to write, per tensor its place in them."""
-
-    starts: Sequence[int]
-    nbytes: Sequence[int]
-    offsets: Sequence[int]
-    """In elements, from the start of what is written."""
-    strides: Sequence[tuple[int, ...]]
-    strided: Mapping[int, Strided]
-    """By storage, where the elements of its only tensor are written row by row instead of a span with gaps."""
 
 
 def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
@@ -48,35 +33,6 @@ def num_elements(sizes: Sequence[int]) -> int:
     for size in sizes:
         count *= size
     return count
-
-
-def plan_extents(live: LiveTensors, facts: TensorFacts, *, compact_views: bool) -> Extents:
-    """Whole storages, or with `compact_views` the union span of each storage's views."""
-    if not compact_views:
-        return Extents([0] * len(facts.nbytes), facts.nbytes, live.offsets, live.strides, {})
-    low, high, views = [0] * len(facts.nbytes), [0] * len(facts.nbytes), [0] * len(facts.nbytes)
-    for index, storage in enumerate(facts.storage_of):
-        views[storage] += 1
-        start, stop = view_span(live.sizes[index], live.strides[index], live.offsets[index])
-        if start == stop:
-            continue
-        item = live.dtypes[index].itemsize
-        start, stop = start * item, stop * item
-        if low[storage] == high[storage]:
-            low[storage], high[storage] = start, stop
-        else:
-            low[storage], high[storage] = min(low[storage], start), max(high[storage], stop)
-    nbytes = [stop - start for start, stop in zip(low, high, strict=True)]
-    offsets, strides, strided = list(live.offsets), list(live.strides), {}
-    for index, storage in enumerate(facts.storage_of):
-        item, sizes = live.dtypes[index].itemsize, live.sizes[index]
-        if views[storage] == 1 and num_elements(sizes) * item < nbytes[storage]:
-            strided[storage] = Strided(live.dtypes[index], sizes, live.strides[index])
-            nbytes[storage] = num_elements(sizes) * item
-            offsets[index], strides[index] = 0, dense_strides(sizes)
-        else:
-            offsets[index] = 0 if 0 in sizes else offsets[index] - low[storage] // item
-    return Extents(low, nbytes, offsets, strides, strided)
 
 
 def record_compact(obj: Any, *, alignment: int, is_apart: bool) -> Recorded:

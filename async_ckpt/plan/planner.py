@@ -109,7 +109,7 @@ class Planner:
 
     def _draft(self, obj: Any, name: str) -> Draft | None:
         try:
-            return Draft(obj, compact_views=self._compact_views)
+            return Draft(obj)
         except LooseStateError:
             self._loose = _remembered(self._loose, name, True, self._cache_entries)
         except (NotPlainError, RecursionError):

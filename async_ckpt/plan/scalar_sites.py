@@ -45,8 +45,6 @@ class Sites:
     exact: list[Site]
     floats: list[Site]
     runs: list[Site]
-    nodes: list[Any]
-    """What the reader made of each position of the flat list."""
     names: frozenset[str]
     """Of the classes and functions in the pickle."""
 
@@ -70,7 +68,6 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
         [_site(nodes[position]) for position in structure.exact_positions],
         [_site(nodes[position]) for position in structure.float_positions],
         [_run_site(nodes[position]) for position in structure.run_positions],
-        nodes,
         frozenset(notes.names),
     )
     found = [*sites.exact, *sites.floats, *sites.runs]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from async_ckpt.plan.opaque import opaque_state
 from torch.overrides import TorchFunctionMode
 
 from async_ckpt import (
@@ -32,7 +33,6 @@ from async_ckpt import (
     WriteError,
     retention,
 )
-from async_ckpt.plan.opaque import opaque_state
 from async_ckpt.plan.planner import Planner
 from async_ckpt.reading.rollback import Rollback
 from async_ckpt.retention import RetentionPolicy
