@@ -166,9 +166,8 @@ class Commits:
         """
         if self._coordinator.world_size > 1:
             return []
-        here, pid = os.path.realpath(self.root), os.getpid()
-        others = [other for other in list(live) if other is not self and other.pid == pid]
-        return [other for other in others if os.path.realpath(other.root) == here]
+        others = [other for other in list(live) if other is not self and other.pid == os.getpid()]
+        return [other for other in others if os.path.realpath(other.root) == os.path.realpath(self.root)]
 
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)

@@ -93,10 +93,8 @@ class ChunkMap:
     probes: ProbeMap
     pick_small: Callable[[Sequence[int]], tuple[int, ...]]
     """Picks what belongs to each row of `small` from one item per payload."""
-
-    def literal_sources(self, plan: FilePlan) -> list[bytes]:
-        """The bytes of `plan` that are sources of their own, in the order of their numbers."""
-        return [plan.literals[0][1], self.middle, plan.literals[-1][1], *(data for _, data in _long_literals(plan))]
+    long_literals: list[int]
+    """Which of the plan's literals are the long ones."""
 
     def payload_pieces(self, k: int) -> Iterator[LargePiece]:
         """All pieces of payloads in chunk `k`, one by one."""
@@ -141,6 +139,7 @@ def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:
         key=object(),
         probes=ProbeMap(plan, chunk_bytes, num_chunks),
         pick_small=picker(small.sources),
+        long_literals=_long_literals(plan),
     )
 
 
@@ -151,9 +150,9 @@ def _literal_extents(plan: FilePlan) -> list[tuple[int, int, int, int]]:
     starts = list(accumulate([len(data) for _, data in between], initial=0))
     extents = [(offset, len(data), middle, start) for (offset, data), start in zip(between, starts, strict=False)]
     ends = [(plan.literals[0], first), (plan.literals[-1], last)][: len(plan.literals)]
-    ends += zip(_long_literals(plan), count(last + 1))
+    ends += zip(map(plan.literals.__getitem__, _long_literals(plan)), count(last + 1))
     return [*extents, *((offset, len(data), source, 0) for (offset, data), source in ends)]
 
 
-def _long_literals(plan: FilePlan) -> list[tuple[int, bytes]]:
-    return [literal for literal in plan.literals[1:-1] if len(literal[1]) >= LONG_BYTES]
+def _long_literals(plan: FilePlan) -> list[int]:
+    return [k for k, (_, data) in enumerate(plan.literals[1:-1], 1) if len(data) >= LONG_BYTES]

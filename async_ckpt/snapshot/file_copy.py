@@ -190,6 +190,8 @@ class FileCopy:
     def _end_behind(self) -> None:
         self.copy_s += time.perf_counter() - self._began_s
         self._end(CopyState.COPIED)
+        # On this thread: the next save lets go of this object within its stall.
+        del self._payloads
 
     @contextmanager
     def _handing_on_failures(self, chunks: list[StagingChunk]) -> Iterator[None]:

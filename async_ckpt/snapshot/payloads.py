@@ -47,7 +47,9 @@ class Payloads:
         self._nbytes = state.plan.payload_nbytes
         self._strided = state.plan.strided
         self._map = chunk_map
-        self._literals = chunk_map.literal_sources(state.plan)
+        literals = state.plan.literals
+        numbers = (0, None, -1, *chunk_map.long_literals)
+        self._literals = [chunk_map.middle if k is None else literals[k][1] for k in numbers]
         planned = state.addresses
         if planned and not self.devices:
             self._addresses = list(map(add, planned, self._starts)) if any(self._starts) else planned

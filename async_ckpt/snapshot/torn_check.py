@@ -93,7 +93,7 @@ class TornCheck:
         """Let go of the tensors: no change of theirs matters any more."""
         with self._lock:
             self._tensors = self._owners = ()
-            self._versions, self._owner_versions = [], []
+            self._versions, self._owner_versions, self._storage_ids, self._starts = [], [], [], []
             self._paths = list
 
     def _changed(self) -> list[int]:

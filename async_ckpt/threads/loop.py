@@ -178,7 +178,8 @@ class LoopThread:
     def _ended(self, coro: Coroutine[Any, Any, T], outcome: Outcome[T]) -> None:
         # Cancelled before its first step, the coroutine was not even begun.
         coro.close()
-        outcome.resolve(None, self._cancelled_error(None))
+        if not outcome.done():
+            outcome.resolve(None, self._cancelled_error(None))
         # Without the lock: a signal handler may wait for this loop on a thread that it has interrupted inside `run`.
         self._runs.pop(outcome, None)
 
