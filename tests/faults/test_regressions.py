@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from async_ckpt.plan.opaque import opaque_state
 from torch.overrides import TorchFunctionMode
 
 from async_ckpt import (
@@ -33,6 +32,7 @@ from async_ckpt import (
     WriteError,
     retention,
 )
+from async_ckpt.plan.plan import opaque_state
 from async_ckpt.plan.planner import Planner
 from async_ckpt.reading.rollback import Rollback
 from async_ckpt.retention import RetentionPolicy
