@@ -11,19 +11,26 @@ from typing import Any
 
 import torch
 
-from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.interface import CheckpointEngine, StrPath, tag_of
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
+from ...errors import CheckpointError, PathExistsError, TransactionStateError, report
 from ...format.names import MANIFEST_NAME
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
+from ..frameworks import checked_config
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import DeepSpeedDestination, SaveDirs
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
+
+_DECIDED = {
+    "root": "it is DeepSpeed's save_dir",
+    "overwrite": "as in DeepSpeed, a tag that is saved again is replaced",
+    "coordinator": "it follows from the process group",
+    "format": "it is DeepSpeed's",
+}
 
 
 class AsyncDeepSpeedEngine(CheckpointEngine):
@@ -73,7 +80,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
         self._filesystem: FileSystem = config.get("filesystem") or FileSystem()
         self._config = {"compact_views": True, **config, "filesystem": self._filesystem}
-        self._checked = _check(self._config)
+        self._checked = checked_config(self._config, _DECIDED)
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
         self._coordinator = there = DeepSpeedCoordinator(self._filesystem, rank_timeout_s, node_local=node_local)
@@ -299,12 +306,3 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not exist_ok and self._filesystem.stat(path).kind != "missing":
             raise PathExistsError(f"directory {path!r} exists already")
         self._filesystem.makedirs(path)
-
-
-def _check(config: dict[str, Any]) -> EngineConfig:
-    for name in ("root", "overwrite", "coordinator", "format"):
-        if name in config:
-            raise ConfigError(
-                f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)"
-            )
-    return EngineConfig.from_params(".", **config)
