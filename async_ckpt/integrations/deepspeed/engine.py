@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -121,10 +120,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if inside is None:
             self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
             return
-        with self._deferring():
-            engine = self._opened()
-            if inside:
-                engine.makedirs(inside, exist_ok=exist_ok)
+        self._defer(lambda: self._opened().makedirs(inside, exist_ok=exist_ok) if inside else self._opened())
 
     def save(self, state_dict: Any, path: StrPath) -> None:
         """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
@@ -137,8 +133,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not inside:
             write_beside(self._filesystem, os.fspath(path), state_dict)
             return
-        with self._deferring():
-            self._opened().save(state_dict, inside)
+        self._defer(lambda: self._opened().save(state_dict, inside))
 
     def load(self, path: StrPath, map_location: Any = None) -> Any:
         """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.
@@ -277,17 +272,17 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._is_open = True
         return engine
 
-    @contextlib.contextmanager
-    def _deferring(self) -> Iterator[None]:
+    def _defer(self, work: Callable[[], object]) -> None:
         """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the
-        others.
+        others; nothing is tried after it.
         """
-        try:
-            yield
-        except CheckpointError as error:
-            if self._coordinator.world_size == 1:
-                raise
-            self._failed = self._failed or error
+        if self._failed is None:
+            try:
+                work()
+            except CheckpointError as error:
+                if self._coordinator.world_size == 1:
+                    raise
+                self._failed = error
 
     def _give_up(self, error: BaseException, *, is_raised: bool) -> None:
         destination, self._destination = self._destination, None
