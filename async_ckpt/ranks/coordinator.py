@@ -31,9 +31,7 @@ class Destination:
         """Called before anything is staged; `leads` on the rank that makes the directory. Training thread."""
 
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
-        """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker
-        thread; blocks.
-        """
+        """Add durable files to the staging directory, once this rank's others are. Worker thread; blocks."""
         return ()
 
     def published(self, filesystem: FileSystem) -> None:

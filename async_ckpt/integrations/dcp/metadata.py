@@ -139,9 +139,7 @@ class _Builder:
 
 
 def _filled(kind: Any, state: Any) -> Any:
-    """An object of a dataclass with these fields, whose types are checked; fields of other torch versions are
-    dropped.
-    """
+    """An object of a dataclass with these fields, types checked; fields of other torch versions are dropped."""
     made = object.__new__(kind)
     given = state if isinstance(state, dict) else {}
     for field in dataclasses.fields(kind):

@@ -142,9 +142,7 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
 
 
 def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
-    """DeepSpeed looks at the files itself before it asks the engine to load them; another engine may have saved
-    them.
-    """
+    """DeepSpeed looks at the files before it asks the engine to load them; another engine may have saved them."""
     ds_engine.checkpoint_engine.drain()
     waiting.wait()
     return call()
@@ -172,9 +170,7 @@ def _wrap(ds_engine: Any, name: str, around: Around) -> None:
 
 
 def _copy_scripts_once(ds_engine: Any) -> None:
-    """DeepSpeed copies its recovery scripts into the save_dir at every save: truncating them there waits for a busy
-    disk.
-    """
+    """DeepSpeed copies its recovery scripts at every save: truncating the old ones waits for a busy disk."""
     original = getattr(ds_engine, "_copy_recovery_script", None)
     if original is None or getattr(original, "_is_async_ckpt", False):
         return

@@ -194,9 +194,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             (self._inner or self._coordinator).close()
 
     def preserves_storage_sharing(self) -> bool:
-        """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them
-        first.
-        """
+        """False with `compact_views`: files hold what tensors cover, so DeepSpeed need not clone them first."""
         return not self._config["compact_views"]
 
     # What DeepSpeed's interface lacks; `attach` calls these.
@@ -208,9 +206,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._inner.guard(*optimizers)
 
     def seal(self) -> bool:
-        """The open checkpoint's saves are complete: commit it in the background. Returns at once; False if none is
-        open.
-        """
+        """The open checkpoint's saves are complete: commit it behind training. False at once if none is open."""
         failed = self._failed
         if failed is not None:
             self._give_up(failed, is_raised=False)
