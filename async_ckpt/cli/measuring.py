@@ -20,11 +20,11 @@ from typing import Literal
 
 from ..errors import ConfigError
 from ..format.checksum import crc32
+from ..format.chunk import Chunk
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
 from ..host.process import Owner, OwnerState, current_owner, owner_state
 from ..storage.filesystem import FileSystem
-from ..writer.chunks import Chunk
 from ..writer.pool import WriterPool
 
 CHUNK_BYTES = 16 << 20

@@ -17,6 +17,7 @@ import threading
 import weakref
 
 from ..errors import report
+from .closing import finish as finish_commits
 from .commits import Commits, live
 
 _lost: list[BaseException] = []
@@ -99,7 +100,7 @@ def finish(commits: Commits) -> None:
 def _close(commits: Commits) -> None:
     try:
         # At exit: the exception that has ended the program, which the other ranks learn as the cause.
-        commits.close(reason=getattr(sys, "last_value", None))
+        finish_commits(commits, commits.close_timeout_s, getattr(sys, "last_value", None))
         commits.raise_unacknowledged()
     except BaseException as error:  # noqa: BLE001
         # Whatever failed it, the others are still to be finished, and the exit code tells.

@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PathExistsError, TransactionStateError, report
+from ..errors import PathExistsError, TransactionStateError
 from ..format.manifest import FileEntry, ManifestBudget
 from ..metrics import CommitMetrics, OnStep, SaveMetrics
-from ..ranks.coordinator import Coordinator, OpenTag
+from ..ranks.coordinator import Coordinator
 from ..reading import verify
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
-from ..storage.staged import State
-from ..writer.chunks import WrittenFile
+from ..storage.staged import Staging, State
 from ..writer.file import FileWrite
 from .pending import PendingCommit
 
@@ -40,24 +37,24 @@ class SavedFile:
     started_s: float
     copy: FileCopy | None = None
 
-    def measure(self, written: WrittenFile) -> None:
+    def measure(self) -> None:
         """Note what it has cost, once it is synced."""
-        metrics = self.metrics
-        metrics.direct, metrics.crc_s = written.direct, written.crc_s
-        metrics.write_s, metrics.sync_s = written.write_s, written.sync_s
-        metrics.durable_s = written.durable_s - self.started_s
+        metrics, write = self.metrics, self.write
+        metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
+        metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
+        metrics.durable_s = write.durable_s - self.started_s
         if self.copy is not None:
             metrics.copy_s = self.copy.copy_s
 
-    def entry(self, path: str, written: WrittenFile, rank: int | None) -> FileEntry:
-        """The manifest's line for this file."""
-        # An empty file went through the writer as one chunk of no bytes; a manifest has no empty extents.
-        crcs = tuple(written.extent_crc32) if written.size_bytes else ()
+    def entry(self, path: str, rank: int | None) -> FileEntry:
+        """The manifest's line for this file, once it is synced."""
+        write = self.write
         return FileEntry(
             path=path,
-            size_bytes=written.size_bytes,
-            extent_bytes=max(1, written.extent_bytes),
-            extent_crc32=crcs,
+            size_bytes=write.size_bytes,
+            extent_bytes=max(1, write.extent_bytes),
+            # An empty file went through the writer as one chunk of no bytes; a manifest has no empty extents.
+            extent_crc32=tuple(write.extent_crc32) if write.size_bytes else (),
             format=self.plan.format,
             planner=self.plan.planner,
             plan_hash=self.plan.plan_hash,
@@ -74,11 +71,10 @@ class Checkpoint:
         after: an unfinished commit of the same tag, which must be published before this one.
     """
 
-    opened: OpenTag
+    staging: Staging
     coordinator: Coordinator
     filesystem: FileSystem
     after: PendingCommit | None = None
-    state: State = State.OPEN
     files: dict[str, SavedFile] = field(default_factory=dict)
     directories: set[tuple[str, ...]] = field(default_factory=set)
     budget: ManifestBudget = field(default_factory=ManifestBudget)
@@ -89,12 +85,17 @@ class Checkpoint:
     metrics: CommitMetrics = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = CommitMetrics(self.opened.tag)
+        self.metrics = CommitMetrics(self.tag)
 
     @property
     def tag(self) -> str:
         """Its name."""
-        return self.opened.tag
+        return self.staging.tag
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has neither failed nor been sealed."""
+        return self.error is None and self.staging.state is State.OPEN
 
     # While it is open.
 
@@ -102,9 +103,7 @@ class Checkpoint:
         """Raise the first failure of this checkpoint, if there was one."""
         if self.error is None:
             for saved in self.files.values():
-                if saved.write.done.done() and saved.write.done.exception() is not None:
-                    self.error = saved.write.done.exception()
-                    break
+                self.error = self.error or saved.write.done.failure()
         if self.error is not None:
             raise self.error
 
@@ -150,17 +149,18 @@ class Checkpoint:
     async def finish_files(self, on_save: Callable[[SaveMetrics], None]) -> list[FileEntry]:
         """Wait until every file is synced. Raises the first failure."""
         # On the loop, like every change of it from here on: see `give_up`.
-        self.state = State.SEALED if self.state is State.OPEN else self.state
+        if self.staging.state is State.OPEN:
+            self.staging.state = State.SEALED
         if self.error is not None:
             raise self.error
         entries = []
         rank = self.coordinator.rank if self.coordinator.world_size > 1 else None
         for path, saved in self.files.items():
-            written = await asyncio.wrap_future(saved.write.done)
-            saved.measure(written)
+            await saved.write.done
+            saved.measure()
             on_save(saved.metrics)
-            entries.append(saved.entry(path, written, rank))
-        await asyncio.wrap_future(self.opened.location)
+            entries.append(saved.entry(path, rank))
+        await asyncio.wrap_future(self.staging.location)
         if self.after is not None:
             await self.after.ended()
         return entries
@@ -180,35 +180,38 @@ class Checkpoint:
             read_back: read all files again, and compare them with their CRCs, before anything is renamed.
             on_step: told about every step.
         """
-        location = self.opened.location.result()
-        transaction.make_directories(self.filesystem, location, sorted(map("/".join, self.directories)))
+        staging = self.staging
+        transaction.make_directories(self.filesystem, staging.path, sorted(map("/".join, self.directories)))
         if read_back:
-            verify.read_back(self.filesystem, location, entries)
-        self.state = State.DURABLE
+            verify.read_back(self.filesystem, staging.path, entries)
         started_s = time.perf_counter()
-        if self.opened.staging is not None:
-            self.opened.staging.timing, self.opened.staging.on_step = self._timing(), on_step
+        staging.timing, staging.on_step = self._timing(), on_step
         try:
-            self.coordinator.publish(self.opened, entries, metadata, created_unix_ns)
+            self.coordinator.publish(staging, entries, metadata, created_unix_ns)
         finally:
             on_step("publish", started_s)
-        self.state = State.COMMITTED
+        staging.state = State.COMMITTED
         self._measure(entries, started_s)
 
-    async def give_up(self, error: BaseException, on_io_thread: Callable[[Callable[[], None]], Any]) -> None:
-        """End all writes, then remove what was staged; the first failure stays the one reported."""
+    async def give_up(
+        self, error: BaseException, on_io_thread: Callable[[Callable[[], None]], Any], tell: Callable[..., object]
+    ) -> None:
+        """End all writes, then remove what was staged; the first failure stays the one reported.
+
+        Args:
+            tell: logs a warning, on a thread that nothing waits for.
+        """
         self.fail(error)
-        self.state = State.ABORTED
         for saved in self.files.values():
             saved.write.abort(error)
-        writes = [asyncio.wrap_future(saved.write.done) for saved in self.files.values()]
-        await asyncio.gather(*writes, return_exceptions=True)
+        for saved in self.files.values():
+            await saved.write.done.ended()
         try:
-            await on_io_thread(lambda: self.coordinator.abort(self.opened, error))
+            await on_io_thread(lambda: self.coordinator.abort(self.staging, error))
         except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
             # The staging directory stays; the sweep of a later start removes it.
             told = "could not remove the staging directory of %r after %r: %s"
-            report(logging.WARNING, told, self.tag, error, failure)
+            tell(logging.WARNING, told, self.tag, error, failure)
 
     def _guard_wait_s(self) -> float:
         return sum(saved.copy.guard_wait_s for saved in self.files.values() if saved.copy is not None)
@@ -241,20 +244,3 @@ def given_up(message: str, reason: BaseException | None) -> TransactionStateErro
     error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")
     error.__cause__ = reason
     return error
-
-
-def joined(directory: Future[str], path: str) -> str | Future[str]:
-    """`directory`/`path`; a future where the directory is not known yet."""
-    if directory.done() and directory.exception() is None:
-        return os.path.join(directory.result(), path)
-    joined: Future[str] = Future()
-
-    def on_done(known: Future[str]) -> None:
-        error = known.exception()
-        if error is None:
-            joined.set_result(os.path.join(known.result(), path))
-        else:
-            joined.set_exception(error)
-
-    directory.add_done_callback(on_done)
-    return joined

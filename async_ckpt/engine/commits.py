@@ -18,20 +18,22 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
 from typing import Any
 
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, report
-from ..format.manifest import FileEntry
-from ..ranks.coordinator import Coordinator, Destination, LocalCoordinator
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
+from ..format.manifest import FileEntry, Manifest
+from ..format.names import Root, StrPath
+from ..ranks.coordinator import Coordinator, LocalCoordinator
 from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
-from ..storage.staged import State
+from ..storage.staged import Destination, State
 from ..threads.executor import check_process
-from .checkpoint import Checkpoint, given_up
+from ..threads.locks import Lock
+from ..threads.pending import announce
+from .checkpoint import Checkpoint
 from .config import EngineConfig
-from .mirroring import EngineMirrors, hold_for_mirrors
+from .mirroring import EngineMirrors
 from .pending import PendingCommit
 from .pipeline import SavePipeline
 from .rotation import Rotation
@@ -43,25 +45,31 @@ live: weakref.WeakSet[Commits] = weakref.WeakSet()
 
 
 class Commits:
-    """The checkpoints of one engine. Calls come from the engine, under its lock."""
+    """The checkpoints of one engine. Calls come from the engine, under `lock`."""
 
-    def __init__(self, config: EngineConfig, root: str) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.pid = os.getpid()
         self.closed = False
-        self.root = root
+        self.lock = Lock()
+        self.paths = Root(config.root)
+        self.root = root = self.paths.path
+        self.backpressure_timeout_s, self.close_timeout_s = config.backpressure_timeout_s, config.close_timeout_s
         self._config = config
         self.filesystem: FileSystem = config.filesystem or FileSystem()
+        self.catalog = Catalog(self.paths, self.filesystem)
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
         self._open: OrderedDict[str, Checkpoint] = OrderedDict()
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
         self._failures: list[BaseException] = []
-        self._rotation = Rotation(self.filesystem, root, config.retention, hold_for_mirrors(config, self))
         self.mirrors: EngineMirrors | None = None
         self._last_created_ns = 0
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
         self.pipeline = SavePipeline(config, self.filesystem)
+        self._rotation = Rotation(
+            self.filesystem, root, config.retention, self._why_held, self.pipeline.callbacks.report
+        )
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
             transaction.make_root(self.filesystem, root)
@@ -83,8 +91,22 @@ class Commits:
         if self.closed:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
-    def current(self) -> Checkpoint:
-        """The checkpoint opened last."""
+    def check_mirrors(self) -> None:
+        """Wait, at the first call, until every mirror was tried; see `Mirrors.check`."""
+        self.check_usable()
+        if self.mirrors is not None:
+            self.mirrors.check()
+
+    def opened(self) -> list[Checkpoint]:
+        """Those whose commit was not called yet."""
+        return list(self._open.values())
+
+    def locate(self, path: StrPath, *, carried: bool = False) -> tuple[Checkpoint, tuple[str, ...]]:
+        """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
+        tag, parts = self.paths.split(path, carried=carried)
+        return (self._newest() if tag is None else self.require_open(tag)), parts
+
+    def _newest(self) -> Checkpoint:
         if not self._open:
             raise TransactionStateError(
                 "no checkpoint is open: call create(tag) before save or makedirs. Nothing was written"
@@ -116,11 +138,14 @@ class Commits:
 
     # Opening and writing.
 
-    def open(self, destination: Destination) -> Checkpoint:
-        tag = destination.tag
+    def open(self, destination: Destination) -> None:
+        started_s, tag = time.perf_counter(), destination.tag
+        self.check_usable()
+        self.raise_unacknowledged()
+        self.pipeline.guard.refresh()
         known = self._open.get(tag)
         if known is not None:
-            if known.error is None and known.state is State.OPEN:
+            if known.is_open:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
@@ -128,10 +153,10 @@ class Commits:
         if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        opened = self._coordinator.begin(destination, self._config.overwrite)
-        checkpoint = Checkpoint(opened, self._coordinator, self.filesystem, after=earlier)
+        staging = self._coordinator.begin(destination, self._config.overwrite)
+        checkpoint = Checkpoint(staging, self._coordinator, self.filesystem, after=earlier)
+        checkpoint.metrics.stall_s += time.perf_counter() - started_s
         self._open[tag] = checkpoint
-        return checkpoint
 
     def abort(self, tag: str, error: BaseException) -> None:
         """Give an open checkpoint up; blocks until its writes ended."""
@@ -139,9 +164,9 @@ class Commits:
         if checkpoint is None:
             raise TransactionStateError(f"checkpoint {tag!r} is not open; nothing was changed")
         given_up = self.pool.run(self._give_up_open(checkpoint, error))
-        if not wait([given_up], self._config.close_timeout_s).done:
+        if not given_up.wait(self.close_timeout_s):
             raise BackpressureTimeout(
-                f"giving up checkpoint {tag!r} did not end within {self._config.close_timeout_s:g} s and goes on; it "
+                f"giving up checkpoint {tag!r} did not end within {self.close_timeout_s:g} s and goes on; it "
                 f"waits for {self.pool.waiting_for()}. Nothing is visible under that tag"
             )
         given_up.result()
@@ -162,12 +187,16 @@ class Commits:
     def others(self) -> list[Commits]:
         """Of other engines of this process on the same root: a retry may not have let go of the one before.
 
-        None for one of several ranks, whose neighbours may be threads of this process.
+        Not the other ranks of a job, which may be threads of this process.
         """
-        if self._coordinator.world_size > 1:
-            return []
-        others = [other for other in list(live) if other is not self and other.pid == os.getpid()]
-        return [other for other in others if os.path.realpath(other.root) == os.path.realpath(self.root)]
+        pid, mine = os.getpid(), self._coordinator
+        others = [other for other in list(live) if other is not self and other.pid == pid]
+        return [
+            other
+            for other in others
+            if (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
+            and os.path.realpath(other.root) == os.path.realpath(self.root)
+        ]
 
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
@@ -180,7 +209,7 @@ class Commits:
 
     def await_slot(self) -> None:
         """Wait until fewer than `max_pending_commits` are unfinished."""
-        timeout_s = self._config.backpressure_timeout_s
+        timeout_s = self.backpressure_timeout_s
         deadline = time.monotonic() + timeout_s
         while len(pending := self.unfinished()) >= self._config.max_pending_commits:
             if not pending[0].wait(deadline - time.monotonic()):
@@ -190,12 +219,17 @@ class Commits:
                     "max_pending_commits"
                 )
 
-    def commit(self, checkpoint: Checkpoint, metadata: Mapping[str, Any], started_s: float) -> PendingCommit:
+    def commit(self, tag: str, metadata: Mapping[str, Any]) -> PendingCommit:
+        started_s = time.perf_counter()
+        self.check_usable()
+        checkpoint = self.require_open(tag)
+        checkpoint.budget.check_metadata(metadata)
+        self.await_slot()
         checkpoint.commit_s = started_s
         # Strictly increasing, so that "newest" means the order of the commit calls even when the clock steps back.
         self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
         self._first_created_ns = self._first_created_ns or self._last_created_ns
-        pending = PendingCommit(checkpoint.tag, checkpoint.metrics, self.pool.waiting_for, self.pipeline.callbacks.run)
+        pending = PendingCommit(tag, checkpoint.metrics, self.pool.waiting_for, self.pipeline.callbacks.run)
         if len(self._commits) >= 2 * self.num_remembered:
             self._forget_some()
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
@@ -203,9 +237,11 @@ class Commits:
         # there, and nothing is waited for that nobody will resolve.
         done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
         pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
-        done.add_done_callback(lambda future: self._ended(checkpoint, pending, future))
+        done.when_done(lambda done: self._ended(checkpoint, pending, done.failure()))
         self._commits.append(pending)
-        del self._open[checkpoint.tag]
+        announce(pending, checkpoint.staging.root)
+        # A signal handler may have closed the engine.
+        self._open.pop(tag, None)
         return pending
 
     async def _commit(self, checkpoint: Checkpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
@@ -213,7 +249,7 @@ class Commits:
             entries = await checkpoint.finish_files(self.pipeline.callbacks.on_save)
             await self._on_io_thread(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
         except BaseException as error:
-            await checkpoint.give_up(error, self._on_io_thread)
+            await checkpoint.give_up(error, self._on_io_thread, self.pipeline.callbacks.report)
             raise
 
     def _publish(
@@ -226,7 +262,7 @@ class Commits:
             read_back=self._config.read_back,
             on_step=lambda kind, start_s: self.pipeline.tell_span(kind, start_s, checkpoint.tag),
         )
-        checkpoint.metrics.max_queue_chunks = self.pool.restart_max_queued()
+        checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 
     def _rotate(self) -> int:
@@ -244,25 +280,29 @@ class Commits:
         """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
         if self._oldest_possible_ns is None:
             try:
-                entries = Catalog(self.root, self.filesystem).entries()
+                entries = self.catalog.entries()
             except OSError as error:
                 # Only the order after a clock that was set back is at stake; the next commit looks again.
-                report(
-                    logging.WARNING,
-                    "the times of older checkpoints in %r cannot be read, this clock is trusted: %s",
-                    self.root,
-                    error,
-                )
+                told = "the times of older checkpoints in %r cannot be read, this clock is trusted: %s"
+                self.pipeline.callbacks.report(logging.WARNING, told, self.root, error)
                 return created_unix_ns
             self._oldest_possible_ns = max(
                 (entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0
             )
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
+    def _why_held(self, manifest: Manifest) -> str | None:
+        """For local retention: what not all mirrors have had stays, where the configuration says so."""
+        if not self._config.mirrors or not self._config.keep_local_until_mirrored:
+            return None
+        mirrors = self.mirrors
+        is_mirrored = mirrors is not None and mirrors.is_mirrored(manifest.tag, manifest.created_unix_ns)
+        return None if is_mirrored else "it is not mirrored yet"
+
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Unless its commit has begun all the same: then that decides."""
-        if checkpoint.state is State.OPEN:
-            await checkpoint.give_up(error, self._on_io_thread)
+        if checkpoint.staging.state is State.OPEN:
+            await checkpoint.give_up(error, self._on_io_thread, self.pipeline.callbacks.report)
             self.pipeline.callbacks.on_abort(checkpoint.metrics, error)
 
     def delete(self, tag: str) -> None:
@@ -273,73 +313,20 @@ class Commits:
     def _on_io_thread(self, call: Callable[[], None]) -> asyncio.Future[None]:
         return asyncio.wrap_future(self.pool.submit_io(call))
 
-    def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, future: Future[None]) -> None:
-        error = (
-            future.exception()
-            if not future.cancelled()
-            else TransactionStateError("the commit was cancelled with the writer")
-        )
-        pending.resolve(error)
+    def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:
+        pending.resolve(checkpoint.tag, error)
         if self.mirrors is not None and pending.mirrored is not None:
             self.mirrors.committed(pending.mirrored, error)
         self.pipeline.callbacks.on_commit(checkpoint.metrics, error)
         if error is not None:
-            # Log handlers are the user's code too.
-            self.pipeline.callbacks.run(
-                lambda: report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error)
-            )
+            told = "checkpoint %r was not committed: %s"
+            self.pipeline.callbacks.report(logging.ERROR, told, checkpoint.tag, error)
 
     # Ending.
 
-    def close(self, timeout_s: float = float("inf"), reason: BaseException | None = None) -> None:
-        """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads.
-
-        Bounded by `timeout_s` and the configuration's `close_timeout_s`. `reason`: the exception that has led here.
-        """
-        timeout_s = min(timeout_s, self._config.close_timeout_s)
-        forgotten: list[str] = []
-        deadline = time.monotonic() + timeout_s
-        is_impatient = True
-        try:
-            self._abandon_open(reason, forgotten)
-            for pending in self.unfinished():
-                if not pending.wait(deadline - time.monotonic()):
-                    raise BackpressureTimeout(
-                        f"{len(self.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
-                        f"{pending.tag!r}; waiting for {self.pool.waiting_for()}. They are not visible; older "
-                        "checkpoints are untouched"
-                    )
-            is_impatient = False
-        except Exception:
-            is_impatient = False
-            raise
-        finally:
-            # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.
-            self.closed = True
-            try:
-                self.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
-            except BackpressureTimeout as timeout:
-                if not is_impatient:
-                    raise
-                report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", self.root, timeout)
-            finally:
-                for tag in forgotten:
-                    told = (
-                        "checkpoint %r was created but never committed: it is given up, nothing is visible "
-                        "under that tag"
-                    )
-                    report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=4)
-
-    def _abandon_open(self, reason: BaseException | None, forgotten: list[str]) -> None:
-        """Give up all open checkpoints; those that the user does not know of yet are added to `forgotten`."""
-        for tag in list(self._open):
-            checkpoint = self._open[tag]
-            if checkpoint.error is None and checkpoint.state is State.OPEN:
-                forgotten.append(tag)
-            self.abort(tag, checkpoint.error or given_up(f"the engine was closed before commit({tag!r})", reason))
-
     def stop(self, timeout_s: float) -> None:
         """The end of the threads and the coordinator; goes on where an interrupt has cut it short."""
+        self.closed = True
         deadline = time.monotonic() + timeout_s
         if self.mirrors is not None:
             self.mirrors.close(min(timeout_s, self._config.mirror_timeout_s))

@@ -118,20 +118,21 @@ class EngineConfig:
         if "\0" in str(os.fspath(self.root)):
             raise ConfigError(f"root {self.root!r} holds a NUL character")
         self._check_sizes()
-        self._check_choice("io_mode", ("auto", "direct", "buffered"))
-        self._check_choice("overwrite", ("refuse", "replace"))
-        self._check_choice("format", ("torch", "safetensors"))
+        self._check_choice("io_mode", "auto", "direct", "buffered")
+        self._check_choice("overwrite", "refuse", "replace")
+        self._check_choice("format", "torch", "safetensors")
+        for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
+            self._check_choice(name, True, False)
         if self.num_writers != "auto":
             self._check_int("num_writers", 1, 256)
         self._check_int("max_pending_commits", 1, 1024)
         self._check_int("storage_alignment", 1, 65536)
+        if self.uploaders_per_node is not None:
+            self._check_int("uploaders_per_node", 1, 1024)
         for name in ("backpressure_timeout_s", "close_timeout_s", "mirror_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
-        for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_mirrors()
         if self.pin_memory not in (True, False, "auto"):
             raise ConfigError(f"pin_memory must be True, False or 'auto', not {self.pin_memory!r}")
@@ -161,12 +162,12 @@ class EngineConfig:
         for mirror in self.mirrors:
             if mirror.retention is not None and not isinstance(mirror.retention, RetentionPolicy):
                 raise ConfigError(f"mirrors: retention must be a policy such as KeepLast(3), not {mirror.retention!r}")
-        if self.uploaders_per_node is not None:
-            self._check_int("uploaders_per_node", 1, 1024)
 
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+    def _check_choice(self, name: str, *allowed: object) -> None:
+        value = getattr(self, name)
+        # 1 is equal to True, and not the same.
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
     def _check_int(self, name: str, low: int, high: int, hint: str = "") -> None:
         value = getattr(self, name)

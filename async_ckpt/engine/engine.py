@@ -1,55 +1,49 @@
-"""The engine: joins the memory side (plan, snapshot) and the disk side (writer pool, commit).
+"""The engine: all that its user calls, and in what order.
 
 Guarantees:
-- `create`, `save`, `commit` and `close` may be called from any thread; they take turns under one lock, so the content
-  of checkpoints never mixes. Within a tag, `save` must return before `commit` is called.
+- All methods may be called from any thread; those that change checkpoints take turns under one lock. Within a tag,
+  `save` must return before `commit` is called.
 - The first failure of a tag stays: its pending commit, the next `save` or `commit` of the tag, and (unless somebody
   has asked the pending commit for it) the next `create` and the end of the block raise it.
-- A forked child cannot use, close or harm its parent's engine (every call looks at the process id before any lock); it
-  may make its own.
-
-States of a checkpoint, in order: OPEN, SEALED, DURABLE, COMMITTED, or ABORTED from any of the first three.
+- A forked child cannot use, close or harm its parent's engine; it may make its own.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import PathExistsError, UnsafePathError, report
+from ..errors import PathExistsError, TransactionStateError, UnsafePathError
 from ..format.metadata import check_metadata
-from ..format.names import Root, check_tag
+from ..format.names import check_tag
 from ..plan.plan import PlannedState, opaque_state
-from ..ranks.coordinator import Destination
-from ..reading.catalog import Catalog
+from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
-from ..threads.executor import check_process, run_aside
-from ..threads.locks import Lock
-from . import at_exit
-from .checkpoint import Checkpoint, given_up
+from ..storage.staged import Destination
+from ..threads.executor import run_aside
+from . import at_exit, closing, restoring
+from .checkpoint import given_up
 from .commits import Commits
 from .config import EngineConfig
 from .interface import CheckpointEngine, StrPath, tag_of
 from .pending import PendingCommit
-from .preemption import PreemptibleEngine
-from .restoring import RestoringEngine
+from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
 
 
-class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine):
-    """Saves checkpoints in the background; see the module's guarantees.
+class AsyncCheckpointEngine(CheckpointEngine):
+    """Saves checkpoints in the background. A ``with`` or ``async with`` block's end waits for all pending commits.
+
+    Making one makes `root` if it is missing, sweeps what crashed processes left there, and starts to fault in staging
+    memory in the background; it blocks for well under a second.
 
     Args:
         config_params: the root directory, a mapping of `EngineConfig` fields, or an `EngineConfig`.
         overrides: `EngineConfig` fields; they win over `config_params`.
-
-    Making an engine makes `root` if it is missing, sweeps what crashed processes left there, and starts to fault in
-    staging memory in the background; it blocks for well under a second. Works in synchronous code, in asyncio, and as
-    ``with`` or ``async with`` block, whose end waits for every pending commit.
 
     Raises:
         ConfigError: a bad field or unit, or more staging memory than there is.
@@ -60,19 +54,14 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
     def __init__(
         self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any
     ) -> None:
-        super().__init__(config_params)
-        config = EngineConfig.from_params(config_params, **overrides)
         self.name = "async_ckpt"
-        self.config = config
-        self._paths = Root(config.root)
-        self.root = self._paths.path
-        self._lock = Lock()
-        self._inflight = Commits(config, self.root)
-        self._pipeline = self._inflight.pipeline
-        self._guard, self._arena = self._pipeline.guard, self._pipeline.arena
-        self._catalog = Catalog(self._paths, self._inflight.filesystem)
+        self.config = EngineConfig.from_params(config_params, **overrides)
+        self._commits = Commits(self.config)
+        self.root = self._commits.root
+        self._pipeline = self._commits.pipeline
+        self._preemption: Preemption | None = None
         self._pipeline.warm()
-        at_exit.watch(self, self._inflight)
+        at_exit.watch(self, self._commits)
 
     # The five calls.
 
@@ -87,49 +76,36 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         """
         where = tag if isinstance(tag, Destination) else Destination(self.root, tag_of(tag))
         check_tag(where.tag)
-        self._usable()
-        if self._inflight.mirrors is not None:
-            self._inflight.mirrors.check()
-        with self._lock:
-            started = time.perf_counter()
-            self._usable()
-            self._inflight.raise_unacknowledged()
-            self._guard.refresh()
-            checkpoint = self._inflight.open(where)
-            checkpoint.metrics.stall_s += time.perf_counter() - started
+        self._commits.check_mirrors()
+        with self._commits.lock:
+            self._commits.open(where)
 
     def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
         """Make a sub-directory of the open checkpoint (parents too), or the root itself. Does not block.
 
-        Raises:
-            PathExistsError: it is there already and `exist_ok` is False.
-        """
-        self._usable()
-        with self._lock:
-            self._usable()
-            if self._paths.is_named_by(path):
-                if not exist_ok:
-                    raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
-                return
-            checkpoint, parts = self._locate(path)
-            if not checkpoint.add_directory(parts) and not exist_ok:
-                raise PathExistsError(
-                    f"directory {'/'.join(parts) or '.'!r} exists already in the open checkpoint {checkpoint.tag!r}"
-                )
+        Raises PathExistsError: it is there already and `exist_ok` is False."""
+        with self._commits.lock:
+            self._commits.check_usable()
+            if self._commits.paths.is_named_by(path):
+                is_new, what = False, f"the checkpoint root {self.root!r}"
+            else:
+                checkpoint, parts = self._commits.locate(path)
+                is_new = checkpoint.add_directory(parts)
+                what = f"directory {'/'.join(parts) or '.'!r} of the open checkpoint {checkpoint.tag!r}"
+            if not is_new and not exist_ok:
+                raise PathExistsError(f"{what} exists already")
 
     def save(self, state_dict: Any, path: StrPath, *, format: Literal["torch", "safetensors"] | None = None) -> None:
         """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
 
-        The file holds the state at the moment of this call, however training goes on. Tensors of any shape, dtype and
-        layout on the CPU or on the accelerator; everything else must be picklable and is copied now. Blocks for the
-        copy of what no guard protects (about one memcpy), and while the staging memory is full (backpressure).
+        The file holds the state at the moment of this call, however training goes on: tensors of any kind on the CPU or
+        on the accelerator; everything else must be picklable and is copied now. Blocks for the copy of what no guard
+        protects (about one memcpy), and while the staging memory is full (backpressure).
 
-        NumPy arrays and bytes cannot be streamed: torch's pickle writes each byte from 128 on as two, so that the place
-        of everything behind them depends on their values. They are encoded in this call, outside the staging memory,
-        and kept until they are written: an array at its size to twice that (1.5 times for random bits), MiB by MiB;
-        bytes and bytearrays at up to six times theirs while the GIL is held. So wrap large ones (``torch.from_numpy``).
-        The first save of a path warns of those above 64 MiB, and of objects that `load` refuses unless
-        `weights_only=False`, with their key paths.
+        NumPy arrays and bytes cannot be streamed: they are encoded in this call, outside the staging memory, an array
+        at up to twice its size, bytes at up to six times theirs and with the GIL held. Wrap large ones
+        (``torch.from_numpy``). The first save of a path warns, with key paths, of those above 64 MiB and of objects
+        that `load` refuses unless `weights_only=False`.
 
         Args:
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
@@ -140,25 +116,25 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
             TransactionStateError: no such tag is open. PathExistsError: the path was saved already.
             UnsupportedStateError: the state cannot be saved, with its key path; the checkpoint stays usable.
             TornSnapshotError: the state changed meanwhile. BackpressureTimeout: the disk did not keep up.
-            CheckpointError: the first failure of this tag, if it has failed already.
+            CheckpointError: the first failure of this tag, which it has had already.
         """
         started = time.perf_counter()
-        self._usable()
 
         def in_turn(turn: Turn) -> None:
-            with self._lock:
-                self._usable()
-                checkpoint, parts = self._locate(path, carried=isinstance(state_dict, PlannedState))
+            with self._commits.lock:
+                self._commits.check_usable()
+                checkpoint, parts = self._commits.locate(path, carried=isinstance(state_dict, PlannedState))
                 if not parts:
-                    raise UnsafePathError(
-                        f"path {os.fspath(path)!r} names no file inside the checkpoint {checkpoint.tag!r}"
-                    )
+                    raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside {checkpoint.tag!r}")
                 checkpoint.check_healthy()
                 with self._pipeline.snapshotter.deferring():
                     self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
-        self._guard.save(in_turn)
+        try:
+            self._pipeline.guard.save(in_turn)
+        finally:
+            self._pipeline.tell_notes()
 
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
@@ -170,27 +146,17 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
     def commit(self, tag: Any, metadata: Mapping[str, Any] | None = None) -> PendingCommit:
         """Seal `tag` and make it durable and visible in the background; returns at once.
 
-        Blocks only while `max_pending_commits` earlier ones are unfinished.
-
-        Args:
-            metadata: JSON values (e.g. ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without
-                torch.
+        Blocks only while `max_pending_commits` earlier ones are unfinished. `metadata`: JSON values (e.g.
+        ``{"step": 100, "loss": 2.1}``), kept in the manifest and readable without torch.
 
         Raises:
-            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is not
-                JSON.
-            BackpressureTimeout: too many commits are pending; the tag stays open.
+            TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is no
+                JSON. BackpressureTimeout: too many commits are pending; the tag stays open.
         """
         name = check_tag(tag_of(tag))
         checked = check_metadata(metadata or {})
-        self._usable()
-        with self._lock:
-            started = time.perf_counter()
-            self._usable()
-            checkpoint = self._inflight.require_open(name)
-            checkpoint.budget.check_metadata(checked)
-            self._inflight.await_slot()
-            pending = self._inflight.commit(checkpoint, checked, started)
+        with self._commits.lock:
+            pending = self._commits.commit(name, checked)
             self._pipeline.snapshotter.start_now()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
@@ -198,76 +164,159 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
 
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended yet, oldest first."""
-        return self._inflight.unfinished()
+        return self._commits.unfinished()
 
     # Snapshots.
 
     def guard(self, *optimizers: Any) -> None:
-        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for the
-        copies.
+        """Make saves lazy: tensors of these optimizers cannot change before their next `step`, which waits for copies.
 
-        Everything else in a state dict is still copied inside `save`. Every other optimizer's `step` waits for the
-        copies too. A step of these on another thread and a `save` wait for each other to end. Guarded tensors that are
-        changed by other means than steps (``load_state_dict``, `.data`) before they are copied fail that checkpoint
-        with `TornSnapshotError`: call `wait_snapshot` first. So too before a graph is captured. A capturable or
-        captured optimizer's tensors are saved eagerly: replays call nothing. (Guard it before its step is captured:
-        nothing sees the capture otherwise.)
+        Everything else is still copied inside `save`. Every other optimizer's `step` waits for the copies too. A step
+        of these on another thread and a `save` wait for each other to end. Call `wait_snapshot` before guarded tensors
+        are changed by other means than steps (``load_state_dict``, `.data`), else that checkpoint fails with
+        `TornSnapshotError`; and before a graph is captured. A capturable or captured optimizer's tensors are saved
+        eagerly: replays call nothing. (Guard it before its step is captured: else nothing sees the capture.)
         """
-        self._usable()
-        with self._lock:
-            self._usable()
-            for optimizer in optimizers:
-                self._pipeline.warm(self._guard.add(optimizer))
+        self._commits.check_usable()
+        for optimizer in optimizers:
+            self._pipeline.warm(self._pipeline.guard.add(optimizer))
 
     def wait_snapshot(self) -> None:
         """Block until every lazy snapshot has been copied: after it, any tensor may change by any means."""
-        self._guard.wait(block=True)
+        self._pipeline.guard.wait(block=True)
 
     def prewarm(self, state_bytes: int | None = None, *, states: Mapping[str, Any] | None = None) -> None:
         """Block until a save of this size is a warm one: staging memory is faulted in, and `states` are planned.
 
         Args:
             state_bytes: None is the size of `states`, or all staging memory without them.
-            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``). Nothing
-                of it is copied or kept; later states of the same structure reuse the plan. Warns as the first `save`
-                does.
+            states: what checkpoints will hold, by path inside the tag (``{"model.pt": model.state_dict()}``); nothing
+                is copied or kept, later states of the same structure reuse the plan. Warns as the first `save` does.
 
         Raises:
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
         """
-        self._usable()
-        with self._lock:
-            self._usable()
-            named = {"/".join(self._paths.split(path)[1]): state for path, state in (states or {}).items()}
+        with self._commits.lock:
+            self._commits.check_usable()
+            named = {"/".join(self._commits.paths.split(path)[1]): state for path, state in (states or {}).items()}
             planned_bytes = self._pipeline.plan_ahead(named)
+        self._pipeline.tell_notes()
         self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
+
+    # Reading back.
+
+    def load(
+        self,
+        path: StrPath,
+        map_location: Any = None,
+        *,
+        weights_only: bool | None = None,
+        verify: str = "full",
+        mmap: bool | None = None,
+    ) -> Any:
+        """Load the committed file "<tag>/file.pt" (or "<root>/<tag>/file.pt") and check every byte. Blocks.
+
+        A pending commit of that tag is waited for first. For the arguments and errors see `async_ckpt.load`.
+        """
+        catalog, tag, name = restoring.find_file(self._commits, path)
+        return load_committed(
+            catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap
+        )
+
+    def load_into(
+        self,
+        state_dict: Any,
+        path: StrPath,
+        *,
+        strict: bool = True,
+        verify: str = "full",
+        atomic: bool | Literal["auto"] = "auto",
+        weights_only: bool | None = None,
+        select: str | None = None,
+    ) -> Any:
+        """Read a committed file in parallel straight into `state_dict`'s tensors; returns its other leaves. Blocks.
+
+        Lazy snapshots are waited for first. For the arguments (`atomic`: what the tensors hold after an error) and
+        errors see `async_ckpt.load_into`.
+        """
+        catalog, tag, name = restoring.find_file(self._commits, path)
+        self.wait_snapshot()
+        how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only}
+        lend = self._pipeline.arena.lend
+        return load_committed_into(catalog, tag, name, state_dict, select=select, lend=lend, **how)
+
+    def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
+        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
+
+        With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks. Waits first
+        for pending commits of other engines of this process in this root, which a retry may still hold
+        (BackpressureTimeout: they do not end).
+        """
+        return restoring.latest(self._commits, verify, tier)
+
+    def tags(self) -> list[str]:
+        """Committed tags, oldest first."""
+        return self._commits.catalog.tags()
+
+    # Being stopped.
+
+    def on_preemption(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM,),
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        save: Callable[[], object] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+        exit_after: bool = False,
+    ) -> None:
+        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
+
+        At the next safe point (`poll_preemption`, the end of `commit` or the block) `save()` makes a last checkpoint,
+        pending commits are waited for until `deadline_s` after the signal, and the outcome is logged. Main thread only;
+        once; `close` gives the signals back. For arguments and errors see `preemption.Preemption`; give DataLoaders
+        with workers `ignore_preemption`.
+        """
+        self._commits.check_usable()
+        if self._preemption is not None:
+            raise TransactionStateError("on_preemption was called already; its signals and hook stay as they are")
+        self._preemption = Preemption(
+            self.pending, signals=signals, deadline_s=deadline_s, save=save, agree=agree, exit_after=exit_after
+        )
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a preemption signal has come. Never blocks; any thread."""
+        return self._preemption is not None and self._preemption.preempted
+
+    def poll_preemption(self) -> bool:
+        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
+        return self._preemption is not None and self._preemption.poll()
+
+    @property
+    def preemption_outcome(self) -> PreemptionOutcome | None:
+        """How the preemption ended; None before it was handled."""
+        return None if self._preemption is None else self._preemption.outcome
 
     # Leaving.
 
     def delete(self, tag: Any) -> None:
         """Delete a committed checkpoint, a pending one once it is committed. Blocks. Of several ranks, the one that
-        commits does it.
+        commits does it. Of a link, the link: what it points to stays.
 
         Raises:
             CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
-            WriteError: the disk refused; it is whole under its name, or what is left of it is tried again after later
-                commits.
+            WriteError: the disk refused; it is whole under its name, or its rest is tried again after later commits.
         """
-        name = check_tag(tag_of(tag))
-        self._usable()
-        self._await_commit(name)
-        self._inflight.delete(name)
+        restoring.await_commits(self._commits, name := check_tag(tag_of(tag)))
+        self._commits.delete(name)
 
     def abort(self, tag: Any) -> None:
-        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended.
-
-        Called in an ``except`` block, the other ranks of the job learn that exception as the cause.
-        """
+        """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended. Called in an
+        ``except`` block, the other ranks of the job learn that exception as the cause."""
         name = check_tag(tag_of(tag))
-        self._usable()
-        with self._lock:
-            self._usable()
-            self._inflight.abort(name, given_up(f"checkpoint {name!r} was aborted by its owner", sys.exc_info()[1]))
+        with self._commits.lock:
+            self._commits.check_usable()
+            self._commits.abort(name, given_up(f"checkpoint {name!r} was aborted by its owner", sys.exc_info()[1]))
 
     def close(self) -> None:
         """Wait for every pending commit, give up what was not committed (with a warning), stop all threads.
@@ -275,46 +324,21 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         Blocks, at most `close_timeout_s`. Calling it again does nothing.
 
         Raises:
-            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: the disk did not end in
-                time.
+            CheckpointError: the first failure that nobody has asked for. BackpressureTimeout: it did not end in time.
         """
-        self._close(sys.exc_info()[1])
-
-    def _close(self, reason: BaseException | None) -> None:
-        """`reason`: the exception that has led here, if there is one."""
-        check_process(self._inflight.pid, "this engine")
-        if self._inflight.closed:
-            self._inflight.stop(self.config.close_timeout_s)
-            return
-        try:
-            if self._preemption is not None:
-                self._preemption.leave()
-        finally:
-            with self._lock:
-                self._guard.wait(block=True)
-                self._guard.remove()
-            self._inflight.close(self._preemption.remaining_s if self._preemption is not None else float("inf"), reason)
-        self._inflight.raise_unacknowledged()
+        closing.close(self._commits, self._preemption, sys.exc_info()[1])
 
     def __enter__(self) -> AsyncCheckpointEngine:
-        self._usable()
+        self._commits.check_usable()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
-            return
-        if self._preemption is not None:
-            self._preemption.leave_with(error)
-        try:
-            # Given by hand: `__aexit__` runs this on a thread that handles no exception.
-            self._close(error)
-        except Exception as failure:  # noqa: BLE001
-            # The block's own exception is on its way out and must not be replaced.
-            told = "while leaving the block with %r, closing the engine failed too: %s"
-            report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=2)
+            closing.close(self._commits, self._preemption)
+        else:
+            closing.leave_block(self._commits, self._preemption, error)
 
     async def __aenter__(self) -> AsyncCheckpointEngine:
         return self.__enter__()
@@ -323,13 +347,3 @@ class AsyncCheckpointEngine(PreemptibleEngine, RestoringEngine, CheckpointEngine
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await run_aside("async-ckpt-close", lambda: self.__exit__(kind, error, trace))
-
-    # Inside.
-
-    def _locate(self, path: StrPath, *, carried: bool = False) -> tuple[Checkpoint, tuple[str, ...]]:
-        """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
-        tag, parts = self._paths.split(path, carried=carried)
-        return (self._inflight.current() if tag is None else self._inflight.require_open(tag)), parts
-
-    def _usable(self) -> None:
-        self._inflight.check_usable()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, report
 from ..format.manifest import Manifest
@@ -17,7 +16,7 @@ from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
 from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
-from ..retention import Hold, RetentionPolicy, carry_out
+from ..retention import RetentionPolicy, carry_out
 from ..storage.filesystem import FileSystem
 from .config import EngineConfig
 from .observing import Callbacks
@@ -57,7 +56,7 @@ class EngineMirrors(Mirrors):
             agreement=agreement,
             may_overwrite=config.overwrite == "replace",
             uploaders_per_node=config.uploaders_per_node,
-            hooks=MirrorHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored),
+            hooks=MirrorHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored, callbacks.run),
         )
 
     def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:
@@ -117,29 +116,3 @@ class EngineMirrors(Mirrors):
                     raise
                 report(logging.WARNING, "latest: %s is left out: %s", mirror.url, error)
         return found
-
-
-class HasMirrors(Protocol):
-    """Whoever has an engine's mirrors, once they are made."""
-
-    mirrors: EngineMirrors | None
-
-
-def hold_for_mirrors(config: EngineConfig, owner: HasMirrors) -> Hold:
-    """For local retention: what not all mirrors have had stays, where the configuration says so."""
-
-    def hold(manifest: Manifest) -> str | None:
-        if not config.mirrors or not config.keep_local_until_mirrored:
-            return None
-        mirrors = owner.mirrors
-        is_mirrored = mirrors is not None and mirrors.is_mirrored(manifest.tag, manifest.created_unix_ns)
-        return None if is_mirrored else "it is not mirrored yet"
-
-    return hold
-
-
-def latest_of(disk: Catalog, mirrors: EngineMirrors | None, verify: str, tier: str) -> str | None:
-    """`AsyncCheckpointEngine.latest`."""
-    if tier not in ("disk", "any"):
-        raise ConfigError(f"tier must be 'disk' or 'any', not {tier!r}")
-    return disk.latest(verify) if tier == "disk" or mirrors is None else mirrors.latest(disk, verify)

@@ -37,6 +37,10 @@ class Callbacks:
         except TransactionStateError:
             run_guarded(call)
 
+    def report(self, level: int, message: str, *args: object) -> None:
+        """Log on the thread: log handlers are the user's code too."""
+        self.run(lambda: report(level, message, *args))
+
     def on_span(self, span: Span) -> None:
         """See `Observer`."""
         if self._observers and self._thread.num_queued < _MAX_BEHIND:

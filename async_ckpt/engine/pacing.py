@@ -23,29 +23,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import ConfigError
+from .pending import PendingCommit
 
 _NUM_STEPS = 64
 _NUM_COSTS = 5
 _NUM_FIRST_STEPS = 5
-
-
-class PacedMetrics(Protocol):
-    """What the pacer reads of `CommitMetrics`."""
-
-    @property
-    def stall_s(self) -> float: ...
-
-
-class PacedSave(Protocol):
-    """What the pacer needs of a `PendingCommit`."""
-
-    @property
-    def metrics(self) -> PacedMetrics: ...
-
-    def done(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +143,7 @@ class CheckpointPacer:
         self._asked = self._decide(even_if_pending)
         return self._asked
 
-    def saved(self, pending: PacedSave | None = None) -> None:
+    def saved(self, pending: PendingCommit | None = None) -> None:
         """Tell that a save was made, right after `commit`; also when it was nobody's advice.
 
         Args:
@@ -245,7 +229,7 @@ class _Episode:
     """From a save until everything in flight has ended: the steps in between bear its cost."""
 
     def __init__(self) -> None:
-        self.pending: list[PacedSave] = []
+        self.pending: list[PendingCommit] = []
         self.num_saves = 0
         self.steps_s = 0.0
         self.num_steps = 0

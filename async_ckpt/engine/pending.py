@@ -12,8 +12,7 @@ from ..threads.pending import Pending, run_guarded
 class PendingCommit(Pending):
     """A commit on its way to the disk: resolves to the tag when the checkpoint is durable and visible. See `Pending`.
 
-    A failure that nobody has asked for (`result`, `exception` or ``await``) is raised by the engine's next `create`
-    and when the engine is closed.
+    A failure that nobody has asked for is raised by the engine's next `create` and when the engine is closed.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import FileSystem
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
-from .checkpoint import Checkpoint, SavedFile, joined
+from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
 from .observing import Callbacks
 
@@ -68,6 +69,7 @@ class SavePipeline:
             ) from error
         self._observes = bool(config.observers)
         self._has_stopped = False
+        self._notes: deque[str] = deque()
         self.warming: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
             try:
@@ -90,12 +92,13 @@ class SavePipeline:
                     errno=(error.errno if isinstance(error, OSError) else None) or errno.EAGAIN,
                     path=os.fspath(config.root),
                 ) from error
-        self.pool.on_death(self.arena.poison)
+        arena = self.arena
+        self.pool.death.when_done(lambda death: arena.poison(death.failure() or TransactionStateError("died")))
         self.planner = Planner(
             alignment=config.storage_alignment,
             compact_views=config.compact_views,
             format=config.format,
-            tells_of_refused=True,
+            tell=self._notes.append,
         )
         self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
         self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_now)
@@ -154,7 +157,8 @@ class SavePipeline:
 
     def _open_file(self, checkpoint: Checkpoint, path: str, state: PlannedState) -> FileWrite:
         return self.pool.open_file(
-            joined(checkpoint.opened.location, path),
+            path,
+            folder=checkpoint.staging.location,
             size_bytes=state.plan.file_bytes,
             seal=state.plan.sealer(),
             make_parents="/" in path,
@@ -162,6 +166,11 @@ class SavePipeline:
         )
 
     # Telling.
+
+    def tell_notes(self) -> None:
+        """Warn of what plans have noted. With no lock held: what shows warnings is the user's code."""
+        while self._notes:
+            report(logging.WARNING, "%s", self._notes.popleft(), warning=RuntimeWarning, stacklevel=3)
 
     def tell_span(
         self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0

@@ -22,10 +22,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from ..errors import ConfigError, TagExistsError, TransactionStateError, report
-from .commits import Commits
+from .pending import PendingCommit
 from .signal_flag import SignalFlag
 
 _NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
@@ -49,17 +48,6 @@ def ignore_preemption(worker_id: int = 0, *, signals: Iterable[int] = (signal.SI
     """
     for signum in _check_signals(signals):
         signal.signal(signum, lambda received, frame: signal.signal(received, signal.SIG_DFL) and None)
-
-
-class Drainable(Protocol):
-    """What is needed of a `PendingCommit`."""
-
-    @property
-    def tag(self) -> str: ...
-
-    def wait(self, timeout_s: float) -> bool: ...
-
-    def failure(self) -> BaseException | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +74,13 @@ class Preemption:
     """Watches for signals and runs the last save. Made on the main thread; `poll` on the training thread.
 
     Args:
+        pending: the engine's unfinished commits.
         signals: which signals mean preemption.
         deadline_s: how long after the signal the process may live, in seconds.
         save: makes the last checkpoint (`create`, `save`, `commit`); None only drains what is pending.
         agree: with many ranks: gets this rank's flag and returns the whole job's, by a collective of the caller's.
             Called at each poll, so every rank must reach the same safe points. None: every rank acts on its own signal.
         exit_after: leave the process by SystemExit(128 + signal) after the outcome is known, for loops that never look.
-        pending: the engine's unfinished commits.
 
     Raises:
         ConfigError: a signal that cannot be caught, or a bad deadline. TransactionStateError: not on the main thread.
@@ -100,13 +88,13 @@ class Preemption:
 
     def __init__(
         self,
+        pending: Callable[[], list[PendingCommit]],
         *,
         signals: Iterable[int],
         deadline_s: float,
         save: Callable[[], object] | None,
         agree: Callable[[bool], bool] | None,
         exit_after: bool,
-        pending: Callable[[], list[Any]],
     ) -> None:
         chosen = _check_signals(signals)
         if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)) or not 0 < deadline_s < math.inf:
@@ -124,7 +112,7 @@ class Preemption:
         self._exit_after = exit_after
         self._is_agreed = False
         self._busy = threading.Lock()
-        self._noted: dict[str, Drainable] = {}
+        self._noted: dict[str, PendingCommit] = {}
         self._flag = SignalFlag(deadline_s)
         self._flag.watch(chosen)
 
@@ -193,7 +181,7 @@ class Preemption:
         if not (self.preempted and _is_a_workers_death(error)):
             self._save = None
 
-    def after_commit(self, pending: Drainable) -> None:
+    def after_commit(self, pending: PendingCommit) -> None:
         """The engine's safe point: a commit was called, and no checkpoint of the caller's is half made."""
         if self.preempted:
             self._noted[pending.tag] = pending
@@ -239,77 +227,25 @@ class Preemption:
             return error
         return None
 
-    def _drain(self, timeout_s: float) -> dict[str, Drainable]:
+    def _drain(self, timeout_s: float) -> dict[str, PendingCommit]:
         deadline_s = time.monotonic() + timeout_s
-        waited: dict[str, Drainable] = {**self._noted, **{pending.tag: pending for pending in self._pending()}}
+        waited: dict[str, PendingCommit] = {**self._noted, **{pending.tag: pending for pending in self._pending()}}
         for pending in waited.values():
             pending.wait(max(0.0, deadline_s - time.monotonic()))
         return waited
 
 
 def _is_a_workers_death(error: BaseException) -> bool:
-    """Whether torch has raised this because a worker is gone; it does so anywhere on the main thread, from a handler of
-    SIGCHLD.
+    """Whether a worker's death has raised this: torch does so anywhere on the main thread, from a handler of SIGCHLD,
+    or the loader finds the connection to the worker closed.
     """
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(f"torch{os.sep}optim{os.sep}" in file for file in files):
         return False
-    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
-    return not any(f"torch{os.sep}optim{os.sep}" in file for file in frames)
-
-
-class PreemptibleEngine:
-    """An engine's part about being stopped."""
-
-    _preemption: Preemption | None = None
-    _inflight: Commits
-
-    def on_preemption(
-        self,
-        signals: Iterable[int] = (signal.SIGTERM,),
-        *,
-        deadline_s: float = DEFAULT_DEADLINE_S,
-        save: Callable[[], object] | None = None,
-        agree: Callable[[bool], bool] | None = None,
-        exit_after: bool = False,
-    ) -> None:
-        """From now on, one of `signals` marks this engine as preempted; earlier handlers still run.
-
-        At the next safe point (`poll_preemption`, the end of `commit`, the end of the block) `save()` is called to make
-        a last checkpoint, pending commits are waited for until `deadline_s` after the signal, and the outcome is
-        logged. Main thread only; once per engine; `close` gives the signals back. See `preemption.Preemption` for the
-        arguments; give DataLoaders with workers `ignore_preemption`.
-
-        Raises:
-            ConfigError: a signal that cannot be caught, a bad deadline. TransactionStateError: wrong thread, or called
-                twice.
-        """
-        self._inflight.check_usable()
-        if self._preemption is not None:
-            raise TransactionStateError(
-                "on_preemption was called already on this engine; its signals and hook stay as they are"
-            )
-        self._preemption = Preemption(
-            signals=signals,
-            deadline_s=deadline_s,
-            save=save,
-            agree=agree,
-            exit_after=exit_after,
-            pending=self._inflight.unfinished,
-        )
-
-    @property
-    def preempted(self) -> bool:
-        """Whether a preemption signal has come. Never blocks; any thread."""
-        return self._preemption is not None and self._preemption.preempted
-
-    def poll_preemption(self) -> bool:
-        """A safe point, once per step: handles a preemption (see `on_preemption`); True when training should stop."""
-        return self._preemption is not None and self._preemption.poll()
-
-    @property
-    def preemption_outcome(self) -> PreemptionOutcome | None:
-        """How the preemption ended; None before it was handled."""
-        return None if self._preemption is None else self._preemption.outcome
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    is_in_loader = any(file.endswith(os.path.join("torch", "utils", "data", "dataloader.py")) for file in files)
+    return isinstance(error, (OSError, EOFError)) and is_in_loader and "multiprocessing" in os.path.dirname(files[-1])
 
 
 def _check_signals(signals: Iterable[int]) -> list[int]:

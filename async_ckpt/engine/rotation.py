@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from ..errors import CheckpointError, ConfigError, report
 from ..retention import Hold, RetentionPolicy, apply
@@ -16,13 +17,20 @@ class Rotation:
 
     Args:
         hold: what must not be deleted yet, whatever the policy says.
+        tell: logs a warning.
         policy: None keeps all; trees that commits have replaced are deleted all the same.
     """
 
     def __init__(
-        self, filesystem: FileSystem, root: str, policy: RetentionPolicy | None, hold: Hold = lambda manifest: None
+        self,
+        filesystem: FileSystem,
+        root: str,
+        policy: RetentionPolicy | None,
+        hold: Hold = lambda manifest: None,
+        tell: Callable[..., object] = report,
     ) -> None:
         self._hold = hold
+        self._tell = tell
         self._filesystem = filesystem
         self._root = root
         self._policy = policy
@@ -57,7 +65,7 @@ class Rotation:
         new, self._undeleted = failures.keys() - self._undeleted, set(failures)
         if new:
             name = min(new)
-            report(
+            self._tell(
                 logging.WARNING,
                 "%d old checkpoint(s) in %r cannot be deleted now, such as %r (%s); tried again after each commit",
                 len(failures),

@@ -15,6 +15,7 @@ from ..format.manifest import Manifest
 from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileLock, FileSystem
+from ..threads.pending import run_guarded
 from .config import Mirror
 from .probe import Abilities
 from .remote_manifest import read_manifest
@@ -71,6 +72,8 @@ class MirrorHooks:
     Raises ConfigError (the policy cannot judge), MirrorError."""
     on_mirrored: Callable[[], object] = lambda: None
     """A checkpoint is in the mirror; may block."""
+    run_callback: Callable[[Callable[[], object]], object] = run_guarded
+    """Runs the user's callbacks of a `PendingMirror`; must not block."""
 
 
 class Pace:

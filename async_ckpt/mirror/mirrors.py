@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError, wait
+from concurrent.futures import TimeoutError
 from dataclasses import replace
 
 from ..errors import CheckpointError, MirrorError, TransactionStateError, report
@@ -22,6 +22,7 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
+from ..threads.outcome import Outcome, wait_all
 from .config import Mirror
 from .context import Agreement, Alone, MirrorContext, MirrorHooks
 from .pending import PendingMirror
@@ -93,7 +94,7 @@ class Mirrors:
         self._loop.call(lower_priority)
         self._runs = [self._loop.run(worker.run()) for worker in self._workers]
         for run in self._runs:
-            run.add_done_callback(self._run_ended)
+            run.when_done(self._run_ended)
 
     # The engine's calls.
 
@@ -126,7 +127,7 @@ class Mirrors:
 
     def expect(self, tag: str) -> PendingMirror:
         """A commit was called; `committed` follows."""
-        pending = PendingMirror(tag, tuple(mirror.url for mirror in self.mirrors))
+        pending = PendingMirror(tag, tuple(mirror.url for mirror in self.mirrors), self._hooks.run_callback)
         with self._lock:
             self._pending = [known for known in self._pending if not known.done()]
             self._pending.append(pending)
@@ -170,11 +171,11 @@ class Mirrors:
         left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
         for worker in self._workers:
             self._loop.call(worker.cancel if left else worker.finish)
-        wait(self._runs, max(_STOP_S / 5, deadline - time.monotonic()))
+        wait_all(self._runs, max(_STOP_S / 5, deadline - time.monotonic()))
         for worker in self._workers:
             self._loop.call(worker.cancel)
         stop_by = time.monotonic() + _STOP_S
-        wait(self._runs, max(0.0, stop_by - time.monotonic()))
+        wait_all(self._runs, stop_by - time.monotonic())
         self._loop.stop()
         self._executor.shutdown(wait=False)
         self._loop.join(max(0.1, stop_by - time.monotonic()))
@@ -211,8 +212,8 @@ class Mirrors:
                 self._failures.append((pending, error))
         self._hooks.on_ended(metrics, error)
 
-    def _run_ended(self, run: Future[None]) -> None:
-        error = run.exception()
+    def _run_ended(self, run: Outcome[None]) -> None:
+        error = run.failure()
         if error is not None and not self._is_closed:
             self._died(error)
 

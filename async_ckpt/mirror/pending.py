@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..metrics import MirrorMetrics
 from ..threads.locks import Lock
-from ..threads.pending import Pending
+from ..threads.pending import Pending, run_guarded
 
 
 class PendingMirror(Pending):
@@ -14,8 +16,10 @@ class PendingMirror(Pending):
     is whole.
     """
 
-    def __init__(self, tag: str, urls: tuple[str, ...]) -> None:
-        super().__init__(tag)
+    def __init__(
+        self, tag: str, urls: tuple[str, ...], run_callback: Callable[[Callable[[], object]], object] = run_guarded
+    ) -> None:
+        super().__init__(tag, run_callback)
         self.committed_s = 0.0
         """When the commit ended, on ``time.perf_counter``."""
         self._lock = Lock()
@@ -56,7 +60,7 @@ class PendingMirror(Pending):
             self._failure = self._failure or error
             if self._left:
                 return
-        self.resolve(self._failure)
+        self.resolve(self.tag, self._failure)
 
     def fail(self, error: BaseException) -> None:
         """End it for all mirrors: there is nothing to be mirrored, or nobody who does it."""

@@ -71,19 +71,12 @@ def show_progress(console: Console | None = None) -> Iterator[None]:
 class Awaited(Protocol):
     """What is needed of a pending commit."""
 
-    @property
-    def tag(self) -> str:
-        """Of the checkpoint."""
+    tag: str
+    metrics: CommitMetrics
 
-    @property
-    def metrics(self) -> CommitMetrics:
-        """What is known so far."""
+    def wait(self, timeout_s: float | None) -> bool: ...
 
-    def wait(self, timeout_s: float | None) -> bool:
-        """Whether it has ended, within `timeout_s` seconds."""
-
-    def result(self) -> object:
-        """Nothing, or the failure is raised."""
+    def result(self) -> object: ...
 
 
 class CommitProgress(Observer):

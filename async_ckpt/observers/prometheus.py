@@ -33,40 +33,29 @@ class PrometheusObserver(Observer):
 
         options: dict[str, Any] = {} if registry is None else {"registry": registry}
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
-            return library.Histogram(f"{prefix}_{name}", text, buckets=buckets, **options)
+        def make(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
+            return kind(f"{prefix}_{name}", text, labels, **more, **options)
 
-        self._commits = library.Counter(f"{prefix}_commits", "Checkpoints committed", **options)
-        self._failures = library.Counter(f"{prefix}_commit_failures", "Checkpoints that were not committed", **options)
-        self._aborted = library.Counter(f"{prefix}_aborts", "Checkpoints given up before their commit", **options)
-        self._bytes = library.Counter(f"{prefix}_durable_bytes", "Bytes committed", **options)
-        self._stall = histogram(
-            "stall_seconds", "Time the training thread was blocked per checkpoint", _STALL_BUCKETS_S
-        )
-        self._total = histogram("durable_seconds", "From the first save until committed", _COMMIT_BUCKETS_S)
-        self._backpressure = library.Counter(f"{prefix}_backpressure_seconds", "Waits for staging memory", **options)
-        self._work = library.Counter(
-            f"{prefix}_work_seconds", "Time of the writers' work, summed over threads", ["kind"], **options
-        )
-        self._files = library.Counter(f"{prefix}_files", "Files written", ["io"], **options)
-        self._last = library.Gauge(
-            f"{prefix}_last_commit_timestamp_seconds", "When the newest checkpoint was committed", **options
-        )
-        self._rate = library.Gauge(
-            f"{prefix}_last_commit_bytes_per_second", "Durable throughput of the newest checkpoint", **options
-        )
-        self._queue = library.Gauge(
-            f"{prefix}_max_queue_chunks", "Most chunks that waited for the disk at once", **options
-        )
-        self._undeleted = library.Gauge(
-            f"{prefix}_undeleted_checkpoints", "Old checkpoints that cannot be deleted now", **options
-        )
-        self._mirrored = library.Counter(f"{prefix}_mirrored", "Checkpoints mirrored", ["mirror"], **options)
-        self._unmirrored = library.Counter(f"{prefix}_mirror_failures", "Uploads that failed", ["mirror"], **options)
-        self._sent = library.Counter(f"{prefix}_mirrored_bytes", "Bytes sent to mirrors", ["mirror"], **options)
-        self._last_mirrored = library.Gauge(
-            f"{prefix}_last_mirrored_timestamp_seconds", "When a checkpoint was last mirrored", ["mirror"], **options
-        )
+        counter, gauge, histogram = library.Counter, library.Gauge, library.Histogram
+        stall, total = "Time the training thread was blocked per checkpoint", "From the first save until committed"
+        work, mirrored = "Time of the writers' work, summed over threads", "When a checkpoint was last mirrored"
+        self._commits = make(counter, "commits", "Checkpoints committed")
+        self._failures = make(counter, "commit_failures", "Checkpoints that were not committed")
+        self._aborted = make(counter, "aborts", "Checkpoints given up before their commit")
+        self._bytes = make(counter, "durable_bytes", "Bytes committed")
+        self._stall = make(histogram, "stall_seconds", stall, buckets=_STALL_BUCKETS_S)
+        self._total = make(histogram, "durable_seconds", total, buckets=_COMMIT_BUCKETS_S)
+        self._backpressure = make(counter, "backpressure_seconds", "Waits for staging memory")
+        self._work = make(counter, "work_seconds", work, ("kind",))
+        self._files = make(counter, "files", "Files written", ("io",))
+        self._last = make(gauge, "last_commit_timestamp_seconds", "When the newest checkpoint was committed")
+        self._rate = make(gauge, "last_commit_bytes_per_second", "Durable throughput of the newest checkpoint")
+        self._queue = make(gauge, "max_queue_chunks", "Most chunks that waited for the disk at once")
+        self._undeleted = make(gauge, "undeleted_checkpoints", "Old checkpoints that cannot be deleted now")
+        self._mirrored = make(counter, "mirrored", "Checkpoints mirrored", ("mirror",))
+        self._unmirrored = make(counter, "mirror_failures", "Uploads that failed", ("mirror",))
+        self._sent = make(counter, "mirrored_bytes", "Bytes sent to mirrors", ("mirror",))
+        self._last_mirrored = make(gauge, "last_mirrored_timestamp_seconds", mirrored, ("mirror",))
 
     def on_save(self, metrics: SaveMetrics) -> None:
         self._files.labels("direct" if metrics.direct else "buffered").inc()

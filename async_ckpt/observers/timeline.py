@@ -129,21 +129,14 @@ def write_timeline(spans: Sequence[Span], path: str | os.PathLike[str], *, title
 
 
 def _rows(spans: Sequence[Span]) -> list[tuple[str, list[Span]]]:
+    """Threads of one pool together, in their numbers' order, as their pool began."""
     by_thread: dict[str, list[Span]] = {}
+    pools: dict[str, int] = {}
     for span in sorted(spans, key=lambda span: span.start_s):
         by_thread.setdefault(span.thread, []).append(span)
-    # Threads of one pool stand together, in their numbers' order.
-    return sorted(by_thread.items(), key=lambda item: (_pool_start(item[0], by_thread), _natural(item[0])))
+        pools.setdefault(_pool(span.thread), len(pools))
+    return sorted(by_thread.items(), key=lambda item: (pools[_pool(item[0])], len(item[0]), item[0]))
 
 
 def _pool(name: str) -> str:
     return re.sub(r"[-_]?[0-9]+$", "", name)
-
-
-def _pool_start(name: str, by_thread: dict[str, list[Span]]) -> float:
-    return min(members[0].start_s for other, members in by_thread.items() if _pool(other) == _pool(name))
-
-
-def _natural(name: str) -> tuple[str, int]:
-    digits = re.search("[0-9]+$", name)
-    return _pool(name), int(digits[0]) if digits else 0

@@ -46,9 +46,7 @@ class TraceObserver(Observer):
         self._is_first = True
         self._file: BinaryIO | None = open(path, "wb")  # noqa: SIM115 - lives as long as the observer
         self._file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n' + _TAIL)
-        self._buffer.append(
-            {"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": process_name}}
-        )
+        self._add("M", "process_name", 0, args={"name": process_name})
         self._flush()
 
     def on_span(self, span: Span) -> None:
@@ -57,56 +55,28 @@ class TraceObserver(Observer):
             args["path"] = span.path
         if span.num_bytes:
             args |= {"offset": span.offset, "num_bytes": span.num_bytes}
+        dur = max(0.0, round((span.end_s - span.start_s) * 1e6, 3))
         with self._lock:
-            event = {
-                "ph": "X",
-                "name": span.kind,
-                "cat": "async_ckpt",
-                "pid": self._pid,
-                "tid": self._thread(self._row(span)),
-            }
-            self._add(
-                event
-                | {
-                    "ts": self._us(span.start_s),
-                    "dur": max(0.0, round((span.end_s - span.start_s) * 1e6, 3)),
-                    "args": args,
-                }
-            )
+            thread = self._thread(self._row(span))
+            self._add("X", span.kind, thread, cat="async_ckpt", ts=self._us(span.start_s), dur=dur, args=args)
+            if len(self._buffer) >= _MAX_BUFFERED:
+                self._flush()
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
         now_s = time.perf_counter()
-        args = {
-            "tag": metrics.tag,
-            "size_bytes": metrics.size_bytes,
-            "stall_s": metrics.stall_s,
-            "error": str(error) if error else None,
-        }
+        args = {"tag": metrics.tag, "size_bytes": metrics.size_bytes, "stall_s": metrics.stall_s}
+        args["error"] = str(error) if error else None
+        name, began_us = f"checkpoint {metrics.tag}", self._us(max(self._origin_s, now_s - metrics.total_s))
         with self._lock:
             self._num_commits += 1
-            common = {
-                "name": f"checkpoint {metrics.tag}",
-                "cat": "checkpoint",
-                "id": self._num_commits,
-                "pid": self._pid,
-                "tid": 0,
-            }
-            self._add({"ph": "b", **common, "ts": self._us(max(self._origin_s, now_s - metrics.total_s)), "args": args})
-            self._add({"ph": "e", **common, "ts": self._us(now_s)})
+            self._add("b", name, 0, cat="checkpoint", id=self._num_commits, ts=began_us, args=args)
+            self._add("e", name, 0, cat="checkpoint", id=self._num_commits, ts=self._us(now_s))
             self._flush()
 
     def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
+        args, now_us = {"tag": metrics.tag, "error": str(error)}, self._us(time.perf_counter())
         with self._lock:
-            args = {"tag": metrics.tag, "error": str(error)}
-            instant = {
-                "ph": "i",
-                "s": "p",
-                "name": f"gave up {metrics.tag}",
-                "cat": "checkpoint",
-                "pid": self._pid,
-                "tid": 0,
-            }
-            self._add(instant | {"ts": self._us(time.perf_counter()), "args": args})
+            self._add("i", f"gave up {metrics.tag}", 0, cat="checkpoint", s="p", ts=now_us, args=args)
             self._flush()
 
     def close(self) -> None:
@@ -140,24 +110,12 @@ class TraceObserver(Observer):
         number = self._threads.get(name)
         if number is None:
             number = self._threads[name] = len(self._threads) + 1
-            self._buffer.append(
-                {"ph": "M", "name": "thread_name", "pid": self._pid, "tid": number, "args": {"name": name}}
-            )
-            self._buffer.append(
-                {
-                    "ph": "M",
-                    "name": "thread_sort_index",
-                    "pid": self._pid,
-                    "tid": number,
-                    "args": {"sort_index": number},
-                }
-            )
+            self._add("M", "thread_name", number, args={"name": name})
+            self._add("M", "thread_sort_index", number, args={"sort_index": number})
         return number
 
-    def _add(self, event: dict[str, Any]) -> None:
-        self._buffer.append(event)
-        if len(self._buffer) >= _MAX_BUFFERED:
-            self._flush()
+    def _add(self, phase: str, name: str, thread: int, **fields: object) -> None:
+        self._buffer.append({"ph": phase, "name": name, "pid": self._pid, "tid": thread, **fields})
 
     def _flush(self) -> None:
         if self._file is None or not self._buffer:

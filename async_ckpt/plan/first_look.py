@@ -5,13 +5,11 @@ streamed.
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..errors import report
 from ..format.named import file_naming, listing, places_named
 from ..format.pickles import MalformedPickleError
 from .key_paths import path_of, walk
@@ -19,8 +17,10 @@ from .object_parts import is_numpy
 from .torch_layout import LARGE_BYTES
 
 
-def tell_of_buffers(state: Any, file_name: str) -> None:
-    """Warn, with the key paths, of large arrays and bytes: they are encoded in memory, where tensors are streamed."""
+def told_of_buffers(state: Any, file_name: str) -> str | None:
+    """A warning, with the key paths, of large arrays and bytes: they are encoded in memory, where tensors are streamed;
+    None where there are none.
+    """
     found = []
     for place, obj in walk(state):
         kind = type(obj)
@@ -28,35 +28,27 @@ def tell_of_buffers(state: Any, file_name: str) -> None:
         num_bytes = (len(obj) if kind in (bytes, bytearray) else getattr(obj, "nbytes", 0)) if is_buffer else 0
         if num_bytes >= LARGE_BYTES:
             found.append(f"state{path_of(place)} ({kind.__name__} of {num_bytes >> 20} MiB)")
-    if found:
-        report(
-            logging.WARNING,
-            "%s: %s: what is no tensor is encoded in memory, outside staging_bytes: an array at once to twice its "
-            "size, bytes at up to six times theirs and with the GIL held. "
-            "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed",
-            file_name or "the state",
-            ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
-            warning=RuntimeWarning,
-            stacklevel=4,
-        )
+    if not found:
+        return None
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return (
+        f"{file_name or 'the state'}: {', '.join(found[:5])}{more}: what is no tensor is encoded in memory, outside "
+        "staging_bytes: an array at once to twice its size, bytes at up to six times theirs and with the GIL held. "
+        "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed"
+    )
 
 
-def tell_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> None:
-    """Warn, with the key paths, of what the pickle of `file_name` names and `load` refuses by default."""
+def told_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> str | None:
+    """A warning, with the key paths, of what the pickle of `file_name` names and `load` refuses by default; or None."""
     refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
     if not refused:
-        return
+        return None
     try:
         found = places_named(pickled, refused)
     except MalformedPickleError:
-        return
-    report(
-        logging.WARNING,
-        "%s holds what load refuses by default (weights_only=True): %s. Convert it to numbers, text, lists, "
-        "dicts or tensors; "
-        "or load the file with weights_only=False, which runs code, or after torch.serialization.add_safe_globals",
-        file_name or "the state",
-        listing(found),
-        warning=RuntimeWarning,
-        stacklevel=4,
+        return None
+    return (
+        f"{file_name or 'the state'} holds what load refuses by default (weights_only=True): {listing(found)}. Convert "
+        "it to numbers, text, lists, dicts or tensors; or load the file with weights_only=False, which runs code, or "
+        "after torch.serialization.add_safe_globals"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
-from .first_look import tell_of_buffers, tell_of_refused
+from .first_look import told_of_buffers, told_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
@@ -34,11 +35,11 @@ class Planner:
         compact_views: bool = False,
         format: FileFormat = "torch",
         cache_entries: int = 16,
-        tells_of_refused: bool = False,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover.
 
-        `tells_of_refused`: the first plan of each name warns of what `load` refuses by default, and of large buffers.
+        `tell` gets a warning, at the first plan of a name, of what `load` refuses by default, and of large buffers.
         """
         if not 1 <= alignment <= MAX_ALIGNMENT:
             raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
@@ -48,7 +49,7 @@ class Planner:
         self._cache: dict[str, CachedPlan] = {}
         self._safetensors: dict[str, SafetensorsPlan] = {}
         self._cache_entries = cache_entries
-        self._tells_of_refused = tells_of_refused
+        self._tell = tell
         self._told_of: set[str] = set()
         self._loose: dict[str, bool] = {}
         """Files whose states hold so many more small objects than tensors that torch writes them faster than they are
@@ -99,12 +100,15 @@ class Planner:
         else:
             planned = entry.take_first()
             self._cache = _remembered(self._cache, name, entry, self._cache_entries)
-        if self._tells_of_refused and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
+        if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
             if recorded.pickled_bytes >= LARGE_BYTES:
-                tell_of_buffers(obj, name)
+                told = told_of_buffers(obj, name)
             else:
-                tell_of_refused(recorded.pickled, names_in(recorded.pickled) if entry is None else entry.names, name)
+                names = names_in(recorded.pickled) if entry is None else entry.names
+                told = told_of_refused(recorded.pickled, names, name)
+            if told is not None:
+                self._tell(told)
         return planned
 
     def _draft(self, obj: Any, name: str) -> Draft | None:

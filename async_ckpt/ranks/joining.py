@@ -12,7 +12,7 @@ from ..storage.filesystem import FileSystem
 from . import protocol as rank_protocol
 from .announcements import Announcements, join
 from .rank_requests import AttemptFailed, Step, cause_of
-from .rank_talk import RankTag, RankTalk
+from .rank_talk import RankStaging, RankTalk
 
 
 class Joining:
@@ -25,17 +25,14 @@ class Joining:
         self._known = Announcements()
         self._joins: dict[str, Future[Any]] = {}
 
-    def begin(self, opened: RankTag) -> None:
+    def begin(self, opened: RankStaging) -> None:
         """Announce the checkpoint (rank 0) or join it (others): `opened` learns its attempt and its location."""
         if self._info.rank == 0:
-            assert opened.staging is not None
-            name = os.path.basename(opened.staging.path)
+            name = os.path.basename(opened.path)
             opened.attempt = self._talk.submit(rank_protocol.announce(self._info, opened.tag, name))
         else:
             opened.attempt = self._in_turn(opened.tag, self._join(opened))
-        if opened.staging is not None:
-            opened.location.set_result(opened.staging.path)
-        else:
+        if opened.identity is None:
             opened.attempt.add_done_callback(lambda attempt: self._location_failed(opened, attempt))
 
     def tell_begin_failed(self, tag: str, error: BaseException) -> None:
@@ -51,7 +48,7 @@ class Joining:
 
         self._talk.track(self._in_turn(tag, tell()))
 
-    def tell_once_joined(self, opened: RankTag, error: BaseException) -> None:
+    def tell_once_joined(self, opened: RankStaging, error: BaseException) -> None:
         """This rank gave up before rank 0 had begun: the others are told as soon as there is somebody to tell."""
 
         def tell() -> Step:
@@ -71,25 +68,25 @@ class Joining:
         self._joins[tag] = self._talk.submit(step, after=earlier)
         return self._joins[tag]
 
-    def _join(self, opened: RankTag) -> Step:
+    def _join(self, opened: RankStaging) -> Step:
         """Another rank's way into an attempt; resolves the location."""
         info = self._info
         attempt, announcement = yield from join(info, opened.tag, self._known)
-        if opened.staging is not None:
-            yield from rank_protocol.open_node(info, attempt, os.path.basename(opened.staging.path))
+        if opened.identity is not None:
+            yield from rank_protocol.open_node(info, attempt, os.path.basename(opened.path))
             return attempt
         name = announcement["name"]
         if announcement["node"] != info.node:
             name = yield from rank_protocol.await_node(info, attempt)
         try:
-            joined = transaction.join(self._fs, opened.destination.root, opened.tag, name)
+            path = transaction.join(self._fs, opened.root, opened.tag, name)
         except (CheckpointError, OSError) as error:
             outcome = yield from rank_protocol.fail(info, attempt, cause_of(error))
             raise AttemptFailed(attempt, outcome) from error
-        opened.location.set_result(joined.path)
+        opened.location.set_result(path)
         return attempt
 
-    def _location_failed(self, opened: RankTag, attempt: Future[int]) -> None:
+    def _location_failed(self, opened: RankStaging, attempt: Future[int]) -> None:
         error = attempt.exception()
         if error is not None:
             opened.location.set_exception(self._talk.translated(opened, error, reported=False))

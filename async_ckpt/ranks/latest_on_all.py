@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError, RankFailedError
 from ..reading.catalog import Catalog
+from ..threads.pending import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
 
@@ -46,6 +47,7 @@ def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: 
 
 
 def _committed(catalog: Catalog) -> list[tuple[str, int]]:
+    name_pending(catalog.root)
     return [(entry.tag, entry.manifest.created_unix_ns) for entry in catalog.entries() if entry.manifest is not None]
 
 

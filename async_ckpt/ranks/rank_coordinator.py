@@ -20,7 +20,6 @@ import concurrent.futures
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from ..errors import CheckpointError, CommitError, ConfigError, report
@@ -30,19 +29,19 @@ from ..host.facts import Node, node_from_env
 from ..reading.catalog import Catalog
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
+from ..storage.staged import Destination, Staging
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
-from .coordinator import Destination, OpenTag
 from .exchange import Exchange
 from .joining import Joining
 from .latest_on_all import latest_on_all
 from .mirror_agreement import MirrorAgreement
 from .rank_parts import merge_parts, write_part
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, cause_of
-from .rank_talk import RankTag, RankTalk
+from .rank_talk import RankStaging, RankTalk
 from .store_link import LinkLostError, StoreLink, default_run_id, private_connection
 
-__all__ = ["Node", "RankCoordinator", "RankTag"]
+__all__ = ["Node", "RankCoordinator", "RankStaging"]
 
 _PROMPT_REMOVAL_S = 1.0
 _STALL_S = 60.0
@@ -141,27 +140,25 @@ class RankCoordinator:
         self._talking = RankTalk(link, self.info)
         self._starting = Joining(self._talking, filesystem)
 
-    def begin(self, destination: Destination, overwrite: str) -> RankTag:
-        staging = None
+    def begin(self, destination: Destination, overwrite: str) -> RankStaging:
+        opened = RankStaging(destination, overwrite)
         try:
             destination.prepare(self._fs, leads=self.leads, overwrite=overwrite)
             if self.leads:
-                staging = transaction.begin(self._fs, destination.root, destination.tag, overwrite)
+                transaction.begin(self._fs, opened)
         except Exception as error:
             self._joining.tell_begin_failed(destination.tag, error)
             raise
-        opened = RankTag(destination, overwrite, Future(), staging)
         self._joining.begin(opened)
         return opened
 
     def publish(
-        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+        self, opened: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        assert isinstance(opened, RankTag)
+        assert isinstance(opened, RankStaging)
         attempt = self.talk.learn(opened, opened.attempt)
-        location = opened.location.result()
-        entries = (*files, *opened.destination.take_in(self._fs, location))
-        digest = write_part(self._fs, location, self.rank, Manifest(opened.tag, created_unix_ns, entries))
+        entries = (*files, *opened.destination.take_in(self._fs, opened.path))
+        digest = write_part(self._fs, opened.path, self.rank, Manifest(opened.tag, created_unix_ns, entries))
         self.talk.learn(opened, rank_protocol.report(self.info, attempt, digest), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
@@ -171,8 +168,8 @@ class RankCoordinator:
             opened.outcome = self.talk.learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
             self.talk.later(rank_protocol.settle(self.info, attempt))
 
-    def abort(self, opened: OpenTag, error: BaseException) -> None:
-        assert isinstance(opened, RankTag)
+    def abort(self, opened: Staging, error: BaseException) -> None:
+        assert isinstance(opened, RankStaging)
         attempt: int | None = None
         if self.rank == 0 or opened.attempt.done():
             try:
@@ -199,7 +196,7 @@ class RankCoordinator:
 
     def mirror_agreement(self) -> MirrorAgreement:
         """How uploads of this job's checkpoints agree; after `bind`."""
-        return MirrorAgreement(self.talk)
+        return MirrorAgreement(self.info, self.talk.ask, self.talk.later)
 
     def close(self) -> None:
         if self._talking is not None:
@@ -227,12 +224,11 @@ class RankCoordinator:
     # Committing.
 
     def _publish_as_first(
-        self, opened: RankTag, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
+        self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         info = self.info
         digests = self.talk.learn(opened, rank_protocol.gather(info, attempt))
-        assert opened.staging is not None
-        entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
+        entries = merge_parts(self._fs, opened.path, info.group, digests)
         self.talk.learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
@@ -245,7 +241,7 @@ class RankCoordinator:
         self._tell_outcome(opened, attempt, opened.outcome, "")
         self.talk.later(self.talk.retire(attempt))
 
-    def _tell_outcome(self, opened: RankTag, attempt: int, outcome: CommitOutcome, error: str) -> None:
+    def _tell_outcome(self, opened: RankStaging, attempt: int, outcome: CommitOutcome, error: str) -> None:
         info = self.info
         if info.num_nodes > 1:
             self.talk.submit(rank_protocol.renamed(info, attempt, error))
@@ -262,14 +258,13 @@ class RankCoordinator:
                 logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost
             )
 
-    def _publish_own_node(self, opened: RankTag, attempt: int, metadata: Mapping[str, Any]) -> None:
+    def _publish_own_node(self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info
         decided = self.talk.learn(opened, rank_protocol.await_decision(info, attempt), reported=True)
         error = ""
         try:
             digests = self.talk.learn(opened, rank_protocol.parts(info, attempt))
-            assert opened.staging is not None
-            entries = merge_parts(self._fs, opened.staging.path, info.group, digests)
+            entries = merge_parts(self._fs, opened.path, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
@@ -278,25 +273,24 @@ class RankCoordinator:
         self.talk.later(rank_protocol.settle(info, attempt))
 
     def _rename(
-        self, opened: RankTag, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+        self, opened: RankStaging, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        assert opened.staging is not None
         marks = {}
         if self.info.num_nodes > 1:
             marks = {"shared": "False", "node": str(self.info.node), "num_nodes": str(self.info.num_nodes)}
-        transaction.publish(self._fs, opened.staging, entries, metadata, created_unix_ns, marks=marks)
+        transaction.publish(self._fs, opened, entries, metadata, created_unix_ns, marks=marks)
         opened.destination.published(self._fs)
 
     # Leaving.
 
-    def _leave(self, opened: RankTag, attempt: int | None) -> None:
+    def _leave(self, opened: RankStaging, attempt: int | None) -> None:
         """Remove what is staged once no rank writes there any more, and tidy the store up."""
-        staging = opened.staging
-        if staging is None or attempt is None:
+        is_own = opened.identity is not None
+        if not is_own or attempt is None:
             if attempt is not None:
                 self.talk.later(rank_protocol.settle(self.info, attempt))
-            if staging is not None:
-                transaction.abort(self._fs, staging)
+            if is_own:
+                transaction.abort(self._fs, opened)
             return
         quit_by_others = self.talk.submit(rank_protocol.await_quit(self.info, attempt))
 
@@ -305,7 +299,7 @@ class RankCoordinator:
             with contextlib.suppress(LinkLostError):
                 quit_by_others.result()
             try:
-                transaction.abort(self._fs, staging)
+                transaction.abort(self._fs, opened)
             except CheckpointError as error:
                 report(logging.WARNING, "a staging directory could not be removed: %s", error)
             self.talk.later(self.talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))

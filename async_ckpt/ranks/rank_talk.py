@@ -1,4 +1,6 @@
-"""How a coordinator talks with the other ranks: steps on its link, and their outcomes as errors."""
+"""How a coordinator talks with the other ranks: steps on its link, their outcomes as errors, what goes on behind a
+commit.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RankFailedError
+from ..storage.staged import Staging
 from ..threads.locks import Lock
 from . import protocol as rank_protocol
-from .coordinator import OpenTag
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, Step
 from .store_link import LinkLostError, StoreLink
 
 
-@dataclass(slots=True)
-class RankTag(OpenTag):
+@dataclass(eq=False)
+class RankStaging(Staging):
     """A checkpoint that this rank stages with others."""
 
     attempt: Future[int] = field(default_factory=Future)
@@ -60,7 +62,7 @@ class RankTalk:
         except LinkLostError as lost:
             raise RankFailedError(f"the ranks have lost each other: {lost}", rank=None) from lost
 
-    def learn(self, opened: RankTag, step: Step | Future[Any], *, reported: bool = False) -> Any:
+    def learn(self, opened: RankStaging, step: Step | Future[Any], *, reported: bool = False) -> Any:
         """The result of a step of `opened`; `reported` says that the others may publish without this rank. Blocks.
 
         Raises:
@@ -71,7 +73,7 @@ class RankTalk:
         except (AttemptFailed, LinkLostError) as failure:
             raise self.translated(opened, failure, reported) from failure
 
-    def translated(self, opened: RankTag, error: BaseException, reported: bool) -> BaseException:
+    def translated(self, opened: RankStaging, error: BaseException, reported: bool) -> BaseException:
         """A step's failure as what the caller of `commit` gets."""
         if isinstance(error, AttemptFailed):
             opened.outcome = outcome = error.outcome

@@ -42,6 +42,7 @@ from ..format.names import (
 )
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide, read_side_of
+from ..threads.pending import name_pending
 from .committed import CatalogEntry, CommittedCheckpoint, gone, identity_of
 from .errors import DAMAGE_ERRNOS, ReadError
 from .verified_file import MemorySource, VerifiedFile
@@ -112,9 +113,10 @@ class Catalog:
         return CatalogEntry("", None, None) if is_there else None
 
     def latest(self, verify: str = "full") -> str | None:
-        """The newest committed tag that verifies to this level, or None; what was skipped, and why, is logged. Raises
-        OSError: a shortage of this machine (not damage) kept a checkpoint from being checked."""
+        """The newest committed tag that verifies to this level, or None; logs what was skipped, or is pending here.
+        Raises OSError: a shortage of this machine (not damage) kept a checkpoint from being checked."""
         level = check_level(verify)
+        name_pending(self.root)
         for _ in range(_MAX_RACES):
             vanished = False
             for entry in reversed(self._readable(self.entries())):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 import time
 import weakref
 from bisect import insort
@@ -31,6 +32,8 @@ from ..threads.locks import Condition
 
 _Piece = tuple[torch.Tensor, memoryview, int]
 _address_of = itemgetter(2)
+# What a background thread could not tell is seen after this time.
+_LOOK_AGAIN_S = 0.1
 
 _arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
 _inherited: list[StagingArena] = []
@@ -114,13 +117,15 @@ class StagingArena:
         self._resident_keys: dict[int, object] = {}
         """Of free pieces, by address."""
         self._ready: set[int] = set()
-        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold when they are
-        free."""
+        """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold."""
         self._num_unmapped = 0
         # Memory that goes back to the system while it is registered stays registered, whatever is mapped there next.
         self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
         self._unpin.atexit = False
+        # Background threads do not wait for it: who has it may be interrupted by a signal handler that waits for them.
         self._lock = self._changed = Condition()
+        self._returned: deque[StagingChunk] = deque()
+        """Given back, and not looked at yet."""
         self._poison: BaseException | None = None
         _arenas.add(self)
 
@@ -139,15 +144,13 @@ class StagingArena:
     @property
     def num_faulted(self) -> int:
         """Chunks whose memory has been touched, in use or free."""
-        with self._lock:
-            return len(self._ready)
+        return len(self._ready)
 
     @property
     def num_taken(self) -> int:
         """Chunks that somebody owns."""
         with self._lock:
-            self._reclaim()
-            return self.num_chunks - self._num_unmapped - len(self._warm) - len(self._cold)
+            return self.num_chunks - self._num_unmapped - self.num_free
 
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
@@ -166,43 +169,49 @@ class StagingArena:
         """One idle chunk for reading a file into, and what gives it back; None when there is none (any more), or it is
         too small."""
         chunks = self.try_reserve(1) if num_bytes <= self.chunk_bytes and self._poison is None else None
-        if chunks is None:
-            return None
-        return chunks[0].view, lambda: self.release(chunks[0])
+        return None if chunks is None else (chunks[0].view, lambda: self.release(chunks[0]))
 
     def acquire(self, timeout_s: float) -> StagingChunk:
-        """Take one chunk, waiting for the disk to free one.
-
-        Raises:
-            BackpressureTimeout: none became free within `timeout_s` seconds.
-        """
+        """Take one chunk, waiting for the disk to free one. Raises BackpressureTimeout: none within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
             while True:
+                is_late = time.monotonic() >= deadline
                 self._check()
                 if not self._warm and not self._cold:
                     self._reclaim()
                 with contextlib.suppress(IndexError):
                     return self._take()
-                if not self._changed.wait(deadline - time.monotonic()):
+                if is_late:
+                    size_bytes = self.num_chunks * self.chunk_bytes
                     raise BackpressureTimeout(
                         f"no staging chunk became free within {timeout_s:g} s: all {self.num_chunks} chunks "
-                        f"({self.num_chunks * self.chunk_bytes} bytes) wait for the disk; raise staging_bytes or "
-                        "save less often"
+                        f"({size_bytes} bytes) wait for the disk; raise staging_bytes or save less often"
                     )
+                self._changed.wait(max(0.0, min(_LOOK_AGAIN_S, deadline - time.monotonic())))
 
     def release(self, chunk: StagingChunk) -> None:
         """Give a chunk back; giving it back again does nothing. Any thread; never blocks for long."""
-        with self._lock:
+        self._returned.append(chunk)
+        if threading.current_thread() is threading.main_thread():
+            with self._lock:
+                self._take_back()
+        elif self._lock.acquire(blocking=False):
+            # No signal handler interrupts this thread. Where another has the lock, who comes next looks at the chunk.
+            self._take_back()
+            self._lock.release()
+
+    def _take_back(self) -> None:
+        """Look at what was given back. With the lock."""
+        while self._returned:
+            chunk = self._returned.popleft()
             if chunk.is_held:
                 chunk.is_held = False
                 self._return_unused(chunk)
 
     def begin_use(self, chunk: StagingChunk) -> bool:
-        """Keep `chunk` from being handed out again before `end_use`; False when it was given back already.
-
-        For threads that fill a chunk whose owner may give it up meanwhile, and that no signal handler runs in.
-        """
+        """Keep `chunk`, which its owner may give up meanwhile, from being handed out again before `end_use`; False when
+        it was given back already. For threads that no signal handler runs in."""
         with self._lock:
             chunk.num_users += chunk.is_held
             return chunk.is_held
@@ -215,29 +224,32 @@ class StagingArena:
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""
-        with self._lock:
-            if self._poison is None:
-                self._poison = error
-            self._changed.notify_all()
+        # Those who wait look again by themselves: who calls this may not wait for the lock.
+        self._poison = self._poison or error
 
     def fault_in(self, target_bytes: int) -> None:
-        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk; releases the GIL
-        meanwhile.
-
-        Waits for what other threads are touching. Raises TransactionStateError where the device refuses to pin.
-        """
-        while True:
-            with self._lock:
-                while self._poison is None and len(self._ready) * self.chunk_bytes < target_bytes and not self._cold:
-                    self._changed.wait(1.0)
-                    self._reclaim()
-                if self._poison is not None or len(self._ready) * self.chunk_bytes >= target_bytes:
-                    return
-                chunk = self._hold(self._cold)
+        """Touch (and pin) memory until `target_bytes` of the arena are warm, chunk by chunk, without the GIL; waits for
+        what other threads touch. Raises TransactionStateError where the device refuses to pin."""
+        while (chunk := self._hold_cold(target_bytes)) is not None:
             try:
                 self._touch(chunk)
             finally:
                 self.release(chunk)
+
+    def _hold_cold(self, target_bytes: int) -> StagingChunk | None:
+        """The next chunk to touch; None once enough of them are warm, or all is over."""
+        is_behind = threading.current_thread() is not threading.main_thread()
+        while self._poison is None and len(self._ready) * self.chunk_bytes < target_bytes:
+            if is_behind and not self._lock.acquire(timeout=_LOOK_AGAIN_S):
+                continue
+            with self._lock:
+                if is_behind:
+                    self._lock.release()
+                if self._cold:
+                    return self._hold(self._cold)
+                self._changed.wait(_LOOK_AGAIN_S)
+                self._reclaim()
+        return None
 
     def close(self) -> None:
         """Unpin the memory and hand it back to the system once no chunk is referenced any more."""
@@ -266,8 +278,8 @@ class StagingArena:
         insort(self._warm if piece[2] in self._ready else self._cold, piece, key=_address_of)
 
     def _reclaim(self) -> None:
-        """Take back what nobody holds and nobody gave back: an exception out of a signal handler struck at the end of
-        its chunk."""
+        """Take back what nobody holds: an exception out of a signal handler may have struck at the end of its chunk."""
+        self._take_back()
         for address in self._pieces.keys() - self._free_addresses():
             chunk = self._holders[address]()
             if chunk is None or not (chunk.is_held or chunk.num_users):
@@ -320,9 +332,7 @@ class StagingArena:
             chunk.tensor.zero_()
         if self.pinning is not None:
             self.pinning.register(chunk.address, self.chunk_bytes)
-        with self._lock:
-            self._ready.add(chunk.address)
-            self._changed.notify_all()
+        self._ready.add(chunk.address)
 
     def _replace(self, chunk: StagingChunk, memory: torch.Tensor) -> None:
         """Give `chunk` other memory; what it had was never touched."""

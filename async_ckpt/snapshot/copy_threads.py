@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from ..host.facts import local_world_size, num_cores
-from ..threads.locks import Condition
+from ..threads.outcome import Outcome
 
 # More threads than this no longer copy faster from memory to memory.
 _MAX_THREADS = 8
@@ -105,13 +105,12 @@ class CopyTeam:
 
 
 class _Jobs:
-    """The jobs of one copy, taken by whoever is free."""
+    """The jobs of one copy, taken by whoever is free. No lock: a caller that a signal handler has interrupted holds up
+    no helper."""
 
     def __init__(self, num_jobs: int) -> None:
-        self._changed = Condition()
         self._waiting = deque(range(num_jobs))
-        self._ended: set[int] = set()
-        self._failure: BaseException | None = None
+        self._ends: list[Outcome[None]] = [Outcome() for _ in range(num_jobs)]
 
     def do_next(self, work: Callable[[int], None]) -> bool:
         """Do the next job that nobody has taken; False when there is none."""
@@ -120,9 +119,7 @@ class _Jobs:
         except IndexError:
             return False
         work(k)
-        with self._changed:
-            self._ended.add(k)
-            self._changed.notify_all()
+        self._ends[k].resolve(None, None)
         return True
 
     def help(self, work: Callable[[int], None]) -> None:
@@ -132,19 +129,15 @@ class _Jobs:
                 pass
         except BaseException as error:  # noqa: BLE001 -- raised by `wait`
             self.drop()
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            for end in self._ends:
+                end.resolve(None, error)
 
     def has_ended(self, k: int) -> bool:
-        return k in self._ended
+        return self._ends[k].done()
 
     def wait(self, k: int) -> None:
-        """Until job `k` has ended, or a helper failed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or k in self._ended)
-            if self._failure is not None:
-                raise self._failure
+        """Until job `k` has ended. Raises what has failed in a helper before that."""
+        self._ends[k].result()
 
     def drop(self) -> None:
         """Let nobody begin another one."""

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 
 from ..errors import CheckpointError, TransactionStateError
 from ..plan.plan import FilePlan, PlannedState
-from ..threads.locks import Condition
+from ..threads.locks import Lock
+from ..threads.outcome import Outcome
 from .arena import StagingArena, StagingChunk
 from .chunk_map import ChunkMap, map_chunks
 from .chunk_sink import ChunkSink, CopyPool
@@ -31,6 +32,8 @@ from .owned_storages import NOTHING, Owned
 
 # How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds.
 _PATIENCE_S = 0.01
+# A save may be interrupted by a signal handler that waits for that copy.
+_MAX_PATIENCE_S = 1.0
 _MAX_MAPS = 64
 
 
@@ -44,7 +47,10 @@ class Snapshotter:
         self._timeout_s = timeout_s
         self._maps: dict[str, tuple[Sequence[int], ChunkMap]] = {}
         self._streams = SideStreams()
-        self._changed = Condition()
+        self._lock = Lock()
+        """Of the threads that copy, not of those that save."""
+        self._changed: Outcome[None] = Outcome()
+        """Resolves when the fields below have changed; then there is a new one."""
         self._saving: set[int] = set()
         """Threads that lazy copies are deferred for. Not a count: an interrupt may keep one from leaving, until its
         next save."""
@@ -58,23 +64,23 @@ class Snapshotter:
 
         None starts meanwhile, nor shortly after: the next file may be saved at once.
         """
-        with self._changed:
-            self._saving.add(threading.get_ident())
-            self._deferred_until_s = float("inf")
+        self._saving.add(threading.get_ident())
+        self._deferred_until_s = float("inf")
         try:
             yield
         finally:
-            with self._changed:
-                self._saving.discard(threading.get_ident())
-                if not self._saving and self._deferred_until_s:
-                    self._deferred_until_s = time.monotonic() + _PATIENCE_S
-                self._changed.notify_all()
+            self._saving.discard(threading.get_ident())
+            if not self._saving and self._deferred_until_s:
+                self._defer_until(time.monotonic() + _PATIENCE_S)
 
     def start_now(self) -> None:
         """Start the deferred copies: the caller has nothing more to save, or waits for them. Any thread."""
-        with self._changed:
-            self._deferred_until_s = 0.0
-            self._changed.notify_all()
+        self._defer_until(0.0)
+
+    def _defer_until(self, until_s: float) -> None:
+        self._deferred_until_s = until_s
+        changed, self._changed = self._changed, Outcome()
+        changed.resolve(None, None)
 
     def plan_ahead(self, plan: FilePlan, name: str) -> int:
         """Cut `plan` into chunks before its first `take`; returns the bytes of the chunks it will need."""
@@ -121,9 +127,12 @@ class Snapshotter:
         return file
 
     def _copy_behind(self, file: FileCopy, chunks: list[StagingChunk]) -> None:
-        with self._changed:
-            while (left_s := self._deferred_until_s - time.monotonic()) > 0:
-                self._changed.wait(None if left_s == float("inf") else left_s)
+        latest_s = time.monotonic() + _MAX_PATIENCE_S
+        while True:
+            changed, left_s = self._changed, min(latest_s, self._deferred_until_s) - time.monotonic()
+            if left_s <= 0:
+                break
+            changed.wait(left_s)
         file.copy_behind(chunks)
         if file.is_on_devices:
             self._finish_later(lambda: file.finish_behind(chunks))
@@ -131,7 +140,7 @@ class Snapshotter:
     def _finish_later(self, finish: Callable[[], None]) -> None:
         """Run `finish`, which waits for a device, on an I/O thread: the copy thread queues what is saved next
         meanwhile."""
-        with self._changed:
+        with self._lock:
             self._unfinished.append(finish)
             if len(self._unfinished) > 1:
                 return
@@ -146,7 +155,7 @@ class Snapshotter:
     def _finish_all(self) -> None:
         while True:
             self._unfinished[0]()
-            with self._changed:
+            with self._lock:
                 self._unfinished.popleft()
                 if not self._unfinished:
                     return

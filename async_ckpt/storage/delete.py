@@ -16,7 +16,8 @@ from .write_error import write_error
 
 
 def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = None) -> None:
-    """Delete a committed checkpoint: renamed away, root synced, then deleted. Blocks; any thread.
+    """Delete a committed checkpoint: renamed away, root synced, then deleted. Of a link to one, only the link. Blocks;
+    any thread.
 
     Args:
         expected: delete only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
@@ -28,8 +29,15 @@ def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = N
     """
     final = os.path.join(root, check_tag(tag))
     try:
-        if fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file" or fs.stat(final).kind != "dir":
+        kind = fs.stat(final).kind
+        is_link = kind == "other" and expected is None and _leads_to_one(fs, final)
+        if not is_link and (kind != "dir" or fs.stat(os.path.join(final, MANIFEST_NAME)).kind != "file"):
             raise CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {root!r}; nothing was deleted")
+        if is_link:
+            # What it points to may be somebody else's. A directory that has taken its name meanwhile is refused.
+            fs.unlink(final)
+            fs.fsync_dir(root)
+            return
         trash = _take_away(fs, root, tag, final, expected)
         fs.fsync_dir(root)
         remove_tree(fs, trash)
@@ -73,6 +81,13 @@ def _manifest(fs: FileSystem, final: str) -> Manifest | None:
         return decode(fs.read_file(path, MAX_MANIFEST_BYTES), source=path)
     except CorruptCheckpointError:
         return None
+
+
+def _leads_to_one(fs: FileSystem, link: str) -> bool:
+    try:
+        return _manifest(fs, link) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _replaced(tag: str) -> CheckpointNotFoundError:

@@ -10,12 +10,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ..errors import CommitError, TagExistsError
-from ..format.manifest import CLOCK_KEY
+from ..format.manifest import CLOCK_KEY, FileEntry
 from ..format.names import MANIFEST_NAME
 from ..metrics import OnStep
 from ..threads.locks import Lock
@@ -40,16 +41,43 @@ class State(enum.Enum):
     ABORTED = "aborted"
 
 
-@dataclass
-class Staging:
-    """A staging directory of this process. `path` holds the files until `publish`."""
+@dataclass(frozen=True)
+class Destination:
+    """Where a checkpoint goes: the directory `tag` below `root`.
+
+    Integrations add what they know of it, and what they do there besides. What a hook raises fails the checkpoint on
+    all ranks.
+    """
 
     root: str
     tag: str
-    path: str
-    overwrite: str
-    identity: tuple[int, int]
-    lock: FileLock | None
+
+    def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
+        """Called before anything is staged; `leads` on the rank that makes the directory. Training thread."""
+
+    def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
+        """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker
+        thread; blocks.
+        """
+        return ()
+
+    def published(self, filesystem: FileSystem) -> None:
+        """Called on the rank that has renamed, before any rank reports success. Worker thread; blocks."""
+
+
+@dataclass(eq=False)
+class Staging:
+    """A checkpoint's staging directory, which holds its files until `publish`, and the checkpoint's state."""
+
+    destination: Destination
+    overwrite: str = "refuse"
+    root: str = field(init=False)
+    """The destination's, absolute."""
+    location: Future[str] = field(default_factory=Future, repr=False)
+    """Resolves to the directory's path: for one of several ranks, when rank 0 has made it."""
+    identity: tuple[int, int] | None = None
+    """Of the directory; None while there is none, and where another process has made it: that renames or removes it."""
+    lock: FileLock | None = None
     state: State = State.OPEN
     renamed: bool = False
     """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
@@ -61,6 +89,19 @@ class Staging:
     """Told about the steps of `publish`, on its thread."""
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)
     """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
+
+    def __post_init__(self) -> None:
+        self.root = os.path.abspath(self.destination.root)
+
+    @property
+    def tag(self) -> str:
+        """Its name once it is visible."""
+        return self.destination.tag
+
+    @property
+    def path(self) -> str:
+        """Where it is; blocks until that is known."""
+        return self.location.result()
 
     @property
     def final_path(self) -> str:

@@ -23,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import (
     CheckpointNotFoundError,
@@ -43,12 +43,15 @@ from .delete import remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
 from .root import make_root
-from .staged import Staging, State, check_final, refuse, rename_to_final, written_by
+from .staged import Destination, Staging, State, check_final, refuse, rename_to_final, written_by
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
 
+S = TypeVar("S", bound=Staging)
+
 __all__ = [
+    "Destination",
     "State",
     "Staging",
     "Swept",
@@ -63,35 +66,34 @@ __all__ = [
 ]
 
 
-def begin(fs: FileSystem, root: str, tag: str, overwrite: str = "refuse") -> Staging:
-    """Make the private (0700), locked staging directory of a new checkpoint.
+def begin(fs: FileSystem, staging: S) -> S:
+    """Make the private (0700), locked staging directory of a new checkpoint; returns `staging`, which now says where.
 
     Raises:
         TagExistsError: the tag is committed and `overwrite` is "refuse", or what is there is no checkpoint.
         UnsafePathError: the tag is malformed.
         WriteError, OutOfSpaceError: the directory cannot be made.
     """
-    check_tag(tag)
-    if overwrite not in ("refuse", "replace"):
-        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
-    root = os.path.abspath(root)
-    final = os.path.join(root, tag)
+    root, tag = staging.root, check_tag(staging.tag)
+    if staging.overwrite not in ("refuse", "replace"):
+        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {staging.overwrite!r}")
     try:
-        check_final(fs, final, tag, overwrite, step="create")
+        check_final(fs, staging.final_path, tag, staging.overwrite, step="create")
         path = make_private(fs, root, tag)
         try:
             if fs.findings.replaces:
                 _check_no_other_writer(fs, root, tag)
-            return Staging(root, tag, path, overwrite, fs.stat(path).identity, lock_or_none(fs, path))
+            staging.identity, staging.lock = fs.stat(path).identity, lock_or_none(fs, path)
         except OSError:
             fs.rmdir(path)
             raise
     except OSError as error:
         if isinstance(error, CommitError):
             raise
-        raise write_error(
-            fs, error, f"no staging directory for tag {tag!r} can be made, nothing was written", final
-        ) from error
+        message = f"no staging directory for tag {tag!r} can be made, nothing was written"
+        raise write_error(fs, error, message, staging.final_path) from error
+    staging.location.set_result(path)
+    return staging
 
 
 def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
@@ -111,8 +113,8 @@ def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
             )
 
 
-def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
-    """Another rank's staging directory, by its name; this side never publishes, removes or locks it.
+def join(fs: FileSystem, root: str, tag: str, name: str) -> str:
+    """The path of another rank's staging directory, by its name; this side never publishes, removes or locks it.
 
     Raises:
         UnsafePathError: `name` is not the name of a staging directory of `tag`.
@@ -121,12 +123,10 @@ def join(fs: FileSystem, root: str, tag: str, name: str) -> Staging:
     parsed = parse_private_name(name)
     if parsed is None or parsed.kind != "staging" or parsed.tag != tag:
         raise UnsafePathError(f"{name!a} is not a staging directory of tag {tag!r}")
-    root = os.path.abspath(root)
-    path = os.path.join(root, name)
-    found = fs.stat(path)
-    if found.kind != "dir":
+    path = os.path.join(os.path.abspath(root), name)
+    if fs.stat(path).kind != "dir":
         raise CheckpointNotFoundError(f"staging directory {path!r} is not there; does every rank see the same root?")
-    return Staging(root, tag, path, "refuse", found.identity, None)
+    return path
 
 
 def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) -> None:

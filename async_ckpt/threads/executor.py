@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
-from .locks import MAX_INTERRUPTS, Lock
+from .locks import MAX_INTERRUPTS
 
 T = TypeVar("T")
 
@@ -84,7 +84,6 @@ class DaemonExecutor(Executor):
         self._name = name
         self._niceness = niceness
         self._on_start = on_start
-        self._lock = Lock()
         self._refusal: BaseException | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [
@@ -129,12 +128,12 @@ class DaemonExecutor(Executor):
         """
         check_process(self._pid, f"executor {self._name!r}")
         future: Future[T] = Future()
-        with self._lock:
-            if self._refusal is not None:
-                raise TransactionStateError(
-                    f"executor {self._name!r} accepts no work: {self._refusal}"
-                ) from self._refusal
+        # No lock: a signal handler that has interrupted this may wait for a thread that submits here too.
+        if self._refusal is None:
             self._jobs.put((future, fn, args, kwargs))
+        # Shut down meanwhile, it may lie behind the last job.
+        if self._refusal is not None and future.cancel():
+            raise TransactionStateError(f"executor {self._name!r} accepts no work: {self._refusal}") from self._refusal
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -155,9 +154,7 @@ class DaemonExecutor(Executor):
         return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
 
     def _refuse(self, error: BaseException, *, drop: bool) -> None:
-        with self._lock:
-            if self._refusal is None:
-                self._refusal = error
+        self._refusal = self._refusal or error
         while drop:
             try:
                 job = self._jobs.get_nowait()

@@ -15,12 +15,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError, WriteError, report
 from .executor import start_thread
-from .locks import Lock
 from .outcome import Outcome
 
 T = TypeVar("T")
@@ -46,7 +44,6 @@ class LoopThread:
         self.death: BaseException | None = None
         self._on_death = on_death
         self._on_undrained = on_undrained
-        self._lock = Lock()
         self._runs: dict[Outcome[Any], asyncio.Task[None] | None] = {}
         self._fatal: BaseException | None = None
         self._is_stopping = False
@@ -66,7 +63,7 @@ class LoopThread:
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(callback)
 
-    def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
+    def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
         """Run a coroutine on the loop.
 
         Raises:
@@ -74,33 +71,30 @@ class LoopThread:
             TransactionStateError: it was stopped.
         """
         outcome: Outcome[T] = Outcome()
-        with self._lock:
-            refusal = self.death or (
-                TransactionStateError("the writer's loop was stopped") if self._is_stopping else None
-            )
-            if refusal is None:
-                try:
-                    self._runs[outcome] = None
-                    self.loop.call_soon_threadsafe(self._start, coro, outcome)
-                except BaseException:
-                    # An interrupt in between: nobody may wait for what was never started. What was, enters itself
-                    # again.
-                    self._runs.pop(outcome, None)
-                    raise
-        if refusal is not None:
-            coro.close()
-            raise refusal
-        return outcome
+        # Before the loop is looked at, and without a lock: when it dies from here on, it finds this one.
+        self._runs[outcome] = None
+        try:
+            if self.death is None and not self._is_stopping:
+                self.loop.call_soon_threadsafe(self._start, coro, outcome)
+                return outcome
+        except RuntimeError:
+            # A signal handler has closed the loop in between.
+            pass
+        except BaseException:
+            # An interrupt in between: nobody may wait for what was never started. What was, enters itself again.
+            self._runs.pop(outcome, None)
+            raise
+        self._runs.pop(outcome, None)
+        coro.close()
+        raise self.death or TransactionStateError("the writer's loop was stopped")
 
-    def runs(self) -> list[Future[Any]]:
-        """Outcomes of `run` that are not known yet."""
-        with self._lock:
-            return list(self._runs)
+    def runs(self) -> list[Outcome[Any]]:
+        """Outcomes of `run` that are not known yet. Not of a call of `run` that is still on its way."""
+        return [outcome for outcome, task in list(self._runs.items()) if task is not None]
 
     def stop(self) -> None:
         """End the loop in order; to be called when nothing is left to do."""
-        with self._lock:
-            self._is_stopping = True
+        self._is_stopping = True
         self.call(self.loop.stop)
 
     def join(self, timeout_s: float | None) -> bool:
@@ -132,13 +126,11 @@ class LoopThread:
             "are untouched"
         )
         death.__cause__ = cause
-        report(logging.ERROR, "%s", death, cause=cause)
-        with self._lock:
-            self.death = death
-            runs = list(self._runs)
+        self.death = death
         self._on_death(death)
-        for outcome in runs:
+        for outcome in list(self._runs):
             outcome.resolve(None, death)
+        report(logging.ERROR, "%s", death, cause=cause)
 
     def _drain(self) -> None:
         """Let every task end, so that memory and descriptors are given back; the loop may be stopped under us again."""
@@ -155,7 +147,7 @@ class LoopThread:
         cancelled: set[asyncio.Task[None]] = set()
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             # Only coroutines of `run`: files have been told, and wait for their threads by themselves.
-            for task in [task for task in self._runs.values() if task is not None and task not in cancelled]:
+            for task in [task for task in list(self._runs.values()) if task is not None and task not in cancelled]:
                 cancelled.add(task)
                 task.cancel()
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,39 +1,133 @@
-"""Futures of our own threads."""
+"""What becomes of work on other threads, for whoever waits for it.
+
+No lock is held while anybody asks, waits or tells: a signal handler may use an outcome, and wait for anything else,
+wherever it has interrupted its thread. Fields change by single operations that no handler divides.
+"""
 
 from __future__ import annotations
 
+import _thread
+import asyncio
 import contextlib
 import os
-from concurrent.futures import Future, InvalidStateError
-from typing import TypeVar
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Generic, TypeVar
 
 from .executor import check_process
 
 T = TypeVar("T")
+Self = TypeVar("Self", bound="Outcome[Any]")
 
 
-class Outcome(Future[T]):
-    """A future that cannot be cancelled, resolves once (later outcomes are ignored), and refuses waits after a fork."""
+class Outcome(Generic[T]):
+    """Resolves once, to a result or an error (later ones are ignored); cannot be cancelled.
+
+    Any thread and any event loop; refused in a forked child (`TransactionStateError`), where nobody resolves it.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self._pid = os.getpid()
-        self.set_running_or_notify_cancel()
+        self._ends: list[tuple[T | None, BaseException | None]] = []
+        """The first one counts."""
+        self._callbacks: deque[Callable[[Any], object]] = deque()
 
-    def result(self, timeout: float | None = None) -> T:
-        """As `Future.result`. Raises TransactionStateError in a forked child."""
-        check_process(self._pid, "this write")
-        return super().result(timeout)
+    def done(self) -> bool:
+        """Whether it has resolved. Never blocks."""
+        self._check_process()
+        return bool(self._ends)
+
+    def failure(self) -> BaseException | None:
+        """The error that it has resolved to; None before, and where all is well. Never blocks."""
+        self._check_process()
+        return self._ends[0][1] if self._ends else None
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until it has resolved, or for `timeout_s` seconds; says whether it has."""
+        self._check_process()
+        if not self._ends:
+            # Known to this call alone, so that no handler finds it half taken.
+            resolved = _thread.allocate_lock()
+            resolved.acquire()
+
+            def wake(_: object) -> None:
+                resolved.release()
+
+            self.when_done(wake)
+            resolved.acquire(timeout=-1 if timeout_s is None else min(max(0.0, timeout_s), threading.TIMEOUT_MAX))
+            with contextlib.suppress(ValueError):
+                self._callbacks.remove(wake)
+        return bool(self._ends)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. Raises TransactionStateError in a forked child."""
-        check_process(self._pid, "this write")
-        return super().exception(timeout)
+        """Block until it has resolved; its error, or None. Raises TimeoutError: not within `timeout` seconds."""
+        if not self.wait(timeout):
+            raise self._timeout_error(f"did not end within {timeout:g} s and goes on")
+        return self._ends[0][1]
+
+    def result(self, timeout: float | None = None) -> T:
+        """Block until it has resolved; its result. Raises its error, and TimeoutError as `exception`."""
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self._ends[0][0]  # type: ignore[return-value]
+
+    async def ended(self) -> None:
+        """Wait until it has resolved, however."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def on_done(_: object) -> None:
+            # The awaiting loop may have been closed meanwhile: then nobody waits there any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(wake)
+
+        self.when_done(on_done)
+        await ended
+
+    def __await__(self) -> Generator[Any, None, T]:
+        self._check_process()
+        yield from self.ended().__await__()
+        return self.result()
+
+    def when_done(self: Self, callback: Callable[[Self], object]) -> None:
+        """Call `callback(self)` once it has resolved, on the thread that resolves it, or else here and now. It must
+        not raise or block.
+        """
+        self._check_process()
+        self._callbacks.append(callback)
+        if self._ends:
+            # Nobody calls another's here: who is interrupted in between would lose it.
+            try:
+                self._callbacks.remove(callback)
+            except ValueError:
+                return
+            callback(self)
 
     def resolve(self, result: T | None, error: BaseException | None) -> None:
-        """Set the outcome unless there is one: a pool that dies may race with the end of a file."""
-        with contextlib.suppress(InvalidStateError):
-            if error is not None:
-                self.set_exception(error)
-            else:
-                self.set_result(result)  # type: ignore[arg-type]
+        """Set the outcome unless there is one."""
+        self._ends.append((result, error))
+        while self._callbacks:
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:
+                return
+            callback(self)
+
+    def _timeout_error(self, what: str) -> TimeoutError:
+        return TimeoutError(what)
+
+    def _check_process(self) -> None:
+        check_process(self._pid, "this write")
+
+
+def wait_all(outcomes: Iterable[Outcome[Any]], timeout_s: float | None = None) -> bool:
+    """Block until all have resolved, or for `timeout_s` seconds; says whether they have."""
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    return all(one.wait(None if deadline_s is None else deadline_s - time.monotonic()) for one in outcomes)

@@ -7,12 +7,16 @@ import os
 from collections.abc import Callable
 
 from ..errors import CheckpointError, WriteError
+from ..format.chunk import Chunk
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
 from ..storage.write_error import write_error
+from ..storage.write_file import WritableFile
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
+
+PAGE_BYTES = 4096
 
 
 class Disk:
@@ -96,3 +100,33 @@ def in_our_tree(error: BaseException, path: str) -> BaseException:
     failure = WriteError(f"writing {path} stopped ({reason}); it is incomplete and is not committed", errno=code)
     failure.__cause__ = error
     return failure
+
+
+def bytes_to_write(chunk: Chunk, file: WritableFile) -> memoryview:
+    """The chunk's bytes, in whole pages where the file wants them: one write, and the truncation cuts the rest."""
+    end = whole_pages(chunk.nbytes)
+    if not file.direct or end == chunk.nbytes or chunk.buffer.nbytes < end:
+        return chunk.buffer[: chunk.nbytes]
+    chunk.buffer[chunk.nbytes : end] = bytes(end - chunk.nbytes)
+    return chunk.buffer[:end]
+
+
+def whole_pages(nbytes: int) -> int:
+    """`nbytes`, rounded up."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def problem_with(chunk: Chunk, next_offset: int, extent_bytes: int, size_bytes: int) -> str | None:
+    """Why `chunk` is not the next one of a file of `size_bytes` bytes, cut into extents of `extent_bytes` (0: not known
+    yet).
+    """
+    if chunk.offset != next_offset:
+        return f"out of order, the next offset is {next_offset}"
+    end = chunk.offset + chunk.nbytes
+    if end > size_bytes or (chunk.nbytes == 0 and size_bytes > 0):
+        return f"the file has {size_bytes} bytes"
+    if extent_bytes and chunk.nbytes != extent_bytes and (end != size_bytes or chunk.nbytes > extent_bytes):
+        return f"all chunks but the last must have {extent_bytes} bytes"
+    if chunk.buffer.nbytes < chunk.nbytes:
+        return f"its buffer has only {chunk.buffer.nbytes} bytes"
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
@@ -31,8 +32,8 @@ class Jobs(Executor):
         self.path = ""
         self.step = "its turn"
         """What the file's task waits for, or does next."""
-        self.seconds: dict[str, float] = {}
-        """By kind of work, summed."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """By kind of work, summed over threads: may exceed wall time."""
         self._io = io
         self._on_span = on_span
         self._tag = tag
@@ -69,7 +70,7 @@ class Jobs(Executor):
             end_s = time.perf_counter()
             with self._lock:
                 del self._running[key]
-                self.seconds[kind] = self.seconds.get(kind, 0.0) + end_s - start_s
+                self.seconds[kind] += end_s - start_s
             if self._on_span is not None:
                 thread = threading.current_thread().name
                 self._on_span(Span(kind, start_s, end_s, thread, self._tag, self.path, offset, num_bytes))
@@ -89,11 +90,11 @@ class Jobs(Executor):
 
     def waits_for(self, path: str) -> str:
         """What the file at `path` waits for now, in words."""
-        with self._lock:
-            running = next(iter(self._running.values()), None)
-        if running is None:
+        # Without the lock, which I/O threads want: this thread may be interrupted by a handler that waits for them.
+        running = list(self._running.values())
+        if not running:
             return f"{self.step} of {path}"
-        kind, offset, num_bytes, start_s = running
+        kind, offset, num_bytes, start_s = running[0]
         what = f"{kind} of {num_bytes} bytes at offset {offset}" if num_bytes else kind
         return f"{what} of {path}, running for {time.perf_counter() - start_s:.1f} s"
 

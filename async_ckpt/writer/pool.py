@@ -15,26 +15,28 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
-from ..errors import BackpressureTimeout, TransactionStateError, WriteError, report
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
 from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
-from ..threads.locks import Lock
 from ..threads.loop import LoopThread
+from ..threads.outcome import Outcome, wait_all
 from .disk import Disk
 from .file import FileWrite
-from .io_mode import choose
 
 T = TypeVar("T")
 
+SMALL_BYTES = 1 << 20
+"""Files under this go through the cache: alignment and preallocation cost more than they bring."""
+# Writes through the cache hold the inode's lock: while one runs, the next chunk is sealed.
+_BUFFERED_DEPTH = 2
 MAX_WRITERS = 16
 _MIN_WRITERS = 4
 # For whatever is no write of a chunk: opening, syncing and closing never wait behind long writes.
@@ -67,8 +69,8 @@ class WriterPool:
     Args:
         num_writers: chunks that are written at once, over all files.
         num_helpers: threads for `submit_help`.
-        io_mode: past the page cache, through it, or as `io_mode.choose` says.
-        on_span: told about every crc, write, fsync, open and close, on the thread that did it; must be quick.
+        io_mode: past the page cache, through it, or "auto": past it from `SMALL_BYTES` on.
+        on_span: told about every crc, write, fsync, open and close, on the thread that did it; quick, never raises.
         name: prefix of the thread names.
     """
 
@@ -84,13 +86,11 @@ class WriterPool:
     ) -> None:
         self._pid = os.getpid()
         self.num_helpers = num_helpers
-        self._on_span = on_span
         self._io_mode = io_mode
         self._num_writers = auto_num_writers(num_helpers) if num_writers == "auto" else num_writers
-        self._death: BaseException | None = None
-        self._death_callbacks: list[Callable[[BaseException], None]] = []
+        self.death: Outcome[None] = Outcome()
+        """Resolves to the error that every later call raises, when the loop has died and all files have been told."""
         self._is_closing = False
-        self._lock = Lock()
         self._files: dict[FileWrite, None] = {}
         """That have not settled."""
         with contextlib.ExitStack() as undo:
@@ -106,8 +106,7 @@ class WriterPool:
             self._copier = start("copy", 1, 0)
             self._helpers = start("help", num_helpers, 0)
             self._executors = (self._io, self._copier, self._helpers)
-            tell = self._tell if on_span is not None else None
-            self._disk = Disk(filesystem, self._io, self._thread, self._num_writers, tell)
+            self.disk = Disk(filesystem, self._io, self._thread, self._num_writers, on_span)
             self._thread.start()
             undo.pop_all()
         _pools.add(self)
@@ -116,16 +115,18 @@ class WriterPool:
 
     def open_file(
         self,
-        location: str | Future[str],
+        path: str,
         *,
+        folder: Future[str] | None = None,
         size_bytes: int,
         seal: Callable[[int, memoryview], int],
         make_parents: bool = False,
         tag: str = "",
     ) -> FileWrite:
-        """Start a file of `size_bytes` bytes at `location`, or where that future will say. Never blocks.
+        """Start a file of `size_bytes` bytes at `path`. Never blocks.
 
         Args:
+            folder: what `path` is relative to, once that is made.
             seal: called once per chunk, strictly in file order, with (offset, its bytes) on an I/O thread; may patch
                 the bytes; returns the CRC32 of the extent as it is to be written.
             make_parents: make missing parent directories.
@@ -136,19 +137,24 @@ class WriterPool:
             WriteError: the pool has died; holds the cause.
         """
         self._check()
-        mode = choose(self._io_mode, self._num_writers, size_bytes)
-        file = FileWrite(self._disk, location, size_bytes, seal, mode=mode, make_parents=make_parents, tag=tag)
-        with self._lock:
+        is_direct = self._io_mode == "direct" or (self._io_mode == "auto" and size_bytes >= SMALL_BYTES)
+        depth = self._num_writers if is_direct else _BUFFERED_DEPTH
+        if folder is None:
+            folder = Future()
+            folder.set_result("")
+        how: Any = {"direct": is_direct, "depth": depth, "make_parents": make_parents, "tag": tag}
+        file = FileWrite(self.disk, folder, path, size_bytes, seal, **how)
+        # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
+        self._files[file] = None
+        try:
             self._check_open()
-            try:
-                self._files[file] = None
-                file.settled.add_done_callback(lambda _: self._files.pop(file, None))
-                self._thread.call(file.start)
-            except BaseException as error:
-                # An interrupt in between: a file that was never started must not be waited for, one that was must end.
-                self._files.pop(file, None)
-                file.abort(error)
-                raise
+            file.settled.when_done(lambda _: self._files.pop(file, None))
+            self._thread.call(file.start)
+        except BaseException as error:
+            # An interrupt in between: a file that was never started must not be waited for, one that was must end.
+            self._files.pop(file, None)
+            file.abort(error)
+            raise
         return file
 
     def submit_io(self, fn: Callable[[], T]) -> Future[T]:
@@ -173,7 +179,7 @@ class WriterPool:
         """Of the threads behind `submit_help`, as the kernel counts them."""
         return self._helpers.native_ids
 
-    def run(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
+    def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""
         try:
             self.check()
@@ -182,31 +188,10 @@ class WriterPool:
             raise
         return self._thread.run(coro)
 
-    def on_death(self, callback: Callable[[BaseException], None]) -> None:
-        """Call `callback(error)` once when the pool dies (now, if it has); on the dying thread, must not raise or
-        block.
-        """
-        with self._lock:
-            death = self._death
-            if death is None:
-                self._death_callbacks.append(callback)
-        if death is not None:
-            callback(death)
-
-    @property
-    def num_queued(self) -> int:
-        """Chunks submitted and not yet released."""
-        return self._disk.num_queued
-
-    def restart_max_queued(self) -> int:
-        """The most chunks that were queued since this was last asked."""
-        return self._disk.restart_max_queued()
-
     def waiting_for(self) -> str:
         """What the oldest unfinished file waits for, in words; never blocks."""
         check_process(self._pid, "this writer pool")
-        with self._lock:
-            files, num_runs = list(self._files), len(self._thread.runs())
+        files, num_runs = list(self._files), len(self._thread.runs())
         if not files:
             return f"{num_runs} commit(s) or clean-up(s)" if num_runs else "nothing"
         more = f", and {len(files) - 1} more file(s)" if len(files) > 1 else ""
@@ -227,13 +212,14 @@ class WriterPool:
                 "the writer pool cannot be closed from its own thread: it would wait for itself"
             )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._lock:
-            self._is_closing = True
-            files = list(self._files)
+        self._is_closing = True
+        files = list(self._files)
         for file in files:
-            if file.lacks_chunks:
-                file.abort(TransactionStateError(f"the writer pool was closed before all of {file.path} was submitted"))
-        if wait([*(file.done for file in files), *self._thread.runs()], _left(deadline)).not_done:
+            file.expect_no_more()
+        with contextlib.suppress(CheckpointError):
+            # What was asked of the loop before this has begun then.
+            self._thread.run(_nothing()).wait(_left(deadline))
+        if not wait_all([*(file.done for file in files), *self._thread.runs()], _left(deadline)):
             raise BackpressureTimeout(f"the writer did not end within {timeout_s} s; it waits for {self.waiting_for()}")
         self._thread.stop()
         if not self._thread.join(_left(deadline)):
@@ -250,19 +236,14 @@ class WriterPool:
     def check(self) -> None:
         """Raise what keeps files from being written, as `open_file` does."""
         self._check()
-        with self._lock:
-            self._check_open()
+        self._check_open()
 
     # Inside.
 
     def _die(self, death: BaseException) -> None:
-        with self._lock:
-            self._death = death
-            files, callbacks, self._death_callbacks = list(self._files), self._death_callbacks, []
-        for file in files:
+        for file in list(self._files):
             file.die(death)
-        for callback in callbacks:
-            callback(death)
+        self.death.resolve(None, death)
 
     def _abandon_files(self) -> None:
         for file in list(self._files):
@@ -275,20 +256,14 @@ class WriterPool:
                 raise WriteError(f"the checkpoint writer is dead: {executor.refusal}") from executor.refusal
 
     def _check_open(self) -> None:
-        if self._death is not None:
-            raise self._death
+        if self._thread.death is not None:
+            raise self._thread.death
         if self._is_closing:
             raise TransactionStateError("the writer pool is closed")
 
-    def _tell(self, span: Span) -> None:
-        on_span = self._on_span
-        if on_span is None:
-            return
-        try:
-            on_span(span)
-        except BaseException as error:  # noqa: BLE001 - an observer never harms a checkpoint
-            self._on_span = None
-            report(logging.WARNING, "an observer of the writer raised and is left out from now on", cause=error)
+
+async def _nothing() -> None:
+    pass
 
 
 def _left(deadline: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointEngine, CheckpointError
+from async_ckpt import AsyncCheckpointEngine, CheckpointError, PendingCommit
 from async_ckpt.metrics import Observer
 from async_ckpt.retention import RetentionPolicy
 from tests.support.faulty_filesystem import FaultyFileSystem
@@ -133,3 +134,20 @@ def test_no_thread_is_left_when_close_returns(tmp_path: Path) -> None:
     for k in range(3):
         AsyncCheckpointEngine(tmp_path / str(k), staging_bytes=16 << 20).close()
         assert [thread.name for thread in threading.enumerate() if thread.name.startswith("async-ckpt")] == []
+
+
+def test_a_callback_that_blocks_keeps_nobody_from_learning_of_a_commit(tmp_path: Path) -> None:
+    gate = threading.Event()
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        for tag in ("a", "b"):
+            engine.create(tag)
+            engine.save({"x": torch.ones(10)}, "x.pt")
+            pending = engine.commit(tag)
+            pending.add_done_callback(lambda _: gate.wait(TIMEOUT_S))
+            assert pending.result(TIMEOUT_S / 2) == tag
+        assert asyncio.run(asyncio.wait_for(_result_of(pending), TIMEOUT_S / 2)) == "b"
+        gate.set()
+
+
+async def _result_of(pending: PendingCommit) -> str:
+    return await pending

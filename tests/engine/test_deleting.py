@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ class Commits(Observer):
 def commit(engine: Engine, tag: str, **metadata: object) -> None:
     engine.create(tag)
     engine.save(STATE, "model.pt")
-    engine.commit(tag, metadata).result(60)
+    pending, told = engine.commit(tag, metadata), threading.Event()
+    # Warnings are told on the thread of the callbacks, before this.
+    pending.add_done_callback(lambda _: told.set())
+    assert pending.result(60) == tag and told.wait(60)
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -163,3 +167,15 @@ def test_a_full_disk_says_what_the_file_needs(tmp_path: Path, call: str) -> None
         assert error.needed_bytes is not None
         assert 300_000 <= error.needed_bytes < 310_000
         assert f"needs {error.needed_bytes} bytes" in str(error)
+
+
+def test_of_a_link_only_the_link_is_deleted(tmp_path: Path) -> None:
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        commit(engine, "a")
+        (tmp_path / "best").symlink_to("a")
+        assert sorted(engine.tags()) == ["a", "best"]
+        engine.delete("best")
+        assert engine.tags() == ["a"] and engine.load("a/model.pt")["w"][1] == 1
+        (tmp_path / "dangling").symlink_to("nowhere")
+        with pytest.raises(CheckpointNotFoundError):
+            engine.delete("dangling")

@@ -69,7 +69,7 @@ def test_leaving_by_an_exception_saves_nothing_half_done(tmp_path):
         send()
         raise KeyError
     assert engine.preemption_outcome.hook_error is None
-    assert engine._catalog.tags() == ["step-1"]
+    assert engine.tags() == ["step-1"]
 
 
 def test_the_engine_is_closed_when_the_hook_fails_at_the_end(tmp_path):

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointEngine, BackpressureTimeout, ConfigError, PathExistsError, TransactionStateError
+from async_ckpt import (
+    AsyncCheckpointEngine,
+    BackpressureTimeout,
+    Catalog,
+    ConfigError,
+    PathExistsError,
+    RankCoordinator,
+    TransactionStateError,
+)
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 TIMEOUT_S = 60
@@ -53,6 +61,59 @@ def test_a_second_engine_waits_for_what_the_first_has_pending(tmp_path: Path) ->
         threading.Timer(0.2, held.gate.set).start()
         assert retry.latest() == "newer"
         assert retry.load("newer/x.pt")["x"][0] == 5
+
+
+@pytest.mark.parametrize("ask", ["catalog", "latest_on_all"])
+def test_who_resumes_without_an_engine_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, ask: str) -> None:
+    held = Held(tmp_path / "root")
+    (tmp_path / "link").symlink_to("root")
+    with held.engine, caplog.at_level(logging.WARNING, logger="async_ckpt"):
+        latest = Catalog(tmp_path / "link").latest
+        if ask == "latest_on_all":
+            coordinator = RankCoordinator(torch.distributed.HashStore(), 0, 1)
+            coordinator.bind(held.fs, str(tmp_path / "link"))
+            latest = coordinator.latest_on_all
+        assert latest() == latest() == "old"
+        if ask == "latest_on_all":
+            coordinator.close()
+        assert caplog.text.count("'newer'") == 1
+        held.gate.set()
+        held.pending.result(TIMEOUT_S)
+        assert Catalog(tmp_path / "link").latest() == "newer"
+
+
+@pytest.mark.wide
+def test_a_rank_waits_for_what_its_engine_before_has_pending(tmp_path: Path) -> None:
+    """Two ranks, as threads of this process: the neighbour's commits are not waited for."""
+    gate, reached = threading.Event(), threading.Event()
+    fs = FaultyFileSystem()
+
+    def hold(op: Any) -> None:
+        if op.name == "fsync" and op.path == str(tmp_path):
+            reached.set()
+            gate.wait(TIMEOUT_S)
+
+    store = torch.distributed.HashStore()
+
+    def engines(run_id: str) -> list[AsyncCheckpointEngine]:
+        ranks = [RankCoordinator(store, rank, 2, run_id=run_id, timeout_s=60) for rank in range(2)]
+        return [
+            AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, filesystem=fs, coordinator=rank) for rank in ranks
+        ]
+
+    first = engines("first")
+    fs.calls.before = hold
+    for rank, engine in enumerate(first):
+        engine.create("t")
+        engine.save({"x": torch.ones(10)}, f"{rank}.pt")
+    pending = [engine.commit("t") for engine in first]
+    assert reached.wait(TIMEOUT_S)
+    second = engines("second")
+    threading.Timer(0.3, gate.set).start()
+    assert second[1].latest() == "t" == second[0].latest()
+    for engine in (*first, *second):
+        engine.close()
+    assert [one.result(TIMEOUT_S) for one in pending] == ["t", "t"]
 
 
 def test_a_load_waits_too(tmp_path: Path) -> None:

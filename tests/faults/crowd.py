@@ -47,7 +47,7 @@ with make_engine(root) as refusing, make_engine(root, overwrite="replace", sweep
             outcomes["won"].append(k)
         except TagExistsError:
             outcomes["refused"] += 1
-            refusing._inflight.raise_unacknowledged()
+            refusing._commits.raise_unacknowledged()
         try:
             Job(replacing, Told()).whole("again", version, ("model.pt", "sub/optim.pt"))
             outcomes["replaced"] += 1

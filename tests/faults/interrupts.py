@@ -10,9 +10,12 @@ that were being loaded into hold what they held before, or all of the file.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import os
+import queue
 import random
 import sys
 import threading
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 
 import async_ckpt
-from async_ckpt import AsyncCheckpointEngine, CheckpointError
+from async_ckpt import AsyncCheckpointEngine, CheckpointError, TransactionStateError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.insides import arena_of
@@ -39,6 +42,8 @@ from .workloads import CHUNK_BYTES, TIMEOUT_S, Folder, Job, Told, make_engine, q
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
 READ_BYTES = 5 << 20
 """More than one read block."""
+_WAITS = tuple(str(module.__file__) for module in (threading, queue, concurrent.futures._base, asyncio.base_events))
+"""Where the standard library holds locks for us."""
 CLOSE_S = 30.0
 """An engine that hangs waits 30 s, by its configuration."""
 
@@ -46,24 +51,25 @@ CLOSE_S = 30.0
 class Interrupter:
     """Raises at the k-th step of this thread (None: only counts them), and again `again` function calls later.
 
-    With `act` it does not raise but calls that, once, as a signal handler would be called. Only steps in the folder
-    `within` count.
+    With `act` it does not raise but calls that, once, as a signal handler would be called. Only steps in the folders
+    or files `within` count.
 
     The steps are the points at which CPython looks for signals in the package's code: the beginning of each function
     and the return of each C call.
     """
 
-    def __init__(self, k: int | None, again: int | None = None, *, within: str = "") -> None:
+    def __init__(self, k: int | None, again: int | None = None, *, within: str | tuple[str, ...] = "") -> None:
         self.num_steps = 0
         self.raised: list[str] = []
         self._k = k
         self._again = again
         self._num_calls = 0
-        self._folder = os.path.join(_PACKAGE, within)
+        folders = (within,) if isinstance(within, str) else within
+        self._within = tuple(os.path.join(_PACKAGE, folder) for folder in folders)
         self.act: Callable[[], object] | None = None
 
     def _profile(self, frame: FrameType, event: str, arg: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(self._folder):
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(self._within):
             self.num_steps += 1
             if self._k is not None and self.num_steps > self._k:
                 self._raise(frame)
@@ -133,6 +139,38 @@ def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, c
     # The lazy file has no version of its own.
     lazy_file = root / "older" / "lazy.pt"
     assert not lazy_file.exists() or lazy_file.stat().st_size > 20_000
+
+
+def handler_life(root: Path, told: Told, interrupter: Interrupter, *, handler_closes: bool) -> None:
+    """A signal handler makes a checkpoint and waits for it, or closes the engine, wherever it strikes."""
+    engine = make_engine(root, overwrite="replace")
+    ended = []
+    told.attempt("older", 10)
+    told.attempt("next", 20)
+
+    def handler() -> None:
+        if handler_closes:
+            engine.close()
+        else:
+            pending = Job(engine, Told()).start("next", 20)
+            assert pending.exception(CLOSE_S) is None
+            told.commit("next", 20)
+        ended.append(True)
+
+    interrupter.act = handler
+    try:
+        with contextlib.suppress(TransactionStateError), interrupter.watching():
+            engine.create("older")
+            engine.save(state(10), f"{root}/older/model.pt")
+            pending = engine.commit("older")
+            pending.add_done_callback(lambda _: None)
+            pending.done()
+            pending.result(TIMEOUT_S)
+            told.commit("older", 10)
+        assert ended or not interrupter.raised, "the handler failed"
+        assert handler_closes or "older" in told.committed
+    finally:
+        _end(engine)
 
 
 def _scalars(version: int) -> dict[str, Any]:
@@ -242,6 +280,8 @@ GAMES: dict[str, tuple[Life, int | None]] = {
     "lazy, close too, twice": (partial(save_life, lazy=True, close_inside=True), 12),
     "warm, other scalars": (partial(warm_life, handler_saves=False), None),
     "warm, a handler saves": (partial(warm_life, handler_saves=True), None),
+    "a handler commits and waits": (partial(handler_life, handler_closes=False), None),
+    "a handler closes": (partial(handler_life, handler_closes=True), None),
     "load_into": (load_life, None),
     "load_into, twice": (load_life, 12),
 }
@@ -268,8 +308,8 @@ def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
         for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
             thread.join(CLOSE_S)
             assert not thread.is_alive(), f"{thread.name} is still alive"
-    except AssertionError as error:
-        raise AssertionError(f"interrupted at {interrupter.raised}: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"interrupted at {interrupter.raised}: {error!r}") from error
 
 
 def sweep(
@@ -278,6 +318,8 @@ def sweep(
     """Every step (or `sample` of them) of one of `GAMES`, in one folder of the package or all of it."""
     row = Row(name)
     life, again = GAMES[name]
+    # A handler that waits must not wait for what the interrupted call holds: not in the standard library either.
+    within = ("", *_WAITS) if name.startswith("a handler") else within  # type: ignore[assignment]
     counter = Interrupter(None, within=within)
     for _ in range(2):
         # The second time, plans are made as they will be.

@@ -27,6 +27,7 @@ from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.lying_fuse import REQUESTS, Mounted, lying, why_not
+from tests.support.making import begin
 from tests.support.mounts import mounted, overlaid
 
 from .oracle import contents
@@ -121,7 +122,7 @@ def test_a_failed_replacement_in_a_lower_layer_loses_nothing(lower: Path, tmp_pa
 
     with overlaid(lower, tmp_path) as root:
         fs = FaultyFileSystem()
-        staging = transaction.begin(fs, str(root), "b", "replace")
+        staging = begin(fs, root, "b", "replace")
         fs.fail_when(lambda op: op.name == call and op.path.startswith(str(root / "b")), errno.EIO)
         with pytest.raises(CommitError) as caught:
             transaction.publish(fs, staging, [], {}, 10)
@@ -170,11 +171,11 @@ def test_an_immutable_checkpoint_ends_no_training(tmp_path: Path, caplog: pytest
             subprocess.run(["chattr", "+i", root / "a" / what], check=True)
             for version, tag in enumerate(("b", "c"), 2):
                 job.whole(tag, version)
-            assert "cannot be deleted now" in "".join(record.message for record in caplog.records)
             assert contents(root) | {"a": 1} == {"a": 1, "c": 3}
             for folder in {root / "a", *root.glob(".trash.*")}:
                 subprocess.run(["chattr", "-f", "-R", "-i", folder], check=False)
             job.whole("d", 4)
+        assert "cannot be deleted now" in "".join(record.message for record in caplog.records)
         assert names(root) == ["d"]
         assert contents(root) == {"d": 4}
 

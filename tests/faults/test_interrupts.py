@@ -12,7 +12,16 @@ pytestmark = pytest.mark.wide
 
 @pytest.mark.leaves_staging
 @pytest.mark.parametrize(
-    "name", ["eager", "lazy, close too", "lazy, close too, twice", "load_into", "load_into, twice"]
+    "name",
+    [
+        "eager",
+        "lazy, close too",
+        "lazy, close too, twice",
+        "a handler commits and waits",
+        "a handler closes",
+        "load_into",
+        "load_into, twice",
+    ],
 )
 def test_interrupted_at_a_sample_of_steps(name: str) -> None:
     with Folder() as folder:

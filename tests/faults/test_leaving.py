@@ -87,7 +87,7 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["never closed"],
     ),
     "dropped on its own thread": (
-        "engine = make_engine(root, fs); engine.me = engine; pool = engine._inflight.pool\n"
+        "engine = make_engine(root, fs); engine.me = engine; pool = engine._commits.pool\n"
         "p = commit(engine, 'a'); del engine; pool.submit_copy(gc.collect).result(60); p.result(60)",
         0,
         ["a"],
@@ -124,11 +124,11 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         "with make_engine(root, fs) as engine:\n"
         "    commit(engine, 'b'); assert reached.wait(60)\n"
         "    main = threading.main_thread().ident\n"
-        "    wait = engine._inflight.pool.waiting_for\n"
-        "    close = engine._inflight.unfinished\n"
+        "    wait = engine._commits.pool.waiting_for\n"
+        "    close = engine._commits.unfinished\n"
         "    def again():\n        signal.setitimer(signal.ITIMER_REAL, 0.05); return close()\n"
         "    signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
-        "    engine._inflight.unfinished = again\n"
+        "    engine._commits.unfinished = again\n"
         "    raise KeyboardInterrupt",
         -2,
         [],
@@ -170,7 +170,7 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         [],
     ),
     "an error that is not ours, and a second engine": (
-        "other = make_engine(root + '-2'); other._inflight._failures.append(RuntimeError('raw'))\n"
+        "other = make_engine(root + '-2'); other._commits._failures.append(RuntimeError('raw'))\n"
         "engine = make_engine(root, fs); commit(engine, 'b')",
         1,
         ["b"],

@@ -51,8 +51,11 @@ def test_a_commit_is_mirrored_and_told(moto: Any, tmp_path: Path, prefix: str) -
     mirror, told = s3_mirror(moto, prefix), Told()
     with engine_on(tmp_path, mirror, observers=(told,)) as engine:
         pending = saved(engine, "step-1", 1)
+        threads: list[str] = []
+        pending.mirrored.add_done_callback(lambda mirrored: threads.append(threading.current_thread().name))
         assert pending.result(60) == "step-1" and pending.mirrored.result(60) == "step-1"
         assert pending.mirrored.metrics.sent_bytes == pending.metrics.size_bytes > 0
+    assert threads == ["async-ckpt-callbacks-0"]
     assert check_store(mirror) == ["step-1"]
     assert (
         told.mirrors == [("step-1", pending.metrics.size_bytes, None)] and {"upload", "upload manifest"} <= told.kinds

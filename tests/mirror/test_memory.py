@@ -24,6 +24,7 @@ from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.reading.scatter import Scatter, stream_into
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.making import begin
 
 from .making import mirroring, s3_mirror
 
@@ -33,7 +34,7 @@ _MIB = 1 << 20
 def sparse_checkpoint(root: Path, size_bytes: int, extent_bytes: int = 64 * _MIB) -> None:
     """One file of zeros that takes no space."""
     filesystem = FileSystem()
-    staging = transaction.begin(filesystem, str(root), "huge", "refuse")
+    staging = begin(filesystem, root, "huge", "refuse")
     with open(os.path.join(staging.path, "model.bin"), "wb") as file:
         file.truncate(size_bytes)
     zeros = memoryview(bytearray(extent_bytes))

@@ -308,7 +308,7 @@ def test_progress_raises_the_failure_of_a_commit():
     from async_ckpt.engine.pending import PendingCommit
 
     pending = PendingCommit("t", CommitMetrics("t"), lambda: "nothing")
-    pending.resolve(WriteError("disk gone"))
+    pending.resolve("t", WriteError("disk gone"))
     with pytest.raises(WriteError, match="disk gone"):
         CommitProgress().wait(pending)
 

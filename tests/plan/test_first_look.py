@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import enum
 import pathlib
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,37 @@ def test_the_first_save_and_prewarm_name_all_types_and_places_once(tmp_path: Pat
         assert engine.load("tag/first.pt", weights_only=False)["colour"] is Colour.RED
 
 
+def show(told: str) -> None:
+    warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+
+def test_no_lock_is_held_while_a_warning_is_shown(tmp_path: Path) -> None:
+    """Warnings are shown by the user's code: here it asks another thread that calls the engine."""
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=1 << 16) as engine:
+        threads = []
+
+        def showwarning(*_: object) -> None:
+            threads.append(threading.Thread(target=lambda: engine.create(f"other-{len(threads)}")))
+            threads[-1].start()
+            threads[-1].join(30)
+            assert not threads[-1].is_alive()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = showwarning
+            engine.prewarm(states={"a.pt": state()})
+            engine.create("tag")
+            engine.save({**state(), "more": 1}, "b.pt")
+        assert len(threads) == 2
+        for tag in ("tag", "other-1", "other-2"):
+            engine.abort(tag)
+
+
 def test_what_the_user_allows_is_not_refused(tmp_path: Path) -> None:
     allowed = [pathlib.PurePosixPath]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("error")
-        Planner(tells_of_refused=True).plan({"where": pathlib.PurePosixPath("/a")})
+        Planner(tell=show).plan({"where": pathlib.PurePosixPath("/a")})
 
 
 def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +132,7 @@ def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: 
 def test_large_buffers_are_named(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
     for module in (first_look, planner_module, torch_layout):
         monkeypatch.setattr(module, "LARGE_BYTES", 30_000)
-    planner = Planner(tells_of_refused=True)
+    planner = Planner(tell=show)
     with pytest.warns(
         RuntimeWarning, match=r"a.pt: state\['data'\]\['x'\] \(\w+ of 0 MiB\): what is no tensor is encoded in memory"
     ):
@@ -113,11 +140,11 @@ def test_large_buffers_are_named(monkeypatch: pytest.MonkeyPatch, data: Any) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planner.plan({"data": {"x": data}, "w": torch.ones(2)}, name="a.pt")
-        Planner(tells_of_refused=True).plan({"w": torch.ones(100_000)}, name="a.pt")
+        Planner(tell=show).plan({"w": torch.ones(100_000)}, name="a.pt")
 
 
 def test_places_are_few_and_printable() -> None:
     paths = {f"k{number}\x1b": pathlib.PurePosixPath("/a") for number in range(20)}
     with pytest.warns(RuntimeWarning, match=r"state\['k0\\x1b'\], .* and 16 more") as caught:
-        Planner(tells_of_refused=True).plan({**paths, pathlib.PurePosixPath("/key"): 1})
+        Planner(tell=show).plan({**paths, pathlib.PurePosixPath("/key"): 1})
     assert str(caught[0].message).isprintable()

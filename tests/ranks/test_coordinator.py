@@ -26,12 +26,12 @@ from async_ckpt import (
 )
 from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.announcements import Announcements, join
-from async_ckpt.ranks.coordinator import Destination
 from async_ckpt.ranks.protocol import announce
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_requests import RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink, default_run_id
 from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.staged import Destination
 
 
 def engine_of(

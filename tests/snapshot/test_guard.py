@@ -674,6 +674,7 @@ import os, sys, threading, torch
 sys.path.insert(0, {package!r})
 from async_ckpt import AsyncCheckpointEngine, TransactionStateError
 from tests.snapshot.test_guard import Net, plain_sgd, make_engine
+from tests.support.insides import commits_of, exclusion_of, guard_of
 from tests.support.stepping import Doing, gated, until, waits_noted
 from pathlib import Path
 noting = waits_noted()
@@ -682,7 +683,7 @@ net = Net(plain_sgd)
 engine = make_engine(Path({root!r}))
 engine.guard(net.optimizer)
 gate = threading.Event()
-engine._inflight.pool.submit_copy(gate.wait)
+commits_of(engine).pool.submit_copy(gate.wait)
 engine.create("t")
 with gated(net.optimizer) as step_gate:
     step_gate.close()
@@ -691,7 +692,8 @@ with gated(net.optimizer) as step_gate:
     saving = Doing(lambda: engine.save(net.state(), "s.pt")).settle()
     assert saving.blocked
     # One thread is in its step, another waits in a save; every lock of the guard may be taken.
-    with engine._guard._exclusion._changed, engine._guard._lock, engine._lock:
+    guard = guard_of(engine)
+    with exclusion_of(guard)._changed, guard._lock, commits_of(engine).lock:
         child = os.fork()
     if child == 0:
         step_gate.open()

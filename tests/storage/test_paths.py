@@ -15,6 +15,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, UnsafePathError, retentio
 from async_ckpt.format.names import Root
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.making import begin
 
 
 @pytest.mark.wide
@@ -118,7 +119,7 @@ def test_retention_and_staging_stay_with_their_root(tmp_path: Path, go_elsewhere
     assert deleted == ["t"]
     assert (os.listdir(tmp_path / "runs"), os.listdir(tmp_path / "other/runs")) == (["u"], ["t"])
     os.chdir(tmp_path)
-    staging = transaction.begin(FileSystem(), "runs", "v")
+    staging = begin(FileSystem(), "runs", "v")
     go_elsewhere()
     transaction.abort(FileSystem(), staging)
     assert os.listdir(tmp_path / "runs") == ["u"]

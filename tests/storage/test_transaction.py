@@ -33,7 +33,7 @@ from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 
-from ..support.making import NEW, OLD, commit, content, entry, private_names, publish, stage
+from ..support.making import NEW, OLD, begin, commit, content, entry, private_names, publish, stage
 
 FS = FileSystem()
 OTHERS = dataclasses.replace(current_owner(), pid_namespace=1)
@@ -42,7 +42,7 @@ OTHERS = dataclasses.replace(current_owner(), pid_namespace=1)
 def test_commit_then_refuse_then_replace(tmp_path: Path) -> None:
     commit(tmp_path, "t", OLD)
     with pytest.raises(TagExistsError, match="overwrite='replace'"):
-        transaction.begin(FS, str(tmp_path), "t", "refuse")
+        begin(FS, tmp_path, "t", "refuse")
     assert content(tmp_path, "t") == OLD
     commit(tmp_path, "t", NEW, overwrite="replace")
     assert content(tmp_path, "t") == NEW
@@ -63,7 +63,7 @@ def test_what_is_no_checkpoint_is_never_replaced_or_removed(tmp_path: Path, kind
     else:
         (root / "t").symlink_to(precious)
     with pytest.raises(TagExistsError, match="not a checkpoint"):
-        transaction.begin(FS, str(root), "t", "replace")
+        begin(FS, root, "t", "replace")
     with pytest.raises(CheckpointNotFoundError):
         transaction.remove(FS, str(root), "t")
     assert "years of work" in {p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
@@ -368,7 +368,7 @@ def test_bad_metadata_is_refused_by_name(tmp_path: Path) -> None:
     "bad", ["", ".", "..", "a/b", "/a", "a\0b", "a\nb", ".hidden", "x" * 129, "tür", " a", "a ", "a\\b"]
 )
 def test_bad_tags(tmp_path: Path, bad: str) -> None:
-    for call in (lambda: transaction.begin(FS, str(tmp_path), bad), lambda: transaction.remove(FS, str(tmp_path), bad)):
+    for call in (lambda: begin(FS, tmp_path, bad), lambda: transaction.remove(FS, str(tmp_path), bad)):
         with pytest.raises(UnsafePathError) as caught:
             call()
         assert str(caught.value).isascii()
@@ -418,7 +418,7 @@ def test_root_may_be_a_link(tmp_path: Path) -> None:
 def test_join_checks_the_name(tmp_path: Path) -> None:
     staging = stage(FS, tmp_path, "t", OLD)
     name = os.path.basename(staging.path)
-    assert transaction.join(FS, str(tmp_path), "t", name).path == staging.path
+    assert transaction.join(FS, str(tmp_path), "t", name) == staging.path
     for bad in ("../x", name + "/..", "t", name.replace(".t.", ".u.")):
         with pytest.raises(UnsafePathError):
             transaction.join(FS, str(tmp_path), "t", bad)
@@ -524,7 +524,7 @@ KILLED_WRITER = """
 import os, sys
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
-staging = transaction.begin(FileSystem(), sys.argv[1], "t", "refuse")
+staging = transaction.begin(FileSystem(), transaction.Staging(transaction.Destination(sys.argv[1], "t"), "refuse"))
 if sys.argv[2] == "fork" and os.fork() == 0:
     sys.stdin.read()
     staging.unlock()

@@ -7,12 +7,12 @@ from typing import Any
 
 def arena_of(holder: Any) -> Any:
     """The staging memory of an engine or a stager."""
-    return holder._arena
+    return holder._pipeline.arena if hasattr(holder, "_pipeline") else holder._arena
 
 
 def commits_of(engine: Any) -> Any:
     """The commits of an engine: pool, rotation, open checkpoints."""
-    return engine._inflight
+    return engine._commits
 
 
 def pipeline_of(engine: Any) -> Any:
@@ -22,7 +22,7 @@ def pipeline_of(engine: Any) -> Any:
 
 def guard_of(engine: Any) -> Any:
     """The guard of an engine."""
-    return engine._guard
+    return engine._pipeline.guard
 
 
 def exclusion_of(guard: Any) -> Any:

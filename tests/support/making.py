@@ -22,10 +22,14 @@ def entry(path: str, data: bytes, extent_bytes: int = EXTENT_BYTES) -> FileEntry
     return FileEntry(path, len(data), extent_bytes, crcs, "opaque", "test", None)
 
 
+def begin(fs: FileSystem, root: str | Path, tag: str, overwrite: str = "refuse") -> transaction.Staging:
+    return transaction.begin(fs, transaction.Staging(transaction.Destination(str(root), tag), overwrite))
+
+
 def stage(
     fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwrite: str = "refuse"
 ) -> transaction.Staging:
-    staging = transaction.begin(fs, str(root), tag, overwrite)
+    staging = begin(fs, root, tag, overwrite)
     try:
         for path, data in files.items():
             folder = os.path.dirname(path)

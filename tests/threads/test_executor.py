@@ -86,9 +86,8 @@ def test_a_killed_thread_fails_what_is_queued():
         executor.submit(lambda: None)
 
 
-def test_an_outcome_resolves_once_and_cannot_be_cancelled():
+def test_an_outcome_resolves_once():
     outcome: Outcome[int] = Outcome()
-    assert not outcome.cancel()
     outcome.resolve(1, None)
     outcome.resolve(None, ValueError())
     assert outcome.result(0) == 1

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from async_ckpt.format.checksum import crc32
-from async_ckpt.writer.chunks import Chunk
+from async_ckpt.format.chunk import Chunk
 from async_ckpt.writer.file import FileWrite
 
 TIMEOUT_S = 20.0

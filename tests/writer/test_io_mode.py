@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.writer.io_mode import BUFFERED, SMALL_BYTES, IoMode, choose
+from async_ckpt.writer.pool import SMALL_BYTES
+
+from .fakes import TIMEOUT_S, Source, seal
 
 
 @pytest.mark.wide
-def test_small_files_go_through_the_cache_unless_told_otherwise() -> None:
-    assert choose("auto", 16, SMALL_BYTES - 1) == BUFFERED
-    assert choose("direct", 16, 1) == IoMode(True, 16)
-
-
-def test_larger_files_go_past_the_cache_with_all_writers_unless_told_otherwise() -> None:
-    assert choose("auto", 7, SMALL_BYTES) == IoMode(True, 7)
-    assert choose("buffered", 7, 1 << 40) == BUFFERED
+@pytest.mark.parametrize(
+    ("io_mode", "size_bytes", "is_direct"),
+    [
+        ("auto", SMALL_BYTES - 1, False),
+        ("auto", SMALL_BYTES, True),
+        ("direct", 4096, True),
+        ("buffered", SMALL_BYTES, False),
+    ],
+)
+def test_larger_files_go_past_the_cache_unless_told_otherwise(make_pool, fs, io_mode, size_bytes, is_direct) -> None:
+    source = Source(size_bytes, SMALL_BYTES // 8)
+    pool = make_pool(io_mode=io_mode, num_writers=4)
+    source.submit(pool.open_file("f", size_bytes=size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    assert fs.files["f"].direct == is_direct
+    # Writes through the cache hold the inode's lock.
+    assert fs.most_at_once["write"] <= (4 if is_direct else 1)

@@ -1,11 +1,12 @@
-"""What a DCP writer has running: an engine's pipeline; and the staging directory of its unfinished save."""
+"""What a DCP writer needs of an engine: staging arena, writer pool, snapshotter. Its own, or borrowed from an
+engine.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import weakref
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from ...engine.config import EngineConfig
@@ -13,7 +14,8 @@ from ...engine.pipeline import SavePipeline
 from ...errors import CheckpointError
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...writer.chunks import WrittenFile
+from ...threads.outcome import Outcome
+from ...writer.file import FileWrite
 from .blobs import BlobPlanner
 
 if TYPE_CHECKING:
@@ -29,10 +31,10 @@ class Core:
         self._pipeline = SavePipeline(config, self.filesystem, name="async-ckpt-dcp", min_chunks=2)
         self._finalizer = weakref.finalize(self, _close, self._pipeline, os.getpid(), 60.0)
 
-    def write(self, state: PlannedState, path: str, name: str) -> Future[WrittenFile]:
+    def write(self, state: PlannedState, path: str, name: str) -> Outcome[FileWrite]:
         """Copy `state` into staging memory and write it to `path`. Blocks for the copy and for free staging memory.
 
-        The future resolves when the file is synced.
+        It resolves when the file is synced.
         """
         file = self._pipeline.pool.open_file(path, size_bytes=state.plan.file_bytes, seal=state.plan.sealer())
         try:
@@ -57,7 +59,9 @@ _kept: dict[Any, Core] = {}
 
 
 def kept_core(config: EngineConfig, key: Any) -> Core:
-    """A core that lives as long as this process: the one of ``async_save`` gets a new writer for each save."""
+    """A core that lives as long as this process: the checkpointing process of ``async_save`` gets a new writer for each
+    save.
+    """
     core = _kept.get((os.getpid(), key))
     if core is None:
         core = _kept[os.getpid(), key] = Core(config)

@@ -43,7 +43,9 @@ _blobs = BlobPlanner()
 
 
 class TrainingState(Stateful):
-    """A model and its optimizers as one entry of a state dict, sharded or not; told apart by their full names."""
+    """A model and its optimizers as one entry of a state dict, sharded or not; saved and restored by their full
+    names.
+    """
 
     def __init__(
         self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
@@ -217,7 +219,9 @@ def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
 
 
 class _EngineWriter(StorageWriter):
-    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata and commits nothing."""
+    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata; the engine commits
+    later.
+    """
 
     def __init__(self, engine: AsyncCheckpointEngine, tag: str) -> None:
         super().__init__()

@@ -23,7 +23,6 @@ import pickle
 import time
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +48,8 @@ from ...format.names import check_tag, parse_private_name
 from ...plan.plan import FilePlan, version_counters
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...writer.chunks import WrittenFile
+from ...threads.outcome import Outcome
+from ...writer.file import FileWrite
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, Staged, kept_core
 from .objects import unknown_types
@@ -72,7 +72,9 @@ class RankPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a rank tells the coordinator about one item: where it lies; with the first, the file's manifest entry."""
+    """What a rank tells the coordinator about one item: where it lies, and (with the first item) the file's manifest
+    entry.
+    """
 
     info: _StorageInfo
     entry: FileEntry | None
@@ -149,7 +151,7 @@ def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: 
     return pickle.dumps(metadata)
 
 
-def file_entry(path: str, written: WrittenFile, plan_hash: str | None, rank: int | None) -> FileEntry:
+def file_entry(path: str, written: FileWrite, plan_hash: str | None, rank: int | None) -> FileEntry:
     """The manifest's line of a written file."""
     return FileEntry(
         path, written.size_bytes, written.extent_bytes, tuple(written.extent_crc32), "opaque", "dcp", plan_hash, rank
@@ -237,7 +239,8 @@ class DcpWriter(StorageWriter):
         budget.check_metadata(self._user_metadata)
         fs = self._filesystem
         transaction.make_root(fs, self._root)
-        staging = transaction.begin(fs, self._root, self._tag, self._overwrite)
+        where = transaction.Destination(self._root, self._tag)
+        staging = transaction.begin(fs, transaction.Staging(where, self._overwrite))
         self._staged.hold(fs, staging)
         name = os.path.basename(staging.path)
         return [
@@ -257,7 +260,7 @@ class DcpWriter(StorageWriter):
             return future
         written = core.write(state, os.path.join(location, place.file_name), place.file_name)
 
-        def on_written(done: Future[WrittenFile]) -> None:
+        def on_written(done: Outcome[FileWrite]) -> None:
             error = done.exception()
             if error is not None:
                 # Annotated as a result by torch, though documented as an exception.
@@ -271,7 +274,7 @@ class DcpWriter(StorageWriter):
                     )
                 )
 
-        written.add_done_callback(on_written)
+        written.when_done(on_written)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -319,7 +322,7 @@ class DcpWriter(StorageWriter):
         fs = self._filesystem
         if place.tag == self._tag:
             with contextlib.suppress(CheckpointNotFoundError):
-                return transaction.join(fs, self._root, self._tag, place.staging_name).path
+                return transaction.join(fs, self._root, self._tag, place.staging_name)
         known = parse_private_name(place.staging_name)
         found = [parsed for name in fs.listdir(self._root) if (parsed := parse_private_name(name)) is not None]
         mine = [

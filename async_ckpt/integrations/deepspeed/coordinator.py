@@ -12,9 +12,10 @@ from ...errors import ConfigError
 from ...format.checksum import crc32
 from ...format.manifest import FileEntry
 from ...host.facts import Node, node_from_env
-from ...ranks.coordinator import Coordinator, Destination, LocalCoordinator, OpenTag
+from ...ranks.coordinator import Coordinator, LocalCoordinator
 from ...ranks.rank_coordinator import RankCoordinator
 from ...storage.filesystem import FileSystem
+from ...storage.staged import Destination, Staging
 from .destination import DeepSpeedDestination
 
 # Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended.
@@ -55,19 +56,19 @@ class DeepSpeedCoordinator:
     def bind(self, filesystem: FileSystem, root: str) -> None:
         return
 
-    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+    def begin(self, destination: Destination, overwrite: str) -> Staging:
         assert isinstance(destination, DeepSpeedDestination)
         return self._of(destination.ranks).begin(destination, overwrite)
 
     def publish(
-        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        assert isinstance(opened.destination, DeepSpeedDestination)
-        self._of(opened.destination.ranks).publish(opened, files, metadata, created_unix_ns)
+        assert isinstance(staging.destination, DeepSpeedDestination)
+        self._of(staging.destination.ranks).publish(staging, files, metadata, created_unix_ns)
 
-    def abort(self, opened: OpenTag, error: BaseException) -> None:
-        assert isinstance(opened.destination, DeepSpeedDestination)
-        self._of(opened.destination.ranks).abort(opened, error)
+    def abort(self, staging: Staging, error: BaseException) -> None:
+        assert isinstance(staging.destination, DeepSpeedDestination)
+        self._of(staging.destination.ranks).abort(staging, error)
 
     def sweep(self) -> None:
         # Each save_dir is swept when it is first used.

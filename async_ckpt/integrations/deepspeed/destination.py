@@ -16,9 +16,9 @@ from typing import Any
 from ...engine.interface import StrPath, tag_of
 from ...errors import ConfigError, UnsafePathError
 from ...format.manifest import FileEntry
-from ...ranks.coordinator import Destination
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
+from ...storage.staged import Destination
 from ...storage.write_error import write_error
 from ...threads.locks import Lock
 from ..adopting import adopt, read_entries

@@ -1,4 +1,6 @@
-"""Which of DeepSpeed's optimizers a guard protects: those that change nothing before their torch optimizer's step."""
+"""Which of DeepSpeed's optimizers a guard protects: those that change nothing before the step of the torch optimizer
+below them.
+"""
 
 from __future__ import annotations
 

@@ -33,10 +33,11 @@ from ...errors import (
 from ...format.manifest import FileEntry
 from ...format.names import SINGLE_FILES_NAME, single_file_tag
 from ...format.zip_directory import UnusualLayoutError, read_directory
-from ...ranks.coordinator import Destination, LocalCoordinator, OpenTag
+from ...ranks.coordinator import LocalCoordinator
 from ...reading.catalog import Catalog
 from ...storage import transaction
 from ...storage.filesystem import FileSystem, ReadableFile
+from ...storage.staged import Destination, Staging
 from ...threads.locks import Lock
 
 DATA_NAME = "state.ckpt"
@@ -114,19 +115,19 @@ class FileCoordinator(LocalCoordinator):
                 settle(self._fs, place.folder)
             self._settled.add(place.root)
 
-    def begin(self, destination: Destination, overwrite: str) -> OpenTag:
+    def begin(self, destination: Destination, overwrite: str) -> Staging:
         assert isinstance(destination, CheckpointFile)
         self.prepare(destination)
         return super().begin(destination, overwrite)
 
     def publish(
-        self, opened: OpenTag, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
+        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        place = opened.destination
+        place = staging.destination
         assert isinstance(place, CheckpointFile)
-        marks = {CONTENT_ID: _content_id(self._fs, opened.location.result())}
+        marks = {CONTENT_ID: _content_id(self._fs, staging.path)}
         with self.lock:
-            super().publish(opened, files, {**metadata, **marks}, created_unix_ns)
+            super().publish(staging, files, {**metadata, **marks}, created_unix_ns)
             move_into_place(self._fs, place)
 
     def sweep(self) -> None:
