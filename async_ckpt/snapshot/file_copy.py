@@ -258,9 +258,6 @@ class FileCopy:
 
     # Inside: copying.
 
-    def _wants(self, source: int) -> bool:
-        return self._wanted is None or self._wanted[source]
-
     def _fill_all(self, chunks: list[StagingChunk], team: CopyTeam, first: int, *, sends_early: bool) -> None:
         """Fill all of them, on the caller's thread and its helpers; those with bytes on devices are handed over too."""
         self._payloads.prepare(self._torn.copies())
@@ -310,16 +307,20 @@ class FileCopy:
             self._payloads.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
             by_device: dict[torch.device, list[LargePiece]] = {}
             for piece in self._map.payload_pieces(k):
-                if piece.source in on_devices and self._wants(piece.source):
+                if piece.source in on_devices and (self._wanted is None or self._wanted[piece.source]):
                     by_device.setdefault(on_devices[piece.source], []).append(piece)
-            events = [
-                self._streams.queue(device, ((*self._payloads.read(p), p.target_in(chunk.tensor)) for p in pieces))
-                for device, pieces in by_device.items()
-            ]
+            events = [self._queue_copies(device, pieces, chunk) for device, pieces in by_device.items()]
             self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)
         if self._completes and first + len(chunks) == len(self._map.offsets):
             self.queued.set_result(None)
+
+    def _queue_copies(self, device: torch.device, pieces: list[LargePiece], chunk: StagingChunk) -> torch.Event:
+        copies = (
+            (*self._payloads.read(piece.source, piece.source_offset, piece.nbytes), piece.target_in(chunk.tensor))
+            for piece in pieces
+        )
+        return self._streams.queue(device, copies)
 
     def _finish_device_copies(self) -> None:
         """Wait for each chunk's copies and hand it over."""

@@ -119,10 +119,15 @@ class Payloads:
             if self._sources[piece.source] and (wanted is None or wanted[piece.source]):
                 self._copy(piece, chunk.address + piece.chunk_offset)
 
-    def read(self, piece: LargePiece) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory that a piece of a payload is in, and its bytes: a part of that, or a copy on their device that the
+    def read(self, payload: int, offset: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The memory that a payload is in, and some bytes of it: a part of that, or a copy on their device that the
         current stream makes."""
-        return self._read(piece.source, piece.source_offset, piece.nbytes)
+        storage, start = self._storages[payload], self._starts[payload]
+        memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        layout = self._strided.get(payload)
+        if layout is None:
+            return memory, memory[start + offset :][:nbytes]
+        return memory, row_major_bytes(layout.memory(storage, start), offset, nbytes)
 
     def drop(self) -> None:
         """Let go of the storages."""
@@ -141,21 +146,13 @@ class Payloads:
             )
         return list(map(add, map(torch.UntypedStorage.data_ptr, self._storages), self._starts))
 
-    def _read(self, payload: int, offset: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        storage, start = self._storages[payload], self._starts[payload]
-        memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        layout = self._strided.get(payload)
-        if layout is None:
-            return memory, memory[start + offset :][:nbytes]
-        return memory, row_major_bytes(layout.memory(storage, start), offset, nbytes)
-
     def _copy(self, piece: LargePiece, target: int) -> None:
         if piece.source not in self._strided:
             move_releasing_gil(target, self._sources[piece.source] + piece.source_offset, piece.nbytes)
             return
         for done in range(0, piece.nbytes, _BLOCK_BYTES):
             nbytes = min(_BLOCK_BYTES, piece.nbytes - done)
-            _, block = self._read(piece.source, piece.source_offset + done, nbytes)
+            _, block = self.read(piece.source, piece.source_offset + done, nbytes)
             move(target + done, block.data_ptr(), nbytes)
 
     def _fill_between(self, k: int, chunk: StagingChunk, is_urgent: bool) -> None:
