@@ -51,9 +51,12 @@ class Notes:
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         name = function.text if type(function) is Name else describe(function)
-        if not args and name == "collections.OrderedDict":
-            return OrderedDict()
-        return Inert(name, args)
+        found = self.known(name, args)
+        return Inert(name, args) if found is None else found
+
+    def known(self, name: str, args: tuple[Any, ...]) -> Any:
+        """What to put in a call's place, or None."""
+        return OrderedDict() if not args and name == "collections.OrderedDict" else None
 
     def persistent(self, value: Any) -> Any:
         return PersistentId(value)
@@ -81,15 +84,9 @@ class Notes:
 
 
 class Contents(Notes):
-    """Inert notes, but for containers and bytes that pickles spell as calls, and what `known` adds to them."""
-
-    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        name = function.text if type(function) is Name else describe(function)
-        found = self.known(name, args)
-        return Inert(name, args) if found is None else found
+    """Inert notes, but for containers and bytes that pickles spell as calls."""
 
     def known(self, name: str, args: tuple[Any, ...]) -> Any:
-        """What to put in a call's place, or None."""
         if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
             return OrderedDict()
         module, _, kind = name.partition(".")

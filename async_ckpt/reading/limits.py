@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptCheckpointError, UnsupportedStateError
-from ..format.inert import Inert, Notes, describe
+from ..format.inert import Inert, Notes, describe, printable
 from ..format.opcodes import EVERY_OPCODE
 from ..format.pickles import MalformedPickleError, Name, PickleReader
 from ..format.tensors import ITEM_BYTES, STORAGE_TYPES
@@ -51,22 +51,18 @@ class _Suspicious(Notes):
         self._record = record
         self.storage_bytes: dict[Any, int] = {}
 
-    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        made, given, depth = function, args, 0
-        while depth < _MAX_CALLERS and type(made) is Name and made.text in _CALLERS:
-            if len(given) < 3 or type(given[2]) is not tuple:
-                break
-            made, given, depth = given[0], given[2], depth + 1
-        name = made.text if type(made) is Name else describe(made)
-        is_length = name.endswith(".bytearray") and any(isinstance(arg, int) for arg in given)
-        is_length = is_length or depth == _MAX_CALLERS
-        is_size = name == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
-        if is_length or is_size or (given and _MADE_BY_LENGTH.fullmatch(name)):
-            what = f"asks {describe(Name(name))} for memory that it does not hold ({describe(given)})"
+    def known(self, name: str, args: tuple[Any, ...]) -> Any:
+        made, given, depth = name, args, 0
+        while depth < _MAX_CALLERS and made in _CALLERS and len(given) > 2 and type(given[2]) is tuple:
+            made, given, depth = describe(given[0]).strip("<>"), given[2], depth + 1
+        is_length = made.endswith(".bytearray") and any(isinstance(arg, int) for arg in given)
+        is_size = made == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
+        if is_length or is_size or depth == _MAX_CALLERS or (given and _MADE_BY_LENGTH.fullmatch(made)):
+            what = f"asks <{printable(made)}> for memory that it does not hold ({describe(given)})"
             raise CorruptCheckpointError(
                 f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record
             )
-        return super().call(function, args)
+        return super().known(name, args)
 
     def persistent(self, value: Any) -> Any:
         is_storage = isinstance(value, tuple) and len(value) >= 5 and isinstance(value[1], Name)
