@@ -62,7 +62,6 @@ _PROTOCOL_2: dict[int | str, Handler] = {
     "a": lambda r: r.extend([r.stack.pop()]),
     "e": lambda r: r.extend(r.pop_mark()),
     "c": lambda r: r.name(r.line(), r.line()),
-    "Q": lambda r: r.stack.append(r.maker.persistent(r.stack.pop())),
     0x81: PickleReader.reduce,
     "b": PickleReader.build,
 }

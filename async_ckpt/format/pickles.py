@@ -158,6 +158,8 @@ class PickleReader:
             elif opcode == 0x52:  # REDUCE
                 args = stack.pop()
                 stack[-1] = self.called(stack[-1], args)
+            elif opcode == 0x51:  # BINPERSID
+                stack[-1] = self.maker.persistent(stack[-1])
             elif opcode == 0x85:  # TUPLE1
                 stack[-1] = (stack[-1],)
             elif opcode == 0x6A:  # LONG_BINGET
@@ -222,19 +224,6 @@ class PickleReader:
                     self.charge(part.bit_length() >> 6)
                 is_flat = is_flat and type(part) in _LEAVES
         return is_flat
-
-    def _charge_call(self, function: Any, args: Any) -> None:
-        cost = len(args)
-        for arg in args:
-            if type(arg) in _SIZED:
-                cost += len(arg)
-        self._left -= cost
-        if self._left < 0:
-            self.charge(0)
-        if type(function) is Name and function.text in _HASHING_CALLS:
-            for arg in args:
-                for item in arg if isinstance(arg, (list, tuple)) else ():
-                    self.key(item)
 
     # Bytes.
 
@@ -312,7 +301,17 @@ class PickleReader:
         if type(args) is not tuple:
             raise ValueError("arguments that are no tuple")
         if args:
-            self._charge_call(function, args)
+            left = self._left - len(args)
+            for arg in args:
+                if type(arg) in _SIZED:
+                    left -= len(arg)
+            self._left = left
+            if left < 0:
+                self.charge(0)
+            if type(function) is Name and function.text in _HASHING_CALLS:
+                for arg in args:
+                    for item in arg if isinstance(arg, (list, tuple)) else ():
+                        self.key(item)
         return self.maker.call(function, args)
 
     def reduce(self) -> None:

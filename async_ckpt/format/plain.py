@@ -137,7 +137,7 @@ class _PlainObjects:
         return _refuse(f"call of {name or 'something unknown'}")
 
     def _extent(self, args: tuple[Any, ...], fixed: int) -> TensorExtent:
-        if len(args) < fixed or any(args[fixed:]) or args[5]:
+        if len(args) < fixed or args[5] or (len(args) > fixed and any(args[fixed:])):
             # Hooks, or metadata such as the conjugate bit.
             raise NotPlainError("a tensor with hooks or metadata")
         storage, offset, size, stride, requires_grad = args[:5]

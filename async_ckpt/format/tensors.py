@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from operator import mul
 from typing import Any, NamedTuple
 
 from ..errors import CorruptCheckpointError
@@ -20,6 +19,7 @@ from .zip_directory import Record
 
 MAX_TENSORS = 1_000_000
 MAX_OTHERS = 100_000
+_MAX_NUMBER = 1 << 63
 _MAX_DEPTH = 100
 _MAX_KEY_PARTS = 64
 
@@ -120,7 +120,8 @@ def storage_of(persistent_id: Any, records: Mapping[str, Record]) -> StorageRef 
     if not isinstance(persistent_id, tuple) or len(persistent_id) != 5:
         return None
     tag, kind, key, location, num_elements = persistent_id
-    dtype = STORAGE_TYPES.get(kind.text.rpartition(".")[2]) if type(kind) is Name else None
+    name = kind.text if type(kind) is Name else ""
+    dtype = STORAGE_TYPES.get(name) or STORAGE_TYPES.get(name.rpartition(".")[2])
     if tag != "storage" or dtype is None or not type(key) is type(location) is str:
         return None
     record = records.get(f"data/{key}")
@@ -140,18 +141,24 @@ def tensor_in(
     """A tensor of a storage's elements, or of `dtype`; None where these are no numbers that torch writes. Raises
     CorruptCheckpointError: it reaches outside its storage."""
     record, actual = storage.record, dtype or storage.dtype
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or actual not in ITEM_BYTES:
+    item_bytes, per_byte = ITEM_BYTES.get(actual), _ITEMS_PER_BYTE.get(actual, 1)
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or item_bytes is None:
         return None
-    numbers = (offset, *size, *stride)
-    if set(map(type, numbers)) != {int}:
+    if type(offset) is not int:
         return None
-    if min(numbers) < 0 or max(numbers) >= 1 << 63:
+    reach, is_sound = 1, 0 <= offset < _MAX_NUMBER
+    for num, step in zip(size, stride, strict=True):
+        if type(num) is not int or type(step) is not int:
+            return None
+        is_sound = is_sound and 0 <= num < _MAX_NUMBER and 0 <= step < _MAX_NUMBER
+        reach += (num - 1) * step
+    if not is_sound:
         raise CorruptCheckpointError(f"a tensor of record {record.name!a} has impossible numbers", record=record.name)
-    item_bytes, per_byte = ITEM_BYTES[actual], _ITEMS_PER_BYTE.get(actual, 1)
-    reach = 0 if 0 in size else 1 + sum(map(mul, size, stride)) - sum(stride)
-    if reach and -(-(offset + reach) // per_byte) * item_bytes > record.num_bytes:
+    if 0 in size:
+        return TensorExtent(actual, size, stride, record.offset, 0, record, offset, storage.location, requires_grad)
+    if -(-(offset + reach) // per_byte) * item_bytes > record.num_bytes:
         raise CorruptCheckpointError(f"a tensor reaches outside its record {record.name!a}", record=record.name)
-    start = record.offset + (offset // per_byte * item_bytes if reach else 0)
+    start = record.offset + offset // per_byte * item_bytes
     extent_bytes = -(-reach // per_byte) * item_bytes
     return TensorExtent(actual, size, stride, start, extent_bytes, record, offset, storage.location, requires_grad)
 

@@ -106,16 +106,25 @@ class TensorBuilder(TensorsOnDisk):
         self.scatter = Scatter()
         self._place = place
         self._devices: dict[str, torch.device] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def tensor(self, extent: TensorExtent) -> torch.Tensor:
         """A tensor on a storage that is shared with all others of the same record; filled once the scatter has run."""
+        record = extent.storage
         # An empty one begins where the next one does.
-        key = extent.storage.offset, extent.storage.num_bytes
+        key = record.offset, record.num_bytes
         untyped = self._storages.get(key)
         if untyped is None:
-            untyped = self._storages[key] = self._allocate(extent)
-        tensor: torch.Tensor = torch.empty(0, dtype=dtype_of(extent), device=untyped.device).set_(
+            device = self._devices.get(extent.location)
+            if device is None:
+                device = self._devices[extent.location] = self._place(extent.location)
+            untyped = self._storages[key] = new_storage(record.num_bytes, device)
+            self.scatter.add(record.offset, record.num_bytes, untyped, fresh=True)
+        dtype = self._dtypes.get(extent.dtype)
+        if dtype is None:
+            dtype = self._dtypes[extent.dtype] = dtype_of(extent)
+        tensor: torch.Tensor = torch.empty(0, dtype=dtype, device=untyped.device).set_(
             untyped, extent.storage_offset, extent.shape, extent.stride
         )
         if extent.is_parameter:
@@ -127,14 +136,6 @@ class TensorBuilder(TensorsOnDisk):
         if not isinstance(data, torch.Tensor):
             raise NotPlainError("a parameter around no tensor")
         return torch.nn.Parameter(data, requires_grad)
-
-    def _allocate(self, extent: TensorExtent) -> torch.UntypedStorage:
-        device = self._devices.get(extent.location)
-        if device is None:
-            device = self._devices[extent.location] = self._place(extent.location)
-        untyped = new_storage(extent.storage.num_bytes, device)
-        self.scatter.add(extent.storage.offset, extent.storage.num_bytes, untyped, fresh=True)
-        return untyped
 
 
 def dtype_of(source: TensorExtent | torch.Tensor) -> torch.dtype:

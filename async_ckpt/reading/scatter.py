@@ -85,17 +85,23 @@ class Scatter:
 
     def targets(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Address and size of the CPU memory, not fresh, that the file bytes [offset, offset + num_bytes) go to."""
-        for start, low, high, address, target in self._parts(offset, offset + num_bytes):
-            if target is None and address not in self._fresh:
+        end = offset + num_bytes
+        for start, size, address, target in self._pieces_in(offset, end):
+            low, high = max(start, offset), min(start + size, end)
+            if low < high and target is None and address not in self._fresh:
                 yield address + low - start, high - low
 
     def __call__(self, offset: int, view: memoryview) -> None:
         """Move what lies in the file bytes [offset, offset + len(view)); for a device, `view` must be writable memory
         (it is not written)."""
+        end = offset + len(view)
         source = address_of(view) - offset
         tensor = torch.frombuffer(view, dtype=torch.uint8) if self.streams else None
         try:
-            for start, low, high, address, target in self._parts(offset, offset + len(view)):
+            for start, num_bytes, address, target in self._pieces_in(offset, end):
+                low, high = max(start, offset), min(start + num_bytes, end)
+                if low >= high:
+                    continue
                 if target is None or tensor is None:
                     move(address + low - start, source + low, high - low)
                     continue
@@ -105,14 +111,8 @@ class Scatter:
             # The block is reused as soon as this returns.
             synchronize(self.streams.values())
 
-    def _parts(self, offset: int, end: int) -> Iterator[tuple[int, int, int, int, torch.Tensor | None]]:
-        """Of each piece that has some of the file bytes [offset, end): its start, which of them, and where it goes."""
-        for start, num_bytes, address, target in self._pieces[
-            bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)
-        ]:
-            low, high = max(start, offset), min(start + num_bytes, end)
-            if low < high:
-                yield start, low, high, address, target
+    def _pieces_in(self, offset: int, end: int) -> list[tuple[int, int, int, torch.Tensor | None]]:
+        return self._pieces[bisect_right(self._ends, offset) : bisect_right(self._starts, end - 1)]
 
 
 def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
