@@ -7,7 +7,6 @@ wherever it has interrupted its thread. Fields change by single operations that 
 from __future__ import annotations
 
 import _thread
-import asyncio
 import contextlib
 import os
 import threading
@@ -76,6 +75,9 @@ class Outcome(Generic[T]):
 
     async def ended(self) -> None:
         """Wait until it has resolved, however."""
+        # Where a loop runs it is imported already; what only looks at a directory starts without it.
+        import asyncio
+
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 
