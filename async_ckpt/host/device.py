@@ -198,7 +198,8 @@ def wait_on_stream(event: torch.Event) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` records a graph instead of running what it is given."""
-    return device.type != "cpu" and is_stream_capturing(torch.accelerator.current_stream(device))
+    own = torch.accelerator.current_accelerator()
+    return own is not None and device.type == own.type and is_stream_capturing(torch.accelerator.current_stream(device))
 
 
 def is_stream_capturing(stream: torch.Stream) -> bool:

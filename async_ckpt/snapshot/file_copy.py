@@ -169,7 +169,7 @@ class FileCopy:
         self._began_s = time.perf_counter()
         with self._handing_on_failures(chunks):
             # The user may have moved the bytes.
-            self._payloads.look_again()
+            self._payloads.look_again(self._wanted)
             self._payloads.prepare(self._torn.copies())
             if self._devices:
                 self._queue_device_copies(chunks)
@@ -274,8 +274,8 @@ class FileCopy:
                     self._send(first + i, chunk)
             return
 
-        def help_with(i: int) -> None:
-            # The caller may be interrupted, and give the chunks up, while a helper still writes to one.
+        def help_with(i: int, _kept: object = self._payloads.storages) -> None:
+            # The caller may be interrupted, and give up chunks and sources, while a helper still copies.
             if self._arena.begin_use(chunks[i]):
                 try:
                     self._fill_on_cpu(first + i, chunks[i], is_urgent=True)

@@ -240,7 +240,8 @@ def _excluding(step: Callable[..., Any], guard: weakref.ref[Guard]) -> Any:
 @_disable_dynamo
 def _before_any_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """Torch's hook for every optimizer."""
-    _note_capture(optimizer)
+    if _guards:
+        _note_capture(optimizer)
     for guard in list(_guards):
         guard.wait()
 

@@ -16,7 +16,7 @@ from operator import add, le
 import torch
 
 from ..errors import TornSnapshotError
-from ..host.device import accelerators
+from ..host.device import accelerators, plain_torch
 from ..host.memory import move, move_holding_gil, move_releasing_gil
 from ..plan.plan import PlannedState
 from ..plan.strided import row_major_bytes
@@ -25,8 +25,9 @@ from .chunk_map import ChunkMap, LargePiece
 
 _BATCH = 100
 """So many small pieces are copied by one loop in C before a signal is looked at: under 1 ms, with the GIL held."""
-_BLOCK_BYTES = 1 << 20
-"""So many bytes of a strided payload are put in order outside the staging memory at a time, by each thread."""
+_BLOCK_ELEMENTS = 32767
+"""So many elements of a strided payload are put in order outside the staging memory at a time, by each thread: from one
+more on torch would start threads of its own for each thread of ours."""
 
 _OUTCOME = "This checkpoint is not committed; older ones are untouched. Call wait_snapshot() before freeing tensors"
 
@@ -42,7 +43,7 @@ class Payloads:
 
     def __init__(self, state: PlannedState, chunk_map: ChunkMap) -> None:
         self.devices = accelerators(state.devices)
-        self._storages = state.storages
+        self.storages = state.storages
         self._starts = state.starts
         self._nbytes = state.plan.payload_nbytes
         self._strided = state.plan.strided
@@ -58,7 +59,7 @@ class Payloads:
         self.on_devices: dict[int, torch.device] = {}
         """By number, the payloads on devices."""
         if self.devices:
-            devices = [storage.device for storage in self._storages]
+            devices = [storage.device for storage in self.storages]
             self.on_devices = {k: device for k, device in enumerate(devices) if device.type != "cpu"}
         self._sources: list[int] = []
         """The addresses of everything that `fill` copies; 0 for what it cannot."""
@@ -75,15 +76,15 @@ class Payloads:
             return self._addresses
         return [0 if k in self.on_devices else address for k, address in enumerate(self._addresses)]
 
-    def look_again(self) -> None:
-        """Find the addresses again: the user may have moved the bytes.
+    def look_again(self, wanted: Sequence[bool] | None) -> None:
+        """Find the addresses again of what is wanted (None: of everything): the user may have moved the bytes.
 
         Raises:
             TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe
                 sees what another owner has put there.
         """
-        before, self._addresses, self._sources = self._addresses, self._look(), []
-        if any(before[k] != self._addresses[k] for k in self.on_devices):
+        before, self._addresses, self._sources = self._addresses, self._look(wanted), []
+        if any(before[k] != self._addresses[k] for k in self.on_devices if wanted is None or wanted[k]):
             raise TornSnapshotError(
                 f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}"
             )
@@ -122,8 +123,9 @@ class Payloads:
     def read(self, payload: int, offset: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The memory that a payload is in, and some bytes of it: a part of that, or a copy on their device that the
         current stream makes."""
-        storage, start = self._storages[payload], self._starts[payload]
-        memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        storage, start = self.storages[payload], self._starts[payload]
+        with plain_torch():
+            memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         layout = self._strided.get(payload)
         if layout is None:
             return memory, memory[start + offset :][:nbytes]
@@ -131,27 +133,30 @@ class Payloads:
 
     def drop(self) -> None:
         """Let go of the storages."""
-        self._storages = []
+        self.storages = []
 
-    def _look(self) -> list[int]:
-        storage_nbytes = list(map(torch.UntypedStorage.nbytes, self._storages))
+    def _look(self, wanted: Sequence[bool] | None = None) -> list[int]:
+        storage_nbytes = list(map(torch.UntypedStorage.nbytes, self.storages))
         ends = list(map(add, self._starts, self._nbytes))
         for k, layout in self._strided.items():
             ends[k] = self._starts[k] + layout.span_bytes
         if not all(map(le, ends, storage_nbytes)):
-            end, now = next((end, now) for end, now in zip(ends, storage_nbytes, strict=True) if end > now)
-            raise TornSnapshotError(
-                f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was "
-                f"taken. {_OUTCOME}"
-            )
-        return list(map(add, map(torch.UntypedStorage.data_ptr, self._storages), self._starts))
+            for k, (end, now) in enumerate(zip(ends, storage_nbytes, strict=True)):
+                if end > now and (wanted is None or wanted[k]):
+                    raise TornSnapshotError(
+                        f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was "
+                        f"taken. {_OUTCOME}"
+                    )
+        return list(map(add, map(torch.UntypedStorage.data_ptr, self.storages), self._starts))
 
     def _copy(self, piece: LargePiece, target: int) -> None:
         if piece.source not in self._strided:
             move_releasing_gil(target, self._sources[piece.source] + piece.source_offset, piece.nbytes)
             return
-        for done in range(0, piece.nbytes, _BLOCK_BYTES):
-            nbytes = min(_BLOCK_BYTES, piece.nbytes - done)
+        # An element that two blocks share is copied for both.
+        block_bytes = (_BLOCK_ELEMENTS - 1) * self._strided[piece.source].dtype.itemsize
+        for done in range(0, piece.nbytes, block_bytes):
+            nbytes = min(block_bytes, piece.nbytes - done)
             _, block = self.read(piece.source, piece.source_offset + done, nbytes)
             move(target + done, block.data_ptr(), nbytes)
 

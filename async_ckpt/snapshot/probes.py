@@ -52,7 +52,7 @@ class ProbeMap:
         """Payloads, and the row of the first probe of each."""
         for payload, (start, size) in enumerate(zip(plan.payload_offsets, nbytes, strict=True)):
             layout = strided.get(payload)
-            if size <= TINY_BYTES if layout is None else not _is_probed(layout):
+            if size <= TINY_BYTES if layout is None else not is_probed(layout):
                 continue
             # Whole words from where the payload begins, so that the last one is as aligned as the first.
             step = PROBE_BYTES if layout is None else layout.dtype.itemsize
@@ -145,7 +145,7 @@ def _read(words: _Words) -> torch.Tensor:
     return found if mask is None else (found >> before) & mask
 
 
-def _is_probed(layout: Strided) -> bool:
+def is_probed(layout: Strided) -> bool:
     # A narrow probe is the low bytes of a word.
     return not (layout.is_conj or layout.is_neg) and sys.byteorder == "little"
 

@@ -29,6 +29,7 @@ from .copy_threads import CopyTeam
 from .device import SideStreams
 from .file_copy import CopyState, FileCopy, OnCopied
 from .owned_storages import NOTHING, Owned
+from .probes import is_probed
 
 # How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds.
 _PATIENCE_S = 0.01
@@ -120,7 +121,13 @@ class Snapshotter:
         if guarded is NOTHING:
             file.copy_now(chunks, self._team)
             return file
-        is_lazy = None if guarded.covers else list(map(guarded.ids.__contains__, state.storage_ids))
+        unprobed = [k for k, layout in state.plan.strided.items() if not is_probed(layout)]
+        is_lazy: list[bool] | None = None
+        if unprobed or not guarded.covers:
+            is_lazy = list(map(guarded.ids.__contains__, state.storage_ids))
+            # What no probe can compare behind the caller is copied while nobody else has its turn.
+            for k in unprobed:
+                is_lazy[k] = False
         file.copy_unguarded(chunks, self._team, is_lazy, guarded.ids)
         done = self._pool.submit_copy(lambda: self._copy_behind(file, chunks))
         done.add_done_callback(lambda done: _give_up_unstarted(file, chunks, sink, done))

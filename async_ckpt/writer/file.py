@@ -203,12 +203,13 @@ class FileWrite:
             chunk = self._queue.popleft()
             self._is_sealing = True
             self._num_chunk_jobs += 1
-        try:
-            job = self._jobs.run(lambda: self._seal_and_write(chunk))
-        except CheckpointError as error:
-            self._chunk_ended(chunk, error)
-        else:
-            job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended.exception()))
+            # Counted before the lock is free: a file that ends meanwhile gives no chunk back that a job will touch.
+            try:
+                job = self._jobs.run(lambda: self._seal_and_write(chunk))
+            except CheckpointError as error:
+                job = Future()
+                job.set_exception(error)
+        job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended.exception()))
 
     def _seal_and_write(self, chunk: Chunk) -> None:
         file = self._opened

@@ -309,7 +309,35 @@ def test_a_tensor_with_gaps_is_copied_lazily_and_a_change_of_it_is_seen(
             assert isinstance(error, TornSnapshotError) and error.tensors == ("['w']",)
 
 
+def test_a_conjugate_view_is_copied_at_once(tmp_path: Path, held_copies: Any) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3000, dtype=torch.complex64))
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, format="safetensors") as engine:
+        engine.guard(torch.optim.SGD([weight], lr=0.1))
+        state = {"w": weight.detach().conj()}
+        assert save_and_change(engine, held_copies(engine), state, lambda: weight.detach().numpy().__iadd__(1)) is None
+        assert torch.equal(engine.load("t/s.pt")["w"], torch.zeros(3000, dtype=torch.complex64))
+
+
+def test_what_was_copied_in_a_guarded_save_may_be_resized(
+    engine: AsyncCheckpointEngine, training: Training, held_copies: Any, tmp_path: Path
+) -> None:
+    engine.guard(training.optimizer)
+    other = torch.ones(5000)
+    state = {"training": training.state(), "other": other}
+    assert save_and_change(engine, held_copies(engine), state, lambda: other.untyped_storage().resize_(0)) is None
+    assert torch.equal(torch.load(tmp_path / "t" / "s.pt")["other"], torch.ones(5000))
+
+
 # Every optimizer of the process.
+
+
+def test_an_optimizer_of_a_device_that_is_no_accelerator_steps(
+    engine: AsyncCheckpointEngine, training: Training
+) -> None:
+    engine.guard(training.optimizer)
+    parameter = torch.nn.Parameter(torch.empty(4, device="meta"))
+    parameter.grad = torch.empty(4, device="meta")
+    torch.optim.SGD([parameter], lr=0.1).step()
 
 
 @pytest.fixture
