@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from types import FrameType
 
 import pytest
 
 from async_ckpt.metrics import Span
 from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.writer.file import FileWrite
+from async_ckpt.writer.jobs import Jobs
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 
@@ -73,6 +76,34 @@ def test_writes_in_flight_are_bounded_over_all_files(make_pool, fs):
     assert fs.most_at_once["write"] == 3
     assert pool.disk.num_queued == 0
     assert [pool.disk.restart_max_queued(), pool.disk.restart_max_queued()] == [12, 0]
+
+
+def test_a_chunk_whose_turn_has_come_stays_until_its_job_has_ended(make_pool, fs):
+    """A file is given up between the choice of its next chunk and the job that seals it."""
+    gate = fs.on["write"] = Gate()
+    source, files, given_back_early = Source(4096, 4096), [], []
+
+    def give_up(frame: FrameType, event: str, _: object) -> None:
+        chooser = frame.f_back
+        if frame.f_code is not Jobs.run.__code__ or chooser is None or len(files) < 2 or given_back_early:
+            return
+        if chooser.f_code is FileWrite.begin_next.__code__ and chooser.f_locals["self"] is files[1]:
+            files[1].abort(OSError("given up"))
+            given_back_early.append(source.all_released.wait(0.2))
+
+    threading.settrace(give_up)
+    try:
+        pool = make_pool(num_writers=1)
+        files.append(Source(4096, 4096).submit(pool.open_file("a", size_bytes=4096, seal=seal)))
+        gate.wait_inside(1)
+        files.append(source.submit(pool.open_file("b", size_bytes=4096, seal=seal)))
+        pool.run(asyncio.sleep(0)).result(TIMEOUT_S)
+        gate.open()
+        assert "given up" in str(files[1].done.exception(TIMEOUT_S))
+        source.assert_released_once()
+    finally:
+        threading.settrace(None)
+    assert given_back_early == [False]
 
 
 def test_a_file_written_through_the_cache_has_one_write_in_flight(make_pool, fs):
