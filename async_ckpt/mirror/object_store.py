@@ -64,7 +64,7 @@ class ObjectStore:
             "timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))
         }
         client["connect_timeout"] = timedelta(seconds=PROBE_TIMEOUT_S / 2)
-        if (_endpoint(options) or "").startswith("http://"):
+        if (_endpoint(scheme, options) or "").startswith("http://"):
             client["allow_http"] = True  # type: ignore[assignment]
         options["client_options"] = {**client, **options.get("client_options", {})}
         patience_s = min(mirror.retry_timeout_s, PROBE_TIMEOUT_S if quick else float("inf"))
@@ -84,7 +84,7 @@ class ObjectStore:
         except Exception as error:
             raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
         speaks_s3 = scheme in ("s3", "s3a", "gs")
-        self._s3 = SignedS3(self.url, mirror.options, _endpoint(options), patience_s) if speaks_s3 else None
+        self._s3 = SignedS3(self.url, mirror.options, _endpoint(scheme, options), patience_s) if speaks_s3 else None
 
     async def put(
         self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
@@ -193,10 +193,12 @@ class ObjectStore:
         return kind(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)
 
 
-def _endpoint(options: dict[str, Any]) -> str | None:
-    """As the options or the environment name it, for S3 (`base_url`: for Google)."""
-    names = ("endpoint", "aws_endpoint_url_s3", "endpoint_url", "aws_endpoint", "base_url")
-    from_env = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+def _endpoint(scheme: str, options: dict[str, Any]) -> str | None:
+    """As the options name it, or for S3 the environment. A token of Google's goes to no endpoint of S3's."""
+    if scheme == "gs":
+        return options.get("base_url")
+    names = ("endpoint", "aws_endpoint_url_s3", "endpoint_url", "aws_endpoint")
+    from_env = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if scheme in ("s3", "s3a") else ()
     known = (*map(options.get, names), *map(os.environ.get, from_env))
     return next((found for found in known if found), None)
 

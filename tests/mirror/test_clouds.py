@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror
+from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror, MirrorError
 from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.mirror.store import ConditionFailed
 
@@ -102,6 +104,35 @@ def test_what_a_killed_process_left_half_sent_is_aborted_by_google_too(moto: Any
         assert unknown["UploadId"] and unfinished_uploads(moto, prefix) == [f"{prefix}/a/b.pt"]
         store.discard_parts("a/b.pt")
     assert unfinished_uploads(moto, prefix) == []
+
+
+def test_googles_token_goes_to_no_endpoint_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append(self.path)
+            self.send_error(403)
+
+        do_GET = do_CONNECT
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Listener) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            here = f"http://127.0.0.1:{server.server_port}"
+            monkeypatch.setenv("AWS_ENDPOINT_URL", here)
+            monkeypatch.setenv("https_proxy", here)
+            mirror = Mirror(f"gs://{BUCKET}/a", options={"bearer_token": "token"}, retry_timeout_s=0.01)
+            with pytest.raises(MirrorError):
+                RemoteFileSystem(mirror).store.discard_parts("b.pt")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert set(asked) == {"storage.googleapis.com:443"}
 
 
 def test_another_run_is_refused(mirror: Mirror, tmp_path: Path) -> None:
