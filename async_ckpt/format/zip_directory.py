@@ -131,6 +131,8 @@ def _read_end(pread: PRead, file_bytes: int) -> tuple[int, int, int]:
     magic, size, _, _, disk, first_disk, here, count, num_bytes, directory = END64.unpack_from(tail, 0)
     locator_magic, locator_disk, end64_offset, _ = LOCATOR.unpack_from(tail, END64.size)
     end = END.unpack_from(tail, END64.size + LOCATOR.size)
+    if end[0] == b"PK\5\6" and end[7] == 0 and magic != b"PK\6\6" and locator_magic != b"PK\6\7":
+        raise UnusualLayoutError("the zip archive ends without a zip64 end record, which torch.save writes")
     if (magic, size, locator_magic, end[0], end[7]) != (b"PK\6\6", END64.size - 12, b"PK\6\7", b"PK\5\6", 0):
         raise CorruptCheckpointError("file does not end in a zip64 end record: cut off, overwritten, or no torch file")
     claimed = (0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(num_bytes, UINT32_MAX), min(directory, UINT32_MAX))

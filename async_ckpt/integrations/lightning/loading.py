@@ -12,17 +12,22 @@ import contextlib
 import logging
 import os
 import zipfile
+from functools import partial
 from typing import Any
+
+import torch
 
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import FileEntry, Manifest
+from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...reading.catalog import Catalog
 from ...reading.limits import LEGACY_MAGIC
 from ...reading.load import load_opened
 from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
-from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id
+from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id, read_exactly
 
+_EXTENT_BYTES = 8 << 20
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
 
@@ -63,9 +68,45 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
         report(logging.WARNING, "%s %s, and holds no checksums: nothing could be compared", place.final, doubt)
     elif doubt:
         report(logging.WARNING, "%s %s; only its own checksums were compared", place.final, doubt)
-    size_bytes = max(1, found.size_bytes)
-    entry = FileEntry(DATA_NAME, size_bytes, size_bytes, (), "torch", "torch", None)
-    return _load(filesystem, place, entry, **options)
+    return _load_without_manifest(filesystem, place, max(1, found.size_bytes), verify, **options)
+
+
+def _load_without_manifest(
+    filesystem: FileSystem, place: CheckpointFile, size_bytes: int, verify: str, **options: Any
+) -> Any:
+    """The object in a file of `torch.save`, or in another zip archive that torch can read.
+
+    Raises:
+        CorruptCheckpointError: torch cannot read it.
+    """
+    # An extent is what is kept in memory beside the tensors.
+    entry = FileEntry(DATA_NAME, size_bytes, min(size_bytes, _EXTENT_BYTES), (), "torch", "torch", None)
+    try:
+        return _load(filesystem, place, entry, **options)
+    except CorruptCheckpointError:
+        if not _has_another_layout(filesystem, place):
+            raise
+    if verify == "full":
+        report(logging.WARNING, "%s is not laid out as torch.save does it: torch.load reads it unverified", place.final)
+    try:
+        return torch.load(place.final, **options)
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        said = str(error).partition("\n")[0][:200]
+        raise CorruptCheckpointError(f"{place.final} is no readable torch file: {said}", path=place.final) from error
+
+
+def _has_another_layout(filesystem: FileSystem, place: CheckpointFile) -> bool:
+    """Whether it is a zip archive that is not damaged, but that something else than torch has put together."""
+    with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
+        try:
+            read_directory(partial(read_exactly, file), file.size_bytes)
+        except UnusualLayoutError:
+            return True
+        except CorruptCheckpointError:
+            return False
+    return False
 
 
 def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:

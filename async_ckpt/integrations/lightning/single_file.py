@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...errors import (
@@ -144,16 +145,18 @@ def _content_id(fs: FileSystem, staging: str) -> str | None:
         raise CommitError(message, step="read", errno=error.errno, path=staging) from error
 
 
+def read_exactly(file: ReadableFile, offset: int, num_bytes: int) -> bytes:
+    """These bytes of the file, which has them."""
+    memory = bytearray(num_bytes)
+    file.pread_into(memoryview(memory), offset)
+    return bytes(memory)
+
+
 def read_content_id(file: ReadableFile) -> str | None:
     """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
     reads.
     """
-
-    def pread(offset: int, num_bytes: int) -> bytes:
-        memory = bytearray(num_bytes)
-        file.pread_into(memoryview(memory), offset)
-        return bytes(memory)
-
+    pread = partial(read_exactly, file)
     try:
         record = read_directory(pread, file.size_bytes).get(_ID_RECORD)
     except (CorruptCheckpointError, UnusualLayoutError):

@@ -408,6 +408,45 @@ def test_a_file_without_checksums_is_read_with_a_warning(tmp_path: Path, caplog:
     assert "holds no checksums" in caplog.text
 
 
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_a_stock_file_is_in_memory_once_while_it_is_read(tmp_path: Path, verify: str) -> None:
+    num_bytes = 128 << 20
+    torch.save({"w": torch.ones(num_bytes // 4)}, tmp_path / "a.ckpt")
+    script = f"""
+import re, sys
+from async_ckpt.integrations.lightning import AsyncCkptIO
+from async_ckpt.integrations.lightning.loading import load_file
+from async_ckpt.integrations.lightning.single_file import CheckpointFile
+from async_ckpt.storage.filesystem import FileSystem
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+before = peak()
+state = load_file(FileSystem(), CheckpointFile(sys.argv[1]), verify={verify!r}, map_location=None, weights_only=True)
+assert float(state["w"][-1]) == 1
+print(peak() - before)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "a.ckpt")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert num_bytes // 2 < int(ended.stdout) < num_bytes * 3 // 2
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, caplog: Any, verify: str) -> None:
+    state = {**STATE, "object": Path("any")}
+    torch.save(state, tmp_path / "stock")
+    with zipfile.ZipFile(tmp_path / "stock") as stock, zipfile.ZipFile(tmp_path / "a.ckpt", "w") as rewritten:
+        for record in stock.infolist():
+            rewritten.writestr(record.filename, stock.read(record))
+    found = plugin(verify=verify).load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert same(found, state)
+    assert ("torch.load reads it unverified" in caplog.text) == (verify == "full")
+    flip(tmp_path / "a.ckpt", 100_000)
+    if verify == "full":
+        with pytest.raises(CorruptCheckpointError, match="damaged in record"):
+            plugin().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 def test_a_folder_that_rsync_copied_is_verified(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
