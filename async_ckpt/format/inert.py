@@ -16,6 +16,7 @@ from .pickles import MalformedPickleError, Name, PickleReader, key_value
 _MAX_TEXT = 80
 _FREE_STEPS = 1 << 18
 _STEPS_PER_BYTE = 4
+_LARGE_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Fingerprint:
 
     def __init__(self, num_bytes: int) -> None:
         self._left = _FREE_STEPS + _STEPS_PER_BYTE * num_bytes
+        self._large: dict[int, tuple[Any, bytes]] = {}
+        """By identity, large leaves and their checksums: each is looked through once, however often it is met."""
 
     def __call__(self, *values: Any) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -130,20 +133,35 @@ class Fingerprint:
                     text = f"{text} of {len(parts)}"
             elif isinstance(value, PersistentId):
                 text, parts = "persistent id", [value.value]
-            elif isinstance(value, int):
-                raw = f"{value:x}".encode()
+            elif isinstance(value, (int, str, bytes)):
+                raw = self._bytes_of(value)
+                text = text if isinstance(value, int) else f"{text} of {len(value)}"
             elif isinstance(value, (Name, float, NoneType)):
                 text = repr(value)
-            elif isinstance(value, (str, bytes)):
-                raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-                text = f"{text} of {len(raw)}"
-            self._left -= 1 + len(parts) + (len(raw) >> 8)
-            if self._left < 0:
-                raise MalformedPickleError("what it refers to again and again is larger than all it holds")
+            self._charge(1 + len(parts))
             digest.update(raw)
             digest.update(f";{text};".encode("utf-8", "surrogatepass"))
             todo += parts
         return digest.hexdigest()
+
+    def _bytes_of(self, value: int | str | bytes) -> bytes:
+        """The bytes of a leaf; of a large one, their checksum."""
+        if id(value) in self._large:
+            return self._large[id(value)][1]
+        if isinstance(value, int):
+            raw = f"{value:x}".encode()
+        else:
+            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+        if len(raw) > _LARGE_BYTES:
+            self._charge(len(raw) // _LARGE_BYTES)
+            raw = hashlib.blake2b(raw, digest_size=16).digest()
+            self._large[id(value)] = value, raw
+        return raw
+
+    def _charge(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise MalformedPickleError("what it refers to again and again is larger than all it holds")
 
 
 def _parts_of(value: Any) -> list[Any]:

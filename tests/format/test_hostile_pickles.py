@@ -11,12 +11,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from async_ckpt import CheckpointError, load
 from async_ckpt.format.inert import describe, read_inert
 from async_ckpt.format.pickles import MalformedPickleError, OpaqueKey
+from async_ckpt.format.tensors import OtherInfo, leaves
 from tests.reading.committed import commit
 
 from .pickle_fuzz import NAMES, check, fuzz
@@ -191,6 +193,19 @@ def test_references_that_torch_itself_writes_cost_nothing() -> None:
     torch.save(state, buffer)
     found = read_inert(zipfile.ZipFile(buffer).read("archive/data.pkl"))
     assert len(found["sizes"]) == 5000 and list(found["keys"][7]) == [pair, 1 << 70, "text", None]
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    ["x" * 200_000, b"\xff" * 200_000, numpy.arange(25_000.0), 1 << 100_000],
+    ids=["str", "bytes", "array", "int"],
+)
+def test_a_large_leaf_may_be_shared_often(leaf: object) -> None:
+    buffer = io.BytesIO()
+    torch.save({"layers": [{"cfg": leaf, "i": i} for i in range(3000)]}, buffer)
+    found = list(leaves(zipfile.ZipFile(buffer).read("archive/data.pkl"), {}))
+    exact = {info.exact for info in found if isinstance(info, OtherInfo) and info.path[-1] == "cfg"}
+    assert len(found) >= 6000 and len(exact) == 1
 
 
 def test_keys_that_are_not_hashed_are_equal_to_nothing() -> None:
