@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointNotFoundError
+from ..format.metadata import with_not_finite
 from ..format.names import is_url
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
@@ -44,8 +45,8 @@ def command(root: str, as_json: bool) -> int:
     Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
 
     JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, num_files, problem, copied_from,
-    owner, owner_state, mirrored: [url]} and, for what is not committed, name; state is committed, damaged, staging,
-    trash or aside.
+    owner, owner_state, mirrored: [url]} and, for what is not committed, name; where metadata holds NaN or infinities,
+    which are null there, not_finite says what they are; state is committed, damaged, staging, trash or aside.
     """
     catalog = catalog_of(root)
     now_s = time.time()
@@ -98,7 +99,9 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mir
     report = catalog.verify(entry.tag, level="size")
     if not report.ok:
         problem = str(report.problems[0])
+    not_finite = {"not_finite": dict(manifest.not_finite)} if manifest.not_finite else {}
     return _item(
+        **not_finite,
         tag=entry.tag,
         state="committed" if problem is None else "damaged",
         problem=problem,
@@ -158,7 +161,8 @@ def _row(item: dict[str, Any]) -> tuple[str, ...]:
     def shown(name: str, show: Callable[[Any], str]) -> str:
         return "" if item[name] is None else show(item[name])
 
-    metadata = {key: value for key, value in (item["metadata"] or {}).items() if key != "step"}
+    metadata = with_not_finite(item["metadata"] or {}, item.get("not_finite", {}))
+    metadata = {key: value for key, value in metadata.items() if key != "step"}
     return (
         item["tag"],
         shown("step", str),

@@ -62,6 +62,15 @@ def _plain(value: Any, where: str, depth: int, not_finite: dict[str, str] | None
     )
 
 
+def with_not_finite(value: JSON, not_finite: Mapping[str, str], where: str = "metadata") -> JSON:
+    """`value` with the numbers that JSON cannot hold in place of the nulls that stand for them."""
+    if isinstance(value, Mapping):
+        return {key: with_not_finite(item, not_finite, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_not_finite(item, not_finite, f"{where}[{index}]") for index, item in enumerate(value)]
+    return float(not_finite[where]) if not_finite.get(where) in ("nan", "inf", "-inf") else value
+
+
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An `object_pairs_hook` for JSON of unknown origin: no key occurs twice."""
     found = dict(pairs)

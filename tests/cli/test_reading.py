@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
+import torch
 
+from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.host.process import current_owner
 
@@ -72,6 +75,21 @@ def test_list_tells_staging_of_live_and_dead_owners_and_damage(cli, root):
     assert "staging, live owner" in table
     assert "staging, dead owner" in table
     assert listing(root) == before
+
+
+def test_list_shows_numbers_that_json_cannot_hold(cli, tmp_path):
+    with AsyncCheckpointEngine(tmp_path / "root", staging_bytes=1 << 20) as engine:
+        engine.create("a")
+        engine.save({"w": torch.ones(2)}, "model.pt")
+        engine.commit("a", metadata={"loss": float("nan"), "eval": {"best": [1.5, -math.inf]}, "none": None}).result(60)
+        engine.create("b")
+        engine.save({"w": torch.ones(2)}, "model.pt")
+        engine.commit("b", metadata={"loss": 0.5}).result(60)
+    first, second = json.loads(cli("list", tmp_path / "root", "--json").out)
+    assert first["metadata"] == {"loss": None, "eval": {"best": [1.5, None]}, "none": None}
+    assert first["not_finite"] == {"metadata['loss']": "nan", "metadata['eval']['best'][1]": "-inf"}
+    assert "not_finite" not in second
+    assert 'loss=nan eval={"best": [1.5, -Infinity]} none=null' in cli("list", tmp_path / "root").out
 
 
 def test_list_of_an_empty_root(cli, tmp_path):
