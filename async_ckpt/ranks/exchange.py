@@ -1,10 +1,12 @@
 """Questions to all ranks at once: each says something, rank 0 makes one answer of it, and all get that answer.
 
-Keys, below the run's prefix; n counts the rounds of one exchange: "<name>/n/r": what rank r says. "<name>/n": the
-answer, until the next round.
+Keys, below the run's prefix; q counts the questions of one exchange, n the rounds of one question: "<name>/q/n/r":
+what rank r says. "<name>/q/n": the answer, until the next round.
 
 Guarantees:
-- All ranks get the same answer, or all raise.
+- Ranks that get an answer get the same one. Some may raise where others get it: those that gave up waiting, and those
+  that lost the store.
+- A rank that gave up in the middle of a question is in step with the others again at the next one.
 - Constant number of requests per rank; rank 0 has two more per rank. Every wait is bounded by twice `timeout_s`.
 """
 
@@ -21,13 +23,19 @@ from .rank_talk import RankTalk
 
 
 class Exchange:
-    """Rounds that all ranks call in the same order. One thread at a time; blocks for the slowest rank."""
+    """Questions that all ranks ask in the same order, in one round or several. One thread at a time; blocks for the
+    slowest rank."""
 
     def __init__(self, talk: RankTalk, name: str, timeout_s: float) -> None:
         self._talk = talk
         self._name = name
         self._timeout_s = timeout_s
-        self._num_rounds = 0
+        self._num_questions = self._num_rounds = 0
+        self._answered = ""
+
+    def begin(self) -> None:
+        """The next rounds are of a new question."""
+        self._num_questions, self._num_rounds = self._num_questions + 1, 0
 
     def round(self, mine: Any, answer_of: Callable[[list[Any]], Any]) -> Any:
         """Say `mine`; what rank 0's `answer_of` makes of all that was said, by rank. Both are JSON values.
@@ -42,7 +50,7 @@ class Exchange:
         return said["answer"]
 
     def _round(self, mine: Any, answer_of: Callable[[list[Any]], Any]) -> Step:
-        info, key = self._talk.info, f"{self._name}/{self._num_rounds}"
+        info, key = self._talk.info, f"{self._name}/{self._num_questions}/{self._num_rounds}"
         if info.rank != 0:
             yield Put(f"{key}/{info.rank}", json.dumps(mine))
             # A round lasts as long as the slowest rank, which rank 0 gives `timeout_s`.
@@ -51,10 +59,12 @@ class Exchange:
         try:
             told = {"answer": answer_of([mine, *(yield from self._hear_others(key))])}
             # All ranks are here, so all know the answer before.
-            yield Drop(f"{self._name}/{self._num_rounds - 1}")
+            if self._answered:
+                yield Drop(self._answered)
         except RankFailedError as error:
             told = {"error": error.message, "rank": error.rank}
         yield Put(key, json.dumps(told))
+        self._answered = key
         return told
 
     def _hear_others(self, key: str) -> Step:

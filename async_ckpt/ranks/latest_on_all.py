@@ -39,6 +39,7 @@ def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: 
             return str(error)
         return "" if report.ok else str(report.problems[0])
 
+    exchange.begin()
     committed = exchange.round(leaders(partial(_committed, catalog)), _on_all_nodes)
     for tag in committed:
         if not exchange.round(leaders(partial(problem_with, tag)), lambda said: any(_found(said))):

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, RankFailedError
+from async_ckpt.ranks.exchange import Exchange
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
 from tests.ranks.jobs import Job
 from tests.ranks.test_processes import make_job, run
@@ -110,3 +111,24 @@ def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as ranks:
         assert all("node 1 could not read" in message for message in ranks.map(work, range(2)))
     assert Catalog(tmp_path / "0").tags() == []
+
+
+def test_a_rank_that_gave_up_in_the_middle_is_in_step_at_the_next_question(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> list[int]:
+        coordinator = RankCoordinator(store, rank, 2, timeout_s=30.0, linger_s=1.0)
+        with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, coordinator=coordinator):
+            exchange = Exchange(coordinator.talk, "question", 2.0)
+            exchange.begin()
+            exchange.round(rank, list)
+            if rank == 0:
+                # Rank 1 has given up; it asks the next question.
+                with pytest.raises(RankFailedError, match="rank 1 has not answered"):
+                    exchange.round(rank, list)
+            exchange.begin()
+            exchange.round(rank, list)
+            return list(exchange.round(rank + 10, list))
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(work, range(2))) == [[10, 11]] * 2
