@@ -94,6 +94,7 @@ class Planner:
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
         refuse_cut_off(obj, recorded.tensors)
+        refuse_ragged(obj, recorded)
         entry = _cached_plan(draft, recorded)
         if entry is None:
             planned = _as_recorded(obj, recorded)
@@ -178,6 +179,18 @@ def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
             raise UnsupportedStateError(
                 f"state{storage_path(obj, storage)} needs {needed} bytes, and its storage was resized to "
                 f"{storage.nbytes()}; nothing was written"
+            )
+
+
+def refuse_ragged(obj: Any, recorded: Recorded) -> None:
+    """Raise for storages that are no whole number of elements: torch writes them, and nothing can load the file."""
+    for storage, (_, kind, *_) in zip(recorded.storages, recorded.persistent_ids, strict=True):
+        dtype = getattr(kind, "_dtype", torch.uint8)
+        if storage.nbytes() % dtype.itemsize:
+            raise UnsupportedStateError(
+                f"state{storage_path(obj, storage)} is {dtype} in a storage of {storage.nbytes()} bytes, no whole "
+                "number of elements, which torch.load refuses: clone it, or save with compact_views=True; nothing was "
+                "written"
             )
 
 

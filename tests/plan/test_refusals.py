@@ -71,6 +71,19 @@ def test_a_tensor_that_reaches_past_its_storage_is_refused(nbytes_left, was_plan
         planner.plan(state)
 
 
+@pytest.mark.parametrize("was_planned_before", [False, True])
+def test_a_storage_that_is_no_whole_number_of_elements_is_refused(was_planned_before):
+    """torch writes it, and refuses to read it."""
+    planner, buffer = Planner(), torch.zeros(12, dtype=torch.uint8)
+    state = {"kept": torch.ones(3), "v": buffer[:8].view(torch.float32)}
+    if was_planned_before:
+        planner.plan(state)
+    buffer.untyped_storage().resize_(10)
+    with pytest.raises(UnsupportedStateError, match=r"state\['v'\] is torch.float32 in a storage of 10 bytes"):
+        planner.plan(state)
+    assert Planner(compact_views=True).plan(state).plan.payload_nbytes == [12, 8]
+
+
 def test_too_deep_nesting_is_refused():
     state: list = []
     for _ in range(100_000):
