@@ -129,10 +129,15 @@ def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor, w
     """`widths` bytes (None: eight) each at `starts` + `offsets`; nothing is read beyond `starts` + `ends`. A start may
     be 0: nowhere."""
     addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
-    mask = None if widths is None else torch.where(widths == PROBE_BYTES, -1, (1 << 8 * widths) - 1)
-    # An aligned word lies in one page, whatever of it belongs to the payload.
     before = addresses & (PROBE_BYTES - 1)
-    if bool((before + (PROBE_BYTES if widths is None else widths) <= PROBE_BYTES).all()):
+    mask = None
+    # An aligned word lies in one page, whatever of it belongs to the payload.
+    if widths is None:
+        is_whole = not bool(before.any())
+    else:
+        is_whole = bool((before + widths <= PROBE_BYTES).all())
+        mask = torch.where(widths == PROBE_BYTES, -1, (1 << 8 * widths) - 1)
+    if is_whole:
         return (addresses - _BASE) >> 3, torch.int64, 8 * before, mask
     places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
     return (addresses[:, None] + places - _BASE).flatten(), torch.uint8, torch.zeros_like(before), mask
