@@ -121,7 +121,11 @@ class Snapshotter:
         if guarded is NOTHING:
             file.copy_now(chunks, self._team)
             return file
-        unprobed = [k for k, layout in state.plan.strided.items() if not is_probed(layout)]
+        unprobed = [
+            k
+            for k, layout in state.plan.strided.items()
+            if not is_probed(layout) and state.storages[k].device.type == "cpu"
+        ]
         is_lazy: list[bool] | None = None
         if unprobed or not guarded.covers:
             is_lazy = list(map(guarded.ids.__contains__, state.storage_ids))
