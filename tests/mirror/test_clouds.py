@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -126,10 +127,13 @@ def test_googles_token_goes_to_no_endpoint_of_s3(monkeypatch: pytest.MonkeyPatch
             here = f"http://127.0.0.1:{server.server_port}"
             monkeypatch.setenv("AWS_ENDPOINT_URL", here)
             monkeypatch.setenv("https_proxy", here)
+            # The opener that earlier tests have left knows of no proxy.
+            urllib.request.install_opener(None)
             mirror = Mirror(f"gs://{BUCKET}/a", options={"bearer_token": "token"}, retry_timeout_s=0.01)
             with pytest.raises(MirrorError):
                 RemoteFileSystem(mirror).store.discard_parts("b.pt")
         finally:
+            urllib.request.install_opener(None)
             server.shutdown()
             thread.join()
     assert set(asked) == {"storage.googleapis.com:443"}
