@@ -169,6 +169,7 @@ def test_what_a_killed_bench_left_is_removed(cli, tmp_path, command):
     assert sorted(tmp_path.iterdir()) == others
 
 
+@pytest.mark.wide
 def test_a_measurement_that_runs_is_left_alone(tmp_path):
     from async_ckpt.cli.measuring import DiskMeasurement, remove_dead_measurements
 

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -162,4 +163,4 @@ Checkpoints.TestCase.settings = settings(
     derandomize=True,
     database=None,
 )
-TestCheckpoints = Checkpoints.TestCase
+TestCheckpoints = pytest.mark.wide(Checkpoints.TestCase)

@@ -195,6 +195,7 @@ def test_references_that_torch_itself_writes_cost_nothing() -> None:
     assert len(found["sizes"]) == 5000 and list(found["keys"][7]) == [pair, 1 << 70, "text", None]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "leaf",
     ["x" * 200_000, b"\xff" * 200_000, numpy.arange(25_000.0), 1 << 100_000],

@@ -135,6 +135,7 @@ def test_hostile_manifests_are_refused_fast(name: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.wide
 def test_deep_paths_take_no_time_and_no_memory(tmp_path: Path) -> None:
     """Neither in a manifest, nor where what lies beside its files is looked for."""
     files = [FileEntry(f"{k}/" + "a/" * 60 + "b", 0, 1, (), "opaque", "", None) for k in range(5000)]

@@ -93,6 +93,7 @@ def test_of_two_runs_on_one_prefix_the_second_is_refused(moto: Any, tmp_path: Pa
     assert remote_content(mirror, "step-1") == big(7) and garbage(moto, prefix) == []
 
 
+@pytest.mark.wide
 def test_a_restart_goes_on_with_what_is_not_mirrored(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     for step in range(3):

@@ -281,6 +281,7 @@ def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path
     assert Catalog(tmp_path).tags() == []
 
 
+@pytest.mark.wide
 def test_a_slow_connection_is_not_a_store_that_does_not_answer() -> None:
     connected = threading.Event()
 

@@ -113,6 +113,7 @@ def test_a_root_that_cannot_be_read_is_an_error_on_all(tmp_path: Path) -> None:
     assert Catalog(tmp_path / "0").tags() == []
 
 
+@pytest.mark.wide
 def test_a_rank_that_gave_up_in_the_middle_is_in_step_at_the_next_question(tmp_path: Path) -> None:
     store = dist.HashStore()
 

@@ -528,6 +528,7 @@ def test_zero_redundancy_optimizer(engine: AsyncCheckpointEngine, tmp_path: Path
     assert torch.load(tmp_path / "t" / "s.pt")["w"].unique().tolist() == [-1]
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_compiled_step(engine: AsyncCheckpointEngine, net: Net, held_copies: Any, tmp_path: Path) -> None:
     engine.guard(net.optimizer)
@@ -718,6 +719,7 @@ print("parent unharmed")
 """
 
 
+@pytest.mark.wide
 def test_a_forked_child_steps_and_waits_for_nothing(tmp_path: Path) -> None:
     script = FORKING.format(package=str(ROOT), root=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
