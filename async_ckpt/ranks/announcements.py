@@ -101,9 +101,7 @@ def _refuse_waiting(info: RankInfo, known: Announcements, cause: str) -> Step:
 
 
 def _next_open(tag: str, known: Announcements) -> Step:
-    """The oldest announced attempt of `tag` that has not ended, or None; and how the newest that has ended failed, or
-    None.
-    """
+    """The oldest announced attempt of `tag` that has not ended; and how the newest that has ended failed. Or None."""
     failure = None
     while (found := known.take(tag)) is not None:
         attempt, announcement = found

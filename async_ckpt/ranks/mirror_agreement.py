@@ -12,27 +12,20 @@ its own:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 from ..errors import MirrorError, RankFailedError
-from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, RankInfo, Step, one
+from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, Step, one
+from .rank_talk import RankTalk
 
 
 class MirrorAgreement:
-    """A `mirror.context.Agreement`. Any thread; blocks.
+    """A `mirror.context.Agreement`. Any thread; blocks."""
 
-    Args:
-        ask: runs a step and gives its result.
-        later: runs a step whose end is waited for when the coordinator is closed.
-    """
-
-    def __init__(self, info: RankInfo, ask: Callable[[Step], Any], later: Callable[[Step], object]) -> None:
+    def __init__(self, talk: RankTalk) -> None:
+        self._info = info = talk.info
         self.rank: int | None = info.rank
         self.leads = info.leads
-        self._info = info
-        self._ask = ask
-        self._later = later
+        self._talk = talk
         self._reported: set[str] = set()
         self._last_results: dict[str, str] = {}
         self._tries = itertools.count()
@@ -47,12 +40,12 @@ class MirrorAgreement:
         """
         key = f"mirror/{self._info.node}/{name}"
         if name not in self._reported:
-            self._ask(self._report(key))
+            self._talk.ask(self._report(key))
             self._reported.add(name)
         if self.leads:
-            self._ask(self._gather(key))
+            self._talk.ask(self._gather(key))
             return
-        result = self._ask(self._learn(key, self._last_results.get(name)))
+        result = self._talk.ask(self._learn(key, self._last_results.get(name)))
         self._last_results[name] = result
         error = result.partition(":")[2]
         if error:
@@ -62,10 +55,10 @@ class MirrorAgreement:
     def concluded(self, name: str, error: str) -> None:
         """The leader tells the others that the manifest is there, or why it is not."""
         key = f"mirror/{self._info.node}/{name}"
-        self._ask(one(Put(f"{key}/result", f"{next(self._tries)}:{error}")))
+        self._talk.ask(one(Put(f"{key}/result", f"{next(self._tries)}:{error}")))
         if not error:
             self._forget(name)
-            self._later(self._tidy(key))
+            self._talk.later(self._tidy(key))
 
     def _forget(self, name: str) -> None:
         self._reported.discard(name)

@@ -278,16 +278,12 @@ def settle(info: RankInfo, attempt: int) -> Step:
 
 
 def await_quit(info: RankInfo, attempt: int) -> Step:
-    """A leader, after a failure: wait until no other rank writes into a staging directory; False when some did not
-    answer.
-    """
+    """A leader, after a failure: wait until no other rank writes to its staging; False when some did not answer."""
     return (yield AwaitCount(f"{attempt}/seen", info.world_size - info.num_nodes, info.timeout_s))
 
 
 def retire(info: RankInfo, attempt: int, wait_s: float | None = None) -> Step:
-    """Rank 0: drop the attempt's keys once the others have seen the result, or after `wait_s` (by default
-    `timeout_s`).
-    """
+    """Rank 0: drop the attempt's keys once all have seen the result, or after `wait_s` (None: `timeout_s`)."""
     all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s if wait_s is None else wait_s)
     names = ["open", "count", "gate", "decision", "result", "seen"]
     if info.num_nodes > 1:

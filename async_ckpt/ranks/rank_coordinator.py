@@ -196,7 +196,7 @@ class RankCoordinator:
 
     def mirror_agreement(self) -> MirrorAgreement:
         """How uploads of this job's checkpoints agree; after `bind`."""
-        return MirrorAgreement(self.info, self.talk.ask, self.talk.later)
+        return MirrorAgreement(self.talk)
 
     def close(self) -> None:
         if self._talking is not None:

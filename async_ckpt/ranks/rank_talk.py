@@ -1,6 +1,4 @@
-"""How a coordinator talks with the other ranks: steps on its link, their outcomes as errors, what goes on behind a
-commit.
-"""
+"""How a coordinator talks with the other ranks: steps on its link, and their outcomes as errors."""
 
 from __future__ import annotations
 

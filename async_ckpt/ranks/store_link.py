@@ -49,9 +49,7 @@ class LinkLostError(Exception):
 
 
 def private_connection(store: Any) -> Any:
-    """A connection of our own to the same store, where the store can be cloned: one shared with a process group may be
-    busy waiting.
-    """
+    """A connection of our own, where the store can be cloned: one shared with a process group may be busy waiting."""
     clone = getattr(store, "clone", None)
     if clone is None:
         return store
@@ -166,9 +164,7 @@ class _Task:
 
 
 class StoreLink:
-    """Runs protocol steps, many at a time, on one thread. Between two waits a step is never interrupted by
-    another one.
-    """
+    """Runs protocol steps, many at a time, on one thread; they take turns at their waits only."""
 
     def __init__(
         self, connect: Callable[[], Store], prefix: str, *, world_size: int, patience_s: float = _REQUEST_TIMEOUT_S
@@ -186,9 +182,7 @@ class StoreLink:
         """The request that the store has not answered yet: how long it may take, in seconds."""
 
     def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
-        """Run `step` to its end on the link's thread, once `after`, another step's future, is done. Any thread; never
-        blocks.
-        """
+        """Run `step` on the link's thread, once `after`, another step's future, is done. Any thread; never blocks."""
         task = _Task(step, after, self._pace)
         with self._changed:
             if self._closing is not None:
@@ -203,9 +197,7 @@ class StoreLink:
         return task.done
 
     def close(self, timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
-        """Stop the thread; unfinished steps end with `LinkLostError`. Waits at most `timeout_s` for the request that is
-        under way.
-        """
+        """Stop the threads, after at most `timeout_s` for a request; unfinished steps end with `LinkLostError`."""
         with self._changed:
             if self._closing is None:
                 self._closing = LinkLostError("the coordinator was closed")

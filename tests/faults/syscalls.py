@@ -28,6 +28,7 @@ import torch
 
 import async_ckpt
 from async_ckpt import CheckpointError, KeepLast
+from async_ckpt.host.process import lower_priority
 
 from .oracle import check_recovery
 from .report import Row, Sample, command, sample_of, sampled
@@ -50,7 +51,7 @@ FAULTS = {
     "newfstatat": ("EIO", "EACCES"),
     "statfs": ("EIO",),
     "getdents64": ("EIO",),
-    "pread64,preadv,read": ("EIO",),
+    "pread64,preadv,preadv2,read": ("EIO",),
     "sendto": ("EIO",),
     "recvfrom": ("EIO",),
     "epoll_wait": ("EINTR", "EIO"),
@@ -139,6 +140,7 @@ def job(root: Path, fault: str, log: str) -> None:
                 else:
                     note(f"{tag} {version}")
             if "when=" not in fault:
+                lower_priority()
                 target = {"w": torch.zeros(NUM_FLOATS)}
                 engine.load_into(target, "last/model.pt", strict=False)
                 assert version_of(engine.load("last/model.pt") | target, "model.pt") == 13

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .syscalls import FAULTS, OPTIONAL, refuse, sweep, why_not
@@ -32,10 +34,12 @@ def test_killed_at_a_real_call(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", OPTIONAL)
-def test_a_sandbox_that_refuses_an_optional_call_for_good(call: str) -> None:
+def test_a_sandbox_that_refuses_an_optional_call_for_good(tmp_path: Path, call: str) -> None:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with Folder() as folder:
+    with Folder(on_disk=str(tmp_path)) as folder:
         row = refuse(folder, call)
         assert row.survived == row.injected == 3
+        # Which calls look at a file, and which files are reserved, is up to the C library and the file system.
+        assert row.operations >= 3 or call in ("statfs", "statx", "fallocate")

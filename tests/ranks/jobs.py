@@ -135,6 +135,17 @@ def state_of(rank: int, tag: str, numel: int) -> dict[str, Any]:
     return {"rank": rank, "tag": tag, "x": torch.arange(numel) * 7 + rank * 1000 + sum(tag.encode())}
 
 
+def start_together(job: Job, num_ranks: int) -> dist.FileStore:
+    """Wait for the others: timeouts of a few seconds are for checkpoints, and not for how far apart processes start."""
+    gate = dist.FileStore(f"{job.results}/gate", -1)
+    if gate.add("ready", 1) == num_ranks:
+        gate.set("all ready", "yes")
+    with contextlib.suppress(RuntimeError):
+        # One of them may have been killed already.
+        gate.wait(["all ready"], timedelta(seconds=20))
+    return gate
+
+
 def run_rank(job: Job, rank: int, plan: Plan) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
@@ -142,13 +153,7 @@ def run_rank(job: Job, rank: int, plan: Plan) -> None:
     with open(f"{job.results}/rank{rank}.jsonl", "a", buffering=1) as out:
         deadly = next((Deadly(tag, act) for tag, act in plan if act.startswith("death")), None)
         with job.engine(rank, poison, deadly) as engine:
-            # Timeouts of a few seconds are for the checkpoints, and not for how far apart processes start.
-            gate = dist.FileStore(f"{job.results}/gate", -1)
-            if gate.add("ready", 1) == job.world_size:
-                gate.set("all ready", "yes")
-            with contextlib.suppress(RuntimeError):
-                # One of them may have been killed already.
-                gate.wait(["all ready"], timedelta(seconds=20))
+            gate = start_together(job, job.world_size)
             for tag, act in plan:
                 if act == "skip":
                     continue

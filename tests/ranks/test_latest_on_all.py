@@ -15,7 +15,7 @@ import torch.distributed as dist
 from async_ckpt import AsyncCheckpointEngine, Catalog, RankFailedError
 from async_ckpt.ranks.exchange import Exchange
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
-from tests.ranks.jobs import Job
+from tests.ranks.jobs import Job, start_together
 from tests.ranks.test_processes import make_job, run
 from tests.support.processes import context
 
@@ -27,10 +27,11 @@ def store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def ask(job: Job, rank: int, verify: str) -> None:
+def ask(job: Job, rank: int, verify: str, num_ranks: int) -> None:
     coordinator = job.coordinator(rank)
     root = f"{job.root}/node{rank // job.node_size}" if job.node_size else job.root
     with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
+        start_together(job, num_ranks)
         answers = []
         for _ in range(2):
             try:
@@ -41,9 +42,10 @@ def ask(job: Job, rank: int, verify: str) -> None:
 
 
 def answers_of(job: Job, verify: str = "full", without: int = -1) -> list[Any]:
-    os.makedirs(job.results, exist_ok=True)
+    shutil.rmtree(job.results, ignore_errors=True)
+    os.makedirs(job.results)
     ranks = [rank for rank in range(job.world_size) if rank != without]
-    processes = [context.Process(target=ask, args=(job, rank, verify)) for rank in ranks]
+    processes = [context.Process(target=ask, args=(job, rank, verify, len(ranks))) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:

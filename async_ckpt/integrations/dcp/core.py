@@ -1,6 +1,4 @@
-"""What a DCP writer needs of an engine: staging arena, writer pool, snapshotter. Its own, or borrowed from an
-engine.
-"""
+"""What a DCP writer has running: an engine's pipeline; and the staging directory of its unfinished save."""
 
 from __future__ import annotations
 
@@ -59,9 +57,7 @@ _kept: dict[Any, Core] = {}
 
 
 def kept_core(config: EngineConfig, key: Any) -> Core:
-    """A core that lives as long as this process: the checkpointing process of ``async_save`` gets a new writer for each
-    save.
-    """
+    """A core that lives as long as this process: the one of ``async_save`` gets a new writer for each save."""
     core = _kept.get((os.getpid(), key))
     if core is None:
         core = _kept[os.getpid(), key] = Core(config)

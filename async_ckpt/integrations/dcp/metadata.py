@@ -139,9 +139,7 @@ class _Builder:
 
 
 def _filled(kind: Any, state: Any) -> Any:
-    """An object of a dataclass with these fields, whose types are checked; fields of other torch versions are
-    dropped.
-    """
+    """An object of a dataclass with these fields, types checked; fields of other torch versions are dropped."""
     made = object.__new__(kind)
     given = state if isinstance(state, dict) else {}
     for field in dataclasses.fields(kind):
@@ -154,7 +152,7 @@ def _filled(kind: Any, state: Any) -> Any:
         else:
             raise ValueError(f"{kind.__name__} has no {field.name}")
         object.__setattr__(made, field.name, value)
-    if not _CHECKS.get(kind, lambda checked: True)(made):
+    if not _is_well_typed(made):
         raise ValueError(f"{kind.__name__} has a field of a wrong type")
     return made
 
@@ -167,64 +165,38 @@ def _size(args: tuple[Any, ...]) -> torch.Size:
 
 
 def _properties(state: Any) -> TensorProperties:
-    made = object.__new__(TensorProperties)
-    good = (
-        isinstance(state, tuple)
-        and len(state) == 5
-        and isinstance(state[0], torch.dtype)
-        and isinstance(state[1], torch.layout)
-    )
-    if (
-        not good
-        or not isinstance(state[2], bool)
-        or not isinstance(state[3], _MEM_FORMAT_ENCODING)
-        or not isinstance(state[4], bool)
-    ):
-        raise ValueError("TensorProperties has a field of a wrong type")
-    made.__setstate__(state)
-    return made
+    match state:
+        case tuple((torch.dtype(), torch.layout(), bool(), _MEM_FORMAT_ENCODING(), bool())):
+            made = object.__new__(TensorProperties)
+            made.__setstate__(state)
+            return made
+    raise ValueError("TensorProperties has a field of a wrong type")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_chunk(chunk: Any) -> bool:
-    sizes = (chunk.offsets, chunk.sizes)
-    return all(isinstance(size, torch.Size) for size in sizes) and len(chunk.offsets) == len(chunk.sizes)
-
-
-def _is_tensor(known: Any) -> bool:
-    return (
-        isinstance(known.properties, TensorProperties)
-        and isinstance(known.size, torch.Size)
-        and isinstance(known.chunks, list)
-    )
-
-
-def _is_index(index: Any) -> bool:
-    good = isinstance(index.fqn, str) and (index.offset is None or isinstance(index.offset, torch.Size))
-    return good and (index.index is None or _is_count(index.index))
-
-
-def _is_metadata(metadata: Any) -> bool:
-    described, stored = metadata.state_dict_metadata, metadata.storage_data
-    if not isinstance(described, dict) or not isinstance(stored, dict):
-        return False
-    kinds = (TensorStorageMetadata, BytesStorageMetadata)
-    good = all(isinstance(name, str) and isinstance(known, kinds) for name, known in described.items())
-    good = good and all(
-        isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo) for index, info in stored.items()
-    )
-    return good and (metadata.storage_meta is None or isinstance(metadata.storage_meta, StorageMeta))
-
-
-_CHECKS: dict[Any, Any] = {
-    ChunkStorageMetadata: _is_chunk,
-    TensorStorageMetadata: _is_tensor,
-    MetadataIndex: _is_index,
-    Metadata: _is_metadata,
-    _StorageInfo: lambda info: (
-        isinstance(info.relative_path, str) and _is_count(info.offset) and _is_count(info.length)
-    ),
-}
+def _is_well_typed(made: Any) -> bool:
+    match made:
+        case ChunkStorageMetadata(offsets=torch.Size() as offsets, sizes=torch.Size() as sizes):
+            return len(offsets) == len(sizes)
+        case MetadataIndex(fqn=str(), offset=torch.Size() | None, index=index):
+            return index is None or _is_count(index)
+        case _StorageInfo(relative_path=str(), offset=offset, length=length):
+            return _is_count(offset) and _is_count(length)
+        case Metadata(
+            state_dict_metadata=dict() as described, storage_data=dict() as stored, storage_meta=StorageMeta() | None
+        ):
+            kinds = (TensorStorageMetadata, BytesStorageMetadata)
+            good = all(isinstance(name, str) and isinstance(known, kinds) for name, known in described.items())
+            return good and all(
+                isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo) for index, info in stored.items()
+            )
+        case (
+            TensorStorageMetadata(properties=TensorProperties(), size=torch.Size(), chunks=list())
+            | BytesStorageMetadata()
+            | StorageMeta()
+        ):
+            return True
+    return False

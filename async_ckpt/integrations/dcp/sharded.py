@@ -43,9 +43,7 @@ _blobs = BlobPlanner()
 
 
 class TrainingState(Stateful):
-    """A model and its optimizers as one entry of a state dict, sharded or not; saved and restored by their full
-    names.
-    """
+    """A model and its optimizers as one entry of a state dict, sharded or not; told apart by their full names."""
 
     def __init__(
         self, model: torch.nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
@@ -219,9 +217,7 @@ def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
 
 
 class _EngineWriter(StorageWriter):
-    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata; the engine commits
-    later.
-    """
+    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata and commits nothing."""
 
     def __init__(self, engine: AsyncCheckpointEngine, tag: str) -> None:
         super().__init__()

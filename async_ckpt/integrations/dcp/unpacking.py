@@ -34,9 +34,7 @@ _AHEAD_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's, and only a
-    guess.
-    """
+    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's guess."""
 
     offset: int
     length: int
@@ -115,9 +113,7 @@ class Unpacker:
         return self._templates[key]
 
     def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
-        """Whatever is not laid out as this package would: other tools' blobs, sparse and quantised tensors,
-        subclasses.
-        """
+        """What is not laid out as this package would: other tools' blobs, sparse, quantised, subclasses."""
         if self._weights_only:
             reason = why_not_plain(blob, part.name)
             if reason is not None:

@@ -72,9 +72,7 @@ class RankPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a rank tells the coordinator about one item: where it lies, and (with the first item) the file's manifest
-    entry.
-    """
+    """What a rank tells the coordinator about one item: where it lies; with the first, the file's manifest entry."""
 
     info: _StorageInfo
     entry: FileEntry | None

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from typing import Any
 
 from ...engine.interface import StrPath
 from ...errors import ConfigError
+from ..frameworks import require
 from . import waiting
 from .engine import AsyncDeepSpeedEngine
 from .guarding import guardable_optimizers
 
 _INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
 _NEEDED = (
-    "create",
-    "save",
-    "makedirs",
-    "load",
-    "commit",
-    "is_decoupled",
-    "get_commit_info",
-    "cleanup",
-    "preserves_storage_sharing",
+    *("create", "save", "makedirs", "load", "commit", "cleanup"),
+    *("is_decoupled", "get_commit_info", "preserves_storage_sharing"),
 )
 
 
@@ -88,21 +81,14 @@ def attach(
 
 
 def _require_deepspeed() -> Any:
-    hint = "install it with: pip install 'async-ckpt[deepspeed]'"
-    try:
-        module = importlib.import_module(_INTERFACE)
-    except ImportError as error:
-        raise ImportError(
-            f"the DeepSpeed integration needs deepspeed, which cannot be imported ({error}); {hint}"
-        ) from error
+    module = require("deepspeed", _INTERFACE)
     interface = getattr(module, "CheckpointEngine", None)
     missing = [name for name in _NEEDED if not hasattr(interface, name)]
     if missing or not hasattr(module, "CheckpointCommitInfo"):
-        version = getattr(importlib.import_module("deepspeed"), "__version__", "unknown")
-        lacking = ", ".join(missing) or "CheckpointCommitInfo"
         raise ImportError(
-            f"deepspeed {version} is too old for the DeepSpeed integration: its checkpoint engines lack "
-            f"{lacking}; {hint}"
+            f"deepspeed {require('deepspeed', 'deepspeed').__version__} is too old for the DeepSpeed integration: its "
+            f"checkpoint engines lack {', '.join(missing) or 'CheckpointCommitInfo'}; install a newer one with: "
+            "pip install 'async-ckpt[deepspeed]'"
         )
     return interface
 
@@ -156,9 +142,7 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
 
 
 def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
-    """DeepSpeed looks at the files itself before it asks the engine to load them; another engine may have saved
-    them.
-    """
+    """DeepSpeed looks at the files before it asks the engine to load them; another engine may have saved them."""
     ds_engine.checkpoint_engine.drain()
     waiting.wait()
     return call()
@@ -186,9 +170,7 @@ def _wrap(ds_engine: Any, name: str, around: Around) -> None:
 
 
 def _copy_scripts_once(ds_engine: Any) -> None:
-    """DeepSpeed copies its recovery scripts into the save_dir at every save: truncating them there waits for a busy
-    disk.
-    """
+    """DeepSpeed copies its recovery scripts at every save: truncating the old ones waits for a busy disk."""
     original = getattr(ds_engine, "_copy_recovery_script", None)
     if original is None or getattr(original, "_is_async_ckpt", False):
         return

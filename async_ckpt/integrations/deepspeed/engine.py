@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ...engine.config import EngineConfig
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.interface import CheckpointEngine, StrPath, tag_of
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, ConfigError, PathExistsError, TransactionStateError, report
+from ...errors import CheckpointError, PathExistsError, TransactionStateError, report
 from ...format.names import MANIFEST_NAME
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
+from ..frameworks import checked_config
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import DeepSpeedDestination, SaveDirs
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
+
+_DECIDED = {
+    "root": "it is DeepSpeed's save_dir",
+    "overwrite": "as in DeepSpeed, a tag that is saved again is replaced",
+    "coordinator": "it follows from the process group",
+    "format": "it is DeepSpeed's",
+}
 
 
 class AsyncDeepSpeedEngine(CheckpointEngine):
@@ -73,7 +79,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self.save_dir = None if save_dir is None else os.path.abspath(os.fspath(save_dir))
         self._filesystem: FileSystem = config.get("filesystem") or FileSystem()
         self._config = {"compact_views": True, **config, "filesystem": self._filesystem}
-        self._checked = _check(self._config)
+        self._checked = checked_config(self._config, _DECIDED)
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
         self._coordinator = there = DeepSpeedCoordinator(self._filesystem, rank_timeout_s, node_local=node_local)
@@ -114,10 +120,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if inside is None:
             self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
             return
-        with self._deferring():
-            engine = self._opened()
-            if inside:
-                engine.makedirs(inside, exist_ok=exist_ok)
+        self._defer(lambda: self._opened().makedirs(inside, exist_ok=exist_ok) if inside else self._opened())
 
     def save(self, state_dict: Any, path: StrPath) -> None:
         """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
@@ -130,8 +133,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not inside:
             write_beside(self._filesystem, os.fspath(path), state_dict)
             return
-        with self._deferring():
-            self._opened().save(state_dict, inside)
+        self._defer(lambda: self._opened().save(state_dict, inside))
 
     def load(self, path: StrPath, map_location: Any = None) -> Any:
         """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.
@@ -192,9 +194,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             (self._inner or self._coordinator).close()
 
     def preserves_storage_sharing(self) -> bool:
-        """False with `compact_views`: files hold the bytes that tensors cover, so DeepSpeed need not clone them
-        first.
-        """
+        """False with `compact_views`: files hold what tensors cover, so DeepSpeed need not clone them first."""
         return not self._config["compact_views"]
 
     # What DeepSpeed's interface lacks; `attach` calls these.
@@ -206,9 +206,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._inner.guard(*optimizers)
 
     def seal(self) -> bool:
-        """The open checkpoint's saves are complete: commit it in the background. Returns at once; False if none is
-        open.
-        """
+        """The open checkpoint's saves are complete: commit it behind training. False at once if none is open."""
         failed = self._failed
         if failed is not None:
             self._give_up(failed, is_raised=False)
@@ -270,17 +268,17 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._is_open = True
         return engine
 
-    @contextlib.contextmanager
-    def _deferring(self) -> Iterator[None]:
+    def _defer(self, work: Callable[[], object]) -> None:
         """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the
-        others.
+        others; nothing is tried after it.
         """
-        try:
-            yield
-        except CheckpointError as error:
-            if self._coordinator.world_size == 1:
-                raise
-            self._failed = self._failed or error
+        if self._failed is None:
+            try:
+                work()
+            except CheckpointError as error:
+                if self._coordinator.world_size == 1:
+                    raise
+                self._failed = error
 
     def _give_up(self, error: BaseException, *, is_raised: bool) -> None:
         destination, self._destination = self._destination, None
@@ -299,12 +297,3 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not exist_ok and self._filesystem.stat(path).kind != "missing":
             raise PathExistsError(f"directory {path!r} exists already")
         self._filesystem.makedirs(path)
-
-
-def _check(config: dict[str, Any]) -> EngineConfig:
-    for name in ("root", "overwrite", "coordinator", "format"):
-        if name in config:
-            raise ConfigError(
-                f"{name} is set by the DeepSpeed integration itself; leave it out (the root is DeepSpeed's save_dir)"
-            )
-    return EngineConfig.from_params(".", **config)

@@ -1,6 +1,4 @@
-"""Which of DeepSpeed's optimizers a guard protects: those that change nothing before the step of the torch optimizer
-below them.
-"""
+"""Which of DeepSpeed's optimizers a guard protects: those that change nothing before their torch optimizer's step."""
 
 from __future__ import annotations
 

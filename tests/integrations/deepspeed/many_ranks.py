@@ -251,10 +251,15 @@ def ranks_folder_that_cannot_be_replaced(directory: Path) -> None:
         steps_until_answered(engine, answers)
     agree(len(answers))
     assert isinstance(caught.value, RankFailedError) == (RANK == 1)
+    distributed.barrier()
+    if RANK == 0:
+        (directory / "t" / "link").unlink()
+    distributed.barrier()
+    # The same tag again: no rank takes the failure that is past for that of this save.
     expected = saved_state(engine)
-    engine.save_checkpoint(str(directory), tag="next")
+    engine.save_checkpoint(str(directory), tag="t")
     engine.destroy()
-    assert (directory / "latest").read_text() == "next" and (directory / "t").is_dir()
+    assert (directory / "latest").read_text() == "t" and Catalog(directory).verify("t").ok
     assert differences(expected, state_of(load_stock(directory, 2, "fp32")[0])) == []
 
 
