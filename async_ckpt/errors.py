@@ -15,6 +15,7 @@ import errno as _errno
 import logging
 import os
 import warnings
+from collections.abc import Callable, Sequence
 
 _logger = logging.getLogger("async_ckpt")
 
@@ -50,6 +51,12 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def some_of(names: Sequence[str], most: int = 5, *, show: Callable[[str], str] = str) -> str:
+    """The first `most` of `names`, with commas, and how many more there are; "" where there are none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(show, names[:most])) + more
 
 
 class CheckpointError(Exception):

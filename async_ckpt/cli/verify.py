@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import Any, Literal
 
-from ..errors import CheckpointNotFoundError, escaped
+from ..errors import CheckpointNotFoundError, escaped, some_of
 from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
@@ -118,9 +118,7 @@ def _print(results: list[dict[str, Any]]) -> None:
     print_table(columns, rows, right=("files", "size", "time", "rate"), styles=styles)
     for result in results:
         if result["extra"]:
-            more = f" and {len(result['extra']) - 5} more" if len(result["extra"]) > 5 else ""
-            names = ", ".join(result["extra"][:5])
-            print(escaped(f"{result['tag']} also holds, from somebody else: {names}{more}"))
+            print(escaped(f"{result['tag']} also holds, from somebody else: {some_of(result['extra'])}"))
     problems = [
         (result["tag"], p["path"], p["record"] or "", p["message"]) for result in results for p in result["problems"]
     ]

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..errors import some_of
 from .inert import Inert, Notes, describe, printable, read_inert
 from .opcodes import EVERY_OPCODE
 from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
 from .zip import lay_out
 
-_MAX_SHOWN = 5
 _MAX_NAMES = 20
 _MAX_PATH = 400
 """Longer key paths are not followed: with each level, they would have to be copied."""
@@ -83,8 +83,8 @@ def _of_dict(path: str, value: dict[Any, Any]) -> list[tuple[str, Any]]:
 
 def listing(found: Mapping[str, Sequence[str]]) -> str:
     """`found` in one line, for messages."""
-    lines = []
-    for name, paths in sorted(found.items())[:_MAX_NAMES]:
-        more = f" and {len(paths) - _MAX_SHOWN} more" if len(paths) > _MAX_SHOWN else ""
-        lines.append(f"{printable(name)} at {', '.join(f'state{path}' for path in paths[:_MAX_SHOWN])}{more}")
+    lines = [
+        f"{printable(name)} at {some_of(paths, show='state{}'.format)}"
+        for name, paths in sorted(found.items())[:_MAX_NAMES]
+    ]
     return "; ".join(lines) + (f"; and {len(found) - _MAX_NAMES} more types" if len(found) > _MAX_NAMES else "")

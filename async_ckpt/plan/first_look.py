@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import some_of
 from ..format.named import file_naming, listing, places_named
 from ..format.pickles import MalformedPickleError
 from .key_paths import path_of, walk
@@ -30,9 +31,8 @@ def told_of_buffers(state: Any, file_name: str) -> str | None:
             found.append(f"state{path_of(place)} ({kind.__name__} of {num_bytes >> 20} MiB)")
     if not found:
         return None
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     return (
-        f"{file_name or 'the state'}: {', '.join(found[:5])}{more}: what is no tensor is encoded in memory, outside "
+        f"{file_name or 'the state'}: {some_of(found)}: what is no tensor is encoded in memory, outside "
         "staging_bytes: an array at once to twice its size, bytes at up to six times theirs and with the GIL held. "
         "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed"
     )

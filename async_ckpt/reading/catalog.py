@@ -28,6 +28,7 @@ from ..errors import (
     CorruptCheckpointError,
     UnsafePathError,
     report,
+    some_of,
 )
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import (
@@ -303,10 +304,8 @@ class Catalog:
     def _not_found(self, tag: str) -> CheckpointNotFoundError:
         check_tag(tag)
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
-        shown = ", ".join(repr(name) for name in there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
-        return CheckpointNotFoundError(
-            f"there is no checkpoint {tag!r} in {self.root!r}; there is {shown or 'nothing'}"
-        )
+        shown = some_of(there, show=repr) or "nothing"
+        return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self.root!r}; there is {shown}")
 
 
 def _is_tag(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ..errors import CheckpointError, CorruptCheckpointError
+from ..errors import CheckpointError, CorruptCheckpointError, some_of
 from ..format.checksum import crc32
 from ..format.zip_directory import Record, UnusualLayoutError, read_directory
 from .errors import ExtentMismatch
@@ -49,11 +49,7 @@ def damaged_records(file: VerifiedFile, extent: int) -> str | None:
     except (CheckpointError, UnusualLayoutError):
         # The directory is damaged too (or there is none): the byte range has to do.
         return None
-    names = broken or touching
-    return (
-        ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "")
-        or None
-    )
+    return some_of(broken or touching, _MAX_NAMED) or None
 
 
 def _crc(file: VerifiedFile, record: Record) -> int:

@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..errors import StateMismatchError, UnsupportedStateError, escaped
+from ..errors import StateMismatchError, UnsupportedStateError, escaped, some_of
 
 MAX_DEPTH = 2000
 """Key paths of deeper structures would take far more memory than the structures themselves."""
 _FREE_CHARACTERS = 64 << 20
 _CHARACTERS_PER_BYTE = 16
 _KEY = re.compile(r"""\[((?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\]'"]+))\]""", re.S)
-_SHOWN = 5
 F = TypeVar("F")
 W = TypeVar("W")
 
@@ -129,10 +128,8 @@ def select_leaves(
     names = {dotted(path): leaf for path, leaf in found.items() if dotted(path).startswith(prefix)}
     if not names:
         there = sorted({dotted(path).partition(".")[0] for path in found})
-        shown = ", ".join(there[:_SHOWN]) + (f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else "")
-        raise StateMismatchError(
-            f"{file} has no tensor whose name begins with {prefix!r}; it has {escaped(shown) or 'none'}", (prefix,)
-        )
+        shown = escaped(some_of(there)) or "none"
+        raise StateMismatchError(f"{file} has no tensor whose name begins with {prefix!r}; it has {shown}", (prefix,))
     whole = {path: leaf for path, leaf in wanted.items() if dotted(path).startswith(prefix)}
     given = whole or dict(wanted)
     name_of = {path: dotted(path) if whole else prefix + dotted(path) for path in given}

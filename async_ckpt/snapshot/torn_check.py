@@ -8,7 +8,7 @@ from itertools import chain
 
 import torch
 
-from ..errors import TornSnapshotError
+from ..errors import TornSnapshotError, some_of
 from ..plan.plan import PlannedState, version_counters
 from ..threads.locks import Lock
 from .probes import PROBE_BYTES, ProbeMap
@@ -75,7 +75,7 @@ class TornCheck:
         if not torn:
             return
         names = tuple(paths[i] for i in torn)
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        shown = some_of(names, 10)
         raise TornSnapshotError(
             f"{len(names)} tensor(s) changed while their snapshot was being taken: {shown}. This checkpoint is not "
             "committed; older ones are untouched. Call wait_snapshot() before changing tensors, or guard the "
