@@ -10,23 +10,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import CheckpointNotFoundError, escaped
-from ..format.checksum import crc32
 from ..format.manifest import FileEntry
 from ..format.tensors import MAX_OTHERS, OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
+from ..reading.damage import range_crc
 from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, EXIT_OK, UsageError
 from .locating import Located, place_of
 from .output import add_json, print_json, print_table
-
-_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,8 @@ def _compare(first: CommittedCheckpoint, second: CommittedCheckpoint, older: Loc
     if older.file is not None and newer.file is not None:
         pairs = [(first.entry(older.file), second.entry(newer.file))]
     else:
-        for kind, here, there in (("removed", left, right), ("added", right, left)):
-            for path in here:
-                if path not in there:
-                    found.note(kind, path, None, format_bytes(here[path].size_bytes))
+        for kind, path, entry in _unpaired(left, right):
+            found.note(kind, path, None, format_bytes(entry.size_bytes))
     for one, other in pairs:
         with _opened(first, one) as x, _opened(second, other) as y:
             _compare_files(x, y, found)
@@ -114,14 +110,12 @@ def _opened(checkpoint: CommittedCheckpoint, entry: FileEntry) -> Iterator[_Side
 def _compare_files(x: _Side, y: _Side, found: _Found) -> None:
     file, size_bytes = y.entry.path, y.entry.size_bytes
     if x.header is None or y.header is None:
-        if x.entry.size_bytes != size_bytes or _range_crc(x, 0, size_bytes) != _range_crc(y, 0, size_bytes):
+        if x.entry.size_bytes != size_bytes or range_crc(x.file, 0, size_bytes) != range_crc(y.file, 0, size_bytes):
             found.note("changed", file, None, "contents")
         return
     left, right = _by_name(x.header.tensors, y.header.tensors)
-    for kind, here, there in (("removed", left, right), ("added", right, left)):
-        for path in here:
-            if path not in there:
-                found.note(kind, file, path, _describe(here[path]))
+    for kind, path, tensor in _unpaired(left, right):
+        found.note(kind, file, path, _describe(tensor))
     for path in left:
         if path in right:
             detail = _difference(x, left[path], y, right[path])
@@ -136,6 +130,17 @@ def _compare_files(x: _Side, y: _Side, found: _Found) -> None:
     found.others += [f"{file}: {name}" for name in {**one, **other} if one.get(name) != other.get(name)]
     if x.header.rest != y.header.rest:
         found.others.append(f"{file}: some of the values behind the first {MAX_OTHERS}")
+
+
+_T = TypeVar("_T")
+
+
+def _unpaired(left: Mapping[str, _T], right: Mapping[str, _T]) -> Iterator[tuple[str, str, _T]]:
+    """What only one side has: "removed" or "added", its name, and it."""
+    for kind, here, there in (("removed", left, right), ("added", right, left)):
+        for name in here:
+            if name not in there:
+                yield kind, name, here[name]
 
 
 _Leaf = TypeVar("_Leaf", TensorExtent, OtherInfo)
@@ -176,7 +181,9 @@ def _difference(x: _Side, a: TensorExtent, y: _Side, b: TensorExtent) -> str | N
         return "values"
     if not a.record and _same_extents(x.entry, a, y.entry, b):
         return None
-    return "values" if _range_crc(x, a.offset, a.extent_bytes) != _range_crc(y, b.offset, b.extent_bytes) else None
+    if range_crc(x.file, a.offset, a.extent_bytes) == range_crc(y.file, b.offset, b.extent_bytes):
+        return None
+    return "values"
 
 
 def _same_extents(x: FileEntry, a: TensorExtent, y: FileEntry, b: TensorExtent) -> bool:
@@ -186,13 +193,6 @@ def _same_extents(x: FileEntry, a: TensorExtent, y: FileEntry, b: TensorExtent) 
     first, last = a.offset // x.extent_bytes, (a.offset + a.extent_bytes - 1) // x.extent_bytes
     same_length = x.size_bytes == y.size_bytes or last < min(len(x.extent_crc32), len(y.extent_crc32)) - 1
     return same_length and x.extent_crc32[first : last + 1] == y.extent_crc32[first : last + 1]
-
-
-def _range_crc(side: _Side, offset: int, num_bytes: int) -> int:
-    value = 0
-    for done in range(0, num_bytes, _BLOCK_BYTES):
-        value = crc32(side.file.unverified(offset + done, min(_BLOCK_BYTES, num_bytes - done)), value)
-    return value
 
 
 def _describe(tensor: TensorExtent) -> str:

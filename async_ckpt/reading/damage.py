@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..errors import CheckpointError, CorruptCheckpointError, some_of
 from ..format.checksum import crc32
-from ..format.zip_directory import Record, UnusualLayoutError, read_directory
+from ..format.zip_directory import UnusualLayoutError, read_directory
 from .errors import ExtentMismatch
 from .verified_file import BLOCK_BYTES, VerifiedFile
 
@@ -45,15 +45,20 @@ def damaged_records(file: VerifiedFile, extent: int) -> str | None:
         touching = [
             name for name, record in records.items() if record.offset < end and record.offset + record.num_bytes > first
         ]
-        broken = [name for name in touching[:_MAX_SUMMED] if _crc(file, records[name]) != records[name].crc32]
+        broken = []
+        for name in touching[:_MAX_SUMMED]:
+            record = records[name]
+            if range_crc(file, record.offset, record.num_bytes) != record.crc32:
+                broken.append(name)
     except (CheckpointError, UnusualLayoutError):
         # The directory is damaged too (or there is none): the byte range has to do.
         return None
     return some_of(broken or touching, _MAX_NAMED) or None
 
 
-def _crc(file: VerifiedFile, record: Record) -> int:
+def range_crc(file: VerifiedFile, offset: int, num_bytes: int) -> int:
+    """CRC-32 of `num_bytes` bytes as they are on disk, compared with nothing. Blocks for them."""
     crc = 0
-    for offset in range(record.offset, record.offset + record.num_bytes, BLOCK_BYTES):
-        crc = crc32(file.unverified(offset, min(BLOCK_BYTES, record.offset + record.num_bytes - offset)), crc)
+    for done in range(0, num_bytes, BLOCK_BYTES):
+        crc = crc32(file.unverified(offset + done, min(BLOCK_BYTES, num_bytes - done)), crc)
     return crc
