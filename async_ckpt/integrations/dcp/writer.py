@@ -230,10 +230,10 @@ class DcpWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         budget = ManifestBudget()
+        # All ranks have the coordinator's chunks, or the manifest is a little smaller or larger.
+        chunk_bytes = self._config.resolved_chunk_bytes()
         for rank, plan in enumerate(plans):
-            # All ranks have the coordinator's chunks, or the manifest is a little smaller or larger.
-            name = RankPlace(self._tag, "", rank).file_name
-            budget.add_file(name, _tensor_bytes(plan), self._config.resolved_chunk_bytes())
+            budget.add_file(RankPlace(self._tag, "", rank).file_name, _tensor_bytes(plan), chunk_bytes)
         budget.check_metadata(self._user_metadata)
         fs = self._filesystem
         transaction.make_root(fs, self._root)
