@@ -22,6 +22,7 @@ from ...format.sealer import Sealer
 from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state
 from ...plan.planner import Planner
 from ...plan.strided import Strided
+from ...plan.structure import TENSOR_TYPES
 
 _MAX_TEMPLATES = 4096
 
@@ -41,7 +42,7 @@ class JoinedPlan(FilePlan):
 
 
 class JoinedSealer:
-    """Seals the extents of a joined file: each blob's part by that blob's own sealer. Used like `layout.Sealer`."""
+    """Seals the extents of a joined file: each blob's part by its own sealer. Used like `format.sealer.Sealer`."""
 
     def __init__(self, parts: tuple[tuple[int, FilePlan], ...]) -> None:
         self._parts = parts
@@ -74,11 +75,7 @@ class BlobPlanner:
 
     def tensor(self, tensor: torch.Tensor) -> tuple[FilePlan, torch.Tensor | None]:
         """The blob of `tensor` and the tensor to copy from, row by row (None: the plan holds all bytes)."""
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        ):
+        if not is_plain(tensor):
             buffer = io.BytesIO()
             torch.save(tensor.detach().cpu(), buffer)
             return raw_plan(buffer.getvalue()), None
@@ -89,12 +86,17 @@ class BlobPlanner:
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             # Never touched: only its description is pickled.
-            alike = _flip_bits(torch.empty(source.shape, dtype=source.dtype, device="cpu"), source)
+            alike = flip_bits(torch.empty(source.shape, dtype=source.dtype, device="cpu"), source)
             plan = self._templates[key] = self._planner.plan(alike).plan
         return plan, source if source.numel() else None
 
 
-def _flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether storage, offset, size, stride and bits say all about it; not so of sparse, quantised, subclasses."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and type(tensor) in TENSOR_TYPES
+
+
+def flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A view of the same bytes, its conjugate and negative bit flipped where `like` has them set."""
     if like.is_conj():
         tensor = tensor.conj()

@@ -10,7 +10,6 @@ Guarantees:
 from __future__ import annotations
 
 import dataclasses
-import gc
 import pathlib
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from ...errors import CorruptCheckpointError
 from ...format.inert import Inert, read_inert
 from ...format.pickles import MalformedPickleError, Name, key_value
+from ...host.memory import collector_paused
 
 _MAX_DEPTH = 100
 # A tensor has at most 64; one number more per reference to a tuple would make memory quadratic in the file's size.
@@ -59,16 +59,11 @@ def decode_metadata(raw: bytes, *, source: str) -> Metadata:
     Raises:
         CorruptCheckpointError: it is no DCP metadata, or names anything else; nothing of it was run.
     """
-    # Many new objects and no garbage: the collector would double the time.
-    collecting = gc.isenabled()
-    gc.disable()
     try:
-        metadata = _Builder().value(read_inert(raw), 0)
+        with collector_paused():
+            metadata = _Builder().value(read_inert(raw), 0)
     except (MalformedPickleError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise CorruptCheckpointError(f"{source} is not readable as DCP metadata: {error}", path=source) from error
-    finally:
-        if collecting:
-            gc.enable()
     if not isinstance(metadata, Metadata):
         raise CorruptCheckpointError(f"{source} holds no DCP metadata", path=source)
     return metadata

@@ -26,14 +26,16 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
+from ...format.names import DCP_METADATA_NAME
 from ...host.device import beside_captures, synchronize_device
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint
 from ...reading.verified_file import VerifiedFile
+from ...reading.verify import check_level
 from .metadata import decode_metadata
 from .objects import why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
-from .writer import METADATA_NAME, DcpWriter, split_checkpoint_id
+from .writer import DcpWriter, split_checkpoint_id
 
 # In these, `copy_` wants room for as many values as there are.
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -53,9 +55,7 @@ class DcpReader(StorageReader):
         self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True
     ) -> None:
         super().__init__()
-        if verify not in ("full", "size", "off"):
-            raise ConfigError(f"verify must be 'full', 'size' or 'off', not {verify!r}")
-        self._verify = verify
+        self._verify = check_level(verify)
         self._weights_only = weights_only
         self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._load_id = ""
@@ -89,11 +89,11 @@ class DcpReader(StorageReader):
         """
         try:
             with self._open() as checkpoint:
-                if checkpoint.manifest.file(METADATA_NAME) is None:
+                if checkpoint.manifest.file(DCP_METADATA_NAME) is None:
                     raise CheckpointNotFoundError(
                         f"{self._path!r} is a checkpoint, but not in DCP's form: load its files with engine.load"
                     )
-                with self._file(checkpoint, METADATA_NAME) as file:
+                with self._file(checkpoint, DCP_METADATA_NAME) as file:
                     metadata = decode_metadata(file.read(0, file.size_bytes), source=file.name)
         except CheckpointError as error:
             self.failure = error

@@ -34,9 +34,10 @@ from ...errors import (
     UnsupportedStateError,
 )
 from ...format.metadata import check_metadata
+from ...format.names import DCP_METADATA_NAME
 from .blobs import BlobPlanner, join_blobs, raw_plan
 from .reader import DcpReader
-from .writer import METADATA_NAME, RankPlace, encode_metadata, plan_file, write_results
+from .writer import RankPlace, encode_metadata, plan_file, write_results
 
 # Templates are plain data, the same for every engine; only the training thread plans.
 _blobs = BlobPlanner()
@@ -262,5 +263,5 @@ class _EngineWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         raw = encode_metadata(metadata, results, self.storage_meta())
-        state, _ = join_blobs([(METADATA_NAME, raw_plan(raw), None)])
-        self._engine.save(state, f"{self._engine.root}/{self._tag}/{METADATA_NAME}")
+        state, _ = join_blobs([(DCP_METADATA_NAME, raw_plan(raw), None)])
+        self._engine.save(state, f"{self._engine.root}/{self._tag}/{DCP_METADATA_NAME}")

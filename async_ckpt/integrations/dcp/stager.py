@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from ...host.device import accelerators, beside_captures, pinning, synchronize
 from ...snapshot.arena import StagingArena, StagingChunk
 from ...threads.locks import uninterrupted
+from .blobs import flip_bits, is_plain
 
 _ALIGNMENT = 64
 _SLOT_STEP_BYTES = 2 << 20
@@ -196,7 +197,7 @@ class _Storages:
 
     def _shares_memory(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is staged as a range of its storage; else it is cloned."""
-        return _is_plain(tensor) and not (self._resolve_bits and (tensor.is_conj() or tensor.is_neg()))
+        return is_plain(tensor) and not (self._resolve_bits and (tensor.is_conj() or tensor.is_neg()))
 
     def _rebuild_plain(self, tensor: torch.Tensor) -> torch.Tensor:
         key = tensor.untyped_storage()._cdata
@@ -205,20 +206,10 @@ class _Storages:
         staged = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
             self._staged[key], offset, tensor.size(), tensor.stride()
         )
-        staged = staged.conj() if tensor.is_conj() else staged
-        return torch._neg_view(staged) if tensor.is_neg() else staged
+        return flip_bits(staged, tensor)
 
 
 def _local(tensor: DTensor) -> torch.Tensor:
     with torch.no_grad():
         local: torch.Tensor = tensor.to_local()
     return local
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether storage, offset, size and stride say all about it; others (sparse, quantised, subclasses) are cloned."""
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    )

@@ -44,7 +44,7 @@ from ...errors import (
 from ...format.checksum import crc32
 from ...format.manifest import FileEntry, ManifestBudget
 from ...format.metadata import check_metadata
-from ...format.names import check_tag, parse_private_name
+from ...format.names import DCP_METADATA_NAME, check_tag, parse_private_name
 from ...plan.plan import FilePlan, version_counters
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
@@ -53,8 +53,6 @@ from ...writer.file import FileWrite
 from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
 from .core import Core, Staged, kept_core
 from .objects import unknown_types
-
-METADATA_NAME = ".metadata"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,14 +281,14 @@ class DcpWriter(StorageWriter):
             )
         fs = self._filesystem
         raw = encode_metadata(metadata, results, self.storage_meta())
-        fs.create_file(os.path.join(staging.path, METADATA_NAME), raw)
+        fs.create_file(os.path.join(staging.path, DCP_METADATA_NAME), raw)
         entries = [
             result.storage_data.entry
             for per_rank in results
             for result in per_rank
             if result.storage_data.entry is not None
         ]
-        entries.append(FileEntry(METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
+        entries.append(FileEntry(DCP_METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
         transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
         self._staged.forget()
 
