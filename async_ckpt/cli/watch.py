@@ -37,10 +37,11 @@ def command(root: str, interval: float, once: bool, as_json: bool) -> int:
     tell.
     """
     catalog = catalog_of(root)
-    screen = console()
     if as_json:
         print_json(_look(catalog))
-    elif once or not screen.is_terminal:
+        return EXIT_OK
+    screen = console()
+    if once or not screen.is_terminal:
         screen.print(_view(_look(catalog)))
     else:
         from rich.live import Live
