@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _OVERWRITTEN = "the given tensors are partly overwritten"
 Atomic = bool | Literal["auto"]
 Source = TensorExtent | torch.Tensor
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
