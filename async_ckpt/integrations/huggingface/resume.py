@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 JIT_MARKER = "checkpoint-is-incomplete.txt"
-_LAST_FILE_OF_STOCK = "trainer_state.json"
+STATE_NAME = "trainer_state.json"
+"""The last file that stock `Trainer` writes into a checkpoint."""
 
 
 def last_committed_checkpoint(output_dir: StrPath) -> str | None:
@@ -52,7 +53,7 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     if damaged is not None:
         raise damaged
     for path in foreign:
-        if _has(path, _LAST_FILE_OF_STOCK):
+        if _has(path, STATE_NAME):
             report(logging.WARNING, "%s was saved by stock Trainer: it cannot be verified", path)
             return path
     return None
@@ -87,7 +88,7 @@ def resume_point(resume: Any, args: Any) -> Any:
         return resume
     if False in found:
         raise CheckpointNotFoundError(f"{args.output_dir!r} holds checkpoints on some nodes, and none on others")
-    oldest = os.path.join(args.output_dir, min(map(str, found), key=_step))
+    oldest = os.path.join(args.output_dir, min(map(str, found), key=step_of))
     if len(found) > 1:
         on_all_ranks(lambda: looks and bool(_verify(oldest)))
     return oldest
@@ -128,11 +129,11 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
 def _adopt_ahead(run_dir: str, step: int, last_step: int, adopts: bool) -> None:
     for path in _newest_first(run_dir):
         folder, name = os.path.split(path)
-        if not step < _step(path) <= last_step or _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
+        if not step < step_of(path) <= last_step or _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
             continue
         try:
-            if not _has(path, _LAST_FILE_OF_STOCK):
-                raise ConfigError(f"it has no {_LAST_FILE_OF_STOCK}")
+            if not _has(path, STATE_NAME):
+                raise ConfigError(f"it has no {STATE_NAME}")
             if adopts:
                 adopt(FileSystem(), folder, name)
         except (CheckpointError, OSError) as error:
@@ -160,7 +161,8 @@ def _verify(path: str) -> Manifest:
     return catalog.manifest(name)
 
 
-def _step(path: str) -> int:
+def step_of(path: str) -> int:
+    """The number in a path or tag ``checkpoint-<step>``; -1 for every other name."""
     match = _NAME.fullmatch(os.path.basename(path))
     return -1 if match is None else int(match[1])
 
@@ -170,4 +172,4 @@ def _newest_first(root: str) -> list[str]:
         paths = [os.path.join(root, name) for name in os.listdir(root)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((path for path in paths if _step(path) >= 0 and os.path.isdir(path)), key=_step, reverse=True)
+    return sorted((path for path in paths if step_of(path) >= 0 and os.path.isdir(path)), key=step_of, reverse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from ...ranks.coordinator import Coordinator
 from ...retention import CheckpointInfo, RetentionPolicy
 from ..frameworks import checked_config
 from ..guarding import check_guardable, torch_optimizer
+from .resume import step_of
 
 _DECIDED = {"root": "by output_dir", "format": "by Trainer", "overwrite": "a step that is saved again replaces"}
 
 BEST = "best_model_checkpoint"
 """Metadata: the tag of the best checkpoint, as of this one."""
-_NAME = re.compile("checkpoint-[0-9]+")
 
 # Engines are made in the same order on every rank, so the same number means the same engine.
 _numbers = itertools.count()
@@ -45,8 +44,8 @@ class SaveTotalLimit(RetentionPolicy):
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         """See the class."""
-        reasons = {info.tag: "not a checkpoint of Trainer" for info in checkpoints if not _NAME.fullmatch(info.tag)}
-        ours = [info for info in checkpoints if _NAME.fullmatch(info.tag)]
+        reasons = {info.tag: "not a checkpoint of Trainer" for info in checkpoints if step_of(info.tag) < 0}
+        ours = [info for info in checkpoints if step_of(info.tag) >= 0]
         if not ours:
             return reasons
         protected = {ours[-1].tag: "the newest"}

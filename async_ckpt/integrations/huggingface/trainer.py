@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ..frameworks import require
 from .capture import capture
-from .resume import JIT_MARKER, adopt_ahead, resume_point
+from .resume import JIT_MARKER, STATE_NAME, adopt_ahead, resume_point
 from .saver import BEST, Saver
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ else:
     _Base = object
 
 
-_STATE_NAME = "trainer_state.json"
 # These step inside the backward pass, where no hook can wait for a lazy copy.
 _STEPS_IN_BACKWARD = ("layerwise", "lomo")
 
@@ -143,7 +142,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if best is not None and os.path.dirname(os.path.abspath(best)) == scratch:
             self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
-            saved = os.path.join(scratch, tag, _STATE_NAME)
+            saved = os.path.join(scratch, tag, STATE_NAME)
             if os.path.exists(saved):
                 self.state.save_to_json(saved)
 
