@@ -198,7 +198,7 @@ def settle(fs: FileSystem, folder: str) -> None:
     Raises:
         CommitError: a file could not be moved.
     """
-    catalog = Catalog(CheckpointFile(os.path.join(folder, "x")).root, fs)
+    catalog = Catalog(os.path.join(folder, SINGLE_FILES_NAME), fs)
     for entry in catalog.entries():
         name = entry.manifest.metadata.get("file") if entry.manifest is not None else None
         if not isinstance(name, str) or "/" in name:
@@ -249,7 +249,7 @@ def remove(fs: FileSystem, place: CheckpointFile) -> None:
 
 def try_settle(fs: FileSystem, folder: str) -> None:
     """`settle` for a reader, who may have no right to write here."""
-    if fs.stat(CheckpointFile(os.path.join(folder, "x")).root).kind == "dir":
+    if fs.stat(os.path.join(folder, SINGLE_FILES_NAME)).kind == "dir":
         try:
             settle(fs, folder)
         except (CheckpointError, OSError) as error:
