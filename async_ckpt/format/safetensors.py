@@ -40,7 +40,7 @@ DTYPE_NAMES = frozenset(_DTYPES.values())
 
 
 def read_safetensors(pread: PRead, file_bytes: int, *, name: str) -> list[TensorExtent]:
-    """The tensors of file `name`, in the order of its header, Blocks in `pread` (two calls). Raises
+    """The tensors of file `name`, in the order of its header. Blocks in `pread` (two calls). Raises
     CorruptCheckpointError: the header is malformed. UnsupportedStateError: a dtype that this version does not know."""
 
     def corrupt(what: str) -> CorruptCheckpointError:

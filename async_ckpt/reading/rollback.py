@@ -20,7 +20,8 @@ from .verified_file import MemorySource
 
 
 class Rollback:
-    """A `reading.Consume` that sets aside what `scatter` is about to overwrite, in memory of `region_bytes` at a time.
+    """A `verified_file.Consume` that sets aside what `scatter` is about to overwrite, in memory of `region_bytes` at a
+    time.
 
     Any thread; `close` gives lent memory back.
     """

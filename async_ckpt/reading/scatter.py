@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 class Scatter:
-    """Where the bytes of a file go: a `reading.Consume`. Fill with `add`, then call from any thread."""
+    """Where the bytes of a file go: a `verified_file.Consume`. Fill with `add`, then call from any thread."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, int, int, torch.Tensor | None]] = []

@@ -148,7 +148,7 @@ class _Problems:
         return verified
 
     def add_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
-        """A `reading.OnDamage`."""
+        """A `verified_file.OnDamage`."""
         first, end = file.extent_range(extent)
         if len(self.problems) < _MAX_PROBLEMS:
             is_mismatch = isinstance(error, ExtentMismatch)

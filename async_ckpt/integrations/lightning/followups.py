@@ -40,7 +40,8 @@ class _Save:
 
 
 class FollowUps:
-    """An engine's. Calls come from the training thread, the work is done on its own thread."""
+    """What follows the commits of one engine. Calls come from the training thread, the work is done on its own
+    thread."""
 
     def __init__(
         self,
