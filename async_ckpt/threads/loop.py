@@ -1,7 +1,8 @@
 """One daemon thread with one event loop, whose death is told to everybody who waits.
 
 Guarantees:
-- What `run` returns always resolves, whoever stops the loop, cancels its tasks or raises in them.
+- What `run` returns always resolves, whoever stops the loop, also at the same moment, cancels its tasks or raises in
+  them.
 - When the loop ends otherwise than by `stop`, `on_death` is told first; then its tasks are given the chance to clean
   up.
 - A callback that raises ends the loop: better dead, and told, than a file that waits for ever.
@@ -44,7 +45,8 @@ class LoopThread:
         self.death: BaseException | None = None
         self._on_death = on_death
         self._on_undrained = on_undrained
-        self._runs: dict[Outcome[Any], asyncio.Task[None] | None] = {}
+        self._runs: dict[Outcome[Any], asyncio.Task[None] | Coroutine[Any, Any, Any]] = {}
+        """What has begun is a task."""
         self._fatal: BaseException | None = None
         self._is_stopping = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -72,7 +74,7 @@ class LoopThread:
         """
         outcome: Outcome[T] = Outcome()
         # Before the loop is looked at, and without a lock: when it dies from here on, it finds this one.
-        self._runs[outcome] = None
+        self._runs[outcome] = coro
         try:
             if self.death is None and not self._is_stopping:
                 self.loop.call_soon_threadsafe(self._start, coro, outcome)
@@ -86,11 +88,11 @@ class LoopThread:
             raise
         self._runs.pop(outcome, None)
         coro.close()
-        raise self.death or TransactionStateError("the writer's loop was stopped")
+        raise self.death or _stopped()
 
     def runs(self) -> list[Outcome[Any]]:
         """Outcomes of `run` that are not known yet. Not of a call of `run` that is still on its way."""
-        return [outcome for outcome, task in list(self._runs.items()) if task is not None]
+        return [outcome for outcome, run in list(self._runs.items()) if isinstance(run, asyncio.Task)]
 
     def stop(self) -> None:
         """End the loop in order; to be called when nothing is left to do."""
@@ -112,8 +114,14 @@ class LoopThread:
             self._fatal = error
         if not self._is_stopping or self._fatal is not None:
             self._die(self._fatal)
-            self._drain()
+        else:
+            self._resolve_runs(_stopped())
+        self._drain()
         self.loop.close()
+        for run in list(self._runs.values()):
+            if not isinstance(run, asyncio.Task):
+                # Asked for while the loop was ending, and told already: see `run`.
+                run.close()
 
     def _beat(self) -> None:
         # asyncio says nothing of a wake-up that it could not send: the loop would sleep on with its work queued.
@@ -128,9 +136,12 @@ class LoopThread:
         death.__cause__ = cause
         self.death = death
         self._on_death(death)
-        for outcome in list(self._runs):
-            outcome.resolve(None, death)
+        self._resolve_runs(death)
         report(logging.ERROR, "%s", death, cause=cause)
+
+    def _resolve_runs(self, error: BaseException) -> None:
+        for outcome in list(self._runs):
+            outcome.resolve(None, error)
 
     def _drain(self) -> None:
         """Let every task end, so that memory and descriptors are given back; the loop may be stopped under us again."""
@@ -147,9 +158,10 @@ class LoopThread:
         cancelled: set[asyncio.Task[None]] = set()
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             # Only coroutines of `run`: files have been told, and wait for their threads by themselves.
-            for task in [task for task in list(self._runs.values()) if task is not None and task not in cancelled]:
-                cancelled.add(task)
-                task.cancel()
+            for run in list(self._runs.values()):
+                if isinstance(run, asyncio.Task) and run not in cancelled:
+                    cancelled.add(run)
+                    run.cancel()
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def _start(self, coro: Coroutine[Any, Any, T], outcome: Outcome[T]) -> None:
@@ -193,3 +205,7 @@ class LoopThread:
             return
         self._fatal = context.get("exception")
         loop.stop()
+
+
+def _stopped() -> TransactionStateError:
+    return TransactionStateError("the writer's loop was stopped")

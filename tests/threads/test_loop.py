@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from async_ckpt.errors import TransactionStateError
 from async_ckpt.threads.loop import LoopThread
 
 
@@ -30,3 +33,19 @@ def test_a_signal_handler_that_interrupted_run_can_wait_for_the_loop():
         thread.stop()
         thread.join(10)
     assert thread.runs() == []
+
+
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_what_is_asked_for_while_the_loop_is_being_stopped_resolves(num_runs):
+    thread = LoopThread("test-loop", on_death=lambda error: None, on_undrained=lambda: None)
+    # The loop finds the requests and the stop in one turn: a task is made of each, and none has begun.
+    outcomes = [thread.run(nothing()) for _ in range(num_runs)]
+    thread.stop()
+    thread.start()
+    for outcome in outcomes:
+        assert isinstance(outcome.exception(10), TransactionStateError)
+    assert thread.join(10)
+    assert thread.runs() == []
+    with pytest.raises(TransactionStateError, match="stopped"):
+        thread.run(nothing())
+    assert thread.loop.is_closed()
