@@ -89,15 +89,21 @@ def is_legacy(file: VerifiedFile) -> bool:
     return head == LEGACY_MAGIC
 
 
-def _runs_code(weights_only: bool | None) -> bool:
-    """Whether torch, told this, runs the pickle's code: its environment variables have their say."""
+def runs_code(weights_only: bool | None) -> bool:
+    """Whether torch, told this, runs the pickle's code: its environment variables have their say.
 
-    def is_set(name: str) -> bool:
-        return os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
-
-    if is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
-        return False
-    return weights_only is False or (weights_only is None and is_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"))
+    Raises ConfigError: they contradict each other.
+    """
+    forced, freed = (
+        os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
+        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    )
+    if forced and freed:
+        raise ConfigError(
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD are both set: unset one of them; "
+            "nothing was read"
+        )
+    return not forced and (weights_only is False or (weights_only is None and freed))
 
 
 def _check_mapping(file: VerifiedFile) -> None:
@@ -115,7 +121,7 @@ def _check_mapping(file: VerifiedFile) -> None:
 def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | None) -> None:
     """Raises CorruptCheckpointError or UnsupportedStateError for what torch itself must not be given."""
     if is_legacy(file):
-        if not _runs_code(weights_only):
+        if not runs_code(weights_only):
             refuse_legacy_beyond_limits(file)
         return
     records = torch_records(file)
@@ -127,7 +133,7 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
         # torch would exchange the bytes of what has no memory, and end the process.
         what = "is of another byte order: map_location must be None or a device with memory"
         raise UnsupportedStateError(f"{file.name} {what}")
-    if not _runs_code(weights_only):
+    if not runs_code(weights_only):
         refuse_beyond_limits(file, records)
 
 
@@ -142,7 +148,7 @@ def _translated(file: VerifiedFile, raised: list[BaseException], weights_only: b
     except Exception as error:
         if any(error is one for one in raised):
             raise
-        translated = _translation(file, error, _runs_code(weights_only))
+        translated = _translation(file, error, runs_code(weights_only))
         if translated is None:
             raise
         raise translated from error

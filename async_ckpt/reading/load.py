@@ -21,7 +21,7 @@ from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
 from ..storage.filesystem import read_side_of
 from .build import TensorBuilder, TensorsOnDisk, place_for, read_structure
-from .by_torch import is_legacy, load_by_torch
+from .by_torch import is_legacy, load_by_torch, runs_code
 from .catalog import Catalog
 from .committed import find_checkpoint
 from .damage import naming
@@ -153,7 +153,8 @@ def load_opened(
 
 
 def _refuse_contexts() -> None:
-    """Refuse what would make torch skip the reading."""
+    """Refuse switches of torch that would make it skip the reading, or that contradict each other."""
+    runs_code(None)
     if getattr(torch.serialization._serialization_tls, "skip_data", False):
         raise ConfigError("torch.serialization.skip_data leaves tensors without their data: load outside of it")
 

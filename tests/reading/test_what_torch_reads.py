@@ -218,6 +218,19 @@ def test_the_environment_says_whether_code_runs(
         )
 
 
+def test_switches_that_contradict_each_other_are_refused(needs_code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch, which raises RuntimeError for any file; the file is not called damaged."""
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(name, "1")
+    commit(needs_code.parent.parent, "b", {"m.pt": torch_bytes(STATE)})
+    for path in (needs_code, needs_code.parent.parent / "b/m.pt"):
+        for options in ({}, {"weights_only": True}, {"weights_only": False}):
+            with pytest.raises(ConfigError, match="both set"):
+                async_ckpt.load(path, **options)
+            with pytest.raises(ConfigError, match="both set"):
+                async_ckpt.load_into({}, path, strict=False, **options)
+
+
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[AsyncCheckpointEngine]:
     with AsyncCheckpointEngine(tmp_path / "e", staging_bytes=1 << 20) as engine:
