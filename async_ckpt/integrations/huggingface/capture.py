@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -22,8 +23,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...engine.engine import AsyncCheckpointEngine
+from ...plan.planner import Planner
 from ..frameworks import require
 
+# What Transformers and Accelerate make, and load again in their own way: no user can do anything about what `load`
+# refuses of it.
+_FRAMEWORKS_OWN = re.compile(r"training_args\.bin|rng_state(_\d+)?\.pth|random_states_\d+\.pkl")
 # Modules that hold safetensors' function under a name of their own.
 _SAFETENSORS_USERS = (
     ("safetensors.torch", "save_file"),
@@ -68,11 +73,15 @@ def _redirected(engine: AsyncCheckpointEngine, folder: str) -> Iterator[None]:
         return text[len(folder) + 1 :] if isinstance(text, str) and text.startswith(folder + os.sep) else None
 
     stock_save = torch.save
+    # Without `tell`: it warns of nothing.
+    quiet = Planner(alignment=engine.config.storage_alignment, compact_views=engine.config.compact_views)
 
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         name = name_inside(f)
         if name is None or args or kwargs:
             stock_save(obj, f, *args, **kwargs)
+        elif _FRAMEWORKS_OWN.fullmatch(os.path.basename(name)):
+            engine.save(quiet.plan(obj), name)
         else:
             engine.save(obj, name, format="torch")
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,25 @@ def test_files_of_other_tools_are_carried(tmp_path: Path) -> None:
     assert all((tmp_path / "checkpoint-2" / name).read_text() == name for name in FOREIGN)
     assert Catalog(tmp_path).verify("checkpoint-2").ok
     assert last_committed_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+class Careless(Trainer):
+    """Saves an object of its own beside the model."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        assert output_dir is not None
+        torch.save({"since": Path("x")}, Path(output_dir, "extra.pt"))
+
+
+def test_of_what_transformers_loads_in_its_own_way_nobody_is_warned(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, kind=Careless, max_steps=2).train()
+    told = [str(warning.message) for warning in caught if "load refuses" in str(warning.message)]
+    assert len(told) == 1 and told[0].startswith("extra.pt holds") and "state['since']" in told[0]
+    formats = {file.path: file.format for file in Catalog(tmp_path).manifest("checkpoint-2").files}
+    assert formats["training_args.bin"] == formats["rng_state.pth"] == formats["extra.pt"] == "torch"
 
 
 def test_checkpoints_of_stock_trainer_that_training_will_come_to(tmp_path: Path, stock: Any) -> None:
