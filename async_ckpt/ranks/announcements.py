@@ -50,8 +50,7 @@ def join(info: RankInfo, tag: str, known: Announcements) -> Step:
     noted = disputed = False
     ended: AttemptFailed | None = None
     while True:
-        found, failure = yield from _next_open(tag, known)
-        ended = failure or ended
+        found, ended = yield from _next_open(info, tag, known, ended)
         if found is not None:
             break
         patience = patience_s if noted and ended is None else grace_s
@@ -65,8 +64,8 @@ def join(info: RankInfo, tag: str, known: Announcements) -> Step:
             raise ended
         elif noted and known.waiting and not disputed:
             # Rank 0 waits for us there, as we wait for it here: none of us would end before its timeout.
-            disputed, newest = True, ", ".join(map(repr, list(known.waiting)[-3:]))
-            yield from _refuse_waiting(info, known, f"it has opened tag {tag!r} instead")
+            refused = yield from _refuse_waiting(info, known, f"it has opened tag {tag!r} instead")
+            disputed, newest = bool(refused), ", ".join(map(repr, refused[-3:]))
         elif noted:
             known.in_vain = tag
             cause = f"rank 0 has not opened tag {tag!r} within {info.timeout_s:g} s"
@@ -92,25 +91,33 @@ def join(info: RankInfo, tag: str, known: Announcements) -> Step:
 
 
 def _refuse_waiting(info: RankInfo, known: Announcements, cause: str) -> Step:
-    """Give up, for all ranks, what rank 0 has announced and this rank has not begun."""
+    """Give up, for all ranks, what rank 0 has announced and this rank has not begun; returns the tags of what had not
+    ended by itself.
+    """
     waiting, known.waiting = known.waiting, {}
+    refused = []
     for attempt, announcement in (found for queue in waiting.values() for found in queue):
-        if not announcement["error"]:
+        if (yield Get(f"{attempt}/result")) is None and (yield Get(f"{attempt}/open")) is not None:
             yield from fail(info, attempt, cause)
+            refused.append(announcement["tag"])
         yield from settle(info, attempt)
+    return refused
 
 
-def _next_open(tag: str, known: Announcements) -> Step:
-    """The oldest announced attempt of `tag` that has not ended; and how the newest that has ended failed. Or None."""
-    failure = None
+def _next_open(info: RankInfo, tag: str, known: Announcements, ended: AttemptFailed | None) -> Step:
+    """The oldest announced attempt of `tag` that has not ended, or None; and the newest one that has failed, `ended`
+    being the newest until now. This rank has no part in those that another one has followed.
+    """
     while (found := known.take(tag)) is not None:
         attempt, announcement = found
         raw = None if announcement["error"] else (yield Get(f"{attempt}/result"))
+        if ended is not None and ended.attempt is not None:
+            yield from settle(info, ended.attempt)
         if raw is None:
-            return found, failure
+            return found, None
         outcome = CommitOutcome.decode(raw)
-        failure = None if outcome.ok else AttemptFailed(attempt, outcome)
-    return None, failure
+        ended = None if outcome.ok else AttemptFailed(attempt, outcome)
+    return None, ended
 
 
 def _read_announcements(known: Announcements, head: int) -> Step:

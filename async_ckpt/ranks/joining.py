@@ -38,28 +38,33 @@ class Joining:
     def tell_begin_failed(self, tag: str, error: BaseException) -> None:
         """This rank cannot take part in the next checkpoint of that name."""
 
-        def tell() -> Step:
-            if self._info.rank == 0:
-                attempt = yield from rank_protocol.announce(self._info, tag, None, cause_of(error))
-                yield from self._talk.retire(attempt)
-            else:
-                attempt, _ = yield from join(self._info, tag, self._known)
-                yield from self._fail(attempt, error)
+        if self._info.rank == 0:
+            self._talk.later(self._announce_failure(tag, error))
+        else:
+            self.tell_once_joined(self._in_turn(tag, self._join_to_fail(tag)), error)
 
-        self._talk.track(self._in_turn(tag, tell()))
-
-    def tell_once_joined(self, opened: RankStaging, error: BaseException) -> None:
+    def tell_once_joined(self, attempt: Future[int], error: BaseException) -> None:
         """This rank gave up before rank 0 had begun: the others are told as soon as there is somebody to tell."""
 
         def tell() -> Step:
-            if opened.attempt.exception() is None:
-                yield from self._fail(opened.attempt.result(), error)
+            failed = attempt.exception()
+            if failed is None:
+                yield from rank_protocol.fail(self._info, attempt.result(), cause_of(error))
+                if self._info.leads:
+                    yield from rank_protocol.open_node(self._info, attempt.result(), None)
+                yield from rank_protocol.settle(self._info, attempt.result())
+            elif isinstance(failed, AttemptFailed) and failed.attempt is not None:
+                yield from rank_protocol.settle(self._info, failed.attempt)
 
-        self._talk.track(self._talk.submit(tell(), after=opened.attempt))
+        self._talk.track(self._talk.submit(tell(), after=attempt))
 
-    def _fail(self, attempt: int, error: BaseException) -> Step:
-        yield from rank_protocol.fail(self._info, attempt, cause_of(error))
-        yield from rank_protocol.settle(self._info, attempt)
+    def _announce_failure(self, tag: str, error: BaseException) -> Step:
+        attempt = yield from rank_protocol.announce(self._info, tag, None, cause_of(error))
+        yield from self._talk.retire(attempt)
+
+    def _join_to_fail(self, tag: str) -> Step:
+        attempt, _ = yield from join(self._info, tag, self._known)
+        return attempt
 
     def _in_turn(self, tag: str, step: Step) -> Future[Any]:
         """Given up or not, an earlier way into this tag gets the first of rank 0's attempts."""

@@ -46,6 +46,9 @@ from .rank_requests import (
     Step,
 )
 
+# As no directory can be called.
+_NO_NAME = "/"
+
 # Rank 0 begins.
 
 
@@ -66,19 +69,19 @@ def announce(info: RankInfo, tag: str, staging_name: str | None, error: str = ""
 # A node's ranks learn where to write.
 
 
-def open_node(info: RankInfo, attempt: int, staging_name: str) -> Step:
-    """A node's leader: tell the ranks of its node where to write."""
-    yield Put(f"{attempt}/open/{info.node}", staging_name)
+def open_node(info: RankInfo, attempt: int, staging_name: str | None) -> Step:
+    """A node's leader: tell the ranks of its node where to write; None where it has given the attempt up."""
+    yield Put(f"{attempt}/open/{info.node}", staging_name or _NO_NAME)
 
 
 def await_node(info: RankInfo, attempt: int) -> Step:
     """A rank of a node that rank 0 is not on: wait for its leader's staging name.
 
     Raises:
-        AttemptFailed: the leader has not made one in time.
+        AttemptFailed: the leader has not made one in time, or never will.
     """
     name = yield Await(f"{attempt}/open/{info.node}", info.timeout_s)
-    if name is None:
+    if name in (None, _NO_NAME):
         cause = f"it has made no staging directory on its node within {info.timeout_s:g} s"
         raise AttemptFailed(attempt, (yield from fail(info, attempt, cause, blamed=info.group[0])))
     return name

@@ -187,7 +187,7 @@ class RankCoordinator:
                         failure,
                     )
         else:
-            self._joining.tell_once_joined(opened, error)
+            self._joining.tell_once_joined(opened.attempt, error)
         self._leave(opened, attempt)
 
     def sweep(self) -> None:

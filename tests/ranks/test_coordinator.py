@@ -209,6 +209,72 @@ def test_a_destination_that_one_rank_cannot_prepare_fails_on_all(tmp_path: Path,
     assert Catalog(tmp_path).tags() == ["b"]
 
 
+@pytest.mark.parametrize("given_up", [False, True], ids=["it cannot begin either", "it had given up before"])
+def test_rank_zero_does_not_linger_for_a_rank_that_failed_too(tmp_path: Path, given_up: bool) -> None:
+    store, has_failed = dist.HashStore(), threading.Event()
+
+    def work(rank: int) -> None:
+        coordinator = RankCoordinator(store, rank, 2, timeout_s=60.0, linger_s=60.0)
+        with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, coordinator=coordinator) as engine:
+            if rank == 1 and given_up:
+                engine.create("a")
+                engine.abort("a")
+            else:
+                if rank == 0 and given_up:
+                    has_failed.wait(20)
+                with pytest.raises(PathExistsError):
+                    engine.create(Refusing(str(tmp_path), "a"))
+            has_failed.set()
+
+    started = time.monotonic()
+    assert together(2, work) == [None, None]
+    assert time.monotonic() - started < 30
+    assert store.num_keys() == 2
+
+
+class Watched:
+    """A store that tells when somebody asks for a node's staging name."""
+
+    clone = None
+
+    def __init__(self, store: Any, asked: threading.Event) -> None:
+        self._store, self._asked = store, asked
+
+    def compare_set(self, key: str, expected: str, desired: str) -> Any:
+        if "/open/" in key:
+            self._asked.set()
+        return self._store.compare_set(key, expected, desired)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_leader_that_cannot_begin_ends_the_wait_of_its_node(tmp_path: Path) -> None:
+    store, asked = dist.HashStore(), threading.Event()
+
+    class RefusingLate(Refusing):
+        def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
+            asked.wait(20)
+            super().prepare(filesystem, leads=leads, overwrite=overwrite)
+
+    def work(rank: int) -> Any:
+        own: Any = Watched(store, asked) if rank == 2 else store
+        node = Node(0, 2, (0,)) if rank == 0 else Node(1, 2, (1, 2))
+        coordinator = RankCoordinator(own, rank, 3, timeout_s=60.0, linger_s=60.0, node=node)
+        root = tmp_path / str(node.number)
+        with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator) as engine:
+            engine.create(RefusingLate(str(root), "a") if rank == 1 else "a")
+            engine.save({"x": 1}, f"{rank}.pt")
+            engine.commit("a").result(40)
+
+    started = time.monotonic()
+    zero, one, two = together(3, work)
+    assert time.monotonic() - started < 30
+    assert isinstance(one, PathExistsError)
+    for told in (zero, two):
+        assert isinstance(told, RankFailedError) and told.rank == 1 and "it cannot be prepared" in str(told)
+
+
 def test_what_fails_after_the_rename_is_told_to_all(tmp_path: Path) -> None:
     destination = Unfinished(str(tmp_path), "a")
     found = commit_to(tmp_path, {0: destination, 1: destination})

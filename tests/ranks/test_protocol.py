@@ -277,3 +277,49 @@ def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_
     assert renames == ["a"]
     assert (simulation.outcomes[2].ok, simulation.outcomes[2].committed) == (False, None)
     assert left_keys(simulation) == set()
+
+
+def test_an_attempt_without_this_rank_is_let_go_when_it_comes_to_the_next_of_that_tag() -> None:
+    """Rank 0 waits for the word of each rank before it removes what was staged; one that skipped it gives its own."""
+    let_go_s: list[float] = []
+
+    def zero(info: RankInfo) -> Script:
+        first = yield from protocol.announce(info, "a", "x")
+        yield from protocol.fail(info, first, "OSError: disk full")
+        second = yield from protocol.announce(info, "a", "y")
+        yield from protocol.await_quit(info, first)
+        let_go_s.append(simulation.now_s)
+        yield from protocol.retire(info, first)
+        yield from protocol.retire(info, second)
+
+    def one(info: RankInfo) -> Script:
+        yield Pause(1.0)
+        attempt, _ = yield from join(info, "a", Announcements())
+        yield from protocol.settle(info, attempt)
+        return attempt
+
+    simulation = Simulation(2)
+    simulation.run({0: zero(_info(0, 2)), 1: one(_info(1, 2))})
+    assert simulation.outcomes[1] == 2
+    assert let_go_s[0] < 3.0
+    assert left_keys(simulation) == set()
+
+
+def test_a_tag_that_was_skipped_and_is_over_is_not_what_rank_zero_waits_for() -> None:
+    """A rank that comes to the next checkpoint long before rank 0 does not take the one it skipped for its rival."""
+    renames: list[str] = []
+
+    def zero(info: RankInfo) -> Script:
+        skipped = yield from rank_zero(info, "skipped", 1.0, 0.1, renames)
+        yield Pause(3 * DISAGREE_S)
+        return skipped.ok, (yield from rank_zero(info, "next", 1.0, 0.1, renames)).ok
+
+    def one(info: RankInfo) -> Script:
+        yield Pause(TIMEOUT_S + 5.0)
+        return (yield from other_rank(info, "next", 1.0))
+
+    simulation = run({0: zero(_info(0, 2)), 1: one(_info(1, 2))}, 2)
+    assert simulation.outcomes[0] == (False, True)
+    assert simulation.outcomes[1].ok
+    assert renames == ["next"]
+    assert left_keys(simulation) == set()
