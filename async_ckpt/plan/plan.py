@@ -89,13 +89,11 @@ def planned_state(
     tensors: Sequence[torch.Tensor],
     versions: list[int | None],
     tensor_paths: Callable[[], list[str]],
-    *,
-    cached: bool = False,
 ) -> PlannedState:
     """As `PlannedState`, for planners that have not looked at the storages."""
     ids = [storage._cdata for storage in storages]
     devices = frozenset(storage.device for storage in storages)
-    return PlannedState(plan, storages, starts, ids, devices, tensors, versions, tensor_paths, cached)
+    return PlannedState(plan, storages, starts, ids, devices, tensors, versions, tensor_paths)
 
 
 def version_counters(tensors: Sequence[torch.Tensor]) -> list[int | None]:

@@ -10,15 +10,15 @@ import json
 import sys
 from functools import lru_cache
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError
-from .compaction import num_elements
-from .plan import FilePlan, PlannedState, hash_layout, planned_state, version_counters
+from .plan import FilePlan, PlannedState, hash_layout, version_counters
 from .strided import Strided
-from .structure import TENSOR_TYPES, NotPlainError
+from .structure import TENSOR_TYPES, NotPlainError, picker
 from .tensor_columns import LiveTensors, look_at
 
 Bits = dict[int, tuple[bool, bool]]
@@ -37,18 +37,16 @@ class SafetensorsPlan:
         self.columns = live.columns
         self.bits = bits
         formats = dict(_formats(frozenset(live.dtypes)))
-        self.order = sorted(
-            range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode())
-        )
-        sizes = [num_elements(size) * dtype.itemsize for size, dtype in zip(live.sizes, live.dtypes, strict=True)]
-        nbytes = [sizes[index] for index in self.order]
+        order = sorted(range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode()))
+        sizes = [prod(size) * dtype.itemsize for size, dtype in zip(live.sizes, live.dtypes, strict=True)]
+        nbytes = [sizes[index] for index in order]
         ends = list(accumulate(nbytes))
         entries = (
             []
             if metadata is None
             else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
         )
-        for index, end, size in zip(self.order, ends, nbytes, strict=True):
+        for index, end, size in zip(order, ends, nbytes, strict=True):
             _, dtype_name, factor = formats[live.dtypes[index]]
             entries.append(_entry(names[index], dtype_name, _stored_shape(live.sizes[index], factor), end - size, end))
         text = ("{" + ",".join(entries) + "}").encode()
@@ -58,21 +56,23 @@ class SafetensorsPlan:
                 f"the safetensors header would have {len(text)} bytes; the format allows {_MAX_HEADER_BYTES}"
             )
         header = len(text).to_bytes(8, "little") + text
-        self.filled = [index for index, size in zip(self.order, nbytes, strict=True) if size]
-        self.nbytes = [size for size in nbytes if size]
+        filled = [index for index, size in zip(order, nbytes, strict=True) if size]
+        payload_nbytes = [size for size in nbytes if size]
+        self._pick = picker(filled)
+        self._starts = [live.offsets[index] * live.dtypes[index].itemsize for index in filled]
         offsets = [len(header) + end - size for end, size in zip(ends, nbytes, strict=True) if size]
         file_bytes = len(header) + (ends[-1] if ends else 0)
         self.plan = FilePlan(
             file_bytes=file_bytes,
             literals=((0, header),),
             payload_offsets=offsets,
-            payload_nbytes=self.nbytes,
+            payload_nbytes=payload_nbytes,
             format="safetensors",
             planner="safetensors",
-            plan_hash=hash_layout("safetensors", file_bytes, offsets, self.nbytes),
+            plan_hash=hash_layout("safetensors", file_bytes, offsets, payload_nbytes),
             strided={
                 payload: Strided(live.dtypes[index], live.sizes[index], live.strides[index], *bits.get(index, ()))
-                for payload, index in enumerate(self.filled)
+                for payload, index in enumerate(filled)
                 if index in bits or not live.tensors[index].is_contiguous()
             },
         )
@@ -81,11 +81,17 @@ class SafetensorsPlan:
         self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
     ) -> PlannedState:
         """Attach live storages."""
-        storages = [live.storages[index] for index in self.filled]
-        starts = [live.offsets[index] * live.dtypes[index].itemsize for index in self.filled]
         names = self.names
-        return planned_state(
-            self.plan, storages, starts, tensors, versions, lambda: [f"[{n!r}]" for n in names], cached=cached
+        return PlannedState(
+            plan=self.plan,
+            storages=self._pick(live.storages),
+            starts=self._starts,
+            storage_ids=self._pick(live.storage_ids),
+            devices=frozenset(self._pick(live.devices)),
+            tensors=tensors,
+            versions=versions,
+            tensor_paths=lambda: [f"[{n!r}]" for n in names],
+            cached=cached,
         )
 
 
