@@ -38,8 +38,8 @@ class Draft:
 
     def alone(self) -> frozenset[int]:
         """The tensors, by identity, that share their storage with no other."""
-        num_views = Counter(self.facts.storage_of)
-        views = zip(self.tensors, self.facts.storage_of, strict=True)
+        num_views = Counter(self.live.storage_ids)
+        views = zip(self.tensors, self.live.storage_ids, strict=True)
         return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
     def parts(self, recorded: Recorded) -> list[tuple[int, int, Strided | None]]:

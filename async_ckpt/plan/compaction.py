@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from .strided import Strided
+from .strided import Strided, view_span
 from .torch_layout import Part, Recorded, record, run_torch_save
-
-
-def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
-    """Half-open range of elements that a view touches; empty for a view without elements."""
-    if 0 in sizes:
-        return 0, 0
-    return offset, offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -26,13 +20,6 @@ def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def num_elements(sizes: Sequence[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
 
 
 def record_compact(obj: Any, *, alignment: int, is_apart: bool) -> Recorded:
@@ -100,9 +87,9 @@ class _Compactor:
         held, offset, size, stride, *rest = reduced[1]
         low, high = self.low.get(key, 0), self.high.get(key, 0)
         lazy_bits = type(rest[-1]) is dict
-        if self.views[key] == 1 and num_elements(size) * item < high - low and not lazy_bits:
+        if self.views[key] == 1 and prod(size) * item < high - low and not lazy_bits:
             # As long as what is written, which is not what lies there.
-            short = storage[low : low + num_elements(size) * item]
+            short = storage[low : low + prod(size) * item]
             self.parts[short._cdata] = storage, low, Strided(tensor.dtype, tuple(size), tuple(stride))
             offset, stride = 0, dense_strides(size)
         else:

@@ -18,6 +18,7 @@ from .first_look import told_of_buffers, told_of_refused
 from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
+from .strided import view_span
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
 from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError, record
 
@@ -172,8 +173,8 @@ def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
     for tensor in tensors:
         if type(tensor) not in TENSOR_TYPES or tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
             continue
-        last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        _, reach = view_span(tensor.size(), tensor.stride(), 0)
+        needed = (tensor.storage_offset() + reach) * tensor.element_size()
         storage = tensor.untyped_storage()
         if needed > storage.nbytes():
             raise UnsupportedStateError(

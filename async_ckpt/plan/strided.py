@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,13 @@ from ..host.device import plain_torch
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """What elements are moved as: not every dtype can be copied."""
+
+
+def view_span(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[int, int]:
+    """Half-open range of elements that a view touches; empty for a view without elements."""
+    if 0 in sizes:
+        return 0, 0
+    return offset, offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +34,7 @@ class Strided:
     @property
     def span_bytes(self) -> int:
         """From the first byte to behind the last one in the storage."""
-        last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
-        return (last + 1) * self.dtype.itemsize
+        return view_span(self.sizes, self.strides, 0)[1] * self.dtype.itemsize
 
     def displacement(self, element: int) -> int:
         """The bytes in the storage from the first element to the row-major `element`-th one."""

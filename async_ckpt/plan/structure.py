@@ -71,7 +71,7 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 class SharingPattern:
     """Which of a row of objects are the same object, without keeping any of them."""
 
-    __slots__ = ("_ids", "_pick_firsts", "_pick_repeats", "num_distinct")
+    __slots__ = ("_ids", "_pick_firsts", "_pick_repeats", "firsts")
 
     def __init__(self, ids: Sequence[int]) -> None:
         first: dict[int, int] = {}
@@ -82,7 +82,8 @@ class SharingPattern:
                 repeats.append((position, before))
         self._pick_repeats = picker([position for position, _ in repeats])
         self._pick_firsts = picker([before for _, before in repeats])
-        self.num_distinct = len(first)
+        self.firsts = list(first.values())
+        """The position of each different object, in order of first appearance."""
         self._ids = ids
 
     def matches(self, ids: Sequence[int]) -> bool:
@@ -91,7 +92,7 @@ class SharingPattern:
         """
         if ids == self._ids:
             return True
-        matches = self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == self.num_distinct
+        matches = self._pick_repeats(ids) == self._pick_firsts(ids) and len(set(ids)) == len(self.firsts)
         self._ids = ids if matches else self._ids
         return matches
 

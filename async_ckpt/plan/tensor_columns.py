@@ -117,16 +117,8 @@ class TensorFacts:
         self._pick_others = picker(others)
         self._other_strides = [strides[index] for index in others]
         self._sharing = SharingPattern(live.storage_ids)
-        first: dict[int, int] = {}
-        self.distinct: list[int] = []
+        self.distinct = self._sharing.firsts
         """One tensor index per distinct storage, in order of first appearance."""
-        self.storage_of: list[int] = []
-        """Per tensor: index into `distinct`."""
-        for index, value in enumerate(live.storage_ids):
-            if value not in first:
-                first[value] = len(self.distinct)
-                self.distinct.append(index)
-            self.storage_of.append(first[value])
         self._pick_distinct = picker(self.distinct)
         self.nbytes = list(map(torch.UntypedStorage.nbytes, self._pick_distinct(live.storages)))
         """Of each distinct storage."""

@@ -55,8 +55,6 @@ class Recorded:
     """Per storage key, empty ones too."""
     persistent_ids: list[tuple[Any, ...]]
     """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
-    uses: list[int]
-    """Per storage key, how often it was met."""
     tensors: list[torch.Tensor]
     """Every tensor object, in pickling order."""
     versions: list[int | None]
@@ -174,13 +172,15 @@ def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = Non
     pickled = b"".join(recorder.pieces) if num_bytes < LARGE_BYTES or not is_apart else b""
     return Recorded(
         container=lay_out(
-            pieces if is_apart else b"".join(pieces), nbytes, name_hash=name_hash(len(storages)), alignment=alignment
+            pieces if is_apart or recorder.arrays else pickled,
+            nbytes,
+            name_hash=name_hash(len(storages)),
+            alignment=alignment,
         ),
         pickled=pickled,
         pickled_bytes=num_bytes,
         storages=storages,
         persistent_ids=list(recorder.persistent_ids.values()),
-        uses=[recorder.uses[key] for key in recorder.storages],
         tensors=recorder.tensors,
         versions=recorder.versions,
     )

@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ import torch
 
 from ..errors import TornSnapshotError
 from ..host.device import accelerators, plain_torch
-from ..host.memory import move, move_holding_gil, move_releasing_gil
+from ..host.memory import address_of, move, move_holding_gil, move_releasing_gil
 from ..plan.plan import PlannedState
 from ..plan.strided import row_major_bytes
 from .arena import StagingChunk
@@ -92,7 +91,7 @@ class Payloads:
     def prepare(self, copies: Iterable[tuple[int, int]]) -> None:
         """To be called before `fill`. `copies`: payloads that are read elsewhere, and where."""
         if not self._sources:
-            sources = [*self.host_addresses, *map(_address_of_bytes, self._literals)]
+            sources = [*self.host_addresses, *(address_of(memoryview(data)) for data in self._literals)]
             for k, address in copies:
                 sources[k] = address
             starts = self._map.pick_small(sources)
@@ -166,7 +165,7 @@ class Payloads:
         if chunk.former_key != key:
             between = self._map.between
             rows = between.rows[k]
-            middle = _address_of_bytes(self._map.middle)
+            middle = address_of(memoryview(self._map.middle))
             addresses = list(map(add, between.source_offsets[rows], repeat(middle)))
             _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
         chunk.resident_key = key
@@ -179,8 +178,3 @@ def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[i
         deque(map(move_holding_gil, map(base.__add__, offsets[batch]), sources[batch], nbytes[batch]), maxlen=0)
         if not is_urgent:
             time.sleep(0)
-
-
-def _address_of_bytes(data: bytes) -> int:
-    """Of the first byte; valid while `data` is alive."""
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

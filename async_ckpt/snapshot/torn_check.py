@@ -10,6 +10,7 @@ import torch
 
 from ..errors import TornSnapshotError, some_of
 from ..plan.plan import PlannedState, version_counters
+from ..plan.strided import view_span
 from ..threads.locks import Lock
 from .probes import PROBE_BYTES, ProbeMap
 
@@ -147,10 +148,7 @@ def _covers(tensor: torch.Tensor, places: dict[int, list[int]]) -> bool:
     if not local.numel():
         return False
     item: int = local.element_size()
+    _, reach = view_span(local.size(), local.stride(), 0)
     start = local.storage_offset() * item
-    end = (
-        start
-        + item
-        + item * sum((size - 1) * stride for size, stride in zip(local.size(), local.stride(), strict=True))
-    )
+    end = start + reach * item
     return any(place < end and place + PROBE_BYTES > start for place in places.get(local.untyped_storage()._cdata, ()))
