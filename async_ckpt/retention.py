@@ -65,12 +65,6 @@ class Decision:
     """Why the disk would not delete it; it is to be tried again."""
 
 
-def committed_here(catalog: Catalog) -> list[Manifest]:
-    """The checkpoints that policies judge, oldest first: not those that somebody has copied, renamed or linked, to keep
-    them."""
-    return [entry.manifest for entry in catalog.entries() if entry.manifest is not None and entry.copied_from is None]
-
-
 class RetentionPolicy:
     """Says which checkpoints to keep; `a | b` keeps what either keeps."""
 
@@ -269,7 +263,7 @@ def carry_out(
         hold: what must not be deleted yet, whatever the policy says.
         before: called once, before the first deletion.
     """
-    manifests = {manifest.tag: manifest for manifest in committed_here(catalog)}
+    manifests = {manifest.tag: manifest for manifest in catalog.committed()}
     decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
     for at, decision in enumerate(decisions):
         why = None if decision.keep else hold(manifests[decision.tag])

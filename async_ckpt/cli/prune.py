@@ -19,7 +19,6 @@ from ..retention import (
     RetentionPolicy,
     apply,
     carry_out,
-    committed_here,
     decide,
 )
 from ..storage.filesystem import FileSystem
@@ -76,7 +75,7 @@ def command(
             "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
         )
     catalog = catalog_of(root)
-    checkpoints = [CheckpointInfo.of(manifest) for manifest in committed_here(catalog)]
+    checkpoints = [CheckpointInfo.of(manifest) for manifest in catalog.committed()]
     if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
         raise NotFoundError(

@@ -122,11 +122,7 @@ class Worker:
         """End what earlier processes left: attempts whose checkpoint is gone, deletions that were cut short; note
         what is missing."""
         context, states = self.context, self.context.states
-        local = {
-            entry.tag: entry.manifest
-            for entry in context.catalog.entries()
-            if entry.manifest is not None and entry.copied_from is None
-        }
+        local = {manifest.tag: manifest for manifest in context.catalog.committed()}
         for state in states.all():
             manifest = local.get(state.tag)
             delete_doomed(context.store, states, state.tag)

@@ -98,6 +98,11 @@ class Catalog:
             there, key=lambda e: (e.manifest.created_unix_ns if e.manifest else -1, e.copied_from is None, e.tag)
         )
 
+    def committed(self) -> list[Manifest]:
+        """The checkpoints that retention judges and mirrors get, oldest first: not those that somebody has copied,
+        renamed or linked, to keep them."""
+        return [entry.manifest for entry in self.entries() if entry.manifest is not None and entry.copied_from is None]
+
     def _entry(self, name: str) -> CatalogEntry | None:
         """What has this name; without a tag where that is no checkpoint, None where it has vanished meanwhile."""
         try:
