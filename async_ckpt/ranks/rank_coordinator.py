@@ -162,11 +162,11 @@ class RankCoordinator:
         self.talk.learn(opened, rank_protocol.report(self.info, attempt, digest), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
-        elif self.leads:
+            return
+        if self.leads:
             self._publish_own_node(opened, attempt, metadata)
-        else:
-            opened.outcome = self.talk.learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
-            self.talk.later(rank_protocol.settle(self.info, attempt))
+        opened.outcome = self.talk.learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
+        self.talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: Staging, error: BaseException) -> None:
         assert isinstance(opened, RankStaging)
@@ -234,21 +234,20 @@ class RankCoordinator:
             self._rename(opened, entries, metadata, created_unix_ns)
         except BaseException as error:
             committed = error.committed if isinstance(error, CommitError) else False
-            opened.outcome = CommitOutcome(False, 0, cause_of(error), 0, committed)
-            self._tell_outcome(opened, attempt, opened.outcome, cause_of(error))
+            self._tell_outcome(opened, attempt, CommitOutcome(False, 0, cause_of(error), 0, committed))
             raise
-        opened.outcome = CommitOutcome(True, None, "", 0, True)
-        self._tell_outcome(opened, attempt, opened.outcome, "")
+        self._tell_outcome(opened, attempt, CommitOutcome(True, None, "", 0, True))
         self.talk.later(self.talk.retire(attempt))
 
-    def _tell_outcome(self, opened: RankStaging, attempt: int, outcome: CommitOutcome, error: str) -> None:
+    def _tell_outcome(self, opened: RankStaging, attempt: int, outcome: CommitOutcome) -> None:
         info = self.info
+        opened.outcome = outcome
         if info.num_nodes > 1:
-            self.talk.submit(rank_protocol.renamed(info, attempt, error))
-            outcome = self.talk.learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
-            if not outcome.ok and not error:
-                opened.outcome = outcome
-                raise outcome.error(opened.destination.root, opened.tag)
+            self.talk.submit(rank_protocol.renamed(info, attempt, outcome.cause))
+            of_all: CommitOutcome = self.talk.learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
+            if outcome.ok and not of_all.ok:
+                opened.outcome = of_all
+                raise of_all.error(opened.destination.root, opened.tag)
             return
         try:
             self.talk.learn(opened, rank_protocol.conclude(info, attempt, outcome))
@@ -269,8 +268,6 @@ class RankCoordinator:
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
         self.talk.learn(opened, rank_protocol.renamed(info, attempt, error), reported=True)
-        opened.outcome = self.talk.learn(opened, rank_protocol.await_result(info, attempt), reported=True)
-        self.talk.later(rank_protocol.settle(info, attempt))
 
     def _rename(
         self, opened: RankStaging, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
