@@ -45,7 +45,7 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
     """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads."""
     forgotten: list[str] = []
     deadline = time.monotonic() + timeout_s
-    is_impatient = True
+    is_impatient = False
     try:
         _give_up_open(commits, reason, forgotten)
         for pending in commits.unfinished():
@@ -55,9 +55,8 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
                     f"{pending.tag!r}; waiting for {commits.pool.waiting_for()}. They are not visible; older "
                     "checkpoints are untouched"
                 )
-        is_impatient = False
-    except Exception:
-        is_impatient = False
+    except BaseException as error:
+        is_impatient = not isinstance(error, Exception)
         raise
     finally:
         # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.

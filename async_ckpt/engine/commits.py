@@ -118,9 +118,8 @@ class Commits:
         if checkpoint is not None:
             return checkpoint
         ended = self._last_commit(tag)
-        if ended is not None and ended.failure() is not None:
-            failure = ended.failure()
-            assert failure is not None
+        failure = None if ended is None else ended.failure()
+        if failure is not None:
             raise failure
         state = "its commit was called already" if ended is not None else f"open are: {', '.join(self._open) or 'none'}"
         raise TransactionStateError(
@@ -149,8 +148,9 @@ class Commits:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
         earlier = self.find_unfinished(tag)
-        elsewhere = any(other.find_unfinished(tag) for other in self.others())
-        if (earlier is not None or elsewhere) and self._config.overwrite == "refuse":
+        if self._config.overwrite == "refuse" and (
+            earlier is not None or any(other.find_unfinished(tag) for other in self.others())
+        ):
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
         staging = self._coordinator.begin(destination, self._config.overwrite)
@@ -190,13 +190,15 @@ class Commits:
         Not the other ranks of a job, which may be threads of this process.
         """
         pid, mine = os.getpid(), self._coordinator
-        others = [other for other in list(live) if other is not self and other.pid == pid]
-        return [
+        others = [
             other
-            for other in others
-            if (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
-            and os.path.realpath(other.root) == os.path.realpath(self.root)
+            for other in list(live)
+            if other is not self
+            and other.pid == pid
+            and (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
         ]
+        root = os.path.realpath(self.root) if others else ""
+        return [other for other in others if os.path.realpath(other.root) == root]
 
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..host.facts import available_memory_bytes, local_world_size
+from ..host.memory import PAGE_BYTES
 from ..metrics import Observer
 from ..mirror.config import Mirror
 from ..ranks.coordinator import Coordinator
 from ..retention import RetentionPolicy
 from ..storage.filesystem import FileSystem
 
-PAGE_BYTES = 4096
 MAX_CHUNK_BYTES = 1 << 30
 DEFAULT_CHUNK_BYTES = 16 << 20
 MAX_AUTO_STAGING_BYTES = 16 << 30
