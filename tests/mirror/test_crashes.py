@@ -16,6 +16,7 @@ import pytest
 from async_ckpt.mirror.state import DIRECTORY, States
 from async_ckpt.storage.filesystem import FileSystem
 
+from ..support.stepping import until
 from .making import (
     SMALL,
     big,
@@ -30,7 +31,7 @@ from .making import (
 )
 from .proxy import Fault, Proxy
 from .servers import BUCKET, unfinished_uploads
-from .test_upload import done_when, root_of
+from .test_upload import root_of
 
 
 @pytest.mark.wide
@@ -104,7 +105,7 @@ def _goes_on(server: Any, root: Path, where: str) -> None:
         if states.is_mirrored(tag, created):
             assert remote_content(mirror, tag) == content(root, tag)
     with mirroring(root, mirror) as made:
-        done_when(lambda: made.is_mirrored("latest", 2) and made.is_mirrored("step-3", 3))
+        until(lambda: made.is_mirrored("latest", 2) and made.is_mirrored("step-3", 3))
     assert remote_content(mirror, "latest") == big() == content(root, "latest")
     assert remote_content(mirror, "step-3") == SMALL
     assert garbage(server, where) == [] and unfinished_uploads(server, where) == []
@@ -145,5 +146,5 @@ def test_a_damaged_state_is_left_out_and_the_store_asked(moto: Any, tmp_path: Pa
     (state,) = (tmp_path / DIRECTORY).rglob("*.json")
     state.write_text(state.read_text()[:-10])
     with mirroring(tmp_path, mirror) as made:
-        done_when(lambda: made.is_mirrored("step-1", 1))
+        until(lambda: made.is_mirrored("step-1", 1))
     assert remote_content(mirror, "step-1") == SMALL and garbage(moto, prefix) == []

@@ -17,11 +17,11 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror
 from async_ckpt.errors import CheckpointNotFoundError, ConfigError, MirrorError
 from async_ckpt.metrics import MirrorMetrics, Observer, Span
 
+from ..support.stepping import until
 from .making import check_store, s3_mirror
 from .proxy import Fault, Proxy
 from .servers import free_ports
 from .test_reading import same, state
-from .test_upload import done_when
 
 
 def saved(engine: AsyncCheckpointEngine, tag: str, seed: int = 0) -> Any:
@@ -90,7 +90,7 @@ def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(
         assert isinstance(pending.mirrored.exception(0), MirrorError) and pending.exception(0) is None
         is_open.set()
     with engine_on(tmp_path, s3_mirror(moto, prefix)) as engine:
-        done_when(lambda: "step-1" in Catalog(s3_mirror(moto, prefix).url, remote(s3_mirror(moto, prefix))).tags())
+        until(lambda: "step-1" in Catalog(s3_mirror(moto, prefix).url, remote(s3_mirror(moto, prefix))).tags())
 
 
 def remote(mirror: Mirror) -> Any:
@@ -117,7 +117,7 @@ def test_local_retention_waits_for_mirrors(moto: Any, tmp_path: Path, prefix: st
             assert engine.tags() == ["step-0", "step-1", "step-2"]
             is_open.set()
             pending[-1].mirrored.result(60)
-            done_when(lambda: engine.tags() == ["step-2"])
+            until(lambda: engine.tags() == ["step-2"])
     assert check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"]
 
 

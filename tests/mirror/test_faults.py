@@ -15,8 +15,10 @@ import pytest
 
 from async_ckpt.errors import CheckpointNotFoundError, MirrorError, OutOfSpaceError
 from async_ckpt.mirror.config import Mirror
+from async_ckpt.mirror.context import Alone
 from async_ckpt.storage.filesystem import FileSystem
 
+from ..support.stepping import until
 from .making import (
     SMALL,
     big,
@@ -188,9 +190,7 @@ def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Pa
             assert first.exception(60) is not None
             is_down = False
             commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
-            from .test_upload import done_when
-
-            done_when(lambda: made.is_mirrored("step-1", 1))
+            until(lambda: made.is_mirrored("step-1", 1))
             made.raise_unacknowledged()
     assert check_store(s3_mirror(moto, prefix)) == ["step-1", "step-2"]
 
@@ -208,15 +208,8 @@ def test_a_store_that_ignores_conditions_is_found_and_said(
 
 
 def test_a_store_that_ignores_conditions_is_refused_to_several_ranks(rclone: Any, tmp_path: Path, prefix: str) -> None:
-    class OneOfTwo:
+    class OneOfTwo(Alone):
         rank = 0
-        leads = True
-
-        def all_sent(self, name: str) -> None:
-            return None
-
-        def concluded(self, name: str, error: str) -> None:
-            return None
 
     mirror, refused = s3_mirror(rclone, prefix, on_failure="raise"), r"ignores conditions.*several ranks"
     with mirroring(tmp_path, mirror, agreement=OneOfTwo()) as made, pytest.raises(MirrorError, match=refused):
@@ -318,8 +311,7 @@ def test_the_server_is_killed_in_the_middle_of_an_upload(tmp_path: Path, prefix:
     server = SeaweedFS(tmp_path_factory.mktemp("mortal"))
     server.start()
     try:
-        for at in (13,):
-            _upload_with_a_crash_of(server, at, root_of(tmp_path / str(at)), f"{prefix}-{at}")
+        _upload_with_a_crash_of(server, 13, root_of(tmp_path / "root"), prefix)
     finally:
         server.kill()
 

@@ -18,6 +18,7 @@ from async_ckpt.errors import CheckpointNotFoundError
 from async_ckpt.host.process import Owner
 from async_ckpt.storage.filesystem import FileLock, FileSystem
 
+from ..support.stepping import until
 from .making import (
     SMALL,
     big,
@@ -33,7 +34,6 @@ from .making import (
 from .proxy import Fault, Proxy
 from .servers import unfinished_uploads
 from .test_engine import engine_on, saved
-from .test_upload import done_when
 
 pytestmark = pytest.mark.wide
 
@@ -122,7 +122,7 @@ def test_so_many_processes_of_a_node_upload_at_once(num: int, moto: Any, tmp_pat
 
 
 def _all_mirrored(*made: Any) -> None:
-    done_when(lambda: all(one.is_mirrored("step-1", 1) for one in made))
+    until(lambda: all(one.is_mirrored("step-1", 1) for one in made))
 
 
 def test_a_sweep_beside_an_upload(moto: Any, tmp_path: Path, prefix: str) -> None:
@@ -174,7 +174,7 @@ def test_local_retention_deletes_what_is_being_sent(moto: Any, tmp_path: Path, p
             first.result(60)
             assert is_sending.wait(60)
             saved(engine, "step-1", 1).result(60)
-            done_when(lambda: engine.tags() == ["step-1"])
+            until(lambda: engine.tags() == ["step-1"])
             is_open.set()
             assert isinstance(first.mirrored.exception(60), CheckpointNotFoundError)
     assert check_store(s3_mirror(moto, prefix)) == ["step-1"]

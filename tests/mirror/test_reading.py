@@ -17,10 +17,10 @@ from async_ckpt.mirror.plan import with_attempt
 from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.reading.load import load_committed_into
 
+from ..support.stepping import until
 from .making import SMALL, commit, mirroring, s3_mirror
 from .proxy import Proxy
 from .servers import ACCESS_KEY, BUCKET, SECRET_KEY, client, keys
-from .test_upload import done_when
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def mirrored(root: Path, mirror: Any, num_tags: int) -> None:
         catalog = async_ckpt.Catalog(root)
         manifests = [catalog.manifest(tag) for tag in catalog.tags()]
         assert len(manifests) == num_tags
-        done_when(lambda: all(made.is_mirrored(manifest.tag, manifest.created_unix_ns) for manifest in manifests))
+        until(lambda: all(made.is_mirrored(manifest.tag, manifest.created_unix_ns) for manifest in manifests))
 
 
 def same(a: Any, b: Any) -> bool:
