@@ -70,7 +70,8 @@ def view_at(address: int, num_bytes: int, *, owner: object) -> memoryview:
 
 
 def advise_huge_pages(address: int, num_bytes: int) -> None:
-    """For the huge pages that lie wholly in these bytes. Advice only: a kernel that refuses it is slower, not wrong."""
+    """Ask for huge pages for those that lie wholly in these bytes. Advice only: a kernel that refuses it is slower, not
+    wrong."""
     first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if end > first:

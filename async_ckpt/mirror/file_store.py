@@ -1,8 +1,7 @@
 """A mirror on another disk or a network mount, with the same layout as in an object store.
 
 Objects are written under a private name, synced and renamed. Conditions are checked and met under a lock of the
-object's
-directory; they hold among writers that see each other's locks.
+object's directory; they hold among writers that see each other's locks.
 """
 
 from __future__ import annotations

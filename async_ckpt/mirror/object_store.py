@@ -1,8 +1,7 @@
 """S3, GCS and Azure through obstore, which is imported when the first store is made.
 
 Requests are tried again by the library, within the mirror's `retry_timeout_s`. S3 is asked to check the SHA-256 of
-every
-part, which the library computes anyway to sign it.
+every part, which the library computes anyway to sign it.
 """
 
 from __future__ import annotations

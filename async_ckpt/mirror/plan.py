@@ -99,5 +99,5 @@ def attempt_of(raw: bytes, *, source: str) -> str:
 
 
 def combined_md5(part_md5: list[bytes]) -> str:
-    """The entity tag that S3 gives an object: of one plain put, or of several parts; without quotes."""
+    """The entity tag that S3 gives an object of several parts; without quotes."""
     return hashlib.md5(b"".join(part_md5), usedforsecurity=False).hexdigest() + f"-{len(part_md5)}"

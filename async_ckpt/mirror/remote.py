@@ -1,8 +1,7 @@
 """A store as the reading side of a file system, so that catalog, verification and loads are the same code for both.
 
 A checkpoint is what its manifest names: opening a tag reads the manifest, and files are looked for below the attempt
-    that
-it tells. Blocks for requests; any thread; nothing is kept between calls.
+that it tells. Blocks for requests; any thread; nothing is kept between calls.
 """
 
 from __future__ import annotations

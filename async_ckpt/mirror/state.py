@@ -1,8 +1,7 @@
 """What is uploaded, kept durably in the root: one small file per tag, mirror and rank, below ``<root>/.mirrors``.
 
 Each is replaced whole (temporary, fsync, rename, fsync of the directory), so that a crash leaves the old text or the
-new
-one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time.
+new one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time.
 """
 
 from __future__ import annotations

@@ -39,17 +39,13 @@ def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
     path = os.path.join(final, MANIFEST_NAME)
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        lock, is_supported = None, True
         try:
             lock = fs.lock(path)
         except OSError as error:
             # EBADF: NFS wants a descriptor that can write.
             if error.errno not in NO_LOCKS | {errno.EBADF}:
                 raise
-            is_supported = False
-        if not is_supported:
-            yield False
-            return
+            break
         if lock is not None:
             with contextlib.closing(lock):
                 # Another tree may have got the name meanwhile.
@@ -60,3 +56,4 @@ def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
             told = f"another process has held it for {TIMEOUT_S:g} s to replace or delete it; is it stopped?"
             raise OSError(errno.EBUSY, told, final)
         time.sleep(_POLL_S)
+    yield False

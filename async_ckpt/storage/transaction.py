@@ -106,8 +106,8 @@ def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
         if fs.owner_state(other.owner) is not OwnerState.DEAD:
             raise TagExistsError(
                 f"another process has tag {tag!r} open ({name!r}), and this file system could not keep one from "
-                "replacing the other's: "
-                "use another tag, or delete that directory if its process is gone. Nothing was written",
+                "replacing the other's: use another tag, or delete that directory if its process is gone. Nothing was "
+                "written",
                 step="create",
                 path=root,
             )

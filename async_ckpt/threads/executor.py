@@ -84,7 +84,8 @@ class DaemonExecutor(Executor):
         self._name = name
         self._niceness = niceness
         self._on_start = on_start
-        self._refusal: BaseException | None = None
+        self.refusal: BaseException | None = None
+        """Why no work is accepted any more; None while it is."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{k}", daemon=True) for k in range(num_threads)
@@ -106,11 +107,6 @@ class DaemonExecutor(Executor):
                 raise
 
     @property
-    def refusal(self) -> BaseException | None:
-        """Why no work is accepted any more; None while it is."""
-        return self._refusal
-
-    @property
     def num_queued(self) -> int:
         """Jobs that no thread has taken yet, about."""
         return self._jobs.qsize()
@@ -129,11 +125,11 @@ class DaemonExecutor(Executor):
         check_process(self._pid, f"executor {self._name!r}")
         future: Future[T] = Future()
         # No lock: a signal handler that has interrupted this may wait for a thread that submits here too.
-        if self._refusal is None:
+        if self.refusal is None:
             self._jobs.put((future, fn, args, kwargs))
         # Shut down meanwhile, it may lie behind the last job.
-        if self._refusal is not None and future.cancel():
-            raise TransactionStateError(f"executor {self._name!r} accepts no work: {self._refusal}") from self._refusal
+        if self.refusal is not None and future.cancel():
+            raise TransactionStateError(f"executor {self._name!r} accepts no work: {self.refusal}") from self.refusal
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -154,7 +150,7 @@ class DaemonExecutor(Executor):
         return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
 
     def _refuse(self, error: BaseException, *, drop: bool) -> None:
-        self._refusal = self._refusal or error
+        self.refusal = self.refusal or error
         while drop:
             try:
                 job = self._jobs.get_nowait()

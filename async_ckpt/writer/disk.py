@@ -20,7 +20,8 @@ PAGE_BYTES = 4096
 
 
 class Disk:
-    """Any thread but a user's, where nothing else is said; nothing blocks but `make_parents`.
+    """What the files of one pool share. Any thread but a user's, where nothing else is said; nothing blocks but
+    `make_parents`.
 
     Args:
         num_slots: how many chunks of all files may be written at once.

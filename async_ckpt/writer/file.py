@@ -130,7 +130,7 @@ class FileWrite:
         return os.path.join(self._folder.result(), self._name) if is_known else ""
 
     def waiting_for(self) -> str:
-        """In words."""
+        """What the file waits for now, in words."""
         return self._jobs.waits_for(self._shown)
 
     @property

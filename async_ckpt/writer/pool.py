@@ -54,8 +54,7 @@ def _keep_in_child() -> None:
     _inherited.extend(_pools)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_in_child)
+os.register_at_fork(after_in_child=_keep_in_child)
 
 
 def auto_num_writers(num_helpers: int) -> int:

@@ -34,7 +34,6 @@ class AsyncCkptEager(Contender):
     def setup(self, directory: Path, workload: Workload) -> None:
         super().setup(directory, workload)
         self.pending: Any = None
-        self.commits: list[Any] = []
         self.engine = AsyncCheckpointEngine(directory, staging_bytes=staging_bytes_for(workload))
 
     def prewarm(self) -> None:
@@ -51,12 +50,7 @@ class AsyncCkptEager(Contender):
             self.pending.result()
 
     def detail(self) -> dict[str, Any]:
-        metrics = getattr(self.pending, "metrics", None)
-        if callable(metrics):
-            metrics = metrics()
-        return (
-            dataclasses.asdict(metrics) if dataclasses.is_dataclass(metrics) and not isinstance(metrics, type) else {}
-        )
+        return {} if self.pending is None else dataclasses.asdict(self.pending.metrics)
 
     def close(self) -> None:
         self.engine.close()

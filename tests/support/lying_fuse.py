@@ -1,10 +1,8 @@
 """A file system in user space that passes everything through to a directory, and lies where it is told to.
 
 It stands for what networks and buckets are mounted with: NFS, sshfs, s3fs, gcsfuse, rclone. It speaks the kernel's own
-protocol
-(linux/fuse.h) on /dev/fuse, so that each request can be answered wrongly, late or never; a process of its own serves
-it, whose end is
-the "transport endpoint is not connected" of a real one.
+protocol (linux/fuse.h) on /dev/fuse, so that each request can be answered wrongly, late or never; a process of its own
+serves it, whose end is the "transport endpoint is not connected" of a real one.
 
     with lying(tmp_path, kind="fuse.rclone") as mounted:
         mounted.lie(errors={"FSYNCDIR": errno.EIO})         # by the request's name: see REQUESTS
