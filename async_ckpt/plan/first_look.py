@@ -4,8 +4,10 @@ streamed.
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,20 @@ from ..format.pickles import MalformedPickleError
 from .key_paths import path_of, walk
 from .object_parts import is_numpy
 from .torch_layout import LARGE_BYTES
+
+_IS_LOADED_BY_FRAMEWORK = ContextVar("loaded by a framework", default=False)
+
+
+@contextlib.contextmanager
+def loaded_by_framework() -> Iterator[None]:
+    """What this thread saves meanwhile, a framework loads again in its own way: nobody is told what `load` refuses of
+    it, as there is nothing that a user could do about it.
+    """
+    token = _IS_LOADED_BY_FRAMEWORK.set(True)
+    try:
+        yield
+    finally:
+        _IS_LOADED_BY_FRAMEWORK.reset(token)
 
 
 def told_of_buffers(state: Any, file_name: str) -> str | None:
@@ -40,7 +56,8 @@ def told_of_buffers(state: Any, file_name: str) -> str | None:
 
 def told_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> str | None:
     """A warning, with the key paths, of what the pickle of `file_name` names and `load` refuses by default; or None."""
-    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
+    is_asked = not _IS_LOADED_BY_FRAMEWORK.get()
+    refused = is_asked and set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
     if not refused:
         return None
     try:

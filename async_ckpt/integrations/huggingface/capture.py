@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...plan.planner import Planner
+from ...plan.first_look import loaded_by_framework
 from ..frameworks import require
 
-# What Transformers and Accelerate make, and load again in their own way: no user can do anything about what `load`
-# refuses of it.
-_FRAMEWORKS_OWN = re.compile(r"training_args\.bin|rng_state(_\d+)?\.pth|random_states_\d+\.pkl")
+# What Transformers and Accelerate load with weights_only=False, or with NumPy's types allowed.
+_FRAMEWORKS_OWN = re.compile(
+    r"training_args\.bin|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl"
+)
 # Modules that hold safetensors' function under a name of their own.
 _SAFETENSORS_USERS = (
     ("safetensors.torch", "save_file"),
@@ -73,17 +74,15 @@ def _redirected(engine: AsyncCheckpointEngine, folder: str) -> Iterator[None]:
         return text[len(folder) + 1 :] if isinstance(text, str) and text.startswith(folder + os.sep) else None
 
     stock_save = torch.save
-    # Without `tell`: it warns of nothing.
-    quiet = Planner(alignment=engine.config.storage_alignment, compact_views=engine.config.compact_views)
 
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         name = name_inside(f)
         if name is None or args or kwargs:
             stock_save(obj, f, *args, **kwargs)
-        elif _FRAMEWORKS_OWN.fullmatch(os.path.basename(name)):
-            engine.save(quiet.plan(obj), name)
         else:
-            engine.save(obj, name, format="torch")
+            is_own = _FRAMEWORKS_OWN.fullmatch(os.path.basename(name))
+            with loaded_by_framework() if is_own else contextlib.nullcontext():
+                engine.save(obj, name, format="torch")
 
     with contextlib.ExitStack() as undo:
         _exchange(undo, torch, "save", save)

@@ -42,11 +42,12 @@ SMALL: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 65536}
 class Counter:
     def __init__(self) -> None:
         self.count = 0
+        self.since: Path | None = None
 
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "since": self.since}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
 
 
@@ -78,11 +79,12 @@ def test_same_files_and_exact_resume(tmp_path: Path) -> None:
     with AsyncCheckpointEngine(tmp_path / "ours", **SMALL) as engine:
         engine.guard(job.optimizer)
         before = [job.step() for _ in range(3)]
+        job.counter.since = Path("x")
         job.accelerator.save_state(str(tmp_path / "stock"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             pending = save_accelerator_state(job.accelerator, engine, "step-3", metadata={"step": 3})
-        # Random states hold NumPy arrays, which Accelerate's own load allows.
+        # Random states hold NumPy arrays, registered objects whatever they like: Accelerate's own load allows it.
         assert not [warning for warning in caught if "load refuses" in str(warning.message)]
         after = [job.step() for _ in range(3)]
         pending.result(60)
