@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,9 +84,12 @@ class Checkpoint:
     first_save_s: float | None = None
     commit_s: float = 0.0
     metrics: CommitMetrics = field(init=False)
+    real_root: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = CommitMetrics(self.tag)
+        # The disk has just been asked for the staging directory; the call of `commit` asks it nothing.
+        self.real_root = os.path.realpath(self.staging.root)
 
     @property
     def tag(self) -> str:

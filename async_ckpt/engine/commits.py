@@ -73,6 +73,7 @@ class Commits:
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
             transaction.make_root(self.filesystem, root)
+            self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
             if config.sweep_on_start:
@@ -197,8 +198,7 @@ class Commits:
             and other.pid == pid
             and (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
         ]
-        root = os.path.realpath(self.root) if others else ""
-        return [other for other in others if os.path.realpath(other.root) == root]
+        return [other for other in others if other._real_root == self._real_root]
 
     def _last_commit(self, tag: str) -> PendingCommit | None:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
@@ -241,7 +241,7 @@ class Commits:
         pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
         done.when_done(lambda done: self._ended(checkpoint, pending, done.failure()))
         self._commits.append(pending)
-        announce(pending, checkpoint.staging.root)
+        announce(pending, checkpoint.real_root)
         # A signal handler may have closed the engine.
         self._open.pop(tag, None)
         return pending

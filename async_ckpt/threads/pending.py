@@ -24,9 +24,9 @@ def run_guarded(call: Callable[[], object]) -> None:
         report(logging.ERROR, "a callback raised %r", error, cause=error)
 
 
-def announce(pending: Pending, root: str) -> None:
-    """Let `name_pending` name it until it has ended."""
-    _unnamed[pending] = os.path.realpath(root)
+def announce(pending: Pending, real_root: str) -> None:
+    """Let `name_pending` name it until it has ended. Never asks the disk."""
+    _unnamed[pending] = real_root
     pending.when_done(lambda ended: _unnamed.pop(ended, None))
 
 
