@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .engine.pacing import CheckpointPacer
     from .engine.pending import PendingCommit
     from .engine.preemption import PreemptionOutcome, ignore_preemption
+    from .engine.tolerance import Tolerate
     from .host.facts import Node
     from .metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
     from .mirror.config import Mirror
@@ -81,6 +82,7 @@ _HOME = {
     "Span": "metrics",
     "SpanRecorder": "observers.timeline",
     "TensorBoardObserver": "observers.tensorboard",
+    "Tolerate": "engine.tolerance",
     "TraceObserver": "observers.trace",
     "ignore_preemption": "engine.preemption",
     "load": "reading.load",
@@ -128,6 +130,7 @@ __all__ = [
     "StateMismatchError",
     "TagExistsError",
     "TensorBoardObserver",
+    "Tolerate",
     "TornSnapshotError",
     "TraceObserver",
     "TransactionStateError",

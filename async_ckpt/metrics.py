@@ -83,6 +83,8 @@ class CommitMetrics:
     """The most chunks that waited for the disk at once, since the commit before this one ended."""
     num_undeleted: int = 0
     """Old checkpoints that the disk would not delete after this commit; they are tried again after the next."""
+    num_failed_in_a_row: int = 0
+    """Commits in a row that have failed, this one included, where `on_commit_failure` tolerates some."""
     saves: list[SaveMetrics] = field(default_factory=list)
 
     @property

@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PathExistsError, TransactionStateError
+from ..errors import PathExistsError, TransactionStateError, WriteError
 from ..format.manifest import FileEntry, ManifestBudget
 from ..metrics import CommitMetrics, OnStep, SaveMetrics
 from ..ranks.coordinator import Coordinator
 from ..reading import verify
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
-from ..storage.staged import Staging, State
+from ..storage.staged import Destination, Staging, State
 from ..writer.file import FileWrite
+from .config import EngineConfig
 from .pending import PendingCommit
 
 if TYPE_CHECKING:
@@ -69,12 +70,14 @@ class Checkpoint:
     then on.
 
     Args:
+        is_tolerant: its failure is told by its commit alone.
         after: an unfinished commit of the same tag, which must be published before this one.
     """
 
     staging: Staging
     coordinator: Coordinator
     filesystem: FileSystem
+    is_tolerant: bool = False
     after: PendingCommit | None = None
     files: dict[str, SavedFile] = field(default_factory=dict)
     directories: set[tuple[str, ...]] = field(default_factory=set)
@@ -103,13 +106,14 @@ class Checkpoint:
 
     # While it is open.
 
-    def check_healthy(self) -> None:
-        """Raise the first failure of this checkpoint, if there was one."""
+    def is_healthy(self) -> bool:
+        """Whether it has not failed. Raises its first failure, unless that is to be told by its commit alone."""
         if self.error is None:
             for saved in self.files.values():
                 self.error = self.error or saved.write.done.failure()
-        if self.error is not None:
+        if self.error is not None and not self.is_tolerant:
             raise self.error
+        return self.error is None
 
     def fail(self, error: BaseException) -> None:
         """Remember the first failure. KeyboardInterrupt and the like would end whatever loop meets them later."""
@@ -210,6 +214,9 @@ class Checkpoint:
             saved.write.abort(error)
         for saved in self.files.values():
             await saved.write.done.ended()
+        if self.staging.state is State.ABORTED:
+            # It was never made.
+            return
         try:
             await on_io_thread(lambda: self.coordinator.abort(self.staging, error))
         except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
@@ -237,6 +244,24 @@ class Checkpoint:
         metrics.num_files = len(entries)
         metrics.guard_wait_s = self._guard_wait_s()
         metrics.stall_s += metrics.guard_wait_s
+
+
+def begin(
+    coordinator: Coordinator, destination: Destination, config: EngineConfig, filesystem: FileSystem
+) -> Checkpoint:
+    """Open a checkpoint. Raises as `Coordinator.begin`.
+
+    Where failures are tolerated, those of the disk are no error here: nothing is made, what is saved is left out, and
+    the commit fails.
+    """
+    is_tolerant = config.on_commit_failure != "raise"
+    try:
+        return Checkpoint(coordinator.begin(destination, config.overwrite), coordinator, filesystem, is_tolerant)
+    except WriteError as error:
+        if not is_tolerant:
+            raise
+        staging = Staging(destination, config.overwrite, state=State.ABORTED)
+        return Checkpoint(staging, coordinator, filesystem, is_tolerant, error=error)
 
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:

@@ -67,6 +67,7 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
                 raise
             report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", commits.root, timeout)
         finally:
+            commits.pipeline.tell_notes()
             for tag in forgotten:
                 told = "checkpoint %r was created but never committed: it is given up, nothing of it is visible"
                 report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=5)
@@ -75,7 +76,7 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
 def _give_up_open(commits: Commits, reason: BaseException | None, forgotten: list[str]) -> None:
     """Give up all open checkpoints; those that the user does not know of yet are added to `forgotten`."""
     for checkpoint in commits.opened():
-        if checkpoint.is_open:
+        if checkpoint.is_open or checkpoint.is_tolerant:
             forgotten.append(checkpoint.tag)
         error = checkpoint.error or given_up(f"the engine was closed before commit({checkpoint.tag!r})", reason)
         commits.abort(checkpoint.tag, error)

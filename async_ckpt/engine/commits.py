@@ -5,7 +5,7 @@ Guarantees:
 - Nothing here refers to the engine object, so that an engine that is dropped, or an interpreter that exits, still
   finishes its pending commits (with a warning), names what was never committed, and never hangs past `close_timeout_s`.
 - The first failure that nobody has asked for is raised by the next `create` and by `close`; when the interpreter exits
-  with one, the exit code is not 0.
+  with one, the exit code is not 0. One that is tolerated is a warning instead.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from ..storage.staged import Destination, State
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.pending import announce
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, begin
 from .config import EngineConfig
 from .mirroring import EngineMirrors
 from .pending import PendingCommit
 from .pipeline import SavePipeline
 from .rotation import Rotation
+from .tolerance import Tolerate
 
 _NUM_REMEMBERED = 128
 
@@ -130,7 +131,8 @@ class Commits:
     def raise_unacknowledged(self) -> None:
         """Raise the first failure that nobody has asked for yet; each is raised once."""
         for pending in self.unacknowledged():
-            pending.result()
+            if (loss := pending.loss()) is not None:
+                raise loss
         if self._failures:
             raise self._failures.pop(0)
         if self.mirrors is not None:
@@ -154,8 +156,8 @@ class Commits:
         ):
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        staging = self._coordinator.begin(destination, self._config.overwrite)
-        checkpoint = Checkpoint(staging, self._coordinator, self.filesystem, after=earlier)
+        checkpoint = begin(self._coordinator, destination, self._config, self.filesystem)
+        checkpoint.after = earlier
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         self._open[tag] = checkpoint
 
@@ -178,8 +180,8 @@ class Commits:
         return [pending for pending in self._commits if not pending.done()]
 
     def unacknowledged(self) -> list[PendingCommit]:
-        """Failed commits whose outcome nobody has asked for."""
-        return [pending for pending in self._commits if pending.failure() is not None and not pending.acknowledged]
+        """Failed commits that are still to be raised."""
+        return [pending for pending in self._commits if pending.is_owed and pending.done()]
 
     def find_unfinished(self, tag: str) -> PendingCommit | None:
         pending = self._last_commit(tag)
@@ -224,6 +226,8 @@ class Commits:
     def commit(self, tag: str, metadata: Mapping[str, Any]) -> PendingCommit:
         started_s = time.perf_counter()
         self.check_usable()
+        if self._config.on_commit_failure != "raise":
+            self.raise_unacknowledged()
         checkpoint = self.require_open(tag)
         checkpoint.budget.check_metadata(metadata)
         self.await_slot()
@@ -237,7 +241,7 @@ class Commits:
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends
         # there, and nothing is waited for that nobody will resolve.
-        done = self.pool.run(self._commit(checkpoint, metadata, self._last_created_ns))
+        done = self.pool.run(self._commit(checkpoint, pending, metadata, self._last_created_ns))
         pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
         done.when_done(lambda done: self._ended(checkpoint, pending, done.failure()))
         self._commits.append(pending)
@@ -246,12 +250,16 @@ class Commits:
         self._open.pop(tag, None)
         return pending
 
-    async def _commit(self, checkpoint: Checkpoint, metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    async def _commit(
+        self, checkpoint: Checkpoint, pending: PendingCommit, metadata: Mapping[str, Any], created_unix_ns: int
+    ) -> None:
         try:
             entries = await checkpoint.finish_files(self.pipeline.callbacks.on_save)
             await self._on_io_thread(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
         except BaseException as error:
             await checkpoint.give_up(error, self._on_io_thread, self.pipeline.callbacks.report)
+            if isinstance(self._config.on_commit_failure, Tolerate) and isinstance(error, Exception):
+                await self._config.on_commit_failure.judge(pending, error, list(self._commits))
             raise
 
     def _publish(
@@ -316,11 +324,16 @@ class Commits:
         return asyncio.wrap_future(self.pool.submit_io(call))
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:
+        if error is not None and not pending.row:
+            pending.verdict, pending.is_owed = error, True
         pending.resolve(checkpoint.tag, error)
         if self.mirrors is not None and pending.mirrored is not None:
             self.mirrors.committed(pending.mirrored, error)
         self.pipeline.callbacks.on_commit(checkpoint.metrics, error)
-        if error is not None:
+        if pending.warning:
+            self.pipeline.callbacks.report(logging.WARNING, "%s", pending.warning)
+            self.pipeline.note(pending.warning)
+        elif error is not None:
             told = "checkpoint %r was not committed: %s"
             self.pipeline.callbacks.report(logging.ERROR, told, checkpoint.tag, error)
 

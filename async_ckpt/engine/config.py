@@ -19,6 +19,7 @@ from ..mirror.config import Mirror
 from ..ranks.coordinator import Coordinator
 from ..retention import RetentionPolicy
 from ..storage.filesystem import FileSystem
+from .tolerance import Tolerate
 
 MAX_CHUNK_BYTES = 1 << 30
 DEFAULT_CHUNK_BYTES = 16 << 20
@@ -76,6 +77,11 @@ class EngineConfig:
     compact_views: bool = False
     """Write only the bytes that views cover, not their whole storages (torch writes whole storages)."""
 
+    on_commit_failure: Literal["raise"] | Tolerate = "raise"
+    """What a failed commit is: an error of the next `create` and of `close`, unless somebody has asked for it before;
+    or, with ``Tolerate(consecutive=2, within_s=3600)``, a warning until so many have failed in a row. Older checkpoints
+    stay either way."""
+
     read_back: bool = False
     """Read every file back from the disk and compare its CRCs before the rename; costs a second pass of I/O."""
 
@@ -123,6 +129,8 @@ class EngineConfig:
         self._check_choice("format", "torch", "safetensors")
         for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
             self._check_choice(name, True, False)
+        if not isinstance(self.on_commit_failure, Tolerate):
+            self._check_choice("on_commit_failure", "raise")
         if self.num_writers != "auto":
             self._check_int("num_writers", 1, 256)
         self._check_int("max_pending_commits", 1, 1024)

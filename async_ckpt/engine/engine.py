@@ -126,7 +126,6 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 checkpoint, parts = self._commits.locate(path, carried=isinstance(state_dict, PlannedState))
                 if not parts:
                     raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside {checkpoint.tag!r}")
-                checkpoint.check_healthy()
                 with self._pipeline.snapshotter.deferring():
                     self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn)
 

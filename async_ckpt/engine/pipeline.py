@@ -98,7 +98,7 @@ class SavePipeline:
             alignment=config.storage_alignment,
             compact_views=config.compact_views,
             format=config.format,
-            tell=self._notes.append,
+            tell=self.note,
         )
         self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
         self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_now)
@@ -119,6 +119,8 @@ class SavePipeline:
 
         Raises as `AsyncCheckpointEngine.save`.
         """
+        if not checkpoint.is_healthy():
+            return
         checkpoint.check_new(path)
         began_s = time.perf_counter()
         # An integration may have planned the file itself.
@@ -166,6 +168,10 @@ class SavePipeline:
         )
 
     # Telling.
+
+    def note(self, message: str) -> None:
+        """Let the user's thread warn of it at the next call that may. Any thread."""
+        self._notes.append(message)
 
     def tell_notes(self) -> None:
         """Warn of what plans have noted. With no lock held: what shows warnings is the user's code."""

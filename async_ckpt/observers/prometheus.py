@@ -52,6 +52,9 @@ class PrometheusObserver(Observer):
         self._rate = make(gauge, "last_commit_bytes_per_second", "Durable throughput of the newest checkpoint")
         self._queue = make(gauge, "max_queue_chunks", "Most chunks that waited for the disk at once")
         self._undeleted = make(gauge, "undeleted_checkpoints", "Old checkpoints that cannot be deleted now")
+        self._in_a_row = make(
+            gauge, "failed_commits_in_a_row", "Newest commits that failed and were tolerated, or one too many"
+        )
         self._mirrored = make(counter, "mirrored", "Checkpoints mirrored", ("mirror",))
         self._unmirrored = make(counter, "mirror_failures", "Uploads that failed", ("mirror",))
         self._sent = make(counter, "mirrored_bytes", "Bytes sent to mirrors", ("mirror",))
@@ -67,6 +70,7 @@ class PrometheusObserver(Observer):
         self._aborted.inc()
 
     def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
+        self._in_a_row.set(metrics.num_failed_in_a_row)
         if error is not None:
             self._failures.inc()
             return

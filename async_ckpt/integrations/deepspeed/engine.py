@@ -216,8 +216,13 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         destination, self._destination = self._destination, None
         if not self._is_open or destination is None:
             return False
+        try:
+            pending = self._engine(destination).commit(destination.tag, metadata={"framework": "deepspeed"})
+        except CheckpointError as error:
+            self._destination = destination
+            self._give_up(error, is_raised=False)
+            return True
         self._is_open = False
-        pending = self._engine(destination).commit(destination.tag, metadata={"framework": "deepspeed"})
         self._outcomes.add(self._info, pending)
         return True
 

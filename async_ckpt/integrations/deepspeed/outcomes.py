@@ -91,7 +91,7 @@ class Outcomes:
         """Wait for an outcome; raise it if it is a failure that was not raised yet."""
         if outcome.is_raised:
             return
-        error = outcome.error if outcome.pending is None else outcome.pending.exception(self._patience_s)
+        error = outcome.error if outcome.pending is None else outcome.pending.loss(self._patience_s)
         if error is not None:
             outcome.is_raised = True
             raise error

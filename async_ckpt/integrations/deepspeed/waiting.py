@@ -45,7 +45,7 @@ def wait() -> None:
     """
     for engine in list(_engines):
         for pending in engine.pending():
-            error = pending.exception(engine.patience_s)
+            error = pending.loss(engine.patience_s)
             if error is not None:
                 raise error
 

@@ -86,8 +86,10 @@ def load_accelerator_state(
         """The tags of this rank once what is pending has ended."""
         if isinstance(engine, AsyncCheckpointEngine):
             for pending in engine.pending():
-                if tag in (None, pending.tag):
+                if tag == pending.tag:
                     pending.result()
+                elif tag is None and (loss := pending.loss()) is not None:
+                    raise loss
             engine.wait_snapshot()
         return catalog.tags() if tag is None else [tag]
 

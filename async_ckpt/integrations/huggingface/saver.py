@@ -61,7 +61,7 @@ class SaveTotalLimit(RetentionPolicy):
 class Saver:
     """Opens, commits and follows checkpoints below one root at a time. Training thread only.
 
-    Guarantees: a failed commit is raised exactly once, by `poll`, `drain` or `close`.
+    Guarantees: a failed commit that is not tolerated is raised exactly once, by `poll`, `drain` or `close`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -118,10 +118,11 @@ class Saver:
         """
         while self._in_flight and self._in_flight[0][1].done():
             path, pending, then = self._in_flight.popleft()
-            failure = pending.exception()
-            if failure is not None:
-                raise failure
-            then(path)
+            loss = pending.loss()
+            if loss is not None:
+                raise loss
+            if pending.failure() is None:
+                then(path)
 
     def drain(self) -> None:
         """Block until every commit has ended, and report them.

@@ -34,6 +34,11 @@ class _Save:
     raised: bool = False
 
     @property
+    def loss(self) -> BaseException | None:
+        """What is to be raised for that, if anything is. Never blocks."""
+        return self.pending.loss() if self.pending.done() else None
+
+    @property
     def failure(self) -> BaseException | None:
         """Why it failed, if it has ended and failed. Never blocks."""
         return self.pending.exception() if self.pending.done() else None
@@ -106,16 +111,16 @@ class FollowUps:
         """The oldest failure that was not handed out yet. Never blocks."""
         with self._lock:
             for save in self._saves:
-                if not save.raised and save.failure is not None:
+                if not save.raised and save.loss is not None:
                     save.raised = True
-                    return save.failure
+                    return save.loss
             return self._failures.pop(0) if self._failures else None
 
     def forget(self, error: BaseException) -> None:
         """Somebody else has raised this failure."""
         with self._lock:
             for save in self._saves:
-                save.raised = save.raised or save.failure is error
+                save.raised = save.raised or save.loss is error
 
     def drain(self) -> None:
         """Block until all commits have ended and everything that follows them is done."""

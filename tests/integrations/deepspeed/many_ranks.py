@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ import torch
 from deepspeed.utils import groups
 from torch import distributed
 
-from async_ckpt import Catalog, CheckpointError, OutOfSpaceError, RankFailedError
+from async_ckpt import Catalog, CheckpointError, CommitError, OutOfSpaceError, RankFailedError, Tolerate
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from tests.integrations.deepspeed.one_rank import KEPT, SMALL, load_stock
@@ -27,6 +28,7 @@ from tests.integrations.deepspeed.world import (
     train,
     train_pipeline,
 )
+from tests.support.faulty_filesystem import FaultyFileSystem
 
 RANK = int(os.environ["RANK"])
 PATIENCE_S = 120.0
@@ -194,6 +196,25 @@ def failing_rank(directory: Path) -> None:
     engine.destroy()
     assert (directory / "latest").read_text() == "next"
     assert differences(expected, state_of(load_stock(directory, 2, "fp32")[0])) == []
+
+
+def ranks_tolerated(directory: Path) -> None:
+    """Of the failures of one rank's disk, the second in a row raises on both; before it, both go on."""
+    filesystem = FaultyFileSystem()
+    if RANK == 1:
+        filesystem.fail_when(lambda op: op.name == "fsync" and ".bad" in op.path and not op.is_dir, errno.EIO)
+    engine = make(2)
+    tolerate = Tolerate(consecutive=2)
+    checkpointer = attach(engine, directory, filesystem=filesystem, on_commit_failure=tolerate, **SMALL)
+    for tag in ("bad1", "good", "bad2", "bad3"):
+        train(engine, 1, seed=RANK)
+        engine.save_checkpoint(str(directory), tag=tag)
+        if tag != "bad3":
+            checkpointer.drain()
+    with pytest.raises(CommitError, match=r"2 checkpoints in a row.*'bad2'.*'bad3'"):
+        checkpointer.drain()
+    assert (directory / "latest").read_text() == "good" and Catalog(directory).tags() == ["good"]
+    engine.destroy()
 
 
 def bad_state_on_one_rank(directory: Path) -> None:

@@ -17,7 +17,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from async_ckpt import Catalog, CheckpointError, ConfigError, KeepLast, OutOfSpaceError
+from async_ckpt import Catalog, CheckpointError, CommitError, ConfigError, KeepLast, OutOfSpaceError, Tolerate
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from tests.integrations.deepspeed.world import (
@@ -30,6 +30,7 @@ from tests.integrations.deepspeed.world import (
     train,
     train_pipeline,
 )
+from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.insides import commits_of, thread_of
 
 SMALL: dict[str, Any] = {"staging_bytes": 32 << 20}
@@ -322,6 +323,25 @@ def disk_full(directory: Path) -> None:
         assert (directory / "latest").read_text() == "good"
         assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ["good"]
     assert differences(expected, state_of(load_stock(directory, 1, "fp32")[0])) == []
+
+
+def tolerated(directory: Path) -> None:
+    """A failed checkpoint lets training go on, and `latest` stays; the second in a row raises at the next step."""
+    filesystem = FaultyFileSystem()
+    filesystem.fail_when(lambda op: op.name == "fsync" and ".bad" in op.path, errno.EIO)
+    engine = make(1)
+    tolerate = Tolerate(consecutive=2)
+    checkpointer = attach(engine, directory, filesystem=filesystem, on_commit_failure=tolerate, **SMALL)
+    for tag in ("good", "bad1", "better", "bad2", "bad3"):
+        train(engine, 1)
+        engine.save_checkpoint(str(directory), tag=tag)
+        for pending in checkpointer.pending():
+            pending.wait(60)
+        assert (directory / "latest").read_text() == ("good" if tag in ("good", "bad1") else "better")
+    with pytest.raises(CommitError, match=r"2 checkpoints in a row.*'bad2'.*'bad3'"):
+        train(engine, 2)
+    assert engine.load_checkpoint(str(directory))[0] is not None
+    engine.destroy()
 
 
 def dead_writer(directory: Path) -> None:

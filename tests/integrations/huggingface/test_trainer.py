@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
-from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError, Observer  # noqa: E402
+from async_ckpt import Catalog, CommitError, ConfigError, CorruptCheckpointError, Observer, Tolerate  # noqa: E402
 from async_ckpt.integrations.frameworks import require  # noqa: E402
 from async_ckpt.integrations.huggingface import (  # noqa: E402
     AsyncCheckpointTrainerMixin,
@@ -34,6 +34,7 @@ from async_ckpt.integrations.huggingface import (  # noqa: E402
 from async_ckpt.integrations.huggingface.saver import SaveTotalLimit  # noqa: E402
 from async_ckpt.retention import CheckpointInfo, decide  # noqa: E402
 from async_ckpt.storage.filesystem import FileSystem  # noqa: E402
+from tests.support.faulty_filesystem import FaultyFileSystem  # noqa: E402
 from tests.support.processes import free_port  # noqa: E402
 
 from .jobs import SMALL, HoldingFileSystem, StopAt, losses, model, rows, trainer  # noqa: E402
@@ -305,6 +306,18 @@ def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) ->
         trained.train()
     assert trained.state.global_step < 200
     assert "checkpoint-4" not in names(tmp_path) and last_committed_checkpoint(tmp_path) is not None
+
+
+def test_a_tolerated_failure_lets_training_go_on(tmp_path: Path) -> None:
+    fs = FaultyFileSystem()
+    fs.fail_when(lambda op: op.name == "fsync" and ".checkpoint-4." in op.path, errno.EIO)
+    config = {"filesystem": fs, "on_commit_failure": Tolerate(consecutive=2)}
+    trained = trainer(tmp_path, config=config)
+    trained.train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+    fs.fail_when(lambda op: op.name == "fsync" and ".checkpoint-" in op.path, errno.EIO)
+    with pytest.raises(CommitError, match=r"2 checkpoints in a row.*'checkpoint-2'.*'checkpoint-4'"):
+        trainer(tmp_path / "b", config=config).train()
 
 
 def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:

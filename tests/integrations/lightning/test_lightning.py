@@ -30,6 +30,7 @@ from async_ckpt import (  # noqa: E402
     ConfigError,
     CorruptCheckpointError,
     Observer,
+    Tolerate,
     UnsupportedStateError,
 )
 from async_ckpt.integrations.lightning import AsyncCkptIO, framework  # noqa: E402
@@ -221,6 +222,25 @@ def test_a_failed_commit_raises_at_the_next_save_and_keeps_the_old_file(tmp_path
         trainer(tmp_path, io, callbacks=[checkpoint]).fit(model, data())
     assert steps == [1, 2], "the save of step 3 raises"
     assert visible(tmp_path) == {"epoch=0-step=1.ckpt": "file", "last.ckpt": "epoch=0-step=1.ckpt"}
+
+
+def test_a_tolerated_failure_lets_training_go_on_and_keeps_the_old_file(tmp_path: Path) -> None:
+    files = FaultyFileSystem()
+    files.fail_when(lambda op: op.name == "fsync" and ".epoch=0-step=2.ckpt." in op.path, errno.EIO)
+    io = plugin(filesystem=files, on_commit_failure=Tolerate(consecutive=2))
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, every_n_train_steps=1, save_last="link")
+    trainer(tmp_path, io, callbacks=[checkpoint], limit_train_batches=3, max_epochs=1).fit(job(), data())
+    # What the lost file was to replace stays.
+    assert visible(tmp_path) == {
+        "epoch=0-step=1.ckpt": "file",
+        "epoch=0-step=3.ckpt": "file",
+        "last.ckpt": "epoch=0-step=3.ckpt",
+    }
+    files.fail_when(lambda op: op.name == "fsync" and ".epoch=" in op.path, errno.EIO)
+    io = plugin(filesystem=files, on_commit_failure=Tolerate(consecutive=2))
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "b", save_top_k=1, every_n_train_steps=1)
+    with pytest.raises(CommitError, match="2 checkpoints in a row"):
+        trainer(tmp_path, io, callbacks=[checkpoint], limit_train_batches=2, max_epochs=1).fit(job(), data())
 
 
 def test_a_failed_last_commit_raises_at_teardown(tmp_path: Path) -> None:
