@@ -200,8 +200,16 @@ class KeepNewerThan(RetentionPolicy):
         return kept
 
 
+Hold = Callable[[CheckpointInfo], "str | None"]
+"""Says why a checkpoint must not be deleted yet, whatever the policy says; None where it may be."""
+
+
 def decide(
-    checkpoints: Sequence[CheckpointInfo], policy: RetentionPolicy, *, now_unix_ns: int | None = None
+    checkpoints: Sequence[CheckpointInfo],
+    policy: RetentionPolicy,
+    *,
+    now_unix_ns: int | None = None,
+    hold: Hold = lambda info: None,
 ) -> list[Decision]:
     """What to do with each checkpoint, oldest commit first. Pure, apart from the clock when no time is given.
 
@@ -215,17 +223,13 @@ def decide(
         why = [reasons[info.tag]] if info.tag in reasons else []
         if info is ordered[-1]:
             why.append("the newest is always kept")
+        if not why and (held := hold(info)) is not None:
+            why.append(held)
         decisions.append(Decision(info.tag, bool(why), tuple(why) or (f"not kept by {policy!r}",)))
     return decisions
 
 
-Hold = Callable[[Manifest], "str | None"]
-"""Says why a checkpoint must not be deleted yet; None where it may be."""
-
-
-def apply(
-    filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda manifest: None
-) -> list[Decision]:
+def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda info: None) -> list[Decision]:
     """Delete what the policy does not keep, oldest first, and return what was done; blocks. See `carry_out`.
 
     Whoever published the newest one, its name is made durable before the first deletion.
@@ -248,7 +252,7 @@ def carry_out(
     policy: RetentionPolicy,
     remove: Callable[[Manifest], object],
     *,
-    hold: Hold = lambda manifest: None,
+    hold: Hold = lambda info: None,
     before: Callable[[], object] = lambda: None,
 ) -> list[Decision]:
     """Delete what the policy does not keep, on a disk or in a store, oldest first; returns what was done. Blocks.
@@ -264,10 +268,7 @@ def carry_out(
         before: called once, before the first deletion.
     """
     manifests = {manifest.tag: manifest for manifest in catalog.committed()}
-    decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy)
-    for at, decision in enumerate(decisions):
-        why = None if decision.keep else hold(manifests[decision.tag])
-        decisions[at] = decision if why is None else Decision(decision.tag, True, (why,))
+    decisions = decide([CheckpointInfo.of(manifest) for manifest in manifests.values()], policy, hold=hold)
     doomed = [decision for decision in decisions if not decision.keep]
     if doomed and not _is_good(catalog, decisions[-1].tag):
         reason = f"the newest checkpoint {decisions[-1].tag!r} is damaged; nothing is deleted before it is replaced"

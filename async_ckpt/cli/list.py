@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointNotFoundError
 from ..format.metadata import with_not_finite
@@ -22,8 +22,10 @@ from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import add_json, add_root, print_json, print_table
 
+if TYPE_CHECKING:
+    from ..mirror.state import Mirrored
+
 _MAX_RACES = 32
-Mirrored = dict[tuple[str, int], list[str]]
 
 OWNERS = {
     OwnerState.ALIVE: "live owner",
@@ -68,7 +70,7 @@ def command(root: str, as_json: bool) -> int:
 
 
 def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
-    mirrors = _mirrors(catalog)
+    mirrors = mirrors_of(catalog)
     for _ in range(_MAX_RACES):
         try:
             return catalog.filesystem.each(lambda entry: _committed(catalog, entry, now_s, mirrors), catalog.entries())
@@ -80,17 +82,17 @@ def _all_committed(catalog: Catalog, now_s: float) -> list[dict[str, Any]]:
     )
 
 
-def _mirrors(catalog: Catalog) -> Mirrored:
-    """Where checkpoints have been mirrored, where an engine has noted that."""
+def mirrors_of(catalog: Catalog) -> list[Mirrored]:
+    """What the mirrors of a root have had."""
     if is_url(catalog.root) or not os.path.isdir(os.path.join(catalog.root, ".mirrors")):
-        return {}
+        return []
     from ..mirror.state import mirrored_in
     from ..storage.filesystem import FileSystem
 
     return mirrored_in(FileSystem(), catalog.root)
 
 
-def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mirrored) -> dict[str, Any]:
+def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: list[Mirrored]) -> dict[str, Any]:
     from ..retention import CheckpointInfo
 
     manifest, problem = entry.manifest, entry.problem
@@ -112,7 +114,7 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: Mir
         age_s=now_s - manifest.created_unix_ns / 1e9,
         size_bytes=manifest.size_bytes,
         num_files=len(manifest.files),
-        mirrored=mirrors.get((entry.tag, manifest.created_unix_ns), []),
+        mirrored=[mirror.url for mirror in mirrors if (entry.tag, manifest.created_unix_ns) in mirror.checkpoints],
     )
 
 

@@ -31,12 +31,14 @@ def catalog_of(root: str) -> Catalog:
     """The catalog of an existing root directory, of a folder of single-file checkpoints, or of a mirror's URL.
 
     Raises:
-        NotFoundError: there is no such directory. UsageError: it is itself a checkpoint.
+        NotFoundError: there is no such directory, or nothing in it in a store. UsageError: it is itself a checkpoint.
     """
     if is_url(root):
         catalog = Catalog(root)
         if catalog.filesystem.stat(f"{catalog.root}/{MANIFEST_NAME}").kind != "missing":
             raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; leave its tag away")
+        if not catalog.filesystem.listdir(catalog.root):
+            raise NotFoundError(f"nothing is in {escaped(root)!r}")
         return catalog
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.exists(root) else "does not exist"
@@ -86,19 +88,18 @@ def is_checkpoint(folder: str) -> bool:
 
 
 def _no_place(path: str, given: str) -> NotFoundError | UsageError:
-    if is_url(given):
-        return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
-    if os.path.isdir(given):
+    if is_url(given) or os.path.isdir(given):
         tags = [entry.tag for entry in Catalog(given).entries()]
         if tags:
             return UsageError(
                 f"{escaped(path)!r} is a root; name one of its checkpoints, such as "
                 f"{os.path.join(escaped(path), tags[-1])}"
             )
+    if os.path.isdir(given):
         return NotFoundError(
             f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it"
         )
-    if os.path.exists(given):
+    if is_url(given) or os.path.exists(given):
         return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
     parent = os.path.dirname(given)
     there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []

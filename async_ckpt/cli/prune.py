@@ -12,6 +12,7 @@ from ..retention import (
     AnyOf,
     CheckpointInfo,
     Decision,
+    Hold,
     KeepBest,
     KeepEvery,
     KeepLast,
@@ -23,6 +24,7 @@ from ..retention import (
 )
 from ..storage.filesystem import FileSystem
 from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
+from .list import mirrors_of
 from .locating import catalog_of, refuse_single_files
 from .output import add_json, add_root, print_json, print_table
 
@@ -37,6 +39,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--best-mode", choices=("min", "max"), default="min", help="whether the smallest or the largest is best [min]"
     )
     parser.add_argument("--keep-newer-than", metavar="AGE", help="keep those younger than this: 90s, 15min, 6h, 2d, 1w")
+    parser.add_argument("--ignore-mirrors", action="store_true", help="also delete what is not mirrored yet")
     parser.add_argument(
         "--dry-run", action="store_true", help="only say what would be deleted, and why the others are kept"
     )
@@ -51,12 +54,14 @@ def command(
     best_num: int,
     best_mode: Literal["min", "max"],
     keep_newer_than: str | None,
+    ignore_mirrors: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Delete every checkpoint that none of the given policies keeps.
 
-    The newest is always kept, and nothing is deleted while it is damaged. A deletion is a rename first, so that a crash
+    The newest is always kept, and so is what a mirror of an engine on this root has not had yet (unless
+    --ignore-mirrors); nothing is deleted while the newest is damaged. A deletion is a rename first, so that a crash
     leaves nothing half-deleted under a checkpoint's name.
 
     JSON: a list of {tag, keep, deleted, reasons}; the exit code is 1 when one cannot be deleted
@@ -82,7 +87,13 @@ def command(
             f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
         )
     policy = AnyOf(*policies)
-    decisions = decide(checkpoints, policy) if dry_run else _carry_out(catalog, policy)
+    mirrors = [] if ignore_mirrors else [mirror for mirror in mirrors_of(catalog) if mirror.takes_all]
+
+    def hold(info: CheckpointInfo) -> str | None:
+        lacking = [each.url for each in mirrors if (info.tag, info.created_unix_ns) not in each.checkpoints]
+        return f"not mirrored yet to {', '.join(lacking)} (--ignore-mirrors deletes it)" if lacking else None
+
+    decisions = decide(checkpoints, policy, hold=hold) if dry_run else _carry_out(catalog, policy, hold)
     if as_json:
         print_json([_result(decision, dry_run) for decision in decisions])
     elif not decisions:
@@ -93,10 +104,10 @@ def command(
     return EXIT_FAILED if any(decision.failure is not None for decision in decisions) else EXIT_OK
 
 
-def _carry_out(catalog: Catalog, policy: RetentionPolicy) -> list[Decision]:
+def _carry_out(catalog: Catalog, policy: RetentionPolicy, hold: Hold) -> list[Decision]:
     refuse_single_files(catalog)
     if not is_url(catalog.root):
-        return apply(FileSystem(), catalog.root, policy)
+        return apply(FileSystem(), catalog.root, policy, hold)
     from ..mirror.config import Mirror
     from ..mirror.open_store import open_store
     from ..mirror.remote_manifest import remove_remote

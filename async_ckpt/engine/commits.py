@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
-from ..format.manifest import FileEntry, Manifest
+from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
 from ..reading.catalog import Catalog
+from ..retention import CheckpointInfo
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.staged import Destination, State
@@ -301,12 +302,12 @@ class Commits:
             )
         return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
 
-    def _why_held(self, manifest: Manifest) -> str | None:
+    def _why_held(self, info: CheckpointInfo) -> str | None:
         """For local retention: what not all mirrors have had stays, where the configuration says so."""
         if not self._config.mirrors or not self._config.keep_local_until_mirrored:
             return None
         mirrors = self.mirrors
-        is_mirrored = mirrors is not None and mirrors.is_mirrored(manifest.tag, manifest.created_unix_ns)
+        is_mirrored = mirrors is not None and mirrors.is_mirrored(info.tag, info.created_unix_ns)
         return None if is_mirrored else "it is not mirrored yet"
 
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..format.names import is_url
 from ..host.facts import available_memory_bytes, local_world_size
 from ..host.memory import PAGE_BYTES
 from ..metrics import Observer
@@ -123,6 +124,10 @@ class EngineConfig:
             raise ConfigError(f"root must be a non-empty path, not {self.root!r}")
         if "\0" in str(os.fspath(self.root)):
             raise ConfigError(f"root {self.root!r} holds a NUL character")
+        if is_url(self.root):
+            raise ConfigError(
+                f"root must be a local directory, not {self.root!r}: give a store as mirrors=(Mirror(url),)"
+            )
         self._check_sizes()
         self._check_choice("io_mode", "auto", "direct", "buffered")
         self._check_choice("overwrite", "refuse", "replace")
@@ -164,7 +169,7 @@ class EngineConfig:
     def _check_mirrors(self) -> None:
         if not isinstance(self.mirrors, Sequence) or not all(isinstance(mirror, Mirror) for mirror in self.mirrors):
             raise ConfigError(f"mirrors must be a sequence of Mirror objects, not {self.mirrors!r}")
-        urls = [mirror.url.rstrip("/") for mirror in self.mirrors]
+        urls = [mirror.url for mirror in self.mirrors]
         if len(set(urls)) < len(urls):
             raise ConfigError(f"mirrors: {max(urls, key=urls.count)!r} is there twice")
         for mirror in self.mirrors:

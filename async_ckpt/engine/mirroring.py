@@ -16,7 +16,7 @@ from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
 from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
-from ..retention import RetentionPolicy, carry_out
+from ..retention import CheckpointInfo, RetentionPolicy, carry_out
 from ..storage.filesystem import FileSystem
 from .config import EngineConfig
 from .observing import Callbacks
@@ -46,7 +46,7 @@ class EngineMirrors(Mirrors):
             info, agreement = coordinator.info, coordinator.mirror_agreement()
             # Each node has a root of its own: so it has a place of its own in the store.
             if info.num_nodes > 1:
-                mirrors = tuple(replace(mirror, url=f"{mirror.url.rstrip('/')}/node-{info.node}") for mirror in mirrors)
+                mirrors = tuple(replace(mirror, url=f"{mirror.url}/node-{info.node}") for mirror in mirrors)
         elif coordinator.world_size > 1:
             raise ConfigError(f"mirrors: {type(coordinator).__name__} cannot agree on them; use a RankCoordinator")
         super().__init__(
@@ -60,8 +60,8 @@ class EngineMirrors(Mirrors):
         )
 
     def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:
-        def hold(manifest: Manifest) -> str | None:
-            return "the run resumed from it" if manifest.tag in self._resumed else None
+        def hold(info: CheckpointInfo) -> str | None:
+            return "the run resumed from it" if info.tag in self._resumed else None
 
         assert isinstance(mirror.retention, RetentionPolicy)
         carry_out(catalog, mirror.retention, remove, hold=hold)

@@ -26,7 +26,7 @@ class Rotation:
         filesystem: FileSystem,
         root: str,
         policy: RetentionPolicy | None,
-        hold: Hold = lambda manifest: None,
+        hold: Hold = lambda info: None,
         tell: Callable[..., object] = report,
     ) -> None:
         self._hold = hold

@@ -41,7 +41,7 @@ class Mirror:
 
     on_failure: Literal["warn", "raise"] = "warn"
     """Whether a checkpoint that could not be mirrored is a warning, or an error of the next `create` and of `close`.
-    `pending.mirrored` raises it either way, and the next commit tries again."""
+    `pending.mirrored` raises it either way. It is tried again with the next commit, and each `retry_timeout_s`."""
 
     retention: Any = None
     """Which older checkpoints to delete in the store after each upload, such as `KeepLast(3)`; None keeps all."""
@@ -57,7 +57,9 @@ class Mirror:
     environment."""
 
     def __post_init__(self) -> None:
-        split_url(self.url)
+        scheme, bucket, prefix = split_url(self.url)
+        # One name for one place, however it was typed: what is known of a mirror is kept by its URL.
+        object.__setattr__(self, "url", "/".join(filter(None, (f"{scheme}://{bucket}", prefix.lstrip("/")))))
         for name, low, high in (("parallel", 1, 256), ("part_bytes", MIN_PART_BYTES, MAX_PART_BYTES)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -79,7 +81,8 @@ class Mirror:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket (empty for a file) and prefix of a mirror's URL; the prefix has no slash at its ends.
+    """Scheme, bucket (empty for a file) and prefix of a mirror's URL, which is taken as it stands ("%20" is no space).
+    The prefix has no slash at its end, at its beginning only that of a file, and no empty components.
 
     Raises:
         ConfigError: no such scheme, no bucket, or a query in it.
@@ -94,7 +97,7 @@ def split_url(url: str) -> tuple[str, str, str]:
         raise ConfigError(
             f"{url!r} " + ("has a host: write file:///path" if bucket else "names no bucket or container")
         )
-    prefix = path if scheme == "file" else path.strip("/")
-    if any(part in (".", "..") for part in prefix.split("/")):
-        raise ConfigError(f"{url!r} has '.' or '..' in its path; give the plain path")
-    return scheme, bucket, prefix.rstrip("/")
+    parts = [part for part in path.split("/") if part]
+    if any(part in (".", "..") or not part.isprintable() for part in parts):
+        raise ConfigError(f"{url!r} has '.', '..' or a control character in its path; give the plain path")
+    return scheme, bucket, ("/" if scheme == "file" and parts else "") + "/".join(parts)

@@ -39,7 +39,7 @@ class FileStore:
         path = self._path(key)
         private = self._private(path)
         assert self._executor is not None, "this store was opened for reading"
-        try:
+        with self._telling(f"writing {key!r}"):
             self._fs.makedirs(os.path.dirname(path))
             file = await self._fs.open_write(private, size_bytes, direct=False, executor=self._executor)
             try:
@@ -54,44 +54,36 @@ class FileStore:
                 await file.close()
             self._fs.rename(private, path)
             self._sync_parents(path)
-        except OSError as error:
-            raise self._translated(error, f"writing {key!r} failed") from error
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
         path = self._path(key)
         private = self._private(path)
-        try:
+        with self._telling(f"writing {key!r}"):
             self._fs.makedirs(os.path.dirname(path))
             self._fs.create_file(private, data)
             try:
                 with self._locked(os.path.dirname(path)):
                     if replaced is not ANY_VERSION and self.head(key) != replaced:
-                        raise ConditionFailed(
-                            f"{key!r} {'is there already' if replaced is None else 'was changed'}", url=self.url
-                        )
+                        told = "is there already" if replaced is None else "was changed"
+                        raise ConditionFailed(f"{key!r} {told}", url=self.url)
                     self._fs.rename(private, path)
             except BaseException:
                 self._fs.unlink(private)
                 raise
             self._sync_parents(path)
-        except MirrorError:
-            raise
-        except OSError as error:
-            raise self._translated(error, f"writing {key!r} failed") from error
 
     def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
-        try:
-            with contextlib.closing(self._fs.open_read(self._directory, key.split("/"))) as file:
-                data = memoryview(bytearray(max(0, min(num_bytes, file.size_bytes - offset))))
-                file.pread_into(data, offset)
-                return data
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise self._translated(error, f"reading {key!r} failed") from error
+        with (
+            self._telling(f"reading {key!r}", FileNotFoundError),
+            contextlib.closing(self._fs.open_read(self._directory, key.split("/"))) as file,
+        ):
+            data = memoryview(bytearray(max(0, min(num_bytes, file.size_bytes - offset))))
+            file.pread_into(data, offset)
+            return data
 
     def head(self, key: str) -> ObjectInfo | None:
-        found = self._fs.stat(self._path(key))
+        with self._telling(f"looking at {key!r}"):
+            found = self._fs.stat(self._path(key))
         if found.kind != "file":
             return None
         return ObjectInfo(found.size_bytes, f"{found.identity[1]:x}-{found.mtime_ns:x}-{found.size_bytes:x}")
@@ -99,7 +91,7 @@ class FileStore:
     def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
         path = self._path(folder)
         found: dict[str, list[str]] = {"dir": [], "file": []}
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._telling(f"listing {folder!r}", FileNotFoundError):
             for name in sorted(self._fs.listdir(path)):
                 if not name.startswith(_PART):
                     found.setdefault(self._fs.stat(os.path.join(path, name)).kind, []).append(name)
@@ -108,22 +100,24 @@ class FileStore:
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             path = self._path(key)
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.unlink(path)
-            # Folders are the file system's own; an object store has none.
-            folder = os.path.dirname(path)
-            while len(folder) > len(self._directory):
-                try:
-                    self._fs.rmdir(folder)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                        raise self._translated(error, f"deleting {key!r} failed") from error
-                    break
-                folder = os.path.dirname(folder)
+            with self._telling(f"deleting {key!r}"):
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.unlink(path)
+                # Folders are the file system's own; an object store has none.
+                folder = os.path.dirname(path)
+                while len(folder) > len(self._directory):
+                    try:
+                        self._fs.rmdir(folder)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                            raise
+                        break
+                    folder = os.path.dirname(folder)
 
     def discard_parts(self, key: str) -> None:
         folder, name = os.path.split(self._path(key))
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        lost = (FileNotFoundError, NotADirectoryError)
+        with contextlib.suppress(*lost), self._telling(f"deleting parts of {key!r}", *lost):
             for found in self._fs.listdir(folder):
                 if found.startswith(f"{_PART}{name}-"):
                     self._fs.unlink(os.path.join(folder, found))
@@ -155,5 +149,12 @@ class FileStore:
         with contextlib.closing(lock):
             yield
 
-    def _translated(self, error: OSError, what: str) -> MirrorError:
-        return MirrorError(f"{what} ({error}); local checkpoints are untouched", url=self.url)
+    @contextlib.contextmanager
+    def _telling(self, what: str, *passed: type[OSError]) -> Iterator[None]:
+        """Raise errors of the file system as the mirror's, except those `passed`."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, (MirrorError, *passed)):
+                raise
+            raise MirrorError(f"{what} failed ({error}); local checkpoints are untouched", url=self.url) from error

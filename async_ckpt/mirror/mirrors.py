@@ -64,7 +64,8 @@ class Mirrors:
         self._hooks = hooks or MirrorHooks()
         self._lock = Lock()
         self._pending: list[PendingMirror] = []
-        self._failures: list[tuple[PendingMirror | None, BaseException]] = []
+        self._failures: dict[tuple[str, str], tuple[PendingMirror | None, BaseException]] = {}
+        """The last one of each mirror and tag that nobody was told of."""
         self._is_checked = self._is_closed = self._has_ended = False
         # One of each mirror may wait: for the other ranks, or for those that race while its store is tried.
         num_threads = len(self.mirrors) + min(_MAX_THREADS, 4 + max(mirror.parallel for mirror in self.mirrors))
@@ -148,12 +149,12 @@ class Mirrors:
 
     def raise_unacknowledged(self) -> None:
         """Raise the first failure of a mirror with `on_failure="raise"` that nobody has asked for; each once."""
-        with self._lock:
-            failures, self._failures = self._failures, []
-        for k, (pending, error) in enumerate(failures):
+        while True:
+            with self._lock:
+                if not self._failures:
+                    return
+                pending, error = self._failures.pop(next(iter(self._failures)))
             if pending is None or not pending.acknowledged:
-                with self._lock:
-                    self._failures = [*failures[k + 1 :], *self._failures]
                 raise error
 
     def close(self, timeout_s: float) -> None:
@@ -200,16 +201,12 @@ class Mirrors:
     # The workers' side.
 
     def _worker_ended(self, mirror: Mirror, metrics: MirrorMetrics, error: BaseException | None) -> None:
+        key = mirror.url, metrics.tag
         with self._lock:
-            # Tried again, and there now.
-            self._failures = [
-                (one, known)
-                for one, known in self._failures
-                if error is not None or one is None or one.tag != metrics.tag
-            ]
+            self._failures.pop(key, None)
             if error is not None and mirror.on_failure == "raise":
                 pending = next((one for one in reversed(self._pending) if one.tag == metrics.tag), None)
-                self._failures.append((pending, error))
+                self._failures[key] = pending, error
         self._hooks.on_ended(metrics, error)
 
     def _run_ended(self, run: Outcome[None]) -> None:
@@ -220,6 +217,6 @@ class Mirrors:
     def _died(self, error: BaseException) -> None:
         with self._lock:
             pending = list(self._pending)
-            self._failures.append((None, error))
+            self._failures["", ""] = None, error
         for one in pending:
             one.fail(error)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import CheckpointError, ConfigError, MirrorError
 from .config import Mirror, split_url
@@ -26,6 +27,7 @@ _HINTS = {
     "ExpiredToken": "the credentials have expired: renew them",
     "AccessDenied": "the credentials do not allow this: check their permissions",
     "NoSuchBucket": "there is no such bucket: make it, or correct the URL",
+    "404": "there is no such bucket, or no store at the endpoint: check both",
     "401": "the store knows nobody of these credentials",
     "403": "the credentials do not allow this: check them, and this machine's clock",
 }
@@ -57,7 +59,7 @@ class ObjectStore:
             raise ConfigError(
                 f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})"
             ) from error
-        scheme = split_url(mirror.url)[0]
+        scheme, bucket, prefix = split_url(mirror.url)
         options = dict(mirror.options)
         client = {
             "timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))
@@ -79,7 +81,8 @@ class ObjectStore:
             # Deleting in bulk is a POST, which is not sent again when the connection breaks.
             options.setdefault("disable_bulk_delete", True)
         try:
-            self._store = from_url(mirror.url, **options)
+            # The library takes "%20" for a space.
+            self._store = from_url(f"{scheme}://{bucket}/{quote(prefix)}", **options)
         except Exception as error:
             raise ConfigError(f"the options of the mirror {mirror.url} are refused: {_first_line(error)}") from error
         speaks_s3 = scheme in ("s3", "s3a", "gs")
@@ -97,10 +100,10 @@ class ObjectStore:
         except CheckpointError:
             raise
         except Exception as error:
-            translated = self._translated(error, f"writing {key!r}")
-            if isinstance(translated, FileNotFoundError):
-                translated = AbortedElsewhere(f"the upload of {key!r} was aborted by another process", url=self.url)
-            raise translated from error
+            if size_bytes > part_bytes and self._is_missing(error):
+                told = f"the upload of {key!r} was aborted by another process"
+                raise AbortedElsewhere(told, url=self.url) from error
+            raise self._translated(error, f"writing {key!r}") from error
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
         mode: object = "create" if replaced is None else "overwrite"
@@ -124,6 +127,8 @@ class ObjectStore:
             # Some servers (rclone) say 200 where they mean 206, which the library refuses to trust.
             if "non-partial response" in str(error):
                 return self._read_from_the_start(key, offset, num_bytes)
+            if self._is_missing(error):
+                raise FileNotFoundError(f"{self.url} has no object {key!r}") from error
             raise self._translated(error, f"reading {key!r}") from error
 
     def _read_from_the_start(self, key: str, offset: int, num_bytes: int) -> memoryview:
@@ -142,10 +147,9 @@ class ObjectStore:
         try:
             found = self._obstore.head(self._store, key)
         except Exception as error:
-            translated = self._translated(error, f"looking at {key!r}")
-            if isinstance(translated, FileNotFoundError):
+            if self._is_missing(error):
                 return None
-            raise translated from error
+            raise self._translated(error, f"looking at {key!r}") from error
         return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""), found["version"])
 
     def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
@@ -160,10 +164,9 @@ class ObjectStore:
         for key in keys:
             try:
                 self._obstore.delete(self._store, key)
-            except FileNotFoundError:
-                continue
             except Exception as error:
-                raise self._translated(error, f"deleting {key!r}") from error
+                if not self._is_missing(error):
+                    raise self._translated(error, f"deleting {key!r}") from error
 
     def discard_parts(self, key: str) -> None:
         if self._s3 is not None:
@@ -172,13 +175,15 @@ class ObjectStore:
     def refuses_damage(self, key: str) -> bool:
         return self._s3 is not None and self._s3.refuses_damage(key)
 
-    def _translated(self, error: Exception, what: str) -> Exception:
+    def _is_missing(self, error: Exception) -> bool:
+        """Whether it is the object that is not there, and not its bucket."""
+        return isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error)
+
+    def _translated(self, error: Exception, what: str) -> MirrorError:
         exceptions = self._obstore.exceptions
         text = str(error)
         code = re.search(r"<Code>(\w+)</Code>", text)
         status = re.search(r"status code: (\d+)", text)
-        if isinstance(error, FileNotFoundError) and not (code and code[1] == "NoSuchBucket"):
-            return FileNotFoundError(f"{self.url} has no object {what.split(' ', 1)[1]}")
         if isinstance(error, (exceptions.AlreadyExistsError, exceptions.PreconditionError)):
             return ConditionFailed(f"{what}: the condition does not hold", url=self.url)
         hint = next((_HINTS[found[1]] for found in (code, status) if found and found[1] in _HINTS), "")

@@ -43,7 +43,7 @@ def remote_catalog(mirror: Mirror | str) -> Catalog:
     from ..reading.catalog import Catalog
 
     known = Mirror(mirror) if isinstance(mirror, str) else mirror
-    return Catalog(known.url.rstrip("/"), RemoteFileSystem(known))
+    return Catalog(known.url, RemoteFileSystem(known))
 
 
 def open_url(url: str) -> RemoteFileSystem:
@@ -53,7 +53,7 @@ def open_url(url: str) -> RemoteFileSystem:
         ConfigError: no such scheme, or the extra is not installed.
     """
     scheme, bucket, _ = split_url(url)
-    return RemoteFileSystem(Mirror(f"{scheme}://{bucket}" + ("/" if scheme == "file" else "")))
+    return RemoteFileSystem(Mirror(f"{scheme}://{bucket}"))
 
 
 class RemoteFileSystem:
@@ -61,7 +61,7 @@ class RemoteFileSystem:
 
     def __init__(self, mirror: Mirror) -> None:
         self.store = open_store(mirror, FileSystem())
-        self._root = mirror.url.rstrip("/")
+        self._root = mirror.url
 
     def owner_state(self, owner: Owner) -> OwnerState:
         return OwnerState.UNKNOWN
@@ -95,7 +95,7 @@ class RemoteFileSystem:
         return FileStat("file" if is_file else "dir", info.size_bytes, 0, _identity(info), 0)
 
     def open_dir(self, root: str, parts: Sequence[str] = ()) -> RemoteDirectory:
-        tag = self._key("/".join((root.rstrip("/"), *parts)))
+        tag = self._key("/".join((root, *parts)))
         info = self.store.head(f"{tag}/{MANIFEST_NAME}")
         if info is None:
             raise FileNotFoundError(f"{self._root}/{tag} has no {MANIFEST_NAME}")
@@ -103,11 +103,9 @@ class RemoteFileSystem:
         return RemoteDirectory(self.store, f"{self._root}/{tag}", tag, raw, _identity(info))
 
     def _key(self, path: str) -> str:
-        if path.rstrip("/") == self._root:
-            return ""
-        if not path.startswith(self._root + "/"):
+        if not f"{path}/".startswith(f"{self._root}/"):
             raise CheckpointNotFoundError(f"{path!r} is not below {self._root!r}")
-        return path[len(self._root) + 1 :].strip("/")
+        return "/".join(filter(None, path[len(self._root) :].split("/")))
 
 
 class RemoteDirectory:

@@ -1,7 +1,8 @@
 """What is uploaded, kept durably in the root: one small file per tag, mirror and rank, below ``<root>/.mirrors``.
 
 Each is replaced whole (temporary, fsync, rename, fsync of the directory), so that a crash leaves the old text or the
-new one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time.
+new one. A file that cannot be read counts as absent: the store is asked again then, and nothing is lost but time. A
+file beside them says which mirror it is, for the command line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CorruptCheckpointError, report
@@ -24,6 +25,8 @@ from ..storage.write_error import write_error
 from ..threads.locks import Lock
 
 DIRECTORY = ".mirrors"
+_ABOUT_NAME = "mirror"
+_LEADER_SUFFIX = ".0.json"
 _MAX_BYTES = 64 << 20
 _TEMPORARY = ".tmp."
 _numbers = itertools.count()
@@ -44,8 +47,6 @@ class TagState:
     """The manifest is in the store too. (Retention may have deleted it there since.)"""
     ours: tuple[str, ...] = ()
     """Earlier attempts of this tag that this root has put; they may be replaced."""
-    url: str = ""
-    """The mirror, for people and for `async-ckpt list`."""
     doomed: tuple[str, ...] = ()
     """Objects that no manifest names any more and that are still to be deleted."""
 
@@ -85,13 +86,31 @@ class States:
         state = self.get(tag)
         return state is not None and state.mirrored and state.created_unix_ns == created_unix_ns
 
+    def begin(self, *, takes_all: bool) -> None:
+        """Make it durable that this root has this mirror, whether the store can be reached or not; with `takes_all`,
+        that it is to have every checkpoint, from now on.
+
+        Raises:
+            WriteError, OutOfSpaceError: it could not be.
+        """
+        known = _described(self._fs, self._folder)
+        if known is None or takes_all > known.takes_all:
+            text = json.dumps({"url": self._url, "takes_all": takes_all})
+            self._replace(_ABOUT_NAME, text.encode(), "that this root has a mirror")
+
     def write(self, state: TagState) -> None:
         """Make `state` durable.
 
         Raises:
             WriteError, OutOfSpaceError: it could not be; the old state stays.
         """
-        path = os.path.join(self._folder, state.tag + self._suffix)
+        what = f"how far the mirroring of {state.tag!r} is"
+        self._replace(state.tag + self._suffix, json.dumps(asdict(state)).encode(), what)
+        with self._lock:
+            self._states[state.tag] = state
+
+    def _replace(self, name: str, data: bytes, what: str) -> None:
+        path = os.path.join(self._folder, name)
         temporary = os.path.join(self._folder, f"{_TEMPORARY}{self._fs.owner()}.{next(_numbers)}")
         try:
             if self._fs.stat(self._folder).kind == "missing":
@@ -99,7 +118,7 @@ class States:
                 self._fs.fsync_dir(self._home)
                 self._fs.fsync_dir(self._root)
             try:
-                self._fs.create_file(temporary, json.dumps(asdict(replace(state, url=self._url))).encode())
+                self._fs.create_file(temporary, data)
                 self._fs.rename(temporary, path)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -107,11 +126,7 @@ class States:
                 raise
             self._fs.fsync_dir(self._folder)
         except OSError as error:
-            raise write_error(
-                self._fs, error, f"how far the mirroring of {state.tag!r} is cannot be noted", path
-            ) from error
-        with self._lock:
-            self._states[state.tag] = state
+            raise write_error(self._fs, error, f"{what} cannot be noted", path) from error
 
     def forget(self, tag: str) -> None:
         """Remove the state of a tag; fine where there is none. Need not be durable: a state that comes back is looked
@@ -156,17 +171,37 @@ def _read(filesystem: FileSystem, path: str, suffix: str) -> TagState:
     return state
 
 
-def mirrored_in(filesystem: FileSystem, root: str) -> dict[tuple[str, int], list[str]]:
-    """Where each checkpoint of a root has been mirrored: URLs by tag and time of the commit. Reads the states only;
-    blocks."""
-    found: dict[tuple[str, int], list[str]] = {}
+@dataclass(frozen=True)
+class Mirrored:
+    """What one mirror of a root has had."""
+
+    url: str
+    takes_all: bool
+    """An engine mirrors there; else only what somebody has asked for by hand."""
+    checkpoints: set[tuple[str, int]] = field(default_factory=set)
+    """Tags and times of the commits."""
+
+
+def mirrored_in(filesystem: FileSystem, root: str) -> list[Mirrored]:
+    """What of a root has been mirrored, and where. Reads the states only; blocks."""
+    found = []
     home = os.path.join(root, DIRECTORY)
     for folder in sorted(filesystem.listdir(home)) if filesystem.stat(home).kind == "dir" else ():
         path = os.path.join(home, folder)
-        for name in filesystem.listdir(path) if filesystem.stat(path).kind == "dir" else ():
-            if name.endswith(".0.json"):
-                with contextlib.suppress(OSError, CorruptCheckpointError):
-                    state = _read(filesystem, os.path.join(path, name), ".0.json")
-                    if state.mirrored:
-                        found.setdefault((state.tag, state.created_unix_ns), []).append(state.url)
+        mirror = _described(filesystem, path)
+        for name in filesystem.listdir(path) if mirror is not None else ():
+            if name.endswith(_LEADER_SUFFIX):
+                with contextlib.suppress(FileNotFoundError, CorruptCheckpointError):
+                    state = _read(filesystem, os.path.join(path, name), _LEADER_SUFFIX)
+                    if state.mirrored and mirror is not None:
+                        mirror.checkpoints.add((state.tag, state.created_unix_ns))
+        found += [mirror] if mirror is not None else []
     return found
+
+
+def _described(filesystem: FileSystem, folder: str) -> Mirrored | None:
+    try:
+        about = json.loads(filesystem.read_file(os.path.join(folder, _ABOUT_NAME), _MAX_BYTES))
+        return Mirrored(str(about["url"]), bool(about["takes_all"]))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+        return None

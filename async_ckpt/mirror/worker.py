@@ -1,7 +1,8 @@
 """One mirror's work: one checkpoint after the other, on the mirrors' event loop.
 
 What is to be done follows from the disk: what is committed there and not noted as mirrored. So a restart needs no
-queue, and what failed is tried again with the next commit. Checkpoints of this run come first.
+queue. What failed is tried again with the next commit, and from time to time: a full disk may wait for it. Checkpoints
+of this run come first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .store import ConditionFailed, PassingFailure
 from .upload import Upload
 
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
+_MIN_REST_S = 1.0
 
 
 class Worker:
@@ -68,9 +70,12 @@ class Worker:
         try:
             while not self._is_finishing:
                 self._wakened.clear()
-                if await self._prepare():
-                    await self._work()
+                is_all_done = await self._prepare() and await self._work()
+                rest_s = max(_MIN_REST_S, self.context.mirror.retry_timeout_s)
+                again = None if is_all_done else asyncio.get_running_loop().call_later(rest_s, self._wakened.set)
                 await self._wakened.wait()
+                if again is not None:
+                    again.cancel()
         finally:
             if not self.ready.done():
                 self.ready.set_result(None)
@@ -84,7 +89,8 @@ class Worker:
         while context.abilities is None:
             try:
                 await context.in_thread(self._connect)
-            except CheckpointError as error:
+            except Exception as failure:  # noqa: BLE001 -- whatever it is, training goes on
+                error = failure if isinstance(failure, CheckpointError) else self._surprise(failure)
                 if not self.ready.done():
                     self.ready.set_exception(error)
                 if isinstance(error, PassingFailure) and time.monotonic() < give_up_s and not self._is_finishing:
@@ -97,6 +103,11 @@ class Worker:
             self.ready.set_result(None)
         return True
 
+    def _surprise(self, failure: Exception) -> MirrorError:
+        error = MirrorError(f"it cannot be tried: {type(failure).__name__}: {failure}", url=self._url)
+        error.__cause__ = failure
+        return error
+
     def _fail_all(self, error: CheckpointError) -> None:
         while self._todo:
             _, pendings = self._todo.popitem(last=False)
@@ -106,6 +117,7 @@ class Worker:
 
     def _connect(self) -> None:
         context = self.context
+        context.states.begin(takes_all=self._with_backlog)
         quick = open_store(context.mirror, context.filesystem, context.executor, quick=True)
         abilities = probe(quick, context.executor)
         if not abilities.conditional:
@@ -137,8 +149,8 @@ class Worker:
 
     # Uploads.
 
-    async def _work(self) -> None:
-        """All that is to be done now; what fails waits for the next call."""
+    async def _work(self) -> bool:
+        """All that is to be done now; what fails waits for the next call. Whether nothing did."""
         failed: list[str] = []
         while (self._todo or self._backlog) and not self._is_finishing:
             self._is_busy = bool(self._todo)
@@ -164,6 +176,7 @@ class Worker:
                     failed.append(tag)
         self._is_busy = False
         self._backlog = [*failed, *self._backlog]
+        return not failed
 
     async def _mirror(self, tag: str, pendings: list[PendingMirror]) -> BaseException | None:
         context = self.context

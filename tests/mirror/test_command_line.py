@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from async_ckpt import AsyncCheckpointEngine, Catalog, Mirror
+from async_ckpt.cli import main
 
 from .making import SMALL, check_store, commit, s3_mirror
 from .servers import ACCESS_KEY, BUCKET, SECRET_KEY
 from .test_reading import made_in
 
 
-def run(server: Any, *arguments: str, code: int = 0) -> str:
-    environment = {**os.environ, "AWS_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY}
-    environment |= {"AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "async_ckpt", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any) -> Callable[..., str]:
+    """Run a command line in this process, with a server's credentials in the environment; returns what it said."""
+
+    def call(server: Any, *arguments: object, code: int = 0) -> str:
+        for name, value in (("ENDPOINT_URL", server.endpoint), ("ACCESS_KEY_ID", ACCESS_KEY), ("REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        said = "".join(capsys.readouterr())
+        assert (left.value.code or 0) == code, said
+        return said
+
+    return call
 
 
 @pytest.mark.wide
-def test_mirror_catches_up_and_list_shows_it(moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_mirror_catches_up_and_list_shows_it(run: Any, moto: Any, tmp_path: Path, prefix: str) -> None:
     url = f"s3://{BUCKET}/{prefix}"
     for step in range(3):
         commit(tmp_path, f"step-{step}", SMALL, created=step + 1)
@@ -48,7 +53,7 @@ def test_mirror_catches_up_and_list_shows_it(moto: Any, tmp_path: Path, prefix: 
 
 
 @pytest.mark.wide
-def test_commands_take_urls(moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_commands_take_urls(run: Any, moto: Any, tmp_path: Path, prefix: str) -> None:
     url, root = f"s3://{BUCKET}/{prefix}", tmp_path / "root"
     made_in(root, "step-0", "step-1")
     run(moto, "mirror", str(root), url)
@@ -63,12 +68,34 @@ def test_commands_take_urls(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert (tmp_path / "out.pt").read_bytes() == (root / "step-1" / "model.pt").read_bytes()
     assert "deleted" in run(moto, "prune", url, "--keep-last", "1")
     assert check_store(s3_mirror(moto, prefix)) == ["step-1"]
+    assert json.loads(run(moto, "verify", f"{url}/step-1/model.pt", "--json"))[0]["tag"] == "step-1"
+    assert "nothing is in" in run(moto, "list", f"{url}-typo", code=3)
+    assert "is a root; name one of its checkpoints" in run(moto, "inspect", url, code=2)
     assert "no checkpoint 'step-9'" in run(moto, "verify", url, "step-9", code=3)
     assert "not in a committed checkpoint" in run(moto, "inspect", f"{url}/step-9", code=3)
 
 
+def test_prune_holds_what_an_engine_has_not_mirrored_yet(run: Any, moto: Any, tmp_path: Path) -> None:
+    root, standing = tmp_path / "root", Mirror(f"file://{tmp_path}/standing")
+    with AsyncCheckpointEngine(root, staging_bytes=16 << 20, mirrors=(standing,)) as engine:
+        for tag in ("step-0", "step-1"):
+            engine.create(tag)
+            engine.commit(tag).mirrored.result(60)
+    made_in(root, "step-2", "step-3")
+    # What goes elsewhere by hand says nothing about the others.
+    run(moto, "mirror", root, f"file://{tmp_path}/by-hand", "step-2")
+
+    def kept(*more: str) -> list[str]:
+        found = json.loads(run(moto, "prune", root, "--keep-last", "1", "--json", *more))
+        return [item["tag"] for item in found if item["keep"]]
+
+    assert kept("--dry-run") == kept() == ["step-2", "step-3"] == Catalog(root).tags()
+    assert f"not mirrored yet to {standing.url} (--ignore-mirrors" in run(moto, "prune", root, "--keep-last", "1")
+    assert kept("--ignore-mirrors") == ["step-3"] == Catalog(root).tags()
+
+
 @pytest.mark.wide
-def test_a_store_that_ignores_conditions_needs_a_word(rclone: Any, tmp_path: Path, prefix: str) -> None:
+def test_a_store_that_ignores_conditions_needs_a_word(run: Any, rclone: Any, tmp_path: Path, prefix: str) -> None:
     url = f"s3://{BUCKET}/{prefix}"
     commit(tmp_path, "step-0", SMALL)
     assert "--only-writer" in run(rclone, "mirror", str(tmp_path), url, code=1)
@@ -77,7 +104,7 @@ def test_a_store_that_ignores_conditions_needs_a_word(rclone: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("url", ["nowhere/run", "http://host/run", "s3:///run"])
-def test_a_wrong_url_is_wrong_usage(url: str, moto: Any, tmp_path: Path) -> None:
+def test_a_wrong_url_is_wrong_usage(url: str, run: Any, moto: Any, tmp_path: Path) -> None:
     commit(tmp_path, "step-0", SMALL)
     said = run(moto, "mirror", str(tmp_path), url, code=2)
     assert "a mirror's URL is like" in said or "names no bucket" in said

@@ -192,6 +192,38 @@ def test_what_cannot_be_used_is_an_error_of_the_first_create(tmp_path: Path) -> 
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("where", ["an endpoint without a store", "below a file"])
+def test_whatever_is_at_the_url_training_goes_on(where: str, moto: Any, tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with Proxy(moto.endpoint, lambda number, method, path: "404") as proxy:
+        elsewhere = Mirror(f"file://{tmp_path}/file/run")
+        mirror = elsewhere if where == "below a file" else s3_mirror(moto, prefix, endpoint=proxy.endpoint)
+        with engine_on(tmp_path / "root", mirror) as engine:
+            with pytest.warns(RuntimeWarning, match="are not mirrored: .* failed"):
+                engine.create("step-1")
+            pending = engine.commit("step-1")
+            assert pending.result(60) == "step-1" and isinstance(pending.mirrored.exception(60), MirrorError)
+
+
+@pytest.mark.wide
+def test_what_failed_is_mirrored_once_the_store_is_back(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """Without another commit: the disk may be full of what waits for the mirror."""
+    is_away = threading.Event()
+    is_away.set()
+    with Proxy(moto.endpoint, lambda number, method, path: "reset" if is_away.is_set() else None) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, retry_timeout_s=0.2)
+        with engine_on(tmp_path, mirror, retention=KeepLast(1)) as engine:
+            with pytest.warns(RuntimeWarning, match="cannot be reached"):
+                pending = [saved(engine, f"step-{step}", step) for step in range(3)]
+            for one in pending:
+                assert isinstance(one.mirrored.exception(60), MirrorError)
+            assert engine.tags() == ["step-0", "step-1", "step-2"]
+            is_away.clear()
+            done_when(lambda: check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"])
+            done_when(lambda: engine.tags() == ["step-2"])
+
+
+@pytest.mark.wide
 def test_a_failed_upload_is_raised_by_close_where_that_is_asked_for(moto: Any, tmp_path: Path, prefix: str) -> None:
     def refuse(number: int, method: str, path: str) -> Fault:
         return "skew" if "step-1" in path else None
@@ -293,13 +325,14 @@ def test_observers_of_the_package_show_uploads(tmp_path: Path, caplog: Any) -> N
     [
         {"mirrors": "s3://bucket/run"},
         {"mirrors": (Mirror("s3://b/r"), Mirror("s3://b/r/"))},
+        {"root": "s3://bucket/run"},
         {"mirrors": (), "mirror_timeout_s": 0},
         {"mirrors": (), "uploaders_per_node": 0},
     ],
 )
 def test_bad_fields(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mirror|uploaders"):
-        AsyncCheckpointEngine(tmp_path, **fields)
+        AsyncCheckpointEngine(**{"root": tmp_path, **fields})
 
 
 @pytest.mark.parametrize(
@@ -310,6 +343,7 @@ def test_bad_fields(fields: dict[str, Any], tmp_path: Path) -> None:
         ("file://host/run", {}),
         ("http://host/run", {}),
         ("s3://bucket/../run", {}),
+        ("s3://bucket/a\nb", {}),
         ("s3://bucket/run", {"part_bytes": 1 << 20}),
         ("s3://bucket/run", {"parallel": 0}),
         ("s3://bucket/run", {"on_failure": "ignore"}),
@@ -320,3 +354,16 @@ def test_bad_fields(fields: dict[str, Any], tmp_path: Path) -> None:
 def test_bad_mirrors(url: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Mirror(url, **fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("s3://bucket//run/a//", "s3://bucket/run/a"),
+        ("s3://bucket/", "s3://bucket"),
+        ("file:////mnt//run/", "file:///mnt/run"),
+        ("s3://bucket/100%25 a", "s3://bucket/100%25 a"),
+    ],
+)
+def test_one_place_has_one_name(given: str, url: str) -> None:
+    assert Mirror(given).url == url == Mirror(url).url

@@ -61,6 +61,16 @@ def test_what_any_client_copies_out_is_the_file(moto: Any, tmp_path: Path, prefi
     assert key.split("/")[1] == "step-1" and len(key.split("/")[2]) == 16
 
 
+@pytest.mark.wide
+def test_a_prefix_is_taken_as_it_stands(moto: Any, tmp_path: Path, prefix: str) -> None:
+    where = f"{prefix}/100%25 ä+b"
+    mirror = s3_mirror(moto, where + "/")
+    with mirroring(tmp_path, mirror) as made:
+        commit_and_send(made, tmp_path, "step-1", big()).result(60)
+    assert all(key.startswith(f"{where}/step-1/") for key in keys(moto, prefix + "/"))
+    assert remote_content(mirror, "step-1") == big() and garbage(moto, where) == []
+
+
 def test_a_directory_is_a_mirror_too(tmp_path: Path) -> None:
     root, mirror = tmp_path / "root", Mirror(f"file://{tmp_path}/other/run", part_bytes=5 << 20)
     with mirroring(root_of(root), mirror) as made:
