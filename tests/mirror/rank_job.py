@@ -26,6 +26,8 @@ def main() -> None:
         # Two ranks on the first node, one on the second, each node with a root of its own.
         node = Node(0, 2, (0, 1)) if rank < 2 else Node(1, 2, (2,))
         root = os.path.join(root, f"node-{node.number}")
+    # Some take long to start; what is timed begins when all are here.
+    _meet(store, f"{act}-start", world)
     coordinator = RankCoordinator(store, rank, world, timeout_s=timeout_s, run_id=act, node=node)
     mirror = Mirror(url, part_bytes=5 << 20, retry_timeout_s=45, options=json.loads(options))
     engine = AsyncCheckpointEngine(
@@ -35,7 +37,7 @@ def main() -> None:
     for step in range(2):
         engine.create(f"step-{step}")
         engine.save({"w": torch.full((1000,), float(rank))}, f"rank-{rank}.pt")
-        # A rank may have been slow to start, or to try the store: what is timed begins when all are here.
+        # So may a rank to try the store.
         _meet(store, f"{act}-{step}", world)
         pending = engine.commit(f"step-{step}")
         pending.result(120)

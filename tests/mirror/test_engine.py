@@ -219,8 +219,8 @@ def test_what_failed_is_mirrored_once_the_store_is_back(moto: Any, tmp_path: Pat
                 assert isinstance(one.mirrored.exception(60), MirrorError)
             assert engine.tags() == ["step-0", "step-1", "step-2"]
             is_away.clear()
-            done_when(lambda: check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"])
-            done_when(lambda: engine.tags() == ["step-2"])
+            until(lambda: check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"])
+            until(lambda: engine.tags() == ["step-2"])
 
 
 @pytest.mark.wide

@@ -51,14 +51,6 @@ def job(server: Any, root: Path, prefix: str, act: str, world: int = WORLD) -> l
 
 
 @pytest.mark.wide
-def test_each_rank_mirrors_what_it_wrote(moto: Any, tmp_path: Path, prefix: str) -> None:
-    assert job(moto, tmp_path, prefix, "commit") == [(0, "[null, null]")] * WORLD
-    mirror = s3_mirror(moto, prefix)
-    assert check_store(mirror) == ["step-0", "step-1"] and garbage(moto, prefix) == []
-    assert sum("step-0/" in key and ".pt" in key for key in keys(moto, prefix)) == WORLD
-
-
-@pytest.mark.wide
 def test_each_node_with_a_root_of_its_own_has_a_place_of_its_own(moto: Any, tmp_path: Path, prefix: str) -> None:
     assert job(moto, tmp_path, prefix, "nodes", 3) == [(0, "[null, null]")] * 3
     for node, ranks in ((0, (0, 1)), (1, (2,))):
@@ -71,11 +63,15 @@ def test_each_node_with_a_root_of_its_own_has_a_place_of_its_own(moto: Any, tmp_
 
 
 @pytest.mark.wide
-def test_without_the_objects_of_a_rank_there_is_no_manifest(moto: Any, tmp_path: Path, prefix: str) -> None:
+def test_each_rank_mirrors_what_it_wrote_and_without_one_there_is_no_manifest(
+    moto: Any, tmp_path: Path, prefix: str
+) -> None:
     first, second = job(moto, tmp_path, prefix, "die")
-    assert second[0] == -signal.SIGKILL
+    assert second[0] == -signal.SIGKILL, second
     assert first[0] == 0 and json.loads(first[1])[0] is None
     assert Catalog(tmp_path).tags() == ["step-0", "step-1"]
+    assert sum("/step-0/" in key and key.endswith(".pt") for key in keys(moto, prefix)) == WORLD
+    assert remote_content(s3_mirror(moto, prefix), "step-0") == content(tmp_path, "step-0")
     told, tags = json.loads(first[1])[1], check_store(s3_mirror(moto, prefix))
     # Rank 1 may have sent its file in the moment before it died.
     assert (told is None and tags == ["step-0", "step-1"]) or (
