@@ -17,15 +17,6 @@ import pytest
 from tests.support.insides import commits_of
 
 
-@pytest.fixture(scope="module", autouse=True)
-def whole_collection() -> None:
-    """Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in
-    total.
-    """
-    gc.unfreeze()
-    gc.collect()
-
-
 @pytest.fixture(autouse=True)
 def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """After each test: nothing staged, every chunk returned, none of our threads alive, no descriptor leaked.
@@ -33,6 +24,8 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     A test that leaves staging behind on purpose (a crash) says so with the marker `leaves_staging`.
     """
     gc.collect()
+    # Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in
+    # total.
     gc.freeze()
     before = _open_files()
     yield
