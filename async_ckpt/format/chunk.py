@@ -19,3 +19,5 @@ class Chunk:
     nbytes: int
     buffer: memoryview
     release: Callable[[], None]
+    is_scarce: bool = False
+    """The next chunk waits for this one's memory."""

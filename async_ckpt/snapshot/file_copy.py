@@ -87,6 +87,7 @@ class FileCopy:
         self._arena = arena
         self._streams = streams
         self._on_copied = on_copied
+        self._is_scarce = False
         self._wanted: list[bool] | None = None
         """Of payloads and literals, those that are being copied; None: all of them."""
         self._completes = True
@@ -120,6 +121,7 @@ class FileCopy:
         Raises:
             BackpressureTimeout: none became free within `timeout_s`.
         """
+        self._is_scarce = True
         self.mode = "streamed" if len(self._map.offsets) > self._arena.num_chunks else "eager"
         for k in range(len(self._map.offsets)):
             before = time.perf_counter()
@@ -244,7 +246,8 @@ class FileCopy:
         numbers = slice(first, first + len(chunks))
         releases = [partial(self._arena.release, chunk) for chunk in chunks]
         views = [chunk.view for chunk in chunks]
-        self._sink.submit(*map(Chunk, self._map.offsets[numbers], self._map.nbytes[numbers], views, releases))
+        extents = self._map.offsets[numbers], self._map.nbytes[numbers]
+        self._sink.submit(*map(Chunk, *extents, views, releases, repeat(self._is_scarce)))
 
     def _report(self, k: int, began: float) -> None:
         """Tell the observers that the wanted parts of chunk `k` are copied."""

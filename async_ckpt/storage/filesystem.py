@@ -20,7 +20,7 @@ import os
 import stat as _stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from ..format.names import is_url
@@ -297,6 +297,14 @@ class FileSystem:
         """Try in an empty private directory what a file system does that is not known to be local."""
         self.findings = probe.probe(self._calls, folder)
 
+    def probe_clones(self, folder: str) -> None:
+        """Find out in an empty private directory whether files can share blocks here."""
+        self.findings = replace(self.findings, clones=probe.can_clone(self._calls, folder))
+
+    def cannot_clone(self) -> None:
+        """Do not ask again: a file system, or a sandbox, has refused to clone for good."""
+        self.findings = replace(self.findings, clones=False)
+
     def free_bytes(self, path: str) -> int:
         """Bytes that this user may still write on the file system of `path`."""
         return self._calls.free_bytes(path)
@@ -306,19 +314,21 @@ class FileSystem:
         return self._calls.fs_type(path)
 
     async def open_write(
-        self, path: str, size_bytes: int, *, direct: bool, executor: Executor
+        self, path: str, size_bytes: int, *, direct: bool, executor: Executor, written: write_file.Ranges | None = None
     ) -> write_file.WritableFile:
         """Make a new file of (later) `size_bytes` and open it for parallel writes.
 
         Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
-        parallel (ext4, xfs). On failure nothing is left behind.
+        parallel (ext4, xfs): for what of it will be `written`. On failure nothing is left behind.
 
         Raises:
             WriteError, OutOfSpaceError: with path and errno.
         """
         # The padded end of a direct write must be cut off again.
         direct = direct and not self.findings.ignores_truncate
-        return await write_file.open_write(self._calls, path, size_bytes, direct=direct, executor=executor)
+        return await write_file.open_write(
+            self._calls, path, size_bytes, direct=direct, executor=executor, written=written
+        )
 
 
 _openers: list[Callable[[str], ReadSide]] = []

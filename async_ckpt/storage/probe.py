@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from ..host.memory import PAGE_BYTES
 from .syscalls import NOREPLACE, O_DIRECT, REFUSED, Syscalls
 
+CANNOT_CLONE = REFUSED | {errno.ENOTTY, errno.EXDEV}
+"""How a file system or a sandbox says that it never clones."""
+_CLONED_BYTES = 64 << 10
 OCCUPIED = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -27,6 +30,8 @@ class Findings:
     refuses_direct: bool = False
     renumbers: bool = False
     """A file has another number after a rename, or each time that it is looked at."""
+    clones: bool = False
+    """Files can share blocks."""
 
     def __str__(self) -> str:
         told = {
@@ -66,7 +71,20 @@ def probe(calls: Syscalls, folder: str) -> Findings:
     calls.rename(file, renamed)
     renumbers = calls.lstat(renamed).st_ino != number
     refuses_direct = not _can(lambda: _write_direct(calls, renamed), REFUSED)
-    return Findings(True, replaces, refuses_noreplace, ignores_truncate, refuses_direct, renumbers)
+    clones = can_clone(calls, folder)
+    return Findings(True, replaces, refuses_noreplace, ignores_truncate, refuses_direct, renumbers, clones)
+
+
+def can_clone(calls: Syscalls, folder: str) -> bool:
+    """Whether files can share blocks; tried with two new files in `folder`. Blocks. Raises OSError: the disk failed."""
+    fds: list[int] = []
+    try:
+        fds.extend(calls.open(os.path.join(folder, name), _NEW) for name in ("source", "clone"))
+        calls.pwrite(fds[0], memoryview(bytes(_CLONED_BYTES)), 0)
+        return _can(lambda: calls.clone_range(fds[0], fds[1], 0, _CLONED_BYTES), CANNOT_CLONE)
+    finally:
+        for fd in fds:
+            calls.close(fd)
 
 
 def _can(call: Callable[[], None], refusals: frozenset[int]) -> bool:

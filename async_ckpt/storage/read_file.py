@@ -25,12 +25,22 @@ def kind_of(mode: int) -> Kind:
     return "file" if stat.S_ISREG(mode) else "dir" if stat.S_ISDIR(mode) else "other"
 
 
+Stamp = tuple[int, int, int, int]
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """Equal for one file as long as nothing was written to it: device, inode, size, time of the last change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class LocalReadableFile:
     """A regular file; in direct mode a second, buffered descriptor serves what is not aligned."""
 
-    def __init__(self, calls: Syscalls, path: str, fd: int, direct_fd: int | None, size_bytes: int) -> None:
+    def __init__(self, calls: Syscalls, path: str, fd: int, direct_fd: int | None, found: os.stat_result) -> None:
         self.path = path
-        self.size_bytes = size_bytes
+        self.size_bytes = found.st_size
+        self.stamp = stamp_of(found)
+        """Of the content when it was opened."""
         self._calls = calls
         self._fd: int | None = fd
         self._direct_fd = direct_fd
@@ -66,6 +76,11 @@ class LocalReadableFile:
                     f"{self.path} ends at byte {offset + done}, {buffer.nbytes - done} bytes too early", path=self.path
                 )
             done += count
+
+    def clone_into(self, fd: int, offset: int, num_bytes: int) -> None:
+        """Let `fd` share a range of whole blocks, at the same place. Raises OSError: it cannot, and is unchanged."""
+        assert self._fd is not None
+        self._calls.clone_range(self._fd, fd, offset, num_bytes)
 
     def close(self) -> None:
         fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
@@ -116,7 +131,7 @@ class LocalDirHandle:
             except BaseException:
                 self._calls.close(fd)
                 raise
-            return LocalReadableFile(self._calls, path, fd, direct_fd, found.st_size)
+            return LocalReadableFile(self._calls, path, fd, direct_fd, found)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
         with contextlib.closing(self.open_read(parts)) as file:

@@ -11,9 +11,15 @@ from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import make_private, remove_tree
 from .write_error import write_error
 
+_CLONING_TYPES = frozenset({"xfs", "btrfs", "zfs", "bcachefs", "overlay"})
+"""Of the local ones, those where it is worth asking."""
 
-def make_root(fs: FileSystem, root: str) -> None:
+
+def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> None:
     """Make the root directory if it is missing, and make its own name durable. The mode of an existing root is kept.
+
+    Args:
+        try_clones: find out whether its files can share blocks.
 
     Raises:
         WriteError: it cannot be made, or is not a directory.
@@ -45,6 +51,14 @@ def make_root(fs: FileSystem, root: str) -> None:
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if kind not in LOCAL_TYPES and not fs.findings.tried:
         _try_out(fs, root, kind or "an unknown file system")
+    elif kind in _CLONING_TYPES and try_clones:
+        # What it cannot do here, it is not asked for later.
+        with contextlib.suppress(OSError):
+            folder = make_private(fs, root, "probe")
+            try:
+                fs.probe_clones(folder)
+            finally:
+                remove_tree(fs, folder)
 
 
 def _try_out(fs: FileSystem, root: str, kind: str) -> None:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import functools
 import os
+import struct
 from typing import Any
 
 from ..host.facts import mount_type
@@ -25,6 +26,7 @@ meets it too."""
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 _AT_FDCWD = -100
+_FICLONERANGE = 0x4020940D
 
 
 class Syscalls:
@@ -48,8 +50,12 @@ class Syscalls:
     def ftruncate(self, fd: int, size_bytes: int) -> None:
         os.ftruncate(fd, size_bytes)
 
-    def allocate(self, fd: int, size_bytes: int) -> None:
-        os.posix_fallocate(fd, 0, size_bytes)
+    def allocate(self, fd: int, size_bytes: int, offset: int = 0) -> None:
+        os.posix_fallocate(fd, offset, size_bytes)
+
+    def clone_range(self, source: int, fd: int, offset: int, num_bytes: int) -> None:
+        """Let `fd` share a range of the file `source`, at the same place."""
+        fcntl.ioctl(fd, _FICLONERANGE, struct.pack("=qQQQ", source, offset, num_bytes, offset))
 
     def clear_direct(self, fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)

@@ -14,13 +14,14 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
 from ..errors import WriteError
 from ..host.memory import PAGE_BYTES
 from ..threads.locks import Condition
+from .read_file import LocalReadableFile, Stamp, stamp_of
 from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import write_error
 
@@ -58,13 +59,20 @@ def _write_some(calls: Syscalls, fd: int, path: str, buffer: memoryview, offset:
     return count
 
 
-async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
+Ranges = Sequence[tuple[int, int]]
+"""(Offset, bytes) of what of a file will be written."""
+
+
+async def open_write(
+    calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor, written: Ranges | None = None
+) -> WritableFile:
     """See `FileSystem.open_write`."""
     is_direct = direct and bool(O_DIRECT)
+    needed_bytes = size_bytes if written is None else sum(num_bytes for _, num_bytes in written)
 
     def opener(path: str, flags: int) -> int:
         nonlocal is_direct
-        fd, is_direct = _open(calls, path, size_bytes, is_direct)
+        fd, is_direct = _open(calls, path, size_bytes, is_direct, written)
         return fd
 
     try:
@@ -73,11 +81,13 @@ async def open_write(calls: Syscalls, path: str, size_bytes: int, *, direct: boo
 
         file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
     except OSError as error:
-        raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=size_bytes) from error
-    return WritableFile(calls, path, size_bytes, file, direct=is_direct, executor=executor)
+        raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=needed_bytes) from error
+    opened = WritableFile(calls, path, size_bytes, file, direct=is_direct, executor=executor)
+    opened.needed_bytes = needed_bytes
+    return opened
 
 
-def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool) -> tuple[int, bool]:
+def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool, written: Ranges | None) -> tuple[int, bool]:
     """Make, open and reserve in one go, on the executor's thread; gives the descriptor, and whether O_DIRECT is in
     use."""
     fs_type = calls.fs_type(os.path.dirname(path) or ".") if direct else ""
@@ -97,7 +107,7 @@ def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool) -> tuple[in
     if not direct:
         return calls.open(path, _CREATE, _MODE), False
     try:
-        _reserve(calls, fd, size_bytes, fs_type)
+        _reserve(calls, fd, size_bytes, fs_type, written)
     except BaseException:
         calls.close(fd)
         calls.unlink(path)
@@ -105,11 +115,14 @@ def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool) -> tuple[in
     return fd, True
 
 
-def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str) -> None:
+def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str, written: Ranges | None) -> None:
     if size_bytes and fs_type in _PREALLOCATED_TYPES:
         try:
-            calls.allocate(fd, size_bytes)
-            return
+            if written is None:
+                calls.allocate(fd, size_bytes)
+                return
+            for offset, num_bytes in written:
+                calls.allocate(fd, num_bytes, offset)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
@@ -129,7 +142,9 @@ class WritableFile:
         self._calls = calls
         self.path = path
         """Where the file is."""
-        self._size_bytes = size_bytes
+        self._size_bytes = self.needed_bytes = size_bytes
+        self.stamp: Stamp | None = None
+        """Of its content, once it is synced."""
         self._file = file
         self._fd: int = file.fileno()
         self._direct = direct
@@ -159,13 +174,29 @@ class WritableFile:
             while done < view.nbytes:
                 done += _write_some(self._calls, self._fd, self.path, view[done:], offset + done)
 
+    def clone(self, source: LocalReadableFile, offset: int, num_bytes: int) -> OSError | None:
+        """Share a range of `source`, at the same place, instead of writing it; whole pages. Blocks; any thread.
+
+        Returns why it cannot: then the range is as it was, and is to be written.
+        """
+        with self._running("cloning", offset):
+            try:
+                source.clone_into(self._fd, offset, num_bytes)
+            except OSError as error:
+                return error
+        return None
+
     async def truncate(self, size_bytes: int) -> None:
         """Set the length of the file."""
         await self._aside(lambda: self._call("setting the length", self._calls.ftruncate, size_bytes))
 
     async def fsync(self) -> None:
         """Make content and length durable. Fails once and for good."""
-        await self._aside(lambda: self._call("fsync", self._calls.fsync))
+        await self._aside(self._sync)
+
+    def _sync(self) -> None:
+        self._call("fsync", self._calls.fsync)
+        self.stamp = stamp_of(self._calls.fstat(self._fd))
 
     async def close(self) -> None:
         """Close the descriptor once no write on it is running any more; idempotent."""
@@ -176,7 +207,7 @@ class WritableFile:
             await self._file.close()
         except OSError as error:
             raise write_error(
-                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self._size_bytes
+                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self.needed_bytes
             ) from error
 
     async def _aside(self, work: Callable[[], None]) -> None:
@@ -203,7 +234,7 @@ class WritableFile:
             failure: BaseException = error
             if isinstance(error, OSError):
                 failure = write_error(
-                    self._calls, error, f"{what}{_INCOMPLETE}", self.path, offset=offset, needed_bytes=self._size_bytes
+                    self._calls, error, f"{what}{_INCOMPLETE}", self.path, offset=offset, needed_bytes=self.needed_bytes
                 )
             with self._idle:
                 self._failure = self._failure or failure

@@ -5,9 +5,8 @@ chunk, which begins the next one's as soon as its own is sealed: seals come stri
 The loop's task (`_serve`) opens the file, and once all is written it syncs and closes it.
 
 Guarantees:
-- Every chunk is released exactly once, and only when no seal or write can touch its memory any more.
 - The first failure stays, as an error of our tree with its cause; `FileWrite.done` always resolves. After a failure
-  nothing new is begun, and the descriptor is closed only after all jobs have ended, cancelled tasks or not.
+  nothing new is begun; a chunk is released, and the descriptor closed, when no job can touch it any more.
 - Callers enter no lock while others need it: a signal handler that has interrupted one may wait for the disk.
 """
 
@@ -18,28 +17,25 @@ import contextlib
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 from ..errors import CheckpointError, TransactionStateError, report
 from ..format.chunk import Chunk
+from ..storage.read_file import Stamp
 from ..storage.write_file import WritableFile
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.outcome import Outcome
-from .disk import Disk, bytes_to_write, in_our_tree, problem_with, whole_pages
+from .disk import Disk, in_our_tree, whole_pages
 from .jobs import Jobs
+from .queue import ChunkQueue
+from .sharing import HowToWrite, Sharing, share_or_write
 
 
 class FileWrite:
-    """One file on its way to the disk, made by `WriterPool.open_file`. Its public methods: any thread, never block.
-
-    Args:
-        folder: where the directory is, once it is made, in which the file is called `name`.
-        direct: past the page cache, where the file system allows it.
-        depth: so many chunks of it at most are sealed and written at once.
-    """
+    """One file on its way to the disk, made by `WriterPool.open_file`. Its public methods: any thread, never block."""
 
     def __init__(
         self,
@@ -48,11 +44,7 @@ class FileWrite:
         name: str,
         size_bytes: int,
         seal: Callable[[int, memoryview], int],
-        *,
-        direct: bool,
-        depth: int,
-        make_parents: bool,
-        tag: str,
+        how: HowToWrite,
     ) -> None:
         self.done: Outcome[FileWrite] = Outcome()
         """Resolves to the file itself, synced and closed."""
@@ -63,6 +55,7 @@ class FileWrite:
         self.extent_crc32: list[int] = []
         """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`."""
         self._written_bytes = 0
+        self.sharing = Sharing(disk.filesystem, how.older)
         self.direct = False
         """Whether it went past the page cache."""
         self.durable_s = 0.0
@@ -72,24 +65,23 @@ class FileWrite:
         self._folder = folder
         self._name = name
         self._seal = seal
-        self._wants_direct = direct
-        self._depth = depth
-        self._make_parents = make_parents
+        self._how = how
         self._lock = Lock()
-        self._inbox: deque[Chunk] = deque()
-        """Handed over by the caller, and not looked at yet."""
-        self._held: dict[int, Chunk] = {}
-        self._queue: deque[Chunk] = deque()
-        self._next_offset = 0
+        self._queue = ChunkQueue(
+            disk,
+            size_bytes,
+            self._lock,
+            is_late=lambda: self._failure is not None or self._is_over,
+            refuse=lambda why: self._fail(TransactionStateError(why.format(self._shown))),
+        )
         self._failure: BaseException | None = None
         self._is_over = False
         """The outcome is decided: no failure and no chunk is taken any more."""
         self._opened: WritableFile | None = None
         self._is_sealing = False
-        self._one_write = Lock()
-        """Held around writes through the cache."""
+        self._one_buffered_write = Lock()
         self._num_chunk_jobs = 0
-        self._jobs = Jobs(disk.io, disk.on_span, tag)
+        self._jobs = Jobs(disk.io, disk.on_span, how.tag)
         self.seconds = self._jobs.seconds
         self._changed = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -103,16 +95,14 @@ class FileWrite:
         file. Raises TransactionStateError: in a forked child.
         """
         check_process(self._pid, "this file")
-        # A single operation: interrupted, this has taken all of them or none.
-        self._inbox.extend(chunks)
+        self._queue.put(*chunks)
         self._notify()
         if self._is_over:
-            self._take_over()
+            self._queue.take_over()
 
     def has_taken(self, offset: int) -> bool:
         """Whether the chunk at `offset` was taken over, and so is released here."""
-        # In this order: it is counted before it leaves the inbox.
-        return any(chunk.offset == offset for chunk in list(self._inbox)) or offset < self._next_offset
+        return self._queue.has_taken(offset)
 
     def abort(self, error: BaseException) -> None:
         """Give the file up after its writes in flight: `done` fails with `error`, unless it has ended or failed."""
@@ -124,10 +114,15 @@ class FileWrite:
         self._disk.loop.call(self._refuse_more)
 
     @property
+    def stamp(self) -> Stamp | None:
+        """Of its content, once it is done; None where it is not known."""
+        return (self._opened or self.sharing).stamp
+
+    @property
     def path(self) -> str:
         """Where the file is; "" while that is not known."""
-        is_known = self._folder.done() and self._folder.exception() is None
-        return os.path.join(self._folder.result(), self._name) if is_known else ""
+        folder = self._folder
+        return os.path.join(folder.result(), self._name) if folder.done() and folder.exception() is None else ""
 
     def waiting_for(self) -> str:
         """What the file waits for now, in words."""
@@ -138,29 +133,6 @@ class FileWrite:
         return repr(self.path) if self.path else "a file of a staging directory that is still being made"
 
     # The loop's thread and I/O threads.
-
-    def _take_over(self) -> None:
-        """Queue what was handed over, or release it where the file has failed or the chunk is wrong."""
-        while self._inbox:
-            with self._lock:
-                if not self._inbox:
-                    return
-                chunk, problem = self._inbox[0], None
-                is_late = self._failure is not None or self._is_over
-                if not is_late:
-                    problem = problem_with(chunk, self._next_offset, self.extent_bytes, self.size_bytes)
-                if problem is None and not is_late:
-                    self.extent_bytes = self.extent_bytes or chunk.nbytes
-                    self._held[chunk.offset] = chunk
-                    self._next_offset += chunk.nbytes
-                    self._disk.count(+1)
-                    self._queue.append(chunk)
-                self._inbox.popleft()
-            if problem is not None:
-                what = f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {self._shown}: {problem}"
-                self._fail(TransactionStateError(what))
-            if problem is not None or is_late:
-                chunk.release()
 
     def _fail(self, error: BaseException, *, keep: bool = False) -> None:
         """Remember `error` if it is the first, as one of our tree unless `keep`."""
@@ -173,34 +145,27 @@ class FileWrite:
     def _refuse_more(self) -> None:
         # It has not begun where the signal handler that closes the pool has interrupted `open_file`.
         self.start()
-        self._take_over()
-        if self._next_offset < self.size_bytes:
+        self._queue.take_over()
+        if self._queue.next_offset < self.size_bytes:
             self._fail(TransactionStateError(f"the pool was closed before all of {self._shown} was submitted"))
 
     def _notify(self) -> None:
         """Let the loop look at what has changed: there no interrupt cuts a beginning in two."""
         self._disk.loop.call(self._look)
 
-    def _release(self, chunk: Chunk) -> None:
-        """Give one chunk back, unless that was done; no thread may use it any more."""
-        if self._held.pop(chunk.offset, None) is not None:
-            self._disk.count(-1)
-            chunk.release()
-
     def _release_all(self) -> None:
-        self._take_over()
-        self._queue.clear()
-        for chunk in list(self._held.values()):
-            self._release(chunk)
+        self.sharing.close()
+        self._queue.release_all()
 
     def begin_next(self) -> None:
         """Begin to seal and write the next chunk, if its turn has come."""
-        self._take_over()
+        self._queue.take_over()
         with self._lock:
-            is_ready = self._opened is not None and self._failure is None and not self._is_sealing and bool(self._queue)
-            if not is_ready or self._num_chunk_jobs >= self._depth or not self._disk.take_slot(self.begin_next):
+            is_ready = self._failure is None and not self._is_sealing and bool(self._queue)
+            is_ready &= self._opened is not None or self._queue.held_back is not None
+            if not is_ready or self._num_chunk_jobs >= self._how.depth or not self._disk.take_slot(self.begin_next):
                 return
-            chunk = self._queue.popleft()
+            chunk = self._queue.pop()
             self._is_sealing = True
             self._num_chunk_jobs += 1
             # Counted before the lock is free: a file that ends meanwhile gives no chunk back that a job will touch.
@@ -209,32 +174,42 @@ class FileWrite:
             except CheckpointError as error:
                 job = Future()
                 job.set_exception(error)
-        job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended.exception()))
+        job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended))
 
-    def _seal_and_write(self, chunk: Chunk) -> None:
-        file = self._opened
-        assert file is not None
+    def _seal_and_write(self, chunk: Chunk) -> bool:
+        """False where the chunk is held back."""
         at, nbytes, view = chunk.offset, chunk.nbytes, chunk.buffer[: chunk.nbytes]
-        self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: self._seal(at, view)))
+        self.extent_bytes = self._queue.extent_bytes
+        extent = at // max(1, self.extent_bytes)
+        # One that was held back is sealed already.
+        if extent == len(self.extent_crc32):
+            self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: self._seal(at, view)))
+        is_equal = self.sharing.is_equal(extent, self.extent_crc32[extent])
         with self._lock:
             self._is_sealing = False
+            if self._queue.holds_back(chunk, more=is_equal):
+                return False
         # The next seal goes on beside this write.
         self.begin_next()
-        whole = bytes_to_write(chunk, file)
-        with contextlib.nullcontext() if self._wants_direct else self._one_write:
-            self._jobs.timed("write", at, nbytes, lambda: file.pwrite(whole, at))
+        file = self._opened
+        assert file is not None
+        with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
+            share_or_write(chunk, file, self._jobs, self.sharing if is_equal else None)
+        return True
 
-    def _chunk_ended(self, chunk: Chunk, error: BaseException | None) -> None:
+    def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:
+        error = ended.exception()
+        is_done = error is None and ended.result()
         with self._lock:
             self._num_chunk_jobs -= 1
-            self._written_bytes += chunk.nbytes if error is None else 0
-            is_written = self._written_bytes == self.size_bytes
+            self._written_bytes += chunk.nbytes if is_done else 0
+            is_all = self._written_bytes == self.size_bytes
         if error is not None:
             self._fail(error)
-        else:
-            self._release(chunk)
+        elif is_done:
+            self._queue.release(chunk)
         self._disk.give_slot_back()
-        if is_written:
+        if is_all or not is_done:
             self._notify()
         else:
             self.begin_next()
@@ -311,12 +286,15 @@ class FileWrite:
         await self._until(self._folder.done)
         self._folder.result()
         path = jobs.path = self.path
-        if self._make_parents:
+        if self._how.make_parents:
             await asyncio.wrap_future(jobs.run(lambda: self._disk.make_parents(path)))
+        if await self._becomes_link(path):
+            return
         jobs.step = "open"
         # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
-        reserved_bytes = whole_pages(self.size_bytes) if self._wants_direct else self.size_bytes
-        opened = await self._disk.filesystem.open_write(path, reserved_bytes, direct=self._wants_direct, executor=jobs)
+        reserved_bytes = whole_pages(self.size_bytes) if self._how.direct else self.size_bytes
+        how: Any = {"direct": self._how.direct, "executor": jobs, **self.sharing.what_to_write()}
+        opened = await self._disk.filesystem.open_write(path, reserved_bytes, **how)
         self.direct, self._opened = opened.direct, opened
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
@@ -330,6 +308,26 @@ class FileWrite:
         self.durable_s = time.perf_counter()
         jobs.step = "close"
         await opened.close()
+
+    async def _becomes_link(self, path: str) -> bool:
+        """Look at the older file; True where this one is another name of it now, and so is durable."""
+        jobs, sharing, queue = self._jobs, self.sharing, self._queue
+        if self._how.older is None:
+            return False
+        jobs.step = "the older file"
+        await asyncio.wrap_future(jobs.run(sharing.open))
+        if not sharing.by_link or queue.is_scarce:
+            return False
+        jobs.step = "a chunk that is not equal"
+        queue.held_back = []
+        self.begin_next()
+        await self._until(lambda: queue.num_bytes_held_back in (None, self.size_bytes))
+        if queue.held_back is not None and await asyncio.wrap_future(jobs.run(lambda: sharing.link(path))):
+            self.durable_s = time.perf_counter()
+            return True
+        with self._lock:
+            queue.put_back()
+        return False
 
     async def _has_settled(self) -> bool:
         """One round of waiting, after a failure, for idle jobs and a closed file; False when there is more of it."""

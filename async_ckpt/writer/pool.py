@@ -30,6 +30,7 @@ from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
 from .disk import Disk
 from .file import FileWrite
+from .sharing import FindOlder, HowToWrite
 
 T = TypeVar("T")
 
@@ -121,6 +122,7 @@ class WriterPool:
         seal: Callable[[int, memoryview], int],
         make_parents: bool = False,
         tag: str = "",
+        older: FindOlder | None = None,
     ) -> FileWrite:
         """Start a file of `size_bytes` bytes at `path`. Never blocks.
 
@@ -130,6 +132,7 @@ class WriterPool:
                 the bytes; returns the CRC32 of the extent as it is to be written.
             make_parents: make missing parent directories.
             tag: goes into spans.
+            older: finds, on an I/O thread, the committed file whose equal chunks are shared instead of written.
 
         Raises:
             TransactionStateError: closed, or in a forked child.
@@ -141,8 +144,8 @@ class WriterPool:
         if folder is None:
             folder = Future()
             folder.set_result("")
-        how: Any = {"direct": is_direct, "depth": depth, "make_parents": make_parents, "tag": tag}
-        file = FileWrite(self.disk, folder, path, size_bytes, seal, **how)
+        how = HowToWrite(is_direct, depth, make_parents, tag, older)
+        file = FileWrite(self.disk, folder, path, size_bytes, seal, how)
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None
         try:

@@ -1,0 +1,111 @@
+"""The chunks of one file, from the moment they are handed over until they are released: each exactly once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from ..format.chunk import Chunk
+from ..threads.locks import Lock
+from .disk import Disk, problem_with
+
+
+class ChunkQueue:
+    """Waits for nothing. Any thread; what says so is called with `lock`, the file's.
+
+    Args:
+        is_late: whether no chunk is taken any more.
+        refuse: told what is wrong with a chunk, which is released.
+    """
+
+    def __init__(
+        self, disk: Disk, size_bytes: int, lock: Lock, *, is_late: Callable[[], bool], refuse: Callable[[str], None]
+    ) -> None:
+        self.extent_bytes = 0
+        self.next_offset = 0
+        self.is_scarce = False
+        """Whether later chunks wait for the memory of these."""
+        self.held_back: list[Chunk] | None = None
+        """Sealed and not written: while each is equal to the older file's, the file may become a link to that."""
+        self._disk = disk
+        self._size_bytes = size_bytes
+        self._lock = lock
+        self._is_late = is_late
+        self._refuse = refuse
+        self._inbox: deque[Chunk] = deque()
+        """Handed over by the caller, and not looked at yet."""
+        self._held: dict[int, Chunk] = {}
+        self._queue: deque[Chunk] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_bytes_held_back(self) -> int | None:
+        """None where nothing is held back (any more)."""
+        held = self.held_back
+        return None if held is None else sum(chunk.nbytes for chunk in held)
+
+    def put(self, *chunks: Chunk) -> None:
+        """Hand them over. A single operation: interrupted, this has taken all of them or none."""
+        self._inbox.extend(chunks)
+
+    def has_taken(self, offset: int) -> bool:
+        """Whether the chunk at `offset` was taken over, and so is released here."""
+        # In this order: it is counted before it leaves the inbox.
+        return any(chunk.offset == offset for chunk in list(self._inbox)) or offset < self.next_offset
+
+    def take_over(self) -> None:
+        """Queue what was handed over, or release it where the file has failed or the chunk is wrong."""
+        while self._inbox:
+            with self._lock:
+                if not self._inbox:
+                    return
+                chunk, problem = self._inbox[0], None
+                is_late = self._is_late()
+                if not is_late:
+                    problem = problem_with(chunk, self.next_offset, self.extent_bytes, self._size_bytes)
+                if problem is None and not is_late:
+                    self.extent_bytes = self.extent_bytes or chunk.nbytes
+                    self._held[chunk.offset] = chunk
+                    self.next_offset += chunk.nbytes
+                    self._disk.count(+1)
+                    self._queue.append(chunk)
+                    self.is_scarce |= chunk.is_scarce
+                self._inbox.popleft()
+            if problem is not None:
+                self._refuse(f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {{}}: {problem}")
+            if problem is not None or is_late:
+                chunk.release()
+
+    def pop(self) -> Chunk:
+        """The next one. With the lock."""
+        return self._queue.popleft()
+
+    def holds_back(self, chunk: Chunk, *, more: bool) -> bool:
+        """Hold a sealed chunk back, if that is done; `more` False: it is the last one, and all are put back. With the
+        lock."""
+        if self.held_back is None:
+            return False
+        self.held_back.append(chunk)
+        if not more:
+            self.put_back()
+        return True
+
+    def put_back(self) -> None:
+        """Put what was held back in front of the others. With the lock."""
+        held, self.held_back = self.held_back or [], None
+        self._queue.extendleft(reversed(held))
+
+    def release(self, chunk: Chunk) -> None:
+        """Give one chunk back, unless that was done; no thread may use it any more."""
+        if self._held.pop(chunk.offset, None) is not None:
+            self._disk.count(-1)
+            chunk.release()
+
+    def release_all(self) -> None:
+        """Give all of them back; no thread may use them any more, and no other will come."""
+        self.take_over()
+        self._queue.clear()
+        for chunk in list(self._held.values()):
+            self.release(chunk)

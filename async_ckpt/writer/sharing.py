@@ -1,0 +1,143 @@
+"""What a new file takes over from the last committed one of its path, instead of writing it: ranges of blocks that both
+share (reflinks), or, where the file system has none, the whole file by a second name (a hard link).
+
+Guarantees: nothing is taken from a file that is not the very one that was committed, as it was then; and what cannot be
+taken over is written. All calls block on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from ..format.chunk import Chunk
+from ..storage.filesystem import FileSystem
+from ..storage.probe import CANNOT_CLONE
+from ..storage.read_file import LocalReadableFile, Stamp
+from ..storage.write_file import Ranges, WritableFile
+from ..threads.locks import Lock
+from .disk import PAGE_BYTES, bytes_to_write
+from .jobs import Jobs
+
+
+@dataclass(frozen=True)
+class OlderFile:
+    """A committed file, and what is known of it."""
+
+    root: str
+    parts: tuple[str, ...]
+    """Where it is below `root`."""
+    stamp: Stamp
+    size_bytes: int
+    extent_bytes: int
+    extent_crc32: Sequence[int]
+    untouched: Sequence[bool]
+    """By extent: whether the new file's content comes from the same memory, which nobody is known to have changed."""
+
+
+FindOlder = Callable[[], OlderFile | None]
+
+
+@dataclass(frozen=True)
+class HowToWrite:
+    """One file."""
+
+    direct: bool
+    """Past the page cache, where the file system allows it."""
+    depth: int
+    """So many chunks of it at most are sealed and written at once."""
+    make_parents: bool
+    tag: str
+    older: FindOlder | None
+    """Finds the committed file whose equal chunks are shared."""
+
+
+class Sharing:
+    """The older file that `find` gives, if it does. Any thread; `close` when no other call runs."""
+
+    def __init__(self, filesystem: FileSystem, find: FindOlder | None) -> None:
+        self._filesystem = filesystem
+        self._find = find
+        self._older: OlderFile | None = None
+        self._source: LocalReadableFile | None = None
+        self._lock = Lock()
+        self.shared_bytes = 0
+        """What was taken over, and not written."""
+        self.by_link = False
+        """Whether the whole file can be taken over, and no part of it."""
+
+    def open(self) -> None:
+        """Open it, unless it has vanished or changed, or nothing can be equal."""
+        older, clones = self._find and self._find(), self._filesystem.findings.clones
+        if older is None or not (any if clones else all)(older.untouched):
+            return
+        with contextlib.suppress(OSError, CheckpointError):
+            self._source = self._filesystem.open_read(older.root, older.parts)
+        if self._source is not None and self._source.stamp == older.stamp:
+            self._older, self.by_link = older, not clones
+
+    @property
+    def stamp(self) -> Stamp | None:
+        """The older file's."""
+        return None if self._older is None else self._older.stamp
+
+    def is_equal(self, extent: int, crc: int) -> bool:
+        """Whether an extent, with this checksum, is the older file's."""
+        older = self._older
+        return older is not None and older.untouched[extent] and older.extent_crc32[extent] == crc
+
+    def what_to_write(self) -> dict[str, Ranges]:
+        """What is to be written in any case, for `FileSystem.open_write`."""
+        older = self._older
+        if older is None or self.by_link:
+            return {}
+        step = older.extent_bytes
+        starts = [k * step for k, untouched in enumerate(older.untouched) if not untouched]
+        return {"written": [(start, min(step, older.size_bytes - start)) for start in starts]}
+
+    def clone(self, file: WritableFile, offset: int, num_bytes: int) -> int:
+        """Let `file` share this range's whole pages; returns how many bytes of it that were, 0 where it cannot."""
+        whole = num_bytes // PAGE_BYTES * PAGE_BYTES
+        if self.by_link or not whole or self._source is None:
+            return 0
+        error = file.clone(self._source, offset, whole)
+        if error is None:
+            with self._lock:
+                self.shared_bytes += whole
+            return whole
+        # The next file may try again, unless it never works here.
+        self._older = None
+        if error.errno in CANNOT_CLONE:
+            self._filesystem.cannot_clone()
+        return 0
+
+    def link(self, path: str) -> bool:
+        """Make `path` another name of the older file; False, and nothing is there, where that cannot be."""
+        assert self._source is not None
+        try:
+            self._filesystem.link(self._source.path, path)
+        except OSError:
+            return False
+        if self._filesystem.stat(path).identity == self._source.stamp[:2]:
+            self.shared_bytes = self._source.size_bytes
+            return True
+        # Somebody has put another file in its place.
+        self._filesystem.unlink(path)
+        return False
+
+    def close(self) -> None:
+        """Close the older file; idempotent."""
+        if self._source is not None:
+            self._source.close()
+
+
+def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharing | None) -> None:
+    """Put a sealed chunk into its place in `file`. `sharing`: where it is equal to the older file's."""
+    at, nbytes, shared = chunk.offset, chunk.nbytes, 0
+    if sharing is not None:
+        shared = jobs.timed("share", at, nbytes, lambda: sharing.clone(file, at, nbytes))
+    if shared < nbytes or not nbytes:
+        rest = bytes_to_write(chunk, file)[shared:]
+        jobs.timed("write", at + shared, nbytes - shared, lambda: file.pwrite(rest, at + shared))
