@@ -15,9 +15,9 @@ from typing import Protocol
 class Span:
     """One piece of work on one thread, for timelines.
 
-    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, open, write, truncate,
-    fsync or close (of a file), publish (all that makes a checkpoint visible), and within that manifest, sync (of the
-    directories), rename and sync root.
+    ``kind`` is save (the stall of one call of `save`), copy or d2h (a chunk into staging), crc, open, write, share,
+    truncate, fsync or close (of a file), publish (all that makes a checkpoint visible), and within that manifest, sync
+    (of the directories), rename and sync root.
     """
 
     kind: str
@@ -41,6 +41,10 @@ class SaveMetrics:
     tag: str
     path: str
     size_bytes: int = 0
+    written_bytes: int = 0
+    """What of it was written; known once the file is synced."""
+    shared_bytes: int = 0
+    """What of it was not written, but shared with the file before (`reuse`)."""
     num_tensors: int = 0
     mode: str = "eager"
     """"eager", "lazy" or "streamed" (larger than the free staging memory)."""
@@ -86,6 +90,16 @@ class CommitMetrics:
     num_failed_in_a_row: int = 0
     """Commits in a row that have failed, this one included, where `on_commit_failure` tolerates some."""
     saves: list[SaveMetrics] = field(default_factory=list)
+
+    @property
+    def written_bytes(self) -> int:
+        """What of `size_bytes` was written."""
+        return sum(save.written_bytes for save in self.saves)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What of `size_bytes` was not written, but shared with the checkpoint before (`reuse`)."""
+        return sum(save.shared_bytes for save in self.saves)
 
     @property
     def backpressure_s(self) -> float:

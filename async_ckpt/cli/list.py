@@ -46,9 +46,12 @@ def command(root: str, as_json: bool) -> int:
 
     Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
 
-    JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, num_files, problem, copied_from,
-    owner, owner_state, mirrored: [url]} and, for what is not committed, name; where metadata holds NaN or infinities,
-    which are null there, not_finite says what they are; state is committed, damaged, staging, trash or aside.
+    Written is what the checkpoint cost; the rest of its size it shares with those before it (`reuse`).
+
+    JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, written_bytes, shared_bytes,
+    num_files, problem, copied_from, owner, owner_state, mirrored: [url]} and, for what is not committed, name; where
+    metadata holds NaN or infinities, which are null there, not_finite says what they are; state is committed, damaged,
+    staging, trash or aside.
     """
     catalog = catalog_of(root)
     now_s = time.time()
@@ -61,9 +64,9 @@ def command(root: str, as_json: bool) -> int:
         print(f"no checkpoints in {root!r}")
     else:
         print_table(
-            ("tag", "step", "metadata", "age", "size", "files", "state"),
+            ("tag", "step", "metadata", "age", "size", "written", "shared", "files", "state"),
             [_row(item) for item in found],
-            right=("step", "age", "size", "files"),
+            right=("step", "age", "size", "written", "shared", "files"),
             styles=[{"committed": "", "damaged": "red"}.get(item["state"], "dim") for item in found],
         )
     return EXIT_FAILED if any(item["state"] == "damaged" for item in found) else EXIT_OK
@@ -113,14 +116,16 @@ def _committed(catalog: Catalog, entry: CatalogEntry, now_s: float, mirrors: lis
         created_unix_ns=manifest.created_unix_ns,
         age_s=now_s - manifest.created_unix_ns / 1e9,
         size_bytes=manifest.size_bytes,
+        written_bytes=manifest.size_bytes - manifest.shared_bytes,
+        shared_bytes=manifest.shared_bytes,
         num_files=len(manifest.files),
         mirrored=[mirror.url for mirror in mirrors if (entry.tag, manifest.created_unix_ns) in mirror.checkpoints],
     )
 
 
 def _item(**known: Any) -> dict[str, Any]:
-    names = "tag state step metadata created_unix_ns age_s size_bytes num_files problem copied_from owner owner_state"
-    return {**dict.fromkeys(names.split()), "mirrored": [], **known}
+    names = "tag state step metadata created_unix_ns age_s size_bytes written_bytes shared_bytes num_files problem"
+    return {**dict.fromkeys([*names.split(), "copied_from", "owner", "owner_state"]), "mirrored": [], **known}
 
 
 def staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]:
@@ -171,6 +176,8 @@ def _row(item: dict[str, Any]) -> tuple[str, ...]:
         " ".join(f"{key}={_short(value)}" for key, value in metadata.items()),
         shown("age_s", format_age),
         shown("size_bytes", format_bytes),
+        shown("written_bytes", format_bytes),
+        shown("shared_bytes", format_bytes),
         shown("num_files", str),
         _state(item),
     )

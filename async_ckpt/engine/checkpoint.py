@@ -27,6 +27,7 @@ from .pending import PendingCommit
 if TYPE_CHECKING:
     from ..plan.plan import FilePlan
     from ..snapshot.file_copy import FileCopy
+    from ..snapshot.untouched import SeenState
 
 
 @dataclass(slots=True)
@@ -38,10 +39,13 @@ class SavedFile:
     plan: FilePlan
     started_s: float
     copy: FileCopy | None = None
+    seen: SeenState | None = None
 
     def measure(self) -> None:
         """Note what it has cost, once it is synced."""
         metrics, write = self.metrics, self.write
+        metrics.shared_bytes = write.sharing.shared_bytes
+        metrics.written_bytes = write.size_bytes - metrics.shared_bytes
         metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
         metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
         metrics.durable_s = write.durable_s - self.started_s
@@ -61,6 +65,7 @@ class SavedFile:
             planner=self.plan.planner,
             plan_hash=self.plan.plan_hash,
             rank=rank,
+            shared_bytes=write.sharing.shared_bytes,
         )
 
 

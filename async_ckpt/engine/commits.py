@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, report
 from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
@@ -41,6 +41,10 @@ from .rotation import Rotation
 from .tolerance import Tolerate
 
 _NUM_REMEMBERED = 128
+_HOW_SHARED = {
+    True: "chunks that did not change share their blocks with the last checkpoint's (reuse='auto')",
+    False: "files that did not change are hard links to the last checkpoint's (reuse='auto'; no reflinks here)",
+}
 
 live: weakref.WeakSet[Commits] = weakref.WeakSet()
 """Of all engines of this process that somebody holds."""
@@ -74,7 +78,9 @@ class Commits:
         )
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
-            transaction.make_root(self.filesystem, root)
+            transaction.make_root(self.filesystem, root, try_clones=config.reuse == "auto")
+            if config.reuse == "auto":
+                report(logging.INFO, "root %r: %s", root, _HOW_SHARED[self.filesystem.findings.clones])
             self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
@@ -273,6 +279,7 @@ class Commits:
             read_back=self._config.read_back,
             on_step=lambda kind, start_s: self.pipeline.tell_span(kind, start_s, checkpoint.tag),
         )
+        self.pipeline.reuse.committed(checkpoint)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 

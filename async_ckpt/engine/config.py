@@ -90,6 +90,12 @@ class EngineConfig:
     """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that
     can."""
 
+    reuse: Literal["auto", "off"] = "off"
+    """"auto": what did not change since the last checkpoint is shared with it and not written, where tensors of one
+    path are the same objects, unchanged by their version counters and checksums: chunk by chunk where the file system
+    has reflinks (xfs, btrfs), else a whole file by a hard link. Every checkpoint is complete, whatever becomes of the
+    others; but a hard link is one file under two names: whoever edits or damages one of them has changed both."""
+
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""
 
@@ -132,6 +138,7 @@ class EngineConfig:
         self._check_choice("io_mode", "auto", "direct", "buffered")
         self._check_choice("overwrite", "refuse", "replace")
         self._check_choice("format", "torch", "safetensors")
+        self._check_choice("reuse", "auto", "off")
         for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
             self._check_choice(name, True, False)
         if not isinstance(self.on_commit_failure, Tolerate):

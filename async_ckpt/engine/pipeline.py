@@ -30,9 +30,11 @@ from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import FileSystem
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
+from ..writer.sharing import FindOlder
 from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
 from .observing import Callbacks
+from .reuse import Reuse
 
 if TYPE_CHECKING:
     from ..snapshot.step_exclusion import Turn
@@ -67,6 +69,7 @@ class SavePipeline:
                 f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
                 "less. Nothing was made"
             ) from error
+        self.reuse = Reuse(is_on=config.reuse == "auto")
         self._observes = bool(config.observers)
         self._has_stopped = False
         self._notes: deque[str] = deque()
@@ -130,8 +133,9 @@ class SavePipeline:
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
-        write = self._open_file(checkpoint, path, state)
-        saved = SavedFile(write, metrics, state.plan, time.perf_counter())
+        seen = self.reuse.see(path, state)
+        write = self._open_file(checkpoint, path, state, self.reuse.older(path, seen))
+        saved = SavedFile(write, metrics, state.plan, time.perf_counter(), seen=seen)
         checkpoint.add_file(path, saved)
         try:
             saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn)
@@ -157,7 +161,7 @@ class SavePipeline:
         on_copied = self._copy_teller(checkpoint.tag, path)
         return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
 
-    def _open_file(self, checkpoint: Checkpoint, path: str, state: PlannedState) -> FileWrite:
+    def _open_file(self, checkpoint: Checkpoint, path: str, state: PlannedState, older: FindOlder | None) -> FileWrite:
         return self.pool.open_file(
             path,
             folder=checkpoint.staging.location,
@@ -165,6 +169,7 @@ class SavePipeline:
             seal=state.plan.sealer(),
             make_parents="/" in path,
             tag=checkpoint.tag,
+            older=older,
         )
 
     # Telling.

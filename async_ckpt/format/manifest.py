@@ -13,6 +13,7 @@ one JSON object in ASCII, with these members:
 - "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
   "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
   of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
+  "shared_bytes" (or nothing): how many of its bytes were not written, but shared with an older file.
 - "crc32", always last: 8 lower-case hex digits, the CRC-32 of every byte of the file before the text
   `,"crc32":"`. After the digits come exactly `"}` and a newline. So each flipped, missing or extra byte is found.
 
@@ -68,6 +69,7 @@ class FileEntry:
     planner: str
     plan_hash: str | None
     rank: int | None = None
+    shared_bytes: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -93,6 +95,11 @@ class Manifest:
     def size_bytes(self) -> int:
         """Sum over all files, without the manifest."""
         return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What of that was not written, but shared with older files."""
+        return sum(entry.shared_bytes for entry in self.files)
 
     def file(self, path: str) -> FileEntry | None:
         """The entry of `path`, or None."""
@@ -158,6 +165,7 @@ def encode(manifest: Manifest) -> bytes:
                 "rank": entry.rank,
                 "extent_bytes": entry.extent_bytes,
                 "extent_crc32": struct.pack(f">{len(entry.extent_crc32)}I", *entry.extent_crc32).hex(),
+                **({"shared_bytes": entry.shared_bytes} if entry.shared_bytes else {}),
             }
             for entry in manifest.files
         ],
@@ -277,7 +285,8 @@ def _entry_from(item: Any, index: int) -> FileEntry:
     if len(planner) > 64 or len(plan_hash or "") > 256:
         raise ValueError(f"{where}: planner or plan_hash is too long")
     crcs = struct.unpack(f">{num_extents}I", bytes.fromhex(text))
-    return FileEntry(path, size_bytes, extent_bytes, crcs, item["format"], planner, plan_hash, rank)
+    shared_bytes = _bounded(item.get("shared_bytes", 0), size_bytes, f"{where}.shared_bytes")
+    return FileEntry(path, size_bytes, extent_bytes, crcs, item["format"], planner, plan_hash, rank, shared_bytes)
 
 
 def _check_tree(paths: Sequence[str]) -> None:

@@ -184,6 +184,7 @@ class CachedPlan:
             tensor_paths=paths,
             cached=cached,
             addresses=addresses,
+            tensor_storages=live.storage_ids,
         )
 
 

@@ -80,6 +80,8 @@ class PlannedState:
     """Where the bytes of each storage lay while it was planned, at full length; empty where the planner has not
     looked.
     """
+    tensor_storages: list[int] = field(repr=False, default_factory=list)
+    """`_cdata` of the storage of each of `tensors`; empty where the planner has not looked."""
 
 
 def planned_state(
