@@ -117,7 +117,11 @@ class DiskModel:
             folder, name, what = self._find(op.path)
             new_folder, new_name, other = self._find(op.dst)
             self._change({(folder, name): other if op.name == "exchange" else None, (new_folder, new_name): what})
-        elif op.name in ("pwrite", "truncate", "allocate"):
+        elif op.name == "link":
+            assert op.dst is not None
+            (*_, what), (folder, name, _) = self._find(op.path), self._find(op.dst)
+            self._change({(folder, name): what})
+        elif op.name in ("pwrite", "clone", "truncate", "allocate"):
             self._write(op)
         elif op.name == "fsync":
             self._sync(op)
@@ -126,7 +130,7 @@ class DiskModel:
         number = self._find(op.path)[2]
         assert number is not None and op.num_bytes is not None
         data = self._files[number]
-        if op.name == "pwrite":
+        if op.name in ("pwrite", "clone"):
             assert op.offset is not None and op.data is not None
             end = op.offset + op.num_bytes
             data.now.extend(bytes(max(0, end - len(data.now))))
@@ -137,7 +141,7 @@ class DiskModel:
             data.now.extend(bytes(op.num_bytes - len(data.now)))
             data.last_write = (min(data.last_write[0], op.num_bytes), min(data.last_write[1], op.num_bytes))
         else:
-            data.now.extend(bytes(max(0, op.num_bytes - len(data.now))))
+            data.now.extend(bytes(max(0, (op.offset or 0) + op.num_bytes - len(data.now))))
 
     def _sync(self, op: Operation) -> None:
         number = self._find(op.path)[2]

@@ -27,8 +27,9 @@ from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EINTR)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-HARMLESS = {"unlink", "rmdir", "close", "flock"}
-"""What may fail after the last sync, or on a descriptor that was only read through, without losing anything."""
+HARMLESS = {"unlink", "rmdir", "close", "flock", "clone", "link"}
+"""What may fail after the last sync, or on a descriptor that was only read through, without losing anything; and what
+cannot be shared, which then is written."""
 
 
 class Outcome:

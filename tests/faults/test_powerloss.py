@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from .powerloss import BROKEN, sweep, sweep_broken
-from .workloads import Folder
+from .workloads import WORKLOADS, Folder
 
 pytestmark = pytest.mark.wide
 
 
-@pytest.mark.parametrize("name", ["one file", "several files", "replace", "two in flight", "one tag in flight twice"])
+@pytest.mark.parametrize("name", sorted(WORKLOADS.keys() - {"retention", "given up"}))
 def test_every_state_holds_what_was_reported(name: str) -> None:
     with Folder() as folder:
         row = sweep(folder, name, direct=True, num_writers=2, every=5, num_random=2)

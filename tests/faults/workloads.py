@@ -22,6 +22,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, KeepLast
 from async_ckpt.format.names import PrivateName
 from async_ckpt.host.process import current_owner
+from async_ckpt.storage.probe import Findings
 from tests.support.faulty_filesystem import FaultyFileSystem
 
 NUM_FLOATS = 6000
@@ -75,6 +76,7 @@ class Job:
     def __init__(self, engine: AsyncCheckpointEngine, told: Told) -> None:
         self.engine = engine
         self.told = told
+        self._kept: dict[str, Any] = {}
 
     def start(self, tag: str, version: int, files: tuple[str, ...] = ("model.pt",)) -> Any:
         """Create, save, commit; returns the pending commit."""
@@ -88,6 +90,19 @@ class Job:
         """Wait, and note the success."""
         pending.result(TIMEOUT_S)
         self.told.commit(pending.tag, version)
+
+    def again(self, tag: str, version: int) -> None:
+        """As `whole`, from the same tensors each time: one of them never changes, the others where the version does."""
+        self.told.attempt(tag, version)
+        kept = self._kept
+        if kept.setdefault("step", version) != version or "w" not in kept:
+            kept.setdefault("w", torch.empty(NUM_FLOATS)).fill_(version)
+            kept.setdefault("i", torch.arange(50)).copy_(torch.arange(50) + version)
+            kept.setdefault("frozen", torch.arange(CHUNK_BYTES // 4))
+            kept["step"], kept["path"] = version, "model.pt"
+        self.engine.create(tag)
+        self.engine.save(dict(kept), "model.pt")
+        self.finish(self.engine.commit(tag), version)
 
     def whole(self, tag: str, version: int, files: tuple[str, ...] = ("model.pt",)) -> None:
         self.finish(self.start(tag, version, files), version)
@@ -137,6 +152,19 @@ def _given_up(job: Job) -> None:
     job.whole("new", 10)
 
 
+def _shared_chunks(job: Job) -> None:
+    fs = job.engine.config.filesystem
+    if isinstance(fs, FaultyFileSystem) and fs.calls.emulate_clones:
+        fs.findings = Findings(clones=True)
+    for k in range(3):
+        job.again(f"new-{k}", 10 + k)
+
+
+def _shared_files(job: Job) -> None:
+    for tag in ("new", "older", "last"):
+        job.again(tag, 10)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A job, and the configuration it needs."""
@@ -158,6 +186,8 @@ WORKLOADS = {
         Workload("one tag in flight twice", _same_tag_in_flight, {"overwrite": "replace"}),
         Workload("retention", _retention, {"retention": KeepLast(2)}, keeps=2),
         Workload("given up", _given_up),
+        Workload("shared chunks", _shared_chunks, {"reuse": "auto", "retention": KeepLast(2)}, keeps=2),
+        Workload("shared files", _shared_files, {"reuse": "auto", "overwrite": "replace"}),
     )
 }
 
@@ -172,6 +202,7 @@ def make_engine(root: Path, filesystem: Any = None, **config: Any) -> AsyncCheck
 def faulty_filesystem(*, direct: bool = False, keep_data: bool = False) -> FaultyFileSystem:
     """Faults below an engine; `direct`: tmpfs says that it is ext4, so that the path of O_DIRECT is taken."""
     fs = FaultyFileSystem(keep_data=keep_data)
+    fs.calls.emulate_clones = True
     fs.calls.fs_type = (lambda path: "ext4") if direct else (lambda path: "tmpfs")  # type: ignore[method-assign]
     return fs
 

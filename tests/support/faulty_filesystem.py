@@ -21,10 +21,10 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ COUNTED = frozenset(
         "fsync",
         "truncate",
         "allocate",
+        "clone",
         "mkdir",
         "rmdir",
         "unlink",
@@ -97,6 +98,8 @@ class FaultySyscalls(Syscalls):
         self.refuse_exchange = False
         self.refuse_noreplace = False
         self.refuse_locks = False
+        self.emulate_clones = False
+        """Files share blocks, as far as anybody can tell who does not count them."""
         self.before: Callable[[Operation], None] | None = None
         self.faults: list[tuple[Callable[[Operation], bool], int]] = []
         self.kill: tuple[int, When] | None = None
@@ -240,9 +243,20 @@ class FaultySyscalls(Syscalls):
         with self._call("truncate", self.path_of(fd), num_bytes=size_bytes):
             super().ftruncate(fd, size_bytes)
 
-    def allocate(self, fd: int, size_bytes: int) -> None:
-        with self._call("allocate", self.path_of(fd), num_bytes=size_bytes):
-            super().allocate(fd, size_bytes)
+    def allocate(self, fd: int, size_bytes: int, offset: int = 0) -> None:
+        with self._call("allocate", self.path_of(fd), offset=offset, num_bytes=size_bytes):
+            super().allocate(fd, size_bytes, offset)
+
+    def clone_range(self, source: int, fd: int, offset: int, num_bytes: int) -> None:
+        details = {"dst": self.path_of(source), "offset": offset, "num_bytes": num_bytes, "direct": fd in self._direct}
+        with self._call("clone", self.path_of(fd), **details) as operation:
+            if not self.emulate_clones:
+                super().clone_range(source, fd, offset, num_bytes)
+                return
+            buffer = mmap.mmap(-1, num_bytes)
+            assert os.preadv(source, [buffer], offset) == os.pwrite(fd, buffer, offset) == num_bytes
+            if self.keep_data:
+                operation.data = buffer[:]
 
     def clear_direct(self, fd: int) -> None:
         super().clear_direct(fd)
@@ -353,8 +367,8 @@ class FaultyFileSystem(FileSystem):
     def owner(self) -> Owner:
         return self._me
 
-    async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> WritableFile:
-        file = await super().open_write(path, size_bytes, direct=direct, executor=executor)
+    async def open_write(self, path: str, size_bytes: int, **how: Any) -> WritableFile:
+        file = await super().open_write(path, size_bytes, **how)
         assert isinstance(file, WritableFile)
         file._file = _FaultyHandle(file._file, self.calls, file.path)
         return file

@@ -1,0 +1,338 @@
+"""What did not change is shared with the last checkpoint of its path, and every checkpoint stays complete by itself.
+
+Reflinks are emulated, where nothing else is said: `tests/faults/test_realdisks.py` has them on xfs and btrfs.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from async_ckpt import AsyncCheckpointEngine, Catalog
+from async_ckpt.errors import OutOfSpaceError
+from async_ckpt.metrics import CommitMetrics
+from async_ckpt.storage.probe import Findings
+from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+
+CHUNK = 4096
+NUM_CHUNKS = 12
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Ten tensors of about a chunk each."""
+    return {f"w{k}": torch.arange(1024, dtype=torch.int32) + k for k in range(10)}
+
+
+class Run:
+    """An engine whose files share blocks (`clones`), or are linked; `ops` of the last commit."""
+
+    def __init__(self, root: Path, *, clones: bool, kind: str = "xfs", **config: Any) -> None:
+        self.root = root
+        self.fs = FaultyFileSystem(keep_data=True)
+        self.fs.calls.emulate_clones = clones
+        self.fs.calls.fs_type = lambda path: kind if clones else "ext4"  # type: ignore[method-assign]
+        given = {"reuse": "auto", "chunk_bytes": CHUNK, "staging_bytes": 32 * CHUNK, "filesystem": self.fs} | config
+        self.engine = AsyncCheckpointEngine(root, **given)
+        self.ops: list[Operation] = []
+
+    def commit(self, tag: str, state: Any, path: str = "m.pt", **how: Any) -> CommitMetrics:
+        start = len(self.fs.operations)
+        self.engine.create(tag)
+        self.engine.save(state, path, **how)
+        pending = self.engine.commit(tag)
+        pending.result(30)
+        self.ops = [op for op in self.fs.operations[start:] if op.path.endswith(path)]
+        return pending.metrics
+
+    def names(self, *, failed: bool = False) -> list[str]:
+        return [op.name for op in self.ops if op.name in ("clone", "link", "pwrite") and (op.outcome == "ok") != failed]
+
+    def check(self, tag: str, state: Any, path: str = "m.pt") -> None:
+        """It verifies, and is byte for byte what torch writes."""
+        report = Catalog(self.root).verify(tag)
+        assert report.ok, report.problems
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        assert (self.root / tag / path).read_bytes() == buffer.getvalue()
+
+
+@pytest.fixture
+def run(fast_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(**config: Any) -> Run:
+        runs.append(Run(fast_path / f"root{len(runs)}", **config))
+        return runs[-1]
+
+    yield make
+    for one in runs:
+        one.fs.heal()
+        one.engine.close()
+
+
+@pytest.mark.parametrize("io_mode", ["direct", "buffered"])
+def test_chunks_that_did_not_change_are_cloned_and_the_rest_is_written(run: Any, io_mode: str) -> None:
+    one, state = run(clones=True, io_mode=io_mode), tensors()
+    assert one.commit("a", state).shared_bytes == 0
+    state["w4"].add_(1)
+    metrics = one.commit("b", state)
+    one.check("b", state)
+    written = sum(op.num_bytes or 0 for op in one.ops if op.name == "pwrite")
+    # The two chunks that it lies in, and the end of the file, with all checksums.
+    assert metrics.written_bytes <= written <= 5 * CHUNK
+    assert metrics.shared_bytes == sum(op.num_bytes or 0 for op in one.ops if op.name == "clone") >= 7 * CHUNK
+    assert metrics.written_bytes + metrics.shared_bytes == metrics.size_bytes
+    entry = Catalog(one.root).manifest("b").files[0]
+    assert entry.shared_bytes == metrics.saves[0].shared_bytes == metrics.shared_bytes
+    shutil.rmtree(one.root / "a")
+    one.check("b", state)
+
+
+def test_of_an_unchanged_file_only_the_ragged_rest_of_a_page_is_written(run: Any) -> None:
+    one, state = run(clones=True), tensors()
+    one.commit("a", state)
+    metrics = one.commit("b", state)
+    one.check("b", state)
+    assert metrics.written_bytes == metrics.size_bytes % 4096 and os.stat(one.root / "b" / "m.pt").st_nlink == 1
+
+
+@pytest.mark.parametrize("path", ["m.pt", "deep/er/m.pt"])
+def test_where_there_are_no_reflinks_an_unchanged_file_is_a_hard_link(run: Any, path: str) -> None:
+    one, state = run(clones=False), tensors()
+    one.commit("a", state, path)
+    metrics = one.commit("b", state, path)
+    assert one.names() == ["link"] and metrics.written_bytes == 0 and metrics.shared_bytes == metrics.size_bytes
+    assert os.path.samefile(one.root / "a" / path, one.root / "b" / path)
+    one.engine.delete("a")
+    one.check("b", state, path)
+    # The next one is a link to that.
+    one.commit("c", state, path)
+    assert one.names() == ["link"]
+
+
+@pytest.mark.parametrize("which", range(10))
+def test_a_file_that_is_equal_up_to_some_chunk_is_written(run: Any, which: int) -> None:
+    one, state = run(clones=False), tensors()
+    one.commit("a", state)
+    # No counter moves: every chunk is held back until the one that differs.
+    state[f"w{which}"].data[7] = 1 << 20
+    assert one.commit("b", state).shared_bytes == 0
+    assert "link" not in one.names()
+    one.check("b", state)
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_a_file_larger_than_the_staging_memory(run: Any, clones: bool) -> None:
+    one, state = run(clones=clones, staging_bytes=4 * CHUNK), tensors()
+    one.commit("a", state)
+    metrics = one.commit("b", state)
+    assert metrics.saves[0].mode == "streamed" and (metrics.shared_bytes > 8 * CHUNK) is clones
+    one.check("b", state)
+
+
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "in place, to the same values": lambda state: state["w3"].add_(0),
+    "past the counters": lambda state: state["w3"].data.add_(1),
+    "another tensor with the same values": lambda state: state.update(w3=state["w3"].clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_may_have_changed_is_written(run: Any, change: str) -> None:
+    one, state = run(clones=True), tensors()
+    one.commit("a", state)
+    CHANGES[change](state)
+    one.commit("b", state)
+    start = 4096 * 3 + 2000
+    assert not any(op.name == "clone" and op.offset <= start < op.offset + CHUNK for op in one.ops)
+    one.check("b", state)
+
+
+def test_a_counter_is_believed_before_a_checksum(run: Any) -> None:
+    """Other bytes with the same CRC-32."""
+    one = run(clones=False)
+    state = {"w": torch.zeros(8192, dtype=torch.uint8)}
+    one.commit("a", state)
+    polynomial = 0x104C11DB7
+    bits = [k for k in range(33) if polynomial >> (32 - k) & 1]
+    for bit in bits:
+        state["w"][4096 + bit // 8] ^= 1 << bit % 8
+    one.commit("b", state)
+    a, b = (Catalog(one.root).manifest(tag).files[0].extent_crc32 for tag in "ab")
+    assert a == b and one.names() == ["pwrite"] * len(one.names())
+    one.check("b", state)
+
+
+def test_freed_storages_are_not_taken_for_new_ones(run: Any) -> None:
+    one = run(clones=True)
+    for tag in "abcdef":
+        metrics = one.commit(tag, tensors())
+        assert metrics.shared_bytes == 0
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINVAL])
+def test_what_cannot_be_cloned_is_written(run: Any, code: int) -> None:
+    one, state = run(clones=True), tensors()
+    one.commit("a", state)
+    one.fs.fail_when(lambda op: op.name == "clone", code)
+    assert one.commit("b", state).shared_bytes == 0
+    one.check("b", state)
+    num_asked = len([op for op in one.ops if op.name == "clone"])
+    assert 1 <= num_asked <= 12
+    one.fs.heal()
+    metrics = one.commit("c", state)
+    one.check("c", state)
+    for_good = code in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
+    assert ("clone" in one.names()) is not for_good and metrics.shared_bytes > 0
+
+
+def test_what_cannot_be_linked_is_written(run: Any) -> None:
+    one, state = run(clones=False), tensors()
+    one.commit("a", state)
+    for tag, code in (("b", errno.EMLINK), ("c", errno.EPERM), ("d", errno.EIO)):
+        one.fs.fail_when(lambda op: op.name == "link", code)
+        assert one.commit(tag, state).shared_bytes == 0
+        one.check(tag, state)
+        one.fs.heal()
+
+
+@pytest.mark.parametrize("clones", [True, False])
+@pytest.mark.parametrize("what", ["deleted", "replaced", "edited", "a link"])
+def test_a_source_that_is_not_what_was_committed_is_not_used(run: Any, clones: bool, what: str) -> None:
+    one, state = run(clones=clones), tensors()
+    one.commit("a", state)
+    source = one.root / "a" / "m.pt"
+    if what == "deleted":
+        shutil.rmtree(source.parent)
+    elif what == "replaced":
+        other = source.read_bytes()
+        source.unlink()
+        source.write_bytes(bytes(len(other)))
+    elif what == "edited":
+        with open(source, "r+b") as file:
+            file.write(b"edited")
+    else:
+        source.rename(source.parent / "elsewhere")
+        source.symlink_to("elsewhere")
+    assert one.commit("b", state).shared_bytes == 0
+    one.check("b", state)
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_a_source_that_goes_while_it_is_used(run: Any, clones: bool) -> None:
+    one, state = run(clones=clones), tensors()
+    one.commit("a", state)
+    gone: list[str] = []
+
+    def before(op: Operation) -> None:
+        if op.name in ("clone", "link") and not gone:
+            gone.append("a")
+            shutil.rmtree(one.root / "a")
+
+    one.fs.calls.before = before
+    metrics = one.commit("b", state)
+    assert gone and (metrics.shared_bytes > 0) is clones
+    one.check("b", state)
+
+
+def test_another_file_in_the_place_of_the_source_is_not_linked(run: Any) -> None:
+    one, state = run(clones=False), tensors()
+    one.commit("a", state)
+    source = one.root / "a" / "m.pt"
+
+    def before(op: Operation) -> None:
+        if op.name == "link":
+            source.unlink()
+            source.write_bytes(b"another")
+
+    one.fs.calls.before = before
+    assert one.commit("b", state).shared_bytes == 0
+    one.check("b", state)
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_damage_on_the_disk_is_found_in_both(run: Any, clones: bool) -> None:
+    one, state = run(clones=clones), tensors()
+    one.commit("a", state)
+    source = one.root / "a" / "m.pt"
+    before = os.stat(source)
+    with open(source, "r+b") as file:
+        file.seek(3 * CHUNK + 5)
+        file.write(b"\xff")
+    # A disk that rots tells no time.
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert one.commit("b", state).shared_bytes > 0
+    catalog = Catalog(one.root)
+    assert [catalog.verify(tag).ok for tag in "ab"] == [False, False]
+    # What `load` refuses, is not handed on for ever.
+    assert catalog.latest() is None
+
+
+def test_reuse_is_off_for_files_of_another_layout_and_for_other_engines(run: Any) -> None:
+    one, state = run(clones=True), tensors()
+    one.commit("a", state)
+    assert one.commit("b", {**state, "x": torch.ones(1)}).shared_bytes == 0
+    assert one.commit("c", state).shared_bytes == 0
+    assert one.commit("d", state, "other.pt").shared_bytes == 0
+    pytest.importorskip("safetensors")
+    assert one.commit("e", state, format="safetensors").shared_bytes == 0
+    assert one.commit("f", state, format="safetensors").shared_bytes > 0
+    with AsyncCheckpointEngine(
+        one.root, reuse="auto", chunk_bytes=CHUNK, staging_bytes=32 * CHUNK, filesystem=one.fs
+    ) as other:
+        other.create("g")
+        other.save(state, "m.pt", format="safetensors")
+        pending = other.commit("g")
+        pending.result(30)
+        assert pending.metrics.shared_bytes == 0
+
+
+def test_moved_views_of_one_storage_are_written(run: Any) -> None:
+    one, ring = run(clones=False, compact_views=True), torch.arange(4096)
+    one.commit("a", {"x": ring[:1024]})
+    one.commit("b", {"x": ring[:1024]})
+    assert one.names() == ["link"]
+    one.commit("c", {"x": ring[1024:2048]})
+    assert "link" not in one.names()
+    assert torch.equal(one.engine.load("c/m.pt")["x"], ring[1024:2048])
+
+
+def test_off(run: Any) -> None:
+    one, state = run(clones=True, reuse="off"), tensors()
+    one.commit("a", state)
+    assert one.commit("b", state).shared_bytes == 0
+    assert not any(op.name in ("clone", "open") for op in one.ops)
+
+
+def test_space_is_reserved_for_what_will_be_written(run: Any) -> None:
+    one, state = run(clones=True, io_mode="direct"), tensors()
+    one.commit("a", state)
+    state["w4"].add_(1)
+    one.commit("b", state)
+    reserved = [op.num_bytes for op in one.ops if op.name == "allocate"]
+    assert reserved and sum(reserved) <= 3 * CHUNK
+    state["w4"].add_(1)
+    one.fs.fail_when(lambda op: op.name == "allocate", errno.ENOSPC)
+    with pytest.raises(OutOfSpaceError) as caught:
+        one.commit("c", state)
+    assert caught.value.needed_bytes is not None and caught.value.needed_bytes <= 3 * CHUNK
+
+
+def test_whether_files_share_blocks_is_asked_once_and_said_once(fast_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "async_ckpt")
+    one = Run(fast_path / "root", clones=True)
+    assert one.fs.findings == Findings(clones=True)
+    one.engine.close()
+    assert [record.getMessage() for record in caplog.records if "reuse=" in record.getMessage()] == [
+        f"root {str(one.root)!r}: chunks that did not change share their blocks with the last checkpoint's "
+        "(reuse='auto')"
+    ]
+    assert sorted(os.listdir(one.root)) == []
