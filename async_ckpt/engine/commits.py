@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, report
+from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
 from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
@@ -41,10 +41,6 @@ from .rotation import Rotation
 from .tolerance import Tolerate
 
 _NUM_REMEMBERED = 128
-_HOW_SHARED = {
-    True: "chunks that did not change share their blocks with the last checkpoint's (reuse='auto')",
-    False: "files that did not change are hard links to the last checkpoint's (reuse='auto'; no reflinks here)",
-}
 
 live: weakref.WeakSet[Commits] = weakref.WeakSet()
 """Of all engines of this process that somebody holds."""
@@ -73,21 +69,18 @@ class Commits:
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
         self.pipeline = SavePipeline(config, self.filesystem)
-        self._rotation = Rotation(
-            self.filesystem, root, config.retention, self._why_held, self.pipeline.callbacks.report
-        )
+        callbacks = self.pipeline.callbacks
+        self._rotation = Rotation(self.filesystem, root, config.retention, self._why_held, callbacks.report)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
-            transaction.make_root(self.filesystem, root, try_clones=config.reuse == "auto")
-            if config.reuse == "auto":
-                report(logging.INFO, "root %r: %s", root, _HOW_SHARED[self.filesystem.findings.clones])
+            transaction.make_root(self.filesystem, root, try_clones=self.pipeline.reuse.is_on)
+            self.pipeline.reuse.tell(root, clones=self.filesystem.findings.clones)
             self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
             if config.sweep_on_start:
                 self._coordinator.sweep()
             if config.mirrors:
-                callbacks = self.pipeline.callbacks
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
         self.pool = self.pipeline.pool

@@ -3,9 +3,11 @@ committed, where both have the same layout."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import report
 from ..plan.plan import PlannedState
 from ..snapshot.untouched import SeenState
 from ..writer.sharing import FindOlder, OlderFile
@@ -21,15 +23,23 @@ class Reuse:
     """What an engine knows of its committed files. Calls come from `save`, and from commits; never blocks."""
 
     def __init__(self, *, is_on: bool) -> None:
-        self._is_on = is_on
+        self.is_on = is_on
         self._seen: dict[str, SeenState] = {}
         """By path, of the last save."""
         self._committed: dict[str, tuple[SeenState, OlderFile]] = {}
         """By path."""
 
+    def tell(self, root: str, *, clones: bool) -> None:
+        """Say once how files are shared in `root`."""
+        how = "chunks that did not change share their blocks with the last checkpoint's (reuse='auto')"
+        if not clones:
+            how = "files that did not change are hard links to the last checkpoint's (reuse='auto'; no reflinks here)"
+        if self.is_on:
+            report(logging.INFO, "root %r: %s", root, how)
+
     def see(self, path: str, state: PlannedState) -> SeenState | None:
         """What is to be remembered of a state that is saved as `path` now; None where its file shares nothing."""
-        if not self._is_on or not state.plan.payload_nbytes:
+        if not self.is_on or not state.plan.payload_nbytes:
             return None
         seen = SeenState(state, self._seen.get(path))
         _remember(self._seen, {path: seen})
