@@ -14,6 +14,7 @@ one JSON object in ASCII, with these members:
   "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
   of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
   "shared_bytes" (or nothing): how many of its bytes were not written, but shared with an older file.
+- "attempt" (or nothing): the folder beside the manifest in which a mirror has put the files, 16 hex digits.
 - "crc32", always last: 8 lower-case hex digits, the CRC-32 of every byte of the file before the text
   `,"crc32":"`. After the digits come exactly `"}` and a newline. So each flipped, missing or extra byte is found.
 
@@ -90,6 +91,8 @@ class Manifest:
     timing: Mapping[str, float] = field(default_factory=dict)
     not_finite: Mapping[str, str] = field(default_factory=dict)
     """Of numbers in `metadata` that JSON cannot hold and that are None there: what they were, by where they stand."""
+    attempt: str = ""
+    """The folder beside the manifest that the files lie in, in a mirror or a copy of one; empty: right beside it."""
 
     @property
     def size_bytes(self) -> int:
@@ -263,7 +266,11 @@ def _manifest_from(document: dict[str, Any]) -> Manifest:
     timing = _typed(document.get("timing", {}), dict, "timing")
     if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
         raise ValueError("timing holds something that is not a number of seconds")
-    return Manifest(check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing, not_finite)
+    attempt = _typed(document.get("attempt", ""), str, "attempt")
+    if attempt and not re.fullmatch("[0-9a-f]{16}", attempt):
+        raise ValueError("attempt is not 16 hex digits")
+    known = check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing, not_finite, attempt
+    return Manifest(*known)
 
 
 def _entry_from(item: Any, index: int) -> FileEntry:

@@ -10,19 +10,17 @@ an object.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CorruptCheckpointError, MirrorError
+from ..errors import MirrorError
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME
 from .config import MAX_PARTS
 
 _TAIL = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\n\Z')
-_ATTEMPT = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ def plan_upload(manifest: Manifest, raw: bytes, *, rank: int | None, part_bytes:
     Raises:
         MirrorError: a file would have more parts than stores take; nothing was sent.
     """
-    attempt = hashlib.sha256(raw).hexdigest()[:16]
+    # What was copied out of a mirror has one already.
+    attempt = manifest.attempt or hashlib.sha256(raw).hexdigest()[:16]
     for entry in manifest.files:
         if entry.size_bytes > MAX_PARTS * part_bytes:
             needed = -(-entry.size_bytes // MAX_PARTS)
@@ -72,30 +71,19 @@ def plan_upload(manifest: Manifest, raw: bytes, *, rank: int | None, part_bytes:
             )
     mine = [entry for entry in manifest.files if rank is None or (entry.rank or 0) == rank]
     objects = tuple(ObjectPlan(object_key(manifest.tag, attempt, entry.path), entry) for entry in mine)
-    return UploadPlan(manifest.tag, attempt, manifest.created_unix_ns, objects, with_attempt(raw, attempt))
+    with_one = raw if manifest.attempt else with_attempt(raw, attempt)
+    return UploadPlan(manifest.tag, attempt, manifest.created_unix_ns, objects, with_one)
 
 
 def object_key(tag: str, attempt: str, path: str) -> str:
-    """The key of a file, below the mirror's prefix."""
-    return f"{tag}/{attempt}/{path}"
+    """The key of a file, below the mirror's prefix; without an attempt, of one that was put there by other means."""
+    return f"{tag}/{attempt}/{path}" if attempt else f"{tag}/{path}"
 
 
 def with_attempt(raw: bytes, attempt: str) -> bytes:
     """The manifest `raw` with the member "attempt", and its checksum made anew."""
     body = raw[: -len(',"crc32":"00000000"}\n')] + f',"attempt":"{attempt}"'.encode("ascii")
     return body + f',"crc32":"{crc32(body):08x}"}}\n'.encode("ascii")
-
-
-def attempt_of(raw: bytes, *, source: str) -> str:
-    """The attempt that a manifest in a store names; call it after `manifest.decode` has accepted the bytes.
-
-    Raises:
-        CorruptCheckpointError: it names none.
-    """
-    attempt = json.loads(raw).get("attempt")
-    if not isinstance(attempt, str) or not _ATTEMPT.fullmatch(attempt):
-        raise CorruptCheckpointError(f"{source} names no attempt: it was not put there by a mirror", path=source)
-    return attempt
 
 
 def combined_md5(part_md5: list[bytes]) -> str:

@@ -1,7 +1,6 @@
 """A store as the reading side of a file system, so that catalog, verification and loads are the same code for both.
 
-A checkpoint is what its manifest names: opening a tag reads the manifest, and files are looked for below the attempt
-that it tells. Blocks for requests; any thread; nothing is kept between calls.
+Opening a tag reads its manifest. Blocks for requests; any thread; nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..format.manifest import MAX_MANIFEST_BYTES, decode
+from ..format.manifest import MAX_MANIFEST_BYTES
 from ..format.names import MANIFEST_NAME
 from ..host.memory import address_of, move
 from ..host.process import Owner, OwnerState
@@ -20,7 +19,6 @@ from ..storage.filesystem import FileStat, FileSystem
 from ..storage.read_file import Kind
 from .config import Mirror, split_url
 from .open_store import open_store
-from .plan import attempt_of, object_key
 from .store import ObjectInfo, Store
 
 if TYPE_CHECKING:
@@ -117,16 +115,13 @@ class RemoteDirectory:
         self._store = store
         self._tag = tag
         self._raw = raw
-        self._attempt = ""
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
-        folder = "/".join(parts)
-        folders, files = self._store.list(self._attempt_key(folder).rstrip("/"))
-        found: list[tuple[str, Kind]] = [] if folder else [(MANIFEST_NAME, "file")]
-        return [*found, *((name, "dir") for name in folders), *((name, "file") for name in files)]
+        folders, files = self._store.list("/".join((self._tag, *parts)))
+        return [*((name, "dir") for name in folders), *((name, "file") for name in files)]
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> RemoteFile:
-        key = self._attempt_key("/".join(parts))
+        key = "/".join((self._tag, *parts))
         info = self._store.head(key)
         if info is None:
             raise FileNotFoundError(f"{self.path}: there is no object {key!r}")
@@ -139,13 +134,6 @@ class RemoteDirectory:
 
     def close(self) -> None:
         return None
-
-    def _attempt_key(self, inner: str) -> str:
-        if not self._attempt:
-            source = f"{self.path}/{MANIFEST_NAME}"
-            decode(self._raw, source=source)
-            self._attempt = attempt_of(self._raw, source=source)
-        return object_key(self._tag, self._attempt, inner)
 
 
 class RemoteFile:

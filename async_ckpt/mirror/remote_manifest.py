@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorError
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME
-from .plan import UploadPlan, attempt_of, object_key
+from .plan import UploadPlan, object_key
 from .state import States, TagState
 from .store import ANY_VERSION, ConditionFailed, ObjectInfo, PassingFailure, Store
 
@@ -23,7 +23,11 @@ class FoundManifest:
     raw: bytes
     info: ObjectInfo
     manifest: Manifest | None
-    attempt: str
+
+    @property
+    def attempt(self) -> str:
+        """The attempt that it names; empty where it is damaged."""
+        return "" if self.manifest is None else self.manifest.attempt
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,9 +56,9 @@ def read_manifest(store: Store, tag: str) -> FoundManifest | None:
         manifest = decode(raw, source=source)
         if manifest.tag != tag:
             raise CorruptCheckpointError(f"{source} is the manifest of {manifest.tag!r}", path=source)
-        return FoundManifest(raw, info, manifest, attempt_of(raw, source=source))
+        return FoundManifest(raw, info, manifest)
     except CorruptCheckpointError:
-        return FoundManifest(raw, info, None, "")
+        return FoundManifest(raw, info, None)
 
 
 def may_replace(found: FoundManifest, plan: UploadPlan, ours: Iterable[str], may_overwrite: bool) -> bool:

@@ -91,7 +91,8 @@ class CommittedCheckpoint:
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
         """As `DirHandle.open_read`; the file of a single-file checkpoint is looked for where its manifest says, too."""
         try:
-            return self.directory.open_read(parts, direct=direct)
+            within = (self.manifest.attempt,) if self.manifest.attempt else ()
+            return self.directory.open_read((*within, *parts), direct=direct)
         except FileNotFoundError:
             home, name = os.path.split(self.root)
             beside = self.manifest.metadata.get("file")

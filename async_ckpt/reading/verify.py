@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from ..errors import CheckpointError, CommitError, ConfigError, CorruptCheckpointError, escaped
-from ..format.manifest import FileEntry
+from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME
 from ..storage.filesystem import DirHandle, FileSystem
 from ..threads.locks import Lock
@@ -85,7 +85,7 @@ def verify_checkpoint(
     problems: list[Problem] = []
     extra: list[str] = []
     if level != "off":
-        extra, problems = find_extra(checkpoint.directory, manifest.files)
+        extra, problems = find_extra(checkpoint.directory, manifest)
         problems += verify_files(checkpoint, manifest.files, level=level, num_threads=num_threads, progress=progress)
     if problems and not checkpoint.is_current():
         raise gone(manifest.tag)
@@ -187,13 +187,14 @@ def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> No
         )
 
 
-def find_extra(directory: DirHandle, entries: Sequence[FileEntry]) -> tuple[list[str], list[Problem]]:
+def find_extra(directory: DirHandle, manifest: Manifest) -> tuple[list[str], list[Problem]]:
     """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are
-    fine."""
-    expected = sorted({entry.path for entry in entries} | {MANIFEST_NAME})
+    fine, and so are other attempts of a mirror."""
+    within = f"{manifest.attempt}/" if manifest.attempt else ""
+    expected = sorted({within + entry.path for entry in manifest.files} | {MANIFEST_NAME})
     extra: list[str] = []
     problems: list[Problem] = []
-    todo = [""]
+    todo = [manifest.attempt]
     while todo:
         folder = todo.pop()
         parts = tuple(folder.split("/")) if folder else ()

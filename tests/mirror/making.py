@@ -11,7 +11,6 @@ from typing import Any
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.mirrors import Mirrors
 from async_ckpt.mirror.pending import PendingMirror
-from async_ckpt.mirror.plan import attempt_of
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.storage.filesystem import FileSystem
 
@@ -96,8 +95,8 @@ def garbage(server: Any, prefix: str) -> list[str]:
             from async_ckpt.format.manifest import decode
 
             raw = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
-            manifest, attempt = decode(raw, source=key), attempt_of(raw, source=key)
-            named |= {key, *(f"{prefix}/{manifest.tag}/{attempt}/{entry.path}" for entry in manifest.files)}
+            manifest = decode(raw, source=key)
+            named |= {key, *(f"{prefix}/{manifest.tag}/{manifest.attempt}/{entry.path}" for entry in manifest.files)}
     # A crash leaves the few bytes that it tried the store with.
     return [key for key in there if key not in named and "/.probe-" not in key]
 

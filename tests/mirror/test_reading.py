@@ -18,7 +18,7 @@ from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.reading.load import load_committed_into
 
 from ..support.stepping import until
-from .making import SMALL, commit, mirroring, s3_mirror
+from .making import SMALL, check_store, commit, garbage, mirroring, s3_mirror
 from .proxy import Proxy
 from .servers import ACCESS_KEY, BUCKET, SECRET_KEY, client, keys
 
@@ -48,8 +48,8 @@ def made_in(root: Path, *tags: str) -> None:
             engine.commit(tag).result(60)
 
 
-def mirrored(root: Path, mirror: Any, num_tags: int) -> None:
-    with mirroring(root, mirror) as made:
+def mirrored(root: Path, mirror: Any, num_tags: int, **more: Any) -> None:
+    with mirroring(root, mirror, **more) as made:
         catalog = async_ckpt.Catalog(root)
         manifests = [catalog.manifest(tag) for tag in catalog.tags()]
         assert len(manifests) == num_tags
@@ -111,6 +111,35 @@ def test_a_directory_url(tmp_path: Path) -> None:
     assert same(async_ckpt.load(f"file://{other}/run/step-0/model.pt"), state(0))
 
 
+def test_what_was_copied_out_of_a_mirror_is_a_checkpoint(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """With all of its folder: by any S3 client, or where the mirror is a directory. It can be mirrored again."""
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    made_in(root, "step-0")
+    mirrored(root, s3_mirror(moto, prefix), 1)
+    for key in keys(moto, prefix + "/"):
+        path = copy / key.removeprefix(prefix + "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(client(moto).get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    (report,) = map(async_ckpt.Catalog(copy).verify, ["step-0"])
+    assert report.ok and not report.extra
+    assert same(async_ckpt.load(copy / "step-0" / "model.pt"), state(0))
+    again = s3_mirror(moto, f"{prefix}/again")
+    mirrored(copy, again, 1)
+    assert check_store(again) == ["step-0"] and garbage(moto, f"{prefix}/again") == []
+
+
+def test_what_another_tool_has_synced_is_read_too(moto: Any, tmp_path: Path, prefix: str) -> None:
+    made_in(tmp_path, "step-0")
+    for path in (tmp_path / "step-0").iterdir():
+        client(moto).put_object(Bucket=BUCKET, Key=f"{prefix}/step-0/{path.name}", Body=path.read_bytes())
+    mirror = s3_mirror(moto, prefix)
+    assert check_store(mirror) == ["step-0"]
+    # It is an older one of another run: replaced only where that is asked for.
+    made_in(tmp_path / "other", "step-0")
+    mirrored(tmp_path / "other", mirror, 1, may_overwrite=True)
+    assert check_store(mirror) == ["step-0"] and garbage(moto, prefix) == []
+
+
 @pytest.mark.wide
 def test_damage_in_the_store_reaches_no_tensor_and_is_named(
     environment: None, moto: Any, tmp_path: Path, prefix: str
@@ -123,7 +152,7 @@ def test_damage_in_the_store_reaches_no_tensor_and_is_named(
     data[len(data) // 2] ^= 1
     s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
     path = f"s3://{BUCKET}/{prefix}/step-0/model.pt"
-    with pytest.raises(CorruptCheckpointError, match=r"s3://.*/step-0/model\.pt.*older ones in s3://.*: old, older"):
+    with pytest.raises(CorruptCheckpointError, match=r"s3://.*/step-0/.*model\.pt.*older ones in s3://.*: old, older"):
         async_ckpt.load(path)
     target, before = state(5), state(5)
     with pytest.raises(CorruptCheckpointError):
