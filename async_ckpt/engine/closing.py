@@ -18,15 +18,24 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
     if commits.closed:
         commits.stop(commits.close_timeout_s)
         return
+    first: BaseException | None = None
     try:
         if preemption is not None:
             preemption.leave()
-    finally:
-        with commits.lock:
-            commits.pipeline.guard.wait(block=True)
-            commits.pipeline.guard.remove()
+    except BaseException as error:  # noqa: BLE001 -- raised below, once the threads have ended
+        first = error
+    with commits.lock:
+        # A call on another thread has ended: what it has begun is known.
         left_s = float("inf") if preemption is None else preemption.remaining_s
+    try:
         finish(commits, min(left_s, commits.close_timeout_s), reason)
+    except Exception as second:
+        if first is not None:
+            report(logging.ERROR, "closing the engine on %r failed, after %r: %s", commits.root, first, second)
+            raise first  # noqa: B904 -- with the second as its context
+        raise
+    if first is not None:
+        raise first
     commits.raise_unacknowledged()
 
 
@@ -45,7 +54,7 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
     """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads."""
     forgotten: list[str] = []
     deadline = time.monotonic() + timeout_s
-    is_impatient = False
+    first: BaseException | None = None
     try:
         _give_up_open(commits, reason, forgotten)
         for pending in commits.unfinished():
@@ -56,15 +65,18 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
                     "checkpoints are untouched"
                 )
     except BaseException as error:
-        is_impatient = not isinstance(error, Exception)
+        first = error
         raise
     finally:
         # KeyboardInterrupt while waiting: the user wants out, and hears of nothing else.
+        is_impatient = first is not None and not isinstance(first, Exception)
         try:
             commits.stop(0.1 if is_impatient else max(0.1, deadline - time.monotonic()))
         except BackpressureTimeout as timeout:
-            if not is_impatient:
+            if first is None:
                 raise
+            if not is_impatient:
+                raise first  # noqa: B904 -- with this one as its context
             report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", commits.root, timeout)
         finally:
             commits.pipeline.tell_notes()

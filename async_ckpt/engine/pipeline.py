@@ -237,6 +237,7 @@ class SavePipeline:
         # A thread that is inside torch when the interpreter ends takes the process down with it.
         wait(self.warming, _WARMUP_END_S)
         self.pool.close(timeout_s)
+        self.guard.remove()
         self.arena.close()
         self.callbacks.close(max(0.1, deadline_s - time.monotonic()))
         self._has_stopped = True
