@@ -9,7 +9,7 @@ from ..errors import BackpressureTimeout, report
 from ..threads.executor import check_process
 from .checkpoint import given_up
 from .commits import Commits
-from .preemption import Preemption
+from .preemption import Preemption, no_workers_death
 
 
 def close(commits: Commits, preemption: Preemption | None = None, reason: BaseException | None = None) -> None:
@@ -41,13 +41,14 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
 
 def leave_block(commits: Commits, preemption: Preemption | None, error: BaseException) -> None:
     """`close` where a block ends with `error`, which is on its way out and must not be replaced."""
-    if preemption is not None:
-        preemption.leave_with(error)
-    try:
-        close(commits, preemption, error)
-    except Exception as failure:  # noqa: BLE001
-        told = "while leaving the block with %r, closing the engine failed too: %s"
-        report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=3)
+    with no_workers_death():
+        if preemption is not None:
+            preemption.leave_with(error)
+        try:
+            close(commits, preemption, error)
+        except Exception as failure:  # noqa: BLE001
+            told = "while leaving the block with %r, closing the engine failed too: %s"
+            report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=3)
 
 
 def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> None:

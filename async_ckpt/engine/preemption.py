@@ -13,6 +13,7 @@ States, in order: WATCHING, PREEMPTED (the flag is set), SAVED (hook and drainin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import ConfigError, TagExistsError, TransactionStateError, report
@@ -150,7 +151,8 @@ class Preemption:
                 return False
             is_last = self.outcome is None
             if is_last:
-                self._finish(run_hook=self._agree is None or self._is_agreed)
+                with no_workers_death():
+                    self._finish(run_hook=self._agree is None or self._is_agreed)
             else:
                 self._drain(self.remaining_s)
         finally:
@@ -246,6 +248,22 @@ def _is_a_workers_death(error: BaseException) -> bool:
         return str(error).startswith("DataLoader worker")
     is_in_loader = any(file.endswith(os.path.join("torch", "utils", "data", "dataloader.py")) for file in files)
     return isinstance(error, (OSError, EOFError)) and is_in_loader and "multiprocessing" in os.path.dirname(files[-1])
+
+
+@contextlib.contextmanager
+def no_workers_death() -> Iterator[None]:
+    """A block in which torch does not raise the deaths of DataLoaders' workers, which it does anywhere on the main
+    thread, from a handler of SIGCHLD: the last save is not to end of it. The loader sees them by itself.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _check_signals(signals: Iterable[int]) -> list[int]:

@@ -54,6 +54,31 @@ def test_a_hook_that_saves_the_tag_just_committed_is_satisfied(engine):
     assert engine.tags() == ["step-1"]
 
 
+def test_a_second_workers_death_does_not_end_the_last_save(tmp_path):
+    """torch raises each death wherever the main thread is, from a handler of SIGCHLD."""
+
+    def raise_death(signum, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    def save():
+        os.kill(os.getpid(), signal.SIGCHLD)
+        commit(engine, "last")
+
+    before = signal.signal(signal.SIGCHLD, raise_death)
+    try:
+        with (  # noqa: PT012
+            pytest.raises(RuntimeError, match="DataLoader worker"),
+            AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine,
+        ):
+            engine.on_preemption((signal.SIGUSR1,), save=save)
+            send()
+            os.kill(os.getpid(), signal.SIGCHLD)
+        assert signal.getsignal(signal.SIGCHLD) is raise_death
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert engine.preemption_outcome.committed == ("last",)
+
+
 def test_leaving_the_block_saves_once_more(tmp_path):
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         engine.on_preemption((signal.SIGUSR1,), save=lambda: commit(engine, "last"))
