@@ -25,8 +25,8 @@ pytestmark = pytest.mark.wide
 )
 def test_interrupted_at_a_sample_of_steps(name: str) -> None:
     with Folder() as folder:
-        row = sweep(folder, name, sample=60, seed=3)
-        assert row.operations > 300 and row.survived == row.injected == 60
+        row = sweep(folder, name, sample=30, seed=3)
+        assert row.operations > 300 and row.survived == row.injected == 30
 
 
 @pytest.mark.leaves_staging
