@@ -22,6 +22,7 @@ from ..errors import PathExistsError, TransactionStateError, UnsafePathError
 from ..format.metadata import check_metadata
 from ..format.names import check_tag
 from ..plan.plan import PlannedState, opaque_state
+from ..reading.catalog import Catalog
 from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
@@ -248,10 +249,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
 
         With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks. Waits first
-        for pending commits of other engines of this process in this root, which a retry may still hold
-        (BackpressureTimeout: they do not end).
+        for pending commits of other engines of this process in this root (BackpressureTimeout: they do not end).
         """
         return restoring.latest(self._commits, verify, tier)
+
+    def catalog_of(self, tag: str) -> Catalog:
+        """What checkpoint `tag` is read from: the disk, or the first mirror that has what the disk lacks. Blocks."""
+        return restoring.find_catalog(self._commits, tag)
 
     def tags(self) -> list[str]:
         """Committed tags, oldest first."""
@@ -342,7 +346,5 @@ class AsyncCheckpointEngine(CheckpointEngine):
     async def __aenter__(self) -> AsyncCheckpointEngine:
         return self.__enter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await run_aside("async-ckpt-close", lambda: self.__exit__(kind, error, trace))
+    async def __aexit__(self, *error: Any) -> None:
+        await run_aside("async-ckpt-close", lambda: self.__exit__(*error))

@@ -28,10 +28,14 @@ def latest(commits: Commits, verify: str, tier: str) -> str | None:
 
 def find_file(commits: Commits, path: StrPath) -> tuple[Catalog, str, str]:
     """Where the committed file `path` is, on disk or in a mirror: its catalog, tag and path inside that."""
-    commits.check_usable()
     tag, name = commits.paths.split_committed(path)
+    return find_catalog(commits, tag), tag, name
+
+
+def find_catalog(commits: Commits, tag: str) -> Catalog:
+    """`AsyncCheckpointEngine.catalog_of`."""
     await_commits(commits, tag)
-    return commits.catalog if commits.mirrors is None else commits.mirrors.resume_from(tag, commits.catalog), tag, name
+    return commits.catalog if commits.mirrors is None else commits.mirrors.resume_from(tag, commits.catalog)
 
 
 def await_commits(commits: Commits, tag: str) -> None:

@@ -222,6 +222,13 @@ class Azurite(Server):
         connection.close()
 
 
+def aws_environment(monkeypatch: Any, server: Any) -> None:
+    """Where and as whom to ask for URLs without options of their own."""
+    for name, value in (("ENDPOINT_URL", server.endpoint), ("ACCESS_KEY_ID", ACCESS_KEY), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+
 def client(server: Any) -> Any:
     """A plain S3 client, to look at and to damage what is there."""
     import boto3

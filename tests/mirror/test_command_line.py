@@ -13,7 +13,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, Mirror
 from async_ckpt.cli import main
 
 from .making import SMALL, check_store, commit, s3_mirror
-from .servers import ACCESS_KEY, BUCKET, SECRET_KEY
+from .servers import BUCKET, aws_environment
 from .test_reading import made_in
 
 
@@ -22,9 +22,7 @@ def run(monkeypatch: Any, capsys: Any) -> Callable[..., str]:
     """Run a command line in this process, with a server's credentials in the environment; returns what it said."""
 
     def call(server: Any, *arguments: object, code: int = 0) -> str:
-        for name, value in (("ENDPOINT_URL", server.endpoint), ("ACCESS_KEY_ID", ACCESS_KEY), ("REGION", "us-east-1")):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        aws_environment(monkeypatch, server)
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main([str(argument) for argument in arguments])

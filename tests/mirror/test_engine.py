@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror
 from async_ckpt.errors import CheckpointNotFoundError, ConfigError, MirrorError
+from async_ckpt.integrations.dcp import DcpReader, DcpWriter, load_sharded, save_sharded
 from async_ckpt.metrics import MirrorMetrics, Observer, Span
 
 from ..support.stepping import until
 from .making import check_store, s3_mirror
 from .proxy import Fault, Proxy
-from .servers import free_ports
+from .servers import aws_environment, free_ports
 from .test_reading import same, state
 
 
@@ -152,6 +154,30 @@ def test_a_new_machine_restores_from_the_mirror(moto: Any, tmp_path: Path, prefi
         assert engine.latest(tier="any") == "step-3"
     # The one that the run resumed from stays.
     assert check_store(mirror) == ["step-1", "step-3"]
+
+
+@pytest.mark.wide
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_is_restored_from_the_mirror(
+    moto: Any, tmp_path: Path, prefix: str, monkeypatch: Any
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    mirror = s3_mirror(moto, prefix)
+    with engine_on(tmp_path / "old", mirror) as engine:
+        save_sharded(engine, "step-1", {"x": torch.arange(9000.0), "step": 3}).mirrored.result(60)
+    found: dict[str, Any] = {"x": torch.zeros(9000), "step": 0}
+    with engine_on(tmp_path / "new", mirror) as engine:
+        load_sharded(engine, "step-1", found)
+        with pytest.raises(CheckpointNotFoundError):
+            load_sharded(engine, "step-2", found)
+    assert torch.equal(found["x"], torch.arange(9000.0)) and found["step"] == 3
+    aws_environment(monkeypatch, moto)
+    found["x"].zero_()
+    dcp.load(found, checkpoint_id=f"{mirror.url}/step-1", storage_reader=DcpReader())
+    assert torch.equal(found["x"], torch.arange(9000.0))
+    with pytest.raises(ConfigError, match="is a store"):
+        DcpWriter(f"{mirror.url}/step-1")
 
 
 @pytest.mark.wide

@@ -20,15 +20,12 @@ from async_ckpt.reading.load import load_committed_into
 from ..support.stepping import until
 from .making import SMALL, check_store, commit, garbage, mirroring, s3_mirror
 from .proxy import Proxy
-from .servers import ACCESS_KEY, BUCKET, SECRET_KEY, client, keys
+from .servers import BUCKET, aws_environment, client, keys
 
 
 @pytest.fixture
 def environment(moto: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    aws_environment(monkeypatch, moto)
 
 
 def state(seed: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ...errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from ...format.names import DCP_METADATA_NAME
+from ...format.names import DCP_METADATA_NAME, check_tag, is_url
 from ...host.device import beside_captures, synchronize_device
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint
@@ -35,29 +35,36 @@ from ...reading.verify import check_level
 from .metadata import decode_metadata
 from .objects import why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
-from .writer import DcpWriter, split_checkpoint_id
+from .writer import DcpWriter
 
 # In these, `copy_` wants room for as many values as there are.
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class DcpReader(StorageReader):
-    """Give it to ``dcp.load`` as `storage_reader`, with `checkpoint_id="<root>/<tag>"`.
+    """Give it to ``dcp.load`` as `storage_reader`, with `checkpoint_id="<root>/<tag>"`, or a mirror's URL in its place.
 
     Args:
         path: the checkpoint's path, where none is given to ``dcp.load``.
+        catalog: what `path` is read through; None: through the disk, or the store of its URL.
         verify: "full" compares checksums, "size" only sizes, "off" nothing.
         weights_only: refuse objects that are more than plain data (see `objects`), all of them in one error; DCP's own
             planner would run their code. False is for files whose writer you trust.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, verify: str = "full", weights_only: bool = True
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        verify: str = "full",
+        weights_only: bool = True,
+        catalog: Catalog | None = None,
     ) -> None:
         super().__init__()
         self._verify = check_level(verify)
         self._weights_only = weights_only
-        self._path = None if path is None else os.path.abspath(os.fspath(path))
+        self._path = None if path is None else _whole(path)
+        self._catalog = catalog
         self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
         self._described: dict[str, Any] = {}
@@ -68,12 +75,12 @@ class DcpReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return DcpWriter.validate_checkpoint_id(checkpoint_id)
+        return is_url(checkpoint_id) or DcpWriter.validate_checkpoint_id(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self._storage_data, self.failure, self._quiet = {}, None, set()
         if checkpoint_id is not None:
-            self._path = os.path.abspath(os.fspath(checkpoint_id))
+            self._path, self._catalog = _whole(checkpoint_id), None
         if self._path is None:
             raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
         self._load_id = str(uuid.uuid4())
@@ -195,11 +202,15 @@ class DcpReader(StorageReader):
     def _open(self) -> CommittedCheckpoint:
         if self._path is None:
             raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
-        root, tag = split_checkpoint_id(self._path)
-        return Catalog(root).open(tag)
+        root, tag = os.path.split(self._path)
+        return (self._catalog or Catalog(root)).open(check_tag(tag))
 
     def _file(self, checkpoint: CommittedCheckpoint, path: str) -> VerifiedFile:
         return checkpoint.open_file(checkpoint.entry(path), check=self._verify == "full")
+
+
+def _whole(path: str | os.PathLike[str]) -> str:
+    return path.rstrip("/") if isinstance(path, str) and is_url(path) else os.path.abspath(os.fspath(path))
 
 
 def _quantization(tensor: torch.Tensor) -> Any:

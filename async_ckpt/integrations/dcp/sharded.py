@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import (
-    BackpressureTimeout,
     CheckpointError,
     ConfigError,
     RankFailedError,
@@ -140,7 +139,7 @@ def load_sharded(
     """Load checkpoint `tag` into `state_dict`, in place, whatever number of ranks has saved it. All ranks call it;
     blocks.
 
-    A pending commit of that tag is waited for first.
+    A pending commit of that tag is waited for first. What the disk lacks is read from the engine's mirrors.
 
     Args:
         weights_only: False loads objects of any class, and runs their code: only for checkpoints whose writer you
@@ -153,13 +152,9 @@ def load_sharded(
             ``planner=DefaultLoadPlanner(allow_partial_load=True)`` to load what is there.
     """
     _check_arguments(engine, state_dict)
-    for pending in engine.pending():
-        if pending.tag == tag and not pending.wait(engine.config.backpressure_timeout_s):
-            raise BackpressureTimeout(
-                f"the commit of {tag!r} did not end within {engine.config.backpressure_timeout_s:g} s"
-            )
     rank = dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
-    reader = DcpReader(os.path.join(engine.root, tag), verify=verify, weights_only=weights_only)
+    catalog = engine.catalog_of(tag)
+    reader = DcpReader(os.path.join(catalog.root, tag), verify=verify, weights_only=weights_only, catalog=catalog)
     try:
         state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
     except CheckpointException as error:

@@ -44,7 +44,7 @@ from ...errors import (
 from ...format.checksum import crc32
 from ...format.manifest import FileEntry, ManifestBudget
 from ...format.metadata import check_metadata
-from ...format.names import DCP_METADATA_NAME, check_tag, parse_private_name
+from ...format.names import DCP_METADATA_NAME, check_tag, is_url, parse_private_name
 from ...plan.plan import FilePlan, version_counters
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
@@ -80,8 +80,10 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
     """(root, tag) of "<root>/<tag>".
 
     Raises:
-        UnsafePathError: the last component cannot be a tag.
+        UnsafePathError: the last component cannot be a tag. ConfigError: a URL.
     """
+    if is_url(checkpoint_id):
+        raise ConfigError(f"{checkpoint_id!r} is a store: write to a local root, and mirror it (`async-ckpt mirror`)")
     root, tag = os.path.split(os.path.abspath(os.fspath(checkpoint_id)))
     return root, check_tag(tag)
 
@@ -198,9 +200,9 @@ class DcpWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         try:
             split_checkpoint_id(checkpoint_id)
-        except (UnsafePathError, TypeError):
+        except (UnsafePathError, TypeError, ConfigError):
             return False
-        return "://" not in str(checkpoint_id)
+        return True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self._staged.drop()

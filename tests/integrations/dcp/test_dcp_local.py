@@ -252,7 +252,8 @@ def test_what_an_abandoned_save_has_staged_goes_with_its_writer(tmp_path: Path) 
 
 def test_bad_paths_and_options_are_refused(tmp_path: Path) -> None:
     assert not DcpWriter.validate_checkpoint_id("/root/.hidden")
-    assert not DcpReader.validate_checkpoint_id("s3://bucket/tag")
+    assert not DcpWriter.validate_checkpoint_id("s3://bucket/tag")
+    assert DcpReader.validate_checkpoint_id("s3://bucket/tag")
     assert DcpWriter.validate_checkpoint_id(tmp_path / "tag")
     with pytest.raises(UnsafePathError):
         DcpWriter("/root/..")
