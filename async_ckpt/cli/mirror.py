@@ -6,14 +6,14 @@ import argparse
 from typing import Any
 
 from ..errors import MirrorError, escaped
-from ..format.names import check_tag
+from ..format.names import is_url
 from ..metrics import MirrorMetrics
 from ..mirror.config import Mirror
 from ..mirror.mirrors import Mirrors
 from ..observers.units import format_bytes, format_rate
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED, EXIT_OK
+from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
 from .locating import catalog_of
 from .output import add_json, add_root, bar, number, print_json
 
@@ -58,10 +58,16 @@ def command(
 
     JSON: a list of {tag, error, size_bytes, sent_bytes, bytes_per_s}
     """
+    if is_url(root):
+        raise UsageError(f"{escaped(root)!r} is a store: what is mirrored lies in a local directory")
     catalog = catalog_of(root)
-    tags = [check_tag(tag)] if tag is not None else catalog.tags()
-    for name in tags:
-        catalog.path(name)
+    tags = [manifest.tag for manifest in catalog.committed()]
+    if tag is not None and tag not in tags:
+        source = next((entry.copied_from for entry in catalog.entries() if entry.tag == tag), None)
+        if source is None:
+            raise NotFoundError(f"no checkpoint {escaped(tag)!r} in {escaped(root)!r}")
+        raise UsageError(f"{escaped(tag)!r} is a copy of {source!r} or a link to it: mirror that one")
+    tags = [tag] if tag is not None else tags
     max_bytes_per_s = None if max_mib_per_s is None else max_mib_per_s * (1 << 20)
     mirror = Mirror(
         url, parallel=parallel, part_bytes=part_mib << 20, max_bytes_per_s=max_bytes_per_s, on_failure="raise"

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
 
 from ..errors import MirrorError
+from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileSystem
 from .store import ANY_VERSION, ConditionFailed, ObjectInfo
 
@@ -43,16 +44,21 @@ class FileStore:
             self._fs.makedirs(os.path.dirname(path))
             file = await self._fs.open_write(private, size_bytes, direct=False, executor=self._executor)
             try:
-                offset = 0
-                async for part in parts:
-                    await asyncio.get_running_loop().run_in_executor(self._executor, file.pwrite, part, offset)
-                    offset += part.nbytes
-                    del part
-                await file.truncate(offset)
-                await file.fsync()
-            finally:
-                await file.close()
-            self._fs.rename(private, path)
+                try:
+                    offset = 0
+                    async for part in parts:
+                        await asyncio.get_running_loop().run_in_executor(self._executor, file.pwrite, part, offset)
+                        offset += part.nbytes
+                        del part
+                    await file.truncate(offset)
+                    await file.fsync()
+                finally:
+                    await file.close()
+                self._fs.rename(private, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.unlink(private)
+                raise
             self._sync_parents(path)
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
@@ -119,7 +125,8 @@ class FileStore:
         lost = (FileNotFoundError, NotADirectoryError)
         with contextlib.suppress(*lost), self._telling(f"deleting parts of {key!r}", *lost):
             for found in self._fs.listdir(folder):
-                if found.startswith(f"{_PART}{name}-"):
+                owner = Owner.parse(found.removeprefix(f"{_PART}{name}-").rpartition("-")[0])
+                if owner is not None and self._fs.owner_state(owner) is not OwnerState.ALIVE:
                     self._fs.unlink(os.path.join(folder, found))
 
     def refuses_damage(self, key: str) -> bool:

@@ -152,7 +152,8 @@ def remove_remote(store: Store, states: States | None, expected: Manifest) -> No
     if states is not None:
         # An own upload of the same tag in progress keeps its state: only the objects to be deleted are added.
         kept = state or TagState(expected.tag, found.attempt, expected.created_unix_ns, mirrored=True)
-        states.write(replace(kept, doomed=(*kept.doomed, *found.keys)))
+        keys = () if kept.attempt == found.attempt else kept.keys
+        states.write(replace(kept, keys=keys, doomed=(*kept.doomed, *found.keys)))
     store.delete([f"{expected.tag}/{MANIFEST_NAME}"])
     store.delete(found.keys)
     if states is not None and state is None:

@@ -20,7 +20,7 @@ from .open_store import open_store
 from .pending import PendingMirror
 from .probe import probe
 from .remote import remote_catalog
-from .remote_manifest import delete_doomed, remove_remote
+from .remote_manifest import delete_doomed, read_manifest, remove_remote
 from .store import ConditionFailed, PassingFailure
 from .upload import Upload
 
@@ -183,6 +183,8 @@ class Worker:
         metrics = pendings[0].metrics_of(self._url) if pendings else MirrorMetrics(tag, self._url)
         error: BaseException | None = None
         try:
+            if not self._with_backlog:
+                await context.in_thread(self._ask_again, tag)
             started_s = time.perf_counter()
             metrics.wait_s = started_s - pendings[0].committed_s if pendings else 0.0
             await Upload(context, tag, metrics).run()
@@ -197,6 +199,15 @@ class Worker:
             if context.mirror.retention is not None and context.agreement.leads:
                 await context.in_thread(self._retain, tag)
         return error
+
+    def _ask_again(self, tag: str) -> None:
+        """By hand, what is noted as mirrored is looked for: somebody may have emptied the store."""
+        state = self.context.states.get(tag)
+        # Without keys it is retention that has deleted it there.
+        if state is not None and state.mirrored and state.keys:
+            found = read_manifest(self.context.store, tag)
+            if found is None or found.attempt != state.attempt:
+                self.context.states.forget(tag)
 
     def _retain(self, tag: str) -> None:
         context = self.context

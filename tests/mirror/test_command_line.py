@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, Mirror
 from async_ckpt.cli import main
 
 from .making import SMALL, check_store, commit, s3_mirror
-from .servers import BUCKET, aws_environment
+from .servers import BUCKET, aws_environment, client, keys
 from .test_reading import made_in
 
 
@@ -48,6 +49,15 @@ def test_mirror_catches_up_and_list_shows_it(run: Any, moto: Any, tmp_path: Path
     ]
     assert f"committed, mirrored to {url}" in run(moto, "list", str(tmp_path))
     assert [item["mirrored"] for item in json.loads(run(moto, "list", str(tmp_path), "--json"))] == [[url]] * 3
+    # What somebody has deleted there is put again; copies are no checkpoints of their own.
+    for key in keys(moto, f"{prefix}/step-1/"):
+        client(moto).delete_object(Bucket=BUCKET, Key=key)
+    shutil.copytree(tmp_path / "step-1", tmp_path / "copy (1)")
+    assert "step-1: mirrored, " in run(moto, "mirror", str(tmp_path), url)
+    assert check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"]
+    assert "is a copy of 'step-1'" in run(moto, "mirror", str(tmp_path), url, "copy (1)", code=2)
+    assert "no checkpoint 'step-9'" in run(moto, "mirror", str(tmp_path), url, "step-9", code=3)
+    assert "is a store" in run(moto, "mirror", url, url, code=2)
 
 
 @pytest.mark.wide

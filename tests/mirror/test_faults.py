@@ -287,9 +287,11 @@ def test_racing_runs_on_one_prefix_leave_one_whole_checkpoint_per_tag(
 
 
 @pytest.mark.wide
-def test_two_processes_mirror_the_same_root(seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize("kind", ["store", "directory"])
+def test_two_processes_mirror_the_same_root(kind: str, seaweedfs: Any, tmp_path: Path, prefix: str) -> None:
     """As `async-ckpt mirror` beside a training does; whoever ends first removes what the other has half sent."""
-    mirror = s3_mirror(seaweedfs, prefix)
+    elsewhere = Mirror(f"file://{tmp_path}/elsewhere", part_bytes=5 << 20, retry_timeout_s=10)
+    mirror = s3_mirror(seaweedfs, prefix) if kind == "store" else elsewhere
     with mirroring(tmp_path, mirror) as one, mirroring(tmp_path, mirror) as other:
         one.check()
         other.check()
