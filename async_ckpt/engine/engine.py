@@ -233,17 +233,17 @@ class AsyncCheckpointEngine(CheckpointEngine):
         atomic: bool | Literal["auto"] = "auto",
         weights_only: bool | None = None,
         select: str | None = None,
+        rename: Mapping[str, str] | None = None,
     ) -> Any:
         """Read a committed file in parallel straight into `state_dict`'s tensors; returns its other leaves. Blocks.
 
-        Lazy snapshots are waited for first. For the arguments (`atomic`: what the tensors hold after an error) and
-        errors see `async_ckpt.load_into`.
+        Lazy snapshots are waited for first. For the arguments and errors see `async_ckpt.load_into`.
         """
         catalog, tag, name = restoring.find_file(self._commits, path)
         self.wait_snapshot()
         how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only}
         lend = self._pipeline.arena.lend
-        return load_committed_into(catalog, tag, name, state_dict, select=select, lend=lend, **how)
+        return load_committed_into(catalog, tag, name, state_dict, select=select, rename=rename, lend=lend, **how)
 
     def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.

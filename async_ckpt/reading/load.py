@@ -10,6 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def load_into(
     weights_only: bool | None = None,
     num_threads: int | None = None,
     select: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Restored:
     """Fill the tensors of `state_dict` (nested dicts, lists and tuples) from ``<root>/<tag>/file.pt``. Blocks; any
     thread.
@@ -89,11 +91,17 @@ def load_into(
         select: only tensors whose dotted names begin like this ("model."); nothing else is read. `state_dict` is the
             whole state, or the selected part (its names without `select`). `Restored.state` is then a flat dict by the
             file's dotted names.
+        rename: dotted names in the file (with `select` also without it) to those in `state_dict`: whole names, or what
+            they begin with: ``{"module.": ""}``, ``{"encoder": "backbone"}``, ``{"": "model."}``. The longest fitting
+            one counts, once. What fits nothing, and two tensors for one name, are errors with `strict=False` too.
+
+    `Restored.read_bytes` shows what was read.
 
     Raises:
         StateMismatchError: lists every mismatch. Otherwise as `load`.
     """
-    options: dict[str, Any] = {"strict": strict, "atomic": atomic, "weights_only": weights_only, "select": select}
+    options: dict[str, Any] = {"strict": strict, "atomic": atomic, "weights_only": weights_only}
+    options |= {"select": select, "rename": rename}
     return load_committed_into(*_locate(path), state_dict, verify=verify, num_threads=num_threads, **options)
 
 
@@ -172,6 +180,7 @@ def load_committed_into(
     num_threads: int | None = None,
     lend: MemorySource | None = None,
     select: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Restored:
     """`load_into` of file `name` in checkpoint `tag` of `catalog`.
 
@@ -179,6 +188,9 @@ def load_committed_into(
     """
     if not isinstance(atomic, bool) and atomic != "auto":
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
+    is_names = isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
+    if rename is not None and not is_names:
+        raise ConfigError(f"rename must map names in the file to names in the given state, not {rename!r}")
     _refuse_contexts()
     with (
         catalog.naming_older_ones(tag),
@@ -194,4 +206,4 @@ def load_committed_into(
             structure = None
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)
-        return fill(file, structure, state_dict, strict=strict, atomic=atomic, select=select)
+        return fill(file, structure, state_dict, strict=strict, atomic=atomic, select=select, rename=rename)

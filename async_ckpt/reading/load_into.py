@@ -26,7 +26,7 @@ from .errors import ExtentMismatch, ReadError
 from .rollback import Rollback
 from .scatter import stream_into
 from .shared_memory import Pair, disagreements, overlapping, shares_own_memory
-from .state_tree import flatten, replace_leaves, select_leaves
+from .state_tree import dotted, flatten, match_leaves, replace_leaves
 from .verified_file import VerifiedFile
 
 if TYPE_CHECKING:
@@ -46,10 +46,19 @@ class Restored:
     state: Any
     loaded: tuple[str, ...]
     mismatches: tuple[str, ...] = ()
+    read_bytes: int = 0
+    """What of the file was read by this process, from the disk or store; more than its size where it was read twice."""
 
 
 def fill(
-    file: VerifiedFile, structure: Any, target: Any, *, strict: bool, atomic: Atomic, select: str | None = None
+    file: VerifiedFile,
+    structure: Any,
+    target: Any,
+    *,
+    strict: bool,
+    atomic: Atomic,
+    select: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Restored:
     """Move what `structure` (leaves: `TensorExtent`, or tensors already in memory) holds into the tensors of `target`.
     Blocks.
@@ -57,13 +66,13 @@ def fill(
     With `select` only the extents that hold the selected tensors are read.
 
     Raises:
-        StateMismatchError: with `strict`, if anything differs.
+        StateMismatchError: with `strict`, if anything differs; names of `select` or `rename` do not fit.
     """
-    found = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, Source)}
+    leaves = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, Source)}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
-    names: dict[str, str] = {}
-    if select is not None:
-        found, wanted, names = select_leaves(found, wanted, select, file.name)
+    found, origin = leaves, {path: path for path in leaves}
+    if select is not None or rename:
+        found, wanted, origin = match_leaves(leaves, wanted, select or "", rename or {}, file.name)
     differences = compare(found, wanted)
     differences |= compare_shared(file, found, {path: wanted[path] for path in wanted if path not in differences})
     if strict and differences:
@@ -77,13 +86,14 @@ def fill(
     for path, tensor in loaded.items():
         mover.add(found[path], tensor)
     # Whatever may fail comes before the first byte moves.
+    placed = {origin[path]: tensor for path, tensor in loaded.items()}
     if select is None:
-        rest = {path: mover.fresh(leaf) for path, leaf in found.items() if path not in loaded}
-        state = replace_leaves(structure, {**rest, **loaded})
+        rest = {path: mover.fresh(leaf) for path, leaf in leaves.items() if path not in placed}
+        state = replace_leaves(structure, {**rest, **placed})
     else:
-        state = {names[path]: tensor for path, tensor in loaded.items()}
+        state = {dotted(path): tensor for path, tensor in placed.items()}
     mover.run(file, atomic)
-    return Restored(state, tuple(loaded), tuple(differences.values()))
+    return Restored(state, tuple(loaded), tuple(differences.values()), file.read_bytes)
 
 
 def compare(found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:

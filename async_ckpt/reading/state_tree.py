@@ -113,28 +113,71 @@ def dotted(path: str) -> str:
     return ".".join(str(ast.literal_eval(key)) if key[:1] in "'\"" else key for key in keys)
 
 
-def select_leaves(
-    found: Mapping[str, F], wanted: Mapping[str, W], prefix: str, file: str
+def match_leaves(
+    found: Mapping[str, F], wanted: Mapping[str, W], prefix: str, rename: Mapping[str, str], file: str
 ) -> tuple[dict[str, F], dict[str, W], dict[str, str]]:
-    """The leaves of a file whose names begin with `prefix`, and the given ones that they are for, by the key paths of
-    the latter.
+    """The leaves of a file whose dotted names begin with `prefix`, and the given ones that they are for, by the key
+    paths of the latter.
 
     The given state has the file's structure, or is the selected part alone (its names are the file's without `prefix`).
-    The third result is the file's dotted name of each.
+    `rename` maps names in the file to names in the given state. The third result is the file's key path
+    of each.
 
     Raises:
-        StateMismatchError: the file has nothing of that name; says what it has.
+        StateMismatchError: nothing has the prefix, or a key of `rename`; two have one name. Names them.
     """
-    names = {dotted(path): leaf for path, leaf in found.items() if dotted(path).startswith(prefix)}
-    if not names:
-        there = sorted({dotted(path).partition(".")[0] for path in found})
-        shown = escaped(some_of(there)) or "none"
-        raise StateMismatchError(f"{file} has no tensor whose name begins with {prefix!r}; it has {shown}", (prefix,))
-    whole = {path: leaf for path, leaf in wanted.items() if dotted(path).startswith(prefix)}
+    selected = {path: name for path in found if (name := dotted(path)).startswith(prefix)}
+    there = escaped(some_of(sorted({dotted(path).partition(".")[0] for path in found}))) or "none"
+    if not selected:
+        raise StateMismatchError(f"{file} has no tensor whose name begins with {prefix!r}; it has {there}", (prefix,))
+    renamed = {path: _renamed(name, rename, prefix) for path, name in selected.items()}
+    idle = tuple(key for key in rename if key not in {key for _, key in renamed.values()})
+    if idle:
+        which = f" of those whose name begins with {prefix!r}" if prefix else ""
+        listed = ", ".join(map(repr, idle))
+        raise StateMismatchError(f"rename: {file} has no tensor named {listed}{which}; it has {there}", idle)
+    # Where the whole state is given, the rest of it is not asked for.
+    regions = {rename[key] for new, key in renamed.values() if key is not None and not new.startswith(prefix)}
+    whole = {
+        path: leaf
+        for path, leaf in wanted.items()
+        if (name := dotted(path)).startswith(prefix) or any(_fits(region, name) for region in regions)
+    }
     given = whole or dict(wanted)
-    name_of = {path: dotted(path) if whole else prefix + dotted(path) for path in given}
-    chosen = {path: names[name] for path, name in name_of.items() if name in names}
-    taken = set(name_of.values())
-    # What nobody has given: told as unexpected, by its own name.
-    chosen |= {name: leaf for name, leaf in names.items() if name not in taken}
-    return chosen, given, name_of
+    by_name = _by_name({path: dotted(path) for path in given}, "the given state")
+    origin: dict[str, str] = {}
+    for new, path in _by_name({path: new for path, (new, _) in renamed.items()}, file).items():
+        target = by_name.get(new, by_name.get(new.removeprefix(prefix)))
+        old = selected[path]
+        # What nobody has given is told as unexpected, by its own name.
+        key = target or (old if new == old else f"{old} (renamed to {new})")
+        if key in origin:
+            raise StateMismatchError(f"{file}: {selected[origin[key]]!r} and {old!r} are both for {key}", (key,))
+        origin[key] = path
+    return {key: found[path] for key, path in origin.items()}, given, origin
+
+
+def _renamed(name: str, rename: Mapping[str, str], prefix: str) -> tuple[str, str | None]:
+    """The name that `rename` gives a tensor of the file, and the key that does: the longest that fits its name, or
+    else its name without `prefix`."""
+    for front, rest in {"": name, prefix: name.removeprefix(prefix)}.items():
+        key = max((key for key in rename if _fits(key, rest)), key=len, default=None)
+        if key is not None:
+            end = rest[len(key) :]
+            return front + (rename[key] + end if rename[key] else end.removeprefix(".")), key
+    return name, None
+
+
+def _fits(key: str, name: str) -> bool:
+    """Whether it is the name, or whole parts of its beginning."""
+    return name == key or name.startswith(key if key[-1:] in ("", ".") else f"{key}.")
+
+
+def _by_name(names: Mapping[str, str], where: str) -> dict[str, str]:
+    """Key paths by name. Raises StateMismatchError: two have the same one."""
+    paths: dict[str, str] = {}
+    for path, name in names.items():
+        if paths.setdefault(name, path) != path:
+            what = f"{where}: {paths[name]} and {path} would both be {name!r}; nothing was changed"
+            raise StateMismatchError(what, (name,))
+    return paths

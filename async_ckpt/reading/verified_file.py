@@ -82,6 +82,9 @@ class VerifiedFile:
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
         self.on_read = metrics.read_listener()
+        self.read_bytes = 0
+        """Asked of the disk or store so far."""
+        self._lock = Lock()
         self._file = file
         self._num_threads = num_threads or DEFAULT_NUM_THREADS
         self._kept: dict[int, memoryview] = {}
@@ -199,6 +202,8 @@ class VerifiedFile:
     def read_block(self, memory: memoryview | None, offset: int, num_bytes: int) -> memoryview:
         """What the disk holds, in `memory` or (None) in the file's own. Any thread. Raises ReadError,
         CorruptCheckpointError (the file has ended)."""
+        with self._lock:
+            self.read_bytes += num_bytes
         try:
             if memory is None:
                 return self._file.pread(offset, num_bytes)  # type: ignore[attr-defined, no-any-return]
