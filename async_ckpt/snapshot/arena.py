@@ -20,7 +20,7 @@ import time
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 
 import torch
@@ -155,7 +155,8 @@ class StagingArena:
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
         with self._lock:
-            self._check()
+            if self._poison is not None:
+                raise self._poison
             if len(self._warm) + len(self._cold) < num_chunks:
                 self._reclaim()
             if len(self._warm) + len(self._cold) < num_chunks:
@@ -177,7 +178,8 @@ class StagingArena:
         with self._lock:
             while True:
                 is_late = time.monotonic() >= deadline
-                self._check()
+                if self._poison is not None:
+                    raise self._poison
                 if not self._warm and not self._cold:
                     self._reclaim()
                 with contextlib.suppress(IndexError):
@@ -209,18 +211,21 @@ class StagingArena:
                 chunk.is_held = False
                 self._return_unused(chunk)
 
-    def begin_use(self, chunk: StagingChunk) -> bool:
-        """Keep `chunk`, which its owner may give up meanwhile, from being handed out again before `end_use`; False when
+    @contextlib.contextmanager
+    def using(self, chunk: StagingChunk) -> Iterator[bool]:
+        """Keep `chunk`, which its owner may give up meanwhile, from being handed out again within the block; False when
         it was given back already. For threads that no signal handler runs in."""
         with self._lock:
-            chunk.num_users += chunk.is_held
-            return chunk.is_held
-
-    def end_use(self, chunk: StagingChunk) -> None:
-        """The last user gives back what its owner gave up meanwhile."""
-        with self._lock:
-            chunk.num_users -= 1
-            self._return_unused(chunk)
+            is_held = chunk.is_held
+            chunk.num_users += is_held
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                with self._lock:
+                    chunk.num_users -= 1
+                    # The last user gives back what its owner gave up meanwhile.
+                    self._return_unused(chunk)
 
     def poison(self, error: BaseException) -> None:
         """End every present and future wait with `error`: nobody is left to free chunks."""
@@ -271,11 +276,8 @@ class StagingArena:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
             self._resident_keys[chunk.address] = chunk.resident_key
-            self._put_back(chunk.piece)
+            insort(self._warm if chunk.address in self._ready else self._cold, chunk.piece, key=_address_of)
             self._changed.notify_all()
-
-    def _put_back(self, piece: _Piece) -> None:
-        insort(self._warm if piece[2] in self._ready else self._cold, piece, key=_address_of)
 
     def _reclaim(self) -> None:
         """Take back what nobody holds: an exception out of a signal handler may have struck at the end of its chunk."""
@@ -284,15 +286,11 @@ class StagingArena:
             chunk = self._holders[address]()
             if chunk is None or not (chunk.is_held or chunk.num_users):
                 tensor, view, _ = self._pieces[address]
-                self._pieces[address] = tensor, view, address
-                self._put_back(self._pieces[address])
+                piece = self._pieces[address] = tensor, view, address
+                insort(self._warm if address in self._ready else self._cold, piece, key=_address_of)
 
     def _free_addresses(self) -> set[int]:
         return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}
-
-    def _check(self) -> None:
-        if self._poison is not None:
-            raise self._poison
 
     def _take(self) -> StagingChunk:
         if self._warm:

@@ -91,7 +91,7 @@ class ChunkMap:
     key: object
     """Equal for maps with the same `between` and `middle`."""
     probes: ProbeMap
-    pick_small: Callable[[Sequence[int]], tuple[int, ...]]
+    pick_small: Callable[[Sequence[int]], Sequence[int]]
     """Picks what belongs to each row of `small` from one item per payload."""
     long_literals: list[int]
     """Which of the plan's literals are the long ones."""

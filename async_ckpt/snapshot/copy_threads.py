@@ -72,20 +72,41 @@ class CopyTeam:
         Args:
             on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
         """
-        jobs = _Jobs(num_jobs)
+        # Taken by whoever is free. No lock: a caller that a signal handler has interrupted holds up no helper.
+        waiting = deque(range(num_jobs))
+        ends: list[Outcome[None]] = [Outcome() for _ in waiting]
+
+        def do_next(do: Callable[[int], None]) -> bool:
+            try:
+                k = waiting.popleft()
+            except IndexError:
+                return False
+            do(k)
+            ends[k].resolve(None, None)
+            return True
+
+        def help_caller() -> None:
+            try:
+                while do_next(help_with):
+                    pass
+            except BaseException as error:  # noqa: BLE001 -- raised by whoever waits for an end
+                waiting.clear()
+                for end in ends:
+                    end.resolve(None, error)
+
         num_helpers = min(self._num_helpers, num_jobs - 1)
         try:
             if num_helpers > 0:
                 self._keep_off(_current_core())
             for _ in range(num_helpers):
-                self._submit(lambda: jobs.help(help_with))
-            for k in range(num_jobs):
-                while not jobs.has_ended(k) and jobs.do_next(work):
+                self._submit(help_caller)
+            for k, end in enumerate(ends):
+                while not end.done() and do_next(work):
                     pass
-                jobs.wait(k)
+                end.result()
                 on_ended(k)
         except BaseException:
-            jobs.drop()
+            waiting.clear()
             raise
 
     def _keep_off(self, core: int) -> None:
@@ -102,43 +123,3 @@ class CopyTeam:
                 if now != wanted:
                     os.sched_setaffinity(thread, wanted)
                     self._given[thread] = wanted
-
-
-class _Jobs:
-    """The jobs of one copy, taken by whoever is free. No lock: a caller that a signal handler has interrupted holds up
-    no helper."""
-
-    def __init__(self, num_jobs: int) -> None:
-        self._waiting = deque(range(num_jobs))
-        self._ends: list[Outcome[None]] = [Outcome() for _ in range(num_jobs)]
-
-    def do_next(self, work: Callable[[int], None]) -> bool:
-        """Do the next job that nobody has taken; False when there is none."""
-        try:
-            k = self._waiting.popleft()
-        except IndexError:
-            return False
-        work(k)
-        self._ends[k].resolve(None, None)
-        return True
-
-    def help(self, work: Callable[[int], None]) -> None:
-        """Do jobs until none is left; a failure is handed to the caller."""
-        try:
-            while self.do_next(work):
-                pass
-        except BaseException as error:  # noqa: BLE001 -- raised by `wait`
-            self.drop()
-            for end in self._ends:
-                end.resolve(None, error)
-
-    def has_ended(self, k: int) -> bool:
-        return self._ends[k].done()
-
-    def wait(self, k: int) -> None:
-        """Until job `k` has ended. Raises what has failed in a helper before that."""
-        self._ends[k].result()
-
-    def drop(self) -> None:
-        """Let nobody begin another one."""
-        self._waiting.clear()

@@ -229,7 +229,7 @@ class FileCopy:
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
         self._torn.drop()
-        self._payloads.drop()
+        self._payloads.storages = ()
 
     def _give_back(self, chunks: list[StagingChunk], first: int) -> None:
         """Those that the sink has not taken over, once no device writes to them."""
@@ -249,15 +249,13 @@ class FileCopy:
         extents = self._map.offsets[numbers], self._map.nbytes[numbers]
         self._sink.submit(*map(Chunk, *extents, views, releases, repeat(self._is_scarce)))
 
-    def _report(self, k: int, began: float) -> None:
+    def _report(self, on_copied: OnCopied, k: int, began: float) -> None:
         """Tell the observers that the wanted parts of chunk `k` are copied."""
-        if self._on_copied is None:
-            return
         num_bytes = self._map.nbytes[k]
         if self._wanted is not None:
             num_bytes = sum(piece.nbytes for piece in self._map.payload_pieces(k) if self._wanted[piece.source])
         if num_bytes:
-            self._on_copied("d2h" if self._devices else "copy", began, self._map.offsets[k], num_bytes)
+            on_copied("d2h" if self._devices else "copy", began, self._map.offsets[k], num_bytes)
 
     # Inside: copying.
 
@@ -279,11 +277,9 @@ class FileCopy:
 
         def help_with(i: int, _kept: object = self._payloads.storages) -> None:
             # The caller may be interrupted, and give up chunks and sources, while a helper still copies.
-            if self._arena.begin_use(chunks[i]):
-                try:
+            with self._arena.using(chunks[i]) as is_held:
+                if is_held:
                     self._fill_on_cpu(first + i, chunks[i], is_urgent=True)
-                finally:
-                    self._arena.end_use(chunks[i])
 
         team.run(
             len(chunks),
@@ -297,7 +293,8 @@ class FileCopy:
         self._payloads.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
             self._torn.compare_chunk(k, chunk.address)
-        self._report(k, began)
+        if self._on_copied is not None:
+            self._report(self._on_copied, k, began)
 
     def _queue_device_copies(self, chunks: list[StagingChunk], first: int = 0) -> None:
         """Queue the copies of all chunks before the first one is waited for."""
@@ -330,7 +327,8 @@ class FileCopy:
         queued, self._unfinished = self._unfinished, []
         for k, chunk, events, began in queued:
             synchronize(events)
-            self._report(k, began)
+            if self._on_copied is not None:
+                self._report(self._on_copied, k, began)
             if self._completes:
                 self._torn.compare_chunk(k, chunk.address)
                 self._send(k, chunk)

@@ -88,10 +88,12 @@ class Guard:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
         self._must_look = True
 
-    def save(self, work: Callable[[Turn], T]) -> T:
-        """`work(turn)`, a save, while no guarded step runs on another thread. Before any lock that a step's closure may
-        want."""
-        turn = Turn(self._exclusion if self._optimizers and os.getpid() == self._pid else None, Work.SAVE)
+    def save(self, work: Callable[[Turn | None], T]) -> T:
+        """`work(turn)`, a save, while no guarded step runs on another thread; without a turn where nothing is guarded.
+        Before any lock that a step's closure may want."""
+        if not self._optimizers or os.getpid() != self._pid:
+            return work(None)
+        turn = Turn(self._exclusion, Work.SAVE)
         return turn.run(lambda: work(turn))
 
     def owned(self, wanted: Sequence[int]) -> Owned:

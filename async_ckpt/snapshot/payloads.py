@@ -32,8 +32,8 @@ _OUTCOME = "This checkpoint is not committed; older ones are untouched. Call wai
 
 
 class Payloads:
-    """The payloads of one planned state, by number, and the file's literals behind them. Keeps the storages alive until
-    `drop`. One thread at a time, but for `fill`.
+    """The payloads of one planned state, by number, and the file's literals behind them. Keeps the storages alive. One
+    thread at a time, but for `fill`.
 
     Raises:
         UnsupportedStateError: a storage's device cannot be copied from.
@@ -43,6 +43,7 @@ class Payloads:
     def __init__(self, state: PlannedState, chunk_map: ChunkMap) -> None:
         self.devices = accelerators(state.devices)
         self.storages = state.storages
+        """To be replaced by nothing once they are not needed any more."""
         self._starts = state.starts
         self._nbytes = state.plan.payload_nbytes
         self._strided = state.plan.strided
@@ -129,10 +130,6 @@ class Payloads:
         if layout is None:
             return memory, memory[start + offset :][:nbytes]
         return memory, row_major_bytes(layout.memory(storage, start), offset, nbytes)
-
-    def drop(self) -> None:
-        """Let go of the storages."""
-        self.storages = []
 
     def _look(self, wanted: Sequence[bool] | None = None) -> list[int]:
         storage_nbytes = list(map(torch.UntypedStorage.nbytes, self.storages))

@@ -48,8 +48,8 @@ class ProbeMap:
         self._payloads, self._offsets, widths, chunk_offsets = array("q"), array("q"), array("q"), array("q")
         starts: list[int] = []
         """Of the probes in each chunk."""
-        self._tiny: list[tuple[int, int]] = []
-        """Payloads, and the row of the first probe of each."""
+        self.tiny: list[tuple[int, int]] = []
+        """The payloads that are copied by being noted, and the row of the first probe of each."""
         for payload, (start, size) in enumerate(zip(plan.payload_offsets, nbytes, strict=True)):
             layout = strided.get(payload)
             if size <= TINY_BYTES if layout is None else not is_probed(layout):
@@ -69,7 +69,7 @@ class ProbeMap:
         """Of each chunk."""
         for payload, size in enumerate(nbytes):
             if size <= TINY_BYTES and payload not in strided:
-                self._tiny.append((payload, len(self._payloads)))
+                self.tiny.append((payload, len(self._payloads)))
                 self._add(payload, range(0, size, PROBE_BYTES))
         widths.extend([PROBE_BYTES] * (len(self._payloads) - len(widths)))
         probes = zip(self._payloads, self._offsets, widths, strict=True)
@@ -97,11 +97,6 @@ class ProbeMap:
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
                 self._last = addresses, _words_at(starts, offsets, ends, self._widths)
             return _read(self._last[1])
-
-    def copies(self, noted: torch.Tensor) -> list[tuple[int, int]]:
-        """The payloads that were copied by being noted, and the address of each copy; valid while `noted` is alive."""
-        first = noted.data_ptr()
-        return [(payload, first + row * PROBE_BYTES) for payload, row in self._tiny]
 
     def changed(self, noted: torch.Tensor, k: int, chunk_address: int) -> list[tuple[int, int]]:
         """Where chunk `k`, which has been filled, holds something else than was noted: payload and offset in it. Any

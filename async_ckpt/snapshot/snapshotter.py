@@ -72,14 +72,12 @@ class Snapshotter:
         finally:
             self._saving.discard(threading.get_ident())
             if not self._saving and self._deferred_until_s:
-                self._defer_until(time.monotonic() + _PATIENCE_S)
+                self.start_at(time.monotonic() + _PATIENCE_S)
 
-    def start_now(self) -> None:
-        """Start the deferred copies: the caller has nothing more to save, or waits for them. Any thread."""
-        self._defer_until(0.0)
-
-    def _defer_until(self, until_s: float) -> None:
-        self._deferred_until_s = until_s
+    def start_at(self, at_s: float = 0.0) -> None:
+        """Start the deferred copies at `at_s`, or now: the caller has nothing more to save, or waits for them. Any
+        thread."""
+        self._deferred_until_s = at_s
         changed, self._changed = self._changed, Outcome()
         changed.resolve(None, None)
 
@@ -115,7 +113,7 @@ class Snapshotter:
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
         if chunks is None:
             # Chunks come back only when the copies that hold them have been made.
-            self.start_now()
+            self.start_at()
             file.stream_through(self._team, self._timeout_s)
             return file
         if guarded is NOTHING:

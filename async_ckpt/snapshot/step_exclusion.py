@@ -37,8 +37,7 @@ class Work(enum.Enum):
 class Turn:
     """One step or save, of this thread."""
 
-    def __init__(self, exclusion: StepExclusion | None, work: Work) -> None:
-        """`exclusion`: None where nothing is to be excluded."""
+    def __init__(self, exclusion: StepExclusion, work: Work) -> None:
         self._exclusion = exclusion
         self.work = work
         self.thread = threading.get_ident()
@@ -46,8 +45,6 @@ class Turn:
 
     def run(self, call: Callable[[], T]) -> T:
         """`call()` when it is this one's turn; see `StepExclusion.begin`."""
-        if self._exclusion is None:
-            return call()
         try:
             self._exclusion.begin(self)
             return call()
@@ -57,9 +54,8 @@ class Turn:
 
     def end(self) -> None:
         """End it early: what remains to be done touches nothing that the other kind of work does."""
-        if self._exclusion is not None:
-            self.is_over = True
-            self._exclusion.tell()
+        self.is_over = True
+        self._exclusion.tell()
 
 
 class StepExclusion:

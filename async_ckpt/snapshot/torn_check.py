@@ -47,7 +47,8 @@ class TornCheck:
 
     def copies(self) -> list[tuple[int, int]]:
         """The payloads that were copied by being noted, and the address of each copy; valid while this is alive."""
-        return [copy for copy in self._probes.copies(self._noted) if copy[0] not in self._on_devices]
+        first, tiny = self._noted.data_ptr(), self._probes.tiny
+        return [(payload, first + row * PROBE_BYTES) for payload, row in tiny if payload not in self._on_devices]
 
     def compare_chunk(self, k: int, chunk_address: int) -> None:
         """Compare the content of chunk `k`, which has been filled, with what was noted."""
@@ -71,7 +72,8 @@ class TornCheck:
                 torn = [i for i in torn if not later[i]]
                 self._versions = [v if is_later else None for v, is_later in zip(self._versions, later, strict=True)]
             else:
-                torn = sorted({*torn, *self._with_changed_owners(), *self._with_changed_bytes()})
+                over_bytes = self._with_changed_bytes() if self._changed_bytes else ()
+                torn = sorted({*torn, *self._with_changed_owners(), *over_bytes})
             paths = self._paths() if torn else []
         if not torn:
             return
@@ -112,8 +114,6 @@ class TornCheck:
 
     def _with_changed_bytes(self) -> list[int]:
         """The tensors over bytes that probes have found changed."""
-        if not self._changed_bytes:
-            return []
         ids, starts = self._storage_ids, self._starts
         places: dict[int, list[int]] = {}
         for payload, offset in self._changed_bytes:

@@ -27,8 +27,8 @@ BACKGROUND_NICENESS = 10
 _START_TIMEOUT_S = 20
 
 
-def check_process(pid: int, what: str) -> None:
-    """Refuse to work in a forked child of process `pid`: threads do not survive a fork.
+def check_process(pid: int, what: object) -> None:
+    """Refuse to use `what` in a forked child of process `pid`: threads do not survive a fork.
 
     Raises:
         TransactionStateError: this is another process.

@@ -35,17 +35,17 @@ class Outcome(Generic[T]):
 
     def done(self) -> bool:
         """Whether it has resolved. Never blocks."""
-        self._check_process()
+        check_process(self._pid, self)
         return bool(self._ends)
 
     def failure(self) -> BaseException | None:
         """The error that it has resolved to; None before, and where all is well. Never blocks."""
-        self._check_process()
+        check_process(self._pid, self)
         return self._ends[0][1] if self._ends else None
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until it has resolved, or for `timeout_s` seconds; says whether it has."""
-        self._check_process()
+        check_process(self._pid, self)
         if not self._ends:
             # Known to this call alone, so that no handler finds it half taken.
             resolved = _thread.allocate_lock()
@@ -94,7 +94,7 @@ class Outcome(Generic[T]):
         await ended
 
     def __await__(self) -> Generator[Any, None, T]:
-        self._check_process()
+        check_process(self._pid, self)
         yield from self.ended().__await__()
         return self.result()
 
@@ -102,7 +102,7 @@ class Outcome(Generic[T]):
         """Call `callback(self)` once it has resolved, on the thread that resolves it, or else here and now. It must
         not raise or block.
         """
-        self._check_process()
+        check_process(self._pid, self)
         self._callbacks.append(callback)
         if self._ends:
             # Nobody calls another's here: who is interrupted in between would lose it.
@@ -125,8 +125,8 @@ class Outcome(Generic[T]):
     def _timeout_error(self, what: str) -> TimeoutError:
         return TimeoutError(what)
 
-    def _check_process(self) -> None:
-        check_process(self._pid, "this write")
+    def __repr__(self) -> str:
+        return "this write"
 
 
 def wait_all(outcomes: Iterable[Outcome[Any]], timeout_s: float | None = None) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..errors import BackpressureTimeout, TransactionStateError, report
+from ..errors import BackpressureTimeout, report
 from .outcome import Outcome
 
 Self = TypeVar("Self", bound="Pending")
@@ -94,7 +94,3 @@ class Pending(Outcome[str]):
 
     def _timeout_error(self, what: str) -> TimeoutError:
         return BackpressureTimeout(self._still_waits(what))
-
-    def _check_process(self) -> None:
-        if self.is_inherited:
-            raise TransactionStateError(f"{self!r} goes on there; this is its forked child {os.getpid()}")

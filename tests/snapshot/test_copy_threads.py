@@ -145,13 +145,16 @@ def test_after_an_interrupt_no_job_begins(gate: Gate) -> None:
 def test_a_chunk_that_is_given_up_comes_back_after_its_last_user() -> None:
     arena = StagingArena(1, 4096)
     [chunk] = arena.try_reserve(1) or []
-    assert arena.begin_use(chunk)
-    arena.release(chunk)
-    assert arena.try_reserve(1) is None
-    assert not arena.begin_use(chunk), "nobody may begin on a chunk that was given up"
-    arena.end_use(chunk)
+    with arena.using(chunk) as is_held:
+        assert is_held
+        arena.release(chunk)
+        assert arena.try_reserve(1) is None
+        with arena.using(chunk) as is_held:
+            assert not is_held, "nobody may begin on a chunk that was given up"
+        assert arena.try_reserve(1) is None
     [again] = arena.try_reserve(1) or []
-    assert not arena.begin_use(chunk), "the same memory, somebody else's now"
+    with arena.using(chunk) as is_held:
+        assert not is_held, "the same memory, somebody else's now"
     arena.release(again)
     assert arena.num_free == 1
     arena.close()
