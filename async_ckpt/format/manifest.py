@@ -109,19 +109,20 @@ class Manifest:
         return next((entry for entry in self.files if entry.path == path), None)
 
 
+@dataclass
 class ManifestBudget:
-    """What is left of a manifest's limits while a checkpoint is being filled. Pure arithmetic; one thread at a time."""
+    """How much of a manifest's limits a checkpoint takes while it is being filled. Pure arithmetic; one thread at a
+    time."""
 
-    def __init__(self) -> None:
-        self._num_bytes = _OTHER_BYTES
-        self._num_items = _OTHER_ITEMS
+    num_bytes: int = _OTHER_BYTES
+    num_items: int = _OTHER_ITEMS
 
     def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> None:
         """Count a file in, before its bytes are written. Raises UnsupportedStateError: the manifest could not hold it;
         the file is not counted."""
         more_bytes = _ENTRY_BYTES + len(json.dumps(path)) + 8 * -(-size_bytes // extent_bytes)
         advice = "use larger chunk_bytes or fewer files. Nothing of this file was written"
-        self._num_bytes, self._num_items = self._with(repr(path), more_bytes, _ENTRY_ITEMS, advice)
+        self.num_bytes, self.num_items = self._with(repr(path), more_bytes, _ENTRY_ITEMS, advice)
 
     def check_metadata(self, metadata: Mapping[str, JSON]) -> None:
         """Refuse metadata that does not fit beside the files. Raises UnsupportedStateError: the manifest could not hold
@@ -131,7 +132,7 @@ class ManifestBudget:
         self._with("the metadata", len(raw), _count_items(raw), "give less. The checkpoint stays open")
 
     def _with(self, what: str, more_bytes: int, more_items: int, advice: str) -> tuple[int, int]:
-        num_bytes, num_items = self._num_bytes + more_bytes, self._num_items + more_items
+        num_bytes, num_items = self.num_bytes + more_bytes, self.num_items + more_items
         if num_bytes > MAX_MANIFEST_BYTES or num_items > _MAX_ITEMS:
             raise UnsupportedStateError(
                 f"{what} does not fit: with it, the checkpoint's manifest would have {num_bytes} bytes and {num_items} "
@@ -191,7 +192,22 @@ def decode(raw: bytes, *, source: str) -> Manifest:
     CorruptCheckpointError: anything about it is not as `encode` writes it, or the version is unknown."""
     document = _parse(raw, source)
     try:
-        return _manifest_from(document)
+        files = tuple(_entry_from(item, index) for index, item in enumerate(_typed(document["files"], list, "files")))
+        _check_tree([entry.path for entry in files])
+        metadata = _typed(document["metadata"], dict, "metadata")
+        writer = _typed(document["writer"], dict, "writer")
+        not_finite = _typed(document.get("not_finite", {}), dict, "not_finite")
+        if not all(isinstance(value, str) for value in (*writer.values(), *not_finite.values())):
+            raise ValueError("writer or not_finite holds something that is not a string")
+        created = _bounded(document["created_unix_ns"], _MAX_FILE_BYTES, "created_unix_ns")
+        timing = _typed(document.get("timing", {}), dict, "timing")
+        if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
+            raise ValueError("timing holds something that is not a number of seconds")
+        attempt = _typed(document.get("attempt", ""), str, "attempt")
+        if attempt and not re.fullmatch("[0-9a-f]{16}", attempt):
+            raise ValueError("attempt is not 16 hex digits")
+        tag = check_tag(document["tag"])
+        return Manifest(tag, created, files, metadata, writer, FORMAT_VERSION, timing, not_finite, attempt)
     except (KeyError, TypeError, ValueError) as error:
         what = f"member {error} is missing" if isinstance(error, KeyError) else str(error)
         raise CorruptCheckpointError(f"{source} is not a valid manifest: {what}", path=source) from error
@@ -252,25 +268,6 @@ def _finite_float(text: str) -> float:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not allowed")
-
-
-def _manifest_from(document: dict[str, Any]) -> Manifest:
-    files = tuple(_entry_from(item, index) for index, item in enumerate(_typed(document["files"], list, "files")))
-    _check_tree([entry.path for entry in files])
-    metadata = _typed(document["metadata"], dict, "metadata")
-    writer = _typed(document["writer"], dict, "writer")
-    not_finite = _typed(document.get("not_finite", {}), dict, "not_finite")
-    if not all(isinstance(value, str) for value in (*writer.values(), *not_finite.values())):
-        raise ValueError("writer or not_finite holds something that is not a string")
-    created = _bounded(document["created_unix_ns"], _MAX_FILE_BYTES, "created_unix_ns")
-    timing = _typed(document.get("timing", {}), dict, "timing")
-    if not all(isinstance(value, float) and value >= 0 for value in timing.values()):
-        raise ValueError("timing holds something that is not a number of seconds")
-    attempt = _typed(document.get("attempt", ""), str, "attempt")
-    if attempt and not re.fullmatch("[0-9a-f]{16}", attempt):
-        raise ValueError("attempt is not 16 hex digits")
-    known = check_tag(document["tag"]), created, files, metadata, writer, FORMAT_VERSION, timing, not_finite, attempt
-    return Manifest(*known)
 
 
 def _entry_from(item: Any, index: int) -> FileEntry:

@@ -87,7 +87,9 @@ class Sealer:
         index, count = self._next_payload, len(self._offsets)
         crc, done = 0, offset
         while index < count and offsets[index] < end:
-            behind = self._take_run(index, self._run_end(index, offset, end), offset, view)
+            behind = self._run_end(index, offset, end)
+            if behind > index:
+                behind = self._take_run(index, behind, offset, view)
             if behind > index:
                 past = offsets[behind - 1] + sizes[behind - 1] + 8
                 crc, done, index = crc32(view[done - offset : past - offset], crc), past, behind

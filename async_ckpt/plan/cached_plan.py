@@ -63,7 +63,7 @@ class _Scalars(NamedTuple):
 
     pieces: list[bytes]
     """Of the pickle; every second one is a scalar's."""
-    exact: tuple[Any, ...]
+    exact: Sequence[Any]
     floats: array[float]
     runs: list[bytes]
     container: Container

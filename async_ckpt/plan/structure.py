@@ -58,14 +58,11 @@ def is_run(obj: Any) -> bool:
     return len(obj) >= MIN_RUN and _SCALAR_TYPES.issuperset(map(type, obj))
 
 
-def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """`itemgetter` that gives a tuple for no and one position too."""
-    if not positions:
-        return lambda items: ()
-    if len(positions) == 1:
-        only = positions[0]
-        return lambda items: (items[only],)
-    return itemgetter(*positions)
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """`itemgetter` that gives a sequence for no and one position too."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return itemgetter(slice(positions[0], positions[0] + 1) if positions else slice(0))
 
 
 class SharingPattern:
@@ -279,15 +276,13 @@ class Structure:
             return None
         if not self._sharing.matches(self._remembered_ids(leaves)):
             return None
-        return (
-            leaves if self._same_globals(leaves) and all(len(blob) > 1 for blob in self._pick_blobs(leaves)) else None
+        named, opcodes = self._pick_globals(leaves), self.global_opcodes
+        is_same = (
+            all(map(operator.is_, named, self._globals))
+            and all(is_still_global(obj, opcodes[id(obj)]) for obj in named)
+            and all(len(blob) > 1 for blob in self._pick_blobs(leaves))
         )
-
-    def _same_globals(self, leaves: list[Any]) -> bool:
-        found, opcodes = self._pick_globals(leaves), self.global_opcodes
-        return all(map(operator.is_, found, self._globals)) and all(
-            is_still_global(obj, opcodes[id(obj)]) for obj in found
-        )
+        return leaves if is_same else None
 
 
 class _Flat:

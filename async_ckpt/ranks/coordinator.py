@@ -57,18 +57,8 @@ class LocalCoordinator:
     world_size = 1
     leads = True
 
-    def __init__(self) -> None:
-        self._filesystem: FileSystem | None = None
-        self._root = ""
-
     def bind(self, filesystem: FileSystem, root: str) -> None:
-        self._filesystem = filesystem
-        self._root = root
-
-    @property
-    def _fs(self) -> FileSystem:
-        assert self._filesystem is not None, "bind() comes first"
-        return self._filesystem
+        self._fs, self._root = filesystem, root
 
     def begin(self, destination: Destination, overwrite: str) -> Staging:
         destination.prepare(self._fs, leads=True, overwrite=overwrite)

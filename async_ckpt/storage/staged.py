@@ -71,8 +71,12 @@ class Staging:
 
     destination: Destination
     overwrite: str = "refuse"
+    tag: str = field(init=False)
+    """Its name once it is visible."""
     root: str = field(init=False)
     """The destination's, absolute."""
+    final_path: str = field(init=False)
+    """Where the checkpoint will be."""
     location: Future[str] = field(default_factory=Future, repr=False)
     """Resolves to the directory's path: for one of several ranks, when rank 0 has made it."""
     identity: tuple[int, int] | None = None
@@ -91,22 +95,13 @@ class Staging:
     """Held by `publish` and `abort`: a deletion by path must never meet what an exchange has just put there."""
 
     def __post_init__(self) -> None:
-        self.root = os.path.abspath(self.destination.root)
-
-    @property
-    def tag(self) -> str:
-        """Its name once it is visible."""
-        return self.destination.tag
+        self.tag, self.root = self.destination.tag, os.path.abspath(self.destination.root)
+        self.final_path = os.path.join(self.root, self.tag)
 
     @property
     def path(self) -> str:
         """Where it is; blocks until that is known."""
         return self.location.result()
-
-    @property
-    def final_path(self) -> str:
-        """Where the checkpoint will be."""
-        return os.path.join(self.root, self.tag)
 
     def unlock(self) -> None:
         """Let go of the directory lock; idempotent."""

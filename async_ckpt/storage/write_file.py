@@ -147,17 +147,13 @@ class WritableFile:
         """Of its content, once it is synced."""
         self._file = file
         self._fd: int = file.fileno()
-        self._direct = direct
+        self.direct = direct
+        """Whether O_DIRECT is in use; turns False when the file system refuses it."""
         self._executor = executor
         self._idle = Condition()
         self._num_running = 0
         self._closing = False
         self._failure: BaseException | None = None
-
-    @property
-    def direct(self) -> bool:
-        """Whether O_DIRECT is in use; turns False when the file system refuses it."""
-        return self._direct
 
     def pwrite(self, buffer: memoryview, offset: int) -> None:
         """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
@@ -170,7 +166,7 @@ class WritableFile:
         """
         view = buffer.cast("B")
         with self._running("writing", offset):
-            done = self._write_direct(view, offset) if self._direct else 0
+            done = self._write_direct(view, offset) if self.direct else 0
             while done < view.nbytes:
                 done += _write_some(self._calls, self._fd, self.path, view[done:], offset + done)
 
@@ -274,7 +270,7 @@ class WritableFile:
         while done < buffer.nbytes:
             try:
                 count = (
-                    _write_some(self._calls, self._fd, self.path, buffer[done:], offset + done) if self._direct else 0
+                    _write_some(self._calls, self._fd, self.path, buffer[done:], offset + done) if self.direct else 0
                 )
             except OSError as error:
                 if error.errno != errno.EINVAL:
@@ -285,7 +281,7 @@ class WritableFile:
             # A short write may end inside a page: that page is written again.
             count = count // PAGE_BYTES * PAGE_BYTES
             num_stalled = 0 if count else num_stalled + 1
-            if not self._direct or num_stalled > _MAX_STALLED_WRITES:
+            if not self.direct or num_stalled > _MAX_STALLED_WRITES:
                 self._leave_direct()
                 return done + count
             done += count
@@ -294,6 +290,6 @@ class WritableFile:
     def _leave_direct(self) -> None:
         """Go on through the page cache with the same descriptor; direct writes in flight are not disturbed."""
         with self._idle:
-            if self._direct:
+            if self.direct:
                 self._calls.clear_direct(self._fd)
-                self._direct = False
+                self.direct = False

@@ -60,15 +60,13 @@ class Disk:
         """Let those who wait try again while there is one."""
         with self._lock:
             self._num_free_slots += 1
-        while (try_again := self._next()) is not None:
+        while True:
+            with self._lock:
+                try_again = next(iter(self._waiting), None) if self._num_free_slots else None
+                if try_again is None:
+                    return
+                del self._waiting[try_again]
             try_again()
-
-    def _next(self) -> Callable[[], None] | None:
-        with self._lock:
-            first = next(iter(self._waiting), None) if self._num_free_slots else None
-            if first is not None:
-                del self._waiting[first]
-            return first
 
     def count(self, change: int) -> None:
         """Chunks were taken over (+) or released (-). Any thread."""

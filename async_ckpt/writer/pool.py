@@ -138,7 +138,7 @@ class WriterPool:
             TransactionStateError: closed, or in a forked child.
             WriteError: the pool has died; holds the cause.
         """
-        self._check()
+        self.check()
         is_direct = self._io_mode == "direct" or (self._io_mode == "auto" and size_bytes >= SMALL_BYTES)
         depth = self._num_writers if is_direct else _BUFFERED_DEPTH
         if folder is None:
@@ -149,7 +149,7 @@ class WriterPool:
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None
         try:
-            self._check_open()
+            self.check()
             file.settled.when_done(lambda _: self._files.pop(file, None))
             self._thread.call(file.start)
         except BaseException as error:
@@ -161,19 +161,19 @@ class WriterPool:
 
     def submit_io(self, fn: Callable[[], T]) -> Future[T]:
         """Run `fn`, which may block on the disk, on an I/O thread. Never blocks; raises as `open_file` does."""
-        self._check()
+        self.check(takes_files=False)
         return self._io.submit(fn)
 
     def submit_copy(self, fn: Callable[[], T]) -> Future[T]:
         """Run `fn` on the one copy thread, first in first out. Never blocks; raises as `open_file` does."""
-        self._check()
+        self.check(takes_files=False)
         return self._copier.submit(fn)
 
     def submit_help(self, fn: Callable[[], T]) -> Future[T]:
         """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file`
         does.
         """
-        self._check()
+        self.check(takes_files=False)
         return self._helpers.submit(fn)
 
     @property
@@ -235,10 +235,20 @@ class WriterPool:
                 f"the writer's threads did not end within {timeout_s} s: one is stuck in the system"
             )
 
-    def check(self) -> None:
-        """Raise what keeps files from being written, as `open_file` does."""
-        self._check()
-        self._check_open()
+    def check(self, *, takes_files: bool = True) -> None:
+        """Raise what keeps files from being written, as `open_file` does.
+
+        Args:
+            takes_files: False: only what keeps the threads from working for files that were begun.
+        """
+        check_process(self._pid, "this writer pool")
+        for executor in self._executors:
+            if executor.refusal is not None and not self._is_closing:
+                raise WriteError(f"the checkpoint writer is dead: {executor.refusal}") from executor.refusal
+        if takes_files and self._thread.death is not None:
+            raise self._thread.death
+        if takes_files and self._is_closing:
+            raise TransactionStateError("the writer pool is closed")
 
     # Inside.
 
@@ -250,18 +260,6 @@ class WriterPool:
     def _abandon_files(self) -> None:
         for file in list(self._files):
             file.abandon()
-
-    def _check(self) -> None:
-        check_process(self._pid, "this writer pool")
-        for executor in self._executors:
-            if executor.refusal is not None and not self._is_closing:
-                raise WriteError(f"the checkpoint writer is dead: {executor.refusal}") from executor.refusal
-
-    def _check_open(self) -> None:
-        if self._thread.death is not None:
-            raise self._thread.death
-        if self._is_closing:
-            raise TransactionStateError("the writer pool is closed")
 
 
 async def _nothing() -> None:
