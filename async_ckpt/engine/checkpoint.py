@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ class SavedFile:
     copy: FileCopy | None = None
     seen: SeenState | None = None
 
-    def measure(self) -> None:
-        """Note what it has cost, once it is synced."""
+    def entry(self, path: str, rank: int | None) -> FileEntry:
+        """The manifest's line for this file, once it is synced; notes what it has cost."""
         metrics, write = self.metrics, self.write
         metrics.shared_bytes = write.sharing.shared_bytes
         metrics.written_bytes = write.size_bytes - metrics.shared_bytes
@@ -51,10 +52,6 @@ class SavedFile:
         metrics.durable_s = write.durable_s - self.started_s
         if self.copy is not None:
             metrics.copy_s = self.copy.copy_s
-
-    def entry(self, path: str, rank: int | None) -> FileEntry:
-        """The manifest's line for this file, once it is synced."""
-        write = self.write
         return FileEntry(
             path=path,
             size_bytes=write.size_bytes,
@@ -91,18 +88,15 @@ class Checkpoint:
     """Its first failure."""
     first_save_s: float | None = None
     commit_s: float = 0.0
+    tag: str = field(init=False)
     metrics: CommitMetrics = field(init=False)
     real_root: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.tag = self.staging.tag
         self.metrics = CommitMetrics(self.tag)
         # The disk has just been asked for the staging directory; the call of `commit` asks it nothing.
         self.real_root = os.path.realpath(self.staging.root)
-
-    @property
-    def tag(self) -> str:
-        """Its name."""
-        return self.staging.tag
 
     @property
     def is_open(self) -> bool:
@@ -159,7 +153,7 @@ class Checkpoint:
 
     # Its commit: on the loop, and at the end on an I/O thread.
 
-    async def finish_files(self, on_save: Callable[[SaveMetrics], None]) -> list[FileEntry]:
+    async def finish_files(self, on_save: Callable[[SaveMetrics], object]) -> list[FileEntry]:
         """Wait until every file is synced. Raises the first failure."""
         # On the loop, like every change of it from here on: see `give_up`.
         if self.staging.state is State.OPEN:
@@ -170,9 +164,8 @@ class Checkpoint:
         rank = self.coordinator.rank if self.coordinator.world_size > 1 else None
         for path, saved in self.files.items():
             await saved.write.done
-            saved.measure()
-            on_save(saved.metrics)
             entries.append(saved.entry(path, rank))
+            on_save(saved.metrics)
         await asyncio.wrap_future(self.staging.location)
         if self.after is not None:
             await self.after.ended()
@@ -194,11 +187,18 @@ class Checkpoint:
             on_step: told about every step.
         """
         staging = self.staging
-        transaction.make_directories(self.filesystem, staging.path, sorted(map("/".join, self.directories)))
+        if self.directories:
+            transaction.make_directories(self.filesystem, staging.path, sorted(map("/".join, self.directories)))
         if read_back:
             verify.read_back(self.filesystem, staging.path, entries)
-        started_s = time.perf_counter()
-        staging.timing, staging.on_step = self._timing(), on_step
+        started_s, files = time.perf_counter(), self.files.values()
+        self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)
+        self.metrics.stall_s += self.metrics.guard_wait_s
+        if self.first_save_s is not None:
+            synced_s = max(saved.started_s + saved.metrics.durable_s for saved in files)
+            stall_s, durable_s = round(self.metrics.stall_s, 6), round(synced_s - self.first_save_s, 6)
+            staging.timing = {"stall_s": stall_s, "durable_s": durable_s}
+        staging.on_step = on_step
         try:
             self.coordinator.publish(staging, entries, metadata, created_unix_ns)
         finally:
@@ -207,7 +207,10 @@ class Checkpoint:
         self._measure(entries, started_s)
 
     async def give_up(
-        self, error: BaseException, on_io_thread: Callable[[Callable[[], None]], Any], tell: Callable[..., object]
+        self,
+        error: BaseException,
+        submit_io: Callable[[Callable[[], None]], Future[None]],
+        tell: Callable[..., object],
     ) -> None:
         """End all writes, then remove what was staged; the first failure stays the one reported.
 
@@ -223,22 +226,11 @@ class Checkpoint:
             # It was never made.
             return
         try:
-            await on_io_thread(lambda: self.coordinator.abort(self.staging, error))
+            await asyncio.wrap_future(submit_io(lambda: self.coordinator.abort(self.staging, error)))
         except BaseException as failure:  # noqa: BLE001 -- the first failure is the one to be told
             # The staging directory stays; the sweep of a later start removes it.
             told = "could not remove the staging directory of %r after %r: %s"
             tell(logging.WARNING, told, self.tag, error, failure)
-
-    def _guard_wait_s(self) -> float:
-        return sum(saved.copy.guard_wait_s for saved in self.files.values() if saved.copy is not None)
-
-    def _timing(self) -> dict[str, float]:
-        """What the manifest says of the time it took; once all files are synced."""
-        if self.first_save_s is None:
-            return {}
-        synced_s = max(saved.started_s + saved.metrics.durable_s for saved in self.files.values())
-        stall_s = self.metrics.stall_s + self._guard_wait_s()
-        return {"stall_s": round(stall_s, 6), "durable_s": round(synced_s - self.first_save_s, 6)}
 
     def _measure(self, entries: list[FileEntry], publish_started_s: float) -> None:
         metrics, now_s = self.metrics, time.perf_counter()
@@ -247,8 +239,6 @@ class Checkpoint:
         metrics.total_s = now_s - (self.first_save_s if self.first_save_s is not None else self.commit_s)
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
-        metrics.guard_wait_s = self._guard_wait_s()
-        metrics.stall_s += metrics.guard_wait_s
 
 
 def begin(

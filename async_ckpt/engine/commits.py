@@ -17,7 +17,8 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
@@ -106,20 +107,19 @@ class Commits:
     def locate(self, path: StrPath, *, carried: bool = False) -> tuple[Checkpoint, tuple[str, ...]]:
         """The open checkpoint a path belongs to, and its checked components inside the tag; () is the tag itself."""
         tag, parts = self.paths.split(path, carried=carried)
-        return (self._newest() if tag is None else self.require_open(tag)), parts
-
-    def _newest(self) -> Checkpoint:
+        if tag is not None:
+            return self.require_open(tag), parts
         if not self._open:
             raise TransactionStateError(
                 "no checkpoint is open: call create(tag) before save or makedirs. Nothing was written"
             )
-        return next(reversed(self._open.values()))
+        return next(reversed(self._open.values())), parts
 
     def require_open(self, tag: str) -> Checkpoint:
         checkpoint = self._open.get(tag)
         if checkpoint is not None:
             return checkpoint
-        ended = self._last_commit(tag)
+        ended = next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
         failure = None if ended is None else ended.failure()
         if failure is not None:
             raise failure
@@ -184,8 +184,7 @@ class Commits:
         return [pending for pending in self._commits if pending.is_owed and pending.done()]
 
     def find_unfinished(self, tag: str) -> PendingCommit | None:
-        pending = self._last_commit(tag)
-        return pending if pending is not None and not pending.done() else None
+        return next((pending for pending in reversed(self._commits) if pending.tag == tag and not pending.done()), None)
 
     def others(self) -> list[Commits]:
         """Of other engines of this process on the same root: a retry may not have let go of the one before.
@@ -201,9 +200,6 @@ class Commits:
             and (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
         ]
         return [other for other in others if other._real_root == self._real_root]
-
-    def _last_commit(self, tag: str) -> PendingCommit | None:
-        return next((pending for pending in reversed(self._commits) if pending.tag == tag), None)
 
     def _forget_some(self) -> None:
         """Keep what is unfinished, failures that nobody has asked for, and the last few."""
@@ -254,10 +250,11 @@ class Commits:
         self, checkpoint: Checkpoint, pending: PendingCommit, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         try:
-            entries = await checkpoint.finish_files(self.pipeline.callbacks.on_save)
-            await self._on_io_thread(lambda: self._publish(checkpoint, entries, metadata, created_unix_ns))
+            entries = await checkpoint.finish_files(partial(self.pipeline.callbacks.tell, "on_save"))
+            publish = partial(self._publish, checkpoint, entries, metadata, created_unix_ns)
+            await asyncio.wrap_future(self.pool.submit_io(publish))
         except BaseException as error:
-            await checkpoint.give_up(error, self._on_io_thread, self.pipeline.callbacks.report)
+            await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
             if isinstance(self._config.on_commit_failure, Tolerate) and isinstance(error, Exception):
                 await self._config.on_commit_failure.judge(pending, error, list(self._commits))
             raise
@@ -270,7 +267,7 @@ class Commits:
             metadata,
             self._after_older(created_unix_ns),
             read_back=self._config.read_back,
-            on_step=lambda kind, start_s: self.pipeline.tell_span(kind, start_s, checkpoint.tag),
+            on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
         )
         self.pipeline.reuse.committed(checkpoint)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
@@ -313,16 +310,13 @@ class Commits:
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Unless its commit has begun all the same: then that decides."""
         if checkpoint.staging.state is State.OPEN:
-            await checkpoint.give_up(error, self._on_io_thread, self.pipeline.callbacks.report)
-            self.pipeline.callbacks.on_abort(checkpoint.metrics, error)
+            await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
+            self.pipeline.callbacks.tell("on_abort", checkpoint.metrics, error)
 
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
         if self._coordinator.leads:
             transaction.remove(self.filesystem, self.root, tag)
-
-    def _on_io_thread(self, call: Callable[[], None]) -> asyncio.Future[None]:
-        return asyncio.wrap_future(self.pool.submit_io(call))
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:
         if error is not None and not pending.row:
@@ -330,7 +324,7 @@ class Commits:
         pending.resolve(checkpoint.tag, error)
         if self.mirrors is not None and pending.mirrored is not None:
             self.mirrors.committed(pending.mirrored, error)
-        self.pipeline.callbacks.on_commit(checkpoint.metrics, error)
+        self.pipeline.callbacks.tell("on_commit", checkpoint.metrics, error)
         if pending.warning:
             self.pipeline.callbacks.report(logging.WARNING, "%s", pending.warning)
             self.pipeline.note(pending.warning)

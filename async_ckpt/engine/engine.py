@@ -121,7 +121,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         started = time.perf_counter()
 
-        def in_turn(turn: Turn) -> None:
+        def in_turn(turn: Turn | None) -> None:
             with self._commits.lock:
                 self._commits.check_usable()
                 checkpoint, parts = self._commits.locate(path, carried=isinstance(state_dict, PlannedState))
@@ -157,7 +157,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         checked = check_metadata(metadata or {})
         with self._commits.lock:
             pending = self._commits.commit(name, checked)
-            self._pipeline.snapshotter.start_now()
+            self._pipeline.snapshotter.start_at()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
         return pending

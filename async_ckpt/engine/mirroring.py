@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, report
 from ..format.manifest import Manifest
@@ -56,7 +57,9 @@ class EngineMirrors(Mirrors):
             agreement=agreement,
             may_overwrite=config.overwrite == "replace",
             uploaders_per_node=config.uploaders_per_node,
-            hooks=MirrorHooks(callbacks.on_span, callbacks.on_mirror, self._retain, on_mirrored, callbacks.run),
+            hooks=MirrorHooks(
+                callbacks.on_span, partial(callbacks.tell, "on_mirror"), self._retain, on_mirrored, callbacks.run
+            ),
         )
 
     def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:

@@ -8,10 +8,12 @@ Guarantees:
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterable
 
 from ..errors import TransactionStateError, report
-from ..metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
+from ..metrics import Observer, Span
 from ..threads.executor import DaemonExecutor
 from ..threads.pending import run_guarded
 
@@ -43,26 +45,21 @@ class Callbacks:
 
     def on_span(self, span: Span) -> None:
         """See `Observer`."""
-        if self._observers and self._thread.num_queued < _MAX_BEHIND:
-            self._tell(lambda observer: observer.on_span(span))
+        if self._thread.num_queued < _MAX_BEHIND:
+            self.tell("on_span", span)
 
-    def on_save(self, metrics: SaveMetrics) -> None:
-        """See `Observer`."""
-        self._tell(lambda observer: observer.on_save(metrics))
+    def tell_span(
+        self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0
+    ) -> None:
+        """Tell about a piece of work that ended now, on this thread."""
+        if self._observers:
+            thread = threading.current_thread().name
+            self.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
 
-    def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
-        """See `Observer`."""
-        self._tell(lambda observer: observer.on_commit(metrics, error))
-
-    def on_abort(self, metrics: CommitMetrics, error: BaseException) -> None:
-        """See `Observer`. Newer than the other events: an observer that does not derive from `Observer` may not have
-        it.
-        """
-        self._tell(lambda observer: getattr(observer, "on_abort", _ignore)(metrics, error))
-
-    def on_mirror(self, metrics: MirrorMetrics, error: BaseException | None) -> None:
-        """See `Observer`, and `on_abort`."""
-        self._tell(lambda observer: getattr(observer, "on_mirror", _ignore)(metrics, error))
+    def tell(self, event: str, *about: object) -> None:
+        """Call this method of each observer; one that does not derive from `Observer` may not have all of them."""
+        if self._observers:
+            self.run(lambda: self._tell_now(event, *about))
 
     def close(self, timeout_s: float) -> None:
         """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody
@@ -76,14 +73,10 @@ class Callbacks:
                 timeout_s,
             )
 
-    def _tell(self, call: Callable[[Observer], None]) -> None:
-        if self._observers:
-            self.run(lambda: self._tell_now(call))
-
-    def _tell_now(self, call: Callable[[Observer], None]) -> None:
+    def _tell_now(self, event: str, *about: object) -> None:
         for observer in tuple(self._observers):
             try:
-                call(observer)
+                getattr(observer, event, _ignore)(*about)
             except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
                 self._observers.remove(observer)
                 told = "observer %r raised %r and is left out from now on"

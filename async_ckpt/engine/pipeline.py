@@ -9,16 +9,15 @@ import contextlib
 import errno
 import logging
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, TransactionStateError, WriteError, report
 from ..host.device import pinning
-from ..metrics import SaveMetrics, Span
+from ..metrics import SaveMetrics
 from ..plan.plan import PlannedState
 from ..plan.planner import Planner
 from ..snapshot.arena import StagingArena
@@ -30,7 +29,6 @@ from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import FileSystem
 from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
-from ..writer.sharing import FindOlder
 from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
 from .observing import Callbacks
@@ -104,7 +102,7 @@ class SavePipeline:
             tell=self.note,
         )
         self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
-        self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_now)
+        self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_at)
         self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes
 
     # Saving.
@@ -116,7 +114,7 @@ class SavePipeline:
         state_dict: Any,
         started_s: float,
         format: Literal["torch", "safetensors"] | None,
-        turn: Turn,
+        turn: Turn | None,
     ) -> None:
         """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path` of `checkpoint`.
 
@@ -134,7 +132,15 @@ class SavePipeline:
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
         seen = self.reuse.see(path, state)
-        write = self._open_file(checkpoint, path, state, self.reuse.older(path, seen))
+        write = self.pool.open_file(
+            path,
+            folder=checkpoint.staging.location,
+            size_bytes=state.plan.file_bytes,
+            seal=state.plan.sealer(),
+            make_parents="/" in path,
+            tag=checkpoint.tag,
+            older=self.reuse.older(path, seen),
+        )
         saved = SavedFile(write, metrics, state.plan, time.perf_counter(), seen=seen)
         checkpoint.add_file(path, saved)
         try:
@@ -148,29 +154,22 @@ class SavePipeline:
             self.guard.track(copy)
         metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
         metrics.stall_s = time.perf_counter() - started_s
-        self.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
+        self.callbacks.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _snapshot(
-        self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn
+        self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn | None
     ) -> FileCopy:
         guarded = self.guard.owned(state.storage_ids)
-        if guarded is NOTHING:
+        if guarded is NOTHING and turn is not None:
             # Nothing here is changed by a guarded step: those of other threads may go on.
             turn.end()
-        on_copied = self._copy_teller(checkpoint.tag, path)
-        return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
 
-    def _open_file(self, checkpoint: Checkpoint, path: str, state: PlannedState, older: FindOlder | None) -> FileWrite:
-        return self.pool.open_file(
-            path,
-            folder=checkpoint.staging.location,
-            size_bytes=state.plan.file_bytes,
-            seal=state.plan.sealer(),
-            make_parents="/" in path,
-            tag=checkpoint.tag,
-            older=older,
-        )
+        def tell_copied(kind: str, start_s: float, offset: int, num_bytes: int) -> None:
+            self.callbacks.tell_span(kind, start_s, checkpoint.tag, path, offset, num_bytes)
+
+        on_copied = tell_copied if self._observes else None
+        return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
 
     # Telling.
 
@@ -182,19 +181,6 @@ class SavePipeline:
         """Warn of what plans have noted. With no lock held: what shows warnings is the user's code."""
         while self._notes:
             report(logging.WARNING, "%s", self._notes.popleft(), warning=RuntimeWarning, stacklevel=3)
-
-    def tell_span(
-        self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0
-    ) -> None:
-        """Tell the observers about a piece of work that ended now, on this thread."""
-        thread = threading.current_thread().name
-        self.callbacks.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
-
-    def _copy_teller(self, tag: str, path: str) -> Callable[[str, float, int, int], None] | None:
-        """What the snapshot of one file calls per copied chunk; None when nobody observes."""
-        if not self._observes:
-            return None
-        return lambda kind, start_s, offset, num_bytes: self.tell_span(kind, start_s, tag, path, offset, num_bytes)
 
     # Warming: what a first save would otherwise pay for.
 
