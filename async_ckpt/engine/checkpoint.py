@@ -45,7 +45,7 @@ class SavedFile:
     def entry(self, path: str, rank: int | None) -> FileEntry:
         """The manifest's line for this file, once it is synced; notes what it has cost."""
         metrics, write = self.metrics, self.write
-        metrics.shared_bytes = write.sharing.shared_bytes
+        metrics.shared_bytes = 0 if write.sharing is None else write.sharing.shared_bytes
         metrics.written_bytes = write.size_bytes - metrics.shared_bytes
         metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
         metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
@@ -62,7 +62,7 @@ class SavedFile:
             planner=self.plan.planner,
             plan_hash=self.plan.plan_hash,
             rank=rank,
-            shared_bytes=write.sharing.shared_bytes,
+            shared_bytes=metrics.shared_bytes,
         )
 
 
@@ -86,7 +86,6 @@ class Checkpoint:
     budget: ManifestBudget = field(default_factory=ManifestBudget)
     error: BaseException | None = None
     """Its first failure."""
-    first_save_s: float | None = None
     commit_s: float = 0.0
     tag: str = field(init=False)
     metrics: CommitMetrics = field(init=False)
@@ -134,13 +133,6 @@ class Checkpoint:
             raise PathExistsError(
                 f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept"
             )
-
-    def add_file(self, path: str, saved: SavedFile) -> None:
-        """Remember a file."""
-        self.files[path] = saved
-        self.metrics.saves.append(saved.metrics)
-        if self.first_save_s is None:
-            self.first_save_s = saved.started_s
 
     def add_directory(self, parts: tuple[str, ...]) -> bool:
         """Remember a directory and its parents; False when it was there."""
@@ -192,19 +184,24 @@ class Checkpoint:
         if read_back:
             verify.read_back(self.filesystem, staging.path, entries)
         started_s, files = time.perf_counter(), self.files.values()
+        first_save_s = min((saved.started_s for saved in files), default=self.commit_s)
         self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)
         self.metrics.stall_s += self.metrics.guard_wait_s
-        if self.first_save_s is not None:
-            synced_s = max(saved.started_s + saved.metrics.durable_s for saved in files)
-            stall_s, durable_s = round(self.metrics.stall_s, 6), round(synced_s - self.first_save_s, 6)
-            staging.timing = {"stall_s": stall_s, "durable_s": durable_s}
+        if files:
+            durable_s = max(saved.started_s + saved.metrics.durable_s for saved in files) - first_save_s
+            staging.timing = {"stall_s": round(self.metrics.stall_s, 6), "durable_s": round(durable_s, 6)}
         staging.on_step = on_step
         try:
             self.coordinator.publish(staging, entries, metadata, created_unix_ns)
         finally:
             on_step("publish", started_s)
         staging.state = State.COMMITTED
-        self._measure(entries, started_s)
+        metrics, now_s = self.metrics, time.perf_counter()
+        metrics.publish_s = now_s - started_s
+        metrics.commit_s = now_s - self.commit_s
+        metrics.total_s = now_s - first_save_s
+        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
+        metrics.num_files = len(entries)
 
     async def give_up(
         self,
@@ -231,14 +228,6 @@ class Checkpoint:
             # The staging directory stays; the sweep of a later start removes it.
             told = "could not remove the staging directory of %r after %r: %s"
             tell(logging.WARNING, told, self.tag, error, failure)
-
-    def _measure(self, entries: list[FileEntry], publish_started_s: float) -> None:
-        metrics, now_s = self.metrics, time.perf_counter()
-        metrics.publish_s = now_s - publish_started_s
-        metrics.commit_s = now_s - self.commit_s
-        metrics.total_s = now_s - (self.first_save_s if self.first_save_s is not None else self.commit_s)
-        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
-        metrics.num_files = len(entries)
 
 
 def begin(

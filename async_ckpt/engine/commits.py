@@ -94,12 +94,6 @@ class Commits:
         if self.closed:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
-    def check_mirrors(self) -> None:
-        """Wait, at the first call, until every mirror was tried; see `Mirrors.check`."""
-        self.check_usable()
-        if self.mirrors is not None:
-            self.mirrors.check()
-
     def opened(self) -> list[Checkpoint]:
         """Those whose commit was not called yet."""
         return list(self._open.values())
@@ -269,7 +263,8 @@ class Commits:
             read_back=self._config.read_back,
             on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
         )
-        self.pipeline.reuse.committed(checkpoint)
+        if self.pipeline.reuse.is_on:
+            self.pipeline.reuse.committed(checkpoint)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 

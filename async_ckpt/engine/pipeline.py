@@ -131,7 +131,7 @@ class SavePipeline:
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
-        seen = self.reuse.see(path, state)
+        seen = self.reuse.see(path, state) if self.reuse.is_on else None
         write = self.pool.open_file(
             path,
             folder=checkpoint.staging.location,
@@ -139,10 +139,11 @@ class SavePipeline:
             seal=state.plan.sealer(),
             make_parents="/" in path,
             tag=checkpoint.tag,
-            older=self.reuse.older(path, seen),
+            older=None if seen is None else self.reuse.older(path, seen),
         )
         saved = SavedFile(write, metrics, state.plan, time.perf_counter(), seen=seen)
-        checkpoint.add_file(path, saved)
+        checkpoint.files[path] = saved
+        checkpoint.metrics.saves.append(metrics)
         try:
             saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn)
         except BaseException as error:
@@ -150,7 +151,7 @@ class SavePipeline:
             checkpoint.fail(error)
             write.abort(error)
             raise
-        if copy.is_reading:
+        if not copy.copied.done():
             self.guard.track(copy)
         metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
         metrics.stall_s = time.perf_counter() - started_s

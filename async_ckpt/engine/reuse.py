@@ -39,16 +39,16 @@ class Reuse:
 
     def see(self, path: str, state: PlannedState) -> SeenState | None:
         """What is to be remembered of a state that is saved as `path` now; None where its file shares nothing."""
-        if not self.is_on or not state.plan.payload_nbytes:
+        if not state.plan.payload_nbytes:
             return None
         seen = SeenState(state, self._seen.get(path))
         _remember(self._seen, {path: seen})
         return seen
 
-    def older(self, path: str, seen: SeenState | None) -> FindOlder | None:
+    def older(self, path: str, seen: SeenState) -> FindOlder | None:
         """What finds, on an I/O thread, the file that the new one of this state may share bytes with."""
         known = self._committed.get(path)
-        if known is None or seen is None or known[0].plan_hash != seen.plan_hash:
+        if known is None or known[0].plan_hash != seen.plan_hash:
             return None
         before, older = known
         return lambda: replace(older, untouched=seen.untouched(before, older.extent_bytes))

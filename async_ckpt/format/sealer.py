@@ -107,7 +107,11 @@ class Sealer:
             self._look_at_head(start - payload_start, view[start - offset : min(start + 8, stop) - offset])
             if stop < payload_end:
                 break
-            self._end_payload(payload_end, offset, end, view)
+            self._crcs.append(self._running_crc)
+            self._mix(self._running_crc)
+            if payload_end < self._tail_offset:
+                self._pending = (payload_end + 4, self._running_crc.to_bytes(4, "little"))
+                self._patch(offset, end, view)
             index += 1
         self._next_payload = index
         return crc, done
@@ -154,14 +158,6 @@ class Sealer:
             self._head += bytes(head[: 8 - position])
             if len(self._head) == 8 and self._head.startswith(DESCRIPTOR_MAGIC):
                 self._mix(int.from_bytes(self._head[4:], "little"))
-
-    def _end_payload(self, payload_end: int, offset: int, end: int, view: memoryview) -> None:
-        crc = self._running_crc
-        self._crcs.append(crc)
-        self._mix(crc)
-        if payload_end < self._tail_offset:
-            self._pending = (payload_end + 4, crc.to_bytes(4, "little"))
-            self._patch(offset, end, view)
 
     def _patch(self, offset: int, end: int, view: memoryview) -> None:
         """Write the part of the pending descriptor CRC that lies in this extent."""

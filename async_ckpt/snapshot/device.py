@@ -1,4 +1,4 @@
-"""Copies from devices to staging memory, queued on side streams; nothing else in this room calls a device.
+"""Copies from devices to staging memory, queued on side streams.
 
 Neither queueing nor ordering blocks the CPU; what waits gives up the GIL.
 """
@@ -6,16 +6,13 @@ Neither queueing nor ordering blocks the CPU; what waits gives up the GIL.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 
 from ..host.device import keep_for, on_stream, record_now, side_stream, synchronize
 from ..threads.locks import uninterrupted
-
-Callers = dict[torch.device, torch.Event]
-"""How far a caller's current streams had come when it called `mark`."""
 
 
 class SideStreams:
@@ -24,8 +21,8 @@ class SideStreams:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.Stream] = {}
 
-    def order_behind(self, callers: Callers) -> None:
-        """What is queued from here on begins after the marked points."""
+    def order_behind(self, callers: Mapping[torch.device, torch.Event]) -> None:
+        """What is queued from here on begins after these points on the caller's streams."""
         for device, event in callers.items():
             self._stream(device).wait_event(event)
 
@@ -56,8 +53,3 @@ class SideStreams:
     def _stream(self, device: torch.device) -> torch.Stream:
         # Both the caller's thread and the copy thread may be the first.
         return self._streams.get(device) or self._streams.setdefault(device, side_stream(device))
-
-
-def mark(devices: Iterable[torch.device]) -> Callers:
-    """The point on the caller's streams after which the sources are final."""
-    return {device: record_now(device) for device in devices}

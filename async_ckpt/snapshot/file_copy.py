@@ -20,13 +20,13 @@ from operator import and_
 import torch
 
 from ..format.chunk import Chunk
-from ..host.device import synchronize
+from ..host.device import record_now, synchronize
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
 from .chunk_map import ChunkMap, LargePiece
 from .chunk_sink import ChunkSink
 from .copy_threads import CopyTeam
-from .device import SideStreams, mark
+from .device import SideStreams
 from .payloads import Payloads
 from .torn_check import TornCheck
 
@@ -93,7 +93,8 @@ class FileCopy:
         self._completes = True
         """Whether chunks are complete when those are copied."""
         self._unfinished: list[_QueuedChunk] = []
-        self._callers = mark(self._devices)
+        self._callers = {device: record_now(device) for device in self._devices}
+        """How far the caller's streams have come: from there on the sources are final."""
         payloads = self._payloads
         self._torn = TornCheck(state, owners, chunk_map.probes, payloads.host_addresses, frozenset(payloads.on_devices))
 
@@ -204,11 +205,6 @@ class FileCopy:
             self._sink.abort(error)
 
     # Any thread.
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether source bytes are still needed."""
-        return not self.copied.done()
 
     def accept_changes(self) -> None:
         """To be called before sources change on streams that wait for `events`: what has not changed by then is not

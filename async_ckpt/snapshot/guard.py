@@ -82,7 +82,7 @@ class Guard:
     def track(self, copy: FileCopy) -> None:
         """Make the next step wait for `copy`."""
         with self._lock:
-            self._copies = [*(copy for copy in self._copies if copy.is_reading), copy]
+            self._copies = [*(copy for copy in self._copies if not copy.copied.done()), copy]
 
     def refresh(self) -> None:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
@@ -121,7 +121,7 @@ class Guard:
         self.refresh()
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
-            copies = self._copies = [copy for copy in self._copies if copy.is_reading]
+            copies = self._copies = [copy for copy in self._copies if not copy.copied.done()]
         if copies:
             self._start_now()
         started = time.perf_counter()

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Callable
 
 from ..format.names import MANIFEST_NAME, NameKind, PrivateName
 from .filesystem import FileLock, FileSystem
@@ -18,21 +17,21 @@ _MAX_NAME_TRIES = 1000
 _numbers = itertools.count()
 
 
-def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging") -> str:
-    return _under_new_name(fs, root, tag, kind, lambda path: fs.mkdir(path, private=True))
-
-
-def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: NameKind) -> str:
-    return _under_new_name(fs, root, tag, kind, lambda path: fs.rename_noreplace(src, path))
-
-
-def _under_new_name(fs: FileSystem, root: str, tag: str, kind: NameKind, make: Callable[[str], None]) -> str:
+def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging", src: str | None = None) -> str:
+    """The path of a directory under a new private name: an empty one, or what has been at `src`."""
     for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
         path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
         with contextlib.suppress(FileExistsError):
-            make(path)
+            if src is None:
+                fs.mkdir(path, private=True)
+            else:
+                fs.rename_noreplace(src, path)
             return path
     raise FileExistsError(f"no free {kind} name in {root!r}")
+
+
+def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: NameKind) -> str:
+    return make_private(fs, root, tag, kind, src)
 
 
 def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:

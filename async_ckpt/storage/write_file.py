@@ -184,19 +184,28 @@ class WritableFile:
 
     async def truncate(self, size_bytes: int) -> None:
         """Set the length of the file."""
-        await self._aside(lambda: self._call("setting the length", self._calls.ftruncate, size_bytes))
+        await self._call("setting the length", lambda: self._calls.ftruncate(self._fd, size_bytes))
 
     async def fsync(self) -> None:
         """Make content and length durable. Fails once and for good."""
-        await self._aside(self._sync)
 
-    def _sync(self) -> None:
-        self._call("fsync", self._calls.fsync)
-        self.stamp = stamp_of(self._calls.fstat(self._fd))
+        def sync() -> None:
+            self._calls.fsync(self._fd)
+            self.stamp = stamp_of(self._calls.fstat(self._fd))
+
+        await self._call("fsync", sync)
 
     async def close(self) -> None:
         """Close the descriptor once no write on it is running any more; idempotent."""
-        await self._aside(self._wait_until_idle)
+        import aiofiles.os
+
+        def wait_until_idle() -> None:
+            with self._idle:
+                self._closing = True
+                while self._num_running:
+                    self._idle.wait()
+
+        await aiofiles.os.wrap(wait_until_idle)(executor=self._executor)
         if self._file.closed:
             return
         try:
@@ -206,14 +215,14 @@ class WritableFile:
                 self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self.needed_bytes
             ) from error
 
-    async def _aside(self, work: Callable[[], None]) -> None:
+    async def _call(self, what: str, call: Callable[[], None]) -> None:
         import aiofiles.os
 
-        await aiofiles.os.wrap(work)(executor=self._executor)
+        def work() -> None:
+            with self._running(what):
+                call()
 
-    def _call(self, what: str, call: Callable[..., None], *args: object) -> None:
-        with self._running(what):
-            call(self._fd, *args)
+        await aiofiles.os.wrap(work)(executor=self._executor)
 
     @contextlib.contextmanager
     def _running(self, what: str, offset: int | None = None) -> Iterator[None]:
@@ -241,12 +250,6 @@ class WritableFile:
             with self._idle:
                 self._num_running -= 1
                 self._idle.notify_all()
-
-    def _wait_until_idle(self) -> None:
-        with self._idle:
-            self._closing = True
-            while self._num_running:
-                self._idle.wait()
 
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
         """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""

@@ -55,7 +55,7 @@ class FileWrite:
         self.extent_crc32: list[int] = []
         """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`."""
         self._written_bytes = 0
-        self.sharing = Sharing(disk.filesystem, how.older)
+        self.sharing = None if how.older is None else Sharing(disk.filesystem, how.older)
         self.direct = False
         """Whether it went past the page cache."""
         self.durable_s = 0.0
@@ -116,7 +116,8 @@ class FileWrite:
     @property
     def stamp(self) -> Stamp | None:
         """Of its content, once it is done; None where it is not known."""
-        return (self._opened or self.sharing).stamp
+        known = self._opened or self.sharing
+        return None if known is None else known.stamp
 
     @property
     def path(self) -> str:
@@ -154,7 +155,8 @@ class FileWrite:
         self._disk.loop.call(self._look)
 
     def _release_all(self) -> None:
-        self.sharing.close()
+        if self.sharing is not None:
+            self.sharing.close()
         self._queue.release_all()
 
     def begin_next(self) -> None:
@@ -184,7 +186,7 @@ class FileWrite:
         # One that was held back is sealed already.
         if extent == len(self.extent_crc32):
             self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: self._seal(at, view)))
-        is_equal = self.sharing.is_equal(extent, self.extent_crc32[extent])
+        is_equal = self.sharing is not None and self.sharing.is_equal(extent, self.extent_crc32[extent])
         with self._lock:
             self._is_sealing = False
             if self._queue.holds_back(chunk, more=is_equal):
@@ -288,13 +290,14 @@ class FileWrite:
         path = jobs.path = self.path
         if self._how.make_parents:
             await asyncio.wrap_future(jobs.run(lambda: self._disk.make_parents(path)))
-        if await self._becomes_link(path):
+        if self.sharing is not None and await self._becomes_link(path, self.sharing):
             return
         jobs.step = "open"
         # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
         reserved_bytes = whole_pages(self.size_bytes) if self._how.direct else self.size_bytes
-        how: Any = {"direct": self._how.direct, "executor": jobs, **self.sharing.what_to_write()}
-        opened = await self._disk.filesystem.open_write(path, reserved_bytes, **how)
+        how: Any = {} if self.sharing is None else self.sharing.what_to_write()
+        disk, direct = self._disk.filesystem, self._how.direct
+        opened = await disk.open_write(path, reserved_bytes, direct=direct, executor=jobs, **how)
         self.direct, self._opened = opened.direct, opened
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
@@ -309,11 +312,9 @@ class FileWrite:
         jobs.step = "close"
         await opened.close()
 
-    async def _becomes_link(self, path: str) -> bool:
+    async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
         """Look at the older file; True where this one is another name of it now, and so is durable."""
-        jobs, sharing, queue = self._jobs, self.sharing, self._queue
-        if self._how.older is None:
-            return False
+        jobs, queue = self._jobs, self._queue
         jobs.step = "the older file"
         await asyncio.wrap_future(jobs.run(sharing.open))
         if not sharing.by_link or queue.is_scarce:

@@ -181,7 +181,8 @@ def test_a_loop_that_dies_of_its_workers_death_after_the_signal_still_saves(tmp_
     finally:
         process.kill()
     assert "dataloader.py" in output, "the loop did not die of its worker: " + output
-    assert Catalog(tmp_path).tags() == [tag := f"last-{NUM_STEPS}"], output
+    tag = f"last-{NUM_STEPS}"
+    assert Catalog(tmp_path).tags() == [tag], output
     state = load(tmp_path / tag / "state.pt")
     assert state["step"] == NUM_STEPS
     assert int(state["optimizer"]["state"][0]["step"]) == NUM_STEPS
