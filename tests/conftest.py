@@ -36,7 +36,7 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     assert [t.name for t in alive if t.is_alive()] == [], "threads of the package are still alive"
     staging = sys.modules.get("async_ckpt.snapshot.arena")
     if staging is not None:
-        assert [a.num_taken for a in staging._arenas if a.num_taken] == [], "staging chunks were not given back"
+        assert [a.num_taken for a in staging.live if a.num_taken] == [], "staging chunks were not given back"
     leaked = _open_files() - before
     assert not leaked, f"descriptors leaked: {leaked}"
     if request.node.get_closest_marker("leaves_staging") is None:

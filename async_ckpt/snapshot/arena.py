@@ -35,13 +35,13 @@ _address_of = itemgetter(2)
 # What a background thread could not tell is seen after this time.
 _LOOK_AGAIN_S = 0.1
 
-_arenas: weakref.WeakSet[StagingArena] = weakref.WeakSet()
+live: weakref.WeakSet[StagingArena] = weakref.WeakSet()
 _inherited: list[StagingArena] = []
 
 
 def _keep_in_child() -> None:
     # A forked child must never unmap these addresses: they are not mapped there, and may be somebody else's by then.
-    _inherited.extend(_arenas)
+    _inherited.extend(live)
 
 
 os.register_at_fork(after_in_child=_keep_in_child)
@@ -127,7 +127,7 @@ class StagingArena:
         self._returned: deque[StagingChunk] = deque()
         """Given back, and not looked at yet."""
         self._poison: BaseException | None = None
-        _arenas.add(self)
+        live.add(self)
 
     @property
     def is_entered(self) -> bool:

@@ -50,7 +50,8 @@ class Guard:
         self._start_now = start_now
         self._pid = os.getpid()
         self._optimizers: list[weakref.ref[Any]] = []
-        self._copies: list[FileCopy] = []
+        self.copies: list[FileCopy] = []
+        """The lazy snapshots in flight; some may have been copied already."""
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
@@ -64,7 +65,7 @@ class Guard:
         """
         global _hook
         given, optimizer = optimizer, _steppable(optimizer)
-        if not self._guards(optimizer):
+        if not self.guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
             self._must_look = True
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
@@ -82,7 +83,7 @@ class Guard:
     def track(self, copy: FileCopy) -> None:
         """Make the next step wait for `copy`."""
         with self._lock:
-            self._copies = [*(copy for copy in self._copies if not copy.copied.done()), copy]
+            self.copies = [*(copy for copy in self.copies if not copy.copied.done()), copy]
 
     def refresh(self) -> None:
         """Look at the optimizers again: a step or the caller may have given them other tensors."""
@@ -121,7 +122,7 @@ class Guard:
         self.refresh()
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
-            copies = self._copies = [copy for copy in self._copies if not copy.copied.done()]
+            copies = self.copies = [copy for copy in self.copies if not copy.copied.done()]
         if copies:
             self._start_now()
         started = time.perf_counter()
@@ -164,7 +165,7 @@ class Guard:
     def step(self, optimizer: Any, call: Callable[[], Any]) -> Any:
         """`call()`, a step of `optimizer`, at its turn and when the copies have been made; at once where that is not
         guarded."""
-        if os.getpid() != self._pid or not self._guards(optimizer):
+        if os.getpid() != self._pid or not self.guards(optimizer):
             return call()
         if not _is_replayed(optimizer) and _note_capture(optimizer):
             _warn_of_replays(optimizer)
@@ -176,7 +177,8 @@ class Guard:
         # The turn comes first: no save can begin between the wait for the copies and the step.
         return Turn(self._exclusion, Work.STEP).run(after_copies)
 
-    def _guards(self, optimizer: Any) -> bool:
+    def guards(self, optimizer: Any) -> bool:
+        """Whether `optimizer` is guarded here."""
         return any(known is optimizer for known in self._alive())
 
     def _alive(self) -> Iterator[Any]:

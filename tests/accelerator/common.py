@@ -56,7 +56,7 @@ def saved(made: AsyncCheckpointEngine, tag: str, **files: Any) -> Any:
 
 def wait_until_queued(made: AsyncCheckpointEngine) -> None:
     """Until the lazy copies are in the devices' queues, without ordering anything behind them."""
-    for copy in guard_of(made)._copies:
+    for copy in guard_of(made).copies:
         copy.queued.result(TIMEOUT_S)
 
 

@@ -45,7 +45,8 @@ def watch():
 
     yield make
     for preemption in made:
-        preemption._flag.remove()
+        preemption.leave_with(RuntimeError())
+        preemption.leave()
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -74,11 +75,13 @@ def test_a_signal_only_sets_the_flag_until_a_safe_point(watch):
 
 
 def test_a_signal_in_the_middle_of_a_poll_does_not_wait_for_it(watch):
-    preemption = watch(save=lambda: None)
-    with preemption._busy:
+    def signalled_meanwhile(mine: bool) -> bool:
         send()
-        assert preemption.preempted
-        assert preemption.poll()
+        assert preemption.preempted and preemption.poll()
+        return False
+
+    preemption = watch(save=lambda: None, agree=signalled_meanwhile)
+    assert not preemption.poll()
     assert preemption.outcome is None
 
 

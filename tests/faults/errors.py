@@ -95,8 +95,8 @@ class Outcome:
         for _ in range(4):
             try:
                 commits_of(engine).raise_unacknowledged()  # type: ignore[attr-defined]
-                for tag in list(commits_of(engine)._open):  # type: ignore[attr-defined]
-                    engine.abort(tag)  # type: ignore[attr-defined]
+                for checkpoint in commits_of(engine).opened():  # type: ignore[attr-defined]
+                    engine.abort(checkpoint.tag)  # type: ignore[attr-defined]
                 return
             except Exception as error:  # noqa: BLE001 - judged below
                 self.errors.append(error)

@@ -116,8 +116,8 @@ def _give_up_open(job: Job) -> None:
     for _ in range(8):
         try:
             commits_of(engine).raise_unacknowledged()
-            for tag in list(commits_of(engine)._open):
-                engine.abort(tag)
+            for checkpoint in commits_of(engine).opened():
+                engine.abort(checkpoint.tag)
             return
         except CheckpointError:
             continue

@@ -282,7 +282,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
             until(is_at_rest)
 
         def is_at_rest() -> bool:
-            is_copied = not any(not copy.copied.done() for copy in guard_of(engine)._copies)
+            is_copied = not any(not copy.copied.done() for copy in guard_of(engine).copies)
             return (is_copied or copying.is_held) and all(actor.rests(engine, is_copied) for actor in actors)
 
         rest()

@@ -49,7 +49,7 @@ class Proxy:
             timeout = 60
 
             def handle_any(self) -> None:
-                proxy._handle(self)
+                proxy.serve(self)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 
@@ -87,7 +87,7 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handle(self, request: Any) -> None:
+    def serve(self, request: Any) -> None:
         with self._lock:
             self.seen.append((request.command, request.path))
             number = len(self.seen)
@@ -108,9 +108,9 @@ class Proxy:
         if fault == "wrong request" and body:
             body = body[:-1] + bytes([body[-1] ^ 1])
         try:
-            status, headers, reply = self._ask(request, body, half=fault == "cut request")
+            status, headers, reply = self.ask(request, body, half=fault == "cut request")
             if fault == "duplicate":
-                status, headers, reply = self._ask(request, body)
+                status, headers, reply = self.ask(request, body)
         except (OSError, http.client.HTTPException):
             self._reset(request)
             return
@@ -121,7 +121,7 @@ class Proxy:
             reply = reply[:-1] + bytes([reply[-1] ^ 1])
         self._reply(request, status, headers, reply, half=fault == "cut")
 
-    def _ask(self, request: Any, body: bytes, *, half: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
+    def ask(self, request: Any, body: bytes, *, half: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self._upstream.hostname or "", self._upstream.port, timeout=60)
         try:
             connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)

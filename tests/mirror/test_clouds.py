@@ -38,7 +38,7 @@ class GoogleDialect(Proxy):
         super().__init__(upstream)
         self.tags: dict[str, str] = {}
 
-    def _ask(self, request: Any, body: bytes, *, half: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
+    def ask(self, request: Any, body: bytes, *, half: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
         wanted = request.headers["x-goog-if-generation-match"]
         assert request.headers["Authorization"] == "Bearer token"
         request.headers.replace_header("Authorization", _UNCHECKED)
@@ -46,7 +46,7 @@ class GoogleDialect(Proxy):
             request.headers["If-None-Match"] = "*"
         elif wanted is not None:
             request.headers["If-Match"] = self.tags.get(wanted, '"stranger"')
-        status, headers, reply = super()._ask(request, body, half=half)
+        status, headers, reply = super().ask(request, body, half=half)
         for name, value in [*headers]:
             if name.lower() == "etag":
                 generation = str(int(hashlib.sha256((request.path + value).encode()).hexdigest()[:12], 16))

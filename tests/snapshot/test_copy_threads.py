@@ -101,7 +101,8 @@ def test_helpers_keep_off_the_callers_core() -> None:
 
     looked = threading.Event()
     with ThreadPoolExecutor(1) as helper:
-        team = CopyTeam(helper.submit, 1, [helper.submit(threading.get_native_id).result(TIMEOUT_S)])
+        native_id = helper.submit(threading.get_native_id).result(TIMEOUT_S)
+        team = CopyTeam(helper.submit, 1, [native_id])
         for callers in (min(allowed), max(allowed)):
             looked.clear()
             os.sched_setaffinity(0, {callers})
@@ -110,7 +111,7 @@ def test_helpers_keep_off_the_callers_core() -> None:
             finally:
                 os.sched_setaffinity(0, allowed)
             assert seen.pop() == allowed - {callers}
-        os.sched_setaffinity(team._native_ids[0], {callers})
+        os.sched_setaffinity(native_id, {callers})
         looked.clear()
         team.run(2, lambda k: looked.wait(TIMEOUT_S) and None, look, lambda k: None)
         assert seen.pop() == {callers}, "the user's own choice"

@@ -143,7 +143,7 @@ def test_a_save_without_guarded_tensors_lets_other_threads_step(tmp_path: Path, 
         taken = [arena_of(engine).acquire(1) for _ in range(arena_of(engine).num_chunks)]
         engine.create("t")
         saving = Doing(lambda: engine.save({"data": torch.arange(5000)}, "s.pt"))
-        until(lambda: commits_of(engine)._open["t"].files)
+        until(lambda: commits_of(engine).opened()[0].files)
         Doing(net.optimizer.step).result()
         assert not saving.ended and net.first[0] == -1
         for chunk in taken:
@@ -222,8 +222,7 @@ def test_nobody_starves(engine: AsyncCheckpointEngine, tmp_path: Path) -> None:
 
 
 def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: Net) -> None:
-    with make_engine(tmp_path) as engine:
-        exclusion_of(guard_of(engine))._timeout_s = 0.05
+    with make_engine(tmp_path, backpressure_timeout_s=0.05) as engine:
         engine.guard(net.optimizer)
         with gated(net.optimizer) as gate:
             gate.close()
@@ -244,8 +243,7 @@ def test_a_wait_for_a_step_is_bounded_and_names_its_thread(tmp_path: Path, net: 
 
 def test_a_step_that_waited_too_long_for_a_save_has_not_begun(tmp_path: Path, net: Net) -> None:
     reached, go_on = threading.Event(), threading.Event()
-    with make_engine(tmp_path) as engine:
-        exclusion_of(guard_of(engine))._timeout_s = 0.05
+    with make_engine(tmp_path, backpressure_timeout_s=0.05) as engine:
         engine.guard(net.optimizer)
         engine.create("t")
         saving = Doing(
@@ -447,7 +445,7 @@ def test_a_nested_step_that_raised_and_was_caught(engine: AsyncCheckpointEngine,
     outer = Catching(net.optimizer)
     engine.guard(outer, net.optimizer)
     outer.step()
-    assert not exclusion_of(guard_of(engine))._running
+    assert exclusion_of(guard_of(engine)).idle
 
 
 def test_accelerates_wrapper(engine: AsyncCheckpointEngine, net: Net, held_copies: Any) -> None:
@@ -657,7 +655,7 @@ def test_a_guarded_optimizer_can_be_copied_and_pickled(
     ]
     for other in copies:
         # It is not guarded: a save on another thread does not wait for its step.
-        assert not guard_of(engine)._guards(other)
+        assert not guard_of(engine).guards(other)
         weight = other.param_groups[0]["params"][0]
         weight.grad = torch.ones(5000)
         # Like the step of any optimizer, it waits for the copies.
@@ -727,4 +725,4 @@ def test_a_forked_child_steps_and_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_guarding_costs_nothing_without_an_optimizer(engine: AsyncCheckpointEngine, net: Net) -> None:
-    assert not guard_of(engine).save(lambda turn: exclusion_of(guard_of(engine))._running)
+    assert guard_of(engine).save(lambda turn: exclusion_of(guard_of(engine)).idle)

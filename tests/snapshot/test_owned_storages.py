@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 from async_ckpt.snapshot.guard import Guard
 from async_ckpt.snapshot.owned_storages import NOTHING, OwnedStorages
+from async_ckpt.snapshot.torn_check import storage_ids
 
 
 def ids(*tensors: torch.Tensor) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {*chain.from_iterable(map(storage_ids, tensors))}
 
 
 def stepped(
@@ -136,7 +138,7 @@ def test_nothing_is_kept_alive() -> None:
     dropped = [weakref.ref(p) for p in parameters]
     big = torch.nn.Parameter(torch.zeros(1 << 20))
     optimizer.add_param_group({"params": [big]})
-    storage = big.untyped_storage()._cdata
+    [storage] = storage_ids(big)
     users = torch._C._storage_Use_Count(storage)
     known.look([optimizer])
     assert torch._C._storage_Use_Count(storage) == users

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
+from async_ckpt.snapshot.torn_check import storage_ids
 from tests.snapshot.test_snapshots import assert_same, frozen
-from tests.support.insides import arena_of, commits_of, guard_of
-from tests.support.stepping import Doing, noted_waits, until  # noqa: F401
+from tests.support.insides import arena_of, guard_of
+from tests.support.stepping import TIMEOUT_S, Doing, noted_waits, until  # noqa: F401
 
 
 class Training:
@@ -227,7 +230,7 @@ def test_a_dtensors_local_part(engine: AsyncCheckpointEngine, held_copies: Any) 
             engine,
             held_copies(engine),
             {"w": weight},
-            lambda: weight._local_tensor.data.fill_(9.0),  # type: ignore[attr-defined]
+            lambda: weight.to_local().data.fill_(9.0),  # type: ignore[attr-defined]
         )
     finally:
         dist.destroy_process_group()
@@ -249,12 +252,14 @@ def test_an_eager_save_beside_a_thread_that_changes_by_data(tmp_path: Path) -> N
     """
     weights = {f"w{k}": torch.full((50_000,), 1.0) for k in range(4)}
     with AsyncCheckpointEngine(tmp_path, staging_bytes=256 << 10, chunk_bytes=64 << 10, io_mode="buffered") as engine:
-        taken = [arena_of(engine).acquire(1) for _ in range(arena_of(engine).num_chunks)]
+        arena, reached = arena_of(engine), threading.Event()
+        acquire = arena.acquire
+        taken = [acquire(1) for _ in range(arena.num_chunks)]
+        arena.acquire = lambda timeout_s: (reached.set(), acquire(timeout_s))[1]
         engine.create("t")
         saving = Doing(lambda: engine.save(weights, "s.pt"))
-        until(lambda: commits_of(engine)._open["t"].files)
         # It has begun, and stands before its first chunk.
-        until(lambda: arena_of(engine)._changed._waiters._waiters)
+        assert reached.wait(TIMEOUT_S)
         weights["w3"].data.fill_(9.0)
         for chunk in taken:
             arena_of(engine).release(chunk)
@@ -491,5 +496,5 @@ def test_a_storage_where_a_dropped_subclass_lay_is_not_taken_for_guarded(
     optimizer.state.clear()
     strangers = {f"s{k}": torch.ones(3000) for k in range(200)}
     # Nothing has looked at the optimizer since.
-    identities = [s.untyped_storage()._cdata for s in strangers.values()]
-    assert guard_of(engine).owned([*identities, weight.untyped_storage()._cdata]).ids.isdisjoint(identities)
+    identities = [*chain.from_iterable(map(storage_ids, strangers.values()))]
+    assert guard_of(engine).owned([*identities, *storage_ids(weight)]).ids.isdisjoint(identities)

@@ -164,7 +164,7 @@ def crashed_root(fast_path: Path, name: str) -> Path:
             if op.name == "rename":  # type: ignore[attr-defined]
                 renames.append("x")
             if op.name == fault or (fault == "second rename" and len(renames) == 3):  # type: ignore[attr-defined]
-                fs.calls._die(op)  # type: ignore[arg-type]
+                fs.calls.die(op)  # type: ignore[arg-type]
 
         fs.calls.before = die
         with pytest.raises(Killed):
@@ -172,7 +172,7 @@ def crashed_root(fast_path: Path, name: str) -> Path:
         fs.dispose()
     fs = FaultyFileSystem()
     commit(root, "gone", OLD, fs=fs)
-    fs.calls.before = lambda op: fs.calls._die(op) if op.name == "unlink" else None
+    fs.calls.before = lambda op: fs.calls.die(op) if op.name == "unlink" else None
     with pytest.raises(Killed):
         transaction.remove(fs, str(root), "gone")
     fs.dispose()

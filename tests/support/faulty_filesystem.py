@@ -125,7 +125,7 @@ class FaultySyscalls(Syscalls):
             self.before(operation)
         when = self.kill[1] if self.kill is not None and index >= 0 and self.kill[0] == index else None
         if when == "before" or (when == "during" and name != "pwrite"):
-            self._die(operation)
+            self.die(operation)
         for applies, code in self.faults:
             if applies(operation):
                 operation.outcome = errno.errorcode[code]
@@ -135,13 +135,13 @@ class FaultySyscalls(Syscalls):
         except OSError as error:
             operation.outcome = errno.errorcode.get(error.errno or 0, "EIO")
             if when is not None:
-                self._die(operation)
+                self.die(operation)
             raise
         operation.outcome = "ok"
         if when is not None:
-            self._die(operation)
+            self.die(operation)
 
-    def _die(self, operation: Operation) -> None:
+    def die(self, operation: Operation) -> None:
         with self._guard:
             self.killed = True
             if operation.outcome == "begun":
@@ -163,14 +163,14 @@ class FaultySyscalls(Syscalls):
                     os.close(fd)
             self._owned.clear()
 
-    def _full(self, path: str, dir_fd: int | None = None) -> str:
+    def full_path(self, path: str, dir_fd: int | None = None) -> str:
         base = os.getcwd() if dir_fd is None else self.path_of(dir_fd)
         return os.path.normpath(os.path.join(base, path))
 
     # --- the calls
 
     def open(self, path: str, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
-        full = self._full(path, dir_fd)
+        full = self.full_path(path, dir_fd)
         name = "create" if flags & os.O_CREAT else "open"
         direct = bool(O_DIRECT and flags & O_DIRECT)
         fd = -1
@@ -263,34 +263,34 @@ class FaultySyscalls(Syscalls):
         self._direct.discard(fd)
 
     def mkdir(self, path: str, mode: int) -> None:
-        with self._call("mkdir", self._full(path), mode=mode):
+        with self._call("mkdir", self.full_path(path), mode=mode):
             super().mkdir(path, mode)
 
     def rmdir(self, path: str) -> None:
-        with self._call("rmdir", self._full(path)):
+        with self._call("rmdir", self.full_path(path)):
             super().rmdir(path)
 
     def unlink(self, path: str) -> None:
-        with self._call("unlink", self._full(path)):
+        with self._call("unlink", self.full_path(path)):
             super().unlink(path)
 
     def link(self, path: str, name: str) -> None:
-        with self._call("link", self._full(path), dst=self._full(name)):
+        with self._call("link", self.full_path(path), dst=self.full_path(name)):
             super().link(path, name)
 
     def rename(self, src: str, dst: str) -> None:
-        with self._call("rename", self._full(src), dst=self._full(dst)):
+        with self._call("rename", self.full_path(src), dst=self.full_path(dst)):
             super().rename(src, dst)
 
     def renameat2(self, src: str, dst: str, flags: int) -> None:
         refused = self.refuse_exchange if flags == EXCHANGE else self.refuse_noreplace
-        with self._call("exchange" if flags == EXCHANGE else "rename", self._full(src), dst=self._full(dst)):
+        with self._call("exchange" if flags == EXCHANGE else "rename", self.full_path(src), dst=self.full_path(dst)):
             if refused:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), src)
             super().renameat2(src, dst, flags)
 
     def chmod(self, path: str, mode: int) -> None:
-        with self._call("chmod", self._full(path), mode=mode):
+        with self._call("chmod", self.full_path(path), mode=mode):
             super().chmod(path, mode)
 
     def flock(self, fd: int) -> bool:
@@ -310,11 +310,11 @@ class FaultySyscalls(Syscalls):
                 super().unlock(fd)
 
     def listdir(self, path: str | int) -> list[str]:
-        with self._call("listdir", self.path_of(path) if isinstance(path, int) else self._full(path)):
+        with self._call("listdir", self.path_of(path) if isinstance(path, int) else self.full_path(path)):
             return super().listdir(path)
 
     def lstat(self, path: str, *, dir_fd: int | None = None) -> os.stat_result:
-        with self._call("lstat", self._full(path, dir_fd)):
+        with self._call("lstat", self.full_path(path, dir_fd)):
             return super().lstat(path, dir_fd=dir_fd)
 
 
@@ -380,7 +380,7 @@ class _FaultyHandle:
     def __init__(self, inner: Any, calls: FaultySyscalls, path: str) -> None:
         self._inner = inner
         self._calls = calls
-        self._path = calls._full(path)
+        self._path = calls.full_path(path)
 
     @property
     def closed(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 def arena_of(holder: Any) -> Any:
     """The staging memory of an engine or a stager."""
-    return holder._pipeline.arena if hasattr(holder, "_pipeline") else holder._arena
+    return pipeline_of(holder).arena if hasattr(holder, "_commits") else holder._arena
 
 
 def commits_of(engine: Any) -> Any:
@@ -17,12 +17,12 @@ def commits_of(engine: Any) -> Any:
 
 def pipeline_of(engine: Any) -> Any:
     """What copies and writes for an engine."""
-    return engine._pipeline
+    return commits_of(engine).pipeline
 
 
 def guard_of(engine: Any) -> Any:
     """The guard of an engine."""
-    return engine._pipeline.guard
+    return pipeline_of(engine).guard
 
 
 def exclusion_of(guard: Any) -> Any:

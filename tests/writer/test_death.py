@@ -180,7 +180,7 @@ def test_an_executor_that_is_shut_down(make_pool, fs, drop):
     file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
     more = pool.open_file("unfed", size_bytes=4096, seal=seal)
     gate.wait_inside(2)
-    pool._io.shutdown(wait=False, cancel_futures=drop)
+    pool.disk.io.shutdown(wait=False, cancel_futures=drop)
     gate.open()
     late = Source(4096, 4096)
     late.submit(more)
