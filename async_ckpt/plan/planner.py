@@ -63,7 +63,16 @@ class Planner:
         Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be
         saved, and TransactionStateError while the caller captures a graph.
         """
-        _refuse_contexts()
+        # Torch's own switches that would make a file without its data or its checksums.
+        if not torch.serialization.get_crc32_options():
+            raise ConfigError(
+                "torch.utils.serialization.config.save.compute_crc32=False: a checkpoint has checksums; save with it "
+                "True"
+            )
+        if getattr(torch.serialization._serialization_tls, "skip_data", False):
+            raise ConfigError(
+                "torch.serialization.skip_data writes files without the tensors' data: save outside of it"
+            )
         if (format or self._format) == "safetensors":
             planned = self._plan_safetensors(obj, name)
         else:
@@ -222,13 +231,3 @@ def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     return UnsupportedStateError(
         f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
     )
-
-
-def _refuse_contexts() -> None:
-    """Refuse torch's own switches that would make a file without its data or its checksums."""
-    if not torch.serialization.get_crc32_options():
-        raise ConfigError(
-            "torch.utils.serialization.config.save.compute_crc32=False: a checkpoint has checksums; save with it True"
-        )
-    if getattr(torch.serialization._serialization_tls, "skip_data", False):
-        raise ConfigError("torch.serialization.skip_data writes files without the tensors' data: save outside of it")
