@@ -94,6 +94,12 @@ class Commits:
         if self.closed:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
+    def check_mirrors(self) -> None:
+        """Wait, at the first call, until every mirror was tried; see `Mirrors.check`."""
+        self.check_usable()
+        if self.mirrors is not None:
+            self.mirrors.check()
+
     def opened(self) -> list[Checkpoint]:
         """Those whose commit was not called yet."""
         return list(self._open.values())
