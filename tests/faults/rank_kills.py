@@ -84,7 +84,7 @@ def kill_one(folder: Path, world_size: int, seed: int, tally: Tally, kind: str =
     address = f"127.0.0.1:{store.port}"
     root = str(folder / "root")
     used = {"tcp": address, "file": str(folder / "store"), "zero": f"zero:{free_port()}"}[kind]
-    job = Job(root, str(folder / "first"), world_size, used, timeout_s=5.0, run_id="1", numel=40_000, linger_s=3.0)
+    job = Job(root, str(folder / "first"), world_size, used, timeout_s=5.0, run_id="1", numel=40_000, linger_s=0.5)
     tags = [f"k{n}" for n in range(TAGS_PER_JOB)]
     killed = chance.randrange(world_size)
     # What follows a kill fails too: two are enough to see that the survivors stay well.

@@ -13,8 +13,9 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -210,6 +211,11 @@ class Processes:
         ]
         for process in self.ranks:
             process.start()
+        self._deadline_s = time.monotonic() + 60.0
+
+    def have_ended(self) -> bool:
+        """Whether it is time to `join`: all have ended, or will not."""
+        return all(rank.exitcode is not None for rank in self.ranks) or time.monotonic() > self._deadline_s
 
     def join(self, timeout_s: float = 60.0) -> list[int | None]:
         """Exit codes; a rank that is still there after `timeout_s` is killed and shows as None."""
@@ -234,3 +240,36 @@ class Processes:
 def let_go(job: Job, tag: str) -> None:
     """Wake the ranks that hang at `tag`."""
     dist.FileStore(f"{job.results}/gate", -1).set(tag, "go")
+
+
+Scenario = Generator[Callable[[], bool], None, Any]
+
+
+def ran(job: Job, plans: Sequence[Plan], codes: list[int] | None = None) -> Scenario:
+    """What each rank of a job has learnt, as a part of a scenario."""
+    processes = Processes(job, plans)
+    yield processes.have_ended
+    assert processes.join(1.0) == (codes or [0] * job.world_size)
+    return [processes.learnt(rank) for rank in range(job.world_size)]
+
+
+def side_by_side(scenarios: Mapping[str, Scenario], num_at_once: int) -> dict[str, BaseException | None]:
+    """How each has ended. A scenario yields the conditions that it waits for: those that wait take no time of others.
+
+    All on this thread: children of several threads take each other's exit codes.
+    """
+    queued, ended = list(scenarios.items()), dict[str, BaseException | None]()
+    running: dict[str, tuple[Scenario, Callable[[], bool]]] = {}
+    while queued or running:
+        while queued and len(running) < num_at_once:
+            name, scenario = queued.pop(0)
+            running[name] = scenario, lambda: True
+        for name, (scenario, is_over) in list(running.items()):
+            if is_over():
+                try:
+                    running[name] = scenario, next(scenario)
+                except BaseException as end:  # noqa: BLE001 -- the test of its name raises it
+                    ended[name] = None if isinstance(end, StopIteration) else end
+                    del running[name]
+        threading.Event().wait(0.02)
+    return ended

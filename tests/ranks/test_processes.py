@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from async_ckpt import Catalog, load
-from tests.ranks.jobs import Job, Plan, Processes, let_go, state_of
+from tests.ranks.jobs import Job, Plan, Processes, state_of
 
 
 @pytest.fixture
@@ -63,7 +63,6 @@ def test_every_rank_commits_into_one_directory(tmp_path: Path, store: Any, world
 FAILURES = {
     "raise": ("raised", "aborted by its owner because of ZeroDivisionError: by hand"),
     "full": ("OutOfSpaceError", "disk is full"),
-    "die": (None, "has not reported its part durable within 4 s"),
 }
 
 
@@ -71,23 +70,18 @@ FAILURES = {
 @pytest.mark.parametrize("act", FAILURES)
 def test_a_failing_rank_fails_the_commit_on_all_and_the_next_one_works(tmp_path: Path, store: Any, act: str) -> None:
     own, cause = FAILURES[act]
-    job = make_job(tmp_path, store, 3, timeout_s=4.0 if act == "die" else 30.0)
-    bad = [("a", "commit"), ("b", act), ("c", "commit")]
-    # A dead rank does not come back.
-    good = bad[:1] + [("b", "commit")] + ([] if act == "die" else [("c", "commit")])
-    learnt = run(job, [good, good, bad], [0, 0, -9] if act == "die" else None)
+    job = make_job(tmp_path, store, 3)
+    good = [("a", "commit"), ("b", "commit"), ("c", "commit")]
+    learnt = run(job, [good, good, [("a", "commit"), ("b", act), ("c", "commit")]])
     for rank in (0, 1):
         record = learnt[rank][1]
         assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 2, False)
         assert cause in record["message"]
         assert "older ones are untouched" in record["message"]
-        assert record["s"] < job.timeout_s + 15
-    if act == "die":
-        assert_whole(job.root, ["a"], [0, 1, 2])
-    else:
-        assert learnt[2][1]["outcome"] == own
-        assert [[record["outcome"] for record in rank][2:] for rank in learnt] == [["ok", "closed"]] * 3
-        assert_whole(job.root, ["a", "c"], [0, 1, 2])
+        assert record["s"] < job.timeout_s
+    assert learnt[2][1]["outcome"] == own
+    assert [[record["outcome"] for record in rank][2:] for rank in learnt] == [["ok", "closed"]] * 3
+    assert_whole(job.root, ["a", "c"], [0, 1, 2])
 
 
 @pytest.mark.wide
@@ -98,54 +92,6 @@ def test_an_exception_that_leaves_the_block_on_one_rank_is_the_cause_on_the_othe
         record = learnt[rank][0]
         assert (record["outcome"], record["blamed"], record["committed"]) == ("RankFailedError", 1, False)
         assert "closed before commit('a') because of RuntimeError: out of the block" in record["message"]
-
-
-@pytest.mark.wide
-def test_a_hanging_rank_is_named_and_may_join_the_next_checkpoint(tmp_path: Path, store: Any) -> None:
-    job = make_job(tmp_path, store, 3, timeout_s=4.0)
-    plan = [("a", "commit"), ("b", "commit")]
-    processes = Processes(job, [plan, plan, [("a", "hang"), ("b", "commit")]])
-    # The survivors have gone on to "b" when they know that "a" has failed.
-    while not all(processes.learnt(rank) for rank in (0, 1)):
-        processes.ranks[0].join(0.05)
-    let_go(job, "a")
-    assert processes.join() == [0, 0, 0]
-    for rank in (0, 1):
-        first, second = processes.learnt(rank)[:2]
-        assert (first["outcome"], first["blamed"]) == ("RankFailedError", 2)
-        assert second["outcome"] == "ok"
-    assert processes.learnt(2)[0]["outcome"] == "RankFailedError"
-    assert_whole(job.root, ["b"], [0, 1, 2])
-
-
-@pytest.mark.wide
-def test_ranks_that_disagree_on_the_tag(tmp_path: Path, store: Any) -> None:
-    job = make_job(tmp_path, store, 3, timeout_s=60.0)
-    plan = [("step-1", "commit"), ("end", "commit")]
-    learnt = run(job, [plan, plan, [("step-2", "commit"), ("end", "commit")]])
-    for rank in (0, 1):
-        assert (learnt[rank][0]["outcome"], learnt[rank][0]["blamed"]) == ("RankFailedError", 2)
-        assert "'step-2'" in learnt[rank][0]["message"]
-    assert learnt[2][0]["outcome"] == "RankFailedError"
-    assert "rank 0 has opened tag 'step-1', not 'step-2'" in learnt[2][0]["message"]
-    assert all(rank[0]["s"] < 20 for rank in learnt), "not the whole timeout"
-    assert_whole(job.root, ["end"], [0, 1, 2])
-
-
-@pytest.mark.wide
-def test_restart_with_another_number_of_ranks_over_a_store_full_of_stale_keys(tmp_path: Path) -> None:
-    path = str(tmp_path / "store")
-    first = make_job(tmp_path, path, 3, run_id="1", timeout_s=4.0)
-    good = [("a", "commit"), ("b", "commit")]
-    processes = Processes(first, [[("a", "commit"), ("b", "die")], good, [("a", "commit"), ("b", "die")]])
-    assert processes.join() == [-9, 0, -9]
-    second = Job(first.root, str(tmp_path / "results2"), 2, path, run_id="2")
-    for learnt in run(second, [[("b", "commit"), ("c", "commit")]] * 2):
-        assert [record["outcome"] for record in learnt] == ["ok", "ok", "closed"]
-    catalog = Catalog(first.root)
-    assert catalog.tags() == ["a", "b", "c"]
-    assert [len(catalog.manifest(tag).files) for tag in catalog.tags()] == [3, 2, 2]
-    assert all(catalog.verify(tag).ok for tag in catalog.tags())
 
 
 @pytest.mark.wide
