@@ -26,6 +26,7 @@ def attach(
     save_dir: StrPath | None = None,
     *,
     guard: bool = False,
+    overlap: bool = True,
     rank_timeout_s: float = 600.0,
     **config: Any,
 ) -> AsyncDeepSpeedEngine:
@@ -37,6 +38,7 @@ def attach(
       ``zero_to_fp32`` and ``ds_to_universal``, ``destroy``, and the end of the process;
     - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or
       ``destroy``.
+    Other code that opens a checkpoint's files must call ``drain()`` of the result first: they are not there before.
     Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read
     them.
 
@@ -47,6 +49,7 @@ def attach(
             the default, because your code may: between a save and the next step, do not write to parameters (stage 0),
             and do not call ``safe_set_full_fp32_param`` and its like, which write past the counters that tell of a torn
             copy.
+        overlap: False lets ``save_checkpoint`` return only when the checkpoint is durable, for code that reads it then.
         rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds.
         config: `EngineConfig` fields, such as ``staging_bytes``.
 
@@ -66,7 +69,7 @@ def attach(
     config.setdefault("compact_views", _cuts_buffers_up(ds_engine))
     node_local = bool(ds_engine.use_node_local_storage())
     checkpointer = AsyncDeepSpeedEngine(
-        save_dir=save_dir, overlap=True, node_local=node_local, rank_timeout_s=rank_timeout_s, **config
+        save_dir=save_dir, overlap=overlap, node_local=node_local, rank_timeout_s=rank_timeout_s, **config
     )
     interface.register(AsyncDeepSpeedEngine)
     ds_engine.checkpoint_engine = checkpointer

@@ -122,6 +122,30 @@ def read_at_once(directory: Path) -> None:
         engine.destroy()
 
 
+def read_by_other_code(directory: Path) -> None:
+    """Plain `torch.load` finds a file after `drain`, and not before; with overlap=False right after the save."""
+    filesystem = GatedFileSystem()
+    engine = make(1)
+    checkpointer = attach(engine, directory, filesystem=filesystem, **SMALL)
+    train(engine, 1)
+    engine.save_checkpoint(str(directory), tag="t", exclude_frozen_parameters=True)
+    path = directory / "t" / "mp_rank_00_model_states.pt"
+    with pytest.raises(FileNotFoundError):
+        torch.load(path, weights_only=False)
+    filesystem.gate.set()
+    checkpointer.drain()
+    names = {name for name, _ in engine.module.named_parameters()}
+    assert names <= torch.load(path, weights_only=False)["module"].keys()
+    engine.destroy()
+    engine = make(1)
+    attach(engine, directory, overlap=False, **SMALL)
+    train(engine, 1)
+    engine.save_checkpoint(str(directory), tag="u", exclude_frozen_parameters=True)
+    assert names <= torch.load(directory / "u" / path.name, weights_only=False)["module"].keys()
+    assert (directory / "latest").read_text() == "u"
+    engine.destroy()
+
+
 def overlap_spans_steps(directory: Path) -> None:
     """`get_commit_info` says None for as long as the checkpoint is not durable, then names it once; `latest` comes with
     it.

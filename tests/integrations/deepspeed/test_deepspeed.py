@@ -43,6 +43,7 @@ ONE_RANK = (
     "overlap_spans_steps",
     "save_then_load",
     "read_at_once",
+    "read_by_other_code",
     "same_tag_again",
     "paths_and_tags",
     "sixteen_bit_model",
