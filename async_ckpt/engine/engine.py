@@ -246,10 +246,10 @@ class AsyncCheckpointEngine(CheckpointEngine):
         return load_committed_into(catalog, tag, name, state_dict, select=select, rename=rename, lend=lend, **how)
 
     def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
-        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading.
-
-        With `tier="any"` also of the mirrors; `load` and `load_into` read from there what the disk lacks. Waits first
-        for pending commits of other engines of this process in this root (BackpressureTimeout: they do not end).
+        """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading, and
+        first for pending commits of other engines in this root (BackpressureTimeout: they do not end). `tier="any"`:
+        also of the mirrors, which `load` and `load_into` then read; nodes with roots of their own ask together, and get
+        the newest that each of them has.
         """
         return restoring.latest(self._commits, verify, tier)
 

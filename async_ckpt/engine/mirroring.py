@@ -42,11 +42,14 @@ class EngineMirrors(Mirrors):
         self._resumed: set[str] = set()
         self._better: dict[str, Catalog] = {}
         """Where `latest` has found a tag whole that the disk has not, or has damaged."""
+        self._nodes: RankCoordinator | None = None
+        """Of all ranks, where each node has a root of its own."""
         agreement, mirrors = None, tuple(config.mirrors)
         if isinstance(coordinator, RankCoordinator):
             info, agreement = coordinator.info, coordinator.mirror_agreement()
             # Each node has a root of its own: so it has a place of its own in the store.
             if info.num_nodes > 1:
+                self._nodes = coordinator
                 mirrors = tuple(replace(mirror, url=f"{mirror.url}/node-{info.node}") for mirror in mirrors)
         elif coordinator.world_size > 1:
             raise ConfigError(f"mirrors: {type(coordinator).__name__} cannot agree on them; use a RankCoordinator")
@@ -101,7 +104,12 @@ class EngineMirrors(Mirrors):
 
     def latest(self, disk: Catalog, verify: str) -> str | None:
         """The newest tag, on disk or in a mirror, that verifies; a mirror that cannot be reached is left out, and
-        that is logged."""
+        that is logged. With several nodes the same on all, which must all ask."""
+        if self._nodes is not None:
+            tag, where = self._nodes.newest_on_all(verify, [remote_catalog(mirror) for mirror in self.mirrors])
+            if tag is not None and where is not None:
+                self._better[tag] = where
+            return tag
         found = disk.latest(verify)
         newest_ns = disk.manifest(found).created_unix_ns if found is not None else -1
         for mirror in self.mirrors:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..errors import CheckpointError, CorruptCheckpointError, RankFailedError
+from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, RankFailedError, report
 from ..reading.catalog import Catalog
 from ..threads.pending import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
 
 
-def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: str) -> str | None:
-    """The newest checkpoint that all nodes have and that verifies on all; None if there is none. Blocks.
+def latest_on_all(
+    info: RankInfo, tiers: Sequence[Catalog], exchange: Exchange, verify: str
+) -> tuple[str | None, Catalog | None]:
+    """The newest checkpoint that all nodes have and that verifies on all (None: there is none); and which of `tiers`,
+    a node's disk and then its mirrors, has it whole, on the leader that has looked. Blocks.
 
     A node's leader reads and checks; the other ranks only wait. Two nodes' directories are one checkpoint only if they
     were committed together (same tag, same time of commit).
@@ -22,6 +26,7 @@ def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: 
     Raises:
         RankFailedError: a rank does not answer, or could not read its root; on all ranks.
     """
+    where: Catalog | None = None
 
     def leaders(work: Callable[[], Any]) -> Any:
         """What this node has to say; its own failure is said too, and raised on all ranks."""
@@ -32,30 +37,48 @@ def latest_on_all(info: RankInfo, catalog: Catalog, exchange: Exchange, verify: 
         except (CheckpointError, OSError) as error:
             return {"error": f"node {info.node} could not read its checkpoints: {type(error).__name__}: {error}"[:600]}
 
-    def problem_with(tag: str) -> str:
-        try:
-            report = catalog.verify(tag, level=verify)
-        except CorruptCheckpointError as error:
-            return str(error)
-        return "" if report.ok else str(report.problems[0])
+    def problem_with(tag: str, created_unix_ns: int) -> str:
+        nonlocal where
+        problem = "it is gone"
+        for where in tiers:
+            try:
+                if where.manifest(tag).created_unix_ns == created_unix_ns:
+                    checked = where.verify(tag, level=verify)
+                    if checked.ok:
+                        return ""
+                    problem = str(checked.problems[0])
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                problem = str(error)
+        return problem
 
     exchange.begin()
-    committed = exchange.round(leaders(partial(_committed, catalog)), _on_all_nodes)
-    for tag in committed:
-        if not exchange.round(leaders(partial(problem_with, tag)), lambda said: any(_found(said))):
-            return str(tag)
-    return None
+    for tag, created_unix_ns in exchange.round(leaders(partial(_committed, tiers)), _on_all_nodes):
+        mine = leaders(partial(problem_with, tag, created_unix_ns))
+        if not exchange.round(mine, lambda said: any(_found(said))):
+            return str(tag), where
+    return None, None
 
 
-def _committed(catalog: Catalog) -> list[tuple[str, int]]:
-    name_pending(catalog.root)
-    return [(entry.tag, entry.manifest.created_unix_ns) for entry in catalog.entries() if entry.manifest is not None]
+def _committed(tiers: Sequence[Catalog]) -> list[tuple[str, int]]:
+    """What one of them has. A mirror that cannot be reached is left out, unless it is all there is."""
+    name_pending(tiers[0].root)
+    found: set[tuple[str, int]] = set()
+    for tier in tiers:
+        try:
+            entries = tier.entries()
+        except CheckpointError as error:
+            if tier is tiers[0] or not found:
+                raise
+            report(logging.WARNING, "latest: %s is left out: %s", tier.root, error)
+            continue
+        found |= {(entry.tag, entry.manifest.created_unix_ns) for entry in entries if entry.manifest is not None}
+    return list(found)
 
 
-def _on_all_nodes(said: list[Any]) -> list[str]:
-    """Tags, newest first."""
+def _on_all_nodes(said: list[Any]) -> list[tuple[str, int]]:
+    """Tags and times of commit, newest first."""
     everywhere = set.intersection(*({(tag, created) for tag, created in found} for found in _found(said)))
-    return [tag for tag, _ in sorted(everywhere, key=lambda pair: (pair[1], pair[0]), reverse=True)]
+    return sorted(everywhere, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 
 def _found(said: list[Any]) -> list[Any]:

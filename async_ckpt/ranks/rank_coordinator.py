@@ -217,9 +217,13 @@ class RankCoordinator:
         Raises:
             RankFailedError: a node did not answer within `timeout_s`, or could not read its root; on all ranks.
         """
+        return self.newest_on_all(verify)[0]
+
+    def newest_on_all(self, verify: str, mirrors: Sequence[Catalog] = ()) -> tuple[str | None, Catalog | None]:
+        """As `latest_on_all`, where a node also has what its `mirrors` have; and, on its lowest rank, where it is."""
         if self._resumes is None:
             self._resumes = Exchange(self.talk, "latest_on_all", self.info.timeout_s)
-        return latest_on_all(self.info, Catalog(self._root, self._fs), self._resumes, verify)
+        return latest_on_all(self.info, [Catalog(self._root, self._fs), *mirrors], self._resumes, verify)
 
     # Committing.
 

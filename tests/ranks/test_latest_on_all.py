@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from async_ckpt import AsyncCheckpointEngine, Catalog, RankFailedError
+from async_ckpt import AsyncCheckpointEngine, Catalog, Mirror, RankFailedError
 from async_ckpt.ranks.exchange import Exchange
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
 from tests.ranks.jobs import Job, start_together
@@ -42,19 +43,24 @@ def ask(job: Job, rank: int, verify: str, num_ranks: int, num_times: int) -> Non
 
 
 def answers_of(job: Job, verify: str = "full", without: int = -1) -> list[Any]:
+    ranks = [rank for rank in range(job.world_size) if rank != without]
+    found = run_each(job, ask, verify, len(ranks), 1 if without >= 0 else 2, ranks=ranks)
+    assert all(len(set(answers)) == 1 for answers in found)
+    return [answers[0] for answers in found]
+
+
+def run_each(job: Job, work: Callable[..., None], *args: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+    """What `work(job, rank, *args)` has written as its answer, in a process for each rank."""
     shutil.rmtree(job.results, ignore_errors=True)
     os.makedirs(job.results)
-    ranks = [rank for rank in range(job.world_size) if rank != without]
-    num_times = 1 if without >= 0 else 2
-    processes = [context.Process(target=ask, args=(job, rank, verify, len(ranks), num_times)) for rank in ranks]
+    ranks = range(job.world_size) if ranks is None else ranks
+    processes = [context.Process(target=work, args=(job, rank, *args)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    found = [json.loads(Path(job.results, f"answer{rank}").read_text()) for rank in ranks]
-    assert all(len(set(answers)) == 1 for answers in found)
-    return [answers[0] for answers in found]
+    return [json.loads(Path(job.results, f"answer{rank}").read_text()) for rank in ranks]
 
 
 @pytest.mark.wide
@@ -79,6 +85,28 @@ def test_the_newest_checkpoint_that_all_nodes_have_whole(tmp_path: Path, store: 
     assert answers_of(make_job(tmp_path, store, 4, node_size=2, run_id="6", timeout_s=30.0)) == [None] * 4
     # What is left are counters, not questions.
     assert store.num_keys() <= 1 + 6 * (3 + 2 * 4)
+
+
+def restore(job: Job, rank: int) -> None:
+    with job.engine(rank, "") as engine:
+        start_together(job, job.world_size)
+        tag = engine.latest(tier="any")
+        answer = [tag, engine.tags(), tag and engine.load(f"{tag}/rank{rank}.pt")["rank"]]
+    Path(job.results, f"answer{rank}").write_text(json.dumps(answer))
+
+
+@pytest.mark.wide
+def test_a_node_that_lost_its_disk_resumes_from_its_mirror_where_all_nodes_can(tmp_path: Path, store: Any) -> None:
+    mirrored = {"mirrors": (Mirror(f"file://{tmp_path}/mirror"),)}
+    job = make_job(tmp_path, store, 2, node_size=1, extra=mirrored)
+    run(job, [[(tag, "commit") for tag in "abc"]] * 2)
+    shutil.rmtree(f"{job.root}/node1")
+    again = make_job(tmp_path, store, 2, node_size=1, extra=mirrored, run_id="2")
+    assert run_each(again, restore) == [["c", ["a", "b", "c"], 0], ["c", [], 1]]
+    # What the lost node has not mirrored is not what all have, though it is the newest of the other one's disk.
+    shutil.rmtree(tmp_path / "mirror" / "node-1" / "c")
+    again = make_job(tmp_path, store, 2, node_size=1, extra=mirrored, run_id="3")
+    assert run_each(again, restore) == [["b", ["a", "b", "c"], 0], ["b", [], 1]]
 
 
 @pytest.mark.wide
