@@ -157,7 +157,9 @@ class ObjectStore:
             found = self._obstore.list_with_delimiter(self._store, folder or None)
         except Exception as error:
             raise self._translated(error, f"listing {folder!r}") from error
-        objects = [str(meta["path"]).rpartition("/")[2] for meta in found["objects"]]
+        # Some servers show the folder itself as an object in it.
+        paths = [str(meta["path"]).rstrip("/") for meta in found["objects"]]
+        objects = [path.rpartition("/")[2] for path in paths if path != folder]
         return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]], objects
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _BLOCK_BYTES = 8 << 20
 """One request for a range of a file."""
+_PATIENCE_S = 20.0
 _NUM_REQUESTS = 32
 """Small requests in flight at once; their cost is the way there and back."""
 
@@ -45,13 +46,14 @@ def remote_catalog(mirror: Mirror | str) -> Catalog:
 
 
 def open_url(url: str) -> RemoteFileSystem:
-    """A store for reading, from the root's URL, or from that of anything in it; credentials are the environment's.
+    """A store for reading, from the root's URL, or from that of anything in it; credentials are the environment's. With
+    less patience than an upload has: somebody waits.
 
     Raises:
         ConfigError: no such scheme, or the extra is not installed.
     """
     scheme, bucket, _ = split_url(url)
-    return RemoteFileSystem(Mirror(f"{scheme}://{bucket}"))
+    return RemoteFileSystem(Mirror(f"{scheme}://{bucket}", retry_timeout_s=_PATIENCE_S))
 
 
 class RemoteFileSystem:

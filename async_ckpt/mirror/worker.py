@@ -201,12 +201,13 @@ class Worker:
         return error
 
     def _ask_again(self, tag: str) -> None:
-        """By hand, what is noted as mirrored is looked for: somebody may have emptied the store."""
-        state = self.context.states.get(tag)
+        """By hand, what is noted as mirrored is looked for: somebody may have deleted some of it in the store."""
+        store, state = self.context.store, self.context.states.get(tag)
         # Without keys it is retention that has deleted it there.
         if state is not None and state.mirrored and state.keys:
-            found = read_manifest(self.context.store, tag)
-            if found is None or found.attempt != state.attempt:
+            found = read_manifest(store, tag)
+            there = {key: info.e_tag for key in state.done if (info := store.head(key)) is not None}
+            if found is None or found.attempt != state.attempt or there != state.done:
                 self.context.states.forget(tag)
 
     def _retain(self, tag: str) -> None:

@@ -50,11 +50,16 @@ def test_mirror_catches_up_and_list_shows_it(run: Any, moto: Any, tmp_path: Path
     assert f"committed, mirrored to {url}" in run(moto, "list", str(tmp_path))
     assert [item["mirrored"] for item in json.loads(run(moto, "list", str(tmp_path), "--json"))] == [[url]] * 3
     # What somebody has deleted there is put again; copies are no checkpoints of their own.
-    for key in keys(moto, f"{prefix}/step-1/"):
+    deleted = [*keys(moto, f"{prefix}/step-1/"), keys(moto, f"{prefix}/step-2/")[0]]
+    for key in deleted:
         client(moto).delete_object(Bucket=BUCKET, Key=key)
+    # As a server's console does that makes folders.
+    client(moto).put_object(Bucket=BUCKET, Key=f"{prefix}/step-1/{deleted[0].split('/')[2]}/", Body=b"")
     shutil.copytree(tmp_path / "step-1", tmp_path / "copy (1)")
-    assert "step-1: mirrored, " in run(moto, "mirror", str(tmp_path), url)
+    said = run(moto, "mirror", str(tmp_path), url)
+    assert "step-0: mirrored already" in said and "step-1: mirrored, " in said and "step-2: mirrored, " in said
     assert check_store(s3_mirror(moto, prefix)) == ["step-0", "step-1", "step-2"]
+    assert [item["extra"] for item in json.loads(run(moto, "verify", url, "--json"))] == [[], [], []]
     assert "is a copy of 'step-1'" in run(moto, "mirror", str(tmp_path), url, "copy (1)", code=2)
     assert "no checkpoint 'step-9'" in run(moto, "mirror", str(tmp_path), url, "step-9", code=3)
     assert "is a store" in run(moto, "mirror", url, url, code=2)
