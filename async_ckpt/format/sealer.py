@@ -78,7 +78,13 @@ class Sealer:
         self._patch(offset, end, view)
         crc, done = self._take_payloads(offset, end, view)
         if self._next_payload == len(self._offsets) and end > self._tail_offset:
-            self._copy_tail(self._map, offset, end, view)
+            # The finished bytes behind the last payload.
+            if self._tail is None:
+                self._tail = self._finish_tail(self._map)
+            tail = memoryview(self._tail)
+            for start in range(max(offset, self._tail_offset), end, _COPY_NBYTES):
+                stop = min(start + _COPY_NBYTES, end)
+                view[start - offset : stop - offset] = tail[start - self._tail_offset : stop - self._tail_offset]
         return crc32(view[done - offset :], crc)
 
     def _take_payloads(self, offset: int, end: int, view: memoryview) -> tuple[int, int]:
@@ -173,15 +179,6 @@ class Sealer:
     def _mix(self, crc: int) -> None:
         value = self._hash
         self._hash = value ^ ((crc + 0x9E3779B9 + (value << 6) + (value >> 2)) & _UINT64_MASK)
-
-    def _copy_tail(self, seal_map: SealMap, offset: int, end: int, view: memoryview) -> None:
-        """Put the finished bytes behind the last payload into this extent."""
-        if self._tail is None:
-            self._tail = self._finish_tail(seal_map)
-        tail = memoryview(self._tail)
-        for start in range(max(offset, self._tail_offset), end, _COPY_NBYTES):
-            stop = min(start + _COPY_NBYTES, end)
-            view[start - offset : stop - offset] = tail[start - self._tail_offset : stop - self._tail_offset]
 
     def _finish_tail(self, seal_map: SealMap) -> bytearray:
         tail, base = bytearray(self._tail_bytes), self._tail_offset

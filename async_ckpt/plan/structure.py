@@ -167,11 +167,6 @@ class Structure:
         if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):
             raise NotPlainError("a string that pickle may or may not take for its own")
 
-    def _remembered_ids(self, leaves: list[Any]) -> list[int]:
-        ids = list(map(id, self._pick_remembered(leaves)))
-        ids.extend(map(id, self._constants))
-        return ids
-
     def finish(self, constants: tuple[str, ...], alone: frozenset[int]) -> list[Any]:
         """Note the sharing pattern; returns the flat list of the first state and from now on keeps none of its objects.
 
@@ -192,7 +187,7 @@ class Structure:
             return times_met[id(leaf)] > 1 or not is_alone
 
         self._pick_remembered = picker([position for position in remembered if may_be_another(leaves[position])])
-        self._sharing = SharingPattern(self._remembered_ids(leaves))
+        self._sharing = SharingPattern(list(map(id, (*self._pick_remembered(leaves), *self._constants))))
         return leaves
 
     def runs(self, leaves: list[Any]) -> list[Any] | None:
@@ -274,7 +269,7 @@ class Structure:
                     append(attributes)
         if list(map(type, leaves)) != self.types or self._pick_strings(leaves) != self._strings:
             return None
-        if not self._sharing.matches(self._remembered_ids(leaves)):
+        if not self._sharing.matches(list(map(id, (*self._pick_remembered(leaves), *self._constants)))):
             return None
         named, opcodes = self._pick_globals(leaves), self.global_opcodes
         is_same = (

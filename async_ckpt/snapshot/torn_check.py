@@ -66,7 +66,9 @@ class TornCheck:
             TornSnapshotError: something has changed; names up to ten tensors.
         """
         with self._lock:
-            torn = self._changed()
+            has_changed = version_counters(self._tensors) != self._versions
+            changed = _still_torn(self._tensors, self._versions) if has_changed else []
+            torn = [i for i, version in enumerate(changed) if version is not None]
             if all_but:
                 later = [not all_but.isdisjoint(storage_ids(t)) for t in self._tensors]
                 torn = [i for i in torn if not later[i]]
@@ -98,11 +100,6 @@ class TornCheck:
             self._tensors = self._owners = ()
             self._versions, self._owner_versions, self._storage_ids, self._starts = [], [], [], []
             self._paths = list
-
-    def _changed(self) -> list[int]:
-        if version_counters(self._tensors) == self._versions:
-            return []
-        return [i for i, v in enumerate(_still_torn(self._tensors, self._versions)) if v is not None]
 
     def _with_changed_owners(self) -> list[int]:
         """The tensors over storages that were changed through another tensor."""

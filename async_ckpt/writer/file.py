@@ -95,7 +95,7 @@ class FileWrite:
         file. Raises TransactionStateError: in a forked child.
         """
         check_process(self._pid, "this file")
-        self._queue.put(*chunks)
+        self._queue.inbox.extend(chunks)
         self._notify()
         if self._is_over:
             self._queue.take_over()
@@ -163,11 +163,11 @@ class FileWrite:
         """Begin to seal and write the next chunk, if its turn has come."""
         self._queue.take_over()
         with self._lock:
-            is_ready = self._failure is None and not self._is_sealing and bool(self._queue)
+            is_ready = self._failure is None and not self._is_sealing and bool(self._queue.waiting)
             is_ready &= self._opened is not None or self._queue.held_back is not None
             if not is_ready or self._num_chunk_jobs >= self._how.depth or not self._disk.take_slot(self.begin_next):
                 return
-            chunk = self._queue.pop()
+            chunk = self._queue.waiting.popleft()
             self._is_sealing = True
             self._num_chunk_jobs += 1
             # Counted before the lock is free: a file that ends meanwhile gives no chunk back that a job will touch.
@@ -189,7 +189,8 @@ class FileWrite:
         is_equal = self.sharing is not None and self.sharing.is_equal(extent, self.extent_crc32[extent])
         with self._lock:
             self._is_sealing = False
-            if self._queue.holds_back(chunk, more=is_equal):
+            if self._queue.held_back is not None:
+                self._queue.hold_back(self._queue.held_back, chunk, more=is_equal)
                 return False
         # The next seal goes on beside this write.
         self.begin_next()
@@ -282,7 +283,7 @@ class FileWrite:
         jobs = self._jobs
         jobs.step = "the first chunk"
         # Not before: to reserve the file's blocks takes milliseconds of a core, while the caller copies on all of them.
-        await self._until(lambda: bool(self._queue) or not self.size_bytes)
+        await self._until(lambda: bool(self._queue.waiting) or not self.size_bytes)
         jobs.step = "the directory"
         self._folder.add_done_callback(lambda _: self._notify())
         await self._until(self._folder.done)

@@ -32,13 +32,12 @@ class ChunkQueue:
         self._lock = lock
         self._is_late = is_late
         self._refuse = refuse
-        self._inbox: deque[Chunk] = deque()
-        """Handed over by the caller, and not looked at yet."""
+        self.inbox: deque[Chunk] = deque()
+        """Handed over by the caller, in a single operation (interrupted, this has all of the chunks or none), and not
+        looked at yet."""
         self._held: dict[int, Chunk] = {}
-        self._queue: deque[Chunk] = deque()
-
-    def __len__(self) -> int:
-        return len(self._queue)
+        self.waiting: deque[Chunk] = deque()
+        """To be written. With the lock."""
 
     @property
     def num_bytes_held_back(self) -> int | None:
@@ -46,22 +45,18 @@ class ChunkQueue:
         held = self.held_back
         return None if held is None else sum(chunk.nbytes for chunk in held)
 
-    def put(self, *chunks: Chunk) -> None:
-        """Hand them over. A single operation: interrupted, this has taken all of them or none."""
-        self._inbox.extend(chunks)
-
     def has_taken(self, offset: int) -> bool:
         """Whether the chunk at `offset` was taken over, and so is released here."""
         # In this order: it is counted before it leaves the inbox.
-        return any(chunk.offset == offset for chunk in list(self._inbox)) or offset < self.next_offset
+        return any(chunk.offset == offset for chunk in list(self.inbox)) or offset < self.next_offset
 
     def take_over(self) -> None:
         """Queue what was handed over, or release it where the file has failed or the chunk is wrong."""
-        while self._inbox:
+        while self.inbox:
             with self._lock:
-                if not self._inbox:
+                if not self.inbox:
                     return
-                chunk, problem = self._inbox[0], None
+                chunk, problem = self.inbox[0], None
                 is_late = self._is_late()
                 if not is_late:
                     problem = problem_with(chunk, self.next_offset, self.extent_bytes, self._size_bytes)
@@ -70,32 +65,25 @@ class ChunkQueue:
                     self._held[chunk.offset] = chunk
                     self.next_offset += chunk.nbytes
                     self._disk.count(+1)
-                    self._queue.append(chunk)
+                    self.waiting.append(chunk)
                     self.is_scarce |= chunk.is_scarce
-                self._inbox.popleft()
+                self.inbox.popleft()
             if problem is not None:
                 self._refuse(f"chunk of {chunk.nbytes} bytes at offset {chunk.offset} of {{}}: {problem}")
             if problem is not None or is_late:
                 chunk.release()
 
-    def pop(self) -> Chunk:
-        """The next one. With the lock."""
-        return self._queue.popleft()
-
-    def holds_back(self, chunk: Chunk, *, more: bool) -> bool:
-        """Hold a sealed chunk back, if that is done; `more` False: it is the last one, and all are put back. With the
+    def hold_back(self, held: list[Chunk], chunk: Chunk, *, more: bool) -> None:
+        """Add a sealed chunk to those held back; `more` False: it is the last one, and all are put back. With the
         lock."""
-        if self.held_back is None:
-            return False
-        self.held_back.append(chunk)
+        held.append(chunk)
         if not more:
             self.put_back()
-        return True
 
     def put_back(self) -> None:
         """Put what was held back in front of the others. With the lock."""
         held, self.held_back = self.held_back or [], None
-        self._queue.extendleft(reversed(held))
+        self.waiting.extendleft(reversed(held))
 
     def release(self, chunk: Chunk) -> None:
         """Give one chunk back, unless that was done; no thread may use it any more."""
@@ -106,6 +94,6 @@ class ChunkQueue:
     def release_all(self) -> None:
         """Give all of them back; no thread may use them any more, and no other will come."""
         self.take_over()
-        self._queue.clear()
+        self.waiting.clear()
         for chunk in list(self._held.values()):
             self.release(chunk)
