@@ -288,7 +288,7 @@ class FileCopy:
         began = time.perf_counter()
         self._payloads.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
-            self._torn.compare_chunk(k, chunk.address)
+            self._torn.compare_chunk(k, chunk.tensor)
         if self._on_copied is not None:
             self._report(self._on_copied, k, began)
 
@@ -326,5 +326,5 @@ class FileCopy:
             if self._on_copied is not None:
                 self._report(self._on_copied, k, began)
             if self._completes:
-                self._torn.compare_chunk(k, chunk.address)
+                self._torn.compare_chunk(k, chunk.tensor)
                 self._send(k, chunk)

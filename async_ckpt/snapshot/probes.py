@@ -77,7 +77,12 @@ class ProbeMap:
         with plain_torch():
             self._columns = _numbers(self._payloads), _numbers(self._offsets), _numbers(array("q", ends)) - 1
             self._widths = _numbers(widths) if strided else None
-            self._chunk_offsets = _numbers(chunk_offsets)
+            places = _numbers(chunk_offsets)
+            self._in_chunks = [
+                _words_at(places[rows], None, None if self._widths is None else self._widths[rows])
+                for rows in self._rows
+            ]
+            """The probes in the memory of each chunk."""
         self._last: tuple[list[int], _Words] | None = None
         """The payloads' addresses of the last save, and their probes: nearly always the next one has the same."""
 
@@ -95,20 +100,22 @@ class ProbeMap:
             if self._last is None or self._last[0] != addresses:
                 payloads, offsets, ends = self._columns
                 starts = _numbers(array("q", addresses)).index_select(0, payloads)
-                self._last = addresses, _words_at(starts, offsets, ends, self._widths)
-            return _read(self._last[1])
+                places = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets) - _BASE
+                self._last = addresses, _words_at(places, ends - offsets, self._widths)
+            return _read(torch.frombuffer(_ADDRESS_SPACE, dtype=torch.uint8), self._last[1])
 
-    def changed(self, noted: torch.Tensor, k: int, chunk_address: int) -> list[tuple[int, int]]:
+    def changed(self, noted: torch.Tensor, k: int, chunk: torch.Tensor) -> list[tuple[int, int]]:
         """Where chunk `k`, which has been filled, holds something else than was noted: payload and offset in it. Any
         thread; about 10 us.
+
+        Args:
+            chunk: its bytes.
         """
         rows = self._rows[k]
         if rows.start == rows.stop:
             return []
         with plain_torch():
-            offsets = self._chunk_offsets[rows]
-            widths = None if self._widths is None else self._widths[rows]
-            found = _read(_words_at(torch.tensor(chunk_address), offsets, offsets + PROBE_BYTES, widths))
+            found = _read(chunk, self._in_chunks[k])
             if torch.equal(noted[rows], found):
                 return []
             changed = (rows.start + int(row) for row in torch.nonzero(noted[rows] != found))
@@ -116,14 +123,13 @@ class ProbeMap:
 
 
 _Words = tuple[torch.Tensor, torch.dtype, torch.Tensor, torch.Tensor | None]
-"""Eight bytes each: indices into the address space, of whole words where none of the probes goes beyond an aligned one,
+"""Eight bytes each: indices into some memory, of whole words where none of the probes goes beyond an aligned one,
 else of bytes; the bits of each word before the probe, and a mask of the probe where some are narrower."""
 
 
-def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor, widths: torch.Tensor | None) -> _Words:
-    """`widths` bytes (None: eight) each at `starts` + `offsets`; nothing is read beyond `starts` + `ends`. A start may
-    be 0: nowhere."""
-    addresses = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets)
+def _words_at(addresses: torch.Tensor, last: torch.Tensor | None, widths: torch.Tensor | None) -> _Words:
+    """`widths` bytes (None: eight) at each of `addresses`; nothing is read behind the `last` byte (None: there are
+    eight), counted from there."""
     before = addresses & (PROBE_BYTES - 1)
     mask = None
     # An aligned word lies in one page, whatever of it belongs to the payload.
@@ -133,15 +139,15 @@ def _words_at(starts: torch.Tensor, offsets: torch.Tensor, ends: torch.Tensor, w
         is_whole = bool((before + widths <= PROBE_BYTES).all())
         mask = torch.where(widths == PROBE_BYTES, -1, (1 << 8 * widths) - 1)
     if is_whole:
-        return (addresses - _BASE) >> 3, torch.int64, 8 * before, mask
-    places = torch.minimum(offsets[:, None] + torch.arange(PROBE_BYTES), ends[:, None]) - offsets[:, None]
-    return (addresses[:, None] + places - _BASE).flatten(), torch.uint8, torch.zeros_like(before), mask
+        return addresses >> 3, torch.int64, 8 * before, mask
+    places = torch.arange(PROBE_BYTES) if last is None else torch.minimum(torch.arange(PROBE_BYTES), last[:, None])
+    return (addresses[:, None] + places).flatten(), torch.uint8, torch.zeros_like(before), mask
 
 
-def _read(words: _Words) -> torch.Tensor:
+def _read(memory: torch.Tensor, words: _Words) -> torch.Tensor:
     """What is there now, as numbers."""
     indices, dtype, before, mask = words
-    found = torch.frombuffer(_ADDRESS_SPACE, dtype=dtype).index_select(0, indices).view(torch.int64)
+    found = memory.view(dtype).index_select(0, indices).view(torch.int64)
     return found if mask is None else (found >> before) & mask
 
 

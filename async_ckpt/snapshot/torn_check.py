@@ -50,9 +50,9 @@ class TornCheck:
         first, tiny = self._noted.data_ptr(), self._probes.tiny
         return [(payload, first + row * PROBE_BYTES) for payload, row in tiny if payload not in self._on_devices]
 
-    def compare_chunk(self, k: int, chunk_address: int) -> None:
+    def compare_chunk(self, k: int, chunk: torch.Tensor) -> None:
         """Compare the content of chunk `k`, which has been filled, with what was noted."""
-        changed = self._probes.changed(self._noted, k, chunk_address)
+        changed = self._probes.changed(self._noted, k, chunk)
         self._changed_bytes += [place for place in changed if place[0] not in self._on_devices]
 
     def check_torn(self, all_but: frozenset[int] = frozenset()) -> None:
