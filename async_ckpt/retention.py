@@ -68,6 +68,11 @@ class Decision:
 class RetentionPolicy:
     """Says which checkpoints to keep; `a | b` keeps what either keeps."""
 
+    @property
+    def num_kept(self) -> int:
+        """How many it keeps at least, once there are so many."""
+        return 1
+
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         """Tags to keep, each with the reason. `checkpoints` are ordered from the oldest commit to the newest.
 
@@ -98,6 +103,10 @@ class AnyOf(RetentionPolicy):
                 reasons[tag] = f"{reasons[tag]}; {reason}" if tag in reasons else reason
         return reasons
 
+    @property
+    def num_kept(self) -> int:
+        return max((policy.num_kept for policy in self.policies), default=1)
+
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.policies))
 
@@ -110,6 +119,10 @@ class KeepLast(RetentionPolicy):
 
     def __post_init__(self) -> None:
         _check_positive("KeepLast", "num", self.num)
+
+    @property
+    def num_kept(self) -> int:
+        return self.num
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         return {info.tag: f"among the last {self.num}" for info in checkpoints[-self.num :]}

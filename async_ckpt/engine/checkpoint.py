@@ -231,7 +231,11 @@ class Checkpoint:
 
 
 def begin(
-    coordinator: Coordinator, destination: Destination, config: EngineConfig, filesystem: FileSystem
+    coordinator: Coordinator,
+    destination: Destination,
+    config: EngineConfig,
+    filesystem: FileSystem,
+    after: PendingCommit | None,
 ) -> Checkpoint:
     """Open a checkpoint. Raises as `Coordinator.begin`.
 
@@ -240,12 +244,12 @@ def begin(
     """
     is_tolerant = config.on_commit_failure != "raise"
     try:
-        return Checkpoint(coordinator.begin(destination, config.overwrite), coordinator, filesystem, is_tolerant)
+        return Checkpoint(coordinator.begin(destination, config.overwrite), coordinator, filesystem, is_tolerant, after)
     except WriteError as error:
         if not is_tolerant:
             raise
         staging = Staging(destination, config.overwrite, state=State.ABORTED)
-        return Checkpoint(staging, coordinator, filesystem, is_tolerant, error=error)
+        return Checkpoint(staging, coordinator, filesystem, is_tolerant, after, error=error)
 
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:

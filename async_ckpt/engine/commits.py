@@ -33,6 +33,7 @@ from ..storage.staged import Destination, State
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.pending import announce
+from . import preflight
 from .checkpoint import Checkpoint, begin
 from .config import EngineConfig
 from .mirroring import EngineMirrors
@@ -74,13 +75,13 @@ class Commits:
         self._rotation = Rotation(self.filesystem, root, config.retention, self._why_held, callbacks.report)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
-            transaction.make_root(self.filesystem, root, try_clones=self.pipeline.reuse.is_on)
+            made = transaction.make_root(self.filesystem, root, try_clones=self.pipeline.reuse.is_on)
             self.pipeline.reuse.tell(root, clones=self.filesystem.findings.clones)
+            undo.callback(transaction.unmake, self.filesystem, made)
             self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
-            if config.sweep_on_start:
-                self._coordinator.sweep()
+            preflight.at_start(config, self.catalog, self.filesystem, self._coordinator)
             if config.mirrors:
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
@@ -156,8 +157,7 @@ class Commits:
         ):
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        checkpoint = begin(self._coordinator, destination, self._config, self.filesystem)
-        checkpoint.after = earlier
+        checkpoint = begin(self._coordinator, destination, self._config, self.filesystem, earlier)
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         self._open[tag] = checkpoint
 

@@ -99,6 +99,10 @@ class EngineConfig:
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""
 
+    preflight: bool = True
+    """Write, sync and rename one small file in `root` when the engine starts, on each node: a disk that cannot be
+    written is an error then, and not after hours. A few milliseconds; nothing of it stays."""
+
     retention: RetentionPolicy | None = None
     """Which older checkpoints to delete after each commit; None keeps all."""
 
@@ -139,7 +143,7 @@ class EngineConfig:
         self._check_choice("overwrite", "refuse", "replace")
         self._check_choice("format", "torch", "safetensors")
         self._check_choice("reuse", "auto", "off")
-        for name in ("compact_views", "read_back", "sweep_on_start", "keep_local_until_mirrored"):
+        for name in ("compact_views", "read_back", "sweep_on_start", "preflight", "keep_local_until_mirrored"):
             self._check_choice(name, True, False)
         if not isinstance(self.on_commit_failure, Tolerate):
             self._check_choice("on_commit_failure", "raise")

@@ -27,7 +27,7 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
 from ..threads.executor import run_aside
-from . import at_exit, closing, restoring
+from . import at_exit, closing, preflight, restoring
 from .checkpoint import given_up
 from .commits import Commits
 from .config import EngineConfig
@@ -48,8 +48,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
     Raises:
         ConfigError: a bad field or unit, or more staging memory than there is.
-        WriteError: the root cannot be made, or is not a directory; or the system has no threads or descriptors left.
-            No thread, descriptor or directory is left behind.
+        WriteError: the root cannot be made or written in; or the system has no threads or descriptors left. No thread,
+            descriptor or directory is left behind.
     """
 
     def __init__(
@@ -153,10 +153,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
             TransactionStateError: the tag is not open, or committed already. UnsupportedStateError: metadata is no
                 JSON. BackpressureTimeout: too many commits are pending; the tag stays open.
         """
-        name = check_tag(tag_of(tag))
-        checked = check_metadata(metadata or {})
         with self._commits.lock:
-            pending = self._commits.commit(name, checked)
+            pending = self._commits.commit(check_tag(tag_of(tag)), check_metadata(metadata or {}))
             self._pipeline.snapshotter.start_at()
         if self._preemption is not None:
             self._preemption.after_commit(pending)
@@ -186,7 +184,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._pipeline.guard.wait(block=True)
 
     def prewarm(self, state_bytes: int | None = None, *, states: Mapping[str, Any] | None = None) -> None:
-        """Block until a save of this size is a warm one: staging memory is faulted in, and `states` are planned.
+        """Block until a save of this size is a warm one: staging memory is faulted in, `states` are planned, and fit.
 
         Args:
             state_bytes: None is the size of `states`, or all staging memory without them.
@@ -195,12 +193,14 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         Raises:
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
+            OutOfSpaceError: there is no room for one checkpoint, or for as many as `retention` will keep.
         """
         with self._commits.lock:
             self._commits.check_usable()
             named = {"/".join(self._commits.paths.split(path)[1]): state for path, state in (states or {}).items()}
-            planned_bytes = self._pipeline.plan_ahead(named)
+            planned_bytes, size_bytes = self._pipeline.plan_ahead(named)
         self._pipeline.tell_notes()
+        preflight.for_states(self.config, self._commits.catalog, self._commits.filesystem, size_bytes)
         self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
     # Reading back.

@@ -199,10 +199,13 @@ class SavePipeline:
         job.add_done_callback(_warn_of_failure)
         self.warming = [*(other for other in self.warming if not other.done()), job]
 
-    def plan_ahead(self, states: Mapping[str, Any]) -> int:
-        """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need."""
+    def plan_ahead(self, states: Mapping[str, Any]) -> tuple[int, int]:
+        """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need, and their files'
+        bytes.
+        """
         plans = {name: self.planner.plan(state, name=name).plan for name, state in states.items()}
-        return sum(self.snapshotter.plan_ahead(plan, name) for name, plan in plans.items())
+        staging_bytes = sum(self.snapshotter.plan_ahead(plan, name) for name, plan in plans.items())
+        return staging_bytes, sum(plan.file_bytes for plan in plans.values())
 
     def fault_in(self, num_bytes: int | None) -> None:
         """Block until `num_bytes` (None: all) of the staging memory are warm."""

@@ -62,6 +62,11 @@ def node_from_env(rank: int, world_size: int) -> Node:
     return Node(number, num_nodes, tuple(range(first, min(first + local_size, world_size))))
 
 
+def is_first_of_node() -> bool:
+    """Whether a launcher has numbered this process as its first one on this node."""
+    return os.environ.get("LOCAL_RANK") == "0"
+
+
 def local_world_size() -> int:
     """Ranks that share this host's memory, from LOCAL_WORLD_SIZE; 1 when unset.
 

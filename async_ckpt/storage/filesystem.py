@@ -258,9 +258,9 @@ class FileSystem:
         finally:
             self._calls.close(fd)
 
-    def create_file(self, path: str, data: bytes) -> None:
-        """Make a new file with `data`, complete, synced and closed (O_EXCL)."""
-        write_file.create_file(self._calls, path, data)
+    def create_file(self, path: str, data: bytes, reserved_bytes: int = 0) -> None:
+        """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL)."""
+        write_file.create_file(self._calls, path, data, reserved_bytes)
 
     def read_file(self, path: str, max_bytes: int) -> bytes:
         """The whole content of a small regular file; the last component is not followed."""

@@ -15,8 +15,9 @@ _CLONING_TYPES = frozenset({"xfs", "btrfs", "zfs", "bcachefs", "overlay"})
 """Of the local ones, those where it is worth asking."""
 
 
-def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> None:
+def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> list[str]:
     """Make the root directory if it is missing, and make its own name durable. The mode of an existing root is kept.
+    Returns the directories that were made, for `unmake`.
 
     Args:
         try_clones: find out whether its files can share blocks.
@@ -44,10 +45,7 @@ def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> None:
                 fs.fsync_dir(os.path.join(root, os.pardir))
         kind = fs.fs_type(root)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            # Only what is empty, and was not there before; what cannot be removed is an empty directory.
-            for path in reversed(made):
-                fs.rmdir(path)
+        unmake(fs, made)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error
     if kind not in LOCAL_TYPES and not fs.findings.tried:
         _try_out(fs, root, kind or "an unknown file system")
@@ -59,6 +57,14 @@ def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> None:
                 fs.probe_clones(folder)
             finally:
                 remove_tree(fs, folder)
+    return made
+
+
+def unmake(fs: FileSystem, made: list[str]) -> None:
+    """Remove what was made and is empty; what cannot be removed is an empty directory."""
+    with contextlib.suppress(OSError):
+        for path in reversed(made):
+            fs.rmdir(path)
 
 
 def _try_out(fs: FileSystem, root: str, kind: str) -> None:

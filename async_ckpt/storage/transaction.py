@@ -42,7 +42,7 @@ from ..host.process import OwnerState
 from .delete import remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
-from .root import make_root
+from .root import make_root, unmake
 from .staged import Destination, Staging, State, check_final, refuse, rename_to_final, written_by
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
@@ -63,6 +63,7 @@ __all__ = [
     "publish",
     "remove",
     "sweep",
+    "unmake",
 ]
 
 

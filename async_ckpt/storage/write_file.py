@@ -33,12 +33,15 @@ _MAX_STALLED_WRITES = 3
 _INCOMPLETE = " failed, the file is incomplete and is not committed"
 
 
-def create_file(calls: Syscalls, path: str, data: bytes) -> None:
-    """Make a new small file with `data`: written completely, synced, closed."""
+def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0) -> None:
+    """Make a new small file with `data`: written completely, synced, closed; with blocks for more."""
     offset = 0
     try:
         fd = calls.open(path, _CREATE, _MODE)
         try:
+            if reserved_bytes:
+                # As where its type is one that gives them.
+                _reserve(calls, fd, reserved_bytes, "xfs", None)
             while offset < len(data):
                 offset += _write_some(calls, fd, path, memoryview(data)[offset:], offset)
             calls.fsync(fd)

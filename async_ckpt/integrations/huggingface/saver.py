@@ -42,6 +42,10 @@ class SaveTotalLimit(RetentionPolicy):
         if isinstance(self.num, bool) or not isinstance(self.num, int) or self.num < 1:
             raise ConfigError(f"SaveTotalLimit: num must be a positive integer, not {self.num!r}")
 
+    @property
+    def num_kept(self) -> int:
+        return self.num
+
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         """See the class."""
         reasons = {info.tag: "not a checkpoint of Trainer" for info in checkpoints if step_of(info.tag) < 0}

@@ -1,0 +1,45 @@
+"""Errors at step 0 instead of hour 20: what an engine tries before its first save."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import report
+from ..host.facts import is_first_of_node
+from ..ranks.coordinator import Coordinator
+from ..reading.catalog import Catalog
+from ..storage import preflight
+from ..storage.filesystem import FileSystem
+from .config import EngineConfig
+
+
+def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coordinator: Coordinator) -> None:
+    """Sweep, then one real write on each node. Warns where another checkpoint like the newest one finds no room.
+
+    Raises:
+        WriteError, OutOfSpaceError: the disk refused it.
+    """
+    if config.sweep_on_start:
+        coordinator.sweep()
+    if not config.preflight or not (coordinator.leads or is_first_of_node()):
+        return
+    preflight.try_writing(filesystem, catalog.root)
+    committed = catalog.committed() if coordinator.leads else []
+    size_bytes = sum(entry.size_bytes for entry in committed[-1].files) if committed else 0
+    free_bytes = filesystem.free_bytes(catalog.root)
+    if size_bytes > free_bytes:
+        told = "%d bytes are free in %r, where the newest checkpoint %r has %d: one like it cannot be saved"
+        args = (free_bytes, catalog.root, committed[-1].tag, size_bytes)
+        report(logging.WARNING, told, *args, warning=RuntimeWarning, stacklevel=4)
+
+
+def for_states(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, size_bytes: int) -> None:
+    """Check that a checkpoint of that size finds room, and as many as retention will keep beside it; with `reuse`, only
+    the one: how much the others share is not known.
+
+    Raises:
+        OutOfSpaceError: the disk, or a quota, has less.
+    """
+    num_kept = 0 if config.retention is None or config.reuse == "auto" else config.retention.num_kept
+    if size_bytes:
+        preflight.check_room(filesystem, catalog.root, size_bytes, max(1, num_kept + 1 - len(catalog.committed())))
