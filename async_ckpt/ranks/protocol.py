@@ -8,8 +8,8 @@ Keys, all below the run's prefix; n is the attempt, counted by rank 0, never use
 - "seq", "head": how many attempts were begun; the newest one that may be read.
 - "n/open": rank 0's announcement: tag, staging name, world size, or why it could not begin. "n/open/g": node g's
   staging name.
-- "n/part/r": rank r's part is durable, and its digest. "n/count": how many parts. "n/gate": wakes rank 0: all are
-  there, or one failed.
+- "n/part/r": rank r's part is durable, its digest, and its vote where the destination has one. "n/count": how many
+  parts. "n/gate": wakes rank 0: all are there, or one failed.
 - "n/decision": claimed once, by rank 0 ("publish") or by the first rank that gives up. Nothing is renamed without that
   claim.
 - "n/result": what became of it. "n/done", "n/done/g": nodes that have renamed. "n/seen": how many other ranks have read

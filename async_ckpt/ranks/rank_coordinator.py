@@ -159,7 +159,8 @@ class RankCoordinator:
         attempt = self.talk.learn(opened, opened.attempt)
         entries = (*files, *opened.destination.take_in(self._fs, opened.path))
         digest = write_part(self._fs, opened.path, self.rank, Manifest(opened.tag, created_unix_ns, entries))
-        self.talk.learn(opened, rank_protocol.report(self.info, attempt, digest), reported=True)
+        said = f"{digest} {opened.destination.vote}".rstrip()
+        self.talk.learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
             return
@@ -232,6 +233,7 @@ class RankCoordinator:
     ) -> None:
         info = self.info
         digests = self.talk.learn(opened, rank_protocol.gather(info, attempt))
+        opened.destination.check_votes([said.partition(" ")[2] for said in digests])
         entries = merge_parts(self._fs, opened.path, info.group, digests)
         self.talk.learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
         try:

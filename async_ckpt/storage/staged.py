@@ -61,6 +61,15 @@ class Destination:
         """
         return ()
 
+    @property
+    def vote(self) -> str:
+        """What this rank tells the one that renames when its part is durable: a few words, the same from all ranks or
+        not."""
+        return ""
+
+    def check_votes(self, votes: Sequence[str]) -> None:
+        """Called on rank 0 before the decision, with the votes of all ranks that share its directory."""
+
     def published(self, filesystem: FileSystem) -> None:
         """Called on the rank that has renamed, before any rank reports success. Worker thread; blocks."""
 

@@ -25,6 +25,8 @@ from ...format.pickles import MalformedPickleError
 from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
 from ...reading.limits import refuse_length
 
+_END_MAGIC, _END_BYTES = b"PK\5\6", 22
+_MAX_TAIL_BYTES = 1 << 17
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
@@ -67,6 +69,14 @@ def _check_arrays(data: bytes, source: str) -> None:
         read_inert(data, _Arrays(source))
     except MalformedPickleError as error:
         raise CorruptCheckpointError(f"{source} is no pickle: {error}", path=source) from error
+
+
+def unpadded(blob: memoryview) -> memoryview:
+    """A container without the zeros that follow it where it was given room to grow."""
+    tail = bytes(blob[-_MAX_TAIL_BYTES:])
+    end = tail.rfind(_END_MAGIC) + _END_BYTES
+    is_padded = _END_BYTES <= end < len(tail) and not tail[end:].strip(b"\0")
+    return blob[: len(blob) - len(tail) + end] if is_padded else blob
 
 
 def why_not_plain(blob: memoryview, source: str) -> str | None:

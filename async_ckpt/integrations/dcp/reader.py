@@ -33,7 +33,7 @@ from ...reading.committed import CommittedCheckpoint
 from ...reading.verified_file import VerifiedFile
 from ...reading.verify import check_level
 from .metadata import decode_metadata
-from .objects import why_not_plain
+from .objects import unpadded, why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
 from .writer import DcpWriter
 
@@ -156,7 +156,7 @@ class DcpReader(StorageReader):
                 next_small += 1
             name = f"{file.name}, item {item.storage_index.fqn!r}"
             if item.type == LoadItemType.BYTE_IO:
-                blob = file.view(info.offset, info.length)
+                blob = unpadded(file.view(info.offset, info.length))
                 reason = why_not_plain(blob, name) if self._weights_only else None
                 if reason is None:
                     planner.load_bytes(item, io.BytesIO(blob))

@@ -2,7 +2,8 @@
 the background.
 
 Guarantees:
-- `save_sharded` returns when the state is planned and copied; its collectives run on the calling thread only.
+- `save_sharded` returns when the state is planned and copied; its collectives run on the calling thread only, and only
+  where a structure is planned for the first time.
 - The pending commit succeeds on all ranks or fails on all; see `RankCoordinator`.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import uuid
+import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,10 +37,13 @@ from ...errors import (
 )
 from ...format.metadata import check_metadata
 from ...format.names import DCP_METADATA_NAME
-from .blobs import BlobPlanner, join_blobs, raw_plan
+from ...ranks.rank_coordinator import RankCoordinator
+from .blobs import BlobPlanner, join_blobs, own_size, raw_plan
+from .cached_plans import KnownPlan, KnownPlans, PlannedDestination, plan_again, room_for
 from .reader import DcpReader
 from .writer import RankPlace, encode_metadata, plan_file, write_results
 
+_plans: weakref.WeakKeyDictionary[AsyncCheckpointEngine, KnownPlans] = weakref.WeakKeyDictionary()
 # Templates are plain data, the same for every engine; only the training thread plans.
 _blobs = BlobPlanner()
 
@@ -88,22 +94,30 @@ def save_sharded(
     metadata: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     planner: SavePlanner | None = None,
+    plan: Literal["cached", "collective"] = "cached",
 ) -> PendingCommit:
     """Save `state_dict` (tensors, DTensors, plain objects, `Stateful` ones) as checkpoint `tag`, in DCP's own form. All
     ranks call it.
 
-    Blocks for DCP's planning (two small gathers on `process_group`) and for the copy. The engine needs a
-    `RankCoordinator` where there is more than one rank.
+    Blocks for the copy, and for planning: the first save of a structure (told apart by the keys of `state_dict`) is
+    planned through DCP, by two small gathers on `process_group`. Later ones use that plan again and run no collective:
+    each rank compares its own part, and its vote in the commit says whether that is as it was. If it is not (another
+    sharding, a new parameter, an object that has outgrown twice its size), that commit fails on all ranks and says why,
+    and the next save is planned anew, as after any failure. So a save first waits for the last commit of its structure.
+    The engine needs a `RankCoordinator` where there is more than one rank. Objects that `load_sharded` takes only with
+    ``weights_only=False`` are named in a logged warning.
 
-    Objects of classes that `load_sharded` takes only with ``weights_only=False`` are named in a logged warning.
+    Args:
+        plan: "collective" plans every save through DCP, for states that change their structure; so does a `planner` of
+            your own, and a coordinator with node-local roots.
 
     Raises:
-        CheckpointError: this rank's own failure (`TagExistsError`, `UnsupportedStateError`, ...); nothing is visible
-            under `tag`.
-        RankFailedError: another rank's.
+        RankFailedError: another rank's failure. CheckpointError: this rank's own (`TagExistsError`, ...).
     """
     _check_arguments(engine, state_dict)
     check_metadata(metadata)
+    if plan not in ("cached", "collective"):
+        raise ConfigError(f"plan must be 'cached' or 'collective', not {plan!r}")
     world_size = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     coordinator = engine.config.coordinator
     num_ranks = 1 if coordinator is None else coordinator.world_size
@@ -112,7 +126,14 @@ def save_sharded(
             f"the engine commits for {num_ranks} rank(s), the process group has {world_size}: "
             "give the engine coordinator=RankCoordinator.from_env()"
         )
-    writer = _EngineWriter(engine, tag)
+    is_alike = num_ranks == 1 or (isinstance(coordinator, RankCoordinator) and coordinator.info.num_nodes == 1)
+    caches = plan == "cached" and planner is None and is_alike
+    plans, key = _plans.setdefault(engine, KnownPlans()), (process_group, *map(str, state_dict))
+    if caches:
+        known = plans.take(key, coordinator, engine.config.backpressure_timeout_s)
+        if known is not None and _save_by(known, engine, tag, state_dict):
+            return plans.keep(key, known, engine.commit(tag, metadata))
+    writer = _EngineWriter(engine, tag, caches=caches)
     try:
         state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
     except BaseException as error:
@@ -123,7 +144,37 @@ def save_sharded(
         if writer.is_open:
             engine.abort(tag)
         raise failure from error
-    return engine.commit(tag, metadata)
+    pending = engine.commit(tag, metadata)
+    return plans.keep(key, writer.known, pending) if caches else pending
+
+
+def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_dict: dict[str, Any]) -> bool:
+    """Save this rank's part by a known plan, or have it vote against that; False where it is alone, and may plan
+    anew.
+    """
+    destination = PlannedDestination(engine.root, tag, known.name)
+    engine.create(destination)
+    try:
+        why, state, items = plan_again(known, state_dict, _blobs)
+        if why and getattr(engine.config.coordinator, "world_size", 1) == 1:
+            engine.abort(tag)
+            return False
+        destination.said.append(why or known.name)
+        if items:
+            engine.save(state, f"{engine.root}/{tag}/{known.final.storage_data.file_name}")
+        if known.metadata and not why:
+            _save_metadata(engine, tag, known.metadata)
+    except BaseException as error:
+        engine.abort(tag)
+        if isinstance(error, CheckpointError):
+            raise
+        raise _unplannable(error) from error
+    return True
+
+
+def _save_metadata(engine: AsyncCheckpointEngine, tag: str, raw: bytes) -> None:
+    state, _ = join_blobs([(DCP_METADATA_NAME, raw_plan(raw), None)])
+    engine.save(state, f"{engine.root}/{tag}/{DCP_METADATA_NAME}")
 
 
 def load_sharded(
@@ -215,12 +266,14 @@ def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
 class _EngineWriter(StorageWriter):
     """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata and commits nothing."""
 
-    def __init__(self, engine: AsyncCheckpointEngine, tag: str) -> None:
+    def __init__(self, engine: AsyncCheckpointEngine, tag: str, *, caches: bool) -> None:
         super().__init__()
+        self.known = KnownPlan()
         self.rank = 0
         self.is_open = False
         self._engine = engine
         self._tag = tag
+        self._caches = caches
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -230,26 +283,32 @@ class _EngineWriter(StorageWriter):
         return None
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=os.path.join(self._engine.root, self._tag))
+        # What is written again and again cannot say where.
+        return StorageMeta() if self._caches else StorageMeta(checkpoint_id=os.path.join(self._engine.root, self._tag))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.rank = kwargs.get("rank", 0)
+        self.rank, self.known.is_first = kwargs.get("rank", 0), is_coordinator
         # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not
         # begin.
         self._engine.create(self._tag)
         self.is_open = True
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self.known.local = plan
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        name = uuid.uuid4().hex
         return [
-            dataclasses.replace(plan, storage_data=RankPlace(self._tag, "", rank)) for rank, plan in enumerate(plans)
+            dataclasses.replace(plan, storage_data=RankPlace(self._tag, "", rank, name))
+            for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         name = plan.storage_data.file_name
-        state, items = plan_file(plan, planner, _blobs)
+        state, items = plan_file(plan, planner, _blobs, room_for if self._caches else own_size)
+        self.known.name, self.known.final = plan.storage_data.plan_name, plan
+        self.known.extents = [extent for _, extent in items]
         if items:
             self._engine.save(state, f"{self._engine.root}/{self._tag}/{name}")
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
@@ -257,6 +316,5 @@ class _EngineWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        raw = encode_metadata(metadata, results, self.storage_meta())
-        state, _ = join_blobs([(DCP_METADATA_NAME, raw_plan(raw), None)])
-        self._engine.save(state, f"{self._engine.root}/{self._tag}/{DCP_METADATA_NAME}")
+        self.known.metadata = encode_metadata(metadata, results, self.storage_meta())
+        _save_metadata(self._engine, self._tag, self.known.metadata)

@@ -22,7 +22,7 @@ import os
 import pickle
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +50,7 @@ from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
-from .blobs import BlobPlanner, Extent, join_blobs, raw_plan
+from .blobs import BlobPlanner, Extent, join_blobs, own_size, raw_plan
 from .core import Core, Staged, kept_core
 from .objects import unknown_types
 
@@ -62,6 +62,8 @@ class RankPlace:
     tag: str
     staging_name: str
     rank: int
+    plan_name: str = ""
+    """Of the global plan that it is a part of."""
 
     @property
     def file_name(self) -> str:
@@ -88,12 +90,18 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
     return root, check_tag(tag)
 
 
-def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner) -> tuple[Any, list[tuple[Any, Extent]]]:
-    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy."""
+def plan_file(
+    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] = own_size
+) -> tuple[Any, list[tuple[Any, Extent]]]:
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
+
+    Args:
+        room_for: how many bytes item k has in the file, if it is an object of n bytes; zeros follow it.
+    """
     described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
     met: list[tuple[str, torch.Tensor, int | None]] = []
     classes: dict[str, str] = {}
-    for item in plan.items:
+    for k, item in enumerate(plan.items):
         try:
             data = planner.resolve_data(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -102,7 +110,7 @@ def plan_file(plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner) -> tuple
             ) from error
         if item.type == WriteItemType.BYTE_IO:
             raw = data.getvalue()  # type: ignore[union-attr]
-            described.append((item.index.fqn, raw_plan(raw), None))
+            described.append((item.index.fqn, raw_plan(raw.ljust(room_for(k, len(raw)), b"\0")), None))
             if names := unknown_types(raw):
                 classes[item.index.fqn] = ", ".join(names)
         else:

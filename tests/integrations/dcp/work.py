@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -21,7 +25,13 @@ from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, Train
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
 from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.write_file import WritableFile
+from tests.support.faulty_filesystem import FaultyFileSystem
 
+COLLECTIVES = (
+    *("allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base", "allreduce"),
+    *("allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier"),
+    *("recv", "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
+)
 OPTIONS: dict[str, Any] = {"staging_bytes": 1 << 20, "chunk_bytes": 8192, "num_writers": 2}
 
 
@@ -283,3 +293,84 @@ def load_face(rank: int, root: str, kind: str) -> Any:
         load_sharded(engine, "s1", state)
     assert state["step"] == 2
     return full(state["train"].state_dict())
+
+
+@contextlib.contextmanager
+def no_collectives() -> Iterator[None]:
+    """Every process group raises when it is used."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a collective was run")
+
+    kind = dist.ProcessGroup
+    real = {name: vars(kind)[name] for name in COLLECTIVES if name in vars(kind)}
+    group: Any = dist.distributed_c10d._get_default_group()
+    number = group._get_sequence_number_for_group()
+    try:
+        for name in real:
+            setattr(kind, name, refuse)
+        with pytest.raises(AssertionError, match="a collective was run"):
+            dist.barrier()
+        yield
+    finally:
+        for name, method in real.items():
+            setattr(kind, name, method)
+    # What goes past Python is counted.
+    assert group._get_sequence_number_for_group() == number
+
+
+def save_without_collectives(rank: int, root: str) -> Any:
+    model, optimizer = sharded_model(3)
+    state: dict[str, Any] = {"app": TrainingState(model, optimizer), "other": other_state(rank), "log": [1]}
+    with engine_of(root) as engine:
+        save_sharded(engine, "s0", {**state, "step": 0}, metadata={"step": 0}).result(60)
+        expected = []
+        for step in (300, 70_000):
+            model(torch.ones(4, 13) * step).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(full({"app": state["app"].state_dict(), "other": state["other"]}))
+            with no_collectives():
+                save_sharded(engine, f"s{step}", {**state, "step": step, "log": [1, step, "x"]}).result(60)
+    return expected
+
+
+def load_saved(rank: int, root: str, tag: str, how: str) -> Any:
+    model, optimizer = sharded_model(98)
+    app = TrainingState(model, optimizer)
+    state: dict[str, Any] = {"app": app, "other": blank(other_state(rank)), "log": [], "step": -1}
+    if how == "stock":
+        dcp.load(state, checkpoint_id=f"{root}/{tag}")
+    else:
+        with engine_of(root) as engine:
+            load_sharded(engine, tag, state)
+    return full({"app": app.state_dict(), "other": state["other"]}), state["step"], state["log"]
+
+
+def save_what_changes_on_one_rank(rank: int, root: str, what: str) -> Any:
+    mine = other_state(rank)
+    states: dict[str, dict[str, Any]] = {
+        "tensor": {"x": {**mine, "new": torch.ones(2)}},
+        "key": {"x": mine, "new": 1},
+        "object": {"x": {**mine, "plain": {**mine["plain"], "steps": list(range(9000))}}},
+    }
+    told: list[Any] = []
+    with engine_of(root) as engine:
+        for tag in ("a", "b", "c", "d", "e"):
+            state = states[what] if rank == 1 and tag != "a" else {"x": mine}
+            with no_collectives() if tag in "be" else contextlib.nullcontext():
+                error = save_sharded(engine, tag, state).exception(60)
+            told.append(None if error is None else f"{type(error).__name__}: {error}")
+    return told, Catalog(root).tags()
+
+
+def save_while_one_disk_fails(rank: int, root: str) -> Any:
+    fs, told, state = FaultyFileSystem(), [], {"x": other_state(rank)}
+    if rank == 1:
+        fs.fail_when(lambda op: op.name == "fsync" and ".b." in op.path and op.path.endswith("distcp"), errno.EIO)
+    with engine_of(root, filesystem=fs) as engine:
+        for tag in ("a", "b", "c", "d"):
+            with no_collectives() if tag in "bd" else contextlib.nullcontext():
+                error = save_sharded(engine, tag, state).exception(60)
+            told.append(type(error).__name__)
+    return told, Catalog(root).tags()
