@@ -240,8 +240,8 @@ def test_a_disk_that_is_full_for_the_state_fails_the_mirroring_and_nothing_else(
 
 @pytest.mark.wide
 def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path, prefix: str) -> None:
-    """At each request of the upload in turn; both versions are whole, and the newer one is what stays."""
-    for at in range(8, 30, 5):
+    """At some requests of the upload; both versions are whole, and the newer one is what stays."""
+    for at in (8, 18, 28):
         root = root_of(tmp_path / f"root-{at}")
         where = f"{prefix}-{at}"
         replaced = threading.Event()
