@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
+from html import unescape
 from importlib import import_module
 from typing import Any
 from urllib.parse import quote
@@ -192,7 +193,7 @@ class ObjectStore:
         if not hint and not status:
             hint = "the store cannot be reached: check the endpoint and the network"
         said = re.search(r"<Message>([^<]*)</Message>", text)
-        reason = f"{code[1]}: {said[1]}" if code and said else _first_line(error)
+        reason = f"{code[1]}: {unescape(said[1])}" if code and said else _first_line(error)
         may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "429")
         may_pass |= code is not None and code[1] in _DAMAGED_ON_THE_WAY
         kind = PassingFailure if may_pass else MirrorError
