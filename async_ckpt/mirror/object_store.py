@@ -29,6 +29,7 @@ _HINTS = {
     "AccessDenied": "the credentials do not allow this: check their permissions",
     "NoSuchBucket": "there is no such bucket: make it, or correct the URL",
     "404": "there is no such bucket, or no store at the endpoint: check both",
+    "400": "the store takes no such request: check the region, the credentials and this machine's clock",
     "401": "the store knows nobody of these credentials",
     "403": "the credentials do not allow this: check them, and this machine's clock",
 }
@@ -190,9 +191,12 @@ class ObjectStore:
         if isinstance(error, (exceptions.AlreadyExistsError, exceptions.PreconditionError)):
             return ConditionFailed(f"{what}: the condition does not hold", url=self.url)
         hint = next((_HINTS[found[1]] for found in (code, status) if found and found[1] in _HINTS), "")
+        said = re.search(r"<Message>([^<]*)</Message>", text)
+        if said and "request time" in said[1].casefold():
+            # Some call this by a code of its own, some a lack of permission.
+            hint = _HINTS["RequestTimeTooSkewed"]
         if not hint and not status:
             hint = "the store cannot be reached: check the endpoint and the network"
-        said = re.search(r"<Message>([^<]*)</Message>", text)
         reason = f"{code[1]}: {unescape(said[1])}" if code and said else _first_line(error)
         may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "429")
         may_pass |= code is not None and code[1] in _DAMAGED_ON_THE_WAY

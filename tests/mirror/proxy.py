@@ -13,11 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 Fault = str | None
-"""None: pass on. "503", "429", "409", "404": say so. "skew": 403 RequestTimeTooSkewed. "reset": reset the connection
-before, "lost": after the server has done it. "stall": no answer until the proxy closes. "cut": half of the reply's
-body. "cut request": half of the request's body reaches the server. "duplicate": the request reaches the server twice,
-the second reply is given. "wrong body": one byte of the reply is flipped. "wrong request": one byte of the request's
-body is flipped, and the server gets no checksum."""
+"""None: pass on. "503", "429", "409", "404": say so. "skew": 403 RequestTimeTooSkewed ("without a code": AccessDenied).
+"reset": reset the connection before, "lost": after the server has done it. "stall": no answer until the proxy closes.
+"cut": half of the reply's body. "cut request": half of the request's body reaches the server. "duplicate": the request
+reaches the server twice, the second reply is given. "wrong body": one byte of the reply is flipped. "wrong request":
+one byte of the request's body is flipped, and the server gets no checksum."""
 
 _XML = "<Error><Code>{0}</Code><Message>{1}</Message></Error>"
 _SAID = {
@@ -26,6 +26,11 @@ _SAID = {
     "409": (409, "ConditionalRequestConflict", "A conflicting operation occurred."),
     "404": (404, "NotFound", "There is no such page."),
     "skew": (403, "RequestTimeTooSkewed", "The difference between the request time and the current time is too large."),
+    "skew without a code": (
+        403,
+        "AccessDenied",
+        "The difference between the request time and the server's time is big.",
+    ),
 }
 
 

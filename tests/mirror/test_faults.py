@@ -139,8 +139,9 @@ def test_replies_that_are_damaged_never_reach_a_reader(kind: str, moto: Any, tmp
             assert not catalog.verify("step-1").ok
 
 
-def test_a_clock_that_is_wrong_is_named(moto: Any, tmp_path: Path, prefix: str) -> None:
-    with Proxy(moto.endpoint, lambda number, method, path: "skew") as proxy:
+@pytest.mark.parametrize("said", ["skew", "skew without a code"])
+def test_a_clock_that_is_wrong_is_named(said: str, moto: Any, tmp_path: Path, prefix: str) -> None:
+    with Proxy(moto.endpoint, lambda number, method, path: said) as proxy:
         mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, on_failure="raise")
         with mirroring(tmp_path, mirror) as made, pytest.raises(MirrorError, match="clock differs"):
             made.check()
