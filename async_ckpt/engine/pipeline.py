@@ -130,11 +130,11 @@ class SavePipeline:
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
-        checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
+        manifest_bytes = checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
         seen = self.reuse.see(path, state) if self.reuse.is_on else None
         write = self.pool.open_file(
             path,
-            folder=checkpoint.staging.location,
+            folder=checkpoint.coordinator.admit(checkpoint.staging, path, manifest_bytes),
             size_bytes=state.plan.file_bytes,
             seal=state.plan.sealer(),
             make_parents="/" in path,

@@ -50,6 +50,8 @@ _MAX_ITEMS = 2_000_000
 # At most, of one file's entry without its path and checksums, and of all that is no file and no metadata.
 _ENTRY_BYTES, _ENTRY_ITEMS = 600, 40
 _OTHER_BYTES, _OTHER_ITEMS = 4096, 200
+MAX_FILES_BYTES = MAX_MANIFEST_BYTES - 2 * _OTHER_BYTES
+"""What the files of all ranks may take of a manifest, metadata not counted."""
 _MAX_FILE_BYTES = (1 << 63) - 1
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
@@ -117,12 +119,13 @@ class ManifestBudget:
     num_bytes: int = _OTHER_BYTES
     num_items: int = _OTHER_ITEMS
 
-    def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> None:
-        """Count a file in, before its bytes are written. Raises UnsupportedStateError: the manifest could not hold it;
-        the file is not counted."""
+    def add_file(self, path: str, size_bytes: int, extent_bytes: int) -> int:
+        """Count a file in, before its bytes are written; returns its part of `MAX_FILES_BYTES`, which files of other
+        ranks take from too. Raises UnsupportedStateError: the manifest could not hold it; the file is not counted."""
         more_bytes = _ENTRY_BYTES + len(json.dumps(path)) + 8 * -(-size_bytes // extent_bytes)
         advice = "use larger chunk_bytes or fewer files. Nothing of this file was written"
         self.num_bytes, self.num_items = self._with(repr(path), more_bytes, _ENTRY_ITEMS, advice)
+        return max(more_bytes, -(-_ENTRY_ITEMS * MAX_MANIFEST_BYTES // _MAX_ITEMS))
 
     def check_metadata(self, metadata: Mapping[str, JSON]) -> None:
         """Refuse metadata that does not fit beside the files. Raises UnsupportedStateError: the manifest could not hold

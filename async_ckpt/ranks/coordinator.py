@@ -7,6 +7,7 @@ publishes. `LocalCoordinator` is the single process: no waiting, no store.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from ..format.manifest import FileEntry
@@ -30,6 +31,11 @@ class Coordinator(Protocol):
 
     def begin(self, destination: Destination, overwrite: str) -> Staging:
         """Open a checkpoint there. Training thread; must not wait for other ranks."""
+
+    def admit(self, staging: Staging, path: str, manifest_bytes: int) -> Future[str]:
+        """The staging directory, once the manifest is known to have room for the file `path` beside those of all ranks.
+        Training thread; does not block. The future raises CommitError: it has none, and the checkpoint is given up.
+        """
 
     def publish(
         self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
@@ -63,6 +69,9 @@ class LocalCoordinator:
     def begin(self, destination: Destination, overwrite: str) -> Staging:
         destination.prepare(self._fs, leads=True, overwrite=overwrite)
         return transaction.begin(self._fs, Staging(destination, overwrite))
+
+    def admit(self, staging: Staging, path: str, manifest_bytes: int) -> Future[str]:
+        return staging.location
 
     def publish(
         self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int

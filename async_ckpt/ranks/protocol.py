@@ -8,6 +8,7 @@ Keys, all below the run's prefix; n is the attempt, counted by rank 0, never use
 - "seq", "head": how many attempts were begun; the newest one that may be read.
 - "n/open": rank 0's announcement: tag, staging name, world size, or why it could not begin. "n/open/g": node g's
   staging name.
+- "n/files": how many bytes of the manifest the files of all ranks take that are written or about to be.
 - "n/part/r": rank r's part is durable, its digest, and its vote where the destination has one. "n/count": how many
   parts. "n/gate": wakes rank 0: all are there, or one failed.
 - "n/decision": claimed once, by rank 0 ("publish") or by the first rank that gives up. Nothing is renamed without that
@@ -19,8 +20,8 @@ Keys, all below the run's prefix; n is the attempt, counted by rank 0, never use
 Guarantees:
 - Whoever loses the claim of "n/decision" obeys the winner: no rank reports a failure of a checkpoint that is then
   published.
-- Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts), plus the polls of
-  its waits.
+- Each rank sends a constant number of requests per checkpoint (rank 0 one more that names all parts) and one per file,
+  plus the polls of its waits.
 - Every wait is bounded by `timeout_s`, whose end names the ranks that were not heard of.
 - Rank 0 drops an attempt's keys when all ranks have seen its result, or `timeout_s` later; a rank that asks after that
   is told that the outcome is unknown.
@@ -31,6 +32,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from ..format import manifest
 from .rank_requests import (
     Add,
     AttemptFailed,
@@ -87,7 +89,22 @@ def await_node(info: RankInfo, attempt: int) -> Step:
     return name
 
 
-# Every rank reports.
+# Every rank writes and reports.
+
+
+def admit(info: RankInfo, attempt: int, path: str, manifest_bytes: int) -> Step:
+    """A file of this rank is about to be written.
+
+    Raises:
+        AttemptFailed: the manifest has no room for it beside the files of all ranks.
+    """
+    num_bytes = yield Add(f"{attempt}/files", manifest_bytes)
+    if num_bytes > manifest.MAX_FILES_BYTES:
+        cause = (
+            f"{path!r} does not fit: with it, the manifest of all ranks' files would have {num_bytes} bytes (at most "
+            f"{manifest.MAX_FILES_BYTES}); use larger chunk_bytes or fewer files. Nothing of this file was written"
+        )
+        raise AttemptFailed(attempt, (yield from fail(info, attempt, cause)))
 
 
 def report(info: RankInfo, attempt: int, digest: str) -> Step:
@@ -288,7 +305,7 @@ def await_quit(info: RankInfo, attempt: int) -> Step:
 def retire(info: RankInfo, attempt: int, wait_s: float | None = None) -> Step:
     """Rank 0: drop the attempt's keys once all have seen the result, or after `wait_s` (None: `timeout_s`)."""
     all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s if wait_s is None else wait_s)
-    names = ["open", "count", "gate", "decision", "result", "seen"]
+    names = ["open", "files", "count", "gate", "decision", "result", "seen"]
     if info.num_nodes > 1:
         names += [
             "done",

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from ..errors import CheckpointError, CommitError, ConfigError, report
@@ -151,6 +152,10 @@ class RankCoordinator:
             raise
         self._joining.begin(opened)
         return opened
+
+    def admit(self, opened: Staging, path: str, manifest_bytes: int) -> Future[str]:
+        assert isinstance(opened, RankStaging)
+        return self._joining.admit(opened, path, manifest_bytes)
 
     def publish(
         self, opened: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int

@@ -24,6 +24,7 @@ from async_ckpt import (
     RankFailedError,
     TagExistsError,
 )
+from async_ckpt.format import manifest
 from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.announcements import Announcements, join
 from async_ckpt.ranks.protocol import announce
@@ -283,6 +284,41 @@ def test_what_fails_after_the_rename_is_told_to_all(tmp_path: Path) -> None:
         assert "it is there, but unfinished" in str(outcomes[0])
         assert outcomes[1] == "b"
     assert Catalog(tmp_path).tags() == ["a", "b"]
+
+
+def test_files_that_only_all_together_do_not_fit_are_refused_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of the manifest is that of all ranks' files; each rank's own would fit."""
+    monkeypatch.setattr(manifest, "MAX_FILES_BYTES", 16_000)
+    written: list[str] = []
+
+    class Noting(FileSystem):
+        async def open_write(self, path: str, size_bytes: int, **options: Any) -> Any:
+            written.append(path)
+            return await super().open_write(path, size_bytes, **options)
+
+    store = dist.HashStore()
+
+    def work(rank: int) -> list[Any]:
+        with engine_of(tmp_path, store, rank, 2, filesystem=Noting()) as engine:
+            outcomes: list[Any] = []
+            for tag, num_chunks in (("large", 1200), ("small", 600)):
+                engine.create(tag)
+                try:
+                    engine.save({"x": torch.zeros(num_chunks * 1024)}, f"{rank}.pt")
+                    outcomes.append(engine.commit(tag).result(20))
+                except CheckpointError as error:
+                    outcomes.append(error)
+            return outcomes
+
+    for error, second in together(2, work):
+        assert isinstance(error, RankFailedError)
+        assert "does not fit: with it, the manifest of all ranks' files would have" in str(error)
+        assert "Nothing of this file was written" in str(error)
+        assert second == "small"
+    assert len([path for path in written if ".large." in path]) <= 1
+    assert store.num_keys() == 2
 
 
 def test_two_ranks_that_save_one_path_are_named(tmp_path: Path) -> None:

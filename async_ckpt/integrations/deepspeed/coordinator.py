@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from torch import distributed
@@ -59,6 +60,10 @@ class DeepSpeedCoordinator:
     def begin(self, destination: Destination, overwrite: str) -> Staging:
         assert isinstance(destination, DeepSpeedDestination)
         return self._of(destination.ranks).begin(destination, overwrite)
+
+    def admit(self, staging: Staging, path: str, manifest_bytes: int) -> Future[str]:
+        assert isinstance(staging.destination, DeepSpeedDestination)
+        return self._of(staging.destination.ranks).admit(staging, path, manifest_bytes)
 
     def publish(
         self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int

@@ -243,7 +243,8 @@ def test_shards_that_are_empty_uneven_or_replicated(tmp_path: Path) -> None:
     root = str(tmp_path / "root")
     expected = run_ranks(tmp_path / "p", 4, work.save_odd_shards, root)[0]
     assert Catalog(root).verify("ours").ok
+    readings = [(f"{root}/ours", True), (f"{root}/ours", False), (f"{root}/stock", False)]
     for world_size in (3, 1):
-        for which, ours in (("ours", True), ("ours", False), ("stock", False)):
-            for found in run_ranks(tmp_path / "p", world_size, work.load_odd_shards, f"{root}/{which}", ours):
-                assert_same(found, expected, f"{which} read by {'our' if ours else 'stock'} reader on {world_size}")
+        for states in run_ranks(tmp_path / "p", world_size, work.load_odd_shards, readings):
+            for reading, found in zip(readings, states, strict=True):
+                assert_same(found, expected, f"{reading} on {world_size}")

@@ -253,12 +253,16 @@ def save_odd_shards(rank: int, root: str) -> Any:
     return full(state)
 
 
-def load_odd_shards(rank: int, path: str, ours: bool) -> Any:
-    state = odd_state(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, storage_reader=DcpReader() if ours else None)
-    return full(state)
+def load_odd_shards(rank: int, readings: list[tuple[str, bool]]) -> list[Any]:
+    """What each of (path, whether by our reader) gives."""
+    states = []
+    for path, ours in readings:
+        state = odd_state(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=path, storage_reader=DcpReader() if ours else None)
+        states.append(full(state))
+    return states
 
 
 def trained(kind: str, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
