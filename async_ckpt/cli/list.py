@@ -46,7 +46,7 @@ def command(root: str, as_json: bool) -> int:
 
     Manifests, presence and sizes of files are checked; `verify` also reads the contents. Exit code 1 if one is damaged.
 
-    Written is what the checkpoint cost; the rest of its size it shares with those before it (`reuse`).
+    Of a checkpoint that shares bytes with the one before it, both are shown: what was written is what it cost.
 
     JSON: a list of {tag, state, step, metadata, created_unix_ns, age_s, size_bytes, written_bytes, shared_bytes,
     num_files, problem, copied_from, owner, owner_state, mirrored: [url]} and, for what is not committed, name; where
@@ -64,9 +64,9 @@ def command(root: str, as_json: bool) -> int:
         print(f"no checkpoints in {root!r}")
     else:
         print_table(
-            ("tag", "step", "metadata", "age", "size", "written", "shared", "files", "state"),
+            ("tag", "step", "metadata", "age", "size", "files", "state"),
             [_row(item) for item in found],
-            right=("step", "age", "size", "written", "shared", "files"),
+            right=("step", "age", "size", "files"),
             styles=[{"committed": "", "damaged": "red"}.get(item["state"], "dim") for item in found],
         )
     return EXIT_FAILED if any(item["state"] == "damaged" for item in found) else EXIT_OK
@@ -175,12 +175,16 @@ def _row(item: dict[str, Any]) -> tuple[str, ...]:
         shown("step", str),
         " ".join(f"{key}={_short(value)}" for key, value in metadata.items()),
         shown("age_s", format_age),
-        shown("size_bytes", format_bytes),
-        shown("written_bytes", format_bytes),
-        shown("shared_bytes", format_bytes),
+        shown("size_bytes", format_bytes) + _parts(item),
         shown("num_files", str),
         _state(item),
     )
+
+
+def _parts(item: dict[str, Any]) -> str:
+    if not item["shared_bytes"]:
+        return ""
+    return f" ({format_bytes(item['written_bytes'])} written, {format_bytes(item['shared_bytes'])} shared)"
 
 
 def _short(value: Any) -> str:

@@ -90,7 +90,7 @@ class EngineConfig:
     """Page-locked staging memory, from which a device copies at full rate. "auto": where there is an accelerator that
     can."""
 
-    reuse: Literal["auto", "off"] = "off"
+    reuse: Literal["auto", "off"] = "auto"
     """"auto": what did not change since the last checkpoint is shared with it and not written, where tensors of one
     path are the same objects, unchanged by their version counters and checksums: chunk by chunk where the file system
     has reflinks (xfs, btrfs), else a whole file by a hard link. Every checkpoint is complete, whatever becomes of the

@@ -236,7 +236,8 @@ def _rank(rank: int, root: str) -> list[Any]:
     engine = make_engine(Path(root), fs, coordinator=coordinator)
     for tag in ("bad1", "a", "bad2", "bad3"):
         engine.create(tag)
-        engine.save(STATE, f"rank{rank}.pt")
+        # A copy: the same tensors would be shared with "a", and not be written.
+        engine.save({name: tensor.clone() for name, tensor in STATE.items()}, f"rank{rank}.pt")
         pending = engine.commit(tag)
         error = pending.exception(TIMEOUT_S)
         told.append((type(error).__name__, pending.metrics.num_failed_in_a_row))

@@ -1,0 +1,94 @@
+"""What a checkpoint costs of which little has changed: the same state saved by an engine that shares what did not
+change (`reuse="auto"`) and by one that writes everything, in turn within one process.
+
+    python -m benchmarks.reuse_probe DIRECTORY [--size-mib 1024] [--changed 0.01] [--repeats 5] [--out FOLDER]
+
+DIRECTORY decides: its file system has reflinks (xfs, btrfs) or not. Three cases: a part of the bytes has changed (some
+tensors, one behind the other), none has, all have. Durable is from the call of `save` until the commit has succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from async_ckpt import AsyncCheckpointEngine, KeepLast
+from async_ckpt.metrics import CommitMetrics
+from benchmarks.environment import describe
+from benchmarks.limits import MIB
+from benchmarks.results import append
+
+CASES = ("part", "nothing", "all")
+MODES: tuple[Literal["auto", "off"], ...] = ("auto", "off")
+
+
+def commit(engine: AsyncCheckpointEngine, tag: str, state: dict[str, torch.Tensor]) -> CommitMetrics:
+    engine.create(tag)
+    engine.save(state, "m.pt")
+    pending = engine.commit(tag)
+    pending.result()
+    return pending.metrics
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Per case and mode a sample for each repeat."""
+    num_tensors = round(1 / options.changed)
+    state = {f"w{k}": torch.randn(options.size_mib * MIB // 4 // num_tensors) for k in range(num_tensors)}
+    root: Path = options.directory
+    how: Any = {"staging_bytes": (options.size_mib + 64) * MIB, "retention": KeepLast(1)}
+    engines = {mode: AsyncCheckpointEngine(root / mode, reuse=mode, **how) for mode in MODES}
+    samples: dict[str, dict[str, list[dict[str, float]]]] = {case: {mode: [] for mode in MODES} for case in CASES}
+    for mode in MODES:
+        engines[mode].prewarm()
+        commit(engines[mode], "first", state)
+    for k in range(options.repeats):
+        for case in CASES:
+            changed = {"part": [state[f"w{k % num_tensors}"]], "nothing": [], "all": list(state.values())}[case]
+            for tensor in changed:
+                tensor.add_(1)
+            for mode in MODES if k % 2 else MODES[::-1]:
+                metrics = commit(engines[mode], f"{case}-{k}", state)
+                sample = {"durable_s": metrics.total_s, "stall_s": metrics.stall_s}
+                samples[case][mode].append(sample | {"written_bytes": metrics.written_bytes})
+    for engine in engines.values():
+        engine.close()
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--changed", type=float, default=0.01)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder of results")
+    options = parser.parse_args()
+    samples = measure(options)
+    for mode in MODES:
+        shutil.rmtree(options.directory / mode)
+    for case, by_mode in samples.items():
+        medians = {
+            mode: {key: statistics.median(sample[key] for sample in taken) for key in taken[0]}
+            for mode, taken in by_mode.items()
+        }
+        shared, whole = medians["auto"], medians["off"]
+        spread = [sample["durable_s"] for sample in by_mode["auto"]]
+        print(
+            f"{case:8} durable {shared['durable_s']:.3f} s [{min(spread):.3f} to {max(spread):.3f}] of "
+            f"{whole['durable_s']:.3f} s: {shared['durable_s'] / whole['durable_s']:.3f}; written "
+            f"{shared['written_bytes'] / MIB:.1f} of {whole['written_bytes'] / MIB:.1f} MiB; stall "
+            f"{shared['stall_s'] * 1e3:.1f} of {whole['stall_s'] * 1e3:.1f} ms"
+        )
+    if options.out is not None:
+        environment = describe(options.directory)
+        found = {"probe": "reuse", "environment": environment, "size_mib": options.size_mib, "samples": samples}
+        append(found, options.out)
+
+
+if __name__ == "__main__":
+    main()
