@@ -105,7 +105,9 @@ class UnsupportedStateError(CheckpointError, TypeError):
 
 
 class TornSnapshotError(CheckpointError, RuntimeError):
-    """Tensors changed between `save` and the end of their copy; the message names them. Nothing is committed."""
+    """Tensors changed between `save` and the end of their copy, or were named as frozen and have changed; the message
+    names them. Nothing is committed.
+    """
 
     def __init__(self, message: str, tensors: tuple[str, ...] = ()) -> None:
         super().__init__(message)

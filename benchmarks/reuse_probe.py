@@ -3,8 +3,9 @@ change (`reuse="auto"`) and by one that writes everything, in turn within one pr
 
     python -m benchmarks.reuse_probe DIRECTORY [--size-mib 1024] [--changed 0.01] [--repeats 5] [--out FOLDER]
 
-DIRECTORY decides: its file system has reflinks (xfs, btrfs) or not. Three cases: a part of the bytes has changed (some
-tensors, one behind the other), none has, all have. Durable is from the call of `save` until the commit has succeeded.
+DIRECTORY decides: its file system has reflinks (xfs, btrfs) or not. Four cases: a part of the bytes has changed (one
+tensor after the other), none has, all have, all have and no version counter shows it (as after a fused optimizer).
+Durable is from the call of `save` until the commit has succeeded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.environment import describe
 from benchmarks.limits import MIB
 from benchmarks.results import append
 
-CASES = ("part", "nothing", "all")
+CASES = ("part", "nothing", "all", "fused")
 MODES: tuple[Literal["auto", "off"], ...] = ("auto", "off")
 
 
@@ -48,9 +49,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, f
         commit(engines[mode], "first", state)
     for k in range(options.repeats):
         for case in CASES:
-            changed = {"part": [state[f"w{k % num_tensors}"]], "nothing": [], "all": list(state.values())}[case]
+            changed = {"part": [state[f"w{k % num_tensors}"]], "nothing": []}.get(case, list(state.values()))
             for tensor in changed:
-                tensor.add_(1)
+                (tensor.data if case == "fused" else tensor).add_(1)
             for mode in MODES if k % 2 else MODES[::-1]:
                 metrics = commit(engines[mode], f"{case}-{k}", state)
                 sample = {"durable_s": metrics.total_s, "stall_s": metrics.stall_s}

@@ -28,7 +28,7 @@ from .pending import PendingCommit
 if TYPE_CHECKING:
     from ..plan.plan import FilePlan
     from ..snapshot.file_copy import FileCopy
-    from ..snapshot.untouched import SeenState
+    from .reuse import NewFile, Reuse
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class SavedFile:
     plan: FilePlan
     started_s: float
     copy: FileCopy | None = None
-    seen: SeenState | None = None
+    new: NewFile | None = None
 
     def entry(self, path: str, rank: int | None) -> FileEntry:
         """The manifest's line for this file, once it is synced; notes what it has cost."""
@@ -202,6 +202,11 @@ class Checkpoint:
         metrics.total_s = now_s - first_save_s
         metrics.size_bytes = sum(entry.size_bytes for entry in entries)
         metrics.num_files = len(entries)
+
+    def remember_in(self, reuse: Reuse) -> None:
+        """Let later files share bytes with those of this checkpoint, which is committed."""
+        files = {path: (saved.write, saved.new) for path, saved in self.files.items()}
+        reuse.committed(self.staging.root, self.tag, files)
 
     async def give_up(
         self,

@@ -270,7 +270,7 @@ class Commits:
             on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
         )
         if self.pipeline.reuse.is_on:
-            self.pipeline.reuse.committed(checkpoint)
+            checkpoint.remember_in(self.pipeline.reuse)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 

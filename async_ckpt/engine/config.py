@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -96,6 +96,12 @@ class EngineConfig:
     has reflinks (xfs, btrfs), else a whole file by a hard link. Every checkpoint is complete, whatever becomes of the
     others; but a hard link is one file under two names: whoever edits or damages one of them has changed both."""
 
+    reuse_frozen: Any = None
+    """A module, or tensors, that never change again: while they have `requires_grad` False and the version counters of
+    the last commit, they are not even copied, chunk by chunk of a file that can share them (see `reuse`). Every 16th
+    save of a path copies and compares all the same, and fails with `TornSnapshotError` where one was changed past its
+    counter (``.data``)."""
+
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""
 
@@ -143,6 +149,7 @@ class EngineConfig:
         self._check_choice("overwrite", "refuse", "replace")
         self._check_choice("format", "torch", "safetensors")
         self._check_choice("reuse", "auto", "off")
+        self._check_frozen()
         for name in ("compact_views", "read_back", "sweep_on_start", "preflight", "keep_local_until_mirrored"):
             self._check_choice(name, True, False)
         if not isinstance(self.on_commit_failure, Tolerate):
@@ -176,6 +183,17 @@ class EngineConfig:
                     f"staging_bytes={self.staging_bytes} is smaller than one chunk ({smallest} bytes); "
                     "it is given in bytes (4 << 30 is 4 GiB): raise it or lower chunk_bytes"
                 )
+
+    def _check_frozen(self) -> None:
+        frozen = self.reuse_frozen
+        if frozen is not None and self.reuse == "off":
+            raise ConfigError("reuse_frozen needs reuse='auto': what is not copied is shared with the last checkpoint")
+        if frozen is None or (hasattr(frozen, "named_parameters") and not isinstance(frozen, type)):
+            return
+        tensors = (frozen,) if hasattr(frozen, "untyped_storage") or not isinstance(frozen, Iterable) else tuple(frozen)
+        if isinstance(frozen, type) or not all(hasattr(tensor, "untyped_storage") for tensor in tensors):
+            raise ConfigError(f"reuse_frozen must be a module or its parameters, not {frozen!r}")
+        object.__setattr__(self, "reuse_frozen", tensors)
 
     def _check_mirrors(self) -> None:
         if not isinstance(self.mirrors, Sequence) or not all(isinstance(mirror, Mirror) for mirror in self.mirrors):

@@ -67,7 +67,7 @@ class SavePipeline:
                 f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
                 "less. Nothing was made"
             ) from error
-        self.reuse = Reuse(is_on=config.reuse == "auto")
+        self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
         self._observes = bool(config.observers)
         self._has_stopped = False
         self._notes: deque[str] = deque()
@@ -131,21 +131,23 @@ class SavePipeline:
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         manifest_bytes = checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
-        seen = self.reuse.see(path, state) if self.reuse.is_on else None
+        new = self.reuse.begin(path, state) if self.reuse.is_on else None
         write = self.pool.open_file(
             path,
             folder=checkpoint.coordinator.admit(checkpoint.staging, path, manifest_bytes),
             size_bytes=state.plan.file_bytes,
-            seal=state.plan.sealer(),
+            seal=state.plan.sealer() if new is None else new.seal,
             make_parents="/" in path,
             tag=checkpoint.tag,
-            older=None if seen is None else self.reuse.older(path, seen),
+            older=None if new is None or not new.has_older else new.older,
+            pass_over=None if new is None else new.pass_over,
         )
-        saved = SavedFile(write, metrics, state.plan, time.perf_counter(), seen=seen)
+        saved = SavedFile(write, metrics, state.plan, time.perf_counter(), new=new)
         checkpoint.files[path] = saved
         checkpoint.metrics.saves.append(metrics)
         try:
-            saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn)
+            elsewhere = frozenset[int]() if new is None else new.elsewhere(write.sharing)
+            saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn, elsewhere)
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
@@ -159,7 +161,13 @@ class SavePipeline:
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _snapshot(
-        self, checkpoint: Checkpoint, path: str, state: PlannedState, write: FileWrite, turn: Turn | None
+        self,
+        checkpoint: Checkpoint,
+        path: str,
+        state: PlannedState,
+        write: FileWrite,
+        turn: Turn | None,
+        elsewhere: frozenset[int],
     ) -> FileCopy:
         guarded = self.guard.owned(state.storage_ids)
         if guarded is NOTHING and turn is not None:
@@ -170,7 +178,8 @@ class SavePipeline:
             self.callbacks.tell_span(kind, start_s, checkpoint.tag, path, offset, num_bytes)
 
         on_copied = tell_copied if self._observes else None
-        return self.snapshotter.take(state, write, name=path, guarded=guarded, on_copied=on_copied)
+        how: Any = {"guarded": guarded, "on_copied": on_copied, "elsewhere": elsewhere}
+        return self.snapshotter.take(state, write, name=path, **how)
 
     # Telling.
 

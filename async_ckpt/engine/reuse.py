@@ -1,32 +1,102 @@
 """Which committed file a new one may share its bytes with: the last one of the same path that this engine has
-committed, where both have the same layout."""
+committed, where both have the same layout. And what is not even copied: tensors that the user has named as frozen.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import report
-from ..plan.plan import PlannedState
+from ..errors import TornSnapshotError, report, some_of
+from ..format.sealer import Sealed, Sealer
+from ..plan.plan import FilePlan, PlannedState
+from ..snapshot.torn_check import storage_ids
 from ..snapshot.untouched import SeenState
-from ..writer.sharing import FindOlder, OlderFile
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+from ..writer.file import FileWrite
+from ..writer.sharing import OlderFile, Sharing
 
 _NUM_PATHS = 256
 """At least so many are remembered: where each checkpoint has others, the oldest are forgotten."""
+FULL_CHECK_EVERY = 16
+"""Of so many saves of a path in a row, one copies frozen tensors too, and compares them with what is on the disk."""
+
+
+@dataclass(frozen=True)
+class CommittedFile:
+    """What is known of the last committed file of a path."""
+
+    seen: SeenState
+    older: OlderFile
+    sealed: Sealed | None
+    """None where no part of it can be passed over."""
+
+
+class NewFile:
+    """How one file is sealed, and what it shares. `seal` and `pass_over`: an I/O thread, in file order."""
+
+    def __init__(self, reuse: Reuse, path: str, plan: FilePlan, seen: SeenState, known: CommittedFile | None) -> None:
+        self.sealer = plan.sealer()
+        self.seen = seen
+        self._reuse = reuse
+        self._path = path
+        self._known = known
+        self._frozen: list[int] = []
+        """The extents that hold nothing but frozen payloads, untouched, and literals that depend on the layout."""
+        if known is not None and known.sealed is not None and (frozen := reuse.frozen_storages()):
+            step = known.older.extent_bytes
+            untouched = seen.untouched(known.seen, step, among=frozen)
+            first, last = plan.payload_offsets[0], plan.literals[-1][0] if len(plan.literals) > 1 else plan.file_bytes
+            inner = range(-(-first // step), last // step if last < plan.file_bytes else len(untouched))
+            self._frozen = [k for k in inner if untouched[k]]
+
+    @property
+    def has_older(self) -> bool:
+        """Whether there is a file that it may share bytes with."""
+        return self._known is not None
+
+    def older(self) -> OlderFile | None:
+        """The file that this one may share bytes with."""
+        known = self._known
+        if known is None:
+            return None
+        return replace(known.older, untouched=self.seen.untouched(known.seen, known.older.extent_bytes))
+
+    def elsewhere(self, sharing: Sharing | None) -> frozenset[int]:
+        """The chunks that need not be copied now. Opens the older file."""
+        if sharing is None or not self._frozen or self._reuse.is_full_check(self._path):
+            return frozenset()
+        sharing.open()
+        return frozenset(self._frozen) if sharing.is_open else frozenset()
+
+    def seal(self, offset: int, view: memoryview) -> int:
+        """As `Sealer`. Raises TornSnapshotError: a frozen tensor has changed."""
+        crc = self.sealer(offset, view)
+        if self._frozen and self._known is not None:
+            extent = offset // self._known.older.extent_bytes
+            if extent in self._frozen and crc != self._known.older.extent_crc32[extent]:
+                self._reuse.refuse(self._path, self.seen.storages_in(offset, offset + view.nbytes))
+        return crc
+
+    def pass_over(self, offset: int, view: memoryview) -> int:
+        """As `seal`, for a chunk that is not here: nothing is read or changed in `view`."""
+        assert self._known is not None and self._known.sealed is not None
+        self.sealer.pass_over(offset, offset + view.nbytes, self._known.sealed)
+        return self._known.older.extent_crc32[offset // self._known.older.extent_bytes]
 
 
 class Reuse:
     """What an engine knows of its committed files. Calls come from `save`, and from commits; never blocks."""
 
-    def __init__(self, *, is_on: bool) -> None:
+    def __init__(self, *, is_on: bool, frozen: Any = None) -> None:
         self.is_on = is_on
+        self._named_frozen = frozen
+        self._num_unchecked: dict[str, int] = {}
+        """By path, saves since all was copied."""
         self._seen: dict[str, SeenState] = {}
         """By path, of the last save."""
-        self._committed: dict[str, tuple[SeenState, OlderFile]] = {}
+        self._committed: dict[str, CommittedFile] = {}
         """By path."""
 
     def tell(self, root: str, *, clones: bool) -> None:
@@ -37,32 +107,61 @@ class Reuse:
         if self.is_on:
             report(logging.INFO, "root %r: %s", root, how)
 
-    def see(self, path: str, state: PlannedState) -> SeenState | None:
-        """What is to be remembered of a state that is saved as `path` now; None where its file shares nothing."""
+    def begin(self, path: str, state: PlannedState) -> NewFile | None:
+        """Look at a state that is saved as `path` now; None where its file shares nothing with any other."""
         if not state.plan.payload_nbytes:
             return None
         seen = SeenState(state, self._seen.get(path))
         _remember(self._seen, {path: seen})
-        return seen
-
-    def older(self, path: str, seen: SeenState) -> FindOlder | None:
-        """What finds, on an I/O thread, the file that the new one of this state may share bytes with."""
         known = self._committed.get(path)
-        if known is None or known[0].plan_hash != seen.plan_hash:
-            return None
-        before, older = known
-        return lambda: replace(older, untouched=seen.untouched(before, older.extent_bytes))
+        fits = known is not None and known.seen.plan_hash == seen.plan_hash
+        return NewFile(self, path, state.plan, seen, known if fits else None)
 
-    def committed(self, checkpoint: Checkpoint) -> None:
-        """Remember the files of a checkpoint that has been committed."""
+    def committed(self, root: str, tag: str, files: Mapping[str, tuple[FileWrite, NewFile | None]]) -> None:
+        """Remember the files of a checkpoint that has been committed, by path."""
         found = {}
-        for path, saved in checkpoint.files.items():
-            write, stamp = saved.write, saved.write.stamp
-            if saved.seen is not None and stamp is not None:
-                root, parts, crcs = checkpoint.staging.root, (checkpoint.tag, *path.split("/")), write.extent_crc32
-                older = OlderFile(root, parts, stamp, write.size_bytes, write.extent_bytes, tuple(crcs), ())
-                found[path] = saved.seen, older
+        for path, (write, new) in files.items():
+            if new is not None and (stamp := write.stamp) is not None:
+                parts, crcs = (tag, *path.split("/")), tuple(write.extent_crc32)
+                older = OlderFile(root, parts, stamp, write.size_bytes, write.extent_bytes, crcs, ())
+                # Integrations have sealers of their own.
+                sealed = new.sealer.sealed if isinstance(new.sealer, Sealer) else None
+                found[path] = CommittedFile(new.seen, older, sealed)
         _remember(self._committed, found)
+
+    # What is frozen.
+
+    def _frozen(self) -> Iterator[tuple[str, Any]]:
+        named = self._named_frozen
+        if hasattr(named, "named_parameters"):
+            yield from named.named_parameters()
+        elif named is not None:
+            yield from ((f"parameter {k} of reuse_frozen", tensor) for k, tensor in enumerate(named))
+
+    def frozen_storages(self) -> set[int]:
+        """Of the tensors that are frozen now."""
+        return {found for _, tensor in self._frozen() if not tensor.requires_grad for found in storage_ids(tensor)}
+
+    def is_full_check(self, path: str) -> bool:
+        """Count a save of `path`: whether this is the one that copies everything."""
+        num_unchecked = (self._num_unchecked.get(path, 0) + 1) % FULL_CHECK_EVERY
+        _remember(self._num_unchecked, {path: num_unchecked})
+        return num_unchecked == 0
+
+    def refuse(self, path: str, storages: set[int]) -> None:
+        """A full check has found that some of these have changed: the next save of `path` shares nothing.
+
+        Raises:
+            TornSnapshotError: always.
+        """
+        self._committed.pop(path, None)
+        names = tuple(name for name, tensor in self._frozen() if not storages.isdisjoint(storage_ids(tensor)))
+        raise TornSnapshotError(
+            f"frozen tensors (reuse_frozen) have changed, which no version counter shows: among {some_of(names)}. "
+            f"{path!r} is not committed; checkpoints of up to {FULL_CHECK_EVERY} saves before hold them as they were. "
+            "Do not name them as frozen, or change them in place under torch.no_grad(), and not by .data",
+            names,
+        )
 
 
 def _remember(known: dict[str, Any], more: dict[str, Any]) -> None:

@@ -19,5 +19,7 @@ class Chunk:
     nbytes: int
     buffer: memoryview
     release: Callable[[], None]
+    is_elsewhere: bool = False
+    """Its bytes are not in `buffer`: they are those of the older file that the new one shares."""
     is_scarce: bool = False
     """The next chunk waits for this one's memory."""

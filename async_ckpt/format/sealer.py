@@ -14,7 +14,8 @@ import struct
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from operator import add, sub
 
@@ -30,6 +31,14 @@ _RUN_NBYTES = 512 << 10
 """Short payloads in a row are looked at together, as many as stay in a core's cache."""
 _RUN_LENGTH = 512
 _COPY_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The payloads of a finished file, by number."""
+
+    crcs: Sequence[int]
+    slips: Mapping[int, int]
 
 
 class Sealer:
@@ -59,6 +68,11 @@ class Sealer:
         self._running_crc = 0
         self._head = b""
         self._crcs: list[int] = []
+        self._slips: dict[int, int] = {}
+        """By payload, what its head has added to the id, see `_look_at_head`."""
+        self._passed: Sealed | None = None
+        self._passed_payload = -1
+        """The one that a passed extent ends in."""
         self._hash = 0
         self._pending: tuple[int, bytes] | None = None
         if seal_map is not None:
@@ -87,6 +101,46 @@ class Sealer:
                 view[start - offset : stop - offset] = tail[start - self._tail_offset : stop - self._tail_offset]
         return crc32(view[done - offset :], crc)
 
+    @property
+    def sealed(self) -> Sealed:
+        """What is known of the payloads, at the end."""
+        return Sealed(self._crcs, self._slips)
+
+    def pass_over(self, offset: int, end: int, earlier: Sealed) -> None:
+        """Go on behind an extent that is not here: it holds no literal but those between payloads, and its bytes are
+        those of an `earlier` file of this layout.
+        """
+        self._expected, self._passed, self._head = end, earlier, b""
+        if self._map is None:
+            return
+        self._pass_pending(end)
+        while self._next_payload < len(self._offsets) and self._offsets[self._next_payload] < end:
+            index = self._next_payload
+            start, payload_end = self._offsets[index], self._offsets[index] + self._nbytes[index]
+            # Unless its head was seen in an extent before.
+            if index != self._passed_payload and start + 8 > offset and index in earlier.slips:
+                self._mix(earlier.slips[index])
+            self._passed_payload = index
+            if payload_end > end:
+                break
+            self._end_payload(payload_end)
+            self._pass_pending(end)
+            self._next_payload = index + 1
+
+    def _end_payload(self, payload_end: int) -> None:
+        crc = self._running_crc
+        if self._passed is not None and len(self._crcs) == self._passed_payload:
+            crc = self._passed.crcs[self._passed_payload]
+        self._crcs.append(crc)
+        self._mix(crc)
+        if payload_end < self._tail_offset:
+            self._pending = (payload_end + 4, crc.to_bytes(4, "little"))
+
+    def _pass_pending(self, end: int) -> None:
+        if self._pending is not None and self._pending[0] < end:
+            at, data = self._pending
+            self._pending = (end, data[end - at :]) if end < at + len(data) else None
+
     def _take_payloads(self, offset: int, end: int, view: memoryview) -> tuple[int, int]:
         """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result."""
         offsets, sizes = self._offsets, self._nbytes
@@ -113,11 +167,8 @@ class Sealer:
             self._look_at_head(start - payload_start, view[start - offset : min(start + 8, stop) - offset])
             if stop < payload_end:
                 break
-            self._crcs.append(self._running_crc)
-            self._mix(self._running_crc)
-            if payload_end < self._tail_offset:
-                self._pending = (payload_end + 4, self._running_crc.to_bytes(4, "little"))
-                self._patch(offset, end, view)
+            self._end_payload(payload_end)
+            self._patch(offset, end, view)
             index += 1
         self._next_payload = index
         return crc, done
@@ -163,7 +214,8 @@ class Sealer:
         if position == len(self._head):
             self._head += bytes(head[: 8 - position])
             if len(self._head) == 8 and self._head.startswith(DESCRIPTOR_MAGIC):
-                self._mix(int.from_bytes(self._head[4:], "little"))
+                self._slips[len(self._crcs)] = slip = int.from_bytes(self._head[4:], "little")
+                self._mix(slip)
 
     def _patch(self, offset: int, end: int, view: memoryview) -> None:
         """Write the part of the pending descriptor CRC that lies in this extent."""

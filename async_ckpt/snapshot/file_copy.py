@@ -54,6 +54,7 @@ class FileCopy:
     Args:
         owners: tensors that may share storages with those of `state`.
         on_copied: told about each chunk's copy, on the thread that did it.
+        elsewhere: chunks whose bytes the sink has; nothing is copied into them.
 
     Raises:
         UnsupportedStateError, TornSnapshotError: as `Payloads`.
@@ -69,7 +70,9 @@ class FileCopy:
         *,
         owners: Sequence[torch.Tensor] = (),
         on_copied: OnCopied | None = None,
+        elsewhere: frozenset[int] = frozenset(),
     ) -> None:
+        self._elsewhere = elsewhere
         self.state = CopyState.WITH_CALLER
         self.copied: Future[None] = Future()
         """Resolves when no source byte is needed any more."""
@@ -243,7 +246,8 @@ class FileCopy:
         releases = [partial(self._arena.release, chunk) for chunk in chunks]
         views = [chunk.view for chunk in chunks]
         extents = self._map.offsets[numbers], self._map.nbytes[numbers]
-        self._sink.submit(*map(Chunk, *extents, views, releases, repeat(self._is_scarce)))
+        elsewhere = [k in self._elsewhere for k in range(first, first + len(chunks))]
+        self._sink.submit(*map(Chunk, *extents, views, releases, elsewhere, repeat(self._is_scarce)))
 
     def _report(self, on_copied: OnCopied, k: int, began: float) -> None:
         """Tell the observers that the wanted parts of chunk `k` are copied."""
@@ -285,6 +289,8 @@ class FileCopy:
         )
 
     def _fill_on_cpu(self, k: int, chunk: StagingChunk, *, is_urgent: bool) -> None:
+        if k in self._elsewhere:
+            return
         began = time.perf_counter()
         self._payloads.fill(k, chunk, self._wanted, completes=self._completes, is_urgent=is_urgent)
         if self._completes:
@@ -300,9 +306,10 @@ class FileCopy:
         wanted = on_host if self._wanted is None else list(map(and_, on_host, self._wanted))
         for k, chunk in enumerate(chunks, first):
             began = time.perf_counter()
-            self._payloads.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
             by_device: dict[torch.device, list[LargePiece]] = {}
-            for piece in self._map.payload_pieces(k):
+            if k not in self._elsewhere:
+                self._payloads.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
+            for piece in self._map.payload_pieces(k) if k not in self._elsewhere else ():
                 if piece.source in on_devices and (self._wanted is None or self._wanted[piece.source]):
                     by_device.setdefault(on_devices[piece.source], []).append(piece)
             events = [self._queue_copies(device, pieces, chunk) for device, pieces in by_device.items()]
@@ -323,8 +330,9 @@ class FileCopy:
         queued, self._unfinished = self._unfinished, []
         for k, chunk, events, began in queued:
             synchronize(events)
-            if self._on_copied is not None:
+            if self._on_copied is not None and k not in self._elsewhere:
                 self._report(self._on_copied, k, began)
             if self._completes:
-                self._torn.compare_chunk(k, chunk.tensor)
+                if k not in self._elsewhere:
+                    self._torn.compare_chunk(k, chunk.tensor)
                 self._send(k, chunk)

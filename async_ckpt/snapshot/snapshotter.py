@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import CheckpointError, TransactionStateError
 from ..plan.plan import FilePlan, PlannedState
@@ -93,6 +94,7 @@ class Snapshotter:
         name: str,
         guarded: Owned = NOTHING,
         on_copied: OnCopied | None = None,
+        elsewhere: frozenset[int] = frozenset(),
     ) -> FileCopy:
         """Snapshot `state` into chunks and hand them to `sink`.
 
@@ -102,6 +104,7 @@ class Snapshotter:
             name: cache key, the file's path inside its tag.
             guarded: what cannot change before the guard has waited for the copy.
             on_copied: told about each chunk's copy, on the thread that did it.
+            elsewhere: chunks whose bytes `sink` has already: they are not copied.
 
         Raises:
             TornSnapshotError: tensors changed while they were copied.
@@ -109,7 +112,8 @@ class Snapshotter:
             UnsupportedStateError: a storage's device cannot be copied from.
         """
         chunk_map = self._map_of(state.plan, name)
-        file = FileCopy(state, chunk_map, sink, self._arena, self._streams, owners=guarded.tensors, on_copied=on_copied)
+        how: Any = {"owners": guarded.tensors, "on_copied": on_copied, "elsewhere": elsewhere}
+        file = FileCopy(state, chunk_map, sink, self._arena, self._streams, **how)
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
         if chunks is None:
             # Chunks come back only when the copies that hold them have been made.

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from bisect import bisect_left, bisect_right
 from collections import deque
-from operator import eq
+from collections.abc import Container, Iterable
+from itertools import compress
+from operator import and_, eq, ne
 from typing import Any
 
 import torch
@@ -40,24 +43,44 @@ class SeenState:
         is_known = before is not None and before._payloads == self._payloads
         self._taken: _Taken = before._taken if before is not None and is_known else _Taken(state)
 
-    def untouched(self, earlier: SeenState, extent_bytes: int) -> list[bool]:
-        """By extent: whether all payloads in it are untouched since `earlier`, which must be of the same layout."""
-        num_extents = -(-self._file_bytes // extent_bytes)
+    def untouched(self, earlier: SeenState, extent_bytes: int, among: Container[int] | None = None) -> list[bool]:
+        """By extent: whether all payloads in it are untouched since `earlier`, which must be of the same layout (and
+        come from storages `among` these).
+        """
+        starts = range(0, self._file_bytes, extent_bytes)
         if not all(map(eq, self._starts, earlier._starts)) or self._strided != earlier._strided:
-            return [False] * num_extents
-        counted, were = self._counted(), earlier._counted()
-        touched = {storage for storage, _ in counted ^ were} | {storage for storage, v in counted if v is None}
-        known = {storage for storage, _ in counted} - touched
-        untouched = [True] * num_extents
-        columns = self._payloads, earlier._payloads, self._offsets, self._nbytes
-        for now, then, offset, nbytes in zip(*columns, strict=True):
-            if now != then or now not in known:
-                first, last = offset // extent_bytes, (offset + nbytes - 1) // extent_bytes
-                untouched[first : last + 1] = [False] * (last + 1 - first)
-        return untouched
+            return [False] * len(starts)
+        # In loops in C: for all that changes with every step, this is in vain.
+        known = self._known(earlier)
+        flags: Iterable[bool] = map(known.__contains__, self._payloads)
+        if self._payloads != earlier._payloads:
+            flags = map(and_, flags, map(eq, self._payloads, earlier._payloads))
+        if among is not None:
+            flags = map(and_, flags, map(among.__contains__, self._payloads))
+        untouched, offsets = list(flags), self._offsets
+        found = []
+        for start in starts:
+            first, behind = max(0, bisect_right(offsets, start) - 1), bisect_left(offsets, start + extent_bytes)
+            first += first < behind and offsets[first] + self._nbytes[first] <= start
+            found.append(all(untouched[first:behind]))
+        return found
 
-    def _counted(self) -> set[tuple[int, int | None]]:
-        return set(zip(self._tensors, self._versions, strict=True))
+    def _known(self, earlier: SeenState) -> set[int]:
+        """The storages of tensors whose counters are known, and are what they were."""
+        if self._tensors == earlier._tensors:
+            touched = set(compress(self._tensors, map(ne, self._versions, earlier._versions)))
+        else:
+            counted = (set(zip(seen._tensors, seen._versions, strict=True)) for seen in (self, earlier))
+            touched = {storage for storage, _ in next(counted) ^ next(counted)}
+        if None in self._versions:
+            pairs = zip(self._tensors, self._versions, strict=True)
+            touched.update(storage for storage, version in pairs if version is None)
+        return set(self._tensors) - touched
+
+    def storages_in(self, offset: int, end: int) -> set[int]:
+        """Those that the bytes from `offset` to `end` of the file come from."""
+        columns = self._payloads, self._offsets, self._nbytes
+        return {found for found, at, nbytes in zip(*columns, strict=True) if at < end and at + nbytes > offset}
 
 
 class _Taken:

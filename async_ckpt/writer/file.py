@@ -116,8 +116,7 @@ class FileWrite:
     @property
     def stamp(self) -> Stamp | None:
         """Of its content, once it is done; None where it is not known."""
-        known = self._opened or self.sharing
-        return None if known is None else known.stamp
+        return getattr(self._opened or self.sharing, "stamp", None)
 
     @property
     def path(self) -> str:
@@ -179,14 +178,15 @@ class FileWrite:
         job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended))
 
     def _seal_and_write(self, chunk: Chunk) -> bool:
-        """False where the chunk is held back."""
+        """False where the chunk is held back: it may come again, sealed."""
         at, nbytes, view = chunk.offset, chunk.nbytes, chunk.buffer[: chunk.nbytes]
         self.extent_bytes = self._queue.extent_bytes
         extent = at // max(1, self.extent_bytes)
-        # One that was held back is sealed already.
         if extent == len(self.extent_crc32):
-            self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: self._seal(at, view)))
-        is_equal = self.sharing is not None and self.sharing.is_equal(extent, self.extent_crc32[extent])
+            seal = (chunk.is_elsewhere and self._how.pass_over) or self._seal
+            self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: seal(at, view)))
+        crc, sharing = self.extent_crc32[extent], self.sharing
+        is_equal = sharing is not None and sharing.is_equal(extent, crc)
         with self._lock:
             self._is_sealing = False
             if self._queue.held_back is not None:
@@ -197,7 +197,7 @@ class FileWrite:
         file = self._opened
         assert file is not None
         with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
-            share_or_write(chunk, file, self._jobs, self.sharing if is_equal else None)
+            share_or_write(chunk, file, self._jobs, sharing if is_equal else None, crc)
         return True
 
     def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:

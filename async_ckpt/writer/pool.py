@@ -123,6 +123,7 @@ class WriterPool:
         make_parents: bool = False,
         tag: str = "",
         older: FindOlder | None = None,
+        pass_over: Callable[[int, memoryview], int] | None = None,
     ) -> FileWrite:
         """Start a file of `size_bytes` bytes at `path`. Never blocks.
 
@@ -133,6 +134,7 @@ class WriterPool:
             make_parents: make missing parent directories.
             tag: goes into spans.
             older: finds, on an I/O thread, the committed file whose equal chunks are shared instead of written.
+            pass_over: called instead of `seal` for chunks whose bytes are in that file alone.
 
         Raises:
             TransactionStateError: closed, or in a forked child.
@@ -144,7 +146,7 @@ class WriterPool:
         if folder is None:
             folder = Future()
             folder.set_result("")
-        how = HowToWrite(is_direct, depth, make_parents, tag, older)
+        how = HowToWrite(is_direct, depth, make_parents, tag, older, pass_over)
         file = FileWrite(self.disk, folder, path, size_bytes, seal, how)
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None

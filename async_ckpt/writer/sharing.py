@@ -11,7 +11,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CorruptCheckpointError
+from ..format.checksum import crc32
 from ..format.chunk import Chunk
 from ..storage.filesystem import FileSystem
 from ..storage.probe import CANNOT_CLONE
@@ -52,6 +53,8 @@ class HowToWrite:
     tag: str
     older: FindOlder | None
     """Finds the committed file whose equal chunks are shared."""
+    pass_over: Callable[[int, memoryview], int] | None = None
+    """Called instead of `seal` for what is not here, but in that file."""
 
 
 class Sharing:
@@ -60,8 +63,10 @@ class Sharing:
     def __init__(self, filesystem: FileSystem, find: FindOlder | None) -> None:
         self._filesystem = filesystem
         self._find = find
+        self._was_opened = False
         self._older: OlderFile | None = None
         self._source: LocalReadableFile | None = None
+        self._refuses = False
         self._lock = Lock()
         self.shared_bytes = 0
         """What was taken over, and not written."""
@@ -69,7 +74,10 @@ class Sharing:
         """Whether the whole file can be taken over, and no part of it."""
 
     def open(self) -> None:
-        """Open it, unless it has vanished or changed, or nothing can be equal."""
+        """Open it, unless it has vanished or changed, or nothing can be equal; idempotent."""
+        if self._was_opened:
+            return
+        self._was_opened = True
         older, clones = self._find and self._find(), self._filesystem.findings.clones
         if older is None or not (any if clones else all)(older.untouched):
             return
@@ -82,6 +90,24 @@ class Sharing:
     def stamp(self) -> Stamp | None:
         """The older file's."""
         return None if self._older is None else self._older.stamp
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to share."""
+        return self._older is not None
+
+    def read(self, chunk: Chunk, crc: int) -> None:
+        """Fetch a chunk that is not here. Raises CorruptCheckpointError: it is damaged there."""
+        assert self._source is not None
+        view = chunk.buffer[: chunk.nbytes]
+        self._source.pread_into(view, chunk.offset)
+        if crc32(view) != crc:
+            path = self._source.path
+            raise CorruptCheckpointError(
+                f"{path} is damaged: its bytes from offset {chunk.offset} on were to be taken over for frozen tensors "
+                "(reuse_frozen), and are not what was committed; this file is not committed",
+                path=path,
+            )
 
     def is_equal(self, extent: int, crc: int) -> bool:
         """Whether an extent, with this checksum, is the older file's."""
@@ -100,7 +126,7 @@ class Sharing:
     def clone(self, file: WritableFile, offset: int, num_bytes: int) -> int:
         """Let `file` share this range's whole pages; returns how many bytes of it that were, 0 where it cannot."""
         whole = num_bytes // PAGE_BYTES * PAGE_BYTES
-        if self.by_link or not whole or self._source is None:
+        if self.by_link or self._refuses or not whole or self._source is None:
             return 0
         error = file.clone(self._source, offset, whole)
         if error is None:
@@ -108,7 +134,7 @@ class Sharing:
                 self.shared_bytes += whole
             return whole
         # The next file may try again, unless it never works here.
-        self._older = None
+        self._refuses = True
         if error.errno in CANNOT_CLONE:
             self._filesystem.cannot_clone()
         return 0
@@ -133,11 +159,13 @@ class Sharing:
             self._source.close()
 
 
-def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharing | None) -> None:
+def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharing | None, crc: int) -> None:
     """Put a sealed chunk into its place in `file`. `sharing`: where it is equal to the older file's."""
     at, nbytes, shared = chunk.offset, chunk.nbytes, 0
     if sharing is not None:
         shared = jobs.timed("share", at, nbytes, lambda: sharing.clone(file, at, nbytes))
     if shared < nbytes or not nbytes:
+        if chunk.is_elsewhere and sharing is not None:
+            sharing.read(chunk, crc)
         rest = bytes_to_write(chunk, file)[shared:]
         jobs.timed("write", at + shared, nbytes - shared, lambda: file.pwrite(rest, at + shared))

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
-from async_ckpt.errors import OutOfSpaceError
-from async_ckpt.metrics import CommitMetrics
+from async_ckpt.errors import ConfigError, CorruptCheckpointError, OutOfSpaceError, TornSnapshotError
+from async_ckpt.metrics import CommitMetrics, Observer, Span
 from async_ckpt.storage.probe import Findings
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
@@ -336,3 +336,144 @@ def test_whether_files_share_blocks_is_asked_once_and_said_once(fast_path: Path,
         "(reuse='auto')"
     ]
     assert sorted(os.listdir(one.root)) == []
+
+
+# What is named as frozen.
+
+
+class Model(torch.nn.Module):
+    """Ten parameters of about a chunk each, of which the last is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k in range(10):
+            self.register_parameter(f"w{k}", torch.nn.Parameter(torch.randn(1500), requires_grad=k == 9))
+
+
+def copied(one: Run, spans: list[Any], tag: str) -> int:
+    return sum(span.num_bytes for span in spans if span.kind == "copy" and span.tag == tag)
+
+
+class Spans(Observer):
+    def __init__(self) -> None:
+        self.all: list[Span] = []
+
+    def on_span(self, span: Span) -> None:
+        self.all.append(span)
+
+
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+@pytest.mark.parametrize("named", ["module", "parameters"])
+def test_what_is_frozen_is_not_even_copied(run: Any, named: str, format: str) -> None:
+    model, spans = Model(), Spans()
+    frozen = model if named == "module" else model.parameters()
+    one = run(clones=True, reuse_frozen=frozen, observers=(spans,), format=format)
+    for k, tag in enumerate("abcd"):
+        with torch.no_grad():
+            model.w9.add_(1)
+            if tag == "c":
+                # Thawed, so to say: its counter moves.
+                model.w4.mul_(2)
+        metrics = one.commit(tag, model.state_dict())
+        loaded = one.engine.load(f"{tag}/m.pt")
+        assert loaded.keys() == model.state_dict().keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+        if format == "torch":
+            one.check(tag, model.state_dict())
+        assert (copied(one, spans.all, tag) < metrics.size_bytes // 2) is (k > 0)
+        assert (metrics.shared_bytes > metrics.size_bytes // 2) is (k > 0)
+
+
+def test_a_frozen_tensor_that_has_changed_past_its_counter_fails_the_next_full_check(run: Any) -> None:
+    model = Model()
+    one = run(clones=True, reuse_frozen=model)
+    one.commit("0", model.state_dict())
+    model.w5.data.add_(1)
+    failed = None
+    for k in range(1, 20):
+        try:
+            one.commit(str(k), model.state_dict())
+        except TornSnapshotError as error:
+            failed = error
+            break
+    assert failed is not None and "w5" in failed.tensors and "'m.pt'" in str(failed)
+    # From here on everything is right again.
+    one.commit("right", model.state_dict())
+    one.check("right", model.state_dict())
+
+
+def test_where_all_is_copied_all_is_checked(run: Any) -> None:
+    model = Model()
+    one = run(clones=False, reuse_frozen=model)
+    one.commit("a", model.state_dict())
+    model.w5.data.add_(1)
+    with torch.no_grad():
+        model.w9.add_(1)
+    with pytest.raises(TornSnapshotError, match="w5"):
+        one.commit("b", model.state_dict())
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_frozen_chunks_that_cannot_be_cloned_are_read_from_the_older_file(run: Any, code: int) -> None:
+    model = Model()
+    one = run(clones=True, reuse_frozen=model)
+    one.commit("a", model.state_dict())
+    one.fs.fail_when(lambda op: op.name == "clone", code)
+    assert one.commit("b", model.state_dict()).shared_bytes == 0
+    one.check("b", model.state_dict())
+
+
+def test_a_frozen_file_without_reflinks_is_linked_without_a_copy(run: Any) -> None:
+    model, spans = Model(), Spans()
+    model.requires_grad_(False)
+    one = run(clones=False, reuse_frozen=model, observers=(spans,))
+    one.commit("a", model.state_dict())
+    metrics = one.commit("b", model.state_dict())
+    assert one.names() == ["link"] and copied(one, spans.all, "b") < metrics.size_bytes // 2
+    one.fs.fail_when(lambda op: op.name == "link", errno.EMLINK)
+    one.commit("c", model.state_dict())
+    one.check("c", model.state_dict())
+
+
+def test_a_frozen_tensors_source_that_has_gone_is_copied(run: Any) -> None:
+    model = Model()
+    one = run(clones=True, reuse_frozen=model)
+    one.commit("a", model.state_dict())
+    shutil.rmtree(one.root / "a")
+    assert one.commit("b", model.state_dict()).shared_bytes == 0
+    one.check("b", model.state_dict())
+
+
+def test_damage_in_the_source_of_frozen_chunks_fails_the_save_that_must_read_it(run: Any) -> None:
+    model = Model()
+    one = run(clones=True, reuse_frozen=model)
+    one.commit("a", model.state_dict())
+    source = one.root / "a" / "m.pt"
+    before = os.stat(source)
+    with open(source, "r+b") as file:
+        file.seek(5 * CHUNK + 5)
+        file.write(b"\xff\xfe")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    one.fs.fail_when(lambda op: op.name == "clone", errno.EIO)
+    with pytest.raises(CorruptCheckpointError, match="reuse_frozen"):
+        one.commit("b", model.state_dict())
+
+
+@pytest.mark.parametrize("magic_at", range(4, 10))
+def test_payloads_that_begin_like_a_descriptor_keep_torchs_own_id(run: Any, magic_at: int) -> None:
+    """Whatever of their heads lies in chunks that are not here."""
+    state = {f"w{k}": torch.zeros(4096 * k + 4000 - 8 * magic_at, dtype=torch.uint8) for k in range(3)}
+    for tensor in state.values():
+        tensor[:8] = torch.tensor([*b"PK\x07\x08abcd"], dtype=torch.uint8)
+    one = run(clones=True, reuse_frozen=list(state.values()))
+    for tag in "ab":
+        one.commit(tag, state)
+        one.check(tag, state)
+
+
+@pytest.mark.parametrize("bad", [1, "model", [1], torch.nn.Identity])
+def test_what_cannot_be_frozen_is_refused(tmp_path: Path, bad: Any) -> None:
+    with pytest.raises(ConfigError, match="reuse_frozen"):
+        AsyncCheckpointEngine(tmp_path, reuse_frozen=bad)
+    with pytest.raises(ConfigError, match="reuse_frozen"):
+        AsyncCheckpointEngine(tmp_path, reuse="off", reuse_frozen=torch.nn.Identity())

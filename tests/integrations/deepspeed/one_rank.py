@@ -92,7 +92,7 @@ def read_at_once(directory: Path) -> None:
     """
     filesystem = GatedFileSystem()
     engine = make(2, "fp32")
-    attach(engine, directory, filesystem=filesystem, **SMALL)
+    attach(engine, directory, filesystem=filesystem, reuse="off", **SMALL)
     train(engine, 1)
     expected = state_of(engine)
     engine.save_checkpoint(str(directory))
@@ -324,7 +324,8 @@ def disk_full(directory: Path) -> None:
     """The failure raises at the next step; `latest` and the older checkpoint stay; the next save works."""
     filesystem = GatedFileSystem(is_open=True)
     engine = make(1)
-    checkpointer = attach(engine, directory, filesystem=filesystem, **SMALL)
+    # What did not change would be a link.
+    checkpointer = attach(engine, directory, filesystem=filesystem, reuse="off", **SMALL)
     train(engine, 1)
     expected = state_of(engine)
     engine.save_checkpoint(str(directory), tag="good")
