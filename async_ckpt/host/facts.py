@@ -99,10 +99,13 @@ def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup")
     """
     available = _meminfo_available_bytes(proc)
     for hierarchy, folder in _own_groups(proc, cgroups):
-        limits = [limit for name in hierarchy.limits if (limit := _read_int(os.path.join(folder, name))) is not None]
+        stat = _read_table(os.path.join(folder, "memory.stat"))
+        found = [_read_int(os.path.join(folder, name)) for name in hierarchy.limits]
+        # Version 1 tells a container of the limits above it (a pod's), which it cannot see.
+        found.append(stat.get("hierarchical_memory_limit"))
+        limits = [limit for limit in found if limit is not None]
         used = _read_int(os.path.join(folder, hierarchy.used))
         if limits and used is not None:
-            stat = _read_table(os.path.join(folder, "memory.stat"))
             held = max(0, used - sum(stat.get(name, 0) for name in hierarchy.cache))
             available = min(available, max(0, min(limits) - held))
     return available

@@ -103,6 +103,14 @@ def test_page_cache_that_can_be_given_up_is_not_used_memory(made_up: MadeUp, ver
     assert made_up.available_gib() == pytest.approx(3.1)
 
 
+def test_a_pods_limit_is_seen_from_a_container_without_one(made_up: MadeUp) -> None:
+    """Version 1, where the container's own part is mounted as the root; the pod above it cannot be seen."""
+    made_up.mounted("31 1 0:27 /kubepods/burstable/pod1/abc MOUNT ro - cgroup cgroup rw,memory")
+    made_up.member("5:memory:/kubepods/burstable/pod1/abc")
+    made_up.v1("/", 9223372036854771712, 1, hierarchical_memory_limit=2)
+    assert made_up.available_gib() == 1
+
+
 def test_version_1_beside_version_2(made_up: MadeUp) -> None:
     """A hybrid host: version 2 without controllers, memory in version 1, several controllers on one mount."""
     made_up.mounted(
