@@ -163,7 +163,7 @@ def _difference(x: _Side, a: TensorExtent, y: _Side, b: TensorExtent) -> str | N
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{_describe(a)} -> {_describe(b)}"
     if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
-        return "the conjugate or the negative bit, and so the values"
+        return "the conjugate or the negative bit"
     if (a.kind, a.extra) != (b.kind, b.extra):
         return (
             f"{a.kind or 'plain'} -> {b.kind}"

@@ -20,7 +20,7 @@ from ..errors import ConfigError, CorruptCheckpointError, StateMismatchError
 from ..format.tensors import TensorExtent
 from ..host.device import beside_captures, is_copyable, synchronize_device
 from ..host.facts import available_memory_bytes
-from ..threads.locks import uninterrupted
+from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import ExtentMismatch, ReadError
 from .rollback import Rollback
@@ -261,7 +261,16 @@ class _Mover:
                 self._overwrite(file, rest)
             self._copy_or_restore()
         except BaseException:
-            rollback.roll_back()
+            interrupted: BaseException | None = None
+            # Not in a function: an interrupt at its call would leave new values beside old ones.
+            for _ in TRIES:
+                try:
+                    rollback.roll_back()
+                    break
+                except BaseException as error:  # noqa: BLE001 -- raised below
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted  # noqa: B904 -- its context is what was raised first
             raise
         finally:
             rollback.close()

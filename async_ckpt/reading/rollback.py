@@ -2,7 +2,6 @@
 
 Guarantees:
 - After `roll_back` every byte that was overwritten has its old value again, also where pieces overlap.
-- A roll-back runs to its end: an interrupt meanwhile is raised after it.
 
 The old bytes are set aside while the disk is being waited for, which holding the new ones until the last is verified
 cannot use.
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from ..host.memory import address_of, move, region
-from ..threads.locks import Condition, uninterrupted
+from ..threads.locks import Condition
 from .scatter import Scatter
 from .verified_file import MemorySource
 
@@ -86,10 +85,9 @@ class Rollback:
         return at
 
     def roll_back(self) -> None:
-        """Write every old byte back. Blocks for writes under way and one copy."""
-        uninterrupted(self._write_back)
-
-    def _write_back(self) -> None:
+        """Write every old byte back; may be called again where it was interrupted. Blocks for writes under way and one
+        copy.
+        """
         with self._lock:
             self._is_over = True
             # What this thread was writing was interrupted, or there would be no roll-back.

@@ -1,7 +1,5 @@
 """Reads committed files in parallel, checks every extent against the manifest, and hands the bytes on; no torch here.
 
-This is the one machine behind `verify`, `latest`, `load`, `load_into` and the command line.
-
 Guarantees:
 - With `check`, `view`, `keep` and `stream` never return before the CRC of every byte they handed on was compared.
 - The first failure stops all workers and is raised; no thread and no descriptor is left behind.
@@ -21,13 +19,13 @@ from ..format.manifest import FileEntry
 from ..host.memory import region
 from ..storage.filesystem import ReadableFile
 from ..threads.executor import DaemonExecutor
-from ..threads.locks import Lock, uninterrupted
+from ..threads.locks import TRIES, Lock
 from .errors import DAMAGE_ERRNOS, ExtentMismatch, ReadError
 
 BLOCK_BYTES = 2 << 20
 """One read, one huge page: still in the core's cache when its CRC is taken."""
 DEFAULT_NUM_THREADS = 8
-"""Four reads in flight fill a fast disk's queue, while the others' blocks are checked and moved."""
+"""Four reads in flight fill a fast disk's queue; the others' blocks are checked and moved."""
 
 Consume = Callable[[int, memoryview], None]
 """Called on a worker thread with a file offset and the bytes there; they are only valid during the call."""
@@ -279,14 +277,22 @@ class _Reading:
             self._work()
             return
         pool = DaemonExecutor("async-ckpt-read", self._num_workers)
+        interrupted = None
         try:
             for result in [pool.submit(self._work) for _ in range(self._num_workers)]:
                 result.result()
         finally:
-            # An interrupt in this thread must not wait for the rest of the file, but for the blocks that are being read
-            # into memory.
-            self._failed.set()
-            uninterrupted(pool.shutdown)
+            # An interrupt must not wait for the rest of the file, but for the blocks that are being read into memory.
+            # No call stands outside of the inner `try`: the next interrupt would leave the threads.
+            for _ in TRIES:
+                try:
+                    self._failed.set()
+                    pool.shutdown()
+                    break
+                except BaseException as error:  # noqa: BLE001 -- raised below
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted
 
     def _work(self) -> None:
         buffer: memoryview | None = None

@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 from ..errors import TransactionStateError
-from .locks import MAX_INTERRUPTS
+from .locks import TRIES
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class DaemonExecutor(Executor):
                 # after an interrupt perhaps this one too. Another interrupt may come at any call, so each is tried
                 # again.
                 self._threads = self._threads[: k if isinstance(error, RuntimeError) else k + 1]
-                for _ in range(MAX_INTERRUPTS):
+                for _ in TRIES:
                     try:
                         self.shutdown(wait=isinstance(error, RuntimeError))
                         break

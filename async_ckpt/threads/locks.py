@@ -76,7 +76,8 @@ def _free_in_child() -> None:
 
 os.register_at_fork(after_in_child=_free_in_child)
 
-MAX_INTERRUPTS = 1000
+TRIES = range(1000)
+"""How often what must happen is tried again after an interrupt."""
 
 
 def uninterrupted(wait: Callable[[], object]) -> None:
@@ -84,10 +85,11 @@ def uninterrupted(wait: Callable[[], object]) -> None:
     then.
 
     For what must have ended before memory or descriptors are given up. `wait` may begin anew; what it raises every time
-    is raised.
+    is raised. An interrupt at the call of this very function is not seen: where that would do harm, the caller has the
+    loop.
     """
     interrupted: BaseException | None = None
-    for _ in range(MAX_INTERRUPTS):
+    for _ in TRIES:
         try:
             wait()
             break

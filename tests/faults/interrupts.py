@@ -289,7 +289,7 @@ GAMES: dict[str, tuple[Life, int | None]] = {
 
 
 @contextlib.contextmanager
-def _unraisable_forgotten() -> Iterator[None]:
+def unraisable_forgotten() -> Iterator[None]:
     """Pytest keeps what is raised in a `__del__`, and with the traceback the chunk whose end was interrupted."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
@@ -300,7 +300,7 @@ def _unraisable_forgotten() -> Iterator[None]:
 
 def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
     try:
-        with quiet(), _unraisable_forgotten():
+        with quiet(), unraisable_forgotten():
             life(root, told, interrupter)
         found = contents(root, skip=("lazy.pt", "signal.pt"))
         check_legal(found, told)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from async_ckpt.reading import load as restore
 from async_ckpt.reading import load_into as restore_into
 from async_ckpt.reading import state_tree
 from async_ckpt.reading.state_tree import flatten
+from tests.faults.interrupts import Interrupter, unraisable_forgotten
 
 from .committed import commit, torch_bytes
 from .faulty import FaultyFileSystem
@@ -268,6 +271,34 @@ def test_an_interrupted_load_leaves_the_targets_alone(tmp_path: Path) -> None:
             assert shared.eq(7).all()
     restore.load_committed_into(catalog, "a", "m.pt", {"a": target["a"], "b": torch.zeros(20_000)})
     assert torch.equal(shared, state["a"])
+
+
+@pytest.mark.wide
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("again", [None, 0])
+def test_wherever_interrupts_strike_no_thread_is_left_and_no_tensor_is_half_new(
+    tmp_path: Path, again: int | None
+) -> None:
+    """At each step of the threads that read and of the roll-back; and once more, `again` calls later."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.arange(5000.0)})}, extent_bytes=4096)
+    target = torch.full((5000,), 7.0)
+    within = ("threads", "reading/rollback.py")
+
+    def load(interrupter: Interrupter) -> None:
+        with interrupter.watching():
+            restore.load_committed_into(catalog, "a", "m.pt", {"w": target}, num_threads=2)
+
+    counter = Interrupter(None, within=within)
+    load(counter)
+    for k in range(counter.num_steps):
+        target.fill_(7)
+        with contextlib.suppress(KeyboardInterrupt), unraisable_forgotten():
+            load(Interrupter(k, again, within=within))
+        assert target.eq(7).all() or torch.equal(target, torch.arange(5000.0)), f"step {k}"
+        deadline = time.monotonic() + 10
+        # One that was still starting cannot be joined yet.
+        while any(thread.name.startswith("async-ckpt-read") for thread in threading.enumerate()):
+            assert time.monotonic() < deadline, f"step {k}: a thread is left"
 
 
 @pytest.mark.usefixtures("small_blocks")
