@@ -18,8 +18,8 @@ from ..format.checksum import crc32, crc32_combine
 from ..format.manifest import FileEntry
 from ..host.memory import region
 from ..storage.filesystem import ReadableFile
-from ..threads.executor import DaemonExecutor
-from ..threads.locks import TRIES, Lock
+from ..threads.executor import run_on_threads
+from ..threads.locks import Lock
 from .errors import DAMAGE_ERRNOS, ExtentMismatch, ReadError
 
 BLOCK_BYTES = 2 << 20
@@ -276,23 +276,8 @@ class _Reading:
         if self._num_workers == 1:
             self._work()
             return
-        pool = DaemonExecutor("async-ckpt-read", self._num_workers)
-        interrupted = None
-        try:
-            for result in [pool.submit(self._work) for _ in range(self._num_workers)]:
-                result.result()
-        finally:
-            # An interrupt must not wait for the rest of the file, but for the blocks that are being read into memory.
-            # No call stands outside of the inner `try`: the next interrupt would leave the threads.
-            for _ in TRIES:
-                try:
-                    self._failed.set()
-                    pool.shutdown()
-                    break
-                except BaseException as error:  # noqa: BLE001 -- raised below
-                    interrupted = error
-            if interrupted is not None:
-                raise interrupted
+        # An interrupt must not wait for the rest of the file, but for the blocks that are being read into memory.
+        run_on_threads("async-ckpt-read", self._num_workers, self._work, stop=self._failed.set)
 
     def _work(self) -> None:
         buffer: memoryview | None = None

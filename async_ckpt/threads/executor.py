@@ -195,6 +195,28 @@ class DaemonExecutor(Executor):
                 os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))
 
 
+def run_on_threads(name: str, num_threads: int, work: Callable[[], object], *, stop: Callable[[], object]) -> None:
+    """Run `work` on each of so many threads of their own. Blocks until all have ended, which `stop` makes them do soon
+    when one has failed or this thread is interrupted; the first failure, or the last interrupt, is raised.
+    """
+    pool = DaemonExecutor(name, num_threads)
+    interrupted = None
+    try:
+        for result in [pool.submit(work) for _ in range(num_threads)]:
+            result.result()
+    finally:
+        # No call stands outside of the inner `try`: the next interrupt would leave the threads.
+        for _ in TRIES:
+            try:
+                stop()
+                pool.shutdown()
+                break
+            except BaseException as error:  # noqa: BLE001 -- raised below
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+
 async def run_aside(name: str, fn: Callable[[], T]) -> T:
     """Run `fn` on a daemon thread of its own. Raises RuntimeError: the system has no more threads."""
     import asyncio
