@@ -249,7 +249,9 @@ def begin(
     """
     is_tolerant = config.on_commit_failure != "raise"
     try:
-        return Checkpoint(coordinator.begin(destination, config.overwrite), coordinator, filesystem, is_tolerant, after)
+        staging = coordinator.begin(destination, config.overwrite)
+        staging.rewrites = config.rewrite
+        return Checkpoint(staging, coordinator, filesystem, is_tolerant, after)
     except WriteError as error:
         if not is_tolerant:
             raise

@@ -37,7 +37,7 @@ from . import preflight
 from .checkpoint import Checkpoint, begin
 from .config import EngineConfig
 from .mirroring import EngineMirrors
-from .pending import PendingCommit
+from .pending import PendingCommit, those_before_have_ended
 from .pipeline import SavePipeline
 from .rotation import Rotation
 from .tolerance import Tolerate
@@ -86,6 +86,7 @@ class Commits:
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
         self.pool = self.pipeline.pool
+        self.pool.disk.make_room = self._make_room
         live.add(self)
 
     # Which calls are legal now.
@@ -274,6 +275,11 @@ class Commits:
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 
+    async def _make_room(self, tag: str) -> None:
+        """Wait for the commits before that of `tag`, and let retention work once more."""
+        await those_before_have_ended(tag, list(self._commits))
+        await asyncio.wrap_future(self.pool.submit_io(self._rotate))
+
     def _rotate(self) -> int:
         """Let retention work, on the rank that leads; returns how many could not be deleted. Blocks on the disk."""
         if not self._coordinator.leads:
@@ -330,8 +336,7 @@ class Commits:
             self.pipeline.callbacks.report(logging.WARNING, "%s", pending.warning)
             self.pipeline.note(pending.warning)
         elif error is not None:
-            told = "checkpoint %r was not committed: %s"
-            self.pipeline.callbacks.report(logging.ERROR, told, checkpoint.tag, error)
+            self.pipeline.callbacks.report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error)
 
     # Ending.
 

@@ -83,6 +83,11 @@ class EngineConfig:
     or, with ``Tolerate(consecutive=2, within_s=3600)``, a warning until so many have failed in a row. Older checkpoints
     stay either way."""
 
+    rewrite: bool = False
+    """Write a file once more, from staging memory to a new file, where its disk failed with EIO, ESTALE or ETIMEDOUT;
+    or was full, and earlier commits and `retention` have made room since. Staging memory is kept until a file is
+    synced, unless a save wants it: what does not fit there whole is not written again."""
+
     read_back: bool = False
     """Read every file back from the disk and compare its CRCs before the rename; costs a second pass of I/O."""
 
@@ -150,7 +155,14 @@ class EngineConfig:
         self._check_choice("format", "torch", "safetensors")
         self._check_choice("reuse", "auto", "off")
         self._check_frozen()
-        for name in ("compact_views", "read_back", "sweep_on_start", "preflight", "keep_local_until_mirrored"):
+        for name in (
+            "compact_views",
+            "read_back",
+            "rewrite",
+            "sweep_on_start",
+            "preflight",
+            "keep_local_until_mirrored",
+        ):
             self._check_choice(name, True, False)
         if not isinstance(self.on_commit_failure, Tolerate):
             self._check_choice("on_commit_failure", "raise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..metrics import CommitMetrics
 from ..mirror.pending import PendingMirror
@@ -56,3 +56,10 @@ class PendingCommit(Pending):
         return (
             f"commit of {self.tag!r} {what}; it waits for {self._waiting_for()}. Nothing is visible under this tag yet"
         )
+
+
+async def those_before_have_ended(tag: str, commits: Sequence[PendingCommit]) -> None:
+    """Wait for the commits before the unfinished one of `tag`; for all, where that was not called yet."""
+    own = next((k for k, pending in enumerate(commits) if pending.tag == tag and not pending.done()), len(commits))
+    for pending in commits[:own]:
+        await pending.ended()

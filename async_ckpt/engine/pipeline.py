@@ -81,6 +81,7 @@ class SavePipeline:
                     num_writers=config.num_writers,
                     num_helpers=num_copy_helpers(),
                     io_mode=config.io_mode,
+                    rewrite=config.rewrite,
                     on_span=self.callbacks.on_span if self._observes else None,
                     name=name,
                 )

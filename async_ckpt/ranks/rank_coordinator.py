@@ -163,7 +163,7 @@ class RankCoordinator:
         assert isinstance(opened, RankStaging)
         attempt = self.talk.learn(opened, opened.attempt)
         entries = (*files, *opened.destination.take_in(self._fs, opened.path))
-        digest = write_part(self._fs, opened.path, self.rank, Manifest(opened.tag, created_unix_ns, entries))
+        digest = write_part(self._fs, opened, self.rank, Manifest(opened.tag, created_unix_ns, entries))
         said = f"{digest} {opened.destination.vote}".rstrip()
         self.talk.learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
         if self.rank == 0:

@@ -10,13 +10,14 @@ from ..format import manifest
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry, Manifest
 from ..storage.filesystem import FileSystem
+from ..storage.staged import Staging, create_file
 
 
-def write_part(fs: FileSystem, location: str, rank: int, part: Manifest) -> str:
+def write_part(fs: FileSystem, staging: Staging, rank: int, part: Manifest) -> str:
     """Leave this rank's file entries, durable, for the leader; returns their digest."""
     raw = manifest.encode(part)
-    fs.create_file(os.path.join(location, _part_name(rank)), raw)
-    fs.fsync_dir(location)
+    create_file(fs, staging, _part_name(rank), raw)
+    fs.fsync_dir(staging.path)
     return _digest(raw)
 
 

@@ -39,5 +39,8 @@ class CopyPool(Protocol):
     def submit_help(self, fn: Callable[[], None]) -> Future[None]:
         """Run `fn` on a thread that helps the caller with what it waits for."""
 
+    def let_go(self) -> bool:
+        """Have a file that is written give back memory that it only keeps; False where there is none."""
+
     def submit_io(self, fn: Callable[[], None]) -> Future[None]:
         """Run `fn`, which may block, on an I/O thread."""

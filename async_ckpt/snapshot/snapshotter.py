@@ -115,6 +115,8 @@ class Snapshotter:
         how: Any = {"owners": guarded.tensors, "on_copied": on_copied, "elsewhere": elsewhere}
         file = FileCopy(state, chunk_map, sink, self._arena, self._streams, **how)
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
+        while chunks is None and self._pool.let_go():
+            chunks = self._arena.try_reserve(len(chunk_map.offsets))
         if chunks is None:
             # Chunks come back only when the copies that hold them have been made.
             self.start_at()

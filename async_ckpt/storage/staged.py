@@ -24,6 +24,7 @@ from .filesystem import FileLock, FileSystem
 from .private_dirs import link_aside, move_aside, remove_tree, take_apart
 from .publish_lock import publish_lock
 from .syscalls import REFUSED
+from .write_error import MOMENTARY
 
 _MAX_RACES = 16
 # ENOTEMPTY, EEXIST: the flag was ignored. EXDEV: a directory in the lower layer of an overlay.
@@ -82,6 +83,8 @@ class Staging:
     overwrite: str = "refuse"
     tag: str = field(init=False)
     """Its name once it is visible."""
+    rewrites: bool = False
+    """Whether a small file that fails for a moment is written once more."""
     root: str = field(init=False)
     """The destination's, absolute."""
     final_path: str = field(init=False)
@@ -117,6 +120,19 @@ class Staging:
         lock, self.lock = self.lock, None
         if lock is not None:
             lock.close()
+
+
+def create_file(fs: FileSystem, staging: Staging, name: str, data: bytes) -> None:
+    """A small new file of the staging directory, as `FileSystem.create_file`; once more where that may help."""
+    path = os.path.join(staging.path, name)
+    try:
+        fs.create_file(path, data)
+    except OSError as error:
+        if not staging.rewrites or error.errno not in MOMENTARY:
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            fs.unlink(path)
+        fs.create_file(path, data)
 
 
 def refuse(staging: Staging, why: str) -> NoReturn:

@@ -43,7 +43,7 @@ from .delete import remove
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
 from .root import make_root, unmake
-from .staged import Destination, Staging, State, check_final, refuse, rename_to_final, written_by
+from .staged import Destination, Staging, State, check_final, create_file, refuse, rename_to_final, written_by
 from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
@@ -198,7 +198,7 @@ def _publish(
     )
     raw = encode(manifest)
     with _step("manifest", staging):
-        fs.create_file(os.path.join(staging.path, MANIFEST_NAME), raw)
+        create_file(fs, staging, MANIFEST_NAME, raw)
         folders = _check_contents(fs, staging, manifest, len(raw))
     with _step("sync", staging):
         _open_to_readers(fs, staging)

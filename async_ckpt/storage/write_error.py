@@ -9,7 +9,9 @@ from typing import Protocol
 
 from ..errors import OutOfSpaceError, WriteError
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+MOMENTARY = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+"""What a disk may fail with once, and not again."""
 
 
 class TellsFreeBytes(Protocol):
@@ -33,7 +35,7 @@ def write_error(
     Args:
         message: what failed and what is on disk now; a file's errors say what the whole file needs in `needed_bytes`.
     """
-    if error.errno not in _FULL:
+    if error.errno not in FULL:
         return WriteError(f"{message} ({error})", errno=error.errno, path=path, offset=offset)
     free_bytes = _free_bytes(disk, path)
     needed = "" if needed_bytes is None else f", the file needs {needed_bytes} bytes"

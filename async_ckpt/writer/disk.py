@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from ..errors import CheckpointError, WriteError
 from ..format.chunk import Chunk
@@ -40,6 +41,8 @@ class Disk:
         self.io = io
         self.loop = loop
         self.on_span = on_span
+        self.make_room: Callable[[str], Coroutine[Any, Any, None]] = _cannot
+        """Waits until earlier commits than that of a tag, and what they delete, are over."""
         self.num_queued = 0
         """Chunks submitted and not yet released."""
         self._max_queued = 0
@@ -88,6 +91,10 @@ class Disk:
         except OSError as error:
             message = "the directory of a file cannot be made in the staging directory; the file is not committed"
             raise write_error(self.filesystem, error, message, folder) from error
+
+
+async def _cannot(tag: str) -> None:
+    """Nobody makes room."""
 
 
 def in_our_tree(error: BaseException, path: str) -> BaseException:

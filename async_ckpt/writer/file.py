@@ -203,14 +203,14 @@ class FileWrite:
     def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:
         error = ended.exception()
         is_done = error is None and ended.result()
-        with self._lock:
-            self._num_chunk_jobs -= 1
-            self._written_bytes += chunk.nbytes if is_done else 0
-            is_all = self._written_bytes == self.size_bytes
         if error is not None:
             self._fail(error)
         elif is_done:
             self._queue.release(chunk)
+        with self._lock:
+            self._num_chunk_jobs -= 1
+            self._written_bytes += chunk.nbytes if is_done else 0
+            is_all = self._written_bytes == self.size_bytes
         self._disk.give_slot_back()
         if is_all or not is_done:
             self._notify()

@@ -30,6 +30,7 @@ from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
 from .disk import Disk
 from .file import FileWrite
+from .rewrite import RewritingFile
 from .sharing import FindOlder, HowToWrite
 
 T = TypeVar("T")
@@ -70,6 +71,7 @@ class WriterPool:
         num_writers: chunks that are written at once, over all files.
         num_helpers: threads for `submit_help`.
         io_mode: past the page cache, through it, or "auto": past it from `SMALL_BYTES` on.
+        rewrite: write a file once more where the disk has failed for a moment.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; quick, never raises.
         name: prefix of the thread names.
     """
@@ -81,12 +83,13 @@ class WriterPool:
         num_writers: int | Literal["auto"] = "auto",
         num_helpers: int = 0,
         io_mode: Literal["auto", "direct", "buffered"] = "auto",
+        rewrite: bool = False,
         on_span: Callable[[Span], None] | None = None,
         name: str = "async-ckpt",
     ) -> None:
         self._pid = os.getpid()
         self.num_helpers = num_helpers
-        self._io_mode = io_mode
+        self._io_mode, self._rewrites = io_mode, rewrite
         self._num_writers = auto_num_writers(num_helpers) if num_writers == "auto" else num_writers
         self.death: Outcome[None] = Outcome()
         """Resolves to the error that every later call raises, when the loop has died and all files have been told."""
@@ -147,7 +150,8 @@ class WriterPool:
             folder = Future()
             folder.set_result("")
         how = HowToWrite(is_direct, depth, make_parents, tag, older, pass_over)
-        file = FileWrite(self.disk, folder, path, size_bytes, seal, how)
+        make = RewritingFile if self._rewrites else FileWrite
+        file = make(self.disk, folder, path, size_bytes, seal, how)
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None
         try:
@@ -177,6 +181,11 @@ class WriterPool:
         """
         self.check(takes_files=False)
         return self._helpers.submit(fn)
+
+    def let_go(self) -> bool:
+        """Have one file give back the chunks that it only keeps for a second try; False where none does. Never
+        blocks."""
+        return any(isinstance(file, RewritingFile) and file.let_go() for file in list(self._files))
 
     @property
     def helper_native_ids(self) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..format.chunk import Chunk
 from ..threads.locks import Lock
@@ -30,12 +31,15 @@ class ChunkQueue:
         self._disk = disk
         self._size_bytes = size_bytes
         self._lock = lock
-        self._is_late = is_late
+        self.is_late = is_late
         self._refuse = refuse
         self.inbox: deque[Chunk] = deque()
         """Handed over by the caller, in a single operation (interrupted, this has all of the chunks or none), and not
         looked at yet."""
         self._held: dict[int, Chunk] = {}
+        self.keeps = False
+        """Whether what is released is kept, so that it can be taken back."""
+        self._kept: dict[int, Chunk] = {}
         self.waiting: deque[Chunk] = deque()
         """To be written. With the lock."""
 
@@ -57,7 +61,7 @@ class ChunkQueue:
                 if not self.inbox:
                     return
                 chunk, problem = self.inbox[0], None
-                is_late = self._is_late()
+                is_late = self.is_late()
                 if not is_late:
                     problem = problem_with(chunk, self.next_offset, self.extent_bytes, self._size_bytes)
                 if problem is None and not is_late:
@@ -86,13 +90,42 @@ class ChunkQueue:
         self.waiting.extendleft(reversed(held))
 
     def release(self, chunk: Chunk) -> None:
-        """Give one chunk back, unless that was done; no thread may use it any more."""
-        if self._held.pop(chunk.offset, None) is not None:
-            self._disk.count(-1)
+        """Give one chunk back, unless that was done, or keep it; no thread may use it any more."""
+        if self._held.pop(chunk.offset, None) is None:
+            return
+        self._disk.count(-1)
+        if self.keeps:
+            self._kept[chunk.offset] = chunk
+        # Also where `let_go` has come in between, and has not seen it.
+        if not self.keeps and self._kept.pop(chunk.offset, chunk) is chunk:
             chunk.release()
+
+    def let_go(self) -> bool:
+        """Give back what is kept, and keep no more; False where nothing is kept. Any thread, and no lock: whom a signal
+        handler interrupts here may have it."""
+        did_keep, self.keeps = self.keeps, False
+        for chunk in self._take_kept():
+            chunk.release()
+        return did_keep
+
+    def take_back(self) -> bool:
+        """Queue all chunks again, from the first one on, and keep none any more; False where some are gone. With the
+        lock."""
+        self.keeps = False
+        kept = {chunk.offset: chunk for chunk in self._take_kept()}
+        self._disk.count(len(kept))
+        self._held.update(kept)
+        self.held_back, self.waiting = None, deque(self._held[offset] for offset in sorted(self._held))
+        return sum(chunk.nbytes for chunk in self.waiting) == self.next_offset
+
+    def _take_kept(self) -> Iterator[Chunk]:
+        with contextlib.suppress(KeyError):
+            while True:
+                yield self._kept.popitem()[1]
 
     def release_all(self) -> None:
         """Give all of them back; no thread may use them any more, and no other will come."""
+        self.let_go()
         self.take_over()
         self.waiting.clear()
         for chunk in list(self._held.values()):
