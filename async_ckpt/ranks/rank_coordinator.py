@@ -11,7 +11,7 @@ Guarantees:
   next checkpoint works. Ranks that wait for each other in different tags fail both within seconds.
 - If rank 0 vanishes after it has decided to rename, the others learn within twice that time that the outcome is
   unknown.
-- Nothing here runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
+- Nothing but `load_once` runs a collective or uses a process group. See `rank_protocol` for the cost on the store.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from ..errors import CheckpointError, CommitError, ConfigError, report
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry, Manifest
+from ..format.names import StrPath
 from ..host.facts import Node, node_from_env
 from ..reading.catalog import Catalog
 from ..storage import transaction
@@ -81,9 +82,7 @@ class RankCoordinator:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in a job of {world_size} ranks")
         if node is not None and (rank not in node.ranks or not 0 <= node.number < node.num_nodes):
-            raise ConfigError(
-                f"rank {rank} is not among the ranks {node.ranks} of node {node.number} of {node.num_nodes}"
-            )
+            raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number}/{node.num_nodes}")
         if not 0 < timeout_s < float("inf"):
             raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         self.rank = rank
@@ -95,7 +94,7 @@ class RankCoordinator:
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
         self._linger_s = linger_s
-        self._resumes: Exchange | None = None
+        self._exchanges: dict[str, Exchange] = {}
         self._filesystem: FileSystem | None = None
         self._talking: RankTalk | None = None
         self._starting: Joining | None = None
@@ -186,12 +185,8 @@ class RankCoordinator:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
                 if not isinstance(cause, AttemptFailed):
-                    report(
-                        logging.WARNING,
-                        "the other ranks could not be told that %r was given up: %s",
-                        opened.tag,
-                        failure,
-                    )
+                    told = "the other ranks could not be told that %r was given up: %s"
+                    report(logging.WARNING, told, opened.tag, failure)
         else:
             self._joining.tell_once_joined(opened.attempt, error)
         self._leave(opened, attempt)
@@ -227,9 +222,28 @@ class RankCoordinator:
 
     def newest_on_all(self, verify: str, mirrors: Sequence[Catalog] = ()) -> tuple[str | None, Catalog | None]:
         """As `latest_on_all`, where a node also has what its `mirrors` have; and, on its lowest rank, where it is."""
-        if self._resumes is None:
-            self._resumes = Exchange(self.talk, "latest_on_all", self.info.timeout_s)
-        return latest_on_all(self.info, [Catalog(self._root, self._fs), *mirrors], self._resumes, verify)
+        here = Catalog(self._root, self._fs)
+        return latest_on_all(self.info, [here, *mirrors], self._exchange("latest_on_all"), verify)
+
+    def load_once(self, path: StrPath, into: Any, *, per_node: bool | None = None, **how: Any) -> Any:
+        """Fill the tensors of `into` on all ranks from "<tag>/file.pt", which one rank reads and verifies. All ranks
+        call it, with states of the same names and shapes. Blocks for the slowest; see `ranks/load_once.py`.
+
+        For a checkpoint that is missing or damaged the next older one is read, with a warning: see `Restored.tag`. With
+        `per_node` one rank per node reads (as by default where each has its own root), else rank 0 for all. `how`:
+        `strict`, `select`, `rename`, and the result, as in `async_ckpt.load_into`.
+
+        Raises:
+            ConfigError: ``torch.distributed`` is not initialised. RankFailedError: names a rank that failed or did not
+                answer within twice `timeout_s`. Otherwise as `load_into`; on all ranks alike.
+        """
+        from .load_once import load_once
+
+        exchange = self._exchange("load_once")
+        return load_once(self.info, Catalog(self._root, self._fs), exchange, path, into, per_node, how)
+
+    def _exchange(self, name: str) -> Exchange:
+        return self._exchanges.setdefault(name, Exchange(self.talk, name, self.info.timeout_s))
 
     # Committing.
 
@@ -320,7 +334,8 @@ class RankCoordinator:
     @property
     def talk(self) -> RankTalk:
         """Asks the other ranks anything, over the connection of the commits; after `bind`."""
-        assert self._talking is not None, "bind() comes first"
+        if self._talking is None:
+            raise ConfigError("this RankCoordinator has no engine: give it to one, as `coordinator`, first")
         return self._talking
 
     @property

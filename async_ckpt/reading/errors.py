@@ -3,11 +3,14 @@ torch."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 from ..errors import CheckpointError, CorruptCheckpointError
 
 NOTHING_LOADED = "nothing was loaded"
+OVERWRITTEN = "the given tensors are partly overwritten"
 DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO})
 """The disk or the kernel says that the data is bad: damage, and no passing state (EMFILE, ENOMEM, a server's
 ESTALE)."""
@@ -43,3 +46,16 @@ class ExtentMismatch(CorruptCheckpointError):
         )
         self.extent, self.first, self.end = extent, first, end
         self.consequence = consequence
+
+
+@contextlib.contextmanager
+def telling_overwritten() -> Iterator[None]:
+    """Let errors of reading pass with what has become of the targets added."""
+    try:
+        yield
+    except ExtentMismatch as error:
+        raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=OVERWRITTEN) from error
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{error}; {OVERWRITTEN}", path=error.path, record=error.record) from error
+    except ReadError as error:
+        raise ReadError(error, path=error.path, offset=error.offset, consequence=OVERWRITTEN) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -206,4 +207,5 @@ def load_committed_into(
             structure = None
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)
-        return fill(file, structure, state_dict, strict=strict, atomic=atomic, select=select, rename=rename)
+        how: Any = {"strict": strict, "atomic": atomic, "select": select, "rename": rename}
+        return replace(fill(file, structure, state_dict, **how), tag=tag)

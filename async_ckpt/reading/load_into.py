@@ -10,19 +10,20 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import ConfigError, CorruptCheckpointError, StateMismatchError
+from ..errors import ConfigError, StateMismatchError
 from ..format.tensors import TensorExtent
 from ..host.device import beside_captures, is_copyable, synchronize_device
 from ..host.facts import available_memory_bytes
 from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
-from .errors import ExtentMismatch, ReadError
+from .errors import telling_overwritten
 from .rollback import Rollback
 from .scatter import stream_into
 from .shared_memory import Pair, disagreements, overlapping, shares_own_memory
@@ -32,7 +33,6 @@ from .verified_file import VerifiedFile
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_OVERWRITTEN = "the given tensors are partly overwritten"
 Atomic = bool | Literal["auto"]
 Source = TensorExtent | torch.Tensor
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -48,6 +48,8 @@ class Restored:
     mismatches: tuple[str, ...] = ()
     read_bytes: int = 0
     """What of the file was read by this process, from the disk or store; more than its size where it was read twice."""
+    tag: str = ""
+    """The checkpoint that it came from."""
 
 
 def fill(
@@ -61,9 +63,24 @@ def fill(
     rename: Mapping[str, str] | None = None,
 ) -> Restored:
     """Move what `structure` (leaves: `TensorExtent`, or tensors already in memory) holds into the tensors of `target`.
-    Blocks.
+    Blocks. Raises as `match`."""
+    mover, restored = match(file, structure, target, strict=strict, select=select, rename=rename)
+    mover.run(file, atomic)
+    return replace(restored, read_bytes=file.read_bytes)
 
-    With `select` only the extents that hold the selected tensors are read.
+
+def match(
+    file: VerifiedFile,
+    structure: Any,
+    target: Any,
+    *,
+    strict: bool = True,
+    select: str | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> tuple[Mover, Restored]:
+    """What is to move where, and what comes of it; no byte is moved yet.
+
+    With `select` only the extents that hold the selected tensors are to be read.
 
     Raises:
         StateMismatchError: with `strict`, if anything differs; names of `select` or `rename` do not fit.
@@ -82,7 +99,7 @@ def fill(
             tuple(differences.values()),
         )
     loaded = {path: tensor for path, tensor in wanted.items() if path not in differences}
-    mover = _Mover(range(file.num_extents) if select is None else _extents_of(file, [found[path] for path in loaded]))
+    mover = Mover(range(file.num_extents) if select is None else _extents_of(file, [found[path] for path in loaded]))
     for path, tensor in loaded.items():
         mover.add(found[path], tensor)
     # Whatever may fail comes before the first byte moves.
@@ -92,8 +109,7 @@ def fill(
         state = replace_leaves(structure, {**rest, **placed})
     else:
         state = {dotted(path): tensor for path, tensor in placed.items()}
-    mover.run(file, atomic)
-    return Restored(state, tuple(loaded), tuple(differences.values()), file.read_bytes)
+    return mover, Restored(state, tuple(loaded), tuple(differences.values()))
 
 
 def compare(found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -162,7 +178,7 @@ def _has_address(tensor: torch.Tensor) -> bool:
 
 def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:
     """The values of some tensors of the file, in fresh memory."""
-    mover = _Mover(())
+    mover = Mover(())
     values = [mover.fresh(source).detach() for source in sources]
     mover.read(file, _extents_of(file, sources))
     return values
@@ -180,13 +196,13 @@ def _extents_of(file: VerifiedFile, sources: Iterable[Source]) -> list[int]:
     )
 
 
-class _Mover:
+class Mover:
     """Collects moves, then does them all at once, reading these extents."""
 
     def __init__(self, extents: Sequence[int]) -> None:
-        self._extents = extents
+        self.extents = extents
         self._builder = TensorBuilder(lambda tag: CPU)
-        self._scatter = self._builder.scatter
+        self.scatter = self._builder.scatter
         self._direct: list[torch.Tensor] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -194,7 +210,7 @@ class _Mover:
         """Move `source` into `target`: straight where the bytes lie in the same order, else through a copy."""
         if isinstance(source, TensorExtent) and _same_order(source, target):
             first = int(target.storage_offset()) * target.dtype.itemsize
-            self._scatter.add(source.offset, source.num_bytes, target.untyped_storage(), first)
+            self.scatter.add(source.offset, source.num_bytes, target.untyped_storage(), first)
             self._direct.append(target)
         else:
             self._copies.append((target, self.fresh(source)))
@@ -205,14 +221,29 @@ class _Mover:
 
     def read(self, file: VerifiedFile, extents: Iterable[int]) -> None:
         """Fill what `fresh` has made. Blocks."""
-        self._scatter.freeze()
-        stream_into(file, self._scatter, extents)
+        self.scatter.freeze()
+        stream_into(file, self.scatter, extents)
 
     def run(self, file: VerifiedFile, atomic: Atomic) -> None:
         """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile`
         raises."""
-        self._scatter.freeze()
         held = self._held_extents(file, atomic)
+        with self.changing():
+            if not atomic:
+                self._overwrite(file)
+            elif self.scatter.streams:
+                file.keep(held)
+                file.stream(None, self.extents[len(held) :])
+                self._overwrite(file)
+            else:
+                self._overwrite_or_restore(file, held)
+            if not atomic or self.scatter.streams:
+                self.copy()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around whatever puts the file's bytes through `scatter`, and then calls `copy`."""
+        self.scatter.freeze()
         targets = [*self._direct, *(target for target, _ in self._copies)]
         for device in {tensor.device for tensor in targets if tensor.device.type != "cpu"}:
             # Kernels that still read the old values may be queued on any stream.
@@ -221,16 +252,7 @@ class _Mover:
         for tensor in tracked:
             # A snapshot that is being taken of it must see the first change, not only the last.
             torch.autograd.graph.increment_version(tensor)
-        if not atomic:
-            self._overwrite(file)
-        elif self._scatter.streams:
-            file.keep(held)
-            file.stream(None, self._extents[len(held) :])
-            self._overwrite(file)
-        else:
-            self._overwrite_or_restore(file, held)
-        if not atomic or self._scatter.streams:
-            self._copy()
+        yield
         for tensor in tracked:
             torch.autograd.graph.increment_version(tensor)
 
@@ -239,21 +261,21 @@ class _Mover:
         takes."""
         available = available_memory_bytes()
         if atomic is not True:
-            return self._extents[: available // 2 // file.extent_bytes]
+            return self.extents[: available // 2 // file.extent_bytes]
         copied = sum(target.nbytes for target, _ in self._copies)
-        needed = copied + (file.size_bytes if self._scatter.streams else self._scatter.num_target_bytes)
+        needed = copied + (file.size_bytes if self.scatter.streams else self.scatter.num_target_bytes)
         if needed > available:
             raise ConfigError(
                 f"{file.name}: atomic=True sets {needed} bytes aside and {available} are available; no tensor was "
                 "changed. atomic='auto' verifies what does not fit before it overwrites it, and reads it twice"
             )
-        return self._extents
+        return self.extents
 
     def _overwrite_or_restore(self, file: VerifiedFile, held: Sequence[int]) -> None:
         """Read into the targets, the old bytes set aside as far as memory goes; what exceeds it is verified before, and
         read again."""
-        rest = self._extents[len(held) :]
-        rollback = Rollback(self._scatter, file.lend, file.extent_bytes)
+        rest = self.extents[len(held) :]
+        rollback = Rollback(self.scatter, file.lend, file.extent_bytes)
         try:
             file.stream(None, rest)
             file.stream(rollback, held)
@@ -276,7 +298,8 @@ class _Mover:
             rollback.close()
 
     @torch.no_grad()
-    def _copy(self) -> None:
+    def copy(self) -> None:
+        """Move what does not lie in the file in the same order, once `scatter` has all bytes."""
         for target, source in self._copies:
             with beside_captures(target.device):
                 target.copy_(source)
@@ -285,22 +308,14 @@ class _Mover:
     def _copy_or_restore(self) -> None:
         before = [(target, target.clone()) for target, _ in self._copies]
         try:
-            self._copy()
+            self.copy()
         except BaseException:
             uninterrupted(lambda: [target.copy_(old) for target, old in before])
             raise
 
     def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
-        try:
-            stream_into(file, self._scatter, self._extents if extents is None else extents)
-        except ExtentMismatch as error:
-            raise ExtentMismatch(
-                error.path or "", error.extent, error.first, error.end, consequence=_OVERWRITTEN
-            ) from error
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{error}; {_OVERWRITTEN}", path=error.path, record=error.record) from error
-        except ReadError as error:
-            raise ReadError(error, path=error.path, offset=error.offset, consequence=_OVERWRITTEN) from error
+        with telling_overwritten():
+            stream_into(file, self.scatter, self.extents if extents is None else extents)
 
 
 def _same_order(source: TensorExtent, target: torch.Tensor) -> bool:

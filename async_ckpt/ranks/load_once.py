@@ -1,0 +1,329 @@
+"""One rank reads and verifies a file, the others receive it, over a gloo group of their own that lasts as long.
+
+Guarantees:
+- Each byte is read once by one rank of a group (all ranks, or those of a node). All ranks fill their tensors from the
+  same checkpoint, or all raise.
+- Memory: pieces of 4 MiB, eight on the rank that reads and one on the others, and the extents that hold the file's
+  directory and pickle. Tensors on a GPU are filled from those by the device's own copies.
+- What ends in the middle (a read, a rank) ends it on all: whoever does not answer is named, within twice `timeout_s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    RankFailedError,
+    StateMismatchError,
+    UnsupportedStateError,
+    report,
+)
+from ..format.checksum import crc32
+from ..format.manifest import FileEntry
+from ..format.names import Root, StrPath
+from ..format.plain import NotPlainError
+from ..format.zip_directory import UnusualLayoutError
+from ..host.device import without_default_device
+from ..host.facts import node_from_env
+from ..host.memory import region
+from ..reading.build import TensorsOnDisk, read_structure
+from ..reading.catalog import Catalog
+from ..reading.damage import naming
+from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
+from ..reading.load_into import Mover, Restored, match
+from ..reading.verified_file import VerifiedFile
+from ..threads.locks import Lock
+from ..threads.pending import name_pending
+from .exchange import Exchange
+from .rank_requests import RankInfo
+
+_PIECE_BYTES = 4 << 20
+_END, _FAILED = -1, -2
+_ALIKE: dict[str, Callable[[str], Exception]] = {
+    "CheckpointNotFoundError": CheckpointNotFoundError,
+    "CorruptCheckpointError": CorruptCheckpointError,
+    "ExtentMismatch": CorruptCheckpointError,
+    "StateMismatchError": StateMismatchError,
+    "UnsupportedStateError": UnsupportedStateError,
+}
+"""What ranks raise for another rank's error; for others RankFailedError."""
+
+
+def load_once(
+    info: RankInfo,
+    catalog: Catalog,
+    exchange: Exchange,
+    path: StrPath,
+    target: Any,
+    per_node: bool | None,
+    how: dict[str, Any],
+) -> Restored:
+    """See `RankCoordinator.load_once`."""
+    if not dist.is_initialized():
+        raise ConfigError("load_once sends over torch.distributed: call torch.distributed.init_process_group before it")
+    there = dist.get_rank(), dist.get_world_size()
+    if there != (info.rank, info.world_size):
+        raise ConfigError(f"rank {info.rank} of {info.world_size} is {there[0]} of {there[1]} in torch.distributed")
+    tag, name = Root(catalog.root).split_committed(path)
+    ranks = info.group
+    if per_node and info.num_nodes == 1:
+        ranks = node_from_env(info.rank, info.world_size).ranks
+    name_pending(catalog.root)
+    older: list[str] | None = None
+    exchange.begin()
+    while True:
+        try:
+            with contextlib.ExitStack() as opened, without_default_device():
+                return _Load(exchange, ranks, info, opened).run(catalog, tag, name, target, how)
+        except _UnreadableError as failed:
+            if older is None:
+                committed = _agree(exchange, partial(_committed, catalog if info.rank == ranks[0] else None))
+                older = _older_than(tag, [found for found in committed if found is not None])
+            if not older:
+                raise failed.error from failed.error.__cause__
+            report(logging.WARNING, "load_once: checkpoint %r is passed over for %r: %s", tag, older[0], failed.error)
+            tag = older.pop(0)
+
+
+class _UnreadableError(Exception):
+    """A checkpoint is missing or damaged, as all ranks know; `error` is what each raises if there is no older one."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _LostError(Exception):
+    """Another rank is to blame for what failed here."""
+
+
+def _committed(catalog: Catalog | None) -> list[list[Any]] | None:
+    if catalog is None:
+        return None
+    return [[entry.tag, entry.manifest.created_unix_ns] for entry in catalog.entries() if entry.manifest is not None]
+
+
+def _older_than(tag: str, committed: list[list[list[Any]]]) -> list[str]:
+    """Those that all who read have, newest first: all, where the age of `tag` is not known."""
+    everywhere = set.intersection(*({(found, created) for found, created in one} for one in committed))
+    limit = min((created for one in committed for found, created in one if found == tag), default=None)
+    ordered = sorted(everywhere, key=lambda pair: (pair[1], pair[0]), reverse=True)
+    return [found for found, created in ordered if found != tag and (limit is None or created <= limit)]
+
+
+def _agree(exchange: Exchange, work: Callable[[], Any]) -> list[Any]:
+    """What `work` has given on the ranks, each value once. Blocks; raises on all ranks if it fails on one."""
+    own: Exception | None = None
+    try:
+        word = {"found": work()}
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for this rank
+        own = error
+        is_unreadable = isinstance(error, (CheckpointNotFoundError, CorruptCheckpointError, ReadError))
+        kind, text = type(error).__name__, str(error)
+        word = {"error": text[:2000], "kind": kind, "unreadable": is_unreadable, "lost": isinstance(error, _LostError)}
+    said = exchange.round(word, _combined)
+    if "error" not in said:
+        return list(said["found"])
+    rank, text, kind = said["rank"], said["error"], said["kind"]
+    if own is not None and not isinstance(own, _LostError):
+        failure = own
+    elif kind in _ALIKE:
+        failure = _ALIKE[kind](f"rank {rank}: {text}")
+    else:
+        failure = RankFailedError(f"rank {rank}: {text}", rank=rank, step="load_once")
+    if said["unreadable"]:
+        raise _UnreadableError(failure)
+    raise failure
+
+
+def _combined(said: list[Any]) -> Any:
+    bad = [{**word, "rank": rank} for rank, word in enumerate(said) if "error" in word]
+    if bad:
+        return min(bad, key=lambda word: (word["lost"], word["unreadable"], word["rank"]))
+    found: list[Any] = []
+    for word in said:
+        if word["found"] not in found:
+            found.append(word["found"])
+    return {"found": found}
+
+
+class _Load:
+    """One checkpoint, tried by all ranks in step."""
+
+    def __init__(
+        self, exchange: Exchange, ranks: tuple[int, ...], info: RankInfo, opened: contextlib.ExitStack
+    ) -> None:
+        self._exchange = exchange
+        self._ranks = ranks
+        self._reads = info.rank == ranks[0]
+        self._info = info
+        self._opened = opened
+        self._file: VerifiedFile
+        self._wire: _Wire
+        self._structure: Any = None
+        self._mover: Mover
+        self._restored: Restored
+
+    def run(self, catalog: Catalog, tag: str, name: str, target: Any, how: dict[str, Any]) -> Restored:
+        found = [word for word in _agree(self._exchange, partial(self._open, catalog, tag, name)) if word is not None]
+        if len({word["created"] for word in found}) > 1:
+            raise _UnreadableError(CheckpointNotFoundError(f"the nodes have different checkpoints {tag!r}"))
+        mine = next(word for word in found if word["reader"] == self._ranks[0])
+        if len(_agree(self._exchange, partial(self._match, mine, target, how))) > 1:
+            raise StateMismatchError("load_once: the ranks were given states that do not match the file alike")
+        try:
+            _agree(self._exchange, self._move)
+        except RankFailedError as error:
+            raise RankFailedError(f"{error.message}; {OVERWRITTEN}", rank=error.rank, step="load_once") from error
+        return replace(self._restored, read_bytes=self._file.read_bytes if self._reads else 0, tag=tag)
+
+    def _open(self, catalog: Catalog, tag: str, name: str) -> Any:
+        if not self._reads:
+            return None
+        created = catalog.manifest(tag).created_unix_ns
+        self._file = file = self._opened.enter_context(catalog.open_file(tag, name))
+        file.block_bytes = _PIECE_BYTES
+        with naming(file):
+            self._structure = _structure_of(file)
+        group = uuid.uuid4().hex
+        entry = [file.entry.path, file.size_bytes, file.extent_bytes, (), file.entry.format, "", None]
+        return {"reader": self._ranks[0], "created": created, "group": group, "name": file.name, "entry": entry}
+
+    def _match(self, found: dict[str, Any], target: Any, how: dict[str, Any]) -> int:
+        """Send what the structure was read from, for the others to do the same; a number that is equal on all."""
+        try:
+            self._wire = wire = _Wire(found["group"], self._ranks, self._info.rank, self._info.timeout_s)
+        except RuntimeError as error:
+            raise _LostError(f"the ranks do not reach each other: {error}") from error
+        self._opened.callback(wire.close)
+        if self._reads:
+            for block in self._file.blocks(sorted(self._file.kept()), with_kept=True):
+                assert block.memory is not None
+                wire.send(block.offset, block.memory)
+            wire.end(_END)
+        else:
+            head = _Head(found["name"], found["entry"][1], [(offset, bytes(view)) for offset, view in wire.receive()])
+            self._file = self._opened.enter_context(VerifiedFile(head, FileEntry(*found["entry"]), check=False))
+            self._structure = _structure_of(self._file)
+        self._mover, self._restored = match(self._file, self._structure, target, **how)
+        return crc32(repr((self._restored.loaded, self._restored.mismatches)).encode())
+
+    def _move(self) -> None:
+        mover, wire = self._mover, self._wire
+
+        def pass_on(offset: int, view: memoryview) -> None:
+            wire.send(offset, view)
+            mover.scatter(offset, view)
+
+        try:
+            with mover.changing():
+                if self._reads:
+                    with naming(self._file), telling_overwritten():
+                        self._file.stream(pass_on, mover.extents)
+                    wire.end(_END)
+                else:
+                    for offset, view in wire.receive():
+                        mover.scatter(offset, view)
+                mover.copy()
+        except _LostError:
+            raise
+        except BaseException:
+            with contextlib.suppress(_LostError):
+                if self._reads:
+                    wire.end(_FAILED)
+            wire.close()
+            raise
+
+
+def _structure_of(file: VerifiedFile) -> Any:
+    try:
+        return read_structure(file, TensorsOnDisk())
+    except (NotPlainError, UnusualLayoutError) as error:
+        what = f"{file.name} holds more than plain tensors ({error}): only load and load_into read it, on each rank"
+        raise UnsupportedStateError(what) from error
+
+
+class _Head:
+    """The parts of a file that another rank has sent, as a `ReadableFile`."""
+
+    map_path = ""
+
+    def __init__(self, path: str, size_bytes: int, parts: list[tuple[int, bytes]]) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self._parts = parts
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        for start, part in self._parts:
+            if start <= offset and offset + buffer.nbytes <= start + len(part):
+                buffer[:] = part[offset - start :][: buffer.nbytes]
+                return
+        raise UnsupportedStateError(
+            f"{self.path}: given tensors share memory, and the file holds them apart: load_into compares their values"
+        )
+
+    def close(self) -> None:
+        return None
+
+
+class _Wire:
+    """From the first of some ranks to the others. `send` is called by many threads, the rest by one."""
+
+    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, timeout_s: float) -> None:
+        self._lock = Lock()
+        self._group: Any = None
+        self._is_closed = False
+        if len(ranks) > 1:
+            # Of its own, by a name of its own: whatever becomes of it, the training's groups are as before.
+            store = dist.PrefixStore(f"async_ckpt/load_once/{name}", dist.distributed_c10d._get_default_store())
+            patience = timedelta(seconds=timeout_s)
+            self._group = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), patience)
+
+    def send(self, offset: int, view: memoryview) -> None:
+        with self._lock:
+            self._broadcast(torch.tensor([offset, view.nbytes], device="cpu"))
+            self._broadcast(torch.frombuffer(view, dtype=torch.uint8))
+
+    def end(self, how: int) -> None:
+        """Nothing follows."""
+        with self._lock:
+            self._broadcast(torch.tensor([how, 0], device="cpu"))
+
+    def receive(self) -> Iterator[tuple[int, memoryview]]:
+        """Offsets and bytes, which are valid until the next; raises _LostError where the sender says so."""
+        memory, header = region(_PIECE_BYTES), torch.zeros(2, dtype=torch.int64, device="cpu")
+        while True:
+            self._broadcast(header)
+            offset, num_bytes = header.tolist()
+            if not num_bytes:
+                break
+            self._broadcast(torch.frombuffer(memory[:num_bytes], dtype=torch.uint8))
+            yield offset, memory[:num_bytes]
+        if offset == _FAILED:
+            raise _LostError("the rank that reads has failed")
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        if self._is_closed:
+            raise _LostError("the ranks have lost each other")
+        if self._group is None:
+            return
+        try:
+            self._group.broadcast(tensor, 0).wait()
+        except RuntimeError as error:
+            self.close()
+            raise _LostError(f"the ranks have lost each other: {error}") from error
+
+    def close(self) -> None:
+        self._group, self._is_closed = None, True

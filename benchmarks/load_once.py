@@ -1,0 +1,99 @@
+"""One file into the tensors of several processes: one reads and sends it; beside one process alone, and each by itself.
+
+    python -m benchmarks.load_once DIRECTORY [--size-mib 2048] [--ranks 4] [--repeats 3] [--out FOLDER]
+
+The processes and their tensors are there before; every time is from a barrier to the last of them. What the disk gave
+is counted by /proc/self/io of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import async_ckpt
+from benchmarks.environment import describe
+from benchmarks.limits import MIB
+from benchmarks.restore_probe import evict
+from benchmarks.results import append
+
+WAYS = ("one process", "load_once", "each by itself")
+
+
+def read_from_disk() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def timed(way: str, rank: int, coordinator: async_ckpt.RankCoordinator, path: Path, target: Any) -> tuple[float, int]:
+    """Seconds, and bytes from the disk, on this rank."""
+    if rank == 0:
+        evict(path)
+    dist.barrier()
+    before, started = read_from_disk(), time.perf_counter()
+    if way == "load_once":
+        coordinator.load_once(path, target)
+    elif way == "each by itself" or rank == 0:
+        async_ckpt.load_into(target, path)
+    dist.barrier()
+    return time.perf_counter() - started, read_from_disk() - before
+
+
+def work(rank: int, options: argparse.Namespace, results: Any) -> None:
+    torch.set_num_threads(1)
+    address = f"file://{options.directory.absolute()}/rendezvous"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=options.ranks)
+    coordinator = async_ckpt.RankCoordinator.from_env(run_id="benchmark")
+    path = options.directory / "root/probe/m.pt"
+    num = options.size_mib * MIB // 4 // 300
+    target = {f"layer.{i}": torch.ones(num) for i in range(300)}
+    with async_ckpt.AsyncCheckpointEngine(path.parent.parent, staging_bytes=64 * MIB, coordinator=coordinator):
+        for _ in range(options.repeats):
+            for way in WAYS:
+                results.put((way, rank, *timed(way, rank, coordinator, path, target)))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size-mib", type=int, default=2048)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder of results")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    (options.directory / "rendezvous").unlink(missing_ok=True)
+    num = options.size_mib * MIB // 4 // 300
+    with async_ckpt.AsyncCheckpointEngine(options.directory / "root", overwrite="replace") as engine:
+        engine.create("probe")
+        engine.save({f"layer.{i}": torch.randn(num) for i in range(300)}, "m.pt")
+        engine.commit("probe").result()
+    results = mp.get_context("spawn").SimpleQueue()
+    processes = mp.spawn(work, (options, results), options.ranks, join=False)
+    found = [results.get() for _ in range(options.repeats * len(WAYS) * options.ranks)]
+    processes.join()
+    taken = {way: [seconds for which, rank, seconds, _ in found if (which, rank) == (way, 0)] for way in WAYS}
+    disk = {way: sum(read for which, _, _, read in found if which == way) // options.repeats for way in WAYS}
+    one = statistics.median(taken["one process"])
+    for way, samples in taken.items():
+        median = statistics.median(samples)
+        print(
+            f"{way:15} {median:5.2f} s [{min(samples):.2f} to {max(samples):.2f}]  {median / one:4.2f} of one process  "
+            f"{disk[way] / MIB:7.0f} MiB from the disk"
+        )
+    if options.out is not None:
+        figures = {"size_mib": options.size_mib, "ranks": options.ranks, "seconds": taken, "disk_bytes": disk}
+        append({"probe": "load_once", "environment": describe(options.directory), **figures}, options.out)
+
+
+if __name__ == "__main__":
+    main()
