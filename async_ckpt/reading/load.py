@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch.utils.serialization import config
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedStateError
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedStateError, report
 from ..format.plain import NotPlainError
 from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
+from ..host.facts import mount_type
 from ..storage.filesystem import read_side_of
 from .build import TensorBuilder, TensorsOnDisk, place_for, read_structure
 from .by_torch import is_legacy, load_by_torch, runs_code
@@ -33,6 +35,9 @@ from .scatter import stream_into
 from .verified_file import MemorySource, VerifiedFile
 
 __all__ = ["Restored", "load", "load_committed", "load_committed_into", "load_into"]
+
+_OVER_A_NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "gluster", "afs", "9p", "wekafs", "fuse.")
+"""How the types of file systems begin where each page of a mapping is a request, and a lost server ends the process."""
 
 
 def load(
@@ -51,8 +56,8 @@ def load(
         weights_only: False runs the pickle's code: only for files you trust. None is True, unless
             TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
         verify: "full" compares every byte's CRC with the manifest, "size" and "off" only sizes.
-        mmap: map the file instead of reading it (after verifying it). None is
-            ``torch.utils.serialization.config.load.mmap``.
+        mmap: map the file instead of reading it (after verifying it); on a network file system it is read in ranges
+            all the same. None is ``torch.utils.serialization.config.load.mmap``.
         num_threads: reads in flight; None chooses.
 
     Raises:
@@ -142,6 +147,9 @@ def load_opened(
     _refuse_contexts()
     place = place_for(map_location)
     is_mapped = config.load.mmap if mmap is None else mmap
+    if is_mapped and file.map_path and mount_type(file.map_path).startswith(_OVER_A_NETWORK):
+        report(logging.INFO, "%s is on a network file system: it is read, and not mapped", file.name)
+        is_mapped = False
     with naming(file), without_default_device():
         if file.entry.format == "safetensors":
             if place is None:

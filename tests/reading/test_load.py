@@ -352,3 +352,15 @@ def test_reading_modules_need_no_torch() -> None:
     modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.verified_file", "format.plain"))
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.rclone", "lustre", "ext4", "fuseblk"])
+def test_on_a_network_file_system_nothing_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.arange(5000)})})
+    asked: list[str] = []
+    monkeypatch.setattr(restore, "mount_type", lambda path: asked.append(os.path.realpath(path)) or kind)
+    loaded = restore.load_committed(catalog, "a", "m.pt", mmap=True)
+    assert torch.equal(loaded["w"], torch.arange(5000))
+    assert asked == [str(tmp_path / "a/m.pt")]
+    mapped = "m.pt" in Path("/proc/self/maps").read_text()
+    assert mapped == (kind in ("ext4", "fuseblk"))
