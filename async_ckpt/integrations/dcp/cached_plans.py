@@ -92,7 +92,7 @@ class KnownPlans:
         if has_one:
             coordinator.talk.later(one(Add(key, info.world_size + 1)))
             return False
-        count = coordinator.talk.ask(_count(info, key))
+        count = coordinator.talk.ask(count_lacking(info, key))
         if count < info.world_size:
             raise RankFailedError(
                 f"{info.world_size - count} rank(s) did not come to this save within {info.timeout_s:g} s; nothing is "
@@ -103,7 +103,7 @@ class KnownPlans:
         return bool(count == info.world_size)
 
 
-def _count(info: RankInfo, key: str) -> Step:
+def count_lacking(info: RankInfo, key: str) -> Step:
     """How many ranks lack a plan; more than there are, where one has it."""
     yield Add(key)
     yield AwaitCount(key, info.world_size, info.timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.distributed.checkpoint import DefaultSavePlanner, state_dict_saver
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, CommitError, ConfigError, RankCoordinator
 from async_ckpt.integrations.dcp import load_sharded, save_sharded
-from async_ckpt.integrations.dcp.cached_plans import PlannedDestination
+from async_ckpt.integrations.dcp.cached_plans import PlannedDestination, count_lacking
+from async_ckpt.ranks.rank_requests import Add, RankInfo, one
 from tests.integrations.dcp import work
 from tests.integrations.dcp.test_dcp_ranks import assert_same
+from tests.ranks.simulation import Simulation
 from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -125,3 +128,31 @@ def test_the_store_does_not_grow_with_saves(tmp_path: Path) -> None:
         for k in range(6):
             save_sharded(engine, f"t{k}", {"x": torch.ones(3) * k}).result(60)
     assert store.num_keys() <= 5
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("world_size", [2, 1024, 16384])
+def test_what_the_ranks_say_costs_the_same_for_each_of_them(world_size: int) -> None:
+    info = [RankInfo(rank, world_size, 600.0) for rank in range(world_size)]
+    # A plan that all have: one request each, and nobody waits.
+    known = Simulation(world_size)
+    known.run({rank: one(Add("plan/2", world_size + 1)) for rank in range(world_size)})
+    assert set(known.store.by_rank.values()) == {1}
+    assert max(known.ended_s.values()) < 1.0
+    # The first save of a structure: all find out that all of them lack it.
+    first = Simulation(world_size)
+    first.run({rank: count_lacking(info[rank], "plan/1") for rank in range(world_size)})
+    assert set(first.outcomes.values()) == {world_size}
+    assert sum(first.store.requests.values()) <= 12 * world_size and max(first.ended_s.values()) < 30.0
+    # One rank lacks it alone: it hears so, whoever comes first.
+    mixed = Simulation(world_size)
+    mixed.run({0: count_lacking(info[0], "plan/3"), 1: one(Add("plan/3", world_size + 1))})
+    assert mixed.outcomes[0] > world_size
+    # The vote is one word beside the digest.
+    where = PlannedDestination("/r", "t", uuid.uuid4().hex)
+    where.said.append(where.known)
+    assert len(where.vote) == 32
+    print(
+        f"{world_size} ranks: known {max(known.ended_s.values()):.3f} s, first {max(first.ended_s.values()):.2f} s, "
+        f"{sum(first.store.requests.values()) / world_size:.1f} requests per rank"
+    )
