@@ -34,12 +34,13 @@ def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coo
 
 
 def for_states(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, size_bytes: int) -> None:
-    """Check that a checkpoint of that size finds room, and as many as retention will keep beside it; with `reuse`, only
-    the one: how much the others share is not known.
+    """Check that a checkpoint of that size finds room, and as many as retention will keep beside it; only the one where
+    they may share blocks: how much is not known.
 
     Raises:
         OutOfSpaceError: the disk, or a quota, has less.
     """
-    num_kept = 0 if config.retention is None or config.reuse == "auto" else config.retention.num_kept
+    shares = config.reuse == "auto" and (filesystem.findings.clones or config.reuse_frozen is not None)
+    num_kept = 0 if config.retention is None or shares else config.retention.num_kept
     if size_bytes:
         preflight.check_room(filesystem, catalog.root, size_bytes, max(1, num_kept + 1 - len(catalog.committed())))

@@ -20,7 +20,7 @@ STATE = {"x": torch.arange(20_000.0), "y": torch.ones(3)}
 
 
 def make_engine(root: Path, fs: FaultyFileSystem | None = None, **options: Any) -> AsyncCheckpointEngine:
-    options = {"rewrite": True, "staging_bytes": 64 * CHUNK, "chunk_bytes": CHUNK, **options}
+    options = {"rewrite": True, "reuse": "off", "staging_bytes": 64 * CHUNK, "chunk_bytes": CHUNK, **options}
     return AsyncCheckpointEngine(root, filesystem=fs, **options)
 
 

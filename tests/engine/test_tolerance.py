@@ -35,7 +35,7 @@ STATE = {"x": torch.arange(3000.0)}
 
 
 def make_engine(root: Path, fs: FaultyFileSystem | None = None, **options: Any) -> AsyncCheckpointEngine:
-    options = {"on_commit_failure": Tolerate(consecutive=2), **options}
+    options = {"on_commit_failure": Tolerate(consecutive=2), "reuse": "off", **options}
     return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, filesystem=fs, **options)
 
 

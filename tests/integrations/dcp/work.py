@@ -372,7 +372,7 @@ def save_while_one_disk_fails(rank: int, root: str) -> Any:
     fs, told, state = FaultyFileSystem(), [], {"x": other_state(rank)}
     if rank == 1:
         fs.fail_when(lambda op: op.name == "fsync" and ".b." in op.path and op.path.endswith("distcp"), errno.EIO)
-    with engine_of(root, filesystem=fs) as engine:
+    with engine_of(root, filesystem=fs, reuse="off") as engine:
         for tag in ("a", "b", "c", "d"):
             with no_collectives() if tag in "bd" else contextlib.nullcontext():
                 error = save_sharded(engine, tag, state).exception(60)
