@@ -255,6 +255,7 @@ class Commits:
             publish = partial(self._publish, checkpoint, entries, metadata, created_unix_ns)
             await asyncio.wrap_future(self.pool.submit_io(publish))
         except BaseException as error:
+            self.pipeline.reuse.forget(checkpoint.files)
             await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
             if isinstance(self._config.on_commit_failure, Tolerate) and isinstance(error, Exception):
                 await self._config.on_commit_failure.judge(pending, error, list(self._commits))
@@ -270,8 +271,7 @@ class Commits:
             read_back=self._config.read_back,
             on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
         )
-        if self.pipeline.reuse.is_on:
-            checkpoint.remember_in(self.pipeline.reuse)
+        checkpoint.remember_in(self.pipeline.reuse)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 

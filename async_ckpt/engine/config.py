@@ -103,9 +103,10 @@ class EngineConfig:
 
     reuse_frozen: Any = None
     """A module, or tensors, that never change again: while they have `requires_grad` False and the version counters of
-    the last commit, they are not even copied, chunk by chunk of a file that can share them (see `reuse`). Every 16th
-    save of a path copies and compares all the same, and fails with `TornSnapshotError` where one was changed past its
-    counter (``.data``)."""
+    the last commit, they are not even copied, chunk by chunk of a file that can share them (see `reuse`); but those
+    that are views of a larger storage are. Every 16th save of a path copies and compares all the same, and fails with
+    `TornSnapshotError` where one was changed past its counter (``.data``, fused optimizers): the up to 15 checkpoints
+    before hold it as it was, and verify."""
 
     sweep_on_start: bool = True
     """Remove what crashed processes left staged in `root`; never a live process's staging."""

@@ -5,14 +5,14 @@ committed, where both have the same layout. And what is not even copied: tensors
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import TornSnapshotError, report, some_of
 from ..format.sealer import Sealed, Sealer
 from ..plan.plan import FilePlan, PlannedState
-from ..snapshot.torn_check import storage_ids
+from ..snapshot.torn_check import storage_ids, storages_of
 from ..snapshot.untouched import SeenState
 from ..writer.file import FileWrite
 from ..writer.sharing import OlderFile, Sharing
@@ -139,8 +139,14 @@ class Reuse:
             yield from ((f"parameter {k} of reuse_frozen", tensor) for k, tensor in enumerate(named))
 
     def frozen_storages(self) -> set[int]:
-        """Of the tensors that are frozen now."""
-        return {found for _, tensor in self._frozen() if not tensor.requires_grad for found in storage_ids(tensor)}
+        """Of the tensors that are frozen now, each over all of its storage: what else lies in one may be trained."""
+        return {
+            storage._cdata
+            for _, tensor in self._frozen()
+            if not tensor.requires_grad
+            for storage in storages_of(tensor)
+            if getattr(tensor, "_local_tensor", tensor).nbytes >= storage.nbytes()
+        }
 
     def is_full_check(self, path: str) -> bool:
         """Count a save of `path`: whether this is the one that copies everything."""
@@ -162,6 +168,11 @@ class Reuse:
             "Do not name them as frozen, or change them in place under torch.no_grad(), and not by .data",
             names,
         )
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Let the next files of these paths share nothing: what they would share may be damaged."""
+        for path in paths:
+            self._committed.pop(path, None)
 
 
 def _remember(known: dict[str, Any], more: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
-from async_ckpt.errors import ConfigError, CorruptCheckpointError, OutOfSpaceError, TornSnapshotError
+from async_ckpt.errors import CommitError, ConfigError, CorruptCheckpointError, OutOfSpaceError, TornSnapshotError
 from async_ckpt.metrics import CommitMetrics, Observer, Span
 from async_ckpt.storage.probe import Findings
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
@@ -477,3 +477,30 @@ def test_what_cannot_be_frozen_is_refused(tmp_path: Path, bad: Any) -> None:
         AsyncCheckpointEngine(tmp_path, reuse_frozen=bad)
     with pytest.raises(ConfigError, match="reuse_frozen"):
         AsyncCheckpointEngine(tmp_path, reuse="off", reuse_frozen=torch.nn.Identity())
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_after_a_commit_that_failed_everything_is_written(run: Any, clones: bool) -> None:
+    one, state = run(clones=clones, read_back=True), tensors()
+    one.commit("a", state)
+    file = one.root / "a" / "m.pt"
+    before, content = os.stat(file), bytearray(file.read_bytes())
+    content[CHUNK * 3] ^= 1
+    file.write_bytes(content)
+    # As a disk does it that has lost a bit.
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CommitError, match="read back"):
+        one.commit("b", state)
+    assert one.commit("c", state).shared_bytes == 0
+    one.check("c", state)
+
+
+def test_what_is_trained_beside_a_frozen_tensor_in_one_storage_is_copied(run: Any) -> None:
+    flat = torch.zeros(8 * 1024)
+    frozen, trained = torch.nn.Parameter(flat[:4096], requires_grad=False), torch.nn.Parameter(flat[4096:])
+    one, state = run(clones=True, reuse_frozen=frozen), {"frozen": frozen, "trained": trained}
+    one.commit("a", state)
+    # As fused optimizers do it: no counter moves.
+    trained.data.fill_(1)
+    one.commit("b", state)
+    one.check("b", state)
