@@ -84,7 +84,7 @@ class SlowDisk(FileSystem):
         self._gate = gate
 
     def fsync_dir(self, path: str) -> None:
-        while ".staging." in path and not os.path.exists(self._gate):
+        while ".staging.last-" in path and not os.path.exists(self._gate):
             time.sleep(0.01)
         super().fsync_dir(path)
 
