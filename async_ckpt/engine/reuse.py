@@ -4,8 +4,9 @@ committed, where both have the same layout. And what is not even copied: tensors
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ _NUM_PATHS = 256
 """At least so many are remembered: where each checkpoint has others, the oldest are forgotten."""
 FULL_CHECK_EVERY = 16
 """Of so many saves of a path in a row, one copies frozen tensors too, and compares them with what is on the disk."""
+_NUM_SAMPLES = 2048
+"""Of a chunk, so many words of eight bytes at least, or all."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class CommittedFile:
     older: OlderFile
     sealed: Sealed | None
     """None where no part of it can be passed over."""
+    samples: Sequence[bytes]
+    """By extent."""
+    is_counted: bool
+    """Whether version counters had told of most that has changed before."""
 
 
 class NewFile:
@@ -42,6 +49,11 @@ class NewFile:
         self._reuse = reuse
         self._path = path
         self._known = known
+        self.samples: list[bytes] = []
+        """By extent. Fused optimizers move no counters: for them a CRC-32 alone would be too little to believe."""
+        self._num_untold = 0
+        """Extents that have changed, and no counter had told of it."""
+        self._older: OlderFile | None = None
         self._frozen: list[int] = []
         """The extents that hold nothing but frozen payloads, untouched, and literals that depend on the layout."""
         if known is not None and known.sealed is not None and (frozen := reuse.frozen_storages()):
@@ -59,9 +71,22 @@ class NewFile:
     def older(self) -> OlderFile | None:
         """The file that this one may share bytes with."""
         known = self._known
-        if known is None:
-            return None
-        return replace(known.older, untouched=self.seen.untouched(known.seen, known.older.extent_bytes))
+        if known is not None and self._older is None:
+            untouched = self.seen.untouched(known.seen, known.older.extent_bytes)
+            self._older = replace(known.older, untouched=untouched, is_counted=known.is_counted)
+            for extent, samples in enumerate(self.samples):
+                self._compare(extent, samples)
+        return self._older
+
+    def _compare(self, extent: int, samples: bytes) -> None:
+        if self._older is not None and self._known is not None and samples != self._known.samples[extent]:
+            self._num_untold += self._older.untouched[extent]
+            self._older.untouched[extent] = False
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether version counters have told of most that has changed."""
+        return self._older is None or self._num_untold <= sum(self._older.untouched)
 
     def elsewhere(self, sharing: Sharing | None) -> frozenset[int]:
         """The chunks that need not be copied now. Opens the older file."""
@@ -73,6 +98,12 @@ class NewFile:
     def seal(self, offset: int, view: memoryview) -> int:
         """As `Sealer`. Raises TornSnapshotError: a frozen tensor has changed."""
         crc = self.sealer(offset, view)
+        num_words = view.nbytes // 8
+        # An odd step, so that the rows of a matrix are not met in one column.
+        words = view[: num_words * 8].cast("Q")[:: (num_words // (2 * _NUM_SAMPLES)) | 1]
+        samples = hashlib.blake2b(words.tobytes(), digest_size=16).digest()
+        self._compare(len(self.samples), samples)
+        self.samples.append(samples)
         if self._frozen and self._known is not None:
             extent = offset // self._known.older.extent_bytes
             if extent in self._frozen and crc != self._known.older.extent_crc32[extent]:
@@ -83,7 +114,9 @@ class NewFile:
         """As `seal`, for a chunk that is not here: nothing is read or changed in `view`."""
         assert self._known is not None and self._known.sealed is not None
         self.sealer.pass_over(offset, offset + view.nbytes, self._known.sealed)
-        return self._known.older.extent_crc32[offset // self._known.older.extent_bytes]
+        extent = len(self.samples)
+        self.samples.append(self._known.samples[extent])
+        return self._known.older.extent_crc32[extent]
 
 
 class Reuse:
@@ -123,10 +156,10 @@ class Reuse:
         for path, (write, new) in files.items():
             if new is not None and (stamp := write.stamp) is not None:
                 parts, crcs = (tag, *path.split("/")), tuple(write.extent_crc32)
-                older = OlderFile(root, parts, stamp, write.size_bytes, write.extent_bytes, crcs, ())
+                older = OlderFile(root, parts, stamp, write.size_bytes, write.extent_bytes, crcs, [])
                 # Integrations have sealers of their own.
                 sealed = new.sealer.sealed if isinstance(new.sealer, Sealer) else None
-                found[path] = CommittedFile(new.seen, older, sealed)
+                found[path] = CommittedFile(new.seen, older, sealed, new.samples, new.is_counted)
         _remember(self._committed, found)
 
     # What is frozen.

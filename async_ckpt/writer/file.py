@@ -154,9 +154,9 @@ class FileWrite:
         self._disk.loop.call(self._look)
 
     def _release_all(self) -> None:
+        self._queue.release_all()  # First: memory that does not come back ends all saves.
         if self.sharing is not None:
             self.sharing.close()
-        self._queue.release_all()
 
     def begin_next(self) -> None:
         """Begin to seal and write the next chunk, if its turn has come."""

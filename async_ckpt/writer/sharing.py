@@ -34,8 +34,10 @@ class OlderFile:
     size_bytes: int
     extent_bytes: int
     extent_crc32: Sequence[int]
-    untouched: Sequence[bool]
+    untouched: list[bool]
     """By extent: whether the new file's content comes from the same memory, which nobody is known to have changed."""
+    is_counted: bool = True
+    """Whether that is likely to be so."""
 
 
 FindOlder = Callable[[], OlderFile | None]
@@ -117,7 +119,7 @@ class Sharing:
     def what_to_write(self) -> dict[str, Ranges]:
         """What is to be written in any case, for `FileSystem.open_write`."""
         older = self._older
-        if older is None or self.by_link:
+        if older is None or self.by_link or not older.is_counted:
             return {}
         step = older.extent_bytes
         starts = [k * step for k, untouched in enumerate(older.untouched) if not untouched]
