@@ -153,6 +153,10 @@ def plan_again(
     state = {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in state_dict.items()}
     planner.set_up_planner(state, StorageMeta(), known.is_first)
     local = planner.create_local_plan()
+    for item in (*local.items, *known.local.items):
+        if item.tensor_data is not None:
+            # Nobody reads it: to freeze or to thaw a layer changes no plan.
+            item.tensor_data.properties.requires_grad = False
     if local != known.local:
         now, then = ({item.index: item for item in plan.items} for plan in (local, known.local))
         changed = sorted({index.fqn for index in now.keys() | then.keys() if now.get(index) != then.get(index)})

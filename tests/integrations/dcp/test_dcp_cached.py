@@ -96,6 +96,18 @@ def test_one_rank_plans_anew_by_itself(tmp_path: Path, plannings: list[int]) -> 
         assert engine.tags() == list("abcdefg")
 
 
+def test_to_freeze_and_to_thaw_changes_no_plan(tmp_path: Path, plannings: list[int]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(100))
+    with AsyncCheckpointEngine(tmp_path / "root", **SMALL) as engine:
+        for step in range(4):
+            weight.requires_grad_(step != 2)
+            weight.data.fill_(step)
+            save_sharded(engine, f"s{step}", {"weight": weight}).result(60)
+        state = {"weight": torch.full((100,), -1.0)}
+        load_sharded(engine, "s2", state)
+    assert len(plannings) == 1 and bool((state["weight"] == 2).all())
+
+
 def test_collective_plans_and_planners_of_ones_own_are_never_cached(tmp_path: Path, plannings: list[int]) -> None:
     with AsyncCheckpointEngine(tmp_path, **SMALL) as engine:
         state = {"x": torch.ones(3)}
