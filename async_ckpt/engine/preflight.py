@@ -26,7 +26,11 @@ def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coo
     preflight.try_writing(filesystem, catalog.root)
     committed = catalog.committed() if coordinator.leads else []
     size_bytes = sum(entry.size_bytes for entry in committed[-1].files) if committed else 0
-    free_bytes = filesystem.free_bytes(catalog.root)
+    try:
+        free_bytes = filesystem.free_bytes(catalog.root)
+    except OSError as error:
+        report(logging.INFO, "how much is free in %r cannot be asked: %s", catalog.root, error)
+        return
     if size_bytes > free_bytes:
         told = "%d bytes are free in %r, where the newest checkpoint %r has %d: one like it cannot be saved"
         args = (free_bytes, catalog.root, committed[-1].tag, size_bytes)

@@ -35,7 +35,7 @@ def test_list_shows_step_metadata_size_and_state(cli, root):
     ran = cli("list", root)
     assert ran.code == 0
     header, first, second = ran.out.splitlines()
-    assert header.split() == ["tag", "step", "metadata", "age", "size", "written", "shared", "files", "state"]
+    assert header.split() == ["tag", "step", "metadata", "age", "size", "files", "state"]
     assert first.startswith("step-100")
     assert "loss=0.03" in first
     assert first.endswith("committed")

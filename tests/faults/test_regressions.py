@@ -301,7 +301,7 @@ def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
     gate, reached = threading.Event(), threading.Event()
     fs.calls.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
     with quiet():
-        engine = make_engine(tmp_path, fs, close_timeout_s=0.3)
+        engine = make_engine(tmp_path, fs, close_timeout_s=0.3, preflight=False)
         engine.create("a")
         engine.save(state(1), "model.pt")
         assert reached.wait(TIMEOUT_S)

@@ -346,7 +346,7 @@ def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
             raise KeyError("the user's")
 
     with pytest.raises(KeyError, match="the user's"):
-        trainer(tmp_path, callbacks=[Stop()], config={"filesystem": Failing()}).train()
+        trainer(tmp_path, callbacks=[Stop()], config={"filesystem": Failing(), "preflight": False}).train()
 
 
 def test_damaged_and_foreign_checkpoints_are_not_resumed_from(tmp_path: Path, stock: Any, caplog: Any) -> None:
