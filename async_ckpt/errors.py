@@ -192,7 +192,7 @@ class TagExistsError(CommitError, FileExistsError):
 
 
 class PathExistsError(CheckpointError, FileExistsError):
-    """A path inside the open checkpoint was saved or made already; the first one is kept as it is."""
+    """A path was saved or made already; the first one is kept as it is."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""

@@ -157,8 +157,7 @@ class MirrorContext:
         for number in range(self.uploaders_per_node or 0):
             path = os.path.join(folder, f"uploader.{host}.{number}")
             with contextlib.suppress(FileExistsError):
-                if self.filesystem.stat(path).kind == "missing":
-                    self.filesystem.create_file(path, b"")
+                self.filesystem.create_file(path, b"")
             lock = self.filesystem.lock(path)
             if lock is not None:
                 return lock

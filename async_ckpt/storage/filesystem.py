@@ -259,7 +259,9 @@ class FileSystem:
             self._calls.close(fd)
 
     def create_file(self, path: str, data: bytes, reserved_bytes: int = 0) -> None:
-        """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL)."""
+        """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL).
+
+        Raises PathExistsError: it is there, and stays as it is."""
         write_file.create_file(self._calls, path, data, reserved_bytes)
 
     def read_file(self, path: str, max_bytes: int) -> bytes:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from ..errors import WriteError
+from ..errors import PathExistsError, WriteError
 from ..host.memory import PAGE_BYTES
 from ..threads.locks import Condition
 from .read_file import LocalReadableFile, Stamp, stamp_of
@@ -47,6 +47,8 @@ def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0
             calls.fsync(fd)
         finally:
             calls.close(fd)
+    except FileExistsError as error:
+        raise PathExistsError(f"{path!r} exists already, and stays as it is") from error
     except OSError as error:
         raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
 

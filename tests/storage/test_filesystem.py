@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, WriteError
+from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, PathExistsError, WriteError
 from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.write_file import WritableFile
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
@@ -256,7 +256,7 @@ async def test_an_existing_file_or_link_is_never_written_to(tmp_path: Path, exec
             with pytest.raises(WriteError) as caught:
                 await FS.open_write(str(tmp_path / name), 1, direct=direct, executor=executor)
             assert caught.value.errno == errno.EEXIST
-        with pytest.raises(WriteError):
+        with pytest.raises(PathExistsError, match=name):
             FS.create_file(str(tmp_path / name), b"x")
     assert (tmp_path / "victim").read_text() == "keep"
     assert not (tmp_path / "new").exists()
