@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..format.zip import Container, with_pickle
+from .key_paths import tensor_paths
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import Sites, find_sites, written
 from .strided import Strided
@@ -165,12 +166,7 @@ class CachedPlan:
         *,
         cached: bool,
     ) -> PlannedState:
-        structure = self.structure
-
-        def paths() -> list[str]:
-            all_paths = structure.paths(leaves)
-            return [all_paths[position] for position in structure.tensor_positions]
-
+        root = leaves[0]
         storages, ids = list(self._pick_sources(live.storages)), list(self._pick_sources(live.storage_ids))
         addresses = list(self._pick_addresses(live.addresses))
         return PlannedState(
@@ -181,7 +177,7 @@ class CachedPlan:
             devices=self._devices,
             tensors=tensors,
             versions=versions,
-            tensor_paths=paths,
+            tensor_paths=lambda: tensor_paths(root, tensors),
             cached=cached,
             addresses=addresses,
             tensor_storages=live.storage_ids,

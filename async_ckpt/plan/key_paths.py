@@ -37,7 +37,7 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
             yield in_brackets(key), value
         for name, value in getattr(obj, "__dict__", {}).items():
             yield f".{name}", value
-    elif isinstance(obj, (list, tuple)):
+    elif isinstance(obj, (list, tuple, deque)):
         for index, value in enumerate(obj):
             yield f"[{index}]", value
     elif isinstance(obj, torch.Tensor):
@@ -87,7 +87,7 @@ def places_of(root: Any, objects: Sequence[Any]) -> list[str | None]:
     return [found.get(id(obj)) for obj in objects]
 
 
-def tensor_paths(root: Any, tensors: list[torch.Tensor]) -> list[str]:
+def tensor_paths(root: Any, tensors: Sequence[torch.Tensor]) -> list[str]:
     """The path of each of `tensors`, or a placeholder."""
     return [UNKNOWN if path is None else path for path in places_of(root, tensors)]
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .key_paths import in_brackets
 from .object_parts import (
     LATIN1,
     MAX_BLOB_BYTES,
@@ -194,47 +193,6 @@ class Structure:
         """A copy of each list (or the tuple) of scalars; None where one holds something else by now."""
         copies = [run[:] for run in self._pick_runs(leaves)]
         return copies if all(map(is_run, copies)) else None
-
-    @property
-    def _attribute_dicts(self) -> frozenset[int]:
-        """Positions of the `__dict__` of objects."""
-        return frozenset(
-            item.first + item.form.num_called for item in self.opened if item.form is not None and item.form.has_state
-        )
-
-    def _name_parts(self, item: Opened, form: Form, paths: list[str], leaves: list[Any]) -> None:
-        prefix = paths[item.position]
-        items = item.first + form.num_called + form.has_state
-        keys = items + form.num_items
-        for index in range(item.first, items):
-            paths[index] = f"{prefix}(part {index - item.first})"
-        if form.has_state:
-            paths[item.first + form.num_called] = prefix
-        for index in range(form.num_items):
-            paths[items + index] = f"{prefix}[{index}]"
-        for index in range(form.num_pairs):
-            paths[keys + form.num_pairs + index] = prefix + in_brackets(leaves[keys + index])
-
-    def paths(self, leaves: list[Any]) -> list[str]:
-        """The key path of every position, for messages."""
-        paths = [""] * len(leaves)
-        attribute_dicts = self._attribute_dicts
-        for item in self.opened:
-            prefix = paths[item.position]
-            if item.form is not None:
-                self._name_parts(item, item.form, paths, leaves)
-                continue
-            is_sequence = item.kind in (list, tuple, torch.Size)
-            for index in range(item.length):
-                if item.position in attribute_dicts:
-                    paths[item.first + item.length + index] = f"{prefix}.{leaves[item.first + index]}"
-                elif is_sequence:
-                    paths[item.first + index] = f"{prefix}[{index}]"
-                else:
-                    paths[item.first + item.length + index] = prefix + in_brackets(leaves[item.first + index])
-            if item.attributes >= 0:
-                paths[item.attributes] = f"{prefix}.__dict__"
-        return paths
 
     def match(self, root: Any) -> list[Any] | None:
         """The flat list of `root` if it has this structure, else None. Scalars may differ."""
