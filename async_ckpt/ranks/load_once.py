@@ -34,12 +34,10 @@ from ..errors import (
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
-from ..format.plain import NotPlainError
-from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
 from ..host.facts import node_from_env
 from ..host.memory import region
-from ..reading.build import TensorsOnDisk, read_structure
+from ..reading.build import NotPlainError, TensorsOnDisk, read_structure
 from ..reading.catalog import Catalog
 from ..reading.damage import naming
 from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
@@ -250,7 +248,7 @@ class _Load:
 def _structure_of(file: VerifiedFile) -> Any:
     try:
         return read_structure(file, TensorsOnDisk())
-    except (NotPlainError, UnusualLayoutError) as error:
+    except NotPlainError as error:
         what = f"{file.name} holds more than plain tensors ({error}): only load and load_into read it, on each rank"
         raise UnsupportedStateError(what) from error
 

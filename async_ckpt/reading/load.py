@@ -19,12 +19,10 @@ import torch
 from torch.utils.serialization import config
 
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedStateError, report
-from ..format.plain import NotPlainError
-from ..format.zip_directory import UnusualLayoutError
 from ..host.device import without_default_device
 from ..host.facts import mount_type
 from ..storage.filesystem import read_side_of
-from .build import TensorBuilder, TensorsOnDisk, place_for, read_structure
+from .build import NotPlainError, TensorBuilder, TensorsOnDisk, place_for, read_structure
 from .by_torch import is_legacy, load_by_torch, runs_code
 from .catalog import Catalog
 from .committed import find_checkpoint
@@ -161,7 +159,7 @@ def load_opened(
         builder = TensorBuilder(place)
         try:
             state = read_structure(file, builder)
-        except (NotPlainError, UnusualLayoutError):
+        except NotPlainError:
             # A valid file may hold more than plain tensors: torch knows how to read it.
             return load_by_torch(file, map_location, weights_only)
         builder.scatter.freeze()
@@ -211,7 +209,7 @@ def load_committed_into(
         try:
             if file.entry.format == "safetensors" or not is_legacy(file):
                 structure = read_structure(file, TensorsOnDisk())
-        except (NotPlainError, UnusualLayoutError):
+        except NotPlainError:
             structure = None
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)

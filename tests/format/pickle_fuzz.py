@@ -22,10 +22,9 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.format.inert import Fingerprint, describe, read_inert
 from async_ckpt.format.named import listing, names_in, places_named
 from async_ckpt.format.pickles import MalformedPickleError
-from async_ckpt.format.plain import NotPlainError, load_plain
 from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
-from async_ckpt.reading.build import TensorsOnDisk
+from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
 from async_ckpt.reading.limits import refuse_length
 
 MAX_S = 2.0
