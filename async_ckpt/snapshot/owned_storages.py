@@ -36,15 +36,28 @@ class Owned:
 NOTHING = Owned(frozenset(), [])
 
 
+class TakenIds:
+    """What tells some storages apart (`_cdata`), which no other storage gets while this is alive. Keeps no memory."""
+
+    def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        # A weak reference to a storage is its `_cdata`.
+        taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, storages))
+        self.ids: frozenset[int] = frozenset(taken)
+        weakref.finalize(self, _let_go, taken).atexit = False
+
+
+def _let_go(taken: list[int]) -> None:
+    deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
+
+
 class OwnedStorages:
     """Knows the storages of some optimizers from one look to the next. One thread at a time."""
 
     def __init__(self) -> None:
         self._addresses: list[int] | None = None
-        self._ids: frozenset[int] | None = None
+        self._taken: TakenIds | None = None
         self._looked_at: tuple[int, ...] = ()
         """The optimizers, by identity."""
-        self._letting_go: weakref.finalize[..., OwnedStorages] | None = None
 
     def of(self, optimizers: Sequence[Any], wanted: Sequence[int], *, again: bool = True) -> Owned:
         """As `look`, for somebody who asks about the storages `wanted`; `NOTHING` where none of them is owned.
@@ -53,8 +66,9 @@ class OwnedStorages:
         be among them: what is still done to it by others is for the torn check.
         """
         looked_at = tuple(map(id, optimizers))
-        if self._ids is not None and looked_at == self._looked_at and self._ids.issuperset(wanted):
-            return Owned(self._ids, _tensors(optimizers), covers=True) if wanted else NOTHING
+        taken = self._taken
+        if taken is not None and looked_at == self._looked_at and taken.ids.issuperset(wanted):
+            return Owned(taken.ids, _tensors(optimizers), covers=True) if wanted else NOTHING
         again = again or looked_at != self._looked_at
         found, self._looked_at = self.look(optimizers, again=again), looked_at
         if found.ids.isdisjoint(wanted):
@@ -73,29 +87,15 @@ class OwnedStorages:
             again: False: nothing can have changed since the last look.
         """
         tensors = _tensors(optimizers)
-        if not again and self._ids is not None:
-            return Owned(self._ids, tensors)
+        if not again and self._taken is not None:
+            return Owned(self._taken.ids, tensors)
         addresses = _addresses(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
-        if self._ids is None or addresses is None or addresses != self._addresses:
-            self._forget()
-            # A weak reference to a storage is its `_cdata`.
-            taken: list[Any] = list(
-                map(torch.UntypedStorage._weak_ref, _storages(tensors, are_plain=addresses is not None))
-            )
-            self._letting_go = weakref.finalize(self, _let_go, taken)
-            self._ids = frozenset(taken)
+        if self._taken is None or addresses is None or addresses != self._addresses:
+            # Forgotten first: an exception from here on must not leave the old answer.
+            self._taken = None
+            self._taken = TakenIds(_storages(tensors, are_plain=addresses is not None))
             self._addresses = addresses
-        return Owned(self._ids, tensors)
-
-    def _forget(self) -> None:
-        self._addresses = self._ids = None
-        if self._letting_go is not None:
-            self._letting_go()
-            self._letting_go = None
-
-
-def _let_go(taken: list[int]) -> None:
-    deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
+        return Owned(self._taken.ids, tensors)
 
 
 def _tensors(optimizers: Iterable[Any]) -> list[torch.Tensor]:

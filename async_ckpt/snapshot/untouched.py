@@ -8,17 +8,13 @@ proof. A storage that no tensor of the state is over, or whose tensors keep no c
 from __future__ import annotations
 
 import contextlib
-import weakref
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Container, Iterable
 from itertools import compress
 from operator import and_, eq, ne
-from typing import Any
-
-import torch
 
 from ..plan.plan import PlannedState
+from .owned_storages import TakenIds
 from .torn_check import storage_ids
 
 
@@ -39,9 +35,8 @@ class SeenState:
         self._starts = state.starts
         self._tensors = state.tensor_storages or _storages_of(state)
         self._versions = state.versions
-        # As long as weak references exist, no other storage gets these numbers.
         is_known = before is not None and before._payloads == self._payloads
-        self._taken: _Taken = before._taken if before is not None and is_known else _Taken(state)
+        self._taken: TakenIds = before._taken if before is not None and is_known else TakenIds(state.storages)
 
     def untouched(self, earlier: SeenState, extent_bytes: int, among: Container[int] | None = None) -> list[bool]:
         """By extent: whether all payloads in it are untouched since `earlier`, which must be of the same layout (and
@@ -81,19 +76,6 @@ class SeenState:
         """Those that the bytes from `offset` to `end` of the file come from."""
         columns = self._payloads, self._offsets, self._nbytes
         return {found for found, at, nbytes in zip(*columns, strict=True) if at < end and at + nbytes > offset}
-
-
-class _Taken:
-    """Weak references to the storages of a state, while this is alive."""
-
-    def __init__(self, state: PlannedState) -> None:
-        # A weak reference to a storage is its `_cdata`.
-        taken: list[Any] = list(map(torch.UntypedStorage._weak_ref, state.storages))
-        weakref.finalize(self, _let_go, taken).atexit = False
-
-
-def _let_go(taken: list[int]) -> None:
-    deque(map(torch.UntypedStorage._free_weak_ref, taken), maxlen=0)
 
 
 def _storages_of(state: PlannedState) -> list[int]:
