@@ -230,7 +230,7 @@ def put_all(spec: dict[str, Any]) -> dict[str, Any]:
     import obstore
 
     from async_ckpt import Catalog
-    from async_ckpt.host.process import lower_priority
+    from async_ckpt.threads.executor import lower_priority
 
     lower_priority()
     store, catalog, done, sent_bytes = _store(spec), Catalog(spec["root"]), set(), 0

@@ -188,8 +188,13 @@ def _read_int(path: str) -> int | None:
 
 
 def _read_lines(path: str) -> list[str]:
+    return read_text(path).splitlines()
+
+
+def read_text(path: str) -> str:
+    """A file of the system's; "" where it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
+            return file.read()
     except OSError:
-        return []
+        return ""

@@ -12,17 +12,15 @@ Guarantees:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import enum
 import functools
 import hashlib
 import os
 import platform
 import re
-import sys
-import threading
 from dataclasses import dataclass
+
+from .facts import read_text
 
 _NO_BOOT = "0" * 8
 _PATTERN = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9]{1,12})-([0-9]{1,10})-([0-9]{1,20})")
@@ -69,21 +67,6 @@ def current_owner() -> Owner:
     return _owner_of(os.getpid())
 
 
-def lower_priority() -> None:
-    """This thread from now on: processor time after training's, the disk only when nobody else wants it. Linux;
-    elsewhere nothing."""
-    if sys.platform != "linux":
-        return
-    thread = threading.get_native_id()
-    # Refused in some containers: then it works beside training.
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
-    number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
-    if number is not None:
-        # ioprio_set(IOPRIO_WHO_PROCESS, thread, IOPRIO_CLASS_IDLE << 13).
-        ctypes.CDLL(None, use_errno=True).syscall(number, 1, thread, 3 << 13)
-
-
 def owner_state(owner: Owner, me: Owner | None = None) -> OwnerState:
     """Whether `owner` can still be alive, as far as `me` (this process) can tell. Any thread, no blocking I/O."""
     me = current_owner() if me is None else me
@@ -99,9 +82,9 @@ def owner_state(owner: Owner, me: Owner | None = None) -> OwnerState:
 
 @functools.lru_cache(maxsize=4)
 def _owner_of(pid: int) -> Owner:
-    machine = _read_text("/etc/machine-id") or ""
-    host = hashlib.sha256(f"{machine.strip()}\0{platform.node()}".encode()).hexdigest()[:8]
-    boot = (_read_text("/proc/sys/kernel/random/boot_id") or "").strip()[:8]
+    machine = read_text("/etc/machine-id").strip()
+    host = hashlib.sha256(f"{machine}\0{platform.node()}".encode()).hexdigest()[:8]
+    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -130,15 +113,7 @@ def _is_running(pid: int, start_ticks: int) -> bool:
 
 def _process_status(pid: int) -> tuple[str, int] | None:
     """State letter and start time of `pid`, or None if /proc does not show it."""
-    text = _read_text(f"/proc/{pid}/stat")
+    text = read_text(f"/proc/{pid}/stat")
     # The command name, in parentheses, may itself hold spaces and parentheses.
-    fields = text.rpartition(")")[2].split() if text else []
+    fields = text.rpartition(")")[2].split()
     return (fields[0], int(fields[19])) if len(fields) > 19 else None
-
-
-def _read_text(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return None

@@ -16,10 +16,9 @@ from concurrent.futures import TimeoutError
 from dataclasses import replace
 
 from ..errors import CheckpointError, MirrorError, TransactionStateError, report
-from ..host.process import lower_priority
 from ..metrics import MirrorMetrics
 from ..storage.filesystem import FileSystem
-from ..threads.executor import DaemonExecutor
+from ..threads.executor import DaemonExecutor, lower_priority
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all

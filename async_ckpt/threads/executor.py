@@ -9,7 +9,9 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import queue
 import sys
 import threading
@@ -23,7 +25,7 @@ from .locks import TRIES
 
 T = TypeVar("T")
 
-BACKGROUND_NICENESS = 10
+_BACKGROUND_NICENESS = 10
 _START_TIMEOUT_S = 20
 
 
@@ -38,6 +40,22 @@ def check_process(pid: int, what: object) -> None:
             f"{what} belongs to process {pid} and cannot be used in its forked child {os.getpid()}; "
             "nothing of the parent was touched. Make an engine of its own in the child"
         )
+
+
+def lower_priority(*, also_disk: bool = True) -> None:
+    """This thread from now on: processor time after training's, the disk (with `also_disk`) only when nobody else wants
+    it. Linux; elsewhere nothing."""
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    # Refused in some containers: then it works beside training.
+    with contextlib.suppress(OSError):
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + _BACKGROUND_NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, niceness))
+    number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
+    if also_disk and number is not None:
+        # ioprio_set(IOPRIO_WHO_PROCESS, thread, IOPRIO_CLASS_IDLE << 13).
+        ctypes.CDLL(None, use_errno=True).syscall(number, 1, thread, 3 << 13)
 
 
 class _Started(threading.Event):
@@ -73,16 +91,12 @@ class DaemonExecutor(Executor):
     interpreter exits.
 
     Args:
-        niceness: added scheduling niceness of the threads on Linux, so that they yield to training.
         on_start: called on each thread before its first job.
     """
 
-    def __init__(
-        self, name: str, num_threads: int, *, niceness: int = 0, on_start: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, name: str, num_threads: int, *, on_start: Callable[[], object] = lambda: None) -> None:
         self._pid = os.getpid()
         self._name = name
-        self._niceness = niceness
         self._on_start = on_start
         self.refusal: BaseException | None = None
         """Why no work is accepted any more; None while it is."""
@@ -163,7 +177,6 @@ class DaemonExecutor(Executor):
 
     def _work(self) -> None:
         try:
-            self._be_nice()
             self._on_start()
             while (job := self._jobs.get()) is not None:
                 self._run(*job)
@@ -184,15 +197,6 @@ class DaemonExecutor(Executor):
             future.set_exception(error)
         else:
             future.set_result(result)
-
-    def _be_nice(self) -> None:
-        if sys.platform == "linux" and self._niceness:
-            # On Linux niceness belongs to the thread, by its native id.
-            thread = threading.get_native_id()
-            # A sandbox may refuse it: then the threads compete with training, and work.
-            with contextlib.suppress(OSError):
-                current = os.getpriority(os.PRIO_PROCESS, thread)
-                os.setpriority(os.PRIO_PROCESS, thread, min(19, current + self._niceness))
 
 
 def run_on_threads(name: str, num_threads: int, work: Callable[[], object], *, stop: Callable[[], object]) -> None:

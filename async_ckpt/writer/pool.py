@@ -20,12 +20,13 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
-from ..threads.executor import BACKGROUND_NICENESS, DaemonExecutor, check_process
+from ..threads.executor import DaemonExecutor, check_process, lower_priority
 from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
 from .disk import Disk
@@ -100,14 +101,15 @@ class WriterPool:
             self._thread = LoopThread(f"{name}-loop", on_death=self._die, on_undrained=self._abandon_files)
             undo.callback(self._thread.loop.close)
 
-            def start(what: str, num_threads: int, niceness: int) -> DaemonExecutor:
-                executor = DaemonExecutor(f"{name}-{what}", num_threads, niceness=niceness)
+            def start(what: str, num_threads: int, **how: Any) -> DaemonExecutor:
+                executor = DaemonExecutor(f"{name}-{what}", num_threads, **how)
                 undo.callback(executor.shutdown)
                 return executor
 
-            self._io = start("io", self._num_writers + _NUM_SPARE_THREADS, BACKGROUND_NICENESS)
-            self._copier = start("copy", 1, 0)
-            self._helpers = start("help", num_helpers, 0)
+            in_background = partial(lower_priority, also_disk=False)
+            self._io = start("io", self._num_writers + _NUM_SPARE_THREADS, on_start=in_background)
+            self._copier = start("copy", 1)
+            self._helpers = start("help", num_helpers)
             self._executors = (self._io, self._copier, self._helpers)
             self.disk = Disk(filesystem, self._io, self._thread, self._num_writers, on_span)
             self._thread.start()

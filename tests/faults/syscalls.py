@@ -28,7 +28,7 @@ import torch
 
 import async_ckpt
 from async_ckpt import CheckpointError, KeepLast
-from async_ckpt.host.process import lower_priority
+from async_ckpt.threads.executor import lower_priority
 
 from .oracle import check_recovery
 from .report import Row, Sample, command, sample_of, sampled

@@ -11,14 +11,14 @@ import pytest
 
 from async_ckpt.errors import TransactionStateError
 from async_ckpt.threads import executor as executor_module
-from async_ckpt.threads.executor import BACKGROUND_NICENESS, DaemonExecutor
+from async_ckpt.threads.executor import DaemonExecutor, lower_priority
 from async_ckpt.threads.outcome import Outcome
 from tests.writer.fakes import TIMEOUT_S, Gate
 
 
 @pytest.fixture
 def executor():
-    made = DaemonExecutor("async-ckpt-test", 2, niceness=BACKGROUND_NICENESS)
+    made = DaemonExecutor("async-ckpt-test", 2, on_start=lower_priority)
     yield made
     made.shutdown(wait=True)
 
@@ -31,7 +31,7 @@ def test_threads_are_daemons_and_nice(executor):
     daemon, niceness = executor.submit(look).result(TIMEOUT_S)
     assert daemon
     if sys.platform == "linux":
-        assert niceness == min(19, os.getpriority(os.PRIO_PROCESS, 0) + BACKGROUND_NICENESS)
+        assert niceness == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
 
 
 def test_any_exception_reaches_the_waiter_and_the_thread_lives_on(executor):
