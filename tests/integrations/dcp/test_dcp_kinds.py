@@ -95,8 +95,12 @@ PLAIN: dict[str, Any] = {
         )
     ),
     "fp8": torch.arange(3.0).to(torch.float8_e4m3fn),
-    "fp4": torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
-    "e8m0": torch.arange(4, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    # torch 2.7 does not have all of them.
+    **{
+        name: torch.arange(4, dtype=torch.uint8).view(getattr(torch, name))
+        for name in ("float4_e2m1fn_x2", "float8_e8m0fnu")
+        if hasattr(torch, name)
+    },
     "uint16": torch.arange(3).to(torch.uint16),
     "conj": torch.ones(2, dtype=torch.complex128).mul(1j).conj(),
     "tensors in lists": [torch.ones(2), torch.eye(3).to_sparse()],
