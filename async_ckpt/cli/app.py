@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ COMMANDS = (
     "bench",
 )
 _ABOUT = (
-    "Look after checkpoints: list, inspect, verify, compare, prune, delete, watch, export, measure.\n\n"
+    "Look after checkpoints: list, verify, compare, delete, mirror, watch and export them, and measure a disk.\n\n"
     "ROOT is the directory that an engine saves to, TAG one checkpoint in it (the directory ROOT/TAG), FILE a path "
     "inside that checkpoint. Begin with `async-ckpt list ROOT`; `async-ckpt demo` makes a root to try things on."
 )
@@ -67,14 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         code = exit_code(error)
-        if debug or code is None:
-            # Without a code it is a bug of ours, not a known failure: then the traceback is what helps.
+        if code is None:
+            # A bug of ours, not a known failure: then the traceback is what helps.
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _drop_output()
         with contextlib.suppress(OSError):
+            if debug:
+                traceback.print_exc()
             print(f"async-ckpt: {one_line(error)}", file=sys.stderr)
         raise SystemExit(code) from None
 

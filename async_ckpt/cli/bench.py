@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-gib",
         metavar="GIB",
-        type=float,
+        type=number(float, 1e-6, 1e6),
         help="size of your checkpoints [that of the newest there]",
     )
     add_json(parser)
@@ -108,7 +108,7 @@ def _advise(memory: MemoryResult, disk: DiskResult, size_bytes: int | None) -> d
 def _print(memory: MemoryResult, results: list[DiskResult], advice: dict[str, Any], fs_type: str) -> None:
     rows = [
         ("copy into warm staging memory", format_rate(memory.copy_warm_bytes_per_s)),
-        ("copy into fresh memory (what a clone costs)", format_rate(memory.copy_fresh_bytes_per_s)),
+        ("copy into fresh memory (as a clone does)", format_rate(memory.copy_fresh_bytes_per_s)),
         ("CRC-32, one core", format_rate(memory.crc_bytes_per_s)),
         ("memory available", format_bytes(memory.available_bytes)),
         ("file system", fs_type or "unknown"),

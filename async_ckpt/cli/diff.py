@@ -24,7 +24,7 @@ from ..reading.header import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, EXIT_OK, UsageError
 from .locating import Located, place_of
-from .output import add_json, print_json, print_table
+from .output import add_json, key_name, print_json, print_table
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,7 @@ def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], 
     counts = [Counter(leaf.path for leaf in side) for side in (a, b)]
 
     def name(leaf: _Leaf) -> str:
-        if all(count[leaf.path] <= 1 for count in counts):
-            return ".".join(leaf.path)
-        return "".join(f"[{step[1:]!r}]" if step.startswith("s") else f"[{step}]" for step in leaf.key)
+        return ".".join(leaf.path) if all(count[leaf.path] <= 1 for count in counts) else key_name(leaf)
 
     return {name(leaf): leaf for leaf in a}, {name(leaf): leaf for leaf in b}
 

@@ -107,7 +107,10 @@ def _convert(place: Located, file: str, wanted: str, fresh: str, tensors_only: b
     torch = importlib.import_module("torch")
     if wanted == "torch":
         loading = importlib.import_module("async_ckpt.reading.load")
-        torch.save(loading.load_committed(place.catalog, place.tag, file, map_location="cpu"), fresh)
+        state = loading.load_committed(place.catalog, place.tag, file, map_location="cpu")
+        # Not by its path: torch makes the archive's name of that, and refuses one that starts with a dot.
+        with open(fresh, "wb") as target:
+            torch.save(state, target)
         return
     from safetensors.torch import save_file
 

@@ -14,7 +14,7 @@ from ..reading.committed import CommittedCheckpoint
 from ..reading.header import FileHeader, read_header, read_records
 from .failing import EXIT_OK, UsageError
 from .locating import place_of
-from .output import add_json, console, number, print_json, print_table
+from .output import add_json, console, key_name, number, print_json, print_table
 
 _MAX_OBJECTS = 200
 _ROOT = ("(the whole file)",)
@@ -140,18 +140,21 @@ class _Node:
 
 def _grow(tensors: list[TensorExtent], others: list[OtherInfo]) -> _Node:
     root = _Node()
-    for other in others:
-        node = root
-        for part in other.path or _ROOT:
-            node = node.children.setdefault(part, _Node())
-        node.text = other.text
-    for tensor in tensors:
-        node = root
-        for part in ("", *(tensor.path or _ROOT)):
-            node = node.children.setdefault(part, _Node()) if part else node
+    leaves: list[TensorExtent | OtherInfo] = [*others, *tensors]
+    for leaf in leaves:
+        nodes = [root]
+        for part in leaf.path or _ROOT:
+            nodes.append(nodes[-1].children.setdefault(part, _Node()))
+        if nodes[-1].tensor is not None or nodes[-1].text:
+            # Two of one dotted name: the later one is told by its key path.
+            nodes.append(nodes[-1].children.setdefault(key_name(leaf), _Node()))
+        if isinstance(leaf, OtherInfo):
+            nodes[-1].text = leaf.text
+            continue
+        nodes[-1].tensor = leaf
+        for node in nodes:
             node.num_tensors += 1
-            node.num_bytes += 0 if tensor.is_shared else tensor.num_bytes
-        node.tensor = tensor
+            node.num_bytes += 0 if leaf.is_shared else leaf.num_bytes
     return root
 
 

@@ -15,6 +15,8 @@ from ..errors import escaped
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..format.tensors import OtherInfo, TensorExtent
+
 _PIPE_COLUMNS = 240
 _PAD_COLUMNS = 40
 
@@ -41,6 +43,11 @@ def number(kind: Callable[[str], Any], least: float, most: float = float("inf"))
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def key_name(leaf: TensorExtent | OtherInfo) -> str:
+    """The key path of a leaf such as ``['a.b'][0]``: no two leaves of a file have the same."""
+    return "".join(f"[{step[1:]!r}]" if step.startswith("s") else f"[{step}]" for step in leaf.key)
 
 
 def print_json(value: Any) -> None:

@@ -34,10 +34,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-last", metavar="N", type=int, help="keep the N newest")
     parser.add_argument("--keep-every", metavar="N", type=int, help="keep those whose step is a multiple of N")
     parser.add_argument("--keep-best", metavar="NAME", help="keep the best by this number in the metadata")
-    parser.add_argument("--best-num", metavar="N", type=int, default=1, help="how many --keep-best keeps [1]")
-    parser.add_argument(
-        "--best-mode", choices=("min", "max"), default="min", help="whether the smallest or the largest is best [min]"
-    )
+    parser.add_argument("--best-num", metavar="N", type=int, help="how many --keep-best keeps [1]")
+    parser.add_argument("--best-mode", choices=("min", "max"), help="whether the smallest or the largest is best [min]")
     parser.add_argument("--keep-newer-than", metavar="AGE", help="keep those younger than this: 90s, 15min, 6h, 2d, 1w")
     parser.add_argument("--ignore-mirrors", action="store_true", help="also delete what is not mirrored yet")
     parser.add_argument(
@@ -51,8 +49,8 @@ def command(
     keep_last: int | None,
     keep_every: int | None,
     keep_best: str | None,
-    best_num: int,
-    best_mode: Literal["min", "max"],
+    best_num: int | None,
+    best_mode: Literal["min", "max"] | None,
     keep_newer_than: str | None,
     ignore_mirrors: bool,
     dry_run: bool,
@@ -72,7 +70,9 @@ def command(
     if keep_every is not None:
         policies.append(KeepEvery(keep_every))
     if keep_best is not None:
-        policies.append(KeepBest(keep_best, best_num, best_mode))
+        policies.append(KeepBest(keep_best, 1 if best_num is None else best_num, best_mode or "min"))
+    elif best_num is not None or best_mode is not None:
+        raise UsageError("--best-num and --best-mode go with --keep-best; nothing was deleted")
     if keep_newer_than is not None:
         policies.append(KeepNewerThan(_seconds(keep_newer_than)))
     if not policies:
@@ -81,10 +81,10 @@ def command(
         )
     catalog = catalog_of(root)
     checkpoints = [CheckpointInfo.of(manifest) for manifest in catalog.committed()]
-    if keep_best is not None and checkpoints and not any(keep_best in info.metadata for info in checkpoints):
+    if keep_best is not None and checkpoints and all(info.metadata.get(keep_best) is None for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
         raise NotFoundError(
-            f"no checkpoint has the metric {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
+            f"no checkpoint has a number {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
         )
     policy = AnyOf(*policies)
     mirrors = [] if ignore_mirrors else [mirror for mirror in mirrors_of(catalog) if mirror.takes_all]

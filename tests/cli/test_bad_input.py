@@ -35,12 +35,15 @@ from async_ckpt.format.manifest import FileEntry, Manifest, encode
         (("prune", "{root}", "--keep-best", "note"), 2, "not a number"),
         (("prune", "{root}", "--keep-best", "loss", "--best-mode", "sideways"), 2, "--best-mode"),
         (("prune", "{root}", "--keep-newer-than", "soon"), 2, "soon"),
+        (("prune", "{root}", "--keep-last", "1", "--best-num", "3"), 2, "--keep-best"),
         (("sweep", "{tmp}/nothing"), 3, "does not exist"),
         (("watch", "{tmp}/nothing"), 3, "does not exist"),
         (("export", "{root}/step-100", "{tmp}/x.pt"), 2, "model.pt"),
         (("export", "{root}/step-100/model.pt", "{tmp}/x.zip"), 2, ".safetensors"),
         (("export", "{root}/step-100/model.pt", "{tmp}/no/such/folder/x.pt"), 3, "folder"),
         (("bench", "{tmp}/nothing"), 3, "not a directory"),
+        (("bench", "{tmp}", "--checkpoint-gib", "-1"), 2, "--checkpoint-gib"),
+        (("demo", "--root", "{tmp}/demo", "--device", "abacus"), 2, "it has cpu"),
         (("lsit", "{root}"), 2, "lsit"),
         (("list",), 2, ""),
         (("list", "{root}", "--frobnicate"), 2, "frobnicate"),
@@ -59,12 +62,9 @@ def test_an_error_is_one_line(cli, tmp_path):
     assert "\x1b" not in ran.err
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    from async_ckpt.cli import main
-    from async_ckpt.errors import CheckpointNotFoundError
-
-    with pytest.raises(CheckpointNotFoundError):
-        main(["list", str(tmp_path / "nothing"), "--debug"])
+def test_debug_adds_the_traceback(cli, tmp_path):
+    ran = cli("list", tmp_path / "nothing", "--debug")
+    assert ran.code == 3 and "Traceback" in ran.err and ran.err.endswith("does not exist\n")
 
 
 def committed(root, data: bytes, *, file_format: str = "torch") -> str:

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 import torch
 
+from async_ckpt import AsyncCheckpointEngine
+
 from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON
 from .test_reading import dead_owner, stage
@@ -33,6 +35,17 @@ def test_prune_keeps_everything_while_the_newest_is_damaged(cli, root):
     (root / "step-200" / "model.pt").unlink()
     assert "damaged" in cli("prune", root, "--keep-last", "1").out
     assert (root / "step-100").exists()
+
+
+def test_prune_by_a_metric_that_no_checkpoint_has_a_number_of_deletes_nothing(cli, tmp_path):
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20) as engine:
+        for tag in ("step-1", "step-2"):
+            engine.create(tag)
+            engine.save(torch.ones(1), "w.pt")
+            engine.commit(tag, metadata={"loss": float("nan")})
+    ran = cli("prune", tmp_path, "--keep-best", "loss")
+    assert ran.code == 3 and "loss" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
 def test_prune_by_age(cli, root):
@@ -120,6 +133,17 @@ def test_export_to_safetensors(cli, root, tmp_path):
     found = load_file(target)
     assert set(found) == {f"model.{name}" for name in state}
     assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in state.items())
+
+
+def test_export_of_a_safetensors_file_to_torch(cli, tmp_path):
+    state = {"w": torch.arange(6.0), "b": torch.ones(2, 3)}
+    with AsyncCheckpointEngine(tmp_path / "r", staging_bytes=4 << 20) as engine:
+        engine.create("t")
+        engine.save(state, "m.safetensors", format="safetensors")
+        engine.commit("t")
+    assert cli("export", tmp_path / "r/t/m.safetensors", tmp_path / "out.pt").code == 0
+    found = torch.load(tmp_path / "out.pt")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
 @pytest.mark.wide

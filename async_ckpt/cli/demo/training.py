@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
+from ...errors import ConfigError
 from ...retention import KeepLast
 from .model import GPT, GPTConfig, read_corpus
 
@@ -65,6 +66,9 @@ class Trainer:
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        kinds = ["cpu"] if found is None else ["cpu", found.type]
+        if config.device != "auto" and config.device.partition(":")[0] not in kinds:
+            raise ConfigError(f"this torch has no device {config.device!r} here; it has {', '.join(kinds)}")
         self.device = (found or torch.device("cpu")) if config.device == "auto" else torch.device(config.device)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
