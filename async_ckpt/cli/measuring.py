@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import os
 import queue
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,8 +21,9 @@ from ..format.checksum import crc32
 from ..format.chunk import Chunk
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
-from ..host.process import Owner, OwnerState, current_owner, owner_state
 from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import make_private, remove_tree
+from ..storage.sweep import sweep
 from ..writer.pool import WriterPool
 
 CHUNK_BYTES = 16 << 20
@@ -32,25 +31,6 @@ _NUM_CHUNKS = 16
 _SMALLEST_FILE_BYTES = 64 << 20
 _LARGEST_FILE_BYTES = 4 << 30
 IoMode = Literal["direct", "buffered"]
-_PREFIX = ".bench."
-_numbers = itertools.count()
-
-
-def remove_dead_measurements(folder: str) -> list[str]:
-    """Remove the test files of measurements in `folder` whose process is certainly gone; returns the names. Blocks.
-
-    Raises:
-        OSError: the directory cannot be listed, or something in it not removed.
-    """
-    removed = []
-    for name in sorted(os.listdir(folder)):
-        owner = Owner.parse(name[len(_PREFIX) :].rpartition(".")[0]) if name.startswith(_PREFIX) else None
-        path = os.path.join(folder, name)
-        if owner is None or owner_state(owner) not in (OwnerState.DEAD, OwnerState.REBOOTED) or os.path.islink(path):
-            continue
-        shutil.rmtree(path)
-        removed.append(name)
-    return removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +89,7 @@ def _touched(num_bytes: int) -> memoryview:
 
 
 class DiskMeasurement:
-    """Writes test files into a private directory below `folder`; use it as a context, which removes them.
+    """Writes test files into a private directory below `folder`, which is swept first; a context, which removes them.
 
     Raises:
         ConfigError: too little free space to measure anything. WriteError: the disk refuses.
@@ -121,9 +101,9 @@ class DiskMeasurement:
         self.fs_type = self._filesystem.fs_type(folder)
         if self.free_bytes < 4 * _SMALLEST_FILE_BYTES:
             raise ConfigError(f"only {self.free_bytes} bytes are free in {folder!r}: too little to measure its speed")
-        remove_dead_measurements(folder)
-        self._folder = os.path.join(folder, f"{_PREFIX}{current_owner()}.{next(_numbers)}")
-        os.mkdir(self._folder, 0o700)
+        sweep(self._filesystem, folder)
+        # Rubbish from the beginning: any sweep removes it once this process is gone.
+        self._folder = make_private(self._filesystem, folder, "bench", "trash")
         self._free_chunks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         arena = _touched(_NUM_CHUNKS * CHUNK_BYTES)
         for start in range(0, len(arena), CHUNK_BYTES):
@@ -133,7 +113,7 @@ class DiskMeasurement:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self._folder)
+        remove_tree(self._filesystem, self._folder)
 
     def run(self, plan: list[tuple[IoMode, int]], seconds: float) -> Iterator[DiskResult]:
         """One result per (mode, writers); file sizes are chosen so that all take about `seconds` together."""

@@ -22,12 +22,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 def command(root: str, dry_run: bool, as_json: bool) -> int:
     """Remove staging left by processes that are certainly gone; never a live one's, never a committed checkpoint.
 
-    Also test files of a `bench` that was killed. Every engine does this when it starts, apart from those.
+    Also test files of a `bench` that was killed. Every engine does this when it starts.
 
     JSON: a list of {name, tag, action, reason, size_bytes}; action is removed, restored, left or (with --dry-run) none
     """
     from ..storage.sweep import sweep
-    from .measuring import remove_dead_measurements
 
     catalog = catalog_of(root)
     if dry_run:
@@ -36,8 +35,6 @@ def command(root: str, dry_run: bool, as_json: bool) -> int:
     else:
         swept = sweep(FileSystem(), catalog.root)
         results = [_result(one.name, one.tag, one.action, one.reason) for one in swept]
-        gone = remove_dead_measurements(root)
-        results += [_result(name, None, "removed", "its owner is gone") for name in gone]
     if as_json:
         print_json(results)
     elif not results:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
+from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.sweep import sweep
 
 from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON
@@ -185,19 +187,17 @@ os.kill(os.getpid(), 9)
 def test_what_a_killed_bench_left_is_removed(cli, tmp_path, command):
     subprocess.run([PYTHON, "-c", KILLED_BENCH, str(tmp_path)], check=False)
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".bench.")
-    others = [tmp_path / ".bench-mine", tmp_path / ".bench.mine.0"]
-    for other in others:
-        other.mkdir()
+    assert left.name.startswith(".trash.bench.")
+    (tmp_path / ".bench.mine").mkdir()
     assert cli(command[0], tmp_path, *command[1:]).code == 0
-    assert sorted(tmp_path.iterdir()) == others
+    assert list(tmp_path.iterdir()) == [tmp_path / ".bench.mine"]
 
 
 @pytest.mark.wide
 def test_a_measurement_that_runs_is_left_alone(tmp_path):
-    from async_ckpt.cli.measuring import DiskMeasurement, remove_dead_measurements
+    from async_ckpt.cli.measuring import DiskMeasurement
 
     with DiskMeasurement(str(tmp_path)):
-        assert remove_dead_measurements(str(tmp_path)) == []
+        assert [swept.action for swept in sweep(FileSystem(), str(tmp_path))] == ["left"]
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
