@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...errors import CheckpointError, report
+from ...errors import report
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
 from ..guarding import check_guardable
@@ -98,16 +98,11 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
                 "local files"
             )
         place = CheckpointFile.of(path)
-        self._raise_failure()
         after = self._running(place)
         engine = after.engine
+        after.raise_failure()
+        engine.create(place)
         after.saving(place)
-        try:
-            engine.create(place)
-        except CheckpointError as error:
-            # It may be an earlier commit's failure that arrived just now: it is not raised twice.
-            after.forget(error)
-            raise
         try:
             engine.save(checkpoint, DATA_NAME)
             pending = engine.commit(place.tag, metadata=_metadata(checkpoint, place))
@@ -167,12 +162,13 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             return
         is_unwinding = sys.exc_info()[0] is not None
         self._after = None
-        after.close()
-        failure = after.take_failure()
-        if failure is not None and is_unwinding:
+        try:
+            after.close()
+            after.raise_failure()
+        except Exception as failure:
+            if not is_unwinding:
+                raise
             report(logging.ERROR, "a checkpoint was lost: %s", failure)
-        elif failure is not None:
-            raise failure
 
     # What Lightning does not ask for.
 
@@ -204,7 +200,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         """
         if self._after is not None:
             self._after.drain()
-            self._raise_failure()
+            self._after.raise_failure()
 
     def guard(self, *optimizers: torch.optim.Optimizer) -> None:
         """Make saves lazy for these optimizers' tensors; see `AsyncCheckpointEngine.guard`. Call it in
@@ -247,11 +243,6 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
             self._after = FollowUps(engine, self._filesystem, coordinator, self._on_commit)
         self._after.coordinator.prepare(place)
         return self._after
-
-    def _raise_failure(self) -> None:
-        failure = None if self._after is None else self._after.take_failure()
-        if failure is not None:
-            raise failure
 
     def __getstate__(self) -> dict[str, Any]:
         # Launchers that spawn send the plugin to their processes: its settings travel, its threads do not.

@@ -6,7 +6,7 @@ Guarantees:
 - A link is switched, in one rename, only after its target was committed; a file that a link still points to is deleted
   after the link has moved on, or at the end.
 - `on_commit` sees a file that is complete and durable, and that is not deleted before it returns.
-- Every failure is kept until `take_failure` hands it out, once.
+- Every failure is raised once: by `raise_failure`, or a commit's by the engine where that comes first.
 """
 
 from __future__ import annotations
@@ -15,33 +15,16 @@ import contextlib
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import report
 from ...storage.filesystem import FileSystem
 from ...threads.executor import DaemonExecutor
-from ...threads.locks import Lock
+from ...threads.outcome import wait_all
 from .single_file import CheckpointFile, FileCoordinator, remove
-
-
-@dataclass(slots=True)
-class _Save:
-    place: CheckpointFile
-    pending: PendingCommit
-    raised: bool = False
-
-    @property
-    def loss(self) -> BaseException | None:
-        """What is to be raised for that, if anything is. Never blocks."""
-        return self.pending.loss() if self.pending.done() else None
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why it failed, if it has ended and failed. Never blocks."""
-        return self.pending.exception() if self.pending.done() else None
 
 
 class FollowUps:
@@ -59,15 +42,15 @@ class FollowUps:
         self._filesystem = filesystem
         self.coordinator = coordinator
         self._on_commit = on_commit
-        self._saves: list[_Save] = []
+        # Each path and its commit, until that has ended well.
+        self._commits: list[tuple[str, PendingCommit]] = []
         # Saves and removals by number, the newest of each path: what came later counts.
         self._count = 0
         self._saved: dict[str, int] = {}
         self._removed: dict[str, int] = {}
         self._postponed: list[tuple[CheckpointFile, int]] = []
         self._undeleted: set[str] = set()
-        self._failures: list[BaseException] = []
-        self._lock = Lock()
+        self._failures: deque[Exception] = deque()
         self._worker = DaemonExecutor("async-ckpt-lightning", 1)
 
     # The training thread.
@@ -79,68 +62,60 @@ class FollowUps:
 
     def saved(self, place: CheckpointFile, pending: PendingCommit) -> None:
         """Follow this commit."""
-        save = _Save(place, pending)
-        with self._lock:
-            self._saves.append(save)
-        self._worker.submit(self._noting, lambda: self._ended(save))
+        self._commits = [known for known in self._commits if not known[1].done() or known[1].failure() is not None]
+        self._commits.append((place.final, pending))
+        self._worker.submit(self._noting, lambda: self._ended(place, pending))
 
     def remove(self, place: CheckpointFile) -> None:
         """Delete a file once everything that was saved before is committed."""
         self._count += 1
         self._removed[place.final] = number = self._count
-        before = self._unended()
+        before = self.engine.pending()
         self._worker.submit(self._noting, lambda: self._remove(place, number, before))
 
     def link(self, target: CheckpointFile, link: CheckpointFile) -> None:
         """Point a symbolic link at `target` once that is committed."""
-        waits = [save for save in self._unended() if save.place == target]
-        self._worker.submit(self._noting, lambda: self._link(target, link, waits))
+        newest = self._newest(target)
+        self._worker.submit(self._noting, lambda: self._link(target, link, newest))
 
     def is_pending(self, place: CheckpointFile) -> bool:
         """Whether a save to this path has not ended, and no removal was asked for since."""
         is_newer = self._saved.get(place.final, 0) > self._removed.get(place.final, 0)
-        return is_newer and any(save.place == place for save in self._unended())
+        newest = self._newest(place)
+        return is_newer and newest is not None and not newest.done()
 
     def failure_of(self, place: CheckpointFile) -> BaseException | None:
         """Why the newest save to this path failed, if it has."""
-        with self._lock:
-            mine = [save for save in self._saves if save.place == place]
-        return mine[-1].failure if mine else None
+        newest = self._newest(place)
+        return None if newest is None else newest.failure()
 
-    def take_failure(self) -> BaseException | None:
-        """The oldest failure that was not handed out yet. Never blocks."""
-        with self._lock:
-            for save in self._saves:
-                if not save.raised and save.loss is not None:
-                    save.raised = True
-                    return save.loss
-            return self._failures.pop(0) if self._failures else None
-
-    def forget(self, error: BaseException) -> None:
-        """Somebody else has raised this failure."""
-        with self._lock:
-            for save in self._saves:
-                save.raised = save.raised or save.loss is error
+    def raise_failure(self) -> None:
+        """Raise the oldest failure that was not raised yet, if there is one. Never blocks."""
+        for _, pending in self._commits:
+            if pending.is_owed and (loss := pending.loss()) is not None:
+                raise loss
+        if self._failures:
+            raise self._failures.popleft()
 
     def drain(self) -> None:
         """Block until all commits have ended and everything that follows them is done."""
-        for save in self._unended():
-            save.pending.exception()
+        wait_all(self.engine.pending())
         self._worker.submit(self._noting, lambda: self._retry_postponed(force=True)).result()
 
     def close(self) -> None:
-        """`drain`, and stop all threads."""
+        """`drain`, and stop all threads.
+
+        Raises:
+            CheckpointError: the first failed commit that was not raised yet.
+        """
         try:
             self.drain()
             self._worker.shutdown()
         finally:
             self.engine.close()
 
-    def _unended(self) -> list[_Save]:
-        with self._lock:
-            # What has ended well needs no memory.
-            self._saves = [save for save in self._saves if not save.pending.done() or save.failure is not None]
-            return [save for save in self._saves if not save.pending.done()]
+    def _newest(self, place: CheckpointFile) -> PendingCommit | None:
+        return next((pending for path, pending in reversed(self._commits) if path == place.final), None)
 
     # The worker thread.
 
@@ -148,29 +123,29 @@ class FollowUps:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - also a user's hook may fail in any way; the next save raises it
-            with self._lock:
-                self._failures.append(error)
+            self._failures.append(error)
             report(logging.ERROR, "after a checkpoint was committed: %s", error)
 
-    def _ended(self, save: _Save) -> None:
-        # Waits for it.
-        failure = save.pending.exception()
-        if failure is None and self._on_commit is not None and self._filesystem.stat(save.place.final).kind == "file":
-            self._on_commit(save.place.final)
+    def _ended(self, place: CheckpointFile, pending: PendingCommit) -> None:
+        pending.wait()
+        is_there = pending.failure() is None and self._filesystem.stat(place.final).kind == "file"
+        if is_there and self._on_commit is not None:
+            self._on_commit(place.final)
         self._retry_postponed(force=False)
 
-    def _link(self, target: CheckpointFile, link: CheckpointFile, waits: list[_Save]) -> None:
-        if any(save.pending.exception() is not None for save in waits):
+    def _link(self, target: CheckpointFile, link: CheckpointFile, pending: PendingCommit | None) -> None:
+        if pending is not None and pending.wait() and pending.failure() is not None:
             report(logging.WARNING, "%s still points where it did: %s was not committed", link.final, target.final)
             return
         switch_link(self._filesystem, target, link)
         self._retry_postponed(force=False)
 
-    def _remove(self, place: CheckpointFile, number: int, before: list[_Save]) -> None:
-        failed = next((save for save in before if save.pending.exception() is not None), None)
+    def _remove(self, place: CheckpointFile, number: int, before: list[PendingCommit]) -> None:
+        wait_all(before)
+        failed = next((pending for pending in before if pending.failure() is not None), None)
         if failed is not None:
-            message = "%s is kept: the save of %s, which was to replace it, failed"
-            report(logging.WARNING, message, place.final, failed.place.final)
+            message = "%s is kept: the save of %r, which was to replace it, failed"
+            report(logging.WARNING, message, place.final, failed.tag)
             return
         self._postponed.append((place, number))
         self._retry_postponed(force=False)
