@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError
 from ..threads.executor import DaemonExecutor
-from ..threads.locks import Condition
+from ..threads.locks import Lock
 from . import rank_requests as requests
 from .rank_requests import Await, AwaitCount, Step
 
@@ -173,7 +173,7 @@ class StoreLink:
         self._patience_s = patience_s
         self._prefix = prefix
         self._pace = PollPace(world_size)
-        self._changed = Condition()
+        self._changed = Lock()
         self._tasks: list[_Task] = []
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None

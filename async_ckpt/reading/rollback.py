@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from ..host.memory import address_of, move, region
-from ..threads.locks import Condition
+from ..threads.locks import Lock
 from .scatter import Scatter
 from .verified_file import MemorySource
 
@@ -29,7 +29,7 @@ class Rollback:
         self._scatter = scatter
         self._lend = lend
         self._region_bytes = region_bytes
-        self._lock = self._changed = Condition()
+        self._lock = Lock()
         self._writing: set[int] = set()
         """Threads."""
         self._is_over = False
@@ -51,7 +51,7 @@ class Rollback:
         finally:
             with self._lock:
                 self._writing.discard(threading.get_ident())
-                self._changed.notify_all()
+                self._lock.notify_all()
 
     def _overwrite(self, offset: int, view: memoryview) -> None:
         targets = [(address, size) for address, size in self._scatter.targets(offset, view.nbytes) if size]
@@ -91,7 +91,8 @@ class Rollback:
         with self._lock:
             self._is_over = True
             # What this thread was writing was interrupted, or there would be no roll-back.
-            self._changed.wait_for(lambda: self._writing <= {threading.get_ident()})
+            while not self._writing <= {threading.get_ident()}:
+                self._lock.wait()
         for address, saved, size in reversed(self._log):
             move(address, saved, size)
         self._log.clear()

@@ -28,7 +28,7 @@ import torch
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..host.device import Pinning
 from ..host.memory import populate, view_at
-from ..threads.locks import Condition
+from ..threads.locks import Lock
 
 _Piece = tuple[torch.Tensor, memoryview, int]
 _address_of = itemgetter(2)
@@ -123,7 +123,7 @@ class StagingArena:
         self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
         self._unpin.atexit = False
         # Background threads do not wait for it: who has it may be interrupted by a signal handler that waits for them.
-        self._lock = self._changed = Condition()
+        self._lock = Lock()
         self._returned: deque[StagingChunk] = deque()
         """Given back, and not looked at yet."""
         self._poison: BaseException | None = None
@@ -190,7 +190,7 @@ class StagingArena:
                         f"no staging chunk became free within {timeout_s:g} s: all {self.num_chunks} chunks "
                         f"({size_bytes} bytes) wait for the disk; raise staging_bytes or save less often"
                     )
-                self._changed.wait(max(0.0, min(_LOOK_AGAIN_S, deadline - time.monotonic())))
+                self._lock.wait(max(0.0, min(_LOOK_AGAIN_S, deadline - time.monotonic())))
 
     def release(self, chunk: StagingChunk) -> None:
         """Give a chunk back; giving it back again does nothing. Any thread; never blocks for long."""
@@ -252,7 +252,7 @@ class StagingArena:
                     self._lock.release()
                 if self._cold:
                     return self._hold(self._cold)
-                self._changed.wait(_LOOK_AGAIN_S)
+                self._lock.wait(_LOOK_AGAIN_S)
                 self._reclaim()
         return None
 
@@ -277,7 +277,7 @@ class StagingArena:
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
             self._resident_keys[chunk.address] = chunk.resident_key
             insort(self._warm if chunk.address in self._ready else self._cold, chunk.piece, key=_address_of)
-            self._changed.notify_all()
+            self._lock.notify_all()
 
     def _reclaim(self) -> None:
         """Take back what nobody holds: an exception out of a signal handler may have struck at the end of its chunk."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import BackpressureTimeout
-from ..threads.locks import Condition
+from ..threads.locks import Lock
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class StepExclusion:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._changed = Condition()
+        self._changed = Lock()
         self._running: list[Turn] = []
         self._queue: list[Turn] = []
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import PathExistsError, WriteError
 from ..host.memory import PAGE_BYTES
-from ..threads.locks import Condition
+from ..threads.locks import Lock
 from .read_file import LocalReadableFile, Stamp, stamp_of
 from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import write_error
@@ -155,7 +155,7 @@ class WritableFile:
         self.direct = direct
         """Whether O_DIRECT is in use; turns False when the file system refuses it."""
         self._executor = executor
-        self._idle = Condition()
+        self._idle = Lock()
         self._num_running = 0
         self._closing = False
         self._failure: BaseException | None = None

@@ -20,11 +20,13 @@ from collections.abc import Callable
 
 class Lock(_thread.RLock):  # type: ignore[misc]  # final for type checkers, not for the interpreter
     """A re-entrant lock, for ``with``: held in the body, and by nobody after it, whatever a signal handler raises and
-    when.
+    when. Its holder can wait for another's word (`wait`), and gives it up meanwhile.
 
     Any thread, and any process. `__exit__` must stay the C method of the base: a Python one could be interrupted before
     it releases.
     """
+
+    _waiters: threading.Condition | None = None
 
     def __init__(self) -> None:
         _locks.add(self)
@@ -43,25 +45,16 @@ class Lock(_thread.RLock):  # type: ignore[misc]  # final for type checkers, not
             raise
         return True
 
-
-class Condition(Lock):  # type: ignore[misc]  # as above
-    """A lock whose holder can wait for another's word; `wait` gives it up meanwhile. Any thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiters = threading.Condition(self)
-
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until notified, or for `timeout_s`; False when the time was over. Only with the lock held."""
-        return self._waiters.wait(timeout_s)
-
-    def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Block until `predicate()`, or for `timeout_s`; what it gave last. Only with the lock held."""
-        return self._waiters.wait_for(predicate, timeout_s)
+        # In one operation: a signal handler may wait here too.
+        waiters: threading.Condition = self.__dict__.setdefault("_waiters", threading.Condition(self))
+        return waiters.wait(timeout_s)
 
     def notify_all(self) -> None:
         """Wake everybody who waits. Only with the lock held; never blocks."""
-        self._waiters.notify_all()
+        if self._waiters is not None:
+            self._waiters.notify_all()
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""`Lock` and `Condition`: whatever a signal handler raises and when, nobody has them afterwards."""
+"""`Lock`: whatever a signal handler raises and when, nobody has them afterwards."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ def is_held(lock: Any) -> bool:
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("kind", [locks.Lock, locks.Condition])
-def test_real_signals_leave_it_free(kind: Any) -> None:
+def test_real_signals_leave_it_free() -> None:
     def strike(number: int, frame: FrameType | None) -> None:
         raise Struck
 
     before = signal.signal(signal.SIGALRM, strike)
     try:
         for _ in range(300):
-            lock = kind()
+            lock = locks.Lock()
             try:
                 # Again after a while: one that strikes in a finalizer ends nothing.
                 signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.5)
@@ -56,12 +55,11 @@ def test_real_signals_leave_it_free(kind: Any) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("kind", [locks.Lock, locks.Condition])
-def test_struck_at_every_step(kind: Any) -> None:
+def test_struck_at_every_step() -> None:
     """Each point at which the interpreter looks for signals while the lock is entered, held and left."""
     num_steps, k = 1, 0
     while k < num_steps:
-        lock = kind()
+        lock = locks.Lock()
         num_steps = 0
 
         def strike(frame: FrameType, event: str, arg: object, k: int = k) -> None:
@@ -121,13 +119,14 @@ def test_reentered_and_struck_inside_it_stays_with_the_outer_body() -> None:
     assert not is_held(lock)
 
 
-def test_a_condition_wakes_who_waits() -> None:
-    condition = locks.Condition()
+def test_its_holder_waits_for_another_ones_word() -> None:
+    condition = locks.Lock()
     said: list[str] = []
 
     def listen() -> None:
         with condition:
-            assert condition.wait_for(lambda: bool(said), 30)
+            while not said:
+                assert condition.wait(30)
             said.append("heard")
             condition.notify_all()
 
@@ -136,7 +135,8 @@ def test_a_condition_wakes_who_waits() -> None:
     with condition:
         said.append("word")
         condition.notify_all()
-        assert condition.wait_for(lambda: len(said) == 2, 30)
+        while len(said) < 2:
+            assert condition.wait(30)
         assert not condition.wait(0.0)
     listener.join()
     assert not is_held(condition)
