@@ -14,13 +14,13 @@ import contextlib
 import copy
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from ...host.device import accelerators, beside_captures, pinning, synchronize
 from ...snapshot.arena import StagingArena, StagingChunk
@@ -62,7 +62,9 @@ class ArenaStager(AsyncStager):
             BackpressureTimeout: earlier snapshots were not written in time.
         """
         found = _Storages(resolve_bits=self._to_process)
-        _walk(state_dict, found.add, {})
+        tensors = [leaf for leaf in tree_leaves(state_dict) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            found.add(tensor)
         chunk = self._slot(found.lay_out()).acquire(self._timeout_s)
         arena = self._arena
         assert arena is not None
@@ -70,8 +72,8 @@ class ArenaStager(AsyncStager):
         # From here on the slot belongs to the tensors on it: it is free when the last of them is gone.
         weakref.finalize(holder, arena.release, chunk)
         found.copy(chunk, memoryview(holder).cast("B"))
-        staged: dict[str, Any] = _walk(state_dict, found.rebuild, {})
-        return staged
+        # A deep copy of everything else, in which these stand for the tensors.
+        return copy.deepcopy(state_dict, {id(tensor): found.rebuild(tensor) for tensor in tensors})
 
     def synchronize_staging(self) -> None:
         """Nothing to wait for: `stage` has copied."""
@@ -89,29 +91,6 @@ class ArenaStager(AsyncStager):
             if old is not None:
                 old.close()
         return self._arena
-
-
-def _walk(value: Any, on_tensor: Callable[[torch.Tensor], Any], seen: dict[int, Any]) -> Any:
-    """`value` with every tensor replaced by what `on_tensor` returns; containers are new, other leaves deep copies."""
-    if id(value) in seen:
-        return seen[id(value)][0]
-    result: Any
-    if isinstance(value, torch.Tensor):
-        result = on_tensor(value)
-    elif isinstance(value, Mapping):
-        pairs = {key: _walk(item, on_tensor, seen) for key, item in value.items()}
-        result = type(value)(pairs) if type(value).__name__ == "OrderedDict" else pairs  # type: ignore[call-arg]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        result = type(value)(*(_walk(item, on_tensor, seen) for item in value))
-    elif isinstance(value, torch.Size):
-        result = value
-    elif isinstance(value, (list, tuple)):
-        result = type(value)(_walk(item, on_tensor, seen) for item in value)
-    else:
-        result = copy.deepcopy(value)
-    # The value is kept too: its id must not pass to another object while we walk.
-    seen[id(value)] = (result, value)
-    return result
 
 
 class _Storages:
