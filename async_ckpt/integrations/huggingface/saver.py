@@ -16,6 +16,7 @@ from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, report
 from ...ranks.coordinator import Coordinator
 from ...retention import CheckpointInfo, RetentionPolicy
+from ...threads.outcome import wait_all
 from ..frameworks import checked_config
 from ..guarding import check_guardable, torch_optimizer
 from .resume import step_of
@@ -118,24 +119,21 @@ class Saver:
         """Report what has ended, oldest first. Does not wait for the disk.
 
         Raises:
-            CheckpointError: a commit failed.
+            CheckpointError: a commit failed; of several, the others follow at the next save or `close`.
         """
+        first: BaseException | None = None
         while self._in_flight and self._in_flight[0][1].done():
             path, pending, then = self._in_flight.popleft()
-            loss = pending.loss()
-            if loss is not None:
-                raise loss
             if pending.failure() is None:
                 then(path)
+            elif first is None:
+                first = pending.loss()
+        if first is not None:
+            raise first
 
     def drain(self) -> None:
-        """Block until every commit has ended, and report them.
-
-        Raises:
-            CheckpointError: the first one that failed; the rest has been waited for, and follows at the next call.
-        """
-        for _, pending, _ in self._in_flight:
-            pending.wait(None)
+        """Block until every commit has ended, and report them as `poll`."""
+        wait_all(pending for _, pending, _ in self._in_flight)
         self.poll()
 
     def close(self, behind: BaseException | None = None) -> None:
@@ -147,20 +145,17 @@ class Saver:
         Raises:
             CheckpointError: the first failure that was not raised yet; others are logged.
         """
-        failures: list[Exception] = []
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        first = behind
         while self._in_flight:
             try:
                 self.drain()
-            except Exception as error:  # noqa: BLE001 - also a hook's; the first is raised below
-                failures.append(error)
-        engine, self._engine = self._engine, None
-        try:
-            if engine is not None:
-                engine.close()
-        except CheckpointError as error:
-            failures.append(error)
-        first = failures.pop(0) if failures and behind is None else None
-        for failure in failures:
-            report(logging.ERROR, "and a checkpoint was lost: %s (after %r)", failure, behind or first)
-        if first is not None:
+            except Exception as error:  # noqa: BLE001 - also a hook's; raised below
+                if first is not None:
+                    report(logging.ERROR, "after %r: %s", first, error)
+                first = first or error
+        engine.__exit__(type(first) if first is not None else None, first, None)
+        if first is not None and behind is None:
             raise first
