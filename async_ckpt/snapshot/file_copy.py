@@ -8,7 +8,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import enum
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -38,16 +37,6 @@ _QueuedChunk = tuple[int, StagingChunk, list[torch.Event], float]
 """A chunk's number, the chunk, what ends its device copies, and when they were queued."""
 
 
-class CopyState(enum.Enum):
-    """Who copies, and whether that is over."""
-
-    WITH_CALLER = "the thread that saves copies"
-    DEFERRED = "waits for the copy thread"
-    BEHIND = "the copy thread copies"
-    COPIED = "no source byte is needed any more"
-    FAILED = "given up"
-
-
 class FileCopy:
     """The copy of one planned state. Made and begun by the thread that saves; the copy thread may end it.
 
@@ -73,7 +62,8 @@ class FileCopy:
         elsewhere: frozenset[int] = frozenset(),
     ) -> None:
         self._elsewhere = elsewhere
-        self.state = CopyState.WITH_CALLER
+        self.has_begun = False
+        """Whether the copy thread copies what it was left, or has done so."""
         self.copied: Future[None] = Future()
         """Resolves when no source byte is needed any more."""
         self.queued: Future[None] = Future()
@@ -117,7 +107,7 @@ class FileCopy:
             raise
         self.copy_s += time.perf_counter() - started
         if first + len(chunks) == len(self._map.offsets):
-            self._end(CopyState.COPIED)
+            self._end()
 
     def stream_through(self, team: CopyTeam, timeout_s: float) -> None:
         """`copy_now` chunk by chunk, as the disk frees them: works for a state of any size.
@@ -160,7 +150,7 @@ class FileCopy:
         except BaseException as error:
             self.fail(chunks, error)
             raise
-        self.mode, self.copy_s, self.state = "lazy", time.perf_counter() - started, CopyState.DEFERRED
+        self.mode, self.copy_s = "lazy", time.perf_counter() - started
 
     # Behind the caller.
 
@@ -171,8 +161,7 @@ class FileCopy:
 
     def copy_behind(self, chunks: list[StagingChunk]) -> None:
         """Copy what `copy_unguarded` has left, on the copy thread. A failure is the sink's."""
-        self.state = CopyState.BEHIND
-        self._began_s = time.perf_counter()
+        self.has_begun, self._began_s = True, time.perf_counter()
         with self._handing_on_failures(chunks):
             # The user may have moved the bytes.
             self._payloads.look_again(self._wanted)
@@ -188,14 +177,14 @@ class FileCopy:
     def finish_behind(self, chunks: list[StagingChunk]) -> None:
         """Wait for the copies that `copy_behind` has queued, and hand the chunks over. One thread; nothing where that
         failed."""
-        if self.state is CopyState.BEHIND:
+        if not self.copied.done():
             with self._handing_on_failures(chunks):
                 self._finish_device_copies()
                 self._end_behind()
 
     def _end_behind(self) -> None:
         self.copy_s += time.perf_counter() - self._began_s
-        self._end(CopyState.COPIED)
+        self._end()
         # On this thread: the next save lets go of this object within its stall.
         del self._payloads
 
@@ -217,13 +206,12 @@ class FileCopy:
     def fail(self, chunks: list[StagingChunk], error: BaseException, first: int = 0) -> None:
         """Give up: chunks go back, and whoever waits learns `error`."""
         self._give_back(chunks, first)
-        self._end(CopyState.FAILED, error)
+        self._end(error)
 
     # Inside: the ends.
 
-    def _end(self, state: CopyState, error: BaseException | None = None) -> None:
+    def _end(self, error: BaseException | None = None) -> None:
         """Let everybody who waits go on, and let go of the sources."""
-        self.state = state
         for future in (self.queued, self.copied):
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)

@@ -28,7 +28,7 @@ from .chunk_map import ChunkMap, map_chunks
 from .chunk_sink import ChunkSink, CopyPool
 from .copy_threads import CopyTeam
 from .device import SideStreams
-from .file_copy import CopyState, FileCopy, OnCopied
+from .file_copy import FileCopy, OnCopied
 from .owned_storages import NOTHING, Owned
 from .probes import is_probed
 
@@ -189,6 +189,6 @@ class Snapshotter:
 def _give_up_unstarted(file: FileCopy, chunks: list[StagingChunk], sink: ChunkSink, done: Future[None]) -> None:
     """The copy thread died or was shut down before it ran the copy: whoever waits for it must learn that."""
     error = done.exception() if not done.cancelled() else TransactionStateError("the copy thread was shut down")
-    if error is not None and file.state is CopyState.DEFERRED:
+    if error is not None and not file.has_begun:
         file.fail(chunks, error)
         sink.abort(error)
