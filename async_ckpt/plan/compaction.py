@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -10,16 +10,6 @@ import torch
 
 from .strided import Strided, view_span
 from .torch_layout import Part, Recorded, record, run_torch_save
-
-
-def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a row-major tensor, as torch gives them (a size of 0 counts as 1)."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(sizes):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def record_compact(obj: Any, *, alignment: int, is_apart: bool) -> Recorded:
@@ -91,7 +81,7 @@ class _Compactor:
             # As long as what is written, which is not what lies there.
             short = storage[low : low + prod(size) * item]
             self.parts[short._cdata] = storage, low, Strided(tensor.dtype, tuple(size), tuple(stride))
-            offset, stride = 0, dense_strides(size)
+            offset, stride = 0, torch.empty(size, device="meta").stride()
         else:
             short = self.shortened.setdefault(key, storage[low:high])
             self.parts[short._cdata] = storage, low, None
