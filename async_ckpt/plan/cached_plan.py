@@ -86,7 +86,7 @@ class CachedPlan:
         self.names = sites.names
         self.structure = structure
         self._facts = draft.facts
-        self._devices = frozenset(draft.live.devices)
+        self._devices = frozenset(draft.live.columns.devices)
         self._storage_nbytes = [storage.nbytes() for storage in recorded.storages]
         filled = [part for part, nbytes in zip(parts, self._storage_nbytes, strict=True) if nbytes]
         self._strided = {payload: strided for payload, (_, _, strided) in enumerate(filled) if strided is not None}

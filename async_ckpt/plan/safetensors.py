@@ -34,11 +34,11 @@ class SafetensorsPlan:
     def __init__(self, names: list[str], live: LiveTensors, bits: Bits, metadata: dict[str, str] | None = None) -> None:
         self.names = names
         self.metadata = metadata
-        self.columns = live.columns
+        self.columns = facts = live.columns
         self.bits = bits
-        formats = dict(_formats(frozenset(live.dtypes)))
-        order = sorted(range(len(names)), key=lambda index: (formats[live.dtypes[index]][0], names[index].encode()))
-        sizes = [prod(size) * dtype.itemsize for size, dtype in zip(live.sizes, live.dtypes, strict=True)]
+        formats = dict(_formats(frozenset(facts.dtypes)))
+        order = sorted(range(len(names)), key=lambda index: (formats[facts.dtypes[index]][0], names[index].encode()))
+        sizes = [prod(size) * dtype.itemsize for size, dtype in zip(facts.sizes, facts.dtypes, strict=True)]
         nbytes = [sizes[index] for index in order]
         ends = list(accumulate(nbytes))
         entries = (
@@ -47,8 +47,8 @@ class SafetensorsPlan:
             else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
         )
         for index, end, size in zip(order, ends, nbytes, strict=True):
-            _, dtype_name, factor = formats[live.dtypes[index]]
-            entries.append(_entry(names[index], dtype_name, _stored_shape(live.sizes[index], factor), end - size, end))
+            _, dtype_name, factor = formats[facts.dtypes[index]]
+            entries.append(_entry(names[index], dtype_name, _stored_shape(facts.sizes[index], factor), end - size, end))
         text = ("{" + ",".join(entries) + "}").encode()
         text += b" " * (-len(text) % 8)
         if len(text) > _MAX_HEADER_BYTES:
@@ -59,7 +59,7 @@ class SafetensorsPlan:
         filled = [index for index, size in zip(order, nbytes, strict=True) if size]
         payload_nbytes = [size for size in nbytes if size]
         self._pick = picker(filled)
-        self._starts = [live.offsets[index] * live.dtypes[index].itemsize for index in filled]
+        self._starts = [facts.offsets[index] * facts.dtypes[index].itemsize for index in filled]
         offsets = [len(header) + end - size for end, size in zip(ends, nbytes, strict=True) if size]
         file_bytes = len(header) + (ends[-1] if ends else 0)
         self.plan = FilePlan(
@@ -71,7 +71,7 @@ class SafetensorsPlan:
             planner="safetensors",
             plan_hash=hash_layout("safetensors", file_bytes, offsets, payload_nbytes),
             strided={
-                payload: Strided(live.dtypes[index], live.sizes[index], live.strides[index], *bits.get(index, ()))
+                payload: Strided(facts.dtypes[index], facts.sizes[index], facts.strides[index], *bits.get(index, ()))
                 for payload, index in enumerate(filled)
                 if index in bits or not live.tensors[index].is_contiguous()
             },
@@ -87,7 +87,7 @@ class SafetensorsPlan:
             storages=self._pick(live.storages),
             starts=self._starts,
             storage_ids=self._pick(live.storage_ids),
-            devices=frozenset(self._pick(live.devices)),
+            devices=frozenset(self._pick(live.columns.devices)),
             tensors=tensors,
             versions=versions,
             tensor_paths=lambda: [f"[{n!r}]" for n in names],
@@ -109,7 +109,7 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
     except NotPlainError:
         bits = {i: (t.is_conj(), t.is_neg()) for i, t in enumerate(tensors) if t.is_conj() or t.is_neg()}
         live = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
-    if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.sizes) if 0 not in size):
+    if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.columns.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
     if previous is not None and (previous.names, previous.columns, previous.bits, previous.metadata) == (
         names,
@@ -118,7 +118,7 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
         metadata,
     ):
         return previous, previous.planned(tensors, versions, live, cached=True)
-    for name, dtype in zip(names, live.dtypes, strict=True):
+    for name, dtype in zip(names, live.columns.dtypes, strict=True):
         _format_of(name, dtype)
     plan = SafetensorsPlan(names, live, bits, metadata)
     return plan, plan.planned(tensors, versions, live, cached=False)

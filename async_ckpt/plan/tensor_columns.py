@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter, eq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,16 @@ _requires_grad_of = attrgetter("requires_grad")
 _attributes_of = attrgetter("__dict__")
 _identity_of = attrgetter("_cdata")
 
-Columns = tuple[list[Any], ...]
+
+class Columns(NamedTuple):
+    """Facts that must be equal for a plan to be reused."""
+
+    sizes: list[tuple[int, ...]]
+    strides: list[tuple[int, ...]]
+    offsets: list[Any]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+    requires_grad: list[bool]
 
 
 @dataclass(slots=True)
@@ -40,27 +49,6 @@ class LiveTensors(LiveStorages):
 
     tensors: Sequence[torch.Tensor]
     columns: Columns
-    """Facts that must be equal for a plan to be reused: sizes, strides, offsets, dtypes, devices, requires_grad."""
-
-    @property
-    def sizes(self) -> list[tuple[int, ...]]:
-        return self.columns[0]
-
-    @property
-    def strides(self) -> list[tuple[int, ...]]:
-        return self.columns[1]
-
-    @property
-    def offsets(self) -> list[int]:
-        return self.columns[2]
-
-    @property
-    def dtypes(self) -> list[torch.dtype]:
-        return self.columns[3]
-
-    @property
-    def devices(self) -> list[torch.device]:
-        return self.columns[4]
 
 
 def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
@@ -71,7 +59,7 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
     try:
         # A default device installs a function mode, which would turn each of these calls into Python.
         with torch._C.DisableTorchFunction():
-            columns: Columns = (
+            columns = Columns(
                 list(map(tensor.size, tensors)),
                 list(map(tensor.stride, tensors)),
                 list(map(tensor.storage_offset, tensors)),
@@ -79,12 +67,12 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
                 list(map(_device_of, tensors)),
                 list(map(_requires_grad_of, tensors)),
             )
-            if _has_more(tensors, columns[3]):
+            if _has_more(tensors, columns.dtypes):
                 raise NotPlainError("a tensor has the negative or conjugate bit, or Python attributes")
             storages = list(map(tensor.untyped_storage, tensors))
     except (RuntimeError, NotImplementedError) as error:
         raise NotPlainError(f"a tensor without a plain storage: {error}") from error
-    for device in set(columns[4]):
+    for device in set(columns.devices):
         if not is_copyable(device):
             raise NotPlainError(f"a tensor on device '{device}', whose bytes cannot be copied")
     return LiveTensors(storages, list(map(_identity_of, storages)), tensors, columns)
