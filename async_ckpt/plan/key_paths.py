@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +12,7 @@ UNKNOWN = "(inside an object)"
 _MAX_STEPS = 40
 
 
-def children(obj: Any) -> list[tuple[str, Any]]:
+def _children_of(obj: Any) -> list[tuple[str, Any]]:
     """(path step, child) of a container or of an object with attributes; nothing for leaves."""
     try:
         return list(_children(obj))
@@ -23,8 +21,7 @@ def children(obj: Any) -> list[tuple[str, Any]]:
         return []
 
 
-def in_brackets(key: Any) -> str:
-    """The path step of a dict's key."""
+def _in_brackets(key: Any) -> str:
     try:
         return f"[{key!r}]"
     except Exception:  # noqa: BLE001 - the key's own
@@ -34,7 +31,9 @@ def in_brackets(key: Any) -> str:
 def _children(obj: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, Mapping):
         for key, value in obj.items():
-            yield in_brackets(key), value
+            yield _in_brackets(key), value
+            if not isinstance(key, str):
+                yield f"{_in_brackets(key)} (the key)", key
         for name, value in getattr(obj, "__dict__", {}).items():
             yield f".{name}", value
     elif isinstance(obj, (list, tuple, deque)):
@@ -73,7 +72,7 @@ def walk(root: Any) -> Iterator[tuple[Place, Any]]:
     while queue:
         place, obj = queue.popleft()
         yield place, obj
-        for step, child in children(obj):
+        for step, child in _children_of(obj):
             if isinstance(child, (str, int, float, type(None))) or id(child) in seen:
                 continue
             seen.add(id(child))
@@ -90,46 +89,3 @@ def places_of(root: Any, objects: Sequence[Any]) -> list[str | None]:
 def tensor_paths(root: Any, tensors: Sequence[torch.Tensor]) -> list[str]:
     """The path of each of `tensors`, or a placeholder."""
     return [UNKNOWN if path is None else path for path in places_of(root, tensors)]
-
-
-class _Probe(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        is_storage = isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage))
-        return "storage" if is_storage else None
-
-
-def pickling_error(obj: Any) -> Exception | None:
-    """What stops `obj` alone from being pickled the way torch.save does it, storages aside."""
-    try:
-        _Probe(io.BytesIO(), protocol=2).dump(obj)
-    except Exception as error:  # noqa: BLE001 - any refusal is the answer, whatever its type
-        return error
-    return None
-
-
-def find_culprit(root: Any) -> tuple[str, Any, Exception] | None:
-    """(path, object, error) of the deepest place that cannot be pickled, or None where every part can. Slow; for
-    messages.
-    """
-    error = pickling_error(root)
-    if error is None:
-        return None
-    path, obj = "", root
-    seen = {id(root)}
-    while True:
-        for step, child in children(obj):
-            child_error = None if id(child) in seen else pickling_error(child)
-            if child_error is not None:
-                seen.add(id(child))
-                path, obj, error = path + step, child, child_error
-                break
-        else:
-            break
-        if isinstance(error, RecursionError):
-            break
-    if isinstance(obj, Mapping):
-        for key in obj:
-            key_error = pickling_error(key)
-            if key_error is not None:
-                return f"{path}{in_brackets(key)} (the key)", key, key_error
-    return path, obj, error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
 from .first_look import told_of_buffers, told_of_refused
-from .key_paths import UNKNOWN, find_culprit, path_of, places_of, tensor_paths, walk
+from .key_paths import UNKNOWN, path_of, places_of, tensor_paths, walk
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .strided import view_span
@@ -219,15 +220,12 @@ def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
 
 def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     """What torch.save's refusal means for the caller, with the key path."""
-    cause = error.__cause__
-    if error.suspects:
-        path = next((found for found in places_of(obj, error.suspects) if found is not None), f" {UNKNOWN}")
-        return UnsupportedStateError(f"state{path} cannot be saved: {cause}; nothing was written")
-    culprit = find_culprit(obj)
-    if culprit is None:
-        return UnsupportedStateError(f"state cannot be saved: {cause}; nothing was written")
-    path, item, reason = culprit
-    kind = type(item).__name__
+    reason, suspects = error.__cause__, error.suspects
+    if isinstance(reason, RecursionError) or not suspects:
+        # Breadth first, so that the last place is the deepest.
+        suspects = [obj for _, obj in deque(walk(obj), maxlen=1)]
+    found = zip(places_of(obj, suspects), suspects, strict=True)
+    path, item = next(((path, item) for path, item in found if path is not None), (f" {UNKNOWN}", suspects[0]))
     return UnsupportedStateError(
-        f"state{path} ({kind}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
+        f"state{path} ({type(item).__name__}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
     )

@@ -11,7 +11,7 @@ import pickle
 import secrets
 import struct
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -64,9 +64,7 @@ class Recorded:
 
 
 class RecordingError(Exception):
-    """torch.save refused; `__cause__` says why. `suspects`: the storage it refused and the tensor met last, if it was a
-    storage.
-    """
+    """torch.save refused; `__cause__` says why. `suspects`: what it had met last, the latest first."""
 
     def __init__(self, suspects: list[Any]) -> None:
         super().__init__("torch.save refused the object")
@@ -86,7 +84,8 @@ class Recorder:
         self.persistent_ids: dict[str, tuple[Any, ...]] = {}
         self.tensors: list[torch.Tensor] = []
         self.versions: list[int | None] = []
-        self.refused: list[Any] = []
+        self.met: deque[Any] = deque(maxlen=8)
+        """The last objects that are no plain containers, numbers or texts."""
         self.pieces: list[bytes] = []
         """Of the pickle: a text of 64 KiB or more is one, which nobody has copied."""
         self.arrays: dict[bytes, Any] = {}
@@ -113,11 +112,8 @@ class Recorder:
                     # Asked of every object; torch's own has an answer for storages alone.
                     if not isinstance(obj, _STORAGES):
                         return None
-                    try:
-                        result = inner(self, obj)
-                    except Exception:
-                        recorder.refused = [obj, *recorder.tensors[-1:]]
-                        raise
+                    recorder.met.append(obj)
+                    result = inner(self, obj)
                     recorder.note_storage(obj, result)
                     return result
 
@@ -131,6 +127,7 @@ class Recorder:
                 raise _Pickled
 
             def reducer_override(self, obj: Any) -> Any:
+                recorder.met.append(obj)
                 if isinstance(obj, torch.Tensor):
                     recorder.tensors.append(obj)
                     recorder.versions += version_counters([obj])
@@ -155,7 +152,7 @@ def run_torch_save(obj: Any, substitute: Substitute | None = None) -> Recorder:
     except _Pickled:
         pass
     except Exception as error:
-        raise RecordingError(recorder.refused) from error
+        raise RecordingError(list(recorder.met)[::-1]) from error
     return recorder
 
 
