@@ -161,7 +161,7 @@ def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptu
         if op.name == "flock" and "/s1/" in op.path and (fast_path / "s1").exists():  # type: ignore[attr-defined]
             transaction.remove(FileSystem(), str(fast_path), "s1")
 
-    fs.calls.before = race
+    fs.before = race
     fs.fail_when(lambda op: op.name == "rename" and op.path.endswith("s2"), 5)
     decisions = {decision.tag: decision for decision in retention.apply(fs, str(fast_path), KeepLast(1))}
     assert Catalog(fast_path).tags() == ["s2", "s4"], "one that cannot be deleted does not keep the others"

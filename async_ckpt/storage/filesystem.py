@@ -1,7 +1,7 @@
 """The seam to the disk: every file system call of the package passes through `FileSystem`.
 
-Each method is one system call or a handful with one outcome, so that a fault can be put at every single step: tests
-swap the table of system calls below it (`syscalls.Syscalls`), or the whole object, instead of patching `os`.
+Each method is one system call (`syscalls.Syscalls`) or a handful with one outcome, so that a fault can be put at every
+single step: tests bring an object with other system calls instead of patching `os`.
 
 Guarantees:
 - Nothing is followed: files inside a checkpoint are opened component by component with O_NOFOLLOW, and only
@@ -151,13 +151,12 @@ class FileLock:
                     self._calls.close(fd)
 
 
-class FileSystem:
-    """The file system of this machine. It remembers its table of system calls, which tests replace, and what a `probe`
-    has found.
+class FileSystem(Syscalls):
+    """The file system of this machine: its system calls, and what is made of them. It remembers what a `probe` has
+    found.
     """
 
-    def __init__(self, calls: Syscalls | None = None) -> None:
-        self._calls = Syscalls() if calls is None else calls
+    def __init__(self) -> None:
         self.findings = Findings()
         """What the last `probe` has found."""
 
@@ -171,13 +170,9 @@ class FileSystem:
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [function(item) for item in items]
 
-    def mkdir(self, path: str, *, private: bool = False) -> None:
-        """Make one directory: 0700 if `private`, else 0777 less the umask. FileExistsError if it is there."""
-        self._calls.mkdir(path, 0o700 if private else 0o777)
-
     def makedirs(self, path: str) -> None:
         """Make `path` and its missing parents, 0777 less the umask; being there already is fine."""
-        if self._calls.isdir(path):
+        if self.isdir(path):
             return
         parent = os.path.dirname(path)
         if parent and parent != path:
@@ -185,33 +180,22 @@ class FileSystem:
         try:
             self.mkdir(path)
         except FileExistsError:
-            if not self._calls.isdir(path):
+            if not self.isdir(path):
                 raise
-
-    def listdir(self, path: str) -> list[str]:
-        return self._calls.listdir(path)
 
     def stat(self, path: str) -> FileStat:
         try:
-            found = self._calls.lstat(path)
+            found = self.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return FileStat("missing", 0, 0, (0, 0), 0)
         mode = _stat.S_IMODE(found.st_mode)
         return FileStat(kind_of(found.st_mode), found.st_size, mode, (found.st_dev, found.st_ino), found.st_mtime_ns)
 
-    def chmod(self, path: str, mode: int) -> None:
-        """Set permission bits."""
-        self._calls.chmod(path, mode)
-
-    def rename(self, src: str, dst: str) -> None:
-        """Plain rename."""
-        self._calls.rename(src, dst)
-
     def rename_noreplace(self, src: str, dst: str) -> None:
         """Rename a directory, atomically refusing (FileExistsError) a `dst` that exists."""
         taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst)
         try:
-            self._calls.renameat2(src, dst, NOREPLACE)
+            self.renameat2(src, dst, NOREPLACE)
             return
         except OSError as error:
             # Not EEXIST: the flag was ignored, and the rename itself refused.
@@ -223,7 +207,7 @@ class FileSystem:
             raise taken
         # A checkpoint is never an empty directory, so the kernel's own ENOTEMPTY closes the gap after the check.
         try:
-            self._calls.rename(src, dst)
+            self.rename(src, dst)
         except OSError as error:
             if error.errno in OCCUPIED | {errno.ENOTDIR}:
                 raise taken from error
@@ -231,51 +215,39 @@ class FileSystem:
 
     def rename_exchange(self, a: str, b: str) -> None:
         """Swap two names atomically; OSError EINVAL, ENOSYS or ENOTSUP where it cannot be done."""
-        self._calls.renameat2(a, b, EXCHANGE)
-
-    def link(self, path: str, name: str) -> None:
-        """Give a file a second name."""
-        self._calls.link(path, name)
-
-    def unlink(self, path: str) -> None:
-        """Remove a file or link."""
-        self._calls.unlink(path)
-
-    def rmdir(self, path: str) -> None:
-        """Remove an empty directory."""
-        self._calls.rmdir(path)
+        self.renameat2(a, b, EXCHANGE)
 
     def fsync_dir(self, path: str) -> None:
         """Make the names in a directory durable."""
-        fd = self._calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._calls.fsync(fd)
+            self.fsync(fd)
         except OSError as error:
             # How a file system says that it has no such call for directories: then names are durable when they are
             # made, or never.
             if error.errno != errno.EINVAL:
                 raise
         finally:
-            self._calls.close(fd)
+            self.close(fd)
 
     def create_file(self, path: str, data: bytes, reserved_bytes: int = 0) -> None:
         """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL).
 
         Raises PathExistsError: it is there, and stays as it is."""
-        write_file.create_file(self._calls, path, data, reserved_bytes)
+        write_file.create_file(self, path, data, reserved_bytes)
 
     def read_file(self, path: str, max_bytes: int) -> bytes:
         """The whole content of a small regular file; the last component is not followed."""
         folder, name = os.path.split(path)
-        with LocalDirHandle(self._calls, folder or ".") as handle:
+        with LocalDirHandle(self, folder or ".") as handle:
             return handle.read_file((name,), max_bytes)
 
     def open_dir(self, root: str, parts: Sequence[str] = ()) -> LocalDirHandle:
-        return LocalDirHandle(self._calls, root, parts)
+        return LocalDirHandle(self, root, parts)
 
     def open_read(self, root: str, parts: Sequence[str], *, direct: bool = False) -> LocalReadableFile:
         """Open the regular file `parts` below `root`; as `DirHandle.open_read`."""
-        with LocalDirHandle(self._calls, root) as handle:
+        with LocalDirHandle(self, root) as handle:
             return handle.open_read(parts, direct=direct)
 
     def lock(self, path: str) -> FileLock | None:
@@ -285,35 +257,27 @@ class FileSystem:
             OSError: ENOTSUP or ENOLCK where the file system has no locks.
         """
         # A FIFO in its place must not hang the open.
-        fd = self._calls.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = self.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         lock = None
         try:
-            if self._calls.flock(fd):
-                lock = FileLock(self._calls, fd)
+            if self.flock(fd):
+                lock = FileLock(self, fd)
         finally:
             if lock is None:
-                self._calls.close(fd)
+                self.close(fd)
         return lock
 
     def probe(self, folder: str) -> None:
         """Try in an empty private directory what a file system does that is not known to be local."""
-        self.findings = probe.probe(self._calls, folder)
+        self.findings = probe.probe(self, folder)
 
     def probe_clones(self, folder: str) -> None:
         """Find out in an empty private directory whether files can share blocks here."""
-        self.findings = replace(self.findings, clones=probe.can_clone(self._calls, folder))
+        self.findings = replace(self.findings, clones=probe.can_clone(self, folder))
 
     def cannot_clone(self) -> None:
         """Do not ask again: a file system, or a sandbox, has refused to clone for good."""
         self.findings = replace(self.findings, clones=False)
-
-    def free_bytes(self, path: str) -> int:
-        """Bytes that this user may still write on the file system of `path`."""
-        return self._calls.free_bytes(path)
-
-    def fs_type(self, path: str) -> str:
-        """Name of the file system type, as the mount table has it; "" where the system does not tell."""
-        return self._calls.fs_type(path)
 
     async def open_write(
         self, path: str, size_bytes: int, *, direct: bool, executor: Executor, written: write_file.Ranges | None = None
@@ -328,9 +292,7 @@ class FileSystem:
         """
         # The padded end of a direct write must be cut off again.
         direct = direct and not self.findings.ignores_truncate
-        return await write_file.open_write(
-            self._calls, path, size_bytes, direct=direct, executor=executor, written=written
-        )
+        return await write_file.open_write(self, path, size_bytes, direct=direct, executor=executor, written=written)
 
 
 _openers: list[Callable[[str], ReadSide]] = []

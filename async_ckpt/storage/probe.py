@@ -54,7 +54,7 @@ def probe(calls: Syscalls, folder: str) -> Findings:
         os.path.join(folder, name) for name in ("first", "second", "third", "file", "renamed")
     )
     for path in (first, second):
-        calls.mkdir(path, 0o700)
+        calls.mkdir(path, private=True)
     calls.close(calls.open(os.path.join(second, "inner"), _NEW))
     replaces = _can(lambda: calls.rename(first, second), OCCUPIED)
     # A free name: that it is taken, the kernel of this machine would say by itself, whatever another machine does

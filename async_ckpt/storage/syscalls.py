@@ -1,4 +1,4 @@
-"""The table of system calls behind `FileSystem`: one method, one call, nothing decided here.
+"""The table of system calls that `FileSystem` is made of: one method, one call, nothing decided here.
 
 Python does not offer renameat2: it goes through ctypes and raises `OSError` like the rest. Where the C library lacks
 it, it fails with ENOSYS and the caller falls back.
@@ -60,8 +60,9 @@ class Syscalls:
     def clear_direct(self, fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
 
-    def mkdir(self, path: str, mode: int) -> None:
-        os.mkdir(path, mode)
+    def mkdir(self, path: str, *, private: bool = False) -> None:
+        """0700 if private, else 0777 less the umask."""
+        os.mkdir(path, 0o700 if private else 0o777)
 
     def rmdir(self, path: str) -> None:
         os.rmdir(path)
@@ -111,10 +112,12 @@ class Syscalls:
         return os.fstat(fd)
 
     def free_bytes(self, path: str) -> int:
+        """What this user may still write."""
         found = os.statvfs(path)
         return found.f_bavail * found.f_frsize
 
     def fs_type(self, path: str) -> str:
+        """As the mount table has it; "" where the system does not tell."""
         return mount_type(path)
 
 

@@ -5,24 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import Protocol
 
 from ..errors import OutOfSpaceError, WriteError
+from .syscalls import Syscalls
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 MOMENTARY = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 """What a disk may fail with once, and not again."""
 
 
-class TellsFreeBytes(Protocol):
-    """Whatever can say how much room is left: a `FileSystem`, or its table of system calls."""
-
-    def free_bytes(self, path: str) -> int:
-        """Bytes that this user may still write on the file system of `path`."""
-
-
 def write_error(
-    disk: TellsFreeBytes,
+    disk: Syscalls,
     error: OSError,
     message: str,
     path: str,
@@ -51,7 +44,7 @@ def write_error(
     )
 
 
-def _free_bytes(disk: TellsFreeBytes, path: str) -> int | None:
+def _free_bytes(disk: Syscalls, path: str) -> int | None:
     """Where `path` is or was to be: of the nearest directory above it that is there (still, or yet)."""
     while (above := os.path.dirname(path)) != path:
         with contextlib.suppress(OSError):

@@ -34,7 +34,7 @@ def save_that_waits_for_memory(root: Path, meet: Any, met: threading.Event, **op
     """
     gate = threading.Event()
     fs = FaultyFileSystem()
-    fs.calls.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "pwrite" and ".first." in op.path else None
+    fs.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "pwrite" and ".first." in op.path else None
     state = {"x": torch.zeros(1 << 14)}
     with AsyncCheckpointEngine(
         root, staging_bytes=64 << 10, chunk_bytes=64 << 10, filesystem=fs, backpressure_timeout_s=TIMEOUT_S, **options

@@ -85,7 +85,7 @@ def test_a_child_forked_in_the_middle_of_a_save_is_refused_by_every_call(tmp_pat
             reached.set()
             gate.wait(TIMEOUT_S)
 
-    fs.calls.before = hold
+    fs.before = hold
     with AsyncCheckpointEngine(tmp_path, staging_bytes=64 << 10, chunk_bytes=64 << 10, filesystem=fs) as engine:
         engine.create("first")
         engine.save({"x": torch.zeros(100)}, "x.pt")

@@ -44,7 +44,7 @@ class Held:
                 reached.set()
                 self.gate.wait(TIMEOUT_S)
 
-        self.fs.calls.before = hold
+        self.fs.before = hold
         self.engine = AsyncCheckpointEngine(root, staging_bytes=1 << 20, filesystem=self.fs)
         save(self.engine, "old").result(TIMEOUT_S)
         self.pending = save(self.engine, "newer")
@@ -102,7 +102,7 @@ def test_a_rank_waits_for_what_its_engine_before_has_pending(tmp_path: Path) -> 
         ]
 
     first = engines("first")
-    fs.calls.before = hold
+    fs.before = hold
     for rank, engine in enumerate(first):
         engine.create("t")
         engine.save({"x": torch.ones(10)}, f"{rank}.pt")

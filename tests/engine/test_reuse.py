@@ -37,8 +37,8 @@ class Run:
     def __init__(self, root: Path, *, clones: bool, kind: str = "xfs", **config: Any) -> None:
         self.root = root
         self.fs = FaultyFileSystem(keep_data=True)
-        self.fs.calls.emulate_clones = clones
-        self.fs.calls.fs_type = lambda path: kind if clones else "ext4"  # type: ignore[method-assign]
+        self.fs.emulate_clones = clones
+        self.fs.fs_type = lambda path: kind if clones else "ext4"  # type: ignore[method-assign]
         given = {"reuse": "auto", "chunk_bytes": CHUNK, "staging_bytes": 32 * CHUNK, "filesystem": self.fs} | config
         self.engine = AsyncCheckpointEngine(root, **given)
         self.ops: list[Operation] = []
@@ -252,7 +252,7 @@ def test_a_source_that_goes_while_it_is_used(run: Any, clones: bool) -> None:
             gone.append("a")
             shutil.rmtree(one.root / "a")
 
-    one.fs.calls.before = before
+    one.fs.before = before
     metrics = one.commit("b", state)
     assert gone and (metrics.shared_bytes > 0) is clones
     one.check("b", state)
@@ -268,7 +268,7 @@ def test_another_file_in_the_place_of_the_source_is_not_linked(run: Any) -> None
             source.unlink()
             source.write_bytes(b"another")
 
-    one.fs.calls.before = before
+    one.fs.before = before
     assert one.commit("b", state).shared_bytes == 0
     one.check("b", state)
 

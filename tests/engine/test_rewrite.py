@@ -130,7 +130,7 @@ def test_no_save_waits_for_memory_that_is_only_kept(tmp_path: Path) -> None:
             reached.set()
             gate.wait(TIMEOUT_S)
 
-    fs.calls.before = hold
+    fs.before = hold
     once(fs, "fsync", errno.EIO)
     # One file fits into staging, two do not.
     with make_engine(tmp_path, fs, staging_bytes=30 * CHUNK) as engine:
@@ -163,7 +163,7 @@ def test_a_full_disk_is_tried_again_once_retention_has_made_room(tmp_path: Path)
             reached.set()
             gate.wait(TIMEOUT_S)
 
-    fs.calls.before = hold
+    fs.before = hold
     state = {"x": torch.zeros(1 << 18)}
     with mounted("tmpfs", tmp_path, int(2.6 * (1 << 20))) as root:
         options: dict[str, Any] = {"staging_bytes": 8 << 20, "chunk_bytes": 1 << 16, "retention": KeepLast(1)}

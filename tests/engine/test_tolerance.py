@@ -144,7 +144,7 @@ def test_a_row_that_lasts_too_long_is_raised_before_it_is_too_many(
 def test_the_row_is_that_of_the_calls_whatever_ends_first(tmp_path: Path) -> None:
     gate, fs = threading.Event(), FaultyFileSystem()
     fails(fs)
-    fs.calls.before = lambda op: (op.name == "fsync" and ".bad1" in op.path and gate.wait(TIMEOUT_S)) and None
+    fs.before = lambda op: (op.name == "fsync" and ".bad1" in op.path and gate.wait(TIMEOUT_S)) and None
     with make_engine(tmp_path, fs) as engine:
         first, second = save(engine, "bad1"), save(engine, "bad2")
         assert not second.done() or first.done()

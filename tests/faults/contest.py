@@ -107,15 +107,15 @@ class _Player:
     def __init__(self, root: Path, side: Side, told: Told, contest: Contest) -> None:
         self.fs = faulty_filesystem()
         for name, value in contest.flags.items():
-            setattr(self.fs.calls, name, value)
+            setattr(self.fs, name, value)
         self.side = side
         self.engine = make_engine(root, self.fs, num_writers=1, sweep_on_start=False, **side.config)
         self.job = Job(self.engine, told)
         self.start = self.fs.num_counted
         self.stands = threading.Event()
         """Ended, dead, or waiting for the other's claim."""
-        self._flock = self.fs.calls.flock if contest.has_locks else lambda fd: True
-        self.fs.calls.flock = self._try_lock  # type: ignore[method-assign]
+        self._flock = self.fs.flock if contest.has_locks else lambda fd: True
+        self.fs.flock = self._try_lock  # type: ignore[method-assign]
 
     @property
     def num_calls(self) -> int:
@@ -155,10 +155,10 @@ def play(root: Path, told: Told, contest: Contest, i: int, victim: Victim, j: in
             thread.start()
             assert second.stands.wait(TIMEOUT_S), "the second side hangs"
 
-    first.fs.calls.before = begin
+    first.fs.before = begin
     with quiet():
         first.play()
-        first.fs.calls.before = None
+        first.fs.before = None
         if first.fs.killed:
             # Dead means that its claims are gone, too.
             first.fs.dispose()

@@ -24,7 +24,7 @@ WRITERS = (1, 2, 4)
 
 def run_to_the_end(root: Path, told: Told, workload: Workload, fs: FaultyFileSystem, num_writers: int) -> None:
     """The whole life of one engine, as far as the fault lets it."""
-    direct = fs.calls.fs_type("") == "ext4"
+    direct = fs.fs_type("") == "ext4"
     with contextlib.closing(
         make_engine(root, fs, num_writers=num_writers, io_mode="direct" if direct else "buffered", **workload.config)
     ) as engine:

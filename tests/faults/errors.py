@@ -40,7 +40,7 @@ class Outcome:
         self.errors: list[BaseException] = []
         self._for_sync: set[int] = set()
         self._deleting: set[int] = set()
-        fs.calls.before = self._note
+        fs.before = self._note
 
     def _note(self, op: Operation) -> None:
         """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not; deleting is tried
@@ -204,7 +204,7 @@ def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: 
             fs = faulty_filesystem(direct=direct)
             chance = random.Random(seed + number)
             # One byte at a time for a while only: else 24 KB take 24,000 calls.
-            fs.calls.short_writes = lambda op, length=length, chance=chance: (
+            fs.short_writes = lambda op, length=length, chance=chance: (
                 length if length >= 4096 or chance.random() < 0.1 else 1 << 20
             )  # type: ignore[misc]
             workload = WORKLOADS[name]

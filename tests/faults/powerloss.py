@@ -41,7 +41,7 @@ def record(folder: Folder, workload: Workload, fs: FaultyFileSystem, *, num_writ
     before, _ = folder.root()
     history: list[tuple[int, str, int]] = []
     told.on_commit = lambda tag, version: history.append((len(fs.operations), tag, version))
-    mode = "direct" if fs.calls.fs_type(str(root)) == "ext4" else "buffered"
+    mode = "direct" if fs.fs_type(str(root)) == "ext4" else "buffered"
     with (
         quiet(),
         contextlib.closing(make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config)) as engine,
@@ -113,13 +113,13 @@ class _NoFileSync(FaultyFileSystem):
 
     def __init__(self, which: Callable[[str], bool]) -> None:
         super().__init__(keep_data=True)
-        real = self.calls.fsync
+        real = self.fsync
 
         def fsync(fd: int) -> None:
-            if not which(self.calls.path_of(fd)):
+            if not which(self.path_of(fd)):
                 real(fd)
 
-        self.calls.fsync = fsync  # type: ignore[method-assign]
+        self.fsync = fsync  # type: ignore[method-assign]
 
 
 def _is_file(path: str) -> bool:
@@ -151,7 +151,7 @@ class _SyncBeforeWrite(FaultyFileSystem):
 
     def __init__(self) -> None:
         super().__init__(keep_data=True)
-        real, made = self.calls.fsync, self.calls.open
+        real, made = self.fsync, self.open
 
         def opened(path: str, flags: int, mode: int = 0o644, *, dir_fd: int | None = None) -> int:
             fd = made(path, flags, mode, dir_fd=dir_fd)
@@ -159,8 +159,8 @@ class _SyncBeforeWrite(FaultyFileSystem):
                 real(fd)
             return fd
 
-        self.calls.open = opened  # type: ignore[method-assign]
-        self.calls.fsync = lambda fd: real(fd) if os.path.isdir(self.calls.path_of(fd)) else None  # type: ignore[method-assign]
+        self.open = opened  # type: ignore[method-assign]
+        self.fsync = lambda fd: real(fd) if os.path.isdir(self.path_of(fd)) else None  # type: ignore[method-assign]
 
 
 class _DeleteBeforeRootSync(FaultyFileSystem):

@@ -129,10 +129,10 @@ def film(place: Path, kind: str, workload: Workload, fs: FaultyFileSystem, *, di
         camera = Camera(image, folder, told)
         mode = "direct" if direct else "buffered"
         with quiet(), make_engine(root, fs, num_writers=4, io_mode=mode, **workload.config) as engine:
-            fs.calls.before = camera.before
+            fs.before = camera.before
             told.on_commit = lambda tag, version: camera.take(f"{tag} in version {version} was reported")
             workload.run(Job(engine, told))
-            fs.calls.before = None
+            fs.before = None
     for _, _, shot in camera.shots:
         shot.attempted = told.attempted
     image.unlink()

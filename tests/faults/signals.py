@@ -91,7 +91,7 @@ def job(root: Path, case: Case, k: int, notes: str) -> None:
         work = Job(engine, told)
         if case.handler == "preemption":
             engine.on_preemption((case.signum,), save=lambda: work.whole(*LAST), deadline_s=30.0)
-        fs.calls.before = sender
+        fs.before = sender
         for tag, version in COMMITS:
             work.whole(tag, version, ("model.pt", "sub/optim.pt"))
             if engine.poll_preemption():

@@ -30,7 +30,7 @@ def hold(name):
     def step(op):
         if op.name == name and op.path.endswith("model.pt"):
             reached.set(); gate.wait()
-    fs.calls.before = step
+    fs.before = step
     return gate, reached
 def commit(engine, tag, version=1):
     return Job(engine, told).start(tag, version)
@@ -160,7 +160,7 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         "        try: call() if call != p.result else p.result(0)\n"
         "        except (TransactionStateError, TimeoutError): continue\n"
         "        os._exit(9)\n"
-        "    fs.calls.before = None\n"
+        "    fs.before = None\n"
         "    import torch; torch.set_num_threads(1)  # OpenMP's threads did not survive the fork\n"
         "    with make_engine(root) as own: own.create('child'); own.save(state(5), 'model.pt'); own.commit('child')\n"
         "    sys.exit(0)\n"

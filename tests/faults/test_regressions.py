@@ -60,11 +60,11 @@ def test_a_file_whose_clean_up_breaks_does_not_hang_its_commit(tmp_path: Path) -
 
     with quiet(), make_engine(tmp_path, fs) as engine:
         fs.fail_when(lambda op: op.name == "pwrite", errno.EIO)
-        fs.calls.before = unforeseen
+        fs.before = unforeseen
         pending = Job(engine, Told()).start("a", 1)
         assert isinstance(pending.exception(TIMEOUT_S), WriteError)
         fs.heal()
-        fs.calls.before = None
+        fs.before = None
         Job(engine, Told()).whole("b", 2)
         assert arena_of(engine).num_taken == 0
 
@@ -123,7 +123,7 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
     """Each waits for the one before; those that a later one had replaced in the books were not counted as pending."""
     fs = faulty_filesystem()
     gate = threading.Event()
-    fs.calls.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "fsync" and op.path.endswith("model.pt") else None  # type: ignore[assignment, return-value]
+    fs.before = lambda op: gate.wait(TIMEOUT_S) if op.name == "fsync" and op.path.endswith("model.pt") else None  # type: ignore[assignment, return-value]
     with (
         quiet(),
         make_engine(tmp_path, fs, overwrite="replace", max_pending_commits=2, backpressure_timeout_s=3.0) as engine,
@@ -149,13 +149,13 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
         def replace_first(op: object) -> None:
             wanted = ("flock", str(tmp_path / "a" / "manifest.json")) if late else ("open", str(tmp_path / "b"))
             if (op.name, op.path) == wanted:  # type: ignore[attr-defined]
-                fs.calls.before = None
+                fs.before = None
                 with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
                     Job(third, Told()).whole("a", 3)
 
-        fs.calls.before = replace_first
+        fs.before = replace_first
         job.whole("b", 2)
-        assert fs.calls.before is None
+        assert fs.before is None
         assert contents(tmp_path)["a"] == 3
         assert engine.tags()[-1] == "a"
 
@@ -195,11 +195,11 @@ def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path
 
     def replace_first(op: object) -> None:
         if (op.name, op.path) == ("flock", str(tmp_path / "a" / "manifest.json")):  # type: ignore[attr-defined]
-            fs.calls.before = None
+            fs.before = None
             with make_engine(tmp_path, overwrite="replace") as other:
                 Job(other, Told()).whole("a", 4)
 
-    fs.calls.before = replace_first
+    fs.before = replace_first
     decided = {decision.tag: decision.keep for decision in retention.apply(fs, str(tmp_path), KeepLast(1))}
     assert decided == {"a": True, "b": False, "c": True}
     assert contents(tmp_path) == {"a": 4, "c": 3}
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path
 def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_replaced(tmp_path: Path) -> None:
     """Checkpoints were told apart by their inodes, and a new directory may well get the inode of a deleted one."""
     fs = faulty_filesystem()
-    lstat = fs.calls.lstat
+    lstat = fs.lstat
 
     def same_number(path: str, **where: Any) -> os.stat_result:
         found = lstat(path, **where)
@@ -220,14 +220,14 @@ def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_rep
 
         def replace_first(op: object) -> None:
             if (op.name, op.path) == ("open", str(tmp_path / "b")):  # type: ignore[attr-defined]
-                fs.calls.before = None
+                fs.before = None
                 with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
                     Job(third, Told()).whole("a", 3)
 
-        fs.calls.lstat = same_number  # type: ignore[method-assign]
-        fs.calls.before = replace_first
+        fs.lstat = same_number  # type: ignore[method-assign]
+        fs.before = replace_first
         job.whole("b", 2)
-        assert fs.calls.before is None
+        assert fs.before is None
     assert contents(tmp_path)["a"] == 3
 
 
@@ -299,7 +299,7 @@ def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
     """
     fs = faulty_filesystem()
     gate, reached = threading.Event(), threading.Event()
-    fs.calls.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
+    fs.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
     with quiet():
         engine = make_engine(tmp_path, fs, close_timeout_s=0.3, preflight=False)
         engine.create("a")

@@ -154,7 +154,7 @@ def _given_up(job: Job) -> None:
 
 def _shared_chunks(job: Job) -> None:
     fs = job.engine.config.filesystem
-    if isinstance(fs, FaultyFileSystem) and fs.calls.emulate_clones:
+    if isinstance(fs, FaultyFileSystem) and fs.emulate_clones:
         fs.findings = Findings(clones=True)
     for k in range(3):
         job.again(f"new-{k}", 10 + k)
@@ -202,8 +202,8 @@ def make_engine(root: Path, filesystem: Any = None, **config: Any) -> AsyncCheck
 def faulty_filesystem(*, direct: bool = False, keep_data: bool = False) -> FaultyFileSystem:
     """Faults below an engine; `direct`: tmpfs says that it is ext4, so that the path of O_DIRECT is taken."""
     fs = FaultyFileSystem(keep_data=keep_data)
-    fs.calls.emulate_clones = True
-    fs.calls.fs_type = (lambda path: "ext4") if direct else (lambda path: "tmpfs")  # type: ignore[method-assign]
+    fs.emulate_clones = True
+    fs.fs_type = (lambda path: "ext4") if direct else (lambda path: "tmpfs")  # type: ignore[method-assign]
     return fs
 
 

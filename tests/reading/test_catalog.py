@@ -283,7 +283,7 @@ def test_a_checkpoint_that_changes_while_it_is_read(tmp_path: Path, change: str)
                 (tmp_path / "t").rename(tmp_path / "moved")
                 (tmp_path / "moved" / "model.bin").unlink()
 
-    fs.calls.before = meddle
+    fs.before = meddle
     catalog = Catalog(tmp_path, fs)
     if change == "replaced":
         report = catalog.verify("t")

@@ -18,15 +18,15 @@ from ..support.making import NEW, OLD, commit, content, private_names
 
 
 def no_exchange(fs: FaultyFileSystem) -> None:
-    fs.calls.refuse_exchange = True
+    fs.refuse_exchange = True
 
 
 def no_renameat2(fs: FaultyFileSystem) -> None:
-    fs.calls.refuse_exchange = fs.calls.refuse_noreplace = True
+    fs.refuse_exchange = fs.refuse_noreplace = True
 
 
 def no_locks(fs: FaultyFileSystem) -> None:
-    fs.calls.refuse_locks = True
+    fs.refuse_locks = True
 
 
 def plain(fs: FaultyFileSystem) -> None:
@@ -132,7 +132,7 @@ def test_error_at_every_call_of_a_commit(fast_path: Path, scenario: str, code: i
         fs.dispose()
         assert content(root, "t") in outcomes, (k, fs.operations[-1])
         # A process that failed and then dies is the hardest case for the sweep.
-        fs.calls.killed = True
+        fs.killed = True
         check_and_go_on(root, outcomes)
 
 
@@ -148,7 +148,7 @@ def test_killed_at_every_call_after_an_error(fast_path: Path) -> None:
             with contextlib.suppress(Killed, OSError):
                 commit(root, "t", NEW, fs=fs, overwrite="replace", created=3)
             fs.dispose()
-            fs.calls.killed = True
+            fs.killed = True
             check_and_go_on(root, [OLD, NEW])
 
 
@@ -157,22 +157,22 @@ def crashed_root(fast_path: Path, name: str) -> Path:
     root = prepare(fast_path, name, True)
     for tag, fault in (("other", "chmod"), ("t", "second rename")):
         fs = FaultyFileSystem()
-        fs.calls.refuse_exchange = True
+        fs.refuse_exchange = True
         renames: list[str] = []
 
         def die(op: object, fs: FaultyFileSystem = fs, fault: str = fault, renames: list[str] = renames) -> None:
             if op.name == "rename":  # type: ignore[attr-defined]
                 renames.append("x")
             if op.name == fault or (fault == "second rename" and len(renames) == 3):  # type: ignore[attr-defined]
-                fs.calls.die(op)  # type: ignore[arg-type]
+                fs.die(op)  # type: ignore[arg-type]
 
-        fs.calls.before = die
+        fs.before = die
         with pytest.raises(Killed):
             commit(root, tag, NEW, fs=fs, overwrite="replace", created=3)
         fs.dispose()
     fs = FaultyFileSystem()
     commit(root, "gone", OLD, fs=fs)
-    fs.calls.before = lambda op: fs.calls.die(op) if op.name == "unlink" else None
+    fs.before = lambda op: fs.die(op) if op.name == "unlink" else None
     with pytest.raises(Killed):
         transaction.remove(fs, str(root), "gone")
     fs.dispose()
@@ -209,7 +209,7 @@ def test_error_at_every_call_of_the_sweep_deletes_nothing_committed(fast_path: P
         with contextlib.suppress(WriteError):
             transaction.sweep(failing, str(root))
         failing.dispose()
-        failing.calls.killed = True
+        failing.killed = True
         check_and_go_on(root, [OLD], tag_may_be_aside=True)
 
 
@@ -244,7 +244,7 @@ def test_killed_or_failed_at_every_call_of_a_removal(fast_path: Path) -> None:
             with contextlib.suppress(WriteError) if is_harmless else pytest.raises((Killed, WriteError)):
                 transaction.remove(faulty, str(root), "t")
             faulty.dispose()
-            faulty.calls.killed = True
+            faulty.killed = True
             check_and_go_on(root, [OLD, None])
 
 

@@ -110,7 +110,7 @@ async def test_short_writes_are_completed(
     tmp_path: Path, executor: ThreadPoolExecutor, shorten: str, direct: bool
 ) -> None:
     fs = FaultyFileSystem()
-    fs.calls.short_writes = SHORTENERS[shorten]
+    fs.short_writes = SHORTENERS[shorten]
     data = everything(3 * CHUNK_BYTES + 777)
     file = await write(fs, tmp_path / "f", data, executor, direct=direct)
     assert (tmp_path / "f").read_bytes() == data
@@ -138,7 +138,7 @@ async def test_refused_direct_io_falls_back_per_file(
     tmp_path: Path, executor: ThreadPoolExecutor, refusal: str
 ) -> None:
     fs = FaultyFileSystem()
-    setattr(fs.calls, refusal, True)
+    setattr(fs, refusal, True)
     data = everything(3 * CHUNK_BYTES + 777)
     file = await write(fs, tmp_path / "f", data, executor, direct=True)
     assert not file.direct
@@ -229,7 +229,7 @@ async def test_close_waits_for_a_write_whose_task_was_cancelled(tmp_path: Path, 
             started.set()
             go_on.wait(20)
 
-    fs.calls.before = hold
+    fs.before = hold
     file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
     writing = asyncio.ensure_future(asyncio.to_thread(file.pwrite, aligned(everything(4096)), 0))
     await asyncio.get_running_loop().run_in_executor(None, started.wait, 20)
@@ -318,7 +318,7 @@ def test_read_errors_are_raised_with_path_and_offset(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EIO
     assert caught.value.filename == str(tmp_path / "x")
     fs.heal()
-    fs.calls.faults.append((lambda op: op.name == "read" and op.index % 2 == 0, errno.EINTR))
+    fs.faults.append((lambda op: op.name == "read" and op.index % 2 == 0, errno.EINTR))
     reader.pread_into(aligned(bytes(8192)), 0)
     reader.close()
 

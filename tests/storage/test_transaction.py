@@ -167,7 +167,7 @@ def test_readers_see_whole_checkpoints_beside_replaces_and_removals(fast_path: P
 
     def write() -> None:
         fs = FaultyFileSystem()
-        fs.calls.refuse_exchange = not exchange
+        fs.refuse_exchange = not exchange
         try:
             for number in range(150):
                 files = {"a": b"%d" % number * 2000, f"only-{number}": b"x"}

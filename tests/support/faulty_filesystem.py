@@ -1,6 +1,6 @@
 """A local file system that records every system call, and fails, shortens or "kills the process" at a chosen one.
 
-The faults sit in the table of system calls, below `FileSystem`, so that its own loops and fallbacks are under
+The faults sit in the system calls that `FileSystem` is made of, so that its own loops and fallbacks are under
 test too. What works here works through the seam alone: pass the object as `filesystem=` to an engine, a catalog or
 the functions of `transaction`.
 
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from async_ckpt.host.process import Owner, current_owner
 from async_ckpt.storage.filesystem import FileSystem
-from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT, Syscalls
+from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT
 from async_ckpt.storage.write_file import WritableFile
 
 COUNTED = frozenset(
@@ -84,13 +84,19 @@ class Operation:
     """"ok", the errno's name, or "killed"; a write that was cut short is "ok" with a smaller `num_bytes`."""
 
 
-class FaultySyscalls(Syscalls):
-    """Records and injects; see `FaultyFileSystem`."""
+class FaultyFileSystem(FileSystem):
+    """Records and injects."""
 
     def __init__(self, *, keep_data: bool = False) -> None:
+        super().__init__()
+        me = current_owner()
+        self._me = dataclasses.replace(me, start_ticks=me.start_ticks + 10**9 + next(_numbers))
         self.operations: list[Operation] = []
+        """All calls so far."""
         self.num_counted = 0
+        """How many counted calls were made so far: the range of a sweep over all of them."""
         self.killed = False
+        """Whether the kill has happened."""
         self.keep_data = keep_data
         self.short_writes: Callable[[Operation], int] | None = None
         self.refuse_direct_open = False
@@ -108,6 +114,29 @@ class FaultySyscalls(Syscalls):
         self._owned: set[int] = set()
         self._locked: set[int] = set()
         self._direct: set[int] = set()
+
+    # --- the faults
+
+    def fail_at(self, k: int, code: int, *, sticky: bool = False) -> None:
+        """The k-th counted call from now on fails with errno `code`; `sticky`: and all that follow."""
+        first = self.num_counted + k
+        self.fail_when(lambda op: op.index >= first if sticky else op.index == first, code)
+
+    def fail_when(self, applies: Callable[[Operation], bool], code: int) -> None:
+        """Every call that `applies` says fails with errno `code`, until `heal`."""
+        self.faults.append((applies, code))
+
+    def heal(self) -> None:
+        """No more faults (a kill stays)."""
+        self.faults.clear()
+        self.short_writes = None
+
+    def kill_at(self, k: int, when: When = "before") -> None:
+        """The process dies at the k-th counted call from now on."""
+        self.kill = (self.num_counted + k, when)
+
+    def owner(self) -> Owner:
+        return self._me
 
     # --- the machinery
 
@@ -156,7 +185,7 @@ class FaultySyscalls(Syscalls):
         return self._paths.get(fd, f"<{fd}>")
 
     def dispose(self) -> None:
-        """Close what the killed process left open."""
+        """Close the descriptors that a kill left open; call at the end of the test."""
         with self._guard:
             for fd in self._owned:
                 with contextlib.suppress(OSError):
@@ -262,9 +291,9 @@ class FaultySyscalls(Syscalls):
         super().clear_direct(fd)
         self._direct.discard(fd)
 
-    def mkdir(self, path: str, mode: int) -> None:
-        with self._call("mkdir", self.full_path(path), mode=mode):
-            super().mkdir(path, mode)
+    def mkdir(self, path: str, *, private: bool = False) -> None:
+        with self._call("mkdir", self.full_path(path)):
+            super().mkdir(path, private=private)
 
     def rmdir(self, path: str) -> None:
         with self._call("rmdir", self.full_path(path)):
@@ -317,67 +346,17 @@ class FaultySyscalls(Syscalls):
         with self._call("lstat", self.full_path(path, dir_fd)):
             return super().lstat(path, dir_fd=dir_fd)
 
-
-class FaultyFileSystem(FileSystem):
-    """`FileSystem` over `FaultySyscalls`; the methods below set the faults."""
-
-    def __init__(self, *, keep_data: bool = False) -> None:
-        self.calls = FaultySyscalls(keep_data=keep_data)
-        super().__init__(self.calls)
-        me = current_owner()
-        self._me = dataclasses.replace(me, start_ticks=me.start_ticks + 10**9 + next(_numbers))
-
-    @property
-    def operations(self) -> list[Operation]:
-        """All calls so far."""
-        return self.calls.operations
-
-    @property
-    def num_counted(self) -> int:
-        """How many counted calls were made so far: the range of a sweep over all of them."""
-        return self.calls.num_counted
-
-    @property
-    def killed(self) -> bool:
-        """Whether the kill has happened."""
-        return self.calls.killed
-
-    def fail_at(self, k: int, code: int, *, sticky: bool = False) -> None:
-        """The k-th counted call from now on fails with errno `code`; `sticky`: and all that follow."""
-        first = self.num_counted + k
-        self.fail_when(lambda op: op.index >= first if sticky else op.index == first, code)
-
-    def fail_when(self, applies: Callable[[Operation], bool], code: int) -> None:
-        """Every call that `applies` says fails with errno `code`, until `heal`."""
-        self.calls.faults.append((applies, code))
-
-    def heal(self) -> None:
-        """No more faults (a kill stays)."""
-        self.calls.faults.clear()
-        self.calls.short_writes = None
-
-    def kill_at(self, k: int, when: When = "before") -> None:
-        """The process dies at the k-th counted call from now on."""
-        self.calls.kill = (self.num_counted + k, when)
-
-    def dispose(self) -> None:
-        """Close the descriptors that a kill left open; call at the end of the test."""
-        self.calls.dispose()
-
-    def owner(self) -> Owner:
-        return self._me
-
     async def open_write(self, path: str, size_bytes: int, **how: Any) -> WritableFile:
         file = await super().open_write(path, size_bytes, **how)
         assert isinstance(file, WritableFile)
-        file._file = _FaultyHandle(file._file, self.calls, file.path)
+        file._file = _FaultyHandle(file._file, self, file.path)
         return file
 
 
 class _FaultyHandle:
     """The aiofiles object: its close does not pass through the table, so the fault is put here."""
 
-    def __init__(self, inner: Any, calls: FaultySyscalls, path: str) -> None:
+    def __init__(self, inner: Any, calls: FaultyFileSystem, path: str) -> None:
         self._inner = inner
         self._calls = calls
         self._path = calls.full_path(path)
