@@ -19,8 +19,7 @@ from ..format.manifest import FileEntry
 from ..format.tensors import MAX_OTHERS, OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
-from ..reading.damage import range_crc
-from ..reading.header import FileHeader, read_header
+from ..reading.records import FileHeader, range_crc, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_FAILED, EXIT_OK, UsageError
 from .locating import Located, place_of

@@ -13,7 +13,7 @@ from ..errors import UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
 from ..format.tensors import TensorExtent
 from ..observers.units import format_bytes
-from ..reading.header import FileHeader, read_header
+from ..reading.records import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from .failing import EXIT_OK, UsageError
 from .locating import Located, place_of

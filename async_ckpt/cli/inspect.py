@@ -11,7 +11,7 @@ from ..format.manifest import FileEntry
 from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
-from ..reading.header import FileHeader, read_header, read_records
+from ..reading.records import FileHeader, read_header, read_records
 from .failing import EXIT_OK, UsageError
 from .locating import place_of
 from .output import add_json, console, key_name, number, print_json, print_table

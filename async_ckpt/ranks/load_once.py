@@ -39,9 +39,9 @@ from ..host.facts import node_from_env
 from ..host.memory import region
 from ..reading.build import NotPlainError, TensorsOnDisk, read_structure
 from ..reading.catalog import Catalog
-from ..reading.damage import naming
 from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
 from ..reading.load_into import Mover, Restored, match
+from ..reading.records import naming
 from ..reading.verified_file import VerifiedFile
 from ..threads.locks import Lock
 from ..threads.pending import name_pending

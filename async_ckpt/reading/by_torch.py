@@ -26,7 +26,7 @@ from ..format.pickles import MalformedPickleError
 from ..host.memory import address_of, move
 from .build import byte_order, place_for
 from .errors import ReadError
-from .limits import LEGACY_MAGIC, refuse_beyond_limits, refuse_legacy_beyond_limits, torch_records
+from .records import LEGACY_MAGIC, refuse_beyond_limits, refuse_legacy_beyond_limits, torch_records
 from .verified_file import VerifiedFile
 
 _FILE_ERRORS = (
@@ -192,8 +192,8 @@ def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> Check
 
 
 class TorchFile(io.RawIOBase):
-    """The file object that torch reads (see `io.RawIOBase`): verified bytes, large reads straight from
-    the disk in parallel, a few extents held for small ones. One thread at a time."""
+    """The file object that torch reads: verified bytes, large reads straight from the disk in parallel, a few extents
+    held for small ones. One thread at a time."""
 
     def __init__(self, file: VerifiedFile) -> None:
         super().__init__()
@@ -230,32 +230,24 @@ class TorchFile(io.RawIOBase):
         end = min(first + len(target), self._verified.size_bytes)
         if end <= first:
             return 0
-        whole = [
-            extent for extent in self._verified.extents_of(first, end - first) if self._is_large(extent, first, end)
-        ]
-        if whole:
-            self._stream_into(target, first, whole)
-        for extent in self._verified.extents_of(first, end - first):
-            if extent not in whole:
-                low, high = self._verified.extent_range(extent)
-                low, high = max(low, first), min(high, end)
-                target[low - first : high - first] = self._verified.view(low, high - low)
-                self._drop_oldest()
+        extents = self._verified.extents_of(first, end - first)
+        if len(extents) == 1:
+            target[: end - first] = self._verified.view(first, end - first)
+        else:
+            self._stream_into(target, first, end, extents)
+        kept = self._verified.kept()
+        self._verified.drop(kept[: max(0, len(kept) - _HELD_EXTENTS)])
         self._position = end
         return end - first
 
-    def _is_large(self, extent: int, first: int, end: int) -> bool:
-        low, high = self._verified.extent_range(extent)
-        return first <= low and high <= end and not self._verified.is_kept(extent)
-
-    def _stream_into(self, target: memoryview, first: int, extents: list[int]) -> None:
-        address = address_of(target)
+    def _stream_into(self, target: memoryview, first: int, end: int, extents: range) -> None:
+        address = address_of(target) - first
 
         def consume(offset: int, view: memoryview) -> None:
-            move(address + offset - first, address_of(view), len(view))
+            low, high = max(offset, first), min(offset + len(view), end)
+            if low < high:
+                move(address + low, address_of(view) + low - offset, high - low)
 
+        # Another read begins or ends in these two.
+        self._verified.keep((extents[0], extents[-1]))
         self._verified.stream(consume, extents)
-
-    def _drop_oldest(self) -> None:
-        kept = self._verified.kept()
-        self._verified.drop(kept[: max(0, len(kept) - _HELD_EXTENTS)])

@@ -258,7 +258,7 @@ class Catalog:
             # A manifest of another checkpoint says nothing of the age of this one.
             is_known = tag in sources and foreign is None
             older = list(sources)[: list(sources).index(tag)] if is_known else [one for one in sources if one != tag]
-            told = f"{error}" if foreign is None else f"{error}: its manifest is that of {foreign!r}"
+            told = error.args[0] if foreign is None else f"{error.args[0]}: its manifest is that of {foreign!r}"
             error.args = (f"{told}; older ones in {self.root}: {', '.join(reversed(older[-5:])) or 'none'}",)
             raise
 

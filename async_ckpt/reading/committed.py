@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import FileEntry, Manifest
@@ -20,28 +19,20 @@ from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
 from .verified_file import MemorySource, VerifiedFile
 
 
-class Opener(Protocol):
-    """What files are opened through: a `DirHandle`, a `CommittedCheckpoint`."""
-
-    def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
-        """See `DirHandle.open_read`."""
-
-
-def open_exact(directory: Opener, entry: FileEntry, *, direct: bool, tag: str | None = None) -> ReadableFile:
+def open_exact(
+    directory: DirHandle | CommittedCheckpoint, entry: FileEntry, *, direct: bool, who: str = ""
+) -> ReadableFile:
     """Open a file that is as its manifest entry says, as far as its size tells. Raises CorruptCheckpointError: it is
-    not; without `tag` in words that follow the file's name."""
+    not, in words that follow `who`."""
     try:
         file = directory.open_read(entry.parts, direct=direct)
-        if file.size_bytes == entry.size_bytes:
-            return file
-        file.close()
-        cause, what = None, f"has {file.size_bytes} bytes, {entry.size_bytes} were committed"
     except FileNotFoundError as error:
-        cause, what = error, "is missing"
-    if tag is not None:
-        is_there = f"{entry.path!r} in checkpoint {tag!r} {what}"
-        what = is_there if cause is None else f"{entry.path!r} {what} from checkpoint {tag!r}"
-    raise CorruptCheckpointError(what, path=entry.path) from cause
+        raise CorruptCheckpointError(f"{who}is missing", path=entry.path) from error
+    if file.size_bytes == entry.size_bytes:
+        return file
+    file.close()
+    what = f"{who}has {file.size_bytes} bytes, {entry.size_bytes} were committed"
+    raise CorruptCheckpointError(what, path=entry.path)
 
 
 class CommittedCheckpoint:
@@ -82,7 +73,7 @@ class CommittedCheckpoint:
         CorruptCheckpointError: missing, not a regular file, or another size. CheckpointNotFoundError: the checkpoint
         was deleted or replaced meanwhile; opening it again may help."""
         try:
-            return open_exact(self, entry, direct=True, tag=self.manifest.tag)
+            return open_exact(self, entry, direct=True, who=f"{entry.path!r} in checkpoint {self.manifest.tag!r} ")
         except CorruptCheckpointError as error:
             if isinstance(error.__cause__, FileNotFoundError) and not self.is_current():
                 raise gone(self.manifest.tag) from error

@@ -19,13 +19,12 @@ ESTALE)."""
 class ReadError(CheckpointError, OSError):
     """The disk failed while a checkpoint was read; keeps path, offset and errno."""
 
-    def __init__(
-        self, cause: OSError, *, path: str, offset: int | None = None, consequence: str = NOTHING_LOADED
-    ) -> None:
+    consequence = NOTHING_LOADED
+
+    def __init__(self, cause: OSError, *, path: str, offset: int | None = None) -> None:
         super().__init__(cause.errno, cause.strerror or str(cause))
         self.path = path
         self.offset = offset
-        self.consequence = consequence
 
     def __str__(self) -> str:
         where = "" if self.offset is None else f" at offset {self.offset}"
@@ -33,19 +32,20 @@ class ReadError(CheckpointError, OSError):
 
 
 class ExtentMismatch(CorruptCheckpointError):
-    """One extent's CRC differs from the manifest's; `first` and `end` bound it in the file."""
+    """The CRC of one extent, file bytes [first, end), differs from the manifest's."""
 
-    def __init__(
-        self, name: str, extent: int, first: int, end: int, record: str | None = None, consequence: str = NOTHING_LOADED
-    ) -> None:
+    consequence = NOTHING_LOADED
+
+    def __init__(self, name: str, extent: int, first_end: tuple[int, int], record: str | None = None) -> None:
+        first, end = first_end
         where = f"record {record!r}" if record else f"bytes {first} to {end - 1}"
         super().__init__(
-            f"{name} is damaged: the checksum of {where} differs from the one committed; {consequence}",
-            path=name,
-            record=record,
+            f"{name} is damaged: the checksum of {where} differs from the one committed", path=name, record=record
         )
-        self.extent, self.first, self.end = extent, first, end
-        self.consequence = consequence
+        self.extent = extent
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.consequence}"
 
 
 @contextlib.contextmanager
@@ -53,9 +53,9 @@ def telling_overwritten() -> Iterator[None]:
     """Let errors of reading pass with what has become of the targets added."""
     try:
         yield
-    except ExtentMismatch as error:
-        raise ExtentMismatch(error.path or "", error.extent, error.first, error.end, consequence=OVERWRITTEN) from error
+    except (ExtentMismatch, ReadError) as error:
+        error.consequence = OVERWRITTEN
+        raise
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{error}; {OVERWRITTEN}", path=error.path, record=error.record) from error
-    except ReadError as error:
-        raise ReadError(error, path=error.path, offset=error.offset, consequence=OVERWRITTEN) from error
+        error.args = (f"{error}; {OVERWRITTEN}",)
+        raise

@@ -26,9 +26,9 @@ from .build import NotPlainError, TensorBuilder, TensorsOnDisk, place_for, read_
 from .by_torch import is_legacy, load_by_torch, runs_code
 from .catalog import Catalog
 from .committed import find_checkpoint
-from .damage import naming
 from .errors import ReadError
 from .load_into import Atomic, Restored, fill
+from .records import naming
 from .scatter import stream_into
 from .verified_file import MemorySource, VerifiedFile
 

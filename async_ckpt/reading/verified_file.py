@@ -215,7 +215,7 @@ class VerifiedFile:
     def compare(self, extent: int, crc: int) -> None:
         """Note that an extent has this CRC. Raises ExtentMismatch."""
         if crc != self.entry.extent_crc32[extent]:
-            raise ExtentMismatch(self.name, extent, *self.extent_range(extent))
+            raise ExtentMismatch(self.name, extent, self.extent_range(extent))
         self._verified.add(extent)
 
     def _check_inside(self, offset: int, num_bytes: int) -> None:

@@ -18,9 +18,9 @@ from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME
 from ..storage.filesystem import DirHandle, FileSystem
 from ..threads.locks import Lock
-from .committed import CommittedCheckpoint, Opener, gone, open_exact
-from .damage import damaged_records
+from .committed import CommittedCheckpoint, gone, open_exact
 from .errors import DAMAGE_ERRNOS, ExtentMismatch
+from .records import damaged_records
 from .verified_file import VerifiedFile, check_files
 
 Level = Literal["full", "size", "off"]
@@ -93,7 +93,7 @@ def verify_checkpoint(
 
 
 def verify_files(
-    directory: Opener,
+    directory: DirHandle | CommittedCheckpoint,
     entries: Sequence[FileEntry],
     *,
     level: Level = "full",
@@ -134,7 +134,7 @@ class _Problems:
         self._done_bytes = 0
         self._progress = progress
 
-    def open(self, directory: Opener, entry: FileEntry, direct: bool) -> VerifiedFile | None:
+    def open(self, directory: DirHandle | CommittedCheckpoint, entry: FileEntry, direct: bool) -> VerifiedFile | None:
         """The file, or None where it is no file of the right size."""
         try:
             file = open_exact(directory, entry, direct=direct)

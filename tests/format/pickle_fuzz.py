@@ -25,7 +25,7 @@ from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
 from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
-from async_ckpt.reading.limits import refuse_length
+from async_ckpt.reading.records import refuse_length
 
 MAX_S = 2.0
 MAX_S_PER_BYTE = 50e-6

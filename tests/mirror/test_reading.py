@@ -160,7 +160,7 @@ def test_damage_in_the_store_reaches_no_tensor_and_is_named(
     with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' .* has \d+ bytes, \d+ were committed.*older ones"):
         async_ckpt.load(path)
     s3.delete_object(Bucket=BUCKET, Key=key)
-    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' is missing.*older ones"):
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in .* is missing.*older ones"):
         async_ckpt.load(path)
     foreign = {"Bucket": BUCKET, "Key": f"{prefix}/older/manifest.json"}
     s3.copy_object(Bucket=BUCKET, Key=f"{prefix}/step-0/manifest.json", CopySource=foreign)

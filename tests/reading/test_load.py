@@ -349,7 +349,7 @@ def test_load_from_threads_at_once(tmp_path: Path) -> None:
 
 
 def test_reading_modules_need_no_torch() -> None:
-    modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.verified_file", "reading.limits"))
+    modules = ", ".join(f"async_ckpt.{name}" for name in ("reading.verified_file", "reading.records"))
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

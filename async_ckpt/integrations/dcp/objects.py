@@ -23,7 +23,7 @@ from ...errors import CorruptCheckpointError
 from ...format.inert import Contents, read_inert
 from ...format.pickles import MalformedPickleError
 from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
-from ...reading.limits import refuse_length
+from ...reading.records import refuse_length
 
 _END_MAGIC, _END_BYTES = b"PK\5\6", 22
 _MAX_TAIL_BYTES = 1 << 17

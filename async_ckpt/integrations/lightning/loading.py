@@ -21,8 +21,8 @@ from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointErr
 from ...format.manifest import FileEntry, Manifest
 from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...reading.catalog import Catalog
-from ...reading.limits import LEGACY_MAGIC
 from ...reading.load import load_opened
+from ...reading.records import LEGACY_MAGIC
 from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
 from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id, read_exactly
