@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from .strided import Strided, view_span
-from .torch_layout import Part, Recorded, record, run_torch_save
+from .torch_layout import Part, Recorded
 
 
-def record_compact(obj: Any, *, alignment: int, is_apart: bool) -> Recorded:
-    """`record` with `compact_views`: torch pickles shortened storages in place of those of which only views are met.
+def record_compact(obj: Any) -> Recorded:
+    """`Recorded` with `compact_views`: torch pickles shortened storages in place of those of which only views are met.
 
-    Two runs: the first learns every view, the second writes. Raises RecordingError like `record`.
+    Two runs: the first learns every view, the second writes. Raises RecordingError like `Recorded`.
     """
     compactor = _Compactor()
-    first = run_torch_save(obj, compactor.learn)
-    compactor.settle({storage._cdata: first.uses[key] for key, storage in first.storages.items()})
-    recorded = record(obj, alignment=alignment, substitute=compactor.shorten, is_apart=is_apart)
+    compactor.settle(Recorded(obj, compactor.learn).uses)
+    recorded = Recorded(obj, compactor.shorten)
     recorded.parts = compactor.parts
     return recorded
 

@@ -21,7 +21,7 @@ from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .strided import view_span
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
-from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError, record
+from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError
 
 _MAX_TOLD_OF = 64
 """Files whose first save is looked at; a name that changes with each save is no news any more."""
@@ -100,8 +100,8 @@ class Planner:
         """Let torch write it, and remember the plan where its structure is known."""
         draft = None if name in self._loose else self._draft(obj, name)
         try:
-            recording = record_compact if self._compact_views else record
-            recorded = recording(obj, alignment=self._alignment, is_apart=draft is None)
+            recorded = record_compact(obj) if self._compact_views else Recorded(obj)
+            recorded.lay_out(self._alignment, is_apart=draft is None)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
         refuse_cut_off(obj, recorded.tensors)

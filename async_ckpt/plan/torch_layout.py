@@ -13,7 +13,6 @@ import struct
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from types import SimpleNamespace
@@ -42,27 +41,6 @@ Part = tuple[torch.UntypedStorage, int, Strided | None]
 """A storage, the byte of it that what is written begins at, and how that lies there if not as it is written."""
 
 
-@dataclass(slots=True)
-class Recorded:
-    """What one run of torch.save told."""
-
-    container: Container
-    pickled: bytes
-    """data.pkl, with tokens in place of the bytes of large arrays; empty where it has `LARGE_BYTES`, and lies apart."""
-    pickled_bytes: int
-    """Of the whole data.pkl."""
-    storages: list[torch.UntypedStorage]
-    """Per storage key, empty ones too."""
-    persistent_ids: list[tuple[Any, ...]]
-    """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
-    tensors: list[torch.Tensor]
-    """Every tensor object, in pickling order."""
-    versions: list[int | None]
-    """The version counter of each when it was met."""
-    parts: Mapping[int, Part] = field(default_factory=dict)
-    """By `_cdata`, the storages that stand for parts of the user's."""
-
-
 class RecordingError(Exception):
     """torch.save refused; `__cause__` says why. `suspects`: what it had met last, the latest first."""
 
@@ -75,30 +53,67 @@ class _Pickled(Exception):
     """Ends torch.save when it has pickled the object: the container around it is arithmetic."""
 
 
-class Recorder:
-    """Collects, during one torch.save, which storage owns which key."""
+class Recorded:
+    """What one run of torch.save told."""
 
-    def __init__(self, substitute: Substitute | None) -> None:
-        self.storages: dict[str, torch.UntypedStorage] = {}
-        self.uses: Counter[str] = Counter()
-        self.persistent_ids: dict[str, tuple[Any, ...]] = {}
+    container: Container
+    pickled: bytes
+    """data.pkl, with tokens in place of the bytes of large arrays; empty where it has `LARGE_BYTES`, and lies apart."""
+    pickled_bytes: int
+    """Of the whole data.pkl."""
+
+    def __init__(self, obj: Any, substitute: Substitute | None = None) -> None:
+        """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
+        self.persistent_ids: list[tuple[Any, ...]] = []
+        """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
+        self.storages: list[torch.UntypedStorage] = []
+        """Per storage key, empty ones too."""
+        self.uses: Counter[int] = Counter()
+        """How often each storage was met, by its `_cdata`."""
         self.tensors: list[torch.Tensor] = []
+        """Every tensor object, in pickling order."""
         self.versions: list[int | None] = []
-        self.met: deque[Any] = deque(maxlen=8)
+        """The version counter of each when it was met."""
+        self.parts: Mapping[int, Part] = {}
+        """By `_cdata`, the storages that stand for parts of the user's."""
+        self._met: deque[Any] = deque(maxlen=8)
         """The last objects that are no plain containers, numbers or texts."""
-        self.pieces: list[bytes] = []
+        self._pieces: list[bytes] = []
         """Of the pickle: a text of 64 KiB or more is one, which nobody has copied."""
-        self.arrays: dict[bytes, Any] = {}
+        self._arrays: dict[bytes, Any] = {}
         """Large arrays, each by the bytes that were pickled in place of its own."""
-        self.substitute = substitute
+        self._substitute = substitute
+        module = SimpleNamespace(__name__="pickle", Pickler=self._pickler_class(), Unpickler=pickle.Unpickler)
+        try:
+            # No file object in Python: torch loses what a signal handler raises in one.
+            torch.save(obj, BytesIO(), pickle_module=module)
+        except _Pickled:
+            pass
+        except Exception as error:
+            raise RecordingError(list(self._met)[::-1]) from error
 
-    def note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
+    def lay_out(self, alignment: int, *, is_apart: bool) -> None:
+        """Work out the container. `is_apart`: pieces of `APART_BYTES` or more become literals as they are; nobody is to
+        look for scalars in them.
+        """
+        pieces = list(_with_arrays(self._pieces, self._arrays))
+        self.pickled_bytes = sum(map(len, pieces))
+        self.pickled = b"".join(self._pieces) if self.pickled_bytes < LARGE_BYTES or not is_apart else b""
+        self.container = lay_out(
+            pieces if is_apart or self._arrays else self.pickled,
+            [storage.nbytes() for storage in self.storages],
+            name_hash=name_hash(len(self.storages)),
+            alignment=alignment,
+        )
+
+    def _note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
         storage = obj if isinstance(obj, torch.UntypedStorage) else obj._untyped_storage
-        self.storages[persistent_id[2]] = storage
-        self.uses[persistent_id[2]] += 1
-        self.persistent_ids.setdefault(persistent_id[2], persistent_id)
+        if not self.uses[storage._cdata]:
+            self.storages.append(storage)
+            self.persistent_ids.append(persistent_id)
+        self.uses[storage._cdata] += 1
 
-    def pickler_class(self) -> type[pickle.Pickler]:
+    def _pickler_class(self) -> type[pickle.Pickler]:
         recorder = self
 
         class RecordingPickler(pickle.Pickler):
@@ -112,75 +127,34 @@ class Recorder:
                     # Asked of every object; torch's own has an answer for storages alone.
                     if not isinstance(obj, _STORAGES):
                         return None
-                    recorder.met.append(obj)
+                    recorder._met.append(obj)
                     result = inner(self, obj)
-                    recorder.note_storage(obj, result)
+                    recorder._note_storage(obj, result)
                     return result
 
                 cls.persistent_id = persistent_id  # type: ignore[method-assign]
 
             def __init__(self, file: BytesIO, *arguments: Any, **options: Any) -> None:
-                super().__init__(SimpleNamespace(write=recorder.pieces.append), *arguments, **options)
+                super().__init__(SimpleNamespace(write=recorder._pieces.append), *arguments, **options)
 
             def dump(self, obj: Any) -> None:
                 super().dump(obj)
                 raise _Pickled
 
             def reducer_override(self, obj: Any) -> Any:
-                recorder.met.append(obj)
+                recorder._met.append(obj)
                 if isinstance(obj, torch.Tensor):
                     recorder.tensors.append(obj)
                     recorder.versions += version_counters([obj])
-                    if recorder.substitute is not None:
-                        return recorder.substitute(obj)
+                    if recorder._substitute is not None:
+                        return recorder._substitute(obj)
                 elif type(obj).__name__ == "ndarray" and is_numpy(type(obj)) and _is_left_out(obj):
                     token = secrets.token_hex(_TOKEN_BYTES // 2).encode()
-                    recorder.arrays[token] = obj
+                    recorder._arrays[token] = obj
                     return _reduced(obj, token)
                 return NotImplemented
 
         return RecordingPickler
-
-
-def run_torch_save(obj: Any, substitute: Substitute | None = None) -> Recorder:
-    """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
-    recorder = Recorder(substitute)
-    module = SimpleNamespace(__name__="pickle", Pickler=recorder.pickler_class(), Unpickler=pickle.Unpickler)
-    try:
-        # No file object in Python: torch loses what a signal handler raises in one.
-        torch.save(obj, BytesIO(), pickle_module=module)
-    except _Pickled:
-        pass
-    except Exception as error:
-        raise RecordingError(list(recorder.met)[::-1]) from error
-    return recorder
-
-
-def record(obj: Any, *, alignment: int = 64, substitute: Substitute | None = None, is_apart: bool = False) -> Recorded:
-    """Run torch.save on `obj` and keep its layout. Raises RecordingError as `run_torch_save`.
-
-    `is_apart`: pieces of `APART_BYTES` or more become literals as they are; nobody is to look for scalars in them.
-    """
-    recorder = run_torch_save(obj, substitute)
-    storages = list(recorder.storages.values())
-    nbytes = [storage.nbytes() for storage in storages]
-    pieces = list(_with_arrays(recorder.pieces, recorder.arrays))
-    num_bytes = sum(map(len, pieces))
-    pickled = b"".join(recorder.pieces) if num_bytes < LARGE_BYTES or not is_apart else b""
-    return Recorded(
-        container=lay_out(
-            pieces if is_apart or recorder.arrays else pickled,
-            nbytes,
-            name_hash=name_hash(len(storages)),
-            alignment=alignment,
-        ),
-        pickled=pickled,
-        pickled_bytes=num_bytes,
-        storages=storages,
-        persistent_ids=list(recorder.persistent_ids.values()),
-        tensors=recorder.tensors,
-        versions=recorder.versions,
-    )
 
 
 def _is_left_out(array: Any) -> bool:

@@ -16,12 +16,18 @@ import torch
 from async_ckpt.plan.planner import Planner
 from async_ckpt.plan.scalar_sites import find_sites
 from async_ckpt.plan.structure import MIN_RUN, NotPlainError, Structure
-from async_ckpt.plan.torch_layout import record
+from async_ckpt.plan.torch_layout import Recorded
 from tests.support import objects
 from tests.support.render import render
 from tests.support.states import PLAIN, STATES, torch_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def pickled_of(state: Any) -> bytes:
+    recorded = Recorded(state)
+    recorded.lay_out(64, is_apart=False)
+    return recorded.pickled
 
 
 def changed(value: Any, chance: random.Random, rate: float) -> Any:
@@ -174,7 +180,7 @@ def test_a_state_of_very_many_small_objects_is_left_to_torch() -> None:
 
 def test_a_scalar_that_is_not_where_it_should_be_is_not_placed() -> None:
     state = {"a": 1, "b": [2.5, 3]}
-    pickled = record(state).pickled
+    pickled = pickled_of(state)
     structure = Structure(state)
     leaves = structure.finish((), frozenset())
     sites = find_sites(structure, leaves, pickled)
@@ -191,7 +197,7 @@ def test_a_scalar_that_is_not_where_it_should_be_is_not_placed() -> None:
         [1, [2.5, 3]],
     ):
         with pytest.raises(NotPlainError):
-            find_sites(structure, leaves, record(other).pickled)
+            find_sites(structure, leaves, pickled_of(other))
 
 
 def test_scalars_that_pickle_writes_twice_are_not_patched() -> None:
