@@ -1,4 +1,4 @@
-"""What a DCP writer has running: an engine's pipeline; and the staging directory of its unfinished save."""
+"""What a DCP writer has running: an engine's pipeline."""
 
 from __future__ import annotations
 
@@ -64,30 +64,8 @@ def kept_core(config: EngineConfig, key: Any) -> Core:
     return core
 
 
-class Staged:
-    """The staging directory of an unfinished save; removed when dropped or collected."""
-
-    def __init__(self) -> None:
-        self.staging: transaction.Staging | None = None
-        self._remove: Any = None
-
-    def hold(self, fs: FileSystem, staging: transaction.Staging) -> None:
-        self.drop()
-        self.staging = staging
-        self._remove = weakref.finalize(self, _abort, fs, staging, os.getpid())
-
-    def forget(self) -> None:
-        self.staging = None
-        self._remove.detach()
-
-    def drop(self) -> None:
-        self.staging = None
-        if self._remove is not None:
-            # Once: a second call, or one after `forget`, does nothing.
-            self._remove()
-
-
-def _abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
+def abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
+    """Remove the staging directory of a save of process `pid`, in that process. Never raises."""
     if os.getpid() != pid:
         return
     # Left behind, it is swept by the next engine.

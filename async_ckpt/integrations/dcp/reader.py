@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import io
 import os
-import uuid
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
@@ -65,7 +64,6 @@ class DcpReader(StorageReader):
         self._weights_only = weights_only
         self._path = None if path is None else _whole(path)
         self._catalog = catalog
-        self._load_id = ""
         self._storage_data: dict[Any, Any] = {}
         self._described: dict[str, Any] = {}
         self._unpacker = Unpacker(weights_only=weights_only)
@@ -83,7 +81,6 @@ class DcpReader(StorageReader):
             self._path, self._catalog = _whole(checkpoint_id), None
         if self._path is None:
             raise ConfigError("no checkpoint path: give checkpoint_id to dcp.load, or path to DcpReader")
-        self._load_id = str(uuid.uuid4())
 
     @property
     def checkpoint_id(self) -> str | None:
@@ -105,9 +102,6 @@ class DcpReader(StorageReader):
         except CheckpointError as error:
             self.failure = error
             raise
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self._load_id  # type: ignore[union-attr]
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

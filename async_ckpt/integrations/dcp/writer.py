@@ -22,6 +22,7 @@ import os
 import pickle
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -51,7 +52,7 @@ from ...storage.filesystem import FileSystem
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
 from .blobs import BlobPlanner, Extent, join_blobs, own_size, raw_plan
-from .core import Core, Staged, kept_core
+from .core import Core, abort, kept_core
 from .objects import unknown_types
 
 
@@ -157,13 +158,6 @@ def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: 
     return pickle.dumps(metadata)
 
 
-def file_entry(path: str, written: FileWrite, plan_hash: str | None, rank: int | None) -> FileEntry:
-    """The manifest's line of a written file."""
-    return FileEntry(
-        path, written.size_bytes, written.extent_bytes, tuple(written.extent_crc32), "opaque", "dcp", plan_hash, rank
-    )
-
-
 class DcpWriter(StorageWriter):
     """Give it to ``dcp.save`` or ``dcp.async_save`` (thread or process) as `storage_writer`, with
     `checkpoint_id="<root>/<tag>"`.
@@ -198,7 +192,8 @@ class DcpWriter(StorageWriter):
         self._root = self._tag = ""
         self._save_id = ""
         self._coordinates = False
-        self._staged = Staged()
+        self._staging: transaction.Staging | None = None
+        self._unstage: weakref.finalize[..., DcpWriter] | None = None
         if path is not None:
             self._root, self._tag = split_checkpoint_id(path)
 
@@ -213,7 +208,7 @@ class DcpWriter(StorageWriter):
         return True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._staged.drop()
+        self._drop_staged()
         if checkpoint_id is not None:
             self._root, self._tag = split_checkpoint_id(checkpoint_id)
         if not self._tag:
@@ -247,7 +242,8 @@ class DcpWriter(StorageWriter):
         transaction.make_root(fs, self._root)
         where = transaction.Destination(self._root, self._tag)
         staging = transaction.begin(fs, transaction.Staging(where, self._overwrite))
-        self._staged.hold(fs, staging)
+        self._drop_staged()
+        self._staging, self._unstage = staging, weakref.finalize(self, abort, fs, staging, os.getpid())
         name = os.path.basename(staging.path)
         return [
             dataclasses.replace(plan, storage_data=RankPlace(self._tag, name, rank)) for rank, plan in enumerate(plans)
@@ -271,21 +267,18 @@ class DcpWriter(StorageWriter):
             if error is not None:
                 # Annotated as a result by torch, though documented as an exception.
                 future.set_exception(error)  # type: ignore[arg-type]
-            else:
-                future.set_result(
-                    write_results(
-                        items,
-                        place.file_name,
-                        file_entry(place.file_name, done.result(), state.plan.plan_hash, place.rank),
-                    )
-                )
+                return
+            file, crcs = done.result(), tuple(done.result().extent_crc32)
+            sizes = file.size_bytes, file.extent_bytes
+            entry = FileEntry(place.file_name, *sizes, crcs, "opaque", "dcp", state.plan.plan_hash, place.rank)
+            future.set_result(write_results(items, place.file_name, entry))
 
         written.when_done(on_written)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        staging = self._staged.staging
-        if staging is None:
+        staging = self._staging
+        if staging is None or self._unstage is None:
             raise TransactionStateError(
                 "there is no staging directory: prepare_global_plan was not called on this rank"
             )
@@ -300,16 +293,23 @@ class DcpWriter(StorageWriter):
         ]
         entries.append(FileEntry(DCP_METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
         transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
-        self._staged.forget()
+        self._unstage.detach()
+        self._staging = None
 
     def close(self) -> None:
         """Remove what an unfinished save has staged, stop the threads. Blocks until writes have ended."""
-        self._staged.drop()
+        self._drop_staged()
         core, self._core = self._core, None
         if core is not None and not self._is_copy:
             core.close(60.0)
 
     # Inside.
+
+    def _drop_staged(self) -> None:
+        self._staging = None
+        if self._unstage is not None:
+            # Once: a second call does nothing.
+            self._unstage()
 
     @property
     def _filesystem(self) -> FileSystem:
@@ -342,9 +342,4 @@ class DcpWriter(StorageWriter):
         return os.path.join(self._root, str(max(mine, key=lambda parsed: parsed.number)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_core": None, "_staged": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._staged = Staged()
-        self._is_copy = True
+        return self.__dict__ | {"_core": None, "_staging": None, "_unstage": None, "_is_copy": True}
