@@ -1,13 +1,5 @@
 """The command line, `async-ckpt`: look after checkpoints without writing Python.
 
-Exit codes:
-
-- 0: done, nothing is wrong
-- 1: something is damaged, differs, or failed
-- 2: wrong usage: an unknown option, a bad value, a malformed tag or path
-- 3: no such root, checkpoint, file or metric
-- 130: interrupted
-
 Guarantees: `list`, `inspect`, `verify`, `diff` and `watch` write nothing, lock nothing and sweep nothing in the root,
 so they are safe beside a running training; they do not import torch. Errors are one line on standard error; `--debug`
 adds the traceback.

@@ -80,8 +80,8 @@ def default_algorithms() -> Iterator[None]:
 @pytest.mark.usefixtures("default_algorithms")
 def test_report_shows_stall_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    from async_ckpt.cli.demo import plot_steps, summary
     from async_ckpt.cli.demo.model import GPTConfig
-    from async_ckpt.cli.demo.report import plot_steps, summary
     from async_ckpt.cli.demo.training import DemoConfig, train
 
     small = GPTConfig(num_layers=1, width=32, context_length=16)

@@ -39,19 +39,19 @@ def attach(
     - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or
       ``destroy``.
     Other code that opens a checkpoint's files must call ``drain()`` of the result first: they are not there before.
-    Checkpoints are in DeepSpeed's own files and names: stock DeepSpeed, ``zero_to_fp32`` and ``ds_to_universal`` read
-    them.
+    Files and names are DeepSpeed's own: its tools, and stock DeepSpeed, read them.
 
     Args:
-        save_dir: where checkpoints will go. Given, staging memory is prepared now instead of in the first save.
+        save_dir: where checkpoints usually go; others work too. Given, staging memory is prepared now, not at a save.
         guard: copy the optimizer's tensors behind the next forward and backward instead of inside ``save_checkpoint``.
             For ZeRO 0 to 3 as DeepSpeed itself trains, where nothing but the optimizer's own ``step`` changes them. Not
             the default, because your code may: between a save and the next step, do not write to parameters (stage 0),
             and do not call ``safe_set_full_fp32_param`` and its like, which write past the counters that tell of a torn
             copy.
         overlap: False lets ``save_checkpoint`` return only when the checkpoint is durable, for code that reads it then.
-        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds.
-        config: `EngineConfig` fields, such as ``staging_bytes``.
+        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds; after
+            that the checkpoint fails on all ranks.
+        config: `EngineConfig` fields, except `root`, `overwrite` ("replace" here), `coordinator` and `format`.
 
     Returns the checkpoint engine, which is ``ds_engine.checkpoint_engine`` now.
 

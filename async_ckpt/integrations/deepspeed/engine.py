@@ -46,15 +46,10 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     Every method is for the training thread, and on many ranks for all of them in the same order.
 
-    Args:
+    Args (the others are those of `attach`):
         config_params: a save_dir, a mapping of `EngineConfig` fields, or whatever DeepSpeed hands to its engines
             (ignored).
-        save_dir: where checkpoints usually go; other directories work too. Given, staging memory is prepared at once.
-        overlap: commit in the background, over many steps.
         node_local: each node has a save_dir of its own (DeepSpeed's `use_node_local_storage`).
-        rank_timeout_s: how much later than the first rank the last one may have its part on disk, in seconds; after
-            that the checkpoint fails on all ranks.
-        config: `EngineConfig` fields, except `root`, `overwrite` ("replace" here), `coordinator` and `format`.
 
     Raises:
         ConfigError: a field that is unknown, wrong, or set by this engine itself.
