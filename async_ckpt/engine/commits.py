@@ -97,7 +97,6 @@ class Commits:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
     def check_mirrors(self) -> None:
-        """Wait, at the first call, until every mirror was tried; see `Mirrors.check`."""
         self.check_usable()
         if self.mirrors is not None:
             self.mirrors.check()
@@ -282,7 +281,7 @@ class Commits:
 
     def _rotate(self) -> int:
         """Let retention work, on the rank that leads; returns how many could not be deleted. Blocks on the disk."""
-        if not self._coordinator.leads:
+        if not self._coordinator.leads or not (self._rotation.has_work or self._config.overwrite == "replace"):
             return 0
         try:
             return self._rotation.apply()
@@ -323,6 +322,7 @@ class Commits:
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
         if self._coordinator.leads:
+            self._rotation.has_work = True
             transaction.remove(self.filesystem, self.root, tag)
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:

@@ -18,7 +18,7 @@ class Rotation:
     Args:
         hold: what must not be deleted yet, whatever the policy says.
         tell: logs a warning.
-        policy: None keeps all; trees that commits have replaced are deleted all the same.
+        policy: None keeps all; what was replaced, or could not be deleted before, is deleted all the same.
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class Rotation:
         self._root = root
         self._policy = policy
         self._undeleted: set[str] = set()
+        self.has_work = policy is not None
+        """Whether there is, or may be, something to delete."""
 
     def apply(self) -> int:
         """Delete what could not be deleted before, then what the policy does not keep. Blocks on the disk.

@@ -179,3 +179,22 @@ def test_of_a_link_only_the_link_is_deleted(tmp_path: Path) -> None:
         (tmp_path / "dangling").symlink_to("nowhere")
         with pytest.raises(CheckpointNotFoundError):
             engine.delete("dangling")
+
+
+@pytest.mark.parametrize(("options", "looks"), [({}, False), ({"overwrite": "replace"}, True)])
+def test_a_commit_looks_at_the_root_only_where_there_may_be_something_to_delete(
+    tmp_path: Path, options: dict[str, object], looks: bool
+) -> None:
+    def num_looks() -> int:
+        return sum(op.name == "listdir" and op.path == str(tmp_path) for op in fs.operations)
+
+    fs = FaultyFileSystem()
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, filesystem=fs, **options) as engine:
+        commit(engine, "a")
+        before = num_looks()
+        commit(engine, "b")
+        assert (num_looks() > before) is looks
+        engine.delete("b")
+        before = num_looks()
+        commit(engine, "c")
+        assert num_looks() > before
