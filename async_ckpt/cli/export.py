@@ -23,7 +23,11 @@ _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "s
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="ROOT/TAG/FILE", help="the file in a checkpoint")
+    parser.add_argument(
+        "source",
+        metavar="ROOT/TAG/FILE",
+        help="the file in a checkpoint; its name may be left out where it is the only one",
+    )
     parser.add_argument("target", metavar="FILE", help=f"the new file: {', '.join(_FORMATS)}")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--tensors-only", action="store_true", help="for .safetensors: leave out what is no tensor")
@@ -41,17 +45,18 @@ def command(source: str, target: str, overwrite: bool, tensors_only: bool) -> in
     wanted = _FORMATS.get(os.path.splitext(target)[1].lower())
     if wanted is None:
         raise UsageError(f"{escaped(target)!r} must end in {', '.join(_FORMATS)}")
-    if place.file is None:
-        files = [entry.path for entry in place.catalog.manifest(place.tag).files]
+    manifest = place.catalog.manifest(place.tag)
+    files = [entry.path for entry in manifest.files] if place.file is None else [place.file]
+    if len(files) != 1:
         raise UsageError(f"name one file of checkpoint {place.tag!r}: {', '.join(files)}")
     if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{escaped(target)!r} exists; --overwrite replaces it")
-    entry = place.catalog.manifest(place.tag).file(place.file)
+    (file,), entry = files, manifest.file(files[0])
     with _new_file(target) as fresh:
         if entry is not None and entry.format == wanted:
-            _copy(place, place.file, fresh)
+            _copy(place, file, fresh)
         else:
-            _convert(place, place.file, wanted, fresh, tensors_only)
+            _convert(place, file, wanted, fresh, tensors_only)
     print(escaped(f"{target}: {format_bytes(os.path.getsize(target))}, verified copy of {place.name}"))
     return EXIT_OK
 

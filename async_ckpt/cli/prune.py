@@ -80,6 +80,7 @@ def command(
             "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
         )
     catalog = catalog_of(root)
+    refuse_single_files(catalog)
     checkpoints = [CheckpointInfo.of(manifest) for manifest in catalog.committed()]
     if keep_best is not None and checkpoints and all(info.metadata.get(keep_best) is None for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
@@ -105,7 +106,6 @@ def command(
 
 
 def _carry_out(catalog: Catalog, policy: RetentionPolicy, hold: Hold) -> list[Decision]:
-    refuse_single_files(catalog)
     if not is_url(catalog.root):
         return apply(FileSystem(), catalog.root, policy, hold)
     from ..mirror.config import Mirror

@@ -78,7 +78,10 @@ def test_folders_of_single_files_are_listed_and_verified(cli, tmp_path: Path) ->
     assert cli("verify", tmp_path / "epoch=0.ckpt").code == 1
     assert cli("verify", tmp_path / "größe (1).ckpt").code == 0
     assert "w" in cli("inspect", tmp_path / "größe (1).ckpt").out
-    for arguments in (("delete", tmp_path, "epoch=0.ckpt"), ("prune", tmp_path, "--keep-last", "1")):
+    assert cli("export", tmp_path / "größe (1).ckpt", tmp_path / "copy.pt").code == 0
+    assert (tmp_path / "copy.pt").read_bytes() == (tmp_path / "größe (1).ckpt").read_bytes()
+    prune = ("prune", tmp_path, "--keep-last", "1")
+    for arguments in (("delete", tmp_path, "epoch=0.ckpt"), prune, (*prune, "--dry-run")):
         refused = cli(*arguments)
         assert refused.code == 2 and "delete them as files" in refused.err
     (tmp_path / "epoch=0.ckpt").unlink()
