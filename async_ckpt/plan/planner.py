@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -172,10 +173,7 @@ def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
     """Raise for storages that have a size but no bytes to read (meta and fake tensors)."""
     for storage in storages:
         if not is_copyable(storage.device) or storage.data_ptr() == 0:
-            path = storage_path(obj, storage)
-            raise UnsupportedStateError(
-                f"state{path} has no readable data (device {storage.device}); nothing was written"
-            )
+            raise _refused(obj, storage, f"has no readable data (device {storage.device})")
 
 
 def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
@@ -187,10 +185,8 @@ def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
         needed = (tensor.storage_offset() + reach) * tensor.element_size()
         storage = tensor.untyped_storage()
         if needed > storage.nbytes():
-            raise UnsupportedStateError(
-                f"state{storage_path(obj, storage)} needs {needed} bytes, and its storage was resized to "
-                f"{storage.nbytes()}; nothing was written"
-            )
+            why = f"needs {needed} bytes, and its storage was resized to {storage.nbytes()}"
+            raise _refused(obj, storage, why)
 
 
 def refuse_ragged(obj: Any, recorded: Recorded) -> None:
@@ -198,24 +194,22 @@ def refuse_ragged(obj: Any, recorded: Recorded) -> None:
     for storage, (_, kind, *_) in zip(recorded.storages, recorded.persistent_ids, strict=True):
         dtype = getattr(kind, "_dtype", torch.uint8)
         if storage.nbytes() % dtype.itemsize:
-            raise UnsupportedStateError(
-                f"state{storage_path(obj, storage)} is {dtype} in a storage of {storage.nbytes()} bytes, no whole "
-                "number of elements, which torch.load refuses: clone it, or save with compact_views=True; nothing was "
-                "written"
+            why = (
+                f"is {dtype} in a storage of {storage.nbytes()} bytes, no whole number of elements, which torch.load "
+                "refuses: clone it, or save with compact_views=True"
             )
+            raise _refused(obj, storage, why)
 
 
-def storage_path(obj: Any, storage: torch.UntypedStorage) -> str:
-    """Path of the first tensor that views `storage`."""
+def _refused(obj: Any, storage: torch.UntypedStorage, why: str) -> UnsupportedStateError:
+    """Names the first tensor that views `storage`."""
+    path = " (somewhere inside)"
     for place, item in walk(obj):
-        if isinstance(item, torch.Tensor):
-            try:
-                found = item.untyped_storage()._cdata
-            except (RuntimeError, NotImplementedError):
-                continue
-            if found == storage._cdata:
-                return path_of(place)
-    return " (somewhere inside)"
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            if isinstance(item, torch.Tensor) and item.untyped_storage()._cdata == storage._cdata:
+                path = path_of(place)
+                break
+    return UnsupportedStateError(f"state{path} {why}; nothing was written")
 
 
 def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
