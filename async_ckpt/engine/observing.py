@@ -76,12 +76,8 @@ class Callbacks:
     def _tell_now(self, event: str, *about: object) -> None:
         for observer in tuple(self._observers):
             try:
-                getattr(observer, event, _ignore)(*about)
+                getattr(observer, event, lambda *_: None)(*about)
             except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
                 self._observers.remove(observer)
                 told = "observer %r raised %r and is left out from now on"
                 report(logging.WARNING, told, observer, error, warning=RuntimeWarning)
-
-
-def _ignore(*_: object) -> None:
-    return None

@@ -44,7 +44,7 @@ class SignalFlag:
     def remove(self) -> None:
         """Give the signals back to their earlier handlers. Off the main thread ours stay in place, and only pass on."""
         if threading.current_thread() is threading.main_thread() and os.getpid() == self.pid:
-            _restore(self)
+            self.restore()
         self.active = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -74,23 +74,21 @@ class SignalFlag:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
+    def restore(self) -> None:
+        """Put the earlier handlers back where ours are still in place; elsewhere somebody chained to us, and we only
+        pass on."""
+        self.active = False
+        for signum, earlier in self.earlier.items():
+            if signal.getsignal(signum) == self.handle and earlier is not None:
+                signal.signal(signum, earlier)
+
 
 _flags: weakref.WeakSet[SignalFlag] = weakref.WeakSet()
 
 
 def _restore_in_child() -> None:
     for flag in list(_flags):
-        _restore(flag)
+        flag.restore()
 
 
 os.register_at_fork(after_in_child=_restore_in_child)
-
-
-def _restore(flag: SignalFlag) -> None:
-    """Put the earlier handlers back where ours are still in place; elsewhere somebody chained to us, and we only pass
-    on.
-    """
-    flag.active = False
-    for signum, earlier in flag.earlier.items():
-        if signal.getsignal(signum) == flag.handle and earlier is not None:
-            signal.signal(signum, earlier)

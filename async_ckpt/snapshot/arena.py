@@ -37,14 +37,8 @@ _LOOK_AGAIN_S = 0.1
 
 live: weakref.WeakSet[StagingArena] = weakref.WeakSet()
 _inherited: list[StagingArena] = []
-
-
-def _keep_in_child() -> None:
-    # A forked child must never unmap these addresses: they are not mapped there, and may be somebody else's by then.
-    _inherited.extend(live)
-
-
-os.register_at_fork(after_in_child=_keep_in_child)
+# A forked child must never unmap these addresses: they are not mapped there, and may be somebody else's by then.
+os.register_at_fork(after_in_child=lambda: _inherited.extend(live))
 
 
 class StagingChunk:

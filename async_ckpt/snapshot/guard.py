@@ -55,7 +55,8 @@ class Guard:
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
-        self._must_look = True
+        self.must_look = True
+        """At the optimizers again: a step or the caller may have given them other tensors."""
 
     def add(self, optimizer: Any) -> int:
         """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes
@@ -67,7 +68,7 @@ class Guard:
         given, optimizer = optimizer, _steppable(optimizer)
         if not self.guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
-            self._must_look = True
+            self.must_look = True
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
             _guards.add(self)
             if _is_replayed(optimizer):
@@ -85,10 +86,6 @@ class Guard:
         with self._lock:
             self.copies = [*(copy for copy in self.copies if not copy.copied.done()), copy]
 
-    def refresh(self) -> None:
-        """Look at the optimizers again: a step or the caller may have given them other tensors."""
-        self._must_look = True
-
     def save(self, work: Callable[[Turn | None], T]) -> T:
         """`work(turn)`, a save, while no guarded step runs on another thread; without a turn where nothing is guarded.
         Before any lock that a step's closure may want."""
@@ -98,14 +95,13 @@ class Guard:
         return turn.run(lambda: work(turn))
 
     def owned(self, wanted: Sequence[int]) -> Owned:
-        """What the guarded optimizers own, as of the last `refresh` or later; nothing if that is none of the storages
-        `wanted`.
+        """What the guarded optimizers own; nothing if that is none of the storages `wanted`.
 
         Nothing inside a step of this thread: nothing waits between here and what the rest of the step changes.
         """
         if not self._optimizers or self._exclusion.in_own_step():
             return NOTHING
-        again, self._must_look = self._must_look, False
+        again, self.must_look = self.must_look, False
         return self._owned.of([o for o in self._alive() if not _is_replayed(o)], wanted, again=again)
 
     def wait(self, *, block: bool = False) -> None:
@@ -119,7 +115,7 @@ class Guard:
         """
         if os.getpid() != self._pid:
             return
-        self.refresh()
+        self.must_look = True
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
             copies = self.copies = [copy for copy in self.copies if not copy.copied.done()]

@@ -50,14 +50,8 @@ _MAX_THREADS = 21
 
 _pools: weakref.WeakSet[WriterPool] = weakref.WeakSet()
 _inherited: list[WriterPool] = []
-
-
-def _keep_in_child() -> None:
-    # Collecting a parent's loop in the child would close or unregister descriptors of an epoll set that both share.
-    _inherited.extend(_pools)
-
-
-os.register_at_fork(after_in_child=_keep_in_child)
+# Collecting a parent's loop in the child would close or unregister descriptors of an epoll set that both share.
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_pools))
 
 
 def auto_num_writers(num_helpers: int) -> int:
