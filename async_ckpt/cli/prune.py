@@ -109,7 +109,7 @@ def _carry_out(catalog: Catalog, policy: RetentionPolicy, hold: Hold) -> list[De
     if not is_url(catalog.root):
         return apply(FileSystem(), catalog.root, policy, hold)
     from ..mirror.config import Mirror
-    from ..mirror.open_store import open_store
+    from ..mirror.remote import open_store
     from ..mirror.remote_manifest import remove_remote
 
     store = open_store(Mirror(catalog.root), FileSystem())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
+from ..errors import MirrorError
 from ..format.manifest import Manifest
 from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileLock, FileSystem
+from ..threads.locks import Lock
 from ..threads.pending import run_guarded
 from .config import Mirror
 from .probe import Abilities
@@ -22,8 +23,11 @@ from .remote_manifest import read_manifest
 from .state import DIRECTORY, States, TagState
 from .store import Store
 
-T = TypeVar("T")
 _POLL_S = 0.1
+
+
+class Stopped(MirrorError):
+    """The mirrors are being closed. What is half sent is gone on with at the next start."""
 
 
 class Agreement(Protocol):
@@ -76,27 +80,9 @@ class MirrorHooks:
     """Runs the user's callbacks of a `PendingMirror`; must not block."""
 
 
-class Pace:
-    """Bounds a rate by sleeping; None bounds nothing. One event loop."""
-
-    def __init__(self, max_bytes_per_s: float | None) -> None:
-        self._max_bytes_per_s = max_bytes_per_s
-        self._free_at_s = 0.0
-
-    async def wait(self, num_bytes: int) -> None:
-        """Return when `num_bytes` more may be sent."""
-        if self._max_bytes_per_s is None:
-            return
-        now_s = time.monotonic()
-        start_s = max(now_s, self._free_at_s)
-        self._free_at_s = start_s + num_bytes / self._max_bytes_per_s
-        await asyncio.sleep(start_s - now_s)
-
-
 @dataclass
 class MirrorContext:
-    """Made on any thread; its coroutines belong to the mirrors' event loop. `store` and `abilities` are set once the
-    store has been tried.
+    """Any thread. `store` and `abilities` are set once the store has been tried.
 
     Raises:
         WriteError: the states cannot be read.
@@ -112,39 +98,58 @@ class MirrorContext:
     hooks: MirrorHooks
     catalog: Catalog = field(init=False)
     states: States = field(init=False)
-    pace: Pace = field(init=False)
     store: Store = field(init=False)
     abilities: Abilities | None = None
+    changed: Lock = field(default_factory=Lock)
+    """Held to change, and notified of: what is to be done, `is_stopping`, memory for parts."""
+    is_stopping: bool = False
+    _free_at_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.catalog = Catalog(self.root, self.filesystem)
         self.states = States(self.filesystem, self.root, self.mirror.url, self.agreement.rank or 0)
-        self.pace = Pace(self.mirror.max_bytes_per_s)
 
-    async def in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        """`call` on one of the mirrors' threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, call, *args)
+    def stop(self) -> None:
+        """Let every thread that works for this mirror stop where it next looks."""
+        with self.changed:
+            self.is_stopping = True
+            self.changed.notify_all()
 
-    async def opened(self, call: Callable[[], T]) -> T:
-        """What `call` opens on a thread (or None); closed again where the waiting is cancelled in between."""
-        opening = asyncio.get_running_loop().run_in_executor(self.executor, call)
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            await asyncio.wait([opening])
-            found: Any = None if opening.exception() is not None else opening.result()
-            if found is not None:
-                found.close()
-            raise
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Block until `predicate()`, which is asked with `changed` held, or for `timeout_s`.
 
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Hold one of the node's `uploaders_per_node` lock files; each is given up with the process."""
+        Raises:
+            Stopped: the mirrors are being closed.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self.changed:
+            while not self.is_stopping and not predicate():
+                left_s = None if deadline_s is None else deadline_s - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    break
+                self.changed.wait(left_s)
+            if self.is_stopping:
+                raise Stopped("the mirrors were closed", url=self.mirror.url)
+
+    def sleep(self, seconds: float = 0.0) -> None:
+        """Block for so long. Raises Stopped."""
+        self.wait_for(lambda: False, seconds)
+
+    def keep_pace(self, num_bytes: int) -> None:
+        """Block until `num_bytes` more may be sent. Raises Stopped."""
+        start_s = 0.0
+        if self.mirror.max_bytes_per_s is not None:
+            with self.changed:
+                start_s = max(time.monotonic(), self._free_at_s)
+                self._free_at_s = start_s + num_bytes / self.mirror.max_bytes_per_s
+        self.sleep(max(0.0, start_s - time.monotonic()))
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold one of the node's `uploaders_per_node` lock files; each is given up with the process. Raises Stopped."""
         lock: FileLock | None = None
-        while self.uploaders_per_node is not None and lock is None:
-            lock = await self.opened(self._try_turn)
-            if lock is None:
-                await asyncio.sleep(_POLL_S)
+        while self.uploaders_per_node is not None and (lock := self._try_turn()) is None:
+            self.sleep(_POLL_S)
         try:
             yield
         finally:

@@ -12,8 +12,9 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
 from ..errors import MirrorError
 from ..host.process import Owner, OwnerState
@@ -24,59 +25,67 @@ _PART = ".part-"
 _LOCK_TIMEOUT_S = 10.0
 _numbers = itertools.count()
 
+T = TypeVar("T")
+
+
+class _Here(Executor):
+    """Runs a call where it is asked for: uploads have threads of their own."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        done: Future[T] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 -- who waits gets it
+            done.set_exception(error)
+        return done
+
+
+_HERE = _Here()
+
 
 class FileStore:
     """See `store.Store`."""
 
-    def __init__(self, url: str, directory: str, filesystem: FileSystem, executor: Executor | None) -> None:
+    def __init__(self, url: str, directory: str, filesystem: FileSystem) -> None:
         self.url = url
         self._directory = directory
         self._fs = filesystem
-        self._executor = executor
 
-    async def put(
-        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
-    ) -> None:
-        path = self._path(key)
-        private = self._private(path)
-        assert self._executor is not None, "this store was opened for reading"
-        with self._telling(f"writing {key!r}"):
-            self._fs.makedirs(os.path.dirname(path))
-            file = await self._fs.open_write(private, size_bytes, direct=False, executor=self._executor)
-            try:
-                try:
-                    offset = 0
-                    async for part in parts:
-                        await asyncio.get_running_loop().run_in_executor(self._executor, file.pwrite, part, offset)
-                        offset += part.nbytes
-                        del part
-                    await file.truncate(offset)
-                    await file.fsync()
-                finally:
-                    await file.close()
-                self._fs.rename(private, path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.unlink(private)
-                raise
-            self._sync_parents(path)
+    def put(self, key: str, parts: Iterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+        with self._replacing(key) as (private, path):
+            asyncio.run(self._write(private, parts, size_bytes))
+            self._fs.rename(private, path)
+
+    async def _write(self, path: str, parts: Iterator[memoryview], size_bytes: int) -> None:
+        file = await self._fs.open_write(path, size_bytes, direct=False, executor=_HERE)
+        try:
+            offset = 0
+            for part in parts:
+                file.pwrite(part, offset)
+                offset += part.nbytes
+                del part
+            await file.truncate(offset)
+            await file.fsync()
+        finally:
+            await file.close()
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
-        path = self._path(key)
-        private = self._private(path)
-        with self._telling(f"writing {key!r}"):
-            self._fs.makedirs(os.path.dirname(path))
+        with self._replacing(key) as (private, path):
             self._fs.create_file(private, data)
-            try:
-                with self._locked(os.path.dirname(path)):
-                    if replaced is not ANY_VERSION and self.head(key) != replaced:
-                        told = "is there already" if replaced is None else "was changed"
-                        raise ConditionFailed(f"{key!r} {told}", url=self.url)
-                    self._fs.rename(private, path)
-            except BaseException:
-                self._fs.unlink(private)
-                raise
-            self._sync_parents(path)
+            with self._locked(os.path.dirname(path)):
+                if replaced is not ANY_VERSION and self.head(key) != replaced:
+                    told = "is there already" if replaced is None else "was changed"
+                    raise ConditionFailed(f"{key!r} {told}", url=self.url)
+                self._fs.rename(private, path)
+
+    def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        info = self.head(key)
+        if info is None:
+            return None
+        try:
+            return info, bytes(self.get_range(key, 0, info.size_bytes)) if info.size_bytes <= max_bytes else b""
+        except FileNotFoundError:
+            return None
 
     def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
         with (
@@ -136,15 +145,23 @@ class FileStore:
     def _path(self, key: str) -> str:
         return os.path.join(self._directory, key) if key else self._directory
 
-    def _private(self, path: str) -> str:
+    @contextlib.contextmanager
+    def _replacing(self, key: str) -> Iterator[tuple[str, str]]:
+        """A private name to write to, and the object's own; made durable afterwards, or the private one removed."""
+        path = self._path(key)
         folder, name = os.path.split(path)
-        return os.path.join(folder, f"{_PART}{name}-{self._fs.owner()}-{next(_numbers)}")
-
-    def _sync_parents(self, path: str) -> None:
-        folder = os.path.dirname(path)
-        while len(folder) >= len(self._directory):
-            self._fs.fsync_dir(folder)
-            folder = os.path.dirname(folder)
+        private = os.path.join(folder, f"{_PART}{name}-{self._fs.owner()}-{next(_numbers)}")
+        with self._telling(f"writing {key!r}"):
+            self._fs.makedirs(folder)
+            try:
+                yield private, path
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.unlink(private)
+                raise
+            while len(folder) >= len(self._directory):
+                self._fs.fsync_dir(folder)
+                folder = os.path.dirname(folder)
 
     @contextlib.contextmanager
     def _locked(self, folder: str) -> Iterator[None]:

@@ -1,8 +1,7 @@
 """All mirrors of one engine: their thread, what is pending, what failed, and how long leaving waits.
 
 Guarantees:
-- One thread runs all of it; reading and small requests happen on a few more, at the lowest priority for processor and
-  disk.
+- Each mirror has a thread, and all share a few more for their objects, at the lowest priority for processor and disk.
 - A `PendingMirror` always resolves. Nothing here harms a commit, and nothing waits longer than it was told to.
 """
 
@@ -20,7 +19,6 @@ from ..metrics import MirrorMetrics
 from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, lower_priority
 from ..threads.locks import Lock
-from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
 from .config import Mirror
 from .context import Agreement, Alone, MirrorContext, MirrorHooks
@@ -28,7 +26,7 @@ from .pending import PendingMirror
 from .worker import Worker
 
 _MAX_THREADS = 16
-_STOP_S = 5.0
+_STOP_S = 2.0
 _CHECK_S = 30.0
 
 
@@ -65,11 +63,11 @@ class Mirrors:
         self._pending: list[PendingMirror] = []
         self._failures: dict[tuple[str, str], tuple[PendingMirror | None, BaseException]] = {}
         """The last one of each mirror and tag that nobody was told of."""
+        self._death: BaseException | None = None
+        """What has ended the thread of a mirror."""
         self._is_checked = self._is_closed = self._has_ended = False
-        # One of each mirror may wait: for the other ranks, or for those that race while its store is tried.
-        num_threads = len(self.mirrors) + min(_MAX_THREADS, 4 + max(mirror.parallel for mirror in self.mirrors))
-        self._executor = DaemonExecutor("async-ckpt-mirror-io", num_threads, on_start=lower_priority)
-        self._loop = LoopThread("async-ckpt-mirror", on_death=self._died, on_undrained=lambda: None)
+        num_threads = len(self.mirrors) + min(_MAX_THREADS, max(4, 0, *(mirror.parallel for mirror in self.mirrors)))
+        self._executor = DaemonExecutor("async-ckpt-mirror", num_threads, on_start=lower_priority)
         try:
             self._workers = [
                 Worker(
@@ -87,14 +85,12 @@ class Mirrors:
                 )
                 for mirror in self.mirrors
             ]
-            self._loop.start()
+            self._runs: list[Outcome[None]] = [Outcome() for _ in self._workers]
+            for worker, run in zip(self._workers, self._runs, strict=True):
+                self._executor.submit(self._run, worker, run)
         except BaseException:
             self._executor.shutdown()
             raise
-        self._loop.call(lower_priority)
-        self._runs = [self._loop.run(worker.run()) for worker in self._workers]
-        for run in self._runs:
-            run.when_done(self._run_ended)
 
     # The engine's calls.
 
@@ -136,11 +132,12 @@ class Mirrors:
     def committed(self, pending: PendingMirror, error: BaseException | None) -> None:
         """The commit has ended: mirror it, or fail with it."""
         pending.committed_s = time.perf_counter()
-        if self._is_closed or self._loop.death is not None:
+        if self._is_closed or self._death is not None:
             closed = TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored")
-            pending.fail(error or self._loop.death or closed)
+            pending.fail(error or self._death or closed)
+            return
         for worker in self._workers:
-            self._loop.call(functools.partial(worker.wake, pending, error))
+            worker.wake(pending, error)
 
     def is_mirrored(self, tag: str, created_unix_ns: int) -> bool:
         """Whether every mirror has had this very checkpoint."""
@@ -170,15 +167,14 @@ class Mirrors:
             pending = list(self._pending)
         left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
         for worker in self._workers:
-            self._loop.call(worker.cancel if left else worker.finish)
-        wait_all(self._runs, max(_STOP_S / 5, deadline - time.monotonic()))
+            if not left:
+                worker.finish()
+        wait_all(self._runs, 0.0 if left else max(_STOP_S / 2, deadline - time.monotonic()))
         for worker in self._workers:
-            self._loop.call(worker.cancel)
-        stop_by = time.monotonic() + _STOP_S
-        wait_all(self._runs, stop_by - time.monotonic())
-        self._loop.stop()
+            worker.context.stop()
+        # Whoever is inside of a request then goes on without us, to its end at most, and changes no state any more.
+        wait_all(self._runs, _STOP_S)
         self._executor.shutdown(wait=False)
-        self._loop.join(max(0.1, stop_by - time.monotonic()))
         for one in pending:
             told = f"the engine was closed before {one.tag!r} was mirrored; it goes on at the next start"
             one.fail(MirrorError(told, url=", ".join(mirror.url for mirror in self.mirrors)))
@@ -208,12 +204,18 @@ class Mirrors:
                 self._failures[key] = pending, error
         self._hooks.on_ended(metrics, error)
 
-    def _run_ended(self, run: Outcome[None]) -> None:
-        error = run.failure()
-        if error is not None and not self._is_closed:
-            self._died(error)
+    def _run(self, worker: Worker, ended: Outcome[None]) -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            if not self._is_closed:
+                self._died(error)
+            raise
+        finally:
+            ended.resolve(None, None)
 
     def _died(self, error: BaseException) -> None:
+        self._death = error
         with self._lock:
             pending = list(self._pending)
             self._failures["", ""] = None, error

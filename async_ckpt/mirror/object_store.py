@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from html import unescape
 from importlib import import_module
@@ -90,19 +90,15 @@ class ObjectStore:
         speaks_s3 = scheme in ("s3", "s3a", "gs")
         self._s3 = SignedS3(self.url, mirror.options, _endpoint(scheme, options), patience_s) if speaks_s3 else None
 
-    async def put(
-        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
-    ) -> None:
+    def put(self, key: str, parts: Iterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
+        is_large = size_bytes > part_bytes
+        how = {"chunk_size": part_bytes, "max_concurrency": parallel} if is_large else {"use_multipart": False}
         try:
-            if size_bytes > part_bytes:
-                await self._obstore.put_async(self._store, key, parts, chunk_size=part_bytes, max_concurrency=parallel)
-            else:
-                async for part in parts:
-                    await self._obstore.put_async(self._store, key, part, use_multipart=False)
+            self._obstore.put(self._store, key, parts if is_large else next(parts), **how)
         except CheckpointError:
             raise
         except Exception as error:
-            if size_bytes > part_bytes and self._is_missing(error):
+            if is_large and self._is_missing(error):
                 told = f"the upload of {key!r} was aborted by another process"
                 raise AbortedElsewhere(told, url=self.url) from error
             raise self._translated(error, f"writing {key!r}") from error
@@ -116,6 +112,16 @@ class ObjectStore:
             self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
         except Exception as error:
             raise self._translated(error, f"writing {key!r}") from error
+
+    def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        try:
+            found = self._obstore.get(self._store, key)
+            info = _info(found.meta)
+            return info, bytes(found.bytes()) if info.size_bytes <= max_bytes else b""
+        except Exception as error:
+            if self._is_missing(error):
+                return None
+            raise self._translated(error, f"reading {key!r}") from error
 
     def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
         if not num_bytes:
@@ -152,7 +158,7 @@ class ObjectStore:
             if self._is_missing(error):
                 return None
             raise self._translated(error, f"looking at {key!r}") from error
-        return ObjectInfo(int(found["size"]), str(found["e_tag"] or ""), found["version"])
+        return _info(found)
 
     def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
         try:
@@ -212,6 +218,10 @@ def _endpoint(scheme: str, options: dict[str, Any]) -> str | None:
     from_env = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if scheme in ("s3", "s3a") else ()
     known = (*map(options.get, names), *map(os.environ.get, from_env))
     return next((found for found in known if found), None)
+
+
+def _info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(int(meta["size"]), str(meta["e_tag"] or ""), meta["version"])
 
 
 def _first_line(error: Exception) -> str:

@@ -7,58 +7,64 @@ memory view that was handed over. So however a library schedules its requests, a
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import weakref
+from collections.abc import Iterator
 
 from ..errors import CorruptCheckpointError
 from ..format.checksum import crc32
 from ..host.memory import region
 from ..metrics import MirrorMetrics
 from ..storage.filesystem import ReadableFile
-from .context import MirrorContext
+from .context import MirrorContext, Stopped
 from .plan import ObjectPlan
 
 
 class Slots:
-    """Memory for parts. Made and used on one event loop; the memory is given back with the object."""
+    """Memory for the parts of one upload, given back with the object. Any thread."""
 
-    def __init__(self, num_slots: int, part_bytes: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._part_bytes = part_bytes
-        self._free: list[memoryview] = []
-        self._semaphore = asyncio.Semaphore(num_slots)
+    def __init__(self, context: MirrorContext) -> None:
+        self.is_closed = False
+        """Whether the upload has failed: no part of it is wanted any more."""
+        self._context = context
+        self._free: list[memoryview | None] = [None] * context.mirror.parallel
         self._lent: dict[int, weakref.ref[memoryview]] = {}
 
-    async def take(self, num_bytes: int) -> memoryview:
+    def take(self, num_bytes: int) -> memoryview:
         """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view
-        ends."""
-        await self._semaphore.acquire()
-        memory = self._free.pop() if self._free else region(self._part_bytes)
+        ends. Blocks. Raises Stopped."""
+        changed = self._context.changed
+        with changed:
+            self._context.wait_for(lambda: self.is_closed or bool(self._free))
+            if self.is_closed:
+                raise Stopped("another object of the checkpoint has failed", url=self._context.mirror.url)
+            memory = self._free.pop() or region(self._context.mirror.part_bytes)
         view = memory[:num_bytes]
 
         def ended(reference: weakref.ref[memoryview]) -> None:
-            # On whichever thread dropped it last; when the loop is gone, nobody waits for a slot any more.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._give_back, id(reference), memory)
+            # On whichever thread dropped it last.
+            with changed:
+                del self._lent[id(reference)]
+                self._free.append(memory)
+                changed.notify_all()
 
         reference = weakref.ref(view, ended)
         # By its number: a reference to memory that can be written has no hash.
         self._lent[id(reference)] = reference
         return view
 
-    def _give_back(self, number: int, memory: memoryview) -> None:
-        del self._lent[number]
-        self._free.append(memory)
-        self._semaphore.release()
+    def close(self) -> None:
+        """Let nobody take or wait for a slot any more."""
+        with self._context.changed:
+            self.is_closed = True
+            self._context.changed.notify_all()
 
 
-class PartStream:
-    """The parts of one file, in order, for one call of `Store.put`. One event loop.
+class PartStream(Iterator[memoryview]):
+    """The parts of one file, in order, for one call of `Store.put`. Blocks; one thread at a time.
 
     Raises (from the iteration; also kept in `failure`, because libraries wrap what their source raises):
-        CorruptCheckpointError: the file on disk is not what was committed.
+        Stopped: no part is wanted any more. CorruptCheckpointError: the file on disk is not what was committed.
         OSError: it cannot be read.
     """
 
@@ -66,53 +72,32 @@ class PartStream:
         self, context: MirrorContext, file: ReadableFile, plan: ObjectPlan, slots: Slots, metrics: MirrorMetrics
     ) -> None:
         self.failure: BaseException | None = None
+        self.md5s: list[bytes] = []
+        """Of each part so far; none where the store compares checksums itself."""
         self._context = context
         self._file = file
         self._plan = plan
         self._slots = slots
         self._metrics = metrics
         self._todo = plan.parts(context.mirror.part_bytes)
-        self._md5s: list[asyncio.Future[bytes]] = []
-        self._reading: asyncio.Future[None] | None = None
+        self._takes_md5 = context.abilities is not None and context.abilities.compares_md5
         self._crc = 0
 
-    def __aiter__(self) -> PartStream:
-        return self
-
-    async def __anext__(self) -> memoryview:
-        part = next(self._todo, None)
-        if part is None:
-            raise StopAsyncIteration
-        offset, num_bytes = part
-        loop, executor = asyncio.get_running_loop(), self._context.executor
+    def __next__(self) -> memoryview:
+        offset, num_bytes = next(self._todo)
         try:
-            view = await self._slots.take(num_bytes)
-            await self._context.pace.wait(num_bytes)
-            self._reading = loop.run_in_executor(executor, self._fill, view, offset)
-            await self._reading
+            view = self._slots.take(num_bytes)
+            self._context.keep_pace(num_bytes)
+            self._fill(view, offset)
         except BaseException as error:
-            self.failure = error if self.failure is None else self.failure
+            self.failure = error
             raise
-        if self._context.abilities is not None and self._context.abilities.compares_md5:
-            # Beside the sending: the store's own checksum is compared with it afterwards.
-            self._md5s.append(loop.run_in_executor(executor, _md5, view))
-        self._metrics.num_parts += 1
-        self._metrics.sent_bytes += num_bytes
+        if self._takes_md5:
+            self.md5s.append(hashlib.md5(view, usedforsecurity=False).digest())
+        with self._context.changed:
+            self._metrics.num_parts += 1
+            self._metrics.sent_bytes += num_bytes
         return view
-
-    async def md5s(self) -> list[bytes]:
-        """The MD5 of each part, once all were sent; none where the store compares checksums itself."""
-        return list(await asyncio.gather(*self._md5s))
-
-    async def close(self) -> None:
-        """Wait until nothing reads the file any more."""
-        pending = [future for future in (self._reading, *self._md5s) if future is not None and not future.done()]
-        if pending:
-            await asyncio.wait(pending)
-        for future in self._md5s:
-            # Never asked for where the put failed.
-            if future.done() and not future.cancelled():
-                future.exception()
 
     def _fill(self, view: memoryview, offset: int) -> None:
         self._file.pread_into(view, offset)
@@ -132,7 +117,3 @@ class PartStream:
                     raise CorruptCheckpointError(message, path=self._file.path)
                 self._crc = 0
             done = stop
-
-
-def _md5(view: memoryview) -> bytes:
-    return hashlib.md5(view, usedforsecurity=False).digest()

@@ -18,7 +18,6 @@ from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileStat, FileSystem
 from ..storage.read_file import Kind
 from .config import Mirror, split_url
-from .open_store import open_store
 from .store import ObjectInfo, Store
 
 if TYPE_CHECKING:
@@ -33,16 +32,34 @@ _NUM_REQUESTS = 32
 """Small requests in flight at once; their cost is the way there and back."""
 
 
-def remote_catalog(mirror: Mirror | str) -> Catalog:
-    """The checkpoints in a mirror; does not connect.
+def open_store(mirror: Mirror, filesystem: FileSystem, *, quick: bool = False) -> Store:
+    """The store of a mirror; its library is imported now. Does not connect.
+
+    Args:
+        quick: give up within `PROBE_TIMEOUT_S` instead of the mirror's own patience.
+
+    Raises:
+        ConfigError: the extra is not installed, or the options are not those of the store.
+    """
+    scheme, _, prefix = split_url(mirror.url)
+    if scheme == "file":
+        from .file_store import FileStore
+
+        return FileStore(mirror.url, prefix or "/", filesystem)
+    from .object_store import ObjectStore
+
+    return ObjectStore(mirror, quick=quick)
+
+
+def remote_catalog(mirror: Mirror, store: Store | None = None) -> Catalog:
+    """The checkpoints in a mirror, read through `store` where there is one already; does not connect.
 
     Raises:
         ConfigError: no such scheme, or the extra is not installed.
     """
     from ..reading.catalog import Catalog
 
-    known = Mirror(mirror) if isinstance(mirror, str) else mirror
-    return Catalog(known.url, RemoteFileSystem(known))
+    return Catalog(mirror.url, RemoteFileSystem(mirror, store))
 
 
 def open_url(url: str) -> RemoteFileSystem:
@@ -59,8 +76,8 @@ def open_url(url: str) -> RemoteFileSystem:
 class RemoteFileSystem:
     """What the reading side needs of `filesystem.FileSystem`. Paths begin with the mirror's URL."""
 
-    def __init__(self, mirror: Mirror) -> None:
-        self.store = open_store(mirror, FileSystem())
+    def __init__(self, mirror: Mirror, store: Store | None = None) -> None:
+        self.store = store or open_store(mirror, FileSystem())
         self._root = mirror.url
 
     def owner_state(self, owner: Owner) -> OwnerState:
@@ -96,11 +113,10 @@ class RemoteFileSystem:
 
     def open_dir(self, root: str, parts: Sequence[str] = ()) -> RemoteDirectory:
         tag = self._key("/".join((root, *parts)))
-        info = self.store.head(f"{tag}/{MANIFEST_NAME}")
-        if info is None:
+        there = self.store.read(f"{tag}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
+        if there is None:
             raise FileNotFoundError(f"{self._root}/{tag} has no {MANIFEST_NAME}")
-        raw = bytes(self.store.get_range(f"{tag}/{MANIFEST_NAME}", 0, min(info.size_bytes, MAX_MANIFEST_BYTES + 1)))
-        return RemoteDirectory(self.store, f"{self._root}/{tag}", tag, raw, _identity(info))
+        return RemoteDirectory(self.store, f"{self._root}/{tag}", tag, there[1], _identity(there[0]))
 
     def _key(self, path: str) -> str:
         if not f"{path}/".startswith(f"{self._root}/"):

@@ -45,13 +45,10 @@ def read_manifest(store: Store, tag: str) -> FoundManifest | None:
     """
     key = f"{tag}/{MANIFEST_NAME}"
     source = f"{store.url}/{key}"
-    info = store.head(key)
-    if info is None:
+    there = store.read(key, MAX_MANIFEST_BYTES)
+    if there is None:
         return None
-    try:
-        raw = bytes(store.get_range(key, 0, min(info.size_bytes, MAX_MANIFEST_BYTES)))
-    except FileNotFoundError:
-        return None
+    info, raw = there
     try:
         manifest = decode(raw, source=source)
         if manifest.tag != tag:
@@ -76,6 +73,7 @@ def publish(
     may_replace: Callable[[FoundManifest], bool],
     on_replace: Callable[[FoundManifest], object],
     patience_s: float,
+    pause: Callable[[float], object],
 ) -> None:
     """Put the manifest and read it back. `on_replace` is called before one is replaced: its objects are to be deleted
     afterwards.
@@ -104,7 +102,7 @@ def publish(
             # It may have been done all the same, or the other side be about to end: the store is asked before
             # anything is said.
             failure = error
-            time.sleep(pause_s)
+            pause(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
 
@@ -155,8 +153,9 @@ def remove_remote(store: Store, states: States | None, expected: Manifest) -> No
         keys = () if kept.attempt == found.attempt else kept.keys
         states.write(replace(kept, keys=keys, doomed=(*kept.doomed, *found.keys)))
     store.delete([f"{expected.tag}/{MANIFEST_NAME}"])
-    store.delete(found.keys)
-    if states is not None and state is None:
+    if states is None:
+        store.delete(found.keys)
+        return
+    delete_doomed(store, states, expected.tag)
+    if state is None:
         states.forget(expected.tag)
-    elif states is not None:
-        delete_doomed(store, states, expected.tag)

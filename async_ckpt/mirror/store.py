@@ -1,12 +1,12 @@
 """The seam to a store: a few methods, so that another library or service can be brought.
 
-Keys are below the mirror's prefix. Every method may be called from any thread; all block but `put`, which is a
-coroutine. They raise `FileNotFoundError` for an object that is not there, and `MirrorError` for everything else.
+Keys are below the mirror's prefix. Every method may be called from any thread, and blocks. They raise
+`FileNotFoundError` for an object that is not there, and `MirrorError` for everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,9 +47,7 @@ class Store(Protocol):
 
     url: str
 
-    async def put(
-        self, key: str, parts: AsyncIterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int
-    ) -> None:
+    def put(self, key: str, parts: Iterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
         """Make or replace an object of `parts`, atomically; all but the last have `part_bytes` bytes. Each is let go
         once it is sent."""
 
@@ -60,6 +58,9 @@ class Store(Protocol):
         Raises:
             ConditionFailed: the condition does not hold (in a store that knows conditions).
         """
+
+    def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        """A small object; without its bytes where it has more than `max_bytes`. None where there is none."""
 
     def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
         """Bytes of an object; fewer where it ends before."""

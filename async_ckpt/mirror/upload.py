@@ -11,12 +11,12 @@ Steps, each of which may be cut short and is done again or gone on with later:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import random
 import re
 import time
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import replace
 
 from ..errors import CheckpointNotFoundError, MirrorError, report
@@ -24,7 +24,8 @@ from ..format.manifest import MAX_MANIFEST_BYTES
 from ..format.names import MANIFEST_NAME
 from ..metrics import MirrorMetrics, Span
 from ..reading.committed import CommittedCheckpoint
-from .context import MirrorContext
+from ..threads.locks import Lock
+from .context import MirrorContext, Stopped
 from .parts import PartStream, Slots
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
 from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
@@ -37,127 +38,117 @@ _PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
 
 
 class Upload:
-    """One checkpoint on its way. Made and run once, on one event loop."""
+    """One checkpoint on its way. Made and run once, on one thread; its objects on the context's."""
 
     def __init__(self, context: MirrorContext, tag: str, metrics: MirrorMetrics) -> None:
         self._context = context
         self._tag = tag
         self._metrics = metrics
+        self._slots = Slots(context)
         self._is_resumed = False
+        self._writing = Lock()
 
-    async def run(self) -> None:
-        """Mirror the checkpoint, unless it is mirrored already.
+    def run(self) -> None:
+        """Mirror the checkpoint, unless it is mirrored already. Blocks.
 
         Raises:
             CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
             CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of
                 that tag.
-            MirrorError: the store failed. WriteError: the state could not be written. What is there is gone on with
-                later.
+            MirrorError: the store failed. WriteError: the state could not be written. Stopped: the mirrors are being
+                closed. What is there is gone on with later.
         """
         context = self._context
         try:
-            with await context.opened(lambda: context.catalog.open(self._tag)) as checkpoint:
+            with context.catalog.open(self._tag) as checkpoint:
                 if not context.states.is_mirrored(self._tag, checkpoint.manifest.created_unix_ns):
-                    await self._run(checkpoint)
+                    self._run(checkpoint)
         except (CheckpointNotFoundError, ConditionFailed):
             state = context.states.get(self._tag)
             if state is not None and not state.mirrored:
-                await context.in_thread(context.abandon, state)
+                context.abandon(state)
             raise
 
-    async def _run(self, checkpoint: CommittedCheckpoint) -> None:
+    def _run(self, checkpoint: CommittedCheckpoint) -> None:
         context = self._context
-        raw = await context.in_thread(checkpoint.directory.read_file, (MANIFEST_NAME,), MAX_MANIFEST_BYTES)
-        plan = plan_upload(
-            checkpoint.manifest,
-            raw,
-            rank=context.agreement.rank,
-            part_bytes=context.mirror.part_bytes,
-            url=context.mirror.url,
-        )
-        state = await context.in_thread(self._begin, plan)
+        raw = checkpoint.directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+        rank, part_bytes, url = context.agreement.rank, context.mirror.part_bytes, context.mirror.url
+        plan = plan_upload(checkpoint.manifest, raw, rank=rank, part_bytes=part_bytes, url=url)
+        self._begin(plan)
         self._metrics.size_bytes = sum(one.entry.size_bytes for one in plan.objects)
         self._metrics.num_objects = len(plan.objects)
         # Not while the ranks wait for each other: one of them may be waiting for its turn.
-        async with context.turn():
-            await self._put_all(checkpoint, plan, state)
-        there = await context.in_thread(read_manifest, context.store, plan.tag)
-        if there is not None and there.raw == plan.manifest:
+        with context.turn():
+            self._put_all(checkpoint, plan)
+        context.sleep()
+        if rank is not None and (there := read_manifest(context.store, plan.tag)) and there.raw == plan.manifest:
             # By an earlier try, of which not every rank has heard.
-            await context.in_thread(self._finish, plan)
+            self._finish(plan)
             return
-        name = f"{context.mirror.url}/{plan.tag}/{plan.attempt}"
-        await context.in_thread(context.agreement.all_sent, name)
+        name = f"{url}/{plan.tag}/{plan.attempt}"
+        context.agreement.all_sent(name)
         if context.agreement.leads:
-            await context.in_thread(self._publish_and_tell, checkpoint, plan, name)
+            self._publish_and_tell(checkpoint, plan, name)
         else:
-            await context.in_thread(self._finish, plan)
+            self._finish(plan)
 
-    def _begin(self, plan: UploadPlan) -> TagState:
+    def _begin(self, plan: UploadPlan) -> None:
         states = self._context.states
         before = states.get(plan.tag)
         if before is not None and before.attempt == plan.attempt:
             self._is_resumed = True
-            return before
+            return
         ours: tuple[str, ...] = ()
         if before is not None:
             ours = (*before.ours, before.attempt)
             if not before.mirrored:
                 self._context.abandon(before)
         keys = tuple(one.key for one in plan.objects)
-        state = TagState(plan.tag, plan.attempt, plan.created_unix_ns, keys, ours=ours)
-        states.write(state)
-        return state
+        states.write(TagState(plan.tag, plan.attempt, plan.created_unix_ns, keys, ours=ours))
 
     # The objects.
 
-    async def _put_all(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, state: TagState) -> None:
-        context = self._context
-        slots = Slots(context.mirror.parallel, context.mirror.part_bytes)
-        at_once = asyncio.Semaphore(context.mirror.parallel)
-        done = dict(state.done)
-        writing = asyncio.Lock()
+    def _put_all(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
+        """All objects, many at once; the first failure ends the others soon, and is raised when they have ended."""
+        puts = [self._context.executor.submit(self._put, checkpoint, plan, one) for one in plan.objects]
+        wait(puts, return_when=FIRST_EXCEPTION)
+        self._slots.close()
+        for put in puts:
+            put.cancel()
+        wait(puts)
+        failures = [error for put in puts if not put.cancelled() and (error := put.exception()) is not None]
+        if failures:
+            raise next((error for error in failures if not isinstance(error, Stopped)), failures[0])
 
-        async def put(one: ObjectPlan) -> None:
-            async with at_once:
-                e_tag = await self._put_object(checkpoint, one, slots, done.get(one.key))
-            async with writing:
-                if done.get(one.key) != e_tag:
-                    done[one.key] = e_tag
-                    await context.in_thread(context.states.write, replace(state, done=dict(done)))
+    def _put(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, one: ObjectPlan) -> None:
+        known_tag = self._own_state(plan).done.get(one.key)
+        e_tag = self._put_object(checkpoint, one, known_tag)
+        with self._writing:
+            state = self._own_state(plan)
+            if known_tag != e_tag and not self._context.is_stopping:
+                self._context.states.write(replace(state, done={**state.done, one.key: e_tag}))
 
-        tasks = [asyncio.ensure_future(put(one)) for one in plan.objects]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _put_object(
-        self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots, known_tag: str | None
-    ) -> str:
+    def _put_object(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, known_tag: str | None) -> str:
         """Returns the entity tag of the object, once it is there and whole."""
-        context = self._context
+        context, store = self._context, self._context.store
         if known_tag is not None:
-            found = await context.in_thread(context.store.head, one.key)
+            found = store.head(one.key)
             if found is not None and (found.size_bytes, found.e_tag) == (one.entry.size_bytes, known_tag):
                 return known_tag
         if self._is_resumed:
-            await context.in_thread(context.store.discard_parts, one.key)
+            store.discard_parts(one.key)
         give_up_s, num_damaged, pause_s = time.monotonic() + context.mirror.retry_timeout_s, 0, _PAUSE_S
         while True:
             try:
-                md5s = await self._send(checkpoint, one, slots)
-                return await context.in_thread(self._look_at, one, md5s)
+                return self._look_at(one, self._send(checkpoint, one))
             except _ObjectDamaged as damaged:
                 num_damaged += 1
                 if num_damaged == _MAX_DAMAGED:
                     raise
                 report(logging.WARNING, "%s; it is sent again", damaged)
             except PassingFailure as failure:
-                found = await context.in_thread(context.store.head, one.key)
+                context.sleep()
+                found = store.head(one.key)
                 is_whole = found is not None and found.size_bytes == one.entry.size_bytes
                 if found is not None and is_whole and isinstance(failure, AbortedElsewhere):
                     # The other process has finished it, and looked at it.
@@ -166,42 +157,40 @@ class Upload:
                 # parts, and bodies that arrived damaged.
                 if time.monotonic() > give_up_s:
                     raise
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+                context.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
-    async def _send(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, slots: Slots) -> list[bytes]:
-        context, started_s = self._context, time.perf_counter()
-        size_bytes, part_bytes = one.entry.size_bytes, context.mirror.part_bytes
-        file = await context.opened(lambda: checkpoint.open_raw(one.entry))
-        stream = PartStream(context, file, one, slots, self._metrics)
-        try:
-            await context.store.put(
-                one.key, stream, size_bytes=size_bytes, part_bytes=part_bytes, parallel=context.mirror.parallel
-            )
-            if size_bytes > part_bytes:
-                # Where the reply to its beginning was lost, the library has begun a second upload, and nobody knows
-                # the first.
-                await context.in_thread(context.store.discard_parts, one.key)
-            self._told("upload", started_s, one.entry.path, size_bytes)
-            return await stream.md5s()
-        except AbortedElsewhere:
-            # Nothing of it is left, and what there is now is the other process's.
-            raise
-        except Exception:
-            with contextlib.suppress(MirrorError):
-                # Best effort: the next try, or the next start, does it again.
-                await context.in_thread(context.store.discard_parts, one.key)
-            failure = stream.failure
-            if failure is None:
+    def _send(self, checkpoint: CommittedCheckpoint, one: ObjectPlan) -> list[bytes]:
+        """Returns the MD5 of each part, where the store compares no checksums itself."""
+        store, mirror, started_s = self._context.store, self._context.mirror, time.perf_counter()
+        size_bytes, part_bytes = one.entry.size_bytes, mirror.part_bytes
+        with contextlib.closing(checkpoint.open_raw(one.entry)) as file:
+            stream = PartStream(self._context, file, one, self._slots, self._metrics)
+            try:
+                store.put(one.key, stream, size_bytes=size_bytes, part_bytes=part_bytes, parallel=mirror.parallel)
+                if size_bytes > part_bytes:
+                    # Where the reply to its beginning was lost, the library has begun a second upload, and nobody
+                    # knows the first.
+                    store.discard_parts(one.key)
+            except AbortedElsewhere:
+                # Nothing of it is left, and what there is now is the other process's.
                 raise
-            is_lost = isinstance(failure, FileNotFoundError | ValueError)
-            if is_lost and not await context.in_thread(checkpoint.is_current):
-                told = f"checkpoint {self._tag!r} was deleted while it was being mirrored"
-                raise CheckpointNotFoundError(told) from failure
-            raise failure from None
-        finally:
-            await stream.close()
-            file.close()
+            except Exception:
+                failure = stream.failure
+                self._context.sleep()
+                if self._slots.is_closed:
+                    raise
+                with contextlib.suppress(MirrorError):
+                    # Best effort: the next try, or the next start, does it again.
+                    store.discard_parts(one.key)
+                if failure is None:
+                    raise
+                if isinstance(failure, FileNotFoundError | ValueError) and not checkpoint.is_current():
+                    told = f"checkpoint {self._tag!r} was deleted while it was being mirrored"
+                    raise CheckpointNotFoundError(told) from failure
+                raise failure from None
+        self._told("upload", started_s, one.entry.path, size_bytes)
+        return stream.md5s
 
     def _look_at(self, one: ObjectPlan, md5s: list[bytes]) -> str:
         store, size_bytes = self._context.store, one.entry.size_bytes
@@ -245,6 +234,7 @@ class Upload:
             may_replace=lambda found: may_replace(found, plan, ours, context.may_overwrite),
             on_replace=lambda found: self._doom(plan, found.keys),
             patience_s=context.mirror.retry_timeout_s,
+            pause=context.sleep,
         )
         self._told("upload manifest", started_s, MANIFEST_NAME, len(plan.manifest))
         self._finish(plan)

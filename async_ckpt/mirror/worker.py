@@ -1,4 +1,4 @@
-"""One mirror's work: one checkpoint after the other, on the mirrors' event loop.
+"""One mirror's work: one checkpoint after the other, on one thread.
 
 What is to be done follows from the disk: what is committed there and not noted as mirrored. So a restart needs no
 queue. What failed is tried again with the next commit, and from time to time: a full disk may wait for it. Checkpoints
@@ -7,19 +7,17 @@ of this run come first.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import OrderedDict
-from concurrent.futures import Future
 
 from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, MirrorError, report
 from ..metrics import MirrorMetrics
-from .context import MirrorContext
-from .open_store import open_store
+from ..threads.outcome import Outcome
+from .context import MirrorContext, Stopped
 from .pending import PendingMirror
 from .probe import probe
-from .remote import remote_catalog
+from .remote import open_store, remote_catalog
 from .remote_manifest import delete_doomed, read_manifest, remove_remote
 from .store import ConditionFailed, PassingFailure
 from .upload import Upload
@@ -29,78 +27,69 @@ _MIN_REST_S = 1.0
 
 
 class Worker:
-    """Made on any thread; `run`, `wake`, `finish` and `cancel` belong to the loop."""
+    """Any thread; only `run` blocks."""
 
     def __init__(self, context: MirrorContext, *, with_backlog: bool) -> None:
         self.context = context
-        self.ready: Future[None] = Future()
-        """Resolves when the store has been tried; with what is wrong with it, if something is."""
+        self.ready: Outcome[None] = Outcome()
+        """Resolves when the store has been tried; to what is wrong with it, if something is."""
         self._url = context.mirror.url
         self._with_backlog = with_backlog
         self._todo: OrderedDict[str, list[PendingMirror]] = OrderedDict()
         self._backlog: list[str] = []
         self._given_up: set[str] = set()
-        self._wakened = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._is_finishing = self._is_busy = False
+        self._is_woken = self._is_finishing = self._is_busy = False
 
     def wake(self, pending: PendingMirror, error: BaseException | None = None) -> None:
         """A commit has ended: mirror it, or learn that there is nothing to mirror."""
         if error is not None:
             pending.mirror_ended(self._url, error)
-        else:
-            self._todo.setdefault(pending.tag, []).append(pending)
-        self._wakened.set()
+        with self.context.changed:
+            if error is None:
+                self._todo.setdefault(pending.tag, []).append(pending)
+            self._is_woken = True
+            self.context.changed.notify_all()
 
     def finish(self) -> None:
         """Stop after what is being done for this run; what is left of earlier runs waits for the next start."""
-        self._is_finishing = True
-        self._wakened.set()
-        if not self._is_busy:
-            self.cancel()
+        with self.context.changed:
+            self._is_finishing = self._is_woken = True
+            self.context.changed.notify_all()
+            if not self._is_busy:
+                self.context.stop()
 
-    def cancel(self) -> None:
-        """Stop at the next await; what is half sent is gone on with at the next start."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def run(self) -> None:
-        """Mirror until cancelled."""
-        self._task = asyncio.current_task()
+    def run(self) -> None:
+        """Mirror until stopped."""
         try:
             while not self._is_finishing:
-                self._wakened.clear()
-                is_all_done = await self._prepare() and await self._work()
+                self._is_woken = False
+                is_all_done = self._prepare() and self._work()
                 rest_s = max(_MIN_REST_S, self.context.mirror.retry_timeout_s)
-                again = None if is_all_done else asyncio.get_running_loop().call_later(rest_s, self._wakened.set)
-                await self._wakened.wait()
-                if again is not None:
-                    again.cancel()
+                self.context.wait_for(lambda: self._is_woken, None if is_all_done else rest_s)
+        except Stopped:
+            pass
         finally:
-            if not self.ready.done():
-                self.ready.set_result(None)
+            self.ready.resolve(None, None)
 
     # Before the first upload.
 
-    async def _prepare(self) -> bool:
+    def _prepare(self) -> bool:
         """Try the store, with the mirror's patience; where that ends, those who wait get the reason."""
         context = self.context
         give_up_s, pause_s = time.monotonic() + context.mirror.retry_timeout_s, _PAUSE_S
         while context.abilities is None:
             try:
-                await context.in_thread(self._connect)
+                self._connect()
             except Exception as failure:  # noqa: BLE001 -- whatever it is, training goes on
                 error = failure if isinstance(failure, CheckpointError) else self._surprise(failure)
-                if not self.ready.done():
-                    self.ready.set_exception(error)
+                self.ready.resolve(None, error)
                 if isinstance(error, PassingFailure) and time.monotonic() < give_up_s and not self._is_finishing:
-                    await asyncio.sleep(pause_s)
+                    context.sleep(pause_s)
                     pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
                     continue
                 self._fail_all(error)
                 return False
-        if not self.ready.done():
-            self.ready.set_result(None)
+        self.ready.resolve(None, None)
         return True
 
     def _surprise(self, failure: Exception) -> MirrorError:
@@ -109,24 +98,22 @@ class Worker:
         return error
 
     def _fail_all(self, error: CheckpointError) -> None:
-        while self._todo:
-            _, pendings = self._todo.popitem(last=False)
-            for pending in pendings:
+        while (taken := self._take()) is not None:
+            for pending in taken[1]:
                 self._tell(pending.metrics_of(self._url), error)
                 pending.mirror_ended(self._url, error)
 
     def _connect(self) -> None:
         context = self.context
         context.states.begin(takes_all=self._with_backlog)
-        quick = open_store(context.mirror, context.filesystem, context.executor, quick=True)
-        abilities = probe(quick, context.executor)
+        abilities = probe(open_store(context.mirror, context.filesystem, quick=True), context.executor)
         if not abilities.conditional:
             told = "the store ignores conditions (If-None-Match): two writers could overwrite each other's manifests"
             if context.agreement.rank is not None:
                 told += ", and this job has several ranks: nothing is mirrored there"
                 raise MirrorError(told, url=self._url)
             report(logging.WARNING, "%s. See to it that only this process writes to %s", told, self._url)
-        context.store = open_store(context.mirror, context.filesystem, context.executor)
+        context.store = open_store(context.mirror, context.filesystem)
         self._recover()
         context.abilities = abilities
 
@@ -149,55 +136,54 @@ class Worker:
 
     # Uploads.
 
-    async def _work(self) -> bool:
+    def _take(self) -> tuple[str, list[PendingMirror]] | None:
+        """A checkpoint of this run, and who waits for it."""
+        with self.context.changed:
+            self._is_busy = bool(self._todo)
+            return self._todo.popitem(last=False) if self._todo else None
+
+    def _work(self) -> bool:
         """All that is to be done now; what fails waits for the next call. Whether nothing did."""
         failed: list[str] = []
-        while (self._todo or self._backlog) and not self._is_finishing:
-            self._is_busy = bool(self._todo)
-            if self._todo:
-                tag, pendings = self._todo.popitem(last=False)
+        while not self._is_finishing and ((taken := self._take()) is not None or self._backlog):
+            tag, pendings = taken or (self._backlog.pop(0), [])
+            if taken is not None:
                 self._given_up.discard(tag)
-            else:
-                tag, pendings = self._backlog.pop(0), []
-                if tag in self._given_up:
-                    continue
-            try:
-                error = await self._mirror(tag, pendings)
-            except asyncio.CancelledError:
-                self._backlog.append(tag)
-                told = f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk"
-                for pending in pendings:
-                    pending.mirror_ended(self._url, MirrorError(told, url=self._url))
-                raise
-            if error is not None and not isinstance(error, CheckpointNotFoundError):
-                if isinstance(error, (ConditionFailed, CorruptCheckpointError)):
-                    self._given_up.add(tag)
-                elif tag not in failed:
-                    failed.append(tag)
-        self._is_busy = False
+            elif tag in self._given_up:
+                continue
+            error = self._mirror(tag, pendings)
+            if isinstance(error, (ConditionFailed, CorruptCheckpointError)):
+                self._given_up.add(tag)
+            elif error is not None and not isinstance(error, CheckpointNotFoundError) and tag not in failed:
+                failed.append(tag)
         self._backlog = [*failed, *self._backlog]
         return not failed
 
-    async def _mirror(self, tag: str, pendings: list[PendingMirror]) -> BaseException | None:
+    def _mirror(self, tag: str, pendings: list[PendingMirror]) -> BaseException | None:
         context = self.context
         metrics = pendings[0].metrics_of(self._url) if pendings else MirrorMetrics(tag, self._url)
         error: BaseException | None = None
         try:
             if not self._with_backlog:
-                await context.in_thread(self._ask_again, tag)
+                self._ask_again(tag)
             started_s = time.perf_counter()
             metrics.wait_s = started_s - pendings[0].committed_s if pendings else 0.0
-            await Upload(context, tag, metrics).run()
+            Upload(context, tag, metrics).run()
             metrics.upload_s = time.perf_counter() - started_s
+        except Stopped:
+            told = f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk"
+            for pending in pendings:
+                pending.mirror_ended(self._url, MirrorError(told, url=self._url))
+            raise
         except Exception as failure:  # noqa: BLE001 -- whatever it is, those who wait get it
             error = failure
         self._tell(metrics, error)
         for pending in pendings:
             pending.mirror_ended(self._url, error)
         if error is None:
-            await context.in_thread(context.hooks.on_mirrored)
+            context.hooks.on_mirrored()
             if context.mirror.retention is not None and context.agreement.leads:
-                await context.in_thread(self._retain, tag)
+                self._retain(tag)
         return error
 
     def _ask_again(self, tag: str) -> None:
@@ -215,7 +201,7 @@ class Worker:
         try:
             context.hooks.retain(
                 context.mirror,
-                remote_catalog(context.mirror),
+                remote_catalog(context.mirror, context.store),
                 lambda manifest: remove_remote(context.store, context.states, manifest),
             )
         except (CheckpointError, OSError) as error:

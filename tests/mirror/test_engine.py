@@ -91,8 +91,13 @@ def test_leaving_the_block_says_what_is_left_and_the_next_engine_goes_on(
             engine.close()
         assert isinstance(pending.mirrored.exception(0), MirrorError) and pending.exception(0) is None
         is_open.set()
+        until(lambda: threads_of_mirrors() == [])
     with engine_on(tmp_path, s3_mirror(moto, prefix)) as engine:
         until(lambda: "step-1" in Catalog(s3_mirror(moto, prefix).url, remote(s3_mirror(moto, prefix))).tags())
+
+
+def threads_of_mirrors() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("async-ckpt-mirror")]
 
 
 def remote(mirror: Mirror) -> Any:
@@ -299,6 +304,7 @@ def test_a_preemption_bounds_the_wait_for_mirrors(moto: Any, tmp_path: Path, pre
             engine.close()
         assert time.monotonic() - began < 8
         is_open.set()
+        until(lambda: threads_of_mirrors() == [])
     assert Catalog(tmp_path).latest() == "step-1"
 
 

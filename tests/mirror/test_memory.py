@@ -3,7 +3,6 @@ hold."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.making import begin
 
+from ..support.stepping import until
 from .making import mirroring, s3_mirror
 
 _MIB = 1 << 20
@@ -99,28 +99,26 @@ def test_no_part_is_read_before_a_slot_is_free(tmp_path: Path) -> None:
     size_bytes, filesystem = 50 * _MIB, FileSystem()
     sparse_checkpoint(tmp_path, size_bytes, _MIB)
     entry = FileEntry("model.bin", size_bytes, _MIB, (crc32(bytes(_MIB)),) * 50, "opaque", "test", None)
-    mirror = Mirror(f"file://{tmp_path}/other", part_bytes=5 * _MIB)
+    mirror = Mirror(f"file://{tmp_path}/other", part_bytes=5 * _MIB, parallel=2)
+    metrics = MirrorMetrics("huge")
 
-    async def main() -> None:
-        file = filesystem.open_read(str(tmp_path / "huge"), ("model.bin",))
-        with ThreadPoolExecutor(2) as pool:
-            context = MirrorContext(mirror, filesystem, str(tmp_path), pool, Alone(), False, None, MirrorHooks())
-            metrics = MirrorMetrics("huge")
-            stream = PartStream(context, file, ObjectPlan("key", entry), Slots(2, mirror.part_bytes), metrics)
-            held = [await anext(stream), await anext(stream)]
-            third = asyncio.ensure_future(anext(stream))
-            # More turns of the loop than a part needs.
-            for _ in range(1000):
-                await asyncio.sleep(0)
-            assert not third.done() and metrics.num_parts == 2
-            held.pop()
-            held.append(await asyncio.wait_for(third, 60))
-            held.clear()
-            third = None  # type: ignore[assignment]
-            async for part in stream:
-                del part
-            await stream.close()
-            assert metrics.sent_bytes == size_bytes
-        file.close()
+    file = filesystem.open_read(str(tmp_path / "huge"), ("model.bin",))
+    with ThreadPoolExecutor(2) as pool:
+        context = MirrorContext(mirror, filesystem, str(tmp_path), pool, Alone(), False, None, MirrorHooks())
+        stream = PartStream(context, file, ObjectPlan("key", entry), Slots(context), metrics)
+        held = [next(stream), next(stream)]
+        third = pool.submit(next, stream)
+        until(lambda: num_waiting(context.changed) == 1)
+        assert not third.done() and metrics.num_parts == 2
+        held.pop()
+        held.append(third.result(60))
+        held.clear()
+        del third
+        for part in stream:
+            del part
+        assert metrics.sent_bytes == size_bytes
+    file.close()
 
-    asyncio.run(main())
+
+def num_waiting(changed: Any) -> int:
+    return 0 if changed._waiters is None else len(changed._waiters._waiters)
