@@ -145,7 +145,6 @@ class Commits:
         started_s, tag = time.perf_counter(), destination.tag
         self.check_usable()
         self.raise_unacknowledged()
-        self.pipeline.guard.must_look = True
         known = self._open.get(tag)
         if known is not None:
             if known.is_open:

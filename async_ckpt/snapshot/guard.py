@@ -55,8 +55,6 @@ class Guard:
         self._lock = Lock()
         self._exclusion = StepExclusion(timeout_s)
         self._owned = OwnedStorages()
-        self.must_look = True
-        """At the optimizers again: a step or the caller may have given them other tensors."""
 
     def add(self, optimizer: Any) -> int:
         """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes
@@ -68,7 +66,6 @@ class Guard:
         given, optimizer = optimizer, _steppable(optimizer)
         if not self.guards(optimizer):
             self._optimizers.append(weakref.ref(optimizer))
-            self.must_look = True
             optimizer.step = types.MethodType(_excluding(optimizer.step, weakref.ref(self)), optimizer)
             _guards.add(self)
             if _is_replayed(optimizer):
@@ -101,8 +98,7 @@ class Guard:
         """
         if not self._optimizers or self._exclusion.in_own_step():
             return NOTHING
-        again, self.must_look = self.must_look, False
-        return self._owned.of([o for o in self._alive() if not _is_replayed(o)], wanted, again=again)
+        return self._owned.of([o for o in self._alive() if not _is_replayed(o)], wanted)
 
     def wait(self, *, block: bool = False) -> None:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
@@ -115,7 +111,6 @@ class Guard:
         """
         if os.getpid() != self._pid:
             return
-        self.must_look = True
         with self._lock:
             # They stay listed until they are copied: another thread's step has to wait for them too.
             copies = self.copies = [copy for copy in self.copies if not copy.copied.done()]

@@ -59,36 +59,29 @@ class OwnedStorages:
         self._looked_at: tuple[int, ...] = ()
         """The optimizers, by identity."""
 
-    def of(self, optimizers: Sequence[Any], wanted: Sequence[int], *, again: bool = True) -> Owned:
+    def of(self, optimizers: Sequence[Any], wanted: Sequence[int]) -> Owned:
         """As `look`, for somebody who asks about the storages `wanted`; `NOTHING` where none of them is owned.
 
         Where all were owned at the last look, nobody looks again. One that has been taken from its optimizer since may
         be among them: what is still done to it by others is for the torn check.
         """
-        looked_at = tuple(map(id, optimizers))
-        taken = self._taken
+        looked_at, taken = tuple(map(id, optimizers)), self._taken
         if taken is not None and looked_at == self._looked_at and taken.ids.issuperset(wanted):
             return Owned(taken.ids, _tensors(optimizers), covers=True) if wanted else NOTHING
-        again = again or looked_at != self._looked_at
-        found, self._looked_at = self.look(optimizers, again=again), looked_at
+        found, self._looked_at = self.look(optimizers), looked_at
         if found.ids.isdisjoint(wanted):
             return NOTHING
         return Owned(found.ids, found.tensors, covers=found.ids.issuperset(wanted))
 
-    def look(self, optimizers: Sequence[Any], *, again: bool = True) -> Owned:
+    def look(self, optimizers: Sequence[Any]) -> Owned:
         """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still
         holds.
 
         It does because the identities in it cannot be given to other storages: weak references keep them taken. Were
         one of these tensors given another storage over the same memory, it would only be missing, and be copied
         eagerly.
-
-        Args:
-            again: False: nothing can have changed since the last look.
         """
         tensors = _tensors(optimizers)
-        if not again and self._taken is not None:
-            return Owned(self._taken.ids, tensors)
         addresses = _addresses(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
         if self._taken is None or addresses is None or addresses != self._addresses:
             # Forgotten first: an exception from here on must not leave the old answer.

@@ -147,7 +147,7 @@ def test_nothing_is_kept_alive() -> None:
     assert [reference() for reference in dropped] == [None] * 3
 
 
-def test_a_guard_looks_again_after_a_step_only() -> None:
+def test_a_guard_knows_what_an_optimizer_was_given_since() -> None:
     _, optimizer = stepped(lambda p: torch.optim.AdamW(p))
     guard = Guard(1.0, lambda: None)
     guard.add(optimizer)
