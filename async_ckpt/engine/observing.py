@@ -44,7 +44,6 @@ class Callbacks:
         self.run(lambda: report(level, message, *args))
 
     def on_span(self, span: Span) -> None:
-        """See `Observer`."""
         if self._thread.num_queued < _MAX_BEHIND:
             self.tell("on_span", span)
 

@@ -203,7 +203,6 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def is_stream_capturing(stream: torch.Stream) -> bool:
-    """Whether `stream`, of whatever thread, records a graph."""
     known: Any = stream
     if hasattr(known, "is_capturing"):
         return bool(known.is_capturing())

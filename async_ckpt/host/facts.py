@@ -176,7 +176,6 @@ def _meminfo_available_bytes(proc: str) -> int:
 
 
 def _read_table(path: str) -> dict[str, int]:
-    """Lines of "name number"."""
     pairs = (line.split() for line in _read_lines(path))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 

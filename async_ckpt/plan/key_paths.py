@@ -87,5 +87,4 @@ def places_of(root: Any, objects: Sequence[Any]) -> list[str | None]:
 
 
 def tensor_paths(root: Any, tensors: Sequence[torch.Tensor]) -> list[str]:
-    """The path of each of `tensors`, or a placeholder."""
     return [UNKNOWN if path is None else path for path in places_of(root, tensors)]

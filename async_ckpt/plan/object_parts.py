@@ -208,7 +208,6 @@ def _is_plain(kind: type) -> bool:
 
 
 def is_numpy(kind: type) -> bool:
-    """Whether objects of this class are NumPy's own arrays, scalars or dtypes."""
     numpy = sys.modules.get("numpy")
     if numpy is None or kind.__module__.partition(".")[0] != "numpy":
         return False

@@ -126,7 +126,6 @@ def hash_layout(file_format: str, file_bytes: int, offsets: Sequence[int], nbyte
 def container_plan(
     container: Container, planner: PlannerName, strided: Mapping[int, Strided], plan_hash: str | None = None
 ) -> FilePlan:
-    """The plan of a torch container."""
     if plan_hash is None:
         plan_hash = hash_layout("torch", container.file_bytes, container.payload_offsets, container.payload_nbytes)
     return FilePlan(

@@ -80,7 +80,6 @@ class SafetensorsPlan:
     def planned(
         self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
     ) -> PlannedState:
-        """Attach live storages."""
         names = self.names
         return PlannedState(
             plan=self.plan,
@@ -125,7 +124,6 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
 
 
 def _metadata(obj: Any) -> tuple[dict[str, str] | None, Any]:
-    """The header's own metadata, and the rest of the state."""
     if not isinstance(obj, dict) or "__metadata__" not in obj:
         return None, obj
     found = obj["__metadata__"]

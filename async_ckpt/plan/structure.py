@@ -239,8 +239,6 @@ class Structure:
 
 
 class _Flat:
-    """A state as a flat list."""
-
     def __init__(self, root: Any) -> None:
         leaves: list[Any] = [root]
         opened: list[Opened] = []

@@ -130,19 +130,16 @@ class StagingArena:
 
     @property
     def num_free(self) -> int:
-        """Chunks that nobody owns."""
         with self._lock:
             self._reclaim()
             return len(self._warm) + len(self._cold)
 
     @property
     def num_faulted(self) -> int:
-        """Chunks whose memory has been touched, in use or free."""
         return len(self._ready)
 
     @property
     def num_taken(self) -> int:
-        """Chunks that somebody owns."""
         with self._lock:
             return self.num_chunks - self._num_unmapped - self.num_free
 

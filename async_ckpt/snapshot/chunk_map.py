@@ -30,7 +30,6 @@ class LargePiece:
     nbytes: int
 
     def target_in(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Where it belongs in the bytes of its chunk."""
         return chunk[self.chunk_offset : self.chunk_offset + self.nbytes]
 
 
@@ -58,7 +57,6 @@ class SmallPieces:
             self.rows.append(slice(self.rows[-1].stop if self.rows else 0, len(self.nbytes)))
 
     def pieces(self, k: int) -> Iterator[LargePiece]:
-        """The rows of chunk `k`, one by one."""
         rows = self.rows[k]
         return map(
             LargePiece, self.sources[rows], self.source_offsets[rows], self.chunk_offsets[rows], self.nbytes[rows]

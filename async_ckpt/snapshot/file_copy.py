@@ -314,7 +314,6 @@ class FileCopy:
         return self._streams.queue(device, copies)
 
     def _finish_device_copies(self) -> None:
-        """Wait for each chunk's copies and hand it over."""
         queued, self._unfinished = self._unfinished, []
         for k, chunk, events, began in queued:
             synchronize(events)

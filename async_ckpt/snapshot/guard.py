@@ -79,7 +79,6 @@ class Guard:
         return 3 * parameters
 
     def track(self, copy: FileCopy) -> None:
-        """Make the next step wait for `copy`."""
         with self._lock:
             self.copies = [*(copy for copy in self.copies if not copy.copied.done()), copy]
 
@@ -169,7 +168,6 @@ class Guard:
         return Turn(self._exclusion, Work.STEP).run(after_copies)
 
     def guards(self, optimizer: Any) -> bool:
-        """Whether `optimizer` is guarded here."""
         return any(known is optimizer for known in self._alive())
 
     def _alive(self) -> Iterator[Any]:

@@ -28,8 +28,6 @@ _LOOK_AGAIN_S = 0.05
 
 
 class Work(enum.Enum):
-    """What a turn is for."""
-
     STEP = "an optimizer step"
     SAVE = "a save"
 
@@ -88,14 +86,12 @@ class StepExclusion:
             self._changed.notify_all()
 
     def in_own_step(self) -> bool:
-        """Whether this thread is inside a step."""
         with self._changed:
             outer = self._outermost(threading.get_ident())
         return outer is not None and outer.work is Work.STEP
 
     @property
     def idle(self) -> bool:
-        """Nobody has a turn, and nobody waits for one."""
         with self._changed:
             self._forget_ended()
             return not self._running and not self._queue

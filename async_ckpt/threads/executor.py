@@ -127,7 +127,6 @@ class DaemonExecutor(Executor):
 
     @property
     def native_ids(self) -> list[int]:
-        """Of its threads, as the kernel counts them."""
         return [thread.native_id for thread in self._threads if thread.native_id is not None]
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:

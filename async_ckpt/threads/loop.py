@@ -52,12 +52,10 @@ class LoopThread:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
         start_thread(self._thread)
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is on the loop's own thread."""
         return threading.current_thread() is self._thread
 
     def call(self, callback: Callable[[], object]) -> None:
@@ -95,7 +93,7 @@ class LoopThread:
         return [outcome for outcome, run in list(self._runs.items()) if isinstance(run, asyncio.Task)]
 
     def stop(self) -> None:
-        """End the loop in order; to be called when nothing is left to do."""
+        """To be called when nothing is left to do."""
         self._is_stopping = True
         self.call(self.loop.stop)
 

@@ -74,7 +74,6 @@ class Outcome(Generic[T]):
         return self._ends[0][0]  # type: ignore[return-value]
 
     async def ended(self) -> None:
-        """Wait until it has resolved, however."""
         # Where a loop runs it is imported already; what only looks at a directory starts without it.
         import asyncio
 
@@ -113,7 +112,6 @@ class Outcome(Generic[T]):
             callback(self)
 
     def resolve(self, result: T | None, error: BaseException | None) -> None:
-        """Set the outcome unless there is one."""
         self._ends.append((result, error))
         while self._callbacks:
             try:

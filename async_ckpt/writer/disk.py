@@ -118,7 +118,6 @@ def bytes_to_write(chunk: Chunk, file: WritableFile) -> memoryview:
 
 
 def whole_pages(nbytes: int) -> int:
-    """`nbytes`, rounded up."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 

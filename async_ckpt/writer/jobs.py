@@ -77,7 +77,6 @@ class Jobs(Executor):
 
     @property
     def is_idle(self) -> bool:
-        """Whether none is queued or in a thread."""
         return self._num_left == 0
 
     def on_idle(self, callback: Callable[[], None]) -> None:

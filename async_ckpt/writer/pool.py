@@ -185,7 +185,6 @@ class WriterPool:
 
     @property
     def helper_native_ids(self) -> list[int]:
-        """Of the threads behind `submit_help`, as the kernel counts them."""
         return self._helpers.native_ids
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
