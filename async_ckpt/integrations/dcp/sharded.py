@@ -137,7 +137,7 @@ def save_sharded(
     try:
         state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
     except BaseException as error:
-        failure = _own_or_first(error, writer.rank) if isinstance(error, CheckpointException) else error
+        failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
         # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
         if isinstance(error, (CheckpointException, ValueError)):
             failure = _unplannable(failure)
@@ -203,13 +203,12 @@ def load_sharded(
             ``planner=DefaultLoadPlanner(allow_partial_load=True)`` to load what is there.
     """
     _check_arguments(engine, state_dict)
-    rank = dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
     catalog = engine.catalog_of(tag)
     reader = DcpReader(os.path.join(catalog.root, tag), verify=verify, weights_only=weights_only, catalog=catalog)
     try:
         state_dict_loader.load(state_dict, storage_reader=reader, process_group=process_group, planner=planner)
     except CheckpointException as error:
-        raise (reader.failure or _mismatch(_own_or_first(error, rank), tag)) from error
+        raise (reader.failure or _mismatch(_own_or_first(error, process_group), tag)) from error
 
 
 def _check_arguments(engine: Any, state_dict: Any) -> None:
@@ -250,10 +249,11 @@ def _mismatch(error: BaseException, tag: str) -> BaseException:
     return error
 
 
-def _own_or_first(error: CheckpointException, rank: int) -> BaseException:
+def _own_or_first(error: CheckpointException, process_group: dist.ProcessGroup | None) -> BaseException:
     """This rank's failure, where it has one; else who failed first and why."""
     causes = {failed: wrapped[0] for failed, wrapped in error.failures.items()}
-    own = causes.get(rank)
+    # Not what DCP tells the storage writer: torch 2.7 tells it no rank.
+    own = causes.get(dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0)
     if own is not None:
         return own
     first = min(causes)
@@ -269,7 +269,6 @@ class _EngineWriter(StorageWriter):
     def __init__(self, engine: AsyncCheckpointEngine, tag: str, *, caches: bool) -> None:
         super().__init__()
         self.known = KnownPlan()
-        self.rank = 0
         self.is_open = False
         self._engine = engine
         self._tag = tag
@@ -287,7 +286,7 @@ class _EngineWriter(StorageWriter):
         return StorageMeta() if self._caches else StorageMeta(checkpoint_id=os.path.join(self._engine.root, self._tag))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.rank, self.known.is_first = kwargs.get("rank", 0), is_coordinator
+        self.known.is_first = is_coordinator
         # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not
         # begin.
         self._engine.create(self._tag)

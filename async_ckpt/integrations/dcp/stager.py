@@ -32,7 +32,7 @@ _SLOT_STEP_BYTES = 2 << 20
 
 
 class ArenaStager(AsyncStager):
-    """Give it to ``dcp.async_save`` as `async_stager`, the same one each time.
+    """Give it to ``dcp.async_save`` as `async_stager` (which torch 2.7 does not have), the same one each time.
 
     Args:
         num_slots: snapshots that may be alive at once; each takes as much host memory as the state.

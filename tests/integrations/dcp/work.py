@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -97,8 +98,11 @@ def save(rank: int, path: str, seed: int, how: str) -> Any:
     else:
         kind = getattr(dcp.state_dict_saver.AsyncCheckpointerType, how)
         stager = ArenaStager(to_process=how == "PROCESS")
+        # torch 2.7 has no stagers of their own.
+        takes_one = "async_stager" in inspect.signature(dcp.async_save).parameters
+        options = {"async_stager": stager} if takes_one else {}
         pending: Any = dcp.async_save(
-            state, checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager
+            state, checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind, **options
         )
         # The snapshot must not see this.
         with torch.no_grad():
