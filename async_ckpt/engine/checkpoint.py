@@ -28,6 +28,7 @@ from .pending import PendingCommit
 if TYPE_CHECKING:
     from ..plan.plan import FilePlan
     from ..snapshot.file_copy import FileCopy
+    from .replicated import Replica
     from .reuse import NewFile, Reuse
 
 
@@ -41,12 +42,15 @@ class SavedFile:
     started_s: float
     copy: FileCopy | None = None
     new: NewFile | None = None
+    replica: Replica | None = None
+    """Where it is only this rank's share of a file."""
 
     def entry(self, path: str, rank: int | None) -> FileEntry:
         """The manifest's line for this file, once it is synced; notes what it has cost."""
         metrics, write = self.metrics, self.write
+        share = None if self.replica is None else self.replica.share
         metrics.shared_bytes = 0 if write.sharing is None else write.sharing.shared_bytes
-        metrics.written_bytes = write.size_bytes - metrics.shared_bytes
+        metrics.written_bytes = (share.end - share.start if share else write.size_bytes) - metrics.shared_bytes
         metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
         metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
         metrics.durable_s = write.durable_s - self.started_s
@@ -156,7 +160,11 @@ class Checkpoint:
         rank = self.coordinator.rank if self.coordinator.world_size > 1 else None
         for path, saved in self.files.items():
             await saved.write.done
-            entries.append(saved.entry(path, rank))
+            entry = saved.entry(path, rank)
+            if saved.replica is None:
+                entries.append(entry)
+            else:
+                self.staging.shared[path] = saved.replica
             on_save(saved.metrics)
         await asyncio.wrap_future(self.staging.location)
         if self.after is not None:
@@ -184,6 +192,9 @@ class Checkpoint:
         if read_back:
             verify.read_back(self.filesystem, staging.path, entries)
         started_s, files = time.perf_counter(), self.files.values()
+        for saved in files:
+            if saved.replica is not None:
+                saved.replica.reads_back = read_back
         first_save_s = min((saved.started_s for saved in files), default=self.commit_s)
         self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)
         self.metrics.stall_s += self.metrics.guard_wait_s
@@ -200,8 +211,8 @@ class Checkpoint:
         metrics.publish_s = now_s - started_s
         metrics.commit_s = now_s - self.commit_s
         metrics.total_s = now_s - first_save_s
-        metrics.size_bytes = sum(entry.size_bytes for entry in entries)
-        metrics.num_files = len(entries)
+        metrics.size_bytes = sum(saved.metrics.size_bytes for saved in files)
+        metrics.num_files = len(files)
 
     def remember_in(self, reuse: Reuse) -> None:
         """Let later files share bytes with those of this checkpoint, which is committed."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import PathExistsError, TransactionStateError, UnsafePathError
+from ..errors import TransactionStateError, UnsafePathError
 from ..format.metadata import check_metadata
 from ..format.names import check_tag
 from ..plan.plan import PlannedState, opaque_state
@@ -27,7 +27,7 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
 from ..threads.executor import run_aside
-from . import at_exit, closing, preflight, restoring
+from . import at_exit, closing, preparing, restoring
 from .checkpoint import given_up
 from .commits import Commits
 from .config import EngineConfig
@@ -85,18 +85,16 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """Make a sub-directory of the open checkpoint (parents too), or the root itself. Does not block.
 
         Raises PathExistsError: it is there already and `exist_ok` is False."""
-        with self._commits.lock:
-            self._commits.check_usable()
-            if self._commits.paths.is_named_by(path):
-                is_new, what = False, f"the checkpoint root {self.root!r}"
-            else:
-                checkpoint, parts = self._commits.locate(path)
-                is_new = checkpoint.add_directory(parts)
-                what = f"directory {'/'.join(parts) or '.'!r} of the open checkpoint {checkpoint.tag!r}"
-            if not is_new and not exist_ok:
-                raise PathExistsError(f"{what} exists already")
+        preparing.make_directory(self._commits, path, exist_ok=exist_ok)
 
-    def save(self, state_dict: Any, path: StrPath, *, format: Literal["torch", "safetensors"] | None = None) -> None:
+    def save(
+        self,
+        state_dict: Any,
+        path: StrPath,
+        *,
+        format: Literal["torch", "safetensors"] | None = None,
+        replicated: bool = False,
+    ) -> None:
         """Snapshot `state_dict` as file `path` of the open checkpoint and write it in the background.
 
         The file holds the state at the moment of this call, however training goes on: tensors of any kind on the CPU or
@@ -112,6 +110,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
             path: inside the tag opened last ("model.pt", "sub/optim.pt"), or "<root>/<tag>/model.pt" of any open tag.
             format: of this file; None is the configuration's. "safetensors" takes a flat dict of tensors, whose
                 "__metadata__" may be a dict of str for the file's header.
+            replicated: all ranks hold this state, and all make this call: each copies and writes its share of the one
+                file (without `reuse` and `rewrite`), which is what rank 0 alone would have written. The commit fails,
+                and names ranks and key paths, where ranks differ in what is no tensor, or in the tensors that it
+                compares: those in one chunk of each share. Rank 0 alone writes on file systems that are not known to
+                be coherent; where each node has a root, its first rank does, and nothing is compared.
 
         Raises:
             TransactionStateError: no such tag is open. PathExistsError: the path was saved already.
@@ -128,7 +131,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 if not parts:
                     raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside {checkpoint.tag!r}")
                 with self._pipeline.snapshotter.deferring():
-                    self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn)
+                    name, how = "/".join(parts), (started, format, turn)
+                    self._pipeline.save(checkpoint, name, state_dict, *how, replicated=replicated)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
         try:
@@ -195,13 +199,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
             OutOfSpaceError: there is no room for one checkpoint, or for as many as `retention` will keep.
         """
-        with self._commits.lock:
-            self._commits.check_usable()
-            named = {"/".join(self._commits.paths.split(path)[1]): state for path, state in (states or {}).items()}
-            planned_bytes, size_bytes = self._pipeline.plan_ahead(named)
-        self._pipeline.tell_notes()
-        preflight.for_states(self.config, self._commits.catalog, self._commits.filesystem, size_bytes)
-        self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
+        preparing.prewarm(self._commits, self.config, state_bytes, states)
 
     # Reading back.
 

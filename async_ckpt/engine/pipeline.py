@@ -27,11 +27,11 @@ from ..snapshot.guard import Guard
 from ..snapshot.owned_storages import NOTHING
 from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import FileSystem
-from ..writer.file import FileWrite
 from ..writer.pool import WriterPool
 from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
 from .observing import Callbacks
+from .replicated import Replication
 from .reuse import Reuse
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class SavePipeline:
                 "less. Nothing was made"
             ) from error
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
+        self.replication = Replication(filesystem, os.fspath(config.root))
         self._observes = bool(config.observers)
         self._has_stopped = False
         self._notes: deque[str] = deque()
@@ -116,6 +117,8 @@ class SavePipeline:
         started_s: float,
         format: Literal["torch", "safetensors"] | None,
         turn: Turn | None,
+        *,
+        replicated: bool = False,
     ) -> None:
         """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path` of `checkpoint`.
 
@@ -124,6 +127,11 @@ class SavePipeline:
         if not checkpoint.is_healthy():
             return
         checkpoint.check_new(path)
+        coordinator = checkpoint.coordinator
+        is_shared = replicated and coordinator.num_sharing > 1
+        if replicated and not is_shared and not coordinator.leads:
+            # Where each node has a root of its own, its first rank saves the file.
+            return
         began_s = time.perf_counter()
         # An integration may have planned the file itself.
         is_planned = isinstance(state_dict, PlannedState)
@@ -131,24 +139,13 @@ class SavePipeline:
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
-        manifest_bytes = checkpoint.budget.add_file(path, state.plan.file_bytes, self.arena.chunk_bytes)
-        new = self.reuse.begin(path, state) if self.reuse.is_on else None
-        write = self.pool.open_file(
-            path,
-            folder=checkpoint.coordinator.admit(checkpoint.staging, path, manifest_bytes),
-            size_bytes=state.plan.file_bytes,
-            seal=state.plan.sealer() if new is None else new.seal,
-            make_parents="/" in path,
-            tag=checkpoint.tag,
-            older=None if new is None or not new.has_older else new.older,
-            pass_over=None if new is None else new.pass_over,
-        )
-        saved = SavedFile(write, metrics, state.plan, time.perf_counter(), new=new)
+        saved = self._open(checkpoint, path, state, metrics, is_shared=is_shared)
+        write, new = saved.write, saved.new
         checkpoint.files[path] = saved
         checkpoint.metrics.saves.append(metrics)
         try:
             elsewhere = frozenset[int]() if new is None else new.elsewhere(write.sharing)
-            saved.copy = copy = self._snapshot(checkpoint, path, state, write, turn, elsewhere)
+            saved.copy = copy = self._snapshot(checkpoint, path, state, saved, turn, elsewhere)
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
@@ -161,12 +158,37 @@ class SavePipeline:
         self.callbacks.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
+    def _open(
+        self, checkpoint: Checkpoint, path: str, state: PlannedState, metrics: SaveMetrics, *, is_shared: bool
+    ) -> SavedFile:
+        plan, coordinator, chunk_bytes = state.plan, checkpoint.coordinator, self.arena.chunk_bytes
+        manifest_bytes = checkpoint.budget.add_file(path, plan.file_bytes, chunk_bytes)
+        if is_shared and not coordinator.leads:
+            # One line for all ranks.
+            manifest_bytes = 0
+        replica = self.replication.begin(path, state, chunk_bytes, coordinator) if is_shared else None
+        new = self.reuse.begin(path, state) if self.reuse.is_on and replica is None else None
+        write = self.pool.open_file(
+            path,
+            folder=coordinator.admit(checkpoint.staging, path, manifest_bytes),
+            size_bytes=plan.file_bytes,
+            seal=replica.seal if replica is not None else plan.sealer() if new is None else new.seal,
+            make_parents="/" in path,
+            tag=checkpoint.tag,
+            older=None if new is None or not new.has_older else new.older,
+            pass_over=None if new is None else new.pass_over,
+            share=None if replica is None else replica.share,
+        )
+        if replica is not None:
+            replica.write = write
+        return SavedFile(write, metrics, plan, time.perf_counter(), new=new, replica=replica)
+
     def _snapshot(
         self,
         checkpoint: Checkpoint,
         path: str,
         state: PlannedState,
-        write: FileWrite,
+        saved: SavedFile,
         turn: Turn | None,
         elsewhere: frozenset[int],
     ) -> FileCopy:
@@ -179,8 +201,9 @@ class SavePipeline:
             self.callbacks.tell_span(kind, start_s, checkpoint.tag, path, offset, num_bytes)
 
         on_copied = tell_copied if self._observes else None
-        how: Any = {"guarded": guarded, "on_copied": on_copied, "elsewhere": elsewhere}
-        return self.snapshotter.take(state, write, name=path, **how)
+        share = None if saved.replica is None else (saved.replica.share.start, saved.replica.share.copied_end)
+        how: Any = {"guarded": guarded, "on_copied": on_copied, "elsewhere": elsewhere, "chunks_of": share}
+        return self.snapshotter.take(state, saved.write, name=path, **how)
 
     # Telling.
 

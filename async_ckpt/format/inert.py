@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from .opcodes import EVERY_OPCODE
-from .pickles import MalformedPickleError, Name, PickleReader, key_value
+from .pickles import MalformedPickleError, Name, PickleReader, Placed, key_value
 
 _MAX_TEXT = 80
 _FREE_STEPS = 1 << 18
@@ -173,6 +173,8 @@ def _parts_of(value: Any) -> list[Any]:
 def describe(value: Any) -> str:
     """`value` in at most some 100 printable characters, without looking deep into it."""
     value = key_value(value)
+    if isinstance(value, Placed):
+        value = value.value
     if isinstance(value, Inert):
         return _describe_inert(value)
     if isinstance(value, Name):

@@ -11,8 +11,9 @@ one JSON object in ASCII, with these members:
   first `save` until every file was synced; "writer": names and versions of the software that wrote it, and
   "clock_unix_ns", what its clock said.
 - "files": one object per file. "path" (relative, "/" between components), "size_bytes", "format" ("torch",
-  "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null). "extent_bytes" cuts the file into extents
-  of that length, the last one shorter; "extent_crc32" is one string of 8 lower-case hex digits (CRC-32) for each.
+  "safetensors" or "opaque"), "planner", "plan_hash" and "rank" (or null: one process alone, or several together).
+  "extent_bytes" cuts the file into extents of that length, the last one shorter; "extent_crc32" is one string of 8
+  lower-case hex digits (CRC-32) for each.
   "shared_bytes" (or nothing): how many of its bytes were not written, but shared with an older file.
 - "attempt" (or nothing): the folder beside the manifest in which a mirror has put the files, 16 hex digits.
 - "crc32", always last: 8 lower-case hex digits, the CRC-32 of every byte of the file before the text

@@ -1,16 +1,17 @@
-"""Which classes and functions a pickle names, and at which key paths of what it describes. No torch; nothing is
-imported or called.
+"""At which key paths of what a pickle describes its classes and functions, its scalars and its storages stand. No
+torch; nothing is imported or called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import some_of
-from .inert import Inert, Notes, describe, printable, read_inert
-from .opcodes import EVERY_OPCODE
-from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
+from .inert import Inert, Notes, PersistentId, describe, printable, read_inert
+from .opcodes import EVERY_OPCODE, PLACING_PROTOCOL_2
+from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader, Placed
 from .zip import lay_out
 
 _MAX_NAMES = 20
@@ -40,20 +41,45 @@ def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[st
     """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory. Raises
     MalformedPickleError: it is no pickle that is read."""
     found: dict[str, dict[str, None]] = {}
-    seen: set[int] = set()
-    todo: list[tuple[str, Any]] = [("", read_inert(pickled))]
-    while todo:
-        path, value = todo.pop()
+    for path, value in _walk(read_inert(pickled)):
         text = value.text if isinstance(value, Name) else value.name if isinstance(value, Inert) else ""
         if text in names:
             found.setdefault(text, {})[path] = None
-        if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen and len(path) <= _MAX_PATH:
-            seen.add(id(value))
-            todo.extend(reversed(_children(path, value)))
     return {name: list(paths) for name, paths in found.items()}
 
 
+def placed(head: bytes) -> tuple[list[tuple[int, int, str]], list[str]]:
+    """In a torch file whose part before the first payload is `head`: start, end and key path of each scalar and text in
+    it, and the key path of each payload. Raises MalformedPickleError.
+    """
+    start = 30 + sum(struct.unpack_from("<HH", head, 26))
+    scalars: list[tuple[int, int, str]] = []
+    payloads: dict[int, str] = {}
+    for path, value in _walk(PickleReader(head[start:], Notes(), PLACING_PROTOCOL_2).read()):
+        if isinstance(value, Placed):
+            scalars.append((start + value.start, start + value.end, path))
+        elif isinstance(value, PersistentId):
+            _, _, key, _, size = (part.value if isinstance(part, Placed) else part for part in value.value)
+            if size:
+                payloads.setdefault(int(key), path)
+    return scalars, [payloads[key] for key in sorted(payloads)]
+
+
+def _walk(root: Any) -> Iterator[tuple[str, Any]]:
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", root)]
+    while todo:
+        path, value = todo.pop()
+        yield path, value
+        is_open = isinstance(value, (dict, list, tuple, Inert, PersistentId)) and id(value) not in seen
+        if is_open and len(path) <= _MAX_PATH:
+            seen.add(id(value))
+            todo.extend(reversed(_children(path, value)))
+
+
 def _children(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, PersistentId):
+        return [(path, value.value)]
     if isinstance(value, dict):
         return _of_dict(path, value)
     if isinstance(value, (list, tuple)):

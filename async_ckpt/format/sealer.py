@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +47,10 @@ class Sealer:
 
     One thread at a time; does not block on I/O. `view` must be writable, of exactly the extent's length, and already
     hold literals and payload bytes. Raises ValueError where an extent does not follow the one before.
+
+    Args:
+        start: of the first extent. What depends on payload bytes before it stays unfinished until all shares of the
+            file are `joined`. No payload's first eight bytes lie on both sides of it.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Sealer:
         payload_nbytes: Sequence[int],
         seal_map: SealMap | None,
         tail: tuple[int, bytes],
+        start: int = 0,
     ) -> None:
         self._file_bytes = file_bytes
         self._offsets = payload_offsets
@@ -63,11 +68,11 @@ class Sealer:
         self._map = seal_map
         self._tail_offset, self._tail_bytes = tail
         self._tail: bytearray | None = None
-        self._expected = 0
-        self._next_payload = 0
+        self._expected = start
+        self._first_payload = self._next_payload = payload_at(payload_offsets, payload_nbytes, start)
         self._running_crc = 0
         self._head = b""
-        self._crcs: list[int] = []
+        self._crcs = [0] * self._first_payload
         self._slips: dict[int, int] = {}
         """By payload, what its head has added to the id, see `_look_at_head`."""
         self._passed: Sealed | None = None
@@ -105,6 +110,44 @@ class Sealer:
     def sealed(self) -> Sealed:
         """What is known of the payloads, at the end."""
         return Sealed(self._crcs, self._slips)
+
+    @property
+    def parts(self) -> list[int] | None:
+        """The CRCs of the payloads from `start` to the end of the last extent, of the first and the last perhaps of a
+        part; None in a format whose payloads have none.
+        """
+        if self._map is None:
+            return None
+        index = self._next_payload
+        is_cut = index < len(self._offsets) and self._offsets[index] < self._expected
+        return self._crcs[self._first_payload :] + [self._running_crc] * is_cut
+
+    def joined(self, shares: Sequence[tuple[int, int, Sequence[int], Mapping[int, int]]]) -> list[tuple[int, bytes]]:
+        """What shares of one file that were sealed each by itself lack, and where it belongs.
+
+        Args:
+            shares: all of them in file order: start, end, `parts` and the slips.
+        """
+        if self._map is None:
+            return []
+        crcs: list[int] = []
+        slips: dict[int, int] = {}
+        for start, end, parts, more in shares:
+            for index, crc in enumerate(parts, payload_at(self._offsets, self._nbytes, start)):
+                if index == len(crcs):
+                    crcs.append(crc)
+                else:
+                    length = min(end, self._offsets[index] + self._nbytes[index]) - start
+                    crcs[index] = crc32_combine(crcs[index], crc, length)
+            slips.update(more)
+        self.pass_over(0, self._file_bytes, Sealed(crcs, slips))
+        lacking = [(self._tail_offset, bytes(self._finish_tail(self._map)))]
+        for start, *_ in shares[1:]:
+            index = bisect_left(self._offsets, start) - 1
+            field = self._offsets[index] + self._nbytes[index] + 4 if index >= 0 else 0
+            if start < field + 4 <= self._tail_offset:
+                lacking.append((field, crcs[index].to_bytes(4, "little")))
+        return lacking
 
     def pass_over(self, offset: int, end: int, earlier: Sealed) -> None:
         """Go on behind an extent that is not here: it holds no literal but those between payloads, and its bytes are
@@ -248,3 +291,9 @@ class Sealer:
         for at in seal_map.id_crc_offsets:
             _put_u32(tail, at - base, crc32(digits))
         return tail
+
+
+def payload_at(offsets: Sequence[int], nbytes: Sequence[int], at: int) -> int:
+    """The number of the first payload that ends behind `at`."""
+    before = bisect_right(offsets, at) - 1
+    return before + 1 if before < 0 or offsets[before] + nbytes[before] <= at else before

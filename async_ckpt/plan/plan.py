@@ -47,9 +47,10 @@ class FilePlan:
     strided: Mapping[int, Strided] = field(repr=False, default_factory=dict)
     """By number, the payloads whose bytes do not lie one behind the other."""
 
-    def sealer(self) -> Sealer:
-        """A fresh sealer for one written file."""
-        return Sealer(self.file_bytes, self.payload_offsets, self.payload_nbytes, self.seal_map, self.literals[-1])
+    def sealer(self, start: int = 0) -> Sealer:
+        """A fresh sealer for one written file, or for its share from `start` on."""
+        tail = self.literals[-1]
+        return Sealer(self.file_bytes, self.payload_offsets, self.payload_nbytes, self.seal_map, tail, start)
 
 
 @dataclass(slots=True)

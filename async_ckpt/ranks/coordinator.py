@@ -26,6 +26,10 @@ class Coordinator(Protocol):
     def leads(self) -> bool:
         """Whether this rank makes, renames and deletes checkpoint directories."""
 
+    @property
+    def num_sharing(self) -> int:
+        """How many ranks may write one file together: all, where they have one root."""
+
     def bind(self, filesystem: FileSystem, root: str) -> None:
         """Called once by the engine that uses this coordinator."""
 
@@ -60,7 +64,7 @@ class LocalCoordinator:
     """A single process: it makes, publishes and removes its own staging directories."""
 
     rank = 0
-    world_size = 1
+    world_size = num_sharing = 1
     leads = True
 
     def bind(self, filesystem: FileSystem, root: str) -> None:

@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import CheckpointError, CommitError, ConfigError, report
+from ..errors import CheckpointError, CommitError, ConfigError, RankFailedError, report
 from ..format.checksum import crc32
-from ..format.manifest import FileEntry, Manifest
+from ..format.manifest import FileEntry
 from ..format.names import StrPath
 from ..host.facts import Node, node_from_env
 from ..reading.catalog import Catalog
@@ -85,11 +85,9 @@ class RankCoordinator:
             raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number}/{node.num_nodes}")
         if not 0 < timeout_s < float("inf"):
             raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        self.rank = rank
-        self.world_size = world_size
-        self.info = RankInfo(rank, world_size, timeout_s)
-        if node is not None:
-            self.info = RankInfo(rank, world_size, timeout_s, node.number, node.num_nodes, tuple(sorted(node.ranks)))
+        self.rank, self.world_size = rank, world_size
+        place = () if node is None else (node.number, node.num_nodes, tuple(sorted(node.ranks)))
+        self.info = RankInfo(rank, world_size, timeout_s, *place)
         self._store = store
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
@@ -124,6 +122,10 @@ class RankCoordinator:
     def leads(self) -> bool:
         """Whether this rank makes, renames and sweeps staging directories."""
         return self.info.leads
+
+    @property
+    def num_sharing(self) -> int:
+        return self.world_size if self.info.num_nodes == 1 else 1
 
     # The engine's calls; see `Coordinator`.
 
@@ -162,7 +164,7 @@ class RankCoordinator:
         assert isinstance(opened, RankStaging)
         attempt = self.talk.learn(opened, opened.attempt)
         entries = (*files, *opened.destination.take_in(self._fs, opened.path))
-        digest = write_part(self._fs, opened, self.rank, Manifest(opened.tag, created_unix_ns, entries))
+        digest = write_part(self._fs, opened, self.rank, created_unix_ns, entries)
         said = f"{digest} {opened.destination.vote}".rstrip()
         self.talk.learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
         if self.rank == 0:
@@ -180,7 +182,9 @@ class RankCoordinator:
             try:
                 attempt = self.talk.learn(opened, opened.attempt)
                 if opened.outcome is None:
-                    opened.outcome = self.talk.learn(opened, rank_protocol.fail(self.info, attempt, cause_of(error)))
+                    blamed = error.rank if isinstance(error, RankFailedError) else None
+                    step = rank_protocol.fail(self.info, attempt, cause_of(error), blamed=blamed)
+                    opened.outcome = self.talk.learn(opened, step)
             except CommitError as failure:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
@@ -253,7 +257,7 @@ class RankCoordinator:
         info = self.info
         digests = self.talk.learn(opened, rank_protocol.gather(info, attempt))
         opened.destination.check_votes([said.partition(" ")[2] for said in digests])
-        entries = merge_parts(self._fs, opened.path, info.group, digests)
+        entries = merge_parts(self._fs, opened, info.group, digests)
         self.talk.learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
@@ -288,7 +292,7 @@ class RankCoordinator:
         error = ""
         try:
             digests = self.talk.learn(opened, rank_protocol.parts(info, attempt))
-            entries = merge_parts(self._fs, opened.path, info.group, digests)
+            entries = merge_parts(self._fs, opened, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
@@ -297,10 +301,7 @@ class RankCoordinator:
     def _rename(
         self, opened: RankStaging, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        marks = {}
-        if self.info.num_nodes > 1:
-            marks = {"shared": "False", "node": str(self.info.node), "num_nodes": str(self.info.num_nodes)}
-        transaction.publish(self._fs, opened, entries, metadata, created_unix_ns, marks=marks)
+        transaction.publish(self._fs, opened, entries, metadata, created_unix_ns, marks=self.info.marks)
         opened.destination.published(self._fs)
 
     # Leaving.

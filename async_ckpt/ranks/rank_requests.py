@@ -103,6 +103,13 @@ class RankInfo:
         """The ranks of this staging directory, ascending."""
         return self.ranks or tuple(range(self.world_size))
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the manifest of a node's own root says of it."""
+        if self.num_nodes == 1:
+            return {}
+        return {"shared": "False", "node": str(self.node), "num_nodes": str(self.num_nodes)}
+
 
 @dataclass(frozen=True)
 class CommitOutcome:

@@ -7,9 +7,9 @@ save, so the small ones are columns of numbers and no objects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host.memory import LONG_BYTES
 from ..plan.plan import FilePlan
@@ -98,6 +98,13 @@ class ChunkMap:
         """All pieces of payloads in chunk `k`, one by one."""
         large = (piece for piece in self.large[k] if piece.source < self.num_payloads)
         return chain(large, self.small.pieces(k))
+
+    def part(self, chunks: slice) -> ChunkMap:
+        """Those chunks of it alone."""
+        small, between = (replace(pieces, rows=pieces.rows[chunks]) for pieces in (self.small, self.between))
+        columns: dict[str, Any] = {name: getattr(self, name)[chunks] for name in ("offsets", "nbytes", "large")}
+        probes = self.probes.part(chunks)
+        return replace(self, **columns, small=small, between=between, probes=probes, key=object())
 
 
 def map_chunks(plan: FilePlan, chunk_bytes: int) -> ChunkMap:

@@ -9,6 +9,7 @@ Noting is one gather over addresses, about 25 ns per probe: a read of one cache 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from array import array
@@ -103,6 +104,12 @@ class ProbeMap:
                 places = torch.where(starts == 0, _NOWHERE.data_ptr(), starts + offsets) - _BASE
                 self._last = addresses, _words_at(places, ends - offsets, self._widths)
             return _read(torch.frombuffer(_ADDRESS_SPACE, dtype=torch.uint8), self._last[1])
+
+    def part(self, chunks: slice) -> ProbeMap:
+        """With those chunks alone."""
+        part = copy.copy(self)
+        part._rows, part._in_chunks = self._rows[chunks], self._in_chunks[chunks]
+        return part
 
     def changed(self, noted: torch.Tensor, k: int, chunk: torch.Tensor) -> list[tuple[int, int]]:
         """Where chunk `k`, which has been filled, holds something else than was noted: payload and offset in it. Any

@@ -47,7 +47,7 @@ class Snapshotter:
         self._pool = pool
         self._team = CopyTeam(pool.submit_help, pool.num_helpers, pool.helper_native_ids)
         self._timeout_s = timeout_s
-        self._maps: dict[str, tuple[Sequence[int], ChunkMap]] = {}
+        self._maps: dict[tuple[str, tuple[int, int] | None], tuple[Sequence[int], ChunkMap]] = {}
         self._streams = SideStreams()
         self._lock = Lock()
         """Of the threads that copy, not of those that save."""
@@ -95,6 +95,7 @@ class Snapshotter:
         guarded: Owned = NOTHING,
         on_copied: OnCopied | None = None,
         elsewhere: frozenset[int] = frozenset(),
+        chunks_of: tuple[int, int] | None = None,
     ) -> FileCopy:
         """Snapshot `state` into chunks and hand them to `sink`.
 
@@ -105,13 +106,14 @@ class Snapshotter:
             guarded: what cannot change before the guard has waited for the copy.
             on_copied: told about each chunk's copy, on the thread that did it.
             elsewhere: chunks whose bytes `sink` has already: they are not copied.
+            chunks_of: the range of the file's bytes that is snapshotted, if not all.
 
         Raises:
             TornSnapshotError: tensors changed while they were copied.
             BackpressureTimeout: the disk freed no chunk in time.
             UnsupportedStateError: a storage's device cannot be copied from.
         """
-        chunk_map = self._map_of(state.plan, name)
+        chunk_map = self._map_of(state.plan, name, chunks_of)
         how: Any = {"owners": guarded.tensors, "on_copied": on_copied, "elsewhere": elsewhere}
         file = FileCopy(state, chunk_map, sink, self._arena, self._streams, **how)
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
@@ -175,14 +177,16 @@ class Snapshotter:
                 if not self._unfinished:
                     return
 
-    def _map_of(self, plan: FilePlan, name: str) -> ChunkMap:
-        known = self._maps.get(name)
+    def _map_of(self, plan: FilePlan, name: str, chunks_of: tuple[int, int] | None = None) -> ChunkMap:
+        known = self._maps.get((name, chunks_of))
         if known is not None and known[0] is plan.payload_offsets and known[1].file_bytes == plan.file_bytes:
             return known[1]
-        chunk_map = map_chunks(plan, self._arena.chunk_bytes)
+        chunk_map, chunk_bytes = map_chunks(plan, self._arena.chunk_bytes), self._arena.chunk_bytes
+        if chunks_of is not None:
+            chunk_map = chunk_map.part(slice(chunks_of[0] // chunk_bytes, -(-chunks_of[1] // chunk_bytes)))
         if len(self._maps) > _MAX_MAPS:
             self._maps.clear()
-        self._maps[name] = (plan.payload_offsets, chunk_map)
+        self._maps[name, chunks_of] = (plan.payload_offsets, chunk_map)
         return chunk_map
 
 

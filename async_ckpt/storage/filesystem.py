@@ -35,6 +35,8 @@ R = TypeVar("R")
 
 LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "bcachefs", "overlay"})
 """File systems that one kernel owns, with atomic rename: the promises are made for these."""
+COHERENT_TYPES = LOCAL_TYPES | {"lustre", "gpfs"}
+"""What one process has written, all others see, and several may write parts of one file: on one host, or by locks."""
 
 
 @dataclass(frozen=True)
@@ -279,20 +281,39 @@ class FileSystem(Syscalls):
         """Do not ask again: a file system, or a sandbox, has refused to clone for good."""
         self.findings = replace(self.findings, clones=False)
 
+    def amend(self, path: str, size_bytes: int, changes: Sequence[tuple[int, bytes]]) -> list[bytes]:
+        """Cut a file to its length, overwrite bytes of it, where they differ, and make that durable; returns what stood
+        there before.
+
+        Raises:
+            WriteError: with path and errno.
+        """
+        return write_file.amend(self, path, size_bytes, changes)
+
     async def open_write(
-        self, path: str, size_bytes: int, *, direct: bool, executor: Executor, written: write_file.Ranges | None = None
+        self,
+        path: str,
+        size_bytes: int,
+        *,
+        direct: bool,
+        executor: Executor,
+        written: write_file.Ranges | None = None,
+        shared: bool = False,
     ) -> write_file.WritableFile:
         """Make a new file of (later) `size_bytes` and open it for parallel writes.
 
         Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
-        parallel (ext4, xfs): for what of it will be `written`. On failure nothing is left behind.
+        parallel (ext4, xfs): for what of it will be `written`. On failure nothing is left behind, unless the file is
+        `shared`: whoever of several processes comes first has made it, and has reserved all.
 
         Raises:
             WriteError, OutOfSpaceError: with path and errno.
         """
         # The padded end of a direct write must be cut off again.
         direct = direct and not self.findings.ignores_truncate
-        return await write_file.open_write(self, path, size_bytes, direct=direct, executor=executor, written=written)
+        return await write_file.open_write(
+            self, path, size_bytes, direct=direct, executor=executor, written=written, shared=shared
+        )
 
 
 _openers: list[Callable[[str], ReadSide]] = []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ..errors import CommitError, TagExistsError
 from ..format.manifest import CLOCK_KEY, FileEntry
@@ -75,6 +75,20 @@ class Destination:
         """Called on the rank that has renamed, before any rank reports success. Worker thread; blocks."""
 
 
+class SharedFile(Protocol):
+    """A file of a staging directory that several ranks write, each a share of it. Worker thread; blocks."""
+
+    def tell(self) -> dict[str, Any]:
+        """What this rank tells of its share, which is durable: JSON values."""
+
+    def finish(self, filesystem: FileSystem, staging: str, told: Mapping[int, dict[str, Any]]) -> FileEntry:
+        """Called on the rank that renames, with what all tell, by rank: make the file whole, and durable.
+
+        Raises:
+            RankFailedError: the ranks do not agree on it.
+        """
+
+
 @dataclass(eq=False)
 class Staging:
     """A checkpoint's staging directory, which holds its files until `publish`, and the checkpoint's state."""
@@ -99,6 +113,8 @@ class Staging:
     """The tree has left `path`; what is there now, if anything, is the replaced checkpoint."""
     given_up: bool = False
     """`abort` was called; a publish that has not renamed yet must not."""
+    shared: dict[str, SharedFile] = field(default_factory=dict)
+    """By path."""
     timing: Mapping[str, float] = field(default_factory=dict)
     """Goes into the manifest."""
     on_step: OnStep | None = field(default=None, repr=False)

@@ -68,8 +68,42 @@ Ranges = Sequence[tuple[int, int]]
 """(Offset, bytes) of what of a file will be written."""
 
 
+def amend(calls: Syscalls, path: str, size_bytes: int, changes: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    """See `FileSystem.amend`."""
+    before: list[bytes] = []
+    try:
+        fd = calls.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for offset, data in changes:
+                found = bytearray(len(data))
+                done = 0
+                while done < len(data) and (count := calls.pread_into(fd, memoryview(found)[done:], offset + done)):
+                    done += count
+                before.append(bytes(found))
+                done = 0 if found != data else len(data)
+                while done < len(data):
+                    done += _write_some(calls, fd, path, memoryview(data)[done:], offset + done)
+            is_longer = calls.fstat(fd).st_size > size_bytes
+            if is_longer:
+                calls.ftruncate(fd, size_bytes)
+            if is_longer or before != [data for _, data in changes]:
+                calls.fsync(fd)
+        finally:
+            calls.close(fd)
+    except OSError as error:
+        raise write_error(calls, error, f"amending{_INCOMPLETE}", path) from error
+    return before
+
+
 async def open_write(
-    calls: Syscalls, path: str, size_bytes: int, *, direct: bool, executor: Executor, written: Ranges | None = None
+    calls: Syscalls,
+    path: str,
+    size_bytes: int,
+    *,
+    direct: bool,
+    executor: Executor,
+    written: Ranges | None = None,
+    shared: bool = False,
 ) -> WritableFile:
     """See `FileSystem.open_write`."""
     is_direct = direct and bool(O_DIRECT)
@@ -77,7 +111,7 @@ async def open_write(
 
     def opener(path: str, flags: int) -> int:
         nonlocal is_direct
-        fd, is_direct = _open(calls, path, size_bytes, is_direct, written)
+        fd, is_direct = _open(calls, path, size_bytes, is_direct, written, shared)
         return fd
 
     try:
@@ -92,30 +126,37 @@ async def open_write(
     return opened
 
 
-def _open(calls: Syscalls, path: str, size_bytes: int, direct: bool, written: Ranges | None) -> tuple[int, bool]:
+def _open(
+    calls: Syscalls, path: str, size_bytes: int, direct: bool, written: Ranges | None, shared: bool
+) -> tuple[int, bool]:
     """Make, open and reserve in one go, on the executor's thread; gives the descriptor, and whether O_DIRECT is in
     use."""
     fs_type = calls.fs_type(os.path.dirname(path) or ".") if direct else ""
+    create = _CREATE & ~os.O_EXCL if shared else _CREATE
     fd = -1
     # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
     direct = direct and fs_type != "tmpfs"
     if direct:
         try:
-            fd = calls.open(path, _CREATE | O_DIRECT, _MODE)
+            fd = calls.open(path, create | O_DIRECT, _MODE)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
             # The kernel makes the file before it looks at the flag.
             direct = False
-            with contextlib.suppress(FileNotFoundError):
-                calls.unlink(path)
+            if not shared:
+                with contextlib.suppress(FileNotFoundError):
+                    calls.unlink(path)
     if not direct:
-        return calls.open(path, _CREATE, _MODE), False
+        return calls.open(path, create, _MODE), False
     try:
-        _reserve(calls, fd, size_bytes, fs_type, written)
+        # Whoever is first reserves all: reserving waits for the direct writes of others.
+        if not shared or calls.fstat(fd).st_size < size_bytes:
+            _reserve(calls, fd, size_bytes, fs_type, written)
     except BaseException:
         calls.close(fd)
-        calls.unlink(path)
+        if not shared:
+            calls.unlink(path)
         raise
     return fd, True
 

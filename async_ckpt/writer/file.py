@@ -19,10 +19,10 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 from ..errors import CheckpointError, TransactionStateError, report
 from ..format.chunk import Chunk
+from ..format.shares import Share
 from ..storage.read_file import Stamp
 from ..storage.write_file import WritableFile
 from ..threads.executor import check_process
@@ -31,7 +31,7 @@ from ..threads.outcome import Outcome
 from .disk import Disk, in_our_tree, whole_pages
 from .jobs import Jobs
 from .queue import ChunkQueue
-from .sharing import HowToWrite, Sharing, share_or_write
+from .sharing import HowToWrite, Sharing, UnwrittenFile, share_or_write
 
 
 class FileWrite:
@@ -53,8 +53,9 @@ class FileWrite:
         self.size_bytes = size_bytes
         self.extent_bytes = 0
         self.extent_crc32: list[int] = []
-        """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`."""
-        self._written_bytes = 0
+        """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`, from the first one here on."""
+        self._share = how.share or Share(0, size_bytes, size_bytes)
+        self._num_bytes_left = self._share.copied_end - self._share.start
         self.sharing = None if how.older is None else Sharing(disk.filesystem, how.older)
         self.direct = False
         """Whether it went past the page cache."""
@@ -69,7 +70,7 @@ class FileWrite:
         self._lock = Lock()
         self._queue = ChunkQueue(
             disk,
-            size_bytes,
+            (self._share.start, self._share.copied_end),
             self._lock,
             is_late=lambda: self._failure is not None or self._is_over,
             refuse=lambda why: self._fail(TransactionStateError(why.format(self._shown))),
@@ -77,7 +78,7 @@ class FileWrite:
         self._failure: BaseException | None = None
         self._is_over = False
         """The outcome is decided: no failure and no chunk is taken any more."""
-        self._opened: WritableFile | None = None
+        self._opened: WritableFile | UnwrittenFile | None = None
         self._is_sealing = False
         self._one_buffered_write = Lock()
         self._num_chunk_jobs = 0
@@ -146,7 +147,7 @@ class FileWrite:
         # It has not begun where the signal handler that closes the pool has interrupted `open_file`.
         self.start()
         self._queue.take_over()
-        if self._queue.next_offset < self.size_bytes:
+        if self._queue.next_offset < self._queue.end:
             self._fail(TransactionStateError(f"the pool was closed before all of {self._shown} was submitted"))
 
     def _notify(self) -> None:
@@ -181,7 +182,7 @@ class FileWrite:
         """False where the chunk is held back: it may come again, sealed."""
         at, nbytes, view = chunk.offset, chunk.nbytes, chunk.buffer[: chunk.nbytes]
         self.extent_bytes = self._queue.extent_bytes
-        extent = at // max(1, self.extent_bytes)
+        extent = (at - self._share.start) // max(1, self.extent_bytes)
         if extent == len(self.extent_crc32):
             seal = (chunk.is_elsewhere and self._how.pass_over) or self._seal
             self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: seal(at, view)))
@@ -196,8 +197,9 @@ class FileWrite:
         self.begin_next()
         file = self._opened
         assert file is not None
-        with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
-            share_or_write(chunk, file, self._jobs, sharing if is_equal else None, crc)
+        if at < self._share.end and not isinstance(file, UnwrittenFile):
+            with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
+                share_or_write(chunk, file, self._jobs, sharing if is_equal else None, crc)
         return True
 
     def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:
@@ -209,8 +211,8 @@ class FileWrite:
             self._queue.release(chunk)
         with self._lock:
             self._num_chunk_jobs -= 1
-            self._written_bytes += chunk.nbytes if is_done else 0
-            is_all = self._written_bytes == self.size_bytes
+            self._num_bytes_left -= chunk.nbytes if is_done else 0
+            is_all = not self._num_bytes_left
         self._disk.give_slot_back()
         if is_all or not is_done:
             self._notify()
@@ -296,15 +298,13 @@ class FileWrite:
         jobs.step = "open"
         # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
         reserved_bytes = whole_pages(self.size_bytes) if self._how.direct else self.size_bytes
-        how: Any = {} if self.sharing is None else self.sharing.what_to_write()
-        disk, direct = self._disk.filesystem, self._how.direct
-        opened = await disk.open_write(path, reserved_bytes, direct=direct, executor=jobs, **how)
+        opened = await self._how.open(self._disk.filesystem, path, reserved_bytes, jobs, self.sharing)
         self.direct, self._opened = opened.direct, opened
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
             self.begin_next()
-            await self._until(lambda: self._written_bytes == self.size_bytes)
-        if reserved_bytes > self.size_bytes:
+            await self._until(lambda: not self._num_bytes_left)
+        if reserved_bytes > self.size_bytes and self._how.share is None:
             jobs.step = "truncate"
             await opened.truncate(self.size_bytes)
         jobs.step = "fsync"

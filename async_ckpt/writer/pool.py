@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError, WriteError
+from ..format.shares import Share
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, check_process, lower_priority
@@ -123,6 +124,7 @@ class WriterPool:
         tag: str = "",
         older: FindOlder | None = None,
         pass_over: Callable[[int, memoryview], int] | None = None,
+        share: Share | None = None,
     ) -> FileWrite:
         """Start a file of `size_bytes` bytes at `path`. Never blocks.
 
@@ -134,6 +136,8 @@ class WriterPool:
             tag: goes into spans.
             older: finds, on an I/O thread, the committed file whose equal chunks are shared instead of written.
             pass_over: called instead of `seal` for chunks whose bytes are in that file alone.
+            share: which chunks are handed over, and which of those written, where other processes write the rest; it is
+                not written once more.
 
         Raises:
             TransactionStateError: closed, or in a forked child.
@@ -145,8 +149,8 @@ class WriterPool:
         if folder is None:
             folder = Future()
             folder.set_result("")
-        how = HowToWrite(is_direct, depth, make_parents, tag, older, pass_over)
-        make = RewritingFile if self._rewrites else FileWrite
+        how = HowToWrite(is_direct, depth, make_parents, tag, older, pass_over, share)
+        make = RewritingFile if self._rewrites and share is None else FileWrite
         file = make(self.disk, folder, path, size_bytes, seal, how)
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None

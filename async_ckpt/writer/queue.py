@@ -15,21 +15,27 @@ class ChunkQueue:
     """Waits for nothing. Any thread; what says so is called with `lock`, the file's.
 
     Args:
+        span: the bytes of the file that are to come.
         is_late: whether no chunk is taken any more.
         refuse: told what is wrong with a chunk, which is released.
     """
 
     def __init__(
-        self, disk: Disk, size_bytes: int, lock: Lock, *, is_late: Callable[[], bool], refuse: Callable[[str], None]
+        self,
+        disk: Disk,
+        span: tuple[int, int],
+        lock: Lock,
+        *,
+        is_late: Callable[[], bool],
+        refuse: Callable[[str], None],
     ) -> None:
         self.extent_bytes = 0
-        self.next_offset = 0
+        self.next_offset, self.end = span
         self.is_scarce = False
         """Whether later chunks wait for the memory of these."""
         self.held_back: list[Chunk] | None = None
         """Sealed and not written: while each is equal to the older file's, the file may become a link to that."""
         self._disk = disk
-        self._size_bytes = size_bytes
         self._lock = lock
         self.is_late = is_late
         self._refuse = refuse
@@ -63,7 +69,7 @@ class ChunkQueue:
                 chunk, problem = self.inbox[0], None
                 is_late = self.is_late()
                 if not is_late:
-                    problem = problem_with(chunk, self.next_offset, self.extent_bytes, self._size_bytes)
+                    problem = problem_with(chunk, self.next_offset, self.extent_bytes, self.end)
                 if problem is None and not is_late:
                     self.extent_bytes = self.extent_bytes or chunk.nbytes
                     self._held[chunk.offset] = chunk

@@ -92,7 +92,7 @@ class RewritingFile(FileWrite):
             if not self._queue.take_back():
                 return "its bytes are not in staging memory any more"
             self._first, self._failure, self._is_second = None, None, True
-            self._opened, self._written_bytes = None, 0
+            self._opened, self._num_bytes_left = None, self.size_bytes
             if self.sharing is not None:
                 # What is shared is shared again: bytes of frozen tensors are in the older file alone.
                 self.sharing.shared_bytes = 0

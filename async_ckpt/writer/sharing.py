@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError
 from ..format.checksum import crc32
 from ..format.chunk import Chunk
+from ..format.shares import Share
 from ..storage.filesystem import FileSystem
 from ..storage.probe import CANNOT_CLONE
 from ..storage.read_file import LocalReadableFile, Stamp
@@ -57,6 +60,35 @@ class HowToWrite:
     """Finds the committed file whose equal chunks are shared."""
     pass_over: Callable[[int, memoryview], int] | None = None
     """Called instead of `seal` for what is not here, but in that file."""
+    share: Share | None = None
+    """What of it is written here, where other processes write the rest. Whoever finishes it cuts it to its length: that
+    waits for all writes."""
+
+    async def open(
+        self, filesystem: FileSystem, path: str, size_bytes: int, executor: Executor, sharing: Sharing | None
+    ) -> WritableFile | UnwrittenFile:
+        """Make the file, or open it where others may have made it. Raises as `FileSystem.open_write`."""
+        more: Any = {} if sharing is None else sharing.what_to_write()
+        if self.share is not None:
+            if self.share.start == self.share.end:
+                return UnwrittenFile()
+            more = {"shared": True}
+        return await filesystem.open_write(path, size_bytes, direct=self.direct, executor=executor, **more)
+
+
+class UnwrittenFile:
+    """In the place of a file of which nothing is written here."""
+
+    direct, stamp = False, None
+
+    async def truncate(self, size_bytes: int) -> None:
+        """Nothing to do."""
+
+    async def fsync(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
 
 
 class Sharing:

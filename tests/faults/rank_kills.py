@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from async_ckpt import Catalog, load
-from tests.ranks.jobs import Job, Processes, state_of
+from tests.ranks.jobs import REPLICATED, Job, Processes, state_of
 from tests.support.processes import free_port
 
 TAGS_PER_JOB = 8
@@ -70,8 +70,8 @@ def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tal
     for tag in present:
         assert catalog.verify(tag).ok, tag
         for entry in catalog.manifest(tag).files:
-            assert entry.rank is not None
-            assert load(catalog.path(tag) / entry.path)["x"].equal(state_of(entry.rank, tag, job.numel)["x"])
+            assert (entry.rank is None) == (entry.path == REPLICATED)
+            assert load(catalog.path(tag) / entry.path)["x"].equal(state_of(entry.rank or 0, tag, job.numel)["x"])
 
 
 def kill_one(folder: Path, world_size: int, seed: int, tally: Tally, kind: str = "tcp") -> None:
@@ -84,7 +84,8 @@ def kill_one(folder: Path, world_size: int, seed: int, tally: Tally, kind: str =
     address = f"127.0.0.1:{store.port}"
     root = str(folder / "root")
     used = {"tcp": address, "file": str(folder / "store"), "zero": f"zero:{free_port()}"}[kind]
-    job = Job(root, str(folder / "first"), world_size, used, timeout_s=5.0, run_id="1", numel=40_000, linger_s=0.5)
+    how: dict[str, Any] = {"timeout_s": 5.0, "numel": 40_000, "linger_s": 0.5, "replicated": True}
+    job = Job(root, str(folder / "first"), world_size, used, run_id="1", **how)
     tags = [f"k{n}" for n in range(TAGS_PER_JOB)]
     killed = chance.randrange(world_size)
     # What follows a kill fails too: two are enough to see that the survivors stay well.

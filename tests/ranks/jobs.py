@@ -4,7 +4,8 @@ A plan is a list of (tag, act) per rank. Acts: "commit"; "raise" (after save), "
 early" (before create), "hang" (never commits, goes on when told to), "stop" (SIGSTOP itself after save), "full" (its
 disk is full), "skip" (no call at all for this tag), "late" (creates when told to), "leave" (closes its engine without a
 call for this tag), "death before report" (SIGKILL once its part is durable), and for rank 0 "death in rename", "death
-after rename".
+after rename". Of jobs with a replicated file: "death before share" (SIGKILL when it is opened), "lie" (this rank's is
+another one).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from async_ckpt.storage.write_file import WritableFile
 from tests.support.processes import context
 
 Plan = Sequence[tuple[str, str]]
+REPLICATED = "all.pt"
 
 
 class FullDisk(FileSystem):
@@ -66,6 +68,11 @@ class Deadly(FileSystem):
         if any(name.startswith(".part.") for name in os.listdir(path)):
             self._meet("death before report", path)
 
+    async def open_write(self, path: str, size_bytes: int, **how: Any) -> WritableFile:
+        if path.endswith(REPLICATED):
+            self._meet("death before share", path)
+        return await super().open_write(path, size_bytes, **how)
+
     def rename_noreplace(self, source: str, target: str) -> None:
         self._meet("death in rename", source)
         super().rename_noreplace(source, target)
@@ -87,6 +94,8 @@ class Job:
     node_size: int = 0
     numel: int = 3000
     linger_s: float = 5.0
+    replicated: bool = False
+    """Whether all ranks also save one file that all of them hold."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def connect(self, rank: int) -> Any:
@@ -185,6 +194,11 @@ def _one(job: Job, engine: AsyncCheckpointEngine, rank: int, tag: str, act: str)
     engine.create(tag)
     try:
         engine.save(state_of(rank, tag, job.numel), f"rank{rank}.pt")
+        if job.replicated:
+            lie = int(act == "lie")
+            engine.save(
+                state_of(0, tag, job.numel) | {"x": state_of(lie, tag, job.numel)["x"]}, REPLICATED, replicated=True
+            )
         if act == "raise":
             raise ZeroDivisionError("by hand")
         if act in ("die", "stop"):

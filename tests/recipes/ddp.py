@@ -33,10 +33,8 @@ with AsyncCheckpointEngine("checkpoints", coordinator=RankCoordinator.from_env()
         if step % 10 == 9:
             tag = f"step-{step}"
             engine.create(tag)
-            if rank == 0:
-                engine.save(
-                    {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, "train.pt"
-                )
+            state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            engine.save(state, "train.pt", replicated=True)
             engine.save({"random": torch.get_rng_state()}, f"rank-{rank}.pt")
             engine.commit(tag)
 

@@ -133,6 +133,44 @@ async def test_interrupted_writes_are_completed(tmp_path: Path, executor: Thread
     assert (tmp_path / "g").read_bytes() == data
 
 
+def test_amended_bytes_are_durable_and_what_stood_there_is_told(tmp_path: Path) -> None:
+    fs, path = FaultyFileSystem(), tmp_path / "f"
+    data = everything(20_000)
+    path.write_bytes(data)
+    fs.short_writes = lambda op: 3
+    changes = [(100, b"abcdefgh"), (104, b"ijkl"), (15_000, data[15_000:15_100])]
+    before = fs.amend(str(path), 19_000, changes)
+    assert before == [data[100:108], b"efgh", data[15_000:15_100]]
+    assert path.read_bytes() == (data[:100] + b"abcdijkl" + data[108:])[:19_000]
+    assert [op.name for op in fs.operations if op.name in ("pwrite", "fsync")] == ["pwrite"] * 5 + ["fsync"]
+    fs.operations.clear()
+    assert fs.amend(str(path), 19_000, changes[1:]) == [data for _, data in changes[1:]]
+    assert {op.name for op in fs.operations} & {"pwrite", "fsync", "truncate"} == set()
+
+
+@pytest.mark.parametrize("call", ["open", "read", "pwrite", "truncate", "fsync", "close"])
+def test_an_amend_that_fails_says_so(tmp_path: Path, call: str) -> None:
+    fs, path = FaultyFileSystem(), tmp_path / "f"
+    path.write_bytes(bytes(2000))
+    fs.fail_when(lambda op: op.name == call, errno.EIO)
+    with pytest.raises(WriteError, match="amending"):
+        fs.amend(str(path), 1000, [(10, b"abc")])
+
+
+async def test_a_shared_file_is_made_by_whoever_comes_first(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    data = everything(4 * CHUNK_BYTES)
+    files = [
+        await FS.open_write(str(tmp_path / "f"), len(data), direct=direct, executor=executor, shared=True)
+        for direct in (True, False, True)
+    ]
+    for k, file in enumerate([*files, files[0]]):
+        file.pwrite(aligned(data[k * CHUNK_BYTES : (k + 1) * CHUNK_BYTES]), k * CHUNK_BYTES)
+    for file in files:
+        await file.fsync()
+        await file.close()
+    assert (tmp_path / "f").read_bytes() == data
+
+
 @pytest.mark.parametrize("refusal", ["refuse_direct_open", "refuse_direct_write"])
 async def test_refused_direct_io_falls_back_per_file(
     tmp_path: Path, executor: ThreadPoolExecutor, refusal: str
