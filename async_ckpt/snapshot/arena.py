@@ -22,12 +22,13 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from operator import itemgetter
+from typing import Any
 
 import torch
 
 from ..errors import BackpressureTimeout, TransactionStateError
 from ..host.device import Pinning
-from ..host.memory import populate, view_at
+from ..host.memory import populate, region, view_at
 from ..threads.locks import Lock
 
 _Piece = tuple[torch.Tensor, memoryview, int]
@@ -90,13 +91,12 @@ class StagingArena:
         self.chunk_bytes = chunk_bytes
         self.pinning = pinning
         self._pid = os.getpid()
-        self._map = mmap.mmap(-1, num_chunks * chunk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            # Advice only: a kernel or a sandbox that refuses it makes staging slower, not wrong.
-            with contextlib.suppress(AttributeError, OSError):
-                self._map.madvise(getattr(mmap, advice))
-        whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        view = memoryview(self._map)
+        # Kept by the chunks alone.
+        view: Any = region(num_chunks * chunk_bytes)
+        # Advice only: a kernel or a sandbox that refuses it makes forks slower, not wrong.
+        with contextlib.suppress(AttributeError, OSError):
+            view.obj.madvise(mmap.MADV_DONTFORK)
+        whole = torch.frombuffer(view, dtype=torch.uint8)
         self._cold: deque[_Piece] = deque()
         """In the order of addresses, as `_warm` is."""
         for k in range(num_chunks):
@@ -112,7 +112,6 @@ class StagingArena:
         """Of free pieces, by address."""
         self._ready: set[int] = set()
         """Addresses of pieces that are touched, and pinned where that is wanted: the others are cold."""
-        self._num_unmapped = 0
         # Memory that goes back to the system while it is registered stays registered, whatever is mapped there next.
         self._unpin = weakref.finalize(self, _unpin, pinning, self._ready, self._pid)
         self._unpin.atexit = False
@@ -121,6 +120,7 @@ class StagingArena:
         self._returned: deque[StagingChunk] = deque()
         """Given back, and not looked at yet."""
         self._poison: BaseException | None = None
+        self._is_closed = False
         live.add(self)
 
     @property
@@ -141,7 +141,7 @@ class StagingArena:
     @property
     def num_taken(self) -> int:
         with self._lock:
-            return self.num_chunks - self._num_unmapped - self.num_free
+            return len(self._pieces) - self.num_free
 
     def try_reserve(self, num_chunks: int) -> list[StagingChunk] | None:
         """Take `num_chunks` chunks at once, or none of them (returns None). Never blocks."""
@@ -256,19 +256,26 @@ class StagingArena:
             self._reclaim()
             cold: deque[_Piece] = deque()
             warm: deque[_Piece] = deque()
-            num_unmapped = self._num_unmapped + len(self._cold) + len(self._warm)
             free = self._free_addresses()
             taken = {address: piece for address, piece in self._pieces.items() if address not in free}
+            # Before any of it goes back to the system.
+            self._unpin()
             # One statement without a call, in which no signal handler runs: the numbers stay true to each other.
-            self._cold, self._warm, self._num_unmapped, self._pieces = cold, warm, num_unmapped, taken
-        self._unpin()
+            self._cold, self._warm, self._pieces, self._is_closed = cold, warm, taken, True
 
     def _return_unused(self, chunk: StagingChunk) -> None:
         # One that was reclaimed may be somebody else's by now.
         if not chunk.is_held and not chunk.num_users and self._pieces.get(chunk.address) is chunk.piece:
             self._resident_keys[chunk.address] = chunk.resident_key
-            insort(self._warm if chunk.address in self._ready else self._cold, chunk.piece, key=_address_of)
+            self._add_free(chunk.piece)
             self._lock.notify_all()
+
+    def _add_free(self, piece: _Piece) -> None:
+        address = _address_of(piece)
+        if self._is_closed:
+            del self._pieces[address]
+        else:
+            insort(self._warm if address in self._ready else self._cold, piece, key=_address_of)
 
     def _reclaim(self) -> None:
         """Take back what nobody holds: an exception out of a signal handler may have struck at the end of its chunk."""
@@ -277,8 +284,8 @@ class StagingArena:
             chunk = self._holders[address]()
             if chunk is None or not (chunk.is_held or chunk.num_users):
                 tensor, view, _ = self._pieces[address]
-                piece = self._pieces[address] = tensor, view, address
-                insort(self._warm if address in self._ready else self._cold, piece, key=_address_of)
+                self._pieces[address] = tensor, view, address
+                self._add_free(self._pieces[address])
 
     def _free_addresses(self) -> set[int]:
         return {address for pieces in (self._warm, self._cold) for _, _, address in pieces}

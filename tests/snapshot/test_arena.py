@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from async_ckpt.snapshot.arena import StagingArena
+
 CHILD = """
 import json, sys, torch
 from async_ckpt import AsyncCheckpointEngine
@@ -68,3 +70,18 @@ def test_peak_memory_is_staging_plus_little(tmp_path: Path, kind: str, repeats: 
     # An array is encoded as a whole.
     encoded = seen["state"] * 3 // 2 if kind == "numpy" else 0
     assert seen["extra"] <= staging + encoded + (64 << 20), seen
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_memory_goes_back_when_it_is_closed_though_somebody_holds_the_arena() -> None:
+    arena = StagingArena(16, 4 << 20)
+    arena.fault_in(64 << 20)
+    [held] = arena.try_reserve(1) or []
+    before = resident_bytes()
+    arena.close()
+    assert resident_bytes() > before - (32 << 20), "a chunk is in use"
+    del held
+    assert resident_bytes() < before - (48 << 20) and arena.num_taken == 0
