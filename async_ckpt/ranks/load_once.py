@@ -1,25 +1,25 @@
-"""One rank reads and verifies a file, the others receive it, over a gloo group of their own that lasts as long.
+"""One rank reads and verifies a file, the others receive it: see `wire`.
 
 Guarantees:
-- Each byte is read once by one rank of a group (all ranks, or those of a node). All ranks fill their tensors from the
-  same checkpoint, or all raise.
-- Memory: pieces of 4 MiB, eight on the rank that reads and one on the others, and the extents that hold the file's
-  directory and pickle. Tensors on a GPU are filled from those by the device's own copies.
+- Each byte is read, and its checksum compared, once, by one rank of a group (all ranks, or those of a node). All ranks
+  fill their tensors from the same checkpoint, or all raise.
+- Memory: nine pieces of 4 MiB per host that has several ranks, or eight where one reads alone; one on a rank that is
+  alone and receives; and the extents that hold the file's directory and pickle. Tensors on a GPU are filled from those
+  by the device's own copies.
 - What ends in the middle (a read, a rank) ends it on all: whoever does not answer is named, within twice `timeout_s`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ..errors import (
@@ -36,20 +36,17 @@ from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..host.device import without_default_device
 from ..host.facts import node_from_env
-from ..host.memory import region
 from ..reading.build import NotPlainError, TensorsOnDisk, read_structure
 from ..reading.catalog import Catalog
 from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
 from ..reading.load_into import Mover, Restored, match
 from ..reading.records import naming
 from ..reading.verified_file import VerifiedFile
-from ..threads.locks import Lock
 from ..threads.pending import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
+from .wire import NUM_PIECES, PIECE_BYTES, LostError, Wire, host_key
 
-_PIECE_BYTES = 4 << 20
-_END, _FAILED = -1, -2
 _ALIKE: dict[str, Callable[[str], Exception]] = {
     "CheckpointNotFoundError": CheckpointNotFoundError,
     "CorruptCheckpointError": CorruptCheckpointError,
@@ -82,10 +79,16 @@ def load_once(
     name_pending(catalog.root)
     older: list[str] | None = None
     exchange.begin()
-    while True:
+    name_of_all, *keys = exchange.round(host_key(), lambda keys: [uuid.uuid4().hex, *keys])
+    hosts: dict[Any, list[int]] = {}
+    for rank in ranks:
+        hosts.setdefault(keys[rank] or rank, []).append(rank)
+    for number in itertools.count():
         try:
             with contextlib.ExitStack() as opened, without_default_device():
-                return _Load(exchange, ranks, info, opened).run(catalog, tag, name, target, how)
+                wire = Wire(f"{name_of_all}/{number}/{ranks[0]}", list(hosts.values()), info.rank, info.timeout_s)
+                opened.callback(wire.close)
+                return _Load(exchange, ranks, info, opened, wire).run(catalog, tag, name, target, how)
         except _UnreadableError as failed:
             if older is None:
                 committed = _agree(exchange, partial(_committed, catalog if info.rank == ranks[0] else None))
@@ -94,6 +97,7 @@ def load_once(
                 raise failed.error from failed.error.__cause__
             report(logging.WARNING, "load_once: checkpoint %r is passed over for %r: %s", tag, older[0], failed.error)
             tag = older.pop(0)
+    raise AssertionError
 
 
 class _UnreadableError(Exception):
@@ -101,10 +105,6 @@ class _UnreadableError(Exception):
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-
-
-class _LostError(Exception):
-    """Another rank is to blame for what failed here."""
 
 
 def _committed(catalog: Catalog | None) -> list[list[Any]] | None:
@@ -130,12 +130,12 @@ def _agree(exchange: Exchange, work: Callable[[], Any]) -> list[Any]:
         own = error
         is_unreadable = isinstance(error, (CheckpointNotFoundError, CorruptCheckpointError, ReadError))
         kind, text = type(error).__name__, str(error)
-        word = {"error": text[:2000], "kind": kind, "unreadable": is_unreadable, "lost": isinstance(error, _LostError)}
+        word = {"error": text[:2000], "kind": kind, "unreadable": is_unreadable, "lost": isinstance(error, LostError)}
     said = exchange.round(word, _combined)
     if "error" not in said:
         return list(said["found"])
     rank, text, kind = said["rank"], said["error"], said["kind"]
-    if own is not None and not isinstance(own, _LostError):
+    if own is not None and not isinstance(own, LostError):
         failure = own
     elif kind in _ALIKE:
         failure = _ALIKE[kind](f"rank {rank}: {text}")
@@ -161,15 +161,14 @@ class _Load:
     """One checkpoint, tried by all ranks in step."""
 
     def __init__(
-        self, exchange: Exchange, ranks: tuple[int, ...], info: RankInfo, opened: contextlib.ExitStack
+        self, exchange: Exchange, ranks: tuple[int, ...], info: RankInfo, opened: contextlib.ExitStack, wire: Wire
     ) -> None:
         self._exchange = exchange
         self._ranks = ranks
         self._reads = info.rank == ranks[0]
-        self._info = info
         self._opened = opened
+        self._wire = wire
         self._file: VerifiedFile
-        self._wire: _Wire
         self._structure: Any = None
         self._mover: Mover
         self._restored: Restored
@@ -191,26 +190,22 @@ class _Load:
         if not self._reads:
             return None
         created = catalog.manifest(tag).created_unix_ns
-        self._file = file = self._opened.enter_context(catalog.open_file(tag, name))
-        file.block_bytes = _PIECE_BYTES
+        self._file = file = self._opened.enter_context(catalog.open_file(tag, name, num_threads=NUM_PIECES))
+        file.block_bytes = PIECE_BYTES
         with naming(file):
             self._structure = _structure_of(file)
-        group = uuid.uuid4().hex
         entry = [file.entry.path, file.size_bytes, file.extent_bytes, (), file.entry.format, "", None]
-        return {"reader": self._ranks[0], "created": created, "group": group, "name": file.name, "entry": entry}
+        return {"reader": self._ranks[0], "created": created, "name": file.name, "entry": entry}
 
     def _match(self, found: dict[str, Any], target: Any, how: dict[str, Any]) -> int:
         """Send what the structure was read from, for the others to do the same; a number that is equal on all."""
-        try:
-            self._wire = wire = _Wire(found["group"], self._ranks, self._info.rank, self._info.timeout_s)
-        except RuntimeError as error:
-            raise _LostError(f"the ranks do not reach each other: {error}") from error
-        self._opened.callback(wire.close)
+        wire = self._wire
+        wire.connect()
         if self._reads:
             for block in self._file.blocks(sorted(self._file.kept()), with_kept=True):
                 assert block.memory is not None
                 wire.send(block.offset, block.memory)
-            wire.end(_END)
+            wire.end()
         else:
             head = _Head(found["name"], found["entry"][1], [(offset, bytes(view)) for offset, view in wire.receive()])
             self._file = self._opened.enter_context(VerifiedFile(head, FileEntry(*found["entry"]), check=False))
@@ -221,26 +216,21 @@ class _Load:
     def _move(self) -> None:
         mover, wire = self._mover, self._wire
 
-        def pass_on(offset: int, view: memoryview) -> None:
-            wire.send(offset, view)
-            mover.scatter(offset, view)
-
         try:
             with mover.changing():
                 if self._reads:
+                    self._file.new_buffer = wire.new_buffer
                     with naming(self._file), telling_overwritten():
-                        self._file.stream(pass_on, mover.extents)
-                    wire.end(_END)
+                        self._file.stream(lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents)
+                    wire.end()
                 else:
-                    for offset, view in wire.receive():
-                        mover.scatter(offset, view)
+                    for piece in wire.receive():
+                        mover.scatter(*piece)
                 mover.copy()
-        except _LostError:
-            raise
-        except BaseException:
-            with contextlib.suppress(_LostError):
-                if self._reads:
-                    wire.end(_FAILED)
+        except BaseException as error:
+            with contextlib.suppress(LostError):
+                if self._reads and not isinstance(error, LostError):
+                    wire.end(failed=True)
             wire.close()
             raise
 
@@ -274,54 +264,3 @@ class _Head:
 
     def close(self) -> None:
         return None
-
-
-class _Wire:
-    """From the first of some ranks to the others. `send` is called by many threads, the rest by one."""
-
-    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, timeout_s: float) -> None:
-        self._lock = Lock()
-        self._group: Any = None
-        self._is_closed = False
-        if len(ranks) > 1:
-            # Of its own, by a name of its own: whatever becomes of it, the training's groups are as before.
-            store = dist.PrefixStore(f"async_ckpt/load_once/{name}", dist.distributed_c10d._get_default_store())
-            patience = timedelta(seconds=timeout_s)
-            self._group = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), patience)
-
-    def send(self, offset: int, view: memoryview) -> None:
-        with self._lock:
-            self._broadcast(torch.tensor([offset, view.nbytes], device="cpu"))
-            self._broadcast(torch.frombuffer(view, dtype=torch.uint8))
-
-    def end(self, how: int) -> None:
-        """Nothing follows."""
-        with self._lock:
-            self._broadcast(torch.tensor([how, 0], device="cpu"))
-
-    def receive(self) -> Iterator[tuple[int, memoryview]]:
-        """Offsets and bytes, which are valid until the next; raises _LostError where the sender says so."""
-        memory, header = region(_PIECE_BYTES), torch.zeros(2, dtype=torch.int64, device="cpu")
-        while True:
-            self._broadcast(header)
-            offset, num_bytes = header.tolist()
-            if not num_bytes:
-                break
-            self._broadcast(torch.frombuffer(memory[:num_bytes], dtype=torch.uint8))
-            yield offset, memory[:num_bytes]
-        if offset == _FAILED:
-            raise _LostError("the rank that reads has failed")
-
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        if self._is_closed:
-            raise _LostError("the ranks have lost each other")
-        if self._group is None:
-            return
-        try:
-            self._group.broadcast(tensor, 0).wait()
-        except RuntimeError as error:
-            self.close()
-            raise _LostError(f"the ranks have lost each other: {error}") from error
-
-    def close(self) -> None:
-        self._group, self._is_closed = None, True

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from async_ckpt import AsyncCheckpointEngine, CheckpointError, ConfigError, Node, RankFailedError
+from async_ckpt.ranks import load_once, wire
 from async_ckpt.ranks.rank_coordinator import RankCoordinator
+from async_ckpt.reading.scatter import Scatter
 from tests.support.processes import context, run_ranks
 
 pytestmark = [pytest.mark.wide, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -79,12 +81,39 @@ def load(rank: int, root: str, path: str, options: dict[str, Any], coordination:
         return done.tag, done.read_bytes
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_one_rank_reads_for_all(tmp_path: Path, world_size: int) -> None:
+HOSTS = {2: ["xx", "xy", "--"], 3: ["xx-"], 4: ["xxxx", "xyxy", "xyyx", "-xx-", "----"]}
+"""By number of ranks, a letter for each: those of one letter are on one host, those with a dash on none that shares."""
+
+
+@pytest.mark.parametrize(("world_size", "hosts"), [(size, hosts) for size, cases in HOSTS.items() for hosts in cases])
+def test_one_rank_reads_for_all(tmp_path: Path, world_size: int, hosts: str) -> None:
     commit(tmp_path / "root", "1", "2")
     size = (tmp_path / "root/2/m.pt").stat().st_size
-    found = run_ranks(tmp_path / "r", world_size, load, str(tmp_path / "root"), "2/m.pt", {}, {})
-    assert found == [("2", size)] + [("2", 0)] * (world_size - 1)
+    found = run_ranks(tmp_path / "r", world_size, load_on_hosts, str(tmp_path / "root"), hosts)
+    between_hosts = [rank for rank in range(world_size) if hosts[rank] == "-" or hosts.index(hosts[rank]) == rank]
+    for rank, (done, num_groups) in enumerate(found):
+        assert done == ("2", size if rank == 0 else 0)
+        assert num_groups == (rank in between_hosts and len(between_hosts) > 1)
+
+
+def be_on(host: str) -> None:
+    """Let this process be on that host, for the other ranks."""
+    load_once.host_key = lambda: host.strip("-")  # type: ignore[attr-defined]
+
+
+def load_on_hosts(rank: int, root: str, hosts: str) -> Any:
+    """What it learns, and how many process groups it made for that."""
+    be_on(hosts[rank])
+    num_groups = 0
+
+    class Counted(dist.ProcessGroupGloo):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            nonlocal num_groups
+            num_groups += 1
+            super().__init__(*args)
+
+    dist.ProcessGroupGloo = Counted  # type: ignore[misc]
+    return load(rank, root, "2/m.pt", {}, {}), num_groups
 
 
 def test_select_rename_and_mismatches_are_as_in_load_into(tmp_path: Path) -> None:
@@ -182,22 +211,23 @@ def save_and_load_by_node(rank: int, root: str) -> Any:
     return load(rank, root, "2/m.pt", {}, {"split": True, "channel": "again"})
 
 
-def run_and_die(rank: int, root: str, results: str, port: int, dying: int) -> None:
+def run_and_fall(rank: int, root: str, results: str, port: int, falling: int, how: int, hosts: str) -> None:
     torch.set_num_threads(1)
+    be_on(hosts[rank])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
     coordinator = RankCoordinator.from_env(timeout_s=4.0, linger_s=0.1)
     with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
-        if rank == dying:
-            num_calls = itertools.count()
+        if rank == falling:
+            num_calls, scatter = itertools.count(), Scatter.__call__
 
-            class Deadly(dist.ProcessGroupGloo):  # type: ignore[misc]
-                def broadcast(self, *args: Any) -> Any:
-                    if next(num_calls) == 6:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return super().broadcast(*args)
+            def fall(self: Scatter, offset: int, view: memoryview) -> None:
+                if next(num_calls) == 2:
+                    os.kill(os.getpid(), how)
+                scatter(self, offset, view)
 
-            dist.ProcessGroupGloo = Deadly  # type: ignore[misc]
+            Scatter.__call__ = fall  # type: ignore[method-assign]
+        wire.PIECE_BYTES = load_once.PIECE_BYTES = 64 << 10  # type: ignore[attr-defined]
         dist.barrier()
         try:
             coordinator.load_once("1/m.pt", target())
@@ -205,20 +235,31 @@ def run_and_die(rank: int, root: str, results: str, port: int, dying: int) -> No
             Path(results, str(rank)).write_text(f"{error.rank} {error}")
 
 
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_dies_in_the_middle_is_named_on_the_others(tmp_path: Path, dying: int) -> None:
+@pytest.mark.parametrize(
+    ("falling", "how", "hosts"),
+    [
+        *((0, signal.SIGKILL, "xxx"), (1, signal.SIGKILL, "xxx"), (2, signal.SIGSTOP, "xxx")),
+        *((0, signal.SIGKILL, "xyy"), (1, signal.SIGKILL, "xyy"), (2, signal.SIGKILL, "xyy")),
+    ],
+)
+def test_a_rank_that_falls_in_the_middle_is_named_on_the_others(
+    tmp_path: Path, falling: int, how: int, hosts: str
+) -> None:
     commit(tmp_path / "root", "1")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    args = str(tmp_path / "root"), str(tmp_path), store.port, dying
-    processes = [context.Process(target=run_and_die, args=(rank, *args)) for rank in range(3)]
+    args = str(tmp_path / "root"), str(tmp_path), store.port, falling, how, hosts
+    processes = [context.Process(target=run_and_fall, args=(rank, *args)) for rank in range(3)]
     for process in processes:
         process.start()
-    for process in processes:
+    others = [process for rank, process in enumerate(processes) if rank != falling]
+    for process in others:
         process.join(60)
-    assert [process.exitcode for process in processes] == [-9 if rank == dying else 0 for rank in range(3)]
-    for rank in {0, 1, 2} - {dying}:
+    processes[falling].kill()
+    processes[falling].join()
+    assert [process.exitcode for process in others] == [0, 0]
+    for rank in {0, 1, 2} - {falling}:
         said = (tmp_path / str(rank)).read_text()
-        assert said.startswith(f"{dying} ") and f"rank {dying} has not answered within 4 s" in said
+        assert said.startswith(f"{falling} ") and f"rank {falling} has not answered within 4 s" in said
 
 
 def test_without_a_process_group_or_an_engine_it_says_so(tmp_path: Path) -> None:

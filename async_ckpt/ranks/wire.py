@@ -1,0 +1,240 @@
+"""Pieces of a file, from the rank that reads it to others: between hosts over a gloo group of the first rank of each,
+within a host through memory that its ranks share.
+
+Guarantees:
+- A piece has at most `PIECE_BYTES`. A host's shared memory is nine of them; it has no name, is no part of /dev/shm,
+  only processes of the same user are given it, and it goes with the last of them.
+- Within a host nothing is copied on the way: threads read into the shared memory, every rank takes what it needs out of
+  it, and its next piece is read when all have.
+- A rank that dies is noticed by the others of its host at once, one that stands still after `timeout_s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Callable, Generator, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..host.memory import address_of, region
+from ..host.process import current_owner
+from ..threads.locks import Lock
+
+PIECE_BYTES = 4 << 20
+NUM_PIECES = 8
+"""As many as threads read; what was in memory before goes by one more."""
+_END, _FAILED = -1, -2
+_HEADER = struct.Struct("<qqq")
+"""A piece's offset in the file, its size, its place in the shared memory."""
+
+
+class LostError(Exception):
+    """Another rank is to blame for what failed here."""
+
+
+def host_key() -> str:
+    """Equal on ranks that can share memory; "" on one that cannot."""
+    try:
+        os.close(os.memfd_create("async_ckpt"))
+        network = os.stat("/proc/self/ns/net").st_ino
+    except (AttributeError, OSError):
+        return ""
+    me = current_owner()
+    return f"{me.host}-{me.boot}-{network}-{os.geteuid()}"
+
+
+class Wire:
+    """From the first of some ranks to the others. `send` is called by many threads, the rest by one.
+
+    All ranks `connect` once all are made. Whatever fails in between, in `close` too, is a LostError.
+    """
+
+    def __init__(self, name: str, hosts: Sequence[Sequence[int]], rank: int, timeout_s: float) -> None:
+        self._name = name
+        self._firsts = [ranks[0] for ranks in hosts]
+        self._rank = rank
+        self._mine = next(ranks for ranks in hosts if rank in ranks)
+        self._timeout_s = timeout_s
+        self._lock, self._taken_lock = Lock(), Lock()
+        self._group: Any = None
+        self._memory = memoryview(b"")
+        self._free = iter(range(NUM_PIECES))
+        self._sockets: list[socket.socket] = []
+        """To the host's others; of those, to the first one."""
+        self._num_given, self._num_taken = 0, [0] * len(self._mine)
+        self._is_closed = False
+        self._listener: socket.socket | None = None
+        if rank == self._mine[0] and len(self._mine) > 1:
+            self._listener = self._socket()
+            self._listener.bind(self._address)
+            self._listener.listen(len(self._mine))
+
+    @property
+    def _address(self) -> str:
+        return f"\0async_ckpt/{self._name}/{self._mine[0]}"
+
+    def _socket(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made.settimeout(self._timeout_s)
+        return made
+
+    def connect(self) -> None:
+        """Blocks until all ranks do."""
+        with self._losing():
+            if self._rank != self._mine[0]:
+                self._join()
+                return
+            if self._listener is not None:
+                self._accept(self._listener)
+            if len(self._firsts) > 1:
+                # Of its own, by a name of its own: whatever becomes of it, the training's groups are as before.
+                store = dist.PrefixStore(f"async_ckpt/{self._name}", dist.distributed_c10d._get_default_store())
+                number, patience = self._firsts.index(self._rank), timedelta(seconds=self._timeout_s)
+                self._group = dist.ProcessGroupGloo(store, number, len(self._firsts), patience)
+
+    def _accept(self, listener: socket.socket) -> None:
+        fd = os.memfd_create("async_ckpt")
+        try:
+            os.ftruncate(fd, (NUM_PIECES + 1) * PIECE_BYTES)
+            self._memory = memoryview(mmap.mmap(fd, 0))
+            while len(self._sockets) < len(self._mine) - 1:
+                other, _ = listener.accept()
+                if not _is_same_user(other):
+                    other.close()
+                    continue
+                self._sockets.append(other)
+                other.settimeout(self._timeout_s)
+                socket.send_fds(other, [b"."], [fd])
+        finally:
+            os.close(fd)
+        listener.close()
+
+    def _join(self) -> None:
+        first = self._socket()
+        self._sockets.append(first)
+        first.connect(self._address)
+        _, fds, _, _ = socket.recv_fds(first, 1, 1)
+        if not (fds and _is_same_user(first)):
+            raise ConnectionError("it gave no memory")
+        try:
+            self._memory = memoryview(mmap.mmap(fds[0], 0))
+        finally:
+            os.close(fds[0])
+
+    def new_buffer(self, num_bytes: int) -> memoryview:
+        """Memory for a thread that reads pieces, to `send` them from: shared, where there is some."""
+        number = next(self._free, None) if self._memory else None
+        return region(num_bytes) if number is None else self._memory[number * PIECE_BYTES :][:num_bytes]
+
+    def send(self, offset: int, view: memoryview, take: Callable[[int, memoryview], None] | None = None) -> None:
+        """Give a piece to the others, and to `take` here; when it returns, the ranks of this host have taken it."""
+        place = address_of(view) - address_of(self._memory) if self._memory else 0
+        if self._memory and not 0 <= place < len(self._memory):
+            with self._lock:
+                spare = self._memory[NUM_PIECES * PIECE_BYTES :][: view.nbytes]
+                spare[:] = view
+                self.send(offset, spare, take)
+            return
+        with self._losing(), self._lock:
+            number = self._give(offset, view.nbytes, place)
+            self._broadcast(torch.tensor([offset, view.nbytes], device="cpu"))
+            self._broadcast(torch.frombuffer(view, dtype=torch.uint8) if self._group is not None else None)
+        if take is not None:
+            take(offset, view)
+        self._wait(number)
+
+    def end(self, *, failed: bool = False) -> None:
+        """Nothing follows."""
+        how = _FAILED if failed else _END
+        with self._losing(), self._lock:
+            self._give(how, 0, 0)
+            self._broadcast(torch.tensor([how, 0], device="cpu"))
+
+    def receive(self) -> Iterator[tuple[int, memoryview]]:
+        """Offsets and bytes, which are valid until the next; raises LostError where the sender says so."""
+        how = yield from self._received_near() if self._rank != self._mine[0] else self._received_far()
+        if how == _FAILED:
+            raise LostError("the rank that reads has failed")
+
+    def _received_near(self) -> Generator[tuple[int, memoryview], None, int]:
+        (first,) = self._sockets
+        while True:
+            with self._losing():
+                header = first.recv(_HEADER.size)
+                if not header:
+                    raise ConnectionError("the host's first rank has gone")
+            offset: int
+            offset, num_bytes, place = _HEADER.unpack(header)
+            if not num_bytes:
+                return offset
+            yield offset, self._memory[place:][:num_bytes]
+            with self._losing():
+                first.send(b".")
+
+    def _received_far(self) -> Generator[tuple[int, memoryview], None, int]:
+        memory = self._memory[:PIECE_BYTES] if self._memory else region(PIECE_BYTES)
+        header = torch.zeros(2, dtype=torch.int64, device="cpu")
+        while True:
+            with self._losing():
+                self._broadcast(header)
+                offset, num_bytes = (int(number) for number in header.tolist())
+                if num_bytes:
+                    self._broadcast(torch.frombuffer(memory[:num_bytes], dtype=torch.uint8))
+                number = self._give(offset, num_bytes, 0)
+            if not num_bytes:
+                return offset
+            yield offset, memory[:num_bytes]
+            self._wait(number)
+
+    def _give(self, offset: int, num_bytes: int, place: int) -> int:
+        """Tell the others of this host about a piece, or that there are no more; how many there were."""
+        for other in self._sockets:
+            other.send(_HEADER.pack(offset, num_bytes, place))
+        self._num_given += num_bytes > 0
+        return self._num_given
+
+    def _wait(self, number: int) -> None:
+        """Block until the others of this host have taken the pieces up to this one."""
+        with self._losing(), self._taken_lock:
+            for k, other in enumerate(self._sockets):
+                while self._num_taken[k] < number:
+                    if not other.recv(1):
+                        raise ConnectionError("a rank of this host has gone")
+                    self._num_taken[k] += 1
+
+    def _broadcast(self, tensor: torch.Tensor | None) -> None:
+        if self._group is not None:
+            self._group.broadcast(tensor, 0).wait()
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Around what fails with the others."""
+        try:
+            if self._is_closed:
+                raise ConnectionError("it was given up")
+            yield
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise LostError(f"the ranks have lost each other: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the others, who notice it; idempotent. Any thread."""
+        self._group, self._is_closed = None, True
+        for opened in (self._listener, *self._sockets):
+            if opened is not None:
+                with contextlib.suppress(OSError):
+                    # Wakes threads that wait for it, in other processes that were forked meanwhile too.
+                    opened.shutdown(socket.SHUT_RDWR)
+                opened.close()
+
+
+def _is_same_user(other: socket.socket) -> bool:
+    found = other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", found)[1] == os.geteuid())
