@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 
-from ..errors import report
+from ..errors import CheckpointError, report
+from ..format.manifest import Manifest
 from ..host.facts import is_first_of_node
 from ..ranks.coordinator import Coordinator
 from ..reading.catalog import Catalog
@@ -24,17 +27,27 @@ def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coo
     if not config.preflight or not (coordinator.leads or is_first_of_node()):
         return
     preflight.try_writing(filesystem, catalog.root)
-    committed = catalog.committed() if coordinator.leads else []
-    size_bytes = sum(entry.size_bytes for entry in committed[-1].files) if committed else 0
+    newest = _newest(catalog, filesystem) if coordinator.leads else None
     try:
         free_bytes = filesystem.free_bytes(catalog.root)
     except OSError as error:
         report(logging.INFO, "how much is free in %r cannot be asked: %s", catalog.root, error)
         return
-    if size_bytes > free_bytes:
+    size_bytes = sum(entry.size_bytes for entry in newest.files) if newest else 0
+    if newest and size_bytes > free_bytes:
         told = "%d bytes are free in %r, where the newest checkpoint %r has %d: one like it cannot be saved"
-        args = (free_bytes, catalog.root, committed[-1].tag, size_bytes)
+        args = (free_bytes, catalog.root, newest.tag, size_bytes)
         report(logging.WARNING, told, *args, warning=RuntimeWarning, stacklevel=4)
+
+
+def _newest(catalog: Catalog, filesystem: FileSystem) -> Manifest | None:
+    """Of the checkpoint whose directory has changed last: of thousands, this manifest alone is read."""
+    names = [name for name in filesystem.listdir(catalog.root) if not name.startswith(".")]
+    changed_ns = {name: filesystem.stat(os.path.join(catalog.root, name)).mtime_ns for name in names}
+    for name in sorted(names, key=changed_ns.__getitem__, reverse=True):
+        with contextlib.suppress(CheckpointError):
+            return catalog.manifest(name)
+    return None
 
 
 def for_states(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, size_bytes: int) -> None:

@@ -72,8 +72,9 @@ class RewritingFile(FileWrite):
     async def _start_over(self, first: WriteError) -> str:
         """Delete what was written, and queue all chunks again; why that cannot be done, or ""."""
         while not await self._has_settled() or self._num_chunk_jobs:
-            # A job's thread still looks at how its chunk has ended.
-            await asyncio.sleep(0.001)
+            if self._num_chunk_jobs:
+                # A job's thread still looks at how its chunk has ended, and tells when it has.
+                await self._changed.wait()
         path, disk, jobs = self.path, self._disk, self._jobs
         jobs.step = "room for another try"
         try:
