@@ -7,10 +7,12 @@ taken over is written. All calls block on the disk.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError
@@ -73,7 +75,14 @@ class HowToWrite:
             if self.share.start == self.share.end:
                 return UnwrittenFile()
             more = {"shared": True}
-        return await filesystem.open_write(path, size_bytes, direct=self.direct, executor=executor, **more)
+        file = await filesystem.open_write(path, size_bytes, direct=self.direct, executor=executor, **more)
+        if sharing is not None and "written" in more:
+            try:
+                await asyncio.wrap_future(executor.submit(sharing.clone_likely, file))
+            except BaseException:
+                await file.close()
+                raise
+        return file
 
 
 class UnwrittenFile:
@@ -101,6 +110,8 @@ class Sharing:
         self._older: OlderFile | None = None
         self._source: LocalReadableFile | None = None
         self._refuses = False
+        self._cloned: set[int] = set()
+        """Extents that the file shares already."""
         self._lock = Lock()
         self.shared_bytes = 0
         """What was taken over, and not written."""
@@ -157,15 +168,33 @@ class Sharing:
         starts = [k * step for k, untouched in enumerate(older.untouched) if not untouched]
         return {"written": [(start, min(step, older.size_bytes - start)) for start in starts]}
 
-    def clone(self, file: WritableFile, offset: int, num_bytes: int) -> int:
-        """Let `file` share this range's whole pages; returns how many bytes of it that were, 0 where it cannot."""
+    def clone_likely(self, file: WritableFile) -> None:
+        """Let `file` share all that is likely to be equal before anything of it is written: a clone waits for the
+        writes in flight. What is not equal all the same is written over it."""
+        older, self._cloned = self._older, set()
+        assert older is not None
+        for is_likely, run in groupby(range(len(older.untouched)), key=older.untouched.__getitem__):
+            extents = list(run)
+            start, step = extents[0] * older.extent_bytes, len(extents) * older.extent_bytes
+            if is_likely and self._clone(file, start, min(step, older.size_bytes - start)):
+                self._cloned.update(extents)
+
+    def share(self, file: WritableFile, offset: int, num_bytes: int) -> int:
+        """Let `file` share the whole pages of an equal extent; returns how many bytes of it that were, 0 where it
+        cannot."""
+        assert self._older is not None
+        is_cloned = offset // self._older.extent_bytes in self._cloned
+        shared = num_bytes // PAGE_BYTES * PAGE_BYTES if is_cloned else self._clone(file, offset, num_bytes)
+        with self._lock:
+            self.shared_bytes += shared
+        return shared
+
+    def _clone(self, file: WritableFile, offset: int, num_bytes: int) -> int:
         whole = num_bytes // PAGE_BYTES * PAGE_BYTES
         if self.by_link or self._refuses or not whole or self._source is None:
             return 0
         error = file.clone(self._source, offset, whole)
         if error is None:
-            with self._lock:
-                self.shared_bytes += whole
             return whole
         # The next file may try again, unless it never works here.
         self._refuses = True
@@ -197,7 +226,7 @@ def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharin
     """Put a sealed chunk into its place in `file`. `sharing`: where it is equal to the older file's."""
     at, nbytes, shared = chunk.offset, chunk.nbytes, 0
     if sharing is not None:
-        shared = jobs.timed("share", at, nbytes, lambda: sharing.clone(file, at, nbytes))
+        shared = jobs.timed("share", at, nbytes, lambda: sharing.share(file, at, nbytes))
     if shared < nbytes or not nbytes:
         if chunk.is_elsewhere and sharing is not None:
             sharing.read(chunk, crc)
