@@ -86,6 +86,19 @@ def test_what_retention_will_keep_at_once_has_to_fit_too(tmp_path: Path) -> None
     assert (KeepLast(3) | KeepEvery(10)).num_kept == 3 and KeepEvery(10).num_kept == 1
 
 
+def test_a_start_reads_one_manifest_however_many_there_are(tmp_path: Path) -> None:
+    with make_engine(tmp_path) as engine:
+        for tag in ("a", "b", "c"):
+            engine.create(tag)
+            engine.save(STATE, "x.pt")
+            engine.commit(tag).result(60)
+    (tmp_path / "not a checkpoint").mkdir()
+    fs = FaultyFileSystem()
+    make_engine(tmp_path, filesystem=fs).close()
+    opened = [op.path for op in fs.operations if op.path.endswith("manifest.json") and op.outcome == "ok"]
+    assert set(opened) == {str(tmp_path / "c/manifest.json")}
+
+
 def test_a_start_beside_a_checkpoint_that_would_not_fit_again_warns(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path, 3 * MIB) as root:
         with make_engine(root) as engine:
