@@ -64,7 +64,7 @@ class HeldCopies:
 
     def __init__(self, engine: Any) -> None:
         self._gate = threading.Event()
-        commits_of(engine).pool.submit_copy(self._gate.wait)
+        commits_of(engine).pool.copier.submit(self._gate.wait)
 
     def let_go(self) -> None:
         self._gate.set()

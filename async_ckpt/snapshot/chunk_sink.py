@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from ..format.chunk import Chunk
+from ..threads.executor import DaemonExecutor
 
 
 class ChunkSink(Protocol):
@@ -25,19 +26,10 @@ class ChunkSink(Protocol):
 class CopyPool(Protocol):
     """The threads that a snapshotter uses. Never blocks; any call raises when they are gone."""
 
-    @property
-    def num_helpers(self) -> int:
-        """How many threads are behind `submit_help`."""
-
-    @property
-    def helper_native_ids(self) -> list[int]:
-        """Of those threads, as the kernel counts them."""
-
-    def submit_copy(self, fn: Callable[[], None]) -> Future[None]:
-        """Run `fn` on the one copy thread, first in first out."""
-
-    def submit_help(self, fn: Callable[[], None]) -> Future[None]:
-        """Run `fn` on a thread that helps the caller with what it waits for."""
+    copier: DaemonExecutor
+    """One thread, for what is copied behind the caller."""
+    helpers: DaemonExecutor
+    """For what the caller waits for."""
 
     def let_go(self) -> bool:
         """Have a file that is written give back memory that it only keeps; False where there is none."""

@@ -12,10 +12,10 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 
 from ..host.facts import local_world_size, num_cores
+from ..threads.executor import DaemonExecutor
 from ..threads.outcome import Outcome
 
 # More threads than this no longer copy faster from memory to memory.
@@ -38,19 +38,13 @@ def _share_of_cores() -> int:
 
 
 class CopyTeam:
-    """The caller's thread and `num_helpers` others, reached through `submit`. Any thread.
+    """The caller's thread and those of `helpers`, which are kept off the caller's core. Any thread."""
 
-    Args:
-        native_ids: of the threads that run what is submitted; they are kept off the caller's core.
-    """
-
-    def __init__(
-        self, submit: Callable[[Callable[[], None]], Future[None]], num_helpers: int, native_ids: Sequence[int] = ()
-    ) -> None:
-        self._submit = submit
-        self._num_helpers = num_helpers
+    def __init__(self, helpers: DaemonExecutor) -> None:
+        self._submit = helpers.submit
+        self._native_ids = helpers.native_ids
+        self._num_helpers = len(self._native_ids)
         self._num_cores = _share_of_cores()
-        self._native_ids = native_ids
         self._given: dict[int, set[int]] = {}
         """The cores that this class has left each thread, and the user's own choice before that."""
         self._allowed: dict[int, set[int]] = {}

@@ -45,7 +45,7 @@ class Snapshotter:
     def __init__(self, arena: StagingArena, pool: CopyPool, *, timeout_s: float) -> None:
         self._arena = arena
         self._pool = pool
-        self._team = CopyTeam(pool.submit_help, pool.num_helpers, pool.helper_native_ids)
+        self._team = CopyTeam(pool.helpers)
         self._timeout_s = timeout_s
         self._maps: dict[tuple[str, tuple[int, int] | None], tuple[Sequence[int], ChunkMap]] = {}
         self._streams = SideStreams()
@@ -139,7 +139,7 @@ class Snapshotter:
             for k in unprobed:
                 is_lazy[k] = False
         file.copy_unguarded(chunks, self._team, is_lazy, guarded.ids)
-        done = self._pool.submit_copy(lambda: self._copy_behind(file, chunks))
+        done = self._pool.copier.submit(lambda: self._copy_behind(file, chunks))
         done.add_done_callback(lambda done: _give_up_unstarted(file, chunks, sink, done))
         return file
 

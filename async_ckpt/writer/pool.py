@@ -1,8 +1,7 @@
 """The asyncio writer pool: one daemon thread with one event loop, and I/O threads, put staging chunks on disk.
 
 Guarantees:
-- `open_file`, `FileWrite.submit`, `submit_io`, `submit_copy`, `submit_help` and `run` never block; what they start
-  always resolves.
+- `open_file`, `FileWrite.submit`, `submit_io` and `run` never block; what they start always resolves.
 - At most `num_writers` chunks are written at once over all files; fsync of a file starts as soon as its data is
   written.
 - When the loop thread dies, is stopped from outside or loses its executors, every outstanding future fails at once
@@ -65,7 +64,7 @@ class WriterPool:
 
     Args:
         num_writers: chunks that are written at once, over all files.
-        num_helpers: threads for `submit_help`.
+        num_helpers: threads in `helpers`.
         io_mode: past the page cache, through it, or "auto": past it from `SMALL_BYTES` on.
         rewrite: write a file once more where the disk has failed for a moment.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; quick, never raises.
@@ -84,7 +83,6 @@ class WriterPool:
         name: str = "async-ckpt",
     ) -> None:
         self._pid = os.getpid()
-        self.num_helpers = num_helpers
         self._io_mode, self._rewrites = io_mode, rewrite
         self._num_writers = auto_num_writers(num_helpers) if num_writers == "auto" else num_writers
         self.death: Outcome[None] = Outcome()
@@ -103,9 +101,11 @@ class WriterPool:
 
             in_background = partial(lower_priority, also_disk=False)
             self._io = start("io", self._num_writers + _NUM_SPARE_THREADS, on_start=in_background)
-            self._copier = start("copy", 1)
-            self._helpers = start("help", num_helpers)
-            self._executors = (self._io, self._copier, self._helpers)
+            self.copier = start("copy", 1)
+            """One thread, for what a save leaves to be copied: first in first out."""
+            self.helpers = start("help", num_helpers)
+            """For what helps a caller with what it waits for."""
+            self._executors = (self._io, self.copier, self.helpers)
             self.disk = Disk(filesystem, self._io, self._thread, self._num_writers, on_span)
             self._thread.start()
             undo.pop_all()
@@ -170,26 +170,10 @@ class WriterPool:
         self.check(takes_files=False)
         return self._io.submit(fn)
 
-    def submit_copy(self, fn: Callable[[], T]) -> Future[T]:
-        """Run `fn` on the one copy thread, first in first out. Never blocks; raises as `open_file` does."""
-        self.check(takes_files=False)
-        return self._copier.submit(fn)
-
-    def submit_help(self, fn: Callable[[], T]) -> Future[T]:
-        """Run `fn` on a thread that helps the caller with what it waits for. Never blocks; raises as `open_file`
-        does.
-        """
-        self.check(takes_files=False)
-        return self._helpers.submit(fn)
-
     def let_go(self) -> bool:
         """Have one file give back the chunks that it only keeps for a second try; False where none does. Never
         blocks."""
         return any(isinstance(file, RewritingFile) and file.let_go() for file in list(self._files))
-
-    @property
-    def helper_native_ids(self) -> list[int]:
-        return self._helpers.native_ids
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""

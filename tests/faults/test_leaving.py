@@ -88,7 +88,7 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
     ),
     "dropped on its own thread": (
         "engine = make_engine(root, fs); engine.me = engine; pool = engine._commits.pool\n"
-        "p = commit(engine, 'a'); del engine; pool.submit_copy(gc.collect).result(60); p.result(60)",
+        "p = commit(engine, 'a'); del engine; pool.copier.submit(gc.collect).result(60); p.result(60)",
         0,
         ["a"],
         [],

@@ -271,7 +271,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
         log: list[str] = []
         copying = Gate()
         copying.close()
-        submit = commits_of(engine).pool.submit_copy
+        submit = commits_of(engine).pool.copier.submit
         saves, meddles = Gate(), Gate()
         saves.close()
         meddles.close()

@@ -8,6 +8,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,10 @@ def on_thread(fn: Any) -> Future[None]:
     return done
 
 
+def team_of(submit: Any, native_ids: list[int]) -> CopyTeam:
+    return CopyTeam(SimpleNamespace(submit=submit, native_ids=native_ids))
+
+
 @pytest.fixture
 def gate() -> Any:
     """Stands before every job of a helper."""
@@ -42,7 +47,7 @@ def gate() -> Any:
 def test_each_job_runs_once_and_ends_are_told_in_order() -> None:
     ran: list[int] = []
     told: list[int] = []
-    CopyTeam(on_thread, 3).run(200, ran.append, ran.append, told.append)
+    team_of(on_thread, [-1] * 3).run(200, ran.append, ran.append, told.append)
     assert sorted(ran) == told == list(range(200))
 
 
@@ -61,7 +66,7 @@ def test_an_end_is_told_only_after_all_before_it(gate: Gate) -> None:
         helped.append(k)
         assert all(before < k for before in told)
 
-    doing = Doing(lambda: CopyTeam(on_thread, 1).run(50, work, help_with, told.append))
+    doing = Doing(lambda: team_of(on_thread, [-1]).run(50, work, help_with, told.append))
     gate.let_one_pass()
     gate.open()
     doing.result()
@@ -86,7 +91,7 @@ def test_what_a_helper_raises_is_raised_to_the_caller() -> None:
         return done
 
     with pytest.raises(OSError, match="no memory behind"):
-        CopyTeam(helping, 1).run(50, work, break_down, lambda k: None)
+        team_of(helping, [-1]).run(50, work, break_down, lambda k: None)
     assert len(begun) <= 1
 
 
@@ -102,7 +107,7 @@ def test_helpers_keep_off_the_callers_core() -> None:
     looked = threading.Event()
     with ThreadPoolExecutor(1) as helper:
         native_id = helper.submit(threading.get_native_id).result(TIMEOUT_S)
-        team = CopyTeam(helper.submit, 1, [native_id])
+        team = team_of(helper.submit, [native_id])
         for callers in (min(allowed), max(allowed)):
             looked.clear()
             os.sched_setaffinity(0, {callers})
@@ -137,7 +142,7 @@ def test_after_an_interrupt_no_job_begins(gate: Gate) -> None:
         return ends[-1]
 
     with pytest.raises(KeyboardInterrupt):
-        CopyTeam(helping, 1).run(50, interrupt, help_with, lambda k: None)
+        team_of(helping, [-1]).run(50, interrupt, help_with, lambda k: None)
     gate.open()
     ends[0].result(TIMEOUT_S)
     assert len(helped) == 1
@@ -175,7 +180,7 @@ def test_an_eager_save_with_helpers_has_the_right_bytes(
     state = {f"w{k}": torch.randint(0, 255, (3_000_000 + 17 * k,), dtype=torch.uint8) for k in range(9)}
     wanted = {name: tensor.clone() for name, tensor in state.items()}
     with engine:
-        assert commits_of(engine).pool.num_helpers == num_helpers
+        assert len(commits_of(engine).pool.helpers.native_ids) == num_helpers
         for step in range(3):
             engine.create(f"step-{step}")
             engine.save(state, "s.pt")

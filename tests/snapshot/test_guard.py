@@ -682,7 +682,7 @@ net = Net(plain_sgd)
 engine = make_engine(Path({root!r}))
 engine.guard(net.optimizer)
 gate = threading.Event()
-commits_of(engine).pool.submit_copy(gate.wait)
+commits_of(engine).pool.copier.submit(gate.wait)
 engine.create("t")
 with gated(net.optimizer) as step_gate:
     step_gate.close()

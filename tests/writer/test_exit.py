@@ -28,7 +28,7 @@ def test_close_waits_for_what_was_submitted(make_pool, fs):
     with pytest.raises(TransactionStateError, match="closed"):
         pool.open_file("g", size_bytes=1, seal=seal)
     with pytest.raises(TransactionStateError):
-        pool.submit_copy(lambda: None)
+        pool.copier.submit(lambda: None)
 
 
 def test_close_gives_up_files_that_lack_chunks(make_pool):
@@ -81,7 +81,7 @@ CALLS = {
     "submit": lambda pool, file, source: file.submit(source.chunks[0]),
     "abort": lambda pool, file, source: file.abort(ValueError()),
     "done": lambda pool, file, source: file.done.result(1),
-    "copy": lambda pool, file, source: pool.submit_copy(lambda: None),
+    "copy": lambda pool, file, source: pool.copier.submit(lambda: None),
     "waiting_for": lambda pool, file, source: pool.waiting_for(),
     "close": lambda pool, file, source: pool.close(1),
 }

@@ -177,7 +177,7 @@ def test_spans_tell_kind_thread_and_extent(make_pool):
 def test_copies_run_one_after_the_other_in_order(make_pool):
     pool = make_pool()
     gate, order = Gate(), []
-    copies = [pool.submit_copy(gate), *(pool.submit_copy(lambda k=k: order.append(k)) for k in range(5))]
+    copies = [pool.copier.submit(gate), *(pool.copier.submit(lambda k=k: order.append(k)) for k in range(5))]
     gate.wait_inside(1)
     gate.open()
     for copy in copies:

@@ -59,7 +59,7 @@ class LateCopies:
     def close(self, checkpointer: AsyncDeepSpeedEngine) -> None:
         self._gate = gate = threading.Event()
         assert checkpointer.engine is not None
-        commits_of(checkpointer.engine).pool.submit_copy(lambda: gate.wait(60) and None)
+        commits_of(checkpointer.engine).pool.copier.submit(lambda: gate.wait(60) and None)
 
 
 def bottom(engine: Any) -> torch.optim.Optimizer:
