@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from async_ckpt.errors import CheckpointError, ConfigError, TransactionStateError, UnsupportedStateError
 from async_ckpt.host import device as devices
+from async_ckpt.ranks.rank_coordinator import RankCoordinator
+from tests.ranks.test_coordinator import together
 from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, busy, distinct, engine, on, on_disk, saved
@@ -51,6 +54,22 @@ def test_a_guarded_step_is_queued_behind_the_copies(tmp_path: Path, any_mode: st
             pending.result(TIMEOUT_S)
             assert pending.metrics.saves[0].mode == "lazy" and pending.metrics.saves[0].pinned
     assert [distinct(on_disk(tmp_path, f"{step}")["w"]) for step in range(4)] == [[1.0 - step] for step in range(4)]
+
+
+def test_ranks_on_devices_of_their_own_write_one_file(tmp_path: Path, any_mode: str) -> None:
+    store = dist.HashStore()
+
+    def work(rank: int) -> str:
+        device = (DEVICE, OTHER)[rank]
+        with engine(tmp_path, coordinator=RankCoordinator(store, rank, 2, timeout_s=TIMEOUT_S)) as made:
+            made.create("t")
+            made.save({"w": torch.arange(SIZE, device=device), "step": 3}, "model.pt", replicated=True)
+            pending = made.commit("t")
+            return pending.result(TIMEOUT_S)
+
+    assert together(2, work) == ["t", "t"]
+    assert on_disk(tmp_path, "t")["w"].equal(torch.arange(SIZE))
+    assert str(OTHER).encode() not in (tmp_path / "t/model.pt").read_bytes() or DEVICE == OTHER
 
 
 def test_an_adam_training_is_saved_as_it_was_at_each_save(tmp_path: Path, any_mode: str) -> None:
