@@ -140,16 +140,14 @@ class SavePipeline:
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
         saved = self._open(checkpoint, path, state, metrics, is_shared=is_shared)
-        write, new = saved.write, saved.new
         checkpoint.files[path] = saved
         checkpoint.metrics.saves.append(metrics)
         try:
-            elsewhere = frozenset[int]() if new is None else new.elsewhere(write.sharing)
-            saved.copy = copy = self._snapshot(checkpoint, path, state, saved, turn, elsewhere)
+            saved.copy = copy = self._snapshot(state, saved, turn)
         except BaseException as error:
             # A file that ends half way must never be committed, whatever interrupted it.
             checkpoint.fail(error)
-            write.abort(error)
+            saved.write.abort(error)
             raise
         if not copy.copied.done():
             self.guard.track(copy)
@@ -183,27 +181,26 @@ class SavePipeline:
             replica.write = write
         return SavedFile(write, metrics, plan, time.perf_counter(), new=new, replica=replica)
 
-    def _snapshot(
-        self,
-        checkpoint: Checkpoint,
-        path: str,
-        state: PlannedState,
-        saved: SavedFile,
-        turn: Turn | None,
-        elsewhere: frozenset[int],
-    ) -> FileCopy:
+    def _snapshot(self, state: PlannedState, saved: SavedFile, turn: Turn | None) -> FileCopy:
+        write, replica, about = saved.write, saved.replica, saved.metrics
+        elsewhere = frozenset[int]() if saved.new is None else saved.new.elsewhere(write.sharing)
         guarded = self.guard.owned(state.storage_ids)
         if guarded is NOTHING and turn is not None:
             # Nothing here is changed by a guarded step: those of other threads may go on.
             turn.end()
 
         def tell_copied(kind: str, start_s: float, offset: int, num_bytes: int) -> None:
-            self.callbacks.tell_span(kind, start_s, checkpoint.tag, path, offset, num_bytes)
+            self.callbacks.tell_span(kind, start_s, about.tag, about.path, offset, num_bytes)
 
-        on_copied = tell_copied if self._observes else None
-        share = None if saved.replica is None else (saved.replica.share.start, saved.replica.share.copied_end)
-        how: Any = {"guarded": guarded, "on_copied": on_copied, "elsewhere": elsewhere, "chunks_of": share}
-        return self.snapshotter.take(state, saved.write, name=path, **how)
+        return self.snapshotter.take(
+            state,
+            write,
+            name=about.path,
+            guarded=guarded,
+            on_copied=tell_copied if self._observes else None,
+            elsewhere=elsewhere,
+            chunks_of=None if replica is None else (replica.share.start, replica.share.copied_end),
+        )
 
     # Telling.
 

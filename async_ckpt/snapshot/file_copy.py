@@ -56,7 +56,6 @@ class FileCopy:
         sink: ChunkSink,
         arena: StagingArena,
         streams: SideStreams,
-        *,
         owners: Sequence[torch.Tensor] = (),
         on_copied: OnCopied | None = None,
         elsewhere: frozenset[int] = frozenset(),
@@ -297,9 +296,9 @@ class FileCopy:
             by_device: dict[torch.device, list[LargePiece]] = {}
             if k not in self._elsewhere:
                 self._payloads.fill(k, chunk, wanted, completes=self._completes, is_urgent=False)
-            for piece in self._map.payload_pieces(k) if k not in self._elsewhere else ():
-                if piece.source in on_devices and (self._wanted is None or self._wanted[piece.source]):
-                    by_device.setdefault(on_devices[piece.source], []).append(piece)
+                for piece in self._map.payload_pieces(k):
+                    if piece.source in on_devices and (self._wanted is None or self._wanted[piece.source]):
+                        by_device.setdefault(on_devices[piece.source], []).append(piece)
             events = [self._queue_copies(device, pieces, chunk) for device, pieces in by_device.items()]
             self._unfinished.append((k, chunk, events, began))
         self.events.extend(event for _, _, events, _ in self._unfinished for event in events)

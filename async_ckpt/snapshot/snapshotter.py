@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 from ..errors import CheckpointError, TransactionStateError
 from ..plan.plan import FilePlan, PlannedState
@@ -114,8 +113,7 @@ class Snapshotter:
             UnsupportedStateError: a storage's device cannot be copied from.
         """
         chunk_map = self._map_of(state.plan, name, chunks_of)
-        how: Any = {"owners": guarded.tensors, "on_copied": on_copied, "elsewhere": elsewhere}
-        file = FileCopy(state, chunk_map, sink, self._arena, self._streams, **how)
+        file = FileCopy(state, chunk_map, sink, self._arena, self._streams, guarded.tensors, on_copied, elsewhere)
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
         while chunks is None and self._pool.let_go():
             chunks = self._arena.try_reserve(len(chunk_map.offsets))
