@@ -11,6 +11,7 @@ import pickle
 import secrets
 import struct
 import sys
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -105,6 +106,7 @@ class Recorded:
             name_hash=name_hash(len(self.storages)),
             alignment=alignment,
         )
+        self._pieces.clear()
 
     def _note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
         storage = obj if isinstance(obj, torch.UntypedStorage) else obj._untyped_storage
@@ -114,7 +116,8 @@ class Recorded:
         self.uses[storage._cdata] += 1
 
     def _pickler_class(self) -> type[pickle.Pickler]:
-        recorder = self
+        # A class is garbage that only the collector finds: what was recorded, and the user's tensors, must not wait.
+        recorder = weakref.proxy(self)
 
         class RecordingPickler(pickle.Pickler):
             """torch.save derives its own pickler from this class and defines `persistent_id` there."""

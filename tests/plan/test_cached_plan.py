@@ -190,6 +190,20 @@ def test_plans_keep_nothing_of_the_user_alive():
     assert plan.file_bytes > 0
 
 
+@pytest.mark.parametrize("extra", [{}, {"o": bytearray(1)}], ids=["fast", "torch"])
+def test_the_first_plan_waits_for_no_collector_to_let_go(extra):
+    state = {"t": torch.ones(3), **extra}
+    watched = weakref.ref(state["t"])
+    gc.collect()
+    gc.disable()
+    try:
+        Planner().plan(state)
+        del state
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
 def test_the_cache_is_bounded_and_remembers_by_structure():
     planner = Planner(cache_entries=2)
     states = [{"t": torch.ones(n)} for n in range(1, 5)]
