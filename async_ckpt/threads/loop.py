@@ -24,7 +24,6 @@ from .outcome import Outcome
 
 T = TypeVar("T")
 
-_NUM_DRAIN_TRIES = 8
 _HEARTBEAT_S = 1.0
 
 
@@ -143,14 +142,11 @@ class LoopThread:
 
     def _drain(self) -> None:
         """Let every task end, so that memory and descriptors are given back; the loop may be stopped under us again."""
-        ending = self.loop.create_task(self._end_tasks())
-        for _ in range(_NUM_DRAIN_TRIES):
-            try:
-                self.loop.run_until_complete(ending)
-                return
-            except BaseException as error:  # noqa: BLE001 -- the death has been told; only the clean-up is at stake
-                report(logging.INFO, "the dying writer's loop was interrupted again: %r", error)
-        self._on_undrained()
+        try:
+            self.loop.run_until_complete(self._end_tasks())
+        except BaseException as error:  # noqa: BLE001 -- the death has been told; only the clean-up is at stake
+            report(logging.INFO, "the dying writer's loop was interrupted again: %r", error)
+            self._on_undrained()
 
     async def _end_tasks(self) -> None:
         cancelled: set[asyncio.Task[None]] = set()
