@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..errors import MirrorError
 from ..format.manifest import Manifest
+from ..format.names import MANIFEST_NAME
 from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileLock, FileSystem
@@ -176,7 +177,7 @@ class MirrorContext:
         """
         found = read_manifest(self.store, state.tag)
         if found is None or found.attempt != state.attempt:
-            for key in state.keys:
+            for key in (*state.keys, f"{state.tag}/{MANIFEST_NAME}"):
                 self.store.discard_parts(key)
             self.store.delete(state.keys)
         self.states.forget(state.tag)

@@ -28,30 +28,24 @@ class Slots:
         """Whether the upload has failed: no part of it is wanted any more."""
         self._context = context
         self._free: list[memoryview | None] = [None] * context.mirror.parallel
-        self._lent: dict[int, weakref.ref[memoryview]] = {}
 
     def take(self, num_bytes: int) -> memoryview:
         """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view
         ends. Blocks. Raises Stopped."""
-        changed = self._context.changed
-        with changed:
+        with self._context.changed:
             self._context.wait_for(lambda: self.is_closed or bool(self._free))
             if self.is_closed:
                 raise Stopped("another object of the checkpoint has failed", url=self._context.mirror.url)
             memory = self._free.pop() or region(self._context.mirror.part_bytes)
         view = memory[:num_bytes]
-
-        def ended(reference: weakref.ref[memoryview]) -> None:
-            # On whichever thread dropped it last.
-            with changed:
-                del self._lent[id(reference)]
-                self._free.append(memory)
-                changed.notify_all()
-
-        reference = weakref.ref(view, ended)
-        # By its number: a reference to memory that can be written has no hash.
-        self._lent[id(reference)] = reference
+        weakref.finalize(view, self._give_back, memory).atexit = False
         return view
+
+    def _give_back(self, memory: memoryview) -> None:
+        """On whichever thread dropped the view last."""
+        with self._context.changed:
+            self._free.append(memory)
+            self._context.changed.notify_all()
 
     def close(self) -> None:
         """Let nobody take or wait for a slot any more."""

@@ -97,6 +97,8 @@ class Upload:
         before = states.get(plan.tag)
         if before is not None and before.attempt == plan.attempt:
             self._is_resumed = True
+            # A directory has parts of it too.
+            self._context.store.discard_parts(plan.manifest_key)
             return
         ours: tuple[str, ...] = ()
         if before is not None:

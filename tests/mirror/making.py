@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,17 @@ def garbage(server: Any, prefix: str) -> list[str]:
     return [key for key in there if key not in named and "/.probe-" not in key]
 
 
+def priorities() -> dict[str, tuple[int, int]]:
+    """Niceness and class of disk priority (3: idle) of each thread of this process that has a name."""
+    found = {}
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    for thread in os.listdir("/proc/self/task"):
+        name = names.get(int(thread)) or Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+        io_class = ctypes.CDLL(None).syscall(252, 1, int(thread)) >> 13
+        found[f"{name}/{thread}"] = os.getpriority(os.PRIO_PROCESS, int(thread)), io_class
+    return found
+
+
 __all__ = [
     "SMALL",
     "big",
@@ -110,6 +123,7 @@ __all__ = [
     "content",
     "garbage",
     "mirroring",
+    "priorities",
     "remote_content",
     "s3_mirror",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from async_ckpt.errors import MirrorError
+from async_ckpt.host.process import Owner
+from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.state import DIRECTORY, States
 from async_ckpt.storage.filesystem import FileSystem
 
@@ -114,8 +118,6 @@ def _goes_on(server: Any, root: Path, where: str) -> None:
 
 @pytest.mark.wide
 def test_deleted_on_disk_after_a_crash_ends_cleanly(moto: Any, tmp_path: Path, prefix: str) -> None:
-    import shutil
-
     commit(tmp_path, "gone", big())
 
     def kill(number: int, method: str, path: str) -> Fault:
@@ -148,3 +150,29 @@ def test_a_damaged_state_is_left_out_and_the_store_asked(moto: Any, tmp_path: Pa
     with mirroring(tmp_path, mirror) as made:
         until(lambda: made.is_mirrored("step-1", 1))
     assert remote_content(mirror, "step-1") == SMALL and garbage(moto, prefix) == []
+
+
+class FailsAtTheManifest(FileSystem):
+    def rename(self, src: str, dst: str) -> None:
+        if dst.endswith("step-1/manifest.json"):
+            raise OSError("the process dies here")
+        super().rename(src, dst)
+
+
+@pytest.mark.parametrize("then", ["goes on", "is deleted"])
+def test_a_manifest_that_was_half_written_to_a_directory_is_removed(then: str, tmp_path: Path) -> None:
+    root, other = root_of(tmp_path / "root"), tmp_path / "other"
+    mirror = Mirror(f"file://{other}", retry_timeout_s=0.1)
+    with mirroring(root, mirror, fs=FailsAtTheManifest()) as made:
+        assert isinstance(commit_and_send(made, root, "step-1").exception(60), MirrorError)
+    me = FileSystem().owner()
+    dead = Owner(me.host, "0123abcd", me.pid_namespace, 4_000_000, 1)
+    (other / "step-1" / f".part-manifest.json-{dead}-0").write_bytes(b"half")
+    if then == "is deleted":
+        shutil.rmtree(root / "step-1")
+    with mirroring(root, mirror) as made:
+        made.check()
+        if then == "goes on":
+            until(lambda: made.is_mirrored("step-1", 1))
+    left = {path.name for path in other.rglob("*") if path.is_file()}
+    assert left == ({"manifest.json", "model.bin", "optim.bin"} if then == "goes on" else set())

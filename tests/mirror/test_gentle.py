@@ -38,30 +38,16 @@ from .test_engine import engine_on, saved
 pytestmark = pytest.mark.wide
 
 
-def priorities() -> dict[str, tuple[int, int]]:
-    """Niceness and class of disk priority (3: idle) of each thread of this process that has a name."""
-    import ctypes
-
-    found = {}
-    names = {thread.native_id: thread.name for thread in threading.enumerate()}
-    for thread in os.listdir("/proc/self/task"):
-        name = names.get(int(thread)) or Path(f"/proc/self/task/{thread}/comm").read_text().strip()
-        io_class = ctypes.CDLL(None).syscall(252, 1, int(thread)) >> 13
-        found[f"{name}/{thread}"] = os.getpriority(os.PRIO_PROCESS, int(thread)), io_class
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="reads Linux's priorities")
 def test_uploads_are_niced_and_idle_on_the_disk(moto: Any, tmp_path: Path, prefix: str) -> None:
     """In a process of its own: the library keeps the threads that its first user has made."""
     options = json.dumps(dict(moto.options()))
     program = (
-        "import json, sys; from pathlib import Path; from async_ckpt import AsyncCheckpointEngine, Mirror\n"
-        "from tests.mirror.test_gentle import priorities; import torch\n"
-        "mirror = Mirror(sys.argv[2], options=json.loads(sys.argv[3]))\n"
-        "with AsyncCheckpointEngine(sys.argv[1], staging_bytes=16 << 20, mirrors=(mirror,)) as engine:\n"
-        "    engine.create('a'); engine.save({'w': torch.zeros(9000)}, 'm.pt')\n"
-        "    engine.commit('a').mirrored.result(60); print(json.dumps(priorities()))\n"
+        "import json, sys; from pathlib import Path; from async_ckpt import Mirror\n"
+        "from tests.mirror.making import commit_and_send, mirroring, priorities\n"
+        "mirror, root = Mirror(sys.argv[2], options=json.loads(sys.argv[3])), Path(sys.argv[1])\n"
+        "with mirroring(root, mirror) as made:\n"
+        "    commit_and_send(made, root, 'a').result(60); print(json.dumps(priorities()))\n"
     )
     where = [str(tmp_path), s3_mirror(moto, prefix).url, options]
     done = subprocess.run([sys.executable, "-c", program, *where], capture_output=True, text=True)

@@ -28,6 +28,7 @@ from .making import (
     remote_content,
     s3_mirror,
 )
+from .proxy import Fault, Proxy
 from .servers import BUCKET, client, keys, unfinished_uploads
 
 
@@ -155,6 +156,29 @@ def test_retention_in_the_store_deletes_manifest_and_objects(moto: Any, tmp_path
         commit_and_send(made, tmp_path, "last", SMALL, created=9).result(60)
     assert check_store(mirror) == ["step-1", "step-4", "last"] and garbage(moto, prefix) == []
     assert len(content_tags(tmp_path)) == 6
+
+
+@pytest.mark.wide
+def test_a_deletion_in_the_store_that_was_cut_short_is_ended_by_the_next_start(
+    moto: Any, tmp_path: Path, prefix: str
+) -> None:
+    """The manifest goes first: no reader finds a checkpoint that lacks an object."""
+
+    def cut(number: int, method: str, path: str) -> Fault:
+        return "skew" if method == "DELETE" and "/step-0/" in path and "manifest.json" not in path else None
+
+    def retain(mirror: Mirror, catalog: Any, remove: Any) -> None:
+        carry_out(catalog, KeepLast(1), remove, hold=lambda manifest: None)
+
+    with Proxy(moto.endpoint, cut) as proxy:
+        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, retention=KeepLast(1))
+        with mirroring(tmp_path, mirror, hooks=MirrorHooks(retain=retain)) as made:
+            for step in range(2):
+                commit_and_send(made, tmp_path, f"step-{step}", SMALL, created=step + 1).result(60)
+    assert check_store(s3_mirror(moto, prefix)) == ["step-1"] and len(garbage(moto, prefix)) == len(SMALL)
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        made.check()
+    assert check_store(s3_mirror(moto, prefix)) == ["step-1"] and garbage(moto, prefix) == []
 
 
 def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, tmp_path: Path, prefix: str) -> None:
