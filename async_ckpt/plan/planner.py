@@ -1,23 +1,28 @@
-"""From a state to a plan."""
+"""From a state to a plan; and what people hear at the first save of a file: of types that `load` refuses by default,
+and of buffers that are not streamed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 
-from ..errors import ConfigError, UnsupportedStateError
-from ..format.named import names_in
+from ..errors import ConfigError, UnsupportedStateError, some_of
+from ..format.named import file_naming, listing, names_in, places_named
+from ..format.pickles import MalformedPickleError
 from ..format.zip import MAX_ALIGNMENT
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
 from .compaction import record_compact
-from .first_look import told_of_buffers, told_of_refused
 from .key_paths import UNKNOWN, path_of, places_of, tensor_paths, walk
+from .object_parts import is_numpy
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .strided import view_span
@@ -26,6 +31,21 @@ from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError
 
 _MAX_TOLD_OF = 64
 """Files whose first save is looked at; a name that changes with each save is no news any more."""
+
+
+_IS_LOADED_BY_FRAMEWORK = ContextVar("loaded by a framework", default=False)
+
+
+@contextlib.contextmanager
+def loaded_by_framework() -> Iterator[None]:
+    """What this thread saves meanwhile, a framework loads again in its own way: nobody is told what `load` refuses of
+    it, as there is nothing that a user could do about it.
+    """
+    token = _IS_LOADED_BY_FRAMEWORK.set(True)
+    try:
+        yield
+    finally:
+        _IS_LOADED_BY_FRAMEWORK.reset(token)
 
 
 class Planner:
@@ -222,4 +242,41 @@ def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     path, item = next(((path, item) for path, item in found if path is not None), (f" {UNKNOWN}", suspects[0]))
     return UnsupportedStateError(
         f"state{path} ({type(item).__name__}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
+    )
+
+
+def told_of_buffers(state: Any, file_name: str) -> str | None:
+    """A warning, with the key paths, of large arrays and bytes: they are encoded in memory, where tensors are streamed;
+    None where there are none.
+    """
+    found = []
+    for place, obj in walk(state):
+        kind = type(obj)
+        is_buffer = kind in (bytes, bytearray) or is_numpy(kind)
+        num_bytes = (len(obj) if kind in (bytes, bytearray) else getattr(obj, "nbytes", 0)) if is_buffer else 0
+        if num_bytes >= LARGE_BYTES:
+            found.append(f"state{path_of(place)} ({kind.__name__} of {num_bytes >> 20} MiB)")
+    if not found:
+        return None
+    return (
+        f"{file_name or 'the state'}: {some_of(found)}: what is no tensor is encoded in memory, outside "
+        "staging_bytes: an array at once to twice its size, bytes at up to six times theirs and with the GIL held. "
+        "Save torch.from_numpy(array) or torch.frombuffer(data, dtype=torch.uint8) instead: tensors are streamed"
+    )
+
+
+def told_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> str | None:
+    """A warning, with the key paths, of what the pickle of `file_name` names and `load` refuses by default; or None."""
+    is_asked = not _IS_LOADED_BY_FRAMEWORK.get()
+    refused = is_asked and set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
+    if not refused:
+        return None
+    try:
+        found = places_named(pickled, refused)
+    except MalformedPickleError:
+        return None
+    return (
+        f"{file_name or 'the state'} holds what load refuses by default (weights_only=True): {listing(found)}. Convert "
+        "it to numbers, text, lists, dicts or tensors; or load the file with weights_only=False, which runs code, or "
+        "after torch.serialization.add_safe_globals"
     )

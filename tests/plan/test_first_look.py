@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, UnsupportedStateError
-from async_ckpt.plan import first_look, torch_layout
 from async_ckpt.plan import planner as planner_module
+from async_ckpt.plan import torch_layout
 from async_ckpt.plan.planner import Planner
 
 
@@ -130,7 +130,7 @@ def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: 
     "data", [np.zeros(4096), b"x" * 32768, bytearray(32768), np.array([0.5] * 4096).reshape(64, 64)]
 )
 def test_large_buffers_are_named(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
-    for module in (first_look, planner_module, torch_layout):
+    for module in (planner_module, torch_layout):
         monkeypatch.setattr(module, "LARGE_BYTES", 30_000)
     planner = Planner(tell=show)
     with pytest.warns(

@@ -15,7 +15,7 @@ from ...engine.interface import CheckpointEngine, StrPath, tag_of
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, PathExistsError, TransactionStateError, report
 from ...format.names import MANIFEST_NAME
-from ...plan.first_look import loaded_by_framework
+from ...plan.planner import loaded_by_framework
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config

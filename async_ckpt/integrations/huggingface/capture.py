@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...plan.first_look import loaded_by_framework
+from ...plan.planner import loaded_by_framework
 from ..frameworks import require
 
 # What Transformers and Accelerate load with weights_only=False, or with NumPy's types allowed.
