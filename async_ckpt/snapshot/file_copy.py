@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from operator import and_
+from typing import Protocol
 
 import torch
 
@@ -23,7 +24,6 @@ from ..host.device import record_now, synchronize
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
 from .chunk_map import ChunkMap, LargePiece
-from .chunk_sink import ChunkSink
 from .copy_threads import CopyTeam
 from .device import SideStreams
 from .payloads import Payloads
@@ -35,6 +35,19 @@ ended."""
 
 _QueuedChunk = tuple[int, StagingChunk, list[torch.Event], float]
 """A chunk's number, the chunk, what ends its device copies, and when they were queued."""
+
+
+class ChunkSink(Protocol):
+    """Where the chunks of a file go, from the first to the last. Any thread; never blocks."""
+
+    def submit(self, *chunks: Chunk) -> None:
+        """Take over the next chunks in every case, also when it raises: each is released exactly once."""
+
+    def has_taken(self, offset: int) -> bool:
+        """Whether the chunk at `offset` was taken over."""
+
+    def abort(self, error: BaseException) -> None:
+        """Give the file up because of `error`."""
 
 
 class FileCopy:

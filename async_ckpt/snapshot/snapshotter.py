@@ -17,17 +17,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Protocol
 
 from ..errors import CheckpointError, TransactionStateError
 from ..plan.plan import FilePlan, PlannedState
+from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.outcome import Outcome
 from .arena import StagingArena, StagingChunk
 from .chunk_map import ChunkMap, map_chunks
-from .chunk_sink import ChunkSink, CopyPool
 from .copy_threads import CopyTeam
 from .device import SideStreams
-from .file_copy import FileCopy, OnCopied
+from .file_copy import ChunkSink, FileCopy, OnCopied
 from .owned_storages import NOTHING, Owned
 from .probes import is_probed
 
@@ -36,6 +37,21 @@ _PATIENCE_S = 0.01
 # A save may be interrupted by a signal handler that waits for that copy.
 _MAX_PATIENCE_S = 1.0
 _MAX_MAPS = 64
+
+
+class CopyPool(Protocol):
+    """The threads that a snapshotter uses. Never blocks; any call raises when they are gone."""
+
+    copier: DaemonExecutor
+    """One thread, for what is copied behind the caller."""
+    helpers: DaemonExecutor
+    """For what the caller waits for."""
+
+    def let_go(self) -> bool:
+        """Have a file that is written give back memory that it only keeps; False where there is none."""
+
+    def submit_io(self, fn: Callable[[], None]) -> Future[None]:
+        """Run `fn`, which may block, on an I/O thread."""
 
 
 class Snapshotter:
