@@ -32,7 +32,7 @@ from ..storage.filesystem import FileSystem
 from ..storage.staged import Destination, State
 from ..threads.executor import check_process
 from ..threads.locks import Lock
-from ..threads.pending import announce
+from ..threads.outcome import announce
 from . import preflight
 from .checkpoint import Checkpoint, begin
 from .config import EngineConfig

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from ..errors import TransactionStateError, report
 from ..metrics import Observer, Span
 from ..threads.executor import DaemonExecutor
-from ..threads.pending import run_guarded
+from ..threads.outcome import run_guarded
 
 # Of spans: an observer that is this far behind hears of checkpoints, and no more of chunks.
 _MAX_BEHIND = 10_000

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..metrics import CommitMetrics
 from ..mirror.pending import PendingMirror
-from ..threads.pending import Pending, run_guarded
+from ..threads.outcome import Pending, run_guarded
 
 
 class PendingCommit(Pending):

@@ -17,7 +17,7 @@ from ..metrics import MirrorMetrics, Span
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileLock, FileSystem
 from ..threads.locks import Lock
-from ..threads.pending import run_guarded
+from ..threads.outcome import run_guarded
 from .config import Mirror
 from .probe import Abilities
 from .remote_manifest import read_manifest

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..metrics import MirrorMetrics
 from ..threads.locks import Lock
-from ..threads.pending import Pending, run_guarded
+from ..threads.outcome import Pending, run_guarded
 
 
 class PendingMirror(Pending):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, RankFailedError, report
 from ..reading.catalog import Catalog
-from ..threads.pending import name_pending
+from ..threads.outcome import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
 

@@ -42,7 +42,7 @@ from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
 from ..reading.load_into import Mover, Restored, match
 from ..reading.records import naming
 from ..reading.verified_file import VerifiedFile
-from ..threads.pending import name_pending
+from ..threads.outcome import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
 from .wire import NUM_PIECES, PIECE_BYTES, LostError, Wire, host_key

@@ -43,7 +43,7 @@ from ..format.names import (
 )
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide, read_side_of
-from ..threads.pending import name_pending
+from ..threads.outcome import name_pending
 from .committed import CatalogEntry, CommittedCheckpoint, gone, identity_of
 from .errors import DAMAGE_ERRNOS, ReadError
 from .verified_file import MemorySource, VerifiedFile
