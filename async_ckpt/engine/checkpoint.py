@@ -17,6 +17,7 @@ from ..errors import PathExistsError, TransactionStateError, WriteError
 from ..format.manifest import FileEntry, ManifestBudget
 from ..metrics import CommitMetrics, OnStep, SaveMetrics
 from ..ranks.coordinator import Coordinator
+from ..ranks.rank_talk import RankStaging
 from ..reading import verify
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
@@ -100,6 +101,12 @@ class Checkpoint:
         self.metrics = CommitMetrics(self.tag)
         # The disk has just been asked for the staging directory; the call of `commit` asks it nothing.
         self.real_root = os.path.realpath(self.staging.root)
+
+    @property
+    def ended_unix_s(self) -> float | None:
+        """When it failed, by one clock for all ranks; None where they have not learnt that from each other."""
+        outcome = self.staging.outcome if isinstance(self.staging, RankStaging) else None
+        return None if outcome is None else outcome.ended_unix_s
 
     @property
     def is_open(self) -> bool:

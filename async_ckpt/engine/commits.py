@@ -256,7 +256,8 @@ class Commits:
             self.pipeline.reuse.forget(checkpoint.files)
             await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
             if isinstance(self._config.on_commit_failure, Tolerate) and isinstance(error, Exception):
-                await self._config.on_commit_failure.judge(pending, error, list(self._commits))
+                tolerate, ended_s = self._config.on_commit_failure, checkpoint.ended_unix_s
+                await tolerate.judge(pending, error, list(self._commits), ended_s)
             raise
 
     def _publish(

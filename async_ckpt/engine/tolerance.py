@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import CommitError, ConfigError
 from .pending import PendingCommit
 
-_now_s = time.monotonic
+_now_s = time.time
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,20 @@ class Tolerate:
         if not is_number or not self.within_s > 0:
             raise ConfigError(f"Tolerate: within_s must be a positive number of seconds, not {self.within_s!r}")
 
-    async def judge(self, pending: PendingCommit, error: BaseException, commits: list[PendingCommit]) -> None:
+    async def judge(
+        self, pending: PendingCommit, error: BaseException, commits: list[PendingCommit], ended_s: float | None
+    ) -> None:
         """Decide what `error`, of which `pending` is about to fail, amounts to. Waits for the commits before it.
 
         Args:
             commits: in the order of their calls; `pending` may be missing as the last one.
+            ended_s: when it failed, where all ranks know that alike: else one could go on where another raises.
         """
         before = commits[: commits.index(pending)] if pending in commits else commits
         if before:
             await before[-1].ended()
         newest = next((one.tag for one in reversed(commits) if one.done() and one.failure() is None), None)
-        row, now_s = before[-1].row if before else (), _now_s()
+        row, now_s = before[-1].row if before else (), _now_s() if ended_s is None else ended_s
         pending.row = (*row, f"{pending.tag!r}: {error}")
         pending.row_began_s = before[-1].row_began_s if row else now_s
         pending.metrics.num_failed_in_a_row = num_failed = len(pending.row)

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..format import manifest
 from .rank_requests import (
@@ -127,27 +128,26 @@ def report(info: RankInfo, attempt: int, digest: str) -> Step:
 
 def fail(info: RankInfo, attempt: int, cause: str, *, blamed: int | None = None) -> Step:
     """Give the attempt up for all ranks, unless it is decided already; returns the outcome that holds."""
-    mine = CommitOutcome(False, info.rank if blamed is None else blamed, cause, info.rank).encode()
-    held = yield Claim(f"{attempt}/decision", mine)
+    mine = CommitOutcome(False, info.rank if blamed is None else blamed, cause, info.rank)
+    held = CommitOutcome.decode((yield Claim(f"{attempt}/decision", mine.encode())))
     if held == mine:
         if (yield Get(f"{attempt}/open")) is None:
             # The others have given it up long ago.
             yield Drop(f"{attempt}/decision")
-            return CommitOutcome.decode(mine)
-        yield Put(f"{attempt}/result", mine)
+            return held
+        yield Put(f"{attempt}/result", held.encode())
         yield Put(f"{attempt}/gate", "failed")
-    return CommitOutcome.decode(held)
+    return held
 
 
 def _time_out(info: RankInfo, attempt: int) -> Step:
     """Give up waiting. Only the rank that wins the claim looks for the missing ones: all of them looking would cost N *
     N requests.
     """
-    mine = CommitOutcome(False, None, "timeout", info.rank).encode()
-    held = yield Claim(f"{attempt}/decision", mine)
+    mine = CommitOutcome(False, None, "timeout", info.rank)
+    held = CommitOutcome.decode((yield Claim(f"{attempt}/decision", mine.encode())))
     if held != mine:
-        outcome = CommitOutcome.decode(held)
-        return outcome if outcome.ok else (yield from _final_outcome(info, attempt))
+        return held if held.ok else (yield from _final_outcome(info, attempt))
     if (yield Get(f"{attempt}/open")) is None:
         # This rank was away for so long that the attempt ended without it, and its keys were dropped.
         yield Drop(f"{attempt}/decision")
@@ -168,11 +168,10 @@ def _time_out(info: RankInfo, attempt: int) -> Step:
         cause = f"it has not reported its part durable within {info.timeout_s:g} s{more}" + (
             f"; {note}" if note else ""
         )
-        outcome = CommitOutcome(False, missing[0], cause, info.rank)
+        outcome = replace(mine, rank=missing[0], cause=cause)
     else:
-        outcome = CommitOutcome(
-            False, 0, f"all parts are durable, but it has not decided within {info.timeout_s:g} s", info.rank
-        )
+        cause = f"all parts are durable, but it has not decided within {info.timeout_s:g} s"
+        outcome = replace(mine, rank=0, cause=cause)
     yield Put(f"{attempt}/result", outcome.encode())
     yield Put(f"{attempt}/gate", "failed")
     return outcome

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CommitError, RankFailedError
@@ -121,6 +122,8 @@ class CommitOutcome:
     by: int
     committed: bool | None = False
     created_unix_ns: int = 0
+    ended_unix_s: float = field(default_factory=time.time, compare=False)
+    """When it ended, by the clock of the rank that said so first: the same on all."""
 
     def error(self, root: str, tag: str) -> CommitError:
         """What a rank raises for an outcome that is no success."""

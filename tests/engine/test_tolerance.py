@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import threading
 from contextlib import suppress
@@ -21,11 +22,13 @@ from async_ckpt import (
     PendingCommit,
     PrometheusObserver,
     RankCoordinator,
+    RankFailedError,
     TagExistsError,
     Tolerate,
     UnsupportedStateError,
     WriteError,
 )
+from async_ckpt.engine import tolerance
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 from tests.support.processes import run_ranks
@@ -227,31 +230,52 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
         assert engine.tags() == ["a", "c"] and all(engine.load(f"{tag}/y.pt")["x"].equal(STATE["x"]) for tag in "ac")
 
 
-def _rank(rank: int, root: str) -> list[Any]:
+def _rank(rank: int, root: str, failing: int, name: str, skewed: int | None = None) -> list[Any]:
     fs = FaultyFileSystem()
-    if rank == 1:
-        fs.fail_when(lambda op: op.name == "fsync" and ".bad" in op.path and op.path.endswith(".pt"), errno.EIO)
+    if rank == failing:
+        fails(fs, name)
+    if rank == skewed:
+        # Hours from one failure to the next.
+        tolerance._now_s = itertools.count(step=7200.0).__next__
     told: list[Any] = []
-    coordinator = RankCoordinator.from_env(timeout_s=20, linger_s=2)
-    engine = make_engine(Path(root), fs, coordinator=coordinator)
+    engine = make_engine(
+        Path(root),
+        fs,
+        coordinator=RankCoordinator.from_env(timeout_s=20, linger_s=2),
+        on_commit_failure=Tolerate(2 if skewed is None else 3),
+    )
     for tag in ("bad1", "a", "bad2", "bad3"):
         engine.create(tag)
-        # A copy: the same tensors would be shared with "a", and not be written.
-        engine.save({name: tensor.clone() for name, tensor in STATE.items()}, f"rank{rank}.pt")
+        engine.save(STATE, f"rank{rank}.pt")
         pending = engine.commit(tag)
         error = pending.exception(TIMEOUT_S)
-        told.append((type(error).__name__, pending.metrics.num_failed_in_a_row))
+        told.append((pending.metrics.num_failed_in_a_row, isinstance(error, RankFailedError)))
     try:
-        engine.close()
+        engine.create("b")
+        engine.abort("b")
     except CommitError as error:
         told.append(str(error))
+    with suppress(CommitError):
+        engine.close()
     return told
 
 
+ATTACKS = [*((0, name) for name in ("mkdir", "create", "pwrite", "fsync", "rename")), (1, "create"), (1, "fsync")]
+
+
 @pytest.mark.wide
-def test_all_ranks_count_alike(tmp_path: Path) -> None:
-    own, other = run_ranks(tmp_path / "outcomes", 2, _rank, str(tmp_path / "root"))[::-1]
-    for told, kind in ((own, "WriteError"), (other, "RankFailedError")):
-        assert told[:4] == [(kind, 1), ("NoneType", 0), (kind, 1), (kind, 2)]
-        assert "2 checkpoints in a row" in told[4] and "'bad2'" in told[4] and "'bad3'" in told[4]
+@pytest.mark.parametrize(("failing", "name"), ATTACKS)
+def test_all_ranks_count_alike(tmp_path: Path, failing: int, name: str) -> None:
+    told = run_ranks(tmp_path / "outcomes", 2, _rank, str(tmp_path / "root"), failing, name)
+    for rank, (*commits, raised) in enumerate(told):
+        is_others = rank != failing
+        assert commits == [(1, is_others), (0, False), (1, is_others), (2, is_others)]
+        assert "2 checkpoints in a row" in raised and "'bad2'" in raised and "'bad3'" in raised
     assert Catalog(tmp_path / "root").tags() == ["a"]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("skewed", [0, 1])
+def test_how_long_a_row_lasts_is_the_same_on_all_ranks(tmp_path: Path, skewed: int) -> None:
+    told = run_ranks(tmp_path / "outcomes", 2, _rank, str(tmp_path / "root"), 1, "fsync", skewed)
+    assert [[number for number, _ in commits] for commits in told] == [[1, 0, 1, 2]] * 2
