@@ -173,10 +173,17 @@ class ObjectStore:
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             try:
-                self._obstore.delete(self._store, key)
-            except Exception as error:
-                if not self._is_missing(error):
-                    raise self._translated(error, f"deleting {key!r}") from error
+                self._delete(key)
+            except PassingFailure:
+                # The library does not send it again where the connection breaks.
+                self._delete(key)
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._obstore.delete(self._store, key)
+        except Exception as error:
+            if not self._is_missing(error):
+                raise self._translated(error, f"deleting {key!r}") from error
 
     def discard_parts(self, key: str) -> None:
         if self._s3 is not None:

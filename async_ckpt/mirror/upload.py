@@ -243,7 +243,11 @@ class Upload:
 
     def _finish(self, plan: UploadPlan) -> None:
         self._context.states.write(replace(self._own_state(plan), mirrored=True, ours=()))
-        delete_doomed(self._context.store, self._context.states, plan.tag)
+        try:
+            delete_doomed(self._context.store, self._context.states, plan.tag)
+        except MirrorError as error:
+            told = "checkpoint %r is mirrored; what it has replaced in the store is deleted at the next start: %s"
+            report(logging.WARNING, told, plan.tag, error)
 
     def _doom(self, plan: UploadPlan, keys: tuple[str, ...]) -> None:
         state = self._own_state(plan)

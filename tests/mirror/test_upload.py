@@ -92,6 +92,32 @@ def test_replaced_locally_is_replaced_in_the_store(moto: Any, tmp_path: Path, pr
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("kind", ["lost", "skew"])
+def test_what_was_replaced_and_cannot_be_deleted_fails_no_mirroring(
+    kind: str, moto: Any, tmp_path: Path, prefix: str
+) -> None:
+    """A connection that breaks once is nothing; what is refused is deleted by the next start."""
+    broken: set[str] = set()
+
+    def fail(number: int, method: str, path: str) -> Fault:
+        is_new = method == "DELETE" and "/latest/" in path and path not in broken
+        broken.update({path} if is_new and kind == "lost" else ())
+        return kind if is_new else None
+
+    with (
+        Proxy(moto.endpoint, fail) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
+        commit_and_send(made, tmp_path, "latest", SMALL).result(60)
+        commit_and_send(made, tmp_path, "latest", big(), created=2, overwrite="replace").result(60)
+    assert remote_content(s3_mirror(moto, prefix), "latest") == big()
+    assert len(garbage(moto, prefix)) == (0 if kind == "lost" else len(SMALL))
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        made.check()
+    assert garbage(moto, prefix) == []
+
+
+@pytest.mark.wide
 def test_of_two_runs_on_one_prefix_the_second_is_refused(moto: Any, tmp_path: Path, prefix: str) -> None:
     mirror = s3_mirror(moto, prefix)
     first, second = root_of(tmp_path / "a"), root_of(tmp_path / "b")
