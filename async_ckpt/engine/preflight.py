@@ -11,8 +11,8 @@ from ..format.manifest import Manifest
 from ..host.facts import is_first_of_node
 from ..ranks.coordinator import Coordinator
 from ..reading.catalog import Catalog
-from ..storage import preflight
 from ..storage.filesystem import FileSystem
+from ..storage.root import check_room, try_writing
 from .config import EngineConfig
 
 
@@ -26,7 +26,7 @@ def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coo
         coordinator.sweep()
     if not config.preflight or not (coordinator.leads or is_first_of_node()):
         return
-    preflight.try_writing(filesystem, catalog.root)
+    try_writing(filesystem, catalog.root)
     newest = _newest(catalog, filesystem) if coordinator.leads else None
     try:
         free_bytes = filesystem.free_bytes(catalog.root)
@@ -60,4 +60,4 @@ def for_states(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, s
     shares = config.reuse == "auto" and (filesystem.findings.clones or config.reuse_frozen is not None)
     num_kept = 0 if config.retention is None or shares else config.retention.num_kept
     if size_bytes:
-        preflight.check_room(filesystem, catalog.root, size_bytes, max(1, num_kept + 1 - len(catalog.committed())))
+        check_room(filesystem, catalog.root, size_bytes, max(1, num_kept + 1 - len(catalog.committed())))

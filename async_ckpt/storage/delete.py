@@ -10,21 +10,16 @@ from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME, check_tag
 from .filesystem import FileSystem
-from .private_dirs import move_aside, remove_tree, take_apart
-from .publish_lock import publish_lock
+from .private_dirs import make_private, publish_lock, remove_tree, take_apart
 from .write_error import write_error
 
 
 def remove(fs: FileSystem, root: str, tag: str, *, expected: Manifest | None = None) -> None:
-    """Delete a committed checkpoint: renamed away, root synced, then deleted. Of a link to one, only the link. Blocks;
-    any thread.
-
-    Args:
-        expected: delete only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
+    """Delete a committed checkpoint: renamed away, root synced, then deleted. Of a link to one, only the link. With
+    `expected`, only the checkpoint with this very manifest, and not one that has taken its name meanwhile.
 
     Raises:
-        CheckpointNotFoundError: there is no checkpoint of that name (any more), or it is another one; nothing was
-            deleted.
+        CheckpointNotFoundError: there is no such checkpoint (any more); nothing was deleted.
         WriteError: a step failed; the checkpoint is whole under its name, or what is left of it has a private name.
     """
     final = os.path.join(root, check_tag(tag))
@@ -57,8 +52,8 @@ def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manife
             raise _replaced(tag)
         try:
             if is_exclusive:
-                return move_aside(fs, root, tag, final, "trash")
-            aside = move_aside(fs, root, tag, final, "aside")
+                return make_private(fs, root, tag, "trash", final)
+            aside = make_private(fs, root, tag, "aside", final)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -71,7 +66,7 @@ def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manife
         with contextlib.suppress(FileExistsError):
             fs.rename_noreplace(aside, final)
             raise _replaced(tag)
-    return move_aside(fs, root, tag, aside, "trash")
+    return make_private(fs, root, tag, "trash", aside)
 
 
 def _manifest(fs: FileSystem, final: str) -> Manifest | None:

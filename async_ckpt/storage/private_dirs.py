@@ -1,4 +1,5 @@
-"""Private directories under the root: made, renamed to, locked and deleted. Shared by `transaction` and its sweep."""
+"""Private directories under the root, made, renamed to, locked and deleted; and the right to make a committed one
+private."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import contextlib
 import errno
 import itertools
 import os
+import time
+from collections.abc import Iterator
 
 from ..format.names import MANIFEST_NAME, NameKind, PrivateName
 from .filesystem import FileLock, FileSystem
@@ -13,6 +16,8 @@ from .syscalls import REFUSED
 
 NO_LOCKS = REFUSED | {errno.ENOLCK}
 _MAX_NAME_TRIES = 1000
+TIMEOUT_S = 10.0
+_POLL_S = 0.002
 
 _numbers = itertools.count()
 
@@ -28,10 +33,6 @@ def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging"
                 fs.rename_noreplace(src, path)
             return path
     raise FileExistsError(f"no free {kind} name in {root!r}")
-
-
-def move_aside(fs: FileSystem, root: str, tag: str, src: str, kind: NameKind) -> str:
-    return make_private(fs, root, tag, kind, src)
 
 
 def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:
@@ -88,3 +89,40 @@ def remove_tree(fs: FileSystem, path: str) -> None:
     for folder in reversed(folders):
         with contextlib.suppress(FileNotFoundError):
             fs.rmdir(folder)
+
+
+@contextlib.contextmanager
+def publish_lock(fs: FileSystem, final: str) -> Iterator[bool]:
+    """Hold the right to take a committed tree's name away from it, for a replacement or a deletion; gives False where
+    the file system has no locks. Readers and commits of new tags never need it; it ends with its process.
+
+    A rename cannot be made to depend on what it renames. Without the lock, a deletion that was decided about one
+    checkpoint could move its replacement away, and a kill at that moment would lose a commit that had been reported.
+    While it is held, the name means the tree that was locked: everybody who renames a committed tree takes it first.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at `final` (any more).
+        OSError: EBUSY when somebody else has held it for `TIMEOUT_S`; or the disk failed.
+    """
+    # That of the directory may still be held by the writer that has just published it, and perhaps stopped there.
+    path = os.path.join(final, MANIFEST_NAME)
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            lock = fs.lock(path)
+        except OSError as error:
+            # EBADF: NFS wants a descriptor that can write.
+            if error.errno not in NO_LOCKS | {errno.EBADF}:
+                raise
+            break
+        if lock is not None:
+            with contextlib.closing(lock):
+                # Another tree may have got the name meanwhile.
+                if fs.findings.renumbers or fs.stat(path).identity == lock.identity:
+                    yield True
+                    return
+        if time.monotonic() > deadline:
+            told = f"another process has held it for {TIMEOUT_S:g} s to replace or delete it; is it stopped?"
+            raise OSError(errno.EBUSY, told, final)
+        time.sleep(_POLL_S)
+    yield False

@@ -21,8 +21,7 @@ from ..format.names import MANIFEST_NAME
 from ..metrics import OnStep
 from ..threads.locks import Lock
 from .filesystem import FileLock, FileSystem
-from .private_dirs import link_aside, move_aside, remove_tree, take_apart
-from .publish_lock import publish_lock
+from .private_dirs import link_aside, make_private, publish_lock, remove_tree, take_apart
 from .syscalls import REFUSED
 from .write_error import MOMENTARY
 
@@ -152,11 +151,7 @@ def create_file(fs: FileSystem, staging: Staging, name: str, data: bytes) -> Non
 
 
 def refuse(staging: Staging, why: str) -> NoReturn:
-    """Say why it is not committed.
-
-    Raises:
-        CommitError: always.
-    """
+    """Say why it is not committed, by a CommitError."""
     raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
 
 
@@ -176,12 +171,8 @@ def written_by() -> dict[str, str]:
 
 
 def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
-    """Give the staged tree its final name; returns where the replaced trees are now.
-
-    Raises:
-        TagExistsError: somebody else has the tag, and `overwrite` is "refuse". CommitError, OSError: nothing was
-            renamed.
-    """
+    """Give the staged tree its final name; returns where the replaced trees are now. Raises TagExistsError: somebody
+    else has the tag, and `overwrite` is "refuse". CommitError, OSError: nothing was renamed."""
     for _ in range(_MAX_RACES):
         try:
             fs.rename_noreplace(staging.path, staging.final_path)
@@ -237,7 +228,7 @@ def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:
 def _set_aside(fs: FileSystem, staging: Staging) -> str:
     """Take the name from the old tree, which stays whole under the private name that is returned."""
     try:
-        return move_aside(fs, staging.root, staging.tag, staging.final_path, "aside")
+        return make_private(fs, staging.root, staging.tag, "aside", staging.final_path)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
@@ -253,11 +244,8 @@ def _set_aside(fs: FileSystem, staging: Staging) -> str:
 
 
 def check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
-    """Refuse what `overwrite` does not allow to be replaced.
-
-    Raises:
-        TagExistsError: the tag is committed and `overwrite` is "refuse", or what is there is no checkpoint.
-    """
+    """Refuse what `overwrite` does not allow to be replaced. Raises TagExistsError: the tag is committed and
+    `overwrite` is "refuse", or what is there is no checkpoint."""
     if fs.stat(final).kind == "missing":
         return
     if overwrite == "refuse":

@@ -12,7 +12,7 @@ from typing import Literal
 from ..format.names import MANIFEST_NAME, PrivateName, parse_private_name
 from ..host.process import OwnerState
 from .filesystem import LOCAL_TYPES, FileSystem
-from .private_dirs import NO_LOCKS, move_aside, remove_tree
+from .private_dirs import NO_LOCKS, make_private, remove_tree
 from .write_error import write_error
 
 UNDECIDED_AGE_S = 60.0
@@ -34,13 +34,10 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
 
     Touches only names that this package makes, only if the owner is certainly gone and the directory's lock is free.
     Where the owner cannot be looked up (another pid namespace), the lock must be free and the directory a minute
-    old; another host's directories are always left. Being killed in here is harmless.
+    old; another host's directories are always left. Being killed in here is harmless. With `only_own`, looks only at
+    the rubbish that this process itself could not delete before.
 
-    Args:
-        only_own: look only at the rubbish that this process itself could not delete before.
-
-    Raises:
-        WriteError: the root could not be listed or synced; nothing was deleted.
+    Raises WriteError: the root could not be listed or synced; nothing was deleted.
     """
     try:
         names = fs.listdir(root)
@@ -59,7 +56,7 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
                     continue
                 # A new name for trash too: the new entry rewrites what a failed sync of the root may have lost before.
                 path = os.path.join(root, str(parsed))
-                doomed.append((parsed, move_aside(fs, root, parsed.tag, path, "trash")))
+                doomed.append((parsed, make_private(fs, root, parsed.tag, "trash", path)))
             except FileNotFoundError:
                 # Another sweep was first.
                 continue

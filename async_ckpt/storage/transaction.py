@@ -41,7 +41,7 @@ from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_
 from ..host.process import OwnerState
 from .delete import remove
 from .filesystem import FileSystem
-from .private_dirs import lock_or_none, make_private, move_aside, remove_tree
+from .private_dirs import lock_or_none, make_private, remove_tree
 from .root import make_root, unmake
 from .staged import Destination, Staging, State, check_final, create_file, refuse, rename_to_final, written_by
 from .sweep import Swept, sweep
@@ -69,12 +69,7 @@ __all__ = [
 
 def begin(fs: FileSystem, staging: S) -> S:
     """Make the private (0700), locked staging directory of a new checkpoint; returns `staging`, which now says where.
-
-    Raises:
-        TagExistsError: the tag is committed and `overwrite` is "refuse", or what is there is no checkpoint.
-        UnsafePathError: the tag is malformed.
-        WriteError, OutOfSpaceError: the directory cannot be made.
-    """
+    Raises TagExistsError: as `check_final`. UnsafePathError: the tag is malformed. WriteError: it cannot be made."""
     root, tag = staging.root, check_tag(staging.tag)
     if staging.overwrite not in ("refuse", "replace"):
         raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {staging.overwrite!r}")
@@ -115,12 +110,8 @@ def _check_no_other_writer(fs: FileSystem, root: str, tag: str) -> None:
 
 
 def join(fs: FileSystem, root: str, tag: str, name: str) -> str:
-    """The path of another rank's staging directory, by its name; this side never publishes, removes or locks it.
-
-    Raises:
-        UnsafePathError: `name` is not the name of a staging directory of `tag`.
-        CheckpointNotFoundError: it is not there (any more).
-    """
+    """The path of another rank's staging directory, by its name; this side never publishes, removes or locks it. Raises
+    UnsafePathError: that is no such name. CheckpointNotFoundError: it is not there (any more)."""
     parsed = parse_private_name(name)
     if parsed is None or parsed.kind != "staging" or parsed.tag != tag:
         raise UnsafePathError(f"{name!a} is not a staging directory of tag {tag!r}")
@@ -131,19 +122,15 @@ def join(fs: FileSystem, root: str, tag: str, name: str) -> str:
 
 
 def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) -> None:
-    """Make sub-directories ("a/b") of a staging directory; being there already is fine.
-
-    Raises:
-        UnsafePathError: a path is malformed. WriteError, OutOfSpaceError: one cannot be made.
-    """
+    """Make sub-directories ("a/b") of a staging directory; being there already is fine. Raises UnsafePathError: a path
+    is malformed. WriteError: one cannot be made."""
     for directory in directories:
         path = os.path.join(location, *check_relative_path(directory))
         try:
             fs.makedirs(path)
         except OSError as error:
-            raise write_error(
-                fs, error, f"directory {directory!r} cannot be made in the staging directory", path
-            ) from error
+            message = f"directory {directory!r} cannot be made in the staging directory"
+            raise write_error(fs, error, message, path) from error
 
 
 def publish(
@@ -166,7 +153,7 @@ def publish(
         UnsupportedStateError: metadata that is not JSON.
     """
     with staging.turn:
-        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, marks)
+        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, marks or {})
     for old_path in replaced:
         try:
             remove_tree(fs, old_path)
@@ -174,7 +161,7 @@ def publish(
             level, left = logging.WARNING, old_path
             with contextlib.suppress(OSError):
                 # Under this name, a sweep by this process finds it.
-                left = move_aside(fs, staging.root, staging.tag, old_path, "trash")
+                left = make_private(fs, staging.root, staging.tag, "trash", old_path)
                 level = logging.INFO
             report(level, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
     return manifest
@@ -186,13 +173,13 @@ def _publish(
     files: Sequence[FileEntry],
     metadata: Mapping[str, Any],
     created_unix_ns: int,
-    marks: Mapping[str, str] | None,
+    marks: Mapping[str, str],
 ) -> tuple[Manifest, list[str]]:
     """All of `publish` but the deletion; returns also where the replaced trees are."""
     if staging.state not in (State.OPEN, State.SEALED):
         raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
     staging.state = State.SEALED
-    writer = {**written_by(), **(marks or {})}
+    writer = {**written_by(), **marks}
     manifest = Manifest(
         staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing
     )
@@ -227,30 +214,22 @@ def _publish(
 def abort(fs: FileSystem, staging: Staging) -> None:
     """Delete a staging directory that will not be published, freeing its space. Does nothing after the rename.
 
-    Waits for a publish that runs on another thread, which then ends before its rename if it has not made it yet.
-
-    Raises:
-        WriteError: it could not be deleted; it stays private and is swept once this process is gone.
+    Waits for a publish that runs on another thread, which then ends before its rename if it has not made it yet. Raises
+    WriteError: it could not be deleted; it stays private and is swept once this process is gone.
     """
     staging.given_up = True
-    with staging.turn:
-        _abort(fs, staging)
-
-
-def _abort(fs: FileSystem, staging: Staging) -> None:
-    if staging.state in (State.COMMITTED, State.ABORTED):
-        return
-    staging.state = State.ABORTED
-    try:
-        # A rename that reported failure may have happened: only a directory that is still ours is deleted.
-        if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
-            remove_tree(fs, staging.path)
-    except OSError as error:
-        raise write_error(
-            fs, error, "the staging directory could not be deleted; it is left for a later sweep", staging.path
-        ) from error
-    finally:
-        staging.unlock()
+    with staging.turn, contextlib.ExitStack() as at_end:
+        if staging.state in (State.COMMITTED, State.ABORTED):
+            return
+        staging.state = State.ABORTED
+        at_end.callback(staging.unlock)
+        try:
+            # A rename that reported failure may have happened: only a directory that is still ours is deleted.
+            if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
+                remove_tree(fs, staging.path)
+        except OSError as error:
+            what = "the staging directory could not be deleted; it is left for a later sweep"
+            raise write_error(fs, error, what, staging.path) from error
 
 
 @contextlib.contextmanager
@@ -262,7 +241,14 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
         yield
     except OSError as error:
         if staging.renamed:
-            raise _unknown(staging, error, step) from error
+            raise CommitError(
+                f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power "
+                f"loss is unknown; nothing was deleted ({error})",
+                step=step,
+                errno=error.errno,
+                path=staging.root,
+                committed=None,
+            ) from error
         if isinstance(error, (CommitError, OutOfSpaceError)):
             raise
         raise CommitError(
@@ -296,17 +282,6 @@ def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manife
         refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
     # Parents were found before their children.
     return folders[::-1]
-
-
-def _unknown(staging: Staging, error: OSError, step: str) -> CommitError:
-    return CommitError(
-        f"the checkpoint is at {staging.final_path!r} now, but the last step failed: whether it survives power loss is "
-        f"unknown; nothing was deleted ({error})",
-        step=step,
-        errno=error.errno,
-        path=staging.root,
-        committed=None,
-    )
 
 
 def _open_to_readers(fs: FileSystem, staging: Staging) -> None:
