@@ -32,11 +32,8 @@ def report(
     handlers do.
 
     Never raises, whatever handlers, filters, hooks and closed streams do, `BaseException` included: a message is never
-    worth a checkpoint. A warning that is turned into an error, or that cannot be shown, is logged instead.
-
-    Args:
-        cause: its traceback is logged too.
-        stacklevel: as in `warnings.warn`; 1 is the caller.
+    worth a checkpoint. A warning that is turned into an error, or that cannot be shown, is logged instead. The
+    traceback of `cause` is logged too; `stacklevel` is as in `warnings.warn`.
     """
     if warning is not None:
         with contextlib.suppress(BaseException):
@@ -65,12 +62,8 @@ class CheckpointError(Exception):
     """
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (
-            type(self),
-            self.args,
-            self.__dict__,
-            self.__cause__ if _is_picklable(self.__cause__) else None,
-        )
+        cause = self.__cause__ if _is_picklable(self.__cause__) else None
+        return _rebuild, (type(self), self.args, self.__dict__, cause)
 
 
 def _rebuild(
@@ -118,25 +111,27 @@ class BackpressureTimeout(CheckpointError, TimeoutError):
     """`save`, `commit` or `close` waited for the disk longer than it was allowed to; the message says for what."""
 
 
-class WriteError(CheckpointError, OSError):
+class _DiskError(CheckpointError, OSError):
+    def __init__(self, message: str, errno: int | None, path: str | None) -> None:
+        super().__init__(errno if errno is not None else _errno.EIO, message)
+        self.message = message
+        self.path = path
+        if path is not None:
+            self.filename = path
+
+
+class WriteError(_DiskError):
     """A file operation failed while a checkpoint was being written; keeps path, offset and errno."""
 
     def __init__(
         self, message: str, *, errno: int | None = None, path: str | None = None, offset: int | None = None
     ) -> None:
-        super().__init__(errno if errno is not None else _errno.EIO, message)
-        self.message = message
-        self.path = path
+        super().__init__(message, errno, path)
         self.offset = offset
-        if path is not None:
-            self.filename = path
 
     def __str__(self) -> str:
-        where = (
-            ""
-            if self.path is None
-            else f" [path {self.path!r}" + ("" if self.offset is None else f", offset {self.offset}") + "]"
-        )
+        at = "" if self.offset is None else f", offset {self.offset}"
+        where = "" if self.path is None else f" [path {self.path!r}{at}]"
         code = _errno.errorcode.get(self.errno or 0, "no errno")
         return f"{self.message}{where} ({code}: {os.strerror(self.errno or 0)})"
 
@@ -159,7 +154,7 @@ class OutOfSpaceError(WriteError):
         self.free_bytes = free_bytes
 
 
-class CommitError(CheckpointError, OSError):
+class CommitError(_DiskError):
     """A step of the commit failed; says which step and what is on disk now.
 
     `committed` is False when the tag is certainly not visible, None when it is unknown
@@ -175,13 +170,9 @@ class CommitError(CheckpointError, OSError):
         path: str | None = None,
         committed: bool | None = False,
     ) -> None:
-        super().__init__(errno if errno is not None else _errno.EIO, message)
-        self.message = message
+        super().__init__(message, errno, path)
         self.step = step
-        self.path = path
         self.committed = committed
-        if path is not None:
-            self.filename = path
 
     def __str__(self) -> str:
         return f"commit failed at step '{self.step}': {self.message}"

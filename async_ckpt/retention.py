@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -37,12 +38,8 @@ class CheckpointInfo:
     def of(cls, manifest: Manifest) -> CheckpointInfo:
         """The part of a manifest that policies look at."""
         clock = manifest.writer.get(CLOCK_KEY, "")
-        return cls(
-            manifest.tag,
-            manifest.created_unix_ns,
-            manifest.metadata,
-            int(clock) if re.fullmatch("[0-9]{1,19}", clock) else None,
-        )
+        clock_unix_ns = int(clock) if re.fullmatch("[0-9]{1,19}", clock) else None
+        return cls(manifest.tag, manifest.created_unix_ns, manifest.metadata, clock_unix_ns)
 
     @property
     def step(self) -> int | None:
@@ -74,17 +71,12 @@ class RetentionPolicy:
         return 1
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
-        """Tags to keep, each with the reason. `checkpoints` are ordered from the oldest commit to the newest.
-
-        Raises:
-            ConfigError: the policy cannot judge these checkpoints.
-        """
+        """Tags to keep, each with the reason. `checkpoints` are ordered from the oldest commit to the newest. Raises
+        ConfigError: the policy cannot judge them."""
         raise NotImplementedError
 
     def __or__(self, other: RetentionPolicy) -> AnyOf:
-        if not isinstance(other, RetentionPolicy):
-            return NotImplemented
-        return AnyOf(self, other)
+        return AnyOf(self, other) if isinstance(other, RetentionPolicy) else NotImplemented
 
 
 class AnyOf(RetentionPolicy):
@@ -195,11 +187,8 @@ class KeepNewerThan(RetentionPolicy):
     age_s: float
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.age_s, bool)
-            or not isinstance(self.age_s, (int, float))
-            or not 0 < self.age_s < float("inf")
-        ):
+        is_number = isinstance(self.age_s, (int, float)) and not isinstance(self.age_s, bool)
+        if not is_number or not 0 < self.age_s < math.inf:
             raise ConfigError(f"KeepNewerThan: age_s must be a positive number of seconds, not {self.age_s!r}")
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
@@ -224,11 +213,8 @@ def decide(
     now_unix_ns: int | None = None,
     hold: Hold = lambda info: None,
 ) -> list[Decision]:
-    """What to do with each checkpoint, oldest commit first. Pure, apart from the clock when no time is given.
-
-    Raises:
-        ConfigError: the policy cannot judge these checkpoints (unknown metric, or not a number).
-    """
+    """What to do with each checkpoint, oldest commit first. Pure, apart from the clock when no time is given. Raises
+    ConfigError: the policy cannot judge these checkpoints (unknown metric, or not a number)."""
     ordered = sorted(checkpoints, key=lambda info: (info.created_unix_ns, info.tag))
     reasons = policy.kept(ordered, time.time_ns() if now_unix_ns is None else now_unix_ns)
     decisions: list[Decision] = []
@@ -243,13 +229,10 @@ def decide(
 
 
 def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda info: None) -> list[Decision]:
-    """Delete what the policy does not keep, oldest first, and return what was done; blocks. See `carry_out`.
+    """`carry_out` on a disk. Whoever published the newest one, its name is made durable before the first deletion.
 
-    Whoever published the newest one, its name is made durable before the first deletion.
-
-    Raises:
-        ConfigError: the policy cannot judge these checkpoints; nothing was deleted.
-        OSError: the root cannot be read or synced; nothing was deleted.
+    Raises ConfigError: the policy cannot judge these checkpoints. OSError: the root cannot be read or synced. Nothing
+    was deleted then.
     """
     catalog = Catalog(root, filesystem)
 
@@ -277,7 +260,6 @@ def carry_out(
     Args:
         remove: deletes exactly this checkpoint. CheckpointNotFoundError: it is another one, or gone. OSError: it cannot
             be.
-        hold: what must not be deleted yet, whatever the policy says.
         before: called once, before the first deletion.
     """
     manifests = {manifest.tag: manifest for manifest in catalog.committed()}
@@ -303,10 +285,9 @@ def carry_out(
 
 
 def _is_good(catalog: Catalog, tag: str) -> bool:
-    try:
+    with contextlib.suppress(CheckpointNotFoundError):
         return catalog.verify(tag, level="size").ok
-    except CheckpointNotFoundError:
-        return False
+    return False
 
 
 def _check_positive(policy: str, name: str, value: object) -> None:

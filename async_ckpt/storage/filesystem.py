@@ -66,15 +66,10 @@ class ReadableFile(Protocol):
         """Length when it was opened."""
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill all of `buffer` from `offset`.
-
-        Raises:
-            CorruptCheckpointError: the file ends before that.
-            OSError: the disk failed.
-        """
+        """Fill all of `buffer` from `offset`. Raises CorruptCheckpointError: the file ends before that. OSError."""
 
     def close(self) -> None:
-        """Close the descriptors; idempotent."""
+        """Idempotent."""
 
 
 class DirHandle(Protocol):
@@ -92,25 +87,21 @@ class DirHandle(Protocol):
         """Names and kinds in the sub-directory `parts`."""
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> ReadableFile:
-        """Open the regular file `parts` below this directory, following nothing.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            CorruptCheckpointError: it, or a directory on the way, is a symbolic link or not a regular file.
-        """
+        """Open the regular file `parts` below this directory, following nothing. Raises FileNotFoundError.
+        CorruptCheckpointError: it, or a directory on the way, is a symbolic link or not a regular file."""
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
         """The whole content of a small file; CorruptCheckpointError if it is larger than `max_bytes`."""
 
     def close(self) -> None:
-        """Close the descriptor; idempotent."""
+        """Idempotent."""
 
 
 class ReadSide(Protocol):
     """What reading checkpoints needs: of a disk, or of a store that is shown as if it were one. Blocks; any thread."""
 
     def owner_state(self, owner: Owner) -> OwnerState:
-        """Whether `owner` can still be alive."""
+        """Whether it can still be alive."""
 
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, in no order."""
@@ -253,11 +244,8 @@ class FileSystem(Syscalls):
             return handle.open_read(parts, direct=direct)
 
     def lock(self, path: str) -> FileLock | None:
-        """Take the exclusive lock (flock) of a directory or file without waiting; None if someone holds it.
-
-        Raises:
-            OSError: ENOTSUP or ENOLCK where the file system has no locks.
-        """
+        """Take the exclusive lock (flock) of a directory or file without waiting; None if someone holds it. Raises
+        OSError: ENOTSUP or ENOLCK where the file system has no locks."""
         # A FIFO in its place must not hang the open.
         fd = self.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         lock = None
@@ -300,14 +288,11 @@ class FileSystem(Syscalls):
         written: write_file.Ranges | None = None,
         shared: bool = False,
     ) -> write_file.WritableFile:
-        """Make a new file of (later) `size_bytes` and open it for parallel writes.
+        """Make a new file of (later) `size_bytes` and open it for parallel writes. Raises WriteError.
 
         Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
         parallel (ext4, xfs): for what of it will be `written`. On failure nothing is left behind, unless the file is
         `shared`: whoever of several processes comes first has made it, and has reserved all.
-
-        Raises:
-            WriteError, OutOfSpaceError: with path and errno.
         """
         # The padded end of a direct write must be cut off again.
         direct = direct and not self.findings.ignores_truncate
@@ -325,9 +310,6 @@ def open_urls_with(opener: Callable[[str], ReadSide]) -> None:
 
 
 def read_side_of(path: str) -> ReadSide:
-    """What a root, or a path in one, is read through.
-
-    Raises:
-        ConfigError: a URL that no mirror can have, or whose library is not installed.
-    """
+    """What a root, or a path in one, is read through. Raises ConfigError: a URL that no mirror can have, or whose
+    library is not installed."""
     return _openers[0](path) if is_url(path) else FileSystem()

@@ -45,11 +45,8 @@ class Findings:
 
 
 def probe(calls: Syscalls, folder: str) -> Findings:
-    """Try the calls in the empty private directory `folder`, which the caller deletes afterwards. Blocks.
-
-    Raises:
-        OSError: it refuses what every file system can.
-    """
+    """Try the calls in the empty private directory `folder`, which the caller deletes afterwards. Raises OSError: it
+    refuses what every file system can."""
     first, second, third, file, renamed = (
         os.path.join(folder, name) for name in ("first", "second", "third", "file", "renamed")
     )
@@ -76,7 +73,7 @@ def probe(calls: Syscalls, folder: str) -> Findings:
 
 
 def can_clone(calls: Syscalls, folder: str) -> bool:
-    """Whether files can share blocks; tried with two new files in `folder`. Blocks. Raises OSError: the disk failed."""
+    """Whether files can share blocks; tried with two new files in `folder`."""
     fds: list[int] = []
     try:
         fds.extend(calls.open(os.path.join(folder, name), _NEW) for name in ("source", "clone"))

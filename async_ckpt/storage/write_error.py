@@ -23,11 +23,8 @@ def write_error(
     offset: int | None = None,
     needed_bytes: int | None = None,
 ) -> WriteError:
-    """The error to raise for `error`: an `OutOfSpaceError`, with what is free, where the disk or the quota is full.
-
-    Args:
-        message: what failed and what is on disk now; a file's errors say what the whole file needs in `needed_bytes`.
-    """
+    """The error to raise for `error`: an `OutOfSpaceError`, with what is free, where the disk or the quota is full. Its
+    `message` says what is on disk now; a file's errors say what the whole file needs in `needed_bytes`."""
     if error.errno not in FULL:
         return WriteError(f"{message} ({error})", errno=error.errno, path=path, offset=offset)
     free_bytes = _free_bytes(disk, path)

@@ -177,10 +177,8 @@ def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str, written: R
 
 
 class WritableFile:
-    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor.
-
-    The first failure stays: every later call but `close` raises it again.
-    """
+    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor. The
+    first failure, a WriteError or OutOfSpaceError, stays: every later call but `close` raises it again."""
 
     def __init__(
         self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor
@@ -206,9 +204,6 @@ class WritableFile:
 
         Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
         of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
-
-        Raises:
-            WriteError, OutOfSpaceError: with path, offset and errno.
         """
         view = buffer.cast("B")
         with self._running("writing", offset):
@@ -217,10 +212,8 @@ class WritableFile:
                 done += _write_some(self._calls, self._fd, self.path, view[done:], offset + done)
 
     def clone(self, source: LocalReadableFile, offset: int, num_bytes: int) -> OSError | None:
-        """Share a range of `source`, at the same place, instead of writing it; whole pages. Blocks; any thread.
-
-        Returns why it cannot: then the range is as it was, and is to be written.
-        """
+        """Share a range of `source`, at the same place, instead of writing it; whole pages. Blocks; any thread. Returns
+        why it cannot: then the range is as it was, and is to be written."""
         with self._running("cloning", offset):
             try:
                 source.clone_into(self._fd, offset, num_bytes)
