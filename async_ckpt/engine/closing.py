@@ -1,15 +1,33 @@
-"""The ordered end of an engine: open checkpoints are given up, pending commits waited for, threads stopped. Bounded."""
+"""The end of an engine: in order, by `close`; or where it is dropped, or the interpreter exits, without. Also in
+children of multiprocessing.
+
+Guarantees: open checkpoints are given up and named, pending commits waited for, threads stopped; nothing hangs past
+`close_timeout_s`. A checkpoint that is lost without `close` makes the exit code non-zero, whatever warnings, streams
+and Ctrl-C do meanwhile.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
+import sys
+import threading
 import time
+import weakref
 
 from ..errors import BackpressureTimeout, report
 from ..threads.executor import check_process
 from .checkpoint import given_up
-from .commits import Commits
+from .commits import Commits, live
 from .preemption import Preemption, no_workers_death
+
+_lost: list[BaseException] = []
+_watched_worker: int | None = None
+
+# What the parent has lost is told by the parent's exit code.
+os.register_at_fork(after_in_child=_lost.clear)
 
 
 def close(commits: Commits, preemption: Preemption | None = None, reason: BaseException | None = None) -> None:
@@ -93,3 +111,87 @@ def _give_up_open(commits: Commits, reason: BaseException | None, forgotten: lis
             forgotten.append(checkpoint.tag)
         error = checkpoint.error or given_up(f"the engine was closed before commit({checkpoint.tag!r})", reason)
         commits.abort(checkpoint.tag, error)
+
+
+# Without `close`.
+
+
+def watch(engine: object, commits: Commits) -> None:
+    """Finish `commits` when `engine` is dropped or the interpreter exits, unless it was closed before."""
+    _watch_worker()
+    # At exit, the order matters: all engines first, then the exit code.
+    weakref.finalize(engine, finish_dropped, commits).atexit = False
+
+
+def _at_exit() -> None:
+    try:
+        _finish_all()
+    finally:
+        _exit_if_lost()
+
+
+def _finish_all() -> None:
+    for commits in list(live):
+        try:
+            finish_dropped(commits)
+        except BaseException as error:  # noqa: BLE001
+            # Ctrl-C: the others are still to be finished, and the exit code tells.
+            _lost.append(error)
+
+
+def _exit_if_lost() -> None:
+    if not _lost:
+        return
+    try:
+        # Closed, or None, or a full disk.
+        with contextlib.suppress(BaseException):
+            logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+    finally:
+        # Exit code 0 would be a lie, and nothing that runs later could change it.
+        os._exit(1)
+
+
+atexit.register(_at_exit)
+
+
+def _watch_worker() -> None:
+    """Children of multiprocessing end by `os._exit`, after their own list of finalizers and without atexit's."""
+    global _watched_worker
+    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+    if process is None or util is None or process.parent_process() is None or _watched_worker == os.getpid():
+        return
+    _watched_worker = os.getpid()
+    # Commits first; the exit code last of all, so that what the child has put into queues still gets out.
+    util.Finalize(None, _finish_all, exitpriority=1000)
+    util.Finalize(None, _exit_if_lost, exitpriority=-1000)
+
+
+def finish_dropped(commits: Commits) -> None:
+    """Finish what a dropped engine left pending, then say so. Any thread, also in the middle of garbage collection."""
+    if os.getpid() != commits.pid or commits.closed:
+        return
+    pending = [p.tag for p in commits.unfinished()]
+    if threading.current_thread().name.startswith("async-ckpt"):
+        # Collected on one of its own threads: waiting here for that thread would never end.
+        commits.pool.submit_io(lambda: _close(commits))
+    else:
+        _close(commits)
+    what = f"pending were {', '.join(map(repr, pending))}" if pending else "nothing was pending"
+    told = "the engine on %r was never closed (%s); use `with` or close()"
+    report(logging.WARNING, told, commits.root, what, warning=ResourceWarning, stacklevel=2)
+    if pending:
+        report(logging.WARNING, told, commits.root, what)
+
+
+def _close(commits: Commits) -> None:
+    try:
+        # At exit: the exception that has ended the program, which the other ranks learn as the cause.
+        finish(commits, commits.close_timeout_s, getattr(sys, "last_value", None))
+        commits.raise_unacknowledged()
+    except BaseException as error:  # noqa: BLE001
+        # Whatever failed it, the others are still to be finished, and the exit code tells.
+        _lost.append(error)
+        report(logging.ERROR, "a checkpoint was lost while the engine on %r was dropped: %s", commits.root, error)

@@ -27,7 +27,7 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
 from ..threads.executor import run_aside
-from . import at_exit, closing, preparing, restoring
+from . import closing, preparing, restoring
 from .checkpoint import given_up
 from .commits import Commits
 from .config import EngineConfig
@@ -62,7 +62,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._pipeline = self._commits.pipeline
         self._preemption: Preemption | None = None
         self._pipeline.warm()
-        at_exit.watch(self, self._commits)
+        closing.watch(self, self._commits)
 
     # The five calls.
 
