@@ -166,10 +166,9 @@ class Mirrors:
         with self._lock:
             pending = list(self._pending)
         left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
-        for worker in self._workers:
-            if not left:
-                worker.finish()
-        wait_all(self._runs, 0.0 if left else max(_STOP_S / 2, deadline - time.monotonic()))
+        runs = zip(self._workers, self._runs, strict=True)
+        busy = [run for worker, run in runs if not left and worker.finish()]
+        wait_all(busy, max(_STOP_S / 2, deadline - time.monotonic()))
         for worker in self._workers:
             worker.context.stop()
         # Whoever is inside of a request then goes on without us, to its end at most, and changes no state any more.

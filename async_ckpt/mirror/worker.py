@@ -50,13 +50,14 @@ class Worker:
             self._is_woken = True
             self.context.changed.notify_all()
 
-    def finish(self) -> None:
-        """Stop after what is being done for this run; what is left of earlier runs waits for the next start."""
+    def finish(self) -> bool:
+        """Stop after what is being done for this run, and say whether something is; what is left of earlier runs waits
+        for the next start."""
         with self.context.changed:
             self._is_finishing = self._is_woken = True
-            self.context.changed.notify_all()
             if not self._is_busy:
                 self.context.stop()
+            return self._is_busy
 
     def run(self) -> None:
         """Mirror until stopped."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def test_no_network_is_a_warning_where_training_is_to_go_on(tmp_path: Path) -> N
         assert isinstance(pending.exception(60), MirrorError)
         made.raise_unacknowledged()
     assert content(tmp_path, "step-1") == SMALL
+
+
+@pytest.mark.wide
+def test_closing_waits_for_no_store_that_nobody_waits_for(moto: Any, tmp_path: Path, prefix: str) -> None:
+    commit(tmp_path, "step-1", SMALL)
+    is_hanging = threading.Event()
+
+    def hang(number: int, method: str, path: str) -> Fault:
+        is_hanging.set()
+        return "stall"
+
+    with Proxy(moto.endpoint, hang) as proxy:
+        with mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint), close_s=60.0):
+            assert is_hanging.wait(60)
+            began = time.monotonic()
+        assert time.monotonic() - began < 20
 
 
 @pytest.mark.wide
