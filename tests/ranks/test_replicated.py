@@ -32,6 +32,7 @@ from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.storage.filesystem import FileSystem
 from tests.ranks.test_coordinator import together
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.mounts import mounted
 
 CHUNK_BYTES = 4096
 SIZES = (3, 5000, 17, 40_000, 1, 2, 3, 9000, 123, 64)
@@ -117,6 +118,28 @@ def test_later_saves_of_other_values_by_another_number_of_ranks(tmp_path: Path) 
             assert (tmp_path / tag / "m.pt").read_bytes() == saved_by_torch(state_of(1000**number))
             assert load(tmp_path / tag / f"{world_size - 1}.pt") == {"own": world_size - 1}
             assert Catalog(tmp_path).verify(tag).ok
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+def test_direct_writes_of_several_ranks_on_every_file_system(tmp_path: Path, kind: str) -> None:
+    """More than a mebibyte, and a length that is no whole page; one rank streams its share through few chunks."""
+    state = {"w": torch.arange(700_001), "few": [torch.ones(k) for k in range(50)]}
+    with mounted(kind, tmp_path, 400 << 20) as disk:
+        few = {1: {"staging_bytes": 8 * CHUNK_BYTES}}
+        found = commit(
+            disk / "root",
+            3,
+            lambda engine, rank: engine.save(state, "m.pt", replicated=True),
+            few,
+            staging_bytes=8 << 20,
+        )
+        saves = [told.saves[0] for told in found]
+        assert [(save.mode, save.direct) for save in saves] == [
+            ("streamed" if rank == 1 else "eager", kind != "tmpfs") for rank in range(3)
+        ]
+        assert (disk / "root/a/m.pt").read_bytes() == saved_by_torch(state)
+        assert Catalog(disk / "root").verify("a").ok
 
 
 def test_safetensors(tmp_path: Path) -> None:
