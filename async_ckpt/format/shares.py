@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..errors import RankFailedError, some_of
-from .checksum import crc32
+from .checksum import crc32, crc32_combine
 from .named import placed
 from .pickles import MalformedPickleError
 from .sealer import Sealer, payload_at
@@ -228,13 +228,7 @@ def amended(
         for k in range(at // chunk_bytes, -(-(at + len(after)) // chunk_bytes)):
             start, end = k * chunk_bytes, min((k + 1) * chunk_bytes, file_bytes)
             part = slice(max(start - at, 0), end - at)
-            if old[part] != after[part]:
-                now[k] = _patched(now[k], end - start, max(at - start, 0), old[part], after[part])
+            # CRCs are linear: of all that goes before and after, only the length counts.
+            num_bytes_after = max(0, end - at - len(after))
+            now[k] ^= crc32_combine(crc32(old[part]) ^ crc32(after[part]), 0, num_bytes_after)
     return tuple(now)
-
-
-def _patched(crc: int, num_bytes: int, at: int, before: bytes, after: bytes) -> int:
-    # CRCs are linear: two texts of one length and their difference have CRCs whose difference is that of nothing.
-    zeros = memoryview(bytes(num_bytes))
-    change = (int.from_bytes(before, "big") ^ int.from_bytes(after, "big")).to_bytes(len(after), "big")
-    return crc ^ crc32(zeros) ^ crc32(zeros[at + len(after) :], crc32(change, crc32(zeros[:at])))
