@@ -72,15 +72,13 @@ class Notes:
     def extend(self, target: Any, items: list[Any]) -> None:
         if type(target) is not Inert:
             raise MalformedPickleError(f"items for a {type(target).__name__}")
-        if target.items is None:
-            target.items = []
+        target.items = target.items or []
         target.items.extend(items)
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
         if type(target) is not Inert:
             raise MalformedPickleError(f"pairs for a {type(target).__name__}")
-        if target.pairs is None:
-            target.pairs = {}
+        target.pairs = target.pairs or {}
         target.pairs.update(pairs)
 
 

@@ -241,7 +241,7 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
             object_pairs_hook=unique_pairs,
             parse_int=_bounded_int,
             parse_float=_finite_float,
-            parse_constant=_no_constant,
+            parse_constant=_finite_float,
         )
     except (ValueError, RecursionError) as error:
         raise corrupt(str(error)) from error
@@ -268,10 +268,6 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError("a number is out of range")
     return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not allowed")
 
 
 def _entry_from(item: Any, index: int) -> FileEntry:

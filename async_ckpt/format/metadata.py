@@ -17,9 +17,7 @@ def check_metadata(metadata: Mapping[str, Any] | None, not_finite: dict[str, str
     """A deep copy of `metadata` in plain JSON types (tuples become lists), safe from later changes.
 
     JSON has no NaN and no infinity: where `not_finite` is given, such a number becomes null, and that says what it was.
-
-    Raises:
-        UnsupportedStateError: something in it is not JSON; the message names where.
+    Raises UnsupportedStateError: something in it is not JSON; the message names where.
     """
     if metadata is None:
         return {}

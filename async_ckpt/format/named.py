@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import some_of
 from .inert import Inert, Notes, PersistentId, describe, printable, read_inert
-from .opcodes import EVERY_OPCODE, PLACING_PROTOCOL_2
+from .opcodes import PLACING_PROTOCOL_2
 from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader, Placed
 from .zip import lay_out
 
@@ -23,7 +23,7 @@ def names_in(pickled: bytes) -> frozenset[str]:
     """Every class and function that `pickled` names; none where it is not read."""
     notes = Notes()
     try:
-        PickleReader(pickled, notes, EVERY_OPCODE).read()
+        read_inert(pickled, notes)
     except MalformedPickleError:
         return frozenset()
     return frozenset(notes.names)

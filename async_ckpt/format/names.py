@@ -66,20 +66,13 @@ def check_existing_tag(name: str) -> str:
 
 
 def check_relative_path(path: str, *, carried: bool = False, stored: bool = False) -> tuple[str, ...]:
-    """The components of `path`, when it can name a file or directory inside a checkpoint.
+    """The components of `path`, when it can name a file or directory inside a checkpoint. Raises UnsafePathError: as
+    `check_tag` for each component; also absolute paths, "..", and the manifest's own name.
 
-    Args:
-        carried: another tool chose it (``.gitattributes``, ``notes (1).txt``): any printable characters, and a leading
-            dot.
-        stored: it is in a checkpoint already: also the manifest's name below the top, which earlier versions took.
-
-    Raises:
-        UnsafePathError: as `check_tag` for each component; also absolute paths, "..", and the manifest's own name.
+    What another tool chose and is `carried` (``.gitattributes``, ``notes (1).txt``) may have any printable characters,
+    and a leading dot; what is `stored` already, the manifest's name below the top too, which earlier versions took.
     """
-    if not isinstance(path, str):
-        raise UnsafePathError(
-            f"a path must be a str or os.PathLike[str], not {type(path).__name__}; nothing was touched"
-        )
+    _check_text(path, "path")
     if len(path) > MAX_PATH_BYTES:
         raise UnsafePathError(f"path {shown(path)} is longer than {MAX_PATH_BYTES} bytes; nothing was touched")
     parts = tuple(path.split("/"))
@@ -151,11 +144,8 @@ class Root:
         tag.
 
         "<root>/<tag>/a/b.pt" gives (tag, ("a", "b.pt")), whether the root is written as it was given or absolute.
-        No component is ever resolved: ".." and links are refused, not followed. Of a `carried` file, another tool chose
-        the name.
-
-        Raises:
-            UnsafePathError: malformed, or absolute and outside the root.
+        No component is ever resolved: ".." and links are refused, not followed. Raises UnsafePathError: malformed, or
+        absolute and outside the root.
         """
         is_below, inner = self._below(path)
         if not is_below:
@@ -180,10 +170,7 @@ class Root:
     def _below(self, path: StrPath) -> tuple[bool, str]:
         """Whether the path begins with the root, and what it says behind that."""
         text = os.fspath(path)
-        if not isinstance(text, str):
-            raise UnsafePathError(
-                f"a path must be a str or os.PathLike[str], not {type(text).__name__}; nothing was touched"
-            )
+        _check_text(text, "path")
         for prefix in self._prefixes:
             if text.startswith(prefix + "/"):
                 return True, text[len(prefix) + 1 :]
@@ -194,9 +181,13 @@ class Root:
         return False, text
 
 
+def _check_text(given: object, what: str) -> None:
+    if not isinstance(given, str):
+        raise UnsafePathError(f"a {what} must be a str, not {type(given).__name__}; nothing was touched")
+
+
 def _check_component(part: str, what: str, max_bytes: int, whole: str | None = None) -> None:
-    if not isinstance(part, str):
-        raise UnsafePathError(f"a {what} must be a str, not {type(part).__name__}; nothing was touched")
+    _check_text(part, what)
     for is_bad, why in (
         (not part, "has an empty component" if whole else "is empty"),
         (len(part) > max_bytes, f"is longer than {max_bytes} bytes"),

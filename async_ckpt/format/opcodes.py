@@ -47,7 +47,7 @@ _SCALARS: dict[int | str, Handler] = {
     0x8A: lambda r: r.push(_signed(r.sized(1))),
     0x8B: lambda r: r.push(_signed(r.sized(4))),
     "G": lambda r: r.unpacked(_DOUBLE),
-    "X": PickleReader.text,
+    "X": lambda r: r.push(str(r.sized(4), "utf-8", "surrogatepass")),
 }
 _PROTOCOL_2: dict[int | str, Handler] = {
     **_SCALARS,

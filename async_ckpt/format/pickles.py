@@ -79,31 +79,23 @@ def key_value(key: Any) -> Any:
 class Maker(Protocol):
     """Says what a pickle's names and calls become; a ValueError or its like means that they are malformed."""
 
-    def name(self, module: str, attribute: str) -> Any:
-        """What stands for a class or function."""
+    def name(self, module: str, attribute: str) -> Any: ...
 
-    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        """What stands for the result of a call."""
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any: ...
 
-    def persistent(self, value: Any) -> Any:
-        """What stands for a persistent id."""
+    def persistent(self, value: Any) -> Any: ...
 
-    def build(self, target: Any, state: Any) -> None:
-        """Give an object its state."""
+    def build(self, target: Any, state: Any) -> None: ...
 
     def extend(self, target: Any, items: list[Any]) -> None:
-        """Add items to what is no list."""
+        """Of what is no list."""
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
-        """Add pairs to what is no dict."""
+        """Of what is no dict."""
 
 
 class PickleReader:
-    """One pickle being read.
-
-    Args:
-        opcodes: what is read, a table of `opcodes`.
-    """
+    """One pickle being read; `opcodes` is a table of the module of that name."""
 
     def __init__(self, data: bytes | memoryview, maker: Maker, opcodes: Opcodes) -> None:
         self.data = bytes(data)
@@ -183,9 +175,7 @@ class PickleReader:
     # What references may cost.
 
     def charge(self, num_items: int) -> None:
-        """Account for `num_items` that are copied, hashed or compared once more. Raises MalformedPickleError when it is
-        too much.
-        """
+        """Account for `num_items` that are copied, hashed or compared once more."""
         self._left -= num_items
         if self._left < 0:
             raise MalformedPickleError("what it refers to again and again is larger than all it holds")
@@ -249,13 +239,6 @@ class PickleReader:
     def unpacked(self, layout: struct.Struct) -> None:
         self.stack.append(layout.unpack_from(self.data, self.position)[0])
         self.position += layout.size
-
-    def text(self) -> None:
-        start = self.position + 4
-        end = self.position = start + _uint32(self.data, self.position)[0]
-        if end > len(self.data):
-            raise ValueError("truncated")
-        self.stack.append(str(self.data[start:end], "utf-8", "surrogatepass"))
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
