@@ -169,12 +169,9 @@ class Catalog:
 
     def staging(self) -> list[StagingInfo]:
         """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
-        parsed = [private for name in sorted(self._listdir()) if (private := parse_private_name(name)) is not None]
         return [
-            StagingInfo(
-                str(private), private.kind, private.tag, str(private.owner), self.filesystem.owner_state(private.owner)
-            )
-            for private in parsed
+            StagingInfo(str(it), it.kind, it.tag, str(it.owner), self.filesystem.owner_state(it.owner))
+            for it in filter(None, map(parse_private_name, sorted(self._listdir())))
         ]
 
     def open(self, tag: str) -> CommittedCheckpoint:
@@ -200,9 +197,8 @@ class Catalog:
                 identity = directory.identity
                 directory.close()
                 if isinstance(error, OSError) and error.errno in DAMAGE_ERRNOS:
-                    raise CorruptCheckpointError(
-                        f"{path!r}: its manifest cannot be read: {error}", path=path
-                    ) from error
+                    what = f"{path!r}: its manifest cannot be read: {error}"
+                    raise CorruptCheckpointError(what, path=path) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
                 if identity_of(self.filesystem, path) == identity:
@@ -223,12 +219,8 @@ class Catalog:
         lend: MemorySource | None = None,
     ) -> VerifiedFile:
         """Open file `name` of a checkpoint to read it; with `verify="full"` its checksums are compared as it is read.
-
-        Raises:
-            CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or size
-                is wrong.
-            ConfigError: unknown `verify`. UnsafePathError: malformed tag or name. ReadError: the disk failed.
-        """
+        Raises CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or
+        size is wrong. ConfigError, UnsafePathError: malformed arguments. ReadError: the disk failed."""
         check = check_level(verify) == "full"
         is_number = isinstance(num_threads, int) and not isinstance(num_threads, bool)
         if num_threads is not None and not (is_number and 1 <= num_threads <= 256):

@@ -62,8 +62,8 @@ def load(
         CheckpointNotFoundError: not in a committed checkpoint. CorruptCheckpointError: damaged; names file and record.
         UnsupportedStateError: the file needs `weights_only=False`. ReadError: the disk failed.
     """
-    options: dict[str, Any] = {"map_location": map_location, "weights_only": weights_only, "mmap": mmap}
-    return load_committed(*_locate(path), verify=verify, num_threads=num_threads, **options)
+    how: Any = {"map_location": map_location, "weights_only": weights_only, "mmap": mmap}
+    return load_committed(*_locate(path), verify=verify, num_threads=num_threads, **how)
 
 
 def load_into(

@@ -24,8 +24,7 @@ from ..host.facts import available_memory_bytes
 from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import telling_overwritten
-from .rollback import Rollback
-from .scatter import stream_into
+from .scatter import Rollback, stream_into
 from .shared_memory import Pair, disagreements, overlapping, shares_own_memory
 from .state_tree import dotted, flatten, match_leaves, replace_leaves
 from .verified_file import VerifiedFile
@@ -78,13 +77,9 @@ def match(
     select: str | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> tuple[Mover, Restored]:
-    """What is to move where, and what comes of it; no byte is moved yet.
-
-    With `select` only the extents that hold the selected tensors are to be read.
-
-    Raises:
-        StateMismatchError: with `strict`, if anything differs; names of `select` or `rename` do not fit.
-    """
+    """What is to move where, and what comes of it; no byte is moved yet. With `select` only the extents that hold the
+    selected tensors are to be read. Raises StateMismatchError: with `strict`, if anything differs; names of `select` or
+    `rename` do not fit."""
     leaves = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, Source)}
     wanted = {path: leaf for path, leaf in flatten(target) if isinstance(leaf, torch.Tensor)}
     found, origin = leaves, {path: path for path in leaves}

@@ -22,12 +22,8 @@ W = TypeVar("W")
 def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
     """(key path, leaf) of every leaf, in order; a container inside itself is passed over. Nothing recurses.
 
-    Args:
-        num_bytes: what the state was read from, where somebody may have made that to blow up.
-
-    Raises:
-        UnsupportedStateError: nested deeper than `MAX_DEPTH`, or the key paths are far longer than `num_bytes` accounts
-            for.
+    Raises UnsupportedStateError: nested deeper than `MAX_DEPTH`; or the key paths are far longer than `num_bytes`
+    account for, what the state was read from, where somebody may have made that to blow up.
     """
     found: list[tuple[str, Any]] = []
     left = None if num_bytes is None else _FREE_CHARACTERS + _CHARACTERS_PER_BYTE * num_bytes

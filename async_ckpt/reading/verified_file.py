@@ -79,6 +79,8 @@ class VerifiedFile:
         self.new_buffer: Callable[[int], memoryview] | None = None if hasattr(file, "pread") else region
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
+        self.on_damage: OnDamage | None = None
+        """Told about damage; where it is None, the first is raised."""
         self.on_read = metrics.read_listener()
         self.read_bytes = 0
         """Asked of the disk or store so far."""
@@ -250,23 +252,20 @@ class VerifiedFile:
             )
 
 
-def check_files(files: Iterable[VerifiedFile], on_damage: OnDamage, *, num_threads: int | None = None) -> None:
+def check_files(files: Iterable[VerifiedFile], *, num_threads: int | None = None) -> None:
     """Compare all of `files` with their CRCs; blocks until every byte was read. Raises OSError: a shortage of this
     process or machine kept a file from being read."""
     blocks = [block for file in files for block in file.blocks(range(file.num_extents))]
-    _Reading(blocks, None, num_threads or DEFAULT_NUM_THREADS, on_damage).run()
+    _Reading(blocks, None, num_threads or DEFAULT_NUM_THREADS).run()
 
 
 class _Reading:
     """One pass over some blocks by a few threads."""
 
-    def __init__(
-        self, blocks: list[_Block], consume: Consume | None, num_threads: int, on_damage: OnDamage | None = None
-    ) -> None:
+    def __init__(self, blocks: list[_Block], consume: Consume | None, num_threads: int) -> None:
         self._num_workers = max(1, min(num_threads, len(blocks)))
         self._pending = iter(blocks)
         self._consume = consume
-        self._on_damage = on_damage
         self._lock = Lock()
         self._failed = threading.Event()
         self._sums: dict[tuple[VerifiedFile, int], list[tuple[int, int, int]]] = {}
@@ -304,10 +303,10 @@ class _Reading:
             try:
                 memory = file.read_block(memory, block.offset, block.num_bytes)
             except (CorruptCheckpointError, ReadError) as error:
-                if self._on_damage is None or (isinstance(error, ReadError) and error.errno not in DAMAGE_ERRNOS):
+                if file.on_damage is None or (isinstance(error, ReadError) and error.errno not in DAMAGE_ERRNOS):
                     raise
                 for extent in extents:
-                    self._on_damage(file, extent, error)
+                    file.on_damage(file, extent, error)
             else:
                 for extent in extents if file.check else ():
                     self._sum(block, memory, extent)
@@ -335,6 +334,6 @@ class _Reading:
         try:
             block.file.compare(extent, crc)
         except ExtentMismatch as mismatch:
-            if self._on_damage is None:
+            if block.file.on_damage is None:
                 raise
-            self._on_damage(block.file, extent, mismatch)
+            block.file.on_damage(block.file, extent, mismatch)

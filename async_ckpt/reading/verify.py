@@ -79,8 +79,8 @@ def check_level(level: str) -> Level:
 def verify_checkpoint(
     checkpoint: CommittedCheckpoint, level: Level, num_threads: int | None, progress: Progress | None
 ) -> VerifyReport:
-    """Compare everything in an open checkpoint with its manifest. Blocks until it is read; raises as `verify_files`.
-    Raises CheckpointNotFoundError: it was deleted or replaced meanwhile."""
+    """Compare everything in an open checkpoint with its manifest. Raises as `verify_files`. CheckpointNotFoundError: it
+    was deleted or replaced meanwhile."""
     manifest = checkpoint.manifest
     problems: list[Problem] = []
     extra: list[str] = []
@@ -101,13 +101,9 @@ def verify_files(
     direct: bool = False,
     progress: Progress | None = None,
 ) -> list[Problem]:
-    """Compare files below `directory` with their manifest entries; blocks until all are read.
-
-    `direct` reads around the page cache, so that what the disk holds is checked rather than what was written.
-
-    Raises:
-        OSError: a shortage of this process or machine (descriptors, memory, permissions) kept a file from being read.
-    """
+    """Compare files below `directory` with their manifest entries; blocks until all are read. With `direct`, around the
+    page cache: what the disk holds, rather than what was written. Raises OSError: a shortage of this process or machine
+    (descriptors, memory, permissions) kept a file from being read."""
     found = _Problems(sum(entry.size_bytes for entry in entries), progress)
     # Descriptors are bounded, however many files there are.
     for first in range(0, len(entries) if level != "off" else 0, _MAX_OPEN_FILES):
@@ -119,7 +115,7 @@ def verify_files(
                     opened.enter_context(file)
                     files.append(file)
             if level == "full":
-                check_files(files, found.add_damage, num_threads=num_threads)
+                check_files(files, num_threads=num_threads)
     order = {entry.path: index for index, entry in enumerate(entries)}
     return sorted(found.problems, key=lambda problem: (order[problem.path], problem.offset))
 
@@ -144,11 +140,10 @@ class _Problems:
             self._add(entry.path, str(error))
             return None
         verified = VerifiedFile(file, entry, check=True)
-        verified.on_read = self._on_read
+        verified.on_read, verified.on_damage = self._on_read, self._on_damage
         return verified
 
-    def add_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
-        """A `verified_file.OnDamage`."""
+    def _on_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
         first, end = file.extent_range(extent)
         if len(self.problems) < _MAX_PROBLEMS:
             is_mismatch = isinstance(error, ExtentMismatch)

@@ -35,7 +35,7 @@ from async_ckpt import (
 )
 from async_ckpt.plan.plan import opaque_state
 from async_ckpt.plan.planner import Planner
-from async_ckpt.reading.rollback import Rollback
+from async_ckpt.reading.scatter import Rollback
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.arena import StagingArena, StagingChunk
 from async_ckpt.snapshot.probes import ProbeMap

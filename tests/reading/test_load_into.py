@@ -282,7 +282,7 @@ def test_wherever_interrupts_strike_no_thread_is_left_and_no_tensor_is_half_new(
     """At each step of the threads that read and of the roll-back; and once more, `again` calls later."""
     catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"w": torch.arange(5000.0)})}, extent_bytes=4096)
     target = torch.full((5000,), 7.0)
-    within = ("threads/executor.py", "reading/rollback.py")
+    within = ("threads/executor.py", "reading/scatter.py")
 
     def load(interrupter: Interrupter) -> None:
         with interrupter.watching():
