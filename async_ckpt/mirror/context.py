@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import MirrorError
@@ -170,7 +170,8 @@ class MirrorContext:
         return None
 
     def abandon(self, state: TagState) -> None:
-        """Delete what an attempt without a manifest has put, and forget it. Blocks.
+        """Delete what an attempt without a manifest has put, and forget it, but not that what it was to replace is this
+        root's. Blocks.
 
         Raises:
             MirrorError: the store failed; it is tried again at the next start.
@@ -180,4 +181,8 @@ class MirrorContext:
             for key in (*state.keys, f"{state.tag}/{MANIFEST_NAME}"):
                 self.store.discard_parts(key)
             self.store.delete(state.keys)
-        self.states.forget(state.tag)
+        if found is not None and found.manifest is not None and found.attempt in state.ours:
+            older = replace(state, attempt=found.attempt, created_unix_ns=found.manifest.created_unix_ns, done={})
+            self.states.write(replace(older, keys=found.keys, mirrored=True, ours=()))
+        else:
+            self.states.forget(state.tag)

@@ -61,6 +61,8 @@ class ObjectStore:
             raise ConfigError(
                 f"a mirror at {mirror.url} needs obstore: install the extra async-ckpt[remote] ({error})"
             ) from error
+        exceptions = self._obstore.exceptions
+        self._unmet = exceptions.AlreadyExistsError, exceptions.PreconditionError
         scheme, bucket, prefix = split_url(mirror.url)
         options = dict(mirror.options)
         client = {
@@ -111,6 +113,8 @@ class ObjectStore:
         try:
             self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
         except Exception as error:
+            if isinstance(error, self._unmet):
+                raise ConditionFailed(f"writing {key!r}: the condition does not hold", url=self.url) from error
             raise self._translated(error, f"writing {key!r}") from error
 
     def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
@@ -197,12 +201,9 @@ class ObjectStore:
         return isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error)
 
     def _translated(self, error: Exception, what: str) -> MirrorError:
-        exceptions = self._obstore.exceptions
         text = str(error)
         code = re.search(r"<Code>(\w+)</Code>", text)
         status = re.search(r"status code: (\d+)", text)
-        if isinstance(error, (exceptions.AlreadyExistsError, exceptions.PreconditionError)):
-            return ConditionFailed(f"{what}: the condition does not hold", url=self.url)
         hint = next((_HINTS[found[1]] for found in (code, status) if found and found[1] in _HINTS), "")
         said = re.search(r"<Message>([^<]*)</Message>", text)
         if said and "request time" in said[1].casefold():
@@ -211,7 +212,7 @@ class ObjectStore:
         if not hint and not status:
             hint = "the store cannot be reached: check the endpoint and the network"
         reason = f"{code[1]}: {unescape(said[1])}" if code and said else _first_line(error)
-        may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "429")
+        may_pass = status is None or int(status[1]) >= 500 or status[1] in ("408", "409", "429")
         may_pass |= code is not None and code[1] in _DAMAGED_ON_THE_WAY
         kind = PassingFailure if may_pass else MirrorError
         return kind(f"{what} failed, {hint + '; ' if hint else ''}the store said: {reason[:300]}", url=self.url)

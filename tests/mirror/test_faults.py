@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -83,13 +84,15 @@ def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Pa
 
 @pytest.mark.wide
 def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> None:
-    conflict = every_other("409", lambda method, path: method == "PUT" and "manifest.json" in path)
+    """Also where no condition was sent: another writer of the same object, for a moment."""
+    conflict = every_other("409", lambda method, path: method in ("PUT", "POST"))
     with (
         Proxy(moto.endpoint, conflict) as proxy,
         mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
     ):
-        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
-    assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
+        commit_and_send(made, tmp_path, "step-1", big()).result(60)
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == big()
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
 
 
 @pytest.mark.wide
@@ -285,6 +288,29 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
                 second.result(60)
         assert remote_content(s3_mirror(moto, where), "latest") == content(root, "latest")
         assert garbage(moto, where) == [] and unfinished_uploads(moto, where) == []
+
+
+@pytest.mark.wide
+def test_what_was_given_up_leaves_the_older_one_replaceable(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """Deleted on disk in the middle of its upload, and committed once more."""
+    is_deleted = threading.Event()
+
+    def delete(number: int, method: str, path: str) -> Fault:
+        if "partNumber=2" in path and not is_deleted.is_set():
+            is_deleted.set()
+            shutil.rmtree(tmp_path / "latest")
+        return None
+
+    mirror = s3_mirror(moto, prefix)
+    with (
+        Proxy(moto.endpoint, delete) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
+        commit_and_send(made, tmp_path, "latest", SMALL).result(60)
+        second = commit_and_send(made, tmp_path, "latest", big(), created=2, overwrite="replace")
+        assert isinstance(second.exception(60), CheckpointNotFoundError) and is_deleted.is_set()
+        commit_and_send(made, tmp_path, "latest", big(3), created=3).result(60)
+    assert remote_content(mirror, "latest") == big(3) and garbage(moto, prefix) == []
 
 
 @pytest.mark.wide
