@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from .by_torch import is_legacy, load_by_torch, runs_code
 from .catalog import Catalog
 from .committed import find_checkpoint
 from .errors import ReadError
-from .load_into import Atomic, Restored, fill
+from .load_into import Atomic, Restored, match
 from .records import naming
 from .scatter import stream_into
 from .verified_file import MemorySource, VerifiedFile
@@ -189,10 +190,8 @@ def load_committed_into(
     select: str | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> Restored:
-    """`load_into` of file `name` in checkpoint `tag` of `catalog`.
-
-    `lend`: warm memory for what `atomic` sets aside (an idle staging arena's), one extent at a time.
-    """
+    """`load_into` of file `name` in checkpoint `tag` of `catalog`. What `atomic` sets aside goes into memory that
+    `lend` gives, warm from an idle staging arena, one extent at a time."""
     if not isinstance(atomic, bool) and atomic != "auto":
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     is_names = isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
@@ -206,12 +205,11 @@ def load_committed_into(
         without_default_device(),
     ):
         structure: Any = None
-        try:
+        with contextlib.suppress(NotPlainError):
             if file.entry.format == "safetensors" or not is_legacy(file):
                 structure = read_structure(file, TensorsOnDisk())
-        except NotPlainError:
-            structure = None
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)
-        how: Any = {"strict": strict, "atomic": atomic, "select": select, "rename": rename}
-        return replace(fill(file, structure, state_dict, **how), tag=tag)
+        mover, restored = match(file, structure, state_dict, strict=strict, select=select, rename=rename)
+        mover.run(file, atomic)
+        return replace(restored, read_bytes=file.read_bytes, tag=tag)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,23 +51,6 @@ class Restored:
     """The checkpoint that it came from."""
 
 
-def fill(
-    file: VerifiedFile,
-    structure: Any,
-    target: Any,
-    *,
-    strict: bool,
-    atomic: Atomic,
-    select: str | None = None,
-    rename: Mapping[str, str] | None = None,
-) -> Restored:
-    """Move what `structure` (leaves: `TensorExtent`, or tensors already in memory) holds into the tensors of `target`.
-    Blocks. Raises as `match`."""
-    mover, restored = match(file, structure, target, strict=strict, select=select, rename=rename)
-    mover.run(file, atomic)
-    return replace(restored, read_bytes=file.read_bytes)
-
-
 def match(
     file: VerifiedFile,
     structure: Any,
@@ -77,7 +60,8 @@ def match(
     select: str | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> tuple[Mover, Restored]:
-    """What is to move where, and what comes of it; no byte is moved yet. With `select` only the extents that hold the
+    """What of `structure` (leaves: `TensorExtent`, or tensors already in memory) is to move where in `target`, and what
+    comes of it; no byte is moved yet. With `select` only the extents that hold the
     selected tensors are to be read. Raises StateMismatchError: with `strict`, if anything differs; names of `select` or
     `rename` do not fit."""
     leaves = {path: leaf for path, leaf in flatten(structure, file.size_bytes) if isinstance(leaf, Source)}
