@@ -18,6 +18,7 @@ from async_ckpt import (
     Catalog,
     CommitError,
     ConfigError,
+    Mirror,
     OutOfSpaceError,
     PendingCommit,
     PrometheusObserver,
@@ -29,6 +30,8 @@ from async_ckpt import (
     WriteError,
 )
 from async_ckpt.engine import tolerance
+from async_ckpt.storage.filesystem import FileSystem
+from tests.ranks.jobs import FullDisk
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 from tests.support.processes import run_ranks
@@ -37,7 +40,7 @@ TIMEOUT_S = 60
 STATE = {"x": torch.arange(3000.0)}
 
 
-def make_engine(root: Path, fs: FaultyFileSystem | None = None, **options: Any) -> AsyncCheckpointEngine:
+def make_engine(root: Path, fs: FileSystem | None = None, **options: Any) -> AsyncCheckpointEngine:
     options = {"on_commit_failure": Tolerate(consecutive=2), "reuse": "off", **options}
     return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, filesystem=fs, **options)
 
@@ -279,3 +282,28 @@ def test_all_ranks_count_alike(tmp_path: Path, failing: int, name: str) -> None:
 def test_how_long_a_row_lasts_is_the_same_on_all_ranks(tmp_path: Path, skewed: int) -> None:
     told = run_ranks(tmp_path / "outcomes", 2, _rank, str(tmp_path / "root"), 1, "fsync", skewed)
     assert [[number for number, _ in commits] for commits in told] == [[1, 0, 1, 2]] * 2
+
+
+def _mirroring_rank(rank: int, root: str, store: str) -> list[Any]:
+    mirror = Mirror(f"file://{store}", on_failure="raise")
+    coordinator = RankCoordinator.from_env(timeout_s=20, linger_s=2)
+    told: list[Any] = []
+    fs = FullDisk(".bad") if rank else None
+    with make_engine(Path(root), fs, coordinator=coordinator, mirrors=(mirror,)) as engine:
+        for tag in ("bad1", "a", "bad2", "b"):
+            engine.create(tag)
+            engine.save(STATE, f"rank{rank}.pt")
+            pending = engine.commit(tag)
+            failure = pending.exception(TIMEOUT_S)
+            assert pending.mirrored is not None
+            assert pending.mirrored.exception(TIMEOUT_S) is failure
+            told.append(pending.metrics.num_failed_in_a_row)
+    return told
+
+
+@pytest.mark.wide
+def test_what_is_tolerated_is_no_failure_of_a_mirror(tmp_path: Path) -> None:
+    root, store = tmp_path / "root", tmp_path / "store"
+    told = run_ranks(tmp_path / "outcomes", 2, _mirroring_rank, str(root), str(store))
+    assert told == [[1, 0, 1, 0]] * 2
+    assert Catalog(root).tags() == Catalog(store).tags() == ["a", "b"]
