@@ -176,7 +176,7 @@ class Wire:
                 return offset
             yield offset, self._memory[place:][:num_bytes]
             with self._losing():
-                first.send(b".")
+                first.send(b".", socket.MSG_NOSIGNAL)
 
     def _received_far(self) -> Generator[tuple[int, memoryview], None, int]:
         memory = self._memory[:PIECE_BYTES] if self._memory else region(PIECE_BYTES)
@@ -196,7 +196,7 @@ class Wire:
     def _give(self, offset: int, num_bytes: int, place: int) -> int:
         """Tell the others of this host about a piece, or that there are no more; how many there were."""
         for other in self._sockets:
-            other.send(_HEADER.pack(offset, num_bytes, place))
+            other.send(_HEADER.pack(offset, num_bytes, place), socket.MSG_NOSIGNAL)
         self._num_given += num_bytes > 0
         return self._num_given
 
@@ -221,17 +221,21 @@ class Wire:
                 raise ConnectionError("it was given up")
             yield
         except (OSError, RuntimeError) as error:
-            self.close()
+            self._give_up()
             raise LostError(f"the ranks have lost each other: {error}") from error
 
-    def close(self) -> None:
-        """Let go of the others, who notice it; idempotent. Any thread."""
+    def _give_up(self) -> None:
+        """End all that waits, here and there; idempotent. Any thread: descriptors stay, which others may be using."""
         self._group, self._is_closed = None, True
+        for opened in self._sockets:
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of the others, who notice it; idempotent."""
+        self._give_up()
         for opened in (self._listener, *self._sockets):
             if opened is not None:
-                with contextlib.suppress(OSError):
-                    # Wakes threads that wait for it, in other processes that were forked meanwhile too.
-                    opened.shutdown(socket.SHUT_RDWR)
                 opened.close()
 
 
