@@ -33,8 +33,6 @@ Lent = tuple[memoryview, Callable[[], None]]
 """Page-aligned memory, and what gives it back."""
 MemorySource = Callable[[int], "Lent | None"]
 """Lends memory of at least so many bytes that was touched before (fresh memory is slower than the disk), or None."""
-OnDamage = Callable[["VerifiedFile", int, CheckpointError], None]
-"""Told on a worker thread about an extent that is not as committed, or that the disk cannot give."""
 
 
 @dataclass(slots=True)
@@ -79,8 +77,9 @@ class VerifiedFile:
         self.new_buffer: Callable[[int], memoryview] | None = None if hasattr(file, "pread") else region
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
-        self.on_damage: OnDamage | None = None
-        """Told about damage; where it is None, the first is raised."""
+        self.on_damage: Callable[[VerifiedFile, int, CheckpointError], None] | None = None
+        """Told on a worker thread about an extent that is not as committed, or that the disk cannot give. Where it is
+        None, the first such error is raised."""
         self.on_read = metrics.read_listener()
         self.read_bytes = 0
         """Asked of the disk or store so far."""

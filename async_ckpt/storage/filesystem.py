@@ -257,13 +257,10 @@ class FileSystem(Syscalls):
                 self.close(fd)
         return lock
 
-    def probe(self, folder: str) -> None:
-        """Try in an empty private directory what a file system does that is not known to be local."""
-        self.findings = probe.probe(self, folder)
-
-    def probe_clones(self, folder: str) -> None:
-        """Find out in an empty private directory whether files can share blocks here."""
-        self.findings = replace(self.findings, clones=probe.can_clone(self, folder))
+    def probe(self, folder: str, *, clones_only: bool = False) -> None:
+        """Try in an empty private directory what a file system does that is not known to be local; of one that is, only
+        whether files can share blocks."""
+        self.findings = Findings(clones=probe.can_clone(self, folder)) if clones_only else probe.probe(self, folder)
 
     def cannot_clone(self) -> None:
         """Do not ask again: a file system, or a sandbox, has refused to clone for good."""

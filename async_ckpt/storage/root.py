@@ -51,7 +51,7 @@ def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> list[st
     elif kind in _CLONING_TYPES and try_clones:
         # What it cannot do here, it is not asked for later.
         with contextlib.suppress(OSError), _folder_of_its_own(fs, root, "probe") as folder:
-            fs.probe_clones(folder)
+            fs.probe(folder, clones_only=True)
     return made
 
 

@@ -92,8 +92,8 @@ def _decide(fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.Ex
     owner_state = fs.owner_state(parsed.owner)
     if owner_state in (OwnerState.ALIVE, OwnerState.FOREIGN):
         return left(f"its owner is {owner_state.value}")
-    is_gone = owner_state is OwnerState.REBOOTED and fs.fs_type(root) in LOCAL_TYPES
-    is_gone = is_gone or owner_state is OwnerState.DEAD
+    is_rebooted = owner_state is OwnerState.REBOOTED
+    is_gone = owner_state is OwnerState.DEAD or (is_rebooted and fs.fs_type(root) in LOCAL_TYPES)
     if not is_gone and time.time() - found.mtime_ns / 1e9 < UNDECIDED_AGE_S:
         return left("its owner cannot be looked up, and it is younger than a minute")
     try:
