@@ -153,7 +153,16 @@ def publish(
         UnsupportedStateError: metadata that is not JSON.
     """
     with staging.turn:
-        manifest, replaced = _publish(fs, staging, files, metadata, created_unix_ns, marks or {})
+        if staging.state not in (State.OPEN, State.SEALED):
+            raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
+        staging.state = State.SEALED
+        about, writer = check_metadata(metadata), {**written_by(), **(marks or {})}
+        manifest = Manifest(staging.tag, created_unix_ns, tuple(files), about, writer, timing=staging.timing)
+        _make_durable(fs, staging, manifest)
+        staging.state = State.DURABLE
+        replaced = _make_visible(fs, staging)
+        staging.state = State.COMMITTED
+        staging.unlock()
     for old_path in replaced:
         try:
             remove_tree(fs, old_path)
@@ -167,22 +176,7 @@ def publish(
     return manifest
 
 
-def _publish(
-    fs: FileSystem,
-    staging: Staging,
-    files: Sequence[FileEntry],
-    metadata: Mapping[str, Any],
-    created_unix_ns: int,
-    marks: Mapping[str, str],
-) -> tuple[Manifest, list[str]]:
-    """All of `publish` but the deletion; returns also where the replaced trees are."""
-    if staging.state not in (State.OPEN, State.SEALED):
-        raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
-    staging.state = State.SEALED
-    writer = {**written_by(), **marks}
-    manifest = Manifest(
-        staging.tag, created_unix_ns, tuple(files), check_metadata(metadata), writer, timing=staging.timing
-    )
+def _make_durable(fs: FileSystem, staging: Staging, manifest: Manifest) -> None:
     raw = encode(manifest)
     with _step("manifest", staging):
         create_file(fs, staging, MANIFEST_NAME, raw)
@@ -191,7 +185,10 @@ def _publish(
         _open_to_readers(fs, staging)
         for folder in folders:
             fs.fsync_dir(folder)
-    staging.state = State.DURABLE
+
+
+def _make_visible(fs: FileSystem, staging: Staging) -> list[str]:
+    """Returns where the replaced trees are now."""
     with _step("rename", staging):
         if staging.given_up:
             raise CommitError(
@@ -206,9 +203,7 @@ def _publish(
     staging.renamed = True
     with _step("sync root", staging):
         fs.fsync_dir(staging.root)
-    staging.state = State.COMMITTED
-    staging.unlock()
-    return manifest, replaced
+    return replaced
 
 
 def abort(fs: FileSystem, staging: Staging) -> None:
