@@ -21,9 +21,9 @@ from ..format.checksum import crc32
 from ..format.chunk import Chunk
 from ..host.facts import available_memory_bytes
 from ..host.memory import address_of, move, region
+from ..storage.delete import sweep
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import make_private, remove_tree
-from ..storage.sweep import sweep
 from ..writer.pool import WriterPool
 
 CHUNK_BYTES = 16 << 20

@@ -26,7 +26,7 @@ def command(root: str, dry_run: bool, as_json: bool) -> int:
 
     JSON: a list of {name, tag, action, reason, size_bytes}; action is removed, restored, left or (with --dry-run) none
     """
-    from ..storage.sweep import sweep
+    from ..storage.delete import sweep
 
     catalog = catalog_of(root)
     if dry_run:

@@ -39,12 +39,11 @@ from ..format.manifest import FileEntry, Manifest, encode
 from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
-from .delete import remove
+from .delete import Swept, remove, sweep
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, remove_tree
 from .root import make_root, unmake
 from .staged import Destination, Staging, State, check_final, create_file, refuse, rename_to_final, written_by
-from .sweep import Swept, sweep
 from .syscalls import REFUSED
 from .write_error import write_error
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
+from async_ckpt.storage.delete import sweep
 from async_ckpt.storage.filesystem import FileSystem
-from async_ckpt.storage.sweep import sweep
 
 from ..reading.committed import commit, torch_bytes
 from .conftest import PYTHON
