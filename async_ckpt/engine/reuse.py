@@ -156,7 +156,9 @@ class Reuse:
         for path, (write, new) in files.items():
             if new is not None and (stamp := write.stamp) is not None:
                 parts, crcs = (tag, *path.split("/")), tuple(write.extent_crc32)
-                older = OlderFile(root, parts, stamp, write.size_bytes, write.extent_bytes, crcs, [])
+                has_shared = write.sharing is not None and write.sharing.shared_bytes > 0
+                size, step = write.size_bytes, write.extent_bytes
+                older = OlderFile(root, parts, stamp, size, step, crcs, [], has_shared=has_shared)
                 # Integrations have sealers of their own.
                 sealed = new.sealer.sealed if isinstance(new.sealer, Sealer) else None
                 found[path] = CommittedFile(new.seen, older, sealed, new.samples, new.is_counted)

@@ -43,6 +43,8 @@ class OlderFile:
     """By extent: whether the new file's content comes from the same memory, which nobody is known to have changed."""
     is_counted: bool = True
     """Whether that is likely to be so."""
+    has_shared: bool = False
+    """Whether it shares bytes with one before it: then what is likely to be equal is."""
 
 
 FindOlder = Callable[[], OlderFile | None]
@@ -76,7 +78,7 @@ class HowToWrite:
                 return UnwrittenFile()
             more = {"shared": True}
         file = await filesystem.open_write(path, size_bytes, direct=self.direct, executor=executor, **more)
-        if sharing is not None and "written" in more:
+        if sharing is not None and sharing.is_sure and self.share is None:
             try:
                 await asyncio.wrap_future(executor.submit(sharing.clone_likely, file))
             except BaseException:
@@ -167,6 +169,11 @@ class Sharing:
         step = older.extent_bytes
         starts = [k * step for k, untouched in enumerate(older.untouched) if not untouched]
         return {"written": [(start, min(step, older.size_bytes - start)) for start in starts]}
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether what is likely to be equal can be shared before its checksum is known."""
+        return self._older is not None and not self.by_link and self._older.is_counted and self._older.has_shared
 
     def clone_likely(self, file: WritableFile) -> None:
         """Let `file` share all that is likely to be equal before anything of it is written: a clone waits for the
