@@ -231,23 +231,18 @@ class TorchFile(io.RawIOBase):
         if end <= first:
             return 0
         extents = self._verified.extents_of(first, end - first)
-        if len(extents) == 1:
-            target[: end - first] = self._verified.view(first, end - first)
-        else:
-            self._stream_into(target, first, end, extents)
+        # Another read begins or ends in these two.
+        for extent in {extents[0], extents[-1]}:
+            low, high = self._verified.extent_range(extent)
+            low, high = max(low, first), min(high, end)
+            target[low - first : high - first] = self._verified.view(low, high - low)
+        if len(extents) > 2:
+            self._stream_into(target, first, extents[1:-1])
         kept = self._verified.kept()
         self._verified.drop(kept[: max(0, len(kept) - _HELD_EXTENTS)])
         self._position = end
         return end - first
 
-    def _stream_into(self, target: memoryview, first: int, end: int, extents: range) -> None:
+    def _stream_into(self, target: memoryview, first: int, extents: range) -> None:
         address = address_of(target) - first
-
-        def consume(offset: int, view: memoryview) -> None:
-            low, high = max(offset, first), min(offset + len(view), end)
-            if low < high:
-                move(address + low, address_of(view) + low - offset, high - low)
-
-        # Another read begins or ends in these two.
-        self._verified.keep((extents[0], extents[-1]))
-        self._verified.stream(consume, extents)
+        self._verified.stream(lambda offset, view: move(address + offset, address_of(view), len(view)), extents)
