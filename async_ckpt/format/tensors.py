@@ -228,8 +228,7 @@ def _plain_text(args: tuple[Any, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OtherInfo:
-    """A value that is no tensor, by key path and in a few words: a plain value as Python writes it, an object as ``<its
-    class>``."""
+    """A value that is no tensor, in a few words: a plain one as Python writes it, an object as ``<its class>``."""
 
     path: tuple[str, ...]
     text: str
@@ -245,8 +244,8 @@ class OtherInfo:
 
 
 def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExtent | OtherInfo]:
-    """What the structure holds, in order, without recursion; a container that occurs twice is shown where it occurs
-    first. Raises MalformedPickleError, CorruptCheckpointError: a tensor does not fit its record."""
+    """What the structure holds, in order; a container that occurs twice is shown where it occurs first. Raises
+    MalformedPickleError. CorruptCheckpointError: a tensor does not fit its record."""
     fingerprint = Fingerprint(len(pickled))
     structure = read_inert(pickled, Inventory(records, fingerprint))
     seen: set[int] = set()

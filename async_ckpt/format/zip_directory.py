@@ -71,9 +71,9 @@ class Record(NamedTuple):
 
 
 def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
-    """Every record by its name without the archive's, in file order, from the directory alone. Blocks in `pread` (two
-    calls). Raises CorruptCheckpointError: the directory is malformed or claims bytes outside the file.
-    UnusualLayoutError: the records do not lie back to back, or not as they are."""
+    """Every record by its name without the archive's, in file order, by two calls of `pread`. Raises
+    CorruptCheckpointError: the directory is malformed or claims bytes outside the file. UnusualLayoutError: the records
+    do not lie back to back, or not as they are."""
     count, directory, directory_bytes = _read_end(pread, file_bytes)
     raw = bytes(pread(directory, directory_bytes))
     entries: list[tuple[bytes, int, int, int, int]] = []
@@ -90,8 +90,7 @@ def read_directory(pread: PRead, file_bytes: int) -> dict[str, Record]:
 
 
 def check_headers(pread: PRead, records: Mapping[str, Record]) -> None:
-    """Compare all local headers with the directory. Blocks in `pread`, one call per record. Raises
-    CorruptCheckpointError."""
+    """Compare all local headers with the directory. Raises CorruptCheckpointError."""
     for record in records.values():
         record.check_header(pread(record.header_offset, _LOCAL.size + len(record.zip_name)))
 

@@ -79,8 +79,7 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
 
 
 def is_legacy(file: VerifiedFile) -> bool:
-    """Whether it is in torch's old format. Raises UnsupportedStateError: nobody says that it is a torch file, and it
-    does not look like one."""
+    """Whether it is in torch's old format. Raises UnsupportedStateError: it neither is nor looks like a torch file."""
     head = file.read(0, min(len(LEGACY_MAGIC), file.size_bytes))
     if file.entry.format == "opaque" and head != LEGACY_MAGIC and not head.startswith(b"PK"):
         raise UnsupportedStateError(
@@ -90,10 +89,8 @@ def is_legacy(file: VerifiedFile) -> bool:
 
 
 def runs_code(weights_only: bool | None) -> bool:
-    """Whether torch, told this, runs the pickle's code: its environment variables have their say.
-
-    Raises ConfigError: they contradict each other.
-    """
+    """Whether torch, told this, runs the pickle's code: its environment variables have their say. Raises ConfigError:
+    they contradict each other."""
     forced, freed = (
         os.environ.get(name, "0").lower() in ("1", "y", "yes", "true")
         for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")

@@ -144,9 +144,8 @@ class Catalog:
     def verify(
         self, tag: str, *, level: str = "full", progress: Progress | None = None, num_threads: int | None = None
     ) -> VerifyReport:
-        """Check every file of a checkpoint against its manifest; see `verify.py`. Raises CheckpointNotFoundError: there
-        is no such checkpoint (any more). UnsafePathError: the tag is malformed. OSError: a shortage of this machine
-        (not damage) kept a file from being read."""
+        """Check every file of a checkpoint against its manifest. Raises CheckpointNotFoundError, UnsafePathError.
+        OSError: a shortage of this machine (not damage) kept a file from being read."""
         checked = check_level(level)
         try:
             return self.read(tag, lambda found: verify_checkpoint(found, checked, num_threads, progress))
@@ -255,8 +254,7 @@ class Catalog:
             raise
 
     def read(self, tag: str, function: Callable[[CommittedCheckpoint], T]) -> T:
-        """`function` of the open checkpoint; run again when the checkpoint was replaced under it
-        (CheckpointNotFoundError)."""
+        """`function` of the open checkpoint; run again when that was replaced under it (CheckpointNotFoundError)."""
         for _ in range(_MAX_RACES):
             with self.open(tag) as checkpoint:
                 try:
@@ -273,7 +271,7 @@ class Catalog:
         return [entry for entry in entries if entry.problem is None]
 
     def _possible_tags(self) -> list[str]:
-        """Names that may be tags. A listing may miss a name that is being exchanged: list until two agree."""
+        # A listing may miss a name that is being exchanged: list until two agree.
         names = set(self._listdir())
         for _ in range(4):
             again = set(self._listdir())

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, some_of
 from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, Root, StrPath, is_url
 from ..storage.filesystem import DirHandle, ReadableFile, ReadSide
@@ -50,28 +50,24 @@ class CommittedCheckpoint:
         self._filesystem = filesystem
 
     def entry(self, path: StrPath) -> FileEntry:
-        """The manifest's entry of a file, given relative to the tag or as `<root>/<tag>/...`. Raises UnsafePathError,
-        CheckpointNotFoundError: malformed, or not in this checkpoint."""
+        """The entry of a file, given relative to the tag or as `<root>/<tag>/...`. Raises UnsafePathError: malformed.
+        CheckpointNotFoundError: not in this checkpoint."""
         _, inner = self._paths.split_committed(path, tag=self.manifest.tag)
         entry = self.manifest.file(inner)
         if entry is None:
-            there = ", ".join(repr(known.path) for known in self.manifest.files[:5])
-            raise CheckpointNotFoundError(
-                f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there or 'no files'}"
-            )
+            there = some_of([known.path for known in self.manifest.files], show=repr) or "no files"
+            raise CheckpointNotFoundError(f"checkpoint {self.manifest.tag!r} has no file {inner!r}; it has {there}")
         return entry
 
     def open_file(
         self, entry: FileEntry, *, check: bool = True, num_threads: int | None = None, lend: MemorySource | None = None
     ) -> VerifiedFile:
-        """Open a file of the checkpoint to read it with its checksums (`check`), around the page cache. Raises as
-        `open_raw`."""
+        """`open_raw`, to be read with its checksums (`check`)."""
         return VerifiedFile(self.open_raw(entry), entry, check=check, num_threads=num_threads, lend=lend)
 
     def open_raw(self, entry: FileEntry) -> ReadableFile:
-        """Open a file of the checkpoint, of exactly the committed size, to compare its bytes oneself. Raises
-        CorruptCheckpointError: missing, not a regular file, or another size. CheckpointNotFoundError: the checkpoint
-        was deleted or replaced meanwhile; opening it again may help."""
+        """Open a file of exactly the committed size, around the page cache. Raises CorruptCheckpointError: missing, not
+        a regular file, or another size. CheckpointNotFoundError: the checkpoint was deleted or replaced meanwhile."""
         try:
             return open_exact(self, entry, direct=True, who=f"{entry.path!r} in checkpoint {self.manifest.tag!r} ")
         except CorruptCheckpointError as error:

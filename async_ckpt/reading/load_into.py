@@ -135,8 +135,7 @@ def _unfit(source: Source, tensor: torch.Tensor) -> Iterable[str]:
 def compare_shared(
     file: VerifiedFile, found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks where the values
-    decide."""
+    """Targets that share memory, but not what the file holds for it, by key path, in words."""
     paths = [path for path, target in wanted.items() if _has_address(target)]
     clashes: list[tuple[str, str]] = []
     for group in overlapping([wanted[path] for path in paths]):
@@ -204,8 +203,7 @@ class Mover:
         stream_into(file, self.scatter, extents)
 
     def run(self, file: VerifiedFile, atomic: Atomic) -> None:
-        """Read, verify, move. Raises ConfigError (too little memory for `atomic=True`) and what `VerifiedFile`
-        raises."""
+        """Read, verify, move. Raises ConfigError: too little memory for `atomic=True`; and as `VerifiedFile`."""
         held = self._held_extents(file, atomic)
         with self.changing():
             if not atomic:
@@ -236,8 +234,7 @@ class Mover:
             torch.autograd.graph.increment_version(tensor)
 
     def _held_extents(self, file: VerifiedFile, atomic: Atomic) -> Sequence[int]:
-        """The first extents of the file, whose old or new bytes are held in memory: all, or as many as half of it
-        takes."""
+        """The first extents, whose old or new bytes are held in memory: all, or as many as half of it takes."""
         available = available_memory_bytes()
         if atomic is not True:
             return self.extents[: available // 2 // file.extent_bytes]
