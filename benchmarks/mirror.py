@@ -7,26 +7,21 @@ process of its own.
   before; longest hold of the interpreter lock. "obstore put" is the library's own put of the same file with the same
   settings; DCP and s3torchconnector write from memory. The file is not in the page cache: a commit leaves it so.
 - restore: seconds into existing tensors; "obstore get" are ranges of the same object by as many threads, into memory.
-- training: a step of fixed work, a save every 10 steps, uploads all the time. The control has no mirror: another
-  process puts the same files into the same store, at the same priority. What is left between the two is what a mirror
-  costs the training process; what both lose is the machine's, which here is the store as well.
+- What uploads cost a training is measured by `mirror_training`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +32,6 @@ from tests.mirror.servers import BUCKET, SeaweedFS
 
 UPLOADS = ("async_ckpt", "obstore put", "boto3", "DCP fsspec+s3fs", "s3torchconnector")
 RESTORES = ("async_ckpt", "obstore get")
-TRAININGS = ("no uploads", "mirror", "another process uploads")
 _GET_BYTES = 8 << 20
 _NUM_GETS = 8
 
@@ -53,7 +47,7 @@ def state_of(size_mib: int) -> dict[str, Any]:
 # What runs in the children: each takes the specification and returns what is to be timed.
 
 
-def _mirror(spec: dict[str, Any], prefix: str = "mirrored", **fields: Any) -> Any:
+def mirror_of(spec: dict[str, Any], prefix: str = "mirrored", **fields: Any) -> Any:
     from async_ckpt import Mirror
 
     return Mirror(
@@ -65,7 +59,7 @@ def _mirror(spec: dict[str, Any], prefix: str = "mirrored", **fields: Any) -> An
     )
 
 
-def _store(spec: dict[str, Any]) -> Any:
+def store_of(spec: dict[str, Any]) -> Any:
     from obstore.store import S3Store
 
     options = dict(spec["options"], client_options={"allow_http": True, "timeout": "300s"})
@@ -76,7 +70,7 @@ def upload_ours(spec: dict[str, Any]) -> Callable[[], object]:
     from async_ckpt.mirror.mirrors import Mirrors
     from async_ckpt.storage.filesystem import FileSystem
 
-    made = Mirrors((_mirror(spec),), filesystem=FileSystem(), root=spec["root"], with_backlog=False)
+    made = Mirrors((mirror_of(spec),), filesystem=FileSystem(), root=spec["root"], with_backlog=False)
     made.check()
 
     def run() -> None:
@@ -90,7 +84,7 @@ def upload_ours(spec: dict[str, Any]) -> Callable[[], object]:
 def upload_obstore(spec: dict[str, Any]) -> Callable[[], object]:
     import obstore
 
-    store = _store(spec)
+    store = store_of(spec)
     how = {"chunk_size": spec["part_bytes"], "max_concurrency": spec["parallel"]}
     return lambda: obstore.put(store, "put.pt", Path(spec["file"]), **how)
 
@@ -150,7 +144,7 @@ def restore_ours(spec: dict[str, Any]) -> Callable[[], object]:
     from async_ckpt.mirror.remote import remote_catalog
     from async_ckpt.reading.load import load_committed_into
 
-    catalog, state = remote_catalog(_mirror(spec)), state_of(spec["size_mib"])
+    catalog, state = remote_catalog(mirror_of(spec)), state_of(spec["size_mib"])
     return lambda: load_committed_into(catalog, "step-0", "model.pt", state, atomic=False)
 
 
@@ -159,7 +153,7 @@ def restore_obstore(spec: dict[str, Any]) -> Callable[[], object]:
 
     import obstore
 
-    store, size = _store(spec), os.path.getsize(spec["file"])
+    store, size = store_of(spec), os.path.getsize(spec["file"])
     memory = memoryview(bytearray(size))
     memory[::4096] = bytes(len(memory[::4096]))
 
@@ -172,78 +166,6 @@ def restore_obstore(spec: dict[str, Any]) -> Callable[[], object]:
             list(pool.map(get, range(0, size, _GET_BYTES)))
 
     return run
-
-
-def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Step times with a save every 10 steps, each of which is uploaded while the next steps run."""
-    import torch
-
-    from async_ckpt import AsyncCheckpointEngine, KeepLast
-
-    torch.set_num_threads(1)
-    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(32)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    data, root = torch.randn(16, 512), tempfile.mkdtemp(dir=spec["directory"])
-    name, contender = f"training-{os.getpid()}", spec["contender"]
-    mirrors = (_mirror(spec, name, retention=KeepLast(1)),) if contender == "mirror" else ()
-    other = None
-    if contender == "another process uploads":
-        asked = json.dumps({**spec, "scenario": "put all", "root": root, "prefix": f"{spec['prefix']}/{name}"})
-        command = [sys.executable, "-m", "benchmarks.mirror", "--child", asked]
-        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    steps, saves, pendings = [], [], []
-    # Two are kept: the other process is still reading the last one. What is not sent at the end does not matter.
-    warnings.simplefilter("ignore", RuntimeWarning)
-    how: dict[str, Any] = {"mirrors": mirrors, "mirror_timeout_s": 1.0, "retention": KeepLast(2)}
-    with AsyncCheckpointEngine(root, staging_bytes=512 << 20, **how) as engine:
-        engine.guard(optimizer)
-        for step in range(spec["num_steps"]):
-            started = time.perf_counter()
-            optimizer.zero_grad()
-            model(data).square().mean().backward()
-            optimizer.step()
-            steps.append(time.perf_counter() - started)
-            if step % 10 == 9:
-                started = time.perf_counter()
-                engine.create(f"step-{step}")
-                engine.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "model.pt")
-                pendings.append(engine.commit(f"step-{step}"))
-                saves.append(time.perf_counter() - started)
-        sent_bytes = sum(one.mirrored.metrics.sent_bytes for one in pendings if one.mirrored is not None)
-    if other is not None:
-        sent_bytes = json.loads(other.communicate(b"end")[0].splitlines()[-1])["sent_bytes"]
-    shutil.rmtree(root)
-    settled, later = steps[20:], saves[2:]
-    return {
-        "step_s": statistics.median(settled),
-        "mean_step_s": statistics.fmean(settled),
-        "save_s": statistics.median(later),
-        "slowest_save_s": max(later),
-        "sent_bytes_per_s": sent_bytes / (sum(steps) + sum(saves)),
-    }
-
-
-def put_all(spec: dict[str, Any]) -> dict[str, Any]:
-    """The library's own put of each checkpoint that appears in a root, until standard input ends."""
-    import select
-
-    import obstore
-
-    from async_ckpt import Catalog
-    from async_ckpt.threads.executor import lower_priority
-
-    lower_priority()
-    store, catalog, done, sent_bytes = _store(spec), Catalog(spec["root"]), set(), 0
-    while not select.select([sys.stdin], [], [], 0.01)[0]:
-        for tag in catalog.tags():
-            path = Path(spec["root"], tag, "model.pt")
-            if tag not in done and path.exists():
-                done.add(tag)
-                how = {"chunk_size": spec["part_bytes"], "max_concurrency": spec["parallel"]}
-                with contextlib.suppress(FileNotFoundError):
-                    obstore.put(store, f"{tag}.pt", path, **how)
-                    sent_bytes += path.stat().st_size
-    return {"sent_bytes": sent_bytes}
 
 
 PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]] = {
@@ -270,8 +192,6 @@ def _resident_bytes() -> int:
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement; the imports and the state are there before it begins."""
-    if spec["scenario"] in ("training", "put all"):
-        return train(spec) if spec["scenario"] == "training" else put_all(spec)
     run = PREPARED[spec["scenario"], spec["contender"]](spec)
     forget_pages(spec["file"])
     stop, peak = threading.Event(), [0]
@@ -323,8 +243,7 @@ def main() -> None:
     parser.add_argument("--part-mib", type=int, default=16)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num-steps", type=int, default=300)
-    parser.add_argument("--scenarios", default="upload,restore,training")
+    parser.add_argument("--scenarios", default="upload,restore")
     parser.add_argument("--contenders", help="only these, by commas")
     parser.add_argument("--out", help="directory of the results; without it they are only printed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -359,14 +278,9 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
     common |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel, "options": dict(server.options())}
     runs: list[dict[str, Any]] = []
     asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
-    asked += [("training", name) for name in TRAININGS]
     chosen = (given.contenders or ",".join(name for _, name in asked)).split(",")
     asked = [one for one in asked if one[0] in given.scenarios.split(",") and one[1] in chosen]
     for scenario in given.scenarios.split(","):
-        if scenario == "training" and server.process is not None:
-            # In life the store is another machine: here it must not take the training's processors.
-            for thread in os.listdir(f"/proc/{server.process.pid}/task"):
-                os.setpriority(os.PRIO_PROCESS, int(thread), 19)
         for repeat, name in itertools.product(range(given.repeats), [one[1] for one in asked if one[0] == scenario]):
             # Each repetition uploads anew, to a prefix of its own.
             spec = {
@@ -374,7 +288,6 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
                 "scenario": scenario,
                 "contender": name,
                 "prefix": f"run-{repeat}",
-                "num_steps": given.num_steps,
             }
             if scenario == "upload":
                 shutil.rmtree(root / ".mirrors", ignore_errors=True)
