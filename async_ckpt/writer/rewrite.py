@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import logging
 import os
+from concurrent.futures import Future
 from typing import Any
 
 from ..errors import WriteError, report
+from ..format.chunk import Chunk
 from ..storage.write_error import FULL, MOMENTARY
 from .file import FileWrite
 
@@ -47,6 +49,12 @@ class RewritingFile(FileWrite):
     def die(self, error: BaseException) -> None:
         self._is_second = True
         super().die(error)
+
+    def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:
+        super()._chunk_ended(chunk, ended)
+        if self._failure is not None:
+            # `_start_over` waits for those that succeed too.
+            self._notify()
 
     async def _put_on_disk(self) -> None:
         try:
