@@ -20,7 +20,7 @@ from .named import placed
 from .pickles import MalformedPickleError
 from .sealer import Sealer, payload_at
 
-_BLOCK_BYTES = 32
+_BLOCK_BYTES = 4
 _MAX_BLOCKS = 1 << 14
 
 
@@ -197,9 +197,11 @@ def _first_difference(head: bytes, ours: Told, theirs: Told) -> str:
         return "an object"
     low, high = block * size, (block + 1) * size
     found = [place for start, end, place in scalars if start < high and end > low]
+    # What one of them lacks is missing behind this.
     before = max(((end, place) for _, end, place in scalars if end <= low), default=(0, ""))
     # What makes up a tensor is told by the tensor's path.
-    short = [next((path for path in payloads if place.startswith(f"{path}[")), place) for place in found or before[1:]]
+    near = [place for place in (before[1], *found) if place] or [""]
+    short = [next((path for path in payloads if place.startswith(f"{path}[")), place) for place in near]
     return " or ".join(dict.fromkeys(f"state{place.removesuffix(' (the key)')}" for place in short))
 
 

@@ -150,4 +150,4 @@ def test_blocks_tell_where_heads_differ() -> None:
     head = bytes(range(200))
     other = head[:70] + b"x" + head[71:]
     pairs = zip(bytes.fromhex(head_blocks(head)), bytes.fromhex(head_blocks(other)), strict=True)
-    assert [k for k, (one, two) in enumerate(pairs) if one != two] == [70 // 32]
+    assert [k for k, (one, two) in enumerate(pairs) if one != two] == [70 // 4]
