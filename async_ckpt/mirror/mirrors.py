@@ -26,7 +26,7 @@ from .pending import PendingMirror
 from .worker import Worker
 
 _MAX_THREADS = 16
-_STOP_S = 2.0
+_STOP_S = 1.0
 _CHECK_S = 30.0
 
 
@@ -168,7 +168,7 @@ class Mirrors:
         left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
         runs = zip(self._workers, self._runs, strict=True)
         busy = [run for worker, run in runs if not left and worker.finish()]
-        wait_all(busy, max(_STOP_S / 2, deadline - time.monotonic()))
+        wait_all(busy, max(_STOP_S, deadline - time.monotonic()))
         for worker in self._workers:
             worker.context.stop()
         # Whoever is inside of a request then goes on without us, to its end at most, and changes no state any more.

@@ -7,6 +7,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def big(seed: int = 0) -> dict[str, bytes]:
 
 
 def s3_mirror(server: Any, prefix: str, **fields: Any) -> Mirror:
-    """A mirror with little patience, so that a test of a failure is short."""
-    options = dict(server.options(), **fields.pop("options", {}))
+    """A mirror with little patience and short pauses, so that a test of a failure is short."""
+    short = {"init_backoff": timedelta(milliseconds=10), "max_backoff": timedelta(seconds=1), "base": 2}
+    options = dict(server.options(), retry_config={"backoff": short}, **fields.pop("options", {}))
     if "endpoint" in fields:
         options["endpoint"] = fields.pop("endpoint")
     given = {"part_bytes": PART_BYTES, "retry_timeout_s": 10.0, "request_timeout_s": 5.0, **fields}
