@@ -20,7 +20,7 @@ def main() -> None:
     rank, world, port, root, url, options, act = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:8]
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=timedelta(seconds=120))
     # The time of every wait, also for the rank that is dead.
-    timeout_s = 6.0 if act == "die" else 120.0
+    timeout_s = 8.0 if act == "die" else 120.0
     node = None
     if act == "nodes":
         # Two ranks on the first node, one on the second, each node with a root of its own.
