@@ -70,6 +70,11 @@ def memory_bytes(field: str = "MemTotal") -> int:
     return 0
 
 
+def resident_bytes() -> int:
+    """The memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def mount_of(directory: Path) -> dict[str, str]:
     """Type, options and device of the file system below `directory` (the mount point itself is left out)."""
     best = ("", "unknown", "", "")

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import async_ckpt
 from benchmarks.environment import describe
 from benchmarks.limits import MIB
+from benchmarks.ranks import run_ranks
 from benchmarks.restore_probe import evict
 from benchmarks.results import append
 
@@ -47,9 +47,6 @@ def timed(way: str, rank: int, coordinator: async_ckpt.RankCoordinator, path: Pa
 
 
 def work(rank: int, options: argparse.Namespace, results: Any) -> None:
-    torch.set_num_threads(1)
-    address = f"file://{options.directory.absolute()}/rendezvous"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=options.ranks)
     coordinator = async_ckpt.RankCoordinator.from_env(run_id="benchmark")
     path = options.directory / "root/probe/m.pt"
     num = options.size_mib * MIB // 4 // 300
@@ -59,7 +56,6 @@ def work(rank: int, options: argparse.Namespace, results: Any) -> None:
             for way in WAYS:
                 results.put((way, rank, *timed(way, rank, coordinator, path, target)))
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -70,17 +66,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    (options.directory / "rendezvous").unlink(missing_ok=True)
     num = options.size_mib * MIB // 4 // 300
     with async_ckpt.AsyncCheckpointEngine(options.directory / "root", overwrite="replace") as engine:
         engine.create("probe")
         engine.save({f"layer.{i}": torch.randn(num) for i in range(300)}, "m.pt")
         engine.commit("probe").result()
-    results = mp.get_context("spawn").SimpleQueue()
-    processes = mp.spawn(work, (options, results), options.ranks, join=False)
-    found = [results.get() for _ in range(options.repeats * len(WAYS) * options.ranks)]
-    processes.join()
+    found = run_ranks(work, options, options.repeats * len(WAYS))
     taken = {way: [seconds for which, rank, seconds, _ in found if (which, rank) == (way, 0)] for way in WAYS}
     disk = {way: sum(read for which, _, _, read in found if which == way) // options.repeats for way in WAYS}
     one = statistics.median(taken[WAYS[0]])

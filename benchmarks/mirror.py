@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, resident_bytes
 from benchmarks.ticker import Ticker
 from tests.mirror.servers import BUCKET, SeaweedFS
 
@@ -186,10 +186,6 @@ def forget_pages(path: str) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement; the imports and the state are there before it begins."""
     run = PREPARED[spec["scenario"], spec["contender"]](spec)
@@ -198,10 +194,10 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 
     def watch() -> None:
         while not stop.wait(0.005):
-            peak[0] = max(peak[0], _resident_bytes())
+            peak[0] = max(peak[0], resident_bytes())
 
     watcher = threading.Thread(target=watch)
-    before_bytes = _resident_bytes()
+    before_bytes = resident_bytes()
     with Ticker() as ticker:
         watcher.start()
         began, cpu_s = time.monotonic(), time.process_time()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -19,25 +18,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import async_ckpt
-from benchmarks.environment import describe
+from benchmarks.environment import describe, resident_bytes
 from benchmarks.limits import MIB
+from benchmarks.ranks import run_ranks
 from benchmarks.results import append
 
 WAYS = ("rank 0 alone", "replicated")
 NUM_TENSORS = 300
-
-
-def resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
-
-
-def cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def open_engine(options: argparse.Namespace, way: str, rank: int) -> async_ckpt.AsyncCheckpointEngine:
@@ -52,14 +41,14 @@ def open_engine(options: argparse.Namespace, way: str, rank: int) -> async_ckpt.
 
 def one_save(engine: Any, way: str, rank: int, tag: str, state: dict[str, torch.Tensor]) -> dict[str, float]:
     dist.barrier()
-    started_cpu_s, started_s = cpu_s(), time.perf_counter()
+    started_cpu_s, started_s = time.process_time(), time.perf_counter()
     engine.create(tag)
     if way == "replicated" or rank == 0:
         engine.save(state, "m.pt", replicated=way == "replicated")
     stall_s = time.perf_counter() - started_s
     engine.commit(tag).result()
     durable_s = time.perf_counter() - started_s
-    used_s = cpu_s() - started_cpu_s
+    used_s = time.process_time() - started_cpu_s
     dist.barrier()
     if rank == 0:
         engine.delete(tag)
@@ -67,9 +56,6 @@ def one_save(engine: Any, way: str, rank: int, tag: str, state: dict[str, torch.
 
 
 def work(rank: int, options: argparse.Namespace, results: Any) -> None:
-    torch.set_num_threads(1)
-    address = f"file://{options.directory.absolute()}/rendezvous"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=options.ranks)
     numel = options.size_mib * MIB // 4 // NUM_TENSORS
     state = {f"layer.{i}": torch.full((numel,), 1.0 + i) for i in range(NUM_TENSORS)}
     with contextlib.ExitStack() as stack:
@@ -84,7 +70,6 @@ def work(rank: int, options: argparse.Namespace, results: Any) -> None:
                 for tensor in state.values():
                     tensor.add_(1.0)
                 results.put((rank, way, one_save(engines[way], way, rank, f"{number}", state)))
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -95,12 +80,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    (options.directory / "rendezvous").unlink(missing_ok=True)
-    results = mp.get_context("spawn").SimpleQueue()
-    processes = mp.spawn(work, (options, results), options.ranks, join=False)
-    found = [results.get() for _ in range((1 + options.saves) * len(WAYS) * options.ranks)]
-    processes.join()
+    found = run_ranks(work, options, (1 + options.saves) * len(WAYS))
     figures: dict[str, Any] = {}
     for way in WAYS:
         ranks = [[told for rank, which, told in found if (rank, which) == (r, way)] for r in range(options.ranks)]
