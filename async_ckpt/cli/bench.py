@@ -7,9 +7,9 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..errors import escaped
+from ..errors import CheckpointNotFoundError, escaped
 from ..observers.units import format_bytes, format_rate, format_seconds
-from .failing import EXIT_OK, NotFoundError
+from .failing import EXIT_OK
 from .output import add_json, number, print_json, print_table
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def command(folder: str, seconds: float, checkpoint_gib: float | None, as_json: 
     from .measuring import DiskMeasurement, best, measure_memory
 
     if not os.path.isdir(folder):
-        raise NotFoundError(f"{escaped(folder)!r} is not a directory")
+        raise CheckpointNotFoundError(f"{escaped(folder)!r} is not a directory")
     size_bytes = int(checkpoint_gib * 2**30) if checkpoint_gib is not None else _newest_bytes(folder)
     memory = measure_memory(seconds * 0.1)
     results: list[DiskResult] = []

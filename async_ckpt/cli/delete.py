@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import ConfigError
 from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_OK, UsageError
+from .failing import EXIT_OK
 from .locating import Located, catalog_of, is_checkpoint, place_of, refuse_single_files
 from .output import add_json, print_json
 
@@ -40,7 +41,7 @@ def command(targets: list[str], as_json: bool) -> int:
 def _places(targets: list[str]) -> list[Located]:
     first, *others = targets
     if is_url(first):
-        raise UsageError("delete works on directories; in a store, `prune` deletes by rules. Nothing was deleted")
+        raise ConfigError("delete works on directories; in a store, `prune` deletes by rules. Nothing was deleted")
     if others and not is_checkpoint(first):
         catalog = catalog_of(first)
         for tag in others:
@@ -49,7 +50,7 @@ def _places(targets: list[str]) -> list[Located]:
     places = [place_of(target) for target in targets]
     for target, place in zip(targets, places, strict=True):
         if place.file is not None:
-            raise UsageError(
+            raise ConfigError(
                 f"{target!r} is a file of checkpoint {place.tag!r}; only whole checkpoints are deleted. Nothing "
                 "was deleted"
             )

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..errors import CheckpointNotFoundError, escaped
+from ..errors import CheckpointNotFoundError, ConfigError, escaped
 from ..format.manifest import FileEntry
 from ..format.tensors import MAX_OTHERS, OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, range_crc, read_header
 from ..reading.verified_file import VerifiedFile
-from .failing import EXIT_FAILED, EXIT_OK, UsageError
+from .failing import EXIT_FAILED, EXIT_OK
 from .locating import Located, place_of
 from .output import add_json, key_name, print_json, print_table
 
@@ -58,7 +58,7 @@ def command(a: str, b: str, as_json: bool) -> int:
     """
     older, newer = place_of(a), place_of(b)
     if (older.file is None) != (newer.file is None):
-        raise UsageError("compare two checkpoints or two files, not a checkpoint with a file")
+        raise ConfigError("compare two checkpoints or two files, not a checkpoint with a file")
     with older.catalog.open(older.tag) as first, newer.catalog.open(newer.tag) as second:
         found = _compare(first, second, older, newer)
     changes, others = found.changes, found.others

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import UnsupportedStateError, escaped
+from ..errors import ConfigError, UnsupportedStateError, escaped
 from ..format.safetensors import DTYPE_NAMES
 from ..format.tensors import TensorExtent
 from ..observers.units import format_bytes
 from ..reading.records import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
-from .failing import EXIT_OK, UsageError
+from .failing import EXIT_OK
 from .locating import Located, place_of
 
 _FREE_BYTES, _MAX_GROWTH = 1 << 30, 64
@@ -44,13 +44,13 @@ def command(source: str, target: str, overwrite: bool, tensors_only: bool) -> in
     place = place_of(source)
     wanted = _FORMATS.get(os.path.splitext(target)[1].lower())
     if wanted is None:
-        raise UsageError(f"{escaped(target)!r} must end in {', '.join(_FORMATS)}")
+        raise ConfigError(f"{escaped(target)!r} must end in {', '.join(_FORMATS)}")
     manifest = place.catalog.manifest(place.tag)
     files = [entry.path for entry in manifest.files] if place.file is None else [place.file]
     if len(files) != 1:
-        raise UsageError(f"name one file of checkpoint {place.tag!r}: {', '.join(files)}")
+        raise ConfigError(f"name one file of checkpoint {place.tag!r}: {', '.join(files)}")
     if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{escaped(target)!r} exists; --overwrite replaces it")
+        raise ConfigError(f"{escaped(target)!r} exists; --overwrite replaces it")
     (file,), entry = files, manifest.file(files[0])
     with _new_file(target) as fresh:
         if entry is not None and entry.format == wanted:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsafePathError, escaped
+from ..errors import CheckpointError, ConfigError, UnsafePathError, escaped
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-
-
-class UsageError(ConfigError):
-    """The command line asks for something that makes no sense; says what would."""
-
-
-class NotFoundError(CheckpointNotFoundError):
-    """What the command line names is not there; says what is."""
 
 
 def exit_code(error: BaseException) -> int | None:

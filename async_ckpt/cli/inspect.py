@@ -6,13 +6,13 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import escaped
+from ..errors import ConfigError, escaped
 from ..format.manifest import FileEntry
 from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, read_header, read_records
-from .failing import EXIT_OK, UsageError
+from .failing import EXIT_OK
 from .locating import place_of
 from .output import add_json, console, key_name, number, print_json, print_table
 
@@ -43,7 +43,7 @@ def command(path: str, prefix: str, depth: int | None, flat: bool, records: bool
     records: [{name, offset, num_bytes, crc32}]}; for opaque files {file, format, size_bytes, tensors: [], note}
     """
     if records and (prefix or flat or depth):
-        raise UsageError("--records shows no tensors: it goes without --prefix, --depth and --flat")
+        raise ConfigError("--records shows no tensors: it goes without --prefix, --depth and --flat")
     place = place_of(path)
 
     def look(checkpoint: CommittedCheckpoint) -> list[tuple[FileEntry, Any]]:

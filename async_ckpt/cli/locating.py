@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..errors import escaped
+from ..errors import CheckpointNotFoundError, ConfigError, escaped
 from ..format.names import MANIFEST_NAME, SINGLE_FILES_NAME, is_url, single_file_tag
 from ..reading.catalog import Catalog
 from ..reading.committed import find_checkpoint
 from ..storage.filesystem import read_side_of
-from .failing import NotFoundError, UsageError
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,22 @@ def catalog_of(root: str) -> Catalog:
     """The catalog of an existing root directory, of a folder of single-file checkpoints, or of a mirror's URL.
 
     Raises:
-        NotFoundError: there is no such directory, or nothing in it in a store. UsageError: it is itself a checkpoint.
+        CheckpointNotFoundError: there is no such directory, or nothing in it in a store.
+        ConfigError: it is itself a checkpoint.
     """
     if is_url(root):
         catalog = Catalog(root)
         if catalog.filesystem.stat(f"{catalog.root}/{MANIFEST_NAME}").kind != "missing":
-            raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; leave its tag away")
+            raise ConfigError(f"{escaped(root)!r} is one checkpoint, not a root; leave its tag away")
         if not catalog.filesystem.listdir(catalog.root):
-            raise NotFoundError(f"nothing is in {escaped(root)!r}")
+            raise CheckpointNotFoundError(f"nothing is in {escaped(root)!r}")
         return catalog
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.exists(root) else "does not exist"
-        raise NotFoundError(f"root {escaped(root)!r} {what}")
+        raise CheckpointNotFoundError(f"root {escaped(root)!r} {what}")
     if is_checkpoint(root):
         above, tag = os.path.split(os.path.abspath(root))
-        raise UsageError(f"{escaped(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
+        raise ConfigError(f"{escaped(root)!r} is one checkpoint, not a root; its root is {above!r}, its tag {tag!r}")
     beside = os.path.join(root, SINGLE_FILES_NAME)
     return Catalog(beside if os.path.isdir(beside) and not Catalog(root).entries() else root)
 
@@ -54,7 +54,7 @@ def place_of(path: str) -> Located:
     """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file, or the one that is one file.
 
     Raises:
-        NotFoundError: there is no checkpoint at or above it. UsageError: it is a root.
+        CheckpointNotFoundError: there is no checkpoint at or above it. ConfigError: it is a root.
     """
     given = path.rstrip("/") if is_url(path) else os.path.abspath(path)
     home, name = os.path.split(given)
@@ -73,10 +73,10 @@ def refuse_single_files(catalog: Catalog) -> None:
     """For commands that delete: a checkpoint that is one file does not lie where its manifest does.
 
     Raises:
-        UsageError: these checkpoints are single files.
+        ConfigError: these checkpoints are single files.
     """
     if os.path.basename(catalog.root) == SINGLE_FILES_NAME:
-        raise UsageError(
+        raise ConfigError(
             f"the checkpoints in {os.path.dirname(catalog.root)!r} are single files: delete them as files, and the "
             "next run there drops what is kept about them. Nothing was deleted"
         )
@@ -87,21 +87,23 @@ def is_checkpoint(folder: str) -> bool:
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
-def _no_place(path: str, given: str) -> NotFoundError | UsageError:
+def _no_place(path: str, given: str) -> CheckpointNotFoundError | ConfigError:
     if is_url(given) or os.path.isdir(given):
         tags = [entry.tag for entry in Catalog(given).entries()]
         if tags:
-            return UsageError(
+            return ConfigError(
                 f"{escaped(path)!r} is a root; name one of its checkpoints, such as "
                 f"{os.path.join(escaped(path), tags[-1])}"
             )
     if os.path.isdir(given):
-        return NotFoundError(
+        return CheckpointNotFoundError(
             f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it"
         )
     if is_url(given) or os.path.exists(given):
-        return NotFoundError(f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it")
+        return CheckpointNotFoundError(
+            f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it"
+        )
     parent = os.path.dirname(given)
     there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []
     hint = f"; {parent!r} holds {', '.join(there[-5:])}" if there else ""
-    return NotFoundError(f"{escaped(path)!r} does not exist{hint}")
+    return CheckpointNotFoundError(f"{escaped(path)!r} does not exist{hint}")

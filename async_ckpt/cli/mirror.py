@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import MirrorError, escaped
+from ..errors import CheckpointNotFoundError, ConfigError, MirrorError, escaped
 from ..format.names import is_url
 from ..metrics import MirrorMetrics
 from ..mirror.config import Mirror
@@ -13,7 +13,7 @@ from ..mirror.mirrors import Mirrors
 from ..observers.units import format_bytes, format_rate
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
+from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import add_json, add_root, bar, number, print_json
 
@@ -59,14 +59,14 @@ def command(
     JSON: a list of {tag, error, size_bytes, sent_bytes, bytes_per_s}
     """
     if is_url(root):
-        raise UsageError(f"{escaped(root)!r} is a store: what is mirrored lies in a local directory")
+        raise ConfigError(f"{escaped(root)!r} is a store: what is mirrored lies in a local directory")
     catalog = catalog_of(root)
     tags = [manifest.tag for manifest in catalog.committed()]
     if tag is not None and tag not in tags:
         source = next((entry.copied_from for entry in catalog.entries() if entry.tag == tag), None)
         if source is None:
-            raise NotFoundError(f"no checkpoint {escaped(tag)!r} in {escaped(root)!r}")
-        raise UsageError(f"{escaped(tag)!r} is a copy of {source!r} or a link to it: mirror that one")
+            raise CheckpointNotFoundError(f"no checkpoint {escaped(tag)!r} in {escaped(root)!r}")
+        raise ConfigError(f"{escaped(tag)!r} is a copy of {source!r} or a link to it: mirror that one")
     tags = [tag] if tag is not None else tags
     max_bytes_per_s = None if max_mib_per_s is None else max_mib_per_s * (1 << 20)
     mirror = Mirror(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
+from ..errors import CheckpointNotFoundError, ConfigError
 from ..format.names import is_url
 from ..observers.units import parse_duration_s
 from ..reading.catalog import Catalog
@@ -23,7 +24,7 @@ from ..retention import (
     decide,
 )
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
+from .failing import EXIT_FAILED, EXIT_OK
 from .list import mirrors_of
 from .locating import catalog_of, refuse_single_files
 from .output import add_json, add_root, print_json, print_table
@@ -72,11 +73,11 @@ def command(
     if keep_best is not None:
         policies.append(KeepBest(keep_best, 1 if best_num is None else best_num, best_mode or "min"))
     elif best_num is not None or best_mode is not None:
-        raise UsageError("--best-num and --best-mode go with --keep-best; nothing was deleted")
+        raise ConfigError("--best-num and --best-mode go with --keep-best; nothing was deleted")
     if keep_newer_than is not None:
         policies.append(KeepNewerThan(_seconds(keep_newer_than)))
     if not policies:
-        raise UsageError(
+        raise ConfigError(
             "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
         )
     catalog = catalog_of(root)
@@ -84,7 +85,7 @@ def command(
     checkpoints = [CheckpointInfo.of(manifest) for manifest in catalog.committed()]
     if keep_best is not None and checkpoints and all(info.metadata.get(keep_best) is None for info in checkpoints):
         known = sorted({name for info in checkpoints for name in info.metadata})
-        raise NotFoundError(
+        raise CheckpointNotFoundError(
             f"no checkpoint has a number {keep_best!r} in its metadata; they have {', '.join(known) or 'none'}"
         )
     policy = AnyOf(*policies)
@@ -135,4 +136,4 @@ def _seconds(age: str) -> float:
     try:
         return parse_duration_s(age)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise ConfigError(str(error)) from error

@@ -8,12 +8,12 @@ import time
 from functools import partial
 from typing import Any, Literal
 
-from ..errors import CheckpointNotFoundError, escaped, some_of
+from ..errors import CheckpointNotFoundError, ConfigError, escaped, some_of
 from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import VerifyReport
-from .failing import EXIT_FAILED, EXIT_OK, NotFoundError, UsageError
+from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of, place_of
 from .output import add_json, bar, number, print_json, print_table
 
@@ -78,7 +78,7 @@ def _asked(root: str, tag: str | None) -> tuple[Catalog, list[str]]:
         return catalog_of(root), [check_tag(tag)]
     try:
         catalog = catalog_of(root)
-    except (UsageError, NotFoundError):
+    except (ConfigError, CheckpointNotFoundError):
         # One checkpoint: a directory, or a single file.
         if not (is_url(root) or os.path.exists(root)):
             raise

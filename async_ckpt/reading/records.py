@@ -6,9 +6,9 @@ Guarantees:
 - A crafted file is an error in bounded time and memory: sizes are checked before they are used, and every extent lies
   inside the file.
 
-torch's restricted unpickler runs no foreign code, but expands compressed records, makes a ``bytearray``, a storage or
-an old-style tensor as long as the pickle says, copies what is referred to, and hashes keys however deep they are: small
-files that would become large in memory are refused before it sees them.
+torch's restricted unpickler runs no foreign code, but expands compressed records, makes a ``bytearray``, a storage, an
+old-style tensor or (where it may) an array as long as the pickle says, copies what is referred to, and hashes keys
+however deep they are: small files that would become large in memory are refused before it sees them.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ class _Suspicious(Notes):
             made, given, depth = describe(given[0]).strip("<>"), given[2], depth + 1
         is_length = made.endswith(".bytearray") and any(isinstance(arg, int) for arg in given)
         is_size = made == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
+        # NumPy makes an empty array, and fills it from bytes that are there.
+        is_size = is_size or (made.endswith("multiarray._reconstruct") and given[1:2] != ((0,),))
         if is_length or is_size or depth == _MAX_CALLERS or (given and _MADE_BY_LENGTH.fullmatch(made)):
             what = f"asks <{printable(made)}> for memory that it does not hold ({describe(given)})"
             raise CorruptCheckpointError(
@@ -230,7 +232,7 @@ def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> N
             refuse_length(file.read(record.offset, record.num_bytes), file.name, name)
 
 
-def refuse_length(pickled: bytes, path: str, record: str, maker: Notes | None = None) -> int:
+def refuse_length(pickled: bytes | memoryview, path: str, record: str, maker: Notes | None = None) -> int:
     """The length of a pickle. Raises CorruptCheckpointError: it makes objects by their length, is beyond the bounds of
     `format.pickles`, or no pickle."""
     reader = PickleReader(pickled, maker or _Suspicious(path, record), EVERY_OPCODE)

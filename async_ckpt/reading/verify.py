@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -186,15 +185,20 @@ def find_extra(directory: DirHandle, manifest: Manifest) -> tuple[list[str], lis
     """Files in the checkpoint that the manifest does not name, and folders that cannot be read; empty directories are
     fine, and so are other attempts of a mirror."""
     within = f"{manifest.attempt}/" if manifest.attempt else ""
-    expected = sorted({within + entry.path for entry in manifest.files} | {MANIFEST_NAME})
+    expected = {within + entry.path for entry in manifest.files} | {MANIFEST_NAME}
     extra: list[str] = []
     problems: list[Problem] = []
     todo = [manifest.attempt]
-    while todo:
+    while todo and len(extra) < _MAX_PROBLEMS:
         folder = todo.pop()
         parts = tuple(folder.split("/")) if folder else ()
         try:
-            found = directory.entries(parts)
+            for name, kind in directory.entries(parts):
+                path = "/".join((*parts, name))
+                if kind == "dir":
+                    todo.append(path)
+                elif path not in expected:
+                    extra.append(ascii(path)[1:-1])
         except (FileNotFoundError, CorruptCheckpointError):
             # Whatever should be in there is reported as missing already.
             continue
@@ -202,23 +206,4 @@ def find_extra(directory: DirHandle, manifest: Manifest) -> tuple[list[str], lis
             if error.errno not in DAMAGE_ERRNOS:
                 raise
             problems.append(Problem(folder or ".", str(error)))
-            continue
-        for name, kind in found:
-            path = "/".join((*parts, name))
-            # What is expected of a directory is what lies in it: right behind its name, in order.
-            sought = f"{path}/" if kind == "dir" else path
-            at = bisect_left(expected, sought)
-            first = expected[at] if at < len(expected) else ""
-            is_known = first.startswith(sought) if kind == "dir" else first == path
-            if is_known and kind == "dir":
-                todo.append(path)
-            elif not is_known and not (kind == "dir" and _is_empty(directory, (*parts, name))):
-                extra.append(ascii(path)[1:-1])
     return sorted(extra)[:_MAX_PROBLEMS], problems
-
-
-def _is_empty(directory: DirHandle, parts: Sequence[str]) -> bool:
-    try:
-        return all(kind == "dir" and _is_empty(directory, (*parts, name)) for name, kind in directory.entries(parts))
-    except (FileNotFoundError, CorruptCheckpointError, RecursionError):
-        return False

@@ -183,7 +183,7 @@ def test_extra_files_are_named_and_empty_directories_are_fine(tmp_path: Path) ->
         assert report.ok
         assert sorted(report.extra) == sorted(
             [
-                "empty",
+                "empty/x",
                 "link",
                 "other/more\\n",
                 "eval_results.json",

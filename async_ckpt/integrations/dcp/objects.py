@@ -20,8 +20,6 @@ import numpy
 import torch
 
 from ...errors import CorruptCheckpointError
-from ...format.inert import Contents, read_inert
-from ...format.pickles import MalformedPickleError
 from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
 from ...reading.records import refuse_length
 
@@ -36,39 +34,17 @@ def check_container(blob: memoryview, source: str) -> None:
     Raises:
         CorruptCheckpointError: it does, or is no container that ``torch.save`` has written.
     """
+
+    def pread(offset: int, num_bytes: int) -> memoryview:
+        return blob[offset : offset + num_bytes]
+
     try:
-
-        def pread(offset: int, num_bytes: int) -> memoryview:
-            return blob[offset : offset + num_bytes]
-
         records = read_directory(pread, len(blob))
         check_headers(pread, records)
         pickled = records["data.pkl"]
     except (CorruptCheckpointError, UnusualLayoutError, KeyError) as error:
         raise CorruptCheckpointError(f"{source} is no torch container: {error}", path=source) from error
-    data = bytes(blob[pickled.offset : pickled.offset + pickled.num_bytes])
-    refuse_length(data, source, "data.pkl")
-    if b"_reconstruct" in data:
-        _check_arrays(data, source)
-
-
-class _Arrays(Contents):
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self._source = source
-
-    def known(self, name: str, args: tuple[Any, ...]) -> Any:
-        # NumPy makes an empty array, and fills it from bytes that are there.
-        if name.endswith("._reconstruct") and args[1:2] != ((0,),):
-            raise CorruptCheckpointError(f"{self._source} asks for an array that it does not hold", path=self._source)
-        return super().known(name, args)
-
-
-def _check_arrays(data: bytes, source: str) -> None:
-    try:
-        read_inert(data, _Arrays(source))
-    except MalformedPickleError as error:
-        raise CorruptCheckpointError(f"{source} is no pickle: {error}", path=source) from error
+    refuse_length(pread(pickled.offset, pickled.num_bytes), source, "data.pkl")
 
 
 def unpadded(blob: memoryview) -> memoryview:

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import CorruptCheckpointError, UnsupportedStateError
+from ...plan.plan import FilePlan
 from ...reading.scatter import Scatter, new_storage
 from ...reading.verified_file import VerifiedFile
 from .blobs import BlobPlanner
 from .objects import why_not_plain
 
-_MAX_KNOWN = 4096
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 # Above it, a blob's payload is read straight to its place; below, many blobs share an extent, which is read once.
 LARGE_BYTES = 1 << 20
@@ -45,15 +45,6 @@ class Part:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """A blob of one dtype and shape: its size, what precedes the payload, and where that lies."""
-
-    file_bytes: int
-    head: bytes
-    payload_nbytes: int
-
-
 class Unpacker:
     """Knows what blobs look like; keep it for all files of a load. One thread at a time.
 
@@ -63,7 +54,6 @@ class Unpacker:
     def __init__(self, *, weights_only: bool = True) -> None:
         self._weights_only = weights_only
         self._planner = BlobPlanner()
-        self._templates: dict[tuple[torch.dtype, torch.Size], _Template | None] = {}
 
     def tensor(self, file: VerifiedFile, part: Part) -> torch.Tensor:
         """The wanted part of a blob; valid while `file` keeps the extents that hold it.
@@ -71,46 +61,29 @@ class Unpacker:
         Raises:
             CorruptCheckpointError: damaged, no torch container, or smaller than its metadata says.
         """
-        template = self._template(part)
-        if (
-            template is None
-            or template.file_bytes != part.length
-            or file.view(part.offset, len(template.head)) != template.head
-        ):
+        plan = self._plan(part)
+        head = b"" if plan is None else plan.literals[0][1]
+        if plan is None or plan.file_bytes != part.length or file.view(part.offset, len(head)) != head:
             return _narrow(self._load(file.view(part.offset, part.length), part), part)
         _check_box(part.shape, part)
-        payload = part.offset + len(template.head)
+        (payload_bytes,), payload = plan.payload_nbytes, part.offset + len(head)
         if not part.shape:
-            return _read(file, payload, template.payload_nbytes, part.dtype).view(())
-        row_bytes = template.payload_nbytes // part.shape[0]
+            return _read(file, payload, payload_bytes, part.dtype).view(())
+        row_bytes = payload_bytes // part.shape[0]
         rows = _read(file, payload + part.starts[0] * row_bytes, part.lengths[0] * row_bytes, part.dtype)
         rows = rows.view(part.lengths[0], *part.shape[1:])
         for dim in range(1, len(part.shape)):
             rows = rows.narrow(dim, part.starts[dim], part.lengths[dim])
         return rows
 
-    def _template(self, part: Part) -> _Template | None:
-        key = (part.dtype, part.shape)
-        if key not in self._templates:
-            if len(self._templates) >= _MAX_KNOWN:
-                self._templates.clear()
-            template = None
-            # A damaged shape must not take memory: a blob is longer than its payload.
-            if (
-                part.dtype not in _QUANTIZED
-                and min(part.shape, default=0) >= 0
-                and math.prod(part.shape) * part.dtype.itemsize <= part.length
-            ):
-                # Never touched: only its description matters.
-                plan, kept = self._planner.tensor(torch.empty(part.shape, dtype=part.dtype, device="cpu"))
-                if (
-                    kept is not None
-                    and plan.literals[0][0] == 0
-                    and len(plan.literals[0][1]) == plan.payload_offsets[0]
-                ):
-                    template = _Template(plan.file_bytes, plan.literals[0][1], plan.payload_nbytes[0])
-            self._templates[key] = template
-        return self._templates[key]
+    def _plan(self, part: Part) -> FilePlan | None:
+        """How a blob of this dtype and shape would be laid out here: its head in one piece, then one payload."""
+        # A damaged shape must not take memory: a blob is longer than its payload.
+        num_bytes = math.prod(part.shape) * part.dtype.itemsize if min(part.shape, default=0) >= 0 else 0
+        if part.dtype in _QUANTIZED or not 0 < num_bytes <= part.length:
+            return None
+        # Never touched: only its description matters.
+        return self._planner.tensor(torch.empty(part.shape, dtype=part.dtype, device="cpu"))[0]
 
     def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
         """What is not laid out as this package would: other tools' blobs, sparse, quantised, subclasses."""
