@@ -151,7 +151,7 @@ def _count_items(raw: bytes) -> int:
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`. Raises UnsupportedStateError: metadata that is not JSON, with the field named.
-    CheckpointError: it would be larger than readers accept."""
+    CheckpointError: readers would refuse it for its size, or for files that contradict each other or themselves."""
     not_finite = dict(manifest.not_finite)
     metadata = check_metadata(manifest.metadata, not_finite)
     document = {
@@ -180,14 +180,12 @@ def encode(manifest: Manifest) -> bytes:
     }
     body = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))[:-1].encode("ascii")
     raw = body + f',"crc32":"{crc32(body):08x}"}}\n'.encode("ascii")
-    # What readers would refuse must not be committed: metadata may nest or count beyond their limits.
-    try:
-        decode(raw, source="the new manifest")
-    except CorruptCheckpointError as error:
+    # What readers would refuse must not be committed.
+    if problem := _excess(raw) or _disorder(manifest.files):
         raise CheckpointError(
-            f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {error}. Use larger "
+            f"the manifest of tag {manifest.tag!r} would not be readable, nothing was committed: {problem}. Use larger "
             "chunk_bytes, fewer files or less metadata"
-        ) from error
+        )
     return raw
 
 
@@ -197,7 +195,8 @@ def decode(raw: bytes, *, source: str) -> Manifest:
     document = _parse(raw, source)
     try:
         files = tuple(_entry_from(item, index) for index, item in enumerate(_typed(document["files"], list, "files")))
-        _check_tree([entry.path for entry in files])
+        if problem := _disorder(files):
+            raise ValueError(problem)
         metadata = _typed(document["metadata"], dict, "metadata")
         writer = _typed(document["writer"], dict, "writer")
         not_finite = _typed(document.get("not_finite", {}), dict, "not_finite")
@@ -221,16 +220,14 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
     def corrupt(why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{source} is damaged: {why}", path=source)
 
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise corrupt(f"{len(raw)} bytes, more than {MAX_MANIFEST_BYTES}")
+    if problem := _excess(raw):
+        raise corrupt(problem)
     tail = _TAIL.fullmatch(raw[-_TAIL_BYTES:]) if len(raw) > _TAIL_BYTES else None
     if tail is None:
         raise corrupt("it does not end in its checksum")
     if int(tail[1], 16) != crc32(raw[:-_TAIL_BYTES]):
         raise corrupt("its checksum does not match")
     # The checksum keeps accidents out; from here on it is about files made by hand.
-    if _count_items(raw) > _MAX_ITEMS:
-        raise corrupt("it holds too many items")
     outside_strings = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     brackets = b"".join(outside_strings).translate(None, _NOT_BRACKETS)
     if max(itertools.accumulate(1 if char in b"[{" else -1 for char in brackets), default=0) > _MAX_DEPTH:
@@ -278,9 +275,8 @@ def _entry_from(item: Any, index: int) -> FileEntry:
     size_bytes = _bounded(item["size_bytes"], _MAX_FILE_BYTES, f"{where}.size_bytes")
     extent_bytes = _bounded(item["extent_bytes"], _MAX_FILE_BYTES, f"{where}.extent_bytes")
     text = _typed(item["extent_crc32"], str, f"{where}.extent_crc32")
-    num_extents = -(-size_bytes // extent_bytes) if extent_bytes else -1
-    if len(text) != 8 * num_extents or not re.fullmatch("[0-9a-f]*", text):
-        raise ValueError(f"{where}.extent_crc32 does not have 8 hex digits for each of {num_extents} extents")
+    if not extent_bytes or not re.fullmatch("([0-9a-f]{8})*", text):
+        raise ValueError(f"{where}: extent_bytes is 0, or extent_crc32 is not 8 hex digits for each extent")
     if item["format"] not in ("torch", "safetensors", "opaque"):
         raise ValueError(f"{where}.format is unknown")
     planner = _typed(item["planner"], str, f"{where}.planner")
@@ -288,19 +284,30 @@ def _entry_from(item: Any, index: int) -> FileEntry:
     rank = item["rank"] if item["rank"] is None else _bounded(item["rank"], 1 << 31, f"{where}.rank")
     if len(planner) > 64 or len(plan_hash or "") > 256:
         raise ValueError(f"{where}: planner or plan_hash is too long")
-    crcs = struct.unpack(f">{num_extents}I", bytes.fromhex(text))
+    crcs = struct.unpack(f">{len(text) // 8}I", bytes.fromhex(text))
     shared_bytes = _bounded(item.get("shared_bytes", 0), size_bytes, f"{where}.shared_bytes")
     return FileEntry(path, size_bytes, extent_bytes, crcs, item["format"], planner, plan_hash, rank, shared_bytes)
 
 
-def _check_tree(paths: Sequence[str]) -> None:
-    if len(set(paths)) != len(paths):
-        raise ValueError("a path occurs twice")
+def _excess(raw: bytes) -> str:
+    """What of a manifest is more than readers look at, in words; empty where nothing is."""
+    if len(raw) > MAX_MANIFEST_BYTES:
+        return f"{len(raw)} bytes, more than {MAX_MANIFEST_BYTES}"
+    return "it holds too many items" if _count_items(raw) > _MAX_ITEMS else ""
+
+
+def _disorder(files: Sequence[FileEntry]) -> str:
+    """Which file contradicts itself or another, in words; empty where none does."""
+    for entry in files:
+        num_extents = -(-entry.size_bytes // entry.extent_bytes)
+        if len(entry.extent_crc32) != num_extents:
+            return f"{shown(entry.path)} has {len(entry.extent_crc32)} checksums for {num_extents} extents"
     # With the separator before all other characters, what lies below a file comes right behind it.
-    ordered = sorted(path.replace("/", "\0") for path in paths)
+    ordered = sorted(entry.path.replace("/", "\0") for entry in files)
     for path, following in itertools.pairwise(ordered):
-        if following.startswith(path + "\0"):
-            raise ValueError(f"{following.replace(chr(0), '/')!r} lies below another file")
+        if f"{following}\0".startswith(f"{path}\0"):
+            return f"{shown(following.replace(chr(0), '/'))} is twice there, or lies below another file"
+    return ""
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

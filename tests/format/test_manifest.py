@@ -245,6 +245,14 @@ def test_what_readers_would_refuse_is_not_encoded() -> None:
         encode(Manifest("t", 1, (), {"x": "y" * (manifest.MAX_MANIFEST_BYTES + 1)}))
     with pytest.raises(CheckpointError, match="too many items"):
         encode(Manifest("t", 1, (), {"x": "," * 3_000_000}))
+    for why, entries in (
+        ("twice", (("a", (1,)), ("b", (1,)), ("a", (1,)))),
+        ("below another", (("a", (1,)), ("a-", (1,)), ("a/b", (1,)))),
+        ("2 checksums for 1 extents", (("a", (1, 2)),)),
+    ):
+        files = tuple(FileEntry(path, 10, 4096, crcs, "opaque", "test", None) for path, crcs in entries)
+        with pytest.raises(CheckpointError, match=why):
+            encode(Manifest("t", 1, files))
 
 
 # --- names ---
