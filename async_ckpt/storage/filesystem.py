@@ -21,7 +21,7 @@ import stat as _stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..format.names import is_url
 from ..host.process import Owner, OwnerState, current_owner, owner_state
@@ -152,6 +152,8 @@ class FileSystem(Syscalls):
     def __init__(self) -> None:
         self.findings = Findings()
         """What the last `probe` has found."""
+        self.root_types: dict[str, str] = {}
+        """By root, as it is mounted, of those that `make_root` has looked at."""
 
     def owner(self) -> Owner:
         """Who makes staging directories through this object: this process."""
@@ -293,9 +295,9 @@ class FileSystem(Syscalls):
         """
         # The padded end of a direct write must be cut off again.
         direct = direct and not self.findings.ignores_truncate
-        return await write_file.open_write(
-            self, path, size_bytes, direct=direct, executor=executor, written=written, shared=shared
-        )
+        root = max((root for root in self.root_types if path.startswith(os.path.join(root, ""))), key=len, default="")
+        how: Any = {"fs_type": self.root_types.get(root), "written": written, "shared": shared}
+        return await write_file.open_write(self, path, size_bytes, direct=direct, executor=executor, **how)
 
 
 _openers: list[Callable[[str], ReadSide]] = []

@@ -42,7 +42,7 @@ def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> list[st
             # A parent that may not be opened was there before us, with the root in it.
             with contextlib.suppress(PermissionError):
                 fs.fsync_dir(os.path.join(root, os.pardir))
-        kind = fs.fs_type(root)
+        kind = fs.root_types[root] = fs.fs_type(root)
     except OSError as error:
         unmake(fs, made)
         raise write_error(fs, error, f"the checkpoint root {root!r} cannot be used", root) from error

@@ -102,16 +102,19 @@ async def open_write(
     *,
     direct: bool,
     executor: Executor,
-    written: Ranges | None = None,
-    shared: bool = False,
+    fs_type: str | None,
+    written: Ranges | None,
+    shared: bool,
 ) -> WritableFile:
-    """See `FileSystem.open_write`."""
+    """See `FileSystem.open_write`. `fs_type`: of the file system, where that is known."""
     is_direct = direct and bool(O_DIRECT)
     needed_bytes = size_bytes if written is None else sum(num_bytes for _, num_bytes in written)
 
     def opener(path: str, flags: int) -> int:
         nonlocal is_direct
-        fd, is_direct = _open(calls, path, size_bytes, is_direct, written, shared)
+        kind = fs_type or calls.fs_type(os.path.dirname(path) or ".")
+        # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
+        fd, is_direct = _open(calls, path, size_bytes, is_direct and kind != "tmpfs", kind, written, shared)
         return fd
 
     try:
@@ -127,15 +130,12 @@ async def open_write(
 
 
 def _open(
-    calls: Syscalls, path: str, size_bytes: int, direct: bool, written: Ranges | None, shared: bool
+    calls: Syscalls, path: str, size_bytes: int, direct: bool, fs_type: str, written: Ranges | None, shared: bool
 ) -> tuple[int, bool]:
     """Make, open and reserve in one go, on the executor's thread; gives the descriptor, and whether O_DIRECT is in
     use."""
-    fs_type = calls.fs_type(os.path.dirname(path) or ".") if direct else ""
     create = _CREATE & ~os.O_EXCL if shared else _CREATE
     fd = -1
-    # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
-    direct = direct and fs_type != "tmpfs"
     if direct:
         try:
             fd = calls.open(path, create | O_DIRECT, _MODE)

@@ -17,6 +17,7 @@ import pytest
 
 from async_ckpt.errors import CorruptCheckpointError, OutOfSpaceError, PathExistsError, WriteError
 from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.root import make_root
 from async_ckpt.storage.write_file import WritableFile
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.mounts import mounted
@@ -95,6 +96,20 @@ async def test_on_every_file_system(tmp_path: Path, executor: ThreadPoolExecutor
         assert (root / "b" / "x").exists()
         with pytest.raises(FileExistsError):
             FS.rename_noreplace(str(root / "a"), str(root / "b"))
+
+
+async def test_a_roots_type_is_asked_once_and_each_root_has_its_own(
+    tmp_path: Path, executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, asked = FileSystem(), list[str]()
+    types = {str(tmp_path / "a"): "tmpfs", str(tmp_path / "a" / "inner"): "ext4", str(tmp_path / "ab"): "ext4"}
+    monkeypatch.setattr(fs, "fs_type", lambda path: asked.append(path) or types[path])
+    for root in types:
+        make_root(fs, root)
+    for root, kind in types.items():
+        file = await write(fs, Path(root) / "f", everything(4096), executor, direct=True)
+        assert file.direct is (kind != "tmpfs")
+    assert asked == list(types)
 
 
 SHORTENERS: dict[str, Callable[[Operation], int]] = {
