@@ -199,9 +199,6 @@ class Checkpoint:
         if read_back:
             verify.read_back(self.filesystem, staging.path, entries)
         started_s, files = time.perf_counter(), self.files.values()
-        for saved in files:
-            if saved.replica is not None:
-                saved.replica.reads_back = read_back
         first_save_s = min((saved.started_s for saved in files), default=self.commit_s)
         self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)
         self.metrics.stall_s += self.metrics.guard_wait_s

@@ -68,7 +68,7 @@ class SavePipeline:
                 "less. Nothing was made"
             ) from error
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
-        self.replication = Replication(filesystem, os.fspath(config.root))
+        self.replication = Replication(filesystem, os.fspath(config.root), reads_back=config.read_back)
         self._observes = bool(config.observers)
         self._has_stopped = False
         self._notes: deque[str] = deque()
@@ -173,17 +173,15 @@ class SavePipeline:
             seal=replica.seal if replica is not None else plan.sealer() if new is None else new.seal,
             make_parents="/" in path,
             tag=checkpoint.tag,
-            older=None if new is None or not new.has_older else new.older,
+            older=None if new is None or new.known is None else new.older,
             pass_over=None if new is None else new.pass_over,
             share=None if replica is None else replica.share,
         )
-        if replica is not None:
-            replica.write = write
         return SavedFile(write, metrics, plan, time.perf_counter(), new=new, replica=replica)
 
     def _snapshot(self, state: PlannedState, saved: SavedFile, turn: Turn | None) -> FileCopy:
         write, replica, about = saved.write, saved.replica, saved.metrics
-        elsewhere = frozenset[int]() if saved.new is None else saved.new.elsewhere(write.sharing)
+        elsewhere = frozenset[int]() if saved.new is None else saved.new.elsewhere(write)
         guarded = self.guard.owned(state.storage_ids)
         if guarded is NOTHING and turn is not None:
             # Nothing here is changed by a guarded step: those of other threads may go on.

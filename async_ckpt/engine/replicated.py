@@ -21,7 +21,6 @@ from ..format.zip_directory import DESCRIPTOR_MAGIC
 from ..plan.plan import PlannedState
 from ..reading import verify
 from ..storage.filesystem import COHERENT_TYPES, FileSystem
-from ..writer.file import FileWrite
 
 if TYPE_CHECKING:
     from ..ranks.coordinator import Coordinator
@@ -30,9 +29,10 @@ if TYPE_CHECKING:
 class Replication:
     """How the ranks of one engine's job share a file."""
 
-    def __init__(self, filesystem: FileSystem, root: str) -> None:
+    def __init__(self, filesystem: FileSystem, root: str, *, reads_back: bool) -> None:
         self._filesystem = filesystem
         self._root = root
+        self._reads_back = reads_back
         self._has_told = False
 
     @cached_property
@@ -50,18 +50,19 @@ class Replication:
     def begin(self, path: str, state: PlannedState, chunk_bytes: int, coordinator: Coordinator) -> Replica:
         """The share of this rank in a file."""
         num_writers = coordinator.num_sharing if self._is_coherent(leads=coordinator.leads) else 1
-        return Replica(path, state, chunk_bytes, coordinator.rank, num_writers)
+        return Replica(path, state, chunk_bytes, coordinator.rank, num_writers, reads_back=self._reads_back)
 
 
 class Replica:
-    """One file that all ranks hold, and this rank's share of it."""
+    """One file that all ranks hold, and this rank's share of it. `reads_back`: the whole file, once it is finished."""
 
-    def __init__(self, path: str, state: PlannedState, chunk_bytes: int, rank: int, num_writers: int) -> None:
+    def __init__(
+        self, path: str, state: PlannedState, chunk_bytes: int, rank: int, num_writers: int, *, reads_back: bool
+    ) -> None:
         plan = state.plan
         self.share = cut(plan.file_bytes, chunk_bytes, plan.payload_offsets, rank, num_writers)
         self.seal = ShareSealer(plan.sealer, self.share)
-        self.write: FileWrite | None = None
-        self.reads_back = False
+        self._reads_back = reads_back
         self._path, self._plan, self._chunk_bytes = path, plan, chunk_bytes
         self._cut = f"{num_writers} writers of chunks of {chunk_bytes} bytes"
         self._devices = [device for device in state.devices if device.index is not None]
@@ -83,15 +84,13 @@ class Replica:
     def tell(self) -> dict[str, Any]:
         """See `SharedFile`."""
         share, seal, plan = self.share, self.seal, self._plan
-        assert self.write is not None
-        num_extents = -(-(share.end - share.start) // self._chunk_bytes)
         told = Told(
             cut=self._cut,
             plan=hashlib.blake2b(self._head + plan.plan_hash.encode(), digest_size=16).hexdigest(),
             blocks=head_blocks(self._head),
             start=share.start,
             end=share.end,
-            extents=self.write.extent_crc32[:num_extents],
+            extents=seal.extents,
             parts=seal.mine.parts or (),
             first=seal.first,
             compared=seal.compared,
@@ -113,6 +112,6 @@ class Replica:
         entry = FileEntry(
             self._path, plan.file_bytes, chunk_bytes, crcs, plan.format, plan.planner, plan.plan_hash, rank=None
         )
-        if self.reads_back:
+        if self._reads_back:
             verify.read_back(filesystem, staging, [entry])
         return entry

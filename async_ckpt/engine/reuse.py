@@ -16,7 +16,7 @@ from ..plan.plan import FilePlan, PlannedState
 from ..snapshot.torn_check import storage_ids, storages_of
 from ..snapshot.untouched import SeenState
 from ..writer.file import FileWrite
-from ..writer.sharing import OlderFile, Sharing
+from ..writer.sharing import OlderFile
 
 _NUM_PATHS = 256
 """At least so many are remembered: where each checkpoint has others, the oldest are forgotten."""
@@ -48,7 +48,8 @@ class NewFile:
         self.seen = seen
         self._reuse = reuse
         self._path = path
-        self._known = known
+        self.known = known
+        """What it may share bytes with."""
         self.samples: list[bytes] = []
         """By extent. Fused optimizers move no counters: for them a CRC-32 alone would be too little to believe."""
         self._num_untold = 0
@@ -63,37 +64,24 @@ class NewFile:
             inner = range(-(-first // step), last // step if last < plan.file_bytes else len(untouched))
             self._frozen = [k for k in inner if untouched[k]]
 
-    @property
-    def has_older(self) -> bool:
-        """Whether there is a file that it may share bytes with."""
-        return self._known is not None
-
-    def older(self) -> OlderFile | None:
-        """The file that this one may share bytes with."""
-        known = self._known
-        if known is not None and self._older is None:
-            untouched = self.seen.untouched(known.seen, known.older.extent_bytes)
-            self._older = replace(known.older, untouched=untouched, is_counted=known.is_counted)
-            for extent, samples in enumerate(self.samples):
-                self._compare(extent, samples)
+    def older(self) -> OlderFile:
+        """The file that this one may share bytes with, where one is `known`. Before anything is sealed."""
+        assert self.known is not None
+        older = self.known.older
+        untouched = self.seen.untouched(self.known.seen, older.extent_bytes)
+        self._older = replace(older, untouched=untouched, is_counted=self.known.is_counted)
         return self._older
-
-    def _compare(self, extent: int, samples: bytes) -> None:
-        if self._older is not None and self._known is not None and samples != self._known.samples[extent]:
-            self._num_untold += self._older.untouched[extent]
-            self._older.untouched[extent] = False
 
     @property
     def is_counted(self) -> bool:
         """Whether version counters have told of most that has changed."""
         return self._older is None or self._num_untold <= sum(self._older.untouched)
 
-    def elsewhere(self, sharing: Sharing | None) -> frozenset[int]:
+    def elsewhere(self, write: FileWrite) -> frozenset[int]:
         """The chunks that need not be copied now. Opens the older file."""
-        if sharing is None or not self._frozen or self._reuse.is_full_check(self._path):
+        if not self._frozen or self._reuse.is_full_check(self._path) or write.open_older() is None:
             return frozenset()
-        sharing.open()
-        return frozenset(self._frozen) if sharing.is_open else frozenset()
+        return frozenset(self._frozen)
 
     def seal(self, offset: int, view: memoryview) -> int:
         """As `Sealer`. Raises TornSnapshotError: a frozen tensor has changed."""
@@ -102,21 +90,22 @@ class NewFile:
         # An odd step, so that the rows of a matrix are not met in one column.
         words = view[: num_words * 8].cast("Q")[:: (num_words // (2 * _NUM_SAMPLES)) | 1]
         samples = hashlib.blake2b(words.tobytes(), digest_size=16).digest()
-        self._compare(len(self.samples), samples)
+        extent, known, older = len(self.samples), self.known, self._older
         self.samples.append(samples)
-        if self._frozen and self._known is not None:
-            extent = offset // self._known.older.extent_bytes
-            if extent in self._frozen and crc != self._known.older.extent_crc32[extent]:
-                self._reuse.refuse(self._path, self.seen.storages_in(offset, offset + view.nbytes))
+        if known is not None and older is not None and samples != known.samples[extent]:
+            self._num_untold += older.untouched[extent]
+            older.untouched[extent] = False
+        if known is not None and extent in self._frozen and crc != known.older.extent_crc32[extent]:
+            self._reuse.refuse(self._path, self.seen.storages_in(offset, offset + view.nbytes))
         return crc
 
     def pass_over(self, offset: int, view: memoryview) -> int:
         """As `seal`, for a chunk that is not here: nothing is read or changed in `view`."""
-        assert self._known is not None and self._known.sealed is not None
-        self.sealer.pass_over(offset, offset + view.nbytes, self._known.sealed)
+        assert self.known is not None and self.known.sealed is not None
+        self.sealer.pass_over(offset, offset + view.nbytes, self.known.sealed)
         extent = len(self.samples)
-        self.samples.append(self._known.samples[extent])
-        return self._known.older.extent_crc32[extent]
+        self.samples.append(self.known.samples[extent])
+        return self.known.older.extent_crc32[extent]
 
 
 class Reuse:

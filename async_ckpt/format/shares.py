@@ -67,6 +67,8 @@ class ShareSealer:
     def __init__(self, make: Callable[[int], Sealer], share: Share) -> None:
         self._share = share
         self.mine, self._next = make(share.start), make(share.end)
+        self.extents: list[int] = []
+        """The CRCs of the share's chunks."""
         self.first: list[int] = []
         """`Sealer.parts` of the share's first chunk, or else its CRC."""
         self.compared: list[int] = []
@@ -78,6 +80,7 @@ class ShareSealer:
             self.compared = _noted(self._next.parts, crc)
         else:
             crc = self.mine(offset, view)
+            self.extents.append(crc)
             if offset == self._share.start:
                 self.first = _noted(self.mine.parts, crc)
         return crc

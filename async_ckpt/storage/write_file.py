@@ -124,9 +124,7 @@ async def open_write(
         file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
     except OSError as error:
         raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=needed_bytes) from error
-    opened = WritableFile(calls, path, size_bytes, file, direct=is_direct, executor=executor)
-    opened.needed_bytes = needed_bytes
-    return opened
+    return WritableFile(calls, path, size_bytes, needed_bytes, file, direct=is_direct, executor=executor)
 
 
 def _open(
@@ -181,12 +179,22 @@ class WritableFile:
     first failure, a WriteError or OutOfSpaceError, stays: every later call but `close` raises it again."""
 
     def __init__(
-        self, calls: Syscalls, path: str, size_bytes: int, file: Any, *, direct: bool, executor: Executor
+        self,
+        calls: Syscalls,
+        path: str,
+        size_bytes: int,
+        needed_bytes: int,
+        file: Any,
+        *,
+        direct: bool,
+        executor: Executor,
     ) -> None:
         self._calls = calls
         self.path = path
         """Where the file is."""
-        self._size_bytes = self.needed_bytes = size_bytes
+        self.size_bytes = size_bytes
+        """Of what is reserved."""
+        self._needed_bytes = needed_bytes
         self.stamp: Stamp | None = None
         """Of its content, once it is synced."""
         self._file = file
@@ -251,7 +259,7 @@ class WritableFile:
             await self._file.close()
         except OSError as error:
             raise write_error(
-                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self.needed_bytes
+                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self._needed_bytes
             ) from error
 
     async def _call(self, what: str, call: Callable[[], None]) -> None:
@@ -278,7 +286,12 @@ class WritableFile:
             failure: BaseException = error
             if isinstance(error, OSError):
                 failure = write_error(
-                    self._calls, error, f"{what}{_INCOMPLETE}", self.path, offset=offset, needed_bytes=self.needed_bytes
+                    self._calls,
+                    error,
+                    f"{what}{_INCOMPLETE}",
+                    self.path,
+                    offset=offset,
+                    needed_bytes=self._needed_bytes,
                 )
             with self._idle:
                 self._failure = self._failure or failure
@@ -293,7 +306,7 @@ class WritableFile:
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
         """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""
         whole = buffer.nbytes // PAGE_BYTES * PAGE_BYTES
-        is_end = offset + buffer.nbytes >= self._size_bytes
+        is_end = offset + buffer.nbytes >= self.size_bytes
         if offset % PAGE_BYTES or (whole < buffer.nbytes and not is_end):
             self._leave_direct()
             return 0

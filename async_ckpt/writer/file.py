@@ -28,10 +28,10 @@ from ..storage.write_file import WritableFile
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.outcome import Outcome
-from .disk import Disk, in_our_tree, whole_pages
+from .disk import Disk, in_our_tree
 from .jobs import Jobs
 from .queue import ChunkQueue
-from .sharing import HowToWrite, Sharing, UnwrittenFile, share_or_write
+from .sharing import HowToWrite, Sharing, open_new, open_older, share_or_write
 
 
 class FileWrite:
@@ -50,17 +50,25 @@ class FileWrite:
         """Resolves to the file itself, synced and closed."""
         self.settled: Outcome[None] = Outcome()
         """Resolves when no thread works on the file any more: after `done`, where the pool dies."""
+        self.path = ""
+        """Where the file is, once that is known."""
         self.size_bytes = size_bytes
         self.extent_bytes = 0
         self.extent_crc32: list[int] = []
         """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`, from the first one here on."""
         self._share = how.share or Share(0, size_bytes, size_bytes)
         self._num_bytes_left = self._share.copied_end - self._share.start
-        self.sharing = None if how.older is None else Sharing(disk.filesystem, how.older)
+        self._writes_nothing = how.share is not None and how.share.start == how.share.end
+        """Other processes write all of it."""
+        self.sharing: Sharing | None = None
+        """The older file, while this one may share its bytes."""
+        self._find_older = how.older
         self.direct = False
         """Whether it went past the page cache."""
         self.durable_s = 0.0
         """When it was synced, on ``time.perf_counter``."""
+        self.stamp: Stamp | None = None
+        """Of its content, once that is known to be synced."""
         self._pid = os.getpid()
         self._disk = disk
         self._folder = folder
@@ -78,7 +86,7 @@ class FileWrite:
         self._failure: BaseException | None = None
         self._is_over = False
         """The outcome is decided: no failure and no chunk is taken any more."""
-        self._opened: WritableFile | UnwrittenFile | None = None
+        self._opened: WritableFile | None = None
         self._is_sealing = False
         self._one_buffered_write = Lock()
         self._num_chunk_jobs = 0
@@ -110,20 +118,12 @@ class FileWrite:
         check_process(self._pid, "this file")
         self._disk.loop.call(lambda: self._fail(error, keep=True))
 
-    def expect_no_more(self) -> None:
-        """Give the file up if it lacks chunks now."""
-        self._disk.loop.call(self._refuse_more)
-
-    @property
-    def stamp(self) -> Stamp | None:
-        """Of its content, once it is done; None where it is not known."""
-        return getattr(self._opened or self.sharing, "stamp", None)
-
-    @property
-    def path(self) -> str:
-        """Where the file is; "" while that is not known."""
-        folder = self._folder
-        return os.path.join(folder.result(), self._name) if folder.done() and folder.exception() is None else ""
+    def open_older(self) -> Sharing | None:
+        """Open the older file, unless that was done; None where nothing can be shared with it. Blocks on the disk."""
+        find, self._find_older = self._find_older, None
+        if find is not None:
+            self.sharing = open_older(self._disk.filesystem, find())
+        return self.sharing
 
     def waiting_for(self) -> str:
         """What the file waits for now, in words."""
@@ -143,8 +143,8 @@ class FileWrite:
                 self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self._shown)
         self._notify()
 
-    def _refuse_more(self) -> None:
-        # It has not begun where the signal handler that closes the pool has interrupted `open_file`.
+    def expect_no_more(self) -> None:
+        """Give the file up if it lacks chunks now: begun, where a handler that closes has interrupted `open_file`."""
         self.start()
         self._queue.take_over()
         if self._queue.next_offset < self._queue.end:
@@ -164,7 +164,7 @@ class FileWrite:
         self._queue.take_over()
         with self._lock:
             is_ready = self._failure is None and not self._is_sealing and bool(self._queue.waiting)
-            is_ready &= self._opened is not None or self._queue.held_back is not None
+            is_ready &= self._opened is not None or self._queue.held_back is not None or self._writes_nothing
             if not is_ready or self._num_chunk_jobs >= self._how.depth or not self._disk.take_slot(self.begin_next):
                 return
             chunk = self._queue.waiting.popleft()
@@ -195,9 +195,9 @@ class FileWrite:
                 return False
         # The next seal goes on beside this write.
         self.begin_next()
-        file = self._opened
-        assert file is not None
-        if at < self._share.end and not isinstance(file, UnwrittenFile):
+        if at < self._share.end:
+            file = self._opened
+            assert file is not None
             with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
                 share_or_write(chunk, file, self._jobs, sharing if is_equal else None, crc)
         return True
@@ -285,47 +285,47 @@ class FileWrite:
         jobs = self._jobs
         jobs.step = "the first chunk"
         # Not before: to reserve the file's blocks takes milliseconds of a core, while the caller copies on all of them.
-        await self._until(lambda: bool(self._queue.waiting) or not self.size_bytes)
+        await self._until(lambda: bool(self._queue.extent_bytes) or not self.size_bytes)
         jobs.step = "the directory"
         self._folder.add_done_callback(lambda _: self._notify())
         await self._until(self._folder.done)
-        self._folder.result()
-        path = jobs.path = self.path
+        path = self.path = jobs.path = os.path.join(self._folder.result(), self._name)
         if self._how.make_parents:
             await asyncio.wrap_future(jobs.run(lambda: self._disk.make_parents(path)))
-        if self.sharing is not None and await self._becomes_link(path, self.sharing):
+        if self._find_older is not None:
+            jobs.step = "the older file"
+            await asyncio.wrap_future(jobs.run(self.open_older))
+        sharing, is_whole = self.sharing, not self._queue.is_scarce
+        if sharing is not None and sharing.by_link and is_whole and await self._becomes_link(path, sharing):
             return
-        jobs.step = "open"
-        # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
-        reserved_bytes = whole_pages(self.size_bytes) if self._how.direct else self.size_bytes
-        opened = await self._how.open(self._disk.filesystem, path, reserved_bytes, jobs, self.sharing)
-        self.direct, self._opened = opened.direct, opened
+        if not self._writes_nothing:
+            self._opened = await open_new(self._disk.filesystem, path, self.size_bytes, self._how, jobs, sharing)
+            self.direct = self._opened.direct
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
             self.begin_next()
             await self._until(lambda: not self._num_bytes_left)
-        if reserved_bytes > self.size_bytes and self._how.share is None:
+        opened, self.durable_s = self._opened, time.perf_counter()
+        if opened is None:
+            return
+        if opened.size_bytes > self.size_bytes and self._how.share is None:
             jobs.step = "truncate"
             await opened.truncate(self.size_bytes)
         jobs.step = "fsync"
         await opened.fsync()
-        self.durable_s = time.perf_counter()
+        self.stamp, self.durable_s = opened.stamp, time.perf_counter()
         jobs.step = "close"
         await opened.close()
 
     async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
-        """Look at the older file; True where this one is another name of it now, and so is durable."""
+        """Whether this file is another name of the older one now, and so is durable."""
         jobs, queue = self._jobs, self._queue
-        jobs.step = "the older file"
-        await asyncio.wrap_future(jobs.run(sharing.open))
-        if not sharing.by_link or queue.is_scarce:
-            return False
         jobs.step = "a chunk that is not equal"
         queue.held_back = []
         self.begin_next()
         await self._until(lambda: queue.num_bytes_held_back in (None, self.size_bytes))
         if queue.held_back is not None and await asyncio.wrap_future(jobs.run(lambda: sharing.link(path))):
-            self.durable_s = time.perf_counter()
+            self.stamp, self.durable_s = sharing.stamp, time.perf_counter()
             return True
         with self._lock:
             queue.put_back()

@@ -211,7 +211,7 @@ class WriterPool:
         self._is_closing = True
         files = list(self._files)
         for file in files:
-            file.expect_no_more()
+            self._thread.call(file.expect_no_more)
         with contextlib.suppress(CheckpointError):
             # What was asked of the loop before this has begun then.
             self._thread.run(_nothing()).wait(_left(deadline))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -24,7 +23,7 @@ from ..storage.probe import CANNOT_CLONE
 from ..storage.read_file import LocalReadableFile, Stamp
 from ..storage.write_file import Ranges, WritableFile
 from ..threads.locks import Lock
-from .disk import PAGE_BYTES, bytes_to_write
+from .disk import PAGE_BYTES, bytes_to_write, whole_pages
 from .jobs import Jobs
 
 
@@ -68,84 +67,64 @@ class HowToWrite:
     """What of it is written here, where other processes write the rest. Whoever finishes it cuts it to its length: that
     waits for all writes."""
 
-    async def open(
-        self, filesystem: FileSystem, path: str, size_bytes: int, executor: Executor, sharing: Sharing | None
-    ) -> WritableFile | UnwrittenFile:
-        """Make the file, or open it where others may have made it. Raises as `FileSystem.open_write`."""
-        more: Any = {} if sharing is None else sharing.what_to_write()
-        if self.share is not None:
-            if self.share.start == self.share.end:
-                return UnwrittenFile()
-            more = {"shared": True}
-        file = await filesystem.open_write(path, size_bytes, direct=self.direct, executor=executor, **more)
-        if sharing is not None and sharing.is_sure and self.share is None:
-            try:
-                await asyncio.wrap_future(executor.submit(sharing.clone_likely, file))
-            except BaseException:
-                await file.close()
-                raise
-        return file
+
+def open_older(filesystem: FileSystem, older: OlderFile | None) -> Sharing | None:
+    """The older file, open; None where it has vanished or changed, or nothing can be equal."""
+    clones = filesystem.findings.clones
+    if older is None or not (any if clones else all)(older.untouched):
+        return None
+    with contextlib.suppress(OSError, CheckpointError):
+        source = filesystem.open_read(older.root, older.parts)
+        if source.stamp == older.stamp:
+            return Sharing(filesystem, older, source, by_link=not clones)
+        source.close()
+    return None
 
 
-class UnwrittenFile:
-    """In the place of a file of which nothing is written here."""
-
-    direct, stamp = False, None
-
-    async def truncate(self, size_bytes: int) -> None:
-        """Nothing to do."""
-
-    async def fsync(self) -> None:
-        """Nothing to do."""
-
-    async def close(self) -> None:
-        """Nothing to do."""
+async def open_new(
+    filesystem: FileSystem, path: str, size_bytes: int, how: HowToWrite, jobs: Jobs, sharing: Sharing | None
+) -> WritableFile:
+    """Make a file, or open it where other processes may have made it. Raises as `FileSystem.open_write`."""
+    jobs.step = "open"
+    # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
+    reserved_bytes = whole_pages(size_bytes) if how.direct else size_bytes
+    more: Any = {"shared": True} if how.share is not None else {} if sharing is None else sharing.what_to_write()
+    file = await filesystem.open_write(path, reserved_bytes, direct=how.direct, executor=jobs, **more)
+    if sharing is not None and sharing.is_sure:
+        try:
+            await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
+        except BaseException:
+            await file.close()
+            raise
+    return file
 
 
 class Sharing:
-    """The older file that `find` gives, if it does. Any thread; `close` when no other call runs."""
+    """An older file, open. Any thread; `close` when no other call runs.
 
-    def __init__(self, filesystem: FileSystem, find: FindOlder | None) -> None:
+    Args:
+        by_link: whether the whole file can be taken over, and no part of it.
+    """
+
+    def __init__(self, filesystem: FileSystem, older: OlderFile, source: LocalReadableFile, *, by_link: bool) -> None:
         self._filesystem = filesystem
-        self._find = find
-        self._was_opened = False
-        self._older: OlderFile | None = None
-        self._source: LocalReadableFile | None = None
+        self._older = older
+        self._source = source
+        self.by_link = by_link
+        self.stamp = source.stamp
         self._refuses = False
         self._cloned: set[int] = set()
         """Extents that the file shares already."""
         self._lock = Lock()
         self.shared_bytes = 0
         """What was taken over, and not written."""
-        self.by_link = False
-        """Whether the whole file can be taken over, and no part of it."""
 
-    def open(self) -> None:
-        """Open it, unless it has vanished or changed, or nothing can be equal; idempotent."""
-        if self._was_opened:
-            return
-        self._was_opened = True
-        older, clones = self._find and self._find(), self._filesystem.findings.clones
-        if older is None or not (any if clones else all)(older.untouched):
-            return
-        with contextlib.suppress(OSError, CheckpointError):
-            self._source = self._filesystem.open_read(older.root, older.parts)
-        if self._source is not None and self._source.stamp == older.stamp:
-            self._older, self.by_link = older, not clones
-
-    @property
-    def stamp(self) -> Stamp | None:
-        """The older file's."""
-        return None if self._older is None else self._older.stamp
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is anything to share."""
-        return self._older is not None
+    def close(self) -> None:
+        """Close it; idempotent."""
+        self._source.close()
 
     def read(self, chunk: Chunk, crc: int) -> None:
         """Fetch a chunk that is not here. Raises CorruptCheckpointError: it is damaged there."""
-        assert self._source is not None
         view = chunk.buffer[: chunk.nbytes]
         self._source.pread_into(view, chunk.offset)
         if crc32(view) != crc:
@@ -158,28 +137,25 @@ class Sharing:
 
     def is_equal(self, extent: int, crc: int) -> bool:
         """Whether an extent, with this checksum, is the older file's."""
-        older = self._older
-        return older is not None and older.untouched[extent] and older.extent_crc32[extent] == crc
+        return self._older.untouched[extent] and self._older.extent_crc32[extent] == crc
 
     def what_to_write(self) -> dict[str, Ranges]:
         """What is to be written in any case, for `FileSystem.open_write`."""
-        older = self._older
-        if older is None or self.by_link or not older.is_counted:
+        older, step = self._older, self._older.extent_bytes
+        if self.by_link or not older.is_counted:
             return {}
-        step = older.extent_bytes
         starts = [k * step for k, untouched in enumerate(older.untouched) if not untouched]
         return {"written": [(start, min(step, older.size_bytes - start)) for start in starts]}
 
     @property
     def is_sure(self) -> bool:
         """Whether what is likely to be equal can be shared before its checksum is known."""
-        return self._older is not None and not self.by_link and self._older.is_counted and self._older.has_shared
+        return not self.by_link and self._older.is_counted and self._older.has_shared
 
     def clone_likely(self, file: WritableFile) -> None:
         """Let `file` share all that is likely to be equal before anything of it is written: a clone waits for the
         writes in flight. What is not equal all the same is written over it."""
         older, self._cloned = self._older, set()
-        assert older is not None
         for is_likely, run in groupby(range(len(older.untouched)), key=older.untouched.__getitem__):
             extents = list(run)
             start, step = extents[0] * older.extent_bytes, len(extents) * older.extent_bytes
@@ -189,7 +165,6 @@ class Sharing:
     def share(self, file: WritableFile, offset: int, num_bytes: int) -> int:
         """Let `file` share the whole pages of an equal extent; returns how many bytes of it that were, 0 where it
         cannot."""
-        assert self._older is not None
         is_cloned = offset // self._older.extent_bytes in self._cloned
         shared = num_bytes // PAGE_BYTES * PAGE_BYTES if is_cloned else self._clone(file, offset, num_bytes)
         with self._lock:
@@ -198,7 +173,7 @@ class Sharing:
 
     def _clone(self, file: WritableFile, offset: int, num_bytes: int) -> int:
         whole = num_bytes // PAGE_BYTES * PAGE_BYTES
-        if self.by_link or self._refuses or not whole or self._source is None:
+        if self.by_link or self._refuses or not whole:
             return 0
         error = file.clone(self._source, offset, whole)
         if error is None:
@@ -211,7 +186,6 @@ class Sharing:
 
     def link(self, path: str) -> bool:
         """Make `path` another name of the older file; False, and nothing is there, where that cannot be."""
-        assert self._source is not None
         try:
             self._filesystem.link(self._source.path, path)
         except OSError:
@@ -222,11 +196,6 @@ class Sharing:
         # Somebody has put another file in its place.
         self._filesystem.unlink(path)
         return False
-
-    def close(self) -> None:
-        """Close the older file; idempotent."""
-        if self._source is not None:
-            self._source.close()
 
 
 def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharing | None, crc: int) -> None:

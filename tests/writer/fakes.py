@@ -43,8 +43,10 @@ class Gate:
 
 
 class FakeFile:
-    def __init__(self, owner: FakeFileSystem, path: str, direct: bool, executor: Executor) -> None:
+    def __init__(self, owner: FakeFileSystem, path: str, size_bytes: int, direct: bool, executor: Executor) -> None:
         self.path = path
+        self.size_bytes = size_bytes
+        self.stamp = None
         self.direct = direct
         self.data = bytearray()
         self.num_running = 0
@@ -120,7 +122,7 @@ class FakeFileSystem:
 
     async def open_write(self, path: str, size_bytes: int, *, direct: bool, executor: Executor) -> FakeFile:
         await asyncio.get_running_loop().run_in_executor(executor, self.step, "open", path)
-        self.files[path] = FakeFile(self, path, direct, executor)
+        self.files[path] = FakeFile(self, path, size_bytes, direct, executor)
         return self.files[path]
 
 
