@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.contenders.base import single_rank_environment, sync_tree, tree_bytes
 from benchmarks.environment import describe
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 CONTENDERS = {"stock torch engine": None, "attached": {}, "attached, guard=True": {"guard": True}}
 WIDTH = 512
@@ -118,12 +118,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--saves", type=int, default=5)
+    parser = parser_of(__doc__, megabytes=200, saves=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--out", type=Path, help="folder of results")
     parser.add_argument("--row", nargs=2, metavar=("CONTENDER", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
@@ -144,8 +140,7 @@ def main() -> None:
             rows.append(json.loads((own / "row.json").read_text()))
             shutil.rmtree(own)
     print(table(rows))
-    if given.out:
-        append({"probe": "deepspeed_stall", "environment": measured_on, "rows": rows}, given.out)
+    keep(given, "deepspeed_stall", {"rows": rows}, measured_on)
 
 
 if __name__ == "__main__":

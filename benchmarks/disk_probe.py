@@ -9,15 +9,13 @@ fio's is its own runtime, which leaves out opening and reserving. The best fio m
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
 from async_ckpt.cli.measuring import DiskMeasurement
-from benchmarks.environment import describe
 from benchmarks.limits import MIB, fio_buffered_fsync, fio_direct_depth_4, fio_direct_depth_16
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 FIO = {"fio direct 4": fio_direct_depth_4, "fio direct 16": fio_direct_depth_16, "fio buffered": fio_buffered_fsync}
 
@@ -53,22 +51,18 @@ def table(size_bytes: int, seconds: dict[str, list[float]]) -> str:
 
 def main() -> None:
     """Measure, print, and keep the figures if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
+    parser = parser_of(__doc__, repeats=5)
     parser.add_argument("--sizes-mib", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--modes", nargs="+", default=["direct:16", "buffered:4"], help="direct:WRITERS or buffered:WRITERS"
     )
-    parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     for size_mib in options.sizes_mib:
         found[str(size_mib)] = probe(options.directory, size_mib * MIB, options.repeats, options.modes)
         print(table(size_mib * MIB, found[str(size_mib)]), flush=True)
-    if options.out is not None:
-        append({"probe": "disk", "environment": describe(options.directory), "seconds": found}, options.out)
+    keep(options, "disk", {"seconds": found})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ tensors into warm ones, by torch in one call; and `create` + `save` + `commit`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -21,14 +20,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.contenders.async_ckpt_engine import AsyncCkptEager
 from benchmarks.contenders.base import flatten
-from benchmarks.environment import describe
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 from benchmarks.workloads import build
 
 WAYS = ("one copy", "tensor by tensor", "save")
@@ -68,36 +65,15 @@ def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--workload", default="adamw")
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder of results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, workload="adamw", size_mib=1024, repeats=7, processes=5).parse_args()
     if options.processes == 0:
         print(json.dumps(measure(options.directory, options.workload, options.size_mib, options.repeats)))
         return
     runs: list[dict[str, list[float]]] = []
     for k in range(options.processes):
-        arguments = [
-            "--workload",
-            options.workload,
-            "--size-mib",
-            str(options.size_mib),
-            "--repeats",
-            str(options.repeats),
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.eager_probe",
-            str(options.directory / f"process-{k}"),
-            *arguments,
-            "--processes",
-            "0",
-        ]
+        command = [sys.executable, "-m", "benchmarks.eager_probe", str(options.directory / f"process-{k}")]
+        command += ["--workload", options.workload, "--size-mib", str(options.size_mib)]
+        command += ["--repeats", str(options.repeats), "--processes", "0"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         medians = {way: statistics.median(seconds) for way, seconds in runs[-1].items()}
@@ -105,9 +81,7 @@ def main() -> None:
     for way in WAYS[:-1]:
         ratios = sorted(statistics.median(run["save"]) / statistics.median(run[way]) for run in runs)
         print(f"save over {way}: {statistics.median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]")
-    if options.out is not None:
-        result: dict[str, Any] = {"workload": options.workload, "size_mib": options.size_mib, "seconds": runs}
-        append({"probe": "eager", "environment": describe(options.directory), **result}, options.out)
+    keep(options, "eager", {"workload": options.workload, "size_mib": options.size_mib, "seconds": runs})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 WIDTH = 512
 ROWS = (
@@ -174,11 +174,7 @@ def measure(row: str, directory: Path, megabytes: int, num_saves: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder of results")
+    parser = parser_of(__doc__, megabytes=200, saves=5)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -202,9 +198,7 @@ def main() -> None:
             f"{found['steps_s']:.3f} |",
             flush=True,
         )
-    if options.out:
-        found = {"environment": measured_on, "megabytes": options.megabytes, "rows": results}
-        append({"probe": "frameworks_stall", **found}, options.out)
+    keep(options, "frameworks_stall", {"megabytes": options.megabytes, "rows": results}, measured_on)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ Guarantees: each function gives samples of the same form as a save (`durable_s` 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import shutil
 import subprocess
 import time
@@ -106,3 +109,35 @@ LIMITS: dict[str, tuple[Callable[[Path, int], Sample], str]] = {
     "limit_fio_buffered_fsync": (fio_buffered_fsync, "fio write, buffered, end_fsync, preallocated"),
     "limit_pinned_d2h": (pinned_d2h, "one contiguous copy from the device into pinned memory"),
 }
+
+
+def evict(path: Path, drop_caches: bool = False) -> float:
+    """Sync a file and push it out of the page cache; returns the fraction that stayed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if drop_caches:
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+        return resident_fraction(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resident_fraction(descriptor: int) -> float:
+    """Share of a file's pages in the page cache, by mincore; 0 for an empty file."""
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return 0.0
+    num_pages = -(-size // mmap.PAGESIZE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    with mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+        residency = (ctypes.c_ubyte * num_pages)()
+        anchor = ctypes.c_char.from_buffer(view)
+        try:
+            if libc.mincore(ctypes.addressof(anchor), size, residency) != 0:
+                raise OSError(ctypes.get_errno(), "mincore failed")
+        finally:
+            del anchor
+        return sum(page & 1 for page in bytes(residency)) / num_pages

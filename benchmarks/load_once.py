@@ -18,11 +18,9 @@ import torch
 import torch.distributed as dist
 
 import async_ckpt
-from benchmarks.environment import describe
-from benchmarks.limits import MIB
+from benchmarks.limits import MIB, evict
 from benchmarks.ranks import run_ranks
-from benchmarks.restore_probe import evict
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 WAYS = ("one process", "one, not atomic", "load_once", "each by itself")
 
@@ -59,13 +57,7 @@ def work(rank: int, options: argparse.Namespace, results: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--size-mib", type=int, default=2048)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="folder of results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, size_mib=2048, ranks=4, repeats=3).parse_args()
     num = options.size_mib * MIB // 4 // 300
     with async_ckpt.AsyncCheckpointEngine(options.directory / "root", overwrite="replace") as engine:
         engine.create("probe")
@@ -81,9 +73,8 @@ def main() -> None:
             f"{way:15} {median:5.2f} s [{min(samples):.2f} to {max(samples):.2f}]  {median / one:4.2f} of one process  "
             f"{disk[way] / MIB:7.0f} MiB from the disk"
         )
-    if options.out is not None:
-        figures = {"size_mib": options.size_mib, "ranks": options.ranks, "seconds": taken, "disk_bytes": disk}
-        append({"probe": "load_once", "environment": describe(options.directory), **figures}, options.out)
+    figures = {"size_mib": options.size_mib, "ranks": options.ranks, "seconds": taken, "disk_bytes": disk}
+    keep(options, "load_once", figures)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe, resident_bytes
+from benchmarks.limits import evict
+from benchmarks.results import keep, parser_of
 from benchmarks.ticker import Ticker
 from tests.mirror.servers import BUCKET, SeaweedFS
 
@@ -179,17 +181,10 @@ PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]
 }
 
 
-def forget_pages(path: str) -> None:
-    """Take a file out of the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement; the imports and the state are there before it begins."""
     run = PREPARED[spec["scenario"], spec["contender"]](spec)
-    forget_pages(spec["file"])
+    evict(Path(spec["file"]))
     stop, peak = threading.Event(), [0]
 
     def watch() -> None:
@@ -220,7 +215,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a child; a contender that cannot run keeps its reason."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.mirror", "--child", json.dumps(spec)],
+        [sys.executable, "-m", "benchmarks.mirror", spec["directory"], "--child", json.dumps(spec)],
         capture_output=True,
         text=True,
         timeout=1800,
@@ -233,15 +228,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", help="where the checkpoint and the server's data lie")
-    parser.add_argument("--size-mib", type=int, default=256)
-    parser.add_argument("--part-mib", type=int, default=16)
-    parser.add_argument("--parallel", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scenarios", default="upload,restore")
+    parser = parser_of(__doc__, size_mib=256, part_mib=16, parallel=4, repeats=3, scenarios="upload,restore")
     parser.add_argument("--contenders", help="only these, by commas")
-    parser.add_argument("--out", help="directory of the results; without it they are only printed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -279,30 +267,15 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
     for scenario in given.scenarios.split(","):
         for repeat, name in itertools.product(range(given.repeats), [one[1] for one in asked if one[0] == scenario]):
             # Each repetition uploads anew, to a prefix of its own.
-            spec = {
-                **common,
-                "scenario": scenario,
-                "contender": name,
-                "prefix": f"run-{repeat}",
-            }
+            spec = {**common, "scenario": scenario, "contender": name, "prefix": f"run-{repeat}"}
             if scenario == "upload":
                 shutil.rmtree(root / ".mirrors", ignore_errors=True)
             found = measure(spec)
-            runs.append(
-                {
-                    "scenario": f"mirror {scenario}",
-                    "contender": name,
-                    "size_mib": given.size_mib,
-                    "repeat": repeat,
-                    **found,
-                }
-            )
+            about = {"scenario": f"mirror {scenario}", "contender": name, "size_mib": given.size_mib, "repeat": repeat}
+            runs.append({**about, **found})
             print(json.dumps(runs[-1]), flush=True)
-    if given.out:
-        from benchmarks.results import append
-
-        settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
-        append({"probe": "mirror", "environment": describe(home), **settings, "rows": runs}, Path(given.out))
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
+    keep(given, "mirror", {**settings, "rows": runs}, describe(home))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks.environment import describe
 from benchmarks.mirror import mirror_of, store_of
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 from tests.mirror.servers import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
 CONTENDERS = ("no uploads", "no uploads, again", "mirror", "obstore put")
@@ -131,7 +131,7 @@ class Turns:
 
     def start(self) -> None:
         for name in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.mirror_training", "--child"]
+            command = [sys.executable, "-m", "benchmarks.mirror_training", self._spec["directory"], "--child"]
             command.append(json.dumps({**self._spec, "contender": name}))
             how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.processes[name] = subprocess.Popen(command, **how)
@@ -195,16 +195,10 @@ def start_server(kind: str, home: Path) -> tuple[int, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", help="where checkpoints and the server's data lie")
+    parser = parser_of(__doc__, rounds=20, seconds=600.0, part_mib=16, parallel=4)
     parser.add_argument("--server", choices=("sink", "seaweedfs"), default="sink")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30, help="of each contender in each round")
     parser.add_argument("--layers", type=int, default=10, help="3.1 MB of state each")
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin no round after so many")
-    parser.add_argument("--part-mib", type=int, default=16)
-    parser.add_argument("--parallel", type=int, default=4)
-    parser.add_argument("--out", help="directory of the results; without it they are only printed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -233,10 +227,8 @@ def main() -> None:
         shutil.rmtree(home)
     rows = summary(rounds)
     print("\n".join(map(json.dumps, rows)))
-    if given.out:
-        settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
-        line = {"probe": "mirror training", "environment": environment, **settings, "rows": rows}
-        append(line, Path(given.out))
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
+    keep(given, "mirror training", {**settings, "rows": rows}, environment)
 
 
 if __name__ == "__main__":

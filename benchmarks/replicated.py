@@ -13,17 +13,16 @@ import argparse
 import contextlib
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import async_ckpt
-from benchmarks.environment import describe, resident_bytes
+from benchmarks.environment import resident_bytes
 from benchmarks.limits import MIB
 from benchmarks.ranks import run_ranks
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 WAYS = ("rank 0 alone", "replicated")
 NUM_TENSORS = 300
@@ -73,13 +72,7 @@ def work(rank: int, options: argparse.Namespace, results: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="folder of results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, size_mib=1024, ranks=4, saves=8).parse_args()
     found = run_ranks(work, options, (1 + options.saves) * len(WAYS))
     figures: dict[str, Any] = {}
     for way in WAYS:
@@ -100,9 +93,7 @@ def main() -> None:
         figures[way] = {"durable_s": durable, "stall_s": stalls, "cpu_s": used, "memory_bytes": memory}
     pairs = zip(*(figures[way]["durable_s"] for way in WAYS), strict=True)
     print(f"replicated / rank 0 alone, of pairs: {statistics.median(other / alone for alone, other in pairs):.2f}")
-    if options.out is not None:
-        figures |= {"size_mib": options.size_mib, "ranks": options.ranks}
-        append({"probe": "replicated", "environment": describe(options.directory), **figures}, options.out)
+    keep(options, "replicated", {**figures, "size_mib": options.size_mib, "ranks": options.ranks})
 
 
 if __name__ == "__main__":

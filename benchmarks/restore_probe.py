@@ -8,8 +8,6 @@ One process, so that the ways differ in nothing else; the contenders in processe
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,18 +20,8 @@ import async_ckpt
 from async_ckpt.host.memory import region
 from async_ckpt.reading import load as restore
 from async_ckpt.reading import load_into as restore_into
-from benchmarks.environment import describe
-from benchmarks.limits import MIB, run_fio
-from benchmarks.results import append
-
-
-def evict(path: Path) -> None:
-    """Drop the file's clean pages from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
+from benchmarks.limits import MIB, evict, run_fio
+from benchmarks.results import keep, parser_of
 
 
 def ways(catalog: async_ckpt.Catalog, path: Path, plain: Path, num_bytes: int) -> dict[str, Callable[[], Any]]:
@@ -75,13 +63,7 @@ def ways(catalog: async_ckpt.Catalog, path: Path, plain: Path, num_bytes: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--tensors", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder of results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, size_mib=1024, tensors=300, repeats=5).parse_args()
     from safetensors.torch import save_file
 
     state = {f"layer.{i}": torch.randn(options.size_mib * MIB // 4 // options.tensors) for i in range(options.tensors)}
@@ -91,9 +73,6 @@ def main() -> None:
         engine.commit("probe").result()
     plain = options.directory / "probe.safetensors"
     save_file(state, plain)
-    fd = os.open(plain, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
     path = options.directory / "probe/m.pt"
     num_bytes = path.stat().st_size
     del state
@@ -118,9 +97,7 @@ def main() -> None:
             f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  "
             f"({min(samples):.2f} to {max(samples):.2f} s)"
         )
-    if options.out is not None:
-        environment = describe(options.directory)
-        append({"probe": "restore", "environment": environment, "num_bytes": num_bytes, "seconds": taken}, options.out)
+    keep(options, "restore", {"num_bytes": num_bytes, "seconds": taken})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Lines are only ever appended; where a run was repeated, its newest line counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -107,6 +108,22 @@ def append(run: Run, folder: Path) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(run) + "\n")
     return path
+
+
+def parser_of(about: str | None, **defaults: float | str) -> argparse.ArgumentParser:
+    """What every probe is asked: a directory, its settings (an option for each of `defaults`), where results go."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--out", type=Path, help="folder of results; without it they are only printed")
+    return parser
+
+
+def keep(given: argparse.Namespace, probe: str, figures: Run, environment: dict[str, Any] | None = None) -> None:
+    """Append a probe's figures, where that was asked for; `environment` is that of `given.directory`."""
+    if given.out is not None:
+        append({"probe": probe, "environment": environment or describe(given.directory), **figures}, given.out)
 
 
 def key_of(run: Run) -> tuple[Any, ...]:

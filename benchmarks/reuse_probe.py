@@ -20,9 +20,8 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
 from async_ckpt.metrics import CommitMetrics
-from benchmarks.environment import describe
 from benchmarks.limits import MIB
-from benchmarks.results import append
+from benchmarks.results import keep, parser_of
 
 CASES = ("part", "nothing", "all", "fused")
 MODES: tuple[Literal["auto", "off"], ...] = ("auto", "off")
@@ -62,13 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--changed", type=float, default=0.01)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder of results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, size_mib=1024, changed=0.01, repeats=5).parse_args()
     samples = measure(options)
     for mode in MODES:
         shutil.rmtree(options.directory / mode)
@@ -85,10 +78,7 @@ def main() -> None:
             f"{shared['written_bytes'] / MIB:.1f} of {whole['written_bytes'] / MIB:.1f} MiB; stall "
             f"{shared['stall_s'] * 1e3:.1f} of {whole['stall_s'] * 1e3:.1f} ms"
         )
-    if options.out is not None:
-        environment = describe(options.directory)
-        found = {"probe": "reuse", "environment": environment, "size_mib": options.size_mib, "samples": samples}
-        append(found, options.out)
+    keep(options, "reuse", {"size_mib": options.size_mib, "samples": samples})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ The file is written and synced first, then evicted (`posix_fadvise`; `drop_cache
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import mmap
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders.base import Unavailable, flatten, sync_tree
-from benchmarks.limits import run_fio
+from benchmarks.limits import evict, run_fio
 from benchmarks.request import Request
 from benchmarks.scenarios.common import Result, build_workload
 from benchmarks.workloads import State, Workload
@@ -40,38 +37,6 @@ FIO_READS = {
     "limit_fio_read_direct_qd16": ["--direct=1", "--ioengine=libaio", "--iodepth=16"],
     "limit_fio_read_buffered": ["--direct=0", "--ioengine=psync"],
 }
-
-
-def evict(path: Path, drop_caches: bool) -> float:
-    """Push a synced file out of the page cache; returns the fraction that stayed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if drop_caches:
-            Path("/proc/sys/vm/drop_caches").write_text("1")
-        return resident_fraction(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def resident_fraction(descriptor: int) -> float:
-    """Share of a file's pages in the page cache, by mincore; 0 for an empty file."""
-    size = os.fstat(descriptor).st_size
-    if size == 0:
-        return 0.0
-    num_pages = -(-size // mmap.PAGESIZE)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    with mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
-        residency = (ctypes.c_ubyte * num_pages)()
-        anchor = ctypes.c_char.from_buffer(view)
-        try:
-            if libc.mincore(ctypes.addressof(anchor), size, residency) != 0:
-                raise OSError(ctypes.get_errno(), "mincore failed")
-        finally:
-            del anchor
-        return sum(page & 1 for page in bytes(residency)) / num_pages
 
 
 def _copy_into(loaded: State, target: State) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks import contenders, report, run, workloads
 from benchmarks.contenders.base import Contender, flatten, tree_bytes
+from benchmarks.limits import evict
 from benchmarks.request import Request
 from benchmarks.results import Row, spread, training_figures
 from benchmarks.scenarios.common import ShortCheckpoint, check_complete
-from benchmarks.scenarios.restore import evict
 from benchmarks.watch import run_child
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.wide]
