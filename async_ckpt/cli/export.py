@@ -15,6 +15,8 @@ from ..format.tensors import TensorExtent
 from ..observers.units import format_bytes
 from ..reading.records import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
+from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import replacing
 from .failing import EXIT_OK
 from .locating import Located, place_of
 
@@ -64,29 +66,17 @@ def command(source: str, target: str, overwrite: bool, tensors_only: bool) -> in
 @contextlib.contextmanager
 def _new_file(target: str) -> Iterator[str]:
     """A temporary path beside `target` that takes its place, synced, when the block ends well."""
-    folder = os.path.dirname(os.path.abspath(target))
+    filesystem, path = FileSystem(), os.path.abspath(target)
+    folder = os.path.dirname(path)
     handle, fresh = tempfile.mkstemp(dir=folder, prefix=".export-")
     os.close(handle)
-    try:
+    with replacing(filesystem, path, fresh):
         yield fresh
-        _sync(fresh)
+        with contextlib.closing(filesystem.open_read(folder, [os.path.basename(fresh)])) as file:
+            file.sync()
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(fresh, 0o666 & ~mask)
-        os.replace(fresh, target)
-        _sync(folder)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)
-        raise
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _copy(place: Located, file: str, fresh: str) -> None:

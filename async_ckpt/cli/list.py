@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,8 @@ from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
 from ..reading.catalog import Catalog, StagingInfo
 from ..reading.committed import CatalogEntry
+from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import tree_of
 from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
 from .output import add_json, add_root, print_json, print_table
@@ -90,7 +91,6 @@ def mirrors_of(catalog: Catalog) -> list[Mirrored]:
     if is_url(catalog.root) or not os.path.isdir(os.path.join(catalog.root, ".mirrors")):
         return []
     from ..mirror.state import mirrored_in
-    from ..storage.filesystem import FileSystem
 
     return mirrored_in(FileSystem(), catalog.root)
 
@@ -146,22 +146,15 @@ def _measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
     """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be
     seen."""
 
-    def give_up(error: OSError) -> None:
-        raise error
-
-    size_bytes = num_files = 0
+    filesystem = FileSystem()
+    top = filesystem.stat(path)
     try:
-        changed_s = os.lstat(path).st_mtime
-        for folder, _, names in os.walk(path, onerror=give_up):
-            for name in names:
-                found = os.lstat(os.path.join(folder, name))
-                if stat.S_ISREG(found.st_mode):
-                    size_bytes, num_files = size_bytes + found.st_size, num_files + 1
-                    changed_s = max(changed_s, found.st_mtime)
+        files = [found for _, found in tree_of(filesystem, path) if found.kind == "file"]
     except OSError:
         # Committed or deleted in this moment, or another user's: there is nothing to add to its name.
         return None, None, None
-    return size_bytes, num_files, changed_s
+    changed_ns = max(found.mtime_ns for found in (top, *files))
+    return sum(found.size_bytes for found in files), len(files), changed_ns / 1e9
 
 
 def _row(item: dict[str, Any]) -> tuple[str, ...]:

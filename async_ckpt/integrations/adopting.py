@@ -16,6 +16,7 @@ from ..format.checksum import crc32
 from ..format.manifest import FileEntry, Manifest
 from ..format.names import MANIFEST_NAME, check_relative_path
 from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import tree_of
 from ..storage.write_error import write_error
 
 ADOPTED = "adopted"
@@ -44,7 +45,7 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     )
     what = f"{folder!r} was written by another tool and cannot be replaced as a whole; move or delete it"
     try:
-        entries = tuple(read_entries(filesystem, folder, "", None))
+        entries = tuple(read_entries(filesystem, folder))
         # Older than anything that will be committed from now on.
         created_unix_ns = filesystem.stat(folder).mtime_ns
         adopted = Manifest(
@@ -60,15 +61,11 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     return True
 
 
-def read_entries(filesystem: FileSystem, top: str, inner: str, rank: int | None) -> Iterator[FileEntry]:
+def read_entries(filesystem: FileSystem, top: str, inner: str = "", rank: int | None = None) -> Iterator[FileEntry]:
     """What is below `<top>/<inner>`, each file read and synced. Blocks."""
-    folder = os.path.join(top, inner) if inner else top
-    for name in sorted(filesystem.listdir(folder)):
-        path = f"{inner}/{name}" if inner else name
-        if filesystem.stat(os.path.join(folder, name)).kind == "dir":
-            yield from read_entries(filesystem, top, path, rank)
-        else:
-            yield _entry(filesystem, top, path, rank)
+    for path, found in sorted(tree_of(filesystem, os.path.join(top, inner))):
+        if found.kind != "dir":
+            yield _entry(filesystem, top, os.path.join(inner, path), rank)
 
 
 def _entry(filesystem: FileSystem, top: str, path: str, rank: int | None) -> FileEntry:
@@ -80,14 +77,5 @@ def _entry(filesystem: FileSystem, top: str, path: str, rank: int | None) -> Fil
             part = buffer[: min(_EXTENT_BYTES, file.size_bytes - offset)]
             file.pread_into(part, offset)
             crcs.append(crc32(part))
-        size_bytes = file.size_bytes
-    _sync(os.path.join(top, path))
-    return FileEntry(path, size_bytes, _EXTENT_BYTES, tuple(crcs), "opaque", "none", None, rank)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        file.sync()
+    return FileEntry(path, file.size_bytes, _EXTENT_BYTES, tuple(crcs), "opaque", "none", None, rank)

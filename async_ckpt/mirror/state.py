@@ -21,6 +21,7 @@ from ..errors import CorruptCheckpointError, report
 from ..format.names import check_tag
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import replacing
 from ..storage.write_error import write_error
 from ..threads.locks import Lock
 
@@ -117,14 +118,8 @@ class States:
                 self._fs.makedirs(self._folder)
                 self._fs.fsync_dir(self._home)
                 self._fs.fsync_dir(self._root)
-            try:
+            with replacing(self._fs, path, temporary):
                 self._fs.create_file(temporary, data)
-                self._fs.rename(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._fs.unlink(temporary)
-                raise
-            self._fs.fsync_dir(self._folder)
         except OSError as error:
             raise write_error(self._fs, error, f"{what} cannot be noted", path) from error
 

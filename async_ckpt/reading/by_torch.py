@@ -5,14 +5,12 @@ torch is given verified bytes only, after what would hurt it was refused.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
 import re
 import struct
 import sys
-from collections.abc import Iterator
 from mmap import MAP_PRIVATE
 from typing import Any
 
@@ -68,12 +66,15 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
     given: Any = file.map_path if mmap else source
     where = place if callable(map_location) else map_location
     try:
-        with _translated(file, raised, weights_only):
-            state = torch.load(given, map_location=where, weights_only=weights_only, mmap=mmap)
-    except Exception:
+        state = torch.load(given, map_location=where, weights_only=weights_only, mmap=mmap)
+    except Exception as error:
         if source.failure is not None:
             raise source.failure from None
-        raise
+        is_foreign = isinstance(error, CheckpointError) or any(error is one for one in raised)
+        translated = None if is_foreign else _translation(file, error, runs_code(weights_only))
+        if translated is None:
+            raise
+        raise translated from error
     file.verify_rest()
     return state
 
@@ -134,23 +135,6 @@ def _refuse_crafted(file: VerifiedFile, map_location: Any, weights_only: bool | 
         refuse_beyond_limits(file, records)
 
 
-@contextlib.contextmanager
-def _translated(file: VerifiedFile, raised: list[BaseException], weights_only: bool | None) -> Iterator[None]:
-    """torch's errors about the file become ours; those `raised` by the caller's function or by trusted code, about
-    devices and memory pass."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if any(error is one for one in raised):
-            raise
-        translated = _translation(file, error, runs_code(weights_only))
-        if translated is None:
-            raise
-        raise translated from error
-
-
 def _refused_in(file: VerifiedFile) -> str:
     """Every type that `weights_only` refuses, with key paths; empty where there is none, or it cannot be told."""
     try:
@@ -164,6 +148,7 @@ def _refused_in(file: VerifiedFile) -> str:
 
 
 def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> CheckpointError | None:
+    """What torch has said about the file, as ours; None for what trusted code has raised, for devices and memory."""
     if isinstance(error, pickle.UnpicklingError):
         needed = _refused_in(file)
         what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0][:_MAX_SAID])

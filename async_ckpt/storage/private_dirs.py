@@ -1,5 +1,5 @@
-"""Private directories under the root, made, renamed to, locked and deleted; and the right to make a committed one
-private."""
+"""Private names: directories under the root that are made, renamed to, locked and deleted; the right to make a
+committed one private; files that take the place of another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from ..format.names import MANIFEST_NAME, NameKind, PrivateName
-from .filesystem import FileLock, FileSystem
+from .filesystem import FileLock, FileStat, FileSystem
 from .syscalls import REFUSED
 
 NO_LOCKS = REFUSED | {errno.ENOLCK}
@@ -35,22 +35,49 @@ def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging"
     raise FileExistsError(f"no free {kind} name in {root!r}")
 
 
+@contextlib.contextmanager
+def replacing(fs: FileSystem, path: str, private: str) -> Iterator[None]:
+    """Let what the block makes at `private`, and syncs, take the place of `path` in one rename, durably. Where either
+    fails, what was at `path` stays, and `private` is removed."""
+    try:
+        yield
+        fs.rename(private, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.unlink(private)
+        raise
+    fs.fsync_dir(os.path.dirname(path))
+
+
+def tree_of(fs: FileSystem, top: str, *, may_vanish: bool = False) -> list[tuple[str, FileStat]]:
+    """All that lies below the directory `top`, by its path in there, folders before what is in them; no link is
+    followed. With `may_vanish`, folders that others delete meanwhile are passed over."""
+    found: list[tuple[str, FileStat]] = []
+    folders, ignored = [""], (FileNotFoundError,) if may_vanish else ()
+    for folder in folders:
+        with contextlib.suppress(*ignored):
+            for name in fs.listdir(os.path.join(top, folder) if folder else top):
+                inner = os.path.join(folder, name)
+                found.append((inner, fs.stat(os.path.join(top, inner))))
+                folders += [inner] if found[-1][1].kind == "dir" else []
+    return found
+
+
 def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:
     """A second tree of the same files under a private name, durable, where `src` itself cannot be renamed."""
     aside = make_private(fs, root, tag, "aside")
-    folders = [""]
-    for folder in folders:
-        for name in fs.listdir(os.path.join(src, folder)):
-            inner = os.path.join(folder, name)
-            if fs.stat(os.path.join(src, inner)).kind == "dir":
-                fs.mkdir(os.path.join(aside, inner))
-                folders.append(inner)
-            else:
-                fs.link(os.path.join(src, inner), os.path.join(aside, inner))
+    inside = tree_of(fs, src)
+    for inner, found in inside:
+        if found.kind == "dir":
+            fs.mkdir(os.path.join(aside, inner))
+        else:
+            fs.link(os.path.join(src, inner), os.path.join(aside, inner))
     fs.chmod(aside, fs.stat(src).mode)
-    for folder in reversed(folders):
-        fs.fsync_dir(os.path.join(aside, folder))
-    fs.fsync_dir(root)
+    for inner, found in reversed(inside):
+        if found.kind == "dir":
+            fs.fsync_dir(os.path.join(aside, inner))
+    for folder in (aside, root):
+        fs.fsync_dir(folder)
     return aside
 
 
@@ -76,19 +103,11 @@ def remove_tree(fs: FileSystem, path: str) -> None:
     if fs.stat(path).kind == "other":
         fs.unlink(path)
         return
-    folders = [path]
-    for folder in folders:
+    for inner, found in reversed(tree_of(fs, path, may_vanish=True)):
         with contextlib.suppress(FileNotFoundError):
-            for name in fs.listdir(folder):
-                inner = os.path.join(folder, name)
-                if fs.stat(inner).kind == "dir":
-                    folders.append(inner)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        fs.unlink(inner)
-    for folder in reversed(folders):
-        with contextlib.suppress(FileNotFoundError):
-            fs.rmdir(folder)
+            (fs.rmdir if found.kind == "dir" else fs.unlink)(os.path.join(path, inner))
+    with contextlib.suppress(FileNotFoundError):
+        fs.rmdir(path)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,11 @@ class LocalReadableFile:
                 )
             done += count
 
+    def sync(self) -> None:
+        """Make its content durable."""
+        assert self._fd is not None
+        self._calls.fsync(self._fd)
+
     def clone_into(self, fd: int, offset: int, num_bytes: int) -> None:
         """Let `fd` share a range of whole blocks, at the same place. Raises OSError: it cannot, and is unchanged."""
         assert self._fd is not None

@@ -41,7 +41,7 @@ from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_
 from ..host.process import OwnerState
 from .delete import Swept, remove, sweep
 from .filesystem import FileSystem
-from .private_dirs import lock_or_none, make_private, remove_tree
+from .private_dirs import lock_or_none, make_private, remove_tree, tree_of
 from .root import make_root, unmake
 from .staged import Destination, Staging, State, check_final, create_file, refuse, rename_to_final, written_by
 from .syscalls import REFUSED
@@ -259,22 +259,14 @@ def _step(step: str, staging: Staging) -> Iterator[None]:
 def _check_contents(fs: FileSystem, staging: Staging, manifest: Manifest, manifest_bytes: int) -> list[str]:
     """The directories of the staging tree, deepest first, once it holds exactly the manifest's files."""
     expected = {entry.path: entry.size_bytes for entry in manifest.files} | {MANIFEST_NAME: manifest_bytes}
-    folders: list[str] = []
-    stack = [""]
-    while stack:
-        folder = stack.pop()
-        path = os.path.join(staging.path, folder) if folder else staging.path
-        folders.append(path)
-        for name in fs.listdir(path):
-            inner = f"{folder}/{name}" if folder else name
-            found = fs.stat(os.path.join(path, name))
-            if found.kind == "dir":
-                stack.append(inner)
-            elif found.kind != "file" or expected.pop(inner, None) != found.size_bytes:
-                refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
+    folders = [staging.path]
+    for inner, found in tree_of(fs, staging.path):
+        if found.kind == "dir":
+            folders.append(os.path.join(staging.path, inner))
+        elif found.kind != "file" or expected.pop(inner, None) != found.size_bytes:
+            refuse(staging, f"{inner!r} in the staging directory is not the file that was written")
     if expected:
         refuse(staging, f"{min(expected)!r} has vanished from the staging directory")
-    # Parents were found before their children.
     return folders[::-1]
 
 

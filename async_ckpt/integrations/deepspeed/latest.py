@@ -12,6 +12,7 @@ import torch
 from ...errors import CommitError, WriteError
 from ...retention import CheckpointInfo, RetentionPolicy
 from ...storage.filesystem import FileSystem
+from ...storage.private_dirs import replacing
 
 LATEST_NAME = "latest"
 _MAX_LATEST_BYTES = 4096
@@ -29,9 +30,8 @@ def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             filesystem.unlink(new)
-        filesystem.create_file(new, tag.encode())
-        filesystem.rename(new, path)
-        filesystem.fsync_dir(save_dir)
+        with replacing(filesystem, path, new):
+            filesystem.create_file(new, tag.encode())
     except OSError as error:
         raise CommitError(
             f"checkpoint {tag!r} is committed and whole in {save_dir!r}, but {path!r} could not be made to name "
@@ -67,17 +67,10 @@ def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:
     folder, name = os.path.split(os.path.abspath(path))
     new = os.path.join(folder, f".{name}.{os.getpid()}.new")
     try:
-        try:
-            with open(new, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            filesystem.rename(new, os.path.join(folder, name))
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                filesystem.unlink(new)
-            raise
-        filesystem.fsync_dir(folder)
+        with replacing(filesystem, os.path.join(folder, name), new), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise WriteError(
             f"saving {name!r} failed; what was there before is unchanged", errno=error.errno, path=path

@@ -22,6 +22,7 @@ from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import report
 from ...storage.filesystem import FileSystem
+from ...storage.private_dirs import replacing
 from ...threads.executor import DaemonExecutor
 from ...threads.outcome import wait_all
 from .single_file import CheckpointFile, FileCoordinator, remove
@@ -187,8 +188,7 @@ def switch_link(filesystem: FileSystem, target: CheckpointFile, link: Checkpoint
     temporary = os.path.join(link.folder, f".{link.name}.{os.getpid()}.link")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    os.symlink(os.path.relpath(target.final, link.folder), temporary)
-    if filesystem.stat(link.final).kind == "dir":
-        shutil.rmtree(link.final)
-    os.replace(temporary, link.final)
-    filesystem.fsync_dir(link.folder)
+    with replacing(filesystem, link.final, temporary):
+        os.symlink(os.path.relpath(target.final, link.folder), temporary)
+        if filesystem.stat(link.final).kind == "dir":
+            shutil.rmtree(link.final)
