@@ -14,7 +14,7 @@ from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, read_header, read_records
 from .failing import EXIT_OK
 from .locating import place_of
-from .output import add_json, console, key_name, number, print_json, print_table
+from .output import add_json, console, key_name, number, picked, print_json, print_table
 
 _MAX_OBJECTS = 200
 _ROOT = ("(the whole file)",)
@@ -84,8 +84,7 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
     if isinstance(header, str):
         return {**common, "tensors": [], "note": header}
     if isinstance(header, dict):
-        names = ("offset", "num_bytes", "crc32")
-        records = [{"name": name, **{n: getattr(record, n) for n in names}} for name, record in header.items()]
+        records = [{"name": name, **picked(record, "offset num_bytes crc32")} for name, record in header.items()]
         return {**common, "records": records}
     others = [{"path": ".".join(other.path), "text": other.text} for other in header.others]
     return {
@@ -96,10 +95,7 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
         "tensors": [
             {
                 "path": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "num_bytes": tensor.num_bytes,
-                "offset": tensor.offset,
+                **picked(tensor, "dtype shape num_bytes offset"),
                 "record": tensor.record or None,
                 "shared": tensor.is_shared,
                 "kind": tensor.kind or None,

@@ -15,7 +15,7 @@ from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
 from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
-from .output import add_json, add_root, bar, number, print_json
+from .output import add_json, add_root, bar, number, picked, print_json
 
 _POLL_S = 0.25
 
@@ -103,8 +103,7 @@ def _upload(
                     show(f"mirroring {metrics.tag}", metrics.sent_bytes, metrics.size_bytes or None)
                 error, metrics = pending.exception(0), pending.metrics
                 said = None if error is None else str(error)
-                names = ("tag", "size_bytes", "sent_bytes", "bytes_per_s")
-                results.append({"error": said, **{name: getattr(metrics, name) for name in names}})
+                results.append({"error": said, **picked(metrics, "tag size_bytes sent_bytes bytes_per_s")})
                 if not as_json:
                     print(_line(metrics, error))
     finally:

@@ -104,6 +104,13 @@ def print_table(
             ]
             print("  ".join(parts).rstrip())
         return
+    console().print(drawn_table(columns, cells, right=right, styles=styles))
+
+
+def drawn_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str], styles: Sequence[str] = ()
+) -> Any:
+    """The table of `print_table` as rich draws it on a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -111,6 +118,11 @@ def print_table(
     for column in columns:
         is_number = column in right
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number or column == columns[0])
-    for index, row in enumerate(cells):
-        table.add_row(*map(Text, row), style=styles[index] if styles else "")
-    console().print(table)
+    for index, row in enumerate(rows):
+        table.add_row(*(Text(escaped(cell)) for cell in row), style=styles[index] if styles else "")
+    return table
+
+
+def picked(thing: object, names: str) -> dict[str, Any]:
+    """Some attributes of `thing`, by name, for JSON."""
+    return {name: getattr(thing, name) for name in names.split()}

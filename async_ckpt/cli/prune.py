@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import CheckpointNotFoundError, ConfigError
 from ..format.names import is_url
@@ -27,7 +27,7 @@ from ..storage.filesystem import FileSystem
 from .failing import EXIT_FAILED, EXIT_OK
 from .list import mirrors_of
 from .locating import catalog_of, refuse_single_files
-from .output import add_json, add_root, print_json, print_table
+from .output import add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def command(
     elif best_num is not None or best_mode is not None:
         raise ConfigError("--best-num and --best-mode go with --keep-best; nothing was deleted")
     if keep_newer_than is not None:
-        policies.append(KeepNewerThan(_seconds(keep_newer_than)))
+        policies.append(KeepNewerThan(parse_duration_s(keep_newer_than)))
     if not policies:
         raise ConfigError(
             "say what to keep: --keep-last, --keep-every, --keep-best or --keep-newer-than; nothing was deleted"
@@ -97,7 +97,7 @@ def command(
 
     decisions = decide(checkpoints, policy, hold=hold) if dry_run else _carry_out(catalog, policy, hold)
     if as_json:
-        print_json([_result(decision, dry_run) for decision in decisions])
+        print_json([{**picked(d, "tag keep reasons"), "deleted": not d.keep and not dry_run} for d in decisions])
     elif not decisions:
         print(f"no checkpoints in {root!r}")
     else:
@@ -121,19 +121,3 @@ def _action(decision: Decision, dry_run: bool) -> str:
     if decision.failure is not None:
         return "not deleted"
     return "kept" if decision.keep else "would be deleted" if dry_run else "deleted"
-
-
-def _result(decision: Decision, dry_run: bool) -> dict[str, Any]:
-    return {
-        "tag": decision.tag,
-        "keep": decision.keep,
-        "deleted": not decision.keep and not dry_run,
-        "reasons": list(decision.reasons),
-    }
-
-
-def _seconds(age: str) -> float:
-    try:
-        return parse_duration_s(age)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ..observers.units import format_bytes
 from ..storage.filesystem import FileSystem
 from .failing import EXIT_OK
 from .list import staged
 from .locating import catalog_of
-from .output import add_json, add_root, print_json, print_table
+from .output import add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +30,14 @@ def command(root: str, dry_run: bool, as_json: bool) -> int:
     catalog = catalog_of(root)
     if dry_run:
         found = [staged(catalog, info, 0.0) for info in catalog.staging()]
-        results = [_result(s["name"], s["tag"], "none", f"owner is {s['owner_state']}", s["size_bytes"]) for s in found]
+        results = [
+            {"name": s["name"], "tag": s["tag"], "size_bytes": s["size_bytes"], "action": "none"}
+            | {"reason": f"owner is {s['owner_state']}"}
+            for s in found
+        ]
     else:
         swept = sweep(FileSystem(), catalog.root)
-        results = [_result(one.name, one.tag, one.action, one.reason) for one in swept]
+        results = [{**picked(one, "name tag action reason"), "size_bytes": None} for one in swept]
     if as_json:
         print_json(results)
     elif not results:
@@ -46,7 +49,3 @@ def command(root: str, dry_run: bool, as_json: bool) -> int:
         ]
         print_table(("name", "action", "reason", "size"), rows, right=("size",))
     return EXIT_OK
-
-
-def _result(name: str, tag: str | None, action: str, reason: str, size_bytes: int | None = None) -> dict[str, Any]:
-    return {"name": name, "tag": tag, "action": action, "reason": reason, "size_bytes": size_bytes}

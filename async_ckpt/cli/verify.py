@@ -15,7 +15,7 @@ from ..reading.catalog import Catalog
 from ..reading.verify import VerifyReport
 from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of, place_of
-from .output import add_json, bar, number, print_json, print_table
+from .output import add_json, bar, number, picked, print_json, print_table
 
 _MAX_GONE = 32
 
@@ -89,15 +89,10 @@ def _asked(root: str, tag: str | None) -> tuple[Catalog, list[str]]:
 
 def _result(report: VerifyReport, seconds: float) -> dict[str, Any]:
     return {
-        "tag": report.tag,
-        "ok": report.ok,
-        "level": report.level,
-        "num_files": report.num_files,
-        "size_bytes": report.size_bytes,
+        **picked(report, "tag ok level num_files size_bytes extra"),
         "seconds": seconds,
         "bytes_per_s": report.size_bytes / seconds if report.level == "full" and seconds > 0 else None,
-        "extra": list(report.extra),
-        "problems": [{"path": p.path, "record": p.record, "message": p.message} for p in report.problems],
+        "problems": [picked(problem, "path record message") for problem in report.problems],
     }
 
 

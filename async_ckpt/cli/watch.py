@@ -13,7 +13,7 @@ from ..reading.catalog import Catalog
 from .failing import EXIT_OK
 from .list import OWNERS, staged
 from .locating import catalog_of
-from .output import add_json, add_root, console, number, print_json
+from .output import add_json, add_root, console, drawn_table, number, print_json
 
 _NUM_SHOWN = 10
 
@@ -78,25 +78,21 @@ def _look(catalog: Catalog) -> dict[str, Any]:
 
 def _view(seen: dict[str, Any]) -> Any:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     committed = seen["checkpoints"]
     earlier = f", the newest {_NUM_SHOWN} are shown" if len(committed) > _NUM_SHOWN else ""
     parts: list[Any] = [Text(escaped(f"{seen['root']}  {len(committed)} checkpoints{earlier}"), style="bold")]
     if committed:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("tag", no_wrap=True)
-        for column in ("age", "size", "stall", "durable in"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for item in committed[-_NUM_SHOWN:]:
-            seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
-            table.add_row(
-                Text(escaped(item["tag"])), format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds
-            )
-        parts.append(table)
+        columns = ("tag", "age", "size", "stall", "durable in")
+        parts.append(drawn_table(columns, map(_row, committed[-_NUM_SHOWN:]), right=columns[1:]))
     staging = [_staged(item) for item in seen["staging"]] or ["nothing is staged"]
     return Group(*parts, *(Text(escaped(line), style="dim") for line in staging))
+
+
+def _row(item: dict[str, Any]) -> tuple[str, ...]:
+    seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
+    return (item["tag"], format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds)
 
 
 def _staged(item: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -37,6 +38,11 @@ class Inert:
     pairs: dict[Any, Any] | None = None
     data: Any = None
     """What a maker found in it: for a tensor subclass, its tensor."""
+
+    @property
+    def states(self) -> Sequence[Any]:
+        """What it would be given, taken apart where that is several things."""
+        return self.state if isinstance(self.state, (tuple, list)) else (self.state,)
 
 
 class Notes:

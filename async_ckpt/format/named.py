@@ -85,7 +85,7 @@ def _children(path: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         return [(f"{path}[{index}]", child) for index, child in enumerate(value)]
     children = [(path, child) for arg in value.args for child in (arg if isinstance(arg, tuple) else (arg,))]
-    for state in value.state if isinstance(value.state, tuple) else (value.state,):
+    for state in value.states:
         if isinstance(state, dict):
             children += [
                 (f"{path}.{printable(key[:_MAX_PATH]) if isinstance(key, str) else describe(key)}", child)

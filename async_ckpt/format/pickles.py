@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..errors import CheckpointError
 
 MAX_OPCODES = 100_000_000
-"""Four million tensors."""
+"""Enough for four million tensors."""
 MAX_KEY_DEPTH = 100
 """Hashing a tuple recurses in C."""
 _MAX_NAME = 1024
@@ -88,10 +88,10 @@ class Maker(Protocol):
     def build(self, target: Any, state: Any) -> None: ...
 
     def extend(self, target: Any, items: list[Any]) -> None:
-        """Of what is no list."""
+        """Give `items` to what is no list."""
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
-        """Of what is no dict."""
+        """Give `pairs` to what is no dict."""
 
 
 class PickleReader:

@@ -115,13 +115,13 @@ class Told:
     slips: Mapping[int, int]
 
     def encode(self) -> dict[str, Any]:
-        """As JSON."""
+        """What JSON holds of it."""
         numbers = {name: struct.pack(f">{len(vars(self)[name])}I", *vars(self)[name]).hex() for name in _NUMBERS}
         return {**vars(self), **numbers, "slips": {str(payload): slip for payload, slip in self.slips.items()}}
 
     @classmethod
     def decode(cls, raw: Mapping[str, Any]) -> Told:
-        """From what `encode` gives."""
+        """The one of which `encode` has made `raw`."""
         numbers = {name: struct.unpack(f">{len(raw[name]) // 8}I", bytes.fromhex(raw[name])) for name in _NUMBERS}
         return cls(**{**raw, **numbers, "slips": {int(payload): slip for payload, slip in raw["slips"].items()}})
 

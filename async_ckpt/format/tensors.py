@@ -64,7 +64,7 @@ class TensorExtent:
     """One strided tensor in a file: which of its bytes are the elements, and in which order. Geometry in elements."""
 
     dtype: str
-    """torch's name of it."""
+    """The dtype's name in torch."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -282,11 +282,8 @@ def _own_parts(value: Inert) -> list[Any]:
     """What an object holds apart from its `_children`."""
     if value.name.startswith(("numpy.", "_codecs.")):
         return [value]
-    states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
-    return [
-        value.name,
-        *(type(part).__name__ if isinstance(part, _CONTAINERS) else part for part in (*value.args, *states)),
-    ]
+    parts = (*value.args, *value.states)
+    return [value.name, *(type(part).__name__ if isinstance(part, _CONTAINERS) else part for part in parts)]
 
 
 def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
@@ -307,8 +304,7 @@ def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
         for index, child in enumerate(value.args):
             if isinstance(child, _CONTAINERS) and child != ():
                 yield (f"({index})",), f".({index})", child
-        states = value.state if isinstance(value.state, (tuple, list)) else (value.state,)
-        for index, state in enumerate(states):
+        for index, state in enumerate(value.states):
             if isinstance(state, dict):
                 yield from ((parts, f".(state {index}) {step}", child) for parts, step, child in _children(state))
             elif isinstance(state, _CONTAINERS):

@@ -54,7 +54,7 @@ class Record(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without the archive's name."""
+        """Its name, without the archive's."""
         return self.zip_name.partition(b"/")[2].decode("utf-8", "replace")
 
     def check_header(self, data: bytes | memoryview, at: int = 0) -> None:

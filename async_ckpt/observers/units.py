@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..errors import ConfigError
+
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _FACTORS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -48,9 +50,9 @@ def parse_duration_s(text: str) -> float:
     """Seconds of "90", "90s", "15min", "6h", "2d" or "1w".
 
     Raises:
-        ValueError: anything else.
+        ConfigError: anything else.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|min|m|h|d|w)?\s*", text)
     if match is None:
-        raise ValueError(f"{text!r} is no duration; write 90s, 15min, 6h, 2d or 1w")
+        raise ConfigError(f"{text!r} is no duration; write 90s, 15min, 6h, 2d or 1w")
     return float(match[1]) * _FACTORS[match[2] or ""]

@@ -109,9 +109,9 @@ class TensorFacts:
         """One tensor index per distinct storage, in order of first appearance."""
         self._pick_distinct = picker(self.distinct)
         self.nbytes = list(map(torch.UntypedStorage.nbytes, self._pick_distinct(live.storages)))
-        """Of each distinct storage."""
+        """The size of each distinct storage."""
         self._addresses: list[int] = []
-        """Of the last state that was readable."""
+        """The addresses of the last state that was readable."""
         if not self._is_readable(live):
             raise NotPlainError("storages without data, or two storages over the same memory")
 

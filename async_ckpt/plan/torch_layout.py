@@ -61,14 +61,14 @@ class Recorded:
     pickled: bytes
     """data.pkl, with tokens in place of the bytes of large arrays; empty where it has `LARGE_BYTES`, and lies apart."""
     pickled_bytes: int
-    """Of the whole data.pkl."""
+    """The size of the whole data.pkl."""
 
     def __init__(self, obj: Any, substitute: Substitute | None = None) -> None:
         """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
         self.persistent_ids: list[tuple[Any, ...]] = []
         """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
         self.storages: list[torch.UntypedStorage] = []
-        """Per storage key, empty ones too."""
+        """The storages by key, empty ones too."""
         self.uses: Counter[int] = Counter()
         """How often each storage was met, by its `_cdata`."""
         self.tensors: list[torch.Tensor] = []

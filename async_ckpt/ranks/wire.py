@@ -215,7 +215,7 @@ class Wire:
 
     @contextlib.contextmanager
     def _losing(self) -> Iterator[None]:
-        """Around what fails with the others."""
+        """Let what fails in the block fail as the others having been lost."""
         try:
             if self._is_closed:
                 raise ConnectionError("it was given up")

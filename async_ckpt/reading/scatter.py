@@ -132,7 +132,7 @@ class Rollback:
         self._region_bytes = region_bytes
         self._lock = Lock()
         self._writing: set[int] = set()
-        """Threads."""
+        """The threads that are writing now."""
         self._is_over = False
         self._log: list[tuple[int, int, int]] = []
         """(target address, address of its old bytes, size), in the order in which they were set aside."""

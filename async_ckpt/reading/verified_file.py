@@ -82,7 +82,7 @@ class VerifiedFile:
         None, the first such error is raised."""
         self.on_read = metrics.read_listener()
         self.read_bytes = 0
-        """Asked of the disk or store so far."""
+        """How many bytes the disk or store was asked for so far."""
         self._lock = Lock()
         self._file = file
         self._num_threads = num_threads or DEFAULT_NUM_THREADS
@@ -158,7 +158,7 @@ class VerifiedFile:
         return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """As `view`, copied."""
+        """A copy of what `view` gives."""
         return bytes(self.view(offset, num_bytes))
 
     def unverified(self, offset: int, num_bytes: int) -> bytes:

@@ -69,7 +69,7 @@ class ReadableFile(Protocol):
         """Fill all of `buffer` from `offset`. Raises CorruptCheckpointError: the file ends before that. OSError."""
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close it; idempotent."""
 
 
 class DirHandle(Protocol):
@@ -94,7 +94,7 @@ class DirHandle(Protocol):
         """The whole content of a small file; CorruptCheckpointError if it is larger than `max_bytes`."""
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close it; idempotent."""
 
 
 class ReadSide(Protocol):
@@ -225,11 +225,9 @@ class FileSystem(Syscalls):
         finally:
             self.close(fd)
 
-    def create_file(self, path: str, data: bytes, reserved_bytes: int = 0) -> None:
-        """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL).
-
-        Raises PathExistsError: it is there, and stays as it is."""
-        write_file.create_file(self, path, data, reserved_bytes)
+    create_file = write_file.create_file
+    """Make a new file with `data`, and blocks for so much, complete, synced and closed (O_EXCL). Raises
+    PathExistsError: it is there, and stays as it is."""
 
     def read_file(self, path: str, max_bytes: int) -> bytes:
         """The whole content of a small regular file; the last component is not followed."""
@@ -268,14 +266,9 @@ class FileSystem(Syscalls):
         """Do not ask again: a file system, or a sandbox, has refused to clone for good."""
         self.findings = replace(self.findings, clones=False)
 
-    def amend(self, path: str, size_bytes: int, changes: Sequence[tuple[int, bytes]]) -> list[bytes]:
-        """Cut a file to its length, overwrite bytes of it, where they differ, and make that durable; returns what stood
-        there before.
-
-        Raises:
-            WriteError: with path and errno.
-        """
-        return write_file.amend(self, path, size_bytes, changes)
+    amend = write_file.amend
+    """Cut a file to its length, overwrite bytes of it, where they differ, and make that durable; returns what stood
+    there before. Raises WriteError."""
 
     async def open_write(
         self,

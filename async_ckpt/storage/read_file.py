@@ -40,7 +40,7 @@ class LocalReadableFile:
         self.path = path
         self.size_bytes = found.st_size
         self.stamp = stamp_of(found)
-        """Of the content when it was opened."""
+        """The stamp of its content when it was opened."""
         self._calls = calls
         self._fd: int | None = fd
         self._direct_fd = direct_fd

@@ -99,7 +99,7 @@ class Staging:
     rewrites: bool = False
     """Whether a small file that fails for a moment is written once more."""
     root: str = field(init=False)
-    """The destination's, absolute."""
+    """The destination's root, absolute."""
     final_path: str = field(init=False)
     """Where the checkpoint will be."""
     location: Future[str] = field(default_factory=Future, repr=False)
@@ -113,9 +113,9 @@ class Staging:
     given_up: bool = False
     """`abort` was called; a publish that has not renamed yet must not."""
     shared: dict[str, SharedFile] = field(default_factory=dict)
-    """By path."""
+    """By path, what several ranks write."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Goes into the manifest."""
+    """What the manifest tells of how long it took."""
     on_step: OnStep | None = field(default=None, repr=False)
     """Told about the steps of `publish`, on its thread."""
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)

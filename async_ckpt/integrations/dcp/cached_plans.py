@@ -35,7 +35,7 @@ class KnownPlan:
     """What one rank knows of a structure that was planned once."""
 
     name: str = ""
-    """Of the global plan, the same on all ranks."""
+    """The name of the global plan, the same on all ranks."""
     local: SavePlan = field(default_factory=lambda: SavePlan([]))
     final: SavePlan = field(default_factory=lambda: SavePlan([]))
     """The part of the global plan that this rank writes."""

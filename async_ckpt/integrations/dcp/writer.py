@@ -64,7 +64,7 @@ class RankPlace:
     staging_name: str
     rank: int
     plan_name: str = ""
-    """Of the global plan that it is a part of."""
+    """The name of the global plan that it is a part of."""
 
     @property
     def file_name(self) -> str:
