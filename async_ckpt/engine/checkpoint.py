@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..plan.plan import FilePlan
     from ..snapshot.file_copy import FileCopy
     from .replicated import Replica
-    from .reuse import NewFile, Reuse
+    from .reuse import NewFile
 
 
 @dataclass(slots=True)
@@ -45,30 +45,6 @@ class SavedFile:
     new: NewFile | None = None
     replica: Replica | None = None
     """Where it is only this rank's share of a file."""
-
-    def entry(self, path: str, rank: int | None) -> FileEntry:
-        """The manifest's line for this file, once it is synced; notes what it has cost."""
-        metrics, write = self.metrics, self.write
-        share = None if self.replica is None else self.replica.share
-        metrics.shared_bytes = 0 if write.sharing is None else write.sharing.shared_bytes
-        metrics.written_bytes = (share.end - share.start if share else write.size_bytes) - metrics.shared_bytes
-        metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
-        metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
-        metrics.durable_s = write.durable_s - self.started_s
-        if self.copy is not None:
-            metrics.copy_s = self.copy.copy_s
-        return FileEntry(
-            path=path,
-            size_bytes=write.size_bytes,
-            extent_bytes=max(1, write.extent_bytes),
-            # An empty file went through the writer as one chunk of no bytes; a manifest has no empty extents.
-            extent_crc32=tuple(write.extent_crc32) if write.size_bytes else (),
-            format=self.plan.format,
-            planner=self.plan.planner,
-            plan_hash=self.plan.plan_hash,
-            rank=rank,
-            shared_bytes=metrics.shared_bytes,
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -164,10 +140,9 @@ class Checkpoint:
         if self.error is not None:
             raise self.error
         entries = []
-        rank = self.coordinator.rank if self.coordinator.world_size > 1 else None
         for path, saved in self.files.items():
             await saved.write.done
-            entry = saved.entry(path, rank)
+            entry = self._entry(path, saved)
             if saved.replica is None:
                 entries.append(entry)
             else:
@@ -177,6 +152,30 @@ class Checkpoint:
         if self.after is not None:
             await self.after.ended()
         return entries
+
+    def _entry(self, path: str, saved: SavedFile) -> FileEntry:
+        """The manifest's line for a file that is synced; notes what that has cost."""
+        metrics, write, plan = saved.metrics, saved.write, saved.plan
+        share = None if saved.replica is None else saved.replica.share
+        metrics.shared_bytes = 0 if write.sharing is None else write.sharing.shared_bytes
+        metrics.written_bytes = (share.end - share.start if share else write.size_bytes) - metrics.shared_bytes
+        metrics.direct, metrics.crc_s = write.direct, write.seconds["crc"]
+        metrics.write_s, metrics.sync_s = write.seconds["write"], write.seconds["fsync"]
+        metrics.durable_s = write.durable_s - saved.started_s
+        if saved.copy is not None:
+            metrics.copy_s = saved.copy.copy_s
+        return FileEntry(
+            path=path,
+            size_bytes=write.size_bytes,
+            extent_bytes=max(1, write.extent_bytes),
+            # An empty file went through the writer as one chunk of no bytes; a manifest has no empty extents.
+            extent_crc32=tuple(write.extent_crc32) if write.size_bytes else (),
+            format=plan.format,
+            planner=plan.planner,
+            plan_hash=plan.plan_hash,
+            rank=self.coordinator.rank if self.coordinator.world_size > 1 else None,
+            shared_bytes=metrics.shared_bytes,
+        )
 
     def publish(
         self,
@@ -217,11 +216,6 @@ class Checkpoint:
         metrics.total_s = now_s - first_save_s
         metrics.size_bytes = sum(saved.metrics.size_bytes for saved in files)
         metrics.num_files = len(files)
-
-    def remember_in(self, reuse: Reuse) -> None:
-        """Let later files share bytes with those of this checkpoint, which is committed."""
-        files = {path: (saved.write, saved.new) for path, saved in self.files.items()}
-        reuse.committed(self.staging.root, self.tag, files)
 
     async def give_up(
         self,

@@ -96,11 +96,6 @@ class Commits:
         if self.closed:
             raise TransactionStateError(f"the engine on {self.root!r} is closed; make a new one")
 
-    def check_mirrors(self) -> None:
-        self.check_usable()
-        if self.mirrors is not None:
-            self.mirrors.check()
-
     def opened(self) -> list[Checkpoint]:
         """Those whose commit was not called yet."""
         return list(self._open.values())
@@ -270,7 +265,8 @@ class Commits:
             read_back=self._config.read_back,
             on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
         )
-        checkpoint.remember_in(self.pipeline.reuse)
+        files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
+        self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
         checkpoint.metrics.num_undeleted = self._rotate()
 

@@ -77,7 +77,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """
         where = tag if isinstance(tag, Destination) else Destination(self.root, tag_of(tag))
         check_tag(where.tag)
-        self._commits.check_mirrors()
+        self._commits.check_usable()
+        if self._commits.mirrors is not None:
+            self._commits.mirrors.check()
         with self._commits.lock:
             self._commits.open(where)
 

@@ -57,9 +57,9 @@ class NewFile:
         self._older: OlderFile | None = None
         self._frozen: list[int] = []
         """The extents that hold nothing but frozen payloads, untouched, and literals that depend on the layout."""
-        if known is not None and known.sealed is not None and (frozen := reuse.frozen_storages()):
+        if known is not None and known.sealed is not None and reuse.named_frozen is not None:
             step = known.older.extent_bytes
-            untouched = seen.untouched(known.seen, step, among=frozen)
+            untouched = seen.untouched(known.seen, step, among=reuse.frozen_storages())
             first, last = plan.payload_offsets[0], plan.literals[-1][0] if len(plan.literals) > 1 else plan.file_bytes
             inner = range(-(-first // step), last // step if last < plan.file_bytes else len(untouched))
             self._frozen = [k for k in inner if untouched[k]]
@@ -113,7 +113,7 @@ class Reuse:
 
     def __init__(self, *, is_on: bool, frozen: Any = None) -> None:
         self.is_on = is_on
-        self._named_frozen = frozen
+        self.named_frozen = frozen
         self._num_unchecked: dict[str, int] = {}
         """By path, saves since all was copied."""
         self._seen: dict[str, SeenState] = {}
@@ -156,10 +156,10 @@ class Reuse:
     # What is frozen.
 
     def _frozen(self) -> Iterator[tuple[str, Any]]:
-        named = self._named_frozen
+        named = self.named_frozen
         if hasattr(named, "named_parameters"):
             yield from named.named_parameters()
-        elif named is not None:
+        else:
             yield from ((f"parameter {k} of reuse_frozen", tensor) for k, tensor in enumerate(named))
 
     def frozen_storages(self) -> set[int]:

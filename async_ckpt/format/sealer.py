@@ -35,7 +35,7 @@ _COPY_NBYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """The payloads of a finished file, by number."""
+    """The payloads of a file, by number; all of them once it is finished."""
 
     crcs: Sequence[int]
     slips: Mapping[int, int]
@@ -75,6 +75,8 @@ class Sealer:
         self._crcs = [0] * self._first_payload
         self._slips: dict[int, int] = {}
         """By payload, what its head has added to the id, see `_look_at_head`."""
+        self.sealed = Sealed(self._crcs, self._slips)
+        """What is known of the payloads so far."""
         self._passed: Sealed | None = None
         self._passed_payload = -1
         """The one that a passed extent ends in."""
@@ -105,11 +107,6 @@ class Sealer:
                 stop = min(start + _COPY_NBYTES, end)
                 view[start - offset : stop - offset] = tail[start - self._tail_offset : stop - self._tail_offset]
         return crc32(view[done - offset :], crc)
-
-    @property
-    def sealed(self) -> Sealed:
-        """What is known of the payloads, at the end."""
-        return Sealed(self._crcs, self._slips)
 
     @property
     def parts(self) -> list[int] | None:

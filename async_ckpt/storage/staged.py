@@ -130,12 +130,6 @@ class Staging:
         """Where it is; blocks until that is known."""
         return self.location.result()
 
-    def unlock(self) -> None:
-        """Let go of the directory lock; idempotent."""
-        lock, self.lock = self.lock, None
-        if lock is not None:
-            lock.close()
-
 
 def create_file(fs: FileSystem, staging: Staging, name: str, data: bytes) -> None:
     """A small new file of the staging directory, as `FileSystem.create_file`; once more where that may help."""

@@ -161,7 +161,8 @@ def publish(
         staging.state = State.DURABLE
         replaced = _make_visible(fs, staging)
         staging.state = State.COMMITTED
-        staging.unlock()
+        if staging.lock is not None:
+            staging.lock.close()
     for old_path in replaced:
         try:
             remove_tree(fs, old_path)
@@ -216,7 +217,8 @@ def abort(fs: FileSystem, staging: Staging) -> None:
         if staging.state in (State.COMMITTED, State.ABORTED):
             return
         staging.state = State.ABORTED
-        at_end.callback(staging.unlock)
+        if staging.lock is not None:
+            at_end.callback(staging.lock.close)
         try:
             # A rename that reported failure may have happened: only a directory that is still ours is deleted.
             if not staging.renamed and fs.stat(staging.path).identity == staging.identity:

@@ -328,7 +328,8 @@ def test_nothing_is_ever_written(tmp_path: Path) -> None:
 def private_name(root: Path) -> str:
     fs = FaultyFileSystem()
     staging = stage(fs, root, "crashed", OLD)
-    staging.unlock()
+    assert staging.lock is not None
+    staging.lock.close()
     assert len(private_names(root)) == 1
     return os.path.basename(staging.path)
 

@@ -527,7 +527,7 @@ from async_ckpt.storage.filesystem import FileSystem
 staging = transaction.begin(FileSystem(), transaction.Staging(transaction.Destination(sys.argv[1], "t"), "refuse"))
 if sys.argv[2] == "fork" and os.fork() == 0:
     sys.stdin.read()
-    staging.unlock()
+    staging.lock.close()
     os._exit(0)
 print(staging.path, flush=True)
 sys.stdin.readline()
