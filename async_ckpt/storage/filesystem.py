@@ -21,14 +21,16 @@ import stat as _stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ..format.names import is_url
 from ..host.process import Owner, OwnerState, current_owner, owner_state
 from . import probe, write_file
 from .probe import OCCUPIED, Findings
 from .read_file import Kind, LocalDirHandle, LocalReadableFile, kind_of
-from .syscalls import EXCHANGE, NOREPLACE, REFUSED, Syscalls
+from .syscalls import EXCHANGE, NOREPLACE, O_DIRECT, REFUSED, Syscalls
+from .write_error import write_error
+from .write_file import INCOMPLETE, Ranges, WritableFile, open_new
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -277,9 +279,9 @@ class FileSystem(Syscalls):
         *,
         direct: bool,
         executor: Executor,
-        written: write_file.Ranges | None = None,
+        written: Ranges | None = None,
         shared: bool = False,
-    ) -> write_file.WritableFile:
+    ) -> WritableFile:
         """Make a new file of (later) `size_bytes` and open it for parallel writes. Raises WriteError.
 
         Falls back to buffered where O_DIRECT is refused. Space is reserved where that lets direct writes run in
@@ -287,10 +289,25 @@ class FileSystem(Syscalls):
         `shared`: whoever of several processes comes first has made it, and has reserved all.
         """
         # The padded end of a direct write must be cut off again.
-        direct = direct and not self.findings.ignores_truncate
+        is_direct = bool(direct and O_DIRECT) and not self.findings.ignores_truncate
         root = max((root for root in self.root_types if path.startswith(os.path.join(root, ""))), key=len, default="")
-        how: Any = {"fs_type": self.root_types.get(root), "written": written, "shared": shared}
-        return await write_file.open_write(self, path, size_bytes, direct=direct, executor=executor, **how)
+        needed_bytes = size_bytes if written is None else sum(num_bytes for _, num_bytes in written)
+
+        def opener(path: str, flags: int) -> int:
+            nonlocal is_direct
+            kind = self.root_types.get(root) or self.fs_type(os.path.dirname(path) or ".")
+            # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
+            fd, is_direct = open_new(self, path, size_bytes, is_direct and kind != "tmpfs", kind, written, shared)
+            return fd
+
+        try:
+            # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
+            import aiofiles
+
+            file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
+        except OSError as error:
+            raise write_error(self, error, f"opening{INCOMPLETE}", path, needed_bytes=needed_bytes) from error
+        return WritableFile(self, path, size_bytes, needed_bytes, file, direct=is_direct, executor=executor)
 
 
 _openers: list[Callable[[str], ReadSide]] = []

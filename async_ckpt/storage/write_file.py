@@ -30,7 +30,7 @@ _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o666  # the kernel takes the umask off
 _MAX_STALLED_WRITES = 3
-_INCOMPLETE = " failed, the file is incomplete and is not committed"
+INCOMPLETE = " failed, the file is incomplete and is not committed"
 
 
 def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0) -> None:
@@ -50,7 +50,7 @@ def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0
     except FileExistsError as error:
         raise PathExistsError(f"{path!r} exists already, and stays as it is") from error
     except OSError as error:
-        raise write_error(calls, error, f"writing{_INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
+        raise write_error(calls, error, f"writing{INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
 
 
 def _write_some(calls: Syscalls, fd: int, path: str, buffer: memoryview, offset: int) -> int:
@@ -91,43 +91,11 @@ def amend(calls: Syscalls, path: str, size_bytes: int, changes: Sequence[tuple[i
         finally:
             calls.close(fd)
     except OSError as error:
-        raise write_error(calls, error, f"amending{_INCOMPLETE}", path) from error
+        raise write_error(calls, error, f"amending{INCOMPLETE}", path) from error
     return before
 
 
-async def open_write(
-    calls: Syscalls,
-    path: str,
-    size_bytes: int,
-    *,
-    direct: bool,
-    executor: Executor,
-    fs_type: str | None,
-    written: Ranges | None,
-    shared: bool,
-) -> WritableFile:
-    """See `FileSystem.open_write`. `fs_type`: of the file system, where that is known."""
-    is_direct = direct and bool(O_DIRECT)
-    needed_bytes = size_bytes if written is None else sum(num_bytes for _, num_bytes in written)
-
-    def opener(path: str, flags: int) -> int:
-        nonlocal is_direct
-        kind = fs_type or calls.fs_type(os.path.dirname(path) or ".")
-        # Newer kernels take the flag on tmpfs and ignore it: say what really happens.
-        fd, is_direct = _open(calls, path, size_bytes, is_direct and kind != "tmpfs", kind, written, shared)
-        return fd
-
-    try:
-        # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
-        import aiofiles
-
-        file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
-    except OSError as error:
-        raise write_error(calls, error, f"opening{_INCOMPLETE}", path, needed_bytes=needed_bytes) from error
-    return WritableFile(calls, path, size_bytes, needed_bytes, file, direct=is_direct, executor=executor)
-
-
-def _open(
+def open_new(
     calls: Syscalls, path: str, size_bytes: int, direct: bool, fs_type: str, written: Ranges | None, shared: bool
 ) -> tuple[int, bool]:
     """Make, open and reserve in one go, on the executor's thread; gives the descriptor, and whether O_DIRECT is in
@@ -259,7 +227,7 @@ class WritableFile:
             await self._file.close()
         except OSError as error:
             raise write_error(
-                self._calls, error, f"closing{_INCOMPLETE}", self.path, needed_bytes=self._needed_bytes
+                self._calls, error, f"closing{INCOMPLETE}", self.path, needed_bytes=self._needed_bytes
             ) from error
 
     async def _call(self, what: str, call: Callable[[], None]) -> None:
@@ -288,7 +256,7 @@ class WritableFile:
                 failure = write_error(
                     self._calls,
                     error,
-                    f"{what}{_INCOMPLETE}",
+                    f"{what}{INCOMPLETE}",
                     self.path,
                     offset=offset,
                     needed_bytes=self._needed_bytes,
