@@ -37,15 +37,12 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@, -]*[A-Za-z0-9._+=@-])?
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A staging, trash or aside directory's name, taken apart; `str` puts it together again."""
+    """A staging, trash or aside directory's name, taken apart."""
 
     kind: NameKind
     tag: str
     owner: Owner
     number: int
-
-    def __str__(self) -> str:
-        return f".{self.kind}.{self.tag}.{self.owner}.{self.number}"
 
 
 def check_tag(tag: str) -> str:
@@ -97,6 +94,11 @@ def single_file_tag(name: str) -> str:
         return "file-" + hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
+def private_name(kind: NameKind, tag: str, owner: Owner, number: int) -> str:
+    """The name of a staging, trash or aside directory."""
+    return f".{kind}.{tag}.{owner}.{number}"
+
+
 def parse_private_name(name: str) -> PrivateName | None:
     """The parts of a staging, trash or aside name exactly as this package writes them; None for every other name."""
     head, _, number = name.rpartition(".")
@@ -108,8 +110,8 @@ def parse_private_name(name: str) -> PrivateName | None:
         return None
     if len(tag) > MAX_TAG_BYTES or not _COMPONENT.fullmatch(tag):
         return None
-    parsed = PrivateName(cast(NameKind, kind), tag, owner, int(number))
-    return parsed if str(parsed) == name else None
+    parts = cast(NameKind, kind), tag, owner, int(number)
+    return PrivateName(*parts) if private_name(*parts) == name else None
 
 
 def is_url(path: object) -> bool:

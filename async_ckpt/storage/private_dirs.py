@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from ..format.names import MANIFEST_NAME, NameKind, PrivateName
+from ..format.names import MANIFEST_NAME, NameKind, private_name
 from .filesystem import FileLock, FileStat, FileSystem
 from .syscalls import REFUSED
 
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 def make_private(fs: FileSystem, root: str, tag: str, kind: NameKind = "staging", src: str | None = None) -> str:
     """The path of a directory under a new private name: an empty one, or what has been at `src`."""
     for number in itertools.islice(_numbers, _MAX_NAME_TRIES):
-        path = os.path.join(root, str(PrivateName(kind, tag, fs.owner(), number)))
+        path = os.path.join(root, private_name(kind, tag, fs.owner(), number))
         with contextlib.suppress(FileExistsError):
             if src is None:
                 fs.mkdir(path, private=True)

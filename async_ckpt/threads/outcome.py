@@ -36,6 +36,8 @@ class Outcome(Generic[T]):
         self._ends: list[tuple[T | None, BaseException | None]] = []
         """The first one counts."""
         self._callbacks: deque[Callable[[Any], object]] = deque()
+        self.acknowledged = False
+        """Whether somebody has asked how it ended (`result`, `exception` or ``await``)."""
 
     def done(self) -> bool:
         """Whether it has resolved. Never blocks."""
@@ -65,9 +67,15 @@ class Outcome(Generic[T]):
         return bool(self._ends)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Block until it has resolved; its error, or None. Raises TimeoutError: not within `timeout` seconds."""
+        """Block until it has ended; its failure, or None.
+
+        Raises:
+            TimeoutError: it did not end within `timeout` seconds, and goes on. Of a commit or an upload a
+                BackpressureTimeout, which says what it waits for.
+        """
         if not self.wait(timeout):
             raise self._timeout_error(f"did not end within {timeout:g} s and goes on")
+        self.acknowledged = True
         return self._ends[0][1]
 
     def result(self, timeout: float | None = None) -> T:
@@ -180,24 +188,12 @@ class Pending(Outcome[str]):
     def __init__(self, tag: str, run_callback: Callable[[Callable[[], object]], object] = run_guarded) -> None:
         super().__init__()
         self.tag = tag
-        self.acknowledged = False
-        """Whether somebody has asked for the outcome (`result`, `exception` or ``await``)."""
         self._run_callback = run_callback
 
     @property
     def is_inherited(self) -> bool:
         """Whether it is the parent's of this forked process."""
         return os.getpid() != self._pid
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Block until it ended; returns its failure, or None.
-
-        Raises:
-            BackpressureTimeout: it did not end within `timeout` seconds; says what it waits for. It goes on.
-        """
-        error = super().exception(timeout)
-        self.acknowledged = True
-        return error
 
     def add_done_callback(self: Held, callback: Callable[[Held], object]) -> None:
         """Call `callback(self)` once it ended, on the engine's thread for callbacks and observers, one after the other.

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError, load
-from async_ckpt.format.names import MANIFEST_NAME, PrivateName
+from async_ckpt.format.names import MANIFEST_NAME, private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
@@ -152,7 +152,7 @@ def test_a_sweep_keeps_an_old_tree_whose_name_something_else_has(tmp_path: Path)
     with make_engine(tmp_path) as engine:
         Job(engine, Told()).whole("a", 1)
     dead = dataclasses.replace(current_owner(), start_ticks=current_owner().start_ticks + 10**12)
-    aside = tmp_path / str(PrivateName("aside", "a", dead, 0))
+    aside = tmp_path / private_name("aside", "a", dead, 0)
     os.rename(tmp_path / "a", aside)
     (tmp_path / "a").mkdir()
     (swept,) = transaction.sweep(FileSystem(), str(tmp_path))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
-from async_ckpt.format.names import PrivateName
+from async_ckpt.format.names import private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.storage.probe import Findings
 from tests.support.faulty_filesystem import FaultyFileSystem
@@ -260,7 +260,7 @@ def leave_behind(root: Path) -> None:
     me = current_owner()
     dead = dataclasses.replace(me, start_ticks=me.start_ticks + 10**12)
     for number, kind in enumerate(("staging", "trash")):
-        path = root / str(PrivateName(kind, "new", dead, number))  # type: ignore[arg-type]
+        path = root / private_name(kind, "new", dead, number)  # type: ignore[arg-type]
         (path / "sub").mkdir(parents=True)
         (path / "sub" / "model.pt").write_bytes(b"a part" * 100)
         (path / "model.pt").write_bytes(b"")
