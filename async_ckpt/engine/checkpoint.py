@@ -60,6 +60,9 @@ class Checkpoint:
     staging: Staging
     coordinator: Coordinator
     filesystem: FileSystem
+    tag: str
+    metrics: CommitMetrics
+    real_root: str
     is_tolerant: bool = False
     after: PendingCommit | None = None
     files: dict[str, SavedFile] = field(default_factory=dict)
@@ -68,15 +71,6 @@ class Checkpoint:
     error: BaseException | None = None
     """Its first failure."""
     commit_s: float = 0.0
-    tag: str = field(init=False)
-    metrics: CommitMetrics = field(init=False)
-    real_root: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tag = self.staging.tag
-        self.metrics = CommitMetrics(self.tag)
-        # The disk has just been asked for the staging directory; the call of `commit` asks it nothing.
-        self.real_root = os.path.realpath(self.staging.root)
 
     @property
     def ended_unix_s(self) -> float | None:
@@ -184,7 +178,7 @@ class Checkpoint:
         created_unix_ns: int,
         *,
         read_back: bool,
-        on_step: OnStep,
+        on_step: OnStep | None,
     ) -> None:
         """All that is left to do once the files are synced. Blocks on the disk.
 
@@ -208,7 +202,8 @@ class Checkpoint:
         try:
             self.coordinator.publish(staging, entries, metadata, created_unix_ns)
         finally:
-            on_step("publish", started_s)
+            if on_step is not None:
+                on_step("publish", started_s)
         staging.state = State.COMMITTED
         metrics, now_s = self.metrics, time.perf_counter()
         metrics.publish_s = now_s - started_s
@@ -256,16 +251,18 @@ def begin(
     Where failures are tolerated, those of the disk are no error here: nothing is made, what is saved is left out, and
     the commit fails.
     """
-    is_tolerant = config.on_commit_failure != "raise"
+    is_tolerant, error = config.on_commit_failure != "raise", None
     try:
         staging = coordinator.begin(destination, config.overwrite)
-        staging.rewrites = config.rewrite
-        return Checkpoint(staging, coordinator, filesystem, is_tolerant, after)
-    except WriteError as error:
+    except WriteError as failure:
         if not is_tolerant:
             raise
-        staging = Staging(destination, config.overwrite, state=State.ABORTED)
-        return Checkpoint(staging, coordinator, filesystem, is_tolerant, after, error=error)
+        staging, error = Staging(destination, config.overwrite, state=State.ABORTED), failure
+    staging.rewrites = config.rewrite
+    # The disk has just been asked for the staging directory; the call of `commit` asks it nothing.
+    real_root, metrics = os.path.realpath(staging.root), CommitMetrics(staging.tag)
+    about = staging.tag, metrics, real_root
+    return Checkpoint(staging, coordinator, filesystem, *about, is_tolerant, after, error=error)
 
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:

@@ -258,13 +258,12 @@ class Commits:
     def _publish(
         self, checkpoint: Checkpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        checkpoint.publish(
-            entries,
-            metadata,
-            self._after_older(created_unix_ns),
-            read_back=self._config.read_back,
-            on_step=lambda kind, start_s: self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag),
-        )
+        def on_step(kind: str, start_s: float) -> None:
+            self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag)
+
+        created_unix_ns = self._after_older(created_unix_ns)
+        how: Any = {"read_back": self._config.read_back, "on_step": on_step if self.pipeline.observes else None}
+        checkpoint.publish(entries, metadata, created_unix_ns, **how)
         files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
         self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()

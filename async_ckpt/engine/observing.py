@@ -51,9 +51,8 @@ class Callbacks:
         self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0
     ) -> None:
         """Tell about a piece of work that ended now, on this thread."""
-        if self._observers:
-            thread = threading.current_thread().name
-            self.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
+        thread = threading.current_thread().name
+        self.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
 
     def tell(self, event: str, *about: object) -> None:
         """Call this method of each observer; one that does not derive from `Observer` may not have all of them."""

@@ -69,7 +69,8 @@ class SavePipeline:
             ) from error
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
         self.replication = Replication(filesystem, os.fspath(config.root), reads_back=config.read_back)
-        self._observes = bool(config.observers)
+        self.observes = bool(config.observers)
+        """Whether anybody hears of spans."""
         self._has_stopped = False
         self._notes: deque[str] = deque()
         self.warming: list[Future[None]] = []
@@ -83,7 +84,7 @@ class SavePipeline:
                     num_helpers=num_copy_helpers(),
                     io_mode=config.io_mode,
                     rewrite=config.rewrite,
-                    on_span=self.callbacks.on_span if self._observes else None,
+                    on_span=self.callbacks.on_span if self.observes else None,
                     name=name,
                 )
                 undo.pop_all()
@@ -153,7 +154,8 @@ class SavePipeline:
             self.guard.track(copy)
         metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
         metrics.stall_s = time.perf_counter() - started_s
-        self.callbacks.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
+        if self.observes:
+            self.callbacks.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
         checkpoint.metrics.stall_s += metrics.stall_s
 
     def _open(
@@ -195,7 +197,7 @@ class SavePipeline:
             write,
             name=about.path,
             guarded=guarded,
-            on_copied=tell_copied if self._observes else None,
+            on_copied=tell_copied if self.observes else None,
             elsewhere=elsewhere,
             chunks_of=None if replica is None else (replica.share.start, replica.share.copied_end),
         )

@@ -62,9 +62,24 @@ class Owner:
         return owner if str(owner) == text else None
 
 
+@functools.lru_cache(maxsize=1)
 def current_owner() -> Owner:
     """The identity of this process; right in a forked child too. Any thread."""
-    return _owner_of(os.getpid())
+    pid = os.getpid()
+    machine = read_text("/etc/machine-id").strip()
+    host = hashlib.sha256(f"{machine}\0{platform.node()}".encode()).hexdigest()[:8]
+    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    status = _process_status(pid)
+    return Owner(
+        host, boot if re.fullmatch("[0-9a-f]{8}", boot) else _NO_BOOT, namespace, pid, status[1] if status else 0
+    )
+
+
+os.register_at_fork(after_in_child=current_owner.cache_clear)
 
 
 def owner_state(owner: Owner, me: Owner | None = None) -> OwnerState:
@@ -78,21 +93,6 @@ def owner_state(owner: Owner, me: Owner | None = None) -> OwnerState:
     if owner.pid_namespace != me.pid_namespace or not me.pid_namespace or not me.start_ticks:
         return OwnerState.UNKNOWN
     return OwnerState.ALIVE if _is_running(owner.pid, owner.start_ticks) else OwnerState.DEAD
-
-
-@functools.lru_cache(maxsize=4)
-def _owner_of(pid: int) -> Owner:
-    machine = read_text("/etc/machine-id").strip()
-    host = hashlib.sha256(f"{machine}\0{platform.node()}".encode()).hexdigest()[:8]
-    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    status = _process_status(pid)
-    return Owner(
-        host, boot if re.fullmatch("[0-9a-f]{8}", boot) else _NO_BOOT, namespace, pid, status[1] if status else 0
-    )
 
 
 def _is_running(pid: int, start_ticks: int) -> bool:

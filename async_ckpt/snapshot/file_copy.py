@@ -101,7 +101,7 @@ class FileCopy:
         self._callers = {device: record_now(device) for device in self._devices}
         """How far the caller's streams have come: from there on the sources are final."""
         payloads = self._payloads
-        self._torn = TornCheck(state, owners, chunk_map.probes, payloads.host_addresses, frozenset(payloads.on_devices))
+        self._torn = TornCheck(state, owners, chunk_map.probes, payloads.addresses, frozenset(payloads.on_devices))
 
     # On the thread that saves.
 

@@ -51,16 +51,19 @@ class Payloads:
         literals = state.plan.literals
         numbers = (0, None, -1, *chunk_map.long_literals)
         self._literals = [chunk_map.middle if k is None else literals[k][1] for k in numbers]
-        planned = state.addresses
-        if planned and not self.devices:
-            self._addresses = list(map(add, planned, self._starts)) if any(self._starts) else planned
-        else:
-            self._addresses = self._look()
         self.on_devices: dict[int, torch.device] = {}
         """By number, the payloads on devices."""
         if self.devices:
             devices = [storage.device for storage in self.storages]
             self.on_devices = {k: device for k, device in enumerate(devices) if device.type != "cpu"}
+        self.addresses = planned = state.addresses
+        """Of the first bytes of payloads that the CPU can read; 0 for the others."""
+        self._device_addresses: dict[int, int] = {}
+        """Of the others."""
+        if not planned or self.devices:
+            self._look()
+        elif any(self._starts):
+            self.addresses = list(map(add, planned, self._starts))
         self._sources: list[int] = []
         """The addresses of everything that `fill` copies; 0 for what it cannot."""
         self._small_sources: list[int] = []
@@ -69,13 +72,6 @@ class Payloads:
         """With the literals."""
         return len(self._starts) + len(self._literals)
 
-    @property
-    def host_addresses(self) -> list[int]:
-        """The addresses of the first bytes of payloads that the CPU can read, and 0 for the others."""
-        if not self.on_devices:
-            return self._addresses
-        return [0 if k in self.on_devices else address for k, address in enumerate(self._addresses)]
-
     def look_again(self, wanted: Sequence[bool] | None) -> None:
         """Find the addresses again of what is wanted (None: of everything): the user may have moved the bytes.
 
@@ -83,8 +79,9 @@ class Payloads:
             TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe
                 sees what another owner has put there.
         """
-        before, self._addresses, self._sources = self._addresses, self._look(wanted), []
-        if any(before[k] != self._addresses[k] for k in self.on_devices if wanted is None or wanted[k]):
+        before, self._sources = self._device_addresses, []
+        self._look(wanted)
+        if any(before[k] != now for k, now in self._device_addresses.items() if wanted is None or wanted[k]):
             raise TornSnapshotError(
                 f"a tensor's memory was given back and taken anew before its snapshot was taken. {_OUTCOME}"
             )
@@ -92,7 +89,7 @@ class Payloads:
     def prepare(self, copies: Iterable[tuple[int, int]]) -> None:
         """To be called before `fill`. `copies`: payloads that are read elsewhere, and where."""
         if not self._sources:
-            sources = [*self.host_addresses, *(address_of(memoryview(data)) for data in self._literals)]
+            sources = [*self.addresses, *(address_of(memoryview(data)) for data in self._literals)]
             for k, address in copies:
                 sources[k] = address
             starts = self._map.pick_small(sources)
@@ -131,7 +128,7 @@ class Payloads:
             return memory, memory[start + offset :][:nbytes]
         return memory, row_major_bytes(layout.memory(storage, start), offset, nbytes)
 
-    def _look(self, wanted: Sequence[bool] | None = None) -> list[int]:
+    def _look(self, wanted: Sequence[bool] | None = None) -> None:
         storage_nbytes = list(map(torch.UntypedStorage.nbytes, self.storages))
         ends = list(map(add, self._starts, self._nbytes))
         for k, layout in self._strided.items():
@@ -143,7 +140,10 @@ class Payloads:
                         f"a tensor's storage was resized from {end} bytes or more to {now} before its snapshot was "
                         f"taken. {_OUTCOME}"
                     )
-        return list(map(add, map(torch.UntypedStorage.data_ptr, self.storages), self._starts))
+        self.addresses = list(map(add, map(torch.UntypedStorage.data_ptr, self.storages), self._starts))
+        self._device_addresses = {k: self.addresses[k] for k in self.on_devices}
+        for k in self.on_devices:
+            self.addresses[k] = 0
 
     def _copy(self, piece: LargePiece, target: int) -> None:
         if piece.source not in self._strided:
