@@ -37,8 +37,9 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@, -]*[A-Za-z0-9._+=@-])?
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A staging, trash or aside directory's name, taken apart."""
+    """A staging, trash or aside directory's name, and what it is made of."""
 
+    name: str
     kind: NameKind
     tag: str
     owner: Owner
@@ -111,7 +112,7 @@ def parse_private_name(name: str) -> PrivateName | None:
     if len(tag) > MAX_TAG_BYTES or not _COMPONENT.fullmatch(tag):
         return None
     parts = cast(NameKind, kind), tag, owner, int(number)
-    return PrivateName(*parts) if private_name(*parts) == name else None
+    return PrivateName(name, *parts) if private_name(*parts) == name else None
 
 
 def is_url(path: object) -> bool:

@@ -169,7 +169,7 @@ class Catalog:
     def staging(self) -> list[StagingInfo]:
         """What is not committed: being written or deleted now, or left by a crash until an engine sweeps."""
         return [
-            StagingInfo(str(it), it.kind, it.tag, str(it.owner), self.filesystem.owner_state(it.owner))
+            StagingInfo(it.name, it.kind, it.tag, str(it.owner), self.filesystem.owner_state(it.owner))
             for it in filter(None, map(parse_private_name, sorted(self._listdir())))
         ]
 

@@ -134,13 +134,13 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
                     results.append(decided)
                     continue
                 # A new name for trash too: the new entry rewrites what a failed sync of the root may have lost before.
-                path = os.path.join(root, str(parsed))
+                path = os.path.join(root, parsed.name)
                 doomed.append((parsed, make_private(fs, root, parsed.tag, "trash", path)))
             except FileNotFoundError:
                 # Another sweep was first.
                 continue
             except OSError as error:
-                results.append(Swept(str(parsed), parsed.tag, "left", str(error)))
+                results.append(Swept(parsed.name, parsed.tag, "left", str(error)))
         if doomed or any(swept.action == "restored" for swept in results):
             try:
                 fs.fsync_dir(root)
@@ -150,18 +150,18 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
         for parsed, path in doomed:
             try:
                 remove_tree(fs, path)
-                results.append(Swept(str(parsed), parsed.tag, "removed", "its owner is gone"))
+                results.append(Swept(parsed.name, parsed.tag, "removed", "its owner is gone"))
             except OSError as error:
-                results.append(Swept(str(parsed), parsed.tag, "left", str(error)))
+                results.append(Swept(parsed.name, parsed.tag, "left", str(error)))
     return results
 
 
 def _decide(fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.ExitStack) -> Swept | None:
     """Decide about one left-over; None when it is to be deleted, and locked meanwhile."""
-    path = os.path.join(root, str(parsed))
+    path = os.path.join(root, parsed.name)
 
     def left(reason: str) -> Swept:
-        return Swept(str(parsed), parsed.tag, "left", reason)
+        return Swept(parsed.name, parsed.tag, "left", reason)
 
     found = fs.stat(path)
     if found.kind == "missing":
@@ -187,7 +187,7 @@ def _decide(fs: FileSystem, root: str, parsed: PrivateName, locks: contextlib.Ex
     if parsed.kind == "aside":
         with contextlib.suppress(FileExistsError):
             fs.rename_noreplace(path, os.path.join(root, parsed.tag))
-            return Swept(str(parsed), parsed.tag, "restored", "its replacement was never published")
+            return Swept(parsed.name, parsed.tag, "restored", "its replacement was never published")
         if fs.stat(os.path.join(root, parsed.tag, MANIFEST_NAME)).kind == "missing":
             return left("it is a whole checkpoint, and what has its name now is none")
     return None

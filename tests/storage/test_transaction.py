@@ -570,5 +570,5 @@ def test_private_names_round_trip() -> None:
     for tag in ("t", "a.b.c", "step-1", "x" * 128, "1.2"):
         parts: Any = "aside", tag, current_owner(), 12
         name = private_name(*parts)
-        assert parse_private_name(name) == PrivateName(*parts)
+        assert parse_private_name(name) == PrivateName(name, *parts)
         assert len(name) < 255

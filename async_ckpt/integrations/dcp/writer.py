@@ -339,7 +339,7 @@ class DcpWriter(StorageWriter):
                 f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file "
                 "system? Nothing was written"
             )
-        return os.path.join(self._root, str(max(mine, key=lambda parsed: parsed.number)))
+        return os.path.join(self._root, max(mine, key=lambda parsed: parsed.number).name)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_core": None, "_staging": None, "_unstage": None, "_is_copy": True}
