@@ -111,7 +111,7 @@ def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
                 f"a tensor lies on device '{device}', whose bytes cannot be copied; "
                 "move it with .cpu() before save. Nothing was written for this file"
             )
-    refuse_capture("tensors cannot be snapshotted", found)
+        refuse_capture("tensors cannot be snapshotted", [device])
     return found
 
 

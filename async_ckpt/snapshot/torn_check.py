@@ -74,8 +74,10 @@ class TornCheck:
                 torn = [i for i in torn if not later[i]]
                 self._versions = [v if is_later else None for v, is_later in zip(self._versions, later, strict=True)]
             else:
+                has_changed = version_counters(self._owners) != self._owner_versions
+                over_owned = self._with_changed_owners() if has_changed else ()
                 over_bytes = self._with_changed_bytes() if self._changed_bytes else ()
-                torn = sorted({*torn, *self._with_changed_owners(), *over_bytes})
+                torn = sorted({*torn, *over_owned, *over_bytes})
             paths = self._paths() if torn else []
         if not torn:
             return
@@ -103,8 +105,6 @@ class TornCheck:
 
     def _with_changed_owners(self) -> list[int]:
         """The tensors over storages that were changed through another tensor."""
-        if version_counters(self._owners) == self._owner_versions:
-            return []
         torn = zip(self._owners, _still_torn(self._owners, self._owner_versions), strict=True)
         ids = frozenset(chain.from_iterable(storage_ids(owner) for owner, version in torn if version is not None))
         return [i for i, tensor in enumerate(self._tensors) if not ids.isdisjoint(storage_ids(tensor))]
