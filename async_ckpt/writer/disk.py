@@ -103,7 +103,7 @@ def in_our_tree(error: BaseException, path: str) -> BaseException:
         return error
     reason = "a writer task was cancelled" if isinstance(error, asyncio.CancelledError) else repr(error)
     code = error.errno if isinstance(error, OSError) else None
-    failure = WriteError(f"writing {path} stopped ({reason}); it is incomplete and is not committed", errno=code)
+    failure = WriteError(f"writing {path!r} stopped ({reason}); it is incomplete and is not committed", errno=code)
     failure.__cause__ = error
     return failure
 

@@ -50,8 +50,8 @@ class FileWrite:
         """Resolves to the file itself, synced and closed."""
         self.settled: Outcome[None] = Outcome()
         """Resolves when no thread works on the file any more: after `done`, where the pool dies."""
-        self.path = ""
-        """Where the file is, once that is known."""
+        self.path = name
+        """Where the file is; below its directory, until that is known."""
         self.size_bytes = size_bytes
         self.extent_bytes = 0
         self.extent_crc32: list[int] = []
@@ -81,7 +81,7 @@ class FileWrite:
             (self._share.start, self._share.copied_end),
             self._lock,
             is_late=lambda: self._failure is not None or self._is_over,
-            refuse=lambda why: self._fail(TransactionStateError(why.format(self._shown))),
+            refuse=lambda why: self._fail(TransactionStateError(why.format(repr(self.path)))),
         )
         self._failure: BaseException | None = None
         self._is_over = False
@@ -127,11 +127,7 @@ class FileWrite:
 
     def waiting_for(self) -> str:
         """What the file waits for now, in words."""
-        return self._jobs.waits_for(self._shown)
-
-    @property
-    def _shown(self) -> str:
-        return repr(self.path) if self.path else "a file of a staging directory that is still being made"
+        return self._jobs.waits_for(self.path)
 
     # The loop's thread and I/O threads.
 
@@ -140,7 +136,7 @@ class FileWrite:
         with self._lock:
             if self._failure is None and not self._is_over:
                 # What is no Exception (KeyboardInterrupt) would end every event loop that awaits it.
-                self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self._shown)
+                self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self.path)
         self._notify()
 
     def expect_no_more(self) -> None:
@@ -148,7 +144,7 @@ class FileWrite:
         self.start()
         self._queue.take_over()
         if self._queue.next_offset < self._queue.end:
-            self._fail(TransactionStateError(f"the pool was closed before all of {self._shown} was submitted"))
+            self._fail(TransactionStateError(f"the pool was closed before all of {self.path!r} was submitted"))
 
     def _notify(self) -> None:
         """Let the loop look at what has changed: there no interrupt cuts a beginning in two."""
@@ -346,5 +342,5 @@ class FileWrite:
         except asyncio.CancelledError:
             return False
         except (CheckpointError, OSError, RuntimeError) as late:
-            report(logging.INFO, "closing %s after %r: %r", self._shown, self._failure, late)
+            report(logging.INFO, "closing %r after %r: %r", self.path, self._failure, late)
         return True

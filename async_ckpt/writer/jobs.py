@@ -92,10 +92,10 @@ class Jobs(Executor):
         # Without the lock, which I/O threads want: this thread may be interrupted by a handler that waits for them.
         running = list(self._running.values())
         if not running:
-            return f"{self.step} of {path}"
+            return f"{self.step} of {path!r}"
         kind, offset, num_bytes, start_s = running[0]
         what = f"{kind} of {num_bytes} bytes at offset {offset}" if num_bytes else kind
-        return f"{what} of {path}, running for {time.perf_counter() - start_s:.1f} s"
+        return f"{what} of {path!r}, running for {time.perf_counter() - start_s:.1f} s"
 
     def _ended(self) -> None:
         with self._lock:

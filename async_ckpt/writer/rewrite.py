@@ -70,7 +70,7 @@ class RewritingFile(FileWrite):
             first.message += f"; it is not written once more: {why}"
             self._first = None
             raise first
-        report(logging.WARNING, "%s is written once more, to a new file, after: %s", self._shown, first)
+        report(logging.WARNING, "%r is written once more, to a new file, after: %s", self.path, first)
         try:
             await super()._put_on_disk()
         except WriteError as second:

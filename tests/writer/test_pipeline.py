@@ -13,6 +13,7 @@ from async_ckpt.metrics import Span
 from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.writer.file import FileWrite
 from async_ckpt.writer.jobs import Jobs
+from tests.support.stepping import until
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
 
@@ -141,7 +142,7 @@ def test_a_location_that_comes_later(make_pool, fs):
     source = Source(4096, 4096)
     pool = make_pool()
     file = source.submit(pool.open_file("f", folder=location, size_bytes=4096, seal=seal))
-    assert "directory" in pool.waiting_for()
+    until(lambda: pool.waiting_for() == "the directory of 'f'")
     location.set_result("late")
     assert file.done.result(TIMEOUT_S).path == "late/f"
 
