@@ -20,6 +20,7 @@ HUGE_PAGE_BYTES = 2 << 20
 LONG_BYTES = 64 << 10
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+_MADV_COLLAPSE = 25  # since 6.1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -60,6 +61,23 @@ def region(num_bytes: int) -> memoryview:
     if num_bytes >= HUGE_PAGE_BYTES:
         advise_huge_pages(address_of(view), capacity)
     return view[:num_bytes]
+
+
+def shared_region(fd: int, num_bytes: int) -> memoryview:
+    """The first bytes of a new file in memory, which is larger by `HUGE_PAGE_BYTES`, for all who map it. In huge pages
+    where the kernel gives them to those who ask late: a disk fills small ones at half the rate."""
+    memory = mmap.mmap(fd, num_bytes)
+    misfit = address_of(memoryview(memory)) % HUGE_PAGE_BYTES
+    if misfit:
+        # What is mapped next ends where this did: the longer one begins at a huge page.
+        memory.close()
+        memory = mmap.mmap(fd, num_bytes + misfit)
+    view = memoryview(memory)[:num_bytes]
+    for start in range(0, num_bytes, HUGE_PAGE_BYTES):
+        # Of a huge page that has no page yet none is made.
+        view[start] = 0
+    _libc.madvise(address_of(view), num_bytes, _MADV_COLLAPSE)
+    return view
 
 
 def view_at(address: int, num_bytes: int, *, owner: object) -> memoryview:

@@ -4,8 +4,8 @@ Guarantees:
 - Each byte is read, and its checksum compared, once, by one rank of a group (all ranks, or those of a node). All ranks
   fill their tensors from the same checkpoint, or all raise.
 - Memory: nine pieces of 4 MiB per host that has several ranks, or eight where one reads alone; one on a rank that is
-  alone and receives; and the extents that hold the file's directory and pickle. Tensors on a GPU are filled from those
-  by the device's own copies.
+  alone and receives; and of the file's directory and pickle the extents they lie in on the rank that reads, on the
+  others twice the parts of 256 KiB they lie in. Tensors on a GPU are filled from the pieces by the device's own copies.
 - What ends in the middle (a read, a rank) ends it on all: whoever does not answer is named, within twice `timeout_s`.
 """
 
@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,6 +55,10 @@ _ALIKE: dict[str, Callable[[str], Exception]] = {
     "UnsupportedStateError": UnsupportedStateError,
 }
 """What ranks raise for another rank's error; for others RankFailedError."""
+_HEAD_BYTES = 256 << 10
+"""The directory and the pickle are sent in parts of so many bytes, and no others."""
+Parts = Callable[[int, int], Sequence[tuple[int, bytes | memoryview]]]
+"""Offsets and bytes of parts of a file, among them what there is of the bytes from an offset on."""
 
 
 def load_once(
@@ -169,6 +173,7 @@ class _Load:
         self._opened = opened
         self._wire = wire
         self._file: VerifiedFile
+        self._head: VerifiedFile
         self._structure: Any = None
         self._mover: Mover
         self._restored: Restored
@@ -192,25 +197,38 @@ class _Load:
         created = catalog.manifest(tag).created_unix_ns
         self._file = file = self._opened.enter_context(catalog.open_file(tag, name, num_threads=NUM_PIECES))
         file.block_bytes = PIECE_BYTES
+        entry = [file.entry.path, file.size_bytes, _HEAD_BYTES, (), file.entry.format, "", None]
         with naming(file):
-            self._structure = _structure_of(file)
-        entry = [file.entry.path, file.size_bytes, file.extent_bytes, (), file.entry.format, "", None]
+            self._read_head(file.name, entry, lambda *part: [(part[0], file.view(*part))])
+        file.on_bytes = self._head.on_bytes
         return {"reader": self._ranks[0], "created": created, "name": file.name, "entry": entry}
+
+    def _read_head(self, name: str, entry: list[Any], parts: Parts) -> None:
+        head = _Head(name, entry[1], parts)
+        self._head = VerifiedFile(head, FileEntry(*entry), check=False, num_threads=1)
+        self._head.block_bytes = PIECE_BYTES
+        self._structure = _structure_of(self._head)
 
     def _match(self, found: dict[str, Any], target: Any, how: dict[str, Any]) -> int:
         """Send what the structure was read from, for the others to do the same; a number that is equal on all."""
         wire = self._wire
         wire.connect()
         if self._reads:
-            for block in self._file.blocks(sorted(self._file.kept()), with_kept=True):
+            for block in self._head.blocks(sorted(self._head.kept()), with_kept=True):
                 assert block.memory is not None
                 wire.send(block.offset, block.memory)
             wire.end()
         else:
-            head = _Head(found["name"], found["entry"][1], [(offset, bytes(view)) for offset, view in wire.receive()])
-            self._file = self._opened.enter_context(VerifiedFile(head, FileEntry(*found["entry"]), check=False))
-            self._structure = _structure_of(self._file)
-        self._mover, self._restored = match(self._file, self._structure, target, **how)
+            sent = [(offset, bytes(view)) for offset, view in wire.receive()]
+            self._read_head(found["name"], found["entry"], lambda *part: sent)
+            self._file = self._head
+        try:
+            self._mover, self._restored = match(self._file, self._structure, target, **how)
+        except _NotSentError as error:
+            raise UnsupportedStateError(
+                f"{self._file.name}: given tensors share memory, and the file holds them apart: "
+                "load_into compares their values"
+            ) from error
         return crc32(repr((self._restored.loaded, self._restored.mismatches)).encode())
 
     def _move(self) -> None:
@@ -243,24 +261,29 @@ def _structure_of(file: VerifiedFile) -> Any:
         raise UnsupportedStateError(what) from error
 
 
+class _NotSentError(Exception):
+    """What was to be read is not among what the other rank has sent."""
+
+
 class _Head:
-    """The parts of a file that another rank has sent, as a `ReadableFile`."""
+    """Some parts of a file, as a `ReadableFile`."""
 
     map_path = ""
 
-    def __init__(self, path: str, size_bytes: int, parts: list[tuple[int, bytes]]) -> None:
+    def __init__(self, path: str, size_bytes: int, parts: Parts) -> None:
         self.path = path
         self.size_bytes = size_bytes
         self._parts = parts
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
-        for start, part in self._parts:
-            if start <= offset and offset + buffer.nbytes <= start + len(part):
-                buffer[:] = part[offset - start :][: buffer.nbytes]
-                return
-        raise UnsupportedStateError(
-            f"{self.path}: given tensors share memory, and the file holds them apart: load_into compares their values"
-        )
+        end, found = offset + buffer.nbytes, 0
+        for start, part in self._parts(offset, buffer.nbytes):
+            low, high = max(offset, start), min(end, start + len(part))
+            if low < high:
+                buffer[low - offset : high - offset] = part[low - start : high - start]
+                found += high - low
+        if found < buffer.nbytes:
+            raise _NotSentError(f"{self.path}: not all of the bytes {offset} to {end} were sent to this rank")
 
     def close(self) -> None:
         return None

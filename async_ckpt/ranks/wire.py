@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..host.memory import address_of, region
+from ..host.memory import HUGE_PAGE_BYTES, address_of, region, shared_region
 from ..host.process import current_owner
 from ..threads.locks import Lock
 
@@ -102,8 +102,8 @@ class Wire:
     def _accept(self, listener: socket.socket) -> None:
         fd = os.memfd_create("async_ckpt")
         try:
-            os.ftruncate(fd, (NUM_PIECES + 1) * PIECE_BYTES)
-            self._memory = memoryview(mmap.mmap(fd, 0))
+            os.ftruncate(fd, (NUM_PIECES + 1) * PIECE_BYTES + HUGE_PAGE_BYTES)
+            self._memory = shared_region(fd, (NUM_PIECES + 1) * PIECE_BYTES)
             while len(self._sockets) < len(self._mine) - 1:
                 other, _ = listener.accept()
                 if not _is_same_user(other):

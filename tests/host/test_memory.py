@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt.host.memory import HUGE_PAGE_BYTES, LONG_BYTES, PAGE_BYTES, address_of, move, populate, region
+from async_ckpt.host.memory import (
+    HUGE_PAGE_BYTES,
+    LONG_BYTES,
+    PAGE_BYTES,
+    address_of,
+    move,
+    populate,
+    region,
+    shared_region,
+)
 
 
 def mapping_of(address: int) -> list[str]:
@@ -35,6 +44,28 @@ def test_a_region_is_aligned_zeroed_and_private(num_bytes: int) -> None:
         inside = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         flags = next(line for line in mapping_of(inside) if line.startswith("VmFlags:")).split()
         assert "hg" in flags
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(sys.platform != "linux", reason="memfd_create is Linux")
+@pytest.mark.parametrize("num_odd_pages", [0, 1, 511])
+def test_a_shared_region_begins_at_a_huge_page_and_is_seen_by_all(num_odd_pages: int) -> None:
+    num_bytes = 4 * HUGE_PAGE_BYTES
+    # Puts the next mapping elsewhere.
+    elsewhere = region(HUGE_PAGE_BYTES + num_odd_pages * PAGE_BYTES)
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, num_bytes + HUGE_PAGE_BYTES)
+    memory = shared_region(fd, num_bytes)
+    assert len(memory) == num_bytes and address_of(memory) % HUGE_PAGE_BYTES == 0 and not any(memory[:1000])
+    memory[-1] = 7
+    assert os.pread(fd, 2, num_bytes - 1) == b"\x07\0"
+    os.close(fd)
+    ways = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if release >= (6, 1) and ways.exists() and "[deny]" not in ways.read_text():
+        lines = mapping_of(address_of(memory))
+        assert int(next(line.split()[1] for line in lines if line.startswith("ShmemPmdMapped:"))) > 0
+    del elsewhere
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, LONG_BYTES - 1, LONG_BYTES, 3 * LONG_BYTES])

@@ -140,6 +140,46 @@ def load_part(rank: int, root: str) -> Any:
         raise AssertionError
 
 
+def commit_one(root: Path, state: dict[str, Any]) -> None:
+    with AsyncCheckpointEngine(root, staging_bytes=8 << 20, chunk_bytes=256 << 10) as engine:
+        engine.create("1")
+        engine.save(state, "m.pt")
+        engine.commit("1").result()
+
+
+def test_a_pickle_that_was_sent_in_many_pieces_is_read(tmp_path: Path) -> None:
+    commit_one(tmp_path / "root", {"w": torch.arange(NUMEL), "numbers": [k / 3 for k in range(100_000)]})
+    assert run_ranks(tmp_path / "r", 2, load_with_small_pieces, str(tmp_path / "root")) == [100_000] * 2
+
+
+def load_with_small_pieces(rank: int, root: str) -> int:
+    wire.PIECE_BYTES = load_once.PIECE_BYTES = 64 << 10  # type: ignore[attr-defined]
+    coordinator = RankCoordinator.from_env(timeout_s=30.0, linger_s=1.0)
+    with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
+        given = {"w": torch.zeros(NUMEL, dtype=torch.int64), "numbers": []}
+        done = coordinator.load_once("1/m.pt", given)
+        assert torch.equal(given["w"], torch.arange(NUMEL))
+        return sum(number == k / 3 for k, number in enumerate(done.state["numbers"]))
+
+
+def test_given_tensors_that_share_memory_are_told_from_a_missing_part(tmp_path: Path) -> None:
+    commit_one(tmp_path / "root", {"a": torch.arange(NUMEL), "b": torch.arange(NUMEL)})
+    for kind, text in run_ranks(tmp_path / "r", 2, load_into_one, str(tmp_path / "root")):
+        assert kind == "UnsupportedStateError"
+        assert "given tensors share memory, and the file holds them apart" in text
+
+
+def load_into_one(rank: int, root: str) -> Any:
+    coordinator = RankCoordinator.from_env(timeout_s=30.0, linger_s=1.0)
+    shared = torch.zeros(NUMEL, dtype=torch.int64)
+    with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
+        try:
+            coordinator.load_once("1/m.pt", {"a": shared, "b": shared})
+        except CheckpointError as error:
+            return type(error).__name__, str(error)
+        raise AssertionError
+
+
 WRONG = {
     "damaged": ("4/m.pt", "3"),
     "damaged head": ("3/m.pt", "2"),
