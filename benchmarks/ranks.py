@@ -19,8 +19,12 @@ def run_ranks(work: Callable[..., None], options: argparse.Namespace, num_result
     (options.directory / "rendezvous").unlink(missing_ok=True)
     results = mp.get_context("spawn").SimpleQueue()
     processes = mp.spawn(_be_rank, (work, options, results), options.ranks, join=False)
-    found = [results.get() for _ in range(num_results * options.ranks)]
-    processes.join()
+    found: list[Any] = []
+    while not processes.join(timeout=0.1):
+        while not results.empty():
+            found.append(results.get())
+    while not results.empty():
+        found.append(results.get())
     return found
 
 
