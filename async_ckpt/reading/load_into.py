@@ -25,7 +25,7 @@ from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import telling_overwritten
 from .scatter import Rollback, stream_into
-from .shared_memory import Pair, disagreements, overlapping, shares_own_memory
+from .shared_memory import COMPRESSED, PLAIN_TYPES, Pair, disagreements, overlapping, parts_of, shares_own_memory
 from .state_tree import dotted, flatten, match_leaves, replace_leaves
 from .verified_file import VerifiedFile
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 Atomic = bool | Literal["auto"]
 Source = TensorExtent | torch.Tensor
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,10 @@ def compare(found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]) -> 
 def _unfit(source: Source, tensor: torch.Tensor) -> Iterable[str]:
     if tensor.is_meta:
         yield "the given tensor has no memory (meta device)"
-    elif type(tensor) not in _PLAIN_TYPES and type(tensor) is not type(source):
+    elif type(tensor) not in PLAIN_TYPES and type(tensor) is not type(source):
         yield f"the given tensor is a {type(tensor).__name__}, the one in the file is plain"
+    elif type(tensor) is not type(source) and hasattr(source, "__tensor_flatten__"):
+        yield f"the tensor in the file is a {type(source).__name__}, the given one is plain"
     elif isinstance(source, torch.Tensor) and source.layout != tensor.layout:
         yield f"layout {source.layout} in the file, {tensor.layout} given"
     elif tensor.is_nested:
@@ -128,6 +129,10 @@ def _unfit(source: Source, tensor: torch.Tensor) -> Iterable[str]:
     elif tensor.layout != torch.strided:
         if isinstance(source, TensorExtent):
             yield f"layout torch.strided in the file, {tensor.layout} given"
+        elif tensor.layout in COMPRESSED and source.values().shape != tensor.values().shape:
+            yield f"values of shape {tuple(source.values().shape)} in the file, {tuple(tensor.values().shape)} given"
+    elif tensor.is_quantized and isinstance(source, torch.Tensor) and source.qscheme() != tensor.qscheme():
+        yield f"{source.qscheme()} in the file, {tensor.qscheme()} given"
     elif shares_own_memory(tensor):
         yield "elements of the given tensor share memory (expanded, or overlapping windows)"
 
@@ -136,22 +141,19 @@ def compare_shared(
     file: VerifiedFile, found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
     """Targets that share memory, but not what the file holds for it, by key path, in words."""
-    paths = [path for path, target in wanted.items() if _has_address(target)]
+    parts = [(path, k, part) for path, target in wanted.items() for k, part in enumerate(parts_of(target))]
     clashes: list[tuple[str, str]] = []
-    for group in overlapping([wanted[path] for path in paths]):
-        pairs = [Pair(paths[i], wanted[paths[i]], found[paths[i]]) for i in group]
+    for group in overlapping([part for _, _, part in parts]):
+        pairs = [Pair(path, part, parts_of(found[path])[k]) for path, k, part in map(parts.__getitem__, group)]
         clashes += disagreements(pairs, lambda sources: _read(file, sources))
+    in_memory = {path for path, _, _ in parts}
     objects: dict[int, str] = {}
-    for path, target in wanted.items() if len(paths) < len(wanted) else ():
+    for path, target in wanted.items() if len(in_memory) < len(wanted) else ():
         first = objects.setdefault(id(target), path)
-        if not _has_address(target) and found[first] is not found[path]:
+        if path not in in_memory and found[first] is not found[path]:
             clashes.append((first, path))
     words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
     return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
-
-
-def _has_address(tensor: torch.Tensor) -> bool:
-    return type(tensor) in _PLAIN_TYPES and tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:
@@ -295,7 +297,7 @@ class Mover:
 
 
 def _same_order(source: TensorExtent, target: torch.Tensor) -> bool:
-    if type(target) not in _PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
+    if type(target) not in PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
         return False
     if target.is_contiguous():
         return _is_contiguous(source.shape, source.stride)

@@ -196,7 +196,7 @@ class _Suspicious(Notes):
         made, given, depth = name, args, 0
         while depth < _MAX_CALLERS and made in _CALLERS and len(given) > 2 and type(given[2]) is tuple:
             made, given, depth = describe(given[0]).strip("<>"), given[2], depth + 1
-        is_length = made.endswith(".bytearray") and any(isinstance(arg, int) for arg in given)
+        is_length = made.endswith((".bytearray", ".bytes")) and any(isinstance(arg, int) for arg in given)
         is_size = made == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
         # NumPy makes an empty array, and fills it from bytes that are there.
         is_size = is_size or (made.endswith("multiarray._reconstruct") and given[1:2] != ((0,),))

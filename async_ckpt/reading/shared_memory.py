@@ -6,6 +6,7 @@ file holds for both is equal wherever they overlap: then the order in which they
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ import torch
 from ..format.tensors import TensorExtent
 from .build import dtype_of
 
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _ALIGNMENT_BYTES = 64
+_QUANTIZED_AS = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 
 
 class Pair(NamedTuple):
@@ -27,6 +31,30 @@ class Pair(NamedTuple):
 
 Read = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
 """Reads sources into memory."""
+
+
+def parts_of(tensor: Any) -> list[Any]:
+    """The strided tensors over the memory that is written to where `tensor` is filled: itself, or what it is made of;
+    none where it is given other memory (sparse ones with coordinates), or where that cannot be told."""
+    if isinstance(tensor, TensorExtent):
+        return [tensor]
+    is_strided = tensor.layout == torch.strided and not tensor.is_quantized
+    if is_strided and type(tensor) in PLAIN_TYPES:
+        return [tensor]
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [part for held in inner if isinstance(held, torch.Tensor) for part in parts_of(held)]
+    if tensor.layout in COMPRESSED:
+        by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        ends, indices = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
+        return [tensor.values(), getattr(tensor, ends)(), getattr(tensor, indices)()]
+    if tensor.dtype in _QUANTIZED_AS:
+        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        return [torch.empty(0, dtype=_QUANTIZED_AS[tensor.dtype], device=tensor.device).set_(*place)]
+    with contextlib.suppress(RuntimeError, NotImplementedError), torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.as_subclass(torch.Tensor)
+        return [plain] if is_strided and plain.data_ptr() else []
+    return []
 
 
 def shares_own_memory(tensor: torch.Tensor) -> bool:
@@ -109,18 +137,22 @@ def _geometry(tensor: TensorExtent | torch.Tensor) -> tuple[int, tuple[Any, ...]
 
 def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:
     """Fill a copy of the memory in order, and see whom the later ones have overwritten with something else."""
+    if any(pair.target.shape != value.shape for pair, value in zip(cluster, values, strict=True)):
+        # Parts of tensors that are spread over the ranks in another way.
+        yield from ((cluster[0].path, other.path) for other in cluster[1:])
+        return
     start = min(_extent(pair.target)[0] for pair in cluster) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
     storage = torch.UntypedStorage(max(_extent(pair.target)[1] for pair in cluster) - start)
     places = [_place(pair.target, storage, start) for pair in cluster]
     for place, value in zip(places, values, strict=True):
         place.copy_(value)
     for i, (pair, place, value) in enumerate(zip(cluster, places, values, strict=True)):
-        if _same_bytes(place, value):
+        if same_bytes(place, value):
             continue
         for k in range(i + 1, len(cluster)):
             place.copy_(value)
             places[k].copy_(values[k])
-            if not _same_bytes(place, value):
+            if not same_bytes(place, value):
                 yield pair.path, cluster[k].path
 
 
@@ -133,5 +165,6 @@ def _place(target: torch.Tensor, storage: torch.UntypedStorage, start: int) -> t
     return place.conj() if target.is_conj() else place
 
 
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two strided tensors of one shape hold the same values, bit by bit."""
     return torch.equal(*(t.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, b)))

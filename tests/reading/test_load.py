@@ -224,6 +224,7 @@ CRAFTED = {
     "size of 72 bits": _TENSOR + b"K\0\x8a\x09" + b"\xff" * 8 + b"\x01\x85K\1\x85" + _REST,
     "storage of a length": b"\x80\x02ctorch.storage\nUntypedStorage\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
     "tensor of a length": b"\x80\x02ctorch\nFloatTensor\n" + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
+    "bytes of a length": pickle.dumps(bytes, 2)[:-1] + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
     "bytearray of a length": pickle.dumps(bytearray, 2)[:-1] + pickle.dumps((1 << 40,), 2)[2:-1] + b"R.",
 }
 

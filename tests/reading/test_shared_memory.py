@@ -4,16 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from async_ckpt import StateMismatchError
 from async_ckpt.reading import load as restore
+from async_ckpt.reading.shared_memory import parts_of
 
 from .committed import commit, torch_bytes
 
 State = dict[str, torch.Tensor]
+
+
+class Labelled(torch.Tensor):
+    """A tensor subclass without a state of its own."""
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another one, as DTensor is."""
+
+    def __new__(cls, held: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Wrapper, (self.held,)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = [arg.held if isinstance(arg, Wrapper) else arg for arg in args]
+        made = func(*held, **(kwargs or {}))
+        return args[0] if func is torch.ops.aten.copy_.default else Wrapper(made)
 
 
 def tied() -> State:
@@ -46,6 +74,27 @@ def real_part() -> State:
     return {"complex": base, "real": base.real}
 
 
+def subclasses() -> State:
+    base = torch.zeros(20)
+    return {"object": base.as_subclass(Labelled), "plain": base}
+
+
+def quantized() -> State:
+    base = torch.quantize_per_tensor(torch.zeros(20), 0.1, 0, torch.qint8)
+    return {"one": base, "other": base.view(4, 5)}
+
+
+def compressed() -> State:
+    values = torch.zeros(2)
+    return {"matrix": torch.sparse_csr_tensor(torch.arange(3), torch.arange(2), values, (2, 2)), "values": values}
+
+
+def wrapped() -> State:
+    base = torch.zeros(20)
+    return {"wrapper": Wrapper(base), "held": base}
+
+
+OBJECTS = [subclasses, quantized, compressed, wrapped]
 CASES = [tied, halves, rows_and_columns, transposed, conjugated, real_part]
 
 
@@ -124,6 +173,52 @@ def test_objects_that_torch_reads_itself(tmp_path: Path) -> None:
     commit(tmp_path, "b", {"m": torch_bytes({"a": torch.ones(2), "b": 2 * torch.ones(2), "set": {1}})})
     with pytest.raises(StateMismatchError, match="shares memory"):
         restore.load_committed_into(catalog, "b", "m", {"a": dense, "b": dense})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("make", OBJECTS, ids=lambda make: make.__name__)
+def test_objects_whose_parts_share_memory(tmp_path: Path, make: Callable[[], State]) -> None:
+    def moved(target: State) -> list[torch.Tensor]:
+        return [part.clone() for tensor in target.values() for part in parts_of(tensor)]
+
+    # Each out of a state of its own.
+    apart = {name: make()[name] for name in make()}
+    parts_of(next(iter(apart.values())))[0].add_(1)
+    catalog = commit(tmp_path, "apart", {"m.pt": torch_bytes(apart)})
+    target, untouched = make(), moved(make())
+    with pytest.raises(StateMismatchError, match="shares memory"):
+        restore.load_committed_into(catalog, "apart", "m.pt", target, weights_only=False)
+    assert all(map(torch.equal, moved(target), untouched))
+    # The bytes for the first one, if the file has them for both.
+    same = make()
+    parts_of(next(iter(same.values())))[0].add_(1)
+    commit(tmp_path, "same", {"m.pt": torch_bytes(same)})
+    restore.load_committed_into(catalog, "same", "m.pt", target, weights_only=False)
+    assert all(map(torch.equal, moved(target), moved(same)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("saved", "given", "words"),
+    [
+        (lambda: Wrapper(torch.ones(3)), lambda: torch.zeros(3), "is a Wrapper, the given one is plain"),
+        (lambda: torch.eye(3).to_sparse_csr(), lambda: torch.ones(3, 3).to_sparse_csr(), r"values of shape \(3,\)"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            lambda: torch.quantize_per_channel(torch.ones(3), torch.ones(3), torch.zeros(3).long(), 0, torch.qint8),
+            "torch.per_tensor_affine in the file, torch.per_channel_affine given",
+        ),
+    ],
+    ids=["wrapper", "csr", "quantized"],
+)
+def test_objects_that_do_not_fit_each_other(
+    tmp_path: Path, saved: Callable[[], torch.Tensor], given: Callable[[], torch.Tensor], words: str
+) -> None:
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"first": torch.ones(2), "x": saved()})})
+    target = {"first": torch.zeros(2), "x": given()}
+    with pytest.raises(StateMismatchError, match=words):
+        restore.load_committed_into(catalog, "a", "m.pt", target, weights_only=False, atomic=False)
+    assert target["first"].eq(0).all()
 
 
 @pytest.mark.parametrize(

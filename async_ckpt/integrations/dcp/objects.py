@@ -74,11 +74,15 @@ def why_not_plain(blob: memoryview, source: str) -> str | None:
 
 
 def unknown_types(blob: bytes | memoryview) -> list[str]:
-    """Names in a ``torch.save`` container that are no plain data; none in other bytes."""
+    """The names in a torch file that are no plain data, or why torch reads none of it; none in other bytes."""
     if blob[:2] != b"PK":
         return []
-    with _more_types():
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+    try:
+        with _more_types():
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+    except pickle.UnpicklingError as error:
+        # An int of 256 bytes and more, say.
+        return [f"what torch's restricted unpickler does not read ({str(error).partition(chr(10))[0]})"]
 
 
 def _more_types() -> AbstractContextManager[Any]:
@@ -87,7 +91,8 @@ def _more_types() -> AbstractContextManager[Any]:
 
 @lru_cache(maxsize=1)
 def _plain_types() -> tuple[Any, ...]:
-    found: list[Any] = [frozenset, pathlib.PosixPath, pathlib.PurePosixPath]
+    # Empty bytes, an empty array's too, are made by a call.
+    found: list[Any] = [bytes, frozenset, pathlib.PosixPath, pathlib.PurePosixPath]
     found += [(pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
     found += [datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone]
     found += [numpy.ndarray, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFDGSUVOMm"}]

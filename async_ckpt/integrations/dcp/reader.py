@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
@@ -29,6 +30,7 @@ from ...format.names import DCP_METADATA_NAME, check_tag, is_url
 from ...host.device import beside_captures, synchronize_device
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint
+from ...reading.shared_memory import overlapping, parts_of, same_bytes
 from ...reading.verified_file import VerifiedFile
 from ...reading.verify import check_level
 from .metadata import decode_metadata
@@ -69,6 +71,8 @@ class DcpReader(StorageReader):
         self._unpacker = Unpacker(weights_only=weights_only)
         self._quiet: set[torch.device] = set()
         """Devices that this load has waited for."""
+        self._filled: list[tuple[Any, ReadItem, torch.Tensor]] = []
+        """What this load has filled; nothing where a planner of the user's may have given memory of its own."""
         self.failure: CheckpointError | None = None
 
     @classmethod
@@ -120,12 +124,14 @@ class DcpReader(StorageReader):
             info = self._storage_data[item.storage_index]
             per_file.setdefault(info.relative_path, []).append((info, item))
         refused: dict[str, str] = {}
+        self._filled.clear()
         with self._open() as checkpoint:
             for path, wanted in per_file.items():
                 # In file order, so that each extent is read once and few are held.
                 wanted.sort(key=lambda pair: pair[0].offset)
                 with self._file(checkpoint, path) as file:
                     self._read_file(file, wanted, planner, refused)
+            self._check_shared(checkpoint)
         if refused:
             listed = "; ".join(f"{name!r} holds {what}" for name, what in refused.items())
             raise UnsupportedStateError(
@@ -180,6 +186,23 @@ class DcpReader(StorageReader):
             except RuntimeError as error:
                 raise StateMismatchError(f"{name} does not fit the tensor in its place: {error}", (name,)) from error
             planner.commit_tensor(item, target)
+            if _fills_in_place(planner):
+                self._filled.append((info, item, target))
+
+    def _check_shared(self, checkpoint: CommittedCheckpoint) -> None:
+        """Raises StateMismatchError: tensors share memory, and the checkpoint holds different bytes for them."""
+        filled, self._filled = self._filled, []
+        parts = [(i, part) for i, (_, _, target) in enumerate(filled) for part in parts_of(target)]
+        for group in overlapping([part for _, part in parts]):
+            shared = [filled[i] for i in sorted({parts[k][0] for k in group})]
+            for info, item, target in shared:
+                with self._file(checkpoint, info.relative_path) as file, torch.no_grad():
+                    was_read = target.clone()
+                    was_read.copy_(self._unpacker.tensor(file, self._part(info, item, item.storage_index.fqn)))
+                if not all(map(same_bytes, parts_of(was_read), parts_of(target))):
+                    names = ", ".join(sorted({repr(item.storage_index.fqn) for _, item, _ in shared}))
+                    told = "share memory, and the checkpoint holds different bytes for them: the state is overwritten"
+                    raise StateMismatchError(f"{names} {told}", (names,))
 
     def _part(self, info: Any, item: ReadItem, name: str) -> Part:
         """What is wanted of a blob, with the metadata's word on what it holds."""
@@ -201,6 +224,14 @@ class DcpReader(StorageReader):
 
     def _file(self, checkpoint: CommittedCheckpoint, path: str) -> VerifiedFile:
         return checkpoint.open_file(checkpoint.entry(path), check=self._verify == "full")
+
+
+def _fills_in_place(planner: LoadPlanner) -> bool:
+    kind: Any = type(planner)
+    return isinstance(planner, DefaultLoadPlanner) and (kind.resolve_tensor, kind.transform_tensor) == (
+        DefaultLoadPlanner.resolve_tensor,
+        DefaultLoadPlanner.transform_tensor,
+    )
 
 
 def _whole(path: str | os.PathLike[str]) -> str:

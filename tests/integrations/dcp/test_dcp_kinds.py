@@ -64,6 +64,7 @@ def quantized(scale: float) -> torch.Tensor:
 
 PLAIN: dict[str, Any] = {
     "numpy": np.arange(6.0).reshape(2, 3),
+    "numpy of nothing": np.empty((0, 3)),
     "numpy of text": np.array(["a", "bc"]),
     "numpy of objects": np.array([1, "a"], dtype=object),
     "numpy of dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
@@ -80,6 +81,7 @@ PLAIN: dict[str, Any] = {
     "path": pathlib.Path("/a/b"),
     "date": datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc),
     "bytes": b"abc",
+    "no bytes": b"",
     "bytearray": bytearray(b"x"),
     "size": torch.Size([1, 2]),
     "dtype": torch.float16,
@@ -112,6 +114,7 @@ TRUSTED: dict[str, Any] = {
     "named tuple": Point(1, 2),
     "deque": collections.deque([1, 2], maxlen=4),
     "range": range(3),
+    "an int of 256 bytes": 1 << 2040,
     "tensor subclass": torch.arange(3.0).as_subclass(Labelled),
 }
 REFUSED: dict[str, Any] = {
@@ -209,6 +212,41 @@ def test_a_target_that_a_quantized_tensor_does_not_fit(tmp_path: Path) -> None:
     for n, target in enumerate((quantized(2.0), torch.ones(3, 4))):
         with pytest.raises(StateMismatchError, match=r"'x'.*quantization"):
             back(tmp_path / str(n), quantized(0.5), target)
+
+
+def halves() -> dict[str, torch.Tensor]:
+    base = torch.zeros(6)
+    return {"a": base[:4], "b": base[2:]}
+
+
+def tied(make: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensor = make()
+    return {"a": tensor, "b": tensor.view_as(tensor)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tied(lambda: torch.zeros(4)),
+        lambda: tied(lambda: torch.zeros(4).as_subclass(Labelled)),
+        lambda: tied(lambda: torch.quantize_per_tensor(torch.zeros(4), 0.5, 0, torch.qint8)),
+        halves,
+    ],
+    ids=["tied", "subclasses", "quantized", "halves"],
+)
+def test_targets_that_share_memory_and_are_apart_in_the_checkpoint(
+    tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    state, target = make(), make()
+    state["a"].copy_(torch.arange(4.0))
+    other = state["b"].clone()
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        save_sharded(engine, "same", state).result()
+        load_sharded(engine, "same", target, weights_only=False)
+        assert all(torch.equal(target[name].dequantize(), state[name].dequantize()) for name in state)
+        save_sharded(engine, "apart", {"a": state["a"], "b": other.copy_(torch.arange(4.0) + 4)}).result()
+        with pytest.raises(StateMismatchError, match="'a', 'b' share memory"):
+            load_sharded(engine, "apart", target, weights_only=False)
 
 
 def training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
