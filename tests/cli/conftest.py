@@ -78,13 +78,4 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def flip(path: Path, offset: int) -> None:
-    """Damage one byte."""
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0xFF]))
-
-
 PYTHON = sys.executable

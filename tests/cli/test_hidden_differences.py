@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ..reading.committed import commit, torch_bytes
+from ..reading.committed import commit
+from ..support.comparing import torch_bytes
 
 ANOTHER = torch.arange(4.0)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from ..integrations.lightning.single_files import commit_file
-from ..reading.committed import commit, torch_bytes
-from .conftest import PYTHON, flip
+from ..reading.committed import commit
+from ..support.comparing import flip, torch_bytes
+from .conftest import PYTHON
 
 
 @pytest.mark.wide

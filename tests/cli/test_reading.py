@@ -13,7 +13,8 @@ from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.host.process import current_owner
 
-from .conftest import flip, listing
+from ..support.comparing import flip
+from .conftest import listing
 
 DEAD = "0" * 8
 

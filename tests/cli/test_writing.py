@@ -13,7 +13,8 @@ from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.storage.delete import sweep
 from async_ckpt.storage.filesystem import FileSystem
 
-from ..reading.committed import commit, torch_bytes
+from ..reading.committed import commit
+from ..support.comparing import torch_bytes
 from .conftest import PYTHON
 from .test_reading import dead_owner, stage
 
@@ -106,7 +107,7 @@ def test_export_of_a_torch_file_is_a_verified_byte_copy(cli, root, tmp_path):
 
 
 def test_export_of_a_damaged_file_writes_nothing(cli, root, tmp_path):
-    from .conftest import flip
+    from ..support.comparing import flip
 
     flip(root / "step-100" / "model.pt", 3000)
     ran = cli("export", root / "step-100" / "model.pt", tmp_path / "out.pt")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.serialization import config as serialization_config
 
 from async_ckpt import AsyncCheckpointEngine, UnsupportedStateError
-from tests.support.states import torch_bytes
+from tests.support.comparing import torch_bytes
 
 
 class Sized:

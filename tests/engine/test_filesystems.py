@@ -10,7 +10,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, Catalog
 from tests.support.mounts import mounted
 
-from .test_interface import torch_bytes
+from ..support.comparing import torch_bytes
 
 
 @pytest.mark.wide

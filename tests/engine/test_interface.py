@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import subprocess
 import sys
 import threading
@@ -17,15 +16,11 @@ import torch
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, Catalog, PendingCommit
 
+from ..support.comparing import torch_bytes
+
 
 def state(value: float = 1.0) -> dict[str, object]:
     return {"w": torch.full((300, 70), value), "b": torch.arange(7), "step": int(value), "name": "x"}
-
-
-def torch_bytes(obj: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    return buffer.getvalue()
 
 
 def commit_one(engine: AsyncCheckpointEngine, tag: str, value: float) -> PendingCommit:

@@ -6,7 +6,6 @@ Reflinks are emulated, where nothing else is said: `tests/faults/test_realdisks.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog
 from async_ckpt.errors import CommitError, ConfigError, CorruptCheckpointError, OutOfSpaceError, TornSnapshotError
 from async_ckpt.metrics import CommitMetrics, Observer, Span
 from async_ckpt.storage.probe import Findings
+from tests.support.comparing import torch_bytes
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 CHUNK = 4096
@@ -59,9 +59,7 @@ class Run:
         """It verifies, and is byte for byte what torch writes."""
         report = Catalog(self.root).verify(tag)
         assert report.ok, report.problems
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        assert (self.root / tag / path).read_bytes() == buffer.getvalue()
+        assert (self.root / tag / path).read_bytes() == torch_bytes(state)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, CheckpointError, TransactionStateError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.comparing import torch_bytes
 from tests.support.insides import arena_of
-from tests.support.states import torch_bytes
 
 from .oracle import check_legal, contents
 from .report import Row, Sample, command, sample_of, sampled

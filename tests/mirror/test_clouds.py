@@ -18,10 +18,11 @@ from async_ckpt import AsyncCheckpointEngine, Catalog, KeepLast, Mirror, MirrorE
 from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.mirror.store import ConditionFailed
 
+from ..support.comparing import same
 from .making import SMALL, big, check_store, commit_and_send, mirroring, remote_content
 from .proxy import Fault, Proxy
 from .servers import BUCKET, Azurite, client, unfinished_uploads
-from .test_reading import same, state
+from .test_reading import state
 from .test_upload import root_of
 
 pytestmark = pytest.mark.wide

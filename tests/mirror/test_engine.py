@@ -19,11 +19,12 @@ from async_ckpt.errors import CheckpointNotFoundError, ConfigError, MirrorError
 from async_ckpt.integrations.dcp import DcpReader, DcpWriter, load_sharded, save_sharded
 from async_ckpt.metrics import MirrorMetrics, Observer, Span
 
+from ..support.comparing import same
 from ..support.stepping import until
 from .making import check_store, s3_mirror
 from .proxy import Fault, Proxy
 from .servers import aws_environment, free_ports
-from .test_reading import same, state
+from .test_reading import state
 
 
 def saved(engine: AsyncCheckpointEngine, tag: str, seed: int = 0) -> Any:

@@ -17,6 +17,7 @@ from async_ckpt.mirror.plan import with_attempt
 from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.reading.load import load_committed_into
 
+from ..support.comparing import same
 from ..support.stepping import until
 from .making import SMALL, check_store, commit, garbage, mirroring, s3_mirror
 from .proxy import Proxy
@@ -51,12 +52,6 @@ def mirrored(root: Path, mirror: Any, num_tags: int, **more: Any) -> None:
         manifests = [catalog.manifest(tag) for tag in catalog.tags()]
         assert len(manifests) == num_tags
         until(lambda: all(made.is_mirrored(manifest.tag, manifest.created_unix_ns) for manifest in manifests))
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.wide

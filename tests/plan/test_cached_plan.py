@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from async_ckpt.plan.planner import Planner
+from tests.support.comparing import torch_bytes
 from tests.support.render import render
-from tests.support.states import torch_bytes
 
 
 def base_state():

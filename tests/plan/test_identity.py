@@ -15,8 +15,9 @@ from torch.utils.serialization import config as serialization_config
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.zip import lay_out, with_pickle
 from async_ckpt.plan.planner import Planner
+from tests.support.comparing import torch_bytes
 from tests.support.render import render
-from tests.support.states import PLAIN, STATES, torch_bytes
+from tests.support.states import PLAIN, STATES
 from tests.support.torch_container import HoleFile, scan, torch_container
 
 

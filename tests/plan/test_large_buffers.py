@@ -10,8 +10,8 @@ import torch
 
 from async_ckpt.format.zip import APART_BYTES
 from async_ckpt.plan.planner import Planner
+from tests.support.comparing import torch_bytes
 from tests.support.render import render
-from tests.support.states import torch_bytes
 
 RANDOM = np.random.default_rng(0).integers(0, 256, 5 << 20, dtype=np.uint8)
 ARRAY = RANDOM[: 1210 * 1000].view(np.float32).reshape(550, 550)

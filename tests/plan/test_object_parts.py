@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from async_ckpt.errors import UnsupportedStateError
 from async_ckpt.plan.planner import Planner
 from tests.support import objects
+from tests.support.comparing import torch_bytes
 from tests.support.objects import LEFT_TO_TORCH, OBJECTS
 from tests.support.render import render
-from tests.support.states import torch_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -18,8 +18,9 @@ from async_ckpt.plan.scalar_sites import find_sites
 from async_ckpt.plan.structure import MIN_RUN, NotPlainError, Structure
 from async_ckpt.plan.torch_layout import Recorded
 from tests.support import objects
+from tests.support.comparing import torch_bytes
 from tests.support.render import render
-from tests.support.states import PLAIN, STATES, torch_bytes
+from tests.support.states import PLAIN, STATES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

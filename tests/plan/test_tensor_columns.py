@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 
 from async_ckpt.plan.planner import Planner
 from async_ckpt.plan.tensor_columns import TensorFacts, look_at
+from tests.support.comparing import torch_bytes
 
 
 def _with_attribute() -> torch.Tensor:
@@ -62,10 +62,9 @@ def test_a_plan_after_a_changed_fact_is_what_torch_writes(name: str) -> None:
     state = {"a": torch.zeros(1), "b": CHANGES[name]()}
     planned = planner.plan(state, name="f")
     assert not planned.cached
-    expected = io.BytesIO()
-    torch.save(state, expected)
-    pickle_in = expected.getvalue()[: planned.plan.literals[0][0] + len(planned.plan.literals[0][1])]
-    assert planned.plan.file_bytes == len(expected.getvalue())
+    expected = torch_bytes(state)
+    pickle_in = expected[: planned.plan.literals[0][0] + len(planned.plan.literals[0][1])]
+    assert planned.plan.file_bytes == len(expected)
     assert planned.plan.literals[0][1][64:200] == pickle_in[64:200]
 
 

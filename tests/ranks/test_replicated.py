@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import io
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -34,6 +33,8 @@ from tests.ranks.test_coordinator import together
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 
+from ..support.comparing import torch_bytes
+
 CHUNK_BYTES = 4096
 SIZES = (3, 5000, 17, 40_000, 1, 2, 3, 9000, 123, 64)
 
@@ -42,12 +43,6 @@ def state_of(step: int = 7) -> dict[str, Any]:
     numbers = torch.Generator().manual_seed(step)
     tensors = {f"layer.{k}": torch.randn(size, generator=numbers) for k, size in enumerate(SIZES)}
     return {"model": tensors, "step": step, "text": "x" * 300, "lr": 0.1}
-
-
-def saved_by_torch(state: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
 
 
 def engine_of(
@@ -88,7 +83,7 @@ def test_the_file_is_what_torch_saves_and_each_rank_writes_its_share(
     tmp_path: Path, world_size: int, io_mode: str
 ) -> None:
     found = commit(tmp_path, world_size, save_all, io_mode=io_mode)
-    expected = saved_by_torch(state_of())
+    expected = torch_bytes(state_of())
     assert (tmp_path / "a/d/m.pt").read_bytes() == expected
     written = [metrics.saves[0].written_bytes for metrics in found]
     assert sum(written) == len(expected)
@@ -115,7 +110,7 @@ def test_later_saves_of_other_values_by_another_number_of_ranks(tmp_path: Path) 
 
         assert together(world_size, work) == [list(tags)] * world_size
         for number, tag in enumerate(tags):
-            assert (tmp_path / tag / "m.pt").read_bytes() == saved_by_torch(state_of(1000**number))
+            assert (tmp_path / tag / "m.pt").read_bytes() == torch_bytes(state_of(1000**number))
             assert load(tmp_path / tag / f"{world_size - 1}.pt") == {"own": world_size - 1}
             assert Catalog(tmp_path).verify(tag).ok
 
@@ -138,7 +133,7 @@ def test_direct_writes_of_several_ranks_on_every_file_system(tmp_path: Path, kin
         assert [(save.mode, save.direct) for save in saves] == [
             ("streamed" if rank == 1 else "eager", kind != "tmpfs") for rank in range(3)
         ]
-        assert (disk / "root/a/m.pt").read_bytes() == saved_by_torch(state)
+        assert (disk / "root/a/m.pt").read_bytes() == torch_bytes(state)
         assert Catalog(disk / "root").verify("a").ok
 
 
@@ -167,7 +162,7 @@ def test_a_guarded_optimizer_waits_for_the_share_alone(tmp_path: Path) -> None:
                 optimizer.step()
                 state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
                 if rank == 0:
-                    states.append(saved_by_torch(state))
+                    states.append(torch_bytes(state))
                 engine.create(tag)
                 engine.save(state, "m.pt", replicated=True)
                 pending = engine.commit(tag)
@@ -286,7 +281,7 @@ def test_rank_0_writes_all_where_writes_of_others_may_be_seen_late(
 
     found = commit(tmp_path, 3, save, {rank: {"filesystem": Kind(kind)} for rank in range(3)})
     assert [metrics.saves[0].written_bytes > 0 for metrics in found] == [rank < num_writers for rank in range(3)]
-    assert (tmp_path / "a/m.pt").read_bytes() == (tmp_path / "a/n.pt").read_bytes() == saved_by_torch(state_of())
+    assert (tmp_path / "a/m.pt").read_bytes() == (tmp_path / "a/n.pt").read_bytes() == torch_bytes(state_of())
     told = [record for record in caplog.records if "rank 0 writes" in record.getMessage()]
     assert len(told) == (1 if num_writers == 1 else 0)
 
@@ -308,7 +303,7 @@ def test_each_node_with_a_root_of_its_own_has_the_file(tmp_path: Path) -> None:
 
     assert together(4, work) == ["a"] * 4
     for node in range(2):
-        assert (tmp_path / f"node{node}/a/m.pt").read_bytes() == saved_by_torch(state_of())
+        assert (tmp_path / f"node{node}/a/m.pt").read_bytes() == torch_bytes(state_of())
 
 
 class FailingAmend(FileSystem):
@@ -331,7 +326,7 @@ def kind_of(error: Exception) -> str:
 def test_a_disk_that_fails_at_any_call(tmp_path: Path, failing: int) -> None:
     """Either all ranks have committed a file that is right, or none has."""
     outcomes: set[str] = set()
-    expected = saved_by_torch(state_of())
+    expected = torch_bytes(state_of())
     for k in itertools.count():
         disk, root = FaultyFileSystem(), tmp_path / str(k)
 

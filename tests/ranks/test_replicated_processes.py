@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from async_ckpt import AsyncCheckpointEngine, Catalog, RankCoordinator, load
 from tests.ranks.jobs import REPLICATED, Job, Scenario, ran, side_by_side, state_of
 from tests.ranks.test_lost_ranks import GRACE_S, SHORT_S, launched_store
-from tests.ranks.test_replicated import saved_by_torch
+from tests.support.comparing import torch_bytes
 from tests.support.processes import run_ranks
 
 NUMEL = 60_000
@@ -37,7 +37,7 @@ def assert_whole(root: str, tags: list[str], world_size: int) -> None:
         assert catalog.verify(tag).ok
         files = {entry.path: entry.rank for entry in catalog.manifest(tag).files}
         assert files == {REPLICATED: None} | {f"rank{rank}.pt": rank for rank in range(world_size)}
-        assert (catalog.path(tag) / REPLICATED).read_bytes() == saved_by_torch(state_of(0, tag, NUMEL))
+        assert (catalog.path(tag) / REPLICATED).read_bytes() == torch_bytes(state_of(0, tag, NUMEL))
     assert [name for name in os.listdir(root) if name.startswith(".")] == []
 
 
@@ -163,7 +163,7 @@ def save_trained(rank: int, folder: str, kind: str) -> bytes:
         engine.create("a")
         engine.save(state, "train.pt", replicated=True)
         engine.commit("a").result(30)
-    return saved_by_torch(state)
+    return torch_bytes(state)
 
 
 @pytest.mark.wide

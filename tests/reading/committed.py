@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from async_ckpt import Catalog
 from async_ckpt.format import manifest
@@ -15,12 +12,6 @@ from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.storage.filesystem import FileSystem
 
 EXTENT_BYTES = 64 << 10
-
-
-def torch_bytes(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def commit(

@@ -9,7 +9,7 @@ import torch
 
 from async_ckpt.reading.state_tree import flatten
 
-from .committed import torch_bytes
+from ..support.comparing import torch_bytes
 
 
 def trained() -> dict[str, Any]:

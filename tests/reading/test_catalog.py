@@ -28,6 +28,7 @@ from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
 
+from ..support.comparing import flip
 from ..support.making import NEW, OLD, commit, entry, private_names, stage
 
 
@@ -89,12 +90,6 @@ def test_only_checkpoints_are_listed(tmp_path: Path) -> None:
         ("staging", "staged", OwnerState.ALIVE)
     ]
     transaction.abort(FileSystem(), staging)
-
-
-def flip(path: Path, at: int, mask: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= mask
-    path.write_bytes(data)
 
 
 def test_every_flipped_byte_is_found(fast_path: Path) -> None:

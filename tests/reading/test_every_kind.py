@@ -15,8 +15,9 @@ import torch
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.reading.state_tree import flatten
 
+from ..support.comparing import torch_bytes
 from ..support.objects import OBJECTS
-from ..support.states import STATES, torch_bytes
+from ..support.states import STATES
 
 KINDS = STATES | OBJECTS
 NOT_IN_PLACE = {

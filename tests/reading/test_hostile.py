@@ -15,7 +15,8 @@ import torch
 import async_ckpt
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
 
-from .committed import commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import commit
 from .states import plain, torch_only
 
 STATE = {"w": torch.arange(1000.0), "x": torch.ones(3)}

@@ -27,7 +27,8 @@ from async_ckpt.reading import load as restore
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.reading.load import load_opened
 
-from .committed import commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import commit
 from .faulty import FaultyFileSystem
 from .states import plain, torch_only, trained
 

@@ -22,7 +22,8 @@ from async_ckpt.reading import state_tree
 from async_ckpt.reading.state_tree import flatten
 from tests.faults.interrupts import Interrupter, unraisable_forgotten
 
-from .committed import commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import commit
 from .faulty import FaultyFileSystem
 from .states import plain, torch_only, trained, zeroed
 

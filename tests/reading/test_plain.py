@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from async_ckpt.errors import CorruptCheckpointError
 from async_ckpt.format.zip_directory import Record, UnusualLayoutError, read_directory
 from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
-from tests.reading.committed import torch_bytes
 from tests.reading.states import plain, trained
+from tests.support.comparing import torch_bytes
 
 
 def read(pickled: bytes) -> Any:

@@ -11,7 +11,8 @@ import torch
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, ConfigError, StateMismatchError
 
-from .committed import EXTENT_BYTES, commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import EXTENT_BYTES, commit
 
 
 def saved(tmp_path: Path, state: Any) -> Path:

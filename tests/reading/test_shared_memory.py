@@ -13,7 +13,8 @@ from async_ckpt import StateMismatchError
 from async_ckpt.reading import load as restore
 from async_ckpt.reading.shared_memory import parts_of
 
-from .committed import commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import commit
 
 State = dict[str, torch.Tensor]
 

@@ -17,7 +17,8 @@ from torch.utils.serialization import config
 import async_ckpt
 from async_ckpt import AsyncCheckpointEngine, ConfigError, CorruptCheckpointError, UnsupportedStateError
 
-from .committed import commit, torch_bytes
+from ..support.comparing import torch_bytes
+from .committed import commit
 
 OTHER_ORDER = "big" if sys.byteorder == "little" else "little"
 

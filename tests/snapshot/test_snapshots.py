@@ -249,7 +249,7 @@ def test_changed_scalars_structures_and_shapes_between_saves(tmp_path: Path) -> 
             engine.create(f"t{k}")
             engine.save(state, "s.pt")
             engine.commit(f"t{k}")
-    from ..engine.test_interface import torch_bytes
+    from ..support.comparing import torch_bytes
 
     for k, state in enumerate(states * 2):
         assert (tmp_path / f"t{k}" / "s.pt").read_bytes() == torch_bytes(state), k
@@ -306,7 +306,7 @@ def test_bytes_that_are_left_from_an_earlier_save_are_those_of_this_one(tmp_path
     ]
     order = [0, 0, 1, 0, 2, 2, 2, 3, 2, 4, 0, 4, 2, 0, 3, 3, 1, 1, 0]
     saved: dict[str, bytes] = {}
-    from ..engine.test_interface import torch_bytes
+    from ..support.comparing import torch_bytes
 
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=16384) as engine:
         for k, kind in enumerate(order):

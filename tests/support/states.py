@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import io
 import random
 import warnings
 from collections import OrderedDict
@@ -12,15 +11,6 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from torch import nn
-
-
-def torch_bytes(obj) -> bytes:
-    """The reference: what torch.save writes into a file object."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.save(obj, file)
-    return file.getvalue()
 
 
 class Tagged(torch.Tensor):

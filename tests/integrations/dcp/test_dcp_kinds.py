@@ -26,6 +26,7 @@ from async_ckpt import AsyncCheckpointEngine, CorruptCheckpointError, Unsupporte
 from async_ckpt.errors import StateMismatchError
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.objects import why_not_plain
+from tests.support.comparing import torch_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -312,7 +313,5 @@ def test_nothing_of_a_refused_blob_is_run(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    raw = io.BytesIO()
-    torch.save({"x": Evil()}, raw)
-    reason = why_not_plain(memoryview(raw.getvalue()), "x")
+    reason = why_not_plain(memoryview(torch_bytes({"x": Evil()})), "x")
     assert reason is not None and "mkdir" in reason and not (tmp_path / "ran").exists()

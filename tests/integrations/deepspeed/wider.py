@@ -5,7 +5,6 @@ sudden ends.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import threading
 from pathlib import Path
@@ -22,6 +21,7 @@ from async_ckpt import Catalog, ConfigError, KeepLast
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
 from tests.integrations.deepspeed.one_rank import SMALL, Modes, load_stock
 from tests.integrations.deepspeed.world import FEATURES, config, differences, make, state_of, train
+from tests.support.comparing import torch_bytes
 from tests.support.insides import commits_of
 
 
@@ -34,9 +34,7 @@ class Twice:
         checkpointer.save = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, state_dict: Any, path: str) -> None:
-        file = io.BytesIO()
-        torch.save(state_dict, file)
-        self.expected[str(path)] = file.getvalue()
+        self.expected[str(path)] = torch_bytes(state_dict)
         self._save(state_dict, path)
 
 

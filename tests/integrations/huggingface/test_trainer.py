@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from ...support.comparing import flip, same
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
@@ -46,22 +48,6 @@ REPOSITORY = Path(__file__).parents[3]
 
 def names(output_dir: Path) -> list[str]:
     return sorted((p.name for p in output_dir.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool((a == b).all()) if hasattr(a, "shape") else bool(a == b)
-
-
-def flip(path: Path, offset: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.fixture(scope="module")

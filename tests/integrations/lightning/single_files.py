@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import torch
@@ -11,13 +10,12 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
 from async_ckpt.integrations.lightning.single_file import DATA_NAME, CheckpointFile, FileCoordinator
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.comparing import torch_bytes
 
 
 def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
     """What engine and writer do with a checkpoint, in one thread."""
-    buffer = io.BytesIO()
-    torch.save({"step": step, "w": torch.full((100,), float(step))}, buffer)
-    data = buffer.getvalue()
+    data = torch_bytes({"step": step, "w": torch.full((100,), float(step))})
     coordinator = FileCoordinator(sweep=True)
     coordinator.bind(fs, place.root)
     opened = coordinator.begin(place, "replace")

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from ...support.comparing import flip, same
+
 pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
@@ -58,25 +60,8 @@ def visible(folder: Path) -> dict[str, str]:
     }
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
 def place(path: Path) -> CheckpointFile:
     return CheckpointFile(str(path))
-
-
-def flip(path: Path, offset: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1
-    with path.open("r+b") as file:
-        file.write(raw)
 
 
 CALLBACKS: dict[str, dict[str, Any]] = {
