@@ -35,10 +35,12 @@ def attach(
     Call it once, on every rank, after ``initialize``. From then on
     - ``save_checkpoint`` returns when the state is copied; files, rename and `latest` follow in the background;
     - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do
-      ``zero_to_fp32`` and ``ds_to_universal``, ``destroy``, and the end of the process;
+      ``zero_to_fp32`` and ``ds_to_universal``, ``destroy``, and the end of the process; ``torch.load`` of a path in a
+      checkpoint that is pending waits for that one;
     - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or
       ``destroy``.
-    Other code that opens a checkpoint's files must call ``drain()`` of the result first: they are not there before.
+    Code that looks at a checkpoint by other means (``open``, ``glob``, ``os.listdir``, other processes) must call
+    ``drain()`` of the result first: the files are not there before. So must ranks that read each other's tags.
     Files and names are DeepSpeed's own: its tools, and stock DeepSpeed, read them.
 
     Args:
@@ -79,7 +81,7 @@ def attach(
     _wrap(ds_engine, "load_checkpoint", _draining)
     _wrap(ds_engine, "destroy", _finishing)
     _copy_scripts_once(ds_engine)
-    waiting.note(checkpointer)
+    waiting.install()
     return checkpointer
 
 
@@ -147,7 +149,7 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
 def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
     """DeepSpeed looks at the files before it asks the engine to load them; another engine may have saved them."""
     ds_engine.checkpoint_engine.drain()
-    waiting.wait()
+    waiting.wait(on_every_rank=True)
     return call()
 
 

@@ -81,9 +81,13 @@ class DeepSpeedDestination(Destination):
         ranks = tuple(rank for rank, tag in enumerate(tags) if tag == full_tag)
         return cls(root, name, base, full_tag, bool(getattr(info, "save_latest", True)), ranks, number, dirs)
 
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.root, self.tag)
+
     def inside(self, path: StrPath) -> str | None:
         """`path` relative to the final folder ("" for the folder itself); None where it lies elsewhere."""
-        absolute, folder = os.path.abspath(os.fspath(path)), os.path.join(self.root, self.tag)
+        absolute, folder = os.path.abspath(os.fspath(path)), self.folder
         if absolute == folder:
             return ""
         return absolute[len(folder) + 1 :] if absolute.startswith(folder + "/") else None
@@ -108,7 +112,7 @@ class DeepSpeedDestination(Destination):
 
         The emptied folders go too, so that the staging directory can take their name.
         """
-        folder, name = os.path.join(self.root, self.tag), self.dirs.folder_name
+        folder, name = self.folder, self.dirs.folder_name
         source = os.path.join(folder, _OFFLOADED_NAME, name)
         if filesystem.stat(source).kind != "dir":
             return ()

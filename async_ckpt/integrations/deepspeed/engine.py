@@ -19,6 +19,7 @@ from ...plan.planner import loaded_by_framework
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
+from . import waiting
 from .agreement import Agreement
 from .coordinator import DeepSpeedCoordinator
 from .destination import DeepSpeedDestination, SaveDirs
@@ -138,6 +139,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         DeepSpeed's files hold Python objects, so their pickles run (`weights_only=False`): load only what you trust.
         """
         given = os.path.abspath(os.fspath(path))
+        waiting.wait(os.path.realpath(given))
         if self._filesystem.stat(os.path.join(os.path.dirname(given), MANIFEST_NAME)).kind == "file":
             return load_file(given, map_location=map_location, weights_only=False)
         return torch.load(given, map_location=map_location, weights_only=False)
@@ -218,7 +220,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._give_up(error, is_raised=False)
             return True
         self._is_open = False
-        self._outcomes.add(self._info, pending)
+        self._outcomes.add(self._info, destination.folder, pending)
         return True
 
     def abandon(self, error: BaseException) -> None:
@@ -286,7 +288,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         destination, self._destination = self._destination, None
         assert destination is not None
         self._failed = None
-        self._outcomes.add(self._info, None, error, is_raised=is_raised)
+        self._outcomes.add(self._info, destination.folder, None, error, is_raised=is_raised)
         if self._is_open:
             self._is_open = False
             try:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError
 from .agreement import Agreement
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """A checkpoint whose saves are over.
-
-    One that was given up on this rank (`pending` is None, `error` says why) keeps its place, so that the ranks go on
-    counting alike.
-    """
-
-    number: int
-    info: Any
-    pending: PendingCommit | None
-    error: BaseException | None
-    is_raised: bool
+from .waiting import SavedCheckpoint, announce, forget
 
 
 class Outcomes:
@@ -37,7 +23,7 @@ class Outcomes:
         """`patience_s`: how long a commit may take until its outcome is known here."""
         self._agreement = agreement
         self._patience_s = patience_s
-        self._waiting: deque[_Outcome] = deque()
+        self._waiting: deque[SavedCheckpoint] = deque()
         self._num_added = 0
 
     def open_next(self, tag: str, max_pending: int) -> list[str]:
@@ -53,11 +39,21 @@ class Outcomes:
         return tags
 
     def add(
-        self, info: Any, pending: PendingCommit | None, error: BaseException | None = None, *, is_raised: bool = False
+        self,
+        info: Any,
+        folder: str,
+        pending: PendingCommit | None,
+        error: BaseException | None = None,
+        *,
+        is_raised: bool = False,
     ) -> None:
-        """`pending` is on its way; without one the checkpoint was given up because of `error`."""
-        self._waiting.append(_Outcome(self._num_added, info, pending, error, is_raised))
+        """`pending` is on its way to `folder`; without one the checkpoint was given up because of `error`."""
+        real = os.path.realpath(folder)
+        saved = SavedCheckpoint(self._num_added, info, real, pending, error, is_raised, self._patience_s)
+        self._waiting.append(saved)
         self._num_added += 1
+        if not is_raised:
+            announce(saved)
 
     def pending(self) -> list[PendingCommit]:
         """Commits that have not ended on this rank, oldest first."""
@@ -87,13 +83,14 @@ class Outcomes:
         self._report(first)
         return first.info
 
-    def _report(self, outcome: _Outcome) -> None:
+    def _report(self, outcome: SavedCheckpoint) -> None:
         """Wait for an outcome; raise it if it is a failure that was not raised yet."""
         if outcome.is_raised:
             return
-        error = outcome.error if outcome.pending is None else outcome.pending.loss(self._patience_s)
+        error = outcome.loss()
         if error is not None:
             outcome.is_raised = True
+            forget(outcome)
             raise error
 
     def _num_ended(self) -> int:

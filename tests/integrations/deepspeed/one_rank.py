@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import os
 import shutil
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from async_ckpt import Catalog, CheckpointError, CommitError, ConfigError, KeepLast, OutOfSpaceError, Tolerate
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
@@ -84,66 +82,6 @@ def stock_first(engine: Any, directory: Path, stage: int, dtype: str, expected: 
     assert found["epoch"] == 7
     assert differences(expected, state_of(stock)) == []
     train(stock, 1)
-
-
-def read_at_once(directory: Path) -> None:
-    """Another attached engine, and a tool that was imported before any, find what `save_checkpoint` has left on its
-    way.
-    """
-    filesystem = GatedFileSystem()
-    engine = make(2, "fp32")
-    attach(engine, directory, filesystem=filesystem, reuse="off", **SMALL)
-    train(engine, 1)
-    expected = state_of(engine)
-    engine.save_checkpoint(str(directory))
-    assert not (directory / "latest").exists()
-    threading.Timer(0.2, filesystem.gate.set).start()
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(directory))
-    assert all(torch.equal(weights[name], value.float()) for name, value in engine.module.named_parameters())
-    train(engine, 1)
-    expected = state_of(engine)
-    other = make(2, "fp32", seed=3)
-    attach(other, directory, **SMALL)
-    filesystem.gate.clear()
-    engine.save_checkpoint(str(directory), tag="second")
-    threading.Timer(0.2, filesystem.gate.set).start()
-    path, _ = other.load_checkpoint(str(directory))
-    assert path is not None and "second" in path
-    assert differences(expected, state_of(other)) == []
-    other.destroy()
-    # A failure is told to the reader, and to its own engine as well.
-    filesystem.error = OSError(errno.EIO, "no")
-    filesystem.gate.clear()
-    engine.save_checkpoint(str(directory), tag="t9")
-    filesystem.gate.set()
-    with pytest.raises(CheckpointError):
-        get_fp32_state_dict_from_zero_checkpoint(str(directory))
-    with pytest.raises(CheckpointError):
-        engine.destroy()
-
-
-def read_by_other_code(directory: Path) -> None:
-    """Plain `torch.load` finds a file after `drain`, and not before; with overlap=False right after the save."""
-    filesystem = GatedFileSystem()
-    engine = make(1)
-    checkpointer = attach(engine, directory, filesystem=filesystem, **SMALL)
-    train(engine, 1)
-    engine.save_checkpoint(str(directory), tag="t", exclude_frozen_parameters=True)
-    path = directory / "t" / "mp_rank_00_model_states.pt"
-    with pytest.raises(FileNotFoundError):
-        torch.load(path, weights_only=False)
-    filesystem.gate.set()
-    checkpointer.drain()
-    names = {name for name, _ in engine.module.named_parameters()}
-    assert names <= torch.load(path, weights_only=False)["module"].keys()
-    engine.destroy()
-    engine = make(1)
-    attach(engine, directory, overlap=False, **SMALL)
-    train(engine, 1)
-    engine.save_checkpoint(str(directory), tag="u", exclude_frozen_parameters=True)
-    assert names <= torch.load(directory / "u" / path.name, weights_only=False)["module"].keys()
-    assert (directory / "latest").read_text() == "u"
-    engine.destroy()
 
 
 def overlap_spans_steps(directory: Path) -> None:

@@ -19,14 +19,14 @@ import torch
 
 def main(directory: Path, names: list[str]) -> int:
     torch.set_num_threads(1)
-    from tests.integrations.deepspeed import many_ranks, one_rank, wider
+    from tests.integrations.deepspeed import many_ranks, one_rank, readers, wider
 
     logging.disable(logging.WARNING)
     outcomes: dict[str, str | None] = {}
     for name in names:
         function, _, argument = name.partition(":")
         scenario = next(
-            getattr(module, function) for module in (one_rank, wider, many_ranks) if hasattr(module, function)
+            getattr(module, function) for module in (one_rank, readers, wider, many_ranks) if hasattr(module, function)
         )
         own = directory / name.replace(":", "-")
         own.mkdir(exist_ok=True)
