@@ -34,13 +34,12 @@ def attach(
 
     Call it once, on every rank, after ``initialize``. From then on
     - ``save_checkpoint`` returns when the state is copied; files, rename and `latest` follow in the background;
-    - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do
-      ``zero_to_fp32`` and ``ds_to_universal``, ``destroy``, and the end of the process; ``torch.load`` of a path in a
-      checkpoint that is pending waits for that one;
-    - a failed checkpoint raises, on every rank alike, at the next ``step``, ``save_checkpoint``, ``load_checkpoint`` or
-      ``destroy``.
-    Code that looks at a checkpoint by other means (``open``, ``glob``, ``os.listdir``, other processes) must call
-    ``drain()`` of the result first: the files are not there before. So must ranks that read each other's tags.
+    - ``load_checkpoint`` of any attached engine in this process first waits for what is pending, and so do ``destroy``,
+      ``zero_to_fp32``, ``ds_to_universal`` and the end of the process; ``torch.load`` of a path in a checkpoint that is
+      pending waits for that one;
+    - a failed checkpoint raises, on every rank alike, at the next ``step``, save, load or ``destroy``.
+    Who looks in other ways (``open``, ``glob``, ``os.listdir``, safetensors, other processes, another rank's tag) must
+    call ``drain()`` of the result first, or say ``overlap=False``: the files are not there before.
     Files and names are DeepSpeed's own: its tools, and stock DeepSpeed, read them.
 
     Args:
@@ -59,8 +58,7 @@ def attach(
 
     Raises:
         ImportError: DeepSpeed is missing or too old; names the extra to install.
-        ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect its
-            optimizer.
+        ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect it.
     """
     interface = _require_deepspeed()
     _check_engine(ds_engine)
