@@ -14,6 +14,7 @@ import fcntl
 import functools
 import os
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from ..host.facts import mount_type
@@ -32,23 +33,24 @@ _FICLONERANGE = 0x4020940D
 class Syscalls:
     """The calls of this machine; a subclass may record, refuse or shorten them."""
 
+    close: Callable[[int], None] = staticmethod(os.close)
+    pwrite: Callable[[int, memoryview, int], int] = staticmethod(os.pwrite)
+    fsync: Callable[[int], None] = staticmethod(os.fsync)
+    ftruncate: Callable[[int, int], None] = staticmethod(os.ftruncate)
+    fstat: Callable[[int], os.stat_result] = staticmethod(os.fstat)
+    rmdir: Callable[[str], None] = staticmethod(os.rmdir)
+    unlink: Callable[[str], None] = staticmethod(os.unlink)
+    rename: Callable[[str, str], None] = staticmethod(os.rename)
+    chmod: Callable[[str, int], None] = staticmethod(os.chmod)
+    isdir: Callable[[str], bool] = staticmethod(os.path.isdir)
+    fs_type: Callable[[str], str] = staticmethod(mount_type)
+    """As the mount table has it; "" where the system does not tell."""
+
     def open(self, path: str, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
         return os.open(path, flags, mode, dir_fd=dir_fd)
 
-    def close(self, fd: int) -> None:
-        os.close(fd)
-
-    def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
-        return os.pwrite(fd, buffer, offset)
-
     def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
-
-    def fsync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def ftruncate(self, fd: int, size_bytes: int) -> None:
-        os.ftruncate(fd, size_bytes)
 
     def allocate(self, fd: int, size_bytes: int, offset: int = 0) -> None:
         os.posix_fallocate(fd, offset, size_bytes)
@@ -64,17 +66,8 @@ class Syscalls:
         """0700 if private, else 0777 less the umask."""
         os.mkdir(path, 0o700 if private else 0o777)
 
-    def rmdir(self, path: str) -> None:
-        os.rmdir(path)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
     def link(self, path: str, name: str) -> None:
         os.link(path, name, follow_symlinks=False)
-
-    def rename(self, src: str, dst: str) -> None:
-        os.rename(src, dst)
 
     def renameat2(self, src: str, dst: str, flags: int) -> None:
         call = getattr(_libc(), "renameat2", None)
@@ -84,9 +77,6 @@ class Syscalls:
                 return
             code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), src, None, dst)
-
-    def chmod(self, path: str, mode: int) -> None:
-        os.chmod(path, mode)
 
     def flock(self, fd: int) -> bool:
         """Whether the exclusive lock was free and is held now."""
@@ -105,20 +95,10 @@ class Syscalls:
     def lstat(self, path: str, *, dir_fd: int | None = None) -> os.stat_result:
         return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
 
-    def isdir(self, path: str) -> bool:
-        return os.path.isdir(path)
-
-    def fstat(self, fd: int) -> os.stat_result:
-        return os.fstat(fd)
-
     def free_bytes(self, path: str) -> int:
         """What this user may still write."""
         found = os.statvfs(path)
         return found.f_bavail * found.f_frsize
-
-    def fs_type(self, path: str) -> str:
-        """As the mount table has it; "" where the system does not tell."""
-        return mount_type(path)
 
 
 @functools.lru_cache(maxsize=1)
