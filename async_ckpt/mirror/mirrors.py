@@ -66,8 +66,8 @@ class Mirrors:
         self._death: BaseException | None = None
         """What has ended the thread of a mirror."""
         self._is_checked = self._is_closed = self._has_ended = False
-        num_threads = len(self.mirrors) + min(_MAX_THREADS, max(4, 0, *(mirror.parallel for mirror in self.mirrors)))
-        self._executor = DaemonExecutor("async-ckpt-mirror", num_threads, on_start=lower_priority)
+        num_threads = min(_MAX_THREADS, max(4, 0, *(mirror.parallel for mirror in self.mirrors)))
+        self._executor = DaemonExecutor("async-ckpt-mirror", len(self.mirrors) + num_threads, on_start=lower_priority)
         try:
             self._workers = [
                 Worker(
@@ -82,6 +82,7 @@ class Mirrors:
                         replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
                     ),
                     with_backlog=with_backlog,
+                    num_threads=num_threads,
                 )
                 for mirror in self.mirrors
             ]
@@ -170,8 +171,12 @@ class Mirrors:
         busy = [run for worker, run in runs if not left and worker.finish()]
         wait_all(busy, max(_STOP_S, deadline - time.monotonic()))
         for worker in self._workers:
-            worker.context.stop()
-        # Whoever is inside of a request then goes on without us, to its end at most, and changes no state any more.
+            worker.stop()
+        wait_all(self._runs, _STOP_S)
+        # Whoever is inside of a request of this process goes on without us, to its end at most, and changes no state
+        # any more.
+        for worker in self._workers:
+            worker.kill()
         wait_all(self._runs, _STOP_S)
         self._executor.shutdown(wait=False)
         for one in pending:

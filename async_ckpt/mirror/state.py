@@ -131,6 +131,24 @@ class States:
         with contextlib.suppress(FileNotFoundError):
             self._fs.unlink(os.path.join(self._folder, tag + self._suffix))
 
+    def reload(self, tag: str) -> None:
+        """Take over what another process of this rank has noted about a tag. Raises OSError."""
+        path = os.path.join(self._folder, tag + self._suffix)
+        state: TagState | None = None
+        with contextlib.suppress(FileNotFoundError):
+            state = self._read_or_warn(path)
+        with self._lock:
+            self._states.pop(tag, None)
+            if state is not None:
+                self._states[tag] = state
+
+    def _read_or_warn(self, path: str) -> TagState | None:
+        try:
+            return _read(self._fs, path, self._suffix)
+        except CorruptCheckpointError as error:
+            report(logging.WARNING, "%s, and is left out: the store is asked instead", error)
+            return None
+
     def _load(self) -> dict[str, TagState]:
         states: dict[str, TagState] = {}
         for name in self._fs.listdir(self._folder) if self._fs.stat(self._folder).kind == "dir" else ():
@@ -141,13 +159,10 @@ class States:
                     with contextlib.suppress(FileNotFoundError):
                         self._fs.unlink(path)
             elif name.endswith(self._suffix):
-                try:
-                    states[name[: -len(self._suffix)]] = _read(self._fs, path, self._suffix)
-                except FileNotFoundError:
-                    # Another process has forgotten it meanwhile.
-                    continue
-                except CorruptCheckpointError as error:
-                    report(logging.WARNING, "%s, and is left out: the store is asked instead", error)
+                # Another process may forget it meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    state = self._read_or_warn(path)
+                    states |= {state.tag: state} if state is not None else {}
         return states
 
 

@@ -17,6 +17,7 @@ from ..threads.outcome import Outcome
 from .context import MirrorContext, Stopped
 from .pending import PendingMirror
 from .probe import probe
+from .process import UploadProcess
 from .remote import open_store, remote_catalog
 from .remote_manifest import delete_doomed, read_manifest, remove_remote
 from .store import ConditionFailed, PassingFailure
@@ -29,8 +30,9 @@ _MIN_REST_S = 1.0
 class Worker:
     """Any thread; only `run` blocks."""
 
-    def __init__(self, context: MirrorContext, *, with_backlog: bool) -> None:
+    def __init__(self, context: MirrorContext, *, with_backlog: bool, num_threads: int) -> None:
         self.context = context
+        self._process = UploadProcess.of(context, num_threads)
         self.ready: Outcome[None] = Outcome()
         """Resolves when the store has been tried; to what is wrong with it, if something is."""
         self._url = context.mirror.url
@@ -56,8 +58,19 @@ class Worker:
         with self.context.changed:
             self._is_finishing = self._is_woken = True
             if not self._is_busy:
-                self.context.stop()
+                self.stop()
             return self._is_busy
+
+    def stop(self) -> None:
+        """Stop where the work next looks."""
+        self.context.stop()
+        if self._process is not None:
+            self._process.stop()
+
+    def kill(self) -> None:
+        """End an upload in another process, wherever it is."""
+        if self._process is not None:
+            self._process.kill()
 
     def run(self) -> None:
         """Mirror until stopped."""
@@ -71,6 +84,8 @@ class Worker:
             pass
         finally:
             self.ready.resolve(None, None)
+            if self._process is not None:
+                self._process.close()
 
     # Before the first upload.
 
@@ -169,7 +184,10 @@ class Worker:
                 self._ask_again(tag)
             started_s = time.perf_counter()
             metrics.wait_s = started_s - pendings[0].committed_s if pendings else 0.0
-            Upload(context, tag, metrics).run()
+            if self._process is not None:
+                self._process.upload(tag, metrics)
+            else:
+                Upload(context, tag, metrics).run()
             metrics.upload_s = time.perf_counter() - started_s
         except Stopped:
             told = f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk"

@@ -1,0 +1,296 @@
+"""Uploads in a process of their own: reading, checksums and requests never take the interpreter lock from a training.
+
+`UploadProcess` stands for `Upload` in the parent, `serve` runs `Upload` in the child. Over a socket pair they exchange
+tuples of plain objects, pickled; the first member says what follows:
+
+- to the child: `sys.path` and `Settings` once; "upload" (tag, abilities), "answer" (error), "stop".
+- to the parent: "span", "log" (level, text), "metrics", "ask" (a method of `Agreement`, arguments), "ended" (error).
+
+Guarantees:
+- The child runs no code of the user's and imports no torch. It has the lowest priority for processor and disk, and ends
+  with its parent, however that ends.
+- A child that dies is an error that may pass: the next upload starts another one, which goes on from the state on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..errors import MirrorError, report
+from ..metrics import MirrorMetrics
+from ..storage.filesystem import FileSystem
+from ..threads.executor import DaemonExecutor, lower_priority
+from ..threads.locks import Lock
+from .config import Mirror
+from .context import MirrorContext, MirrorHooks
+from .remote import open_store
+from .store import PassingFailure
+from .upload import Upload
+
+_PROGRESS_S = 1.0
+_END_S = 5.0
+_PR_SET_PDEATHSIG = 1
+_CHILD = f"""
+import sys
+from multiprocessing.connection import Connection
+channel = Connection(int(sys.argv[1]))
+sys.path[:] = channel.recv()
+from {__name__} import serve
+serve(channel)
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the child makes its `MirrorContext` of."""
+
+    mirror: Mirror
+    filesystem: FileSystem
+    root: str
+    may_overwrite: bool
+    uploaders_per_node: int | None
+    rank: int | None
+    leads: bool
+    num_threads: int
+
+
+class UploadProcess:
+    """The child of one mirror, started with the first upload. `upload` and `close` are called by the mirror's thread,
+    `stop` and `kill` by any."""
+
+    def __init__(self, context: MirrorContext, settings: bytes) -> None:
+        self._context = context
+        self._settings = settings
+        self._lock = Lock()
+        """Held to send, and to change the fields below."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection
+
+    @classmethod
+    def of(cls, context: MirrorContext, num_threads: int) -> UploadProcess | None:
+        """None where an upload needs what exists in this process alone: another file system, or options that cannot
+        be pickled (a provider of credentials)."""
+        if type(context.filesystem) is not FileSystem or not sys.executable:
+            return None
+        mirror, agreement = replace(context.mirror, retention=None), context.agreement
+        settings = Settings(
+            mirror,
+            context.filesystem,
+            context.root,
+            context.may_overwrite,
+            context.uploaders_per_node,
+            agreement.rank,
+            agreement.leads,
+            num_threads,
+        )
+        try:
+            return cls(context, pickle.dumps(settings))
+        except Exception:  # noqa: BLE001 -- whatever it is, uploads then run here
+            return None
+
+    def upload(self, tag: str, metrics: MirrorMetrics) -> None:
+        """Mirror a checkpoint and fill in `metrics`, once a second and at the end. Blocks; raises what `Upload.run`
+        does, and PassingFailure where the child dies or cannot be started."""
+        context = self._context
+        try:
+            self._start()
+            # Whoever stops it from here on finds the child.
+            context.sleep()
+            self._send("upload", tag, context.abilities)
+            while (told := self._channel.recv())[0] != "ended":
+                self._heed(metrics, *told)
+        except (EOFError, OSError) as failure:
+            context.sleep()
+            status = self.close()
+            text = f"the process that uploads has ended with status {status}; another one goes on ({failure})"
+            raise PassingFailure(text, url=context.mirror.url) from failure
+        finally:
+            context.states.reload(tag)
+        if told[1] is not None:
+            raise told[1]
+
+    def _start(self) -> None:
+        if self._process is not None:
+            return
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            # Signals to the training's group are for the training: it may still wait for what is on its way.
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+            with self._lock:
+                self._process, self._channel = process, Connection(ours.detach())
+        self._channel.send(sys.path)
+        self._channel.send_bytes(self._settings)
+
+    def _send(self, *message: Any) -> None:
+        with self._lock:
+            self._channel.send(message)
+
+    def _heed(self, metrics: MirrorMetrics, kind: str, *content: Any) -> None:
+        if kind == "span":
+            self._context.hooks.on_span(*content)
+        elif kind == "log":
+            report(content[0], "%s", content[1])
+        elif kind == "metrics":
+            _copy(content[0], metrics)
+        else:
+            method, *given = content
+            error: BaseException | None = None
+            try:
+                getattr(self._context.agreement, method)(*given)
+            except Exception as failure:  # noqa: BLE001 -- the child raises it
+                error = failure
+            self._send("answer", error)
+
+    def stop(self) -> None:
+        """Let the upload end where it next looks."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None:
+                self._channel.send(["stop"])
+
+    def kill(self) -> None:
+        """End the child wherever it is."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> int | None:
+        """End the child; its exit status, None where there was none."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return None
+        self._channel.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(_END_S)
+        process.kill()
+        return process.wait()
+
+
+def _copy(source: MirrorMetrics, target: MirrorMetrics) -> None:
+    for name in ("size_bytes", "num_objects", "num_parts", "sent_bytes"):
+        setattr(target, name, getattr(source, name))
+
+
+# The child.
+
+
+def serve(channel: Connection) -> None:
+    """The main thread of the child; ends the process."""
+    if sys.platform == "linux":
+        # Processes that the parent has forked hold its end of the socket too.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    lower_priority()
+    with contextlib.suppress(EOFError, OSError):
+        # Until the parent is gone, or wants no more.
+        settings: Settings = channel.recv()
+        try:
+            child = _Child(channel, settings)
+        except Exception as error:  # noqa: BLE001 -- each upload fails with it
+            while channel.recv():
+                channel.send(("ended", _portable(error, settings.mirror.url)))
+        child.run()
+    os._exit(0)
+
+
+class _Child(logging.Handler):
+    """Runs uploads, one at a time, on a thread of its own; to it this is also the `Agreement` of the parent, and what
+    becomes of its log."""
+
+    def __init__(self, channel: Connection, settings: Settings) -> None:
+        super().__init__()
+        self.rank, self.leads = settings.rank, settings.leads
+        self._channel = channel
+        self._sending = Lock()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._running: MirrorMetrics | None = None
+        self._executor = DaemonExecutor("async-ckpt-mirror", 1 + settings.num_threads, on_start=lower_priority)
+        self._context = MirrorContext(
+            settings.mirror,
+            settings.filesystem,
+            settings.root,
+            self._executor,
+            self,
+            settings.may_overwrite,
+            settings.uploaders_per_node,
+            MirrorHooks(on_span=lambda span: self._send("span", span)),
+        )
+        self._context.store = open_store(settings.mirror, settings.filesystem)
+        logger = logging.getLogger("async_ckpt")
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def run(self) -> None:
+        """Blocks; raises EOFError where the parent is gone."""
+        while True:
+            while self._running is not None and not self._channel.poll(_PROGRESS_S):
+                with self._sending:
+                    if self._running is not None:
+                        self._send("metrics", self._running)
+            kind, *content = self._channel.recv()
+            if kind == "upload":
+                self._running = MirrorMetrics(content[0])
+                self._context.abilities = content[1]
+                self._executor.submit(self._upload, self._running)
+            elif kind == "answer":
+                self._answers.put(content[0])
+            else:
+                self._context.stop()
+
+    def _upload(self, metrics: MirrorMetrics) -> None:
+        error: BaseException | None = None
+        try:
+            self._context.states.reload(metrics.tag)
+            Upload(self._context, metrics.tag, metrics).run()
+        except BaseException as failure:  # noqa: BLE001 -- the parent raises it
+            error = failure
+        with self._sending:
+            self._running = None
+            self._send("metrics", metrics)
+            self._send("ended", _portable(error, self._context.mirror.url))
+
+    def _send(self, *message: Any) -> None:
+        with self._sending:
+            self._channel.send(message)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send("log", record.levelno, record.getMessage())
+
+    # The agreement.
+
+    def all_sent(self, name: str) -> None:
+        self._ask("all_sent", name)
+
+    def concluded(self, name: str, error: str) -> None:
+        self._ask("concluded", name, error)
+
+    def _ask(self, *question: str) -> None:
+        self._send("ask", *question)
+        error = self._answers.get()
+        if error is not None:
+            raise error
+
+
+def _portable(error: BaseException | None, url: str) -> BaseException | None:
+    """`error`, or its text where the other process could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 -- whatever its class does
+        return MirrorError(f"{type(error).__name__}: {error}", url=url)
+    return error
