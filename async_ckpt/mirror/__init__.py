@@ -2,8 +2,8 @@
 
 - `config` says what a mirror is, `plan` which objects a checkpoint becomes, as plain data.
 - `store` is the seam to a store: `object_store` over obstore (S3, GCS, Azure), `file_store` over a directory.
-- `upload` puts one checkpoint: data first, the manifest last; `state` is what survives a crash; `worker` does one
-  after another; `context` is what all uploads to a mirror share.
+- `upload` puts one checkpoint: data first, the manifest last; `process` runs it outside of the training's process;
+  `state` is what survives a crash; `worker` does one after another; `context` is what all uploads to a mirror share.
 - `remote` shows a store to the reading side as if it were a file system that can only be read.
 
 Guarantees:

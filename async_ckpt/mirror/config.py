@@ -31,7 +31,8 @@ class Mirror:
     """``s3://bucket/run``, ``gs://bucket/run``, ``az://container/run`` or ``file:///mount/run``: where the tags lie."""
 
     parallel: int = 4
-    """Parts on their way at once, over all files. Memory is at most `parallel * part_bytes`."""
+    """Parts on their way at once, over all files. Memory is at most `parallel * part_bytes`, beside the 20 MB of the
+    process that uploads."""
 
     part_bytes: int = 16 << 20
     """Size of one part of an upload, in bytes; an object has at most 10,000 parts."""

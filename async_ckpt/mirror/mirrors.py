@@ -1,7 +1,8 @@
 """All mirrors of one engine: their thread, what is pending, what failed, and how long leaving waits.
 
 Guarantees:
-- Each mirror has a thread, and all share a few more for their objects, at the lowest priority for processor and disk.
+- Each mirror has a thread, and a process that uploads (see `process`) or, where that cannot be, a few more threads that
+  all share; at the lowest priority for processor and disk.
 - A `PendingMirror` always resolves. Nothing here harms a commit, and nothing waits longer than it was told to.
 """
 

@@ -196,7 +196,10 @@ def serve(channel: Connection) -> None:
     if sys.platform == "linux":
         # Processes that the parent has forked hold its end of the socket too.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Threads inherit it. No lock is shared with a training, so this may starve beside one.
     lower_priority()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
     with contextlib.suppress(EOFError, OSError):
         # Until the parent is gone, or wants no more.
         settings: Settings = channel.recv()
@@ -220,7 +223,7 @@ class _Child(logging.Handler):
         self._sending = Lock()
         self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._running: MirrorMetrics | None = None
-        self._executor = DaemonExecutor("async-ckpt-mirror", 1 + settings.num_threads, on_start=lower_priority)
+        self._executor = DaemonExecutor("async-ckpt-mirror", 1 + settings.num_threads)
         self._context = MirrorContext(
             settings.mirror,
             settings.filesystem,

@@ -105,14 +105,25 @@ def garbage(server: Any, prefix: str) -> list[str]:
     return [key for key in there if key not in named and "/.probe-" not in key]
 
 
-def priorities() -> dict[str, tuple[int, int]]:
-    """Niceness and class of disk priority (3: idle) of each thread of this process that has a name."""
+def priorities(pid: int) -> dict[str, tuple[int, int]]:
+    """Niceness and class of disk priority (3: idle) of each thread of a process; names are of this process alone."""
     found = {}
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
-    for thread in os.listdir("/proc/self/task"):
-        name = names.get(int(thread)) or Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        name = names.get(int(thread)) or Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip()
         io_class = ctypes.CDLL(None).syscall(252, 1, int(thread)) >> 13
         found[f"{name}/{thread}"] = os.getpriority(os.PRIO_PROCESS, int(thread)), io_class
+    return found
+
+
+def upload_processes(pid: int | str = "self") -> list[int]:
+    """The processes that upload for a process."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):
+            for child in children.read_text().split():
+                if b"mirror.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
     return found
 
 
@@ -128,4 +139,5 @@ __all__ = [
     "priorities",
     "remote_content",
     "s3_mirror",
+    "upload_processes",
 ]

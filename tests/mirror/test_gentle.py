@@ -40,23 +40,25 @@ pytestmark = pytest.mark.wide
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="reads Linux's priorities")
 def test_uploads_are_niced_and_idle_on_the_disk(moto: Any, tmp_path: Path, prefix: str) -> None:
-    """In a process of its own: the library keeps the threads that its first user has made."""
+    """Of the process that uploads every thread, of the training's only those of the mirrors."""
     options = json.dumps(dict(moto.options()))
     program = (
         "import json, sys; from pathlib import Path; from async_ckpt import Mirror\n"
-        "from tests.mirror.making import commit_and_send, mirroring, priorities\n"
+        "import os; from tests.mirror.making import commit_and_send, mirroring, priorities, upload_processes\n"
         "mirror, root = Mirror(sys.argv[2], options=json.loads(sys.argv[3])), Path(sys.argv[1])\n"
         "with mirroring(root, mirror) as made:\n"
-        "    commit_and_send(made, root, 'a').result(60); print(json.dumps(priorities()))\n"
+        "    commit_and_send(made, root, 'a').result(60); (child,) = upload_processes()\n"
+        "    print(json.dumps([priorities(os.getpid()), priorities(child)]))\n"
     )
     where = [str(tmp_path), s3_mirror(moto, prefix).url, options]
     done = subprocess.run([sys.executable, "-c", program, *where], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, of_child = json.loads(done.stdout.splitlines()[-1])
     mirrors = {name: told for name, told in found.items() if name.startswith(("async-ckpt-mirror", "tokio"))}
     assert len(mirrors) > 5 and any(name.startswith("tokio") for name in mirrors)
     assert {tuple(told) for told in mirrors.values()} == {(10, 3)}
     assert next(told for name, told in found.items() if name.startswith("MainThread"))[0] == 0
+    assert len(of_child) > 6 and {tuple(told) for told in of_child.values()} == {(19, 3)}
 
 
 class Turns(FileSystem):

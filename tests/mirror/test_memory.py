@@ -3,6 +3,7 @@ hold."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from async_ckpt.storage.filesystem import FileSystem
 from tests.support.making import begin
 
 from ..support.stepping import until
-from .making import mirroring, s3_mirror
+from .making import mirroring, s3_mirror, upload_processes
 
 _MIB = 1 << 20
 
@@ -46,7 +47,13 @@ def sparse_checkpoint(root: Path, size_bytes: int, extent_bytes: int = 64 * _MIB
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Of this process, and of those that upload for it what they share with nobody."""
+    found = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for child in upload_processes():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+            found += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+    return found
 
 
 def upload_watched(server: Any, root: Path, prefix: str, size_bytes: int) -> int:

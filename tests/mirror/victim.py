@@ -1,7 +1,8 @@
 """A process that mirrors a root and is killed in the middle: ``python -m tests.mirror.victim ROOT URL OPTIONS
 KILL_AT_STEP``.
 
-Steps are the calls that change the state on disk, numbered from 1; 0 lets it live until everything is mirrored.
+Steps are the calls that change the state on disk, numbered from 1. With 0 it uploads in a process of its own, as a
+training does, and lives until everything is mirrored.
 """
 
 from __future__ import annotations
@@ -49,14 +50,13 @@ class Mortal(FileSystem):
 
 def main() -> None:
     root, url, options, kill_at = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-    fs = Mortal(kill_at)
+    fs = Mortal(kill_at) if kill_at else FileSystem()
     mirror = Mirror(url, part_bytes=5 << 20, retry_timeout_s=10.0, request_timeout_s=5.0, options=options)
     made = Mirrors([mirror], filesystem=fs, root=root, may_overwrite=True)
     local = [Catalog(root).manifest(tag) for tag in Catalog(root).tags()]
     while not all(made.is_mirrored(manifest.tag, manifest.created_unix_ns) for manifest in local):
         time.sleep(0.01)
     made.close(10)
-    print(fs.num_steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Uploads run in a process of their own: nothing of them in the training's, and no death of either loses anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_ckpt.errors import MirrorError
+from async_ckpt.mirror.config import Mirror
+
+from ..support.stepping import until
+from .making import (
+    big,
+    commit,
+    commit_and_send,
+    content,
+    garbage,
+    mirroring,
+    remote_content,
+    s3_mirror,
+    upload_processes,
+)
+from .proxy import Fault, Proxy
+from .servers import unfinished_uploads
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"),
+]
+
+
+def num_read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_the_training_process_reads_and_sends_nothing(tmp_path: Path) -> None:
+    root, mirror = tmp_path / "root", Mirror(f"file://{tmp_path}/other")
+    with mirroring(root, mirror) as made:
+        made.check()
+        pending = made.expect("step-1")
+        commit(root, "step-1", big(), created=1)
+        before = num_read_bytes()
+        made.committed(pending, None)
+        pending.result(60)
+        assert num_read_bytes() - before < len(big()["model.bin"]) / 10
+        assert len(upload_processes()) == 1
+        assert pending.metrics.sent_bytes == sum(map(len, big().values()))
+    assert upload_processes() == [] and remote_content(mirror, "step-1") == content(root, "step-1")
+
+
+@pytest.mark.parametrize("at", ["an object", "the manifest"])
+def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
+    at: str, moto: Any, tmp_path: Path, prefix: str
+) -> None:
+    """The second commit's upload comes first; then the one that was cut short goes on."""
+    killed: list[int] = []
+
+    def kill(number: int, method: str, path: str) -> Fault:
+        is_there = "partNumber=2" in path if at == "an object" else "step-1/manifest.json" in path
+        if method == "PUT" and is_there and not killed:
+            killed.extend(upload_processes())
+            os.kill(killed[0], signal.SIGKILL)
+            return "reset"
+        return None
+
+    with (
+        Proxy(moto.endpoint, kill) as proxy,
+        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
+    ):
+        error = commit_and_send(made, tmp_path, "step-1", big()).exception(60)
+        assert isinstance(error, MirrorError) and "status -9" in str(error)
+        commit_and_send(made, tmp_path, "step-2", big(), created=2).result(60)
+        until(lambda: made.is_mirrored("step-1", 1))
+        assert upload_processes() != killed
+    mirror = s3_mirror(moto, prefix)
+    assert remote_content(mirror, "step-1") == remote_content(mirror, "step-2") == big()
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_it_ends_with_the_training(is_forked: bool, moto: Any, tmp_path: Path, prefix: str) -> None:
+    """However that ends, also while a process that it has forked holds whatever it has open."""
+    program = (
+        "import json, os, sys, time; from pathlib import Path; from async_ckpt import Mirror\n"
+        "from tests.mirror.making import big, commit_and_send, mirroring, upload_processes\n"
+        "mirror, root = Mirror(sys.argv[2], part_bytes=5 << 20, options=json.loads(sys.argv[3])), Path(sys.argv[1])\n"
+        "with mirroring(root, mirror) as made:\n"
+        "    commit_and_send(made, root, 'step-1').result(60)\n"
+        "    forked = os.fork() if len(sys.argv) > 4 else 0\n"
+        "    if len(sys.argv) > 4 and not forked: time.sleep(600)\n"
+        "    commit_and_send(made, root, 'step-2', big(), created=2)\n"
+        "    print(json.dumps([*upload_processes(), forked]), flush=True); time.sleep(600)\n"
+    )
+    sending: list[str] = []
+
+    def hang(number: int, method: str, path: str) -> Fault:
+        if "partNumber" not in path:
+            return None
+        sending.append(path)
+        return "stall"
+
+    with Proxy(moto.endpoint, hang) as proxy:
+        options = json.dumps({**moto.options(), "endpoint": proxy.endpoint})
+        command = [sys.executable, "-c", program, str(tmp_path), s3_mirror(moto, prefix).url, options]
+        training = subprocess.Popen([*command, *["fork"] * is_forked], stdout=subprocess.PIPE, text=True)
+        forked = 0
+        try:
+            assert training.stdout is not None
+            child, forked = json.loads(training.stdout.readline())
+            until(lambda: sending)
+            training.kill()
+            training.wait()
+            until(lambda: not os.path.exists(f"/proc/{child}") or _is_zombie(child))
+        finally:
+            if forked:
+                os.kill(forked, signal.SIGKILL)
+            training.kill()
+            training.communicate()
+    with mirroring(tmp_path, s3_mirror(moto, prefix)) as made:
+        until(lambda: made.is_mirrored("step-2", 2))
+    assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_options_that_exist_here_alone_are_used_here(moto: Any, tmp_path: Path, prefix: str) -> None:
+    """A provider of credentials cannot be given to another process."""
+    options = moto.options()
+    given = {"access_key_id": options.pop("access_key_id"), "secret_access_key": options.pop("secret_access_key")}
+    asked: list[int] = []
+
+    def provide() -> dict[str, Any]:
+        asked.append(os.getpid())
+        return {**given, "token": None, "expires_at": None}
+
+    url = s3_mirror(moto, prefix).url
+    with mirroring(tmp_path, Mirror(url, options={**options, "credential_provider": provide})) as made:
+        commit_and_send(made, tmp_path, "step-1").result(60)
+        assert upload_processes() == [] and set(asked) == {os.getpid()}
+    assert remote_content(s3_mirror(moto, prefix), "step-1") == content(tmp_path, "step-1")
