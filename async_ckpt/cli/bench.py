@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointNotFoundError, escaped
 from ..observers.units import format_bytes, format_rate, format_seconds
-from .failing import EXIT_OK
-from .output import add_json, number, print_json, print_table
+from .output import EXIT_OK, add_json, number, print_json, print_table
 
 if TYPE_CHECKING:
     from .measuring import DiskResult, IoMode, MemoryResult

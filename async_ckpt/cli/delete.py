@@ -8,9 +8,8 @@ from ..errors import ConfigError
 from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_OK
 from .locating import Located, catalog_of, is_checkpoint, place_of, refuse_single_files
-from .output import add_json, print_json
+from .output import EXIT_OK, add_json, print_json
 
 
 def options(parser: argparse.ArgumentParser) -> None:

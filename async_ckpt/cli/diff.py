@@ -21,9 +21,8 @@ from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, range_crc, read_header
 from ..reading.verified_file import VerifiedFile
-from .failing import EXIT_FAILED, EXIT_OK
 from .locating import Located, place_of
-from .output import add_json, key_name, print_json, print_table
+from .output import EXIT_FAILED, EXIT_OK, add_json, key_name, print_json, print_table
 
 
 @dataclass(frozen=True)

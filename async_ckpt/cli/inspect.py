@@ -12,9 +12,8 @@ from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, read_header, read_records
-from .failing import EXIT_OK
 from .locating import place_of
-from .output import add_json, console, key_name, number, picked, print_json, print_table
+from .output import EXIT_OK, add_json, console, key_name, number, picked, print_json, print_table
 
 _MAX_OBJECTS = 200
 _ROOT = ("(the whole file)",)

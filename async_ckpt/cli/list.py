@@ -19,9 +19,8 @@ from ..reading.catalog import Catalog, StagingInfo
 from ..reading.committed import CatalogEntry
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import tree_of
-from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of
-from .output import add_json, add_root, print_json, print_table
+from .output import EXIT_FAILED, EXIT_OK, add_json, add_root, print_json, print_table
 
 if TYPE_CHECKING:
     from ..mirror.state import Mirrored

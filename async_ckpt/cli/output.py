@@ -1,5 +1,5 @@
-"""What commands have in common: arguments, and what they print: JSON, bars, or tables through rich, which is imported
-only for those."""
+"""What commands have in common: arguments, exit codes, and what they print: JSON, one line of an error, bars, or tables
+through rich, which is imported only for those."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import escaped
+from ..errors import CheckpointError, ConfigError, UnsafePathError, escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..format.tensors import OtherInfo, TensorExtent
 
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 _PIPE_COLUMNS = 240
 _PAD_COLUMNS = 40
 
@@ -45,9 +46,29 @@ def number(kind: Callable[[str], Any], least: float, most: float = float("inf"))
     return parse
 
 
+def exit_code(error: BaseException) -> int | None:
+    """The exit code for a known kind of failure; None for a bug."""
+    if isinstance(error, (ConfigError, UnsafePathError)):
+        return EXIT_USAGE
+    if isinstance(error, FileNotFoundError):
+        return EXIT_NOT_FOUND
+    if isinstance(error, (CheckpointError, OSError, ImportError)):
+        return EXIT_FAILED
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks or control characters."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ImportError) and error.name:
+        text = f"this command needs the package {error.name!r}: pip install {error.name}"
+    return escaped(" ".join(text.split()))
+
+
 def key_name(leaf: TensorExtent | OtherInfo) -> str:
     """The key path of a leaf such as ``['a.b'][0]``: no two leaves of a file have the same."""
-    return "".join(f"[{step[1:]!r}]" if step.startswith("s") else f"[{step}]" for step in leaf.key)
+    steps = (repr(step[1:]) if step.startswith("s") else step for step in leaf.key)
+    return "".join(step if step.startswith("[") else f"[{step}]" for step in steps)
 
 
 def print_json(value: Any) -> None:

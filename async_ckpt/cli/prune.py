@@ -24,10 +24,9 @@ from ..retention import (
     decide,
 )
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_FAILED, EXIT_OK
 from .list import mirrors_of
 from .locating import catalog_of, refuse_single_files
-from .output import add_json, add_root, picked, print_json, print_table
+from .output import EXIT_FAILED, EXIT_OK, add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,9 @@ import argparse
 
 from ..observers.units import format_bytes
 from ..storage.filesystem import FileSystem
-from .failing import EXIT_OK
 from .list import staged
 from .locating import catalog_of
-from .output import add_json, add_root, picked, print_json, print_table
+from .output import EXIT_OK, add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,8 @@ from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.verify import VerifyReport
-from .failing import EXIT_FAILED, EXIT_OK
 from .locating import catalog_of, place_of
-from .output import add_json, bar, number, picked, print_json, print_table
+from .output import EXIT_FAILED, EXIT_OK, add_json, bar, number, picked, print_json, print_table
 
 _MAX_GONE = 32
 

@@ -25,11 +25,13 @@ def compared(cli: Any, root: Path, old: object, new: object) -> dict[str, Any]:
 
 def test_inspect_shows_all_leaves_of_one_dotted_name(cli: Any, tmp_path: Path) -> None:
     state = {"a.b": torch.zeros(4), "a": {"b": torch.ones(3)}, "c.d": slice(1, 2), "c": {"d": slice(3, 4)}}
+    state |= {"e.0": torch.zeros(4), "e": [torch.ones(2)]}
     commit(tmp_path, "t", {"x.pt": torch_bytes(state)})
     shown = cli("inspect", tmp_path / "t").out
     for said in (
         "float32 [4]",
         "['a']['b']  float32 [3]",
+        "['e'][0]  float32 [2]",
         "['c']['d']  <__builtin__.slice(3, 4)>",
         "c.d  <__builtin__.slice(1, 2)>",
     ):
