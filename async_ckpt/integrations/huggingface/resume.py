@@ -37,7 +37,7 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     """
     foreign: list[str] = []
     damaged: CheckpointError | None = None
-    for path in _newest_first(os.path.abspath(os.fspath(output_dir))):
+    for path in filter(os.path.isdir, _newest_first(os.path.abspath(os.fspath(output_dir)))):
         try:
             is_ours = _has(path, MANIFEST_NAME) and ADOPTED not in _verify(path).metadata
         except CheckpointError as error:
@@ -120,8 +120,8 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
     replaced. Every rank calls it; one of those that share the directory `adopts`. Blocks for the slowest rank.
 
     Raises:
-        ConfigError: one of them is not complete, or holds what cannot be read: it would stop training where it comes
-            there. RankFailedError: so on another rank.
+        ConfigError: one of them is not complete, holds what cannot be read, or is a link or a file: it would stop
+            training where it comes there. RankFailedError: so on another rank.
     """
     on_all_ranks(lambda: _adopt_ahead(run_dir, step, last_step, adopts))
 
@@ -129,9 +129,13 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
 def _adopt_ahead(run_dir: str, step: int, last_step: int, adopts: bool) -> None:
     for path in _newest_first(run_dir):
         folder, name = os.path.split(path)
-        if not step < step_of(path) <= last_step or _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
+        if not step < step_of(path) <= last_step:
             continue
         try:
+            if FileSystem().stat(path).kind != "dir":
+                raise ConfigError("it is a link or a file")
+            if _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
+                continue
             if not _has(path, STATE_NAME):
                 raise ConfigError(f"it has no {STATE_NAME}")
             if adopts:
@@ -172,4 +176,4 @@ def _newest_first(root: str) -> list[str]:
         paths = [os.path.join(root, name) for name in os.listdir(root)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((path for path in paths if step_of(path) >= 0 and os.path.isdir(path)), key=step_of, reverse=True)
+    return sorted((path for path in paths if step_of(path) >= 0), key=step_of, reverse=True)

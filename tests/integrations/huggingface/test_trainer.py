@@ -496,6 +496,23 @@ def test_checkpoints_of_stock_trainer_that_training_will_come_to(tmp_path: Path,
     assert losses(resumed)[8] == losses(stock[0])[8]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_what_is_no_folder_where_training_will_come_to(tmp_path: Path, stock: Any, kind: str) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    if kind == "file":
+        (run / "checkpoint-6").write_text("")
+    else:
+        (run / "checkpoint-6").symlink_to(elsewhere)
+    if kind == "link":
+        shutil.copytree(stock[1] / "checkpoint-6", elsewhere)
+    training = trainer(run)
+    with pytest.raises(ConfigError, match=r"checkpoint-6.*is a link or a file.*move or delete"):
+        training.train()
+    assert training.state.global_step == 0
+    assert last_committed_checkpoint(run) == (str(run / "checkpoint-6") if kind == "link" else None)
+
+
 def test_the_exchange_of_functions_ends(tmp_path: Path) -> None:
     import safetensors.torch
     import transformers.modeling_utils as user
