@@ -3,9 +3,9 @@
 Guarantees:
 - Each byte is read, and its checksum compared, once, by one rank of a group (all ranks, or those of a node). All ranks
   fill their tensors from the same checkpoint, or all raise.
-- Memory: nine pieces of 4 MiB per host that has several ranks, or eight where one reads alone; one on a rank that is
-  alone and receives; and of the file's directory and pickle the extents they lie in on the rank that reads, on the
-  others twice the parts of 256 KiB they lie in. Tensors on a GPU are filled from the pieces by the device's own copies.
+- Memory: sixteen pieces of 2 MiB per host; and of the file's directory and pickle the extents they lie in on the rank
+  that reads, on the others twice the parts of 256 KiB they lie in. Tensors on a GPU are filled from the pieces by the
+  device's own copies.
 - What ends in the middle (a read, a rank) ends it on all: whoever does not answer is named, within twice `timeout_s`.
 """
 
@@ -45,7 +45,7 @@ from ..reading.verified_file import VerifiedFile
 from ..threads.outcome import name_pending
 from .exchange import Exchange
 from .rank_requests import RankInfo
-from .wire import NUM_PIECES, PIECE_BYTES, LostError, Wire, host_key
+from .wire import PIECE_BYTES, LostError, Wire, host_key
 
 _ALIKE: dict[str, Callable[[str], Exception]] = {
     "CheckpointNotFoundError": CheckpointNotFoundError,
@@ -195,7 +195,7 @@ class _Load:
         if not self._reads:
             return None
         created = catalog.manifest(tag).created_unix_ns
-        self._file = file = self._opened.enter_context(catalog.open_file(tag, name, num_threads=NUM_PIECES))
+        self._file = file = self._opened.enter_context(catalog.open_file(tag, name))
         file.block_bytes = PIECE_BYTES
         entry = [file.entry.path, file.size_bytes, _HEAD_BYTES, (), file.entry.format, "", None]
         with naming(file):
@@ -237,7 +237,7 @@ class _Load:
         try:
             with mover.changing():
                 if self._reads:
-                    self._file.new_buffer = wire.new_buffer
+                    self._file.new_buffer, self._file.keeps_buffers = wire.place, False
                     with naming(self._file), telling_overwritten():
                         self._file.stream(lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents)
                     wire.end()

@@ -2,10 +2,10 @@
 within a host through memory that its ranks share.
 
 Guarantees:
-- A piece has at most `PIECE_BYTES`. A host's shared memory is nine of them; it has no name, is no part of /dev/shm,
-  only processes of the same user are given it, and it goes with the last of them.
+- A piece has at most `PIECE_BYTES`. A host's memory is `NUM_PIECES` of them; where ranks share it, it has no name, is
+  no part of /dev/shm, only processes of the same user are given it, and it goes with the last of them.
 - Within a host nothing is copied on the way: threads read into the shared memory, every rank takes what it needs out of
-  it, and its next piece is read when all have.
+  it, and a place is read into again when all have. Nobody waits for that while another place is free.
 - A rank that dies is noticed by the others of its host at once, one that stands still after `timeout_s`.
 """
 
@@ -16,6 +16,7 @@ import mmap
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,9 +28,9 @@ from ..host.memory import HUGE_PAGE_BYTES, address_of, region, shared_region
 from ..host.process import current_owner
 from ..threads.locks import Lock
 
-PIECE_BYTES = 4 << 20
-NUM_PIECES = 8
-"""As many as threads read; what was in memory before goes by one more."""
+PIECE_BYTES = 2 << 20
+NUM_PIECES = 16
+"""More than threads read, so that they go on while pieces are being taken."""
 _END, _FAILED = -1, -2
 _HEADER = struct.Struct("<qqq")
 """A piece's offset in the file, its size, its place in the shared memory."""
@@ -62,13 +63,15 @@ class Wire:
         self._rank = rank
         self._mine = next(ranks for ranks in hosts if rank in ranks)
         self._timeout_s = timeout_s
-        self._lock, self._taken_lock = Lock(), Lock()
+        self._lock, self._place_lock = Lock(), Lock()
         self._group: Any = None
         self._memory = memoryview(b"")
-        self._free = iter(range(NUM_PIECES))
+        self._free = list(range(NUM_PIECES))
+        """Places in the memory."""
+        self._given: deque[int] = deque()
+        """Places of pieces that the host's others may be taking, in the order in which they all take them."""
         self._sockets: list[socket.socket] = []
         """To the host's others; of those, to the first one."""
-        self._num_given, self._num_taken = 0, [0] * len(self._mine)
         self._is_closed = False
         self._listener: socket.socket | None = None
         if rank == self._mine[0] and len(self._mine) > 1:
@@ -93,6 +96,8 @@ class Wire:
                 return
             if self._listener is not None:
                 self._accept(self._listener)
+            else:
+                self._memory = region(NUM_PIECES * PIECE_BYTES)
             if len(self._firsts) > 1:
                 # Of its own, by a name of its own: whatever becomes of it, the training's groups are as before.
                 store = dist.PrefixStore(f"async_ckpt/{self._name}", dist.distributed_c10d._get_default_store())
@@ -102,8 +107,8 @@ class Wire:
     def _accept(self, listener: socket.socket) -> None:
         fd = os.memfd_create("async_ckpt")
         try:
-            os.ftruncate(fd, (NUM_PIECES + 1) * PIECE_BYTES + HUGE_PAGE_BYTES)
-            self._memory = shared_region(fd, (NUM_PIECES + 1) * PIECE_BYTES)
+            os.ftruncate(fd, NUM_PIECES * PIECE_BYTES + HUGE_PAGE_BYTES)
+            self._memory = shared_region(fd, NUM_PIECES * PIECE_BYTES)
             while len(self._sockets) < len(self._mine) - 1:
                 other, _ = listener.accept()
                 if not _is_same_user(other):
@@ -128,33 +133,37 @@ class Wire:
         finally:
             os.close(fds[0])
 
-    def new_buffer(self, num_bytes: int) -> memoryview:
-        """Memory for a thread that reads pieces, to `send` them from: shared, where there is some."""
-        number = next(self._free, None) if self._memory else None
-        return region(num_bytes) if number is None else self._memory[number * PIECE_BYTES :][:num_bytes]
+    def place(self, num_bytes: int) -> memoryview:
+        """Memory to `send` a piece from, once. Blocks where all is in use, until the host's others have taken the
+        oldest piece."""
+        with self._losing(), self._place_lock:
+            if self._free:
+                number = self._free.pop()
+            else:
+                for other in self._sockets:
+                    if not other.recv(1):
+                        raise ConnectionError("a rank of this host has gone")
+                number = self._given.popleft()
+        return self._memory[number * PIECE_BYTES :][:num_bytes]
 
     def send(self, offset: int, view: memoryview, take: Callable[[int, memoryview], None] | None = None) -> None:
-        """Give a piece to the others, and to `take` here; when it returns, the ranks of this host have taken it."""
-        place = address_of(view) - address_of(self._memory) if self._memory else 0
-        if self._memory and not 0 <= place < len(self._memory):
-            with self._lock:
-                spare = self._memory[NUM_PIECES * PIECE_BYTES :][: view.nbytes]
-                spare[:] = view
-                self.send(offset, spare, take)
-            return
-        with self._losing(), self._lock:
-            number = self._give(offset, view.nbytes, place)
-            self._broadcast(torch.tensor([offset, view.nbytes], device="cpu"))
-            self._broadcast(torch.frombuffer(view, dtype=torch.uint8) if self._group is not None else None)
+        """Give a piece to the others, once `take` has had it here; one that is in no `place` is copied into one."""
+        if not 0 <= address_of(view) - address_of(self._memory) < len(self._memory):
+            place = self.place(view.nbytes)
+            place[:] = view
+            view = place
         if take is not None:
             take(offset, view)
-        self._wait(number)
+        with self._losing(), self._lock:
+            self._give(offset, view)
+            self._broadcast(torch.tensor([offset, view.nbytes], device="cpu"))
+            self._broadcast(torch.frombuffer(view, dtype=torch.uint8) if self._group is not None else None)
 
     def end(self, *, failed: bool = False) -> None:
         """Nothing follows."""
         how = _FAILED if failed else _END
         with self._losing(), self._lock:
-            self._give(how, 0, 0)
+            self._give(how)
             self._broadcast(torch.tensor([how, 0], device="cpu"))
 
     def receive(self) -> Iterator[tuple[int, memoryview]]:
@@ -179,35 +188,28 @@ class Wire:
                 first.send(b".", socket.MSG_NOSIGNAL)
 
     def _received_far(self) -> Generator[tuple[int, memoryview], None, int]:
-        memory = self._memory[:PIECE_BYTES] if self._memory else region(PIECE_BYTES)
         header = torch.zeros(2, dtype=torch.int64, device="cpu")
         while True:
+            place = self.place(PIECE_BYTES)
             with self._losing():
                 self._broadcast(header)
                 offset, num_bytes = (int(number) for number in header.tolist())
-                if num_bytes:
-                    self._broadcast(torch.frombuffer(memory[:num_bytes], dtype=torch.uint8))
-                number = self._give(offset, num_bytes, 0)
-            if not num_bytes:
-                return offset
-            yield offset, memory[:num_bytes]
-            self._wait(number)
+                if not num_bytes:
+                    self._give(offset)
+                    return offset
+                self._broadcast(torch.frombuffer(place[:num_bytes], dtype=torch.uint8))
+            yield offset, place[:num_bytes]
+            with self._losing():
+                self._give(offset, place[:num_bytes])
 
-    def _give(self, offset: int, num_bytes: int, place: int) -> int:
-        """Tell the others of this host about a piece, or that there are no more; how many there were."""
+    def _give(self, offset: int, view: memoryview | None = None) -> None:
+        """Tell the others of this host about a piece, or that there are no more."""
+        at, num_bytes = 0, 0
+        if view is not None:
+            at, num_bytes = address_of(view) - address_of(self._memory), view.nbytes
+            self._given.append(at // PIECE_BYTES)
         for other in self._sockets:
-            other.send(_HEADER.pack(offset, num_bytes, place), socket.MSG_NOSIGNAL)
-        self._num_given += num_bytes > 0
-        return self._num_given
-
-    def _wait(self, number: int) -> None:
-        """Block until the others of this host have taken the pieces up to this one."""
-        with self._losing(), self._taken_lock:
-            for k, other in enumerate(self._sockets):
-                while self._num_taken[k] < number:
-                    if not other.recv(1):
-                        raise ConnectionError("a rank of this host has gone")
-                    self._num_taken[k] += 1
+            other.send(_HEADER.pack(offset, num_bytes, at), socket.MSG_NOSIGNAL)
 
     def _broadcast(self, tensor: torch.Tensor | None) -> None:
         if self._group is not None:

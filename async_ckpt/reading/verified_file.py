@@ -75,6 +75,8 @@ class VerifiedFile:
         self.check = check
         self.lend = lend
         self.new_buffer: Callable[[int], memoryview] | None = None if hasattr(file, "pread") else region
+        self.keeps_buffers = True
+        """Whether a worker reads all its blocks into one buffer, or asks for one each time."""
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
         self.on_damage: Callable[[VerifiedFile, int, CheckpointError], None] | None = None
@@ -287,7 +289,7 @@ class _Reading:
             try:
                 memory = block.memory
                 if memory is None and block.file.new_buffer is not None:
-                    if buffer is None:
+                    if buffer is None or not block.file.keeps_buffers:
                         buffer = block.file.new_buffer(block.file.block_bytes)
                     memory = buffer[: block.num_bytes]
                 self._process(block, memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,26 @@ def test_a_rank_that_falls_in_the_middle_is_named_on_the_others(
     for rank in {0, 1, 2} - {falling}:
         said = (tmp_path / str(rank)).read_text()
         assert said.startswith(f"{falling} ") and f"rank {falling} has not answered within 4 s" in said
+
+
+def test_a_place_is_read_into_again_only_when_its_piece_was_taken() -> None:
+    wires = [wire.Wire("test", [[0, 1]], rank, timeout_s=0.5) for rank in (0, 1)]
+    joining = threading.Thread(target=wires[1].connect)
+    joining.start()
+    wires[0].connect()
+    joining.join()
+    for k in range(wire.NUM_PIECES):
+        piece = wires[0].place(4)
+        piece[:] = bytes([k] * 4)
+        wires[0].send(k, piece)
+    received = wires[1].receive()
+    assert [(at, bytes(view)) for at, view in itertools.islice(received, 2)] == [(0, b"\0" * 4), (1, b"\1" * 4)]
+    # The second piece is still being looked at.
+    assert bytes(wires[0].place(4)) == b"\0" * 4
+    with pytest.raises(wire.LostError):
+        wires[0].place(4)
+    for one in wires:
+        one.close()
 
 
 def test_without_a_process_group_or_an_engine_it_says_so(tmp_path: Path) -> None:
