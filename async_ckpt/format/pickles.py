@@ -27,7 +27,7 @@ _MAX_NAME = 1024
 # What references may copy or hash, in items, beyond what the pickle holds once.
 _COPIES_PER_BYTE = 4
 _FREE_COPIES = 4096
-_LEAVES = frozenset({int, float, str, bytes, bool, type(None)})
+_LEAVES = frozenset({int, float, complex, str, bytes, bool, type(None)})
 _SIZED = frozenset({tuple, list, dict, OrderedDict, str, bytes, bytearray})
 # Their hashes differ where they differ, or cannot be chosen by whoever has made the pickle.
 _CHEAP_KEYS = frozenset({str, bytes, float, bool, type(None)})
@@ -185,22 +185,26 @@ class PickleReader:
         kind = type(key)
         if kind in _CHEAP_KEYS or (kind is int and -_SMALL < key < _SMALL):
             return key
-        if kind is tuple:
-            if not self._is_flat(key):
+        is_flat = True
+        if isinstance(key, tuple):
+            is_flat, is_hashable = self._look_into(key)
+            if not is_hashable:
                 return OpaqueKey(key)
-        elif kind is not int:
-            return OpaqueKey(key)
-        else:
+        elif kind is int:
             self.charge(key.bit_length() >> 6)
-        # Numbers with one hash are easily made, and each would be compared with all before.
+        elif kind is not complex:
+            return OpaqueKey(key)
+        # Numbers and tuples with one hash are easily made, and each would be compared with all before, also by whoever
+        # reads the pickle after this.
         value = hash(key)
         if self._first_of_hash.setdefault(value, key) != key:
             self._num_of_hash[value] = self._num_of_hash.get(value, 0) + 1
             self.charge(self._num_of_hash[value])
-        return key
+        return key if is_flat else OpaqueKey(key)
 
-    def _is_flat(self, key: tuple[Any, ...]) -> bool:
-        is_flat = True
+    def _look_into(self, key: tuple[Any, ...]) -> tuple[bool, bool]:
+        """Whether it holds only leaves, and whether it can be hashed."""
+        is_flat = is_hashable = True
         todo: list[tuple[tuple[Any, ...], int]] = [(key, 1)]
         while todo:
             parts, depth = todo.pop()
@@ -208,12 +212,13 @@ class PickleReader:
                 raise MalformedPickleError(f"a key is nested deeper than {MAX_KEY_DEPTH}")
             self.charge(len(parts))
             for part in parts:
-                if type(part) is tuple:
+                if isinstance(part, tuple):
                     todo.append((part, depth + 1))
                 elif type(part) is int:
                     self.charge(part.bit_length() >> 6)
                 is_flat = is_flat and type(part) in _LEAVES
-        return is_flat
+                is_hashable = is_hashable and not isinstance(part, (list, dict))
+        return is_flat, is_hashable
 
     # Bytes.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import CorruptCheckpointError
 from .inert import Contents, Fingerprint, Inert, PersistentId, describe, read_inert
 from .names import shown
-from .pickles import Name, OpaqueKey
+from .pickles import MalformedPickleError, Name, OpaqueKey
 from .zip_directory import Record
 
 MAX_TENSORS = 1_000_000
@@ -22,6 +22,10 @@ MAX_OTHERS = 100_000
 _MAX_NUMBER = 1 << 63
 _MAX_DEPTH = 100
 _MAX_KEY_PARTS = 64
+# What the key paths of all leaves may take together: their characters, and so much for each of their parts.
+_FREE_PATHS, _PATHS_PER_BYTE, _PART_BYTES = 64 << 20, 16, 16
+_Place = tuple[tuple[str, ...], tuple[str, ...], Any]
+"""What is shown as a key path, the key path as it is, and the value there."""
 
 STORAGE_TYPES = {
     "DoubleStorage": "float64",
@@ -151,7 +155,8 @@ def tensor_in(
         if type(num) is not int or type(step) is not int:
             return None
         is_sound = is_sound and 0 <= num < _MAX_NUMBER and 0 <= step < _MAX_NUMBER
-        reach += (num - 1) * step
+        # Of impossible numbers, which may be as long as the pickle, no product is taken.
+        reach += (num - 1) * step if is_sound else 0
     if not is_sound:
         raise CorruptCheckpointError(f"a tensor of record {record.name!a} has impossible numbers", record=record.name)
     if 0 in size:
@@ -249,9 +254,17 @@ def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExte
     fingerprint = Fingerprint(len(pickled))
     structure = read_inert(pickled, Inventory(records, fingerprint))
     seen: set[int] = set()
-    todo: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), structure)]
+    left = _FREE_PATHS + _PATHS_PER_BYTE * len(pickled)
+    todo: list[Iterator[_Place]] = [iter([((), (), structure)])]
     while todo:
-        path, key, value = todo.pop()
+        place = next(todo[-1], None)
+        if place is None:
+            todo.pop()
+            continue
+        path, key, value = place
+        left -= sum(map(len, path)) + _PART_BYTES * len(path)
+        if left < 0:
+            raise MalformedPickleError("the key paths of what it holds are far longer than all it holds")
         data = value.data if isinstance(value, Inert) else value
         if isinstance(data, TensorExtent):
             kind, extra = (
@@ -272,7 +285,11 @@ def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExte
         if len(path) > _MAX_DEPTH:
             yield OtherInfo(path, "<nested too deeply to be shown>", key, fingerprint(value))
             continue
-        todo.extend((path + parts, (*key, step), child) for parts, step, child in reversed(list(_children(value))))
+        todo.append(_below(path, key, value))
+
+
+def _below(path: tuple[str, ...], key: tuple[str, ...], value: Any) -> Iterator[_Place]:
+    return ((path + parts, (*key, step), child) for parts, step, child in _children(value))
 
 
 _CONTAINERS = (Inert, dict, list, tuple, TensorExtent)

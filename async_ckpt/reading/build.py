@@ -75,15 +75,22 @@ class TensorsOnDisk:
 
     def tensor(self, extent: TensorExtent) -> Any:
         """A strided tensor. Raises NotPlainError where torch lacks its dtype."""
-        dtype_of(extent)
+        _check_grad(extent, extent.requires_grad)
         return extent
 
     def parameter(self, data: Any, requires_grad: bool) -> Any:
         """An `nn.Parameter` around what `tensor` has made."""
         if not isinstance(data, TensorExtent):
             _refuse("a parameter around no tensor")
+        _check_grad(data, requires_grad)
         data.requires_grad, data.is_parameter = requires_grad, True
         return data
+
+
+def _check_grad(extent: TensorExtent, requires_grad: bool) -> None:
+    dtype = dtype_of(extent)
+    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+        _refuse(f"a gradient of {extent.dtype}")
 
 
 class TensorBuilder(TensorsOnDisk):
@@ -184,8 +191,9 @@ def _refuse_strangers(root: Any) -> None:
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, dict):
-                todo.extend(value.keys())
-                todo.extend(value.values())
+                # By its class: an attribute of the file's may have a method's name.
+                todo.extend(type(value).keys(value))
+                todo.extend(type(value).values(value))
                 todo.extend(getattr(value, "__dict__", {}).values())
             else:
                 todo.extend(value)

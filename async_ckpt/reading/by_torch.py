@@ -43,7 +43,10 @@ _HELD_EXTENTS = 4
 _ABOUT_FILES = "PytorchStreamReader|archive|unpickling|pickle"
 _OF_THE_SYSTEM = r"errno (\d+) on fopen|unable to (?:open|mmap|stat).*\((\d+)\)"
 """What torch says of a failed system call."""
-_ABOUT_MACHINES = r"(?i)map_location|device|cuda|backend|alloc|memory"
+_ABOUT_MEMORY = r"(?i)alloc|memory"
+_ABOUT_DEVICES = r"(?i)map_location|device|cuda|backend"
+_NO_DEVICE = r"device\(\) received|Expected one of cpu|Invalid device string|Could not parse device"
+"""What torch says where it is given no device at all."""
 
 
 def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | None, *, mmap: bool = False) -> Any:
@@ -71,7 +74,7 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
         if source.failure is not None:
             raise source.failure from None
         is_foreign = isinstance(error, CheckpointError) or any(error is one for one in raised)
-        translated = None if is_foreign else _translation(file, error, runs_code(weights_only))
+        translated = None if is_foreign else _translation(file, error, runs_code(weights_only), map_location)
         if translated is None:
             raise
         raise translated from error
@@ -147,8 +150,9 @@ def _refused_in(file: VerifiedFile) -> str:
         return ""
 
 
-def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> CheckpointError | None:
-    """What torch has said about the file, as ours; None for what trusted code has raised, for devices and memory."""
+def _translation(file: VerifiedFile, error: Exception, runs_code: bool, map_location: Any) -> CheckpointError | None:
+    """What torch has said about the file, as ours, also about a device that the file alone names; None for what trusted
+    code has raised, for other devices and for memory."""
     if isinstance(error, pickle.UnpicklingError):
         needed = _refused_in(file)
         what = f"it needs {needed}" if needed else escaped(str(error).strip().splitlines()[0][:_MAX_SAID])
@@ -165,11 +169,18 @@ def _translation(file: VerifiedFile, error: Exception, runs_code: bool) -> Check
     # Where the file's code does not run, and it is not about the machine, it is about the file.
     # (The lines after the first are torch's own stack.)
     said = str(error).partition("\n")[0][:_MAX_SAID]
-    is_foreign = runs_code or re.search(_ABOUT_MACHINES, said)
+    is_memory, is_device = (bool(re.search(about, said)) for about in (_ABOUT_MEMORY, _ABOUT_DEVICES))
+    if is_device and not is_memory and not runs_code and map_location is None and not re.search(_NO_DEVICE, said):
+        return UnsupportedStateError(
+            f"{file.name} was saved from a device that is not here: {escaped(said)}. Give map_location ('cpu')"
+        )
+    # What the caller has named as a device was found to be one before; a mapping's values were not looked at.
+    is_device = is_device and (isinstance(map_location, dict) or not re.search(_NO_DEVICE, said))
+    is_foreign = runs_code or is_memory or is_device
     if not isinstance(error, _FILE_ERRORS) or (is_foreign and not re.search(_ABOUT_FILES, str(error))):
         return None
     return CorruptCheckpointError(
-        f"{file.name} is no readable torch file: {type(error).__name__}: {said}", path=file.name
+        f"{file.name} is no readable torch file: {type(error).__name__}: {escaped(said)}", path=file.name
     )
 
 

@@ -24,9 +24,20 @@ from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateEr
 from ..format.checksum import crc32
 from ..format.inert import Inert, Notes, describe, printable
 from ..format.opcodes import EVERY_OPCODE
-from ..format.pickles import MalformedPickleError, Name, PickleReader
+from ..format.pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
 from ..format.safetensors import read_safetensors
-from ..format.tensors import ITEM_BYTES, MAX_OTHERS, MAX_TENSORS, STORAGE_TYPES, OtherInfo, TensorExtent, leaves
+from ..format.tensors import (
+    ITEM_BYTES,
+    MAX_OTHERS,
+    MAX_TENSORS,
+    STORAGE_TYPES,
+    OtherInfo,
+    StorageRef,
+    TensorExtent,
+    leaves,
+    storage_of,
+    tensor_in,
+)
 from ..format.zip_directory import Record, UnusualLayoutError, check_headers, read_directory
 from .errors import ExtentMismatch
 from .verified_file import BLOCK_BYTES, VerifiedFile
@@ -44,6 +55,11 @@ _CALLERS = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_
 _MAX_CALLERS = 4
 _MAX_QUANTIZED = 1 << 32
 """Elements of one quantized tensor: torch makes room for them before it looks at the storage."""
+_REBUILT = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_BARE = _REBUILT | {"torch.Tensor"}
+_MAX_ELEMENTS = 1 << 59
+# What torch may write into the words of an error: values, and the characters of text.
+_FREE_WORDS, _WORDS_PER_BYTE = 1 << 20, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +189,6 @@ def range_crc(file: VerifiedFile, offset: int, num_bytes: int) -> int:
 
 
 def _is_huge(size: Any) -> bool:
-    if isinstance(size, Inert) and size.args:
-        size = size.args[0]
     num = 1
     for dim in size if isinstance(size, (tuple, list)) else ():
         num *= dim if type(dim) is int else 1
@@ -184,13 +198,36 @@ def _is_huge(size: Any) -> bool:
 
 
 class _Suspicious(Notes):
-    """Refuses calls that make objects by their length, and adds up the storages that the pickle names."""
+    """Refuses what torch's unpickler would take the word of: calls that make objects by their length, storages of
+    another length than their records, tensors outside of their storages, text in another encoding, and arguments that
+    grow when torch writes them out in an error."""
 
-    def __init__(self, path: str, record: str) -> None:
+    def __init__(self, path: str, record: str, num_bytes: int, records: Mapping[str, Record] | None) -> None:
+        """`records` is None for files in the old format, whose storages are as long as they say."""
         super().__init__()
         self._path = path
         self._record = record
-        self.storage_bytes: dict[Any, int] = {}
+        self._left = _FREE_WORDS + _WORDS_PER_BYTE * num_bytes
+        self._records = records
+        self.said: dict[str, Record] = {}
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        todo: list[Any] = [function, args]
+        while todo:
+            value = todo.pop()
+            is_sized = isinstance(value, (str, bytes, list, tuple, dict)) and type(value) is not StorageRef
+            self._left -= 1 + (len(value) if is_sized else value.bit_length() >> 3 if type(value) is int else 0)
+            if self._left < 0:
+                raise MalformedPickleError("what it calls is given far more than all it holds")
+            if isinstance(value, Inert):
+                todo += [value.args, value.items, value.pairs]
+            elif isinstance(value, dict):
+                todo += [*value.keys(), *value.values()]
+            elif is_sized and isinstance(value, (list, tuple)):
+                todo += value
+            elif type(value) is OpaqueKey:
+                todo.append(value.value)
+        return super().call(function, args)
 
     def known(self, name: str, args: tuple[Any, ...]) -> Any:
         made, given, depth = name, args, 0
@@ -200,19 +237,53 @@ class _Suspicious(Notes):
         is_size = made == "torch._utils._rebuild_qtensor" and len(given) > 2 and _is_huge(given[2])
         # NumPy makes an empty array, and fills it from bytes that are there.
         is_size = is_size or (made.endswith("multiarray._reconstruct") and given[1:2] != ((0,),))
+        is_size = is_size or made == "numpy.ndarray" or (made.endswith("multiarray.scalar") and len(given) != 2)
         if is_length or is_size or depth == _MAX_CALLERS or (given and _MADE_BY_LENGTH.fullmatch(made)):
-            what = f"asks <{printable(made)}> for memory that it does not hold ({describe(given)})"
-            raise CorruptCheckpointError(
-                f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record
-            )
+            raise self._crafted(f"asks <{printable(made)}> for memory that it does not hold ({describe(given)})")
+        if made == "_codecs.encode" and given[1:] != ("latin1",):
+            raise self._crafted(f"encodes text as torch does not ({describe(given[1:])})")
+        if made in _REBUILT and given and type(given[0]) is StorageRef:
+            self._check_tensor(given)
+        if name == "torch.Size" and len(args) == 1 and isinstance(args[0], (tuple, list)):
+            # As a key, it is hashed like a tuple.
+            return tuple(args[0])
         return super().known(name, args)
 
+    def _check_tensor(self, given: tuple[Any, ...]) -> None:
+        storage, offset, size, stride = (*given, None, None, None)[:4]
+        dtype = given[6].text.removeprefix("torch.") if len(given) > 6 and isinstance(given[6], Name) else None
+        size, stride = (tuple(part) if isinstance(part, list) else part for part in (size, stride))
+        is_known = dtype is None or dtype in ITEM_BYTES
+        if is_known and tensor_in(storage, offset, size, stride, dtype) is None:
+            raise self._crafted(f"describes a tensor as torch does not ({describe(given[1:])})")
+
+    def build(self, target: Any, state: Any) -> None:
+        # Of a bare tensor, torch takes that for `Tensor.set_`, which makes its storage as long as it is told.
+        if type(target) is Inert and target.name in _BARE and isinstance(state, (list, tuple)) and state:
+            raise self._crafted("gives a tensor a state that torch does not write")
+        super().build(target, state)
+
     def persistent(self, value: Any) -> Any:
-        is_storage = isinstance(value, tuple) and len(value) >= 5 and isinstance(value[1], Name)
-        if is_storage and type(value[2]) is str and type(value[4]) is int:
-            item_bytes = ITEM_BYTES.get(STORAGE_TYPES.get(value[1].text.rpartition(".")[2], ""), 16)
-            self.storage_bytes[value[2]] = value[4] * item_bytes
-        return super().persistent(value)
+        if not isinstance(value, tuple) or value[:1] == ("module",):
+            return super().persistent(value)
+        # In the old format, a sixth part says which part of the storage is meant.
+        named = value[:5]
+        if self._records is None and len(named) == 5 and isinstance(named[1], Name):
+            dtype = STORAGE_TYPES.get(named[1].text.rpartition(".")[2], "")
+            num = named[4] if type(named[4]) is int else -1
+            if type(named[2]) is str and dtype and 0 <= num < _MAX_ELEMENTS:
+                self.said.setdefault(
+                    f"data/{named[2]}", Record(0, num * ITEM_BYTES[dtype], 0, f"/{named[2]}".encode(errors="replace"))
+                )
+        found = storage_of(named, self.said if self._records is None else self._records)
+        if found is None:
+            raise self._crafted(f"names a storage as torch does not ({describe(value)})")
+        return found
+
+    def _crafted(self, what: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._path}: record {self._record!r} {what}", path=self._path, record=self._record
+        )
 
 
 def torch_records(file: VerifiedFile) -> dict[str, Record]:
@@ -229,18 +300,27 @@ def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> N
     """Raises CorruptCheckpointError: its pickle would become large. Takes about half as long as that unpickler does."""
     for name, record in records.items():
         if name.endswith("data.pkl"):
-            refuse_length(file.read(record.offset, record.num_bytes), file.name, name)
+            refuse_crafted(file.read(record.offset, record.num_bytes), file.name, name, records)
 
 
-def refuse_length(pickled: bytes | memoryview, path: str, record: str, maker: Notes | None = None) -> int:
-    """The length of a pickle. Raises CorruptCheckpointError: it makes objects by their length, is beyond the bounds of
-    `format.pickles`, or no pickle."""
-    reader = PickleReader(pickled, maker or _Suspicious(path, record), EVERY_OPCODE)
+def refuse_crafted(pickled: bytes | memoryview, path: str, record: str, records: Mapping[str, Record]) -> None:
+    """Raises CorruptCheckpointError: what it describes does not lie in the file's `records`, it makes objects by their
+    length, is beyond the bounds of `format.pickles`, or no pickle."""
+    _read_suspicious(pickled, _Suspicious(path, record, len(pickled), records), path, record)
+
+
+def _read_suspicious(pickled: bytes | memoryview, maker: _Suspicious, path: str, record: str) -> int:
+    """The length of a pickle."""
+    reader = PickleReader(pickled, maker, EVERY_OPCODE)
     try:
         reader.read()
     except MalformedPickleError as error:
         message = f"{path}: record {record!r} is no pickle that is read: {error}"
         raise CorruptCheckpointError(message, path=path, record=record) from error
+    except CorruptCheckpointError as error:
+        if error.path is not None:
+            raise
+        raise CorruptCheckpointError(f"{path}: {error}", path=path, record=error.record) from error
     return reader.position
 
 
@@ -248,10 +328,10 @@ def refuse_legacy_beyond_limits(file: VerifiedFile) -> None:
     """As `refuse_beyond_limits`, of a file in torch's old format (five pickles, then the storages), which must not name
     larger storages than itself."""
     pickles = file.read(0, min(file.size_bytes, _MAX_LEGACY_PICKLES_BYTES))
-    maker = _Suspicious(file.name, "the legacy file")
+    maker = _Suspicious(file.name, "the legacy file", len(pickles), None)
     for _ in range(5):
-        pickles = pickles[refuse_length(pickles, file.name, "the legacy file", maker) :]
-    if sum(maker.storage_bytes.values()) > file.size_bytes:
+        pickles = pickles[_read_suspicious(pickles, maker, file.name, "the legacy file") :]
+    if sum(record.num_bytes for record in maker.said.values()) > file.size_bytes:
         raise CorruptCheckpointError(
             f"{file.name}: its pickle names storages that are larger than the file", path=file.name
         )

@@ -12,9 +12,10 @@ from ..errors import StateMismatchError, UnsupportedStateError, escaped, some_of
 
 MAX_DEPTH = 2000
 """Key paths of deeper structures would take far more memory than the structures themselves."""
+_MAX_SHOWN = 200
 _FREE_CHARACTERS = 64 << 20
 _CHARACTERS_PER_BYTE = 16
-_KEY = re.compile(r"""\[((?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\]'"]+))\]""", re.S)
+_KEY = re.compile(r"""\[((?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\[\]'"]+))\]""", re.S)
 F = TypeVar("F")
 W = TypeVar("W")
 
@@ -87,7 +88,8 @@ def _text(key: Any) -> str:
 
 def _items(container: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(container, dict):
-        return list(container.items())
+        # By its class: a file's OrderedDict may have an attribute of a method's name.
+        return list(type(container).items(container))
     if isinstance(container, (list, tuple)):
         return list(enumerate(container))
     return None
@@ -123,7 +125,7 @@ def match_leaves(
         StateMismatchError: nothing has the prefix, or a key of `rename`; two have one name. Names them.
     """
     selected = {path: name for path in found if (name := dotted(path)).startswith(prefix)}
-    there = escaped(some_of(sorted({dotted(path).partition(".")[0] for path in found}))) or "none"
+    there = escaped(some_of(sorted({dotted(path).partition(".")[0][:_MAX_SHOWN] for path in found}))) or "none"
     if not selected:
         raise StateMismatchError(f"{file} has no tensor whose name begins with {prefix!r}; it has {there}", (prefix,))
     renamed = {path: _renamed(name, rename, prefix) for path, name in selected.items()}

@@ -25,7 +25,7 @@ from async_ckpt.format.pickles import MalformedPickleError
 from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
 from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
-from async_ckpt.reading.records import refuse_length
+from async_ckpt.reading.records import refuse_crafted
 
 MAX_S = 2.0
 MAX_S_PER_BYTE = 50e-6
@@ -148,7 +148,7 @@ def read_plainly(pickled: bytes) -> None:
 def read_before_torch(pickled: bytes) -> None:
     """What `load` does where only torch can read it, and what it says if torch refuses."""
     with contextlib.suppress(MalformedPickleError, CheckpointError):
-        refuse_length(pickled, "m.pt", "data.pkl")
+        refuse_crafted(pickled, "m.pt", "data.pkl", RECORDS)
         assert len(listing(places_named(pickled, names_in(pickled)))) < 100_000
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -41,11 +42,31 @@ def _text(num: int) -> bytes:
     return b"X" + struct.pack("<I", num) + b"a" * num
 
 
+def _long(number: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def pairs_of_one_hash(num: int) -> Iterator[tuple[int, int]]:
+    """Pairs of numbers that are different keys with one hash: how tuples are hashed is no secret of the process."""
+    first, second, start = 11400714785074694791, 14029467366897019727, 2870177450012600261
+    inverse, number = pow(second, -1, 1 << 64), 0
+    while num:
+        lane = (start + number * second) % (1 << 64)
+        rotated = (lane << 31 | lane >> 33) % (1 << 64)
+        other = (1234567 - rotated * first) * inverse % (1 << 64)
+        if other < (1 << 61) - 1:
+            yield number, other
+            num -= 1
+        number += 1
+
+
 _ODD = b"cfoo\nBar\n"
 _ARRAY, _SPARSE = b"cnumpy.core.multiarray\n_reconstruct\n", b"ctorch._utils\n_rebuild_sparse_tensor\n"
 _LIST = b"](" + b"N" * 50_000 + b"e"
 _DOUBLING = b"]q\0" + b"".join(b"](h%ch%ceq%c" % (k, k, k + 1) for k in range(60))
 """Sixty lists, each of the one before, twice: the last, h<, has 2^60 elements for whoever writes it out."""
+_TUPLES = b")q\0" + b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(60))
+"""The same of tuples, for whoever hashes it."""
 
 
 def _id(key: bytes) -> bytes:
@@ -131,7 +152,57 @@ CRAFTED = {
     "a size of text": b"\x80\x02" + _SIZE + b"(X\x01\0\0\0at\x85R.",
     "no dimensions": b"\x80\x02" + _TENSOR + b"(" + _STORAGE + b"K\0K\0K\0\x89" + _ODICT + b")RtR.",
     "an unknown storage": b"\x80\x02X\x01\0\0\0aQ.",
+    "one huge number in many dimensions": b"\x80\x02\x8b"
+    + struct.pack("<i", 200_000)
+    + b"\x7f" * 200_000
+    + b"q\0("
+    + b"h\0" * 5000
+    + b"tq\1"
+    + _TENSOR
+    + b"("
+    + _STORAGE
+    + b"K\0h\1h\1\x89"
+    + _ODICT
+    + b")RtR.",
+    "a call of a doubling list": b"\x80\x02" + _DOUBLING + b"h<)R.",
+    "a new object of a doubling list": b"\x80\x02" + _DOUBLING + b"h<)\x81.",
+    "a call of many long texts": b"\x80\x02" + _text(500_000) + b"q\0](" + b"h\0" * 100_000 + b"e)R.",
+    "a call of a doubling counter": b"\x80\x02ccollections\nCounter\n)Rq\0"
+    + b"".join(b"ccollections\nCounter\n)Rq%c(K\0h%cK\1h%cu" % (k + 1, k, k) for k in range(60))
+    + b")R.",
+    "a layout of a doubling tuple": b"\x80\x02" + _TUPLES + b"ctorch.serialization\n_get_layout\nh<\x85R.",
+    "a doubling quantizer": b"\x80\x02"
+    + _DOUBLING
+    + b"ctorch._utils\n_rebuild_qtensor\n("
+    + _STORAGE
+    + b"K\0K\2\x85K\1\x85h<\x85\x89"
+    + _ODICT
+    + b")RtR.",
+    "text in a slow encoding": b"\x80\x02c_codecs\nencode\n"
+    + b"X\x60\xea\0\0"
+    + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000))).encode()
+    + b"X\x08\0\0\0punycode\x86R.",
+    "one size as key": b"\x80\x02" + _SIZE + _ONES + b"\x85Rq\0](" + b"}h\0Ns" * _NUM + b"e.",
+    "complex numbers of one hash": b"\x80\x02}("
+    + b"".join(
+        b"cbuiltins\ncomplex\nG" + struct.pack(">d", (1 << 40) - 1000003 * k) + b"G" + struct.pack(">d", k) + b"\x86RN"
+        for k in range(_NUM)
+    )
+    + b"u.",
+    "nested tuples of one hash": b"\x80\x02}("
+    + b"".join(_long(a) + _long(b) + b"\x86\x85N" for a, b in pairs_of_one_hash(_NUM))
+    + b"u.",
+    "kinds of kinds": b"\x80\x02N"
+    + b"".join(b"\x85q\0" + _ARRAY + b")R(K\1K\1\x85" + _ODD + b"h\0Rtb" for _ in range(4000))
+    + b".",
+    "many leaves, far down": b"\x80\x02" + b"](" * 100 + b"N" * 1_000_000 + b"e" * 100 + b".",
+    "many leaves below one long key": b"\x80\x02}" + _text(200_000) + b"](" + b"N" * 100_000 + b"es.",
 }
+
+
+def test_pairs_of_one_hash_are_that() -> None:
+    pairs = list(pairs_of_one_hash(100))
+    assert len(set(pairs)) == 100 and len(set(map(hash, pairs))) == 1
 
 
 @pytest.mark.wide

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
 import resource
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,83 @@ def test_a_place_that_nobody_knows_is_no_bare_error(tmp_path: Path) -> None:
         async_ckpt.load(tmp_path / "a/m.pt")
 
 
+@pytest.mark.parametrize("place", [b"mps", b"hpu"])
+def test_a_place_that_is_not_here_is_said_so(tmp_path: Path, place: bytes) -> None:
+    commit(tmp_path, "a", {"m.pt": torch_bytes(STATE).replace(b"X\x03\0\0\0cpu", b"X\x03\0\0\0" + place)})
+    with pytest.raises(CheckpointError, match="map_location"):
+        async_ckpt.load(tmp_path / "a/m.pt")
+    assert torch.equal(async_ckpt.load(tmp_path / "a/m.pt", map_location="cpu")["x"], STATE["x"])
+
+
+def test_no_device_at_all_is_damage(tmp_path: Path) -> None:
+    data = torch_bytes({"d": torch.device("cpu"), "s": {1}})
+    commit(tmp_path, "a", {"m.pt": data.replace(b"X\x03\0\0\0cpu", b"X\x03\0\0\0zzz")})
+    for load in (async_ckpt.load, mapped, by_callable):
+        with pytest.raises(CorruptCheckpointError, match="device string"):
+            load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("other", [{}, {"s": {1}}], ids=["plain", "for torch"])
+def test_a_storage_is_as_long_as_its_record(tmp_path: Path, other: Any) -> None:
+    """Mapped, a longer one would hold the bytes behind its record."""
+    data = torch_bytes({"x": torch.ones(3), **other})
+    commit(tmp_path, "a", {"m.pt": data.replace(b"K\x03t", b"K\x08t").replace(b"K\x03\x85", b"K\x08\x85")})
+    for load in (async_ckpt.load, mapped, by_callable, on_meta, in_place):
+        with pytest.raises(CorruptCheckpointError, match="needs 32 bytes of record 'data/0', which holds 12"):
+            load(tmp_path / "a/m.pt")
+
+
+@pytest.mark.parametrize("what", ["a tensor", "one of two names", "a storage"])
+def test_a_legacy_file_holds_what_it_names(tmp_path: Path, what: str) -> None:
+    """torch makes room for as much as is named before it looks at the file."""
+    weight, buffer = torch.ones(70_000), io.BytesIO()
+    torch.save([weight[:2], weight], buffer, _use_new_zipfile_serialization=False)
+    ones = b"J" + (70_000).to_bytes(4, "little")
+    huge = b"J" + (1 << 30).to_bytes(4, "little")
+    end, said = {
+        "a tensor": (b"\x85", "outside its record"),
+        "one of two names": (b"N", "which holds"),
+        "a storage": (b"N", "larger than the file"),
+    }[what]
+    data = buffer.getvalue()
+    assert data.count(ones + b"\x85") == 1 and data.count(ones + b"N") == 2
+    commit(tmp_path, "a", {"m.pt": data.replace(ones + end, huge + end, 1 if what == "one of two names" else -1)})
+    for load in (async_ckpt.load, by_callable, in_place):
+        with pytest.raises(CorruptCheckpointError, match=said):
+            load(tmp_path / "a/m.pt")
+
+
+def test_a_parameter_of_whole_numbers_has_no_gradient(tmp_path: Path) -> None:
+    data = torch_bytes({"p": torch.nn.Parameter(torch.ones(3).half())})
+    data = data.replace(b"HalfStorage", b"CharStorage").replace(b"K\x03t", b"K\x06t")
+    commit(tmp_path, "a", {"m.pt": data})
+    for target in ({}, {"p": torch.zeros(3, dtype=torch.int8)}):
+        with pytest.raises(CorruptCheckpointError, match="gradient"):
+            async_ckpt.load_into(target, tmp_path / "a/m.pt", strict=False)
+
+
+def test_an_attribute_of_a_file_may_have_a_methods_name(tmp_path: Path) -> None:
+    state = OrderedDict(w=torch.ones(3))
+    vars(state).update(kexs=1, itexs=2, valxes=3)
+    data = torch_bytes(state).replace(b"kexs", b"keys").replace(b"itexs", b"items").replace(b"valxes", b"values")
+    commit(tmp_path, "a", {"m.pt": data})
+    assert vars(async_ckpt.load(tmp_path / "a/m.pt"))["items"] == 2
+    target = {"w": torch.zeros(3)}
+    async_ckpt.load_into(target, tmp_path / "a/m.pt")
+    assert target["w"].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "key", [b"[" * 100_000, ("[" * 100_000, 1), "['" * 50_000 + '"'], ids=lambda k: type(k).__name__
+)
+def test_names_are_taken_apart_in_linear_time(tmp_path: Path, key: Any) -> None:
+    commit(tmp_path, "a", {"m.pt": torch_bytes({key: torch.ones(2)})})
+    started = time.process_time()
+    with pytest.raises(StateMismatchError) as caught:
+        async_ckpt.load_into({}, tmp_path / "a/m.pt", select="none")
+    assert time.process_time() - started < 5 and len(str(caught.value)) < 2000
+
+
 @pytest.mark.parametrize(
     "key", [1 << 20_000, (1 << 20_000, "a"), b"\x1b[31m", "\x1b[31m\ud800"], ids=lambda k: type(k).__name__
 )
@@ -103,6 +182,10 @@ def by_callable(path: Path) -> Any:
 
 def mapped(path: Path) -> Any:
     return async_ckpt.load(path, mmap=True)
+
+
+def on_meta(path: Path) -> Any:
+    return async_ckpt.load(path, map_location="meta")
 
 
 def in_place(path: Path) -> Any:

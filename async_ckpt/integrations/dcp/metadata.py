@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections import Counter
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ...host.memory import collector_paused
 _MAX_DEPTH = 100
 # A tensor has at most 64; one number more per reference to a tuple would make memory quadratic in the file's size.
 _MAX_DIMS = 64
+_MAX_ALIKE = 64
 
 _DATACLASSES = {
     f"{kind.__module__}.{kind.__name__}": kind
@@ -62,7 +64,7 @@ def decode_metadata(raw: bytes, *, source: str) -> Metadata:
     try:
         with collector_paused():
             metadata = _Builder().value(read_inert(raw), 0)
-    except (MalformedPickleError, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (MalformedPickleError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise CorruptCheckpointError(f"{source} is not readable as DCP metadata: {error}", path=source) from error
     if not isinstance(metadata, Metadata):
         raise CorruptCheckpointError(f"{source} holds no DCP metadata", path=source)
@@ -90,7 +92,11 @@ class _Builder:
         if isinstance(node, (list, tuple)):
             return type(node)(self.value(item, depth) for item in node)
         if isinstance(node, dict):
-            return {self.value(key_value(key), depth): self.value(value, depth) for key, value in node.items()}
+            keys = [self.value(key_value(key), depth) for key in node]
+            # Hashes of numbers are easily made equal, and each such key would be compared with all the others.
+            if max(Counter(map(hash, keys)).values(), default=0) > _MAX_ALIKE:
+                raise ValueError("it has keys that were made to have one hash")
+            return dict(zip(keys, [self.value(value, depth) for value in node.values()], strict=True))
         if isinstance(node, Name):
             found = vars(torch).get(node.text.removeprefix("torch."))
             if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):

@@ -21,7 +21,7 @@ import torch
 
 from ...errors import CorruptCheckpointError
 from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
-from ...reading.records import refuse_length
+from ...reading.records import refuse_crafted
 
 _END_MAGIC, _END_BYTES = b"PK\5\6", 22
 _MAX_TAIL_BYTES = 1 << 17
@@ -44,7 +44,7 @@ def check_container(blob: memoryview, source: str) -> None:
         pickled = records["data.pkl"]
     except (CorruptCheckpointError, UnusualLayoutError, KeyError) as error:
         raise CorruptCheckpointError(f"{source} is no torch container: {error}", path=source) from error
-    refuse_length(pread(pickled.offset, pickled.num_bytes), source, "data.pkl")
+    refuse_crafted(pread(pickled.offset, pickled.num_bytes), source, "data.pkl", records)
 
 
 def unpadded(blob: memoryview) -> memoryview:

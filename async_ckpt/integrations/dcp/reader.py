@@ -9,6 +9,7 @@ Guarantees:
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from typing import Any
 
@@ -121,7 +122,10 @@ class DcpReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         per_file: dict[str, list[tuple[Any, ReadItem]]] = {}
         for item in plan.items:
-            info = self._storage_data[item.storage_index]
+            info = self._storage_data.get(item.storage_index)
+            if info is None:
+                what = f"{self._path}: .metadata says nowhere where {item.storage_index.fqn!r} is stored"
+                raise CorruptCheckpointError(what, path=DCP_METADATA_NAME)
             per_file.setdefault(info.relative_path, []).append((info, item))
         refused: dict[str, str] = {}
         self._filled.clear()
@@ -212,7 +216,7 @@ class DcpReader(StorageReader):
             dtype = known.properties.dtype
             # The stored chunk's own shape; `index` is only a hint of where it stands in the list.
             hint = index.index if index.index is not None else 0
-            chunks = [*known.chunks[hint : hint + 1], *known.chunks]
+            chunks = itertools.chain(known.chunks[hint : hint + 1], known.chunks)
             shape = next((chunk.sizes for chunk in chunks if chunk.offsets == index.offset), torch.Size(item.lengths))
         return Part(info.offset, info.length, dtype, shape, item.storage_offsets, item.lengths, name)
 

@@ -299,6 +299,10 @@ CRAFTED = {
     "an array by its shape": container(
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ" + HUGE + b"\x85U\x01b\x87R."
     ),
+    "an array by its class": container(b"\x80\x02cnumpy\nndarray\nJ" + HUGE + b"\x85\x85\x81."),
+    "a scalar without its bytes": container(
+        b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x0a\0\0\0V900000000\x89\x88\x87R\x85R."
+    ),
 }
 
 

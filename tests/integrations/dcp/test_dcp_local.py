@@ -40,9 +40,12 @@ from async_ckpt import (
     UnsafePathError,
     UnsupportedStateError,
 )
+from async_ckpt.format.names import DCP_METADATA_NAME
 from async_ckpt.integrations.dcp import ArenaStager, DcpReader, DcpWriter, TrainingState, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.blobs import BlobPlanner, join_blobs, raw_plan
 from async_ckpt.integrations.dcp.metadata import decode_metadata
+from tests.format.test_hostile_pickles import pairs_of_one_hash
+from tests.reading.committed import commit
 from tests.support.render import unsealed
 
 pytestmark = [
@@ -188,6 +191,7 @@ HOSTILE = {
     "an offset of another type": pickle.dumps(fitting(storage_data={MetadataIndex("x"): _StorageInfo("f", "0", 9)})),  # type: ignore[arg-type]
     "a path of another type": pickle.dumps(fitting(storage_data={MetadataIndex("x"): _StorageInfo(7, 0, 9)})),  # type: ignore[arg-type]
     "keys of another type": pickle.dumps(fitting(storage_data={"x": _StorageInfo("f", 0, 9)})),
+    "a device of nothing": b"\x80\x02ctorch\ndevice\n)R.",
     "no description": pickle.dumps(fitting(state_dict_metadata=[])),
     "chunks of other dimensions": pickle.dumps(
         fitting(
@@ -207,6 +211,20 @@ def test_crafted_metadata_is_an_error_in_little_memory(name: str) -> None:
     with pytest.raises(CorruptCheckpointError):
         decode_metadata(HOSTILE[name], source="x")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 << 10, "in KiB"
+
+
+def test_keys_of_one_hash_are_refused() -> None:
+    """Each would be compared with all before: a few million bytes would take hours."""
+    keys = {MetadataIndex("x", torch.Size(pair)): _StorageInfo("f", 0, 9) for pair in pairs_of_one_hash(200)}
+    with pytest.raises(CorruptCheckpointError, match="one hash"):
+        decode_metadata(pickle.dumps(fitting(storage_data=keys)), source="x")
+
+
+def test_what_the_metadata_does_not_place_is_damage(tmp_path: Path) -> None:
+    commit(tmp_path, "s1", {DCP_METADATA_NAME: pickle.dumps(fitting(storage_data={}))}, format="opaque")
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load({"x": torch.zeros(2, 3)}, storage_reader=DcpReader(tmp_path / "s1"))
+    assert isinstance(caught.value.failures[0][0], CorruptCheckpointError)
 
 
 class Custom:
