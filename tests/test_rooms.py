@@ -75,6 +75,7 @@ DISK_SIDE = ("writer", "reading", "retention", "format", "engine", "snapshot", "
 
 MAX_ROOMS, MAX_FLOORS = 20, 9
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 60, 120
+MAX_PRIVATE_REACHES = 30
 
 
 @cache
@@ -236,3 +237,27 @@ def test_everything_stays_small() -> None:
                 if length > MAX_FUNCTION_LINES:
                     large.append(f"{module}.{node.name}: {length} lines")
     assert large == []
+
+
+def privates(nodes: list[ast.AST]) -> set[str]:
+    """The names with one leading underscore that these nodes define: functions, classes, attributes, variables."""
+    found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    found |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_tests_reach_into_few_privates() -> None:
+    """Each private name of the package that a test file takes from an object or module, or names in a string."""
+    theirs = privates([node for tree in trees().values() for node in ast.walk(tree)])
+    reached = []
+    for path in sorted((PACKAGE.parent / "tests").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        foreign = theirs - privates(nodes)
+        for node in nodes:
+            name = getattr(node, "attr", "") if isinstance(node, ast.Attribute) else getattr(node, "name", "")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value.rpartition(".")[2]
+            if name in foreign:
+                reached.append(f"{path.name}:{getattr(node, 'lineno', 0)}: {name}")
+    assert len(reached) <= MAX_PRIVATE_REACHES, reached

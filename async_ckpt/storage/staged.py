@@ -172,7 +172,7 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
             fs.rename_noreplace(staging.path, staging.final_path)
             return []
         except FileExistsError:
-            check_final(fs, staging.final_path, staging.tag, staging.overwrite, step="rename")
+            check_final(fs, staging, step="rename")
         if fs.findings.replaces:
             return _replace_without_exchange(fs, staging)
         try:
@@ -237,14 +237,15 @@ def _set_aside(fs: FileSystem, staging: Staging) -> str:
     return aside
 
 
-def check_final(fs: FileSystem, final: str, tag: str, overwrite: str, *, step: str) -> None:
+def check_final(fs: FileSystem, staging: Staging, *, step: str) -> None:
     """Refuse what `overwrite` does not allow to be replaced. Raises TagExistsError: the tag is committed and
     `overwrite` is "refuse", or what is there is no checkpoint."""
+    final = staging.final_path
     if fs.stat(final).kind == "missing":
         return
-    if overwrite == "refuse":
+    if staging.overwrite == "refuse":
         raise TagExistsError(
-            f"tag {tag!r} exists already and was left as it is; choose another tag or overwrite='replace'",
+            f"tag {staging.tag!r} exists already and was left as it is; choose another tag or overwrite='replace'",
             step=step,
             path=final,
         )

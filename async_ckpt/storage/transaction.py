@@ -73,7 +73,7 @@ def begin(fs: FileSystem, staging: S) -> S:
     if staging.overwrite not in ("refuse", "replace"):
         raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {staging.overwrite!r}")
     try:
-        check_final(fs, staging.final_path, tag, staging.overwrite, step="create")
+        check_final(fs, staging, step="create")
         path = make_private(fs, root, tag)
         try:
             if fs.findings.replaces:

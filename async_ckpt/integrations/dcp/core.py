@@ -19,15 +19,18 @@ from .blobs import BlobPlanner
 if TYPE_CHECKING:
     from ...plan.plan import PlannedState
 
+_CLOSE_TIMEOUT_S = 60.0
+
 
 class Core:
-    """Snapshots planned files and writes them. `write` by one thread at a time; `close` once."""
+    """Snapshots planned files and writes them. `write` by one thread at a time."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.filesystem: FileSystem = config.filesystem or FileSystem()
         self.planner = BlobPlanner()
         self._pipeline = SavePipeline(config, self.filesystem, name="async-ckpt-dcp", min_chunks=2)
-        self._finalizer = weakref.finalize(self, _close, self._pipeline, os.getpid(), 60.0)
+        self.close = weakref.finalize(self, _close, self._pipeline, os.getpid())
+        """Stops the threads and gives the memory back; idempotent, and called when this is dropped."""
 
     def write(self, state: PlannedState, path: str, name: str) -> Outcome[FileWrite]:
         """Copy `state` into staging memory and write it to `path`. Blocks for the copy and for free staging memory.
@@ -42,15 +45,10 @@ class Core:
             raise
         return file.done
 
-    def close(self, timeout_s: float) -> None:
-        """Stop the threads and give the memory back."""
-        if self._finalizer.detach() is not None:
-            _close(self._pipeline, os.getpid(), timeout_s)
 
-
-def _close(pipeline: SavePipeline, pid: int, timeout_s: float) -> None:
+def _close(pipeline: SavePipeline, pid: int) -> None:
     if os.getpid() == pid:
-        pipeline.stop(timeout_s)
+        pipeline.stop(_CLOSE_TIMEOUT_S)
 
 
 _kept: dict[Any, Core] = {}

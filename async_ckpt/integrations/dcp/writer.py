@@ -301,7 +301,7 @@ class DcpWriter(StorageWriter):
         self._drop_staged()
         core, self._core = self._core, None
         if core is not None and not self._is_copy:
-            core.close(60.0)
+            core.close()
 
     # Inside.
 

@@ -263,7 +263,7 @@ def test_what_an_abandoned_save_has_staged_goes_with_its_writer(tmp_path: Path) 
     writer.reset(tmp_path / "b")
     assert os.listdir(tmp_path) == []
     writer.prepare_global_plan([])
-    writer._core.close(10)  # type: ignore[union-attr]
+    writer._core.close()  # type: ignore[union-attr]
     del writer
     gc.collect()
     assert os.listdir(tmp_path) == []
