@@ -67,8 +67,8 @@ class Settings:
 
 
 class UploadProcess:
-    """The child of one mirror, started with the first upload. `upload` and `close` are called by the mirror's thread,
-    `stop` and `kill` by any."""
+    """The child of one mirror. `start`, `upload` and `close` are called by the mirror's thread, `stop` and `kill` by
+    any."""
 
     def __init__(self, context: MirrorContext, settings: bytes) -> None:
         self._context = context
@@ -105,7 +105,7 @@ class UploadProcess:
         does, and PassingFailure where the child dies or cannot be started."""
         context = self._context
         try:
-            self._start()
+            self.start()
             # Whoever stops it from here on finds the child.
             context.sleep()
             self._send("upload", tag, context.abilities)
@@ -113,17 +113,24 @@ class UploadProcess:
                 self._heed(metrics, *told)
         except (EOFError, OSError) as failure:
             context.sleep()
-            status = self.close()
-            text = f"the process that uploads has ended with status {status}; another one goes on ({failure})"
+            text = f"the process that uploads has ended with status {self.close()}; another one goes on ({failure})"
             raise PassingFailure(text, url=context.mirror.url) from failure
         finally:
             context.states.reload(tag)
         if told[1] is not None:
             raise told[1]
 
+    def start(self) -> None:
+        """Start it, where it does not run; does not wait for it. Raises PassingFailure."""
+        if self._process is None:
+            try:
+                self._start()
+            except OSError as error:
+                self.close()
+                told = f"no process that uploads can be started: {error}"
+                raise PassingFailure(told, url=self._context.mirror.url) from error
+
     def _start(self) -> None:
-        if self._process is not None:
-            return
         ours, theirs = socket.socketpair()
         with ours, theirs:
             # Signals to the training's group are for the training: it may still wait for what is on its way.

@@ -130,6 +130,8 @@ class Worker:
                 raise MirrorError(told, url=self._url)
             report(logging.WARNING, "%s. See to it that only this process writes to %s", told, self._url)
         context.store = open_store(context.mirror, context.filesystem)
+        if self._process is not None:
+            self._process.start()
         self._recover()
         context.abilities = abilities
 
