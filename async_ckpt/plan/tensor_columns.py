@@ -20,6 +20,8 @@ _requires_grad_of = attrgetter("requires_grad")
 _attributes_of = attrgetter("__dict__")
 _identity_of = attrgetter("_cdata")
 
+_QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
+
 
 class Columns(NamedTuple):
     """Facts that must be equal for a plan to be reused."""
@@ -69,6 +71,8 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
             )
             if _has_more(tensors, columns.dtypes):
                 raise NotPlainError("a tensor has the negative or conjugate bit, or Python attributes")
+            if not _QUANTIZED.isdisjoint(columns.dtypes):
+                raise NotPlainError("a quantised tensor, whose scale is none of the facts here")
             storages = list(map(tensor.untyped_storage, tensors))
     except (RuntimeError, NotImplementedError) as error:
         raise NotPlainError(f"a tensor without a plain storage: {error}") from error

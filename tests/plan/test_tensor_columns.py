@@ -13,6 +13,7 @@ import torch
 from async_ckpt.plan.planner import Planner
 from async_ckpt.plan.tensor_columns import TensorFacts, look_at
 from tests.support.comparing import torch_bytes
+from tests.support.render import render
 
 
 def _with_attribute() -> torch.Tensor:
@@ -66,6 +67,35 @@ def test_a_plan_after_a_changed_fact_is_what_torch_writes(name: str) -> None:
     pickle_in = expected[: planned.plan.literals[0][0] + len(planned.plan.literals[0][1])]
     assert planned.plan.file_bytes == len(expected)
     assert planned.plan.literals[0][1][64:200] == pickle_in[64:200]
+
+
+def quantized(scale: float, zero_point: int) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.zeros(2, 3), scale, zero_point, torch.qint8)
+
+
+def quantized_by_channel(scale: float, axis: int) -> torch.Tensor:
+    scales = torch.full((3 - (axis == 0),), scale, dtype=torch.float64)
+    return torch.quantize_per_channel(torch.zeros(2, 3), scales, torch.zeros(len(scales)).long(), axis, torch.quint8)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("compact_views", [False, True])
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (quantized, (0.1, 0), (0.2, 0)),
+        (quantized, (0.1, 0), (0.1, 7)),
+        (quantized_by_channel, (0.1, 0), (0.2, 0)),
+        (quantized_by_channel, (0.1, 0), (0.1, 1)),
+    ],
+)
+def test_what_the_numbers_of_a_quantised_tensor_mean_is_written_anew(
+    make: Callable[..., torch.Tensor], first: tuple[float, int], second: tuple[float, int], compact_views: bool
+) -> None:
+    planner = Planner(compact_views=compact_views)
+    for arguments in (first, first, second):
+        state = {"a": torch.zeros(1), "b": make(*arguments), "step": arguments[1]}
+        assert render(planner.plan(state, name="f")) == torch_bytes(state)
 
 
 STRANGE = """
