@@ -13,6 +13,7 @@ from ...engine.interface import StrPath
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...reading.catalog import Catalog
+from ...threads.outcome import name_pending
 from ..frameworks import require
 from .capture import capture
 from .resume import on_all_ranks
@@ -91,6 +92,7 @@ def load_accelerator_state(
                 elif tag is None and (loss := pending.loss()) is not None:
                     raise loss
             engine.wait_snapshot()
+        name_pending(catalog.root)
         return catalog.tags() if tag is None else [tag]
 
     def verify(name: str) -> str:

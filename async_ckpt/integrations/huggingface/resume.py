@@ -14,6 +14,7 @@ from ...format.manifest import Manifest
 from ...format.names import MANIFEST_NAME
 from ...reading.catalog import Catalog
 from ...storage.filesystem import FileSystem
+from ...threads.outcome import name_pending
 from ..adopting import ADOPTED, adopt
 from ..frameworks import require
 
@@ -29,12 +30,13 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
     """The newest ``checkpoint-<step>`` below `output_dir` whose every byte is as committed; None if there is none.
 
     Damaged ones are skipped, and so are directories without a manifest (stock `Trainer`'s, which may be parts), with a
-    warning. Only where nothing has a manifest, the newest directory that stock `Trainer` has completed is taken. Blocks
-    for the reading.
+    warning, and so is what this process has pending. Only where nothing has a manifest, the newest directory that stock
+    `Trainer` has completed is taken. Blocks for the reading.
 
     Raises:
         CorruptCheckpointError: there are checkpoints with a manifest, and all are damaged.
     """
+    name_pending(os.fspath(output_dir))
     foreign: list[str] = []
     damaged: CheckpointError | None = None
     for path in filter(os.path.isdir, _newest_first(os.path.abspath(os.fspath(output_dir)))):

@@ -119,6 +119,20 @@ def test_load_waits_and_verifies(tmp_path: Path) -> None:
         assert load_accelerator_state(job.accelerator, engine) == "a"
 
 
+def test_what_another_engine_of_the_process_has_pending_is_named(tmp_path: Path, caplog: Any) -> None:
+    from .jobs import HoldingFileSystem
+
+    job, held = Job(), HoldingFileSystem("b")
+    with AsyncCheckpointEngine(tmp_path, filesystem=held, **SMALL) as given_up:
+        save_accelerator_state(job.accelerator, given_up, "a").result(60)
+        save_accelerator_state(job.accelerator, given_up, "b")
+        try:
+            assert load_accelerator_state(job.accelerator, tmp_path) == "a"
+            assert "the commit of 'b'" in caplog.text
+        finally:
+            held.gate.set()
+
+
 def test_a_failing_save_gives_the_tag_up(tmp_path: Path) -> None:
     job = Job()
     job.counter.state_dict = lambda: {"bad": lambda: None}  # type: ignore[assignment, dict-item, return-value]

@@ -354,6 +354,18 @@ def test_damaged_and_foreign_checkpoints_are_not_resumed_from(tmp_path: Path, st
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_commit_that_is_pending_is_named_to_who_asks_for_the_last(tmp_path: Path, caplog: Any) -> None:
+    held, found = HoldingFileSystem("checkpoint-2"), []
+
+    class Ask(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append(last_committed_checkpoint(tmp_path))
+            held.gate.set()
+
+    trainer(tmp_path, callbacks=[Ask(), StopAt(2)], config={"filesystem": held}).train()
+    assert found[0] is None and "the commit of 'checkpoint-2'" in caplog.text
+
+
 def test_a_directory_of_stock_trainer_is_taken_where_nothing_else_is(tmp_path: Path, stock: Any) -> None:
     assert last_committed_checkpoint(tmp_path / "none") is None
     with pytest.raises((ValueError, FileNotFoundError)):
