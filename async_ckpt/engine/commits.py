@@ -70,7 +70,7 @@ class Commits:
         self._last_created_ns = 0
         self._first_created_ns = 0
         self._oldest_possible_ns: int | None = None
-        self.pipeline = SavePipeline(config, self.filesystem)
+        self.pipeline = SavePipeline(config, self.filesystem, make_room=self._make_room)
         callbacks = self.pipeline.callbacks
         self._rotation = Rotation(self.filesystem, root, config.retention, self._why_held, callbacks.report)
         with contextlib.ExitStack() as undo:
@@ -86,7 +86,6 @@ class Commits:
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
         self.pool = self.pipeline.pool
-        self.pool.disk.make_room = self._make_room
         live.add(self)
 
     # Which calls are legal now.

@@ -27,6 +27,7 @@ from ..snapshot.guard import Guard
 from ..snapshot.owned_storages import NOTHING
 from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import FileSystem
+from ..writer.disk import MakeRoom
 from ..writer.pool import WriterPool
 from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
@@ -48,6 +49,7 @@ class SavePipeline:
 
     Args:
         name: prefix of the threads' names.
+        make_room: as a `WriterPool` takes it.
 
     Raises:
         ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left
@@ -55,7 +57,13 @@ class SavePipeline:
     """
 
     def __init__(
-        self, config: EngineConfig, filesystem: FileSystem, *, name: str = "async-ckpt", min_chunks: int = 1
+        self,
+        config: EngineConfig,
+        filesystem: FileSystem,
+        *,
+        name: str = "async-ckpt",
+        min_chunks: int = 1,
+        make_room: MakeRoom | None = None,
     ) -> None:
         chunk_bytes = config.resolved_chunk_bytes()
         num_chunks = max(min_chunks, config.resolved_staging_bytes() // chunk_bytes)
@@ -84,6 +92,7 @@ class SavePipeline:
                     num_helpers=num_copy_helpers(),
                     io_mode=config.io_mode,
                     rewrite=config.rewrite,
+                    make_room=make_room,
                     on_span=self.callbacks.on_span if self.observes else None,
                     name=name,
                 )

@@ -36,8 +36,6 @@ class CommittedFile:
     """None where no part of it can be passed over."""
     samples: Sequence[bytes]
     """By extent."""
-    is_counted: bool
-    """Whether version counters had told of most that has changed before."""
 
 
 class NewFile:
@@ -69,7 +67,7 @@ class NewFile:
         assert self.known is not None
         older = self.known.older
         untouched = self.seen.untouched(self.known.seen, older.extent_bytes)
-        self._older = replace(older, untouched=untouched, is_counted=self.known.is_counted)
+        self._older = replace(older, untouched=untouched)
         return self._older
 
     @property
@@ -147,10 +145,10 @@ class Reuse:
                 parts, crcs = (tag, *path.split("/")), tuple(write.extent_crc32)
                 has_shared = write.sharing is not None and write.sharing.shared_bytes > 0
                 size, step = write.size_bytes, write.extent_bytes
-                older = OlderFile(root, parts, stamp, size, step, crcs, [], has_shared=has_shared)
+                older = OlderFile(root, parts, stamp, size, step, crcs, [], new.is_counted, has_shared)
                 # Integrations have sealers of their own.
                 sealed = new.sealer.sealed if isinstance(new.sealer, Sealer) else None
-                found[path] = CommittedFile(new.seen, older, sealed, new.samples, new.is_counted)
+                found[path] = CommittedFile(new.seen, older, sealed, new.samples)
         _remember(self._committed, found)
 
     # What is frozen.

@@ -36,7 +36,6 @@ from ..errors import (
     report,
 )
 from ..format.manifest import FileEntry, Manifest, encode
-from ..format.metadata import check_metadata
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
 from .delete import Swept, remove, sweep
@@ -155,8 +154,8 @@ def publish(
         if staging.state not in (State.OPEN, State.SEALED):
             raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
         staging.state = State.SEALED
-        about, writer = check_metadata(metadata), {**written_by(), **(marks or {})}
-        manifest = Manifest(staging.tag, created_unix_ns, tuple(files), about, writer, timing=staging.timing)
+        writer = {**written_by(), **(marks or {})}
+        manifest = Manifest(staging.tag, created_unix_ns, tuple(files), metadata, writer, timing=staging.timing)
         _make_durable(fs, staging, manifest)
         staging.state = State.DURABLE
         replaced = _make_visible(fs, staging)

@@ -18,6 +18,7 @@ from ..threads.locks import Lock
 from ..threads.loop import LoopThread
 
 PAGE_BYTES = 4096
+MakeRoom = Callable[[str], Coroutine[Any, Any, None]]
 
 
 class Disk:
@@ -27,6 +28,7 @@ class Disk:
     Args:
         num_slots: how many chunks of all files may be written at once.
         on_span: told about every piece of work on a file, on the thread that did it; must be quick and not raise.
+        make_room: waits until earlier commits than that of a tag, and what they delete, are over.
     """
 
     def __init__(
@@ -36,13 +38,13 @@ class Disk:
         loop: LoopThread,
         num_slots: int,
         on_span: Callable[[Span], None] | None,
+        make_room: MakeRoom | None,
     ) -> None:
         self.filesystem = filesystem
         self.io = io
         self.loop = loop
         self.on_span = on_span
-        self.make_room: Callable[[str], Coroutine[Any, Any, None]] = _cannot
-        """Waits until earlier commits than that of a tag, and what they delete, are over."""
+        self.make_room = make_room
         self.num_queued = 0
         """Chunks submitted and not yet released."""
         self._max_queued = 0
@@ -91,10 +93,6 @@ class Disk:
         except OSError as error:
             message = "the directory of a file cannot be made in the staging directory; the file is not committed"
             raise write_error(self.filesystem, error, message, folder) from error
-
-
-async def _cannot(tag: str) -> None:
-    """Nobody makes room."""
 
 
 def in_our_tree(error: BaseException, path: str) -> BaseException:

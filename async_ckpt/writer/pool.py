@@ -29,7 +29,7 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, check_process, lower_priority
 from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
-from .disk import Disk
+from .disk import Disk, MakeRoom
 from .file import FileWrite
 from .rewrite import RewritingFile
 from .sharing import FindOlder, HowToWrite
@@ -67,6 +67,7 @@ class WriterPool:
         num_helpers: threads in `helpers`.
         io_mode: past the page cache, through it, or "auto": past it from `SMALL_BYTES` on.
         rewrite: write a file once more where the disk has failed for a moment.
+        make_room: see `Disk`; None where nobody can.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; quick, never raises.
         name: prefix of the thread names.
     """
@@ -79,6 +80,7 @@ class WriterPool:
         num_helpers: int = 0,
         io_mode: Literal["auto", "direct", "buffered"] = "auto",
         rewrite: bool = False,
+        make_room: MakeRoom | None = None,
         on_span: Callable[[Span], None] | None = None,
         name: str = "async-ckpt",
     ) -> None:
@@ -106,7 +108,7 @@ class WriterPool:
             self.helpers = start("help", num_helpers)
             """For what helps a caller with what it waits for."""
             self._executors = (self._io, self.copier, self.helpers)
-            self.disk = Disk(filesystem, self._io, self._thread, self._num_writers, on_span)
+            self.disk = Disk(filesystem, self._io, self._thread, self._num_writers, on_span, make_room)
             self._thread.start()
             undo.pop_all()
         _pools.add(self)

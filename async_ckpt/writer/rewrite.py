@@ -88,7 +88,8 @@ class RewritingFile(FileWrite):
         try:
             await asyncio.wrap_future(jobs.run(lambda: _discard(disk.filesystem, path)))
             if first.errno in FULL:
-                await disk.make_room(self._how.tag)
+                if disk.make_room is not None:
+                    await disk.make_room(self._how.tag)
                 folder = os.path.dirname(path)
                 free_bytes = await asyncio.wrap_future(jobs.run(lambda: disk.filesystem.free_bytes(folder)))
                 if free_bytes < self.size_bytes:
