@@ -76,7 +76,7 @@ class SavePipeline:
                 "less. Nothing was made"
             ) from error
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
-        self.replication = Replication(filesystem, os.fspath(config.root), reads_back=config.read_back)
+        self.replication = Replication(filesystem, os.path.abspath(config.root), reads_back=config.read_back)
         self.observes = bool(config.observers)
         """Whether anybody hears of spans."""
         self._has_stopped = False

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Replication:
-    """How the ranks of one engine's job share a file."""
+    """How the ranks of one engine's job share a file. `root`: absolute, and looked at before the first file."""
 
     def __init__(self, filesystem: FileSystem, root: str, *, reads_back: bool) -> None:
         self._filesystem = filesystem
@@ -35,12 +35,8 @@ class Replication:
         self._reads_back = reads_back
         self._has_told = False
 
-    @cached_property
-    def _kind(self) -> str:
-        return self._filesystem.fs_type(self._root)
-
     def _is_coherent(self, *, leads: bool) -> bool:
-        kind = self._kind
+        kind = self._filesystem.root_types.get(self._root, "")
         if kind not in COHERENT_TYPES and leads and not self._has_told:
             self._has_told = True
             told = "root %r: %s is not known to let several processes write one file, so rank 0 writes replicated ones"
