@@ -156,7 +156,14 @@ def publish(
         staging.state = State.SEALED
         writer = {**written_by(), **(marks or {})}
         manifest = Manifest(staging.tag, created_unix_ns, tuple(files), metadata, writer, timing=staging.timing)
-        _make_durable(fs, staging, manifest)
+        raw = encode(manifest)
+        with _step("manifest", staging):
+            create_file(fs, staging, MANIFEST_NAME, raw)
+            folders = _check_contents(fs, staging, manifest, len(raw))
+        with _step("sync", staging):
+            _open_to_readers(fs, staging)
+            for folder in folders:
+                fs.fsync_dir(folder)
         staging.state = State.DURABLE
         replaced = _make_visible(fs, staging)
         staging.state = State.COMMITTED
@@ -173,17 +180,6 @@ def publish(
                 level = logging.INFO
             report(level, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
     return manifest
-
-
-def _make_durable(fs: FileSystem, staging: Staging, manifest: Manifest) -> None:
-    raw = encode(manifest)
-    with _step("manifest", staging):
-        create_file(fs, staging, MANIFEST_NAME, raw)
-        folders = _check_contents(fs, staging, manifest, len(raw))
-    with _step("sync", staging):
-        _open_to_readers(fs, staging)
-        for folder in folders:
-            fs.fsync_dir(folder)
 
 
 def _make_visible(fs: FileSystem, staging: Staging) -> list[str]:

@@ -131,7 +131,8 @@ class ChunkQueue:
 
     def release_all(self) -> None:
         """Give all of them back; no thread may use them any more, and no other will come."""
-        self.let_go()
+        if self.keeps:
+            self.let_go()
         self.take_over()
         self.waiting.clear()
         for chunk in list(self._held.values()):
