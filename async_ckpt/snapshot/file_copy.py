@@ -166,13 +166,9 @@ class FileCopy:
 
     # Behind the caller.
 
-    @property
-    def is_on_devices(self) -> bool:
-        """Whether `copy_behind` only queues copies, and `finish_behind` is to wait for them."""
-        return bool(self._devices)
-
     def copy_behind(self, chunks: list[StagingChunk]) -> None:
-        """Copy what `copy_unguarded` has left, on the copy thread. A failure is the sink's."""
+        """Copy what `copy_unguarded` has left, on the copy thread; from devices, `finish_behind` has to end it. A
+        failure is the sink's."""
         self.has_begun, self._began_s = True, time.perf_counter()
         with self._handing_on_failures(chunks):
             # The user may have moved the bytes.

@@ -165,7 +165,7 @@ class Snapshotter:
                 break
             changed.wait(left_s)
         file.copy_behind(chunks)
-        if file.is_on_devices:
+        if not file.copied.done():
             self._finish_later(lambda: file.finish_behind(chunks))
 
     def _finish_later(self, finish: Callable[[], None]) -> None:
