@@ -59,20 +59,18 @@ def cpu_model() -> str:
     return platform.machine()
 
 
-def memory_bytes(field: str = "MemTotal") -> int:
-    """One line of /proc/meminfo in bytes; 0 where there is none."""
+def memory_bytes(field: str = "MemTotal", source: str = "meminfo") -> int:
+    """The lines of a file below /proc that begin so, together, in bytes; 0 where there are none, or no such file."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc", source).read_text().splitlines()
     except OSError:
-        pass
-    return 0
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def resident_bytes() -> int:
     """The memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return memory_bytes("VmRSS:", "self/status")
 
 
 def mount_of(directory: Path) -> dict[str, str]:

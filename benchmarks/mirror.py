@@ -5,7 +5,8 @@ process of its own.
 
 - upload: seconds until one checkpoint of one file is in the store; processor seconds and memory above what the
   process had before, both with those of the process that uploads for it; longest hold of the interpreter lock.
-  "obstore put" is the library's own put of the same file with the same settings; DCP and s3torchconnector write from memory. The file is not in the page cache: a commit leaves it so.
+  "obstore put" is the library's own put of the same file with the same settings; DCP and s3torchconnector write from
+  memory. The file is not in the page cache: a commit leaves it so.
 - restore: seconds into existing tensors; "obstore get" are ranges of the same object by as many threads, into memory.
 - What uploads cost a training is measured by `mirror_training`.
 """
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import describe, resident_bytes
+from benchmarks.environment import describe, memory_bytes, resident_bytes
 from benchmarks.limits import evict
 from benchmarks.results import keep, parser_of
 from benchmarks.ticker import Ticker
@@ -190,7 +191,8 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 
     def watch() -> None:
         while not stop.wait(0.005):
-            peak[0] = max(peak[0], resident_bytes() + sum(map(_private_bytes, upload_processes())))
+            others = (memory_bytes("Private_", f"{pid}/smaps_rollup") for pid in upload_processes())
+            peak[0] = max(peak[0], resident_bytes() + sum(others))
 
     def processor_s() -> float:
         return time.process_time() + sum(map(_processor_s, upload_processes()))
@@ -211,12 +213,6 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         "gil_s": ticker.longest(began, ended),
         "control_gil_s": ticker.control_longest(began, ended),
     }
-
-
-def _private_bytes(pid: int) -> int:
-    """What another process shares with nobody."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
 
 def _processor_s(pid: int) -> float:

@@ -47,15 +47,7 @@ def group_members(group: int) -> list[int]:
 
 def tree_pss_bytes(group: int) -> int:
     """Proportional set size of a process group; a process that ended meanwhile counts nothing."""
-    total = 0
-    for pid in group_members(group):
-        try:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except OSError:
-            continue
-    return total
+    return sum(memory_bytes("Pss:", f"{pid}/smaps_rollup") for pid in group_members(group))
 
 
 def _first_to_be_killed() -> None:

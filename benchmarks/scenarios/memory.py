@@ -6,16 +6,9 @@ import time
 from pathlib import Path
 
 from benchmarks import contenders
+from benchmarks.environment import memory_bytes, resident_bytes
 from benchmarks.request import Request
 from benchmarks.scenarios.common import Result, build_workload, start_contender, timed_save
-
-
-def status_bytes(field: str) -> int:
-    """One line of this process's status file in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
 
 
 def run(request: Request, result: Result) -> None:
@@ -27,7 +20,7 @@ def run(request: Request, result: Result) -> None:
     contenders.load(request.contender)
     # "5" resets the peak (VmHWM) to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
-    baseline = status_bytes("VmRSS")
+    baseline = resident_bytes()
     time.sleep(0.3)
     result["baseline_monotonic_s"] = time.monotonic()
     contender = start_contender(request, result, workload)
@@ -36,9 +29,9 @@ def run(request: Request, result: Result) -> None:
         for step in range(request.num_warmups + request.num_saves):
             sample = timed_save(contender, workload, step)
             contender.discard(step)
-            sample["hwm_extra_bytes"] = status_bytes("VmHWM") - baseline
+            sample["hwm_extra_bytes"] = memory_bytes("VmHWM:", "self/status") - baseline
             samples.append(sample)
-        result["hwm_extra_bytes"] = status_bytes("VmHWM") - baseline
+        result["hwm_extra_bytes"] = memory_bytes("VmHWM:", "self/status") - baseline
         result["end_monotonic_s"] = time.monotonic()
     finally:
         contender.close()
