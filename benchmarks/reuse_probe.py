@@ -1,11 +1,12 @@
 """What a checkpoint costs of which little has changed: the same state saved by an engine that shares what did not
 change (`reuse="auto"`) and by one that writes everything, in turn within one process.
 
-    python -m benchmarks.reuse_probe DIRECTORY [--size-mib 1024] [--changed 0.01] [--repeats 5] [--out FOLDER]
+    python -m benchmarks.reuse_probe DIRECTORY [--size-mib 1024] [--changed 0.01] [--repeats 5] [--cases part,all]
+        [--out FOLDER]
 
 DIRECTORY decides: its file system has reflinks (xfs, btrfs) or not. Four cases: a part of the bytes has changed (one
 tensor after the other), none has, all have, all have and no version counter shows it (as after a fused optimizer).
-Durable is from the call of `save` until the commit has succeeded.
+Durable is from the call of `save` until the commit has succeeded; beside it what fio takes to write as much.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
 from async_ckpt.metrics import CommitMetrics
-from benchmarks.limits import MIB
+from benchmarks.limits import MIB, fio_direct_depth_16
 from benchmarks.results import keep, parser_of
 
 CASES = ("part", "nothing", "all", "fused")
@@ -42,12 +43,13 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, f
     root: Path = options.directory
     how: Any = {"staging_bytes": (options.size_mib + 64) * MIB, "retention": KeepLast(1)}
     engines = {mode: AsyncCheckpointEngine(root / mode, reuse=mode, **how) for mode in MODES}
-    samples: dict[str, dict[str, list[dict[str, float]]]] = {case: {mode: [] for mode in MODES} for case in CASES}
+    cases = options.cases.split(",")
+    samples: dict[str, dict[str, list[dict[str, float]]]] = {case: {mode: [] for mode in MODES} for case in cases}
     for mode in MODES:
         engines[mode].prewarm()
         commit(engines[mode], "first", state)
     for k in range(options.repeats):
-        for case in CASES:
+        for case in cases:
             changed = {"part": [state[f"w{k % num_tensors}"]], "nothing": []}.get(case, list(state.values()))
             for tensor in changed:
                 (tensor.data if case == "fused" else tensor).add_(1)
@@ -61,7 +63,10 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, f
 
 
 def main() -> None:
-    options = parser_of(__doc__, size_mib=1024, changed=0.01, repeats=5).parse_args()
+    options = parser_of(__doc__, size_mib=1024, changed=0.01, repeats=5, cases=",".join(CASES)).parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    num_bytes = options.size_mib * MIB
+    limits = [fio_direct_depth_16(options.directory, num_bytes)["durable_s"] for _ in range(options.repeats)]
     samples = measure(options)
     for mode in MODES:
         shutil.rmtree(options.directory / mode)
@@ -78,7 +83,8 @@ def main() -> None:
             f"{shared['written_bytes'] / MIB:.1f} of {whole['written_bytes'] / MIB:.1f} MiB; stall "
             f"{shared['stall_s'] * 1e3:.1f} of {whole['stall_s'] * 1e3:.1f} ms"
         )
-    keep(options, "reuse", {"size_mib": options.size_mib, "samples": samples})
+    print(f"fio      durable {statistics.median(limits):.3f} s [{min(limits):.3f} to {max(limits):.3f}]")
+    keep(options, "reuse", {"size_mib": options.size_mib, "samples": samples, "fio_s": limits})
 
 
 if __name__ == "__main__":
