@@ -22,7 +22,7 @@ class Located:
 
     @property
     def name(self) -> str:
-        """For messages: the tag, or tag/file."""
+        """What messages call it: the tag, or tag/file."""
         return self.tag if self.file is None else f"{self.tag}/{self.file}"
 
 

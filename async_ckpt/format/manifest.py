@@ -93,7 +93,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     timing: Mapping[str, float] = field(default_factory=dict)
     not_finite: Mapping[str, str] = field(default_factory=dict)
-    """Of numbers in `metadata` that JSON cannot hold and that are None there: what they were, by where they stand."""
+    """What numbers in `metadata` were that JSON cannot hold and that are None there, by where they stand."""
     attempt: str = ""
     """The folder beside the manifest that the files lie in, in a mirror or a copy of one; empty: right beside it."""
 

@@ -74,7 +74,7 @@ class TensorExtent:
     offset: int
     """File offset of the first element."""
     extent_bytes: int
-    """From there to the end of the last element."""
+    """The bytes from there to the end of the last element."""
     storage: Record
     storage_offset: int = 0
     location: str = "cpu"

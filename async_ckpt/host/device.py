@@ -22,7 +22,7 @@ import torch
 from ..errors import ConfigError, TransactionStateError, UnsupportedStateError
 
 THREAD_PREFIX = "async-ckpt"
-"""Of the names of all threads of the package."""
+"""How the names of all threads of the package begin."""
 
 _POOL_STREAMS = 32
 """As many as torch has of one device and priority."""

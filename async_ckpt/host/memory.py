@@ -44,7 +44,7 @@ class _PyBuffer(ctypes.Structure):
 
 
 def address_of(buffer: memoryview) -> int:
-    """Of the first byte of a buffer; valid while the buffer is alive."""
+    """The address of the first byte of a buffer; valid while the buffer is alive."""
     if not buffer.readonly:
         return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     found = _PyBuffer()

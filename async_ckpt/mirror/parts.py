@@ -67,7 +67,7 @@ class PartStream(Iterator[memoryview]):
     ) -> None:
         self.failure: BaseException | None = None
         self.md5s: list[bytes] = []
-        """Of each part so far; none where the store compares checksums itself."""
+        """The MD5 of each part so far; none where the store compares checksums itself."""
         self._context = context
         self._file = file
         self._plan = plan

@@ -44,7 +44,7 @@ class Draft:
         return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
     def parts(self, recorded: Recorded) -> list[tuple[int, int, Strided | None]]:
-        """Per storage key the storage, the byte of it that what is written begins at, and how that lies there.
+        """For each storage key the storage, the byte of it that what is written begins at, and how that lies there.
 
         Raises NotPlainError where torch has met other storages than those of the tensors, or they have changed.
         """
@@ -63,7 +63,7 @@ class _Scalars(NamedTuple):
     """The file as one state's scalars make it. Never changed: a later state's is another one."""
 
     pieces: list[bytes]
-    """Of the pickle; every second one is a scalar's."""
+    """The pieces of the pickle; every second one is a scalar's."""
     exact: Sequence[Any]
     floats: array[float]
     runs: list[bytes]

@@ -178,7 +178,7 @@ def _library() -> Any:
 
 @lru_cache(maxsize=64)
 def _formats(dtypes: frozenset[torch.dtype]) -> tuple[tuple[torch.dtype, tuple[int, str, int]], ...]:
-    """Per dtype: rank in the file, name in the header, and how many elements the header counts per torch element."""
+    """Each dtype's rank in the file, name in the header, and how many elements the header counts per torch element."""
     listed = sorted(dtypes, key=str)
     raw = _library().save(
         {str(number): torch.empty((0, 3), dtype=dtype, device="cpu") for number, dtype in enumerate(listed)}

@@ -46,7 +46,7 @@ class Sites:
     floats: list[Site]
     runs: list[Site]
     names: frozenset[str]
-    """Of the classes and functions in the pickle."""
+    """The names of the classes and functions in the pickle."""
 
 
 def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> Sites:

@@ -36,13 +36,13 @@ class Columns(NamedTuple):
 
 @dataclass(slots=True)
 class LiveStorages:
-    """Per tensor its storage and what tells storages apart (`_cdata`). Short-lived: it keeps the storages alive."""
+    """Each tensor's storage and what tells storages apart (`_cdata`). Short-lived: it keeps the storages alive."""
 
     storages: list[torch.UntypedStorage]
     """The same storage may come as several Python objects."""
     storage_ids: list[int]
     addresses: list[int] = field(default_factory=list, init=False)
-    """Of each distinct storage, once it was found readable."""
+    """The address of each distinct storage, once it was found readable."""
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ class Recorded:
     def __init__(self, obj: Any, substitute: Substitute | None = None) -> None:
         """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
         self.persistent_ids: list[tuple[Any, ...]] = []
-        """Per storage key, what torch gave it first: ("storage", type, key, location, size)."""
+        """What torch gave each storage key first: ("storage", type, key, location, size)."""
         self.storages: list[torch.UntypedStorage] = []
         """The storages by key, empty ones too."""
         self.uses: Counter[int] = Counter()
@@ -80,7 +80,7 @@ class Recorded:
         self._met: deque[Any] = deque(maxlen=8)
         """The last objects that are no plain containers, numbers or texts."""
         self._pieces: list[bytes] = []
-        """Of the pickle: a text of 64 KiB or more is one, which nobody has copied."""
+        """The pieces of the pickle: a text of 64 KiB or more is one, which nobody has copied."""
         self._arrays: dict[bytes, Any] = {}
         """Large arrays, each by the bytes that were pickled in place of its own."""
         self._substitute = substitute

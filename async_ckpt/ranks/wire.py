@@ -52,7 +52,7 @@ def host_key() -> str:
 
 
 class Wire:
-    """From the first of some ranks to the others. `send` is called by many threads, the rest by one.
+    """A link from the first of some ranks to the others. `send` is called by many threads, the rest by one.
 
     All ranks `connect` once all are made. Whatever fails in between, in `close` too, is a LostError.
     """

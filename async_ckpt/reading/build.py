@@ -30,7 +30,7 @@ from .scatter import Scatter, new_storage
 from .verified_file import VerifiedFile
 
 CPU = torch.device("cpu")
-Place = Callable[[str], torch.device]
+DeviceOf = Callable[[str], torch.device]
 """Device for a location tag of the file; raises what `torch.load` would raise if there is no such device."""
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
@@ -54,7 +54,7 @@ class NotPlainError(Exception):
     """The file holds something outside the plain subset, or is laid out otherwise; torch may read it."""
 
 
-def place_for(map_location: Any) -> Place | None:
+def place_for(map_location: Any) -> DeviceOf | None:
     """How `torch.load` places storages under this `map_location`; None where only torch itself can tell."""
     if isinstance(map_location, (str, torch.device)):
         device = torch.device(map_location)
@@ -96,7 +96,7 @@ def _check_grad(extent: TensorExtent, requires_grad: bool) -> None:
 class TensorBuilder(TensorsOnDisk):
     """Allocates storages and notes in `scatter` how to fill them; tensors of one storage share it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: DeviceOf) -> None:
         self.scatter = Scatter()
         self._place = place
         self._devices: dict[str, torch.device] = {}

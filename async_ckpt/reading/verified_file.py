@@ -66,7 +66,7 @@ class VerifiedFile:
         self.entry = entry
         self.name = file.path
         self.block_bytes: int = getattr(file, "block_bytes", BLOCK_BYTES)
-        """Of one read; more where the way to the data is long."""
+        """The size of one read; more where the way to the data is long."""
         self.map_path = file.map_path
         """A path to this very file while it is open here, whoever has its name by now."""
         self.size_bytes = file.size_bytes
@@ -270,7 +270,7 @@ class _Reading:
         self._lock = Lock()
         self._failed = threading.Event()
         self._sums: dict[tuple[VerifiedFile, int], list[tuple[int, int, int]]] = {}
-        """Of extents that are read in parts: offset, CRC and size of each part that was read."""
+        """For extents that are read in parts: offset, CRC and size of each part that was read."""
 
     def run(self) -> None:
         if self._num_workers == 1:

@@ -128,7 +128,7 @@ class FileLock:
     def __init__(self, calls: Syscalls, fd: int) -> None:
         found = calls.fstat(fd)
         self.identity = (found.st_dev, found.st_ino)
-        """Of what is locked; not reused while the lock is held."""
+        """The identity of what is locked; not reused while the lock is held."""
         self._pid = os.getpid()
         self._calls = calls
         self._fd: int | None = fd

@@ -16,9 +16,9 @@ from .private_dirs import make_private, remove_tree
 from .write_error import write_error
 
 _CLONING_TYPES = frozenset({"xfs", "btrfs", "zfs", "bcachefs", "overlay"})
-"""Of the local ones, those where it is worth asking."""
+"""Local file systems that are worth asking."""
 _GIVES_BLOCKS = frozenset({"ext4", "xfs", "btrfs"})
-"""With one call, unwritten; elsewhere the C library would write zeros."""
+"""They do so with one call, unwritten; elsewhere the C library would write zeros."""
 
 
 def make_root(fs: FileSystem, root: str, *, try_clones: bool = False) -> list[str]:

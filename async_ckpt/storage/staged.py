@@ -105,7 +105,7 @@ class Staging:
     location: Future[str] = field(default_factory=Future, repr=False)
     """Resolves to the directory's path: for one of several ranks, when rank 0 has made it."""
     identity: tuple[int, int] | None = None
-    """Of the directory; None while there is none, and where another process has made it: that renames or removes it."""
+    """The directory's; None while there is none, and where another process has made it, which renames or removes it."""
     lock: FileLock | None = None
     state: State = State.OPEN
     renamed: bool = False

@@ -42,7 +42,7 @@ def write_error(
 
 
 def _free_bytes(disk: Syscalls, path: str) -> int | None:
-    """Where `path` is or was to be: of the nearest directory above it that is there (still, or yet)."""
+    """What is free where `path` is or was to be: at the nearest directory above it that is there."""
     while (above := os.path.dirname(path)) != path:
         with contextlib.suppress(OSError):
             return disk.free_bytes(above or ".")
