@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -212,16 +212,17 @@ class _Load:
     def _match(self, found: dict[str, Any], target: Any, how: dict[str, Any]) -> int:
         """Send what the structure was read from, for the others to do the same; a number that is equal on all."""
         wire = self._wire
-        wire.connect()
-        if self._reads:
-            for block in self._head.blocks(sorted(self._head.kept()), with_kept=True):
-                assert block.memory is not None
-                wire.send(block.offset, block.memory)
-            wire.end()
-        else:
-            sent = [(offset, bytes(view)) for offset, view in wire.receive()]
-            self._read_head(found["name"], found["entry"], lambda *part: sent)
-            self._file = self._head
+        with self._ending_on_all():
+            wire.connect()
+            if self._reads:
+                for block in self._head.blocks(sorted(self._head.kept()), with_kept=True):
+                    assert block.memory is not None
+                    wire.send(block.offset, block.memory)
+                wire.end()
+            else:
+                sent = [(offset, bytes(view)) for offset, view in wire.receive()]
+                self._read_head(found["name"], found["entry"], lambda *part: sent)
+                self._file = self._head
         try:
             self._mover, self._restored = match(self._file, self._structure, target, **how)
         except _NotSentError as error:
@@ -233,23 +234,27 @@ class _Load:
 
     def _move(self) -> None:
         mover, wire = self._mover, self._wire
+        with self._ending_on_all(), mover.changing():
+            if self._reads:
+                self._file.new_buffer, self._file.keeps_buffers = wire.place, False
+                with naming(self._file), telling_overwritten():
+                    self._file.stream(lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents)
+                wire.end()
+            else:
+                for piece in wire.receive():
+                    mover.scatter(*piece)
+            mover.copy()
 
+    @contextlib.contextmanager
+    def _ending_on_all(self) -> Iterator[None]:
+        """Around what sends and receives: the others need not wait for a rank that fails there."""
         try:
-            with mover.changing():
-                if self._reads:
-                    self._file.new_buffer, self._file.keeps_buffers = wire.place, False
-                    with naming(self._file), telling_overwritten():
-                        self._file.stream(lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents)
-                    wire.end()
-                else:
-                    for piece in wire.receive():
-                        mover.scatter(*piece)
-                mover.copy()
+            yield
         except BaseException as error:
             with contextlib.suppress(LostError):
                 if self._reads and not isinstance(error, LostError):
-                    wire.end(failed=True)
-            wire.close()
+                    self._wire.end(failed=True)
+            self._wire.close()
             raise
 
 

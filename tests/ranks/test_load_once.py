@@ -181,6 +181,28 @@ def load_into_one(rank: int, root: str) -> Any:
         raise AssertionError
 
 
+def test_a_reader_that_fails_before_the_first_tensor_is_named_at_once(tmp_path: Path) -> None:
+    commit(tmp_path / "root", "1")
+    found = run_ranks(tmp_path / "r", 2, load_without_memory, str(tmp_path / "root"))
+    assert found == ["MemoryError: no place", "RankFailedError: commit failed at step 'load_once': rank 0: no place"]
+
+
+def load_without_memory(rank: int, root: str) -> str:
+    def place(self: wire.Wire, num_bytes: int) -> memoryview:
+        raise MemoryError("no place")
+
+    if rank == 0:
+        wire.Wire.place = place  # type: ignore[method-assign]
+    # Far longer than the test may take.
+    coordinator = RankCoordinator.from_env(timeout_s=3600.0, linger_s=1.0)
+    with AsyncCheckpointEngine(root, staging_bytes=1 << 20, coordinator=coordinator):
+        try:
+            coordinator.load_once("1/m.pt", target())
+        except (MemoryError, CheckpointError) as error:
+            return f"{type(error).__name__}: {error}"
+        raise AssertionError
+
+
 WRONG = {
     "damaged": ("4/m.pt", "3"),
     "damaged head": ("3/m.pt", "2"),
