@@ -38,21 +38,17 @@ from ..errors import (
 from ..format.manifest import FileEntry, Manifest, encode
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
-from .delete import Swept, remove, sweep
+from .delete import remove, sweep
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, remove_tree, tree_of
 from .root import make_root, unmake
-from .staged import Destination, Staging, State, check_final, create_file, refuse, rename_to_final, written_by
+from .staged import Staging, State, check_final, create_file, refuse, rename_to_final, written_by
 from .syscalls import REFUSED
 from .write_error import write_error
 
 S = TypeVar("S", bound=Staging)
 
 __all__ = [
-    "Destination",
-    "State",
-    "Staging",
-    "Swept",
     "abort",
     "begin",
     "join",

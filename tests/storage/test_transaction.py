@@ -524,7 +524,8 @@ KILLED_WRITER = """
 import os, sys
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
-staging = transaction.begin(FileSystem(), transaction.Staging(transaction.Destination(sys.argv[1], "t"), "refuse"))
+from async_ckpt.storage.staged import Destination, Staging
+staging = transaction.begin(FileSystem(), Staging(Destination(sys.argv[1], "t"), "refuse"))
 if sys.argv[2] == "fork" and os.fork() == 0:
     sys.stdin.read()
     staging.lock.close()

@@ -10,6 +10,7 @@ from async_ckpt.format.manifest import FileEntry
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.storage.staged import Destination, Staging
 
 EXTENT_BYTES = 4096
 
@@ -22,13 +23,11 @@ def entry(path: str, data: bytes, extent_bytes: int = EXTENT_BYTES) -> FileEntry
     return FileEntry(path, len(data), extent_bytes, crcs, "opaque", "test", None)
 
 
-def begin(fs: FileSystem, root: str | Path, tag: str, overwrite: str = "refuse") -> transaction.Staging:
-    return transaction.begin(fs, transaction.Staging(transaction.Destination(str(root), tag), overwrite))
+def begin(fs: FileSystem, root: str | Path, tag: str, overwrite: str = "refuse") -> Staging:
+    return transaction.begin(fs, Staging(Destination(str(root), tag), overwrite))
 
 
-def stage(
-    fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwrite: str = "refuse"
-) -> transaction.Staging:
+def stage(fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwrite: str = "refuse") -> Staging:
     staging = begin(fs, root, tag, overwrite)
     try:
         for path, data in files.items():
@@ -41,7 +40,7 @@ def stage(
     return staging
 
 
-def publish(fs: FileSystem, staging: transaction.Staging, files: dict[str, bytes], created: int = 1) -> None:
+def publish(fs: FileSystem, staging: Staging, files: dict[str, bytes], created: int = 1) -> None:
     transaction.publish(fs, staging, [entry(path, data) for path, data in files.items()], {"step": created}, created)
 
 

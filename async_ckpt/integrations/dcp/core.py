@@ -12,6 +12,7 @@ from ...engine.pipeline import SavePipeline
 from ...errors import CheckpointError
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
+from ...storage.staged import Staging
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
 from .blobs import BlobPlanner
@@ -62,7 +63,7 @@ def kept_core(config: EngineConfig, key: Any) -> Core:
     return core
 
 
-def abort(fs: FileSystem, staging: transaction.Staging, pid: int) -> None:
+def abort(fs: FileSystem, staging: Staging, pid: int) -> None:
     """Remove the staging directory of a save of process `pid`, in that process. Never raises."""
     if os.getpid() != pid:
         return

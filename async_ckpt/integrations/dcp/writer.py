@@ -49,6 +49,7 @@ from ...format.names import DCP_METADATA_NAME, check_tag, is_url, parse_private_
 from ...plan.plan import FilePlan, version_counters
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
+from ...storage.staged import Destination, Staging
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
 from .blobs import BlobPlanner, Extent, join_blobs, own_size, raw_plan
@@ -192,7 +193,7 @@ class DcpWriter(StorageWriter):
         self._root = self._tag = ""
         self._save_id = ""
         self._coordinates = False
-        self._staging: transaction.Staging | None = None
+        self._staging: Staging | None = None
         self._unstage: weakref.finalize[..., DcpWriter] | None = None
         if path is not None:
             self._root, self._tag = split_checkpoint_id(path)
@@ -240,8 +241,8 @@ class DcpWriter(StorageWriter):
         budget.check_metadata(self._user_metadata)
         fs = self._filesystem
         transaction.make_root(fs, self._root)
-        where = transaction.Destination(self._root, self._tag)
-        staging = transaction.begin(fs, transaction.Staging(where, self._overwrite))
+        where = Destination(self._root, self._tag)
+        staging = transaction.begin(fs, Staging(where, self._overwrite))
         self._drop_staged()
         self._staging, self._unstage = staging, weakref.finalize(self, abort, fs, staging, os.getpid())
         name = os.path.basename(staging.path)
