@@ -89,6 +89,19 @@ class ConfigError(CheckpointError, ValueError):
     """A configuration field has a wrong name, type, unit or combination; the message names the field and the fix."""
 
 
+def check_int(name: str, value: object, low: int = 1, high: int | None = None, hint: str = "") -> None:
+    """Refuse what is no integer from `low` on (to `high`). Raises ConfigError: says what `name` is to be."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = "a positive integer" if high is None else f"an integer{hint} from {low} to {high}"
+        raise ConfigError(f"{name} must be {bounds}, not {value!r}")
+
+
+def check_positive(name: str, value: object, what: str = "number of seconds") -> None:
+    """Refuse what is no positive, finite number. Raises ConfigError: says what `name` is to be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be a positive {what}, not {value!r}")
+
+
 class TransactionStateError(CheckpointError, RuntimeError):
     """A call came in the wrong order (save without create, commit twice, use after close, use in a forked child)."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointNotFoundError, ConfigError, MirrorError, WriteError
+from .errors import CheckpointNotFoundError, ConfigError, MirrorError, WriteError, check_int, check_positive
 from .format.manifest import CLOCK_KEY, Manifest
 from .reading.catalog import Catalog
 from .storage import transaction
@@ -110,7 +110,7 @@ class KeepLast(RetentionPolicy):
     num: int
 
     def __post_init__(self) -> None:
-        _check_positive("KeepLast", "num", self.num)
+        check_int("KeepLast: num", self.num)
 
     @property
     def num_kept(self) -> int:
@@ -127,7 +127,7 @@ class KeepEvery(RetentionPolicy):
     num_steps: int
 
     def __post_init__(self) -> None:
-        _check_positive("KeepEvery", "num_steps", self.num_steps)
+        check_int("KeepEvery: num_steps", self.num_steps)
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         kept: dict[str, str] = {}
@@ -149,7 +149,7 @@ class KeepBest(RetentionPolicy):
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        _check_positive("KeepBest", "num", self.num)
+        check_int("KeepBest: num", self.num)
         if not isinstance(self.metric, str) or not self.metric:
             raise ConfigError(f"KeepBest: metric must name a metadata field, not {self.metric!r}")
         if self.mode not in ("min", "max"):
@@ -187,9 +187,7 @@ class KeepNewerThan(RetentionPolicy):
     age_s: float
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.age_s, (int, float)) and not isinstance(self.age_s, bool)
-        if not is_number or not 0 < self.age_s < math.inf:
-            raise ConfigError(f"KeepNewerThan: age_s must be a positive number of seconds, not {self.age_s!r}")
+        check_positive("KeepNewerThan: age_s", self.age_s)
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
         kept: dict[str, str] = {}
@@ -288,8 +286,3 @@ def _is_good(catalog: Catalog, tag: str) -> bool:
     with contextlib.suppress(CheckpointNotFoundError):
         return catalog.verify(tag, level="size").ok
     return False
-
-
-def _check_positive(policy: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{policy}: {name} must be a positive integer, not {value!r}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_int, check_positive
 from ..format.names import is_url
 from ..host.facts import available_memory_bytes, local_world_size
 from ..host.memory import PAGE_BYTES
@@ -168,28 +168,26 @@ class EngineConfig:
         if not isinstance(self.on_commit_failure, Tolerate):
             self._check_choice("on_commit_failure", "raise")
         if self.num_writers != "auto":
-            self._check_int("num_writers", 1, 256)
-        self._check_int("max_pending_commits", 1, 1024)
-        self._check_int("storage_alignment", 1, 65536)
+            check_int("num_writers", self.num_writers, 1, 256)
+        check_int("max_pending_commits", self.max_pending_commits, 1, 1024)
+        check_int("storage_alignment", self.storage_alignment, 1, 65536)
         if self.uploaders_per_node is not None:
-            self._check_int("uploaders_per_node", 1, 1024)
+            check_int("uploaders_per_node", self.uploaders_per_node, 1, 1024)
         for name in ("backpressure_timeout_s", "close_timeout_s", "mirror_timeout_s"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+            check_positive(name, getattr(self, name))
         self._check_mirrors()
         if self.pin_memory not in (True, False, "auto"):
             raise ConfigError(f"pin_memory must be True, False or 'auto', not {self.pin_memory!r}")
 
     def _check_sizes(self) -> None:
         if self.chunk_bytes != "auto":
-            self._check_int("chunk_bytes", PAGE_BYTES, MAX_CHUNK_BYTES, hint="bytes, e.g. 16 << 20")
+            check_int("chunk_bytes", self.chunk_bytes, PAGE_BYTES, MAX_CHUNK_BYTES, " (bytes, e.g. 16 << 20)")
             if self.chunk_bytes % PAGE_BYTES:
                 raise ConfigError(
                     f"chunk_bytes must be a multiple of {PAGE_BYTES} (direct I/O), not {self.chunk_bytes}"
                 )
         if self.staging_bytes != "auto":
-            self._check_int("staging_bytes", 1, 1 << 50, hint="bytes, e.g. 4 << 30 for 4 GiB")
+            check_int("staging_bytes", self.staging_bytes, 1, 1 << 50, " (bytes, e.g. 4 << 30 for 4 GiB)")
             smallest = PAGE_BYTES if self.chunk_bytes == "auto" else self.chunk_bytes
             if self.staging_bytes < smallest:
                 raise ConfigError(
@@ -223,12 +221,6 @@ class EngineConfig:
         # 1 is equal to True, and not the same.
         if not any(value == one and type(value) is type(one) for one in allowed):
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-    def _check_int(self, name: str, low: int, high: int, hint: str = "") -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            what = f" ({hint})" if hint else ""
-            raise ConfigError(f"{name} must be an integer{what} from {low} to {high}, not {value!r}")
 
     @classmethod
     def from_params(

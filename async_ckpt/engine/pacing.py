@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_positive
 from .pending import PendingCommit
 
 _NUM_STEPS = 64
@@ -105,8 +105,8 @@ class CheckpointPacer:
             raise ConfigError("give overhead (a share such as 0.02), mtbf_s (seconds), or both")
         if overhead is not None and not (_is_number(overhead) and 0 < overhead < 1):
             raise ConfigError(f"overhead must be a share between 0 and 1, such as 0.02 for 2 %, not {overhead!r}")
-        if mtbf_s is not None and not (_is_number(mtbf_s) and 0 < mtbf_s < math.inf):
-            raise ConfigError(f"mtbf_s must be a positive number of seconds, not {mtbf_s!r}")
+        if mtbf_s is not None:
+            check_positive("mtbf_s", mtbf_s)
         if not (_is_number(min_interval_s) and 0 <= min_interval_s < math.inf):
             raise ConfigError(f"min_interval_s must be a number of seconds, at least 0, not {min_interval_s!r}")
         if max_interval_s is not None and not (_is_number(max_interval_s) and min_interval_s <= max_interval_s):

@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..errors import ConfigError, TagExistsError, TransactionStateError, report
+from ..errors import ConfigError, TagExistsError, TransactionStateError, check_positive, report
 from .pending import PendingCommit
 from .signal_flag import SignalFlag
 
@@ -98,8 +98,7 @@ class Preemption:
         exit_after: bool,
     ) -> None:
         chosen = _check_signals(signals)
-        if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)) or not 0 < deadline_s < math.inf:
-            raise ConfigError(f"deadline_s must be a positive number of seconds, not {deadline_s!r}")
+        check_positive("deadline_s", deadline_s)
         for name, function in (("save", save), ("agree", agree)):
             if function is not None and not callable(function):
                 raise ConfigError(f"{name} must be callable, not {function!r}")

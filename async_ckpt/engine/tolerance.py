@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from ..errors import CommitError, ConfigError
+from ..errors import CommitError, ConfigError, check_int
 from .pending import PendingCommit
 
 _now_s = time.time
@@ -31,8 +31,7 @@ class Tolerate:
     whatever its number."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.consecutive, bool) or not isinstance(self.consecutive, int) or self.consecutive < 1:
-            raise ConfigError(f"Tolerate: consecutive must be a positive integer, not {self.consecutive!r}")
+        check_int("Tolerate: consecutive", self.consecutive)
         is_number = isinstance(self.within_s, (int, float)) and not isinstance(self.within_s, bool)
         if not is_number or not self.within_s > 0:
             raise ConfigError(f"Tolerate: within_s must be a positive number of seconds, not {self.within_s!r}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_int, check_positive
 
 MIN_PART_BYTES = 5 << 20
 MAX_PART_BYTES = 1 << 30
@@ -62,15 +62,11 @@ class Mirror:
         # One name for one place, however it was typed: what is known of a mirror is kept by its URL.
         object.__setattr__(self, "url", "/".join(filter(None, (f"{scheme}://{bucket}", prefix.lstrip("/")))))
         for name, low, high in (("parallel", 1, 256), ("part_bytes", MIN_PART_BYTES, MAX_PART_BYTES)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"Mirror: {name} must be an integer from {low} to {high}, not {value!r}")
+            check_int(f"Mirror: {name}", getattr(self, name), low, high)
         for name in ("max_bytes_per_s", "retry_timeout_s", "request_timeout_s"):
             value = getattr(self, name)
-            if value is None and name == "max_bytes_per_s":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"Mirror: {name} must be a positive number, not {value!r}")
+            if value is not None or name != "max_bytes_per_s":
+                check_positive(f"Mirror: {name}", value, "number")
         if self.on_failure not in ("warn", "raise"):
             raise ConfigError(f"Mirror: on_failure must be 'warn' or 'raise', not {self.on_failure!r}")
         if self.retention is not None and not callable(getattr(self.retention, "kept", None)):

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import CheckpointError, CommitError, ConfigError, RankFailedError, report
+from ..errors import CheckpointError, CommitError, ConfigError, RankFailedError, check_positive, report
 from ..format.checksum import crc32
 from ..format.manifest import FileEntry
 from ..format.names import StrPath
@@ -83,8 +83,7 @@ class RankCoordinator:
             raise ConfigError(f"rank {rank} is not in a job of {world_size} ranks")
         if node is not None and (rank not in node.ranks or not 0 <= node.number < node.num_nodes):
             raise ConfigError(f"rank {rank} is not among the ranks {node.ranks} of node {node.number}/{node.num_nodes}")
-        if not 0 < timeout_s < float("inf"):
-            raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        check_positive("timeout_s", timeout_s)
         self.rank, self.world_size = rank, world_size
         place = () if node is None else (node.number, node.num_nodes, tuple(sorted(node.ranks)))
         self.info = RankInfo(rank, world_size, timeout_s, *place)

@@ -13,7 +13,7 @@ import torch
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, ConfigError, report
+from ...errors import CheckpointError, check_int, report
 from ...ranks.coordinator import Coordinator
 from ...retention import CheckpointInfo, RetentionPolicy
 from ...threads.outcome import wait_all
@@ -40,8 +40,7 @@ class SaveTotalLimit(RetentionPolicy):
     num: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.num, bool) or not isinstance(self.num, int) or self.num < 1:
-            raise ConfigError(f"SaveTotalLimit: num must be a positive integer, not {self.num!r}")
+        check_int("SaveTotalLimit: num", self.num)
 
     @property
     def num_kept(self) -> int:
