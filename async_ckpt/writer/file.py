@@ -80,7 +80,7 @@ class FileWrite:
             disk,
             (self._share.start, self._share.copied_end),
             self._lock,
-            is_late=lambda: self._failure is not None or self._is_over,
+            is_late=self._is_late,
             refuse=lambda why: self._fail(TransactionStateError(why.format(repr(self.path)))),
         )
         self._failure: BaseException | None = None
@@ -138,6 +138,10 @@ class FileWrite:
                 # What is no Exception (KeyboardInterrupt) would end every event loop that awaits it.
                 self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self.path)
         self._notify()
+
+    def _is_late(self) -> bool:
+        """Whether no chunk is taken any more."""
+        return self._failure is not None or self._is_over
 
     def expect_no_more(self) -> None:
         """Give the file up if it lacks chunks now: begun, where a handler that closes has interrupted `open_file`."""

@@ -37,7 +37,7 @@ class ChunkQueue:
         """Sealed and not written: while each is equal to the older file's, the file may become a link to that."""
         self._disk = disk
         self._lock = lock
-        self.is_late = is_late
+        self._is_late = is_late
         self._refuse = refuse
         self.inbox: deque[Chunk] = deque()
         """Handed over by the caller, in a single operation (interrupted, this has all of the chunks or none), and not
@@ -67,7 +67,7 @@ class ChunkQueue:
                 if not self.inbox:
                     return
                 chunk, problem = self.inbox[0], None
-                is_late = self.is_late()
+                is_late = self._is_late()
                 if not is_late:
                     problem = problem_with(chunk, self.next_offset, self.extent_bytes, self.end)
                 if problem is None and not is_late:

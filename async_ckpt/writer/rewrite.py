@@ -31,11 +31,13 @@ class RewritingFile(FileWrite):
         """The failure after which it is to be written once more."""
         self._is_second = False
         self._queue.keeps = True
-        self._queue.is_late = lambda: self._is_over or (self._failure is not None and self._first is None)
 
     def let_go(self) -> bool:
         """Give back what is only kept for a second try; False where nothing is. Any thread; never blocks."""
         return self._queue.let_go()
+
+    def _is_late(self) -> bool:
+        return self._is_over or (self._failure is not None and self._first is None)
 
     def _fail(self, error: BaseException, *, keep: bool = False) -> None:
         with self._lock:
