@@ -131,9 +131,6 @@ class Catalog:
                 except CheckpointNotFoundError:
                     vanished = True
                     continue
-                except CorruptCheckpointError as error:
-                    report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, error)
-                    continue
                 if found.ok:
                     return entry.tag
                 report(logging.WARNING, "latest: checkpoint %r is skipped: %s", entry.tag, found.problems[0])

@@ -62,8 +62,6 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
     if tensor.is_contiguous():
         return False
     dims = sorted((step, num) for num, step in zip(tensor.shape, tensor.stride(), strict=True) if num > 1)
-    if tensor.numel() == 0:
-        return False
     reach = 0
     for step, num in dims:
         if step <= reach:

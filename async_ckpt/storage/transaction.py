@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 from ..errors import (
     CheckpointNotFoundError,
     CommitError,
-    ConfigError,
     OutOfSpaceError,
     TagExistsError,
     TransactionStateError,
@@ -65,8 +64,6 @@ def begin(fs: FileSystem, staging: S) -> S:
     """Make the private (0700), locked staging directory of a new checkpoint; returns `staging`, which now says where.
     Raises TagExistsError: as `check_final`. UnsafePathError: the tag is malformed. WriteError: it cannot be made."""
     root, tag = staging.root, check_tag(staging.tag)
-    if staging.overwrite not in ("refuse", "replace"):
-        raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {staging.overwrite!r}")
     try:
         check_final(fs, staging, step="create")
         path = make_private(fs, root, tag)

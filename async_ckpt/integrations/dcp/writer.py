@@ -182,12 +182,10 @@ class DcpWriter(StorageWriter):
         **options: Any,
     ) -> None:
         super().__init__()
-        if overwrite not in ("refuse", "replace"):
-            raise ConfigError(f"overwrite must be 'refuse' or 'replace', not {overwrite!r}")
         self._overwrite = overwrite
         self._user_metadata = check_metadata(metadata)
         self._options = options
-        self._config = EngineConfig.from_params({"root": "unused", "io_mode": "auto", **options})
+        self._config = EngineConfig.from_params({"root": "unused", "overwrite": overwrite, **options})
         self._is_copy = False
         self._core: Core | None = None
         self._root = self._tag = ""
