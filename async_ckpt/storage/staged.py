@@ -20,6 +20,7 @@ from ..format.manifest import CLOCK_KEY, FileEntry
 from ..format.names import MANIFEST_NAME
 from ..metrics import OnStep
 from ..threads.locks import Lock
+from . import additions
 from .filesystem import FileLock, FileSystem
 from .private_dirs import link_aside, make_private, publish_lock, remove_tree, take_apart
 from .syscalls import REFUSED
@@ -172,6 +173,8 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
             fs.rename_noreplace(staging.path, staging.final_path)
             return []
         except FileExistsError:
+            if _joins_additions(fs, staging):
+                return [staging.path]
             check_final(fs, staging, step="rename")
         if fs.findings.replaces:
             return _replace_without_exchange(fs, staging)
@@ -188,6 +191,19 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
                 raise
             return _replace_without_exchange(fs, staging)
     refuse(staging, f"other processes kept creating and deleting {staging.final_path!r}")
+
+
+def _joins_additions(fs: FileSystem, staging: Staging) -> bool:
+    """Where `overwrite` allows it, take the name of a folder that other code has made since `begin`."""
+    if staging.overwrite == "refuse" or fs.findings.replaces or not additions.are_all(fs, staging.final_path):
+        return False
+    try:
+        additions.exchange(fs, staging.path, staging.final_path)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return False
+    return True
 
 
 def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:

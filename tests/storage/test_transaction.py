@@ -69,6 +69,32 @@ def test_what_is_no_checkpoint_is_never_replaced_or_removed(tmp_path: Path, kind
     assert "years of work" in {p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_what_other_code_adds_before_the_commit_stays_beside_it(tmp_path: Path, caplog: Any) -> None:
+    staging = stage(FS, tmp_path, "t", {**NEW, "own/a": b"saved"}, "replace")
+    (tmp_path / "t/own/deep").mkdir(parents=True)
+    for path, text in (("notes (1).txt", "added"), ("own/deep/b", "added"), ("own/a", "written over")):
+        (tmp_path / "t" / path).write_text(text)
+    (tmp_path / "t/link").symlink_to("notes (1).txt")
+    publish(FS, staging, {**NEW, "own/a": b"saved"})
+    assert content(tmp_path, "t") == {**NEW, "own/a": b"saved"} and private_names(tmp_path) == []
+    assert (tmp_path / "t/own/deep/b").read_text() == (tmp_path / "t/link").read_text() == "added"
+    assert "own/a and 0 others" in caplog.text and "gave way to what was saved" in caplog.text
+    assert not Catalog(tmp_path).verify("t").problems
+
+
+@pytest.mark.parametrize("overwrite", ["refuse", "replace"])
+def test_a_folder_without_a_manifest_is_an_obstacle_where_it_cannot_be_joined(tmp_path: Path, overwrite: str) -> None:
+    fs = FaultyFileSystem()
+    fs.refuse_exchange = True
+    staging = stage(fs, tmp_path, "t", NEW, overwrite)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/notes").write_text("added")
+    with pytest.raises(TagExistsError):
+        publish(fs, staging, NEW)
+    transaction.abort(fs, staging)
+    assert [path.name for path in tmp_path.rglob("*")] == ["t", "notes"]
+
+
 def test_a_link_in_the_trash_is_unlinked_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -354,6 +354,23 @@ def test_damaged_and_foreign_checkpoints_are_not_resumed_from(tmp_path: Path, st
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_callback_adds_files_to_a_checkpoint_that_is_on_its_way(tmp_path: Path) -> None:
+    """As those that save an adapter's weights do, wherever they find the checkpoint's folder."""
+    held = HoldingFileSystem("checkpoint-2")
+
+    class Adds(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder = tmp_path / f"checkpoint-{state.global_step}/adapter_model"
+            folder.mkdir(parents=True)
+            (folder / "adapter.bin").write_bytes(b"weights")
+            held.gate.set()
+
+    trainer(tmp_path, callbacks=[Adds(), StopAt(4)], config={"filesystem": held}).train()
+    for name in ("checkpoint-2", "checkpoint-4"):
+        assert (tmp_path / name / "adapter_model/adapter.bin").read_bytes() == b"weights"
+        assert Catalog(tmp_path).verify(name).ok and (tmp_path / name / "model.safetensors").exists()
+
+
 def test_a_commit_that_is_pending_is_named_to_who_asks_for_the_last(tmp_path: Path, caplog: Any) -> None:
     held, found = HoldingFileSystem("checkpoint-2"), []
 
