@@ -88,22 +88,18 @@ def is_checkpoint(folder: str) -> bool:
 
 
 def _no_place(path: str, given: str) -> CheckpointNotFoundError | ConfigError:
-    if is_url(given) or os.path.isdir(given):
-        tags = [entry.tag for entry in Catalog(given).entries()]
-        if tags:
-            return ConfigError(
-                f"{escaped(path)!r} is a root; name one of its checkpoints, such as "
-                f"{os.path.join(escaped(path), tags[-1])}"
-            )
-    if os.path.isdir(given):
-        return CheckpointNotFoundError(
-            f"{escaped(path)!r} is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it"
+    name, is_folder = repr(escaped(path)), os.path.isdir(given)
+    tags = [entry.tag for entry in Catalog(given).entries()] if is_folder or is_url(given) else []
+    if tags:
+        return ConfigError(
+            f"{name} is a root; name one of its checkpoints, such as {os.path.join(escaped(path), tags[-1])}"
         )
-    if is_url(given) or os.path.exists(given):
-        return CheckpointNotFoundError(
-            f"{escaped(path)!r} is not in a committed checkpoint: no {MANIFEST_NAME} above it"
-        )
-    parent = os.path.dirname(given)
-    there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []
-    hint = f"; {parent!r} holds {', '.join(there[-5:])}" if there else ""
-    return CheckpointNotFoundError(f"{escaped(path)!r} does not exist{hint}")
+    if is_folder:
+        what = f"is not a checkpoint: it has no {MANIFEST_NAME}, and no checkpoint is in it"
+    elif is_url(given) or os.path.exists(given):
+        what = f"is not in a committed checkpoint: no {MANIFEST_NAME} above it"
+    else:
+        parent = os.path.dirname(given)
+        there = [entry.tag for entry in Catalog(parent).entries()] if os.path.isdir(parent) else []
+        what = "does not exist" + (f"; {parent!r} holds {', '.join(there[-5:])}" if there else "")
+    return CheckpointNotFoundError(f"{name} {what}")
