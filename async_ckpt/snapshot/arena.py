@@ -6,8 +6,9 @@ Guarantees:
 - `poison` ends every wait with its cause, now and later.
 
 Touching fresh memory costs 10 to 30 times a copy into warm memory, so chunks are faulted in ahead (`fault_in`)
-and warm chunks are handed out first. The mapping is private, backed by huge pages where the kernel has them, and
-not inherited by forked children, so that a fork never makes the parent pay for copy-on-write.
+and warm chunks are handed out first. The mapping is private, backed by huge pages where the kernel has them, and (but
+for what is handed to the user) not inherited by forked children, so that a fork never makes the parent pay for
+copy-on-write.
 """
 
 from __future__ import annotations
@@ -85,8 +86,11 @@ class StagingChunk:
 class StagingArena:
     """Staging memory of `num_chunks` chunks of `chunk_bytes` bytes; all methods may be called from any thread."""
 
-    def __init__(self, num_chunks: int, chunk_bytes: int, *, pinning: Pinning | None = None) -> None:
-        """`pinning` makes chunks page-locked, one by one, when they are first used; None leaves them pageable."""
+    def __init__(
+        self, num_chunks: int, chunk_bytes: int, *, pinning: Pinning | None = None, is_inherited: bool = False
+    ) -> None:
+        """`pinning` makes chunks page-locked, one by one, when they are first used; None leaves them pageable.
+        `is_inherited`: a forked child may read what is in them."""
         self.num_chunks = num_chunks
         self.chunk_bytes = chunk_bytes
         self.pinning = pinning
@@ -95,7 +99,7 @@ class StagingArena:
         view: Any = region(num_chunks * chunk_bytes)
         # Advice only: a kernel or a sandbox that refuses it makes forks slower, not wrong.
         with contextlib.suppress(AttributeError, OSError):
-            view.obj.madvise(mmap.MADV_DONTFORK)
+            view.obj.madvise(mmap.MADV_DOFORK if is_inherited else mmap.MADV_DONTFORK)
         whole = torch.frombuffer(view, dtype=torch.uint8)
         self._cold: deque[_Piece] = deque()
         """In the order of addresses, as `_warm` is."""

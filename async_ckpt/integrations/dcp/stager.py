@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import os
 import weakref
 from functools import partial
 from typing import Any
@@ -41,7 +42,8 @@ class ArenaStager(AsyncStager):
         to_process: set it with ``AsyncCheckpointerType.PROCESS``. torch's way into another process drops conjugate and
             negative bits without a word, so tensors that have them are staged with the bits worked into the values.
 
-    `stage` blocks for the copy (and the devices' copies), on the caller's thread.
+    `stage` blocks for the copy (and the devices' copies), on the caller's thread. A forked child may read what was
+    staged, and stages into slots of its own.
     """
 
     _synchronize_after_execute = False
@@ -54,6 +56,8 @@ class ArenaStager(AsyncStager):
         self._slot_bytes = slot_bytes
         self._timeout_s = timeout_s
         self._arena: StagingArena | None = None
+        self._pid = os.getpid()
+        """Whose the slots are."""
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of `state_dict` in staging memory.
@@ -85,9 +89,10 @@ class ArenaStager(AsyncStager):
 
     def _slot(self, needed_bytes: int) -> StagingArena:
         wanted = max(needed_bytes, self._slot_bytes or 0, 1)
-        if self._arena is None or self._arena.chunk_bytes < needed_bytes:
+        if self._arena is None or self._arena.chunk_bytes < needed_bytes or self._pid != os.getpid():
             size = -(-wanted // _SLOT_STEP_BYTES) * _SLOT_STEP_BYTES
-            old, self._arena = self._arena, StagingArena(self._num_slots, size, pinning=pinning("auto"))
+            slots = StagingArena(self._num_slots, size, pinning=pinning("auto"), is_inherited=True)
+            old, self._arena, self._pid = self._arena, slots, os.getpid()
             if old is not None:
                 old.close()
         return self._arena

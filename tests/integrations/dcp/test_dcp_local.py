@@ -334,6 +334,19 @@ def test_a_stager_keeps_everything_and_sees_no_later_change() -> None:
     stager.close()
 
 
+def test_a_forked_child_reads_what_was_staged_and_stages_by_itself() -> None:
+    stager = ArenaStager(num_slots=1)
+    staged = stager.stage({"w": torch.arange(1000.0)})
+    child = os.fork()
+    if child == 0:
+        # A child that is ended by a signal has not got there.
+        same = torch.equal(staged["w"], torch.arange(1000.0))
+        os._exit(0 if same and stager.stage({"w": torch.ones(1000)})["w"].sum() == 1000 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(staged["w"], torch.arange(1000.0))
+    stager.close()
+
+
 def test_a_slot_is_reused_only_when_the_last_tensor_of_its_snapshot_is_gone() -> None:
     stager = ArenaStager(num_slots=1, timeout_s=0.05)
     state = {"a": torch.ones(100), "b": torch.ones(100)}
