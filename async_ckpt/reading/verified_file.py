@@ -51,7 +51,9 @@ class VerifiedFile:
 
     `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned;
     None where the file has a `pread(offset, num_bytes)` that gives what it reads in memory of its own, read-only.
-    `on_read(name, bytes just read, bytes of the file)` is called on the threads that read.
+    `on_read(name, bytes just read, bytes of the file)` is called on the threads that read, and there `on_damage` is
+    told about an extent that is not as committed, or that the disk cannot give; without it, the first such error is
+    raised.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class VerifiedFile:
         check: bool,
         num_threads: int | None = None,
         lend: MemorySource | None = None,
+        on_read: metrics.ReadProgress | None = None,
+        on_damage: Callable[[VerifiedFile, int, CheckpointError], None] | None = None,
     ) -> None:
         self.entry = entry
         self.name = file.path
@@ -79,10 +83,7 @@ class VerifiedFile:
         """Whether a worker reads all its blocks into one buffer, or asks for one each time."""
         self.on_bytes: Consume | None = None
         """Looks at all bytes that `stream` passes on, before anybody else gets them."""
-        self.on_damage: Callable[[VerifiedFile, int, CheckpointError], None] | None = None
-        """Told on a worker thread about an extent that is not as committed, or that the disk cannot give. Where it is
-        None, the first such error is raised."""
-        self.on_read = metrics.read_listener()
+        self.on_read, self.on_damage = on_read or metrics.read_listener(), on_damage
         self.read_bytes = 0
         """How many bytes the disk or store was asked for so far."""
         self._lock = Lock()

@@ -138,9 +138,7 @@ class _Problems:
                 raise
             self._add(entry.path, str(error))
             return None
-        verified = VerifiedFile(file, entry, check=True)
-        verified.on_read, verified.on_damage = self._on_read, self._on_damage
-        return verified
+        return VerifiedFile(file, entry, check=True, on_read=self._on_read, on_damage=self._on_damage)
 
     def _on_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
         first, end = file.extent_range(extent)

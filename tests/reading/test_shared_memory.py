@@ -176,7 +176,7 @@ def test_objects_that_torch_reads_itself(tmp_path: Path) -> None:
         restore.load_committed_into(catalog, "b", "m", {"a": dense, "b": dense})
 
 
-@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("make", OBJECTS, ids=lambda make: make.__name__)
 def test_objects_whose_parts_share_memory(tmp_path: Path, make: Callable[[], State]) -> None:
     def moved(target: State) -> list[torch.Tensor]:
@@ -198,7 +198,7 @@ def test_objects_whose_parts_share_memory(tmp_path: Path, make: Callable[[], Sta
     assert all(map(torch.equal, moved(target), moved(same)))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:TypedStorage is deprecated", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
     ("saved", "given", "words"),
     [
