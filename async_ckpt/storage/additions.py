@@ -23,8 +23,9 @@ def are_all(fs: FileSystem, folder: str) -> bool:
 def exchange(fs: FileSystem, staged: str, final: str) -> None:
     """Give `staged` the name of the folder at `final`, whose files move in; what is left of it is at `staged`.
 
-    Whoever goes on writing there finds the folders that he has made. Raises OSError: nothing was exchanged, or all the
-    files are at `staged` or `final`.
+    Whoever goes on writing there finds the folders that he has made, but for one made at this very moment: that is
+    missing until it was moved. A process that is killed in between loses what was not moved. Raises OSError: nothing
+    was exchanged, or all the files are at `staged` or `final`.
     """
     for inner, found in tree_of(fs, final, may_vanish=True):
         if found.kind == "dir":

@@ -16,6 +16,7 @@ from typing import Any
 from ...engine.interface import StrPath, tag_of
 from ...errors import ConfigError, UnsafePathError
 from ...format.manifest import FileEntry
+from ...format.names import MANIFEST_NAME
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.staged import Destination
@@ -66,7 +67,7 @@ class DeepSpeedDestination(Destination):
         ranks.
 
         Raises:
-            ConfigError: no save_dir is known. UnsafePathError: the tag leaves the save_dir.
+            ConfigError: no save_dir is known. UnsafePathError: the tag leaves the save_dir, or is the manifest's name.
         """
         given = getattr(info, "save_dir", save_dir)
         if given is None:
@@ -77,6 +78,10 @@ class DeepSpeedDestination(Destination):
         folder = os.path.normpath(os.path.join(base, full_tag))
         if not folder.startswith(base.rstrip("/") + "/"):
             raise UnsafePathError(f"tag {full_tag[:200]!a} leaves the save_dir {base!r}; nothing was touched")
+        if MANIFEST_NAME in full_tag.casefold().split("/"):
+            raise UnsafePathError(
+                f"tag {full_tag[:200]!a}: {MANIFEST_NAME!r} is a checkpoint's own; choose another tag"
+            )
         root, name = os.path.split(folder)
         ranks = tuple(rank for rank, tag in enumerate(tags) if tag == full_tag)
         return cls(root, name, base, full_tag, bool(getattr(info, "save_latest", True)), ranks, number, dirs)

@@ -188,7 +188,10 @@ def paths_and_tags(directory: Path) -> None:
     for tag in ("../escape", "..", "."):
         with pytest.raises(CheckpointError, match="leaves the save_dir"):
             engine.save_checkpoint(str(directory / "deep"), tag=tag)
-    assert not (directory / "escape").exists()
+    for tag in ("manifest.json", "Manifest.JSON/5", "a/MANIFEST.json/b"):
+        with pytest.raises(CheckpointError, match=r"'manifest\.json' is a checkpoint's own"):
+            engine.save_checkpoint(str(directory / "deep"), tag=tag)
+    assert not (directory / "escape").exists() and not (directory / "deep" / "a").exists()
     engine.destroy()
 
 
@@ -211,6 +214,23 @@ def sixteen_bit_model(directory: Path) -> None:
     assert (directory / "latest").read_text() == "global_step1"
     assert differences(expected, state_of(load_stock(directory, 2, "bf16")[0])) == []
     assert sorted(p.name for p in (directory / "elsewhere").iterdir()) == ["weights.bin"]
+
+
+def files_of_other_code(directory: Path) -> None:
+    """What the training script writes into the tag's folder right after the save stays there, beside the checkpoint."""
+    filesystem = GatedFileSystem()
+    engine = make(2)
+    attach(engine, directory, filesystem=filesystem, **SMALL)
+    train(engine, 1)
+    expected = state_of(engine)
+    engine.save_checkpoint(str(directory), tag="t")
+    (directory / "t" / "tokenizer").mkdir(parents=True)
+    (directory / "t" / "tokenizer" / "vocab.txt").write_text("words")
+    filesystem.gate.set()
+    engine.destroy()
+    assert (directory / "t" / "tokenizer" / "vocab.txt").read_text() == "words"
+    assert Catalog(directory).verify("t").ok
+    assert differences(expected, state_of(load_stock(directory, 2, "fp32", tag="t")[0])) == []
 
 
 def offloaded_tensors(directory: Path) -> None:

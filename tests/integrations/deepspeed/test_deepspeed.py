@@ -50,6 +50,7 @@ ONE_RANK = (
     "same_tag_again",
     "paths_and_tags",
     "sixteen_bit_model",
+    "files_of_other_code",
     "offloaded_tensors",
     "folder_of_stock_deepspeed",
     "disk_full",
