@@ -3,13 +3,14 @@
 `UploadProcess` stands for `Upload` in the parent, `serve` runs `Upload` in the child. Over a socket pair they exchange
 tuples of plain objects, pickled; the first member says what follows:
 
-- to the child: `sys.path` and `Settings` once; "upload" (tag, abilities), "answer" (error), "stop".
+- to the child: `Settings` once; "upload" (tag, abilities), "answer" (error), "stop".
 - to the parent: "span", "log" (level, text), "metrics", "ask" (a method of `Agreement`, arguments), "ended" (error).
 
 Guarantees:
-- The child runs no code of the user's and imports no torch. It has the lowest priority for processor and disk, and ends
-  with its parent, however that ends.
-- A child that dies is an error that may pass: the next upload starts another one, which goes on from the state on disk.
+- The child runs no code of the user's and imports no torch. It has the lowest priority for processor and disk. It hears
+  no signal but SIGKILL, and ends with its parent, however that ends.
+- A child that dies in an upload is an error that may pass: the next upload starts another one, which goes on from the
+  state on disk. One that dies at other times is replaced, and nobody is told.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -42,14 +44,9 @@ from .upload import Upload
 _PROGRESS_S = 1.0
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
-_CHILD = f"""
-import sys
-from multiprocessing.connection import Connection
-channel = Connection(int(sys.argv[1]))
-sys.path[:] = channel.recv()
-from {__name__} import serve
-serve(channel)
-"""
+# Nothing is imported before the path is right: the working directory, which comes first, may hold a "random.py".
+_CHILD = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
+_HOME = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,10 @@ class UploadProcess:
 
     @classmethod
     def of(cls, context: MirrorContext, num_threads: int) -> UploadProcess | None:
-        """None where an upload needs what exists in this process alone: another file system, or options that cannot
-        be pickled (a provider of credentials)."""
-        if type(context.filesystem) is not FileSystem or not sys.executable:
+        """None where an upload needs what exists in this process alone: another file system, or options that are
+        no plain values (a provider of credentials); and where no interpreter can be started."""
+        is_runnable = sys.executable and not getattr(sys, "frozen", False)
+        if not is_runnable or type(context.filesystem) is not FileSystem or not _is_plain(context.mirror.options):
             return None
         mirror, agreement = replace(context.mirror, retention=None), context.agreement
         settings = Settings(
@@ -95,19 +93,16 @@ class UploadProcess:
             agreement.leads,
             num_threads,
         )
-        try:
-            return cls(context, pickle.dumps(settings))
-        except Exception:  # noqa: BLE001 -- whatever it is, uploads then run here
-            return None
+        return cls(context, pickle.dumps(settings))
 
     def upload(self, tag: str, metrics: MirrorMetrics) -> None:
         """Mirror a checkpoint and fill in `metrics`, once a second and at the end. Blocks; raises what `Upload.run`
         does, and PassingFailure where the child dies or cannot be started."""
         context = self._context
+        self.start()
+        # Whoever stops it from here on finds the child.
+        context.sleep()
         try:
-            self.start()
-            # Whoever stops it from here on finds the child.
-            context.sleep()
             self._send("upload", tag, context.abilities)
             while (told := self._channel.recv())[0] != "ended":
                 self._heed(metrics, *told)
@@ -122,28 +117,29 @@ class UploadProcess:
 
     def start(self) -> None:
         """Start it, where it does not run; does not wait for it. Raises PassingFailure."""
-        if self._process is None:
-            try:
-                self._start()
-            except OSError as error:
-                self.close()
-                told = f"no process that uploads can be started: {error}"
-                raise PassingFailure(told, url=self._context.mirror.url) from error
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        try:
+            self._start()
+        except OSError as error:
+            self.close()
+            told = f"no process that uploads can be started: {error}"
+            raise PassingFailure(told, url=self._context.mirror.url) from error
 
     def _start(self) -> None:
+        # The child inherits it: signals are for the training, which may still wait for what is on its way. And that it
+        # has died is an error here, never SIGPIPE.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        # Found by an entry that is relative to an earlier working directory, or by no entry.
+        path[:0] = [] if _HOME in path else [_HOME]
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            # Signals to the training's group are for the training: it may still wait for what is on its way.
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            process = subprocess.Popen([sys.executable, "-c", _CHILD, *path], stdin=theirs.fileno())
             with self._lock:
                 self._process, self._channel = process, Connection(ours.detach())
-        self._channel.send(sys.path)
-        self._channel.send_bytes(self._settings)
+                self._channel.send_bytes(self._settings)
 
     def _send(self, *message: Any) -> None:
         with self._lock:
@@ -168,7 +164,7 @@ class UploadProcess:
     def stop(self) -> None:
         """Let the upload end where it next looks."""
         with self._lock, contextlib.suppress(OSError):
-            if self._process is not None:
+            if self._process is not None and self._process.poll() is None:
                 self._channel.send(["stop"])
 
     def kill(self) -> None:
@@ -190,6 +186,13 @@ class UploadProcess:
         return process.wait()
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it means the same where none of the user's modules is."""
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return type(value) in (str, bytes, int, float, bool, timedelta, type(None))
+
+
 def _copy(source: MirrorMetrics, target: MirrorMetrics) -> None:
     for name in ("size_bytes", "num_objects", "num_parts", "sent_bytes"):
         setattr(target, name, getattr(source, name))
@@ -198,8 +201,9 @@ def _copy(source: MirrorMetrics, target: MirrorMetrics) -> None:
 # The child.
 
 
-def serve(channel: Connection) -> None:
+def serve() -> None:
     """The main thread of the child; ends the process."""
+    channel = Connection(0)
     if sys.platform == "linux":
         # Processes that the parent has forked hold its end of the socket too.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -210,10 +214,12 @@ def serve(channel: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         # Until the parent is gone, or wants no more.
         settings: Settings = channel.recv()
-        try:
-            child = _Child(channel, settings)
-        except Exception as error:  # noqa: BLE001 -- each upload fails with it
-            while channel.recv():
+        child: _Child | None = None
+        while child is None:
+            try:
+                child = _Child(channel, settings)
+            except Exception as error:  # noqa: BLE001 -- the next upload fails with it; then it is tried again
+                channel.recv()
                 channel.send(("ended", _portable(error, settings.mirror.url)))
         child.run()
     os._exit(0)

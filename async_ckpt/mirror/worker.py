@@ -85,6 +85,7 @@ class Worker:
         finally:
             self.ready.resolve(None, None)
             if self._process is not None:
+                self._process.kill()
                 self._process.close()
 
     # Before the first upload.

@@ -28,7 +28,7 @@ from .making import (
     upload_processes,
 )
 from .proxy import Fault, Proxy
-from .servers import unfinished_uploads
+from .servers import ACCESS_KEY, SECRET_KEY, unfinished_uploads
 
 pytestmark = [
     pytest.mark.wide,
@@ -84,6 +84,67 @@ def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
     assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
 
 
+def test_it_hears_no_signal(tmp_path: Path) -> None:
+    """Whoever signals the whole group or job means the training, which may still wait for what is on its way."""
+    with mirroring(tmp_path / "root", Mirror(f"file://{tmp_path}/other")) as made:
+        commit_and_send(made, tmp_path / "root", "first").result(60)
+        (child,) = upload_processes()
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(child, signum)
+            commit_and_send(made, tmp_path / "root", signum.name).result(60)
+        assert upload_processes() == [child]
+
+
+def test_one_that_dies_between_uploads_is_replaced_without_a_word(tmp_path: Path) -> None:
+    """Also where SIGPIPE, which a message to the dead one would be, ends the training."""
+    _run(
+        "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+        "with mirroring(root, mirror) as made:\n"
+        "    made.check(); commit_and_send(made, root, 'step-1').result(60)\n"
+        "    (child,) = upload_processes(); os.kill(child, signal.SIGKILL)\n"
+        "    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)\n"
+        "    commit_and_send(made, root, 'step-2').result(60)\n"
+        "    assert upload_processes() not in ([], [child])\n",
+        tmp_path,
+    )
+
+
+def test_close_ends_it_although_a_forked_process_holds_its_channel(tmp_path: Path) -> None:
+    _run(
+        "import signal\n"
+        "with mirroring(root, mirror) as made:\n"
+        "    commit_and_send(made, root, 'step-1').result(60)\n"
+        "    forked = os.fork()\n"
+        "    if not forked: signal.pause()\n"
+        "left = upload_processes(); os.kill(forked, signal.SIGKILL); assert left == [], left\n",
+        tmp_path,
+    )
+
+
+def test_it_finds_this_package_and_nothing_in_the_working_directory(tmp_path: Path) -> None:
+    """Also where the path leads to this package no more: by an entry that was relative, say."""
+    (tmp_path / "tempfile.py").write_text("raise SystemExit('it was imported')")
+    _run(
+        "os.chdir(root.parent)\n"
+        "sys.path[:] = [at for at in sys.path if at and not os.path.isdir(os.path.join(at, 'async_ckpt'))]\n"
+        "with mirroring(root, mirror) as made:\n"
+        "    commit_and_send(made, root, 'step-1').result(60)\n",
+        tmp_path,
+    )
+
+
+def _run(program: str, tmp_path: Path) -> None:
+    """In a process of its own, with a `root` and a `mirror`."""
+    (tmp_path / "root").mkdir()
+    begin = (
+        "import os, sys; from pathlib import Path; from async_ckpt import Mirror\n"
+        "from tests.mirror.making import commit_and_send, mirroring, upload_processes\n"
+        "root, mirror = Path(sys.argv[1]) / 'root', Mirror('file://' + sys.argv[1] + '/other')\n"
+    )
+    command = [sys.executable, "-c", begin + program, str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("is_forked", [False, True])
 def test_it_ends_with_the_training(is_forked: bool, moto: Any, tmp_path: Path, prefix: str) -> None:
     """However that ends, also while a process that it has forked holds whatever it has open."""
@@ -132,17 +193,19 @@ def _is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+asked: list[int] = []
+
+
+def provide() -> dict[str, Any]:
+    asked.append(os.getpid())
+    return {"access_key_id": ACCESS_KEY, "secret_access_key": SECRET_KEY, "token": None, "expires_at": None}
+
+
 def test_options_that_exist_here_alone_are_used_here(moto: Any, tmp_path: Path, prefix: str) -> None:
-    """A provider of credentials cannot be given to another process."""
-    options = moto.options()
-    given = {"access_key_id": options.pop("access_key_id"), "secret_access_key": options.pop("secret_access_key")}
-    asked: list[int] = []
-
-    def provide() -> dict[str, Any]:
-        asked.append(os.getpid())
-        return {**given, "token": None, "expires_at": None}
-
-    url = s3_mirror(moto, prefix).url
+    """A provider of credentials cannot be given to another process, not even one that can be pickled: nothing of the
+    user's is imported there, and what was the main module here is another one there."""
+    options, url = dict(moto.options()), s3_mirror(moto, prefix).url
+    del options["access_key_id"], options["secret_access_key"]
     with mirroring(tmp_path, Mirror(url, options={**options, "credential_provider": provide})) as made:
         commit_and_send(made, tmp_path, "step-1").result(60)
         assert upload_processes() == [] and set(asked) == {os.getpid()}
