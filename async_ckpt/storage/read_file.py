@@ -77,6 +77,12 @@ class LocalReadableFile:
                 )
             done += count
 
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """These bytes of the file. Raises as `pread_into`."""
+        data = bytearray(num_bytes)
+        self.pread_into(memoryview(data), offset)
+        return bytes(data)
+
     def sync(self) -> None:
         """Make its content durable."""
         assert self._fd is not None
@@ -144,9 +150,7 @@ class LocalDirHandle:
                 raise CorruptCheckpointError(
                     f"{file.path} has {file.size_bytes} bytes; at most {max_bytes} are read", path=file.path
                 )
-            data = bytearray(file.size_bytes)
-            file.pread_into(memoryview(data), 0)
-            return bytes(data)
+            return file.read(0, file.size_bytes)
 
     def close(self) -> None:
         fd, self._fd = self._fd, None

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import zipfile
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ...reading.load import load_opened
 from ...reading.records import LEGACY_MAGIC
 from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
-from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id, read_exactly
+from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id
 
 _EXTENT_BYTES = 8 << 20
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
@@ -101,7 +100,7 @@ def _has_another_layout(filesystem: FileSystem, place: CheckpointFile) -> bool:
     """Whether it is a zip archive that is not damaged, but that something else than torch has put together."""
     with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
         try:
-            read_directory(partial(read_exactly, file), file.size_bytes)
+            read_directory(file.read, file.size_bytes)
         except UnusualLayoutError:
             return True
         except CorruptCheckpointError:

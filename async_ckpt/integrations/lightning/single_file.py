@@ -20,7 +20,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from ...errors import (
@@ -37,7 +36,8 @@ from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...ranks.coordinator import LocalCoordinator
 from ...reading.catalog import Catalog
 from ...storage import transaction
-from ...storage.filesystem import FileSystem, ReadableFile
+from ...storage.filesystem import FileSystem
+from ...storage.read_file import LocalReadableFile
 from ...storage.staged import Destination, Staging
 from ...threads.locks import Lock
 
@@ -145,25 +145,17 @@ def _content_id(fs: FileSystem, staging: str) -> str | None:
         raise CommitError(message, step="read", errno=error.errno, path=staging) from error
 
 
-def read_exactly(file: ReadableFile, offset: int, num_bytes: int) -> bytes:
-    """These bytes of the file, which has them."""
-    memory = bytearray(num_bytes)
-    file.pread_into(memoryview(memory), offset)
-    return bytes(memory)
-
-
-def read_content_id(file: ReadableFile) -> str | None:
+def read_content_id(file: LocalReadableFile) -> str | None:
     """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
     reads.
     """
-    pread = partial(read_exactly, file)
     try:
-        record = read_directory(pread, file.size_bytes).get(_ID_RECORD)
+        record = read_directory(file.read, file.size_bytes).get(_ID_RECORD)
     except (CorruptCheckpointError, UnusualLayoutError):
         return None
     if record is None or not 0 < record.num_bytes <= 256:
         return None
-    return pread(record.offset, record.num_bytes).decode("ascii", "replace")
+    return file.read(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
 def move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
