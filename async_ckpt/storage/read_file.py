@@ -33,33 +33,62 @@ def stamp_of(found: os.stat_result) -> Stamp:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+class _Descriptor:
+    """An open descriptor. Whoever has it closes it; where an interrupt has struck before somebody had it, that it is
+    forgotten does."""
+
+    _fd: int | None = None
+
+    def __init__(self, calls: Syscalls, path: str, flags: int, *, parent: int | None = None, shown: str = "") -> None:
+        self._calls = calls
+        self._path = shown or path
+        self._fd = calls.open(path, flags, dir_fd=parent)
+
+    @property
+    def number(self) -> int:
+        if self._fd is None:
+            raise ValueError(f"{self._path} is closed")
+        return self._fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            # Nothing was written through it, so nothing is lost when its close fails; raising would leak what was
+            # opened next.
+            with contextlib.suppress(OSError):
+                self._calls.close(fd)
+
+    __del__ = close
+
+
 class LocalReadableFile:
     """A regular file; in direct mode a second, buffered descriptor serves what is not aligned."""
 
-    def __init__(self, calls: Syscalls, path: str, fd: int, direct_fd: int | None, found: os.stat_result) -> None:
+    def __init__(
+        self, calls: Syscalls, path: str, opened: _Descriptor, direct: _Descriptor | None, found: os.stat_result
+    ) -> None:
         self.path = path
         self.size_bytes = found.st_size
         self.stamp = stamp_of(found)
         """The stamp of its content when it was opened."""
         self._calls = calls
-        self._fd: int | None = fd
-        self._direct_fd = direct_fd
+        self._opened = opened
+        self._direct = direct
 
     @property
     def map_path(self) -> str:
         descriptors = "/proc/self/fd"
-        return f"{descriptors}/{self._fd}" if self._fd is not None and self._calls.isdir(descriptors) else self.path
+        return f"{descriptors}/{self._opened.number}" if self._calls.isdir(descriptors) else self.path
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer`: once from its aligned head, directly; what is left through the page cache."""
-        if self._fd is None:
-            raise ValueError(f"{self.path} is closed")
+        buffered_fd = self._opened.number
         whole = 0 if offset % PAGE_BYTES else buffer.nbytes // PAGE_BYTES * PAGE_BYTES
-        direct_fd = self._direct_fd if whole else None
+        direct_fd = self._direct.number if whole and self._direct is not None else None
         done = 0
         while done < buffer.nbytes:
             is_direct = direct_fd is not None
-            fd, end = (self._fd, buffer.nbytes) if direct_fd is None else (direct_fd, whole)
+            fd, end = (buffered_fd, buffer.nbytes) if direct_fd is None else (direct_fd, whole)
             direct_fd = None
             try:
                 count = self._calls.pread_into(fd, buffer[done:end], offset + done)
@@ -85,19 +114,16 @@ class LocalReadableFile:
 
     def sync(self) -> None:
         """Make its content durable."""
-        assert self._fd is not None
-        self._calls.fsync(self._fd)
+        self._calls.fsync(self._opened.number)
 
     def clone_into(self, fd: int, offset: int, num_bytes: int) -> None:
         """Let `fd` share a range of whole blocks, at the same place. Raises OSError: it cannot, and is unchanged."""
-        assert self._fd is not None
-        self._calls.clone_range(self._fd, fd, offset, num_bytes)
+        self._calls.clone_range(self._opened.number, fd, offset, num_bytes)
 
     def close(self) -> None:
-        fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
-        self._fd = self._direct_fd = None
-        for fd in fds:
-            _close(self._calls, fd)
+        self._opened.close()
+        if self._direct is not None:
+            self._direct.close()
 
 
 class LocalDirHandle:
@@ -105,44 +131,42 @@ class LocalDirHandle:
 
     def __init__(self, calls: Syscalls, root: str, parts: Sequence[str] = ()) -> None:
         self._calls = calls
-        self._fd: int | None = None
-        top = calls.open(root, _DIRECTORY)
+        self._top = top = _Descriptor(calls, root, _DIRECTORY)
         try:
-            self._fd, self.path = self._descend(top, root, parts)
-        finally:
-            if self._fd != top:
-                _close(calls, top)
-        try:
-            found = calls.fstat(self._fd)
+            self._top, self.path = self._descend(top, root, parts)
+            found = calls.fstat(self._top.number)
         except BaseException:
             self.close()
             raise
+        finally:
+            if self._top is not top:
+                top.close()
         self.identity = (found.st_dev, found.st_ino)
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
-        with self._opened(parts) as (fd, _):
+        with self._opened(parts) as (opened, _):
             found: list[tuple[str, Kind]] = []
-            for name in self._calls.listdir(fd):
+            for name in self._calls.listdir(opened.number):
                 # A name that vanished since the listing is simply not there.
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((name, kind_of(self._calls.lstat(name, dir_fd=fd).st_mode)))
+                    found.append((name, kind_of(self._calls.lstat(name, dir_fd=opened.number).st_mode)))
             return found
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> LocalReadableFile:
         with self._opened(parts[:-1]) as (parent, folder):
             path = os.path.join(folder, parts[-1])
-            fd = self._open(parts[-1], _READ, parent, path)
+            opened = self._open(parts[-1], _READ, parent, path)
             try:
-                found = self._calls.fstat(fd)
+                found = self._calls.fstat(opened.number)
                 if not stat.S_ISREG(found.st_mode):
                     raise CorruptCheckpointError(f"{path} is not a regular file; it was not read", path=path)
-                direct_fd = (
+                direct_one = (
                     self._open_direct(parts[-1], parent, (found.st_dev, found.st_ino)) if direct and O_DIRECT else None
                 )
             except BaseException:
-                self._calls.close(fd)
+                opened.close()
                 raise
-            return LocalReadableFile(self._calls, path, fd, direct_fd, found)
+            return LocalReadableFile(self._calls, path, opened, direct_one, found)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
         with contextlib.closing(self.open_read(parts)) as file:
@@ -153,9 +177,7 @@ class LocalDirHandle:
             return file.read(0, file.size_bytes)
 
     def close(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            _close(self._calls, fd)
+        self._top.close()
 
     def __enter__(self) -> LocalDirHandle:
         return self
@@ -164,35 +186,32 @@ class LocalDirHandle:
         self.close()
 
     @contextlib.contextmanager
-    def _opened(self, parts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def _opened(self, parts: Sequence[str]) -> Iterator[tuple[_Descriptor, str]]:
         """The sub-directory `parts`; gives (descriptor, path), closed afterwards unless it is our own."""
-        if self._fd is None:
-            raise ValueError(f"{self.path} is closed")
-        fd, path = self._descend(self._fd, self.path, parts)
+        opened, path = self._descend(self._top, self.path, parts)
         try:
-            yield fd, path
+            yield opened, path
         finally:
-            if fd != self._fd:
-                _close(self._calls, fd)
+            if opened is not self._top:
+                opened.close()
 
-    def _descend(self, top: int, path: str, parts: Sequence[str]) -> tuple[int, str]:
+    def _descend(self, top: _Descriptor, path: str, parts: Sequence[str]) -> tuple[_Descriptor, str]:
         """(Descriptor, path) of `parts` below the open directory `top`, which stays open and is it without parts."""
-        fd = top
+        opened = top
         for part in parts:
-            path = os.path.join(path, part)
+            path, above = os.path.join(path, part), opened
             try:
-                deeper = self._open(part, _DIRECTORY | os.O_NOFOLLOW, fd, path)
+                opened = self._open(part, _DIRECTORY | os.O_NOFOLLOW, above, path)
             finally:
-                if fd != top:
-                    _close(self._calls, fd)
-            fd = deeper
-        return fd, path
+                if above is not top:
+                    above.close()
+        return opened, path
 
-    def _open(self, name: str, flags: int, parent: int, path: str) -> int:
+    def _open(self, name: str, flags: int, parent: _Descriptor, path: str) -> _Descriptor:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CorruptCheckpointError(f"{name!r} is not a file name", path=path)
         try:
-            return self._calls.open(name, flags, dir_fd=parent)
+            return _Descriptor(self._calls, name, flags, parent=parent.number, shown=path)
         except OSError as error:
             # ELOOP: a link; ENOTDIR: a link or file where a directory should be; ENXIO: a socket or device.
             if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
@@ -200,22 +219,16 @@ class LocalDirHandle:
                 raise CorruptCheckpointError(f"{path} is {what}; it was not opened", path=path) from error
             raise OSError(error.errno, error.strerror, path) from error
 
-    def _open_direct(self, name: str, parent: int, identity: tuple[int, int]) -> int | None:
+    def _open_direct(self, name: str, parent: _Descriptor, identity: tuple[int, int]) -> _Descriptor | None:
         try:
-            fd = self._calls.open(name, _READ | O_DIRECT, dir_fd=parent)
+            opened = _Descriptor(self._calls, name, _READ | O_DIRECT, parent=parent.number)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT, errno.ELOOP):
                 return None
             raise
-        found = self._calls.fstat(fd)
+        found = self._calls.fstat(opened.number)
         if (found.st_dev, found.st_ino) == identity:
-            return fd
+            return opened
         # The name passed to another file in between: stay with the one that is open.
-        self._calls.close(fd)
+        opened.close()
         return None
-
-
-def _close(calls: Syscalls, fd: int) -> None:
-    # Nothing was written through it, so nothing is lost when its close fails; raising would leak what was opened next.
-    with contextlib.suppress(OSError):
-        calls.close(fd)

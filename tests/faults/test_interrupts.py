@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import os
+from pathlib import Path
 
-from .interrupts import sweep
+import pytest
+import torch
+
+from async_ckpt.reading.load import load_committed
+from tests.reading.committed import commit
+from tests.support.comparing import torch_bytes
+
+from .interrupts import Interrupter, sweep, unraisable_forgotten
 from .workloads import Folder
 
 pytestmark = pytest.mark.wide
@@ -35,3 +44,26 @@ def test_a_cached_plan_that_is_interrupted_takes_over_all_scalars_or_none(name: 
     with Folder() as folder:
         row = sweep(folder, name, within="plan")
         assert row.operations > 50 and row.survived == row.injected == row.operations
+
+
+def test_an_interrupted_load_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """At each step but within the system call that opens: whoever has the descriptor closes it, or is forgotten."""
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes({"x": torch.ones(300), "y": 1})})
+
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def interrupted(k: int | None) -> int:
+        interrupter = Interrupter(k, within=("storage/read_file.py", "storage/filesystem.py", "reading", "threads"))
+        with unraisable_forgotten(), contextlib.suppress(KeyboardInterrupt), interrupter.watching():
+            load_committed(catalog, "a", "m.pt", num_threads=1)
+        return interrupter.num_steps
+
+    num_steps, before = interrupted(None), num_open()
+    assert num_steps > 300
+    leaks = []
+    for k in range(num_steps):
+        interrupted(k)
+        if num_open() > before:
+            leaks, before = [*leaks, k], num_open()
+    assert leaks == []
