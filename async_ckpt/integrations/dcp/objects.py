@@ -20,11 +20,11 @@ import numpy
 import torch
 
 from ...errors import CorruptCheckpointError
-from ...format.zip_directory import UnusualLayoutError, check_headers, read_directory
+from ...format.zip_directory import END, END64, LOCATOR, UnusualLayoutError, check_headers, read_directory
 from ...reading.records import refuse_crafted
 
-_END_MAGIC, _END_BYTES = b"PK\5\6", 22
-_MAX_TAIL_BYTES = 1 << 17
+_END_MAGIC = b"PK\5\6"
+_STEP_BYTES = 1 << 17
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
@@ -47,12 +47,33 @@ def check_container(blob: memoryview, source: str) -> None:
     refuse_crafted(pread(pickled.offset, pickled.num_bytes), source, "data.pkl", records)
 
 
+def padded(blob: bytes, num_bytes: int) -> bytes:
+    """A container of `num_bytes`, or as long as it is. The zeros lie before what readers look for at the end: torch
+    finds it only under a few of them.
+    """
+    cut = len(blob) - LOCATOR.size - END.size
+    return blob[:cut] + bytes(max(0, num_bytes - len(blob))) + blob[cut:]
+
+
 def unpadded(blob: memoryview) -> memoryview:
-    """A container without the zeros that follow it where it was given room to grow."""
-    tail = bytes(blob[-_MAX_TAIL_BYTES:])
-    end = tail.rfind(_END_MAGIC) + _END_BYTES
-    is_padded = _END_BYTES <= end < len(tail) and not tail[end:].strip(b"\0")
-    return blob[: len(blob) - len(tail) + end] if is_padded else blob
+    """A container without the zeros in it, or behind it, where it was given room to grow."""
+    behind = len(blob)
+    while behind > _STEP_BYTES and not bytes(blob[behind - _STEP_BYTES : behind]).strip(b"\0"):
+        behind -= _STEP_BYTES
+    # The first bytes of what ends a container may lie before the step that its last ones are in.
+    start = max(0, behind - _STEP_BYTES - END.size)
+    tail = bytes(blob[start : behind + END.size])
+    end = tail.rfind(_END_MAGIC) + END.size
+    if END.size <= end <= len(tail) and not tail[end:].strip(b"\0"):
+        blob = blob[: start + end]
+    cut = len(blob) - LOCATOR.size - END.size
+    if cut < 0:
+        return blob
+    magic, _, end64, _ = LOCATOR.unpack_from(blob, cut)
+    whole = end64 + END64.size
+    if magic != b"PK\6\7" or whole >= cut or bytes(blob[whole:cut]).strip(b"\0"):
+        return blob
+    return memoryview(b"".join((blob[:whole], blob[cut:])))
 
 
 def why_not_plain(blob: memoryview, source: str) -> str | None:

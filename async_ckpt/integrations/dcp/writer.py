@@ -54,7 +54,7 @@ from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
 from .blobs import BlobPlanner, Extent, join_blobs, own_size, raw_plan
 from .core import Core, abort, kept_core
-from .objects import unknown_types
+from .objects import padded, unknown_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def plan_file(
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
 
     Args:
-        room_for: how many bytes item k has in the file, if it is an object of n bytes; zeros follow it.
+        room_for: how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
     """
     described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
     met: list[tuple[str, torch.Tensor, int | None]] = []
@@ -112,7 +112,7 @@ def plan_file(
             ) from error
         if item.type == WriteItemType.BYTE_IO:
             raw = data.getvalue()  # type: ignore[union-attr]
-            described.append((item.index.fqn, raw_plan(raw.ljust(room_for(k, len(raw)), b"\0")), None))
+            described.append((item.index.fqn, raw_plan(padded(raw, room_for(k, len(raw)))), None))
             if names := unknown_types(raw):
                 classes[item.index.fqn] = ", ".join(names)
         else:

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from async_ckpt import AsyncCheckpointEngine, CorruptCheckpointError, UnsupportedStateError
 from async_ckpt.errors import StateMismatchError
 from async_ckpt.integrations.dcp import TrainingState, load_sharded, save_sharded
-from async_ckpt.integrations.dcp.objects import why_not_plain
+from async_ckpt.integrations.dcp.objects import padded, unpadded, why_not_plain
 from tests.support.comparing import torch_bytes
 
 pytestmark = [
@@ -213,6 +214,30 @@ def test_a_target_that_a_quantized_tensor_does_not_fit(tmp_path: Path) -> None:
     for n, target in enumerate((quantized(2.0), torch.ones(3, 4))):
         with pytest.raises(StateMismatchError, match=r"'x'.*quantization"):
             back(tmp_path / str(n), quantized(0.5), target)
+
+
+def test_an_object_may_shrink_as_far_as_it_likes(tmp_path: Path) -> None:
+    with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
+        # The second and the later ones lie where the first one had room.
+        for num_bytes in (300_000, 200_000, 3, 0, 5000):
+            state, tag = {"x": bytes(num_bytes), "w": torch.ones(1)}, f"t{num_bytes}"
+            save_sharded(engine, tag, state).result()
+            for load in (load_sharded, lambda engine, tag, target: dcp.load(target, checkpoint_id=tmp_path / tag)):
+                target = {"x": None, "w": torch.zeros(1)}
+                load(engine, tag, target)
+                assert target["x"] == state["x"]
+
+
+@pytest.mark.parametrize("num_zeros", [0, 1, 70_000, 131_050, 131_072, 400_000])
+def test_the_zeros_in_a_container_or_behind_it_are_none_of_it(num_zeros: int) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": b"PK\5\6"}, buffer)
+    blob = buffer.getvalue()
+    for given in (blob + bytes(num_zeros), padded(blob, len(blob) + num_zeros)):
+        assert len(given) == len(blob) + num_zeros
+        assert bytes(unpadded(memoryview(given))) == blob
+    assert torch.load(io.BytesIO(padded(blob, len(blob) + num_zeros)))["x"] == b"PK\5\6"
+    assert unpadded(memoryview(bytes(num_zeros))) == bytes(num_zeros)
 
 
 def halves() -> dict[str, torch.Tensor]:
