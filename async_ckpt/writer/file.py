@@ -35,7 +35,7 @@ from .sharing import HowToWrite, Sharing, open_new, open_older, share_or_write
 
 
 class FileWrite:
-    """One file on its way to the disk, made by `WriterPool.open_file`. Its public methods: any thread, never block."""
+    """One file on its way to the disk, made by `WriterPool.open_file`. Any thread; nothing blocks but `open_older`."""
 
     def __init__(
         self,

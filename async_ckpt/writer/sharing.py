@@ -51,7 +51,7 @@ FindOlder = Callable[[], OlderFile | None]
 
 @dataclass(frozen=True)
 class HowToWrite:
-    """One file."""
+    """How one file is written."""
 
     direct: bool
     """Past the page cache, where the file system allows it."""
