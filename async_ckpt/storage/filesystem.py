@@ -290,7 +290,9 @@ class FileSystem(Syscalls):
         """
         # The padded end of a direct write must be cut off again.
         is_direct = bool(direct and O_DIRECT) and not self.findings.ignores_truncate
-        root = max((root for root in self.root_types if path.startswith(os.path.join(root, ""))), key=len, default="")
+        # A copy: another thread may look at a root meanwhile.
+        roots = [root for root in list(self.root_types) if path.startswith(os.path.join(root, ""))]
+        root = max(roots, key=len, default="")
         needed_bytes = size_bytes if written is None else sum(num_bytes for _, num_bytes in written)
 
         def opener(path: str, flags: int) -> int:

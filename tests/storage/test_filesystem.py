@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,21 @@ async def test_a_roots_type_is_asked_once_and_each_root_has_its_own(
         file = await write(fs, Path(root) / "f", everything(4096), executor, direct=True)
         assert file.direct is (kind != "tmpfs") or FS.fs_type(str(tmp_path)) == "tmpfs"
     assert asked == list(types)
+
+
+async def test_a_root_that_is_looked_at_while_a_file_is_opened(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    """By another thread: of another checkpoint, whose directory is new."""
+    fs = FileSystem()
+
+    class Name(str):
+        def startswith(self, *prefix: Any) -> bool:
+            fs.root_types[f"/{len(fs.root_types)}"] = "ext4"
+            return super().startswith(*prefix)
+
+    make_root(fs, str(tmp_path))
+    file = await fs.open_write(Name(tmp_path / "f"), 1, direct=True, executor=executor)
+    await file.close()
+    assert len(fs.root_types) == 2
 
 
 SHORTENERS: dict[str, Callable[[Operation], int]] = {
