@@ -107,6 +107,8 @@ class Staging:
     """Resolves to the directory's path: for one of several ranks, when rank 0 has made it."""
     identity: tuple[int, int] | None = None
     """The directory's; None while there is none, and where another process has made it, which renames or removes it."""
+    begun_ns: int = 0
+    """When the directory was made, by the clock of its file system."""
     lock: FileLock | None = None
     state: State = State.OPEN
     renamed: bool = False
@@ -203,6 +205,7 @@ def _joins_additions(fs: FileSystem, staging: Staging) -> bool:
         if error.errno not in REFUSED:
             raise
         return False
+    additions.move(fs, staging.path, staging.final_path, staging.begun_ns)
     return True
 
 

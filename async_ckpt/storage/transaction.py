@@ -37,6 +37,7 @@ from ..errors import (
 from ..format.manifest import FileEntry, Manifest, encode
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
+from . import additions
 from .delete import remove, sweep
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, remove_tree, tree_of
@@ -70,7 +71,9 @@ def begin(fs: FileSystem, staging: S) -> S:
         try:
             if fs.findings.replaces:
                 _check_no_other_writer(fs, root, tag)
-            staging.identity, staging.lock = fs.stat(path).identity, lock_or_none(fs, path)
+            found = fs.stat(path)
+            staging.identity, staging.begun_ns = found.identity, found.mtime_ns
+            staging.lock = lock_or_none(fs, path)
         except OSError:
             fs.rmdir(path)
             raise
@@ -164,6 +167,7 @@ def publish(
             staging.lock.close()
     for old_path in replaced:
         try:
+            additions.move(fs, old_path, staging.final_path, staging.begun_ns)
             remove_tree(fs, old_path)
         except OSError as error:
             level, left = logging.WARNING, old_path

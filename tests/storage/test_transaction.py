@@ -82,6 +82,33 @@ def test_what_other_code_adds_before_the_commit_stays_beside_it(tmp_path: Path, 
     assert not Catalog(tmp_path).verify("t").problems
 
 
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
+def test_what_other_code_adds_to_the_checkpoint_that_is_replaced_stays(tmp_path: Path, exchange: bool) -> None:
+    fs = FaultyFileSystem()
+    fs.refuse_exchange = not exchange
+    commit(tmp_path, "t", {**OLD, "gone": b"of the old one"})
+    (tmp_path / "t/notes").write_text("of the old one")
+    os.utime(tmp_path / "t/notes", ns=(1, 1))
+    os.utime(tmp_path / "t/gone", ns=(1, 1))
+    staging = stage(fs, tmp_path, "t", NEW, "replace")
+    (tmp_path / "t/adapter").mkdir()
+    (tmp_path / "t/adapter/weights").write_text("added")
+    publish(fs, staging, NEW)
+    assert content(tmp_path, "t") == NEW and private_names(tmp_path) == []
+    assert (tmp_path / "t/adapter/weights").read_text() == "added"
+    assert not (tmp_path / "t/notes").exists() and not (tmp_path / "t/gone").exists()
+
+
+def test_a_checkpoint_with_a_damaged_manifest_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    commit(tmp_path, "t", {**OLD, "gone": b"of the old one"})
+    staging = stage(FS, tmp_path, "t", NEW, "replace")
+    for path in ("manifest.json", "gone"):
+        (tmp_path / "t" / path).write_text("damaged")
+    publish(FS, staging, NEW)
+    assert content(tmp_path, "t") == NEW and not (tmp_path / "t/gone").exists()
+    assert private_names(tmp_path) == []
+
+
 @pytest.mark.parametrize("overwrite", ["refuse", "replace"])
 def test_a_folder_without_a_manifest_is_an_obstacle_where_it_cannot_be_joined(tmp_path: Path, overwrite: str) -> None:
     fs = FaultyFileSystem()

@@ -35,7 +35,8 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
       ``load_best_model_at_end`` waits.
     - A failed commit raises at the next step, and at the end of `train` at the latest.
 
-    ``on_save`` comes when the snapshot is taken, as the checkpoint is still on its way. Callbacks that want the files
+    ``on_save`` comes when the snapshot is taken, as the checkpoint is still on its way; files that it writes into the
+    folder of that name stay there. Callbacks that want the files
     (to upload them, say) define ``on_checkpoint_committed(args, state, control, checkpoint, **kwargs)``: it is called
     on the training thread, at the end of a step, with the path of each committed checkpoint. ``push_to_hub`` works that
     way too.
