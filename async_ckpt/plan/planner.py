@@ -136,7 +136,7 @@ class Planner:
         if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
             if recorded.pickled_bytes >= LARGE_BYTES:
-                told = told_of_buffers(obj, name)
+                told = told_of_buffers(obj, name) if recorded.has_buffers else None
             else:
                 names = names_in(recorded.pickled) if entry is None else entry.names
                 told = told_of_refused(recorded.pickled, names, name)

@@ -62,6 +62,8 @@ class Recorded:
     """data.pkl, with tokens in place of the bytes of large arrays; empty where it has `LARGE_BYTES`, and lies apart."""
     pickled_bytes: int
     """The size of the whole data.pkl."""
+    has_buffers: bool
+    """Whether that has `LARGE_BYTES` of one array or of bytes."""
 
     def __init__(self, obj: Any, substitute: Substitute | None = None) -> None:
         """Run torch.save on `obj` until it is pickled. Raises RecordingError where torch.save raises an Exception."""
@@ -97,6 +99,8 @@ class Recorded:
         """Work out the container. `is_apart`: pieces of `APART_BYTES` or more become literals as they are; nobody is to
         look for scalars in them.
         """
+        self.has_buffers = any(len(piece) >= LARGE_BYTES for piece in self._pieces)
+        self.has_buffers |= any(array.nbytes >= LARGE_BYTES for array in self._arrays.values())
         pieces = list(_with_arrays(self._pieces, self._arrays))
         self.pickled_bytes = sum(map(len, pieces))
         self.pickled = b"".join(self._pieces) if self.pickled_bytes < LARGE_BYTES or not is_apart else b""
@@ -162,7 +166,7 @@ class Recorded:
 
 def _is_left_out(array: Any) -> bool:
     """Whether the pickler, which would copy them several times, is given a token in place of the bytes of `array`."""
-    is_plain = array.nbytes > APART_BYTES and not array.dtype.hasobject and array.flags.forc
+    is_plain = array.nbytes > APART_BYTES and not array.dtype.hasobject
     return is_plain and _reduces_as_known()
 
 
@@ -176,7 +180,12 @@ def _reduced(array: Any, data: bytes) -> Any:
 @lru_cache(maxsize=1)
 def _reduces_as_known() -> bool:
     numpy = sys.modules["numpy"]
-    samples = [numpy.arange(6.0), numpy.arange(6.0).reshape(2, 3), numpy.arange(6.0).reshape(2, 3).T]
+    samples = [
+        numpy.arange(6.0),
+        numpy.arange(6.0).reshape(2, 3),
+        numpy.arange(6.0).reshape(2, 3).T,
+        numpy.arange(6.0)[::2],
+    ]
     return all(sample.__reduce__() == _reduced(sample, sample.tobytes("A")) for sample in samples)
 
 
@@ -193,10 +202,13 @@ def _with_arrays(pieces: Iterable[bytes], arrays: dict[bytes, Any]) -> Iterator[
     for piece in pieces:
         done = 0
         while token and (at := piece.find(opcode + token, done)) >= 0:
-            flat = array.ravel(order="K").view("u1")
+            # Where its elements do not lie in a row, only those of one block are put into one.
+            flat = array.ravel(order="K") if array.flags.forc else array.flat
+            num_items = max(1, APART_BYTES // array.itemsize)
             # One by one, so that other threads get the GIL between them.
             blocks = [
-                str(flat[low : low + APART_BYTES].data, "latin1").encode() for low in range(0, flat.size, APART_BYTES)
+                str(flat[low : low + num_items].view("u1").data, "latin1").encode()
+                for low in range(0, array.size, num_items)
             ]
             num_bytes = sum(map(len, blocks))
             if num_bytes > _MAX_TEXT_BYTES:

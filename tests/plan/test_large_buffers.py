@@ -47,6 +47,14 @@ def test_bytes_are_those_of_torch_save(name: str, compact_views: bool) -> None:
     assert max(len(data) for _, data in planned.plan.literals) <= 2 * len(BYTES)
 
 
+@pytest.mark.parametrize("part", [RANDOM.reshape(-1, 2)[:, 0], RANDOM.view("<u8").reshape(-1, 8)[:, 1::2]])
+def test_an_array_with_gaps_is_encoded_block_by_block(part: Any) -> None:
+    """Whole, it would be there four times, and the interpreter lock held all the while."""
+    planned = Planner().plan({"a": part})
+    assert render(planned, 1 << 20) == torch_bytes({"a": part})
+    assert max(len(data) for _, data in planned.plan.literals) <= 2 * APART_BYTES < part.nbytes
+
+
 def test_a_text_of_4_gib_is_refused_as_torch_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from async_ckpt import UnsupportedStateError
     from async_ckpt.plan import torch_layout
