@@ -58,7 +58,10 @@ class _Descriptor:
             with contextlib.suppress(OSError):
                 self._calls.close(fd)
 
-    __del__ = close
+    def __del__(self) -> None:
+        # Nobody catches what is raised here.
+        with contextlib.suppress(BaseException):
+            self.close()
 
 
 class LocalReadableFile:
