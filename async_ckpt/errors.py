@@ -43,6 +43,11 @@ def report(
         _logger.log(level, message, *args, exc_info=cause)
 
 
+def ends_with_0(error: BaseException | None) -> bool:
+    """Whether `error`, on its way out, would end the program with exit code 0: then it must not hide a failure."""
+    return isinstance(error, SystemExit) and not error.code
+
+
 def escaped(text: str) -> str:
     """`text` with everything that could steer a terminal, or mislead its reader, escaped."""
     if text.isprintable():

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 
-from ..errors import BackpressureTimeout, report
+from ..errors import BackpressureTimeout, ends_with_0, report
 from ..threads.executor import check_process
 from .checkpoint import given_up
 from .commits import Commits, live
@@ -47,42 +47,52 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
         left_s = float("inf") if preemption is None else preemption.remaining_s
     try:
         finish(commits, min(left_s, commits.close_timeout_s), reason)
+    except SystemExit as error:
+        first = first or error
     except Exception as second:
-        if first is not None:
+        if first is not None and not ends_with_0(first):
             report(logging.ERROR, "closing the engine on %r failed, after %r: %s", commits.root, first, second)
             raise first  # noqa: B904 -- with the second as its context
         raise
-    if first is not None:
+    if first is not None and not ends_with_0(first):
         raise first
     commits.raise_unacknowledged()
+    if first is not None:
+        raise first
 
 
 def leave_block(commits: Commits, preemption: Preemption | None, error: BaseException) -> None:
-    """`close` where a block ends with `error`, which is on its way out and must not be replaced."""
+    """`close` where a block ends with `error`, which is on its way out and must not be replaced; but where it would end
+    the program with exit code 0, a failure is raised."""
     with no_workers_death():
         if preemption is not None:
             preemption.leave_with(error)
         try:
             close(commits, preemption, error)
-        except Exception as failure:  # noqa: BLE001
+        except Exception as failure:
+            if ends_with_0(error):
+                raise
             told = "while leaving the block with %r, closing the engine failed too: %s"
             report(logging.WARNING, told, error, failure, warning=RuntimeWarning, stacklevel=3)
 
 
 def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> None:
-    """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads."""
+    """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads.
+
+    SystemExit out of a signal handler comes through when all that has ended, as where it comes before.
+    """
     forgotten: list[str] = []
     deadline = time.monotonic() + timeout_s
     first: BaseException | None = None
+    exits: list[SystemExit] = []
     try:
-        _give_up_open(commits, reason, forgotten)
-        for pending in commits.unfinished():
-            if not pending.wait(deadline - time.monotonic()):
-                raise BackpressureTimeout(
-                    f"{len(commits.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
-                    f"{pending.tag!r}; waiting for {commits.pool.waiting_for()}. They are not visible; older "
-                    "checkpoints are untouched"
-                )
+        while True:
+            try:
+                _give_up_open(commits, reason, forgotten)
+                _wait_for_pending(commits, deadline, timeout_s)
+                break
+            except SystemExit as error:
+                exits.append(error)
     except BaseException as error:
         first = error
         raise
@@ -102,6 +112,18 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
             for tag in forgotten:
                 told = "checkpoint %r was created but never committed: it is given up, nothing of it is visible"
                 report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=5)
+    if exits:
+        raise exits[0]
+
+
+def _wait_for_pending(commits: Commits, deadline: float, timeout_s: float) -> None:
+    for pending in commits.unfinished():
+        if not pending.wait(deadline - time.monotonic()):
+            raise BackpressureTimeout(
+                f"{len(commits.unfinished())} commit(s) did not end within {timeout_s:g} s, the first is "
+                f"{pending.tag!r}; waiting for {commits.pool.waiting_for()}. They are not visible; older "
+                "checkpoints are untouched"
+            )
 
 
 def _give_up_open(commits: Commits, reason: BaseException | None, forgotten: list[str]) -> None:
@@ -189,7 +211,12 @@ def finish_dropped(commits: Commits) -> None:
 def _close(commits: Commits) -> None:
     try:
         # At exit: the exception that has ended the program, which the other ranks learn as the cause.
-        finish(commits, commits.close_timeout_s, getattr(sys, "last_value", None))
+        try:
+            finish(commits, commits.close_timeout_s, getattr(sys, "last_value", None))
+        except SystemExit:
+            # It has come when the program was exiting already.
+            if commits.unfinished():
+                raise
         commits.raise_unacknowledged()
     except BaseException as error:  # noqa: BLE001
         # Whatever failed it, the others are still to be finished, and the exit code tells.

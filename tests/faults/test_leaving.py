@@ -149,6 +149,39 @@ ENDINGS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["b"],
         [],
     ),
+    "a handler that exits with 0 while the block's end waits": (
+        "signal.signal(signal.SIGALRM, lambda *_: (threading.Timer(0.5, gate.set).start(), sys.exit(0)))\n"
+        "gate, reached = hold('fsync')\n"
+        "with make_engine(root, fs) as engine:\n"
+        "    commit(engine, 'a'); assert reached.wait(60); signal.setitimer(signal.ITIMER_REAL, 0.2)",
+        0,
+        ["a"],
+        [],
+    ),
+    "a handler that exits with 0 while the block's end waits, a failure": (
+        "signal.signal(signal.SIGALRM, lambda *_: (threading.Timer(0.5, gate.set).start(), sys.exit(0)))\n"
+        "gate, reached = hold('fsync'); fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
+        "with make_engine(root, fs) as engine:\n"
+        "    commit(engine, 'b'); assert reached.wait(60); signal.setitimer(signal.ITIMER_REAL, 0.2)",
+        1,
+        [],
+        ["EIO"],
+    ),
+    "a handler that exits with 0 while exit waits": (
+        "signal.signal(signal.SIGALRM, lambda *_: (threading.Timer(0.5, gate.set).start(), sys.exit(0)))\n"
+        "gate, reached = hold('fsync'); engine = make_engine(root, fs)\n"
+        "commit(engine, 'a'); assert reached.wait(60); signal.setitimer(signal.ITIMER_REAL, 0.2)",
+        0,
+        ["a"],
+        [],
+    ),
+    "sys.exit(0) in the block, a failure": (
+        "fs.fail_when(lambda op: op.name == 'fsync' and '.b.' in op.path, errno.EIO)\n"
+        "with make_engine(root, fs) as engine:\n    commit(engine, 'b'); sys.exit(0)",
+        1,
+        [],
+        ["EIO"],
+    ),
     "a fork in flight": (
         "gate, reached = hold('fsync'); engine = make_engine(root, fs); p = commit(engine, 'b'); assert "
         "reached.wait(60)\n"

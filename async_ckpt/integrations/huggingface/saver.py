@@ -13,7 +13,7 @@ import torch
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, check_int, report
+from ...errors import CheckpointError, check_int, ends_with_0, report
 from ...ranks.coordinator import Coordinator
 from ...retention import CheckpointInfo, RetentionPolicy
 from ...threads.outcome import wait_all
@@ -139,7 +139,8 @@ class Saver:
         """`drain`, then stop all threads. Calling it again does nothing.
 
         Args:
-            behind: an exception that is on its way out and must not be replaced: failures are logged.
+            behind: an exception that is on its way out and must not be replaced: failures are logged, unless it would
+                end the program with exit code 0.
 
         Raises:
             CheckpointError: the first failure that was not raised yet; others are logged.
@@ -147,7 +148,7 @@ class Saver:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        first = behind
+        first = None if ends_with_0(behind) else behind
         while self._in_flight:
             try:
                 self.drain()
@@ -156,5 +157,5 @@ class Saver:
                     report(logging.ERROR, "after %r: %s", first, error)
                 first = first or error
         engine.__exit__(type(first) if first is not None else None, first, None)
-        if first is not None and behind is None:
+        if first is not None and first is not behind:
             raise first

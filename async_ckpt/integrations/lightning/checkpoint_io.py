@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...errors import report
+from ...errors import ends_with_0, report
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
 from ..guarding import check_guardable
@@ -153,20 +153,20 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         """Block until everything is committed, linked and deleted; stop all threads. The plugin can be used again.
 
         Raises:
-            CheckpointError: the first failure that was not raised yet; while another exception is on its way out, it is
-                logged instead.
+            CheckpointError: the first failure that was not raised yet; while another exception is on its way out, that
+                does not end the program with exit code 0, it is logged instead.
         """
         self._is_over = True
         after = self._after
         if after is None:
             return
-        is_unwinding = sys.exc_info()[0] is not None
+        unwinding = sys.exc_info()[1]
         self._after = None
         try:
             after.close()
             after.raise_failure()
         except Exception as failure:
-            if not is_unwinding:
+            if unwinding is None or ends_with_0(unwinding):
                 raise
             report(logging.ERROR, "a checkpoint was lost: %s", failure)
 

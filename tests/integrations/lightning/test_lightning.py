@@ -264,16 +264,18 @@ def test_a_save_by_hand_after_fit_is_there_when_it_returns(tmp_path: Path) -> No
     io.teardown()
 
 
-def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [KeyError("the user's"), SystemExit(0)])
+def test_the_users_own_exception_is_not_replaced_unless_it_hides_a_failure(tmp_path: Path, left: BaseException) -> None:
     files, model = GatedFileSystem(), job()
     files.fail_manifest = OSError(errno.EIO, "broken disk")
 
     def at_step(t: Any) -> None:
-        raise KeyError("the user's")
+        raise left
 
     model.at_step = at_step
     checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1)
-    with pytest.raises(KeyError, match="the user's"):
+    kind, words = (KeyError, "the user's") if isinstance(left, KeyError) else (OSError, "broken disk")
+    with pytest.raises(kind, match=words):
         trainer(tmp_path, plugin(filesystem=files), callbacks=[checkpoint]).fit(model, data())
 
 
