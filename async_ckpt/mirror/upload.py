@@ -49,7 +49,7 @@ class Upload:
         self._writing = Lock()
 
     def run(self) -> None:
-        """Mirror the checkpoint, unless it is mirrored already. Blocks.
+        """Mirror the checkpoint, unless it is mirrored already; delete what it has replaced in the store. Blocks.
 
         Raises:
             CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
@@ -68,6 +68,11 @@ class Upload:
             if state is not None and not state.mirrored:
                 context.abandon(state)
             raise
+        try:
+            delete_doomed(context.store, context.states, self._tag)
+        except MirrorError as error:
+            told = "checkpoint %r is mirrored; what it has replaced in the store is deleted at the next start: %s"
+            report(logging.WARNING, told, self._tag, error)
 
     def _run(self, checkpoint: CommittedCheckpoint) -> None:
         context = self._context
@@ -243,11 +248,6 @@ class Upload:
 
     def _finish(self, plan: UploadPlan) -> None:
         self._context.states.write(replace(self._own_state(plan), mirrored=True, ours=()))
-        try:
-            delete_doomed(self._context.store, self._context.states, plan.tag)
-        except MirrorError as error:
-            told = "checkpoint %r is mirrored; what it has replaced in the store is deleted at the next start: %s"
-            report(logging.WARNING, told, plan.tag, error)
 
     def _doom(self, plan: UploadPlan, keys: tuple[str, ...]) -> None:
         state = self._own_state(plan)

@@ -55,16 +55,17 @@ def test_the_training_process_reads_and_sends_nothing(tmp_path: Path) -> None:
     assert upload_processes() == [] and remote_content(mirror, "step-1") == content(root, "step-1")
 
 
-@pytest.mark.parametrize("at", ["an object", "the manifest"])
+@pytest.mark.parametrize("at", ["an object", "the manifest", "a deletion"])
 def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
     at: str, moto: Any, tmp_path: Path, prefix: str
 ) -> None:
-    """The second commit's upload comes first; then the one that was cut short goes on."""
+    """The upload of the last commit comes first; then the one that was cut short goes on, and what it replaces goes."""
+    asked = {"an object": "PUT", "the manifest": "PUT", "a deletion": "DELETE"}[at]
+    where = {"an object": "partNumber=2", "the manifest": "step-1/manifest.json", "a deletion": "/step-1/"}[at]
     killed: list[int] = []
 
     def kill(number: int, method: str, path: str) -> Fault:
-        is_there = "partNumber=2" in path if at == "an object" else "step-1/manifest.json" in path
-        if method == "PUT" and is_there and not killed:
+        if made.is_mirrored("step-0", 1) and method == asked and where in path and not killed:
             killed.extend(upload_processes())
             os.kill(killed[0], signal.SIGKILL)
             return "reset"
@@ -74,10 +75,12 @@ def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
         Proxy(moto.endpoint, kill) as proxy,
         mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
     ):
-        error = commit_and_send(made, tmp_path, "step-1", big()).exception(60)
+        for tag in ("step-1", "step-0"):
+            commit_and_send(made, tmp_path, tag).result(60)
+        error = commit_and_send(made, tmp_path, "step-1", big(), created=2, overwrite="replace").exception(60)
         assert isinstance(error, MirrorError) and "status -9" in str(error)
         commit_and_send(made, tmp_path, "step-2", big(), created=2).result(60)
-        until(lambda: made.is_mirrored("step-1", 1))
+        until(lambda: made.is_mirrored("step-1", 2) and garbage(moto, prefix) == [])
         assert upload_processes() != killed
     mirror = s3_mirror(moto, prefix)
     assert remote_content(mirror, "step-1") == remote_content(mirror, "step-2") == big()
