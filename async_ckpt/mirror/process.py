@@ -220,7 +220,7 @@ def serve() -> None:
                 child = _Child(channel, settings)
             except Exception as error:  # noqa: BLE001 -- the next upload fails with it; then it is tried again
                 channel.recv()
-                channel.send(("ended", _portable(error, settings.mirror.url)))
+                channel.send(("ended", portable(error, settings.mirror.url)))
         child.run()
     os._exit(0)
 
@@ -279,7 +279,7 @@ class _Child(logging.Handler):
         with self._sending:
             self._running = None
             self._send("metrics", metrics)
-            self._send("ended", _portable(error, self._context.mirror.url))
+            self._send("ended", portable(error, self._context.mirror.url))
 
     def _send(self, *message: Any) -> None:
         with self._sending:
@@ -303,10 +303,11 @@ class _Child(logging.Handler):
             raise error
 
 
-def _portable(error: BaseException | None, url: str) -> BaseException | None:
-    """`error`, or its text where the other process could not read it."""
+def portable(error: BaseException | None, url: str) -> BaseException | None:
+    """`error`, or its text where the other process could not read it, or would end with it."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 -- whatever its class does
-        return MirrorError(f"{type(error).__name__}: {error}", url=url)
-    return error
+        if error is None or isinstance(pickle.loads(pickle.dumps(error)), Exception):
+            return error
+    except BaseException:  # noqa: BLE001 -- whatever its class does
+        pass
+    return MirrorError(f"{type(error).__name__}: {error}", url=url)

@@ -14,6 +14,8 @@ import pytest
 
 from async_ckpt.errors import MirrorError
 from async_ckpt.mirror.config import Mirror
+from async_ckpt.mirror.process import portable
+from async_ckpt.mirror.store import PassingFailure
 
 from ..support.stepping import until
 from .making import (
@@ -29,6 +31,7 @@ from .making import (
 )
 from .proxy import Fault, Proxy
 from .servers import ACCESS_KEY, SECRET_KEY, unfinished_uploads
+from .test_upload import root_of
 
 pytestmark = [
     pytest.mark.wide,
@@ -89,12 +92,13 @@ def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
 
 def test_it_hears_no_signal(tmp_path: Path) -> None:
     """Whoever signals the whole group or job means the training, which may still wait for what is on its way."""
-    with mirroring(tmp_path / "root", Mirror(f"file://{tmp_path}/other")) as made:
-        commit_and_send(made, tmp_path / "root", "first").result(60)
+    root = root_of(tmp_path / "root")
+    with mirroring(root, Mirror(f"file://{tmp_path}/other")) as made:
+        commit_and_send(made, root, "first").result(60)
         (child,) = upload_processes()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             os.kill(child, signum)
-            commit_and_send(made, tmp_path / "root", signum.name).result(60)
+            commit_and_send(made, root, signum.name).result(60)
         assert upload_processes() == [child]
 
 
@@ -138,7 +142,7 @@ def test_it_finds_this_package_and_nothing_in_the_working_directory(tmp_path: Pa
 
 def _run(program: str, tmp_path: Path) -> None:
     """In a process of its own, with a `root` and a `mirror`."""
-    (tmp_path / "root").mkdir()
+    root_of(tmp_path / "root")
     begin = (
         "import os, sys; from pathlib import Path; from async_ckpt import Mirror\n"
         "from tests.mirror.making import commit_and_send, mirroring, upload_processes\n"
@@ -213,3 +217,26 @@ def test_options_that_exist_here_alone_are_used_here(moto: Any, tmp_path: Path, 
         commit_and_send(made, tmp_path, "step-1").result(60)
         assert upload_processes() == [] and set(asked) == {os.getpid()}
     assert remote_content(s3_mirror(moto, prefix), "step-1") == content(tmp_path, "step-1")
+
+
+class Unreadable(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+
+
+class Unwritable(Exception):
+    def __reduce__(self) -> Any:
+        raise SystemExit(self)
+
+
+@pytest.mark.parametrize(
+    "error", [Unreadable(1, "why"), Unwritable("why"), SystemExit("why"), KeyboardInterrupt("why")]
+)
+def test_an_error_that_cannot_be_told_whole_or_would_end_the_training_is_told_as_text(error: BaseException) -> None:
+    told = portable(error, "file:///x")
+    assert type(told) is MirrorError and f"{type(error).__name__}: why" in str(told)
+
+
+def test_other_errors_are_told_as_they_are() -> None:
+    errors = [None, ValueError("x" * 10_000_000), PassingFailure("why", url="file:///x")]
+    assert [portable(error, "file:///y") for error in errors] == errors
