@@ -27,11 +27,11 @@ def at_start(config: EngineConfig, catalog: Catalog, filesystem: FileSystem, coo
     if not config.preflight or not (coordinator.leads or is_first_of_node()):
         return
     try_writing(filesystem, catalog.root)
-    newest = _newest(catalog, filesystem) if coordinator.leads else None
     try:
+        newest = _newest(catalog, filesystem) if coordinator.leads else None
         free_bytes = filesystem.free_bytes(catalog.root)
     except OSError as error:
-        report(logging.INFO, "how much is free in %r cannot be asked: %s", catalog.root, error)
+        report(logging.INFO, "whether %r has room for another checkpoint cannot be told: %s", catalog.root, error)
         return
     size_bytes = sum(entry.size_bytes for entry in newest.files) if newest else 0
     if newest and size_bytes > free_bytes:

@@ -99,6 +99,22 @@ def test_a_start_reads_one_manifest_however_many_there_are(tmp_path: Path) -> No
     assert set(opened) == {str(tmp_path / "c/manifest.json")}
 
 
+@pytest.mark.parametrize("name", ["open", "read"])
+def test_a_newest_checkpoint_that_cannot_be_read_now_ends_no_start(tmp_path: Path, name: str) -> None:
+    """Only a warning depends on it, and the disk has just been written to; whoever reads it is told."""
+    with make_engine(tmp_path) as engine:
+        engine.create("a")
+        engine.save(STATE, "x.pt")
+        engine.commit("a").result(60)
+    fs = FaultyFileSystem()
+    fs.fail_when(lambda op: op.name == name and op.path.endswith("manifest.json"), errno.ESTALE)
+    with make_engine(tmp_path, filesystem=fs) as engine:
+        with pytest.raises(OSError, match="Stale"):
+            engine.load("a/x.pt")
+        fs.heal()
+        assert engine.load("a/x.pt")["x"].numel() == MIB // 4
+
+
 def test_a_start_beside_a_checkpoint_that_would_not_fit_again_warns(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path, 3 * MIB) as root:
         with make_engine(root) as engine:
