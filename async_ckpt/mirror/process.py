@@ -128,8 +128,9 @@ class UploadProcess:
             raise PassingFailure(told, url=self._context.mirror.url) from error
 
     def _start(self) -> None:
-        # The child inherits it: signals are for the training, which may still wait for what is on its way. And that it
-        # has died is an error here, never SIGPIPE.
+        # The child inherits it: signals are for the training, which may still wait for what is on its way. (In a
+        # session of its own it would hear few too, but the scheduler weighs sessions against each other, whatever their
+        # niceness.) And that it has died is an error here, never SIGPIPE.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         path = [entry for entry in sys.path if isinstance(entry, str)]
         # Found by an entry that is relative to an earlier working directory, or by no entry.

@@ -96,6 +96,8 @@ def test_it_hears_no_signal(tmp_path: Path) -> None:
     with mirroring(root, Mirror(f"file://{tmp_path}/other")) as made:
         commit_and_send(made, root, "first").result(60)
         (child,) = upload_processes()
+        # Else its niceness would not count against the training's.
+        assert os.getsid(child) == os.getsid(0)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             os.kill(child, signum)
             commit_and_send(made, root, signum.name).result(60)
