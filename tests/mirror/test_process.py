@@ -242,3 +242,15 @@ def test_an_error_that_cannot_be_told_whole_or_would_end_the_training_is_told_as
 def test_other_errors_are_told_as_they_are() -> None:
     errors = [None, ValueError("x" * 10_000_000), PassingFailure("why", url="file:///x")]
     assert [portable(error, "file:///y") for error in errors] == errors
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", ""), ("executable", None), ("frozen", True)])
+def test_where_no_interpreter_can_be_started_uploads_run_here(
+    name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an application that is frozen, the executable is the training itself: another one would begin."""
+    monkeypatch.setattr(sys, name, value, raising=False)
+    root = root_of(tmp_path / "root")
+    with mirroring(root, Mirror(f"file://{tmp_path}/other")) as made:
+        commit_and_send(made, root, "step-1").result(60)
+        assert upload_processes() == []
