@@ -108,7 +108,7 @@ class UploadProcess:
                 self._heed(metrics, *told)
         except (EOFError, OSError) as failure:
             context.sleep()
-            text = f"the process that uploads has ended with status {self.close()}; another one goes on ({failure})"
+            text = f"the process that uploads has ended with status {self.close()}; another one goes on"
             raise PassingFailure(text, url=context.mirror.url) from failure
         finally:
             context.states.reload(tag)
