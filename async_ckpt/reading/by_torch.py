@@ -5,12 +5,14 @@ torch is given verified bytes only, after what would hurt it was refused.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import re
 import struct
 import sys
+from contextlib import AbstractContextManager
 from mmap import MAP_PRIVATE
 from typing import Any
 
@@ -69,7 +71,8 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
     given: Any = file.map_path if mmap else source
     where = place if callable(map_location) else map_location
     try:
-        state = torch.load(given, map_location=where, weights_only=weights_only, mmap=mmap)
+        with _checking_sparse(map_location):
+            state = torch.load(given, map_location=where, weights_only=weights_only, mmap=mmap)
     except Exception as error:
         if source.failure is not None:
             raise source.failure from None
@@ -80,6 +83,13 @@ def load_by_torch(file: VerifiedFile, map_location: Any, weights_only: bool | No
         raise translated from error
     file.verify_rest()
     return state
+
+
+def _checking_sparse(map_location: Any) -> AbstractContextManager[Any]:
+    """Have torch look at where the elements of sparse tensors lie: by default it does not, without data it cannot."""
+    is_meta = isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == "meta"
+    has_data = not is_meta and torch._guards.detect_fake_mode(None) is None
+    return torch.sparse.check_sparse_tensor_invariants() if has_data else contextlib.nullcontext()
 
 
 def is_legacy(file: VerifiedFile) -> bool:

@@ -112,6 +112,19 @@ def test_a_legacy_file_holds_what_it_names(tmp_path: Path, what: str) -> None:
             load(tmp_path / "a/m.pt")
 
 
+def test_elements_of_a_sparse_tensor_lie_inside_it(tmp_path: Path) -> None:
+    """What computes with others reads and writes foreign memory."""
+    indices = torch.tensor([[7_777_777]])
+    data = torch_bytes({"s": torch.sparse_coo_tensor(indices, torch.ones(1), (10_000_000,))})
+    outside = data.replace((7_777_777).to_bytes(8, "little"), (77_777_777).to_bytes(8, "little"))
+    commit(tmp_path, "a", {"m.pt": data, "outside.pt": outside})
+    for load in (async_ckpt.load, mapped, by_callable):
+        assert load(tmp_path / "a/m.pt")["s"]._indices() == 7_777_777
+        with pytest.raises(CorruptCheckpointError):
+            load(tmp_path / "a/outside.pt")
+    assert on_meta(tmp_path / "a/m.pt")["s"].is_meta
+
+
 def test_a_parameter_of_whole_numbers_has_no_gradient(tmp_path: Path) -> None:
     data = torch_bytes({"p": torch.nn.Parameter(torch.ones(3).half())})
     data = data.replace(b"HalfStorage", b"CharStorage").replace(b"K\x03t", b"K\x06t")

@@ -94,7 +94,8 @@ class Unpacker:
                     f"{part.name} is not plain data ({reason}); give weights_only=False if you trust its writer"
                 )
         try:
-            tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=self._weights_only)
+            with torch.sparse.check_sparse_tensor_invariants():
+                tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=self._weights_only)
         # torch raises whatever its unpickler and zip reader meet.
         except Exception as error:
             raise CorruptCheckpointError(f"{part.name} is not a torch container: {error}", path=part.name) from error
