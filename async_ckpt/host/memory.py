@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import os
 from collections.abc import Iterator
 
 PAGE_BYTES = 4096
@@ -21,9 +22,12 @@ LONG_BYTES = 64 << 10
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 _MADV_COLLAPSE = 25  # since 6.1
+_MAP_FIXED = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
 move_releasing_gil = ctypes.CDLL(None).memmove
 """C's memmove(target, source, num_bytes) itself: for loops in C over columns of numbers."""
 move_holding_gil = ctypes.PyDLL(None).memmove
@@ -64,18 +68,19 @@ def region(num_bytes: int) -> memoryview:
 
 
 def shared_region(fd: int, num_bytes: int) -> memoryview:
-    """The first bytes of a new file in memory, which is larger by `HUGE_PAGE_BYTES`, for all who map it. In huge pages
-    where the kernel gives them to those who ask late: a disk fills small ones at half the rate."""
-    memory = mmap.mmap(fd, num_bytes)
-    misfit = address_of(memoryview(memory)) % HUGE_PAGE_BYTES
-    if misfit:
-        # What is mapped next ends where this did: the longer one begins at a huge page.
-        memory.close()
-        memory = mmap.mmap(fd, num_bytes + misfit)
-    view = memoryview(memory)[:num_bytes]
-    for start in range(0, num_bytes, HUGE_PAGE_BYTES):
+    """The first bytes of a new file in memory, for all who map it; they begin at a huge page here. In huge pages where
+    the kernel gives them to those who ask late: a disk fills small ones at half the rate. Raises OSError."""
+    memory = memoryview(mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES))
+    start = -address_of(memory) % HUGE_PAGE_BYTES
+    view = memory[start : start + num_bytes]
+    # In place of a part of the memory that is there, and unmapped with it.
+    how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address_of(view), num_bytes, *how, fd, 0) != address_of(view):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    for offset in range(0, num_bytes, HUGE_PAGE_BYTES):
         # Of a huge page that has no page yet none is made.
-        view[start] = 0
+        view[offset] = 0
     _libc.madvise(address_of(view), num_bytes, _MADV_COLLAPSE)
     return view
 

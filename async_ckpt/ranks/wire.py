@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..host.memory import HUGE_PAGE_BYTES, address_of, region, shared_region
+from ..host.memory import address_of, region, shared_region
 from ..host.process import current_owner
 from ..threads.locks import Lock
 
@@ -107,7 +107,7 @@ class Wire:
     def _accept(self, listener: socket.socket) -> None:
         fd = os.memfd_create("async_ckpt")
         try:
-            os.ftruncate(fd, NUM_PIECES * PIECE_BYTES + HUGE_PAGE_BYTES)
+            os.ftruncate(fd, NUM_PIECES * PIECE_BYTES)
             self._memory = shared_region(fd, NUM_PIECES * PIECE_BYTES)
             while len(self._sockets) < len(self._mine) - 1:
                 other, _ = listener.accept()
