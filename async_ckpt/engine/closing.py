@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import Future, wait
 
 from ..errors import BackpressureTimeout, ends_with_0, report
 from ..threads.executor import check_process
@@ -24,10 +25,13 @@ from .commits import Commits, live
 from .preemption import Preemption, no_workers_death
 
 _lost: list[BaseException] = []
+_dropped: list[tuple[Commits, Future[None]]] = []
+"""Engines that were dropped on threads of their own, and their closing."""
 _watched_worker: int | None = None
 
 # What the parent has lost is told by the parent's exit code.
 os.register_at_fork(after_in_child=_lost.clear)
+os.register_at_fork(after_in_child=_dropped.clear)
 
 
 def close(commits: Commits, preemption: Preemption | None = None, reason: BaseException | None = None) -> None:
@@ -159,6 +163,8 @@ def _finish_all() -> None:
         except BaseException as error:  # noqa: BLE001
             # Ctrl-C: the others are still to be finished, and the exit code tells.
             _lost.append(error)
+    for commits, closing in _dropped:
+        wait([closing], commits.close_timeout_s)
 
 
 def _exit_if_lost() -> None:
@@ -197,8 +203,11 @@ def finish_dropped(commits: Commits) -> None:
         return
     pending = [p.tag for p in commits.unfinished()]
     if threading.current_thread().name.startswith("async-ckpt"):
-        # Collected on one of its own threads: waiting here for that thread would never end.
-        commits.pool.submit_io(lambda: _close(commits))
+        # Collected on one of its own threads: waiting here for that thread would never end. Whoever exits waits for the
+        # other one, which may be inside torch, and is not to free what is left: an interpreter that ends meanwhile
+        # takes the process down.
+        _dropped[:] = [(known, closing) for known, closing in _dropped if not closing.done()]
+        _dropped.append((commits, commits.pool.submit_io(lambda: _close(commits))))
     else:
         _close(commits)
     what = f"pending were {', '.join(map(repr, pending))}" if pending else "nothing was pending"
