@@ -8,6 +8,9 @@ from ..metrics import MirrorMetrics
 from ..threads.locks import Lock
 from ..threads.outcome import Pending, run_guarded
 
+COUNTS = ("size_bytes", "num_objects", "num_parts", "sent_bytes")
+"""What an upload counts up in its `MirrorMetrics`; the times are noted by whoever waits for it."""
+
 
 class PendingMirror(Pending):
     """A committed checkpoint on its way to its mirrors. See `Pending`.
@@ -33,7 +36,7 @@ class PendingMirror(Pending):
         with self._lock:
             known = [*self._left.values(), *self._ended]
         total = MirrorMetrics(self.tag)
-        for name in ("size_bytes", "num_objects", "num_parts", "sent_bytes"):
+        for name in COUNTS:
             setattr(total, name, sum(getattr(one, name) for one in known))
         for name in ("wait_s", "upload_s"):
             setattr(total, name, max((getattr(one, name) for one in known), default=0.0))

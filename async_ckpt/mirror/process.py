@@ -37,6 +37,7 @@ from ..threads.executor import DaemonExecutor, lower_priority
 from ..threads.locks import Lock
 from .config import Mirror
 from .context import MirrorContext, MirrorHooks
+from .pending import COUNTS
 from .remote import open_store
 from .store import PassingFailure
 from .upload import Upload
@@ -152,7 +153,8 @@ class UploadProcess:
         elif kind == "log":
             report(content[0], "%s", content[1])
         elif kind == "metrics":
-            _copy(content[0], metrics)
+            for name in COUNTS:
+                setattr(metrics, name, getattr(content[0], name))
         else:
             method, *given = content
             error: BaseException | None = None
@@ -192,11 +194,6 @@ def _is_plain(value: object) -> bool:
     if type(value) is dict:
         return all(map(_is_plain, (*value, *value.values())))
     return type(value) in (str, bytes, int, float, bool, timedelta, type(None))
-
-
-def _copy(source: MirrorMetrics, target: MirrorMetrics) -> None:
-    for name in ("size_bytes", "num_objects", "num_parts", "sent_bytes"):
-        setattr(target, name, getattr(source, name))
 
 
 # The child.
