@@ -43,12 +43,9 @@ if TYPE_CHECKING:
     from .metrics import CommitMetrics, MirrorMetrics, Observer, SaveMetrics, Span
     from .mirror.config import Mirror
     from .mirror.pending import PendingMirror
-    from .observers.logs import LoggingObserver
     from .observers.progress import CommitProgress, show_progress
-    from .observers.prometheus import PrometheusObserver
-    from .observers.tensorboard import TensorBoardObserver
-    from .observers.timeline import SpanRecorder, read_trace, write_timeline
-    from .observers.trace import TraceObserver
+    from .observers.reports import LoggingObserver, PrometheusObserver, TensorBoardObserver
+    from .observers.trace import SpanRecorder, TraceObserver, read_trace, write_timeline
     from .ranks.rank_coordinator import RankCoordinator
     from .reading.catalog import Catalog
     from .reading.load import load, load_into
@@ -68,7 +65,7 @@ _HOME = {
     "KeepEvery": "retention",
     "KeepLast": "retention",
     "KeepNewerThan": "retention",
-    "LoggingObserver": "observers.logs",
+    "LoggingObserver": "observers.reports",
     "Mirror": "mirror.config",
     "MirrorMetrics": "metrics",
     "Node": "host.facts",
@@ -76,20 +73,20 @@ _HOME = {
     "PendingCommit": "engine.pending",
     "PendingMirror": "mirror.pending",
     "PreemptionOutcome": "engine.preemption",
-    "PrometheusObserver": "observers.prometheus",
+    "PrometheusObserver": "observers.reports",
     "RankCoordinator": "ranks.rank_coordinator",
     "SaveMetrics": "metrics",
     "Span": "metrics",
-    "SpanRecorder": "observers.timeline",
-    "TensorBoardObserver": "observers.tensorboard",
+    "SpanRecorder": "observers.trace",
+    "TensorBoardObserver": "observers.reports",
     "Tolerate": "engine.tolerance",
     "TraceObserver": "observers.trace",
     "ignore_preemption": "engine.preemption",
     "load": "reading.load",
     "load_into": "reading.load",
-    "read_trace": "observers.timeline",
+    "read_trace": "observers.trace",
     "show_progress": "observers.progress",
-    "write_timeline": "observers.timeline",
+    "write_timeline": "observers.trace",
 }
 
 __all__ = [

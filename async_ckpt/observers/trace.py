@@ -1,4 +1,4 @@
-"""Every chunk's work on its thread, as a trace file for the Perfetto and Chrome viewers.
+"""Every piece of work on its thread: as a trace file for the Perfetto and Chrome viewers, in memory, and as a picture.
 
 The file is the JSON form of the Trace Event Format: an object with "traceEvents". Work is complete events ("ph": "X",
 times in microseconds), one row per thread, named by metadata events ("M"), nested or apart on each row as the format
@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from types import TracebackType
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import ConfigError, CorruptCheckpointError
 from ..metrics import CommitMetrics, Observer, Span
 from ..threads.locks import Lock
 
 _TAIL = b"\n]}\n"
 _MAX_BUFFERED = 4096
+_MAX_TRACE_BYTES = 1 << 30
 
 
 class TraceObserver(Observer):
@@ -90,9 +95,7 @@ class TraceObserver(Observer):
     def __enter__(self) -> TraceObserver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _us(self, at_s: float) -> float:
@@ -127,3 +130,99 @@ class TraceObserver(Observer):
         self._file.write((b"" if self._is_first else b",\n") + body + _TAIL)
         self._file.flush()
         self._is_first = False
+
+
+class SpanRecorder(Observer):
+    """Keeps the spans of a run in memory, for `write_timeline`; the newest `max_spans`. Any thread."""
+
+    def __init__(self, max_spans: int = 200_000) -> None:
+        self._lock = Lock()
+        self._spans: deque[Span] = deque(maxlen=max_spans)
+
+    def on_span(self, span: Span) -> None:
+        with self._lock:
+            self._spans.append(span)
+
+    @property
+    def spans(self) -> list[Span]:
+        """A copy of what was recorded, oldest first."""
+        with self._lock:
+            return list(self._spans)
+
+
+def read_trace(path: str | os.PathLike[str]) -> list[Span]:
+    """The spans of a file that `TraceObserver` wrote. Blocks for reading it.
+
+    Raises:
+        CorruptCheckpointError: it is no such trace. ConfigError: it is too large.
+        OSError: it cannot be read.
+    """
+    name = os.fspath(path)
+    if os.path.getsize(name) > _MAX_TRACE_BYTES:
+        raise ConfigError(f"{name!r} is larger than {_MAX_TRACE_BYTES} bytes; open it in the Perfetto viewer instead")
+    raw = Path(name).read_bytes()
+    try:
+        events = json.loads(raw)["traceEvents"]
+        threads = {e["tid"]: e["args"]["name"] for e in events if (e["ph"], e["name"]) == ("M", "thread_name")}
+        return [_span(event, threads) for event in events if event["ph"] == "X"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(
+            f"{name!r} is not a trace of this package ({type(error).__name__}: {error})", path=name
+        ) from error
+
+
+def _span(event: dict[str, Any], threads: dict[Any, str]) -> Span:
+    args, start_s = event.get("args", {}), float(event["ts"]) / 1e6
+    return Span(
+        kind=str(event["name"]),
+        start_s=start_s,
+        end_s=start_s + float(event["dur"]) / 1e6,
+        thread=str(threads.get(event["tid"], event["tid"])),
+        tag=str(args.get("tag", "")),
+        path=str(args.get("path", "")),
+        offset=int(args.get("offset", 0)),
+        num_bytes=int(args.get("num_bytes", 0)),
+    )
+
+
+def write_timeline(spans: Sequence[Span], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Write a PNG of `spans`, one row per thread in the order of first use. Needs matplotlib (the `plot` extra).
+
+    Raises:
+        ConfigError: there are no spans. ImportError: matplotlib is not installed.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if not spans:
+        raise ConfigError("there are no spans to draw: nothing was saved while they were recorded")
+    rows, origin_s = _rows(spans), min(span.start_s for span in spans)
+    colours = {kind: colormaps["tab20"](k % 20) for k, kind in enumerate(sorted({span.kind for span in spans}))}
+    figure = Figure(figsize=(10, 1.3 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, (_, members) in enumerate(rows):
+        # These first: what lies within them is drawn upon them.
+        members.sort(key=lambda span: span.kind not in ("publish", "save"))
+        bars = [(1e3 * (span.start_s - origin_s), 1e3 * max(span.end_s - span.start_s, 1e-6)) for span in members]
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=[colours[span.kind] for span in members], linewidth=0)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set(xlabel="time in ms", title=title, ylim=(len(rows) - 0.4, -0.6))
+    axes.grid(axis="x", alpha=0.3)
+    handles = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.savefig(os.fspath(path), dpi=130)
+
+
+def _rows(spans: Sequence[Span]) -> list[tuple[str, list[Span]]]:
+    """Threads of one pool together, in their numbers' order, as their pool began."""
+    by_thread: dict[str, list[Span]] = {}
+    pools: dict[str, int] = {}
+    for span in sorted(spans, key=lambda span: span.start_s):
+        by_thread.setdefault(span.thread, []).append(span)
+        pools.setdefault(_pool(span.thread), len(pools))
+    return sorted(by_thread.items(), key=lambda item: (pools[_pool(item[0])], len(item[0]), item[0]))
+
+
+def _pool(name: str) -> str:
+    return re.sub(r"[-_]?[0-9]+$", "", name)

@@ -23,7 +23,7 @@ from async_ckpt import (
 )
 from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
-from async_ckpt.observers.timeline import read_trace, write_timeline
+from async_ckpt.observers.trace import read_trace, write_timeline
 from tests.support.insides import commits_of, exclusion_of, guard_of
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}
