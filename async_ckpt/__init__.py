@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .engine.interface import CheckpointEngine as CheckpointEngine
     from .engine.pacing import CheckpointPacer as CheckpointPacer
     from .engine.pending import PendingCommit as PendingCommit
+    from .engine.pending import Tolerate as Tolerate
     from .engine.preemption import PreemptionOutcome as PreemptionOutcome
     from .engine.preemption import ignore_preemption as ignore_preemption
-    from .engine.tolerance import Tolerate as Tolerate
     from .errors import BackpressureTimeout as BackpressureTimeout
     from .errors import CheckpointError as CheckpointError
     from .errors import CheckpointNotFoundError as CheckpointNotFoundError
@@ -72,9 +72,8 @@ _HOMES = {
     "engine.engine": "AsyncCheckpointEngine",
     "engine.interface": "CheckpointEngine",
     "engine.pacing": "CheckpointPacer",
-    "engine.pending": "PendingCommit",
+    "engine.pending": "PendingCommit Tolerate",
     "engine.preemption": "PreemptionOutcome ignore_preemption",
-    "engine.tolerance": "Tolerate",
     "errors": "BackpressureTimeout CheckpointError CheckpointNotFoundError CommitError ConfigError MirrorError "
     "CorruptCheckpointError OutOfSpaceError PathExistsError RankFailedError StateMismatchError TagExistsError "
     "TornSnapshotError TransactionStateError UnsafePathError UnsupportedStateError WriteError",

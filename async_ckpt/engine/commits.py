@@ -37,10 +37,9 @@ from . import preflight
 from .checkpoint import Checkpoint, begin
 from .config import EngineConfig
 from .mirroring import EngineMirrors
-from .pending import PendingCommit, those_before_have_ended
+from .pending import PendingCommit, Tolerate
 from .pipeline import SavePipeline
 from .rotation import Rotation
-from .tolerance import Tolerate
 
 _NUM_REMEMBERED = 128
 
@@ -269,8 +268,13 @@ class Commits:
         checkpoint.metrics.num_undeleted = self._rotate()
 
     async def _make_room(self, tag: str) -> None:
-        """Wait for the commits before that of `tag`, and let retention work once more."""
-        await those_before_have_ended(tag, list(self._commits))
+        """Wait for the commits before that of `tag` (for all, where that was not called yet), and let retention work
+        once more.
+        """
+        for pending in list(self._commits):
+            if pending.tag == tag and not pending.done():
+                break
+            await pending.ended()
         await asyncio.wrap_future(self.pool.submit_io(self._rotate))
 
     def _rotate(self) -> int:

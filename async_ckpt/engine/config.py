@@ -20,7 +20,7 @@ from ..mirror.config import Mirror
 from ..ranks.coordinator import Coordinator
 from ..retention import RetentionPolicy
 from ..storage.filesystem import FileSystem
-from .tolerance import Tolerate
+from .pending import Tolerate
 
 MAX_CHUNK_BYTES = 1 << 30
 DEFAULT_CHUNK_BYTES = 16 << 20

@@ -1,14 +1,13 @@
 """Preemption: a signal says that the process will be killed soon; save once more, and see that it reaches the disk.
 
 Guarantees:
-- The signal handler only sets a flag (see signal_flag.py): it may run in the middle of `save`, of `commit`, or of a
-  lock.
+- The signal handler only sets a flag: it may run in the middle of `save`, of `commit`, or of a lock. It takes no lock,
+  does no I/O, and passes the signal on to the handler that was there before.
 - The save hook runs at most once, on the training thread, at a safe point: `poll_preemption`, the end of `commit`, or
   the orderly end of the engine. Never inside `create` or `save`, and never in an optimizer's step hook, where the
   parameters would be one step ahead of the step counter, the schedule and the data.
 - After the hook, the pending commits are waited for until the deadline, and the outcome is logged, once.
-
-States, in order: WATCHING, PREEMPTED (the flag is set), SAVED (hook and draining are over), REMOVED.
+- A forked child gets the earlier handlers back: a signal to a DataLoader worker ends that worker.
 """
 
 from __future__ import annotations
@@ -21,19 +20,25 @@ import signal
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 from ..errors import ConfigError, TagExistsError, TransactionStateError, check_positive, report
 from .pending import PendingCommit
-from .signal_flag import SignalFlag
 
-_NEVER_CAUGHT = frozenset({signal.SIGKILL, signal.SIGSTOP})
-_FAULTS = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS})
+_REFUSED = {
+    signal.SIGKILL: "cannot be caught by any process; launchers send SIGTERM before it",
+    signal.SIGSTOP: "cannot be caught by any process",
+    **dict.fromkeys(
+        (signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS),
+        "means that the process is broken, not preempted; no checkpoint can be saved then",
+    ),
+}
 DEFAULT_DEADLINE_S = 25.0
-"""Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): leave some of that for the
-exit.
-"""
+"""Launchers send SIGKILL 30 s after SIGTERM (torchrun, Kubernetes, Slurm's KillWait): some of that is for the exit."""
 
 
 def ignore_preemption(worker_id: int = 0, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
@@ -69,6 +74,68 @@ class PreemptionOutcome:
     def ok(self) -> bool:
         """Whether everything that was pending, and the last checkpoint, is durable."""
         return not (self.failed or self.unfinished or self.hook_error)
+
+
+class SignalFlag:
+    """Set by the first of some signals. Main thread only. Refers to nothing else: the signal table keeps no engine
+    alive.
+
+    A second signal: SIGINT raises KeyboardInterrupt; others are counted, and after `deadline_s` they do what they did
+    before (schedulers and launchers often send two at once).
+    """
+
+    def __init__(self, signals: list[int], deadline_s: float) -> None:
+        self.pid = os.getpid()
+        self.deadline_s = deadline_s
+        self.signum: int | None = None
+        self.num_signals = 0
+        self.at_s = 0.0
+        """When the first one came, on ``time.monotonic``."""
+        self._is_active = True
+        self._earlier: dict[int, Any] = {}
+        _flags.add(self)
+        for signum in signals:
+            # Known before ours is in place: a signal may arrive in between.
+            self._earlier[signum] = signal.getsignal(signum)
+            signal.signal(signum, self._handle)
+
+    def remove(self) -> None:
+        """Give the signals back to their earlier handlers. Off the main thread, and where somebody has chained to ours,
+        these stay in place, and only pass on.
+        """
+        self._is_active = False
+        if threading.current_thread() is threading.main_thread():
+            for signum, earlier in self._earlier.items():
+                if signal.getsignal(signum) == self._handle and earlier is not None:
+                    signal.signal(signum, earlier)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        earlier, may_end = self._earlier.get(signum), True
+        if self._is_active and os.getpid() == self.pid:
+            now_s = time.monotonic()
+            if self.signum is None:
+                self.at_s, self.signum = now_s, signum
+            self.num_signals += 1
+            is_first = self.num_signals == 1
+            if is_first and earlier is signal.default_int_handler:
+                return
+            may_end = not is_first and now_s > self.at_s + self.deadline_s
+        if callable(earlier):
+            earlier(signum, frame)
+        elif earlier == signal.SIG_DFL and may_end:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+
+_flags: weakref.WeakSet[SignalFlag] = weakref.WeakSet()
+
+
+def _remove_in_child() -> None:
+    for flag in list(_flags):
+        flag.remove()
+
+
+os.register_at_fork(after_in_child=_remove_in_child)
 
 
 class Preemption:
@@ -113,8 +180,7 @@ class Preemption:
         self._is_agreed = False
         self._busy = threading.Lock()
         self._noted: dict[str, PendingCommit] = {}
-        self._flag = SignalFlag(deadline_s)
-        self._flag.watch(chosen)
+        self._flag = SignalFlag(chosen, deadline_s)
 
     @property
     def preempted(self) -> bool:
@@ -148,25 +214,21 @@ class Preemption:
             if not self._everywhere(may_agree):
                 # Also when a signal has come meanwhile: the others have been told no, and go on to the next safe point.
                 return False
-            is_last = self.outcome is None
-            if is_last:
-                with no_workers_death():
-                    self._finish(run_hook=self._agree is None or self._is_agreed)
-            else:
+            if self.outcome is not None:
                 self._drain(self.remaining_s)
+                return True
+            with no_workers_death():
+                outcome = self._finish(run_hook=self._agree is None or self._is_agreed)
         finally:
             self._busy.release()
-        if is_last and self.outcome is not None:
-            if self.outcome.hook_error is not None:
-                raise self.outcome.hook_error
-            if self._exit_after:
-                raise SystemExit(128 + (self._flag.signum or signal.SIGTERM))
+        if outcome.hook_error is not None:
+            raise outcome.hook_error
+        if self._exit_after:
+            raise SystemExit(128 + (self._flag.signum or signal.SIGTERM))
         return True
 
     def leave(self) -> None:
-        """The engine's end: the last safe point, then the signals go back to their earlier handlers. Raises as
-        `poll`.
-        """
+        """The engine's end: the last safe point, then the signals are given back. Raises as `poll`."""
         try:
             # Another rank may have ended for good: no collective here.
             self.poll(may_agree=False)
@@ -174,10 +236,8 @@ class Preemption:
             self._flag.remove()
 
     def leave_with(self, error: BaseException) -> None:
-        """The loop dies of `error`: drain only, from now on, because its state may be half way through a step.
-
-        Not if the signal has killed a DataLoader's worker, and the loop has died of that outside of an optimizer's
-        step.
+        """The loop dies of `error`: drain only, from now on, because its state may be half way through a step. Not if
+        the signal has killed a DataLoader's worker, and the loop has died of that outside of an optimizer's step.
         """
         if not (self.preempted and _is_a_workers_death(error)):
             self._save = None
@@ -197,36 +257,40 @@ class Preemption:
             self._is_agreed = True
         return self._is_agreed
 
-    def _finish(self, *, run_hook: bool) -> None:
+    def _finish(self, *, run_hook: bool) -> PreemptionOutcome:
         name = signal.Signals(self._flag.signum).name if self._flag.signum is not None else "another rank"
         report(logging.WARNING, "preempted (%s): saving and draining within %.1f s", name, self.remaining_s)
+        save, hook_error = self._save if run_hook else None, None
         # The newest state may be on its way already, under the tag the hook will use; half the time is for the hook.
-        waited = self._drain(self.remaining_s / 2 if self._save is not None and run_hook else self.remaining_s)
-        error = None
-        if self._save is not None and run_hook:
-            error = self._run_hook(self._save)
+        waited = self._drain(self.remaining_s if save is None else self.remaining_s / 2)
+        try:
+            if save is not None:
+                save()
+        except TagExistsError as error:
+            report(logging.INFO, "preempted: the last checkpoint is committed already (%s)", error)
+        except BaseException as error:  # noqa: BLE001 - kept, and raised by poll once the other commits are safe
+            hook_error = error
         waited.update(self._drain(self.remaining_s))
         failures = {tag: pending.failure() for tag, pending in waited.items() if pending.wait(0)}
-        self.outcome = PreemptionOutcome(
+        self.outcome = outcome = PreemptionOutcome(
             signal_name=name,
             num_signals=self._flag.num_signals,
             committed=tuple(tag for tag, failure in failures.items() if failure is None),
             failed=tuple(tag for tag, failure in failures.items() if failure is not None),
             unfinished=tuple(tag for tag in waited if tag not in failures),
-            hook_error=error,
+            hook_error=hook_error,
             elapsed_s=time.monotonic() - self._flag.at_s,
         )
-        _log(self.outcome)
-
-    @staticmethod
-    def _run_hook(save: Callable[[], object]) -> BaseException | None:
-        try:
-            save()
-        except TagExistsError as error:
-            report(logging.INFO, "preempted: the last checkpoint is committed already (%s)", error)
-        except BaseException as error:  # noqa: BLE001 - kept, and raised by poll once the other commits are safe
-            return error
-        return None
+        what = f"committed: {', '.join(outcome.committed) or 'nothing was pending'}"
+        if outcome.failed:
+            what += f"; failed: {', '.join(outcome.failed)}"
+        if outcome.unfinished:
+            what += f"; not finished in time (not visible): {', '.join(outcome.unfinished)}"
+        if hook_error is not None:
+            what += f"; the last save failed: {hook_error}"
+        level = logging.WARNING if outcome.ok else logging.ERROR
+        report(level, "preempted (%s), %.1f s after the signal: %s", name, outcome.elapsed_s, what)
+        return outcome
 
     def _drain(self, timeout_s: float) -> dict[str, PendingCommit]:
         deadline_s = time.monotonic() + timeout_s
@@ -274,25 +338,9 @@ def _check_signals(signals: Iterable[int]) -> list[int]:
             known = signal.Signals(given)
         except ValueError:
             raise ConfigError(f"{given!r} is no signal of this system; give members of signal.Signals") from None
-        if known in _NEVER_CAUGHT:
-            raise ConfigError(f"{known.name} cannot be caught by any process; launchers send SIGTERM before it")
-        if known in _FAULTS:
-            raise ConfigError(
-                f"{known.name} means that the process is broken, not preempted; no checkpoint can be saved then"
-            )
+        if known in _REFUSED:
+            raise ConfigError(f"{known.name} {_REFUSED[known]}")
         chosen.append(known)
     if not chosen:
         raise ConfigError("signals is empty: give at least one, such as (signal.SIGTERM,)")
     return chosen
-
-
-def _log(outcome: PreemptionOutcome) -> None:
-    what = f"committed: {', '.join(outcome.committed) or 'nothing was pending'}"
-    if outcome.failed:
-        what += f"; failed: {', '.join(outcome.failed)}"
-    if outcome.unfinished:
-        what += f"; not finished in time (not visible): {', '.join(outcome.unfinished)}"
-    if outcome.hook_error is not None:
-        what += f"; the last save failed: {outcome.hook_error}"
-    level = logging.WARNING if outcome.ok else logging.ERROR
-    report(level, "preempted (%s), %.1f s after the signal: %s", outcome.signal_name, outcome.elapsed_s, what)

@@ -29,7 +29,7 @@ from async_ckpt import (
     UnsupportedStateError,
     WriteError,
 )
-from async_ckpt.engine import tolerance
+from async_ckpt.engine import pending as pending_module
 from async_ckpt.storage.filesystem import FileSystem
 from tests.ranks.jobs import FullDisk
 from tests.support.faulty_filesystem import FaultyFileSystem
@@ -133,7 +133,7 @@ def test_a_row_that_lasts_too_long_is_raised_before_it_is_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = [100.0]
-    monkeypatch.setattr("async_ckpt.engine.tolerance._now_s", lambda: now_s[0])
+    monkeypatch.setattr("async_ckpt.engine.pending._now_s", lambda: now_s[0])
     fs = FaultyFileSystem()
     fails(fs)
     with make_engine(tmp_path, fs, on_commit_failure=Tolerate(consecutive=9, within_s=60)) as engine:
@@ -239,7 +239,7 @@ def _rank(rank: int, root: str, failing: int, name: str, skewed: int | None = No
         fails(fs, name)
     if rank == skewed:
         # Hours from one failure to the next.
-        tolerance._now_s = itertools.count(step=7200.0).__next__
+        pending_module._now_s = itertools.count(step=7200.0).__next__
     told: list[Any] = []
     engine = make_engine(
         Path(root),
