@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -48,22 +47,18 @@ class Agreement(Protocol):
         Raises:
             RankFailedError: not within the time; names the ranks that were not heard of.
         """
+        return None
 
     def concluded(self, name: str, error: str) -> None:
         """The leader tells the others that the manifest is there, or why it is not."""
+        return None
 
 
-class Alone:
+class Alone(Agreement):
     """The agreement of a single process."""
 
-    rank: int | None = None
+    rank = None
     leads = True
-
-    def all_sent(self, name: str) -> None:
-        return None
-
-    def concluded(self, name: str, error: str) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,10 @@ class MirrorContext:
     mirror: Mirror
     filesystem: FileSystem
     root: str
-    executor: Executor
-    agreement: Agreement
-    may_overwrite: bool
-    uploaders_per_node: int | None
-    hooks: MirrorHooks
+    may_overwrite: bool = False
+    uploaders_per_node: int | None = None
+    agreement: Agreement = field(default_factory=Alone)
+    hooks: MirrorHooks = field(default_factory=MirrorHooks)
     catalog: Catalog = field(init=False)
     states: States = field(init=False)
     store: Store = field(init=False)

@@ -1,8 +1,8 @@
 """All mirrors of one engine: their thread, what is pending, what failed, and how long leaving waits.
 
 Guarantees:
-- Each mirror has a thread, and a process that uploads (see `process`) or, where that cannot be, a few more threads that
-  all share; at the lowest priority for processor and disk.
+- Each mirror has a thread, and a process that uploads (see `process`) or, where that cannot be, a few more threads; at
+  the lowest priority for processor and disk.
 - A `PendingMirror` always resolves. Nothing here harms a commit, and nothing waits longer than it was told to.
 """
 
@@ -26,7 +26,6 @@ from .context import Agreement, Alone, MirrorContext, MirrorHooks
 from .pending import PendingMirror
 from .worker import Worker
 
-_MAX_THREADS = 16
 _STOP_S = 1.0
 _CHECK_S = 30.0
 
@@ -67,30 +66,29 @@ class Mirrors:
         self._death: BaseException | None = None
         """What has ended the thread of a mirror."""
         self._is_checked = self._is_closed = self._has_ended = False
-        num_threads = min(_MAX_THREADS, max(4, 0, *(mirror.parallel for mirror in self.mirrors)))
-        self._executor = DaemonExecutor("async-ckpt-mirror", len(self.mirrors) + num_threads, on_start=lower_priority)
+        self._workers = [
+            Worker(
+                MirrorContext(
+                    mirror,
+                    filesystem,
+                    root,
+                    may_overwrite,
+                    uploaders_per_node,
+                    agreement or Alone(),
+                    replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
+                ),
+                with_backlog=with_backlog,
+            )
+            for mirror in self.mirrors
+        ]
+        self._runs: list[Outcome[None]] = [Outcome() for _ in self._workers]
+        self._executor = DaemonExecutor("async-ckpt-mirror", len(self.mirrors), on_start=lower_priority)
         try:
-            self._workers = [
-                Worker(
-                    MirrorContext(
-                        mirror,
-                        filesystem,
-                        root,
-                        self._executor,
-                        agreement or Alone(),
-                        may_overwrite,
-                        uploaders_per_node,
-                        replace(self._hooks, on_ended=functools.partial(self._worker_ended, mirror)),
-                    ),
-                    with_backlog=with_backlog,
-                    num_threads=num_threads,
-                )
-                for mirror in self.mirrors
-            ]
-            self._runs: list[Outcome[None]] = [Outcome() for _ in self._workers]
             for worker, run in zip(self._workers, self._runs, strict=True):
                 self._executor.submit(self._run, worker, run)
         except BaseException:
+            for worker in self._workers:
+                worker.uploader.stop()
             self._executor.shutdown()
             raise
 
@@ -172,12 +170,12 @@ class Mirrors:
         busy = [run for worker, run in runs if not left and worker.finish()]
         wait_all(busy, max(_STOP_S, deadline - time.monotonic()))
         for worker in self._workers:
-            worker.stop()
+            worker.uploader.stop()
         wait_all(self._runs, _STOP_S)
         # Whoever is inside of a request of this process goes on without us, to its end at most, and changes no state
         # any more.
         for worker in self._workers:
-            worker.kill()
+            worker.uploader.kill()
         wait_all(self._runs, _STOP_S)
         self._executor.shutdown(wait=False)
         for one in pending:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
 from ..errors import MirrorError
+from ..threads.executor import run_on_threads
 from .store import ConditionFailed, ObjectInfo, PassingFailure, Store
 
-_NUM_RACERS = 4
+_NUM_RACERS, _NUM_BYTES = 4, 8
 _TRIES = 3
 _STRANGER = ObjectInfo(0, '"0123456789abcdef"', "1")
 
@@ -29,7 +29,7 @@ class Abilities:
     """The store does not compare what arrives with its checksum, but tells its MD5: then we compare that."""
 
 
-def probe(store: Store, executor: Executor) -> Abilities:
+def probe(store: Store) -> Abilities:
     """Put, race for, replace and delete a few bytes under a name that no tag has. Blocks.
 
     Raises:
@@ -38,7 +38,7 @@ def probe(store: Store, executor: Executor) -> Abilities:
     for attempt in range(1, _TRIES + 1):
         key = f".probe-{secrets.token_hex(8)}"
         try:
-            abilities = _probe(store, executor, key)
+            abilities = _probe(store, key)
         except PassingFailure:
             # What came of the request is not known, so neither is who has won: once more, with another name.
             if attempt == _TRIES:
@@ -52,17 +52,20 @@ def probe(store: Store, executor: Executor) -> Abilities:
     return Abilities(False, False)
 
 
-def _probe(store: Store, executor: Executor, key: str) -> Abilities | None:
+def _probe(store: Store, key: str) -> Abilities | None:
     """None where nobody seems to have won, because a reply was lost."""
-    races = [executor.submit(_wins, store, key, f"racer {k}".encode(), None) for k in range(_NUM_RACERS)]
-    wait(races)
-    num_winners = sum(race.result() for race in races)
-    found = store.head(key)
-    if found is None or not num_winners:
+    wins: list[bool] = []
+
+    def race() -> None:
+        wins.append(_wins(store, key, secrets.token_bytes(_NUM_BYTES), None))
+
+    run_on_threads("async-ckpt-mirror", _NUM_RACERS, race, stop=lambda: None)
+    found = store.read(key, _NUM_BYTES)
+    if found is None or not any(wins):
         return None
-    is_kept = num_winners == 1 and not _wins(store, key, b"late", None) and not _wins(store, key, b"odd", _STRANGER)
-    content = bytes(store.get_range(key, 0, found.size_bytes))
-    is_md5 = found.e_tag.strip('"') == hashlib.md5(content, usedforsecurity=False).hexdigest()
+    is_kept = sum(wins) == 1 and not _wins(store, key, b"late", None) and not _wins(store, key, b"odd", _STRANGER)
+    info, content = found
+    is_md5 = info.e_tag.strip('"') == hashlib.md5(content, usedforsecurity=False).hexdigest()
     return Abilities(is_kept, is_md5 and not store.refuses_damage(key))
 
 

@@ -1,9 +1,9 @@
 """Uploads in a process of their own: reading, checksums and requests never take the interpreter lock from a training.
 
-`UploadProcess` stands for `Upload` in the parent, `serve` runs `Upload` in the child. Over a socket pair they exchange
-tuples of plain objects, pickled; the first member says what follows:
+`Uploader` is the parent's side, `serve` runs in the child. Over a socket pair they exchange tuples of plain objects,
+pickled; the first member says what follows:
 
-- to the child: `Settings` once; "upload" (tag, abilities), "answer" (error), "stop".
+- to the child: what its `MirrorContext` is made of, once; "upload" (tag, abilities), "answer" (error), "stop".
 - to the parent: "span", "log" (level, text), "metrics", "ask" (a method of `Agreement`, arguments), "ended" (error).
 
 Guarantees:
@@ -25,7 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,65 +42,46 @@ from .remote import open_store
 from .store import PassingFailure
 from .upload import Upload
 
+_MAX_THREADS = 16
 _PROGRESS_S = 1.0
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
 # Nothing is imported before the path is right: the working directory, which comes first, may hold a "random.py".
 _CHILD = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
+_SHARED = ("mirror", "filesystem", "root", "may_overwrite", "uploaders_per_node")
+"""The fields of a `MirrorContext` that are the same in the child."""
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the child makes its `MirrorContext` of."""
+class Uploader:
+    """Runs the uploads of one mirror: in a process of their own, or on threads of this one where that cannot be.
+    `start`, `upload` and `close` are called by the mirror's thread, `stop` and `kill` by any."""
 
-    mirror: Mirror
-    filesystem: FileSystem
-    root: str
-    may_overwrite: bool
-    uploaders_per_node: int | None
-    rank: int | None
-    leads: bool
-    num_threads: int
-
-
-class UploadProcess:
-    """The child of one mirror. `start`, `upload` and `close` are called by the mirror's thread, `stop` and `kill` by
-    any."""
-
-    def __init__(self, context: MirrorContext, settings: bytes) -> None:
+    def __init__(self, context: MirrorContext) -> None:
         self._context = context
-        self._settings = settings
+        self._settings: bytes | None = None
+        """None where an upload needs what exists in this process alone: another file system, or options that are no
+        plain values (a provider of credentials); and where no interpreter can be started."""
+        is_runnable = sys.executable and not getattr(sys, "frozen", False)
+        if is_runnable and type(context.filesystem) is FileSystem and _is_plain(context.mirror.options):
+            shared = {name: getattr(context, name) for name in _SHARED}
+            shared["mirror"] = replace(context.mirror, retention=None)
+            self._settings = pickle.dumps((shared, context.agreement.rank, context.agreement.leads))
+        self._executor: DaemonExecutor | None = None
+        """Where uploads run in this process."""
         self._lock = Lock()
         """Held to send, and to change the fields below."""
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection
-
-    @classmethod
-    def of(cls, context: MirrorContext, num_threads: int) -> UploadProcess | None:
-        """None where an upload needs what exists in this process alone: another file system, or options that are
-        no plain values (a provider of credentials); and where no interpreter can be started."""
-        is_runnable = sys.executable and not getattr(sys, "frozen", False)
-        if not is_runnable or type(context.filesystem) is not FileSystem or not _is_plain(context.mirror.options):
-            return None
-        mirror, agreement = replace(context.mirror, retention=None), context.agreement
-        settings = Settings(
-            mirror,
-            context.filesystem,
-            context.root,
-            context.may_overwrite,
-            context.uploaders_per_node,
-            agreement.rank,
-            agreement.leads,
-            num_threads,
-        )
-        return cls(context, pickle.dumps(settings))
 
     def upload(self, tag: str, metrics: MirrorMetrics) -> None:
         """Mirror a checkpoint and fill in `metrics`, once a second and at the end. Blocks; raises what `Upload.run`
         does, and PassingFailure where the child dies or cannot be started."""
         context = self._context
         self.start()
+        if self._executor is not None:
+            Upload(context, self._executor, tag, metrics).run()
+            return
         # Whoever stops it from here on finds the child.
         context.sleep()
         try:
@@ -117,18 +98,21 @@ class UploadProcess:
             raise told[1]
 
     def start(self) -> None:
-        """Start it, where it does not run; does not wait for it. Raises PassingFailure."""
-        if self._process is not None and self._process.poll() is None:
+        """Start the process or the threads, where they do not run; does not wait for them. Raises PassingFailure."""
+        if self._executor is not None or (self._process is not None and self._process.poll() is None):
             return
         self.close()
         try:
-            self._start()
-        except OSError as error:
+            if self._settings is None:
+                self._executor = _threads(self._context.mirror)
+            else:
+                self._start(self._settings)
+        except (OSError, RuntimeError) as error:
             self.close()
-            told = f"no process that uploads can be started: {error}"
+            told = f"no process or thread that uploads can be started: {error}"
             raise PassingFailure(told, url=self._context.mirror.url) from error
 
-    def _start(self) -> None:
+    def _start(self, settings: bytes) -> None:
         # The child inherits it: signals are for the training, which may still wait for what is on its way. (In a
         # session of its own it would hear few too, but the scheduler weighs sessions against each other, whatever their
         # niceness.) And that it has died is an error here, never SIGPIPE.
@@ -141,7 +125,7 @@ class UploadProcess:
             process = subprocess.Popen([sys.executable, "-c", _CHILD, *path], stdin=theirs.fileno())
             with self._lock:
                 self._process, self._channel = process, Connection(ours.detach())
-                self._channel.send_bytes(self._settings)
+                self._channel.send_bytes(settings)
 
     def _send(self, *message: Any) -> None:
         with self._lock:
@@ -165,7 +149,8 @@ class UploadProcess:
             self._send("answer", error)
 
     def stop(self) -> None:
-        """Let the upload end where it next looks."""
+        """Let all work for this mirror end where it next looks."""
+        self._context.stop()
         with self._lock, contextlib.suppress(OSError):
             if self._process is not None and self._process.poll() is None:
                 self._channel.send(["stop"])
@@ -177,7 +162,9 @@ class UploadProcess:
                 self._process.kill()
 
     def close(self) -> int | None:
-        """End the child; its exit status, None where there was none."""
+        """End the child, or the threads after what they do; the child's exit status, None where there was none."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
         with self._lock:
             process, self._process = self._process, None
         if process is None:
@@ -196,6 +183,11 @@ def _is_plain(value: object) -> bool:
     return type(value) in (str, bytes, int, float, bool, timedelta, type(None))
 
 
+def _threads(mirror: Mirror) -> DaemonExecutor:
+    # The child has one more at work: an upload waits for its objects.
+    return DaemonExecutor("async-ckpt-mirror", 1 + min(_MAX_THREADS, mirror.parallel), on_start=lower_priority)
+
+
 # The child.
 
 
@@ -211,14 +203,14 @@ def serve() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, 19)
     with contextlib.suppress(EOFError, OSError):
         # Until the parent is gone, or wants no more.
-        settings: Settings = channel.recv()
+        settings = channel.recv()
         child: _Child | None = None
         while child is None:
             try:
-                child = _Child(channel, settings)
+                child = _Child(channel, *settings)
             except Exception as error:  # noqa: BLE001 -- the next upload fails with it; then it is tried again
                 channel.recv()
-                channel.send(("ended", portable(error, settings.mirror.url)))
+                channel.send(("ended", portable(error, settings[0]["mirror"].url)))
         child.run()
     os._exit(0)
 
@@ -227,25 +219,17 @@ class _Child(logging.Handler):
     """Runs uploads, one at a time, on a thread of its own; to it this is also the `Agreement` of the parent, and what
     becomes of its log."""
 
-    def __init__(self, channel: Connection, settings: Settings) -> None:
+    def __init__(self, channel: Connection, shared: dict[str, Any], rank: int | None, leads: bool) -> None:
         super().__init__()
-        self.rank, self.leads = settings.rank, settings.leads
+        self.rank, self.leads = rank, leads
         self._channel = channel
         self._sending = Lock()
         self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._running: MirrorMetrics | None = None
-        self._executor = DaemonExecutor("async-ckpt-mirror", 1 + settings.num_threads)
-        self._context = MirrorContext(
-            settings.mirror,
-            settings.filesystem,
-            settings.root,
-            self._executor,
-            self,
-            settings.may_overwrite,
-            settings.uploaders_per_node,
-            MirrorHooks(on_span=lambda span: self._send("span", span)),
-        )
-        self._context.store = open_store(settings.mirror, settings.filesystem)
+        hooks = MirrorHooks(on_span=lambda span: self._send("span", span))
+        self._context = context = MirrorContext(**shared, agreement=self, hooks=hooks)
+        context.store = open_store(context.mirror, context.filesystem)
+        self._executor = _threads(context.mirror)
         logger = logging.getLogger("async_ckpt")
         logger.addHandler(self)
         logger.propagate = False
@@ -271,7 +255,7 @@ class _Child(logging.Handler):
         error: BaseException | None = None
         try:
             self._context.states.reload(metrics.tag)
-            Upload(self._context, metrics.tag, metrics).run()
+            Upload(self._context, self._executor, metrics.tag, metrics).run()
         except BaseException as failure:  # noqa: BLE001 -- the parent raises it
             error = failure
         with self._sending:

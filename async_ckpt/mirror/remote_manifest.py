@@ -1,19 +1,15 @@
-"""The manifest in a store: read, put where the condition holds, deleted before what it names. Blocks."""
+"""The manifest in a store: read, and deleted before what it names. Blocks."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME
-from .plan import UploadPlan, object_key
+from .plan import object_key
 from .state import States, TagState
-from .store import ANY_VERSION, ConditionFailed, ObjectInfo, PassingFailure, Store
-
-_PAUSE_S, _MAX_PAUSE_S = 0.05, 5.0
+from .store import ObjectInfo, Store
 
 
 @dataclass(frozen=True)
@@ -58,54 +54,6 @@ def read_manifest(store: Store, tag: str) -> FoundManifest | None:
         return FoundManifest(raw, info, None)
 
 
-def may_replace(found: FoundManifest, plan: UploadPlan, ours: Iterable[str], may_overwrite: bool) -> bool:
-    """A damaged one; an older one that this root has put; any older one where overwriting was asked for."""
-    if found.manifest is None:
-        return True
-    return (may_overwrite or found.attempt in set(ours)) and found.manifest.created_unix_ns < plan.created_unix_ns
-
-
-def publish(
-    store: Store,
-    plan: UploadPlan,
-    *,
-    conditional: bool,
-    may_replace: Callable[[FoundManifest], bool],
-    on_replace: Callable[[FoundManifest], object],
-    patience_s: float,
-    pause: Callable[[float], object],
-) -> None:
-    """Put the manifest and read it back. `on_replace` is called before one is replaced: its objects are to be deleted
-    afterwards.
-
-    A conflict (409), a reply that was lost and a manifest that arrived damaged are tried again, for `patience_s`.
-
-    Raises:
-        ConditionFailed: the store has a manifest that may not be replaced. MirrorError: the store failed.
-    """
-    failure = MirrorError(f"the store accepts the manifest of {plan.tag!r} but holds other bytes", url=store.url)
-    give_up_s, pause_s = time.monotonic() + patience_s, _PAUSE_S
-    while True:
-        found = read_manifest(store, plan.tag)
-        if found is not None and found.raw == plan.manifest:
-            return
-        if found is not None and not may_replace(found):
-            raise _refusal(store, plan, found)
-        if time.monotonic() > give_up_s:
-            raise failure
-        if found is not None:
-            on_replace(found)
-        absent_or_this = found.info if found is not None else None
-        try:
-            store.put_if(plan.manifest_key, plan.manifest, absent_or_this if conditional else ANY_VERSION)
-        except (ConditionFailed, PassingFailure) as error:
-            # It may have been done all the same, or the other side be about to end: the store is asked before
-            # anything is said.
-            failure = error
-            pause(pause_s)
-            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
-
-
 def delete_doomed(store: Store, states: States, tag: str) -> None:
     """Delete what the state of `tag` says is to be deleted, except what the manifest in the store (still) names.
 
@@ -121,16 +69,6 @@ def delete_doomed(store: Store, states: States, tag: str) -> None:
         states.write(
             replace(state, doomed=() if state.mirrored else tuple(key for key in state.doomed if key in named))
         )
-
-
-def _refusal(store: Store, plan: UploadPlan, found: FoundManifest) -> ConditionFailed:
-    assert found.manifest is not None
-    order = "a newer" if found.manifest.created_unix_ns >= plan.created_unix_ns else "an older"
-    return ConditionFailed(
-        f"the store has {order} checkpoint {plan.tag!r} of another run (attempt {found.attempt}), which stays. "
-        "Give this run a prefix of its own, or overwrite='replace' to replace older ones",
-        url=store.url,
-    )
 
 
 def remove_remote(store: Store, states: States | None, expected: Manifest) -> None:

@@ -16,7 +16,7 @@ import logging
 import random
 import re
 import time
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, wait
 from dataclasses import replace
 
 from ..errors import CheckpointNotFoundError, MirrorError, report
@@ -28,9 +28,9 @@ from ..threads.locks import Lock
 from .context import MirrorContext, Stopped
 from .parts import PartStream, Slots
 from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
-from .remote_manifest import delete_doomed, may_replace, publish, read_manifest
+from .remote_manifest import FoundManifest, delete_doomed, read_manifest
 from .state import TagState
-from .store import AbortedElsewhere, ConditionFailed, PassingFailure
+from .store import ANY_VERSION, AbortedElsewhere, ConditionFailed, PassingFailure
 
 _MAX_DAMAGED = 3
 """Times that an object is put where the store then holds other bytes."""
@@ -38,10 +38,11 @@ _PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
 
 
 class Upload:
-    """One checkpoint on its way. Made and run once, on one thread; its objects on the context's."""
+    """One checkpoint on its way. Made and run once, on one thread; its objects on the executor's."""
 
-    def __init__(self, context: MirrorContext, tag: str, metrics: MirrorMetrics) -> None:
+    def __init__(self, context: MirrorContext, executor: Executor, tag: str, metrics: MirrorMetrics) -> None:
         self._context = context
+        self._executor = executor
         self._tag = tag
         self._metrics = metrics
         self._slots = Slots(context)
@@ -117,7 +118,7 @@ class Upload:
 
     def _put_all(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
         """All objects, many at once; the first failure ends the others soon, and is raised when they have ended."""
-        puts = [self._context.executor.submit(self._put, checkpoint, plan, one) for one in plan.objects]
+        puts = [self._executor.submit(self._put, checkpoint, plan, one) for one in plan.objects]
         wait(puts, return_when=FIRST_EXCEPTION)
         self._slots.close()
         for put in puts:
@@ -229,22 +230,47 @@ class Upload:
             self._context.agreement.concluded(name, error)
 
     def _publish(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
-        context, started_s = self._context, time.perf_counter()
+        """Put the manifest and read it back. A conflict (409), a reply that was lost and a manifest that arrived
+        damaged are tried again. Raises ConditionFailed, MirrorError."""
+        context, store, started_s = self._context, self._context.store, time.perf_counter()
         if not checkpoint.is_current():
             told = f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored"
             raise CheckpointNotFoundError(told)
-        ours = self._own_state(plan).ours
-        publish(
-            context.store,
-            plan,
-            conditional=context.abilities is not None and context.abilities.conditional,
-            may_replace=lambda found: may_replace(found, plan, ours, context.may_overwrite),
-            on_replace=lambda found: self._doom(plan, found.keys),
-            patience_s=context.mirror.retry_timeout_s,
-            pause=context.sleep,
-        )
+        is_conditional = context.abilities is not None and context.abilities.conditional
+        failure = MirrorError(f"the store accepts the manifest of {plan.tag!r} but holds other bytes", url=store.url)
+        give_up_s, pause_s = time.monotonic() + context.mirror.retry_timeout_s, _PAUSE_S
+        while (found := read_manifest(store, plan.tag)) is None or found.raw != plan.manifest:
+            if found is not None:
+                self._check_replaceable(found, plan)
+            if time.monotonic() > give_up_s:
+                raise failure
+            if found is not None:
+                self._doom(plan, found.keys)
+            absent_or_this = found.info if found is not None else None
+            try:
+                store.put_if(plan.manifest_key, plan.manifest, absent_or_this if is_conditional else ANY_VERSION)
+            except (ConditionFailed, PassingFailure) as error:
+                # It may have been done all the same, or the other side be about to end: the store is asked before
+                # anything is said.
+                failure = error
+                context.sleep(pause_s)
+                pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
         self._told("upload manifest", started_s, MANIFEST_NAME, len(plan.manifest))
         self._finish(plan)
+
+    def _check_replaceable(self, found: FoundManifest, plan: UploadPlan) -> None:
+        """A damaged one is; an older one that this root has put; any older one where overwriting was asked for. Raises
+        ConditionFailed."""
+        if found.manifest is None:
+            return
+        is_newer = found.manifest.created_unix_ns >= plan.created_unix_ns
+        if is_newer or not (self._context.may_overwrite or found.attempt in self._own_state(plan).ours):
+            raise ConditionFailed(
+                f"the store has {'a newer' if is_newer else 'an older'} checkpoint {plan.tag!r} of another run "
+                f"(attempt {found.attempt}), which stays. Give this run a prefix of its own, or overwrite='replace' to "
+                "replace older ones",
+                url=self._context.store.url,
+            )
 
     def _finish(self, plan: UploadPlan) -> None:
         self._context.states.write(replace(self._own_state(plan), mirrored=True, ours=()))

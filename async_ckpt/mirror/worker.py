@@ -17,11 +17,10 @@ from ..threads.outcome import Outcome
 from .context import MirrorContext, Stopped
 from .pending import PendingMirror
 from .probe import probe
-from .process import UploadProcess
+from .process import Uploader
 from .remote import open_store, remote_catalog
 from .remote_manifest import delete_doomed, read_manifest, remove_remote
 from .store import ConditionFailed, PassingFailure
-from .upload import Upload
 
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
 _MIN_REST_S = 1.0
@@ -30,9 +29,9 @@ _MIN_REST_S = 1.0
 class Worker:
     """Any thread; only `run` blocks."""
 
-    def __init__(self, context: MirrorContext, *, with_backlog: bool, num_threads: int) -> None:
+    def __init__(self, context: MirrorContext, *, with_backlog: bool) -> None:
         self.context = context
-        self._process = UploadProcess.of(context, num_threads)
+        self.uploader = Uploader(context)
         self.ready: Outcome[None] = Outcome()
         """Resolves when the store has been tried; to what is wrong with it, if something is."""
         self._url = context.mirror.url
@@ -58,19 +57,8 @@ class Worker:
         with self.context.changed:
             self._is_finishing = self._is_woken = True
             if not self._is_busy:
-                self.stop()
+                self.uploader.stop()
             return self._is_busy
-
-    def stop(self) -> None:
-        """Stop where the work next looks."""
-        self.context.stop()
-        if self._process is not None:
-            self._process.stop()
-
-    def kill(self) -> None:
-        """End an upload in another process, wherever it is."""
-        if self._process is not None:
-            self._process.kill()
 
     def run(self) -> None:
         """Mirror until stopped."""
@@ -84,9 +72,8 @@ class Worker:
             pass
         finally:
             self.ready.resolve(None, None)
-            if self._process is not None:
-                self._process.kill()
-                self._process.close()
+            self.uploader.kill()
+            self.uploader.close()
 
     # Before the first upload.
 
@@ -123,7 +110,7 @@ class Worker:
     def _connect(self) -> None:
         context = self.context
         context.states.begin(takes_all=self._with_backlog)
-        abilities = probe(open_store(context.mirror, context.filesystem, quick=True), context.executor)
+        abilities = probe(open_store(context.mirror, context.filesystem, quick=True))
         if not abilities.conditional:
             told = "the store ignores conditions (If-None-Match): two writers could overwrite each other's manifests"
             if context.agreement.rank is not None:
@@ -131,8 +118,7 @@ class Worker:
                 raise MirrorError(told, url=self._url)
             report(logging.WARNING, "%s. See to it that only this process writes to %s", told, self._url)
         context.store = open_store(context.mirror, context.filesystem)
-        if self._process is not None:
-            self._process.start()
+        self.uploader.start()
         self._recover()
         context.abilities = abilities
 
@@ -187,10 +173,7 @@ class Worker:
                 self._ask_again(tag)
             started_s = time.perf_counter()
             metrics.wait_s = started_s - pendings[0].committed_s if pendings else 0.0
-            if self._process is not None:
-                self._process.upload(tag, metrics)
-            else:
-                Upload(context, tag, metrics).run()
+            self.uploader.upload(tag, metrics)
             metrics.upload_s = time.perf_counter() - started_s
         except Stopped:
             told = f"the mirroring of {tag!r} was cut short and goes on at the next start; it is whole on disk"

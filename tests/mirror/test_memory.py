@@ -17,7 +17,7 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry
 from async_ckpt.metrics import MirrorMetrics
 from async_ckpt.mirror.config import Mirror
-from async_ckpt.mirror.context import Alone, MirrorContext, MirrorHooks
+from async_ckpt.mirror.context import MirrorContext
 from async_ckpt.mirror.parts import PartStream, Slots
 from async_ckpt.mirror.plan import ObjectPlan
 from async_ckpt.mirror.remote import remote_catalog
@@ -111,7 +111,7 @@ def test_no_part_is_read_before_a_slot_is_free(tmp_path: Path) -> None:
 
     file = filesystem.open_read(str(tmp_path / "huge"), ("model.bin",))
     with ThreadPoolExecutor(2) as pool:
-        context = MirrorContext(mirror, filesystem, str(tmp_path), pool, Alone(), False, None, MirrorHooks())
+        context = MirrorContext(mirror, filesystem, str(tmp_path))
         stream = PartStream(context, file, ObjectPlan("key", entry), Slots(context), metrics)
         held = [next(stream), next(stream)]
         third = pool.submit(next, stream)
