@@ -1,9 +1,10 @@
-"""What integrations do alike: import their framework, and refuse the settings that the framework decides."""
+"""What integrations do alike: import their framework, refuse the settings that it decides, and put a word in."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..engine.config import EngineConfig
@@ -41,3 +42,16 @@ def checked_config(config: Mapping[str, Any], decided: Mapping[str, str]) -> Eng
     if own:
         raise ConfigError(f"these fields are not to be given, they are decided already: {', '.join(own)}")
     return EngineConfig.from_params({"root": ".", **config})
+
+
+def wrapped(stock: Any, around: Callable[..., Any]) -> Any:
+    """A function that calls ``around(stock, ...)``; `stock` itself where it is one already."""
+    if hasattr(stock, "_is_async_ckpt"):
+        return stock
+
+    @functools.wraps(stock)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(stock, *args, **kwargs)
+
+    wrapper._is_async_ckpt = True  # type: ignore[attr-defined]
+    return wrapper

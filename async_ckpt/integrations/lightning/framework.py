@@ -9,13 +9,12 @@ ours.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import sys
 from typing import Any
 
-from ..frameworks import require
+from ..frameworks import require, wrapped
 
 _PACKAGES = (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning"))
 
@@ -53,50 +52,39 @@ def default_weights_only() -> bool | None:
 
 
 def _teach(callback_class: Any, plugin_class: Any) -> None:
-    if getattr(callback_class.file_exists, "_is_async_ckpt", False):
-        return
-    stock_exists, stock_link = callback_class.file_exists, callback_class._link_checkpoint
-    stock_setup, stock_start = callback_class.setup, callback_class.on_train_start
-
     def plugin_of(trainer: Any) -> Any:
         plugin = trainer.strategy.checkpoint_io
         return plugin if isinstance(plugin, plugin_class) else None
 
-    @functools.wraps(stock_exists)
-    def file_exists(self: Any, filepath: Any, trainer: Any) -> bool:
-        exists = bool(stock_exists(self, filepath, trainer))
+    def file_exists(stock: Any, callback: Any, filepath: Any, trainer: Any) -> bool:
+        exists = bool(stock(callback, filepath, trainer))
         plugin = plugin_of(trainer)
         if exists or plugin is None:
             return exists
         # Every rank gets the answer of the one that saves.
         return bool(trainer.strategy.broadcast(trainer.is_global_zero and plugin.is_pending(filepath)))
 
-    @functools.wraps(stock_link)
-    def link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
+    def link_checkpoint(stock: Any, trainer: Any, filepath: str, linkpath: str) -> None:
         plugin = plugin_of(trainer)
         if plugin is None:
-            stock_link(trainer, filepath, linkpath)
+            stock(trainer, filepath, linkpath)
             return
         if trainer.is_global_zero:
             plugin.link(filepath, linkpath)
         trainer.strategy.barrier()
 
-    @functools.wraps(stock_setup)
-    def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
-        stock_setup(self, trainer, pl_module, stage)
+    def setup(stock: Any, callback: Any, trainer: Any, pl_module: Any, stage: str) -> None:
+        stock(callback, trainer, pl_module, stage)
         plugin = plugin_of(trainer)
         if plugin is not None and trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
-            plugin.prepare(self.dirpath)
+            plugin.prepare(callback.dirpath)
 
-    @functools.wraps(stock_start)
-    def on_train_start(self: Any, trainer: Any, pl_module: Any) -> None:
-        stock_start(self, trainer, pl_module)
+    def on_train_start(stock: Any, callback: Any, trainer: Any, pl_module: Any) -> None:
+        stock(callback, trainer, pl_module)
         plugin = plugin_of(trainer)
         if plugin is not None:
             plugin.fit_started(trainer.optimizers, pl_module)
 
-    file_exists._is_async_ckpt = True  # type: ignore[attr-defined]
-    callback_class.setup = setup
-    callback_class.on_train_start = on_train_start
-    callback_class.file_exists = file_exists
-    callback_class._link_checkpoint = staticmethod(link_checkpoint)
+    for around in (file_exists, setup, on_train_start):
+        setattr(callback_class, around.__name__, wrapped(getattr(callback_class, around.__name__), around))
+    callback_class._link_checkpoint = staticmethod(wrapped(callback_class._link_checkpoint, link_checkpoint))
