@@ -17,16 +17,13 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
-from ...format.manifest import FileEntry, Manifest
-from ...format.zip_directory import UnusualLayoutError, read_directory
+from ...format.manifest import Manifest
 from ...reading.catalog import Catalog
-from ...reading.load import load_opened
+from ...reading.load import load_committed
 from ...reading.records import LEGACY_MAGIC
-from ...reading.verified_file import VerifiedFile
 from ...storage.filesystem import FileSystem
 from .single_file import CONTENT_ID, DATA_NAME, CheckpointFile, read_content_id
 
-_EXTENT_BYTES = 8 << 20
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
 
@@ -42,22 +39,18 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
     """
     if verify not in ("full", "off"):
         raise ConfigError(f"verify must be 'full' or 'off', not {verify!r}")
-    found = filesystem.stat(place.final)
-    if found.kind == "other":
+    if filesystem.stat(place.final).kind == "other":
         place = CheckpointFile(os.path.realpath(place.final))
-        found = filesystem.stat(place.final)
-    if found.kind != "file":
+    if filesystem.stat(place.final).kind != "file":
         raise CheckpointNotFoundError(f"Checkpoint file not found: {place.final}")
-    manifest = None if verify == "off" else _manifest(filesystem, place)
-    entry = None if manifest is None else manifest.file(DATA_NAME)
     doubt = ""
-    if manifest is not None and entry is not None:
+    if verify == "full" and (manifest := _manifest(filesystem, place)) is not None:
         if filesystem.stat(place.staged).kind == "file":
             # A crash came between the two renames: the manifest speaks of the file that is not here yet.
             doubt = "is older than its manifest; the next save here ends that"
         else:
             try:
-                return _load(filesystem, place, entry, **options)
+                return load_committed(Catalog(place.root, filesystem), place.tag, DATA_NAME, **options)
             except CorruptCheckpointError as error:
                 if _is_the_committed_one(filesystem, place, manifest):
                     raise
@@ -67,26 +60,6 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
         report(logging.WARNING, "%s %s, and holds no checksums: nothing could be compared", place.final, doubt)
     elif doubt:
         report(logging.WARNING, "%s %s; only its own checksums were compared", place.final, doubt)
-    return _load_without_manifest(filesystem, place, max(1, found.size_bytes), verify, **options)
-
-
-def _load_without_manifest(
-    filesystem: FileSystem, place: CheckpointFile, size_bytes: int, verify: str, **options: Any
-) -> Any:
-    """The object in a file of `torch.save`, or in another zip archive that torch can read.
-
-    Raises:
-        CorruptCheckpointError: torch cannot read it.
-    """
-    # An extent is what is kept in memory beside the tensors.
-    entry = FileEntry(DATA_NAME, size_bytes, min(size_bytes, _EXTENT_BYTES), (), "torch", "torch", None)
-    try:
-        return _load(filesystem, place, entry, **options)
-    except CorruptCheckpointError:
-        if not _has_another_layout(filesystem, place):
-            raise
-    if verify == "full":
-        report(logging.WARNING, "%s is not laid out as torch.save does it: torch.load reads it unverified", place.final)
     try:
         return torch.load(place.final, **options)
     except RuntimeError as error:
@@ -96,41 +69,12 @@ def _load_without_manifest(
         raise CorruptCheckpointError(f"{place.final} is no readable torch file: {said}", path=place.final) from error
 
 
-def _has_another_layout(filesystem: FileSystem, place: CheckpointFile) -> bool:
-    """Whether it is a zip archive that is not damaged, but that something else than torch has put together."""
-    with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
-        try:
-            read_directory(file.read, file.size_bytes)
-        except UnusualLayoutError:
-            return True
-        except CorruptCheckpointError:
-            return False
-    return False
-
-
 def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
-    """The manifest of the file; None where there is none.
-
-    Raises:
-        CorruptCheckpointError: the manifest itself is damaged.
-    """
-    if filesystem.stat(place.record).kind != "dir":
-        return None
-    try:
+    """The manifest of the file; None where there is none. Raises CorruptCheckpointError: it is damaged itself."""
+    with contextlib.suppress(CheckpointNotFoundError):
         manifest = Catalog(place.root, filesystem).manifest(place.tag)
-    except CheckpointNotFoundError:
-        return None
-    return manifest if manifest.metadata.get("file") == place.name else None
-
-
-def _load(fs: FileSystem, place: CheckpointFile, entry: FileEntry, **options: Any) -> Any:
-    check = bool(entry.extent_crc32)
-    with contextlib.closing(fs.open_read(place.folder, (place.name,), direct=True)) as file:
-        if check and file.size_bytes != entry.size_bytes:
-            message = f"{place.final} has {file.size_bytes} bytes, {entry.size_bytes} were committed"
-            raise CorruptCheckpointError(message, path=place.final)
-        with VerifiedFile(file, entry, check=check) as verified:
-            return load_opened(verified, **options)
+        return manifest if manifest.metadata.get("file") == place.name else None
+    return None
 
 
 def _is_the_committed_one(filesystem: FileSystem, place: CheckpointFile, manifest: Manifest) -> bool:

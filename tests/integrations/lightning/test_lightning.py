@@ -439,7 +439,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("verify", ["full", "off"])
-def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, caplog: Any, verify: str) -> None:
+def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, verify: str) -> None:
     state = {**STATE, "object": Path("any")}
     torch.save(state, tmp_path / "stock")
     with zipfile.ZipFile(tmp_path / "stock") as stock, zipfile.ZipFile(tmp_path / "a.ckpt", "w") as rewritten:
@@ -447,7 +447,6 @@ def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, c
             rewritten.writestr(record.filename, stock.read(record))
     found = plugin(verify=verify).load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     assert same(found, state)
-    assert ("torch.load reads it unverified" in caplog.text) == (verify == "full")
     flip(tmp_path / "a.ckpt", 100_000)
     if verify == "full":
         with pytest.raises(CorruptCheckpointError, match="damaged in record"):
