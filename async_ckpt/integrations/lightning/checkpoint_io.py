@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...errors import ends_with_0, report
+from ...errors import CheckpointError, CheckpointNotFoundError, ends_with_0, report
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
 from .loading import load_file
-from .single_file import DATA_NAME, CheckpointFile, FileCoordinator, remove, try_settle
+from .single_file import DATA_NAME, CheckpointFile, FileCoordinator, remove, settle
 
 _DECIDED = {
     "root": "by Lightning's callbacks",
@@ -130,10 +130,15 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         place = CheckpointFile.of(path)
         if self._after is not None:
             self._after.drain()
-            error = self._after.failure_of(place)
-            if error is not None:
+            newest = self._after.newest(place)
+            if newest is not None and (error := newest.failure()) is not None:
                 raise error
-        try_settle(self._filesystem, place.folder)
+        try:
+            settle(self._filesystem, place.folder)
+        except (CheckpointError, OSError) as error:
+            # A reader may have no right to write here, and nothing to settle.
+            if not isinstance(error, CheckpointNotFoundError):
+                report(logging.WARNING, "%s could not be tidied before reading: %s", place.folder, error)
         only = default_weights_only() if weights_only is None else weights_only
         options = {"map_location": map_location, "weights_only": only}
         loaded: dict[str, Any] = load_file(self._filesystem, place, verify=self._verify, **options)
@@ -173,10 +178,8 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
     # What Lightning does not ask for.
 
     def prepare(self, dirpath: Any) -> None:
-        """Start the engine for saves to this directory, so that the first one finds warm memory; `ModelCheckpoint` does
-        it.
-
-        From now on until `teardown`, saves go on in the background.
+        """Start the engine for saves to this directory, so that the first one finds warm memory. `ModelCheckpoint` does
+        it: from now on until `teardown`, saves go on in the background.
         """
         self._is_over = False
         self._running(CheckpointFile.of(os.path.join(dirpath, "any")))

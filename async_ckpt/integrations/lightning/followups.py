@@ -17,6 +17,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
@@ -40,16 +41,14 @@ class FollowUps:
         on_commit: Callable[[str], object] | None,
     ) -> None:
         self.engine = engine
-        self._filesystem = filesystem
         self.coordinator = coordinator
+        self._filesystem = filesystem
         self._on_commit = on_commit
         # Each path and its commit, until that has ended well.
         self._commits: list[tuple[str, PendingCommit]] = []
-        # Saves and removals by number, the newest of each path: what came later counts.
-        self._count = 0
-        self._saved: dict[str, int] = {}
-        self._removed: dict[str, int] = {}
-        self._postponed: list[tuple[CheckpointFile, int]] = []
+        # By path, the removal that counts: none where a save came later.
+        self._removals: dict[str, object] = {}
+        self._postponed: list[tuple[CheckpointFile, object]] = []
         self._undeleted: set[str] = set()
         self._failures: deque[Exception] = deque()
         self._worker = DaemonExecutor("async-ckpt-lightning", 1)
@@ -58,37 +57,33 @@ class FollowUps:
 
     def saving(self, place: CheckpointFile) -> None:
         """A save of `place` begins now: an older removal of the same path no longer applies."""
-        self._count += 1
-        self._saved[place.final] = self._count
+        self._removals.pop(place.final, None)
 
     def saved(self, place: CheckpointFile, pending: PendingCommit) -> None:
         """Follow this commit."""
         self._commits = [known for known in self._commits if not known[1].done() or known[1].failure() is not None]
         self._commits.append((place.final, pending))
-        self._worker.submit(self._noting, lambda: self._ended(place, pending))
+        self._later(lambda: self._ended(place, pending))
 
     def remove(self, place: CheckpointFile) -> None:
         """Delete a file once everything that was saved before is committed."""
-        self._count += 1
-        self._removed[place.final] = number = self._count
+        self._removals[place.final] = removal = object()
         before = self.engine.pending()
-        self._worker.submit(self._noting, lambda: self._remove(place, number, before))
+        self._later(lambda: self._remove(place, removal, before))
 
     def link(self, target: CheckpointFile, link: CheckpointFile) -> None:
         """Point a symbolic link at `target` once that is committed."""
-        newest = self._newest(target)
-        self._worker.submit(self._noting, lambda: self._link(target, link, newest))
+        newest = self.newest(target)
+        self._later(lambda: self._link(target, link, newest))
+
+    def newest(self, place: CheckpointFile) -> PendingCommit | None:
+        """The last commit of this path, if it has not ended well long ago."""
+        return next((pending for path, pending in reversed(self._commits) if path == place.final), None)
 
     def is_pending(self, place: CheckpointFile) -> bool:
-        """Whether a save to this path has not ended, and no removal was asked for since."""
-        is_newer = self._saved.get(place.final, 0) > self._removed.get(place.final, 0)
-        newest = self._newest(place)
-        return is_newer and newest is not None and not newest.done()
-
-    def failure_of(self, place: CheckpointFile) -> BaseException | None:
-        """Why the newest save to this path failed, if it has."""
-        newest = self._newest(place)
-        return None if newest is None else newest.failure()
+        """Whether a save to this path is on its way. Never blocks."""
+        newest = self.newest(place)
+        return newest is not None and not newest.done() and place.final not in self._removals
 
     def raise_failure(self) -> None:
         """Raise the oldest failure that was not raised yet, if there is one. Never blocks."""
@@ -101,22 +96,18 @@ class FollowUps:
     def drain(self) -> None:
         """Block until all commits have ended and everything that follows them is done."""
         wait_all(self.engine.pending())
-        self._worker.submit(self._noting, lambda: self._retry_postponed(force=True)).result()
+        self._later(lambda: self._retry_postponed(force=True)).result()
 
     def close(self) -> None:
-        """`drain`, and stop all threads.
-
-        Raises:
-            CheckpointError: the first failed commit that was not raised yet.
-        """
+        """`drain`, and stop all threads. Raises CheckpointError: the first failed commit that was not raised yet."""
         try:
             self.drain()
             self._worker.shutdown()
         finally:
             self.engine.close()
 
-    def _newest(self, place: CheckpointFile) -> PendingCommit | None:
-        return next((pending for path, pending in reversed(self._commits) if path == place.final), None)
+    def _later(self, work: Callable[[], None]) -> Future[None]:
+        return self._worker.submit(self._noting, work)
 
     # The worker thread.
 
@@ -141,29 +132,29 @@ class FollowUps:
         switch_link(self._filesystem, target, link)
         self._retry_postponed(force=False)
 
-    def _remove(self, place: CheckpointFile, number: int, before: list[PendingCommit]) -> None:
+    def _remove(self, place: CheckpointFile, removal: object, before: list[PendingCommit]) -> None:
         wait_all(before)
         failed = next((pending for pending in before if pending.failure() is not None), None)
         if failed is not None:
             message = "%s is kept: the save of %r, which was to replace it, failed"
             report(logging.WARNING, message, place.final, failed.tag)
             return
-        self._postponed.append((place, number))
+        self._postponed.append((place, removal))
         self._retry_postponed(force=False)
 
     def _retry_postponed(self, *, force: bool) -> None:
         postponed, self._postponed = self._postponed, []
-        for place, number in postponed:
+        for place, removal in postponed:
             if not force and _is_linked(place):
-                self._postponed.append((place, number))
+                self._postponed.append((place, removal))
                 continue
             try:
                 with self.coordinator.lock:
-                    if self._saved.get(place.final, 0) < number:
+                    if self._removals.get(place.final) is removal:
                         remove(self._filesystem, place)
             except OSError as error:
                 # A file that cannot be deleted ends no training.
-                self._postponed.append((place, number))
+                self._postponed.append((place, removal))
                 if place.final not in self._undeleted:
                     self._undeleted.add(place.final)
                     message = "%s cannot be deleted now; tried again after each save: %s"

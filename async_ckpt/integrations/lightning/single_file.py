@@ -19,17 +19,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CommitError,
-    ConfigError,
-    CorruptCheckpointError,
-    report,
-)
+from ...errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import FileEntry
 from ...format.names import SINGLE_FILES_NAME, single_file_tag
 from ...format.zip_directory import UnusualLayoutError, read_directory
@@ -48,12 +42,10 @@ _ID_RECORD = ".data/serialization_id"
 
 
 class CheckpointFile(Destination):
-    """One checkpoint file. `root` holds the folder's manifests and staging directories; `tag` is the file's name, or a
-    digest of it.
-    """
+    """The checkpoint at the absolute path `final`. `root` holds its folder's manifests and staging directories; `tag`
+    is the file's name, or a digest of it."""
 
     final: str
-    """The file's absolute path."""
 
     def __init__(self, final: str) -> None:
         folder, name = os.path.split(final)
@@ -62,13 +54,8 @@ class CheckpointFile(Destination):
 
     @classmethod
     def of(cls, path: Any) -> CheckpointFile:
-        """From what Lightning passes.
-
-        Raises:
-            ConfigError: a URL; only local paths can be committed by a rename.
-        """
-        text = os.fspath(path)
-        text = text.removeprefix("file://")
+        """From what Lightning passes. Raises ConfigError: a URL; only local paths can be committed by a rename."""
+        text = os.fspath(path).removeprefix("file://")
         if "://" in text:
             raise ConfigError(
                 f"AsyncCkptIO writes to local or mounted file systems only, not to {text!r}; use Lightning's own "
@@ -78,12 +65,10 @@ class CheckpointFile(Destination):
 
     @property
     def folder(self) -> str:
-        """The directory that holds the file."""
         return os.path.dirname(self.final)
 
     @property
     def name(self) -> str:
-        """The file's name."""
         return os.path.basename(self.final)
 
     @property
@@ -129,7 +114,7 @@ class FileCoordinator(LocalCoordinator):
         marks = {CONTENT_ID: _content_id(self._fs, staging.path)}
         with self.lock:
             super().publish(staging, files, {**metadata, **marks}, created_unix_ns)
-            move_into_place(self._fs, place)
+            _move_into_place(self._fs, place)
 
     def sweep(self) -> None:
         # Each folder is swept when it is first used.
@@ -146,9 +131,7 @@ def _content_id(fs: FileSystem, staging: str) -> str | None:
 
 
 def read_content_id(file: LocalReadableFile) -> str | None:
-    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Blocks for three
-    reads.
-    """
+    """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Three reads."""
     try:
         record = read_directory(file.read, file.size_bytes).get(_ID_RECORD)
     except (CorruptCheckpointError, UnusualLayoutError):
@@ -158,12 +141,8 @@ def read_content_id(file: LocalReadableFile) -> str | None:
     return file.read(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
-def move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
-    """The second rename of a commit, made durable.
-
-    Raises:
-        CommitError: the file is whole and durable in the hidden folder, and the next run will move it.
-    """
+def _move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
+    """The second rename of a commit, made durable. Raises CommitError: the next run on this folder makes it."""
     try:
         identity = fs.stat(place.staged).identity
         try:
@@ -185,11 +164,8 @@ def move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
 
 
 def settle(fs: FileSystem, folder: str) -> None:
-    """Finish what a crash left between the two renames, and drop manifests whose file is gone. Blocks.
-
-    Raises:
-        CommitError: a file could not be moved.
-    """
+    """Finish what a crash left between the two renames, and drop manifests whose file is gone. Blocks. Raises
+    CommitError: a file could not be moved."""
     catalog = Catalog(os.path.join(folder, SINGLE_FILES_NAME), fs)
     for entry in catalog.entries():
         name = entry.manifest.metadata.get("file") if entry.manifest is not None else None
@@ -205,44 +181,25 @@ def settle(fs: FileSystem, folder: str) -> None:
                 "%s was committed by a process that ended before it was in place; it is moved there now",
                 place.final,
             )
-            move_into_place(fs, place)
+            _move_into_place(fs, place)
         elif staged.kind == "file" or final.kind == "missing":
-            forget(fs, place)
+            _forget(fs, place)
 
 
-def forget(fs: FileSystem, place: CheckpointFile) -> None:
-    """Remove a file's manifest; one that has none is fine.
-
-    Raises:
-        WriteError: the disk refused.
-    """
+def _forget(fs: FileSystem, place: CheckpointFile) -> None:
+    """Remove a file's manifest; one that has none is fine."""
     with contextlib.suppress(CheckpointNotFoundError):
         transaction.remove(fs, place.root, place.tag)
 
 
 def remove(fs: FileSystem, place: CheckpointFile) -> None:
     """Delete a checkpoint file, then its manifest; a directory that some other plugin wrote is deleted too. Blocks.
-
-    Raises:
-        OSError, CheckpointError: the disk refused.
-    """
+    Raises OSError, CheckpointError: the disk refused."""
     kind = fs.stat(place.final).kind
     if kind == "dir":
-        import shutil
-
         shutil.rmtree(place.final)
     elif kind != "missing":
         fs.unlink(place.final)
     if kind != "missing":
         fs.fsync_dir(place.folder)
-    if fs.stat(place.record).kind == "dir":
-        forget(fs, place)
-
-
-def try_settle(fs: FileSystem, folder: str) -> None:
-    """`settle` for a reader, who may have no right to write here."""
-    if fs.stat(os.path.join(folder, SINGLE_FILES_NAME)).kind == "dir":
-        try:
-            settle(fs, folder)
-        except (CheckpointError, OSError) as error:
-            report(logging.WARNING, "%s could not be tidied before reading: %s", folder, error)
+    _forget(fs, place)
