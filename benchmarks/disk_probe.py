@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from async_ckpt.cli.measuring import DiskMeasurement
+from async_ckpt.cli.bench import DiskMeasurement
 from benchmarks.limits import MIB, fio_buffered_fsync, fio_direct_depth_4, fio_direct_depth_16
 from benchmarks.results import keep, parser_of
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,10 @@ from async_ckpt import Catalog
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 RUN = """
 import sys
-from async_ckpt.cli.demo.model import GPTConfig
 from async_ckpt.cli.demo.training import DemoConfig, train
 root, log, steps = sys.argv[1:]
 train(DemoConfig(root=root, num_steps=int(steps), save_every=3, batch_size=4, loss_log=log, corpus_bytes=200_000,
-                 model=GPTConfig(num_layers=2, width=64, context_length=32)),
+                 num_layers=2, width=64, context_length=32),
       on_step=lambda record: print(record.step, flush=True))
 print("finished", flush=True)
 """
@@ -81,13 +81,10 @@ def default_algorithms() -> Iterator[None]:
 def test_report_shows_stall_and_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from async_ckpt.cli.demo import plot_steps, summary
-    from async_ckpt.cli.demo.model import GPTConfig
     from async_ckpt.cli.demo.training import DemoConfig, train
 
-    small = GPTConfig(num_layers=1, width=32, context_length=16)
-    result = train(
-        DemoConfig(root=str(tmp_path / "r"), num_steps=8, save_every=2, batch_size=2, corpus_bytes=100_000, model=small)
-    )
+    small: Any = {"batch_size": 2, "corpus_bytes": 100_000, "num_layers": 1, "width": 32, "context_length": 16}
+    result = train(DemoConfig(root=str(tmp_path / "r"), num_steps=8, save_every=2, **small))
     figures = dict(summary(result))
     assert figures["steps, saves"] == "8, 4"
     assert "ms (max" in figures["stall per save (create + save + commit)"]

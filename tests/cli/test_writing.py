@@ -176,7 +176,7 @@ def test_demo_trains_saves_and_resumes(cli, tmp_path):
 
 KILLED_BENCH = """
 import os, sys
-from async_ckpt.cli.measuring import DiskMeasurement
+from async_ckpt.cli.bench import DiskMeasurement
 disk = DiskMeasurement(sys.argv[1])
 open(os.path.join(disk._folder, "file"), "w").close()
 os.kill(os.getpid(), 9)
@@ -196,7 +196,7 @@ def test_what_a_killed_bench_left_is_removed(cli, tmp_path, command):
 
 @pytest.mark.wide
 def test_a_measurement_that_runs_is_left_alone(tmp_path):
-    from async_ckpt.cli.measuring import DiskMeasurement
+    from async_ckpt.cli.bench import DiskMeasurement
 
     with DiskMeasurement(str(tmp_path)):
         assert [swept.action for swept in sweep(FileSystem(), str(tmp_path))] == ["left"]

@@ -1,40 +1,47 @@
-"""The training loop of the demo: resumes from the newest good checkpoint, bit for bit."""
+"""The training of the demo: a character-level GPT (decoder-only transformer, pre-norm), small enough for two CPU cores,
+learns the Python standard library's own sources, and resumes from the newest good checkpoint, bit for bit.
+"""
 
 from __future__ import annotations
 
 import os
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import ConfigError
 from ...retention import KeepLast
-from .model import GPT, GPTConfig, read_corpus
 
 _SEED = 1337
 _WARMUP_STEPS = 20
+_NUM_TOKENS = 256
+_NUM_HEADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What to train and how often to save."""
+    """What to train and how often to save; the defaults make a model of about 3.3 million parameters."""
 
-    root: str = "runs/demo"
-    num_steps: int = 250
-    save_every: int = 10
-    batch_size: int = 8
-    corpus_bytes: int = 2_000_000
+    root: str
+    num_steps: int
+    save_every: int
     keep_last: int = 3
     device: str = "auto"
+    batch_size: int = 8
+    corpus_bytes: int = 2_000_000
+    context_length: int = 64
+    num_layers: int = 4
+    width: int = 256
     loss_log: str | None = None
-    model: GPTConfig = field(default_factory=GPTConfig)
 
 
 @dataclass(slots=True)
@@ -60,6 +67,41 @@ class DemoResult:
     wall_s: float = 0.0
 
 
+class GPT(nn.Module):
+    """Bytes in, logits over the next byte out: [batch, length] int64 to [batch, length, 256] float32."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(_NUM_TOKENS, config.width)
+        self.positions = nn.Embedding(config.context_length, config.width)
+        block = nn.TransformerEncoderLayer(
+            config.width, _NUM_HEADS, 4 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(config.width)
+        self.blocks = nn.TransformerEncoder(block, config.num_layers, norm, enable_nested_tensor=False)
+        self.head = nn.Linear(config.width, _NUM_TOKENS, bias=False)
+        # Tied, as in GPT-2: the checkpoint keeps the tie, because storages are saved once.
+        self.head.weight = self.tokens.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+        logits: Tensor = self.head(self.blocks(hidden, causal, is_causal=True))
+        return logits
+
+
+def _read_corpus(max_bytes: int) -> Tensor:
+    """Bytes of the standard library's top-level modules, in name order, as a uint8 tensor of at most `max_bytes`."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        if len(text) < max_bytes:
+            text += path.read_bytes()
+    return torch.frombuffer(text[:max_bytes], dtype=torch.uint8)
+
+
 class Trainer:
     """Everything that must be in a checkpoint for training to go on bit-identically."""
 
@@ -74,10 +116,10 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.manual_seed(_SEED)
-        self.model = GPT(config.model).to(self.device)
+        self.model = GPT(config).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.corpus = read_corpus(config.corpus_bytes)
+        self.corpus = _read_corpus(config.corpus_bytes)
         # Its state is the position in the data.
         self.sampler = torch.Generator().manual_seed(_SEED)
         self.step = 0
@@ -87,7 +129,7 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Random windows of the text, and the same one byte later: int64 of shape [batch_size, context_length]."""
-        length = self.config.model.context_length
+        length = self.config.context_length
         starts = torch.randint(len(self.corpus) - length - 1, (self.config.batch_size,), generator=self.sampler)
         windows = torch.stack([self.corpus[s : s + length + 1] for s in starts.tolist()]).long().to(self.device)
         return windows[:, :-1], windows[:, 1:]
