@@ -8,28 +8,23 @@ in differing ones are read.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..errors import CheckpointNotFoundError, ConfigError, escaped
-from ..format.manifest import FileEntry
+from ..errors import ConfigError, escaped
 from ..format.tensors import MAX_OTHERS, OtherInfo, TensorExtent
 from ..observers.units import format_bytes
-from ..reading.committed import CommittedCheckpoint
-from ..reading.records import FileHeader, range_crc, read_header
+from ..reading.committed import CommittedCheckpoint, gone
+from ..reading.records import range_crc, read_header
 from ..reading.verified_file import VerifiedFile
-from .locating import Located, place_of
+from .locating import place_of
 from .output import EXIT_FAILED, EXIT_OK, add_json, key_name, print_json, print_table
 
-
-@dataclass(frozen=True)
-class _Side:
-    entry: FileEntry
-    file: VerifiedFile
-    header: FileHeader | None
+_STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
+_T = TypeVar("_T")
+_Leaf = TypeVar("_Leaf", TensorExtent, OtherInfo)
 
 
 @dataclass
@@ -59,7 +54,7 @@ def command(a: str, b: str, as_json: bool) -> int:
     if (older.file is None) != (newer.file is None):
         raise ConfigError("compare two checkpoints or two files, not a checkpoint with a file")
     with older.catalog.open(older.tag) as first, newer.catalog.open(newer.tag) as second:
-        found = _compare(first, second, older, newer)
+        found = _compare(first, second, (older.file, newer.file))
     changes, others = found.changes, found.others
     if as_json:
         print_json({"changes": changes, "num_equal": found.num_equal, "other_values": others})
@@ -76,72 +71,56 @@ def command(a: str, b: str, as_json: bool) -> int:
     return EXIT_FAILED if changes else EXIT_OK
 
 
-_STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
-
-
-def _compare(first: CommittedCheckpoint, second: CommittedCheckpoint, older: Located, newer: Located) -> _Found:
+def _compare(first: CommittedCheckpoint, second: CommittedCheckpoint, files: tuple[str | None, str | None]) -> _Found:
+    """Compare one file of each, or (None) all."""
     found = _Found()
-    left = {entry.path: entry for entry in first.manifest.files}
-    right = {entry.path: entry for entry in second.manifest.files}
-    pairs = [(left[path], right[path]) for path in left if path in right]
-    if older.file is not None and newer.file is not None:
-        pairs = [(first.entry(older.file), second.entry(newer.file))]
+    if files[0] is not None and files[1] is not None:
+        pairs = [("", first.entry(files[0]), second.entry(files[1]))]
     else:
-        for kind, path, entry in _unpaired(left, right):
-            found.note(kind, path, None, format_bytes(entry.size_bytes))
-    for one, other in pairs:
-        with _opened(first, one) as x, _opened(second, other) as y:
+        left, right = ({entry.path: entry for entry in side.manifest.files} for side in (first, second))
+        pairs = _paired(
+            left, right, lambda kind, path, entry: found.note(kind, path, None, format_bytes(entry.size_bytes))
+        )
+    for _, one, other in pairs:
+        with first.open_file(one) as x, second.open_file(other) as y:
             _compare_files(x, y, found)
+    for checkpoint in (first, second):
+        if not checkpoint.is_current():
+            raise gone(checkpoint.manifest.tag)
     return found
 
 
-@contextlib.contextmanager
-def _opened(checkpoint: CommittedCheckpoint, entry: FileEntry) -> Iterator[_Side]:
-    with checkpoint.open_file(entry) as file:
-        yield _Side(entry, file, None if entry.format == "opaque" else read_header(file))
-    if not checkpoint.is_current():
-        raise CheckpointNotFoundError(
-            f"checkpoint {checkpoint.manifest.tag!r} was deleted or replaced while it was compared"
-        )
-
-
-def _compare_files(x: _Side, y: _Side, found: _Found) -> None:
-    file, size_bytes = y.entry.path, y.entry.size_bytes
-    if x.header is None or y.header is None:
-        if x.entry.size_bytes != size_bytes or range_crc(x.file, 0, size_bytes) != range_crc(y.file, 0, size_bytes):
+def _compare_files(x: VerifiedFile, y: VerifiedFile, found: _Found) -> None:
+    file = y.entry.path
+    if "opaque" in (x.entry.format, y.entry.format):
+        if x.size_bytes != y.size_bytes or range_crc(x, 0, x.size_bytes) != range_crc(y, 0, y.size_bytes):
             found.note("changed", file, None, "contents")
         return
-    left, right = _by_name(x.header.tensors, y.header.tensors)
-    for kind, path, tensor in _unpaired(left, right):
-        found.note(kind, file, path, _describe(tensor))
-    for path in left:
-        if path in right:
-            detail = _difference(x, left[path], y, right[path])
-            if detail is None:
-                found.num_equal += 1
-            else:
-                found.note("changed", file, path, detail)
+    older, newer = read_header(x), read_header(y)
+    left, right = _by_name(older.tensors, newer.tensors)
+    for path, a, b in _paired(left, right, lambda kind, path, one: found.note(kind, file, path, _describe(one))):
+        detail = _difference(x, a, y, b)
+        if detail is None:
+            found.num_equal += 1
+        else:
+            found.note("changed", file, path, detail)
     one, other = (
-        {name: (leaf.text, leaf.exact) for name, leaf in side.items()}
-        for side in _by_name(x.header.others, y.header.others)
+        {name: (leaf.text, leaf.exact) for name, leaf in side.items()} for side in _by_name(older.others, newer.others)
     )
     found.others += [f"{file}: {name}" for name in {**one, **other} if one.get(name) != other.get(name)]
-    if x.header.rest != y.header.rest:
+    if older.rest != newer.rest:
         found.others.append(f"{file}: some of the values behind the first {MAX_OTHERS}")
 
 
-_T = TypeVar("_T")
-
-
-def _unpaired(left: Mapping[str, _T], right: Mapping[str, _T]) -> Iterator[tuple[str, str, _T]]:
-    """What only one side has: "removed" or "added", its name, and it."""
+def _paired(
+    left: Mapping[str, _T], right: Mapping[str, _T], unpaired: Callable[[str, str, _T], None]
+) -> list[tuple[str, _T, _T]]:
+    """What both sides have; `unpaired("removed" or "added", name, it)` is called for what only one has."""
     for kind, here, there in (("removed", left, right), ("added", right, left)):
         for name in here:
             if name not in there:
-                yield kind, name, here[name]
-
-
-_Leaf = TypeVar("_Leaf", TensorExtent, OtherInfo)
+                unpaired(kind, name, here[name])
+    return [(name, left[name], right[name]) for name in left if name in right]
 
 
 def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], dict[str, _Leaf]]:
@@ -155,17 +134,15 @@ def _by_name(a: Sequence[_Leaf], b: Sequence[_Leaf]) -> tuple[dict[str, _Leaf], 
     return {name(leaf): leaf for leaf in a}, {name(leaf): leaf for leaf in b}
 
 
-def _difference(x: _Side, a: TensorExtent, y: _Side, b: TensorExtent) -> str | None:
+def _difference(x: VerifiedFile, a: TensorExtent, y: VerifiedFile, b: TensorExtent) -> str | None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{_describe(a)} -> {_describe(b)}"
     if (a.is_conj, a.is_neg) != (b.is_conj, b.is_neg):
         return "the conjugate or the negative bit"
-    if (a.kind, a.extra) != (b.kind, b.extra):
-        return (
-            f"{a.kind or 'plain'} -> {b.kind}"
-            if a.kind != b.kind
-            else "what belongs to it besides the elements (a scale, attributes)"
-        )
+    if a.kind != b.kind:
+        return f"{a.kind or 'plain'} -> {b.kind}"
+    if a.extra != b.extra:
+        return "what belongs to it besides the elements (a scale, attributes)"
     if a.stride != b.stride and a.num_bytes:
         return f"strides {a.stride} -> {b.stride}"
     in_zip = bool(a.record and b.record)
@@ -175,20 +152,18 @@ def _difference(x: _Side, a: TensorExtent, y: _Side, b: TensorExtent) -> str | N
         return None
     if both_whole:
         return "values"
-    if not a.record and _same_extents(x.entry, a, y.entry, b):
+    if not a.record and _same_extents(x, a, y, b):
         return None
-    if range_crc(x.file, a.offset, a.extent_bytes) == range_crc(y.file, b.offset, b.extent_bytes):
-        return None
-    return "values"
+    return None if range_crc(x, a.offset, a.extent_bytes) == range_crc(y, b.offset, b.extent_bytes) else "values"
 
 
-def _same_extents(x: FileEntry, a: TensorExtent, y: FileEntry, b: TensorExtent) -> bool:
+def _same_extents(x: VerifiedFile, a: TensorExtent, y: VerifiedFile, b: TensorExtent) -> bool:
     """Whether the manifests' CRCs alone say that these bytes are equal."""
-    if x.extent_bytes != y.extent_bytes or a.offset != b.offset or not a.extent_bytes:
-        return not a.extent_bytes
-    first, last = a.offset // x.extent_bytes, (a.offset + a.extent_bytes - 1) // x.extent_bytes
-    same_length = x.size_bytes == y.size_bytes or last < min(len(x.extent_crc32), len(y.extent_crc32)) - 1
-    return same_length and x.extent_crc32[first : last + 1] == y.extent_crc32[first : last + 1]
+    if x.extent_bytes != y.extent_bytes or a.offset != b.offset:
+        return False
+    extents = x.extents_of(a.offset, a.extent_bytes)
+    same_length = x.size_bytes == y.size_bytes or extents.stop < min(x.num_extents, y.num_extents)
+    return same_length and all(x.entry.extent_crc32[k] == y.entry.extent_crc32[k] for k in extents)
 
 
 def _describe(tensor: TensorExtent) -> str:

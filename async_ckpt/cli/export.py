@@ -81,28 +81,23 @@ def _new_file(target: str) -> Iterator[str]:
 
 def _copy(place: Located, file: str, fresh: str) -> None:
     """The committed bytes as they are: the file is a plain one already. No torch."""
-    with place.catalog.open_file(place.tag, file) as opened:
-        handle = os.open(fresh, os.O_WRONLY)
-        try:
-            opened.stream(lambda offset, memory: _write(handle, offset, memory))
-        finally:
-            os.close(handle)
+    with place.catalog.open_file(place.tag, file) as opened, open(fresh, "r+b", buffering=0) as target:
 
+        def write(offset: int, memory: memoryview) -> None:
+            while memory:
+                done = os.pwrite(target.fileno(), memory, offset)
+                offset, memory = offset + done, memory[done:]
 
-def _write(handle: int, offset: int, memory: memoryview) -> None:
-    done = 0
-    while done < len(memory):
-        done += os.pwrite(handle, memory[done:], offset + done)
+        opened.stream(write)
 
 
 def _convert(place: Located, file: str, wanted: str, fresh: str, tensors_only: bool) -> None:
-    import importlib
+    import torch
 
-    # Through importlib: the command line as such must not depend on torch.
-    torch = importlib.import_module("torch")
     if wanted == "torch":
-        loading = importlib.import_module("async_ckpt.reading.load")
-        state = loading.load_committed(place.catalog, place.tag, file, map_location="cpu")
+        from ..reading.load import load_committed
+
+        state = load_committed(place.catalog, place.tag, file, map_location="cpu")
         # Not by its path: torch makes the archive's name of that, and refuses one that starts with a dot.
         with open(fresh, "wb") as target:
             torch.save(state, target)

@@ -54,14 +54,10 @@ def command(path: str, prefix: str, depth: int | None, flat: bool, records: bool
         print_json([_as_json(entry, header, prefix) for entry, header in found])
         return EXIT_OK
     for entry, header in found:
-        if isinstance(header, str):
-            print(f"{entry.path}  {format_bytes(entry.size_bytes)}  {header}")
-        elif records:
-            _print_records(entry, header)
-        elif flat:
-            _print_flat(entry, _chosen(header, prefix))
-        else:
+        if isinstance(header, FileHeader) and not flat:
             _print_tree(entry, header, prefix, depth)
+        else:
+            _print_flat(entry, header, prefix)
     return EXIT_OK
 
 
@@ -105,19 +101,17 @@ def _as_json(entry: FileEntry, header: Any, prefix: str) -> dict[str, Any]:
     }
 
 
-def _print_records(entry: FileEntry, records: Any) -> None:
-    print(f"{entry.path}  {format_bytes(entry.size_bytes)}")
-    rows = [(name, format_bytes(r.num_bytes), str(r.offset), f"{r.crc32:08x}") for name, r in records.items()]
-    print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
-
-
-def _print_flat(entry: FileEntry, tensors: list[TensorExtent]) -> None:
-    print(f"{entry.path}  {format_bytes(entry.size_bytes)}")
-    rows = [
-        (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
-        for t in tensors
-    ]
-    print_table(("tensor", "dtype", "shape", "size", "offset", ""), rows, right=("size", "offset"))
+def _print_flat(entry: FileEntry, found: Any, prefix: str) -> None:
+    print(f"{entry.path}  {format_bytes(entry.size_bytes)}" + (f"  {found}" if isinstance(found, str) else ""))
+    if isinstance(found, dict):
+        rows = [(name, format_bytes(r.num_bytes), str(r.offset), f"{r.crc32:08x}") for name, r in found.items()]
+        print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
+    elif isinstance(found, FileHeader):
+        tensors = [
+            (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
+            for t in _chosen(found, prefix)
+        ]
+        print_table(("tensor", "dtype", "shape", "size", "offset", ""), tensors, right=("size", "offset"))
 
 
 def _shape(tensor: TensorExtent) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -128,32 +129,17 @@ def _item(**known: Any) -> dict[str, Any]:
 
 
 def staged(catalog: Catalog, info: StagingInfo, now_s: float) -> dict[str, Any]:
-    """What can be said of one staging directory: tag, name, owner, and the age and size where they can be seen."""
-    size_bytes, num_files, changed_s = _measure_tree(os.path.join(catalog.root, info.name))
-    return {
-        "tag": info.tag,
-        "name": info.name,
-        "owner": info.owner,
-        "owner_state": info.owner_state.value,
-        "age_s": None if changed_s is None else now_s - changed_s,
-        "size_bytes": size_bytes,
-        "num_files": num_files,
-    }
-
-
-def _measure_tree(path: str) -> tuple[int | None, int | None, float | None]:
-    """Bytes, files and time of the last change of a directory that may vanish meanwhile; None for what cannot be
-    seen."""
-
-    filesystem = FileSystem()
+    """What can be said of one staging directory, which may vanish meanwhile: tag, name, owner, and the age and size
+    where they can be seen."""
+    filesystem, path = FileSystem(), os.path.join(catalog.root, info.name)
+    seen = dict.fromkeys(("age_s", "size_bytes", "num_files"))
     top = filesystem.stat(path)
-    try:
+    # Committed or deleted in this moment, or another user's: then there is nothing to add to its name.
+    with contextlib.suppress(OSError):
         files = [found for _, found in tree_of(filesystem, path) if found.kind == "file"]
-    except OSError:
-        # Committed or deleted in this moment, or another user's: there is nothing to add to its name.
-        return None, None, None
-    changed_ns = max(found.mtime_ns for found in (top, *files))
-    return sum(found.size_bytes for found in files), len(files), changed_ns / 1e9
+        age_s = now_s - max(found.mtime_ns for found in (top, *files)) / 1e9
+        seen = {"age_s": age_s, "size_bytes": sum(found.size_bytes for found in files), "num_files": len(files)}
+    return {"tag": info.tag, "name": info.name, "owner": info.owner, "owner_state": info.owner_state.value, **seen}
 
 
 def _row(item: dict[str, Any]) -> tuple[str, ...]:
@@ -162,21 +148,18 @@ def _row(item: dict[str, Any]) -> tuple[str, ...]:
 
     metadata = with_not_finite(item["metadata"] or {}, item.get("not_finite", {}))
     metadata = {key: value for key, value in metadata.items() if key != "step"}
+    size = shown("size_bytes", format_bytes)
+    if item["shared_bytes"]:
+        size += f" ({format_bytes(item['written_bytes'])} written, {format_bytes(item['shared_bytes'])} shared)"
     return (
         item["tag"],
         shown("step", str),
         " ".join(f"{key}={_short(value)}" for key, value in metadata.items()),
         shown("age_s", format_age),
-        shown("size_bytes", format_bytes) + _parts(item),
+        size,
         shown("num_files", str),
         _state(item),
     )
-
-
-def _parts(item: dict[str, Any]) -> str:
-    if not item["shared_bytes"]:
-        return ""
-    return f" ({format_bytes(item['written_bytes'])} written, {format_bytes(item['shared_bytes'])} shared)"
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..observers.units import format_bytes
+from ..storage.delete import sweep
 from ..storage.filesystem import FileSystem
 from .list import staged
 from .locating import catalog_of
@@ -24,15 +25,12 @@ def command(root: str, dry_run: bool, as_json: bool) -> int:
 
     JSON: a list of {name, tag, action, reason, size_bytes}; action is removed, restored, left or (with --dry-run) none
     """
-    from ..storage.delete import sweep
-
     catalog = catalog_of(root)
     if dry_run:
-        found = [staged(catalog, info, 0.0) for info in catalog.staging()]
         results = [
-            {"name": s["name"], "tag": s["tag"], "size_bytes": s["size_bytes"], "action": "none"}
-            | {"reason": f"owner is {s['owner_state']}"}
-            for s in found
+            {**picked(info, "name tag"), "action": "none", "reason": f"owner is {info.owner_state.value}"}
+            | {"size_bytes": staged(catalog, info, 0.0)["size_bytes"]}
+            for info in catalog.staging()
         ]
     else:
         swept = sweep(FileSystem(), catalog.root)

@@ -96,30 +96,20 @@ def _result(report: VerifyReport, seconds: float) -> dict[str, Any]:
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    rows = [
-        (
-            result["tag"],
-            str(result["num_files"]),
-            format_bytes(result["size_bytes"]),
-            format_seconds(result["seconds"]),
-            "" if result["bytes_per_s"] is None else format_rate(result["bytes_per_s"]),
-            "ok" if result["ok"] else f"DAMAGED ({_plural(len(result['problems']), 'problem')})",
-        )
-        for result in results
-    ]
+    rows, problems = [], []
+    for result in results:
+        tag, bad = result["tag"], result["problems"]
+        rate = "" if result["bytes_per_s"] is None else format_rate(result["bytes_per_s"])
+        state = f"DAMAGED ({len(bad)} problem{'s' * (len(bad) > 1)})" if bad else "ok"
+        size, seconds = format_bytes(result["size_bytes"]), format_seconds(result["seconds"])
+        rows.append((tag, str(result["num_files"]), size, seconds, rate, state))
+        problems += [(tag, problem["path"], problem["record"] or "", problem["message"]) for problem in bad]
     styles = ["" if result["ok"] else "red" for result in results]
     columns = ("tag", "files", "size", "time", "rate", "state")
     print_table(columns, rows, right=("files", "size", "time", "rate"), styles=styles)
     for result in results:
         if result["extra"]:
             print(escaped(f"{result['tag']} also holds, from somebody else: {some_of(result['extra'])}"))
-    problems = [
-        (result["tag"], p["path"], p["record"] or "", p["message"]) for result in results for p in result["problems"]
-    ]
     if problems:
         print()
         print_table(("tag", "file", "record", "problem"), problems)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
