@@ -32,14 +32,7 @@ from ..writer.pool import WriterPool
 from .output import EXIT_OK, add_json, number, print_json, print_table
 
 IoMode = Literal["direct", "buffered"]
-_PLAN: tuple[tuple[IoMode, int], ...] = (
-    ("buffered", 1),
-    ("buffered", 4),
-    ("direct", 1),
-    ("direct", 2),
-    ("direct", 4),
-    ("direct", 8),
-)
+_PLAN: list[tuple[IoMode, int]] = [("buffered", 1), ("buffered", 4), *(("direct", num) for num in (1, 2, 4, 8))]
 _STEP_BYTES = 64 << 20
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 16

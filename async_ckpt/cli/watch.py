@@ -61,14 +61,14 @@ def _look(catalog: Catalog) -> dict[str, Any]:
     checkpoints = [
         {
             "tag": entry.tag,
-            "age_s": now_s - entry.manifest.created_unix_ns / 1e9,
-            "size_bytes": entry.manifest.size_bytes,
-            "num_files": len(entry.manifest.files),
-            "stall_s": entry.manifest.timing.get("stall_s"),
-            "durable_s": entry.manifest.timing.get("durable_s"),
+            "age_s": now_s - manifest.created_unix_ns / 1e9,
+            "size_bytes": manifest.size_bytes,
+            "num_files": len(manifest.files),
+            "stall_s": manifest.timing.get("stall_s"),
+            "durable_s": manifest.timing.get("durable_s"),
         }
         for entry in catalog.entries()
-        if entry.manifest is not None and entry.problem is None
+        if (manifest := entry.manifest) is not None
     ]
     staging = [{**staged(catalog, info, now_s), "kind": info.kind} for info in catalog.staging()]
     seen = [item for item in staging if item["age_s"] is not None]
@@ -84,20 +84,17 @@ def _view(seen: dict[str, Any]) -> Any:
     parts: list[Any] = [Text(escaped(f"{seen['root']}  {len(committed)} checkpoints{earlier}"), style="bold")]
     if committed:
         columns = ("tag", "age", "size", "stall", "durable in")
-        parts.append(drawn_table(columns, map(_row, committed[-_NUM_SHOWN:]), right=columns[1:]))
-    staging = [_staged(item) for item in seen["staging"]] or ["nothing is staged"]
-    return Group(*parts, *(Text(escaped(line), style="dim") for line in staging))
-
-
-def _row(item: dict[str, Any]) -> tuple[str, ...]:
-    seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
-    return (item["tag"], format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds)
-
-
-def _staged(item: dict[str, Any]) -> str:
-    state = OwnerState(item["owner_state"])
-    hint = "; left behind, `async-ckpt sweep` removes it" if state is OwnerState.DEAD else ""
-    size = f"{format_bytes(item['size_bytes'])} reserved or written in {item['num_files']} files"
-    return (
-        f"{item['kind']} of {item['tag']}, {OWNERS[state]}: {size}, last change {format_age(item['age_s'])} ago{hint}"
-    )
+        rows = []
+        for item in committed[-_NUM_SHOWN:]:
+            seconds = ["" if item[name] is None else format_seconds(item[name]) for name in ("stall_s", "durable_s")]
+            rows.append((item["tag"], format_age(item["age_s"]), format_bytes(item["size_bytes"]), *seconds))
+        parts.append(drawn_table(columns, rows, right=columns[1:]))
+    for item in seen["staging"]:
+        state = OwnerState(item["owner_state"])
+        hint = "; left behind, `async-ckpt sweep` removes it" if state is OwnerState.DEAD else ""
+        size = f"{format_bytes(item['size_bytes'])} reserved or written in {item['num_files']} files"
+        line = f"{item['kind']} of {item['tag']}, {OWNERS[state]}: {size}, last change {format_age(item['age_s'])} ago"
+        parts.append(Text(escaped(line + hint), style="dim"))
+    if not seen["staging"]:
+        parts.append(Text("nothing is staged", style="dim"))
+    return Group(*parts)
