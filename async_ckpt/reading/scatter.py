@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from ..errors import TransactionStateError
 from ..host.device import Pinning, beside_captures, on_stream, refuse_capture, synchronize
 from ..host.memory import HUGE_PAGE_BYTES, address_of, advise_huge_pages, move, region, view_at
 from ..threads.locks import Lock
-from .verified_file import MemorySource, VerifiedFile
+from .verified_file import Lent, MemorySource, VerifiedFile, borrow
 
 _CPU = torch.device("cpu")
 
@@ -136,10 +136,9 @@ class Rollback:
         self._is_over = False
         self._log: list[tuple[int, int, int]] = []
         """(target address, address of its old bytes, size), in the order in which they were set aside."""
-        self._regions: list[memoryview] = []
+        self._regions: list[Lent] = []
         self._left = 0
         self._next = 0
-        self._give_back: list[Callable[[], None]] = []
 
     def __call__(self, offset: int, view: memoryview) -> None:
         """Set aside, then overwrite; does nothing once the roll-back has begun."""
@@ -173,12 +172,8 @@ class Rollback:
         """Address of memory for `num_bytes` old bytes."""
         with self._lock:
             if num_bytes > self._left:
-                wanted = max(num_bytes, self._region_bytes)
-                lent = self._lend(wanted) if self._lend is not None else None
-                memory, give_back = (region(wanted), None) if lent is None else lent
-                if give_back is not None:
-                    self._give_back.append(give_back)
-                self._regions.append(memory)
+                self._regions.append(borrow(self._lend, max(num_bytes, self._region_bytes)))
+                memory = self._regions[-1][0]
                 self._left, self._next = memory.nbytes, address_of(memory)
             at = self._next
             self._next += num_bytes
@@ -201,10 +196,8 @@ class Rollback:
     def close(self) -> None:
         """Forget the old bytes."""
         self._log.clear()
-        self._regions.clear()
-        for give_back in self._give_back:
-            give_back()
-        self._give_back.clear()
+        while self._regions:
+            self._regions.pop()[1]()
 
 
 def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:

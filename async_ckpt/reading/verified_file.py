@@ -35,6 +35,12 @@ MemorySource = Callable[[int], "Lent | None"]
 """Lends memory of at least so many bytes that was touched before (fresh memory is slower than the disk), or None."""
 
 
+def borrow(lend: MemorySource | None, num_bytes: int) -> Lent:
+    """Memory of at least so many bytes: lent, or fresh where nobody lends any."""
+    lent = None if lend is None else lend(num_bytes)
+    return (region(num_bytes), lambda: None) if lent is None else lent
+
+
 @dataclass(slots=True)
 class _Block:
     """Some bytes of whole extents, or of a part of one."""
@@ -89,8 +95,7 @@ class VerifiedFile:
         self._lock = Lock()
         self._file = file
         self._num_threads = num_threads or DEFAULT_NUM_THREADS
-        self._kept: dict[int, memoryview] = {}
-        self._give_back: dict[int, Callable[[], None]] = {}
+        self._kept: dict[int, Lent] = {}
         self._verified: set[int] = set()
 
     def __enter__(self) -> VerifiedFile:
@@ -116,26 +121,26 @@ class VerifiedFile:
     def keep(self, extents: Iterable[int]) -> None:
         """Read and verify these extents and hold them in memory, so that `view` and `stream` need not read them
         again."""
-        wanted: dict[int, memoryview] = {}
+        wanted: dict[int, Lent] = {}
         try:
+            blocks: list[_Block] = []
             for extent in extents:
-                if extent not in self._kept:
-                    wanted[extent] = self._new_extent(extent)
-            blocks = [
-                block for extent, memory in wanted.items() for block in self._blocks(*self.extent_range(extent), memory)
-            ]
+                if extent not in self._kept and extent not in wanted:
+                    first, end = self.extent_range(extent)
+                    wanted[extent] = borrow(self.lend, end - first)
+                    blocks += self._blocks(first, end, wanted[extent][0])
             _Reading(blocks, None, self._num_threads).run()
         except BaseException:
-            self._return(wanted)
+            for _, give_back in wanted.values():
+                give_back()
             raise
         self._kept.update(wanted)
 
     def drop(self, extents: Iterable[int]) -> None:
         """Forget kept extents; that they were verified is remembered."""
-        dropped = list(extents)
-        for extent in dropped:
-            self._kept.pop(extent, None)
-        self._return(dropped)
+        for extent in list(extents):
+            if extent in self._kept:
+                self._kept.pop(extent)[1]()
 
     def kept(self) -> list[int]:
         """Indices of the kept extents, oldest first."""
@@ -150,7 +155,10 @@ class VerifiedFile:
         self._check_inside(offset, num_bytes)
         extents = self.extents_of(offset, num_bytes)
         self.keep(extents)
-        parts = [self._kept_part(extent, offset, offset + num_bytes) for extent in extents]
+        parts = []
+        for extent in extents:
+            low, high = self.extent_range(extent)
+            parts.append(self._kept[extent][0][max(offset, low) - low : min(offset + num_bytes, high) - low])
         return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
     def read(self, offset: int, num_bytes: int) -> bytes:
@@ -191,7 +199,7 @@ class VerifiedFile:
             else:
                 first = end = high
                 if with_kept:
-                    yield from self._blocks(low, high, kept, loaded=True)
+                    yield from self._blocks(low, high, kept[0], loaded=True)
         yield from self._blocks(first, end)
 
     def read_block(self, memory: memoryview | None, offset: int, num_bytes: int) -> memoryview:
@@ -220,24 +228,6 @@ class VerifiedFile:
             raise CorruptCheckpointError(
                 f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name
             )
-
-    def _new_extent(self, extent: int) -> memoryview:
-        first, end = self.extent_range(extent)
-        lent = self.lend(end - first) if self.lend is not None else None
-        if lent is None:
-            return region(end - first)
-        self._give_back[extent] = lent[1]
-        return lent[0][: end - first]
-
-    def _return(self, extents: Iterable[int]) -> None:
-        for extent in extents:
-            give_back = self._give_back.pop(extent, None)
-            if give_back is not None:
-                give_back()
-
-    def _kept_part(self, extent: int, first: int, end: int) -> memoryview:
-        low, high = self.extent_range(extent)
-        return self._kept[extent][max(first, low) - low : min(end, high) - low]
 
     def _blocks(self, first: int, end: int, memory: memoryview | None = None, loaded: bool = False) -> Iterator[_Block]:
         for offset in range(first, end, self.block_bytes):
