@@ -145,7 +145,10 @@ class SavePipeline:
         began_s = time.perf_counter()
         # An integration may have planned the file itself.
         is_planned = isinstance(state_dict, PlannedState)
-        state: PlannedState = state_dict if is_planned else self.planner.plan(state_dict, name=path, format=format)
+        is_own = checkpoint.staging.destination.loads_itself(path)
+        state: PlannedState = (
+            state_dict if is_planned else self.planner.plan(state_dict, name=path, format=format, is_frameworks=is_own)
+        )
         metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))
         metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
         metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None

@@ -7,8 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -31,21 +30,6 @@ from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError
 
 _MAX_TOLD_OF = 64
 """Files whose first save is looked at; a name that changes with each save is no news any more."""
-
-
-_IS_LOADED_BY_FRAMEWORK = ContextVar("loaded by a framework", default=False)
-
-
-@contextlib.contextmanager
-def loaded_by_framework() -> Iterator[None]:
-    """What this thread saves meanwhile, a framework loads again in its own way: nobody is told what `load` refuses of
-    it, as there is nothing that a user could do about it.
-    """
-    token = _IS_LOADED_BY_FRAMEWORK.set(True)
-    try:
-        yield
-    finally:
-        _IS_LOADED_BY_FRAMEWORK.reset(token)
 
 
 class Planner:
@@ -79,8 +63,11 @@ class Planner:
         compared.
         """
 
-    def plan(self, obj: Any, *, name: str = "", format: FileFormat | None = None) -> PlannedState:
-        """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own.
+    def plan(
+        self, obj: Any, *, name: str = "", format: FileFormat | None = None, is_frameworks: bool = False
+    ) -> PlannedState:
+        """The plan of `obj`. `name` (the file's path) says whose plan to reuse; `format` overrides the planner's own;
+        with `is_frameworks`, nobody is told what `load` refuses of it.
 
         Does not block and copies no payload. Raises UnsupportedStateError, naming the key path, for what cannot be
         saved, and TransactionStateError while the caller captures a graph.
@@ -99,7 +86,7 @@ class Planner:
             planned = self._plan_safetensors(obj, name)
         else:
             with collector_paused():
-                planned = self._plan_from_cache(obj, name) or self._plan_anew(obj, name)
+                planned = self._plan_from_cache(obj, name) or self._plan_anew(obj, name, is_frameworks)
         accelerators(planned.devices)
         return planned
 
@@ -117,7 +104,7 @@ class Planner:
                 return matched
         return None
 
-    def _plan_anew(self, obj: Any, name: str) -> PlannedState:
+    def _plan_anew(self, obj: Any, name: str, is_frameworks: bool) -> PlannedState:
         """Let torch write it, and remember the plan where its structure is known."""
         draft = None if name in self._loose else self._draft(obj, name)
         try:
@@ -135,9 +122,10 @@ class Planner:
             self._cache = _remembered(self._cache, name, entry, self._cache_entries)
         if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
+            told = None
             if recorded.pickled_bytes >= LARGE_BYTES:
                 told = told_of_buffers(obj, name) if recorded.has_buffers else None
-            else:
+            elif not is_frameworks:
                 names = names_in(recorded.pickled) if entry is None else entry.names
                 told = told_of_refused(recorded.pickled, names, name)
             if told is not None:
@@ -267,8 +255,7 @@ def told_of_buffers(state: Any, file_name: str) -> str | None:
 
 def told_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> str | None:
     """A warning, with the key paths, of what the pickle of `file_name` names and `load` refuses by default; or None."""
-    is_asked = not _IS_LOADED_BY_FRAMEWORK.get()
-    refused = is_asked and set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
+    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
     if not refused:
         return None
     try:

@@ -56,6 +56,11 @@ class Destination:
     def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
         """Called before anything is staged; `leads` on the rank that makes the directory. Training thread."""
 
+    def loads_itself(self, path: str) -> bool:
+        """Whether a framework loads the file `path` again in its own way: nobody is told what `load` refuses of it, as
+        there is nothing that a user could do about it."""
+        return False
+
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
         """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker
         thread; blocks.

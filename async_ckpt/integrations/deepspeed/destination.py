@@ -112,6 +112,9 @@ class DeepSpeedDestination(Destination):
         if leads and overwrite == "replace":
             adopt(filesystem, self.root, self.tag)
 
+    def loads_itself(self, path: str) -> bool:
+        return True
+
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
         """Move the NVMe-offloaded state, which DeepSpeed copied to the final folder past the engine.
 

@@ -15,7 +15,6 @@ from ...engine.interface import CheckpointEngine, StrPath, tag_of
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, PathExistsError, TransactionStateError, report
 from ...format.names import MANIFEST_NAME
-from ...plan.planner import loaded_by_framework
 from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
@@ -130,8 +129,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if not inside:
             write_beside(self._filesystem, os.fspath(path), state_dict)
             return
-        with loaded_by_framework():
-            self._defer(lambda: self._opened().save(state_dict, inside))
+        self._defer(lambda: self._opened().save(state_dict, inside))
 
     def load(self, path: StrPath, map_location: Any = None) -> Any:
         """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.

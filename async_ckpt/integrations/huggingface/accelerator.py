@@ -15,7 +15,7 @@ from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointErr
 from ...reading.catalog import Catalog
 from ...threads.outcome import name_pending
 from ..frameworks import require
-from .capture import capture
+from .capture import CapturedDestination, capture
 from .resume import on_all_ranks
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TPU")
@@ -54,7 +54,7 @@ def save_accelerator_state(
         raise ConfigError(
             f"{kind} state is sharded by its own writers; use async_ckpt.integrations.dcp or .deepspeed for it"
         )
-    engine.create(tag)
+    engine.create(CapturedDestination(engine.root, tag))
     try:
         with capture(engine, tag) as scratch:
             accelerator.save_state(os.path.join(scratch, tag), **options)

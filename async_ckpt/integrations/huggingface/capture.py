@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...engine.engine import AsyncCheckpointEngine
-from ...plan.planner import loaded_by_framework
+from ...storage.staged import Destination
 from ..frameworks import require
 
 # What Transformers and Accelerate load with weights_only=False, or with NumPy's types allowed.
@@ -37,6 +37,13 @@ _SAFETENSORS_USERS = (
     ("accelerate.utils.other", "safe_save_file"),
     ("peft.peft_model", "safe_save_file"),
 )
+
+
+class CapturedDestination(Destination):
+    """A checkpoint whose content is captured."""
+
+    def loads_itself(self, path: str) -> bool:
+        return _FRAMEWORKS_OWN.fullmatch(os.path.basename(path)) is not None
 
 
 @contextlib.contextmanager
@@ -80,9 +87,7 @@ def _redirected(engine: AsyncCheckpointEngine, folder: str) -> Iterator[None]:
         if name is None or args or kwargs:
             stock_save(obj, f, *args, **kwargs)
         else:
-            is_own = _FRAMEWORKS_OWN.fullmatch(os.path.basename(name))
-            with loaded_by_framework() if is_own else contextlib.nullcontext():
-                engine.save(obj, name, format="torch")
+            engine.save(obj, name, format="torch")
 
     with contextlib.ExitStack() as undo:
         _exchange(undo, torch, "save", save)

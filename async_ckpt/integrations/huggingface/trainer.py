@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..frameworks import require
-from .capture import capture
+from .capture import CapturedDestination, capture
 from .resume import JIT_MARKER, STATE_NAME, adopt_ahead, resume_point
 from .saver import BEST, Saver
 
@@ -88,7 +88,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
         _remove_jit_marker(os.path.join(run_dir, tag))
         engine = self._open_engine(run_dir)
         self._push_wanted = False
-        engine.create(tag)
+        engine.create(CapturedDestination(engine.root, tag))
         try:
             with capture(engine, tag) as scratch:
                 self._scratch = scratch
