@@ -1,6 +1,4 @@
-"""Reads any pickle as plain data: what it would import or call becomes an inert note of the name and the arguments. No
-torch.
-"""
+"""What a pickle says, as data: names and calls that stay notes, and what can be told of them. No torch."""
 
 from __future__ import annotations
 
@@ -11,14 +9,44 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from .opcodes import EVERY_OPCODE
-from .pickles import MalformedPickleError, Name, PickleReader, Placed, key_value
-
+BUILTINS = ("builtins", "__builtin__")
+_COMPLEX = tuple(f"{module}.complex" for module in BUILTINS)
 _MAX_TEXT = 80
 _FREE_STEPS = 1 << 18
 _STEPS_PER_BYTE = 4
 _LARGE_BYTES = 256
-_COMPLEX = ("builtins.complex", "__builtin__.complex")
+
+
+class MalformedPickleError(Exception):
+    """No pickle, or one that is not read: it would take more memory or time than its length accounts for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A class or function, by name only."""
+
+    text: str
+
+
+@dataclass(eq=False, slots=True)
+class OpaqueKey:
+    """A key that is not hashed: equal to nothing but itself."""
+
+    value: Any
+
+
+def key_value(key: Any) -> Any:
+    """What a dict's key stands for."""
+    return key.value if type(key) is OpaqueKey else key
+
+
+@dataclass(eq=False, slots=True)
+class Placed:
+    """A scalar or text, and the bytes of the pickle that say it."""
+
+    value: Any
+    start: int
+    end: int
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +75,9 @@ class Inert:
 
 
 class Notes:
-    """A `pickles.Maker` of inert notes: of every name, and of every call with its arguments."""
+    """What names, calls and persistent ids become while a pickle is read: notes. A subclass may make something else of
+    them, and raises a ValueError or its like where they are malformed.
+    """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -80,36 +110,18 @@ class Notes:
             vars(target)["state"] = state
 
     def extend(self, target: Any, items: list[Any]) -> None:
+        """Give `items` to what is no list."""
         if type(target) is not Inert:
             raise MalformedPickleError(f"items for a {type(target).__name__}")
         target.items = target.items or []
         target.items.extend(items)
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
+        """Give `pairs` to what is no dict."""
         if type(target) is not Inert:
             raise MalformedPickleError(f"pairs for a {type(target).__name__}")
         target.pairs = target.pairs or {}
         target.pairs.update(pairs)
-
-
-class Contents(Notes):
-    """Inert notes, but for containers and bytes that pickles spell as calls."""
-
-    def known(self, name: str, args: tuple[Any, ...]) -> Any:
-        if name in ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"):
-            return OrderedDict()
-        module, _, kind = name.partition(".")
-        if kind in ("set", "frozenset", "list", "bytearray") and module in ("builtins", "__builtin__"):
-            return list(args[0]) if args and isinstance(args[0], (list, tuple)) else None
-        if name == "_codecs.encode" and len(args) == 2 and args[1] == "latin1" and isinstance(args[0], str):
-            return args[0].encode("latin1")
-        return None
-
-
-def read_inert(pickled: bytes | memoryview, maker: Notes | None = None) -> Any:
-    """The structure that `pickled` describes: str, numbers, bytes, list, tuple, dict, `Inert`, `Name`, `PersistentId`.
-    Raises MalformedPickleError."""
-    return PickleReader(pickled, maker or Contents(), EVERY_OPCODE).read()
 
 
 class Fingerprint:

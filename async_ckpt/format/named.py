@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import some_of
-from .inert import Inert, Notes, PersistentId, describe, printable, read_inert
-from .opcodes import PLACING_PROTOCOL_2
-from .pickles import MalformedPickleError, Name, OpaqueKey, PickleReader, Placed
+from .inert import Inert, MalformedPickleError, Name, OpaqueKey, PersistentId, Placed, describe, printable
+from .pickles import PickleReader, read_inert
 from .zip import lay_out
 
 _MAX_NAMES = 20
@@ -21,12 +20,12 @@ _MAX_PATH = 400
 
 def names_in(pickled: bytes) -> frozenset[str]:
     """Every class and function that `pickled` names; none where it is not read."""
-    notes = Notes()
+    reader = PickleReader(pickled)
     try:
-        read_inert(pickled, notes)
+        reader.read()
     except MalformedPickleError:
         return frozenset()
-    return frozenset(notes.names)
+    return frozenset(reader.names)
 
 
 def file_naming(names: Iterable[str]) -> bytes:
@@ -55,7 +54,7 @@ def placed(head: bytes) -> tuple[list[tuple[int, int, str]], list[str]]:
     start = 30 + sum(struct.unpack_from("<HH", head, 26))
     scalars: list[tuple[int, int, str]] = []
     payloads: dict[int, str] = {}
-    for path, value in _walk(PickleReader(head[start:], Notes(), PLACING_PROTOCOL_2).read()):
+    for path, value in _walk(PickleReader(head[start:], places=True).read()):
         if isinstance(value, Placed):
             scalars.append((start + value.start, start + value.end, path))
         elif isinstance(value, PersistentId):

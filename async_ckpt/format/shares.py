@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from ..errors import RankFailedError, some_of
 from .checksum import crc32, crc32_combine
+from .inert import MalformedPickleError
 from .named import placed
-from .pickles import MalformedPickleError
 from .sealer import Sealer, payload_at
 
 _BLOCK_BYTES = 4

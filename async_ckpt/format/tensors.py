@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..errors import CorruptCheckpointError
-from .inert import Contents, Fingerprint, Inert, PersistentId, describe, read_inert
+from .inert import Fingerprint, Inert, MalformedPickleError, Name, OpaqueKey, PersistentId, describe
 from .names import shown
-from .pickles import MalformedPickleError, Name, OpaqueKey
+from .pickles import Contents
 from .zip_directory import Record
 
 MAX_TENSORS = 1_000_000
@@ -171,10 +171,10 @@ def tensor_in(
 class Inventory(Contents):
     """Inert notes, with a `TensorExtent` for each of torch's ways to say tensor."""
 
-    def __init__(self, records: Mapping[str, Record], fingerprint: Fingerprint) -> None:
-        super().__init__()
+    def __init__(self, pickled: bytes, records: Mapping[str, Record]) -> None:
+        super().__init__(pickled)
         self._records = records
-        self._fingerprint = fingerprint
+        self.fingerprint = Fingerprint(len(pickled))
 
     def known(self, name: str, args: tuple[Any, ...]) -> Any:
         """See `Contents`. Raises CorruptCheckpointError where a tensor does not fit its record."""
@@ -192,7 +192,7 @@ class Inventory(Contents):
             return made
         if what in ("parameter", "parameter_with_state") and args:
             if what == "parameter_with_state" and isinstance(args[0], TensorExtent):
-                args[0].extra = self._fingerprint(args[3:])
+                args[0].extra = self.fingerprint(args[3:])
             return args[0]
         if what == "from_type_v2" and len(args) == 4 and isinstance(args[0], Name) and isinstance(args[2], tuple):
             # torch nests it once.
@@ -251,8 +251,8 @@ class OtherInfo:
 def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExtent | OtherInfo]:
     """What the structure holds, in order; a container that occurs twice is shown where it occurs first. Raises
     MalformedPickleError. CorruptCheckpointError: a tensor does not fit its record."""
-    fingerprint = Fingerprint(len(pickled))
-    structure = read_inert(pickled, Inventory(records, fingerprint))
+    inventory = Inventory(pickled, records)
+    structure, fingerprint = inventory.read(), inventory.fingerprint
     seen: set[int] = set()
     left = _FREE_PATHS + _PATHS_PER_BYTE * len(pickled)
     todo: list[Iterator[_Place]] = [iter([((), (), structure)])]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError, some_of
+from ..format.inert import MalformedPickleError
 from ..format.named import file_naming, listing, names_in, places_named
-from ..format.pickles import MalformedPickleError
 from ..format.zip import MAX_ALIGNMENT
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused

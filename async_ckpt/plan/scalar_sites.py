@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from ..format.inert import Inert, Notes
-from ..format.opcodes import PLACING_PROTOCOL_2
-from ..format.pickles import MalformedPickleError, PickleReader, Placed, key_value
+from ..format.inert import Inert, MalformedPickleError, Placed, key_value
+from ..format.pickles import PickleReader
 from .object_parts import LATIN1, NotPlainError
 from .structure import Opened, Structure
 
@@ -55,10 +54,9 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
     Raises:
         NotPlainError: some scalar's place is not certain.
     """
-    notes = Notes()
+    reader = PickleReader(pickled, places=True)
     try:
-        root = PickleReader(pickled, notes, PLACING_PROTOCOL_2).read()
-        nodes = _nodes(structure, len(leaves), root)
+        nodes = _nodes(structure, len(leaves), reader.read())
     except (MalformedPickleError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise NotPlainError(f"the pickle is not built as the state is: {error}") from error
     for position in structure.string_positions:
@@ -68,7 +66,7 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
         [_site(nodes[position]) for position in structure.exact_positions],
         [_site(nodes[position]) for position in structure.float_positions],
         [_run_site(nodes[position]) for position in structure.run_positions],
-        frozenset(notes.names),
+        frozenset(reader.names),
     )
     found = [*sites.exact, *sites.floats, *sites.runs]
     values = [leaves[p] for p in (*structure.exact_positions, *structure.float_positions, *structure.run_positions)]

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import CheckpointError, UnsupportedStateError
-from ..format.opcodes import PROTOCOL_2
-from ..format.pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
+from ..format.inert import MalformedPickleError, Name, OpaqueKey
+from ..format.pickles import TORCH_OPCODES, PickleReader
 from ..format.safetensors import read_safetensors
 from ..format.tensors import STORAGE_TYPES, StorageRef, TensorExtent, storage_of, tensor_in
 from ..format.zip_directory import HeaderCheck, Record, UnusualLayoutError, read_directory
@@ -160,7 +160,7 @@ def byte_order(file: VerifiedFile, records: dict[str, Record]) -> bytes | None:
 def load_plain(pickled: bytes | memoryview, records: Mapping[str, Record], builder: TensorsOnDisk) -> Any:
     """The object that `pickled` describes, its tensors made by `builder`. Raises NotPlainError: damaged, or not within
     the plain subset. CorruptCheckpointError: a tensor does not fit its record."""
-    reader = PickleReader(pickled, _PlainObjects(records, builder), PROTOCOL_2)
+    reader = _PlainObjects(pickled, records, builder)
     if not reader.data.startswith(b"\x80\x02"):
         _refuse("not protocol 2")
     try:
@@ -199,10 +199,13 @@ def _refuse_strangers(root: Any) -> None:
                 todo.extend(value)
 
 
-class _PlainObjects:
-    """A `pickles.Maker` that knows plain tensors and what surrounds them."""
+class _PlainObjects(PickleReader):
+    """Knows plain tensors and what surrounds them."""
 
-    def __init__(self, records: Mapping[str, Record], builder: TensorsOnDisk) -> None:
+    opcodes = TORCH_OPCODES
+
+    def __init__(self, pickled: bytes | memoryview, records: Mapping[str, Record], builder: TensorsOnDisk) -> None:
+        super().__init__(pickled)
         self._records = records
         self._builder = builder
 

@@ -21,8 +21,8 @@ from torch.serialization import LoadEndianness
 from torch.utils.serialization import config
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
+from ..format.inert import MalformedPickleError
 from ..format.named import file_naming, listing, names_in, places_named
-from ..format.pickles import MalformedPickleError
 from ..host.memory import address_of, move
 from .build import byte_order, place_for
 from .errors import ReadError

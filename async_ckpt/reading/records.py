@@ -22,9 +22,8 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError, some_of
 from ..format.checksum import crc32
-from ..format.inert import Inert, Notes, describe, printable
-from ..format.opcodes import EVERY_OPCODE
-from ..format.pickles import MalformedPickleError, Name, OpaqueKey, PickleReader
+from ..format.inert import Inert, MalformedPickleError, Name, OpaqueKey, describe, printable
+from ..format.pickles import PickleReader
 from ..format.safetensors import read_safetensors
 from ..format.tensors import (
     ITEM_BYTES,
@@ -197,27 +196,45 @@ def _is_huge(size: Any) -> bool:
     return False
 
 
-class _Suspicious(Notes):
+class _Suspicious(PickleReader):
     """Refuses what torch's unpickler would take the word of: calls that make objects by their length, storages of
     another length than their records, tensors outside of their storages, text in another encoding, and arguments that
     grow when torch writes them out in an error."""
 
-    def __init__(self, path: str, record: str, num_bytes: int, records: Mapping[str, Record] | None) -> None:
-        """`records` is None for files in the old format, whose storages are as long as they say."""
-        super().__init__()
+    def __init__(
+        self,
+        pickled: bytes | memoryview,
+        path: str,
+        record: str,
+        records: Mapping[str, Record],
+        said: dict[str, Record] | None = None,
+    ) -> None:
+        """`said`, of files in the old format, takes the storages, which are as long as they say."""
+        super().__init__(pickled)
         self._path = path
         self._record = record
-        self._left = _FREE_WORDS + _WORDS_PER_BYTE * num_bytes
+        self._words_left = _FREE_WORDS + _WORDS_PER_BYTE * len(pickled)
         self._records = records
-        self.said: dict[str, Record] = {}
+        self._said = said
+
+    def check(self) -> None:
+        """Read it. Raises CorruptCheckpointError."""
+        try:
+            self.read()
+        except MalformedPickleError as error:
+            raise self._crafted(f"is no pickle that is read: {error}") from error
+        except CorruptCheckpointError as error:
+            if error.path is not None:
+                raise
+            raise CorruptCheckpointError(f"{self._path}: {error}", path=self._path, record=error.record) from error
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         todo: list[Any] = [function, args]
         while todo:
             value = todo.pop()
             is_sized = isinstance(value, (str, bytes, list, tuple, dict)) and type(value) is not StorageRef
-            self._left -= 1 + (len(value) if is_sized else value.bit_length() >> 3 if type(value) is int else 0)
-            if self._left < 0:
+            self._words_left -= 1 + (len(value) if is_sized else value.bit_length() >> 3 if type(value) is int else 0)
+            if self._words_left < 0:
                 raise MalformedPickleError("what it calls is given far more than all it holds")
             if isinstance(value, Inert):
                 todo += [value.args, value.items, value.pairs]
@@ -268,14 +285,14 @@ class _Suspicious(Notes):
             return super().persistent(value)
         # In the old format, a sixth part says which part of the storage is meant.
         named = value[:5]
-        if self._records is None and len(named) == 5 and isinstance(named[1], Name):
+        if self._said is not None and len(named) == 5 and isinstance(named[1], Name):
             dtype = STORAGE_TYPES.get(named[1].text.rpartition(".")[2], "")
             num = named[4] if type(named[4]) is int else -1
             if type(named[2]) is str and dtype and 0 <= num < _MAX_ELEMENTS:
-                self.said.setdefault(
+                self._said.setdefault(
                     f"data/{named[2]}", Record(0, num * ITEM_BYTES[dtype], 0, f"/{named[2]}".encode(errors="replace"))
                 )
-        found = storage_of(named, self.said if self._records is None else self._records)
+        found = storage_of(named, self._records if self._said is None else self._said)
         if found is None:
             raise self._crafted(f"names a storage as torch does not ({describe(value)})")
         return found
@@ -306,32 +323,19 @@ def refuse_beyond_limits(file: VerifiedFile, records: Mapping[str, Record]) -> N
 def refuse_crafted(pickled: bytes | memoryview, path: str, record: str, records: Mapping[str, Record]) -> None:
     """Raises CorruptCheckpointError: what it describes does not lie in the file's `records`, it makes objects by their
     length, is beyond the bounds of `format.pickles`, or no pickle."""
-    _read_suspicious(pickled, _Suspicious(path, record, len(pickled), records), path, record)
-
-
-def _read_suspicious(pickled: bytes | memoryview, maker: _Suspicious, path: str, record: str) -> int:
-    """The length of a pickle."""
-    reader = PickleReader(pickled, maker, EVERY_OPCODE)
-    try:
-        reader.read()
-    except MalformedPickleError as error:
-        message = f"{path}: record {record!r} is no pickle that is read: {error}"
-        raise CorruptCheckpointError(message, path=path, record=record) from error
-    except CorruptCheckpointError as error:
-        if error.path is not None:
-            raise
-        raise CorruptCheckpointError(f"{path}: {error}", path=path, record=error.record) from error
-    return reader.position
+    _Suspicious(pickled, path, record, records).check()
 
 
 def refuse_legacy_beyond_limits(file: VerifiedFile) -> None:
     """As `refuse_beyond_limits`, of a file in torch's old format (five pickles, then the storages), which must not name
     larger storages than itself."""
     pickles = file.read(0, min(file.size_bytes, _MAX_LEGACY_PICKLES_BYTES))
-    maker = _Suspicious(file.name, "the legacy file", len(pickles), None)
+    said: dict[str, Record] = {}
     for _ in range(5):
-        pickles = pickles[_read_suspicious(pickles, maker, file.name, "the legacy file") :]
-    if sum(record.num_bytes for record in maker.said.values()) > file.size_bytes:
+        reader = _Suspicious(pickles, file.name, "the legacy file", {}, said)
+        reader.check()
+        pickles = pickles[reader.position :]
+    if sum(record.num_bytes for record in said.values()) > file.size_bytes:
         raise CorruptCheckpointError(
             f"{file.name}: its pickle names storages that are larger than the file", path=file.name
         )

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import CheckpointError
-from async_ckpt.format.inert import Inert, describe, read_inert
-from async_ckpt.format.pickles import MalformedPickleError, Name, key_value
+from async_ckpt.format.inert import Inert, MalformedPickleError, Name, describe, key_value
+from async_ckpt.format.pickles import read_inert
 from async_ckpt.format.tensors import leaves
 
 from ..cli.conftest import PYTHON
@@ -234,8 +234,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from async_ckpt.errors import CheckpointError
-from async_ckpt.format.inert import read_inert
-from async_ckpt.format.pickles import MalformedPickleError
+from async_ckpt.format.inert import MalformedPickleError
+from async_ckpt.format.pickles import read_inert
 from async_ckpt.format.tensors import leaves
 try:
     print("leaves", sum(1 for _ in leaves(sys.stdin.buffer.read(), {})))

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from async_ckpt.errors import CheckpointError
-from async_ckpt.format.inert import Fingerprint, describe, read_inert
+from async_ckpt.format.inert import Fingerprint, MalformedPickleError, describe
 from async_ckpt.format.named import listing, names_in, places_named
-from async_ckpt.format.pickles import MalformedPickleError
+from async_ckpt.format.pickles import read_inert
 from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
 from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from async_ckpt import CheckpointError, load
-from async_ckpt.format.inert import describe, read_inert
-from async_ckpt.format.pickles import MalformedPickleError, OpaqueKey
+from async_ckpt.format.inert import MalformedPickleError, OpaqueKey, describe
+from async_ckpt.format.pickles import read_inert
 from async_ckpt.format.tensors import OtherInfo, leaves
 from tests.reading.committed import commit
 

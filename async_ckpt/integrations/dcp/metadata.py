@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ...errors import CorruptCheckpointError
-from ...format.inert import Inert, read_inert
-from ...format.pickles import MalformedPickleError, Name, key_value
+from ...format.inert import Inert, MalformedPickleError, Name, key_value
+from ...format.pickles import read_inert
 from ...host.memory import collector_paused
 
 _MAX_DEPTH = 100
