@@ -109,8 +109,8 @@ def _carry_out(catalog: Catalog, policy: RetentionPolicy, hold: Hold) -> list[De
     if not is_url(catalog.root):
         return apply(FileSystem(), catalog.root, policy, hold)
     from ..mirror.config import Mirror
+    from ..mirror.objects import remove_remote
     from ..mirror.remote import open_store
-    from ..mirror.remote_manifest import remove_remote
 
     store = open_store(Mirror(catalog.root), FileSystem())
     return carry_out(catalog, policy, lambda manifest: remove_remote(store, None, manifest))

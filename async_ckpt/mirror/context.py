@@ -18,10 +18,9 @@ from ..storage.filesystem import FileLock, FileSystem
 from ..threads.locks import Lock
 from ..threads.outcome import run_guarded
 from .config import Mirror
-from .probe import Abilities
-from .remote_manifest import read_manifest
+from .objects import read_manifest
 from .state import DIRECTORY, States, TagState
-from .store import Store
+from .store import Abilities, Store
 
 _POLL_S = 0.1
 

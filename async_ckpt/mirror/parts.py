@@ -17,7 +17,7 @@ from ..host.memory import region
 from ..metrics import MirrorMetrics
 from ..storage.filesystem import ReadableFile
 from .context import MirrorContext, Stopped
-from .plan import ObjectPlan
+from .objects import ObjectPlan
 
 
 class Slots:

@@ -12,6 +12,7 @@ Steps, each of which may be cut short and is done again or gone on with later:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import random
 import re
@@ -26,9 +27,8 @@ from ..metrics import MirrorMetrics, Span
 from ..reading.committed import CommittedCheckpoint
 from ..threads.locks import Lock
 from .context import MirrorContext, Stopped
+from .objects import FoundManifest, ObjectPlan, UploadPlan, delete_doomed, plan_upload, read_manifest
 from .parts import PartStream, Slots
-from .plan import ObjectPlan, UploadPlan, combined_md5, plan_upload
-from .remote_manifest import FoundManifest, delete_doomed, read_manifest
 from .state import TagState
 from .store import ANY_VERSION, AbortedElsewhere, ConditionFailed, PassingFailure
 
@@ -209,9 +209,9 @@ class Upload:
         is_single, e_tag = size_bytes <= self._context.mirror.part_bytes, found.e_tag.strip('"')
         # Of an object of several parts only S3 promises this form of the tag, and not all servers keep the promise.
         if md5s and (is_single or store.url.startswith("s3")):
-            expected = md5s[0].hex() if is_single else combined_md5(md5s)
-            form = "[0-9a-f]{32}" + ("" if is_single else f"-{len(md5s)}")
-            if re.fullmatch(form, e_tag) and e_tag != expected:
+            whole = md5s[0] if is_single else hashlib.md5(b"".join(md5s), usedforsecurity=False).digest()
+            suffix = "" if is_single else f"-{len(md5s)}"
+            if re.fullmatch(f"[0-9a-f]{{32}}{suffix}", e_tag) and e_tag != whole.hex() + suffix:
                 told = f"the store holds other bytes of {one.key!r} than were sent (checksum {e_tag})"
                 raise _ObjectDamaged(told, url=store.url)
         return found.e_tag

@@ -15,12 +15,11 @@ from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpoint
 from ..metrics import MirrorMetrics
 from ..threads.outcome import Outcome
 from .context import MirrorContext, Stopped
+from .objects import delete_doomed, read_manifest, remove_remote
 from .pending import PendingMirror
-from .probe import probe
 from .process import Uploader
 from .remote import open_store, remote_catalog
-from .remote_manifest import delete_doomed, read_manifest, remove_remote
-from .store import ConditionFailed, PassingFailure
+from .store import ConditionFailed, PassingFailure, probe
 
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 15.0
 _MIN_REST_S = 1.0

@@ -18,8 +18,8 @@ from async_ckpt.format.manifest import FileEntry
 from async_ckpt.metrics import MirrorMetrics
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.context import MirrorContext
+from async_ckpt.mirror.objects import ObjectPlan
 from async_ckpt.mirror.parts import PartStream, Slots
-from async_ckpt.mirror.plan import ObjectPlan
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.reading.scatter import Scatter, stream_into
 from async_ckpt.storage import transaction

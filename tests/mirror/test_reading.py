@@ -13,7 +13,7 @@ import torch
 import async_ckpt
 from async_ckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, StateMismatchError
 from async_ckpt.format.manifest import Manifest, encode
-from async_ckpt.mirror.plan import with_attempt
+from async_ckpt.mirror.objects import with_attempt
 from async_ckpt.mirror.remote import RemoteFileSystem
 from async_ckpt.reading.load import load_committed_into
 

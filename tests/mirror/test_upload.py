@@ -209,7 +209,7 @@ def test_a_deletion_in_the_store_that_was_cut_short_is_ended_by_the_next_start(
 
 def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, tmp_path: Path, prefix: str) -> None:
     from async_ckpt.format.manifest import FileEntry, Manifest
-    from async_ckpt.mirror.plan import plan_upload
+    from async_ckpt.mirror.objects import plan_upload
 
     entry = FileEntry("model.bin", 60 << 30, 1 << 30, (0,) * 60, "opaque", "test", None)
     manifest = Manifest("huge", 1, (entry,))
