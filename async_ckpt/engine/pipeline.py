@@ -185,7 +185,6 @@ class SavePipeline:
             folder=coordinator.admit(checkpoint.staging, path, manifest_bytes),
             size_bytes=plan.file_bytes,
             seal=replica.seal if replica is not None else plan.sealer() if new is None else new.seal,
-            make_parents="/" in path,
             tag=checkpoint.tag,
             older=None if new is None or new.known is None else new.older,
             pass_over=None if new is None else new.pass_over,

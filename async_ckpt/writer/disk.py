@@ -1,29 +1,29 @@
-"""What the files of one pool share: the seam to the disk, the threads, the slots, the count of chunks."""
+"""What the files of one pool share: the seam to the disk, the threads, the slots, the count of chunks; and the jobs of
+one file on these threads."""
 
 from __future__ import annotations
 
-import asyncio
-import os
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
-from ..errors import CheckpointError, WriteError
-from ..format.chunk import Chunk
 from ..metrics import Span
 from ..storage.filesystem import FileSystem
-from ..storage.write_error import write_error
-from ..storage.write_file import WritableFile
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.loop import LoopThread
+
+T = TypeVar("T")
 
 PAGE_BYTES = 4096
 MakeRoom = Callable[[str], Coroutine[Any, Any, None]]
 
 
 class Disk:
-    """What the files of one pool share. Any thread but a user's, where nothing else is said; nothing blocks but
-    `make_parents`.
+    """What the files of one pool share. Any thread; nothing blocks. Slots: no user's thread.
 
     Args:
         num_slots: how many chunks of all files may be written at once.
@@ -85,51 +85,92 @@ class Disk:
             most, self._max_queued = self._max_queued, self.num_queued
         return most
 
-    def make_parents(self, path: str) -> None:
-        """Make the missing parent directories of a file. Blocks. Raises WriteError, OutOfSpaceError."""
-        folder = os.path.dirname(path)
+
+class Jobs(Executor):
+    """The jobs of one file on I/O threads: timed, told, and counted until their threads have left them. Any thread;
+    never blocks.
+
+    A cancelled ``await`` says nothing about the thread behind it: memory and descriptors may be given up only when no
+    job is left.
+    """
+
+    def __init__(self, disk: Disk, tag: str) -> None:
+        self.path = ""
+        self.step = "its turn"
+        """What the file's task waits for, or does next."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """By kind of work, summed over threads: may exceed wall time."""
+        self._disk = disk
+        self._tag = tag
+        self._lock = Lock()
+        self._num_left = 0
+        self._callbacks: list[Callable[[], None]] = []
+        self._running: dict[object, tuple[str, int, int, float]] = {}
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run `fn`, timed as the `step` that the file's task is at: for ``open_write`` and what it returns."""
+        step = self.step
+        return self.run(lambda: self.timed(step, 0, 0, lambda: fn(*args, **kwargs)))
+
+    def run(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn`, counted. Raises TransactionStateError: the threads are gone."""
+        with self._lock:
+            self._num_left += 1
         try:
-            self.filesystem.makedirs(folder)
-        except OSError as error:
-            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
-            raise write_error(self.filesystem, error, message, folder) from error
+            job = self._disk.io.submit(fn)
+        except BaseException:
+            self._ended()
+            raise
+        job.add_done_callback(lambda _: self._ended())
+        return job
 
+    def timed(self, kind: str, offset: int, num_bytes: int, fn: Callable[[], T]) -> T:
+        """Do `fn` here and now, which is a piece of work on these bytes of the file."""
+        key, start_s = object(), time.perf_counter()
+        with self._lock:
+            self._running[key] = kind, offset, num_bytes, start_s
+        try:
+            return fn()
+        finally:
+            end_s = time.perf_counter()
+            with self._lock:
+                del self._running[key]
+                self.seconds[kind] += end_s - start_s
+            if (on_span := self._disk.on_span) is not None:
+                thread = threading.current_thread().name
+                on_span(Span(kind, start_s, end_s, thread, self._tag, self.path, offset, num_bytes))
 
-def in_our_tree(error: BaseException, path: str) -> BaseException:
-    """`error`, which ended the writing of `path`, as one of our tree."""
-    if isinstance(error, CheckpointError):
-        return error
-    reason = "a writer task was cancelled" if isinstance(error, asyncio.CancelledError) else repr(error)
-    code = error.errno if isinstance(error, OSError) else None
-    failure = WriteError(f"writing {path!r} stopped ({reason}); it is incomplete and is not committed", errno=code)
-    failure.__cause__ = error
-    return failure
+    @property
+    def is_idle(self) -> bool:
+        return self._num_left == 0
 
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once idle: here and now, or in the thread that ends the last job. It must not raise."""
+        with self._lock:
+            if self._num_left:
+                self._callbacks.append(callback)
+                return
+        callback()
 
-def bytes_to_write(chunk: Chunk, file: WritableFile) -> memoryview:
-    """The chunk's bytes, in whole pages where the file wants them: one write, and the truncation cuts the rest."""
-    end = whole_pages(chunk.nbytes)
-    if not file.direct or end == chunk.nbytes or chunk.buffer.nbytes < end:
-        return chunk.buffer[: chunk.nbytes]
-    chunk.buffer[chunk.nbytes : end] = bytes(end - chunk.nbytes)
-    return chunk.buffer[:end]
+    def waits_for(self, path: str) -> str:
+        """What the file at `path` waits for now, in words."""
+        # Without the lock, which I/O threads want: this thread may be interrupted by a handler that waits for them.
+        running = list(self._running.values())
+        if not running:
+            return f"{self.step} of {path!r}"
+        kind, offset, num_bytes, start_s = running[0]
+        what = f"{kind} of {num_bytes} bytes at offset {offset}" if num_bytes else kind
+        return f"{what} of {path!r}, running for {time.perf_counter() - start_s:.1f} s"
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._num_left -= 1
+            if self._num_left:
+                return
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
 
 def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def problem_with(chunk: Chunk, next_offset: int, extent_bytes: int, size_bytes: int) -> str | None:
-    """Why `chunk` is not the next one of a file of `size_bytes` bytes, cut into extents of `extent_bytes` (0: not known
-    yet).
-    """
-    if chunk.offset != next_offset:
-        return f"out of order, the next offset is {next_offset}"
-    end = chunk.offset + chunk.nbytes
-    if end > size_bytes or (chunk.nbytes == 0 and size_bytes > 0):
-        return f"the file has {size_bytes} bytes"
-    if extent_bytes and chunk.nbytes != extent_bytes and (end != size_bytes or chunk.nbytes > extent_bytes):
-        return f"all chunks but the last must have {extent_bytes} bytes"
-    if chunk.buffer.nbytes < chunk.nbytes:
-        return f"its buffer has only {chunk.buffer.nbytes} bytes"
-    return None

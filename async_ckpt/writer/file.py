@@ -1,13 +1,14 @@
 """One file on its way to the disk: its chunks, its first failure, and its steps: open, seal and write, sync, close.
 
-Three threads meet here. The caller hands chunks over in order (`submit`). I/O threads seal and write them, one job per
-chunk, which begins the next one's as soon as its own is sealed: seals come strictly in file order while writes overlap.
-The loop's task (`_serve`) opens the file, and once all is written it syncs and closes it.
+The loop's task (`_serve`) opens the file, and once all is written it syncs and closes it. Where its disk has failed for
+a moment, a file that is kept in staging memory is written once more.
 
 Guarantees:
-- The first failure stays, as an error of our tree with its cause; `FileWrite.done` always resolves. After a failure
-  nothing new is begun; a chunk is released, and the descriptor closed, when no job can touch it any more.
-- Callers enter no lock while others need it: a signal handler that has interrupted one may wait for the disk.
+- `FileWrite.done` always resolves. The descriptor is closed when no job can touch it any more.
+- Never twice on the same descriptor: after a failed write or fsync the kernel may have dropped pages, and call the next
+  one good. The old file is deleted, and a new one written as a whole.
+- Written chunks are kept until the file is synced, but no save waits for their memory: it is given back where that is
+  wanted, and the first failure stands then. So it does where a file is larger than the free staging memory.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
-from ..errors import CheckpointError, TransactionStateError, report
-from ..format.chunk import Chunk
-from ..format.shares import Share
+from ..errors import CheckpointError, TransactionStateError, WriteError, report
 from ..storage.read_file import Stamp
+from ..storage.write_error import FULL, write_error
 from ..storage.write_file import WritableFile
-from ..threads.executor import check_process
-from ..threads.locks import Lock
 from ..threads.outcome import Outcome
-from .disk import Disk, in_our_tree
-from .jobs import Jobs
-from .queue import ChunkQueue
-from .sharing import HowToWrite, Sharing, open_new, open_older, share_or_write
+from .chunks import FileChunks, HowToWrite
+from .disk import Disk, whole_pages
+from .sharing import Sharing, open_older
+
+T = TypeVar("T")
 
 
-class FileWrite:
+class FileWrite(FileChunks):
     """One file on its way to the disk, made by `WriterPool.open_file`. Any thread; nothing blocks but `open_older`."""
 
     def __init__(
@@ -46,77 +46,21 @@ class FileWrite:
         seal: Callable[[int, memoryview], int],
         how: HowToWrite,
     ) -> None:
+        super().__init__(disk, name, size_bytes, seal, how)
         self.done: Outcome[FileWrite] = Outcome()
         """Resolves to the file itself, synced and closed."""
         self.settled: Outcome[None] = Outcome()
         """Resolves when no thread works on the file any more: after `done`, where the pool dies."""
-        self.path = name
-        """Where the file is; below its directory, until that is known."""
-        self.size_bytes = size_bytes
-        self.extent_bytes = 0
-        self.extent_crc32: list[int] = []
-        """`extent_crc32[k]` covers bytes `[k * extent_bytes, (k + 1) * extent_bytes)`, from the first one here on."""
-        self._share = how.share or Share(0, size_bytes, size_bytes)
-        self._num_bytes_left = self._share.copied_end - self._share.start
-        self._writes_nothing = how.share is not None and how.share.start == how.share.end
-        """Other processes write all of it."""
-        self.sharing: Sharing | None = None
-        """The older file, while this one may share its bytes."""
-        self._find_older = how.older
         self.direct = False
         """Whether it went past the page cache."""
         self.durable_s = 0.0
         """When it was synced, on ``time.perf_counter``."""
         self.stamp: Stamp | None = None
         """Of its content, once that is known to be synced."""
-        self._pid = os.getpid()
-        self._disk = disk
         self._folder = folder
         self._name = name
-        self._seal = seal
-        self._how = how
-        self._lock = Lock()
-        self._queue = ChunkQueue(
-            disk,
-            (self._share.start, self._share.copied_end),
-            self._lock,
-            is_late=self._is_late,
-            refuse=lambda why: self._fail(TransactionStateError(why.format(repr(self.path)))),
-        )
-        self._failure: BaseException | None = None
-        self._is_over = False
-        """The outcome is decided: no failure and no chunk is taken any more."""
-        self._opened: WritableFile | None = None
-        self._is_sealing = False
-        self._one_buffered_write = Lock()
-        self._num_chunk_jobs = 0
-        self._jobs = Jobs(disk.io, disk.on_span, how.tag)
-        self.seconds = self._jobs.seconds
-        self._changed = asyncio.Event()
+        self._find_older = how.older
         self._serving: asyncio.Task[None] | None = None
-
-    # The caller's side.
-
-    def submit(self, *chunks: Chunk) -> None:
-        """Hand over the next chunks (ascending, without gaps, equal sizes except the last).
-
-        They are taken over in every case, and released exactly once. One that is out of order or past the end fails the
-        file. Raises TransactionStateError: in a forked child.
-        """
-        check_process(self._pid, "this file")
-        self._queue.inbox.extend(chunks)
-        self._notify()
-        if self._is_over:
-            self._queue.take_over()
-
-    def has_taken(self, offset: int) -> bool:
-        """Whether the chunk at `offset` was taken over, and so is released here."""
-        return self._queue.has_taken(offset)
-
-    def abort(self, error: BaseException) -> None:
-        """Give the file up after its writes in flight: `done` fails with `error`, unless it has ended or failed."""
-        check_process(self._pid, "this file")
-        self._disk.loop.call(lambda: self._fail(error, keep=True))
 
     def open_older(self) -> Sharing | None:
         """Open the older file, unless that was done; None where nothing can be shared with it. Blocks on the disk."""
@@ -129,97 +73,7 @@ class FileWrite:
         """What the file waits for now, in words."""
         return self._jobs.waits_for(self.path)
 
-    # The loop's thread and I/O threads.
-
-    def _fail(self, error: BaseException, *, keep: bool = False) -> None:
-        """Remember `error` if it is the first, as one of our tree unless `keep`."""
-        with self._lock:
-            if self._failure is None and not self._is_over:
-                # What is no Exception (KeyboardInterrupt) would end every event loop that awaits it.
-                self._failure = error if keep and isinstance(error, Exception) else in_our_tree(error, self.path)
-        self._notify()
-
-    def _is_late(self) -> bool:
-        """Whether no chunk is taken any more."""
-        return self._failure is not None or self._is_over
-
-    def expect_no_more(self) -> None:
-        """Give the file up if it lacks chunks now: begun, where a handler that closes has interrupted `open_file`."""
-        self.start()
-        self._queue.take_over()
-        if self._queue.next_offset < self._queue.end:
-            self._fail(TransactionStateError(f"the pool was closed before all of {self.path!r} was submitted"))
-
-    def _notify(self) -> None:
-        """Let the loop look at what has changed: there no interrupt cuts a beginning in two."""
-        self._disk.loop.call(self._look)
-
-    def _release_all(self) -> None:
-        self._queue.release_all()  # First: memory that does not come back ends all saves.
-        if self.sharing is not None:
-            self.sharing.close()
-
-    def begin_next(self) -> None:
-        """Begin to seal and write the next chunk, if its turn has come."""
-        self._queue.take_over()
-        with self._lock:
-            is_ready = self._failure is None and not self._is_sealing and bool(self._queue.waiting)
-            is_ready &= self._opened is not None or self._queue.held_back is not None or self._writes_nothing
-            if not is_ready or self._num_chunk_jobs >= self._how.depth or not self._disk.take_slot(self.begin_next):
-                return
-            chunk = self._queue.waiting.popleft()
-            self._is_sealing = True
-            self._num_chunk_jobs += 1
-            # Counted before the lock is free: a file that ends meanwhile gives no chunk back that a job will touch.
-            try:
-                job = self._jobs.run(lambda: self._seal_and_write(chunk))
-            except CheckpointError as error:
-                job = Future()
-                job.set_exception(error)
-        job.add_done_callback(lambda ended: self._chunk_ended(chunk, ended))
-
-    def _seal_and_write(self, chunk: Chunk) -> bool:
-        """False where the chunk is held back: it may come again, sealed."""
-        at, nbytes, view = chunk.offset, chunk.nbytes, chunk.buffer[: chunk.nbytes]
-        self.extent_bytes = self._queue.extent_bytes
-        extent = (at - self._share.start) // max(1, self.extent_bytes)
-        if extent == len(self.extent_crc32):
-            seal = (chunk.is_elsewhere and self._how.pass_over) or self._seal
-            self.extent_crc32.append(self._jobs.timed("crc", at, nbytes, lambda: seal(at, view)))
-        crc, sharing = self.extent_crc32[extent], self.sharing
-        is_equal = sharing is not None and sharing.is_equal(extent, crc)
-        with self._lock:
-            self._is_sealing = False
-            if self._queue.held_back is not None:
-                self._queue.hold_back(self._queue.held_back, chunk, more=is_equal)
-                return False
-        # The next seal goes on beside this write.
-        self.begin_next()
-        if at < self._share.end:
-            file = self._opened
-            assert file is not None
-            with contextlib.nullcontext() if self._how.direct else self._one_buffered_write:
-                share_or_write(chunk, file, self._jobs, sharing if is_equal else None, crc)
-        return True
-
-    def _chunk_ended(self, chunk: Chunk, ended: Future[bool]) -> None:
-        error = ended.exception()
-        is_done = error is None and ended.result()
-        if error is not None:
-            self._fail(error)
-        elif is_done:
-            self._queue.release(chunk)
-        with self._lock:
-            self._num_chunk_jobs -= 1
-            self._num_bytes_left -= chunk.nbytes if is_done else 0
-            is_all = not self._num_bytes_left
-        self._disk.give_slot_back()
-        if is_all or not is_done:
-            self._notify()
-        else:
-            self.begin_next()
-
-    # The loop's thread.
+    # The loop's thread, from here on.
 
     def start(self) -> None:
         """Begin to wait for chunks, if need be."""
@@ -227,8 +81,16 @@ class FileWrite:
             self._serving = asyncio.get_running_loop().create_task(self._serve())
             self._serving.add_done_callback(self._ensure_told)
 
+    def expect_no_more(self) -> None:
+        """Give the file up if it lacks chunks now: begun, where a handler that closes has interrupted `open_file`."""
+        self.start()
+        self._take_over()
+        if self._next_offset < self._share.copied_end:
+            self._fail(TransactionStateError(f"the pool was closed before all of {self.path!r} was submitted"))
+
     def die(self, error: BaseException) -> None:
         """The pool is dead: tell the outcome now, clean up as far as that still works."""
+        self._may_rewrite = False
         self._fail(error)
         with self._lock:
             self._is_over = True
@@ -239,10 +101,6 @@ class FileWrite:
         """No task will run any more: give memory back once no thread uses it. The descriptor is left to its owner."""
         self._jobs.on_idle(self._release_all)
 
-    def _look(self) -> None:
-        self._changed.set()
-        self.begin_next()
-
     async def _until(self, is_so: Callable[[], bool]) -> None:
         """Wait for a state of the file. Raises its first failure."""
         while self._failure is None and not is_so():
@@ -251,10 +109,19 @@ class FileWrite:
         if self._failure is not None:
             raise self._failure
 
+    async def _do(self, fn: Callable[[], T]) -> T:
+        """Have an I/O thread do it, and wait for that."""
+        return await asyncio.wrap_future(self._jobs.run(fn))
+
     async def _serve(self) -> None:
         try:
             await self._put_on_disk()
         except BaseException as error:  # noqa: BLE001 -- becomes the file's outcome
+            self._fail(error)
+        try:
+            if self._first is not None:
+                await self._write_once_more(self._first)
+        except BaseException as error:  # noqa: BLE001 -- as above
             self._fail(error)
         with self._lock:
             self._is_over = True
@@ -285,21 +152,21 @@ class FileWrite:
         jobs = self._jobs
         jobs.step = "the first chunk"
         # Not before: to reserve the file's blocks takes milliseconds of a core, while the caller copies on all of them.
-        await self._until(lambda: bool(self._queue.extent_bytes) or not self.size_bytes)
+        await self._until(lambda: bool(self.extent_bytes) or not self.size_bytes)
         jobs.step = "the directory"
         self._folder.add_done_callback(lambda _: self._notify())
         await self._until(self._folder.done)
         path = self.path = jobs.path = os.path.join(self._folder.result(), self._name)
-        if self._how.make_parents:
-            await asyncio.wrap_future(jobs.run(lambda: self._disk.make_parents(path)))
+        if "/" in self._name:
+            await self._do(lambda: self._make_parents(os.path.dirname(path)))
         if self._find_older is not None:
             jobs.step = "the older file"
-            await asyncio.wrap_future(jobs.run(self.open_older))
-        sharing, is_whole = self.sharing, not self._queue.is_scarce
-        if sharing is not None and sharing.by_link and is_whole and await self._becomes_link(path, sharing):
+            await self._do(self.open_older)
+        sharing = self.sharing
+        if sharing is not None and sharing.by_link and not self._is_scarce and await self._becomes_link(path, sharing):
             return
         if not self._writes_nothing:
-            self._opened = await open_new(self._disk.filesystem, path, self.size_bytes, self._how, jobs, sharing)
+            self._opened = await self._open_new(path, sharing)
             self.direct = self._opened.direct
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
@@ -317,19 +184,45 @@ class FileWrite:
         jobs.step = "close"
         await opened.close()
 
+    def _make_parents(self, folder: str) -> None:
+        filesystem = self._disk.filesystem
+        try:
+            filesystem.makedirs(folder)
+        except OSError as error:
+            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
+            raise write_error(filesystem, error, message, folder) from error
+
     async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
         """Whether this file is another name of the older one now, and so is durable."""
-        jobs, queue = self._jobs, self._queue
-        jobs.step = "a chunk that is not equal"
-        queue.held_back = []
+        self._jobs.step = "a chunk that is not equal"
+        self._held_back = []
         self.begin_next()
-        await self._until(lambda: queue.num_bytes_held_back in (None, self.size_bytes))
-        if queue.held_back is not None and await asyncio.wrap_future(jobs.run(lambda: sharing.link(path))):
+        await self._until(
+            lambda: (held := self._held_back) is None or sum(chunk.nbytes for chunk in held) == self.size_bytes
+        )
+        if self._held_back is not None and await self._do(lambda: sharing.link(path)):
             self.stamp, self.durable_s = sharing.stamp, time.perf_counter()
             return True
         with self._lock:
-            queue.put_back()
+            self._put_back()
         return False
+
+    async def _open_new(self, path: str, sharing: Sharing | None) -> WritableFile:
+        """Make the file, or open it where other processes may have made it. Raises as `FileSystem.open_write`."""
+        how, jobs = self._how, self._jobs
+        jobs.step = "open"
+        # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
+        reserved_bytes = whole_pages(self.size_bytes) if how.direct else self.size_bytes
+        more: Any = {"shared": True} if how.share is not None else {} if sharing is None else sharing.what_to_write()
+        filesystem = self._disk.filesystem
+        file = await filesystem.open_write(path, reserved_bytes, direct=how.direct, executor=jobs, **more)
+        if sharing is not None and sharing.is_sure:
+            try:
+                await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
+            except BaseException:
+                await file.close()
+                raise
+        return file
 
     async def _has_settled(self) -> bool:
         """One round of waiting, after a failure, for idle jobs and a closed file; False when there is more of it."""
@@ -348,3 +241,49 @@ class FileWrite:
         except (CheckpointError, OSError, RuntimeError) as late:
             report(logging.INFO, "closing %r after %r: %r", self.path, self._failure, late)
         return True
+
+    async def _write_once_more(self, first: WriteError) -> None:
+        """To a new file, from staging memory; where that cannot be, the first failure stands, and says why."""
+        why = await self._start_over(first)
+        if why:
+            first.message += f"; it is not written once more: {why}"
+            self._first = None
+            return
+        report(logging.WARNING, "%r is written once more, to a new file, after: %s", self.path, first)
+        try:
+            await self._put_on_disk()
+        except WriteError as second:
+            second.message += f" (when it was written once more, after: {first})"
+            raise
+
+    async def _start_over(self, first: WriteError) -> str:
+        """Delete what was written, and queue all chunks again; why that cannot be done, or "". A full disk counts once
+        earlier commits and retention have made room."""
+        while not await self._has_settled() or self._num_chunk_jobs:
+            if self._num_chunk_jobs:
+                # A job's thread still looks at how its chunk has ended, and tells when it has.
+                await self._changed.wait()
+        path, disk, filesystem = self.path, self._disk, self._disk.filesystem
+        self._jobs.step = "room for another try"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                await self._do(lambda: filesystem.unlink(path))
+            if first.errno in FULL:
+                if disk.make_room is not None:
+                    await disk.make_room(self._how.tag)
+                free_bytes = await self._do(lambda: filesystem.free_bytes(os.path.dirname(path)))
+                if free_bytes < self.size_bytes:
+                    return f"retention has freed no room, {free_bytes} bytes are free"
+        except OSError as error:
+            return str(error)
+        with self._lock:
+            if self._first is not first or self._is_over:
+                return "it was given up meanwhile"
+            if not self._take_back():
+                return "its bytes are not in staging memory any more"
+            self._first, self._failure, self._may_rewrite = None, None, False
+            self._opened, self._num_bytes_left = None, self.size_bytes
+            if self.sharing is not None:
+                # What is shared is shared again: bytes of frozen tensors are in the older file alone.
+                self.sharing.shared_bytes = 0
+        return ""

@@ -29,10 +29,10 @@ from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, check_process, lower_priority
 from ..threads.loop import LoopThread
 from ..threads.outcome import Outcome, wait_all
+from .chunks import HowToWrite
 from .disk import Disk, MakeRoom
 from .file import FileWrite
-from .rewrite import RewritingFile
-from .sharing import FindOlder, HowToWrite
+from .sharing import FindOlder
 
 T = TypeVar("T")
 
@@ -122,19 +122,17 @@ class WriterPool:
         folder: Future[str] | None = None,
         size_bytes: int,
         seal: Callable[[int, memoryview], int],
-        make_parents: bool = False,
         tag: str = "",
         older: FindOlder | None = None,
         pass_over: Callable[[int, memoryview], int] | None = None,
         share: Share | None = None,
     ) -> FileWrite:
-        """Start a file of `size_bytes` bytes at `path`. Never blocks.
+        """Start a file of `size_bytes` bytes at `path`, whose missing parent directories are made. Never blocks.
 
         Args:
             folder: what `path` is relative to, once that is made.
             seal: called once per chunk, strictly in file order, with (offset, its bytes) on an I/O thread; may patch
                 the bytes; returns the CRC32 of the extent as it is to be written.
-            make_parents: make missing parent directories.
             tag: goes into spans.
             older: finds, on an I/O thread, the committed file whose equal chunks are shared instead of written.
             pass_over: called instead of `seal` for chunks whose bytes are in that file alone.
@@ -151,9 +149,8 @@ class WriterPool:
         if folder is None:
             folder = Future()
             folder.set_result("")
-        how = HowToWrite(is_direct, depth, make_parents, tag, older, pass_over, share)
-        make = RewritingFile if self._rewrites and share is None else FileWrite
-        file = make(self.disk, folder, path, size_bytes, seal, how)
+        how = HowToWrite(is_direct, depth, self._rewrites and share is None, tag, older, pass_over, share)
+        file = FileWrite(self.disk, folder, path, size_bytes, seal, how)
         # Before the pool is looked at, and without a lock: when it dies or closes from here on, it finds this one.
         self._files[file] = None
         try:
@@ -175,7 +172,7 @@ class WriterPool:
     def let_go(self) -> bool:
         """Have one file give back the chunks that it only keeps for a second try; False where none does. Never
         blocks."""
-        return any(isinstance(file, RewritingFile) and file.let_go() for file in list(self._files))
+        return any(file.let_go() for file in list(self._files))
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
         """Run a coroutine on the loop; blocking in it stops all writing. Never blocks; raises as `open_file` does."""

@@ -7,24 +7,20 @@ taken over is written. All calls block on the disk.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from ..errors import CheckpointError, CorruptCheckpointError
 from ..format.checksum import crc32
 from ..format.chunk import Chunk
-from ..format.shares import Share
 from ..storage.filesystem import FileSystem
 from ..storage.probe import CANNOT_CLONE
 from ..storage.read_file import LocalReadableFile, Stamp
 from ..storage.write_file import Ranges, WritableFile
 from ..threads.locks import Lock
-from .disk import PAGE_BYTES, bytes_to_write, whole_pages
-from .jobs import Jobs
+from .disk import PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -49,25 +45,6 @@ class OlderFile:
 FindOlder = Callable[[], OlderFile | None]
 
 
-@dataclass(frozen=True)
-class HowToWrite:
-    """How one file is written."""
-
-    direct: bool
-    """Past the page cache, where the file system allows it."""
-    depth: int
-    """So many chunks of it at most are sealed and written at once."""
-    make_parents: bool
-    tag: str
-    older: FindOlder | None
-    """Finds the committed file whose equal chunks are shared."""
-    pass_over: Callable[[int, memoryview], int] | None = None
-    """Called instead of `seal` for what is not here, but in that file."""
-    share: Share | None = None
-    """What of it is written here, where other processes write the rest. Whoever finishes it cuts it to its length: that
-    waits for all writes."""
-
-
 def open_older(filesystem: FileSystem, older: OlderFile | None) -> Sharing | None:
     """The older file, open; None where it has vanished or changed, or nothing can be equal."""
     clones = filesystem.findings.clones
@@ -79,24 +56,6 @@ def open_older(filesystem: FileSystem, older: OlderFile | None) -> Sharing | Non
             return Sharing(filesystem, older, source, by_link=not clones)
         source.close()
     return None
-
-
-async def open_new(
-    filesystem: FileSystem, path: str, size_bytes: int, how: HowToWrite, jobs: Jobs, sharing: Sharing | None
-) -> WritableFile:
-    """Make a file, or open it where other processes may have made it. Raises as `FileSystem.open_write`."""
-    jobs.step = "open"
-    # Whole pages: a padded end that made the file grow would be written alone, under the inode's lock.
-    reserved_bytes = whole_pages(size_bytes) if how.direct else size_bytes
-    more: Any = {"shared": True} if how.share is not None else {} if sharing is None else sharing.what_to_write()
-    file = await filesystem.open_write(path, reserved_bytes, direct=how.direct, executor=jobs, **more)
-    if sharing is not None and sharing.is_sure:
-        try:
-            await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
-        except BaseException:
-            await file.close()
-            raise
-    return file
 
 
 class Sharing:
@@ -196,15 +155,3 @@ class Sharing:
         # Somebody has put another file in its place.
         self._filesystem.unlink(path)
         return False
-
-
-def share_or_write(chunk: Chunk, file: WritableFile, jobs: Jobs, sharing: Sharing | None, crc: int) -> None:
-    """Put a sealed chunk into its place in `file`. `sharing`: where it is equal to the older file's."""
-    at, nbytes, shared = chunk.offset, chunk.nbytes, 0
-    if sharing is not None:
-        shared = jobs.timed("share", at, nbytes, lambda: sharing.share(file, at, nbytes))
-    if shared < nbytes or not nbytes:
-        if chunk.is_elsewhere and sharing is not None:
-            sharing.read(chunk, crc)
-        rest = bytes_to_write(chunk, file)[shared:]
-        jobs.timed("write", at + shared, nbytes - shared, lambda: file.pwrite(rest, at + shared))

@@ -40,7 +40,7 @@ def test_any_step_may_fail(make_pool, fs, kind, at):
     fs.on[kind] = fail_at(at * 4096 if kind == "write" else None, cause)
     pool = make_pool()
     source = Source(NUM * 4096 - 1, 4096)
-    file = source.submit(pool.open_file("d/f", size_bytes=source.size_bytes, seal=seal, make_parents=True))
+    file = source.submit(pool.open_file("d/f", size_bytes=source.size_bytes, seal=seal))
     error = file.done.exception(TIMEOUT_S)
     assert isinstance(error, WriteError)
     assert error.errno == errno.EIO

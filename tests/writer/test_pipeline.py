@@ -11,8 +11,8 @@ import pytest
 
 from async_ckpt.metrics import Span
 from async_ckpt.storage.filesystem import FileSystem
+from async_ckpt.writer.disk import Jobs
 from async_ckpt.writer.file import FileWrite
-from async_ckpt.writer.jobs import Jobs
 from tests.support.stepping import until
 
 from .fakes import TIMEOUT_S, Gate, Source, seal
@@ -25,9 +25,7 @@ def test_bytes_and_crcs_on_a_real_disk(make_pool, tmp_path, io_mode, size_bytes)
     pool = make_pool(FileSystem(), io_mode=io_mode)
     source = Source(size_bytes, 8192 if size_bytes < 1 << 20 else 1 << 20)
     path = tmp_path / "a" / "b" / "file"
-    written = source.submit(pool.open_file(str(path), size_bytes=size_bytes, seal=seal, make_parents=True)).done.result(
-        TIMEOUT_S
-    )
+    written = source.submit(pool.open_file(str(path), size_bytes=size_bytes, seal=seal)).done.result(TIMEOUT_S)
     assert path.read_bytes() == source.data
     assert (written.path, written.size_bytes, written.extent_crc32) == (str(path), size_bytes, [*source.crcs])
     assert written.extent_bytes == source.chunks[0].nbytes
@@ -117,9 +115,7 @@ def test_a_file_written_through_the_cache_has_one_write_in_flight(make_pool, fs)
 
 def test_order_on_disk_ends_with_truncate_sync_close(make_pool, fs):
     source = Source(2 * 4096 + 1, 4096)
-    source.submit(make_pool().open_file("d/f", size_bytes=source.size_bytes, seal=seal, make_parents=True)).done.result(
-        TIMEOUT_S
-    )
+    source.submit(make_pool().open_file("d/f", size_bytes=source.size_bytes, seal=seal)).done.result(TIMEOUT_S)
     assert fs.log[:2] == [("makedirs", "d", 0), ("open", "d/f", 0)]
     assert fs.kinds()[2:] == ["write"] * 3 + ["truncate", "fsync", "close"]
     assert bytes(fs.files["d/f"].data) == source.data
