@@ -19,7 +19,7 @@ import torch
 from ..format.zip import Container, with_pickle
 from .key_paths import tensor_paths
 from .plan import FilePlan, PlannedState, container_plan, version_counters
-from .scalar_sites import Sites, find_sites, written
+from .scalar_sites import find_sites, written
 from .strided import Strided
 from .structure import NotPlainError, Structure, picker
 from .tensor_columns import LiveStorages, TensorFacts, look_at
@@ -62,11 +62,10 @@ class Draft:
 class _Scalars(NamedTuple):
     """The file as one state's scalars make it. Never changed: a later state's is another one."""
 
+    told: list[Any]
+    """What tells whether a scalar is the same: of a float its bits, of a run what pickle writes of it."""
     pieces: list[bytes]
     """The pieces of the pickle; every second one is a scalar's."""
-    exact: Sequence[Any]
-    floats: array[float]
-    runs: list[bytes]
     container: Container
     plan: FilePlan
 
@@ -76,15 +75,13 @@ class CachedPlan:
 
     def __init__(self, draft: Draft, recorded: Recorded) -> None:
         """Raises NotPlainError where it is not certain which bytes of the pickle are whose."""
-        structure = draft.structure
+        self.structure = structure = draft.structure
         parts = draft.parts(recorded)
         leaves = structure.finish(_constants(recorded), draft.alone())
-        sites = find_sites(structure, leaves, recorded.pickled)
-        runs = structure.runs(leaves)
-        if runs is None:
+        sites, self.names = find_sites(structure, leaves, recorded.pickled)
+        told = self._told(leaves)
+        if told is None:
             raise NotPlainError("the state has changed meanwhile")
-        self.names = sites.names
-        self.structure = structure
         self._facts = draft.facts
         self._devices = frozenset(draft.live.columns.devices)
         self._storage_nbytes = [storage.nbytes() for storage in recorded.storages]
@@ -93,31 +90,17 @@ class CachedPlan:
         self._pick_sources = picker([draft.facts.distinct[storage] for storage, _, _ in filled])
         self._pick_addresses = picker([storage for storage, _, _ in filled])
         self._source_starts = [start for _, start, _ in filled]
-        pieces = self._cut(recorded.pickled, sites)
-        exact, floats = structure.pick_exact(leaves), array("d", structure.pick_floats(leaves))
+        order = sorted(range(len(sites)), key=sites.__getitem__)
+        self._piece_of = {index: 2 * number + 1 for number, index in enumerate(order)}
+        """The piece of each scalar."""
+        edges = [0, *chain.from_iterable(sites[index] for index in order), len(recorded.pickled)]
+        pieces = [recorded.pickled[start:end] for start, end in pairwise(edges)]
         container = recorded.container
-        self._scalars = _Scalars(
-            pieces, exact, floats, list(map(written, runs)), container, container_plan(container, "fast", self._strided)
-        )
-        self._first = self._planned(self._scalars.plan, leaves, draft.tensors, draft.versions, draft.live, cached=False)
+        self._scalars = _Scalars(told, pieces, container, container_plan(container, "fast", self._strided))
 
-    def _cut(self, pickled: bytes, sites: Sites) -> list[bytes]:
-        found = [*sites.exact, *sites.floats, *sites.runs]
-        order = sorted(range(len(found)), key=found.__getitem__)
-        edges = [0, *chain.from_iterable(found[index] for index in order), len(pickled)]
-        piece_of = {index: 2 * number + 1 for number, index in enumerate(order)}
-        pieces = [piece_of[index] for index in range(len(found))]
-        num_exact, num_floats = len(sites.exact), len(sites.floats)
-        self._exact_pieces = pieces[:num_exact]
-        self._float_pieces = pieces[num_exact : num_exact + num_floats]
-        self._run_pieces = pieces[num_exact + num_floats :]
-        return [pickled[start:end] for start, end in pairwise(edges)]
-
-    def take_first(self) -> PlannedState:
-        """The planned state this was made from; can be taken once, so that nothing of it is kept."""
-        first = self._first
-        del self._first
-        return first
+    def first(self, root: Any, draft: Draft) -> PlannedState:
+        """The plan of the state that this was made of."""
+        return self._planned(self._scalars.plan, root, draft.tensors, draft.versions, draft.live, cached=False)
 
     def match(self, root: Any) -> PlannedState | None:
         """The plan of `root` if it has the same structure, else None. About 1 us per tensor."""
@@ -128,58 +111,56 @@ class CachedPlan:
         # Read at once: a change from here on is seen as torn.
         versions = version_counters(tensors)
         live = self._facts.match(tensors)
-        runs = self.structure.runs(leaves)
-        if live is None or runs is None:
+        told = self._told(leaves)
+        if live is None or told is None:
             return None
         # One assignment: a signal handler may raise, or save by this very plan, before it or after it.
-        scalars = self._scalars = self._with_scalars(self._scalars, leaves, list(map(written, runs)))
-        return self._planned(scalars.plan, leaves, tensors, versions, live, cached=True)
+        scalars = self._scalars = self._with_scalars(self._scalars, leaves, told)
+        return self._planned(scalars.plan, root, tensors, versions, live, cached=True)
 
-    def _with_scalars(self, before: _Scalars, leaves: list[Any], runs: list[bytes]) -> _Scalars:
+    def _told(self, leaves: list[Any]) -> list[Any] | None:
+        scalars = self.structure.scalars(leaves)
+        if scalars is None:
+            return None
+        exact, floats, runs = scalars
+        # Not as numbers: 0.0 == -0.0 and nan != nan would mislead.
+        return [*exact, *array("q", array("d", floats).tobytes()), *map(written, runs)]
+
+    def _with_scalars(self, before: _Scalars, leaves: list[Any], told: list[Any]) -> _Scalars:
         """`before` with the scalars of `leaves`; `before` itself where all are equal."""
-        exact = self.structure.pick_exact(leaves)
-        floats = array("d", self.structure.pick_floats(leaves))
-        # Floats are compared as bytes: 0.0 == -0.0 and nan != nan would mislead.
-        if exact == before.exact and floats.tobytes() == before.floats.tobytes() and runs == before.runs:
+        if told == before.told:
             return before
         pieces = list(before.pieces)
-        for piece, old, new in zip(self._exact_pieces, before.exact, exact, strict=True):
+        for index, (old, new) in enumerate(zip(before.told, told, strict=True)):
             if old != new:
-                pieces[piece] = written(new)
-        for index, piece in enumerate(self._float_pieces):
-            if floats[index : index + 1].tobytes() != before.floats[index : index + 1].tobytes():
-                pieces[piece] = written(floats[index])
-        for piece, run in zip(self._run_pieces, runs, strict=True):
-            pieces[piece] = run
+                leaf = leaves[self.structure.scalar_positions[index]]
+                pieces[self._piece_of[index]] = new if type(leaf) in (list, tuple) else written(leaf)
         container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
         moved = container.payload_offsets is not before.container.payload_offsets
         plan = container_plan(container, "fast", self._strided, None if moved else before.plan.plan_hash)
-        return _Scalars(pieces, exact, floats, runs, container, plan)
+        return _Scalars(told, pieces, container, plan)
 
     def _planned(
         self,
         plan: FilePlan,
-        leaves: list[Any],
+        root: Any,
         tensors: Sequence[torch.Tensor],
         versions: list[int | None],
         live: LiveStorages,
         *,
         cached: bool,
     ) -> PlannedState:
-        root = leaves[0]
-        storages, ids = list(self._pick_sources(live.storages)), list(self._pick_sources(live.storage_ids))
-        addresses = list(self._pick_addresses(live.addresses))
         return PlannedState(
             plan=plan,
-            storages=storages,
+            storages=list(self._pick_sources(live.storages)),
             starts=self._source_starts,
-            storage_ids=ids,
+            storage_ids=list(self._pick_sources(live.storage_ids)),
             devices=self._devices,
             tensors=tensors,
             versions=versions,
             tensor_paths=lambda: tensor_paths(root, tensors),
             cached=cached,
-            addresses=addresses,
+            addresses=list(self._pick_addresses(live.addresses)),
             tensor_storages=live.storage_ids,
         )
 

@@ -115,10 +115,10 @@ class Planner:
         refuse_cut_off(obj, recorded.tensors)
         refuse_ragged(obj, recorded)
         entry = _cached_plan(draft, recorded)
-        if entry is None:
+        if draft is None or entry is None:
             planned = _as_recorded(obj, recorded)
         else:
-            planned = entry.take_first()
+            planned = entry.first(obj, draft)
             self._cache = _remembered(self._cache, name, entry, self._cache_entries)
         if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -37,19 +36,9 @@ def written(value: Any) -> bytes:
     return dumped[2:-3] if type(value) is tuple else dumped[2:-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """The sites of a state's scalars, in the order of the structure's positions of each kind."""
-
-    exact: list[Site]
-    floats: list[Site]
-    runs: list[Site]
-    names: frozenset[str]
-    """The names of the classes and functions in the pickle."""
-
-
-def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> Sites:
-    """Find every scalar of `leaves` in `pickled`. About 5 us per tensor.
+def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> tuple[list[Site], frozenset[str]]:
+    """Where in `pickled` each scalar of `leaves` stands, in the order of `Structure.scalar_positions`, and the names of
+    the classes and functions there. About 5 us per tensor.
 
     Raises:
         NotPlainError: some scalar's place is not certain.
@@ -62,20 +51,13 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> S
     for position in structure.string_positions:
         if type(nodes[position]) is not Placed or nodes[position].value != leaves[position]:
             raise NotPlainError("a text is not where it should be")
-    sites = Sites(
-        [_site(nodes[position]) for position in structure.exact_positions],
-        [_site(nodes[position]) for position in structure.float_positions],
-        [_run_site(nodes[position]) for position in structure.run_positions],
-        frozenset(reader.names),
-    )
-    found = [*sites.exact, *sites.floats, *sites.runs]
-    values = [leaves[p] for p in (*structure.exact_positions, *structure.float_positions, *structure.run_positions)]
-    if any(pickled[start:end] != written(value) for (start, end), value in zip(found, values, strict=True)):
+    sites = [_site(nodes[position]) for position in structure.scalar_positions]
+    values = [leaves[position] for position in structure.scalar_positions]
+    if any(pickled[start:end] != written(value) for (start, end), value in zip(sites, values, strict=True)):
         raise NotPlainError("a scalar is not where it should be")
-    ordered = sorted(found)
-    if any(before[1] > after[0] for before, after in pairwise(ordered)):
+    if any(before[1] > after[0] for before, after in pairwise(sorted(sites))):
         raise NotPlainError("two scalars in one place")
-    return sites
+    return sites, frozenset(reader.names)
 
 
 def _nodes(structure: Structure, num_leaves: int, root: Any) -> list[Any]:
@@ -118,15 +100,11 @@ def _checked(is_so: bool, children: list[Any]) -> list[Any]:
 
 
 def _site(node: Any) -> Site:
+    """Of a list or tuple, with the mark before the first item and the opcode behind the last."""
     if type(node) is Inert and node.name == "_codecs.encode":
         node = node.args[0]
-    if type(node) is not Placed:
-        raise NotPlainError("a scalar that the pickle makes out of something else")
-    return node.start, node.end
-
-
-def _run_site(node: Any) -> Site:
-    """With the mark before the first item and the opcode behind the last."""
+    if type(node) is Placed:
+        return node.start, node.end
     if type(node) not in (list, tuple) or not node or not all(type(part) is Placed for part in node):
-        raise NotPlainError("scalars that the pickle makes out of something else")
+        raise NotPlainError("a scalar that the pickle makes out of something else")
     return node[0].start - 1, node[-1].end + 1

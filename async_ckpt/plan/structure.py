@@ -113,50 +113,47 @@ class Structure:
     """
 
     def __init__(self, root: Any) -> None:
-        flat = _Flat(root)
-        leaves = self.first_leaves = flat.leaves
-        self.opened = flat.opened
-        self.types = list(map(type, leaves))
-        self.global_opcodes = flat.global_opcodes
+        self.opened: list[Opened] = []
+        self.global_opcodes: dict[int, bytes] = {}
         """By identity: objects that pickle writes by name."""
-        tensors: dict[int, int] = {}
-        blobs: dict[int, int] = {}
-        globals_: dict[int, int] = {}
+        self.first_leaves = leaves = [root]
+        all_runs = self._flatten(leaves)
+        self.types = list(map(type, leaves))
         exact: list[int] = []
         floats: list[int] = []
         strings: list[int] = []
-        runs: dict[int, int] = {}
-        for position, kind in enumerate(self.types):
+        tensors: list[int] = []
+        runs: list[int] = []
+        blobs: list[int] = []
+        globals_: list[int] = []
+        met: set[int] = set()
+        for position, (kind, leaf) in enumerate(zip(self.types, leaves, strict=True)):
             if kind is float:
                 floats.append(position)
             elif kind in _EXACT_TYPES:
                 exact.append(position)
             elif kind is str:
                 strings.append(position)
-            elif kind in TENSOR_TYPES:
-                tensors.setdefault(id(leaves[position]), position)
-            elif id(leaves[position]) in flat.runs:
-                runs.setdefault(id(leaves[position]), position)
-            elif kind is bytes and len(leaves[position]) > 1:
-                blobs.setdefault(id(leaves[position]), position)
-            elif id(leaves[position]) in self.global_opcodes:
-                globals_.setdefault(id(leaves[position]), position)
-        # The content of bytes may change like a number's; which of them are the same object may not.
-        self.exact_positions = exact + list(blobs.values())
+            elif id(leaf) not in met:
+                met.add(id(leaf))
+                if kind in TENSOR_TYPES:
+                    tensors.append(position)
+                elif id(leaf) in all_runs:
+                    runs.append(position)
+                elif kind is bytes and len(leaf) > 1:
+                    blobs.append(position)
+                elif id(leaf) in self.global_opcodes:
+                    globals_.append(position)
         if len(leaves) > max(_MAX_LOOSE_LEAVES, _MAX_LEAVES_PER_TENSOR * len(tensors)):
             raise LooseStateError(f"{len(leaves)} parts and {len(tensors)} tensors")
-        self.float_positions = floats
-        self.run_positions = list(runs.values())
+        # The content of bytes may change like a number's; which of them are the same object may not.
+        exact += blobs
+        self.scalar_positions = [*exact, *floats, *runs]
         self.string_positions = strings
-        self.tensor_positions = list(tensors.values())
-        self.pick_exact = picker(self.exact_positions)
-        self.pick_floats = picker(floats)
-        self._pick_runs = picker(self.run_positions)
-        self.pick_tensors = picker(self.tensor_positions)
-        self._pick_strings = picker(strings)
+        self.pick_tensors = picker(tensors)
+        self._pick_exact, self._pick_floats, self._pick_runs = picker(exact), picker(floats), picker(runs)
+        self._pick_strings, self._pick_blobs, self._pick_globals = picker(strings), picker(blobs), picker(globals_)
         self._pick_remembered = picker(())
-        self._pick_blobs = picker(list(blobs.values()))
-        self._pick_globals = picker(list(globals_.values()))
         self._strings = self._pick_strings(leaves)
         self._globals = self._pick_globals(leaves)
         self._constants: tuple[str, ...] = ()
@@ -165,6 +162,44 @@ class Structure:
             raise NotPlainError("holds large bytes objects")
         if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):
             raise NotPlainError("a string that pickle may or may not take for its own")
+
+    def _flatten(self, leaves: list[Any]) -> set[int]:
+        """Add what is below the first of `leaves`; returns the runs in it, by identity."""
+        runs: set[int] = set()
+        seen: set[int] = set()
+        position = -1
+        while (position := position + 1) < len(leaves):
+            obj = leaves[position]
+            kind = type(obj)
+            if (kind in _ALL_TYPES and kind not in CONTAINER_TYPES) or id(obj) in seen:
+                continue
+            first, attributes = len(leaves), -1
+            if kind not in CONTAINER_TYPES:
+                if not self._is_leaf(obj):
+                    seen.add(id(obj))
+                    form, parts = expand(obj)
+                    leaves.extend(parts)
+                    self.opened.append(Opened(position, kind, len(parts), first, -1, form))
+                continue
+            seen.add(id(obj))
+            if kind in (list, tuple) and is_run(obj):
+                runs.add(id(obj))
+                continue
+            leaves.extend(obj)
+            if kind is dict or kind is OrderedDict:
+                leaves.extend(obj.values())
+            if kind is OrderedDict and vars(obj):
+                attributes = len(leaves)
+                leaves.append(vars(obj))
+            self.opened.append(Opened(position, kind, len(obj), first, attributes))
+        return runs
+
+    def _is_leaf(self, obj: Any) -> bool:
+        if is_global(obj):
+            if id(obj) not in self.global_opcodes:
+                self.global_opcodes[id(obj)] = global_opcode(obj)
+            return True
+        return type(obj) is bytes and len(obj) > 1
 
     def finish(self, constants: tuple[str, ...], alone: frozenset[int]) -> list[Any]:
         """Note the sharing pattern; returns the flat list of the first state and from now on keeps none of its objects.
@@ -189,10 +224,14 @@ class Structure:
         self._sharing = SharingPattern(list(map(id, (*self._pick_remembered(leaves), *self._constants))))
         return leaves
 
-    def runs(self, leaves: list[Any]) -> list[Any] | None:
-        """A copy of each list (or the tuple) of scalars; None where one holds something else by now."""
+    def scalars(self, leaves: list[Any]) -> tuple[list[Any], list[Any], list[Any]] | None:
+        """What may change from state to state, in the order of `scalar_positions`: numbers and bytes, floats, copies of
+        lists (or the tuples) of scalars. None where one of these holds something else by now.
+        """
         copies = [run[:] for run in self._pick_runs(leaves)]
-        return copies if all(map(is_run, copies)) else None
+        if not all(map(is_run, copies)):
+            return None
+        return list(self._pick_exact(leaves)), list(self._pick_floats(leaves)), copies
 
     def match(self, root: Any) -> list[Any] | None:
         """The flat list of `root` if it has this structure, else None. Scalars may differ."""
@@ -236,46 +275,3 @@ class Structure:
             and all(len(blob) > 1 for blob in self._pick_blobs(leaves))
         )
         return leaves if is_same else None
-
-
-class _Flat:
-    def __init__(self, root: Any) -> None:
-        leaves: list[Any] = [root]
-        opened: list[Opened] = []
-        self.leaves = leaves
-        self.opened = opened
-        self.global_opcodes: dict[int, bytes] = {}
-        self.runs: set[int] = set()
-        seen: set[int] = set()
-        position = 0
-        while position < len(leaves):
-            obj = leaves[position]
-            kind = type(obj)
-            if kind not in _ALL_TYPES:
-                if id(obj) not in seen and not self._is_leaf(obj):
-                    seen.add(id(obj))
-                    form, parts = expand(obj)
-                    opened.append(Opened(position, kind, len(parts), len(leaves), -1, form))
-                    leaves.extend(parts)
-            elif kind in CONTAINER_TYPES and id(obj) not in seen:
-                seen.add(id(obj))
-                if kind in (list, tuple) and is_run(obj):
-                    self.runs.add(id(obj))
-                    position += 1
-                    continue
-                first, attributes = len(leaves), -1
-                leaves.extend(obj)
-                if kind is dict or kind is OrderedDict:
-                    leaves.extend(obj.values())
-                if kind is OrderedDict and vars(obj):
-                    attributes = len(leaves)
-                    leaves.append(vars(obj))
-                opened.append(Opened(position, kind, len(obj), first, attributes))
-            position += 1
-
-    def _is_leaf(self, obj: Any) -> bool:
-        if is_global(obj):
-            if id(obj) not in self.global_opcodes:
-                self.global_opcodes[id(obj)] = global_opcode(obj)
-            return True
-        return type(obj) is bytes and len(obj) > 1
