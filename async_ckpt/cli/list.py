@@ -16,8 +16,7 @@ from ..format.metadata import with_not_finite
 from ..format.names import is_url
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes
-from ..reading.catalog import Catalog, StagingInfo
-from ..reading.committed import CatalogEntry
+from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import tree_of
 from .locating import catalog_of

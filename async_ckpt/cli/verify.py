@@ -12,7 +12,7 @@ from ..errors import CheckpointNotFoundError, ConfigError, escaped, some_of
 from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
-from ..reading.verify import VerifyReport
+from ..reading.committed import VerifyReport
 from .locating import catalog_of, place_of
 from .output import EXIT_FAILED, EXIT_OK, add_json, bar, number, picked, print_json, print_table
 

@@ -18,7 +18,7 @@ from ..format.manifest import FileEntry, ManifestBudget
 from ..metrics import CommitMetrics, OnStep, SaveMetrics
 from ..ranks.coordinator import Coordinator
 from ..ranks.rank_talk import RankStaging
-from ..reading import verify
+from ..reading import committed
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.staged import Destination, Staging, State
@@ -190,7 +190,7 @@ class Checkpoint:
         if self.directories:
             transaction.make_directories(self.filesystem, staging.path, sorted(map("/".join, self.directories)))
         if read_back:
-            verify.read_back(self.filesystem, staging.path, entries)
+            committed.read_back(self.filesystem, staging.path, entries)
         started_s, files = time.perf_counter(), self.files.values()
         first_save_s = min((saved.started_s for saved in files), default=self.commit_s)
         self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)

@@ -19,7 +19,7 @@ from ..format.manifest import FileEntry
 from ..format.shares import ShareSealer, Told, amended, check_agreement, cut, head_blocks
 from ..format.zip_directory import DESCRIPTOR_MAGIC
 from ..plan.plan import PlannedState
-from ..reading import verify
+from ..reading.committed import read_back
 from ..storage.filesystem import COHERENT_TYPES, FileSystem
 
 if TYPE_CHECKING:
@@ -109,5 +109,5 @@ class Replica:
             self._path, plan.file_bytes, chunk_bytes, crcs, plan.format, plan.planner, plan.plan_hash, rank=None
         )
         if self._reads_back:
-            verify.read_back(filesystem, staging, [entry])
+            read_back(filesystem, staging, [entry])
         return entry

@@ -240,12 +240,11 @@ class TorchFile(io.RawIOBase):
             low, high = max(low, first), min(high, end)
             target[low - first : high - first] = self._verified.view(low, high - low)
         if len(extents) > 2:
-            self._stream_into(target, first, extents[1:-1])
+            address = address_of(target) - first
+            self._verified.stream(
+                lambda offset, view: move(address + offset, address_of(view), len(view)), extents[1:-1]
+            )
         kept = self._verified.kept()
         self._verified.drop(kept[: max(0, len(kept) - _HELD_EXTENTS)])
         self._position = end
         return end - first
-
-    def _stream_into(self, target: memoryview, first: int, extents: range) -> None:
-        address = address_of(target) - first
-        self._verified.stream(lambda offset, view: move(address + offset, address_of(view), len(view)), extents)

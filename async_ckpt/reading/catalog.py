@@ -44,14 +44,24 @@ from ..format.names import (
 from ..host.process import OwnerState
 from ..storage.filesystem import ReadSide, read_side_of
 from ..threads.outcome import name_pending
-from .committed import CatalogEntry, CommittedCheckpoint, gone, identity_of
+from .committed import CommittedCheckpoint, Problem, Progress, VerifyReport, check_level, gone, identity_of
 from .errors import DAMAGE_ERRNOS, ReadError
 from .verified_file import MemorySource, VerifiedFile
-from .verify import Problem, Progress, VerifyReport, check_level, verify_checkpoint
 
 _MAX_RACES = 32
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One directory that looks like a checkpoint: a readable manifest, or what is wrong with it."""
+
+    tag: str
+    manifest: Manifest | None
+    problem: str | None
+    copied_from: str | None = None
+    """The tag that it was committed under, where it is a copy, was renamed, or is reached through a link."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ class Catalog:
         OSError: a shortage of this machine (not damage) kept a file from being read."""
         checked = check_level(level)
         try:
-            return self.read(tag, lambda found: verify_checkpoint(found, checked, num_threads, progress))
+            return self.read(tag, lambda found: found.verify(checked, num_threads, progress))
         except CorruptCheckpointError as error:
             return VerifyReport(tag, checked, 0, 0, (Problem(MANIFEST_NAME, str(error)),))
 

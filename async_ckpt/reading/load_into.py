@@ -25,7 +25,16 @@ from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import telling_overwritten
 from .scatter import Rollback, stream_into
-from .shared_memory import COMPRESSED, PLAIN_TYPES, Pair, disagreements, overlapping, parts_of, shares_own_memory
+from .shared_memory import (
+    COMPRESSED,
+    PLAIN_TYPES,
+    Pair,
+    dims_of,
+    disagreements,
+    overlapping,
+    parts_of,
+    shares_own_memory,
+)
 from .state_tree import dotted, flatten, match_leaves, replace_leaves
 from .verified_file import VerifiedFile
 
@@ -297,25 +306,10 @@ class Mover:
 
 
 def _same_order(source: TensorExtent, target: torch.Tensor) -> bool:
+    """Whether the elements are one run of bytes on both sides, in one order: contiguous, or the same permutation, such
+    as channels_last or a transpose."""
     if type(target) not in PLAIN_TYPES or not is_copyable(target.device) or target.is_conj() or target.is_neg():
         return False
-    if target.is_contiguous():
-        return _is_contiguous(source.shape, source.stride)
-    # The same dense permutation on both sides, such as channels_last or a transpose, is one run of bytes as well.
-    return tuple(source.stride) == target.stride() and _is_dense(source.shape, source.stride)
-
-
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for num, step in zip(reversed(shape), reversed(stride), strict=True):
-        if num == 0:
-            return True
-        if num != 1 and step != expected:
-            return False
-        expected *= num
-    return True
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    order = sorted(range(len(shape)), key=lambda i: -stride[i])
-    return _is_contiguous(tuple(shape[i] for i in order), tuple(stride[i] for i in order))
+    # No two elements of the target share a place, as was looked at before: where none is left out, it is dense.
+    is_dense = source.extent_bytes == source.num_bytes
+    return is_dense and (source.stride == target.stride() or dims_of(source) == dims_of(target))

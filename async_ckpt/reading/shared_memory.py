@@ -126,11 +126,16 @@ def _agree(a: Pair, b: Pair) -> bool:
 def _geometry(tensor: TensorExtent | torch.Tensor) -> tuple[int, tuple[Any, ...]]:
     """Where its first byte is, in the file or in memory, and what decides which byte is which element."""
     if isinstance(tensor, TensorExtent):
-        first, stride, bits = tensor.offset, tensor.stride, (False, False)
+        first, bits = tensor.offset, (False, False)
     else:
-        first, stride, bits = tensor.data_ptr(), tensor.stride(), (tensor.is_conj(), tensor.is_neg())
-    dims = tuple((num, step) for num, step in zip(tensor.shape, stride, strict=True) if num > 1)
-    return first, (dtype_of(tensor), tuple(tensor.shape), dims, *bits)
+        first, bits = tensor.data_ptr(), (tensor.is_conj(), tensor.is_neg())
+    return first, (dtype_of(tensor), tuple(tensor.shape), dims_of(tensor), *bits)
+
+
+def dims_of(tensor: TensorExtent | torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """What of its shape and strides says where its elements lie: of a dimension of one, the stride means nothing."""
+    stride = tensor.stride if isinstance(tensor, TensorExtent) else tensor.stride()
+    return tuple((num, step) for num, step in zip(tensor.shape, stride, strict=True) if num > 1)
 
 
 def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:

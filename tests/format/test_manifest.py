@@ -19,7 +19,7 @@ from async_ckpt.format.checksum import crc32
 from async_ckpt.format.manifest import FileEntry, Manifest, ManifestBudget, decode, encode
 from async_ckpt.format.metadata import check_metadata
 from async_ckpt.format.names import check_relative_path, check_tag
-from async_ckpt.reading.verify import find_extra
+from async_ckpt.reading.committed import find_extra
 from async_ckpt.storage.filesystem import FileSystem
 
 SAMPLE = Manifest(

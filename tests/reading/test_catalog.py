@@ -22,8 +22,8 @@ from async_ckpt.errors import (
     UnsafePathError,
 )
 from async_ckpt.host.process import OwnerState
-from async_ckpt.reading import verify
 from async_ckpt.reading.catalog import Catalog
+from async_ckpt.reading.committed import read_back, verify_files
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem
@@ -199,11 +199,11 @@ def test_extents_of_every_size(fast_path: Path, extent_bytes: int, direct: bool)
     item = entry("f", data, extent_bytes)
     handle = FileSystem().open_dir(str(fast_path))
     seen: list[tuple[int, int]] = []
-    assert verify.verify_files(handle, [item], direct=direct, progress=lambda *done: seen.append(done)) == []
+    assert verify_files(handle, [item], direct=direct, progress=lambda *done: seen.append(done)) == []
     assert seen[-1] == (num_bytes, num_bytes)
     at = num_bytes * 2 // 3
     flip(fast_path / "f", at)
-    problems = verify.verify_files(handle, [item], direct=direct)
+    problems = verify_files(handle, [item], direct=direct)
     assert len(problems) == 1
     assert problems[0].offset == at // extent_bytes * extent_bytes
     handle.close()
@@ -338,15 +338,15 @@ def test_unknown_levels_are_refused(tmp_path: Path) -> None:
 def test_read_back_compares_the_disk_with_the_entries(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 9000)
     good = entry("a", b"x" * 9000)
-    verify.read_back(FileSystem(), str(tmp_path), [good])
+    read_back(FileSystem(), str(tmp_path), [good])
     flip(tmp_path / "a", 8999)
     with pytest.raises(CommitError, match="nothing was committed") as caught:
-        verify.read_back(FileSystem(), str(tmp_path), [good])
+        read_back(FileSystem(), str(tmp_path), [good])
     assert caught.value.step == "read back"
 
 
 def test_the_disk_side_needs_no_torch() -> None:
-    modules = "retention, format.manifest, reading.catalog, reading.verify, storage.filesystem, storage.transaction"
+    modules = "retention, format.manifest, reading.catalog, reading.committed, storage.filesystem, storage.transaction"
     code = (
         f"import sys, {', '.join(f'async_ckpt.{name}' for name in modules.split(', '))}; sys.exit('torch' in "
         "sys.modules)"

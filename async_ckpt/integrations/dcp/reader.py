@@ -30,10 +30,9 @@ from ...errors import (
 from ...format.names import DCP_METADATA_NAME, check_tag, is_url
 from ...host.device import beside_captures, synchronize_device
 from ...reading.catalog import Catalog
-from ...reading.committed import CommittedCheckpoint
+from ...reading.committed import CommittedCheckpoint, check_level
 from ...reading.shared_memory import overlapping, parts_of, same_bytes
 from ...reading.verified_file import VerifiedFile
-from ...reading.verify import check_level
 from .metadata import decode_metadata
 from .objects import unpadded, why_not_plain
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
