@@ -6,41 +6,23 @@ object's directory; they hold among writers that see each other's locks.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 from ..errors import MirrorError
 from ..host.process import Owner, OwnerState
 from ..storage.filesystem import FileSystem
+from ..storage.private_dirs import replacing
+from ..storage.write_file import create_of_parts
 from .store import ANY_VERSION, ConditionFailed, ObjectInfo
 
 _PART = ".part-"
 _LOCK_TIMEOUT_S = 10.0
 _numbers = itertools.count()
-
-T = TypeVar("T")
-
-
-class _Here(Executor):
-    """Runs a call where it is asked for: uploads have threads of their own."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        done: Future[T] = Future()
-        try:
-            done.set_result(fn(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 -- who waits gets it
-            done.set_exception(error)
-        return done
-
-
-_HERE = _Here()
 
 
 class FileStore:
@@ -52,31 +34,16 @@ class FileStore:
         self._fs = filesystem
 
     def put(self, key: str, parts: Iterator[memoryview], *, size_bytes: int, part_bytes: int, parallel: int) -> None:
-        with self._replacing(key) as (private, path):
-            asyncio.run(self._write(private, parts, size_bytes))
-            self._fs.rename(private, path)
-
-    async def _write(self, path: str, parts: Iterator[memoryview], size_bytes: int) -> None:
-        file = await self._fs.open_write(path, size_bytes, direct=False, executor=_HERE)
-        try:
-            offset = 0
-            for part in parts:
-                file.pwrite(part, offset)
-                offset += part.nbytes
-                del part
-            await file.truncate(offset)
-            await file.fsync()
-        finally:
-            await file.close()
+        with self._replacing(key) as private:
+            create_of_parts(self._fs, private, parts, size_bytes)
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
-        with self._replacing(key) as (private, path):
-            self._fs.create_file(private, data)
-            with self._locked(os.path.dirname(path)):
-                if replaced is not ANY_VERSION and self.head(key) != replaced:
-                    told = "is there already" if replaced is None else "was changed"
-                    raise ConditionFailed(f"{key!r} {told}", url=self.url)
-                self._fs.rename(private, path)
+        with self._locked(key):
+            if replaced is not ANY_VERSION and self.head(key) != replaced:
+                told = "is there already" if replaced is None else "was changed"
+                raise ConditionFailed(f"{key!r} {told}", url=self.url)
+            with self._replacing(key) as private:
+                self._fs.create_file(private, data)
 
     def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
         info = self.head(key)
@@ -146,30 +113,29 @@ class FileStore:
         return os.path.join(self._directory, key) if key else self._directory
 
     @contextlib.contextmanager
-    def _replacing(self, key: str) -> Iterator[tuple[str, str]]:
-        """A private name to write to, and the object's own; made durable afterwards, or the private one removed."""
+    def _replacing(self, key: str) -> Iterator[str]:
+        """A private name to write to, which gets the object's own afterwards, durably."""
         path = self._path(key)
         folder, name = os.path.split(path)
         private = os.path.join(folder, f"{_PART}{name}-{self._fs.owner()}-{next(_numbers)}")
         with self._telling(f"writing {key!r}"):
             self._fs.makedirs(folder)
-            try:
-                yield private, path
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.unlink(private)
-                raise
-            while len(folder) >= len(self._directory):
-                self._fs.fsync_dir(folder)
+            with replacing(self._fs, path, private):
+                yield private
+            while len(folder) > len(self._directory):
                 folder = os.path.dirname(folder)
+                self._fs.fsync_dir(folder)
 
     @contextlib.contextmanager
-    def _locked(self, folder: str) -> Iterator[None]:
+    def _locked(self, key: str) -> Iterator[None]:
+        folder = os.path.dirname(self._path(key))
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while (lock := self._fs.lock(folder)) is None:
-            if time.monotonic() > deadline:
-                raise MirrorError(f"another process has held {folder!r} for {_LOCK_TIMEOUT_S:g} s", url=self.url)
-            time.sleep(0.01)
+        with self._telling(f"writing {key!r}"):
+            self._fs.makedirs(folder)
+            while (lock := self._fs.lock(folder)) is None:
+                if time.monotonic() > deadline:
+                    raise MirrorError(f"another process has held {folder!r} for {_LOCK_TIMEOUT_S:g} s", url=self.url)
+                time.sleep(0.01)
         with contextlib.closing(lock):
             yield
 

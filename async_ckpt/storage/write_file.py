@@ -35,6 +35,13 @@ INCOMPLETE = " failed, the file is incomplete and is not committed"
 
 def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0) -> None:
     """Make a new small file with `data`: written completely, synced, closed; with blocks for more."""
+    create_of_parts(calls, path, iter([memoryview(data)]), len(data), reserved_bytes)
+
+
+def create_of_parts(
+    calls: Syscalls, path: str, parts: Iterator[memoryview], size_bytes: int, reserved_bytes: int = 0
+) -> None:
+    """As `create_file`; each part is let go once it is written."""
     offset = 0
     try:
         fd = calls.open(path, _CREATE, _MODE)
@@ -42,15 +49,18 @@ def create_file(calls: Syscalls, path: str, data: bytes, reserved_bytes: int = 0
             if reserved_bytes:
                 # As where its type is one that gives them.
                 _reserve(calls, fd, reserved_bytes, "xfs", None)
-            while offset < len(data):
-                offset += _write_some(calls, fd, path, memoryview(data)[offset:], offset)
+            for part in parts:
+                end = offset + len(part)
+                while offset < end:
+                    offset += _write_some(calls, fd, path, part[offset - end :], offset)
+                del part
             calls.fsync(fd)
         finally:
             calls.close(fd)
     except FileExistsError as error:
         raise PathExistsError(f"{path!r} exists already, and stays as it is") from error
     except OSError as error:
-        raise write_error(calls, error, f"writing{INCOMPLETE}", path, offset=offset, needed_bytes=len(data)) from error
+        raise write_error(calls, error, f"writing{INCOMPLETE}", path, offset=offset, needed_bytes=size_bytes) from error
 
 
 def _write_some(calls: Syscalls, fd: int, path: str, buffer: memoryview, offset: int) -> int:
