@@ -98,12 +98,8 @@ def is_copyable(device: torch.device) -> bool:
 
 
 def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
-    """Those of `devices` whose bytes are copied by streams.
-
-    Raises:
-        UnsupportedStateError: bytes on one of them cannot be copied; it is named.
-        TransactionStateError: the caller captures a graph there.
-    """
+    """Those of `devices` whose bytes are copied by streams. Raises UnsupportedStateError: bytes on one of them cannot
+    be copied; it is named. TransactionStateError: the caller captures a graph there."""
     found = {device for device in devices if device.type != "cpu"}
     for device in found:
         if not is_copyable(device):
@@ -137,12 +133,8 @@ def synchronize(queued: Iterable[torch.Stream | torch.Event]) -> None:
 
 
 def synchronize_device(device: torch.device) -> None:
-    """Block until everything queued on any stream of `device` has run.
-
-    Raises:
-        TransactionStateError: some thread captures a graph there on one of torch's streams. A wait for the device would
-            break that.
-    """
+    """Block until everything queued on any stream of `device` has run. Raises TransactionStateError: some thread
+    captures a graph there on one of torch's streams. A wait for the device would break that."""
     # torch hands out its streams, those of captures too, from a pool in turn.
     if any(is_stream_capturing(side_stream(device)) for _ in range(_POOL_STREAMS)):
         raise TransactionStateError(
@@ -240,11 +232,8 @@ class Pinning:
         return self._driver is None
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Pin memory that exists.
-
-        Raises:
-            TransactionStateError: the device refused, or a graph is being captured; the memory is as before.
-        """
+        """Pin memory that exists. Raises TransactionStateError: the device refused, or a graph is being captured; the
+        memory is as before."""
         refuse_capture("staging memory cannot be pinned", [self.stream.device])
         if self._driver is not None:
             self._call(self._driver.register, address, num_bytes)
@@ -287,11 +276,8 @@ def _refused(reason: object) -> TransactionStateError:
 
 
 def pinning(wanted: bool | Literal["auto"]) -> Pinning | None:
-    """How to pin memory for the caller's device; None where it is not wanted, or with "auto" not possible.
-
-    Raises:
-        ConfigError: wanted, and there is no accelerator, or it has no pinned memory.
-    """
+    """How to pin memory for the caller's device; None where it is not wanted, or with "auto" not possible. Raises
+    ConfigError: wanted, and there is no accelerator, or it has no pinned memory."""
     if wanted is False:
         return None
     if not torch.accelerator.is_available():

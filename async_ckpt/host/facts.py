@@ -43,11 +43,8 @@ class Node:
 
 
 def node_from_env(rank: int, world_size: int) -> Node:
-    """From the variables of torchrun, or else of DeepSpeed's launcher: both deal ranks node by node.
-
-    Raises:
-        ConfigError: one of them is missing or no number.
-    """
+    """From the variables of torchrun, or else of DeepSpeed's launcher: both deal ranks node by node. Raises
+    ConfigError: one of them is missing or no number."""
     names = ("GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE")
     if "GROUP_RANK" not in os.environ and "CROSS_RANK" in os.environ:
         names = ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
@@ -68,11 +65,8 @@ def is_first_of_node() -> bool:
 
 
 def local_world_size() -> int:
-    """Ranks that share this host's memory, from LOCAL_WORLD_SIZE; 1 when unset.
-
-    Raises:
-        ConfigError: the variable is set and is no positive integer.
-    """
+    """Ranks that share this host's memory, from LOCAL_WORLD_SIZE; 1 when unset. Raises ConfigError: the variable is set
+    and is no positive integer."""
     raw = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not raw.isdigit() or int(raw) < 1:
         raise ConfigError(f"environment variable LOCAL_WORLD_SIZE must be a positive integer, not {raw!r}")

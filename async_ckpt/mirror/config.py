@@ -79,11 +79,8 @@ class Mirror:
 
 def split_url(url: str) -> tuple[str, str, str]:
     """Scheme, bucket (empty for a file) and prefix of a mirror's URL, which is taken as it stands ("%20" is no space).
-    The prefix has no slash at its end, at its beginning only that of a file, and no empty components.
-
-    Raises:
-        ConfigError: no such scheme, no bucket, or a query in it.
-    """
+    The prefix has no slash at its end, at its beginning only that of a file, and no empty components. Raises
+    ConfigError: no such scheme, no bucket, or a query in it."""
     match = _URL.fullmatch(url) if isinstance(url, str) else None
     if match is None or match[1] not in SCHEMES:
         raise ConfigError(

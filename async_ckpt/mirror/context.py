@@ -41,11 +41,7 @@ class Agreement(Protocol):
 
     def all_sent(self, name: str) -> None:
         """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the
-        manifest is there.
-
-        Raises:
-            RankFailedError: not within the time; names the ranks that were not heard of.
-        """
+        manifest is there. Raises RankFailedError: not within the time; names the ranks that were not heard of."""
         return None
 
     def concluded(self, name: str, error: str) -> None:
@@ -77,11 +73,8 @@ class MirrorHooks:
 
 @dataclass
 class MirrorContext:
-    """Any thread. `store` and `abilities` are set once the store has been tried.
-
-    Raises:
-        WriteError: the states cannot be read.
-    """
+    """Any thread. `store` and `abilities` are set once the store has been tried. Raises WriteError: the states cannot
+    be read."""
 
     mirror: Mirror
     filesystem: FileSystem
@@ -110,11 +103,8 @@ class MirrorContext:
             self.changed.notify_all()
 
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Block until `predicate()`, which is asked with `changed` held, or for `timeout_s`.
-
-        Raises:
-            Stopped: the mirrors are being closed.
-        """
+        """Block until `predicate()`, which is asked with `changed` held, or for `timeout_s`. Raises Stopped: the
+        mirrors are being closed."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self.changed:
             while not self.is_stopping and not predicate():
@@ -164,11 +154,7 @@ class MirrorContext:
 
     def abandon(self, state: TagState) -> None:
         """Delete what an attempt without a manifest has put, and forget it, but not that what it was to replace is this
-        root's. Blocks.
-
-        Raises:
-            MirrorError: the store failed; it is tried again at the next start.
-        """
+        root's. Blocks. Raises MirrorError: the store failed; it is tried again at the next start."""
         found = read_manifest(self.store, state.tag)
         if found is None or found.attempt != state.attempt:
             for key in (*state.keys, f"{state.tag}/{MANIFEST_NAME}"):

@@ -96,12 +96,8 @@ class Mirrors:
 
     def check(self) -> None:
         """The first call waits until every store has been tried, and says what is wrong with them; later ones do
-        nothing.
-
-        Raises:
-            CheckpointError: a store cannot be used, and its mirror says `on_failure="raise"`. Otherwise that is a
-                warning.
-        """
+        nothing. Raises CheckpointError: a store cannot be used, and its mirror says `on_failure="raise"`. Otherwise
+        that is a warning."""
         if self._is_checked:
             return
         self._is_checked = True

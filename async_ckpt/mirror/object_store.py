@@ -46,11 +46,7 @@ _DAMAGED_ON_THE_WAY = (
 
 
 class ObjectStore:
-    """See `store.Store`.
-
-    Raises:
-        ConfigError: obstore is not installed, or does not take the options.
-    """
+    """See `store.Store`. Raises ConfigError: obstore is not installed, or does not take the options."""
 
     def __init__(self, mirror: Mirror, *, quick: bool = False) -> None:
         self.url = mirror.url

@@ -53,11 +53,8 @@ class UploadPlan:
 
 
 def plan_upload(manifest: Manifest, raw: bytes, *, rank: int | None, part_bytes: int, url: str) -> UploadPlan:
-    """The plan for a checkpoint whose manifest on disk is `raw`; with a `rank`, only of the files that it wrote.
-
-    Raises:
-        MirrorError: a file would have more parts than stores take; nothing was sent.
-    """
+    """The plan for a checkpoint whose manifest on disk is `raw`; with a `rank`, only of the files that it wrote. Raises
+    MirrorError: a file would have more parts than stores take; nothing was sent."""
     # What was copied out of a mirror has one already.
     attempt = manifest.attempt or hashlib.sha256(raw).hexdigest()[:16]
     for entry in manifest.files:
@@ -107,11 +104,7 @@ class FoundManifest:
 
 
 def read_manifest(store: Store, tag: str) -> FoundManifest | None:
-    """What the store has under a tag; None where there is no manifest.
-
-    Raises:
-        MirrorError: the store failed.
-    """
+    """What the store has under a tag; None where there is no manifest. Raises MirrorError: the store failed."""
     key = f"{tag}/{MANIFEST_NAME}"
     source = f"{store.url}/{key}"
     there = store.read(key, MAX_MANIFEST_BYTES)
@@ -128,11 +121,8 @@ def read_manifest(store: Store, tag: str) -> FoundManifest | None:
 
 
 def delete_doomed(store: Store, states: States, tag: str) -> None:
-    """Delete what the state of `tag` says is to be deleted, except what the manifest in the store (still) names.
-
-    Raises:
-        MirrorError: the store failed; it is tried again at the next start.
-    """
+    """Delete what the state of `tag` says is to be deleted, except what the manifest in the store (still) names. Raises
+    MirrorError: the store failed; it is tried again at the next start."""
     state = states.get(tag)
     if state is not None and state.doomed:
         found = read_manifest(store, tag)
@@ -146,12 +136,9 @@ def delete_doomed(store: Store, states: States, tag: str) -> None:
 
 def remove_remote(store: Store, states: States | None, expected: Manifest) -> None:
     """Delete this very checkpoint: the manifest first, then exactly the objects that it named, never by prefix. With
-    `states`, what a crash leaves between the two deletions is deleted at the next start.
-
-    Raises:
-        CheckpointNotFoundError: it is gone, or another one has its tag; nothing was deleted. MirrorError: the store
-            failed.
-    """
+    `states`, what a crash leaves between the two deletions is deleted at the next start. Raises
+    CheckpointNotFoundError: it is gone, or another one has its tag; nothing was deleted. MirrorError: the store
+    failed."""
     found = read_manifest(store, expected.tag)
     if found is None or found.manifest != expected:
         raise CheckpointNotFoundError(

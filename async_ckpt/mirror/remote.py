@@ -52,11 +52,8 @@ def open_store(mirror: Mirror, filesystem: FileSystem, *, quick: bool = False) -
 
 
 def remote_catalog(mirror: Mirror, store: Store | None = None) -> Catalog:
-    """The checkpoints in a mirror, read through `store` where there is one already; does not connect.
-
-    Raises:
-        ConfigError: no such scheme, or the extra is not installed.
-    """
+    """The checkpoints in a mirror, read through `store` where there is one already; does not connect. Raises
+    ConfigError: no such scheme, or the extra is not installed."""
     from ..reading.catalog import Catalog
 
     return Catalog(mirror.url, RemoteFileSystem(mirror, store))
@@ -64,11 +61,8 @@ def remote_catalog(mirror: Mirror, store: Store | None = None) -> Catalog:
 
 def open_url(url: str) -> RemoteFileSystem:
     """A store for reading, from the root's URL, or from that of anything in it; credentials are the environment's. With
-    less patience than an upload has: somebody waits.
-
-    Raises:
-        ConfigError: no such scheme, or the extra is not installed.
-    """
+    less patience than an upload has: somebody waits. Raises ConfigError: no such scheme, or the extra is not
+    installed."""
     scheme, bucket, _ = split_url(url)
     return RemoteFileSystem(Mirror(f"{scheme}://{bucket}", retry_timeout_s=_PATIENCE_S))
 

@@ -45,11 +45,8 @@ class SignedS3:
         self._is_told = False
 
     def discard_parts(self, key: str) -> None:
-        """Abort every unfinished upload of exactly this key.
-
-        Raises:
-            MirrorError: the store refused, or cannot be reached.
-        """
+        """Abort every unfinished upload of exactly this key. Raises MirrorError: the store refused, or cannot be
+        reached."""
         credentials = self._credentials()
         if credentials is None:
             if not self._is_told:

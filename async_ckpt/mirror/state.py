@@ -53,11 +53,8 @@ class TagState:
 
 
 class States:
-    """The states of one mirror, held in memory and on disk. Any thread; writes block.
-
-    Raises:
-        WriteError: the directory cannot be made or read.
-    """
+    """The states of one mirror, held in memory and on disk. Any thread; writes block. Raises WriteError: the directory
+    cannot be made or read."""
 
     def __init__(self, filesystem: FileSystem, root: str, url: str, rank: int) -> None:
         self._fs = filesystem
@@ -89,22 +86,14 @@ class States:
 
     def begin(self, *, takes_all: bool) -> None:
         """Make it durable that this root has this mirror, whether the store can be reached or not; with `takes_all`,
-        that it is to have every checkpoint, from now on.
-
-        Raises:
-            WriteError, OutOfSpaceError: it could not be.
-        """
+        that it is to have every checkpoint, from now on. Raises WriteError, OutOfSpaceError: it could not be."""
         known = _described(self._fs, self._folder)
         if known is None or takes_all > known.takes_all:
             text = json.dumps({"url": self._url, "takes_all": takes_all})
             self._replace(_ABOUT_NAME, text.encode(), "that this root has a mirror")
 
     def write(self, state: TagState) -> None:
-        """Make `state` durable.
-
-        Raises:
-            WriteError, OutOfSpaceError: it could not be; the old state stays.
-        """
+        """Make `state` durable. Raises WriteError, OutOfSpaceError: it could not be; the old state stays."""
         what = f"how far the mirroring of {state.tag!r} is"
         self._replace(state.tag + self._suffix, json.dumps(asdict(state)).encode(), what)
         with self._lock:

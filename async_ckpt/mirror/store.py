@@ -60,11 +60,7 @@ class Store(Protocol):
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
         """Put a small object only where there is none (`replaced` None), in place of exactly that one, or always
-        (`ANY_VERSION`).
-
-        Raises:
-            ConditionFailed: the condition does not hold (in a store that knows conditions).
-        """
+        (`ANY_VERSION`). Raises ConditionFailed: the condition does not hold (in a store that knows conditions)."""
 
     def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
         """A small object; without its bytes where it has more than `max_bytes`. None where there is none."""

@@ -51,14 +51,10 @@ class Upload:
 
     def run(self) -> None:
         """Mirror the checkpoint, unless it is mirrored already; delete what it has replaced in the store. Blocks.
-
-        Raises:
-            CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
-            CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of
-                that tag.
-            MirrorError: the store failed. WriteError: the state could not be written. Stopped: the mirrors are being
-                closed. What is there is gone on with later.
-        """
+        Raises CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the
+        store. CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of
+        that tag. MirrorError: the store failed. WriteError: the state could not be written. Stopped: the mirrors are
+        being closed. What is there is gone on with later."""
         context = self._context
         try:
             with context.catalog.open(self._tag) as checkpoint:

@@ -30,11 +30,8 @@ _START_TIMEOUT_S = 20
 
 
 def check_process(pid: int, what: object) -> None:
-    """Refuse to use `what` in a forked child of process `pid`: threads do not survive a fork.
-
-    Raises:
-        TransactionStateError: this is another process.
-    """
+    """Refuse to use `what` in a forked child of process `pid`: threads do not survive a fork. Raises
+    TransactionStateError: this is another process."""
     if os.getpid() != pid:
         raise TransactionStateError(
             f"{what} belongs to process {pid} and cannot be used in its forked child {os.getpid()}; "
@@ -69,11 +66,7 @@ class _Started(threading.Event):
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """`thread.start()`, bounded.
-
-    Raises:
-        RuntimeError: the system has no more threads, or no memory for one.
-    """
+    """`thread.start()`, bounded. Raises RuntimeError: the system has no more threads, or no memory for one."""
     thread._started = _Started()  # type: ignore[attr-defined]
     try:
         thread.start()
@@ -130,11 +123,8 @@ class DaemonExecutor(Executor):
         return [thread.native_id for thread in self._threads if thread.native_id is not None]
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Queue `fn`, first in first out. Never blocks.
-
-        Raises:
-            TransactionStateError: shut down, its thread died, or in a forked child.
-        """
+        """Queue `fn`, first in first out. Never blocks. Raises TransactionStateError: shut down, its thread died, or in
+        a forked child."""
         check_process(self._pid, f"executor {self._name!r}")
         future: Future[T] = Future()
         # No lock: a signal handler that has interrupted this may wait for a thread that submits here too.

@@ -63,12 +63,7 @@ class LoopThread:
             self.loop.call_soon_threadsafe(callback)
 
     def run(self, coro: Coroutine[Any, Any, T]) -> Outcome[T]:
-        """Run a coroutine on the loop.
-
-        Raises:
-            WriteError: the loop is dead.
-            TransactionStateError: it was stopped.
-        """
+        """Run a coroutine on the loop. Raises WriteError: the loop is dead. TransactionStateError: it was stopped."""
         outcome: Outcome[T] = Outcome()
         # Before the loop is looked at, and without a lock: when it dies from here on, it finds this one.
         self._runs[outcome] = coro
