@@ -61,21 +61,16 @@ class ObjectStore:
         self._unmet = exceptions.AlreadyExistsError, exceptions.PreconditionError
         scheme, bucket, prefix = split_url(mirror.url)
         options = dict(mirror.options)
-        client = {
-            "timeout": timedelta(seconds=min(mirror.request_timeout_s, PROBE_TIMEOUT_S if quick else float("inf")))
-        }
+        limit_s = PROBE_TIMEOUT_S if quick else float("inf")
+        patience_s = min(mirror.retry_timeout_s, limit_s)
+        client: dict[str, Any] = {"timeout": timedelta(seconds=min(mirror.request_timeout_s, limit_s))}
         client["connect_timeout"] = timedelta(seconds=PROBE_TIMEOUT_S / 2)
         if (_endpoint(scheme, options) or "").startswith("http://"):
-            client["allow_http"] = True  # type: ignore[assignment]
+            client["allow_http"] = True
         options["client_options"] = {**client, **options.get("client_options", {})}
-        patience_s = min(mirror.retry_timeout_s, PROBE_TIMEOUT_S if quick else float("inf"))
         backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
-        retry = {
-            "max_retries": 2 if quick else _MAX_RETRIES,
-            "retry_timeout": timedelta(seconds=patience_s),
-            "backoff": backoff,
-        }
-        options["retry_config"] = {**retry, **options.get("retry_config", {})}
+        retry = {"max_retries": 2 if quick else _MAX_RETRIES, "retry_timeout": timedelta(seconds=patience_s)}
+        options["retry_config"] = {**retry, "backoff": backoff, **options.get("retry_config", {})}
         if scheme in ("s3", "s3a"):
             options.setdefault("checksum_algorithm", "SHA256")
             # Deleting in bulk is a POST, which is not sent again when the connection breaks.

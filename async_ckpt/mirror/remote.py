@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..format.manifest import MAX_MANIFEST_BYTES
 from ..format.names import MANIFEST_NAME
 from ..host.memory import address_of, move
 from ..host.process import Owner, OwnerState
+from ..reading.catalog import Catalog
 from ..storage.filesystem import FileStat, FileSystem
 from ..storage.read_file import Kind
+from ..threads.executor import DaemonExecutor
 from .config import Mirror, split_url
 from .store import ObjectInfo, Store
-
-if TYPE_CHECKING:
-    from ..reading.catalog import Catalog
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,8 +53,6 @@ def open_store(mirror: Mirror, filesystem: FileSystem, *, quick: bool = False) -
 def remote_catalog(mirror: Mirror, store: Store | None = None) -> Catalog:
     """The checkpoints in a mirror, read through `store` where there is one already; does not connect. Raises
     ConfigError: no such scheme, or the extra is not installed."""
-    from ..reading.catalog import Catalog
-
     return Catalog(mirror.url, RemoteFileSystem(mirror, store))
 
 
@@ -79,8 +76,6 @@ class RemoteFileSystem:
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """`function` of each item, many at once, in their order; the first failure is raised when all have ended."""
-        from ..threads.executor import DaemonExecutor
-
         todo = list(items)
         if len(todo) < 2:
             return [function(item) for item in todo]

@@ -9,7 +9,6 @@ lifecycle rule, and that is logged once.
 from __future__ import annotations
 
 import base64
-import datetime
 import hashlib
 import hmac
 import http.client
@@ -28,6 +27,8 @@ from ..errors import MirrorError, report
 from .config import split_url
 from .store import PassingFailure
 
+_Credentials = tuple[str, str, "str | None"]
+"""Key, secret and token; with a bearer token, that alone."""
 _TIMEOUT_S = 20.0
 _PAUSE_S, _MAX_PAUSE_S = 0.1, 5.0
 
@@ -80,8 +81,7 @@ class SignedS3:
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    def _credentials(self) -> tuple[str, str, str | None] | None:
-        """Key, secret and token; with a bearer token, that alone."""
+    def _credentials(self) -> _Credentials | None:
         provider = self._options.get("credential_provider")
         given = provider() if provider is not None else {"token": self._options.get("bearer_token")}
         if self._is_google:
@@ -100,27 +100,24 @@ class SignedS3:
         return os.environ.get(f"AWS_{name.upper()}")
 
     def _address(self, region: str, key: str) -> str:
-        quoted = urllib.parse.quote(key, safe="/-_.~")
-        if self._endpoint and str(self._options.get("virtual_hosted_style_request", "")).lower() == "true":
-            return f"{self._endpoint}/{quoted}"
-        if self._endpoint:
-            return f"{self._endpoint}/{self._bucket}/{quoted}".rstrip("/")
-        return f"https://s3.{region}.amazonaws.com/{self._bucket}/{quoted}".rstrip("/")
+        is_hosted = str(self._options.get("virtual_hosted_style_request", "")).lower() == "true"
+        bucket = "" if self._endpoint and is_hosted else f"/{self._bucket}"
+        end = f"/{key}" if key or not bucket else ""
+        return (self._endpoint or f"https://s3.{region}.amazonaws.com") + urllib.parse.quote(bucket + end, safe="/-_.~")
 
     def _request(
         self,
-        credentials: tuple[str, str, str | None],
+        credentials: _Credentials,
         method: str,
         key: str,
         query: Mapping[str, str],
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        region = self._option("region") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        address = self._address(region, key)
+        what = f"{method} of {key or 'unfinished uploads'!r}"
         give_up_s, pause_s = time.monotonic() + self._patience_s, _PAUSE_S
         while True:
-            request = _signed(credentials, region, method, address, query, body, headers or {})
+            request = self._signed(credentials, method, key, query, body, headers or {})
             failure: Exception
             try:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
@@ -131,60 +128,50 @@ class SignedS3:
                         # Aborted by somebody else, or finished: nothing is left to discard.
                         return ""
                     if error.code < 500 and error.code != 429:
-                        told = f"{method} of {key or 'unfinished uploads'!r} was refused: {error}"
-                        raise MirrorError(told, url=self._url) from error
+                        raise MirrorError(f"{what} was refused: {error}", url=self._url) from error
                 failure = error
             except (OSError, http.client.HTTPException) as error:
                 failure = error
             if time.monotonic() > give_up_s:
-                told = f"{method} of {key or 'unfinished uploads'!r} failed: {failure}"
-                raise PassingFailure(told, url=self._url) from failure
+                raise PassingFailure(f"{what} failed: {failure}", url=self._url) from failure
             time.sleep(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
-
-def _signed(
-    credentials: tuple[str, str, str | None],
-    region: str,
-    method: str,
-    address: str,
-    query: Mapping[str, str],
-    body: bytes,
-    more_headers: Mapping[str, str],
-) -> urllib.request.Request:
-    access_key, secret, token = credentials
-    canonical_query = "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in sorted(query.items()))
-    url = f"{address}?{canonical_query}" if query else address
-    if not access_key:
-        return urllib.request.Request(url, method=method, headers={"authorization": f"Bearer {token}"})
-    now = datetime.datetime.now(datetime.timezone.utc)
-    stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
-    parsed = urllib.parse.urlsplit(address)
-    digest = hashlib.sha256(body).hexdigest()
-    headers = {"host": parsed.netloc, "x-amz-content-sha256": digest, "x-amz-date": stamp, **more_headers}
-    if token:
-        headers["x-amz-security-token"] = token
-    names = ";".join(sorted(headers))
-    lines = [
-        method,
-        parsed.path or "/",
-        canonical_query,
-        *(f"{name}:{headers[name]}" for name in sorted(headers)),
-        "",
-        names,
-        digest,
-    ]
-    scope = f"{day}/{region}/s3/aws4_request"
-    to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest()))
-    secret_key = f"AWS4{secret}".encode()
-    for part in (day, region, "s3", "aws4_request"):
-        secret_key = hmac.new(secret_key, part.encode(), hashlib.sha256).digest()
-    signature = hmac.new(secret_key, to_sign.encode(), hashlib.sha256).hexdigest()
-    headers["authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
-    )
-    del headers["host"]
-    return urllib.request.Request(url, data=body or None, method=method, headers=headers)
+    def _signed(
+        self,
+        credentials: _Credentials,
+        method: str,
+        key: str,
+        query: Mapping[str, str],
+        body: bytes,
+        more_headers: Mapping[str, str],
+    ) -> urllib.request.Request:
+        access_key, secret, token = credentials
+        region = self._option("region") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        address = self._address(region, key)
+        parsed = urllib.parse.urlsplit(address)
+        asked = "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in sorted(query.items()))
+        url = f"{address}?{asked}" if asked else address
+        if not access_key:
+            return urllib.request.Request(url, method=method, headers={"authorization": f"Bearer {token}"})
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        digest = hashlib.sha256(body).hexdigest()
+        headers = {"host": parsed.netloc, "x-amz-content-sha256": digest, "x-amz-date": stamp, **more_headers}
+        if token:
+            headers["x-amz-security-token"] = token
+        names, told = ";".join(sorted(headers)), "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
+        canonical = "\n".join((method, parsed.path or "/", asked, told, names, digest))
+        scope = (stamp[:8], region, "s3", "aws4_request")
+        lines = ("AWS4-HMAC-SHA256", stamp, "/".join(scope), hashlib.sha256(canonical.encode()).hexdigest())
+        signature = f"AWS4{secret}".encode()
+        for part in (*scope, "\n".join(lines)):
+            signature = hmac.digest(signature, part.encode(), "sha256")
+        headers["authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={access_key}/{'/'.join(scope)}, SignedHeaders={names}, "
+            f"Signature={signature.hex()}"
+        )
+        del headers["host"]
+        return urllib.request.Request(url, data=body or None, method=method, headers=headers)
 
 
 def _quoted(text: str) -> str:
