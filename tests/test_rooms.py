@@ -54,7 +54,7 @@ MAY_IMPORT_TORCH = (
     "reading.shared_memory",
     "host.device",
 )
-NEVER_TORCH = ("ranks.protocol", "ranks.announcements")
+NEVER_TORCH = ("ranks.protocol", "ranks.joining")
 MAY_IMPORT_AIOFILES = ("storage",)
 MAY_START_THREADS = ("threads", "writer", "integrations", "cli")
 DISK_CALLS = {

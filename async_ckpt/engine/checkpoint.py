@@ -17,7 +17,7 @@ from ..errors import PathExistsError, TransactionStateError, WriteError
 from ..format.manifest import FileEntry, ManifestBudget
 from ..metrics import CommitMetrics, OnStep, SaveMetrics
 from ..ranks.coordinator import Coordinator
-from ..ranks.rank_talk import RankStaging
+from ..ranks.joining import RankStaging
 from ..reading import committed
 from ..storage import transaction
 from ..storage.filesystem import FileSystem

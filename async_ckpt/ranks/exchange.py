@@ -18,15 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import RankFailedError
-from .rank_requests import Await, Drop, Put, Step
-from .rank_talk import RankTalk
+from .rank_requests import Drop, Get, Put, Step
+from .store_link import StoreLink
 
 
 class Exchange:
     """Questions that all ranks ask in the same order, in one round or several. One thread at a time; blocks for the
     slowest rank."""
 
-    def __init__(self, talk: RankTalk, name: str, timeout_s: float) -> None:
+    def __init__(self, talk: StoreLink, name: str, timeout_s: float) -> None:
         self._talk = talk
         self._name = name
         self._timeout_s = timeout_s
@@ -54,7 +54,7 @@ class Exchange:
         if info.rank != 0:
             yield Put(f"{key}/{info.rank}", json.dumps(mine))
             # A round lasts as long as the slowest rank, which rank 0 gives `timeout_s`.
-            raw = yield Await(key, 2 * self._timeout_s)
+            raw = yield Get(key, 2 * self._timeout_s)
             return {"error": self._silent(0), "rank": 0} if raw is None else json.loads(raw)
         try:
             told = {"answer": answer_of([mine, *(yield from self._hear_others(key))])}
@@ -70,7 +70,7 @@ class Exchange:
     def _hear_others(self, key: str) -> Step:
         said, end_s = [], time.monotonic() + self._timeout_s
         for rank in range(1, self._talk.info.world_size):
-            raw = yield Await(f"{key}/{rank}", max(0.0, end_s - time.monotonic()))
+            raw = yield Get(f"{key}/{rank}", max(0.0, end_s - time.monotonic()))
             if raw is None:
                 raise RankFailedError(self._silent(rank), rank=rank)
             said.append(json.loads(raw))

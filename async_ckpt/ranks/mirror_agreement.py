@@ -14,14 +14,14 @@ from __future__ import annotations
 import itertools
 
 from ..errors import MirrorError, RankFailedError
-from .rank_requests import Add, Await, AwaitCount, Drop, Get, Put, Step, one
-from .rank_talk import RankTalk
+from .rank_requests import Add, AwaitCount, Drop, Get, Put, Step, one
+from .store_link import StoreLink
 
 
 class MirrorAgreement:
     """A `mirror.context.Agreement`. Any thread; blocks."""
 
-    def __init__(self, talk: RankTalk) -> None:
+    def __init__(self, talk: StoreLink) -> None:
         self._info = info = talk.info
         self.rank: int | None = info.rank
         self.leads = info.leads
@@ -70,7 +70,7 @@ class MirrorAgreement:
             yield Put(f"{key}/gate", "full")
 
     def _gather(self, key: str) -> Step:
-        if (yield Await(f"{key}/gate", self._info.timeout_s)) is None:
+        if (yield Get(f"{key}/gate", self._info.timeout_s)) is None:
             missing = []
             for rank in self._info.group:
                 if (yield Get(f"{key}/part/{rank}")) is None:
@@ -84,7 +84,7 @@ class MirrorAgreement:
             )
 
     def _learn(self, key: str, known: str | None) -> Step:
-        result = yield Await(f"{key}/result", self._info.timeout_s, known)
+        result = yield Get(f"{key}/result", self._info.timeout_s, known)
         if result is None:
             raise RankFailedError(
                 f"rank {self._info.group[0]} has not put the manifest within {self._info.timeout_s:g} s; the "

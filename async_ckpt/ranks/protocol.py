@@ -1,6 +1,6 @@
 """How the ranks of a job agree on one checkpoint: the protocol alone, without store, disk, clock or thread.
 
-Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, `Await`, ...) and is sent their answers,
+Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, ...) and is sent their answers,
 so that the same code runs over a `torch.distributed` store (`store_link`) and in a simulation of 16,384 ranks.
 
 Keys, all below the run's prefix; n is the attempt, counted by rank 0, never used twice:
@@ -37,7 +37,6 @@ from ..format import manifest
 from .rank_requests import (
     Add,
     AttemptFailed,
-    Await,
     AwaitCount,
     Claim,
     CommitOutcome,
@@ -83,7 +82,7 @@ def await_node(info: RankInfo, attempt: int) -> Step:
     Raises:
         AttemptFailed: the leader has not made one in time, or never will.
     """
-    name = yield Await(f"{attempt}/open/{info.node}", info.timeout_s)
+    name = yield Get(f"{attempt}/open/{info.node}", info.timeout_s)
     if name in (None, _NO_NAME):
         cause = f"it has made no staging directory on its node within {info.timeout_s:g} s"
         raise AttemptFailed(attempt, (yield from fail(info, attempt, cause, blamed=info.group[0])))
@@ -186,7 +185,7 @@ def gather(info: RankInfo, attempt: int) -> Step:
     Raises:
         AttemptFailed: a rank failed or is missing.
     """
-    gate = yield Await(f"{attempt}/gate", info.timeout_s)
+    gate = yield Get(f"{attempt}/gate", info.timeout_s)
     if gate != "full":
         outcome = (
             (yield from _final_outcome(info, attempt)) if gate is not None else (yield from _time_out(info, attempt))
@@ -218,7 +217,7 @@ def await_decision(info: RankInfo, attempt: int) -> Step:
     Raises:
         AttemptFailed: the attempt was given up.
     """
-    held = yield Await(f"{attempt}/decision", info.timeout_s)
+    held = yield Get(f"{attempt}/decision", info.timeout_s)
     outcome = CommitOutcome.decode(held) if held is not None else (yield from _time_out(info, attempt))
     if not outcome.ok:
         raise AttemptFailed(attempt, outcome if held is None else (yield from _final_outcome(info, attempt)))
@@ -234,7 +233,7 @@ def renamed(info: RankInfo, attempt: int, error: str = "") -> Step:
 
 def conclude_nodes(info: RankInfo, attempt: int) -> Step:
     """Rank 0: wait until all nodes have renamed; returns and announces the outcome."""
-    yield Await(f"{attempt}/all_done", info.timeout_s)
+    yield Get(f"{attempt}/all_done", info.timeout_s)
     bad = []
     for node in range(info.num_nodes):
         done = yield Get(f"{attempt}/done/{node}")
@@ -264,10 +263,10 @@ def await_result(info: RankInfo, attempt: int) -> Step:
     Raises:
         AttemptFailed: with `committed=None` in the outcome where rank 0 stopped after it had begun to rename.
     """
-    raw = yield Await(f"{attempt}/result", info.timeout_s)
+    raw = yield Get(f"{attempt}/result", info.timeout_s)
     outcome = CommitOutcome.decode(raw) if raw is not None else (yield from _time_out(info, attempt))
     if raw is None and outcome.ok:
-        raw = yield Await(f"{attempt}/result", info.timeout_s)
+        raw = yield Get(f"{attempt}/result", info.timeout_s)
         cause = f"it began to publish but has not said within {info.timeout_s:g} s what became of it"
         outcome = CommitOutcome.decode(raw) if raw is not None else CommitOutcome(False, 0, cause, info.rank, None)
     if not outcome.ok:
@@ -277,7 +276,7 @@ def await_result(info: RankInfo, attempt: int) -> Step:
 
 def _final_outcome(info: RankInfo, attempt: int) -> Step:
     """The detailed failure, which its finder sets a moment after the claim."""
-    raw = yield Await(f"{attempt}/result", min(info.timeout_s, 10.0))
+    raw = yield Get(f"{attempt}/result", min(info.timeout_s, 10.0))
     if raw is None:
         raw = yield Get(f"{attempt}/decision")
     return (
@@ -301,9 +300,11 @@ def await_quit(info: RankInfo, attempt: int) -> Step:
     return (yield AwaitCount(f"{attempt}/seen", info.world_size - info.num_nodes, info.timeout_s))
 
 
-def retire(info: RankInfo, attempt: int, wait_s: float | None = None) -> Step:
-    """Rank 0: drop the attempt's keys once all have seen the result, or after `wait_s` (None: `timeout_s`)."""
-    all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s if wait_s is None else wait_s)
+def retire(info: RankInfo, attempt: int) -> Step:
+    """Rank 0: drop the attempt's keys once all have seen the result, after `timeout_s`, or when the link ends: a later
+    engine over this store must not take them for its own.
+    """
+    all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s, ends_with_link=True)
     names = ["open", "files", "count", "gate", "decision", "result", "seen"]
     if info.num_nodes > 1:
         names += [

@@ -35,18 +35,16 @@ from ..storage.staged import Destination, Staging
 from ..threads.executor import DaemonExecutor
 from . import protocol as rank_protocol
 from .exchange import Exchange
-from .joining import Joining
+from .joining import Joining, RankStaging
 from .latest_on_all import latest_on_all
 from .mirror_agreement import MirrorAgreement
 from .rank_parts import merge_parts, write_part
-from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, cause_of
-from .rank_talk import RankStaging, RankTalk
+from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, Step, cause_of
 from .store_link import LinkLostError, StoreLink, default_run_id, private_connection
 
 __all__ = ["Node", "RankCoordinator", "RankStaging"]
 
 _PROMPT_REMOVAL_S = 1.0
-_STALL_S = 60.0
 
 
 class RankCoordinator:
@@ -92,11 +90,12 @@ class RankCoordinator:
         self._channel = channel
         self._linger_s = linger_s
         self._exchanges: dict[str, Exchange] = {}
-        self._filesystem: FileSystem | None = None
-        self._talking: RankTalk | None = None
-        self._starting: Joining | None = None
-        self._root = ""
-        self._cleaner: DaemonExecutor | None = None
+        self._link: StoreLink | None = None
+        # Since `bind`.
+        self._root: str
+        self._fs: FileSystem
+        self._joining: Joining
+        self._cleaner: DaemonExecutor
 
     @classmethod
     def from_env(cls, **options: Any) -> RankCoordinator:
@@ -129,17 +128,15 @@ class RankCoordinator:
     # The engine's calls; see `Coordinator`.
 
     def bind(self, filesystem: FileSystem, root: str) -> None:
-        if self._talking is not None:
+        if self._link is not None:
             raise ConfigError("this RankCoordinator has an engine already; make one for each engine")
-        self._filesystem, self._root = filesystem, root
+        self._fs, self._root = filesystem, root
         self._cleaner = DaemonExecutor("async-ckpt-ranks-cleanup", 1)
         channel = self._channel or ("node-local" if self.info.num_nodes > 1 else f"{crc32(root.encode()):08x}")
         store = self._store
         prefix = f"async_ckpt/{self._run_id}/{channel}/"
-        patience_s = min(self.info.timeout_s, _STALL_S)
-        link = StoreLink(lambda: private_connection(store), prefix, world_size=self.world_size, patience_s=patience_s)
-        self._talking = RankTalk(link, self.info)
-        self._starting = Joining(self._talking, filesystem)
+        self._link = StoreLink(lambda: private_connection(store), prefix, self.info)
+        self._joining = Joining(self._link, filesystem)
 
     def begin(self, destination: Destination, overwrite: str) -> RankStaging:
         opened = RankStaging(destination, overwrite)
@@ -161,17 +158,17 @@ class RankCoordinator:
         self, opened: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         assert isinstance(opened, RankStaging)
-        attempt = self.talk.learn(opened, opened.attempt)
+        attempt = self._learn(opened, opened.attempt)
         entries = (*files, *opened.destination.take_in(self._fs, opened.path))
         digest = write_part(self._fs, opened, self.rank, created_unix_ns, entries)
         said = f"{digest} {opened.destination.vote}".rstrip()
-        self.talk.learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
+        self._learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
         if self.rank == 0:
             self._publish_as_first(opened, attempt, metadata, created_unix_ns)
             return
         if self.leads:
             self._publish_own_node(opened, attempt, metadata)
-        opened.outcome = self.talk.learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
+        opened.outcome = self._learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
         self.talk.later(rank_protocol.settle(self.info, attempt))
 
     def abort(self, opened: Staging, error: BaseException) -> None:
@@ -179,11 +176,11 @@ class RankCoordinator:
         attempt: int | None = None
         if self.rank == 0 or opened.attempt.done():
             try:
-                attempt = self.talk.learn(opened, opened.attempt)
+                attempt = self._learn(opened, opened.attempt)
                 if opened.outcome is None:
                     blamed = error.rank if isinstance(error, RankFailedError) else None
                     step = rank_protocol.fail(self.info, attempt, cause_of(error), blamed=blamed)
-                    opened.outcome = self.talk.learn(opened, step)
+                    opened.outcome = self._learn(opened, step)
             except CommitError as failure:
                 cause = failure.__cause__
                 attempt = cause.attempt if isinstance(cause, AttemptFailed) else attempt
@@ -203,9 +200,8 @@ class RankCoordinator:
         return MirrorAgreement(self.talk)
 
     def close(self) -> None:
-        if self._talking is not None:
-            self._talking.close(self._linger_s)
-        if self._cleaner is not None:
+        if self._link is not None:
+            self._link.close(self._linger_s)
             self._cleaner.shutdown(wait=False)
             self._cleaner.join(self._linger_s)
 
@@ -250,14 +246,25 @@ class RankCoordinator:
 
     # Committing.
 
+    def _learn(self, opened: RankStaging, step: Step | Future[Any], *, reported: bool = False) -> Any:
+        """The result of a step of `opened`; `reported` says that the others may publish without this rank. Blocks.
+
+        Raises:
+            RankFailedError, CommitError: the attempt is over; the outcome is kept in `opened`.
+        """
+        try:
+            return (step if isinstance(step, Future) else self.talk.submit(step)).result()
+        except (AttemptFailed, LinkLostError) as failure:
+            raise opened.ended_by(failure, self.rank, reported=reported) from failure
+
     def _publish_as_first(
         self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         info = self.info
-        digests = self.talk.learn(opened, rank_protocol.gather(info, attempt))
+        digests = self._learn(opened, rank_protocol.gather(info, attempt))
         opened.destination.check_votes([said.partition(" ")[2] for said in digests])
         entries = merge_parts(self._fs, opened, info.group, digests)
-        self.talk.learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
+        self._learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
         try:
             self._rename(opened, entries, metadata, created_unix_ns)
         except BaseException as error:
@@ -265,20 +272,20 @@ class RankCoordinator:
             self._tell_outcome(opened, attempt, CommitOutcome(False, 0, cause_of(error), 0, committed))
             raise
         self._tell_outcome(opened, attempt, CommitOutcome(True, None, "", 0, True))
-        self.talk.later(self.talk.retire(attempt))
+        self.talk.later(rank_protocol.retire(info, attempt))
 
     def _tell_outcome(self, opened: RankStaging, attempt: int, outcome: CommitOutcome) -> None:
         info = self.info
         opened.outcome = outcome
         if info.num_nodes > 1:
             self.talk.submit(rank_protocol.renamed(info, attempt, outcome.cause))
-            of_all: CommitOutcome = self.talk.learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
+            of_all: CommitOutcome = self._learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
             if outcome.ok and not of_all.ok:
                 opened.outcome = of_all
                 raise of_all.error(opened.destination.root, opened.tag)
             return
         try:
-            self.talk.learn(opened, rank_protocol.conclude(info, attempt, outcome))
+            self._learn(opened, rank_protocol.conclude(info, attempt, outcome))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
             report(
@@ -287,15 +294,15 @@ class RankCoordinator:
 
     def _publish_own_node(self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info
-        decided = self.talk.learn(opened, rank_protocol.await_decision(info, attempt), reported=True)
+        decided = self._learn(opened, rank_protocol.await_decision(info, attempt), reported=True)
         error = ""
         try:
-            digests = self.talk.learn(opened, rank_protocol.parts(info, attempt))
+            digests = self._learn(opened, rank_protocol.parts(info, attempt))
             entries = merge_parts(self._fs, opened, info.group, digests)
             self._rename(opened, entries, metadata, decided.created_unix_ns)
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
-        self.talk.learn(opened, rank_protocol.renamed(info, attempt, error), reported=True)
+        self._learn(opened, rank_protocol.renamed(info, attempt, error), reported=True)
 
     def _rename(
         self, opened: RankStaging, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
@@ -324,26 +331,16 @@ class RankCoordinator:
                 transaction.abort(self._fs, opened)
             except CheckpointError as error:
                 report(logging.WARNING, "a staging directory could not be removed: %s", error)
-            self.talk.later(self.talk.retire(attempt) if self.rank == 0 else rank_protocol.settle(self.info, attempt))
+            tidy_up = rank_protocol.retire if self.rank == 0 else rank_protocol.settle
+            self.talk.later(tidy_up(self.info, attempt))
 
-        assert self._cleaner is not None
         removed = self._cleaner.submit(remove)
         self.talk.track(removed)
         concurrent.futures.wait([removed], timeout=min(_PROMPT_REMOVAL_S, self.info.timeout_s / 4))
 
     @property
-    def talk(self) -> RankTalk:
+    def talk(self) -> StoreLink:
         """Asks the other ranks anything, over the connection of the commits; after `bind`."""
-        if self._talking is None:
+        if self._link is None:
             raise ConfigError("this RankCoordinator has no engine: give it to one, as `coordinator`, first")
-        return self._talking
-
-    @property
-    def _joining(self) -> Joining:
-        assert self._starting is not None, "bind() comes first"
-        return self._starting
-
-    @property
-    def _fs(self) -> FileSystem:
-        assert self._filesystem is not None, "bind() comes first"
-        return self._filesystem
+        return self._link

@@ -37,9 +37,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """The value of a key, or None."""
+    """The value of a key, once it is set and differs from `other_than`; None where it is not after `timeout_s`."""
 
     key: str
+    timeout_s: float = 0.0
+    other_than: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +59,16 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Await:
-    """The value of a key once it is set and differs from `other_than`; None after `timeout_s` seconds."""
-
-    key: str
-    timeout_s: float
-    other_than: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class AwaitCount:
-    """True once a counter is `at_least`; False after `timeout_s` seconds."""
+    """True once a counter is `at_least`; False after `timeout_s` seconds, or when the link ends where that is said."""
 
     key: str
     at_least: int
     timeout_s: float
+    ends_with_link: bool = False
 
 
-Request = Put | Add | Claim | Get | GetMany | Drop | Await | AwaitCount
+Request = Put | Add | Claim | Get | GetMany | Drop | AwaitCount
 Step = Generator[Request, Any, Any]
 
 

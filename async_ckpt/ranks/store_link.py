@@ -13,18 +13,22 @@ Guarantees:
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RankFailedError
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
-from . import rank_requests as requests
-from .rank_requests import Await, AwaitCount, Step
+from .rank_requests import Add, AwaitCount, Claim, Drop, Get, GetMany, Put, RankInfo, Request, Step
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # Never a value of ours: comparing a key with it reads the key in one request that does not wait for a missing one.
 _ABSENT = "\x00"
@@ -32,16 +36,6 @@ _ABSENT = "\x00"
 _POLLS_PER_S = 5000
 _FASTEST_POLL_S = 0.002
 _REQUEST_TIMEOUT_S = 60.0
-
-
-class Store(Protocol):
-    """The part of ``torch.distributed.Store`` that is used; TCPStore, FileStore, HashStore and PrefixStore have it."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def add(self, key: str, amount: int) -> int: ...
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
-    def delete_key(self, key: str) -> bool: ...
 
 
 class LinkLostError(Exception):
@@ -77,38 +71,6 @@ def default_run_id(store: Any) -> str:
     return "run"
 
 
-class StoreClient:
-    """Answers protocol requests from a store; keys get the run's prefix."""
-
-    def __init__(self, store: Store, prefix: str) -> None:
-        self._store = store
-        self._prefix = prefix
-
-    def answer(self, request: requests.Request) -> Any:
-        """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
-        store = self._store
-        if isinstance(request, requests.Put):
-            return store.set(self._prefix + request.key, request.value)
-        if isinstance(request, requests.Add):
-            return store.add(self._prefix + request.key, request.amount)
-        if isinstance(request, requests.Claim):
-            return store.compare_set(self._prefix + request.key, "", request.value).decode()
-        if isinstance(request, requests.Get):
-            return self._get(request.key)
-        if isinstance(request, requests.GetMany):
-            return [value.decode() for value in store.multi_get([self._prefix + key for key in request.keys])]
-        if isinstance(request, requests.Drop):
-            return store.delete_key(self._prefix + request.key)
-        if isinstance(request, AwaitCount):
-            return request.at_least <= 0 or int(self._get(request.key) or 0) >= request.at_least
-        value = self._get(request.key)
-        return None if value == request.other_than else value
-
-    def _get(self, key: str) -> str | None:
-        value = self._store.compare_set(self._prefix + key, _ABSENT, _ABSENT).decode()
-        return None if value == _ABSENT else value
-
-
 class PollPace:
     """How long to wait between two polls, in a job of `world_size` ranks."""
 
@@ -128,61 +90,72 @@ class _Task:
         self.done: Future[Any] = Future()
         self.after = after
         self.due_s = 0.0
-        self.result: Any = None
+        self.wait: Get | AwaitCount | None = None
         self._step = step
         self._pace = pace
-        self._wait: Await | AwaitCount | None = None
         self._deadline_s = 0.0
         self._interval_s = 0.0
 
-    def advance(self, ask: Callable[[requests.Request], Any]) -> bool:
-        """Answer requests by `ask` until the step ends (True) or stands at a wait that is not over (False).
+    @property
+    def ends_with_link(self) -> bool:
+        return isinstance(self.wait, AwaitCount) and self.wait.ends_with_link
 
-        Raises:
-            LinkLostError: the store failed. Otherwise what the step itself raises.
-        """
+    def advance(self, ask: Callable[[Request], Any], *, is_leaving: bool) -> None:
+        """Answer requests by `ask` until the step ends, which resolves `done`, or stands at a wait that is not over."""
         try:
-            request = self._step.send(None) if self._wait is None else self._wait
+            request = self._step.send(None) if self.wait is None else self.wait
             while True:
                 answer = ask(request)
-                if isinstance(request, (Await, AwaitCount)) and not answer and not self._is_over(request):
-                    return False
-                self._wait = None
+                if isinstance(request, (Get, AwaitCount)) and not answer and not self._is_over(request, is_leaving):
+                    return
+                self.wait = None
                 request = self._step.send(answer)
         except StopIteration as end:
-            self.result = end.value
-            return True
+            self.resolve(end.value, None)
+        except BaseException as error:  # noqa: BLE001 -- whoever waits for the step gets it, whatever it is
+            self.resolve(None, error)
 
-    def _is_over(self, wait: Await | AwaitCount) -> bool:
+    def resolve(self, result: Any, error: BaseException | None) -> None:
+        """End it, unless another thread has done so."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            if error is None:
+                self.done.set_result(result)
+            else:
+                self.done.set_exception(error)
+
+    def _is_over(self, wait: Get | AwaitCount, is_leaving: bool) -> bool:
         """Whether the wait's time is up; else note when to poll next."""
         now = time.monotonic()
-        if self._wait is not wait:
-            self._wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
+        if self.wait is not wait:
+            self.wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
         self._interval_s = self._pace.after(self._interval_s)
         self.due_s = min(now + self._interval_s, self._deadline_s)
-        return now >= self._deadline_s
+        return now >= self._deadline_s or (is_leaving and self.ends_with_link)
 
 
 class StoreLink:
-    """Runs protocol steps, many at a time, on one thread; they take turns at their waits only."""
+    """Runs the steps of one rank, many at a time, on one thread; they take turns at their waits only. Any thread; `ask`
+    and `close` block, nothing else does. Keys get the run's prefix.
+    """
 
-    def __init__(
-        self, connect: Callable[[], Store], prefix: str, *, world_size: int, patience_s: float = _REQUEST_TIMEOUT_S
-    ) -> None:
+    def __init__(self, connect: Callable[[], Store], prefix: str, info: RankInfo) -> None:
+        self.info = info
         self._connect = connect
-        self._patience_s = patience_s
         self._prefix = prefix
-        self._pace = PollPace(world_size)
+        self._patience_s = min(info.timeout_s, _REQUEST_TIMEOUT_S)
+        self._pace = PollPace(info.world_size)
         self._changed = Lock()
         self._tasks: list[_Task] = []
+        self._background: list[Future[Any]] = []
+        self._is_leaving = False
         self._closing: LinkLostError | None = None
         self._thread: DaemonExecutor | None = None
-        self._client: StoreClient | None = None
+        self._store: Store | None = None
         self._under_way: list[float] | None = None
-        """The request that the store has not answered yet: how long it may take, in seconds."""
+        """How long the request that is under way may take; another list for each."""
 
     def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
-        """Run `step` on the link's thread, once `after`, another step's future, is done. Any thread; never blocks."""
+        """Run `step` on the link's thread, once `after`, another step's future, is done."""
         task = _Task(step, after, self._pace)
         with self._changed:
             if self._closing is not None:
@@ -196,45 +169,89 @@ class StoreLink:
             self._changed.notify_all()
         return task.done
 
-    def close(self, timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
-        """Stop the threads, after at most `timeout_s` for a request; unfinished steps end with `LinkLostError`."""
+    def later(self, step: Step, after: Future[Any] | None = None) -> None:
+        """Run a step whose end `close` waits for a while."""
+        self.track(self.submit(step, after))
+
+    def track(self, future: Future[Any]) -> None:
+        """Let `close` wait for this too."""
         with self._changed:
-            if self._closing is None:
-                self._closing = LinkLostError("the coordinator was closed")
+            self._background = [known for known in self._background if not known.done()]
+            self._background.append(future)
+
+    def ask(self, step: Step) -> Any:
+        """The result of a step that belongs to no checkpoint.
+
+        Raises:
+            RankFailedError: the store is lost.
+        """
+        try:
+            return self.submit(step).result()
+        except LinkLostError as lost:
+            raise RankFailedError(f"the ranks have lost each other: {lost}", rank=None) from lost
+
+    def close(self, linger_s: float = _REQUEST_TIMEOUT_S) -> None:
+        """Let the others read the last outcome, for at most `linger_s`; then stop the threads: unfinished steps end
+        with `LinkLostError`.
+        """
+        deadline_s = time.monotonic() + min(linger_s, self.info.timeout_s)
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            with self._changed:
+                waiting = [future for future in self._background if not future.done()]
+            if not waiting:
+                break
+            concurrent.futures.wait(waiting, timeout=left_s)
+        with self._changed:
+            self._is_leaving = True
+            last = [task for task in self._tasks if task.ends_with_link]
+            for task in last:
+                task.due_s = 0.0
+            self._changed.notify_all()
+        concurrent.futures.wait([task.done for task in last], timeout=linger_s)
+        with self._changed:
+            self._closing = self._closing or LinkLostError("the coordinator was closed")
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.shutdown(wait=False)
-            self._thread.join(timeout_s)
+            self._thread.join(linger_s)
 
     def _run(self) -> None:
-        while True:
-            task = self._next_due()
-            if task is None:
-                break
-            try:
-                if not task.advance(self._ask):
-                    continue
-            except BaseException as error:  # noqa: BLE001 -- whoever waits for the step gets it, whatever it is
-                if self._drop(task):
-                    task.done.set_exception(error)
-            else:
-                if self._drop(task):
-                    task.done.set_result(task.result)
-        self._end_all(LinkLostError("the link has ended"))
+        while (task := self._next_due()) is not None:
+            task.advance(self._ask, is_leaving=self._is_leaving)
+        self._end_all()
 
-    def _ask(self, request: requests.Request) -> Any:
+    def _ask(self, request: Request) -> Any:
         try:
-            if self._client is None:
+            if self._store is None:
                 # A connection may wait for a name service: it is not held to the time that a store has for an answer.
-                self._under_way = [max(self._patience_s, _REQUEST_TIMEOUT_S)]
-                self._client = StoreClient(self._connect(), self._prefix)
+                self._under_way = [_REQUEST_TIMEOUT_S]
+                self._store = self._connect()
             self._under_way = [self._patience_s]
-            return self._client.answer(request)
+            return self._answer(self._store, request)
         # torch raises DistError, a RuntimeError, for all that can happen to a store.
         except (RuntimeError, OSError, ValueError) as error:
             raise LinkLostError(f"the store does not answer: {error}") from error
         finally:
             self._under_way = None
+
+    def _answer(self, store: Store, request: Request) -> Any:
+        """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
+        if isinstance(request, GetMany):
+            return [value.decode() for value in store.multi_get([self._prefix + key for key in request.keys])]
+        key = self._prefix + request.key
+        if isinstance(request, Put):
+            return store.set(key, request.value)
+        if isinstance(request, Add):
+            return store.add(key, request.amount)
+        if isinstance(request, Claim):
+            return store.compare_set(key, "", request.value).decode()
+        if isinstance(request, Drop):
+            return store.delete_key(key)
+        raw = store.compare_set(key, _ABSENT, _ABSENT).decode()
+        value = None if raw == _ABSENT else raw
+        if isinstance(request, AwaitCount):
+            return int(value or 0) >= request.at_least
+        return None if value == request.other_than else value
 
     def _guard(self) -> None:
         """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch
@@ -252,29 +269,22 @@ class StoreLink:
                 elif waited_s > watched[0]:
                     where = "it lives with rank 0 or with its launcher"
                     self._closing = LinkLostError(f"the store has not answered for {watched[0]:g} s; {where}")
-        self._end_all(LinkLostError("the link has ended"))
+        self._end_all()
 
-    def _end_all(self, otherwise: LinkLostError) -> None:
+    def _end_all(self) -> None:
         with self._changed:
             left, self._tasks = self._tasks, []
         for task in left:
-            task.done.set_exception(self._closing or otherwise)
+            task.resolve(None, self._closing)
 
     def _next_due(self) -> _Task | None:
         with self._changed:
             while self._closing is None:
                 now = time.monotonic()
+                self._tasks = [task for task in self._tasks if not task.done.done()]
                 begun = (task for task in self._tasks if task.after is None or task.after.done())
                 first = min(begun, key=lambda task: task.due_s, default=None)
                 if first is not None and first.due_s <= now:
                     return first
                 self._changed.wait(None if first is None else first.due_s - now)
             return None
-
-    def _drop(self, task: _Task) -> bool:
-        """Whether it had not been ended before."""
-        with self._changed:
-            if task not in self._tasks:
-                return False
-            self._tasks.remove(task)
-            return True

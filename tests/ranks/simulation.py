@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
-from async_ckpt.ranks.rank_requests import Add, Await, AwaitCount, Claim, Drop, Get, GetMany, Put, Request
+from async_ckpt.ranks.rank_requests import Add, AwaitCount, Claim, Drop, GetMany, Put, Request
 from async_ckpt.ranks.store_link import PollPace
 
 
@@ -41,7 +41,7 @@ class SimulatedStore:
 
     def arrive(self, now_s: float, rank: int, request: Request) -> float:
         """Queue a request; returns when its answer is back."""
-        kind = "Poll" if isinstance(request, (Await, AwaitCount)) else type(request).__name__
+        kind = "Poll" if getattr(request, "timeout_s", 0.0) else type(request).__name__
         self.requests[kind] += 1
         self.by_rank[rank] += 1
         cost = self._service_s + self._per_key_s * (len(request.keys) if isinstance(request, GetMany) else 1)
@@ -58,8 +58,6 @@ class SimulatedStore:
             return int(data[request.key])
         elif isinstance(request, Claim):
             return data.setdefault(request.key, request.value)
-        elif isinstance(request, Get):
-            return data.get(request.key)
         elif isinstance(request, GetMany):
             return [data[key] for key in request.keys]
         elif isinstance(request, Drop):
@@ -117,17 +115,12 @@ class Simulation:
         answer = self.store.answer(request)
 
         def answered() -> None:
-            is_over = (
-                not isinstance(request, (Await, AwaitCount)) or answer or self.now_s >= began_s + request.timeout_s
-            )
-            if is_over:
+            end_s = began_s + getattr(request, "timeout_s", 0.0)
+            if answer or self.now_s >= end_s:
                 self._step(rank, script, answer)
             else:
                 pace_s = self._pace.after(interval_s)
-                self._at(
-                    min(self.now_s + pace_s, began_s + request.timeout_s),
-                    lambda: self._ask(rank, script, request, began_s, pace_s),
-                )
+                self._at(min(self.now_s + pace_s, end_s), lambda: self._ask(rank, script, request, began_s, pace_s))
 
         self._at(back_s, answered)
 

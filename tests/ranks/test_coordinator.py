@@ -26,7 +26,7 @@ from async_ckpt import (
 )
 from async_ckpt.format import manifest
 from async_ckpt.host.facts import node_from_env
-from async_ckpt.ranks.announcements import Announcements, join
+from async_ckpt.ranks.joining import Announcements
 from async_ckpt.ranks.protocol import announce
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_requests import RankInfo
@@ -361,11 +361,11 @@ def test_a_rank_that_gives_up_before_rank_zero_has_begun(tmp_path: Path) -> None
 
 
 def test_closing_ends_every_wait(tmp_path: Path) -> None:
-    link = StoreLink(dist.HashStore, "p/", world_size=2)
-    waiting = link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements()))
+    link = StoreLink(dist.HashStore, "p/", RankInfo(1, 2, 600.0))
+    waiting = link.submit(Announcements(link.info).join("never"))
     link.close()
     assert isinstance(waiting.exception(20), LinkLostError)
-    assert isinstance(link.submit(join(RankInfo(1, 2, 600.0), "never", Announcements())).exception(20), LinkLostError)
+    assert isinstance(link.submit(Announcements(link.info).join("never")).exception(20), LinkLostError)
 
 
 def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path) -> None:
@@ -392,8 +392,8 @@ def test_a_slow_connection_is_not_a_store_that_does_not_answer() -> None:
         connected.wait(0.5)
         return dist.HashStore()
 
-    link = StoreLink(connect, "p/", world_size=2, patience_s=0.1)
-    assert link.submit(announce(RankInfo(0, 2, 1.0), "t", "name")).result(20) == 1
+    link = StoreLink(connect, "p/", RankInfo(0, 2, 0.1))
+    assert link.submit(announce(link.info, "t", "name")).result(20) == 1
     link.close()
 
 
@@ -405,16 +405,16 @@ def test_a_request_without_an_answer_ends_every_wait() -> None:
             released.wait(60)
             return 1
 
-    link = StoreLink(Stopped, "p/", world_size=2, patience_s=0.1)
+    link = StoreLink(Stopped, "p/", RankInfo(0, 2, 0.1))
     with pytest.raises(LinkLostError, match="has not answered for 0"):
-        link.submit(announce(RankInfo(0, 2, 1.0), "t", "name")).result(20)
+        link.submit(announce(link.info, "t", "name")).result(20)
     released.set()
     link.close()
 
 
 def test_steps_do_not_interleave_between_waits() -> None:
-    link = StoreLink(dist.HashStore, "p/", world_size=2)
-    futures = [link.submit(announce(RankInfo(0, 2, 1.0), f"t{n}", "name")) for n in range(50)]
+    link = StoreLink(dist.HashStore, "p/", RankInfo(0, 2, 1.0))
+    futures = [link.submit(announce(link.info, f"t{n}", "name")) for n in range(50)]
     assert [future.result(20) for future in futures] == list(range(1, 51))
     link.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from async_ckpt.ranks import protocol as protocol
-from async_ckpt.ranks.announcements import DISAGREE_S, Announcements, join
+from async_ckpt.ranks.joining import DISAGREE_S, Announcements
 from async_ckpt.ranks.rank_requests import AttemptFailed, CommitOutcome, RankInfo
 from tests.ranks.simulation import Dies, Pause, Script, Simulation
 
@@ -44,7 +44,7 @@ def other_rank(
     info: RankInfo, tag: str, write_s: float, known: Announcements | None = None, *, fails: str = "", dies: str = ""
 ) -> Script:
     try:
-        attempt, _ = yield from join(info, tag, known or Announcements())
+        attempt, _ = yield from (known or Announcements(info)).join(tag)
     except AttemptFailed as failed:
         if failed.attempt is not None:
             yield from protocol.settle(info, failed.attempt)
@@ -218,7 +218,7 @@ def test_rank_zero_obeys_a_rank_that_gave_up_while_it_merged() -> None:
 
 def test_attempts_of_one_tag_follow_each_other_and_a_rank_that_skipped_one_joins_the_next() -> None:
     renames: list[str] = []
-    known = Announcements()
+    known = Announcements(_info(1, 2))
 
     def zero() -> Script:
         first = yield from rank_zero(_info(0, 2), "a", 1.0, 0.1, renames)
@@ -259,7 +259,7 @@ def test_a_rank_that_was_away_until_all_was_forgotten_does_not_say_that_nothing_
     renames: list[str] = []
 
     def away(info: RankInfo) -> Script:
-        attempt, _ = yield from join(info, "a", Announcements())
+        attempt, _ = yield from Announcements(info).join("a")
         yield from protocol.report(info, attempt, "digest")
         # Stopped here, while the others end and rank 0 drops the keys.
         yield Pause(5 * TIMEOUT_S)
@@ -294,7 +294,7 @@ def test_an_attempt_without_this_rank_is_let_go_when_it_comes_to_the_next_of_tha
 
     def one(info: RankInfo) -> Script:
         yield Pause(1.0)
-        attempt, _ = yield from join(info, "a", Announcements())
+        attempt, _ = yield from Announcements(info).join("a")
         yield from protocol.settle(info, attempt)
         return attempt
 

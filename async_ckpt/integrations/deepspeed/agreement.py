@@ -6,14 +6,14 @@ from typing import Any
 
 from ...errors import RankFailedError
 from ...ranks.exchange import Exchange
-from ...ranks.rank_requests import Await, Drop, Put, Step
-from ...ranks.rank_talk import RankTalk
+from ...ranks.rank_requests import Drop, Get, Put, Step
+from ...ranks.store_link import StoreLink
 
 
 class Agreement:
     """Questions that are asked on all ranks in the same order. Training thread."""
 
-    def __init__(self, talk: RankTalk | None, timeout_s: float) -> None:
+    def __init__(self, talk: StoreLink | None, timeout_s: float) -> None:
         """`talk` is None for a single process."""
         self._talk = talk
         self._timeout_s = timeout_s
@@ -63,7 +63,7 @@ class Agreement:
         yield Put(f"step/{n}", str(num_ended))
 
     def _hear(self, n: int) -> Step:
-        said = yield Await(f"step/{n}", self._timeout_s)
+        said = yield Get(f"step/{n}", self._timeout_s)
         if said is None:
             raise RankFailedError(f"rank 0 has not come to this step within {self._timeout_s:g} s", rank=0, step="step")
         return said
