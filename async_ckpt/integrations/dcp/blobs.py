@@ -1,5 +1,5 @@
 """One rank's file in the form of torch.distributed.checkpoint: blobs one after the other, each tensor a whole
-torch.save container.
+torch.save container, and other objects as their planner has pickled them.
 
 Guarantees:
 - Planning reads no payload byte and copies none; a tensor's bytes come straight from its storage, also where it is a
@@ -11,18 +11,24 @@ Guarantees:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import logging
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
+from ...errors import UnsupportedStateError, report
 from ...format.checksum import crc32_combine
 from ...format.sealer import Sealer
-from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state
+from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state, version_counters
 from ...plan.planner import Planner
 from ...plan.strided import Strided
 from ...plan.structure import TENSOR_TYPES
+from .objects import padded, unknown_types
 
 _MAX_TEMPLATES = 4096
 
@@ -122,11 +128,10 @@ class Extent:
 
 
 def join_blobs(
-    blobs: Iterable[tuple[str, FilePlan, torch.Tensor | None]], met: Sequence[tuple[str, torch.Tensor, int | None]] = ()
+    blobs: Iterable[tuple[FilePlan, torch.Tensor | None]], met: Sequence[tuple[str, torch.Tensor, int | None]] = ()
 ) -> tuple[PlannedState, list[Extent]]:
-    """The file of these (name, plan, source) blobs, and where each lies. Names are for error messages.
-
-    `met`: the user's tensors behind them, with their version counters before anything of them was copied.
+    """The file of these (plan, source) blobs, and where each lies. `met`: the user's tensors behind them, with their
+    names and their version counters before anything of them was copied.
     """
     parts: list[tuple[int, FilePlan]] = []
     extents: list[Extent] = []
@@ -137,7 +142,7 @@ def join_blobs(
     starts: list[int] = []
     strided: dict[int, Strided] = {}
     position = 0
-    for _, plan, source in blobs:
+    for plan, source in blobs:
         extents.append(Extent(position, plan.file_bytes))
         if plan.file_bytes == 0:
             continue
@@ -160,3 +165,57 @@ def join_blobs(
     names = [name for name, _, _ in met]
     tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
     return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where one rank writes, told by the coordinator through its plan."""
+
+    tag: str
+    staging_name: str
+    rank: int
+    plan_name: str = ""
+    """The name of the global plan that it is a part of."""
+
+    @property
+    def file_name(self) -> str:
+        return f"__{self.rank}_0.distcp"
+
+
+def plan_file(
+    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] = own_size
+) -> tuple[Any, list[tuple[Any, Extent]]]:
+    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
+
+    Args:
+        room_for: how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
+    """
+    described: list[tuple[FilePlan, torch.Tensor | None]] = []
+    met: list[tuple[str, torch.Tensor, int | None]] = []
+    classes: dict[str, str] = {}
+    for k, item in enumerate(plan.items):
+        try:
+            data = planner.resolve_data(item)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UnsupportedStateError(
+                f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint"
+            ) from error
+        if item.type == WriteItemType.BYTE_IO:
+            raw = data.getvalue()  # type: ignore[union-attr]
+            described.append((raw_plan(padded(raw, room_for(k, len(raw)))), None))
+            if names := unknown_types(raw):
+                classes[item.index.fqn] = ", ".join(names)
+        else:
+            tensor: torch.Tensor = data  # type: ignore[assignment]
+            met.append((item.index.fqn, tensor, version_counters([tensor])[0]))
+            described.append(blobs.tensor(tensor))
+    if classes:
+        listed = "; ".join(f"{name!r}: {kinds}" for name, kinds in list(classes.items())[:20])
+        _warn_once(f"loads take these objects only with weights_only=False, which runs their classes' code: {listed}")
+    state, extents = join_blobs(described, met)
+    return state, list(zip(plan.items, extents, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    report(logging.WARNING, "%s", message)

@@ -7,46 +7,116 @@ all of them say the same. `.metadata` holds where each object lies, so objects g
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ...engine.pending import PendingCommit
 from ...errors import BackpressureTimeout, CommitError, RankFailedError, some_of
+from ...plan.plan import PlannedState
 from ...ranks.rank_coordinator import RankCoordinator
 from ...ranks.rank_requests import Add, AwaitCount, Drop, Get, RankInfo, Step, one
 from ...storage.staged import Destination
-from .blobs import BlobPlanner, Extent
-from .writer import plan_file
+from .blobs import BlobPlanner, Extent, RankPlace, own_size, plan_file
+from .metadata import encode_metadata, write_results
 
 _MAX_SPARE_BYTES = 64 << 10
 _ROOM_STEP_BYTES = 512
 _AGAINST = "!"
 _MAX_WHY = 200
+# Templates are plain data, the same for every engine; only the training thread plans.
+_blobs = BlobPlanner()
 
 
-@dataclass
-class KnownPlan:
-    """What one rank knows of a structure that was planned once."""
+class KnownPlan(StorageWriter):
+    """What one rank knows of a structure: planned by DCP's calls, with all ranks, and used `again` without them. Both
+    give a `state` for the engine to save as `path`, and rank 0's `.metadata`; nothing is written here.
+    """
 
-    name: str = ""
-    """The name of the global plan, the same on all ranks."""
-    local: SavePlan = field(default_factory=lambda: SavePlan([]))
-    final: SavePlan = field(default_factory=lambda: SavePlan([]))
-    """The part of the global plan that this rank writes."""
-    extents: Sequence[Extent] = ()
-    """Where its items lie."""
-    is_first: bool = True
-    """Whether this is DCP's coordinator rank."""
-    metadata: bytes = b""
-    """The content of `.metadata`, on that rank."""
-    last: PendingCommit | None = None
-    """The last commit by this plan."""
+    def __init__(self, *, caches: bool = True) -> None:
+        super().__init__()
+        self.name = ""
+        """The name of the global plan, the same on all ranks."""
+        self.path = ""
+        self.state: PlannedState | None = None
+        """This rank's part; None where it has none. To be taken away: it keeps the tensors alive."""
+        self.metadata = b""
+        """The content of `.metadata`, on DCP's coordinator rank."""
+        self.last: PendingCommit | None = None
+        """The last commit by this plan."""
+        self._caches = caches
+        self._is_first = True
+        self._local = self._final = SavePlan([])
+        self._extents: Sequence[Extent] = ()
+
+    # DCP's calls.
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        return None
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._is_first = is_coordinator
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self._local = plan
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        name = uuid.uuid4().hex
+        return [replace(plan, storage_data=RankPlace("", "", rank, name)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        place: RankPlace = plan.storage_data
+        state, items = plan_file(plan, planner, _blobs, _room_for if self._caches else own_size)
+        self.state = state if items else None
+        self.name, self.path, self._final = place.plan_name, place.file_name, plan
+        self._extents = [extent for _, extent in items]
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        future.set_result(write_results(items, place.file_name, None))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        # What is written again and again cannot say where.
+        self.metadata = encode_metadata(metadata, results, StorageMeta())
+
+    # Later saves.
+
+    def again(self, state_dict: dict[str, Any]) -> str:
+        """Plan this rank's part anew, for the same place in the file; or why it cannot be written so. Talks to nobody.
+
+        Raises what DCP's planner does.
+        """
+        planner = DefaultSavePlanner()
+        given = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
+        planner.set_up_planner(given, StorageMeta(), self._is_first)
+        local = planner.create_local_plan()
+        for item in (*local.items, *self._local.items):
+            if item.tensor_data is not None:
+                # Nobody reads it: to freeze or to thaw a layer changes no plan.
+                item.tensor_data.properties.requires_grad = False
+        if local != self._local:
+            now, then = ({item.index: item for item in plan.items} for plan in (local, self._local))
+            changed = sorted({index.fqn for index in now.keys() | then.keys() if now.get(index) != then.get(index)})
+            return f"its state has another structure than before ({some_of(changed, show=repr)})"[:_MAX_WHY]
+        room = [extent.length for extent in self._extents]
+        state, items = plan_file(self._final, planner, _blobs, lambda k, num_bytes: max(num_bytes, room[k]))
+        for (item, extent), before in zip(items, self._extents, strict=True):
+            if extent != before:
+                return f"{item.index.fqn[:_MAX_WHY]!r} has outgrown its place in the file"
+        self.state = state if items else None
+        return ""
 
 
 class KnownPlans:
@@ -78,11 +148,10 @@ class KnownPlans:
             return known
         return None if self._all_lack_one(coordinator, has_one=known is not None) else known or KnownPlan()
 
-    def keep(self, key: Any, known: KnownPlan, pending: PendingCommit) -> PendingCommit:
-        """Have the next save of this structure use `known`, by which `pending` was written; returns that."""
+    def keep(self, key: Any, known: KnownPlan, pending: PendingCommit) -> None:
+        """Have the next save of this structure use `known`, by which `pending` was written."""
         known.last = pending
         self._by_key[key] = known
-        return pending
 
     def _all_lack_one(self, coordinator: RankCoordinator, *, has_one: bool) -> bool:
         """Whether no rank has a plan; one that has says so, and waits for nobody."""
@@ -112,16 +181,14 @@ def count_lacking(info: RankInfo, key: str) -> Step:
 
 @dataclass(frozen=True)
 class PlannedDestination(Destination):
-    """A checkpoint that is written by a known plan; `said` will be that one's name, or why it does not hold any
-    more.
-    """
+    """A checkpoint that is written by a known plan; `against` will hold why that does not hold any more."""
 
     known: str
-    said: list[str] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)
 
     @property
     def vote(self) -> str:
-        return "".join(self.said)
+        return _AGAINST + self.against[0] if self.against else self.known
 
     def check_votes(self, votes: Sequence[str]) -> None:
         bad = [
@@ -137,37 +204,6 @@ class PlannedDestination(Destination):
             )
 
 
-def room_for(k: int, num_bytes: int) -> int:
+def _room_for(k: int, num_bytes: int) -> int:
     """How many bytes an object gets in its file at first: its pickle may grow from save to save."""
     return -(-(num_bytes + min(num_bytes, _MAX_SPARE_BYTES)) // _ROOM_STEP_BYTES) * _ROOM_STEP_BYTES
-
-
-def plan_again(
-    known: KnownPlan, state_dict: dict[str, Any], blobs: BlobPlanner
-) -> tuple[str, Any, list[tuple[Any, Extent]]]:
-    """This rank's file by a known plan, with its items, as `plan_file`; and why it cannot be written so, or "".
-
-    Talks to nobody. Raises what DCP's planner does.
-    """
-    planner = DefaultSavePlanner()
-    state = {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in state_dict.items()}
-    planner.set_up_planner(state, StorageMeta(), known.is_first)
-    local = planner.create_local_plan()
-    for item in (*local.items, *known.local.items):
-        if item.tensor_data is not None:
-            # Nobody reads it: to freeze or to thaw a layer changes no plan.
-            item.tensor_data.properties.requires_grad = False
-    if local != known.local:
-        now, then = ({item.index: item for item in plan.items} for plan in (local, known.local))
-        changed = sorted({index.fqn for index in now.keys() | then.keys() if now.get(index) != then.get(index)})
-        return (
-            f"{_AGAINST}its state has another structure than before ({some_of(changed, show=repr)})"[:_MAX_WHY],
-            None,
-            [],
-        )
-    room = [extent.length for extent in known.extents]
-    planned, items = plan_file(known.final, planner, blobs, lambda k, num_bytes: max(num_bytes, room[k]))
-    for (item, extent), before in zip(items, known.extents, strict=True):
-        if extent != before:
-            return f"{_AGAINST}{item.index.fqn[:_MAX_WHY]!r} has outgrown its place in the file", None, []
-    return "", planned, items

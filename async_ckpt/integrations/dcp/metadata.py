@@ -1,5 +1,5 @@
-"""Reads DCP's `.metadata` without running code: the pickle is read as plain data, and DCP's own classes are filled from
-it.
+"""Writes DCP's `.metadata`, and reads it without running code: the pickle is read as plain data, and DCP's own classes
+are filled from it.
 
 Guarantees:
 - Nothing named by the file is imported or called; the fields of every object have the types that DCP's planners rely
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import pickle
 from collections import Counter
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -26,11 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CorruptCheckpointError
 from ...format.inert import Inert, MalformedPickleError, Name, key_value
+from ...format.manifest import FileEntry
 from ...format.pickles import read_inert
 from ...host.memory import collector_paused
+from .blobs import Extent
 
 _MAX_DEPTH = 100
 # A tensor has at most 64; one number more per reference to a tuple would make memory quadratic in the file's size.
@@ -53,6 +58,35 @@ _METADATA = f"{Metadata.__module__}.Metadata"
 _PROPERTIES = f"{TensorProperties.__module__}.TensorProperties"
 _MEMORY_FORMAT = f"{TensorProperties.__module__}._MEM_FORMAT_ENCODING"
 _PATHS = ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.Path", "pathlib._local.PosixPath")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a rank tells the coordinator about one item: where it lies; with the first, the file's manifest entry."""
+
+    info: _StorageInfo
+    entry: FileEntry | None
+
+
+def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
+    """What DCP passes on to `finish`; the entry travels with the first item."""
+    return [
+        WriteResult(
+            item.index,
+            extent.length,
+            Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None),
+        )
+        for k, (item, extent) in enumerate(items)
+    ]
+
+
+def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: StorageMeta | None) -> bytes:
+    """The bytes of `.metadata`, in the stock form."""
+    metadata.storage_data = {result.index: result.storage_data.info for per_rank in results for result in per_rank}
+    metadata.storage_meta = meta
+    if hasattr(metadata, "version"):
+        metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+    return pickle.dumps(metadata)
 
 
 def decode_metadata(raw: bytes, *, source: str) -> Metadata:

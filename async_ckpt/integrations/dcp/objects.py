@@ -21,6 +21,7 @@ import torch
 
 from ...errors import CorruptCheckpointError
 from ...format.zip_directory import END, END64, LOCATOR, UnusualLayoutError, check_headers, read_directory
+from ...reading.build import NotPlainError
 from ...reading.records import refuse_crafted
 
 _END_MAGIC = b"PK\5\6"
@@ -76,22 +77,23 @@ def unpadded(blob: memoryview) -> memoryview:
     return memoryview(b"".join((blob[:whole], blob[cut:])))
 
 
-def why_not_plain(blob: memoryview, source: str) -> str | None:
-    """What keeps a blob from being plain data: its classes by name, or torch's words; None where it is plain.
+def load_blob(blob: memoryview, source: str, *, weights_only: bool = True) -> Any:
+    """What `torch.load` makes of a blob; a `source` is for error messages.
 
     Raises:
-        CorruptCheckpointError: as `check_container`.
+        NotPlainError: it is more than plain data; its classes by name, or torch's words.
+        CorruptCheckpointError: torch cannot read it; with `weights_only`, as `check_container` too.
     """
-    check_container(blob, source)
-    with _more_types():
-        try:
-            torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            return ", ".join(unknown_types(blob)) or str(error).partition("\n")[0]
-        # torch raises whatever the pickle's calls raise.
-        except Exception as error:
-            raise CorruptCheckpointError(f"{source} cannot be read: {error}", path=source) from error
-    return None
+    if weights_only:
+        check_container(blob, source)
+    try:
+        with _more_types(), torch.sparse.check_sparse_tensor_invariants():
+            return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=weights_only)
+    # torch raises whatever its unpickler, its zip reader and the pickle's calls raise.
+    except Exception as error:
+        if weights_only and isinstance(error, pickle.UnpicklingError):
+            raise NotPlainError(", ".join(unknown_types(blob)) or str(error).partition("\n")[0]) from error
+        raise CorruptCheckpointError(f"{source} cannot be read: {error}", path=source) from error
 
 
 def unknown_types(blob: bytes | memoryview) -> list[str]:

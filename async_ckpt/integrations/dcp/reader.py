@@ -29,12 +29,13 @@ from ...errors import (
 )
 from ...format.names import DCP_METADATA_NAME, check_tag, is_url
 from ...host.device import beside_captures, synchronize_device
+from ...reading.build import NotPlainError
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint, check_level
 from ...reading.shared_memory import overlapping, parts_of, same_bytes
 from ...reading.verified_file import VerifiedFile
 from .metadata import decode_metadata
-from .objects import unpadded, why_not_plain
+from .objects import load_blob, unpadded
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
 from .writer import DcpWriter
 
@@ -160,11 +161,12 @@ class DcpReader(StorageReader):
             name = f"{file.name}, item {item.storage_index.fqn!r}"
             if item.type == LoadItemType.BYTE_IO:
                 blob = unpadded(file.view(info.offset, info.length))
-                reason = why_not_plain(blob, name) if self._weights_only else None
-                if reason is None:
+                try:
+                    if self._weights_only:
+                        load_blob(blob, name)
                     planner.load_bytes(item, io.BytesIO(blob))
-                else:
-                    refused[item.storage_index.fqn] = reason
+                except NotPlainError as error:
+                    refused[item.storage_index.fqn] = str(error)
                 continue
             stored = self._unpacker.tensor(file, self._part(info, item, name))
             target = planner.resolve_tensor(item)

@@ -9,9 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import uuid
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -20,32 +18,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
-from ...errors import (
-    CheckpointError,
-    ConfigError,
-    RankFailedError,
-    StateMismatchError,
-    UnsupportedStateError,
-)
+from ...errors import CheckpointError, ConfigError, RankFailedError, StateMismatchError, UnsupportedStateError
 from ...format.metadata import check_metadata
 from ...format.names import DCP_METADATA_NAME
 from ...ranks.rank_coordinator import RankCoordinator
-from .blobs import BlobPlanner, join_blobs, own_size, raw_plan
-from .cached_plans import KnownPlan, KnownPlans, PlannedDestination, plan_again, room_for
+from .blobs import join_blobs, raw_plan
+from .cached_plans import KnownPlan, KnownPlans, PlannedDestination
 from .reader import DcpReader
-from .writer import RankPlace, encode_metadata, plan_file, write_results
 
 _plans: weakref.WeakKeyDictionary[AsyncCheckpointEngine, KnownPlans] = weakref.WeakKeyDictionary()
-# Templates are plain data, the same for every engine; only the training thread plans.
-_blobs = BlobPlanner()
 
 
 class TrainingState(Stateful):
@@ -129,23 +116,21 @@ def save_sharded(
     is_alike = num_ranks == 1 or (isinstance(coordinator, RankCoordinator) and coordinator.info.num_nodes == 1)
     caches = plan == "cached" and planner is None and is_alike
     plans, key = _plans.setdefault(engine, KnownPlans()), (process_group, *map(str, state_dict))
-    if caches:
-        known = plans.take(key, coordinator, engine.config.backpressure_timeout_s)
-        if known is not None and _save_by(known, engine, tag, state_dict):
-            return plans.keep(key, known, engine.commit(tag, metadata))
-    writer = _EngineWriter(engine, tag, caches=caches)
-    try:
-        state_dict_saver.save(state_dict, storage_writer=writer, process_group=process_group, planner=planner)
-    except BaseException as error:
-        failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
-        # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
-        if isinstance(error, (CheckpointException, ValueError)):
-            failure = _unplannable(failure)
-        if writer.is_open:
-            engine.abort(tag)
-        raise failure from error
+    known = plans.take(key, coordinator, engine.config.backpressure_timeout_s) if caches else None
+    if known is None or not _save_by(known, engine, tag, state_dict):
+        known = KnownPlan(caches=caches)
+        try:
+            state_dict_saver.save(state_dict, storage_writer=known, process_group=process_group, planner=planner)
+        except (CheckpointException, ValueError) as error:
+            # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
+            failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
+            raise _unplannable(failure) from error
+        engine.create(tag)
+        _save(known, engine, tag)
     pending = engine.commit(tag, metadata)
-    return plans.keep(key, writer.known, pending) if caches else pending
+    if caches:
+        plans.keep(key, known, pending)
+    return pending
 
 
 def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_dict: dict[str, Any]) -> bool:
@@ -155,26 +140,34 @@ def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_di
     destination = PlannedDestination(engine.root, tag, known.name)
     engine.create(destination)
     try:
-        why, state, items = plan_again(known, state_dict, _blobs)
-        if why and getattr(engine.config.coordinator, "world_size", 1) == 1:
-            engine.abort(tag)
-            return False
-        destination.said.append(why or known.name)
-        if items:
-            engine.save(state, f"{engine.root}/{tag}/{known.final.storage_data.file_name}")
-        if known.metadata and not why:
-            _save_metadata(engine, tag, known.metadata)
+        why = known.again(state_dict)
     except BaseException as error:
         engine.abort(tag)
         if isinstance(error, CheckpointError):
             raise
         raise _unplannable(error) from error
+    if not why:
+        _save(known, engine, tag)
+    elif getattr(engine.config.coordinator, "world_size", 1) == 1:
+        engine.abort(tag)
+        return False
+    else:
+        destination.against.append(why)
     return True
 
 
-def _save_metadata(engine: AsyncCheckpointEngine, tag: str, raw: bytes) -> None:
-    state, _ = join_blobs([(DCP_METADATA_NAME, raw_plan(raw), None)])
-    engine.save(state, f"{engine.root}/{tag}/{DCP_METADATA_NAME}")
+def _save(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str) -> None:
+    """Save in an open checkpoint what was planned; gives that up where it fails."""
+    state, known.state = known.state, None
+    try:
+        if state is not None:
+            engine.save(state, f"{engine.root}/{tag}/{known.path}")
+        if known.metadata:
+            raw, _ = join_blobs([(raw_plan(known.metadata), None)])
+            engine.save(raw, f"{engine.root}/{tag}/{DCP_METADATA_NAME}")
+    except BaseException:
+        engine.abort(tag)
+        raise
 
 
 def load_sharded(
@@ -229,9 +222,8 @@ def _unplannable(error: BaseException) -> BaseException:
     """
     kinds = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
     if isinstance(error, kinds) and not isinstance(error, CheckpointError):
-        return UnsupportedStateError(
-            f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint"
-        )
+        told = f"DCP cannot save this state: {type(error).__name__}: {error}; nothing is visible of this checkpoint"
+        return UnsupportedStateError(told)
     return error
 
 
@@ -261,59 +253,3 @@ def _own_or_first(error: CheckpointException, process_group: dist.ProcessGroup |
         f"rank {first} failed: {type(causes[first]).__name__}: {causes[first]}; this rank's part was dropped",
         rank=first,
     )
-
-
-class _EngineWriter(StorageWriter):
-    """DCP's calls, as saves of one open checkpoint of an engine. `finish` adds the metadata and commits nothing."""
-
-    def __init__(self, engine: AsyncCheckpointEngine, tag: str, *, caches: bool) -> None:
-        super().__init__()
-        self.known = KnownPlan()
-        self.is_open = False
-        self._engine = engine
-        self._tag = tag
-        self._caches = caches
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        return None
-
-    def storage_meta(self) -> StorageMeta:
-        # What is written again and again cannot say where.
-        return StorageMeta() if self._caches else StorageMeta(checkpoint_id=os.path.join(self._engine.root, self._tag))
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.known.is_first = is_coordinator
-        # Here, and not before: DCP tells all ranks of what is raised here, so that none waits for one that could not
-        # begin.
-        self._engine.create(self._tag)
-        self.is_open = True
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        self.known.local = plan
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        name = uuid.uuid4().hex
-        return [
-            dataclasses.replace(plan, storage_data=RankPlace(self._tag, "", rank, name))
-            for rank, plan in enumerate(plans)
-        ]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        name = plan.storage_data.file_name
-        state, items = plan_file(plan, planner, _blobs, room_for if self._caches else own_size)
-        self.known.name, self.known.final = plan.storage_data.plan_name, plan
-        self.known.extents = [extent for _, extent in items]
-        if items:
-            self._engine.save(state, f"{self._engine.root}/{self._tag}/{name}")
-        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result(write_results(items, name, None))
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self.known.metadata = encode_metadata(metadata, results, self.storage_meta())
-        _save_metadata(self._engine, self._tag, self.known.metadata)

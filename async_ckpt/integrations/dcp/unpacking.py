@@ -11,7 +11,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,10 +20,11 @@ import torch
 
 from ...errors import CorruptCheckpointError, UnsupportedStateError
 from ...plan.plan import FilePlan
+from ...reading.build import NotPlainError
 from ...reading.scatter import Scatter, new_storage
 from ...reading.verified_file import VerifiedFile
 from .blobs import BlobPlanner
-from .objects import why_not_plain
+from .objects import load_blob
 
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 # Above it, a blob's payload is read straight to its place; below, many blobs share an extent, which is read once.
@@ -87,18 +87,12 @@ class Unpacker:
 
     def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
         """What is not laid out as this package would: other tools' blobs, sparse, quantised, subclasses."""
-        if self._weights_only:
-            reason = why_not_plain(blob, part.name)
-            if reason is not None:
-                raise UnsupportedStateError(
-                    f"{part.name} is not plain data ({reason}); give weights_only=False if you trust its writer"
-                )
         try:
-            with torch.sparse.check_sparse_tensor_invariants():
-                tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=self._weights_only)
-        # torch raises whatever its unpickler and zip reader meet.
-        except Exception as error:
-            raise CorruptCheckpointError(f"{part.name} is not a torch container: {error}", path=part.name) from error
+            tensor = load_blob(blob, part.name, weights_only=self._weights_only)
+        except NotPlainError as error:
+            raise UnsupportedStateError(
+                f"{part.name} is not plain data ({error}); give weights_only=False if you trust its writer"
+            ) from error
         if not isinstance(tensor, torch.Tensor):
             raise CorruptCheckpointError(f"{part.name} holds no tensor", path=part.name)
         return tensor

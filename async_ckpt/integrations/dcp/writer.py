@@ -17,67 +17,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-import pickle
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ...engine.config import EngineConfig
-from ...errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    TransactionStateError,
-    UnsafePathError,
-    UnsupportedStateError,
-    report,
-)
+from ...engine.pipeline import SavePipeline
+from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError
 from ...format.checksum import crc32
 from ...format.manifest import FileEntry, ManifestBudget
 from ...format.metadata import check_metadata
 from ...format.names import DCP_METADATA_NAME, check_tag, is_url, parse_private_name
-from ...plan.plan import FilePlan, version_counters
+from ...plan.plan import PlannedState
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.staged import Destination, Staging
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
-from .blobs import BlobPlanner, Extent, join_blobs, own_size, raw_plan
-from .core import Core, abort, kept_core
-from .objects import padded, unknown_types
+from .blobs import BlobPlanner, RankPlace, plan_file
+from .metadata import encode_metadata, write_results
 
-
-@dataclasses.dataclass(frozen=True)
-class RankPlace:
-    """Where one rank writes, told by the coordinator through its plan."""
-
-    tag: str
-    staging_name: str
-    rank: int
-    plan_name: str = ""
-    """The name of the global plan that it is a part of."""
-
-    @property
-    def file_name(self) -> str:
-        return f"__{self.rank}_0.distcp"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a rank tells the coordinator about one item: where it lies; with the first, the file's manifest entry."""
-
-    info: _StorageInfo
-    entry: FileEntry | None
+_CLOSE_TIMEOUT_S = 60.0
 
 
 def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str]:
@@ -92,71 +60,48 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
     return root, check_tag(tag)
 
 
-def plan_file(
-    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] = own_size
-) -> tuple[Any, list[tuple[Any, Extent]]]:
-    """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
-
-    Args:
-        room_for: how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
-    """
-    described: list[tuple[str, FilePlan, torch.Tensor | None]] = []
-    met: list[tuple[str, torch.Tensor, int | None]] = []
-    classes: dict[str, str] = {}
-    for k, item in enumerate(plan.items):
-        try:
-            data = planner.resolve_data(item)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UnsupportedStateError(
-                f"{item.index.fqn!r} cannot be saved: {error}; nothing is visible of this checkpoint"
-            ) from error
-        if item.type == WriteItemType.BYTE_IO:
-            raw = data.getvalue()  # type: ignore[union-attr]
-            described.append((item.index.fqn, raw_plan(padded(raw, room_for(k, len(raw)))), None))
-            if names := unknown_types(raw):
-                classes[item.index.fqn] = ", ".join(names)
-        else:
-            tensor: torch.Tensor = data  # type: ignore[assignment]
-            met.append((item.index.fqn, tensor, version_counters([tensor])[0]))
-            described.append((item.index.fqn, *blobs.tensor(tensor)))
-    if classes:
-        listed = "; ".join(f"{name!r}: {kinds}" for name, kinds in list(classes.items())[:20])
-        _tell_once(f"loads take these objects only with weights_only=False, which runs their classes' code: {listed}")
-    state, extents = join_blobs(described, met)
-    return state, list(zip(plan.items, extents, strict=True))
-
-
-@lru_cache(maxsize=64)
-def _tell_once(message: str) -> None:
-    report(logging.WARNING, "%s", message)
-
-
 def _tensor_bytes(plan: SavePlan) -> int:
     tensors = [item.tensor_data for item in plan.items if item.tensor_data is not None]
     return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in tensors)
 
 
-def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
-    """What DCP passes on to `finish`; the entry travels with the first item."""
-    return [
-        WriteResult(
-            item.index,
-            extent.length,
-            Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None),
-        )
-        for k, (item, extent) in enumerate(items)
-    ]
+class _Core:
+    """An engine's pipeline: snapshots planned files and writes them. `write` by one thread at a time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.filesystem: FileSystem = config.filesystem or FileSystem()
+        self.planner = BlobPlanner()
+        self._pipeline = SavePipeline(config, self.filesystem, name="async-ckpt-dcp", min_chunks=2)
+        self.close = weakref.finalize(self, _close, self._pipeline, os.getpid())
+        """Stops the threads and gives the memory back; idempotent, and called when this is dropped."""
+
+    def write(self, state: PlannedState, path: str, name: str) -> Outcome[FileWrite]:
+        """Copy `state` into staging memory and write it to `path`; resolves when the file is synced. Blocks for the
+        copy and for free staging memory.
+        """
+        file = self._pipeline.pool.open_file(path, size_bytes=state.plan.file_bytes, seal=state.plan.sealer())
+        try:
+            self._pipeline.snapshotter.take(state, file, name=name)
+        except BaseException as error:
+            file.abort(error)
+            raise
+        return file.done
 
 
-def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: StorageMeta | None) -> bytes:
-    """The bytes of `.metadata`, in the stock form."""
-    metadata.storage_data = {result.index: result.storage_data.info for per_rank in results for result in per_rank}
-    metadata.storage_meta = meta
-    if hasattr(metadata, "version"):
-        from torch.distributed.checkpoint import filesystem
+def _close(pipeline: SavePipeline, pid: int) -> None:
+    if os.getpid() == pid:
+        pipeline.stop(_CLOSE_TIMEOUT_S)
 
-        metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
-    return pickle.dumps(metadata)
+
+_kept: dict[Any, _Core] = {}
+"""Of copies, which live as long as this process: that of ``async_save`` gets a new one for each save."""
+
+
+def _abort(fs: FileSystem, staging: Staging, pid: int) -> None:
+    """Remove what a save of process `pid` has staged, in that process. Left behind, the next engine sweeps it."""
+    if os.getpid() == pid:
+        with contextlib.suppress(CheckpointError, OSError):
+            transaction.abort(fs, staging)
 
 
 class DcpWriter(StorageWriter):
@@ -187,7 +132,7 @@ class DcpWriter(StorageWriter):
         self._options = options
         self._config = EngineConfig.from_params({"root": "unused", "overwrite": overwrite, **options})
         self._is_copy = False
-        self._core: Core | None = None
+        self._core: _Core | None = None
         self._root = self._tag = ""
         self._save_id = ""
         self._coordinates = False
@@ -242,7 +187,7 @@ class DcpWriter(StorageWriter):
         where = Destination(self._root, self._tag)
         staging = transaction.begin(fs, Staging(where, self._overwrite))
         self._drop_staged()
-        self._staging, self._unstage = staging, weakref.finalize(self, abort, fs, staging, os.getpid())
+        self._staging, self._unstage = staging, weakref.finalize(self, _abort, fs, staging, os.getpid())
         name = os.path.basename(staging.path)
         return [
             dataclasses.replace(plan, storage_data=RankPlace(self._tag, name, rank)) for rank, plan in enumerate(plans)
@@ -314,10 +259,12 @@ class DcpWriter(StorageWriter):
     def _filesystem(self) -> FileSystem:
         return self._open_core().filesystem
 
-    def _open_core(self) -> Core:
+    def _open_core(self) -> _Core:
         if self._core is None:
-            key = tuple(sorted((name, repr(value)) for name, value in self._options.items()))
-            self._core = kept_core(self._config, key) if self._is_copy else Core(self._config)
+            key = os.getpid(), *sorted((name, repr(value)) for name, value in self._options.items())
+            self._core = (self._is_copy and _kept.get(key)) or _Core(self._config)
+            if self._is_copy:
+                _kept[key] = self._core
         return self._core
 
     def _locate(self, place: RankPlace) -> str:

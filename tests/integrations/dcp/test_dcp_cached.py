@@ -162,7 +162,6 @@ def test_what_the_ranks_say_costs_the_same_for_each_of_them(world_size: int) -> 
     assert mixed.outcomes[0] > world_size
     # The vote is one word beside the digest.
     where = PlannedDestination("/r", "t", uuid.uuid4().hex)
-    where.said.append(where.known)
     assert len(where.vote) == 32
     print(
         f"{world_size} ranks: known {max(known.ended_s.values()):.3f} s, first {max(first.ended_s.values()):.2f} s, "

@@ -82,8 +82,8 @@ def image(state: Any, extent_bytes: int) -> bytes:
 @pytest.mark.parametrize("extent_bytes", [1000, 4096, 1 << 20])
 def test_blobs_are_what_torch_save_writes(extent_bytes: int) -> None:
     planner = BlobPlanner()
-    blobs = [(name, *planner.tensor(tensor)) for name, tensor in TENSORS.items()]
-    state, extents = join_blobs([*blobs, ("raw", raw_plan(b"bytes"), None), ("none", raw_plan(b""), None)])
+    blobs = [planner.tensor(tensor) for tensor in TENSORS.values()]
+    state, extents = join_blobs([*blobs, (raw_plan(b"bytes"), None), (raw_plan(b""), None)])
     data = image(state, extent_bytes)
     for tensor, extent in zip(TENSORS.values(), extents, strict=False):
         blob = data[extent.offset : extent.offset + extent.length]
@@ -100,7 +100,7 @@ def test_blobs_are_what_torch_save_writes(extent_bytes: int) -> None:
 
 def test_a_part_of_a_large_storage_is_written_alone(tmp_path: Path) -> None:
     large = torch.randn(1 << 18)
-    state, _ = join_blobs([("x", *BlobPlanner().tensor(large[100:200]))])
+    state, _ = join_blobs([BlobPlanner().tensor(large[100:200])])
     assert state.plan.file_bytes < 3000
     assert state.plan.payload_nbytes == [400]
 
