@@ -14,12 +14,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import RankFailedError
 from .rank_requests import Drop, Get, Put, Step
 from .store_link import StoreLink
+
+
+def hear(key: str, ranks: Iterable[int], timeout_s: float) -> Step:
+    """What each of these ranks has said below `key`, by rank; None where that did not come within the time."""
+    said: dict[int, str | None] = {}
+    end_s = time.monotonic() + timeout_s
+    for rank in ranks:
+        said[rank] = yield Get(f"{key}/{rank}", max(0.0, end_s - time.monotonic()))
+    return said
 
 
 class Exchange:
@@ -56,8 +65,14 @@ class Exchange:
             # A round lasts as long as the slowest rank, which rank 0 gives `timeout_s`.
             raw = yield Get(key, 2 * self._timeout_s)
             return {"error": self._silent(0), "rank": 0} if raw is None else json.loads(raw)
+        said = yield from hear(key, range(1, info.world_size), self._timeout_s)
+        silent = [rank for rank, word in said.items() if word is None]
+        for rank in said.keys() - silent:
+            yield Drop(f"{key}/{rank}")
         try:
-            told = {"answer": answer_of([mine, *(yield from self._hear_others(key))])}
+            if silent:
+                raise RankFailedError(self._silent(silent[0]), rank=silent[0])
+            told = {"answer": answer_of([mine, *map(json.loads, said.values())])}
             # All ranks are here, so all know the answer before.
             if self._answered:
                 yield Drop(self._answered)
@@ -66,16 +81,6 @@ class Exchange:
         yield Put(key, json.dumps(told))
         self._answered = key
         return told
-
-    def _hear_others(self, key: str) -> Step:
-        said, end_s = [], time.monotonic() + self._timeout_s
-        for rank in range(1, self._talk.info.world_size):
-            raw = yield Get(f"{key}/{rank}", max(0.0, end_s - time.monotonic()))
-            if raw is None:
-                raise RankFailedError(self._silent(rank), rank=rank)
-            said.append(json.loads(raw))
-            yield Drop(f"{key}/{rank}")
-        return said
 
     def _silent(self, rank: int) -> str:
         return f"rank {rank} has not answered within {self._timeout_s:g} s; every rank must ask for {self._name!r}"

@@ -53,10 +53,8 @@ class Announcements:
         """The tag that this rank has waited for last, and that rank 0 never began."""
 
     def join(self, tag: str) -> Step:
-        """Wait until rank 0 has begun `tag`; returns the attempt and its announcement.
-
-        Raises:
-            AttemptFailed: rank 0 did not begin this tag in time or could not, or the jobs differ in size.
+        """Wait until rank 0 has begun `tag`; returns the attempt and its announcement. Raises AttemptFailed: rank 0 did
+        not begin this tag in time or could not, or the jobs differ in size.
         """
         info = self._info
         patience_s = info.timeout_s

@@ -52,15 +52,19 @@ def latest_on_all(
         return problem
 
     exchange.begin()
-    for tag, created_unix_ns in exchange.round(leaders(partial(_committed, tiers)), _on_all_nodes):
+    for tag, created_unix_ns in exchange.round(
+        leaders(partial(committed, tiers)), lambda said: newest_first(_found(said))
+    ):
         mine = leaders(partial(problem_with, tag, created_unix_ns))
         if not exchange.round(mine, lambda said: any(_found(said))):
             return str(tag), where
     return None, None
 
 
-def _committed(tiers: Sequence[Catalog]) -> list[tuple[str, int]]:
-    """What one of them has. A mirror that cannot be reached is left out, unless it is all there is."""
+def committed(tiers: Sequence[Catalog]) -> list[tuple[str, int]]:
+    """What one of them has, by tag and time of commit. A mirror that cannot be reached is left out, unless it is all
+    there is.
+    """
     name_pending(tiers[0].root)
     found: set[tuple[str, int]] = set()
     for tier in tiers:
@@ -72,12 +76,12 @@ def _committed(tiers: Sequence[Catalog]) -> list[tuple[str, int]]:
             report(logging.WARNING, "latest: %s is left out: %s", tier.root, error)
             continue
         found |= {(entry.tag, entry.manifest.created_unix_ns) for entry in entries if entry.manifest is not None}
-    return list(found)
+    return sorted(found)
 
 
-def _on_all_nodes(said: list[Any]) -> list[tuple[str, int]]:
-    """Tags and times of commit, newest first."""
-    everywhere = set.intersection(*({(tag, created) for tag, created in found} for found in _found(said)))
+def newest_first(committed: Sequence[Any]) -> list[tuple[str, int]]:
+    """What all of these lists of `committed` have."""
+    everywhere = set.intersection(*({(tag, created) for tag, created in one} for one in committed))
     return sorted(everywhere, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 

@@ -44,6 +44,7 @@ from ..reading.records import naming
 from ..reading.verified_file import VerifiedFile
 from ..threads.outcome import name_pending
 from .exchange import Exchange
+from .latest_on_all import committed, newest_first
 from .rank_requests import RankInfo
 from .wire import PIECE_BYTES, LostError, Wire, host_key
 
@@ -95,8 +96,8 @@ def load_once(
                 return _Load(exchange, ranks, info, opened, wire).run(catalog, tag, name, target, how)
         except _UnreadableError as failed:
             if older is None:
-                committed = _agree(exchange, partial(_committed, catalog if info.rank == ranks[0] else None))
-                older = _older_than(tag, [found for found in committed if found is not None])
+                found = _agree(exchange, lambda: committed([catalog]) if info.rank == ranks[0] else None)
+                older = _older_than(tag, [one for one in found if one is not None])
             if not older:
                 raise failed.error from failed.error.__cause__
             report(logging.WARNING, "load_once: checkpoint %r is passed over for %r: %s", tag, older[0], failed.error)
@@ -111,17 +112,10 @@ class _UnreadableError(Exception):
         self.error = error
 
 
-def _committed(catalog: Catalog | None) -> list[list[Any]] | None:
-    if catalog is None:
-        return None
-    return [[entry.tag, entry.manifest.created_unix_ns] for entry in catalog.entries() if entry.manifest is not None]
-
-
-def _older_than(tag: str, committed: list[list[list[Any]]]) -> list[str]:
+def _older_than(tag: str, on_nodes: list[Any]) -> list[str]:
     """Those that all who read have, newest first: all, where the age of `tag` is not known."""
-    everywhere = set.intersection(*({(found, created) for found, created in one} for one in committed))
-    limit = min((created for one in committed for found, created in one if found == tag), default=None)
-    ordered = sorted(everywhere, key=lambda pair: (pair[1], pair[0]), reverse=True)
+    limit = min((created for one in on_nodes for found, created in one if found == tag), default=None)
+    ordered = newest_first(on_nodes)
     return [found for found, created in ordered if found != tag and (limit is None or created <= limit)]
 
 

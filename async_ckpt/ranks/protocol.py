@@ -1,7 +1,8 @@
 """How the ranks of a job agree on one checkpoint: the protocol alone, without store, disk, clock or thread.
 
-Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, ...) and is sent their answers,
-so that the same code runs over a `torch.distributed` store (`store_link`) and in a simulation of 16,384 ranks.
+Every step is a generator that yields requests (`Put`, `Add`, `Claim`, `Get`, ...) and is sent their answers, so that
+the same code runs over a `torch.distributed` store (`store_link`) and in a simulation of 16,384 ranks. Where it finds
+the attempt given up, or gives it up, it raises `AttemptFailed`, unless it says otherwise.
 
 Keys, all below the run's prefix; n is the attempt, counted by rank 0, never used twice:
 
@@ -33,20 +34,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..errors import some_of
 from ..format import manifest
-from .rank_requests import (
-    Add,
-    AttemptFailed,
-    AwaitCount,
-    Claim,
-    CommitOutcome,
-    Drop,
-    Get,
-    GetMany,
-    Put,
-    RankInfo,
-    Step,
-)
+from .rank_requests import Add, AttemptFailed, AwaitCount, Claim, CommitOutcome, Drop, Get, GetMany, Put, RankInfo, Step
 
 # As no directory can be called.
 _NO_NAME = "/"
@@ -77,11 +67,7 @@ def open_node(info: RankInfo, attempt: int, staging_name: str | None) -> Step:
 
 
 def await_node(info: RankInfo, attempt: int) -> Step:
-    """A rank of a node that rank 0 is not on: wait for its leader's staging name.
-
-    Raises:
-        AttemptFailed: the leader has not made one in time, or never will.
-    """
+    """A rank of a node that rank 0 is not on: wait for its leader's staging name, which may never come."""
     name = yield Get(f"{attempt}/open/{info.node}", info.timeout_s)
     if name in (None, _NO_NAME):
         cause = f"it has made no staging directory on its node within {info.timeout_s:g} s"
@@ -93,11 +79,7 @@ def await_node(info: RankInfo, attempt: int) -> Step:
 
 
 def admit(info: RankInfo, attempt: int, path: str, manifest_bytes: int) -> Step:
-    """A file of this rank is about to be written.
-
-    Raises:
-        AttemptFailed: the manifest has no room for it beside the files of all ranks.
-    """
+    """A file of this rank is about to be written, if the manifest has room for it beside the files of all ranks."""
     num_bytes = yield Add(f"{attempt}/files", manifest_bytes)
     if num_bytes > manifest.MAX_FILES_BYTES:
         cause = (
@@ -108,25 +90,17 @@ def admit(info: RankInfo, attempt: int, path: str, manifest_bytes: int) -> Step:
 
 
 def report(info: RankInfo, attempt: int, digest: str) -> Step:
-    """This rank's part is durable.
-
-    Raises:
-        AttemptFailed: the attempt is over already.
-    """
+    """This rank's part is durable."""
     if (yield Get(f"{attempt}/open")) is None:
-        raise AttemptFailed(
-            attempt,
-            CommitOutcome(
-                False, info.rank, f"it came later than {info.timeout_s:g} s: the others have given up", info.rank
-            ),
-        )
+        cause = f"it came later than {info.timeout_s:g} s: the others have given up"
+        raise AttemptFailed(attempt, CommitOutcome(False, info.rank, cause, info.rank))
     yield Put(f"{attempt}/part/{info.rank}", digest)
     if (yield Add(f"{attempt}/count")) == info.world_size:
         yield Put(f"{attempt}/gate", "full")
 
 
 def fail(info: RankInfo, attempt: int, cause: str, *, blamed: int | None = None) -> Step:
-    """Give the attempt up for all ranks, unless it is decided already; returns the outcome that holds."""
+    """Give the attempt up for all ranks, unless it is decided; returns the outcome that holds, raises none."""
     mine = CommitOutcome(False, info.rank if blamed is None else blamed, cause, info.rank)
     held = CommitOutcome.decode((yield Claim(f"{attempt}/decision", mine.encode())))
     if held == mine:
@@ -150,24 +124,17 @@ def _time_out(info: RankInfo, attempt: int) -> Step:
     if (yield Get(f"{attempt}/open")) is None:
         # This rank was away for so long that the attempt ended without it, and its keys were dropped.
         yield Drop(f"{attempt}/decision")
-        return CommitOutcome(
-            False, info.rank, "it did not ask for the outcome before the others had forgotten it", info.rank, None
-        )
+        cause = "it did not ask for the outcome before the others had forgotten it"
+        return CommitOutcome(False, info.rank, cause, info.rank, None)
     missing = []
     for rank in range(info.world_size):
         if (yield Get(f"{attempt}/part/{rank}")) is None:
             missing.append(rank)
     if missing:
         note = yield Get(f"note/{missing[0]}")
-        more = (
-            f" (missing: {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''})"
-            if len(missing) > 1
-            else ""
-        )
-        cause = f"it has not reported its part durable within {info.timeout_s:g} s{more}" + (
-            f"; {note}" if note else ""
-        )
-        outcome = replace(mine, rank=missing[0], cause=cause)
+        cause = f"it has not reported its part durable within {info.timeout_s:g} s"
+        cause += f" (missing: {some_of([*map(str, missing)], 8)})" if len(missing) > 1 else ""
+        outcome = replace(mine, rank=missing[0], cause=f"{cause}; {note}" if note else cause)
     else:
         cause = f"all parts are durable, but it has not decided within {info.timeout_s:g} s"
         outcome = replace(mine, rank=0, cause=cause)
@@ -180,31 +147,22 @@ def _time_out(info: RankInfo, attempt: int) -> Step:
 
 
 def gather(info: RankInfo, attempt: int) -> Step:
-    """Rank 0: wait until every rank's part is durable; returns the digests of its group, in the order of `info.group`.
-
-    Raises:
-        AttemptFailed: a rank failed or is missing.
-    """
+    """Rank 0: wait until every rank's part is durable; returns the digests of its group, as `parts`."""
     gate = yield Get(f"{attempt}/gate", info.timeout_s)
+    if gate is None:
+        raise AttemptFailed(attempt, (yield from _time_out(info, attempt)))
     if gate != "full":
-        outcome = (
-            (yield from _final_outcome(info, attempt)) if gate is not None else (yield from _time_out(info, attempt))
-        )
-        raise AttemptFailed(attempt, outcome)
+        raise AttemptFailed(attempt, (yield from _final_outcome(info, attempt)))
     return (yield from parts(info, attempt))
 
 
 def parts(info: RankInfo, attempt: int) -> Step:
-    """The digests of a group whose parts are all there."""
+    """The digests of a group whose parts are all there, in the order of `info.group`."""
     return (yield GetMany(tuple(f"{attempt}/part/{rank}" for rank in info.group)))
 
 
 def decide(info: RankInfo, attempt: int, created_unix_ns: int) -> Step:
-    """Rank 0: win the right to rename.
-
-    Raises:
-        AttemptFailed: somebody gave up first; nothing may be renamed.
-    """
+    """Rank 0: win the right to rename."""
     mine = CommitOutcome(True, None, "", info.rank, None, created_unix_ns).encode()
     held = yield Claim(f"{attempt}/decision", mine)
     if held != mine:
@@ -212,11 +170,7 @@ def decide(info: RankInfo, attempt: int, created_unix_ns: int) -> Step:
 
 
 def await_decision(info: RankInfo, attempt: int) -> Step:
-    """Another node's leader: wait for rank 0's decision; returns the outcome to publish.
-
-    Raises:
-        AttemptFailed: the attempt was given up.
-    """
+    """Another node's leader: wait for rank 0's decision; returns the outcome to publish."""
     held = yield Get(f"{attempt}/decision", info.timeout_s)
     outcome = CommitOutcome.decode(held) if held is not None else (yield from _time_out(info, attempt))
     if not outcome.ok:
@@ -241,28 +195,19 @@ def conclude_nodes(info: RankInfo, attempt: int) -> Step:
             bad.append(f"node {node}: {done or 'no answer'}")
     outcome = CommitOutcome(True, None, "", info.rank, True)
     if bad:
-        outcome = CommitOutcome(
-            False,
-            None,
-            f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})",
-            info.rank,
-            None,
-        )
-    yield Put(f"{attempt}/result", outcome.encode())
+        cause = f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})"
+        outcome = CommitOutcome(False, None, cause, info.rank, None)
+    yield from conclude(attempt, outcome)
     return outcome
 
 
-def conclude(info: RankInfo, attempt: int, outcome: CommitOutcome) -> Step:
+def conclude(attempt: int, outcome: CommitOutcome) -> Step:
     """Rank 0: announce the outcome of its rename."""
     yield Put(f"{attempt}/result", outcome.encode())
 
 
 def await_result(info: RankInfo, attempt: int) -> Step:
-    """Another rank: wait for the outcome.
-
-    Raises:
-        AttemptFailed: with `committed=None` in the outcome where rank 0 stopped after it had begun to rename.
-    """
+    """Another rank: wait for the outcome; `committed=None` in it where rank 0 stopped after it had begun to rename."""
     raw = yield Get(f"{attempt}/result", info.timeout_s)
     outcome = CommitOutcome.decode(raw) if raw is not None else (yield from _time_out(info, attempt))
     if raw is None and outcome.ok:
@@ -279,11 +224,9 @@ def _final_outcome(info: RankInfo, attempt: int) -> Step:
     raw = yield Get(f"{attempt}/result", min(info.timeout_s, 10.0))
     if raw is None:
         raw = yield Get(f"{attempt}/decision")
-    return (
-        CommitOutcome.decode(raw)
-        if raw is not None
-        else CommitOutcome(False, None, "the attempt is over", info.rank, None)
-    )
+    if raw is None:
+        return CommitOutcome(False, None, "the attempt is over", info.rank, None)
+    return CommitOutcome.decode(raw)
 
 
 # Tidying up.
@@ -307,11 +250,8 @@ def retire(info: RankInfo, attempt: int) -> Step:
     all_seen = yield AwaitCount(f"{attempt}/seen", info.world_size - 1, info.timeout_s, ends_with_link=True)
     names = ["open", "files", "count", "gate", "decision", "result", "seen"]
     if info.num_nodes > 1:
-        names += [
-            "done",
-            "all_done",
-            *(f"{kind}/{node}" for node in range(info.num_nodes) for kind in ("open", "done")),
-        ]
+        of_nodes = (f"{kind}/{node}" for node in range(info.num_nodes) for kind in ("open", "done"))
+        names += ["done", "all_done", *of_nodes]
     leftover: Sequence[int] = (info.rank,) if all_seen else range(info.world_size)
     for name in (*names, *(f"part/{rank}" for rank in leftover)):
         yield Drop(f"{attempt}/{name}")

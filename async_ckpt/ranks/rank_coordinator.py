@@ -285,7 +285,7 @@ class RankCoordinator:
                 raise of_all.error(opened.destination.root, opened.tag)
             return
         try:
-            self._learn(opened, rank_protocol.conclude(info, attempt, outcome))
+            self._learn(opened, rank_protocol.conclude(attempt, outcome))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
             report(
