@@ -15,6 +15,7 @@ from ..mirror.mirrors import Mirrors
 from ..mirror.pending import PendingMirror
 from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
+from ..ranks.mirror_agreement import MirrorAgreement
 from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
 from ..retention import CheckpointInfo, RetentionPolicy, carry_out
@@ -46,7 +47,7 @@ class EngineMirrors(Mirrors):
         """Of all ranks, where each node has a root of its own."""
         agreement, mirrors = None, tuple(config.mirrors)
         if isinstance(coordinator, RankCoordinator):
-            info, agreement = coordinator.info, coordinator.mirror_agreement()
+            info, agreement = coordinator.info, MirrorAgreement(coordinator.talk)
             # Each node has a root of its own: so it has a place of its own in the store.
             if info.num_nodes > 1:
                 self._nodes = coordinator

@@ -21,14 +21,10 @@ class Coordinator(Protocol):
 
     rank: int
     world_size: int
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank makes, renames and deletes checkpoint directories."""
-
-    @property
-    def num_sharing(self) -> int:
-        """How many ranks may write one file together: all, where they have one root."""
+    leads: bool
+    """Whether this rank makes, renames and deletes checkpoint directories."""
+    num_sharing: int
+    """How many ranks may write one file together: all, where they have one root."""
 
     def bind(self, filesystem: FileSystem, root: str) -> None:
         """Called once by the engine that uses this coordinator."""

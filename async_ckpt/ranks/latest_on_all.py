@@ -17,14 +17,8 @@ from .rank_requests import RankInfo
 def latest_on_all(
     info: RankInfo, tiers: Sequence[Catalog], exchange: Exchange, verify: str
 ) -> tuple[str | None, Catalog | None]:
-    """The newest checkpoint that all nodes have and that verifies on all (None: there is none); and which of `tiers`,
-    a node's disk and then its mirrors, has it whole, on the leader that has looked. Blocks.
-
-    A node's leader reads and checks; the other ranks only wait. Two nodes' directories are one checkpoint only if they
-    were committed together (same tag, same time of commit).
-
-    Raises:
-        RankFailedError: a rank does not answer, or could not read its root; on all ranks.
+    """As `RankCoordinator.latest_on_all`; and on a leader, which of `tiers` (its disk, then its mirrors) has it whole.
+    Two nodes' directories are one checkpoint only if they were committed together (same tag, same time of commit).
     """
     where: Catalog | None = None
 
@@ -86,11 +80,7 @@ def newest_first(committed: Sequence[Any]) -> list[tuple[str, int]]:
 
 
 def _found(said: list[Any]) -> list[Any]:
-    """What the leaders have found.
-
-    Raises:
-        RankFailedError: one of them could not read.
-    """
+    """What the leaders have found. Raises RankFailedError: one of them could not read."""
     for rank, word in enumerate(said):
         if word is not None and "error" in word:
             raise RankFailedError(word["error"], rank=rank)

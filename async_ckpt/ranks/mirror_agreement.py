@@ -29,13 +29,7 @@ class MirrorAgreement:
         self._tries = itertools.count()
 
     def all_sent(self, name: str) -> None:
-        """This rank's objects are there. Returns on the leader when all ranks have said so, on the others when the
-        manifest is there.
-
-        Raises:
-            RankFailedError: not within the time; names the ranks that were not heard of.
-            MirrorError: the leader could not put the manifest.
-        """
+        """See `Agreement`. Raises MirrorError too: the leader could not put the manifest."""
         info, key, first = self._info, self._key(name), self._info.group[0]
         self._link.ask(one(Put(f"{key}/part/{info.rank}", "there")))
         if self.leads:

@@ -37,7 +37,6 @@ from . import protocol as rank_protocol
 from .exchange import Exchange
 from .joining import Joining, RankStaging
 from .latest_on_all import latest_on_all
-from .mirror_agreement import MirrorAgreement
 from .rank_parts import merge_parts, write_part
 from .rank_requests import AttemptFailed, CommitOutcome, RankInfo, Step, cause_of
 from .store_link import LinkLostError, StoreLink, default_run_id, private_connection
@@ -85,6 +84,8 @@ class RankCoordinator:
         self.rank, self.world_size = rank, world_size
         place = () if node is None else (node.number, node.num_nodes, tuple(sorted(node.ranks)))
         self.info = RankInfo(rank, world_size, timeout_s, *place)
+        self.leads = self.info.leads
+        self.num_sharing = world_size if node is None or node.num_nodes == 1 else 1
         self._store = store
         self._run_id = run_id if run_id is not None else default_run_id(store)
         self._channel = channel
@@ -115,15 +116,6 @@ class RankCoordinator:
         if options.pop("node_local", False):
             options["node"] = node_from_env(rank, world_size)
         return cls(store, rank, world_size, **options)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank makes, renames and sweeps staging directories."""
-        return self.info.leads
-
-    @property
-    def num_sharing(self) -> int:
-        return self.world_size if self.info.num_nodes == 1 else 1
 
     # The engine's calls; see `Coordinator`.
 
@@ -195,10 +187,6 @@ class RankCoordinator:
         if self.leads:
             transaction.sweep(self._fs, self._root)
 
-    def mirror_agreement(self) -> MirrorAgreement:
-        """How uploads of this job's checkpoints agree; after `bind`."""
-        return MirrorAgreement(self.talk)
-
     def close(self) -> None:
         if self._link is not None:
             self._link.close(self._linger_s)
@@ -247,11 +235,7 @@ class RankCoordinator:
     # Committing.
 
     def _learn(self, opened: RankStaging, step: Step | Future[Any], *, reported: bool = False) -> Any:
-        """The result of a step of `opened`; `reported` says that the others may publish without this rank. Blocks.
-
-        Raises:
-            RankFailedError, CommitError: the attempt is over; the outcome is kept in `opened`.
-        """
+        """The result of a step of `opened`; where the attempt is over, that is kept there and raised. Blocks."""
         try:
             return (step if isinstance(step, Future) else self.talk.submit(step)).result()
         except (AttemptFailed, LinkLostError) as failure:
@@ -288,9 +272,8 @@ class RankCoordinator:
             self._learn(opened, rank_protocol.conclude(attempt, outcome))
         except CommitError as lost:
             # The rename has been done, or not, already: the others find out by listing the root.
-            report(
-                logging.ERROR, "the other ranks could not be told what became of checkpoint %r: %s", opened.tag, lost
-            )
+            told = "the other ranks could not be told what became of checkpoint %r: %s"
+            report(logging.ERROR, told, opened.tag, lost)
 
     def _publish_own_node(self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any]) -> None:
         info = self.info

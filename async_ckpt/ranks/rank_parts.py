@@ -30,11 +30,8 @@ def write_part(fs: FileSystem, staging: Staging, rank: int, created_unix_ns: int
 
 def merge_parts(fs: FileSystem, staging: Staging, ranks: Sequence[int], digests: Sequence[str]) -> list[FileEntry]:
     """All ranks' entries, and those of shared files, which are made whole; the ranks' part files are removed. A rank's
-    vote may follow its digest.
-
-    Raises:
-        CommitError: a part is not what its rank has reported, or two ranks saved the same path. RankFailedError: the
-            ranks do not agree on a shared file.
+    vote may follow its digest. Raises CommitError: a part is not what its rank reported, or two ranks saved one path.
+    RankFailedError: the ranks do not agree on a shared file.
     """
     entries: dict[str, FileEntry] = {}
     shared: dict[str, dict[int, dict[str, Any]]] = {path: {} for path in staging.shared}
@@ -43,17 +40,15 @@ def merge_parts(fs: FileSystem, staging: Staging, ranks: Sequence[int], digests:
         path = os.path.join(location, _part_name(rank))
         raw = fs.read_file(path, manifest.MAX_MANIFEST_BYTES)
         if _digest(raw) != digest.partition(" ")[0]:
-            raise CommitError(
-                f"rank {rank}'s part in {path!r} is not what that rank has written", step="ranks", path=path
-            )
+            told = f"rank {rank}'s part in {path!r} is not what that rank has written"
+            raise CommitError(told, step="ranks", path=path)
         part = manifest.decode(raw, source=path)
         for name, told in part.metadata.get(_SHARED, {}).items():
             shared.setdefault(name, {})[rank] = told
         for entry in part.files:
             if entry.path in entries:
-                raise CommitError(
-                    f"ranks {entries[entry.path].rank} and {rank} both saved {entry.path!r}", step="ranks", path=path
-                )
+                told = f"ranks {entries[entry.path].rank} and {rank} both saved {entry.path!r}"
+                raise CommitError(told, step="ranks", path=path)
             entries[entry.path] = entry
         fs.unlink(path)
     for name, tellers in shared.items():

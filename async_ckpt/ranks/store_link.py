@@ -53,11 +53,7 @@ def private_connection(store: Any) -> Any:
 
 
 def default_run_id(store: Any) -> str:
-    """The name of this run: torchrun's, or any in a store that ends with it.
-
-    Raises:
-        ConfigError: the store outlives runs.
-    """
+    """The name of this run: torchrun's, or any in a store that ends with it. Raises ConfigError: it outlives runs."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is not None:
         return f"{run_id}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -180,11 +176,7 @@ class StoreLink:
             self._background.append(future)
 
     def ask(self, step: Step) -> Any:
-        """The result of a step that belongs to no checkpoint.
-
-        Raises:
-            RankFailedError: the store is lost.
-        """
+        """The result of a step that belongs to no checkpoint. Raises RankFailedError: the store is lost."""
         try:
             return self.submit(step).result()
         except LinkLostError as lost:

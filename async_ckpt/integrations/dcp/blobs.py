@@ -186,9 +186,7 @@ def plan_file(
     plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] = own_size
 ) -> tuple[Any, list[tuple[Any, Extent]]]:
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
-
-    Args:
-        room_for: how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
+    `room_for` says how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
     """
     described: list[tuple[FilePlan, torch.Tensor | None]] = []
     met: list[tuple[str, torch.Tensor, int | None]] = []

@@ -94,9 +94,8 @@ class KnownPlan(StorageWriter):
     # Later saves.
 
     def again(self, state_dict: dict[str, Any]) -> str:
-        """Plan this rank's part anew, for the same place in the file; or why it cannot be written so. Talks to nobody.
-
-        Raises what DCP's planner does.
+        """Plan this rank's part anew, for the same place in the file; or why it cannot be written so. Talks to nobody;
+        raises what DCP's planner does.
         """
         planner = DefaultSavePlanner()
         given = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
@@ -128,21 +127,16 @@ class KnownPlans:
 
     def take(self, key: Any, coordinator: Any, timeout_s: float) -> KnownPlan | None:
         """The plan for `key`, which is forgotten until it is kept again; None where all ranks are to plan anew. Waits
-        for the last commit by it: none that failed holds any more, and that is so on all ranks, which have agreed.
-
-        A rank that lacks a plan which others have gets one that nothing fits: the ranks learn of it by its vote.
-
-        Raises:
-            BackpressureTimeout: that commit did not end in time. RankFailedError: a rank did not come in time.
+        for the last commit by it: none that failed holds any more, and that is so on all ranks, which have agreed. A
+        rank that lacks a plan which others have gets one that nothing fits: the ranks learn of it by its vote. Raises
+        BackpressureTimeout: that commit did not end in time. RankFailedError: a rank did not come in time.
         """
         self._num_calls += 1
         known = self._by_key.pop(key, None)
         if known is not None and known.last is not None:
             if not known.last.wait(timeout_s):
-                raise BackpressureTimeout(
-                    f"the commit of {known.last.tag!r}, whose plan is to be used again, did not end within "
-                    f"{timeout_s:g} s"
-                )
+                told = f"the commit of {known.last.tag!r}, whose plan is to be used again, did not end within"
+                raise BackpressureTimeout(f"{told} {timeout_s:g} s")
             known = known if known.last.failure() is None else None
         if not isinstance(coordinator, RankCoordinator):
             return known

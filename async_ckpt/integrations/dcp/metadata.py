@@ -90,11 +90,7 @@ def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: 
 
 
 def decode_metadata(raw: bytes, *, source: str) -> Metadata:
-    """The `Metadata` in `raw`.
-
-    Raises:
-        CorruptCheckpointError: it is no DCP metadata, or names anything else; nothing of it was run.
-    """
+    """The `Metadata` in `raw`. Raises CorruptCheckpointError: it is none, or names anything else; nothing was run."""
     try:
         with collector_paused():
             metadata = _Builder().value(read_inert(raw), 0)

@@ -30,10 +30,8 @@ _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 def check_container(blob: memoryview, source: str) -> None:
-    """Refuse what would need more memory than the blob holds: compressed records, objects made by their length.
-
-    Raises:
-        CorruptCheckpointError: it does, or is no container that ``torch.save`` has written.
+    """Raise CorruptCheckpointError for what needs more memory than the blob holds (compressed records, objects made by
+    their length) or is no container that ``torch.save`` has written.
     """
 
     def pread(offset: int, num_bytes: int) -> memoryview:
@@ -78,11 +76,8 @@ def unpadded(blob: memoryview) -> memoryview:
 
 
 def load_blob(blob: memoryview, source: str, *, weights_only: bool = True) -> Any:
-    """What `torch.load` makes of a blob; a `source` is for error messages.
-
-    Raises:
-        NotPlainError: it is more than plain data; its classes by name, or torch's words.
-        CorruptCheckpointError: torch cannot read it; with `weights_only`, as `check_container` too.
+    """What `torch.load` makes of a blob. Raises CorruptCheckpointError: it cannot, or with `weights_only` as
+    `check_container`; NotPlainError then: there is more than plain data, classes by name, or torch's words.
     """
     if weights_only:
         check_container(blob, source)

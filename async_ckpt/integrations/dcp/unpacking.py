@@ -56,10 +56,8 @@ class Unpacker:
         self._planner = BlobPlanner()
 
     def tensor(self, file: VerifiedFile, part: Part) -> torch.Tensor:
-        """The wanted part of a blob; valid while `file` keeps the extents that hold it.
-
-        Raises:
-            CorruptCheckpointError: damaged, no torch container, or smaller than its metadata says.
+        """The wanted part of a blob; valid while `file` keeps the extents that hold it. Raises CorruptCheckpointError:
+        damaged, no torch container, or smaller than its metadata says.
         """
         plan = self._plan(part)
         head = b"" if plan is None else plan.literals[0][1]

@@ -49,11 +49,7 @@ _CLOSE_TIMEOUT_S = 60.0
 
 
 def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str]:
-    """(root, tag) of "<root>/<tag>".
-
-    Raises:
-        UnsafePathError: the last component cannot be a tag. ConfigError: a URL.
-    """
+    """(root, tag) of "<root>/<tag>". Raises UnsafePathError: the last part cannot be a tag. ConfigError: a URL."""
     if is_url(checkpoint_id):
         raise ConfigError(f"{checkpoint_id!r} is a store: write to a local root, and mirror it (`async-ckpt mirror`)")
     root, tag = os.path.split(os.path.abspath(os.fspath(checkpoint_id)))
