@@ -32,15 +32,12 @@ from ...host.device import beside_captures, synchronize_device
 from ...reading.build import NotPlainError
 from ...reading.catalog import Catalog
 from ...reading.committed import CommittedCheckpoint, check_level
-from ...reading.shared_memory import overlapping, parts_of, same_bytes
+from ...reading.shared_memory import COMPRESSED, overlapping, parts_of, same_bytes
 from ...reading.verified_file import VerifiedFile
 from .metadata import decode_metadata
 from .objects import load_blob, unpadded
 from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
 from .writer import DcpWriter
-
-# In these, `copy_` wants room for as many values as there are.
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class DcpReader(StorageReader):
@@ -184,7 +181,8 @@ class DcpReader(StorageReader):
             try:
                 # Not into a detached view: of a sparse tensor that would be another one.
                 with torch.no_grad():
-                    if stored.layout in _COMPRESSED and target.layout is stored.layout:
+                    if stored.layout in COMPRESSED and target.layout is stored.layout:
+                        # Here, `copy_` wants room for as many values as there are.
                         target.resize_as_sparse_(stored)
                     with beside_captures(target.device):
                         target.copy_(stored)

@@ -15,6 +15,7 @@ import copy
 import ctypes
 import os
 import weakref
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from ...host.device import accelerators, beside_captures, pinning, synchronize
+from ...plan.strided import view_span
 from ...snapshot.arena import StagingArena, StagingChunk
 from ...threads.locks import uninterrupted
 from .blobs import flip_bits, is_plain
@@ -98,14 +100,23 @@ class ArenaStager(AsyncStager):
         return self._arena
 
 
+@dataclass
+class _Range:
+    """The bytes of a storage from `low` to `high`, which go to `offset` in the slot."""
+
+    storage: torch.UntypedStorage
+    low: int
+    high: int
+    offset: int = 0
+    staged: torch.UntypedStorage = field(default_factory=lambda: torch.UntypedStorage(0))
+
+
 class _Storages:
     """The byte ranges of storages that a state uses, where they go in the slot, and the tensors rebuilt on them."""
 
     def __init__(self, *, resolve_bits: bool) -> None:
         self._resolve_bits = resolve_bits
-        self._ranges: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
-        self._offsets: dict[int, int] = {}
-        self._staged: dict[int, torch.UntypedStorage] = {}
+        self._ranges: dict[int, _Range] = {}
 
     def add(self, tensor: torch.Tensor) -> None:
         """Note what a tensor covers of its storage."""
@@ -114,31 +125,24 @@ class _Storages:
             return
         if not self._shares_memory(tensor):
             return
-        storage = tensor.untyped_storage()
-        low = int(tensor.storage_offset()) * tensor.element_size()
-        last: int = (
-            sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-            if tensor.numel()
-            else -1
-        )
-        high = low + (last + 1) * tensor.element_size()
+        storage, start = tensor.untyped_storage(), int(tensor.storage_offset())
+        end = view_span(tensor.size(), tensor.stride(), start)[1] if tensor.numel() else start
+        low, high = start * tensor.element_size(), end * tensor.element_size()
         low -= low % _ALIGNMENT
-        known = self._ranges.get(storage._cdata)
-        if known is not None:
-            low, high = min(low, known[1]), max(high, known[2])
-        self._ranges[storage._cdata] = (storage, low, high)
+        known = self._ranges.setdefault(storage._cdata, _Range(storage, low, high))
+        known.low, known.high = min(low, known.low), max(high, known.high)
 
     def lay_out(self) -> int:
         """Give every range a place in the slot; returns the bytes needed."""
         position = 0
-        for key, (_, low, high) in self._ranges.items():
-            self._offsets[key] = position
-            position += -(-(high - low) // _ALIGNMENT) * _ALIGNMENT
+        for one in self._ranges.values():
+            one.offset = position
+            position += -(-(one.high - one.low) // _ALIGNMENT) * _ALIGNMENT
         return position
 
     def copy(self, chunk: StagingChunk, memory: memoryview) -> None:
         """Copy all ranges into the slot, and make a storage on each."""
-        devices = accelerators(storage.device for storage, _, _ in self._ranges.values())
+        devices = accelerators(one.storage.device for one in self._ranges.values())
         streams = {device: torch.accelerator.current_stream(device) for device in devices}
         try:
             self._queue_copies(chunk, memory)
@@ -151,15 +155,15 @@ class _Storages:
             raise
 
     def _queue_copies(self, chunk: StagingChunk, memory: memoryview) -> None:
-        for key, (storage, low, high) in self._ranges.items():
-            if high <= low:
-                self._staged[key] = torch.UntypedStorage(0)
+        for one in self._ranges.values():
+            if one.high <= one.low:
                 continue
-            offset, nbytes = self._offsets[key], high - low
-            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (nbytes,), (1,))
-            with beside_captures(storage.device):
-                chunk.tensor[offset : offset + nbytes].copy_(source, non_blocking=True)
-            self._staged[key] = torch.frombuffer(memory[offset : offset + nbytes], dtype=torch.uint8).untyped_storage()
+            place, device = slice(one.offset, one.offset + one.high - one.low), one.storage.device
+            source = torch.empty(0, dtype=torch.uint8, device=device)
+            source.set_(one.storage, one.low, (one.high - one.low,), (1,))
+            with beside_captures(device):
+                chunk.tensor[place].copy_(source, non_blocking=True)
+            one.staged = torch.frombuffer(memory[place], dtype=torch.uint8).untyped_storage()
 
     def rebuild(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor on the staged storage."""
@@ -184,13 +188,10 @@ class _Storages:
         return is_plain(tensor) and not (self._resolve_bits and (tensor.is_conj() or tensor.is_neg()))
 
     def _rebuild_plain(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = tensor.untyped_storage()._cdata
-        _, low, _ = self._ranges[key]
-        offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
-        staged = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-            self._staged[key], offset, tensor.size(), tensor.stride()
-        )
-        return flip_bits(staged, tensor)
+        one = self._ranges[tensor.untyped_storage()._cdata]
+        offset = tensor.storage_offset() - one.low // tensor.element_size() if tensor.numel() else 0
+        staged = torch.empty(0, dtype=tensor.dtype, device="cpu")
+        return flip_bits(staged.set_(one.staged, offset, tensor.size(), tensor.stride()), tensor)
 
 
 def _local(tensor: DTensor) -> torch.Tensor:

@@ -131,7 +131,6 @@ class DcpWriter(StorageWriter):
         self._core: _Core | None = None
         self._root = self._tag = ""
         self._save_id = ""
-        self._coordinates = False
         self._staging: Staging | None = None
         self._unstage: weakref.finalize[..., DcpWriter] | None = None
         if path is not None:
@@ -166,7 +165,6 @@ class DcpWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("use_collectives") is False:
             raise ConfigError("use_collectives=False is not supported: one rank must commit for all")
-        self._coordinates = is_coordinator
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -178,7 +176,7 @@ class DcpWriter(StorageWriter):
         for rank, plan in enumerate(plans):
             budget.add_file(RankPlace(self._tag, "", rank).file_name, _tensor_bytes(plan), chunk_bytes)
         budget.check_metadata(self._user_metadata)
-        fs = self._filesystem
+        fs = self._open_core().filesystem
         transaction.make_root(fs, self._root)
         where = Destination(self._root, self._tag)
         staging = transaction.begin(fs, Staging(where, self._overwrite))
@@ -219,18 +217,11 @@ class DcpWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         staging = self._staging
         if staging is None or self._unstage is None:
-            raise TransactionStateError(
-                "there is no staging directory: prepare_global_plan was not called on this rank"
-            )
-        fs = self._filesystem
+            raise TransactionStateError("there is no staging directory: this rank's prepare_global_plan was not called")
+        fs = self._open_core().filesystem
         raw = encode_metadata(metadata, results, self.storage_meta())
         fs.create_file(os.path.join(staging.path, DCP_METADATA_NAME), raw)
-        entries = [
-            result.storage_data.entry
-            for per_rank in results
-            for result in per_rank
-            if result.storage_data.entry is not None
-        ]
+        entries = [entry for per_rank in results for result in per_rank if (entry := result.storage_data.entry)]
         entries.append(FileEntry(DCP_METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
         transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
         self._unstage.detach()
@@ -251,10 +242,6 @@ class DcpWriter(StorageWriter):
             # Once: a second call does nothing.
             self._unstage()
 
-    @property
-    def _filesystem(self) -> FileSystem:
-        return self._open_core().filesystem
-
     def _open_core(self) -> _Core:
         if self._core is None:
             key = os.getpid(), *sorted((name, repr(value)) for name, value in self._options.items())
@@ -267,7 +254,7 @@ class DcpWriter(StorageWriter):
         """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look
         for the new one.
         """
-        fs = self._filesystem
+        fs = self._open_core().filesystem
         if place.tag == self._tag:
             with contextlib.suppress(CheckpointNotFoundError):
                 return transaction.join(fs, self._root, self._tag, place.staging_name)
@@ -277,10 +264,8 @@ class DcpWriter(StorageWriter):
             p for p in found if known is not None and (p.kind, p.tag, p.owner) == ("staging", self._tag, known.owner)
         ]
         if not mine:
-            raise CheckpointNotFoundError(
-                f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file "
-                "system? Nothing was written"
-            )
+            told = f"no staging directory of {self._tag!r} in {self._root!r}; does every rank see the same file system?"
+            raise CheckpointNotFoundError(f"{told} Nothing was written")
         return os.path.join(self._root, max(mine, key=lambda parsed: parsed.number).name)
 
     def __getstate__(self) -> dict[str, Any]:
