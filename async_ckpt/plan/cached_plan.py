@@ -137,7 +137,7 @@ class CachedPlan:
                 pieces[self._piece_of[index]] = new if type(leaf) in (list, tuple) else written(leaf)
         container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
         moved = container.payload_offsets is not before.container.payload_offsets
-        plan = container_plan(container, "fast", self._strided, None if moved else before.plan.plan_hash)
+        plan = container_plan(container, "fast", self._strided, "" if moved else before.plan.plan_hash)
         return _Scalars(told, pieces, container, plan)
 
     def _planned(

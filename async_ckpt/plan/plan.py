@@ -41,11 +41,18 @@ class FilePlan:
     """"fast": torch's own bytes, whose scalars can be patched for a later state; "torch": torch is asked for each
     state.
     """
-    plan_hash: str
+    plan_hash: str = ""
     """Equal for files with the same format and the same payload extents."""
     seal_map: SealMap | None = field(repr=False, default=None)
     strided: Mapping[int, Strided] = field(repr=False, default_factory=dict)
     """By number, the payloads whose bytes do not lie one behind the other."""
+
+    def __post_init__(self) -> None:
+        if not self.plan_hash:
+            digest = hashlib.blake2b(f"{self.format}:{self.file_bytes}:".encode(), digest_size=8)
+            digest.update(array("Q", self.payload_offsets).tobytes())
+            digest.update(array("Q", self.payload_nbytes).tobytes())
+            object.__setattr__(self, "plan_hash", digest.hexdigest())
 
     def sealer(self, start: int = 0) -> Sealer:
         """A fresh sealer for one written file, or for its share from `start` on."""
@@ -116,19 +123,9 @@ def _version_or_none(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def hash_layout(file_format: str, file_bytes: int, offsets: Sequence[int], nbytes: Sequence[int]) -> str:
-    """16 hex digits that name a payload layout."""
-    digest = hashlib.blake2b(f"{file_format}:{file_bytes}:".encode(), digest_size=8)
-    digest.update(array("Q", offsets).tobytes())
-    digest.update(array("Q", nbytes).tobytes())
-    return digest.hexdigest()
-
-
 def container_plan(
-    container: Container, planner: PlannerName, strided: Mapping[int, Strided], plan_hash: str | None = None
+    container: Container, planner: PlannerName, strided: Mapping[int, Strided], plan_hash: str = ""
 ) -> FilePlan:
-    if plan_hash is None:
-        plan_hash = hash_layout("torch", container.file_bytes, container.payload_offsets, container.payload_nbytes)
     return FilePlan(
         file_bytes=container.file_bytes,
         literals=container.literals,
@@ -144,13 +141,5 @@ def container_plan(
 
 def opaque_state(data: bytes) -> PlannedState:
     """The plan of a file that holds exactly `data`: what somebody else made (a configuration, a tokenizer)."""
-    plan = FilePlan(
-        file_bytes=len(data),
-        literals=((0, data),),
-        payload_offsets=(),
-        payload_nbytes=(),
-        format="opaque",
-        planner="opaque",
-        plan_hash=hash_layout("opaque", len(data), (), ()),
-    )
+    plan = FilePlan(len(data), ((0, data),), (), (), format="opaque", planner="opaque")
     return planned_state(plan, [], [], [], [], list)

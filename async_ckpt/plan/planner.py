@@ -106,7 +106,12 @@ class Planner:
 
     def _plan_anew(self, obj: Any, name: str, is_frameworks: bool) -> PlannedState:
         """Let torch write it, and remember the plan where its structure is known."""
-        draft = None if name in self._loose else self._draft(obj, name)
+        try:
+            draft = None if name in self._loose else Draft(obj)
+        except LooseStateError:
+            draft, self._loose = None, _remembered(self._loose, name, True, self._cache_entries)
+        except (NotPlainError, RecursionError):
+            draft = None
         try:
             recorded = record_compact(obj) if self._compact_views else Recorded(obj)
             recorded.lay_out(self._alignment, is_apart=draft is None)
@@ -114,41 +119,24 @@ class Planner:
             raise refusal(obj, error) from error.__cause__
         refuse_cut_off(obj, recorded.tensors)
         refuse_ragged(obj, recorded)
-        entry = _cached_plan(draft, recorded)
-        if draft is None or entry is None:
+        planned = names = None
+        if draft is not None:
+            with contextlib.suppress(NotPlainError):
+                entry = CachedPlan(draft, recorded)
+                planned, names = entry.first(obj, draft), entry.names
+                self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+        if planned is None:
             planned = _as_recorded(obj, recorded)
-        else:
-            planned = entry.first(obj, draft)
-            self._cache = _remembered(self._cache, name, entry, self._cache_entries)
         if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
             self._told_of.add(name)
             told = None
             if recorded.pickled_bytes >= LARGE_BYTES:
                 told = told_of_buffers(obj, name) if recorded.has_buffers else None
             elif not is_frameworks:
-                names = names_in(recorded.pickled) if entry is None else entry.names
-                told = told_of_refused(recorded.pickled, names, name)
+                told = told_of_refused(recorded.pickled, names_in(recorded.pickled) if names is None else names, name)
             if told is not None:
                 self._tell(told)
         return planned
-
-    def _draft(self, obj: Any, name: str) -> Draft | None:
-        try:
-            return Draft(obj)
-        except LooseStateError:
-            self._loose = _remembered(self._loose, name, True, self._cache_entries)
-        except (NotPlainError, RecursionError):
-            pass
-        return None
-
-
-def _cached_plan(draft: Draft | None, recorded: Recorded) -> CachedPlan | None:
-    if draft is None:
-        return None
-    try:
-        return CachedPlan(draft, recorded)
-    except NotPlainError:
-        return None
 
 
 def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
@@ -240,8 +228,9 @@ def told_of_buffers(state: Any, file_name: str) -> str | None:
     found = []
     for place, obj in walk(state):
         kind = type(obj)
-        is_buffer = kind in (bytes, bytearray) or is_numpy(kind)
-        num_bytes = (len(obj) if kind in (bytes, bytearray) else getattr(obj, "nbytes", 0)) if is_buffer else 0
+        # Not of any class: an `nbytes` of its own may be anything.
+        of_array = getattr(obj, "nbytes", 0) if is_numpy(kind) else 0
+        num_bytes = len(obj) if kind in (bytes, bytearray) else of_array
         if num_bytes >= LARGE_BYTES:
             found.append(f"state{path_of(place)} ({kind.__name__} of {num_bytes >> 20} MiB)")
     if not found:

@@ -9,23 +9,20 @@ from __future__ import annotations
 import json
 import sys
 from functools import lru_cache
-from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError
-from .plan import FilePlan, PlannedState, hash_layout, version_counters
+from ..format.safetensors import MAX_HEADER_BYTES
+from .plan import FilePlan, PlannedState, version_counters
 from .strided import Strided
 from .structure import TENSOR_TYPES, NotPlainError, picker
 from .tensor_columns import LiveTensors, look_at
 
 Bits = dict[int, tuple[bool, bool]]
 """By tensor, of those that have one: the conjugate and the negative bit."""
-
-_MAX_HEADER_BYTES = 100_000_000
-"""The library refuses to read longer headers."""
 
 
 class SafetensorsPlan:
@@ -38,38 +35,37 @@ class SafetensorsPlan:
         self.bits = bits
         formats = dict(_formats(frozenset(facts.dtypes)))
         order = sorted(range(len(names)), key=lambda index: (formats[facts.dtypes[index]][0], names[index].encode()))
-        sizes = [prod(size) * dtype.itemsize for size, dtype in zip(facts.sizes, facts.dtypes, strict=True)]
-        nbytes = [sizes[index] for index in order]
-        ends = list(accumulate(nbytes))
-        entries = (
-            []
-            if metadata is None
-            else ['"__metadata__":' + json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)]
-        )
-        for index, end, size in zip(order, ends, nbytes, strict=True):
-            _, dtype_name, factor = formats[facts.dtypes[index]]
-            entries.append(_entry(names[index], dtype_name, _stored_shape(facts.sizes[index], factor), end - size, end))
-        text = ("{" + ",".join(entries) + "}").encode()
+        entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+        filled: list[int] = []
+        begins: list[int] = []
+        payload_nbytes: list[int] = []
+        end = 0
+        for index in order:
+            dtype, shape = facts.dtypes[index], list(facts.sizes[index])
+            begin, end = end, end + prod(shape) * dtype.itemsize
+            if begin < end:
+                filled.append(index)
+                begins.append(begin)
+                payload_nbytes.append(end - begin)
+            _, dtype_name, factor = formats[dtype]
+            shape[-1:] = [length * factor for length in shape[-1:]]
+            entries[names[index]] = {"dtype": dtype_name, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        if len(text) > _MAX_HEADER_BYTES:
+        if len(text) > MAX_HEADER_BYTES:
             raise UnsupportedStateError(
-                f"the safetensors header would have {len(text)} bytes; the format allows {_MAX_HEADER_BYTES}"
+                f"the safetensors header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}"
             )
         header = len(text).to_bytes(8, "little") + text
-        filled = [index for index, size in zip(order, nbytes, strict=True) if size]
-        payload_nbytes = [size for size in nbytes if size]
         self._pick = picker(filled)
         self._starts = [facts.offsets[index] * facts.dtypes[index].itemsize for index in filled]
-        offsets = [len(header) + end - size for end, size in zip(ends, nbytes, strict=True) if size]
-        file_bytes = len(header) + (ends[-1] if ends else 0)
         self.plan = FilePlan(
-            file_bytes=file_bytes,
+            file_bytes=len(header) + end,
             literals=((0, header),),
-            payload_offsets=offsets,
+            payload_offsets=[len(header) + begin for begin in begins],
             payload_nbytes=payload_nbytes,
             format="safetensors",
             planner="safetensors",
-            plan_hash=hash_layout("safetensors", file_bytes, offsets, payload_nbytes),
             strided={
                 payload: Strided(facts.dtypes[index], facts.sizes[index], facts.strides[index], *bits.get(index, ()))
                 for payload, index in enumerate(filled)
@@ -199,12 +195,3 @@ def _format_of(name: str, dtype: torch.dtype) -> None:
     except refusals as error:
         message = f"state[{name!r}]: safetensors has no {dtype}; nothing was written"
         raise UnsupportedStateError(message) from error
-
-
-def _stored_shape(size: tuple[int, ...], factor: int) -> list[int]:
-    return [*size[:-1], size[-1] * factor] if factor != 1 and size else list(size)
-
-
-def _entry(name: str, dtype_name: str, shape: list[int], start: int, end: int) -> str:
-    fields = f'"dtype":"{dtype_name}","shape":{json.dumps(shape, separators=(",", ":"))},"data_offsets":[{start},{end}]'
-    return f"{json.dumps(name, ensure_ascii=False)}:{{{fields}}}"

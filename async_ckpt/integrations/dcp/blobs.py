@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from ...errors import UnsupportedStateError, report
 from ...format.checksum import crc32_combine
 from ...format.sealer import Sealer
-from ...plan.plan import FilePlan, PlannedState, hash_layout, planned_state, version_counters
+from ...plan.plan import FilePlan, PlannedState, planned_state, version_counters
 from ...plan.planner import Planner
 from ...plan.strided import Strided
 from ...plan.structure import TENSOR_TYPES
@@ -111,7 +111,7 @@ def flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def raw_plan(data: bytes) -> FilePlan:
     """A blob of bytes as they are."""
-    return FilePlan(len(data), ((0, data),), (), (), _OPAQUE, _DCP, hash_layout("opaque", len(data), (), ()))
+    return FilePlan(len(data), ((0, data),), (), (), _OPAQUE, _DCP)
 
 
 def own_size(k: int, num_bytes: int) -> int:
@@ -158,10 +158,7 @@ def join_blobs(
             storages.append(source.untyped_storage())
             starts.append(int(source.storage_offset()) * source.element_size())
         position += plan.file_bytes
-    plan_hash = hash_layout("opaque", position, offsets, sizes)
-    joined = JoinedPlan(
-        position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, plan_hash, strided=strided, parts=tuple(parts)
-    )
+    joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, strided=strided, parts=tuple(parts))
     names = [name for name, _, _ in met]
     tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
     return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents
