@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import find_sites, written
 from .strided import Strided
 from .structure import NotPlainError, Structure, picker
-from .tensor_columns import LiveStorages, TensorFacts, look_at
+from .tensor_columns import Live, TensorFacts, look_at
 from .torch_layout import Recorded
 
 
@@ -32,15 +31,16 @@ class Draft:
     def __init__(self, root: Any) -> None:
         """Raises NotPlainError (or RecursionError) where only torch knows what becomes of `root`."""
         self.structure = Structure(root)
-        self.tensors = self.structure.pick_tensors(self.structure.first_leaves)
-        self.versions = version_counters(self.tensors)
-        self.live = look_at(self.tensors)
-        self.facts = TensorFacts(self.live)
+        tensors = self.structure.pick_tensors(self.structure.first_leaves)
+        self.versions = version_counters(tensors)
+        self.live, columns = look_at(tensors)
+        self.devices = frozenset(columns.devices)
+        self.facts = TensorFacts(self.live, columns)
 
     def alone(self) -> frozenset[int]:
         """The tensors, by identity, that share their storage with no other."""
         num_views = Counter(self.live.storage_ids)
-        views = zip(self.tensors, self.live.storage_ids, strict=True)
+        views = zip(self.live.tensors, self.live.storage_ids, strict=True)
         return frozenset(id(tensor) for tensor, storage in views if num_views[storage] == 1)
 
     def parts(self, recorded: Recorded) -> list[tuple[int, int, Strided | None]]:
@@ -83,7 +83,7 @@ class CachedPlan:
         if told is None:
             raise NotPlainError("the state has changed meanwhile")
         self._facts = draft.facts
-        self._devices = frozenset(draft.live.columns.devices)
+        self._devices = draft.devices
         self._storage_nbytes = [storage.nbytes() for storage in recorded.storages]
         filled = [part for part, nbytes in zip(parts, self._storage_nbytes, strict=True) if nbytes]
         self._strided = {payload: strided for payload, (_, _, strided) in enumerate(filled) if strided is not None}
@@ -100,7 +100,7 @@ class CachedPlan:
 
     def first(self, root: Any, draft: Draft) -> PlannedState:
         """The plan of the state that this was made of."""
-        return self._planned(self._scalars.plan, root, draft.tensors, draft.versions, draft.live, cached=False)
+        return self._planned(self._scalars.plan, root, draft.versions, draft.live, cached=False)
 
     def match(self, root: Any) -> PlannedState | None:
         """The plan of `root` if it has the same structure, else None. About 1 us per tensor."""
@@ -116,7 +116,7 @@ class CachedPlan:
             return None
         # One assignment: a signal handler may raise, or save by this very plan, before it or after it.
         scalars = self._scalars = self._with_scalars(self._scalars, leaves, told)
-        return self._planned(scalars.plan, root, tensors, versions, live, cached=True)
+        return self._planned(scalars.plan, root, versions, live, cached=True)
 
     def _told(self, leaves: list[Any]) -> list[Any] | None:
         scalars = self.structure.scalars(leaves)
@@ -141,15 +141,9 @@ class CachedPlan:
         return _Scalars(told, pieces, container, plan)
 
     def _planned(
-        self,
-        plan: FilePlan,
-        root: Any,
-        tensors: Sequence[torch.Tensor],
-        versions: list[int | None],
-        live: LiveStorages,
-        *,
-        cached: bool,
+        self, plan: FilePlan, root: Any, versions: list[int | None], live: Live, *, cached: bool
     ) -> PlannedState:
+        tensors = live.tensors
         return PlannedState(
             plan=plan,
             storages=list(self._pick_sources(live.storages)),

@@ -22,7 +22,6 @@ import pathlib
 import pickle
 import sys
 import types
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -119,43 +118,32 @@ def is_still_global(obj: Any, opcode: bytes) -> bool:
 
 def expand(obj: Any) -> tuple[Form, list[Any]]:
     """The parts of `obj`, in the order of `Form`. Raises NotPlainError where that is for torch to find out."""
-    value = _reduce(obj, type(obj))
-    if type(value) is not tuple or not 2 <= len(value) <= 5:
+    value = _reduce(obj)
+    if type(value) is not tuple or not 2 <= len(value) <= 5 or type(value[1]) is not tuple:
         raise NotPlainError(f"a {type(obj).__qualname__} is reduced in an unusual way")
-    if len(value) == 5:
-        function, arguments, state, items, pairs = value
-    else:
-        function, arguments, state, items, pairs = (*value, None, None, None)[:5]
-    if type(arguments) is not tuple:
-        raise NotPlainError(f"a {type(obj).__qualname__} is reduced in an unusual way")
+    function, arguments, state, items, pairs = (*value, None, None, None)[:5]
     is_new = function is copyreg.__newobj__  # type: ignore[attr-defined]
-    if is_new:
-        if not arguments or arguments[0] is not type(obj) or obj.__class__ is not type(obj):
-            raise NotPlainError("an object that passes itself off as one of another class")
-        parts = list(arguments)
-    elif getattr(function, "__name__", "") in ("__newobj__", "__newobj_ex__"):
+    if is_new and (not arguments or arguments[0] is not type(obj) or obj.__class__ is not type(obj)):
+        raise NotPlainError("an object that passes itself off as one of another class")
+    if not is_new and getattr(function, "__name__", "") in ("__newobj__", "__newobj_ex__"):
         raise NotPlainError(f"a {type(obj).__qualname__} is reduced in an unusual way")
-    else:
-        parts = [function, arguments]
-    num_called, num_items, num_pairs = len(parts), 0, 0
-    if state is not None:
-        parts.append(state)
-    if items is not None:
-        before = len(parts)
-        parts.extend(items)
-        num_items = len(parts) - before
-    if pairs is not None:
-        listed = list(pairs)
-        num_pairs = len(listed)
-        parts.extend(key for key, _ in listed)
-        parts.extend(value for _, value in listed)
-    return Form(is_new, num_called, state is not None, num_items, num_pairs), parts
+    called = arguments if is_new else (function, arguments)
+    states = () if state is None else (state,)
+    listed = [] if items is None else list(items)
+    paired = [] if pairs is None else list(pairs)
+    parts = [*called, *states, *listed, *(key for key, _ in paired), *(value for _, value in paired)]
+    return Form(is_new, len(called), bool(states), len(listed), len(paired)), parts
 
 
-def _reduce(obj: Any, kind: type) -> Any:
-    builtin = _BUILTIN.get(kind)
-    if builtin is not None:
-        return builtin(obj)
+def _reduce(obj: Any) -> Any:
+    kind: type = type(obj)
+    # What pickle itself knows, without asking the object.
+    if kind in (set, frozenset):
+        return kind, (list(obj),)
+    if kind is bytes:
+        if len(obj) > 1:
+            raise NotPlainError("long bytes are written piece by piece")
+        return (codecs.encode, (obj.decode(LATIN1), LATIN1)) if obj else (bytes, ())
     if not _is_plain(kind):
         raise NotPlainError(f"holds a {kind.__qualname__}")
     if is_numpy(kind) and getattr(obj, "nbytes", 0) > MAX_BLOB_BYTES:
@@ -168,20 +156,6 @@ def _reduce(obj: Any, kind: type) -> Any:
     except Exception as error:
         # torch is asked next, and says it in its own words.
         raise NotPlainError(f"a {kind.__qualname__} cannot be reduced") from error
-
-
-def _reduce_bytes(obj: bytes) -> Any:
-    if len(obj) > 1:
-        raise NotPlainError("long bytes are written piece by piece")
-    return (codecs.encode, (obj.decode(LATIN1), LATIN1)) if obj else (bytes, ())
-
-
-# What pickle itself knows, without asking the object.
-_BUILTIN: dict[type, Callable[[Any], Any]] = {
-    set: lambda obj: (set, (list(obj),)),
-    frozenset: lambda obj: (frozenset, (list(obj),)),
-    bytes: _reduce_bytes,
-}
 
 
 @lru_cache(maxsize=512)

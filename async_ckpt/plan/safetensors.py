@@ -19,7 +19,7 @@ from ..format.safetensors import MAX_HEADER_BYTES
 from .plan import FilePlan, PlannedState, version_counters
 from .strided import Strided
 from .structure import TENSOR_TYPES, NotPlainError, picker
-from .tensor_columns import LiveTensors, look_at
+from .tensor_columns import Columns, Live, look_at
 
 Bits = dict[int, tuple[bool, bool]]
 """By tensor, of those that have one: the conjugate and the negative bit."""
@@ -28,11 +28,12 @@ Bits = dict[int, tuple[bool, bool]]
 class SafetensorsPlan:
     """One set of names, dtypes and shapes laid out. Keeps no tensor; can be reused while names and facts are equal."""
 
-    def __init__(self, names: list[str], live: LiveTensors, bits: Bits, metadata: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, names: list[str], live: Live, facts: Columns, bits: Bits, metadata: dict[str, str] | None
+    ) -> None:
         self.names = names
-        self.metadata = metadata
-        self.columns = facts = live.columns
-        self.bits = bits
+        self.facts = names, facts, bits, metadata
+        """All that must be equal."""
         formats = dict(_formats(frozenset(facts.dtypes)))
         order = sorted(range(len(names)), key=lambda index: (formats[facts.dtypes[index]][0], names[index].encode()))
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -74,15 +75,15 @@ class SafetensorsPlan:
         )
 
     def planned(
-        self, tensors: list[torch.Tensor], versions: list[int | None], live: LiveTensors, *, cached: bool
+        self, tensors: list[torch.Tensor], versions: list[int | None], live: Live, *, cached: bool
     ) -> PlannedState:
-        names = self.names
+        names, storages = self.names, self._pick(live.storages)
         return PlannedState(
             plan=self.plan,
-            storages=self._pick(live.storages),
+            storages=storages,
             starts=self._starts,
             storage_ids=self._pick(live.storage_ids),
-            devices=frozenset(self._pick(live.columns.devices)),
+            devices=frozenset(storage.device for storage in storages),
             tensors=tensors,
             versions=versions,
             tensor_paths=lambda: [f"[{n!r}]" for n in names],
@@ -100,22 +101,17 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
     names, tensors = _flat(obj)
     versions, bits = version_counters(tensors), Bits()
     try:
-        live = look_at(tensors)
+        live, facts = look_at(tensors)
     except NotPlainError:
         bits = {i: (t.is_conj(), t.is_neg()) for i, t in enumerate(tensors) if t.is_conj() or t.is_neg()}
-        live = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
-    if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(live.columns.sizes) if 0 not in size):
+        live, facts = look_at([_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
+    if any(live.storages[i].data_ptr() == 0 for i, size in enumerate(facts.sizes) if 0 not in size):
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
-    if previous is not None and (previous.names, previous.columns, previous.bits, previous.metadata) == (
-        names,
-        live.columns,
-        bits,
-        metadata,
-    ):
+    if previous is not None and previous.facts == (names, facts, bits, metadata):
         return previous, previous.planned(tensors, versions, live, cached=True)
-    for name, dtype in zip(names, live.columns.dtypes, strict=True):
+    for name, dtype in zip(names, facts.dtypes, strict=True):
         _format_of(name, dtype)
-    plan = SafetensorsPlan(names, live, bits, metadata)
+    plan = SafetensorsPlan(names, live, facts, bits, metadata)
     return plan, plan.planned(tensors, versions, live, cached=False)
 
 

@@ -153,11 +153,8 @@ class Structure:
         self.pick_tensors = picker(tensors)
         self._pick_exact, self._pick_floats, self._pick_runs = picker(exact), picker(floats), picker(runs)
         self._pick_strings, self._pick_blobs, self._pick_globals = picker(strings), picker(blobs), picker(globals_)
-        self._pick_remembered = picker(())
         self._strings = self._pick_strings(leaves)
         self._globals = self._pick_globals(leaves)
-        self._constants: tuple[str, ...] = ()
-        self._sharing = SharingPattern(())
         if sum(map(len, self._pick_blobs(leaves))) > MAX_BLOB_BYTES:
             raise NotPlainError("holds large bytes objects")
         if bytes in self.types and any(text == LATIN1 and text is not LATIN1 for text in self._strings):

@@ -35,25 +35,22 @@ class Columns(NamedTuple):
 
 
 @dataclass(slots=True)
-class LiveStorages:
-    """Each tensor's storage and what tells storages apart (`_cdata`). Short-lived: it keeps the storages alive."""
+class Live:
+    """The tensors of one state and the storage of each. Short-lived: it keeps them alive."""
 
+    tensors: Sequence[torch.Tensor]
     storages: list[torch.UntypedStorage]
     """The same storage may come as several Python objects."""
-    storage_ids: list[int]
+    storage_ids: list[int] = field(init=False)
+    """What tells them apart (`_cdata`)."""
     addresses: list[int] = field(default_factory=list, init=False)
     """The address of each distinct storage, once it was found readable."""
 
-
-@dataclass(slots=True)
-class LiveTensors(LiveStorages):
-    """The tensors of one state with their facts."""
-
-    tensors: Sequence[torch.Tensor]
-    columns: Columns
+    def __post_init__(self) -> None:
+        self.storage_ids = list(map(_identity_of, self.storages))
 
 
-def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
+def look_at(tensors: Sequence[torch.Tensor]) -> tuple[Live, Columns]:
     """Read the facts of `tensors`, which are torch.Tensor or Parameter exactly. Raises NotPlainError for what is not
     plain and dense.
     """
@@ -79,7 +76,7 @@ def look_at(tensors: Sequence[torch.Tensor]) -> LiveTensors:
     for device in set(columns.devices):
         if not is_copyable(device):
             raise NotPlainError(f"a tensor on device '{device}', whose bytes cannot be copied")
-    return LiveTensors(storages, list(map(_identity_of, storages)), tensors, columns)
+    return Live(tensors, storages), columns
 
 
 def _has_more(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:
@@ -95,9 +92,9 @@ def _has_more(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) ->
 class TensorFacts:
     """The facts of one state's tensors, which share a storage, and how long each storage is. Keeps no tensor alive."""
 
-    def __init__(self, live: LiveTensors) -> None:
+    def __init__(self, live: Live, columns: Columns) -> None:
         """Raises NotPlainError for storages without data, or two over the same memory."""
-        self._sizes, strides, self._offsets, self._dtypes, self._devices, self._requires_grad = live.columns
+        self._sizes, strides, self._offsets, self._dtypes, self._devices, self._requires_grad = columns
         self._is_on_cpu = all(device.type == "cpu" for device in set(self._devices))
         # Where every size is above 1, a contiguous tensor has no other strides.
         is_dense = [
@@ -119,7 +116,7 @@ class TensorFacts:
         if not self._is_readable(live):
             raise NotPlainError("storages without data, or two storages over the same memory")
 
-    def match(self, tensors: Sequence[torch.Tensor]) -> LiveStorages | None:
+    def match(self, tensors: Sequence[torch.Tensor]) -> Live | None:
         """The storages of `tensors` if they have these facts, else None. About 0.5 us per tensor.
 
         torch's own guards (`TensorGuards`) compare in 0.1 us, but end the process where a tensor of some layouts takes
@@ -147,10 +144,10 @@ class TensorFacts:
                 storages = list(map(tensor.untyped_storage, tensors)) if same else []
         except (RuntimeError, NotImplementedError):
             return None
-        live = LiveStorages(storages, list(map(_identity_of, storages)))
+        live = Live(tensors, storages)
         return live if same and self._sharing.matches(live.storage_ids) and self._is_readable(live) else None
 
-    def _is_readable(self, live: LiveStorages) -> bool:
+    def _is_readable(self, live: Live) -> bool:
         """False where a storage has another size, a non-empty one has no address, or two have the same one (torch then
         compares dtypes across them).
         """

@@ -42,7 +42,7 @@ CHANGES: dict[str, Callable[[], torch.Tensor]] = {
 @pytest.mark.wide
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "class"])  # types are the structure's business
 def test_a_changed_fact_is_seen(name: str) -> None:
-    facts = TensorFacts(look_at([torch.zeros(1), torch.zeros(2, 3)]))
+    facts = TensorFacts(*look_at([torch.zeros(1), torch.zeros(2, 3)]))
     assert facts.match([torch.ones(1), torch.ones(2, 3)]) is not None
     assert facts.match([torch.ones(1), CHANGES[name]()]) is None
 
@@ -50,10 +50,10 @@ def test_a_changed_fact_is_seen(name: str) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_modes_do_not_hide_equal_facts(mode: Any) -> None:
     leaf = torch.nn.Parameter(torch.zeros(2, 3))
-    facts = TensorFacts(look_at([leaf]))
+    facts = TensorFacts(*look_at([leaf]))
     with mode():
         assert facts.match([leaf]) is not None
-        assert TensorFacts(look_at([leaf])).match([leaf]) is not None
+        assert TensorFacts(*look_at([leaf])).match([leaf]) is not None
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "device"])  # meta tensors have no bytes to write
