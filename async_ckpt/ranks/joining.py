@@ -160,23 +160,6 @@ class Joining:
         if opened.identity is None:
             opened.attempt.add_done_callback(lambda attempt: self._location_failed(opened, attempt))
 
-    def admit(self, opened: RankStaging, path: str, manifest_bytes: int) -> Future[str]:
-        """See `Coordinator`."""
-        folder: Future[str] = Future()
-
-        def ask() -> Step:
-            yield from rank_protocol.admit(self._info, opened.attempt.result(), path, manifest_bytes)
-
-        def answered(done: Future[Any]) -> None:
-            error = done.exception()
-            if error is None:
-                folder.set_result(opened.path)
-            else:
-                folder.set_exception(opened.ended_by(error, self._info.rank))
-
-        self._link.submit(ask(), after=opened.attempt).add_done_callback(answered)
-        return folder
-
     def tell_begin_failed(self, tag: str, error: BaseException) -> None:
         """This rank cannot take part in the next checkpoint of that name."""
         if self._info.rank == 0:

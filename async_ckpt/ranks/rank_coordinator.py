@@ -144,7 +144,20 @@ class RankCoordinator:
 
     def admit(self, opened: Staging, path: str, manifest_bytes: int) -> Future[str]:
         assert isinstance(opened, RankStaging)
-        return self._joining.admit(opened, path, manifest_bytes)
+        staging, folder = opened, Future[str]()
+
+        def ask() -> Step:
+            yield from rank_protocol.admit(self.info, staging.attempt.result(), path, manifest_bytes)
+
+        def answered(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                folder.set_result(staging.path)
+            else:
+                folder.set_exception(staging.ended_by(error, self.rank))
+
+        self.talk.submit(ask(), after=staging.attempt).add_done_callback(answered)
+        return folder
 
     def publish(
         self, opened: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int

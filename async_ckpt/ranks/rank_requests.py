@@ -6,37 +6,33 @@ import json
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CommitError, RankFailedError
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(NamedTuple):
     """Set a key."""
 
     key: str
     value: str
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(NamedTuple):
     """Add to a counter; the answer is its new value."""
 
     key: str
     amount: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """Set a key unless it is set; the answer is its value now."""
 
     key: str
     value: str
 
 
-@dataclass(frozen=True, slots=True)
-class Get:
+class Get(NamedTuple):
     """The value of a key, once it is set and differs from `other_than`; None where it is not after `timeout_s`."""
 
     key: str
@@ -44,22 +40,19 @@ class Get:
     other_than: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GetMany:
+class GetMany(NamedTuple):
     """The values of keys that are all known to be set, in one request."""
 
     keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Delete a key."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitCount:
+class AwaitCount(NamedTuple):
     """True once a counter is `at_least`; False after `timeout_s` seconds, or when the link ends where that is said."""
 
     key: str

@@ -67,28 +67,22 @@ def default_run_id(store: Any) -> str:
     return "run"
 
 
-class PollPace:
-    """How long to wait between two polls, in a job of `world_size` ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        self.slowest_s = min(5.0, max(0.05, world_size / _POLLS_PER_S))
-        self.fastest_s = max(_FASTEST_POLL_S, self.slowest_s / 32)
-
-    def after(self, interval_s: float) -> float:
-        """The interval that follows `interval_s`; 0 gives the first."""
-        return min(self.slowest_s, max(self.fastest_s, interval_s * 1.5))
+def next_poll_s(world_size: int, last_s: float = 0.0) -> float:
+    """How long to wait for the next poll, in a job of that size, after so long for the last one."""
+    slowest_s = min(5.0, max(0.05, world_size / _POLLS_PER_S))
+    return min(slowest_s, max(_FASTEST_POLL_S, slowest_s / 32, last_s * 1.5))
 
 
 class _Task:
     """One generator on its way, with the wait it stands at."""
 
-    def __init__(self, step: Step, after: Future[Any] | None, pace: PollPace) -> None:
+    def __init__(self, step: Step, after: Future[Any] | None, world_size: int) -> None:
         self.done: Future[Any] = Future()
         self.after = after
         self.due_s = 0.0
         self.wait: Get | AwaitCount | None = None
         self._step = step
-        self._pace = pace
+        self._world_size = world_size
         self._deadline_s = 0.0
         self._interval_s = 0.0
 
@@ -124,7 +118,7 @@ class _Task:
         now = time.monotonic()
         if self.wait is not wait:
             self.wait, self._deadline_s, self._interval_s = wait, now + wait.timeout_s, 0.0
-        self._interval_s = self._pace.after(self._interval_s)
+        self._interval_s = next_poll_s(self._world_size, self._interval_s)
         self.due_s = min(now + self._interval_s, self._deadline_s)
         return now >= self._deadline_s or (is_leaving and self.ends_with_link)
 
@@ -139,7 +133,6 @@ class StoreLink:
         self._connect = connect
         self._prefix = prefix
         self._patience_s = min(info.timeout_s, _REQUEST_TIMEOUT_S)
-        self._pace = PollPace(info.world_size)
         self._changed = Lock()
         self._tasks: list[_Task] = []
         self._background: list[Future[Any]] = []
@@ -152,7 +145,7 @@ class StoreLink:
 
     def submit(self, step: Step, after: Future[Any] | None = None) -> Future[Any]:
         """Run `step` on the link's thread, once `after`, another step's future, is done."""
-        task = _Task(step, after, self._pace)
+        task = _Task(step, after, self.info.world_size)
         with self._changed:
             if self._closing is not None:
                 task.done.set_exception(self._closing)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from async_ckpt.ranks.rank_requests import Add, AwaitCount, Claim, Drop, GetMany, Put, Request
-from async_ckpt.ranks.store_link import PollPace
+from async_ckpt.ranks.store_link import next_poll_s
 
 
 class Pause:
@@ -81,7 +81,7 @@ class Simulation:
         self.now_s = 0.0
         self.ended_s: dict[int, float] = {}
         self.outcomes: dict[int, Any] = {}
-        self._pace = PollPace(world_size)
+        self._world_size = world_size
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -119,7 +119,7 @@ class Simulation:
             if answer or self.now_s >= end_s:
                 self._step(rank, script, answer)
             else:
-                pace_s = self._pace.after(interval_s)
+                pace_s = next_poll_s(self._world_size, interval_s)
                 self._at(min(self.now_s + pace_s, end_s), lambda: self._ask(rank, script, request, began_s, pace_s))
 
         self._at(back_s, answered)

@@ -164,19 +164,9 @@ def join_blobs(
     return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents
 
 
-@dataclass(frozen=True)
-class RankPlace:
-    """Where one rank writes, told by the coordinator through its plan."""
-
-    tag: str
-    staging_name: str
-    rank: int
-    plan_name: str = ""
-    """The name of the global plan that it is a part of."""
-
-    @property
-    def file_name(self) -> str:
-        return f"__{self.rank}_0.distcp"
+def file_name(rank: int) -> str:
+    """Where one rank writes."""
+    return f"__{rank}_0.distcp"
 
 
 def plan_file(

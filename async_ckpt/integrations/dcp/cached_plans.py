@@ -25,7 +25,7 @@ from ...plan.plan import PlannedState
 from ...ranks.rank_coordinator import RankCoordinator
 from ...ranks.rank_requests import Add, AwaitCount, Drop, Get, RankInfo, Step, one
 from ...storage.staged import Destination
-from .blobs import BlobPlanner, Extent, RankPlace, own_size, plan_file
+from .blobs import BlobPlanner, Extent, file_name, own_size, plan_file
 from .metadata import encode_metadata, write_results
 
 _MAX_SPARE_BYTES = 64 << 10
@@ -75,16 +75,15 @@ class KnownPlan(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         name = uuid.uuid4().hex
-        return [replace(plan, storage_data=RankPlace("", "", rank, name)) for rank, plan in enumerate(plans)]
+        return [replace(plan, storage_data=(name, file_name(rank))) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        place: RankPlace = plan.storage_data
         state, items = plan_file(plan, planner, _blobs, _room_for if self._caches else own_size)
         self.state = state if items else None
-        self.name, self.path, self._final = place.plan_name, place.file_name, plan
+        (self.name, self.path), self._final = plan.storage_data, plan
         self._extents = [extent for _, extent in items]
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result(write_results(items, place.file_name, None))
+        future.set_result(write_results(items, self.path, None))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -60,29 +60,15 @@ _MEMORY_FORMAT = f"{TensorProperties.__module__}._MEM_FORMAT_ENCODING"
 _PATHS = ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.Path", "pathlib._local.PosixPath")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a rank tells the coordinator about one item: where it lies; with the first, the file's manifest entry."""
-
-    info: _StorageInfo
-    entry: FileEntry | None
-
-
 def write_results(items: list[tuple[Any, Extent]], file_name: str, entry: FileEntry | None) -> list[WriteResult]:
-    """What DCP passes on to `finish`; the entry travels with the first item."""
-    return [
-        WriteResult(
-            item.index,
-            extent.length,
-            Stored(_StorageInfo(file_name, extent.offset, extent.length), entry if k == 0 else None),
-        )
-        for k, (item, extent) in enumerate(items)
-    ]
+    """What DCP passes on to `finish`: where each item lies; with the first one, the file's entry for the manifest."""
+    places = [(item, _StorageInfo(file_name, extent.offset, extent.length)) for item, extent in items]
+    return [WriteResult(item.index, info.length, (info, None if k else entry)) for k, (item, info) in enumerate(places)]
 
 
 def encode_metadata(metadata: Metadata, results: list[list[WriteResult]], meta: StorageMeta | None) -> bytes:
     """The bytes of `.metadata`, in the stock form."""
-    metadata.storage_data = {result.index: result.storage_data.info for per_rank in results for result in per_rank}
+    metadata.storage_data = {result.index: result.storage_data[0] for per_rank in results for result in per_rank}
     metadata.storage_meta = meta
     if hasattr(metadata, "version"):
         metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)

@@ -9,13 +9,12 @@ Guarantees:
 from __future__ import annotations
 
 import io
-import itertools
 import os
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
@@ -36,7 +35,7 @@ from ...reading.shared_memory import COMPRESSED, overlapping, parts_of, same_byt
 from ...reading.verified_file import VerifiedFile
 from .metadata import decode_metadata
 from .objects import load_blob, unpadded
-from .unpacking import LARGE_BYTES, Part, Unpacker, read_ahead
+from .unpacking import LARGE_BYTES, Unpacker, read_ahead
 from .writer import DcpWriter
 
 
@@ -65,8 +64,7 @@ class DcpReader(StorageReader):
         self._path = None if path is None else _whole(path)
         self._catalog = catalog
         self._storage_data: dict[Any, Any] = {}
-        self._described: dict[str, Any] = {}
-        self._unpacker = Unpacker(weights_only=weights_only)
+        self._unpacker: Unpacker
         self._quiet: set[torch.device] = set()
         """Devices that this load has waited for."""
         self._filled: list[tuple[Any, ReadItem, torch.Tensor]] = []
@@ -108,7 +106,7 @@ class DcpReader(StorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._storage_data = metadata.storage_data
-        self._described = metadata.state_dict_metadata
+        self._unpacker = Unpacker(metadata.state_dict_metadata, weights_only=self._weights_only)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -165,7 +163,7 @@ class DcpReader(StorageReader):
                 except NotPlainError as error:
                     refused[item.storage_index.fqn] = str(error)
                 continue
-            stored = self._unpacker.tensor(file, self._part(info, item, name))
+            stored = self._unpacker.tensor(file, info, item, name)
             target = planner.resolve_tensor(item)
             if target.size() != stored.size():
                 raise CorruptCheckpointError(
@@ -201,23 +199,11 @@ class DcpReader(StorageReader):
             for info, item, target in shared:
                 with self._file(checkpoint, info.relative_path) as file, torch.no_grad():
                     was_read = target.clone()
-                    was_read.copy_(self._unpacker.tensor(file, self._part(info, item, item.storage_index.fqn)))
+                    was_read.copy_(self._unpacker.tensor(file, info, item, item.storage_index.fqn))
                 if not all(map(same_bytes, parts_of(was_read), parts_of(target))):
                     names = ", ".join(sorted({repr(item.storage_index.fqn) for _, item, _ in shared}))
                     told = "share memory, and the checkpoint holds different bytes for them: the state is overwritten"
                     raise StateMismatchError(f"{names} {told}", (names,))
-
-    def _part(self, info: Any, item: ReadItem, name: str) -> Part:
-        """What is wanted of a blob, with the metadata's word on what it holds."""
-        index, dtype, shape = item.storage_index, torch.uint8, torch.Size()
-        known = self._described.get(index.fqn)
-        if isinstance(known, TensorStorageMetadata):
-            dtype = known.properties.dtype
-            # The stored chunk's own shape; `index` is only a hint of where it stands in the list.
-            hint = index.index if index.index is not None else 0
-            chunks = itertools.chain(known.chunks[hint : hint + 1], known.chunks)
-            shape = next((chunk.sizes for chunk in chunks if chunk.offsets == index.offset), torch.Size(item.lengths))
-        return Part(info.offset, info.length, dtype, shape, item.storage_offsets, item.lengths, name)
 
     def _open(self) -> CommittedCheckpoint:
         if self._path is None:

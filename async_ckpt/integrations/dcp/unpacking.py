@@ -11,12 +11,15 @@ Guarantees:
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from ...errors import CorruptCheckpointError, UnsupportedStateError
 from ...plan.plan import FilePlan
@@ -32,67 +35,70 @@ LARGE_BYTES = 1 << 20
 _AHEAD_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What is wanted of a blob: a box in the stored tensor. `dtype` and `shape` are the metadata's guess."""
-
-    offset: int
-    length: int
-    dtype: torch.dtype
-    shape: torch.Size
-    starts: Sequence[int]
-    lengths: Sequence[int]
-    name: str
-
-
 class Unpacker:
     """Knows what blobs look like; keep it for all files of a load. One thread at a time.
 
-    `weights_only=False` lets a tensor of another class run its code.
+    Args:
+        described: by name, the metadata's word on what the blobs hold.
+        weights_only: False lets a tensor of another class run its code.
     """
 
-    def __init__(self, *, weights_only: bool = True) -> None:
+    def __init__(self, described: Mapping[str, Any], *, weights_only: bool) -> None:
+        self._described = described
         self._weights_only = weights_only
         self._planner = BlobPlanner()
 
-    def tensor(self, file: VerifiedFile, part: Part) -> torch.Tensor:
-        """The wanted part of a blob; valid while `file` keeps the extents that hold it. Raises CorruptCheckpointError:
-        damaged, no torch container, or smaller than its metadata says.
+    def tensor(self, file: VerifiedFile, info: Any, item: ReadItem, name: str) -> torch.Tensor:
+        """The part that `item` wants of the blob at `info`; valid while `file` keeps the extents that hold it. Raises
+        CorruptCheckpointError: damaged, no torch container, or smaller than its metadata says.
         """
-        plan = self._plan(part)
+        dtype, shape = self._kind(item)
+        plan = self._plan(dtype, shape, info.length)
         head = b"" if plan is None else plan.literals[0][1]
-        if plan is None or plan.file_bytes != part.length or file.view(part.offset, len(head)) != head:
-            return _narrow(self._load(file.view(part.offset, part.length), part), part)
-        _check_box(part.shape, part)
-        (payload_bytes,), payload = plan.payload_nbytes, part.offset + len(head)
-        if not part.shape:
-            return _read(file, payload, payload_bytes, part.dtype).view(())
-        row_bytes = payload_bytes // part.shape[0]
-        rows = _read(file, payload + part.starts[0] * row_bytes, part.lengths[0] * row_bytes, part.dtype)
-        rows = rows.view(part.lengths[0], *part.shape[1:])
-        for dim in range(1, len(part.shape)):
-            rows = rows.narrow(dim, part.starts[dim], part.lengths[dim])
+        if plan is None or plan.file_bytes != info.length or file.view(info.offset, len(head)) != head:
+            return _narrow(self._load(file.view(info.offset, info.length), name), item, name)
+        _check_box(shape, item, name)
+        (payload_bytes,), payload = plan.payload_nbytes, info.offset + len(head)
+        if not shape:
+            return _read(file, payload, payload_bytes, dtype).view(())
+        row_bytes = payload_bytes // shape[0]
+        rows = _read(file, payload + item.storage_offsets[0] * row_bytes, item.lengths[0] * row_bytes, dtype)
+        rows = rows.view(item.lengths[0], *shape[1:])
+        for dim in range(1, len(shape)):
+            rows = rows.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
         return rows
 
-    def _plan(self, part: Part) -> FilePlan | None:
+    def _kind(self, item: ReadItem) -> tuple[torch.dtype, torch.Size]:
+        """What a blob should hold: the shape is that of the stored chunk, not of the whole tensor."""
+        index = item.storage_index
+        known = self._described.get(index.fqn)
+        if not isinstance(known, TensorStorageMetadata):
+            return torch.uint8, torch.Size()
+        # `index.index` is only a hint of where the chunk stands in the list.
+        hint = index.index if index.index is not None else 0
+        chunks = itertools.chain(known.chunks[hint : hint + 1], known.chunks)
+        shape = next((chunk.sizes for chunk in chunks if chunk.offsets == index.offset), torch.Size(item.lengths))
+        return known.properties.dtype, shape
+
+    def _plan(self, dtype: torch.dtype, shape: torch.Size, blob_bytes: int) -> FilePlan | None:
         """How a blob of this dtype and shape would be laid out here: its head in one piece, then one payload."""
         # A damaged shape must not take memory: a blob is longer than its payload.
-        num_bytes = math.prod(part.shape) * part.dtype.itemsize if min(part.shape, default=0) >= 0 else 0
-        if part.dtype in _QUANTIZED or not 0 < num_bytes <= part.length:
+        num_bytes = math.prod(shape) * dtype.itemsize if min(shape, default=0) >= 0 else 0
+        if dtype in _QUANTIZED or not 0 < num_bytes <= blob_bytes:
             return None
         # Never touched: only its description matters.
-        return self._planner.tensor(torch.empty(part.shape, dtype=part.dtype, device="cpu"))[0]
+        return self._planner.tensor(torch.empty(shape, dtype=dtype, device="cpu"))[0]
 
-    def _load(self, blob: memoryview, part: Part) -> torch.Tensor:
+    def _load(self, blob: memoryview, name: str) -> torch.Tensor:
         """What is not laid out as this package would: other tools' blobs, sparse, quantised, subclasses."""
         try:
-            tensor = load_blob(blob, part.name, weights_only=self._weights_only)
+            tensor = load_blob(blob, name, weights_only=self._weights_only)
         except NotPlainError as error:
             raise UnsupportedStateError(
-                f"{part.name} is not plain data ({error}); give weights_only=False if you trust its writer"
+                f"{name} is not plain data ({error}); give weights_only=False if you trust its writer"
             ) from error
         if not isinstance(tensor, torch.Tensor):
-            raise CorruptCheckpointError(f"{part.name} holds no tensor", path=part.name)
+            raise CorruptCheckpointError(f"{name} holds no tensor", path=name)
         return tensor
 
 
@@ -125,19 +131,18 @@ def _read(file: VerifiedFile, offset: int, nbytes: int, dtype: torch.dtype) -> t
     return flat
 
 
-def _check_box(shape: torch.Size, part: Part) -> None:
-    if len(part.starts) != len(shape):
-        raise CorruptCheckpointError(
-            f"{part.name} has {len(shape)} dimensions, not the {len(part.starts)} wanted", path=part.name
-        )
-    for size, start, length in zip(shape, part.starts, part.lengths, strict=True):
+def _check_box(shape: torch.Size, item: ReadItem, name: str) -> None:
+    if len(item.storage_offsets) != len(shape):
+        told = f"{name} has {len(shape)} dimensions, not the {len(item.storage_offsets)} wanted"
+        raise CorruptCheckpointError(told, path=name)
+    for size, start, length in zip(shape, item.storage_offsets, item.lengths, strict=True):
         if not 0 <= start <= start + length <= size:
-            raise CorruptCheckpointError(f"{part.name} is smaller than its metadata says", path=part.name)
+            raise CorruptCheckpointError(f"{name} is smaller than its metadata says", path=name)
 
 
-def _narrow(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    _check_box(tensor.size(), part)
-    for dim, (start, length) in enumerate(zip(part.starts, part.lengths, strict=True)):
+def _narrow(tensor: torch.Tensor, item: ReadItem, name: str) -> torch.Tensor:
+    _check_box(tensor.size(), item, name)
+    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         # Sparse and quantised tensors are stored whole, and know no narrower view.
         if length != tensor.size(dim):
             tensor = tensor.narrow(dim, start, length)

@@ -42,7 +42,7 @@ from ...storage.filesystem import FileSystem
 from ...storage.staged import Destination, Staging
 from ...threads.outcome import Outcome
 from ...writer.file import FileWrite
-from .blobs import BlobPlanner, RankPlace, plan_file
+from .blobs import BlobPlanner, file_name, plan_file
 from .metadata import encode_metadata, write_results
 
 _CLOSE_TIMEOUT_S = 60.0
@@ -59,6 +59,15 @@ def split_checkpoint_id(checkpoint_id: str | os.PathLike[str]) -> tuple[str, str
 def _tensor_bytes(plan: SavePlan) -> int:
     tensors = [item.tensor_data for item in plan.items if item.tensor_data is not None]
     return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RankPlace:
+    """Where one rank writes, told by the coordinator through its plan."""
+
+    tag: str
+    staging_name: str
+    rank: int
 
 
 class _Core:
@@ -174,7 +183,7 @@ class DcpWriter(StorageWriter):
         # All ranks have the coordinator's chunks, or the manifest is a little smaller or larger.
         chunk_bytes = self._config.resolved_chunk_bytes()
         for rank, plan in enumerate(plans):
-            budget.add_file(RankPlace(self._tag, "", rank).file_name, _tensor_bytes(plan), chunk_bytes)
+            budget.add_file(file_name(rank), _tensor_bytes(plan), chunk_bytes)
         budget.check_metadata(self._user_metadata)
         fs = self._open_core().filesystem
         transaction.make_root(fs, self._root)
@@ -184,12 +193,12 @@ class DcpWriter(StorageWriter):
         self._staging, self._unstage = staging, weakref.finalize(self, _abort, fs, staging, os.getpid())
         name = os.path.basename(staging.path)
         return [
-            dataclasses.replace(plan, storage_data=RankPlace(self._tag, name, rank)) for rank, plan in enumerate(plans)
+            dataclasses.replace(plan, storage_data=_RankPlace(self._tag, name, rank)) for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         place = plan.storage_data
-        if not isinstance(place, RankPlace):
+        if not isinstance(place, _RankPlace):
             raise TransactionStateError("the plan does not say where to write: prepare_global_plan was not called")
         core = self._open_core()
         location = self._locate(place)
@@ -198,7 +207,8 @@ class DcpWriter(StorageWriter):
         if not items:
             future.set_result([])
             return future
-        written = core.write(state, os.path.join(location, place.file_name), place.file_name)
+        name = file_name(place.rank)
+        written = core.write(state, os.path.join(location, name), name)
 
         def on_written(done: Outcome[FileWrite]) -> None:
             error = done.exception()
@@ -208,8 +218,8 @@ class DcpWriter(StorageWriter):
                 return
             file, crcs = done.result(), tuple(done.result().extent_crc32)
             sizes = file.size_bytes, file.extent_bytes
-            entry = FileEntry(place.file_name, *sizes, crcs, "opaque", "dcp", state.plan.plan_hash, place.rank)
-            future.set_result(write_results(items, place.file_name, entry))
+            entry = FileEntry(name, *sizes, crcs, "opaque", "dcp", state.plan.plan_hash, place.rank)
+            future.set_result(write_results(items, name, entry))
 
         written.when_done(on_written)
         return future
@@ -221,7 +231,7 @@ class DcpWriter(StorageWriter):
         fs = self._open_core().filesystem
         raw = encode_metadata(metadata, results, self.storage_meta())
         fs.create_file(os.path.join(staging.path, DCP_METADATA_NAME), raw)
-        entries = [entry for per_rank in results for result in per_rank if (entry := result.storage_data.entry)]
+        entries = [entry for per_rank in results for result in per_rank if (entry := result.storage_data[1])]
         entries.append(FileEntry(DCP_METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
         transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
         self._unstage.detach()
@@ -250,7 +260,7 @@ class DcpWriter(StorageWriter):
                 _kept[key] = self._core
         return self._core
 
-    def _locate(self, place: RankPlace) -> str:
+    def _locate(self, place: _RankPlace) -> str:
         """This save's staging directory. A planner that caches plans hands out the place of an earlier save: then look
         for the new one.
         """
