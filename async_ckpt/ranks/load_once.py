@@ -48,14 +48,8 @@ from .latest_on_all import committed, newest_first
 from .rank_requests import RankInfo
 from .wire import PIECE_BYTES, LostError, Wire, host_key
 
-_ALIKE: dict[str, Callable[[str], Exception]] = {
-    "CheckpointNotFoundError": CheckpointNotFoundError,
-    "CorruptCheckpointError": CorruptCheckpointError,
-    "ExtentMismatch": CorruptCheckpointError,
-    "StateMismatchError": StateMismatchError,
-    "UnsupportedStateError": UnsupportedStateError,
-}
-"""What ranks raise for another rank's error; for others RankFailedError."""
+_ALIKE = CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
+"""Which errors of another rank are raised as such; others as RankFailedError."""
 _HEAD_BYTES = 256 << 10
 """The directory and the pickle are sent in parts of so many bytes, and no others."""
 Parts = Callable[[int, int], Sequence[tuple[int, bytes | memoryview]]]
@@ -127,15 +121,16 @@ def _agree(exchange: Exchange, work: Callable[[], Any]) -> list[Any]:
     except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for this rank
         own = error
         is_unreadable = isinstance(error, (CheckpointNotFoundError, CorruptCheckpointError, ReadError))
-        kind, text = type(error).__name__, str(error)
-        word = {"error": text[:2000], "kind": kind, "unreadable": is_unreadable, "lost": isinstance(error, LostError)}
+        kind = next((n for n, kind in enumerate(_ALIKE) if isinstance(error, kind)), -1)
+        text, is_lost = str(error)[:2000], isinstance(error, LostError)
+        word = {"error": text, "kind": kind, "unreadable": is_unreadable, "lost": is_lost}
     said = exchange.round(word, _combined)
     if "error" not in said:
         return list(said["found"])
     rank, text, kind = said["rank"], said["error"], said["kind"]
     if own is not None and not isinstance(own, LostError):
         failure = own
-    elif kind in _ALIKE:
+    elif kind >= 0:
         failure = _ALIKE[kind](f"rank {rank}: {text}")
     else:
         failure = RankFailedError(f"rank {rank}: {text}", rank=rank, step="load_once")
@@ -201,7 +196,11 @@ class _Load:
         head = _Head(name, entry[1], parts)
         self._head = VerifiedFile(head, FileEntry(*entry), check=False, num_threads=1)
         self._head.block_bytes = PIECE_BYTES
-        self._structure = _structure_of(self._head)
+        try:
+            self._structure = read_structure(self._head, TensorsOnDisk())
+        except NotPlainError as error:
+            what = f"{name} holds more than plain tensors ({error}): only load and load_into read it, on each rank"
+            raise UnsupportedStateError(what) from error
 
     def _match(self, found: dict[str, Any], target: Any, how: dict[str, Any]) -> int:
         """Send what the structure was read from, for the others to do the same; a number that is equal on all."""
@@ -250,14 +249,6 @@ class _Load:
                     self._wire.end(failed=True)
             self._wire.close()
             raise
-
-
-def _structure_of(file: VerifiedFile) -> Any:
-    try:
-        return read_structure(file, TensorsOnDisk())
-    except NotPlainError as error:
-        what = f"{file.name} holds more than plain tensors ({error}): only load and load_into read it, on each rank"
-        raise UnsupportedStateError(what) from error
 
 
 class _NotSentError(Exception):

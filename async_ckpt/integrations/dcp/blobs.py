@@ -16,7 +16,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
@@ -114,13 +114,7 @@ def raw_plan(data: bytes) -> FilePlan:
     return FilePlan(len(data), ((0, data),), (), (), _OPAQUE, _DCP)
 
 
-def own_size(k: int, num_bytes: int) -> int:
-    """The room of object k in its file: none to grow in."""
-    return num_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Where a blob lies in its file."""
 
     offset: int
@@ -170,7 +164,7 @@ def file_name(rank: int) -> str:
 
 
 def plan_file(
-    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] = own_size
+    plan: SavePlan, planner: SavePlanner, blobs: BlobPlanner, room_for: Callable[[int, int], int] | None = None
 ) -> tuple[Any, list[tuple[Any, Extent]]]:
     """The planned file of one rank's items, and (item, extent) for each. Resolves the items' data, without a copy.
     `room_for` says how many bytes item k has in the file, if it is an object of n bytes; it gets that long by zeros.
@@ -187,7 +181,7 @@ def plan_file(
             ) from error
         if item.type == WriteItemType.BYTE_IO:
             raw = data.getvalue()  # type: ignore[union-attr]
-            described.append((raw_plan(padded(raw, room_for(k, len(raw)))), None))
+            described.append((raw_plan(raw if room_for is None else padded(raw, room_for(k, len(raw)))), None))
             if names := unknown_types(raw):
                 classes[item.index.fqn] = ", ".join(names)
         else:

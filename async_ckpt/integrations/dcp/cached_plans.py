@@ -25,7 +25,7 @@ from ...plan.plan import PlannedState
 from ...ranks.rank_coordinator import RankCoordinator
 from ...ranks.rank_requests import Add, AwaitCount, Drop, Get, RankInfo, Step, one
 from ...storage.staged import Destination
-from .blobs import BlobPlanner, Extent, file_name, own_size, plan_file
+from .blobs import BlobPlanner, Extent, file_name, plan_file
 from .metadata import encode_metadata, write_results
 
 _MAX_SPARE_BYTES = 64 << 10
@@ -78,7 +78,7 @@ class KnownPlan(StorageWriter):
         return [replace(plan, storage_data=(name, file_name(rank))) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        state, items = plan_file(plan, planner, _blobs, _room_for if self._caches else own_size)
+        state, items = plan_file(plan, planner, _blobs, _room_for if self._caches else None)
         self.state = state if items else None
         (self.name, self.path), self._final = plan.storage_data, plan
         self._extents = [extent for _, extent in items]
