@@ -15,7 +15,7 @@ from ..mirror.mirrors import Mirrors
 from ..mirror.pending import PendingMirror
 from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
-from ..ranks.mirror_agreement import MirrorAgreement
+from ..ranks.exchange import MirrorAgreement
 from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
 from ..retention import CheckpointInfo, RetentionPolicy, carry_out

@@ -73,6 +73,26 @@ def next_poll_s(world_size: int, last_s: float = 0.0) -> float:
     return min(slowest_s, max(_FASTEST_POLL_S, slowest_s / 32, last_s * 1.5))
 
 
+def answer(store: Store, prefix: str, request: Request) -> Any:
+    """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
+    if isinstance(request, GetMany):
+        return [value.decode() for value in store.multi_get([prefix + key for key in request.keys])]
+    key = prefix + request.key
+    if isinstance(request, Put):
+        return store.set(key, request.value)
+    if isinstance(request, Add):
+        return store.add(key, request.amount)
+    if isinstance(request, Claim):
+        return store.compare_set(key, "", request.value).decode()
+    if isinstance(request, Drop):
+        return store.delete_key(key)
+    raw = store.compare_set(key, _ABSENT, _ABSENT).decode()
+    value = None if raw == _ABSENT else raw
+    if isinstance(request, AwaitCount):
+        return int(value or 0) >= request.at_least
+    return None if value == request.other_than else value
+
+
 class _Task:
     """One generator on its way, with the wait it stands at."""
 
@@ -212,31 +232,12 @@ class StoreLink:
                 self._under_way = [_REQUEST_TIMEOUT_S]
                 self._store = self._connect()
             self._under_way = [self._patience_s]
-            return self._answer(self._store, request)
+            return answer(self._store, self._prefix, request)
         # torch raises DistError, a RuntimeError, for all that can happen to a store.
         except (RuntimeError, OSError, ValueError) as error:
             raise LinkLostError(f"the store does not answer: {error}") from error
         finally:
             self._under_way = None
-
-    def _answer(self, store: Store, request: Request) -> Any:
-        """The answer to one request; for a wait, what one poll shows (None or False: not yet)."""
-        if isinstance(request, GetMany):
-            return [value.decode() for value in store.multi_get([self._prefix + key for key in request.keys])]
-        key = self._prefix + request.key
-        if isinstance(request, Put):
-            return store.set(key, request.value)
-        if isinstance(request, Add):
-            return store.add(key, request.amount)
-        if isinstance(request, Claim):
-            return store.compare_set(key, "", request.value).decode()
-        if isinstance(request, Drop):
-            return store.delete_key(key)
-        raw = store.compare_set(key, _ABSENT, _ABSENT).decode()
-        value = None if raw == _ABSENT else raw
-        if isinstance(request, AwaitCount):
-            return int(value or 0) >= request.at_least
-        return None if value == request.other_than else value
 
     def _guard(self) -> None:
         """End all steps when the store keeps one request waiting: in a stopped process it never answers, and torch

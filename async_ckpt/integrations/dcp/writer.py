@@ -132,9 +132,7 @@ class DcpWriter(StorageWriter):
         **options: Any,
     ) -> None:
         super().__init__()
-        self._overwrite = overwrite
         self._user_metadata = check_metadata(metadata)
-        self._options = options
         self._config = EngineConfig.from_params({"root": "unused", "overwrite": overwrite, **options})
         self._is_copy = False
         self._core: _Core | None = None
@@ -188,7 +186,7 @@ class DcpWriter(StorageWriter):
         fs = self._open_core().filesystem
         transaction.make_root(fs, self._root)
         where = Destination(self._root, self._tag)
-        staging = transaction.begin(fs, Staging(where, self._overwrite))
+        staging = transaction.begin(fs, Staging(where, self._config.overwrite))
         self._drop_staged()
         self._staging, self._unstage = staging, weakref.finalize(self, _abort, fs, staging, os.getpid())
         name = os.path.basename(staging.path)
@@ -254,7 +252,7 @@ class DcpWriter(StorageWriter):
 
     def _open_core(self) -> _Core:
         if self._core is None:
-            key = os.getpid(), *sorted((name, repr(value)) for name, value in self._options.items())
+            key = os.getpid(), repr(self._config)
             self._core = (self._is_copy and _kept.get(key)) or _Core(self._config)
             if self._is_copy:
                 _kept[key] = self._core
