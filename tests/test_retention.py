@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt import retention
-from async_ckpt.engine.rotation import Rotation
+from async_ckpt.engine.config import EngineConfig
+from async_ckpt.engine.housekeeping import Housekeeping
 from async_ckpt.errors import ConfigError, WriteError
+from async_ckpt.ranks.coordinator import LocalCoordinator
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.retention import (
     AnyOf,
@@ -152,6 +154,11 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(fast_path: Path) -> None
     assert len(Catalog(fast_path).tags()) == 3
 
 
+def keeping(fs: FileSystem, root: Path, policy: RetentionPolicy) -> Housekeeping:
+    """An engine's retention, without an engine."""
+    return Housekeeping(EngineConfig(root=root, retention=policy), fs, Catalog(root, fs), LocalCoordinator())
+
+
 def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(1, 5):
         commit(fast_path, f"s{number}", OLD, created=number)
@@ -167,11 +174,11 @@ def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptu
     assert Catalog(fast_path).tags() == ["s2", "s4"], "one that cannot be deleted does not keep the others"
     assert isinstance(decisions["s2"].failure, WriteError)
     assert decisions["s2"].keep
-    rotation = Rotation(fs, str(fast_path), KeepLast(1))
-    assert [rotation.apply(), rotation.apply()] == [1, 1]
+    house = keeping(fs, fast_path, KeepLast(1))
+    assert [house.rotate(), house.rotate()] == [1, 1]
     assert len(caplog.records) == 1
     fs.heal()
-    assert rotation.apply() == 0
+    assert house.rotate() == 0
     assert Catalog(fast_path).tags() == ["s4"]
 
 
@@ -183,9 +190,9 @@ def test_a_root_that_cannot_be_looked_at_is_told_and_a_policy_that_raises_is_an_
     commit(fast_path, "a", OLD)
     fs = FaultyFileSystem()
     fs.fail_when(lambda op: op.name == "open" and op.path.endswith("a/manifest.json"), 24)
-    assert Rotation(fs, str(fast_path), KeepLast(1)).apply() == 1
+    assert keeping(fs, fast_path, KeepLast(1)).rotate() == 1
     with pytest.raises(ConfigError, match="KeyError"):
-        Rotation(FileSystem(), str(fast_path), Broken()).apply()
+        keeping(FileSystem(), fast_path, Broken()).rotate()
 
 
 def test_one_commit_dated_in_the_future_does_not_keep_all() -> None:

@@ -115,14 +115,14 @@ class Checkpoint:
                 f"{path!r} was saved or made already in the open checkpoint {self.tag!r}; the first one is kept"
             )
 
-    def add_directory(self, parts: tuple[str, ...]) -> bool:
-        """Remember a directory and its parents; False when it was there."""
-        if "/".join(parts) in self.files:
-            raise PathExistsError(f"{'/'.join(parts)!r} is a file of the open checkpoint {self.tag!r}")
-        is_new = bool(parts) and parts not in self.directories
-        for n in range(1, len(parts) + 1):
-            self.directories.add(parts[:n])
-        return is_new
+    def add_directory(self, parts: tuple[str, ...], *, exist_ok: bool) -> None:
+        """Remember a directory and its parents."""
+        path = "/".join(parts)
+        if path in self.files:
+            raise PathExistsError(f"{path!r} is a file of the open checkpoint {self.tag!r}")
+        if not exist_ok and (not parts or parts in self.directories):
+            raise PathExistsError(f"directory {path or '.'!r} of the open checkpoint {self.tag!r} exists already")
+        self.directories.update(parts[:n] for n in range(1, len(parts) + 1))
 
     # Its commit: on the loop, and at the end on an I/O thread.
 

@@ -38,7 +38,7 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
     """See `AsyncCheckpointEngine.close`. `reason`: the exception that has led here, if there is one."""
     check_process(commits.pid, "this engine")
     if commits.closed:
-        commits.stop(commits.close_timeout_s)
+        commits.stop(commits.config.close_timeout_s)
         return
     first: BaseException | None = None
     try:
@@ -50,7 +50,7 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
         # A call on another thread has ended: what it has begun is known.
         left_s = float("inf") if preemption is None else preemption.remaining_s
     try:
-        finish(commits, min(left_s, commits.close_timeout_s), reason)
+        finish(commits, min(left_s, commits.config.close_timeout_s), reason)
     except SystemExit as error:
         first = first or error
     except Exception as second:
@@ -65,9 +65,12 @@ def close(commits: Commits, preemption: Preemption | None = None, reason: BaseEx
         raise first
 
 
-def leave_block(commits: Commits, preemption: Preemption | None, error: BaseException) -> None:
-    """`close` where a block ends with `error`, which is on its way out and must not be replaced; but where it would end
-    the program with exit code 0, a failure is raised."""
+def leave_block(commits: Commits, preemption: Preemption | None, error: BaseException | None) -> None:
+    """`close` at the end of a block. An `error` is on its way out and must not be replaced; but where it would end the
+    program with exit code 0, a failure is raised."""
+    if error is None:
+        close(commits, preemption)
+        return
     with no_workers_death():
         if preemption is not None:
             preemption.leave_with(error)
@@ -164,7 +167,7 @@ def _finish_all() -> None:
             # Ctrl-C: the others are still to be finished, and the exit code tells.
             _lost.append(error)
     for commits, closing in _dropped:
-        wait([closing], commits.close_timeout_s)
+        wait([closing], commits.config.close_timeout_s)
 
 
 def _exit_if_lost() -> None:
@@ -221,7 +224,7 @@ def _close(commits: Commits) -> None:
     try:
         # At exit: the exception that has ended the program, which the other ranks learn as the cause.
         try:
-            finish(commits, commits.close_timeout_s, getattr(sys, "last_value", None))
+            finish(commits, commits.config.close_timeout_s, getattr(sys, "last_value", None))
         except SystemExit:
             # It has come when the program was exiting already.
             if commits.unfinished():

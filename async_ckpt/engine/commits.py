@@ -17,11 +17,11 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ..errors import BackpressureTimeout, CheckpointError, TransactionStateError
+from ..errors import BackpressureTimeout, CheckpointError, ConfigError, TransactionStateError, report
 from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
@@ -33,15 +33,15 @@ from ..storage.staged import Destination, State
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.outcome import announce
-from . import preflight
 from .checkpoint import Checkpoint, begin
 from .config import EngineConfig
+from .housekeeping import Housekeeping
 from .mirroring import EngineMirrors
 from .pending import PendingCommit, Tolerate
 from .pipeline import SavePipeline
-from .rotation import Rotation
 
 _NUM_REMEMBERED = 128
+"""Of the last commits, beside what is unfinished, and failures that nobody has asked for."""
 
 live: weakref.WeakSet[Commits] = weakref.WeakSet()
 """Of all engines of this process that somebody holds."""
@@ -56,8 +56,7 @@ class Commits:
         self.lock = Lock()
         self.paths = Root(config.root)
         self.root = root = self.paths.path
-        self.backpressure_timeout_s, self.close_timeout_s = config.backpressure_timeout_s, config.close_timeout_s
-        self._config = config
+        self.config = config
         self.filesystem: FileSystem = config.filesystem or FileSystem()
         self.catalog = Catalog(self.paths, self.filesystem)
         self._coordinator: Coordinator = config.coordinator or LocalCoordinator()
@@ -68,10 +67,11 @@ class Commits:
         self.mirrors: EngineMirrors | None = None
         self._last_created_ns = 0
         self._first_created_ns = 0
-        self._oldest_possible_ns: int | None = None
         self.pipeline = SavePipeline(config, self.filesystem, make_room=self._make_room)
         callbacks = self.pipeline.callbacks
-        self._rotation = Rotation(self.filesystem, root, config.retention, self._why_held, callbacks.report)
+        self.house = Housekeeping(
+            config, self.filesystem, self.catalog, self._coordinator, self._why_held, callbacks.report
+        )
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
             made = transaction.make_root(self.filesystem, root, try_clones=self.pipeline.reuse.is_on)
@@ -80,7 +80,7 @@ class Commits:
             self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
-            preflight.at_start(config, self.catalog, self.filesystem, self._coordinator)
+            self.house.try_out()
             if config.mirrors:
                 self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
             undo.pop_all()
@@ -143,13 +143,10 @@ class Commits:
             if known.is_open:
                 raise TransactionStateError(f"checkpoint {tag!r} is open already; commit or abort it first")
             self.abort(tag, known.error or TransactionStateError(f"the call of commit({tag!r}) was interrupted"))
-        earlier = self.find_unfinished(tag)
-        if self._config.overwrite == "refuse" and (
-            earlier is not None or any(other.find_unfinished(tag) for other in self.others())
-        ):
+        if self.config.overwrite == "refuse" and any(one.find_unfinished(tag) for one in (self, *self.others())):
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        checkpoint = begin(self._coordinator, destination, self._config, self.filesystem, earlier)
+        checkpoint = begin(self._coordinator, destination, self.config, self.filesystem, self.find_unfinished(tag))
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         self._open[tag] = checkpoint
 
@@ -158,10 +155,10 @@ class Commits:
         checkpoint = self._open.pop(tag, None)
         if checkpoint is None:
             raise TransactionStateError(f"checkpoint {tag!r} is not open; nothing was changed")
-        given_up = self.pool.run(self._give_up_open(checkpoint, error))
-        if not given_up.wait(self.close_timeout_s):
+        given_up, timeout_s = self.pool.run(self._give_up_open(checkpoint, error)), self.config.close_timeout_s
+        if not given_up.wait(timeout_s):
             raise BackpressureTimeout(
-                f"giving up checkpoint {tag!r} did not end within {self.close_timeout_s:g} s and goes on; it "
+                f"giving up checkpoint {tag!r} did not end within {timeout_s:g} s and goes on; it "
                 f"waits for {self.pool.waiting_for()}. Nothing is visible under that tag"
             )
         given_up.result()
@@ -183,27 +180,20 @@ class Commits:
 
         Not the other ranks of a job, which may be threads of this process.
         """
-        pid, mine = os.getpid(), self._coordinator
-        others = [
+        mine = self._coordinator
+        return [
             other
             for other in list(live)
             if other is not self
-            and other.pid == pid
+            and (other.pid, other._real_root) == (os.getpid(), self._real_root)
             and (other._coordinator.world_size != mine.world_size or other._coordinator.rank == mine.rank)
         ]
-        return [other for other in others if other._real_root == self._real_root]
-
-    def _forget_some(self) -> None:
-        """Keep what is unfinished, failures that nobody has asked for, and the last few."""
-        older, recent = self._commits[: -self.num_remembered], self._commits[-self.num_remembered :]
-        asked_for = {*self.unfinished(), *self.unacknowledged()}
-        self._commits = [*(pending for pending in older if pending in asked_for), *recent]
 
     def await_slot(self) -> None:
         """Wait until fewer than `max_pending_commits` are unfinished."""
-        timeout_s = self.backpressure_timeout_s
+        timeout_s = self.config.backpressure_timeout_s
         deadline = time.monotonic() + timeout_s
-        while len(pending := self.unfinished()) >= self._config.max_pending_commits:
+        while len(pending := self.unfinished()) >= self.config.max_pending_commits:
             if not pending[0].wait(deadline - time.monotonic()):
                 raise BackpressureTimeout(
                     f"{len(pending)} commits are pending and none ended within {timeout_s:g} s; waiting for "
@@ -214,7 +204,7 @@ class Commits:
     def commit(self, tag: str, metadata: Mapping[str, Any]) -> PendingCommit:
         started_s = time.perf_counter()
         self.check_usable()
-        if self._config.on_commit_failure != "raise":
+        if self.config.on_commit_failure != "raise":
             self.raise_unacknowledged()
         checkpoint = self.require_open(tag)
         checkpoint.budget.check_metadata(metadata)
@@ -225,7 +215,8 @@ class Commits:
         self._first_created_ns = self._first_created_ns or self._last_created_ns
         pending = PendingCommit(tag, checkpoint.metrics, self.pool.waiting_for, self.pipeline.callbacks.run)
         if len(self._commits) >= 2 * self.num_remembered:
-            self._forget_some()
+            older, recent = self._commits[: -self.num_remembered], self._commits[-self.num_remembered :]
+            self._commits = [*(one for one in older if one.is_owed or not one.done()), *recent]
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends
         # there, and nothing is waited for that nobody will resolve.
@@ -248,9 +239,8 @@ class Commits:
         except BaseException as error:
             self.pipeline.reuse.forget(checkpoint.files)
             await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
-            if isinstance(self._config.on_commit_failure, Tolerate) and isinstance(error, Exception):
-                tolerate, ended_s = self._config.on_commit_failure, checkpoint.ended_unix_s
-                await tolerate.judge(pending, error, list(self._commits), ended_s)
+            if isinstance(self.config.on_commit_failure, Tolerate) and isinstance(error, Exception):
+                await self.config.on_commit_failure.judge(pending, error, list(self._commits), checkpoint.ended_unix_s)
             raise
 
     def _publish(
@@ -259,9 +249,9 @@ class Commits:
         def on_step(kind: str, start_s: float) -> None:
             self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag)
 
-        created_unix_ns = self._after_older(created_unix_ns)
-        how: Any = {"read_back": self._config.read_back, "on_step": on_step if self.pipeline.observes else None}
-        checkpoint.publish(entries, metadata, created_unix_ns, **how)
+        created_unix_ns = self.house.after_older(created_unix_ns, self._first_created_ns)
+        observer = on_step if self.pipeline.observes else None
+        checkpoint.publish(entries, metadata, created_unix_ns, read_back=self.config.read_back, on_step=observer)
         files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
         self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
@@ -278,50 +268,25 @@ class Commits:
         await asyncio.wrap_future(self.pool.submit_io(self._rotate))
 
     def _rotate(self) -> int:
-        """Let retention work, on the rank that leads; returns how many could not be deleted. Blocks on the disk."""
-        if not self._coordinator.leads or not (self._rotation.has_work or self._config.overwrite == "replace"):
-            return 0
+        """Let retention work; returns how many could not be deleted. Blocks on the disk."""
         try:
-            return self._rotation.apply()
+            return self.house.rotate()
         except CheckpointError as failure:
             # The new checkpoint is durable: its commit succeeded. The next create or close raises the failure.
             self._failures.append(failure)
             return 0
 
-    def _after_older(self, created_unix_ns: int) -> int:
-        """A later time than that of every checkpoint in the root, also when the clock was set back between two runs."""
-        if self._oldest_possible_ns is None:
-            try:
-                entries = self.catalog.entries()
-            except OSError as error:
-                # Only the order after a clock that was set back is at stake; the next commit looks again.
-                told = "the times of older checkpoints in %r cannot be read, this clock is trusted: %s"
-                self.pipeline.callbacks.report(logging.WARNING, told, self.root, error)
-                return created_unix_ns
-            self._oldest_possible_ns = max(
-                (entry.manifest.created_unix_ns + 1 for entry in entries if entry.manifest), default=0
-            )
-        return created_unix_ns + max(0, self._oldest_possible_ns - self._first_created_ns)
-
     def _why_held(self, info: CheckpointInfo) -> str | None:
         """For local retention: what not all mirrors have had stays, where the configuration says so."""
-        if not self._config.mirrors or not self._config.keep_local_until_mirrored:
-            return None
-        mirrors = self.mirrors
-        is_mirrored = mirrors is not None and mirrors.is_mirrored(info.tag, info.created_unix_ns)
-        return None if is_mirrored else "it is not mirrored yet"
+        waits = self.config.mirrors and self.config.keep_local_until_mirrored
+        is_mirrored = self.mirrors is not None and self.mirrors.is_mirrored(info.tag, info.created_unix_ns)
+        return "it is not mirrored yet" if waits and not is_mirrored else None
 
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Unless its commit has begun all the same: then that decides."""
         if checkpoint.staging.state is State.OPEN:
             await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
             self.pipeline.callbacks.tell("on_abort", checkpoint.metrics, error)
-
-    def delete(self, tag: str) -> None:
-        """Delete a committed checkpoint, on the rank that leads. Blocks on the disk."""
-        if self._coordinator.leads:
-            self._rotation.has_work = True
-            transaction.remove(self.filesystem, self.root, tag)
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:
         if error is not None and not pending.row:
@@ -336,6 +301,42 @@ class Commits:
         elif error is not None:
             self.pipeline.callbacks.report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error)
 
+    # What is on the disk: not before the commits that this process has pending are over.
+
+    def latest(self, verify: str, tier: str) -> str | None:
+        """See `AsyncCheckpointEngine.latest`."""
+        if tier not in ("disk", "any"):
+            raise ConfigError(f"tier must be 'disk' or 'any', not {tier!r}")
+        others = self.others()
+        self._await(pending for other in others for pending in other.unfinished())
+        for pending in [pending for other in others for pending in other.unacknowledged()]:
+            told = "checkpoint %r of another engine of this process on %r was not committed: %s"
+            report(logging.WARNING, told, pending.tag, self.root, pending.failure())
+        if tier == "disk" or self.mirrors is None:
+            return self.catalog.latest(verify)
+        return self.mirrors.latest(self.catalog, verify)
+
+    def catalog_of(self, tag: str) -> Catalog:
+        """See `AsyncCheckpointEngine.catalog_of`."""
+        self._await_tag(tag)
+        return self.catalog if self.mirrors is None else self.mirrors.resume_from(tag, self.catalog)
+
+    def delete(self, tag: str) -> None:
+        """See `AsyncCheckpointEngine.delete`."""
+        self._await_tag(tag)
+        self.house.delete(tag)
+
+    def _await_tag(self, tag: str) -> None:
+        self.check_usable()
+        engines = (self, *self.others())
+        self._await(found for each in engines if (found := each.find_unfinished(tag)) is not None)
+
+    def _await(self, pending: Iterable[PendingCommit]) -> None:
+        timeout_s = self.config.backpressure_timeout_s
+        for one in list(pending):
+            if not one.wait(timeout_s):
+                raise BackpressureTimeout(f"the commit of {one.tag!r} did not end within {timeout_s:g} s; it goes on")
+
     # Ending.
 
     def stop(self, timeout_s: float) -> None:
@@ -343,6 +344,6 @@ class Commits:
         self.closed = True
         deadline = time.monotonic() + timeout_s
         if self.mirrors is not None:
-            self.mirrors.close(min(timeout_s, self._config.mirror_timeout_s))
+            self.mirrors.close(min(timeout_s, self.config.mirror_timeout_s))
         self.pipeline.stop(max(0.1, deadline - time.monotonic()))
         self._coordinator.close()

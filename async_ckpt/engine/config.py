@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError, check_int, check_positive
-from ..format.names import is_url
+from ..format.names import StrPath, is_url
 from ..host.facts import available_memory_bytes, local_world_size
 from ..host.memory import PAGE_BYTES
 from ..metrics import Observer
@@ -35,7 +35,7 @@ class EngineConfig:
         ConfigError: a field has a wrong type, unit or range; the message names the field and the fix.
     """
 
-    root: str | os.PathLike[str]
+    root: StrPath
     """Directory that holds the checkpoints, one sub-directory per tag. Made if it is missing."""
 
     staging_bytes: int | Literal["auto"] = "auto"
@@ -223,9 +223,7 @@ class EngineConfig:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
     @classmethod
-    def from_params(
-        cls, params: EngineConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any
-    ) -> EngineConfig:
+    def from_params(cls, params: ConfigParams, **overrides: Any) -> EngineConfig:
         """Build a configuration from a root, a mapping or a configuration; keyword arguments override.
 
         Raises:
@@ -267,3 +265,7 @@ class EngineConfig:
         while chunk > PAGE_BYTES and chunk * 8 > self.resolved_staging_bytes():
             chunk //= 2
         return chunk
+
+
+ConfigParams = EngineConfig | Mapping[str, Any] | StrPath | None
+"""What an engine is made from: its configuration, some fields of that, or its root."""

@@ -10,15 +10,13 @@ Guarantees:
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import TransactionStateError, UnsafePathError
+from ..errors import PathExistsError, TransactionStateError, UnsafePathError
 from ..format.metadata import check_metadata
 from ..format.names import check_tag
 from ..plan.plan import PlannedState, opaque_state
@@ -27,10 +25,10 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
 from ..threads.executor import run_aside
-from . import closing, preparing, restoring
+from . import closing
 from .checkpoint import given_up
 from .commits import Commits
-from .config import EngineConfig
+from .config import ConfigParams, EngineConfig
 from .interface import CheckpointEngine, StrPath, tag_of
 from .pending import PendingCommit
 from .preemption import DEFAULT_DEADLINE_S, Preemption, PreemptionOutcome
@@ -52,9 +50,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             descriptor or directory is left behind.
     """
 
-    def __init__(
-        self, config_params: EngineConfig | Mapping[str, Any] | StrPath | None = None, **overrides: Any
-    ) -> None:
+    def __init__(self, config_params: ConfigParams = None, **overrides: Any) -> None:
         self.name = "async_ckpt"
         self.config = EngineConfig.from_params(config_params, **overrides)
         self._commits = Commits(self.config)
@@ -87,7 +83,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
         """Make a sub-directory of the open checkpoint (parents too), or the root itself. Does not block.
 
         Raises PathExistsError: it is there already and `exist_ok` is False."""
-        preparing.make_directory(self._commits, path, exist_ok=exist_ok)
+        with self._commits.lock:
+            self._commits.check_usable()
+            if not self._commits.paths.is_named_by(path):
+                checkpoint, parts = self._commits.locate(path)
+                checkpoint.add_directory(parts, exist_ok=exist_ok)
+            elif not exist_ok:
+                raise PathExistsError(f"the checkpoint root {self.root!r} exists already")
 
     def save(
         self,
@@ -131,10 +133,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 self._commits.check_usable()
                 checkpoint, parts = self._commits.locate(path, carried=isinstance(state_dict, PlannedState))
                 if not parts:
-                    raise UnsafePathError(f"path {os.fspath(path)!r} names no file inside {checkpoint.tag!r}")
+                    raise UnsafePathError(f"path {str(path)!r} names no file inside {checkpoint.tag!r}")
                 with self._pipeline.snapshotter.deferring():
-                    name, how = "/".join(parts), (started, format, turn)
-                    self._pipeline.save(checkpoint, name, state_dict, *how, replicated=replicated)
+                    self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn, replicated)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
         try:
@@ -201,7 +202,13 @@ class AsyncCheckpointEngine(CheckpointEngine):
             UnsupportedStateError: a state cannot be saved, with its key path. UnsafePathError: a path is malformed.
             OutOfSpaceError: there is no room for one checkpoint, or for as many as `retention` will keep.
         """
-        preparing.prewarm(self._commits, self.config, state_bytes, states)
+        with self._commits.lock:
+            self._commits.check_usable()
+            named = {"/".join(self._commits.paths.split(path)[1]): state for path, state in (states or {}).items()}
+            planned_bytes, size_bytes = self._pipeline.plan_ahead(named)
+        self._pipeline.tell_notes()
+        self._commits.house.check_room(size_bytes)
+        self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 
     # Reading back.
 
@@ -218,10 +225,9 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         A pending commit of that tag is waited for first. For the arguments and errors see `async_ckpt.load`.
         """
-        catalog, tag, name = restoring.find_file(self._commits, path)
-        return load_committed(
-            catalog, tag, name, map_location=map_location, weights_only=weights_only, verify=verify, mmap=mmap
-        )
+        tag, name = self._commits.paths.split_committed(path)
+        how: Any = {"map_location": map_location, "weights_only": weights_only, "verify": verify, "mmap": mmap}
+        return load_committed(self.catalog_of(tag), tag, name, **how)
 
     def load_into(
         self,
@@ -239,11 +245,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
 
         Lazy snapshots are waited for first. For the arguments and errors see `async_ckpt.load_into`.
         """
-        catalog, tag, name = restoring.find_file(self._commits, path)
+        tag, name = self._commits.paths.split_committed(path)
         self.wait_snapshot()
         how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only}
-        lend = self._pipeline.arena.lend
-        return load_committed_into(catalog, tag, name, state_dict, select=select, rename=rename, lend=lend, **how)
+        how |= {"select": select, "rename": rename, "lend": self._pipeline.arena.lend}
+        return load_committed_into(self.catalog_of(tag), tag, name, state_dict, **how)
 
     def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading, and
@@ -251,11 +257,11 @@ class AsyncCheckpointEngine(CheckpointEngine):
         also of the mirrors, which `load` and `load_into` then read; nodes with roots of their own ask together, and get
         the newest that each of them has.
         """
-        return restoring.latest(self._commits, verify, tier)
+        return self._commits.latest(verify, tier)
 
     def catalog_of(self, tag: str) -> Catalog:
         """What checkpoint `tag` is read from: the disk, or the first mirror that has what the disk lacks. Blocks."""
-        return restoring.find_catalog(self._commits, tag)
+        return self._commits.catalog_of(tag)
 
     def tags(self) -> list[str]:
         """Committed tags, oldest first."""
@@ -310,8 +316,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             CheckpointNotFoundError: there is none (any more). UnsafePathError: the tag is malformed.
             WriteError: the disk refused; it is whole under its name, or its rest is tried again after later commits.
         """
-        restoring.await_commits(self._commits, name := check_tag(tag_of(tag)))
-        self._commits.delete(name)
+        self._commits.delete(check_tag(tag_of(tag)))
 
     def abort(self, tag: Any) -> None:
         """Give up an open checkpoint and remove what it staged. Blocks until its writes have ended. Called in an
@@ -335,13 +340,8 @@ class AsyncCheckpointEngine(CheckpointEngine):
         self._commits.check_usable()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            closing.close(self._commits, self._preemption)
-        else:
-            closing.leave_block(self._commits, self._preemption, error)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        closing.leave_block(self._commits, self._preemption, error)
 
     async def __aenter__(self) -> AsyncCheckpointEngine:
         return self.__enter__()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import os
 from typing import Any
 
-StrPath = str | os.PathLike[str]
+from ..format.names import StrPath as StrPath
 
 
 def tag_of(tag_or_info: Any) -> str:

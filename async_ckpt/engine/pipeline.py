@@ -127,8 +127,7 @@ class SavePipeline:
         started_s: float,
         format: Literal["torch", "safetensors"] | None,
         turn: Turn | None,
-        *,
-        replicated: bool = False,
+        replicated: bool,
     ) -> None:
         """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path` of `checkpoint`.
 
