@@ -33,7 +33,7 @@ from ..storage.staged import Destination, State
 from ..threads.executor import check_process
 from ..threads.locks import Lock
 from ..threads.outcome import announce
-from .checkpoint import Checkpoint, begin
+from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .housekeeping import Housekeeping
 from .mirroring import EngineMirrors
@@ -146,7 +146,7 @@ class Commits:
         if self.config.overwrite == "refuse" and any(one.find_unfinished(tag) for one in (self, *self.others())):
             raise TransactionStateError(f"a commit of {tag!r} is pending; wait for it, or use another tag")
         self.pool.check()
-        checkpoint = begin(self._coordinator, destination, self.config, self.filesystem, self.find_unfinished(tag))
+        checkpoint = Checkpoint(self.pipeline, self._coordinator, destination, self.find_unfinished(tag))
         checkpoint.metrics.stall_s += time.perf_counter() - started_s
         self._open[tag] = checkpoint
 
@@ -233,12 +233,12 @@ class Commits:
         self, checkpoint: Checkpoint, pending: PendingCommit, metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
         try:
-            entries = await checkpoint.finish_files(partial(self.pipeline.callbacks.tell, "on_save"))
+            entries = await checkpoint.finish_files()
             publish = partial(self._publish, checkpoint, entries, metadata, created_unix_ns)
             await asyncio.wrap_future(self.pool.submit_io(publish))
         except BaseException as error:
             self.pipeline.reuse.forget(checkpoint.files)
-            await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
+            await checkpoint.give_up(error)
             if isinstance(self.config.on_commit_failure, Tolerate) and isinstance(error, Exception):
                 await self.config.on_commit_failure.judge(pending, error, list(self._commits), checkpoint.ended_unix_s)
             raise
@@ -246,12 +246,7 @@ class Commits:
     def _publish(
         self, checkpoint: Checkpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
     ) -> None:
-        def on_step(kind: str, start_s: float) -> None:
-            self.pipeline.callbacks.tell_span(kind, start_s, checkpoint.tag)
-
-        created_unix_ns = self.house.after_older(created_unix_ns, self._first_created_ns)
-        observer = on_step if self.pipeline.observes else None
-        checkpoint.publish(entries, metadata, created_unix_ns, read_back=self.config.read_back, on_step=observer)
+        checkpoint.publish(entries, metadata, self.house.after_older(created_unix_ns, self._first_created_ns))
         files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
         self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
@@ -285,7 +280,7 @@ class Commits:
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Unless its commit has begun all the same: then that decides."""
         if checkpoint.staging.state is State.OPEN:
-            await checkpoint.give_up(error, self.pool.submit_io, self.pipeline.callbacks.report)
+            await checkpoint.give_up(error)
             self.pipeline.callbacks.tell("on_abort", checkpoint.metrics, error)
 
     def _ended(self, checkpoint: Checkpoint, pending: PendingCommit, error: BaseException | None) -> None:

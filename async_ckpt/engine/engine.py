@@ -135,7 +135,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
                 if not parts:
                     raise UnsafePathError(f"path {str(path)!r} names no file inside {checkpoint.tag!r}")
                 with self._pipeline.snapshotter.deferring():
-                    self._pipeline.save(checkpoint, "/".join(parts), state_dict, started, format, turn, replicated)
+                    checkpoint.save("/".join(parts), state_dict, started, format, turn, replicated)
 
         # The turn comes before the lock: a closure of the step that is waited for may call this engine.
         try:

@@ -13,30 +13,25 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, TransactionStateError, WriteError, report
 from ..host.device import pinning
-from ..metrics import SaveMetrics
-from ..plan.plan import PlannedState
 from ..plan.planner import Planner
+from ..ranks.coordinator import Coordinator
 from ..snapshot.arena import StagingArena
 from ..snapshot.copy_threads import num_copy_helpers
-from ..snapshot.file_copy import FileCopy
 from ..snapshot.guard import Guard
-from ..snapshot.owned_storages import NOTHING
 from ..snapshot.snapshotter import Snapshotter
-from ..storage.filesystem import FileSystem
+from ..storage.filesystem import COHERENT_TYPES, FileSystem
 from ..writer.disk import MakeRoom
 from ..writer.pool import WriterPool
-from .checkpoint import Checkpoint, SavedFile
 from .config import EngineConfig
 from .observing import Callbacks
-from .replicated import Replication
 from .reuse import Reuse
 
 if TYPE_CHECKING:
-    from ..snapshot.step_exclusion import Turn
+    pass
 
 # Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
 _AUTO_WARM_BYTES = 256 << 20
@@ -75,11 +70,11 @@ class SavePipeline:
                 f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
                 "less. Nothing was made"
             ) from error
+        self.config, self.filesystem, self._root = config, filesystem, os.path.abspath(config.root)
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
-        self.replication = Replication(filesystem, os.path.abspath(config.root), reads_back=config.read_back)
         self.observes = bool(config.observers)
         """Whether anybody hears of spans."""
-        self._has_stopped = False
+        self._has_stopped = self._has_told_of_replicas = False
         self._notes: deque[str] = deque()
         self.warming: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
@@ -117,100 +112,18 @@ class SavePipeline:
         self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_at)
         self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes
 
-    # Saving.
-
-    def save(
-        self,
-        checkpoint: Checkpoint,
-        path: str,
-        state_dict: Any,
-        started_s: float,
-        format: Literal["torch", "safetensors"] | None,
-        turn: Turn | None,
-        replicated: bool,
-    ) -> None:
-        """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path` of `checkpoint`.
-
-        Raises as `AsyncCheckpointEngine.save`.
+    def num_writers_of(self, coordinator: Coordinator) -> int:
+        """How many ranks write one file together in the root, which was looked at before. Warns once where that is one,
+        because more are not known to be able to.
         """
-        if not checkpoint.is_healthy():
-            return
-        checkpoint.check_new(path)
-        coordinator = checkpoint.coordinator
-        is_shared = replicated and coordinator.num_sharing > 1
-        if replicated and not is_shared and not coordinator.leads:
-            # Where each node has a root of its own, its first rank saves the file.
-            return
-        began_s = time.perf_counter()
-        # An integration may have planned the file itself.
-        is_planned = isinstance(state_dict, PlannedState)
-        is_own = checkpoint.staging.destination.loads_itself(path)
-        state: PlannedState = (
-            state_dict if is_planned else self.planner.plan(state_dict, name=path, format=format, is_frameworks=is_own)
-        )
-        metrics = SaveMetrics(checkpoint.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))
-        metrics.planner, metrics.plan_cached = state.plan.planner, state.cached
-        metrics.plan_s, metrics.pinned = time.perf_counter() - began_s, self.arena.pinning is not None
-        saved = self._open(checkpoint, path, state, metrics, is_shared=is_shared)
-        checkpoint.files[path] = saved
-        checkpoint.metrics.saves.append(metrics)
-        try:
-            saved.copy = copy = self._snapshot(state, saved, turn)
-        except BaseException as error:
-            # A file that ends half way must never be committed, whatever interrupted it.
-            checkpoint.fail(error)
-            saved.write.abort(error)
-            raise
-        if not copy.copied.done():
-            self.guard.track(copy)
-        metrics.mode, metrics.backpressure_s = copy.mode, copy.backpressure_s
-        metrics.stall_s = time.perf_counter() - started_s
-        if self.observes:
-            self.callbacks.tell_span("save", started_s, checkpoint.tag, path, 0, metrics.size_bytes)
-        checkpoint.metrics.stall_s += metrics.stall_s
-
-    def _open(
-        self, checkpoint: Checkpoint, path: str, state: PlannedState, metrics: SaveMetrics, *, is_shared: bool
-    ) -> SavedFile:
-        plan, coordinator, chunk_bytes = state.plan, checkpoint.coordinator, self.arena.chunk_bytes
-        manifest_bytes = checkpoint.budget.add_file(path, plan.file_bytes, chunk_bytes)
-        if is_shared and not coordinator.leads:
-            # One line for all ranks.
-            manifest_bytes = 0
-        replica = self.replication.begin(path, state, chunk_bytes, coordinator) if is_shared else None
-        new = self.reuse.begin(path, state) if self.reuse.is_on and replica is None else None
-        write = self.pool.open_file(
-            path,
-            folder=coordinator.admit(checkpoint.staging, path, manifest_bytes),
-            size_bytes=plan.file_bytes,
-            seal=replica.seal if replica is not None else plan.sealer() if new is None else new.seal,
-            tag=checkpoint.tag,
-            older=None if new is None or new.known is None else new.older,
-            pass_over=None if new is None else new.pass_over,
-            share=None if replica is None else replica.share,
-        )
-        return SavedFile(write, metrics, plan, time.perf_counter(), new=new, replica=replica)
-
-    def _snapshot(self, state: PlannedState, saved: SavedFile, turn: Turn | None) -> FileCopy:
-        write, replica, about = saved.write, saved.replica, saved.metrics
-        elsewhere = frozenset[int]() if saved.new is None else saved.new.elsewhere(write)
-        guarded = self.guard.owned(state.storage_ids)
-        if guarded is NOTHING and turn is not None:
-            # Nothing here is changed by a guarded step: those of other threads may go on.
-            turn.end()
-
-        def tell_copied(kind: str, start_s: float, offset: int, num_bytes: int) -> None:
-            self.callbacks.tell_span(kind, start_s, about.tag, about.path, offset, num_bytes)
-
-        return self.snapshotter.take(
-            state,
-            write,
-            name=about.path,
-            guarded=guarded,
-            on_copied=tell_copied if self.observes else None,
-            elsewhere=elsewhere,
-            chunks_of=None if replica is None else (replica.share.start, replica.share.copied_end),
-        )
+        kind = self.filesystem.root_types.get(self._root, "")
+        if kind in COHERENT_TYPES:
+            return coordinator.num_sharing
+        if coordinator.leads and not self._has_told_of_replicas:
+            self._has_told_of_replicas = True
+            told = "root %r: %s is not known to let several processes write one file, so rank 0 writes replicated ones"
+            report(logging.WARNING, told, self._root, kind or "a file system without a name")
+        return 1
 
     # Telling.
 

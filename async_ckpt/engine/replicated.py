@@ -8,45 +8,17 @@ what depends on all shares: the CRCs of tensors that lie in two of them, and the
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import report
 from ..format.manifest import FileEntry
 from ..format.shares import ShareSealer, Told, amended, check_agreement, cut, head_blocks
 from ..format.zip_directory import DESCRIPTOR_MAGIC
 from ..plan.plan import PlannedState
 from ..reading.committed import read_back
-from ..storage.filesystem import COHERENT_TYPES, FileSystem
-
-if TYPE_CHECKING:
-    from ..ranks.coordinator import Coordinator
-
-
-class Replication:
-    """How the ranks of one engine's job share a file. `root`: absolute, and looked at before the first file."""
-
-    def __init__(self, filesystem: FileSystem, root: str, *, reads_back: bool) -> None:
-        self._filesystem = filesystem
-        self._root = root
-        self._reads_back = reads_back
-        self._has_told = False
-
-    def _is_coherent(self, *, leads: bool) -> bool:
-        kind = self._filesystem.root_types.get(self._root, "")
-        if kind not in COHERENT_TYPES and leads and not self._has_told:
-            self._has_told = True
-            told = "root %r: %s is not known to let several processes write one file, so rank 0 writes replicated ones"
-            report(logging.WARNING, told, self._root, kind or "a file system without a name")
-        return kind in COHERENT_TYPES
-
-    def begin(self, path: str, state: PlannedState, chunk_bytes: int, coordinator: Coordinator) -> Replica:
-        """The share of this rank in a file."""
-        num_writers = coordinator.num_sharing if self._is_coherent(leads=coordinator.leads) else 1
-        return Replica(path, state, chunk_bytes, coordinator.rank, num_writers, reads_back=self._reads_back)
+from ..storage.filesystem import FileSystem
 
 
 class Replica:
