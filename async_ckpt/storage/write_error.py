@@ -32,7 +32,7 @@ def write_error(
     free = "" if free_bytes is None else f", {free_bytes} bytes are free"
     full = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
     return OutOfSpaceError(
-        f"{message}: {full}{needed}{free}",
+        f"{message}: {full}{needed}{free}: make room, or keep fewer",
         errno=error.errno,
         path=path,
         offset=offset,
