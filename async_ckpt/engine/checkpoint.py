@@ -8,13 +8,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import PathExistsError, TransactionStateError, WriteError
-from ..format.manifest import FileEntry, ManifestBudget
+from ..format.manifest import FileEntry, Manifest, ManifestBudget
 from ..metrics import CommitMetrics, SaveMetrics
 from ..plan.plan import FilePlan, PlannedState
 from ..ranks.coordinator import Coordinator
@@ -278,13 +277,13 @@ class Checkpoint:
             shared_bytes=metrics.shared_bytes,
         )
 
-    def publish(self, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int) -> None:
+    def publish(self, manifest: Manifest) -> None:
         """All that is left to do once the files are synced. Blocks on the disk."""
         staging, pipeline = self.staging, self._pipeline
         if self._directories:
             transaction.make_directories(pipeline.filesystem, staging.path, sorted(map("/".join, self._directories)))
         if pipeline.config.read_back:
-            committed.read_back(pipeline.filesystem, staging.path, entries)
+            committed.read_back(pipeline.filesystem, staging.path, manifest.files)
         started_s, files = time.perf_counter(), self.files.values()
         first_save_s = min((saved.started_s for saved in files), default=self.commit_s)
         self.metrics.guard_wait_s = sum(saved.copy.guard_wait_s for saved in files if saved.copy is not None)
@@ -294,7 +293,7 @@ class Checkpoint:
             staging.timing = {"stall_s": round(self.metrics.stall_s, 6), "durable_s": round(durable_s, 6)}
         staging.on_step = self._tell_step if pipeline.observes else None
         try:
-            self._coordinator.publish(staging, entries, metadata, created_unix_ns)
+            self._coordinator.publish(staging, manifest)
         finally:
             if pipeline.observes:
                 self._tell_step("publish", started_s)

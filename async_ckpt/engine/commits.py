@@ -18,11 +18,12 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ..errors import BackpressureTimeout, CheckpointError, ConfigError, TransactionStateError, report
-from ..format.manifest import FileEntry
+from ..format.manifest import Manifest
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
 from ..reading.catalog import Catalog
@@ -234,7 +235,8 @@ class Commits:
     ) -> None:
         try:
             entries = await checkpoint.finish_files()
-            publish = partial(self._publish, checkpoint, entries, metadata, created_unix_ns)
+            manifest = Manifest(checkpoint.tag, created_unix_ns, tuple(entries), metadata)
+            publish = partial(self._publish, checkpoint, manifest)
             await asyncio.wrap_future(self.pool.submit_io(publish))
         except BaseException as error:
             self.pipeline.reuse.forget(checkpoint.files)
@@ -243,10 +245,9 @@ class Commits:
                 await self.config.on_commit_failure.judge(pending, error, list(self._commits), checkpoint.ended_unix_s)
             raise
 
-    def _publish(
-        self, checkpoint: Checkpoint, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
-        checkpoint.publish(entries, metadata, self.house.after_older(created_unix_ns, self._first_created_ns))
+    def _publish(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        created_unix_ns = self.house.after_older(manifest.created_unix_ns, self._first_created_ns)
+        checkpoint.publish(replace(manifest, created_unix_ns=created_unix_ns))
         files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
         self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()

@@ -6,11 +6,11 @@ publishes. `LocalCoordinator` is the single process: no waiting, no store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
-from ..format.manifest import FileEntry
+from ..format.manifest import Manifest
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.staged import Destination, Staging
@@ -37,10 +37,9 @@ class Coordinator(Protocol):
         Training thread; does not block. The future raises CommitError: it has none, and the checkpoint is given up.
         """
 
-    def publish(
-        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
-        """Make the checkpoint durable and visible once every rank's part is durable. Worker thread; blocks.
+    def publish(self, staging: Staging, part: Manifest) -> None:
+        """Make the checkpoint durable and visible once every rank's part is durable; `part` is this rank's. Worker
+        thread; blocks.
 
         Raises:
             CommitError: nothing is visible (or, with `committed=None`, that is unknown); on every rank alike.
@@ -73,11 +72,9 @@ class LocalCoordinator:
     def admit(self, staging: Staging, path: str, manifest_bytes: int) -> Future[str]:
         return staging.location
 
-    def publish(
-        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
-        entries = [*files, *staging.destination.take_in(self._fs, staging.path)]
-        transaction.publish(self._fs, staging, entries, metadata, created_unix_ns)
+    def publish(self, staging: Staging, part: Manifest) -> None:
+        taken_in = staging.destination.take_in(self._fs, staging.path)
+        transaction.publish(self._fs, staging, replace(part, files=(*part.files, *taken_in)))
         staging.destination.published(self._fs)
 
     def abort(self, staging: Staging, error: BaseException) -> None:

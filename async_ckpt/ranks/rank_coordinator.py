@@ -19,13 +19,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError, CommitError, ConfigError, RankFailedError, check_positive, report
 from ..format.checksum import crc32
-from ..format.manifest import FileEntry
+from ..format.manifest import Manifest
 from ..format.names import StrPath
 from ..host.facts import Node, node_from_env
 from ..reading.catalog import Catalog
@@ -159,20 +160,18 @@ class RankCoordinator:
         self.talk.submit(ask(), after=staging.attempt).add_done_callback(answered)
         return folder
 
-    def publish(
-        self, opened: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
+    def publish(self, opened: Staging, part: Manifest) -> None:
         assert isinstance(opened, RankStaging)
         attempt = self._learn(opened, opened.attempt)
-        entries = (*files, *opened.destination.take_in(self._fs, opened.path))
-        digest = write_part(self._fs, opened, self.rank, created_unix_ns, entries)
+        part = replace(part, files=(*part.files, *opened.destination.take_in(self._fs, opened.path)))
+        digest = write_part(self._fs, opened, self.rank, part)
         said = f"{digest} {opened.destination.vote}".rstrip()
         self._learn(opened, rank_protocol.report(self.info, attempt, said), reported=True)
         if self.rank == 0:
-            self._publish_as_first(opened, attempt, metadata, created_unix_ns)
+            self._publish_as_first(opened, attempt, part)
             return
         if self.leads:
-            self._publish_own_node(opened, attempt, metadata)
+            self._publish_own_node(opened, attempt, part)
         opened.outcome = self._learn(opened, rank_protocol.await_result(self.info, attempt), reported=True)
         self.talk.later(rank_protocol.settle(self.info, attempt))
 
@@ -254,16 +253,14 @@ class RankCoordinator:
         except (AttemptFailed, LinkLostError) as failure:
             raise opened.ended_by(failure, self.rank, reported=reported) from failure
 
-    def _publish_as_first(
-        self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
+    def _publish_as_first(self, opened: RankStaging, attempt: int, part: Manifest) -> None:
         info = self.info
         digests = self._learn(opened, rank_protocol.gather(info, attempt))
         opened.destination.check_votes([said.partition(" ")[2] for said in digests])
-        entries = merge_parts(self._fs, opened, info.group, digests)
-        self._learn(opened, rank_protocol.decide(info, attempt, created_unix_ns))
+        files = merge_parts(self._fs, opened, info.group, digests)
+        self._learn(opened, rank_protocol.decide(info, attempt, part.created_unix_ns))
         try:
-            self._rename(opened, entries, metadata, created_unix_ns)
+            self._rename(opened, replace(part, files=files))
         except BaseException as error:
             committed = error.committed if isinstance(error, CommitError) else False
             self._tell_outcome(opened, attempt, CommitOutcome(False, 0, cause_of(error), 0, committed))
@@ -288,22 +285,20 @@ class RankCoordinator:
             told = "the other ranks could not be told what became of checkpoint %r: %s"
             report(logging.ERROR, told, opened.tag, lost)
 
-    def _publish_own_node(self, opened: RankStaging, attempt: int, metadata: Mapping[str, Any]) -> None:
+    def _publish_own_node(self, opened: RankStaging, attempt: int, part: Manifest) -> None:
         info = self.info
         decided = self._learn(opened, rank_protocol.await_decision(info, attempt), reported=True)
         error = ""
         try:
             digests = self._learn(opened, rank_protocol.parts(info, attempt))
-            entries = merge_parts(self._fs, opened, info.group, digests)
-            self._rename(opened, entries, metadata, decided.created_unix_ns)
+            files = merge_parts(self._fs, opened, info.group, digests)
+            self._rename(opened, replace(part, files=files, created_unix_ns=decided.created_unix_ns))
         except (CheckpointError, OSError) as failure:
             error = cause_of(failure)
         self._learn(opened, rank_protocol.renamed(info, attempt, error), reported=True)
 
-    def _rename(
-        self, opened: RankStaging, entries: list[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
-        transaction.publish(self._fs, opened, entries, metadata, created_unix_ns, marks=self.info.marks)
+    def _rename(self, opened: RankStaging, manifest: Manifest) -> None:
+        transaction.publish(self._fs, opened, replace(manifest, writer=self.info.marks))
         opened.destination.published(self._fs)
 
     # Leaving.

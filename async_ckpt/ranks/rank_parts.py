@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CommitError, RankFailedError, some_of
@@ -17,18 +18,20 @@ _SHARED = "shared"
 """In the metadata of a part: what its rank tells of shared files, by path."""
 
 
-def write_part(fs: FileSystem, staging: Staging, rank: int, created_unix_ns: int, files: Sequence[FileEntry]) -> str:
+def write_part(fs: FileSystem, staging: Staging, rank: int, part: Manifest) -> str:
     """Leave this rank's file entries, and what it tells of shared files, durable, for the leader; returns their
     digest.
     """
     shared = {path: file.tell() for path, file in staging.shared.items()}
-    raw = manifest.encode(Manifest(staging.tag, created_unix_ns, tuple(files), {_SHARED: shared} if shared else {}))
+    raw = manifest.encode(replace(part, metadata={_SHARED: shared} if shared else {}))
     create_file(fs, staging, _part_name(rank), raw)
     fs.fsync_dir(staging.path)
     return _digest(raw)
 
 
-def merge_parts(fs: FileSystem, staging: Staging, ranks: Sequence[int], digests: Sequence[str]) -> list[FileEntry]:
+def merge_parts(
+    fs: FileSystem, staging: Staging, ranks: Sequence[int], digests: Sequence[str]
+) -> tuple[FileEntry, ...]:
     """All ranks' entries, and those of shared files, which are made whole; the ranks' part files are removed. A rank's
     vote may follow its digest. Raises CommitError: a part is not what its rank reported, or two ranks saved one path.
     RankFailedError: the ranks do not agree on a shared file.
@@ -56,7 +59,7 @@ def merge_parts(fs: FileSystem, staging: Staging, ranks: Sequence[int], digests:
         if missing:
             told = some_of(list(map(str, missing)), 8)
             raise RankFailedError(f"{name!r} was saved with replicated=True, but not by rank {told}", rank=missing[0])
-    return [*entries.values(), *(file.finish(fs, location, shared[name]) for name, file in staging.shared.items())]
+    return *entries.values(), *(file.finish(fs, location, shared[name]) for name, file in staging.shared.items())
 
 
 def _part_name(rank: int) -> str:

@@ -22,8 +22,9 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TypeVar
 
 from ..errors import (
     CheckpointNotFoundError,
@@ -34,7 +35,7 @@ from ..errors import (
     UnsafePathError,
     report,
 )
-from ..format.manifest import FileEntry, Manifest, encode
+from ..format.manifest import Manifest, encode
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
 from . import additions
@@ -127,19 +128,12 @@ def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) 
             raise write_error(fs, error, message, path) from error
 
 
-def publish(
-    fs: FileSystem,
-    staging: Staging,
-    files: Sequence[FileEntry],
-    metadata: Mapping[str, Any],
-    created_unix_ns: int,
-    marks: Mapping[str, str] | None = None,
-) -> Manifest:
+def publish(fs: FileSystem, staging: Staging, manifest: Manifest) -> Manifest:
     """Make the staged files durable, then visible under the tag, in the order given in the module docstring.
 
     Every file must be complete and synced. When this returns, the checkpoint survives power loss. With "replace"
     the old checkpoint is deleted after that; if the deletion fails, it is left for later sweeps.
-    `marks` are added to the manifest's "writer".
+    The manifest is returned as it is written, with what is known of its writer and timing.
 
     Raises:
         TagExistsError: the tag was committed in the meantime; it was left as it is.
@@ -150,8 +144,7 @@ def publish(
         if staging.state not in (State.OPEN, State.SEALED):
             raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
         staging.state = State.SEALED
-        writer = {**written_by(), **(marks or {})}
-        manifest = Manifest(staging.tag, created_unix_ns, tuple(files), metadata, writer, timing=staging.timing)
+        manifest = replace(manifest, writer={**written_by(), **manifest.writer}, timing=staging.timing)
         raw = encode(manifest)
         with _step("manifest", staging):
             create_file(fs, staging, MANIFEST_NAME, raw)

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import Catalog, CheckpointError, CommitError, KeepLast, TagExistsError, load
+from async_ckpt.format.manifest import Manifest
 from async_ckpt.format.names import MANIFEST_NAME, private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.errors import ReadError
@@ -133,7 +134,7 @@ def test_a_failed_replacement_in_a_lower_layer_loses_nothing(lower: Path, tmp_pa
         staging = begin(fs, root, "b", "replace")
         fs.fail_when(lambda op: op.name == call and op.path.startswith(str(root / "b")), errno.EIO)
         with pytest.raises(CommitError) as caught:
-            transaction.publish(fs, staging, [], {}, 10)
+            transaction.publish(fs, staging, Manifest(staging.tag, 10, ()))
         fs.heal()
         transaction.abort(fs, staging)
         if contents(root).get("b") is None:

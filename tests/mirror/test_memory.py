@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import FileEntry
+from async_ckpt.format.manifest import FileEntry, Manifest
 from async_ckpt.metrics import MirrorMetrics
 from async_ckpt.mirror.config import Mirror
 from async_ckpt.mirror.context import MirrorContext
@@ -41,9 +41,8 @@ def sparse_checkpoint(root: Path, size_bytes: int, extent_bytes: int = 64 * _MIB
     zeros = memoryview(bytearray(extent_bytes))
     whole, rest = divmod(size_bytes, extent_bytes)
     crcs = (crc32(zeros),) * whole + ((crc32(zeros[:rest]),) if rest else ())
-    transaction.publish(
-        filesystem, staging, [FileEntry("model.bin", size_bytes, extent_bytes, crcs, "opaque", "test", None)], {}, 1
-    )
+    entry = FileEntry("model.bin", size_bytes, extent_bytes, crcs, "opaque", "test", None)
+    transaction.publish(filesystem, staging, Manifest("huge", 1, (entry,)))
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,7 @@ from async_ckpt.errors import (
     UnsupportedStateError,
     WriteError,
 )
+from async_ckpt.format.manifest import Manifest
 from async_ckpt.format.names import PrivateName, parse_private_name, private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.reading.catalog import Catalog
@@ -33,7 +34,7 @@ from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.staged import State
 from tests.support.faulty_filesystem import FaultyFileSystem
 
-from ..support.making import NEW, OLD, begin, commit, content, entry, private_names, publish, stage
+from ..support.making import NEW, OLD, begin, commit, content, private_names, publish, stage
 
 FS = FileSystem()
 OTHERS = dataclasses.replace(current_owner(), pid_namespace=1)
@@ -413,7 +414,7 @@ def test_states_are_enforced(tmp_path: Path) -> None:
 def test_bad_metadata_is_refused_by_name(tmp_path: Path) -> None:
     staging = stage(FS, tmp_path, "t", OLD)
     with pytest.raises(UnsupportedStateError, match=r"metadata\['a'\]\[1\]"):
-        transaction.publish(FS, staging, [entry(p, d) for p, d in OLD.items()], {"a": [1, object()]}, 1)
+        transaction.publish(FS, staging, Manifest("t", 1, (), {"a": [1, object()]}))  # type: ignore[list-item]
     transaction.abort(FS, staging)
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import FileEntry
+from async_ckpt.format.manifest import FileEntry, Manifest
 from async_ckpt.reading.catalog import Catalog
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
@@ -41,7 +41,8 @@ def stage(fs: FileSystem, root: Path, tag: str, files: dict[str, bytes], overwri
 
 
 def publish(fs: FileSystem, staging: Staging, files: dict[str, bytes], created: int = 1) -> None:
-    transaction.publish(fs, staging, [entry(path, data) for path, data in files.items()], {"step": created}, created)
+    entries = tuple(entry(path, data) for path, data in files.items())
+    transaction.publish(fs, staging, Manifest(staging.tag, created, entries, {"step": created}))
 
 
 def commit(

@@ -33,7 +33,7 @@ from ...engine.config import EngineConfig
 from ...engine.pipeline import SavePipeline
 from ...errors import CheckpointError, CheckpointNotFoundError, ConfigError, TransactionStateError, UnsafePathError
 from ...format.checksum import crc32
-from ...format.manifest import FileEntry, ManifestBudget
+from ...format.manifest import FileEntry, Manifest, ManifestBudget
 from ...format.metadata import check_metadata
 from ...format.names import DCP_METADATA_NAME, check_tag, is_url, parse_private_name
 from ...plan.plan import PlannedState
@@ -231,7 +231,7 @@ class DcpWriter(StorageWriter):
         fs.create_file(os.path.join(staging.path, DCP_METADATA_NAME), raw)
         entries = [entry for per_rank in results for result in per_rank if (entry := result.storage_data[1])]
         entries.append(FileEntry(DCP_METADATA_NAME, len(raw), len(raw), (crc32(raw),), "opaque", "dcp", None))
-        transaction.publish(fs, staging, entries, self._user_metadata, time.time_ns())
+        transaction.publish(fs, staging, Manifest(self._tag, time.time_ns(), tuple(entries), self._user_metadata))
         self._unstage.detach()
         self._staging = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import distributed
 
 from ...errors import ConfigError
 from ...format.checksum import crc32
-from ...format.manifest import FileEntry
+from ...format.manifest import Manifest
 from ...host.facts import Node, node_from_env
 from ...ranks.coordinator import Coordinator, LocalCoordinator
 from ...ranks.rank_coordinator import RankCoordinator
@@ -65,11 +64,9 @@ class DeepSpeedCoordinator:
         assert isinstance(staging.destination, DeepSpeedDestination)
         return self._of(staging.destination.ranks).admit(staging, path, manifest_bytes)
 
-    def publish(
-        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
+    def publish(self, staging: Staging, part: Manifest) -> None:
         assert isinstance(staging.destination, DeepSpeedDestination)
-        self._of(staging.destination.ranks).publish(staging, files, metadata, created_unix_ns)
+        self._of(staging.destination.ranks).publish(staging, part)
 
     def abort(self, staging: Staging, error: BaseException) -> None:
         assert isinstance(staging.destination, DeepSpeedDestination)

@@ -20,11 +20,11 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, report
-from ...format.manifest import FileEntry
+from ...format.manifest import Manifest
 from ...format.names import SINGLE_FILES_NAME, single_file_tag
 from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...ranks.coordinator import LocalCoordinator
@@ -106,14 +106,12 @@ class FileCoordinator(LocalCoordinator):
         self.prepare(destination)
         return super().begin(destination, overwrite)
 
-    def publish(
-        self, staging: Staging, files: Sequence[FileEntry], metadata: Mapping[str, Any], created_unix_ns: int
-    ) -> None:
+    def publish(self, staging: Staging, part: Manifest) -> None:
         place = staging.destination
         assert isinstance(place, CheckpointFile)
         marks = {CONTENT_ID: _content_id(self._fs, staging.path)}
         with self.lock:
-            super().publish(staging, files, {**metadata, **marks}, created_unix_ns)
+            super().publish(staging, replace(part, metadata={**part.metadata, **marks}))
             _move_into_place(self._fs, place)
 
     def sweep(self) -> None:

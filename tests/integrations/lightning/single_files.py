@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.manifest import FileEntry
+from async_ckpt.format.manifest import FileEntry, Manifest
 from async_ckpt.integrations.lightning.single_file import DATA_NAME, CheckpointFile, FileCoordinator
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.comparing import torch_bytes
@@ -22,7 +22,7 @@ def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
     entry = FileEntry(DATA_NAME, len(data), len(data), (crc32(data),), "torch", "torch", None)
     try:
         fs.create_file(f"{opened.location.result()}/{DATA_NAME}", data)
-        coordinator.publish(opened, [entry], {"file": place.name}, step)
+        coordinator.publish(opened, Manifest(opened.tag, step, (entry,), {"file": place.name}))
     except Exception as error:
         coordinator.abort(opened, error)
         raise
