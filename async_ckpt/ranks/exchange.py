@@ -42,8 +42,8 @@ class Exchange:
     """Questions that all ranks ask in the same order, in one round or several. One thread at a time; blocks for the
     slowest rank."""
 
-    def __init__(self, talk: StoreLink, name: str, timeout_s: float) -> None:
-        self._talk = talk
+    def __init__(self, link: StoreLink, name: str, timeout_s: float) -> None:
+        self._link = link
         self._name = name
         self._timeout_s = timeout_s
         self._num_questions = self._num_rounds = 0
@@ -60,13 +60,13 @@ class Exchange:
             RankFailedError: a rank did not come in time, or the store is lost; or what rank 0's `answer_of` raises.
         """
         self._num_rounds += 1
-        said = self._talk.ask(self._round(mine, answer_of))
+        said = self._link.ask(self._round(mine, answer_of))
         if "error" in said:
             raise RankFailedError(said["error"], rank=said["rank"], step=self._name)
         return said["answer"]
 
     def _round(self, mine: Any, answer_of: Callable[[list[Any]], Any]) -> Step:
-        info, key = self._talk.info, f"{self._name}/{self._num_questions}/{self._num_rounds}"
+        info, key = self._link.info, f"{self._name}/{self._num_questions}/{self._num_rounds}"
         if info.rank != 0:
             yield Put(f"{key}/{info.rank}", json.dumps(mine))
             # A round lasts as long as the slowest rank, which rank 0 gives `timeout_s`.

@@ -27,7 +27,7 @@ from async_ckpt import (
 from async_ckpt.format import manifest
 from async_ckpt.host.facts import node_from_env
 from async_ckpt.ranks.joining import Announcements
-from async_ckpt.ranks.protocol import announce
+from async_ckpt.ranks.protocol import announce, retire
 from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
 from async_ckpt.ranks.rank_requests import RankInfo
 from async_ckpt.ranks.store_link import LinkLostError, StoreLink, default_run_id
@@ -366,6 +366,18 @@ def test_closing_ends_every_wait(tmp_path: Path) -> None:
     link.close()
     assert isinstance(waiting.exception(20), LinkLostError)
     assert isinstance(link.submit(Announcements(link.info).join("never")).exception(20), LinkLostError)
+
+
+def test_what_no_rank_will_read_is_dropped_when_the_link_closes() -> None:
+    store = dist.HashStore()
+    link = StoreLink(lambda: store, "p/", RankInfo(0, 2, 600.0))
+    attempt = link.submit(announce(link.info, "t", "name")).result(20)
+    link.later(retire(link.info, attempt))
+    started = time.monotonic()
+    link.close(0.1)
+    assert time.monotonic() - started < 20
+    # Two counters for the run.
+    assert store.num_keys() == 2
 
 
 def test_a_store_that_breaks_is_an_error_on_the_rank_that_sees_it(tmp_path: Path) -> None:
