@@ -12,10 +12,9 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError
 from dataclasses import replace
 
-from ..errors import CheckpointError, MirrorError, TransactionStateError, report
+from ..errors import MirrorError, TransactionStateError, report
 from ..metrics import MirrorMetrics
 from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, lower_priority
@@ -104,13 +103,9 @@ class Mirrors:
         deadline = time.monotonic() + _CHECK_S
         for worker in self._workers:
             mirror = worker.context.mirror
-            problem: CheckpointError | None = None
-            try:
-                worker.ready.result(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                problem = MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=mirror.url)
-            except CheckpointError as error:
-                problem = error
+            is_tried = worker.ready.wait(deadline - time.monotonic())
+            late = MirrorError(f"the store has not answered within {_CHECK_S:g} s", url=mirror.url)
+            problem = worker.ready.failure() if is_tried else late
             if problem is not None and mirror.on_failure == "raise":
                 raise problem
             if problem is not None:

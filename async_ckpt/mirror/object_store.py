@@ -6,6 +6,7 @@ every part, which the library computes anyway to sign it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -87,79 +88,58 @@ class ObjectStore:
         is_large = size_bytes > part_bytes
         how = {"chunk_size": part_bytes, "max_concurrency": parallel} if is_large else {"use_multipart": False}
         try:
-            self._obstore.put(self._store, key, parts if is_large else next(parts), **how)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            if is_large and self._is_missing(error):
-                told = f"the upload of {key!r} was aborted by another process"
-                raise AbortedElsewhere(told, url=self.url) from error
-            raise self._translated(error, f"writing {key!r}") from error
+            with self._telling(f"writing {key!r}", may_lack=is_large):
+                self._obstore.put(self._store, key, parts if is_large else next(parts), **how)
+        except FileNotFoundError as error:
+            raise AbortedElsewhere(f"the upload of {key!r} was aborted by another process", url=self.url) from error
 
     def put_if(self, key: str, data: bytes, replaced: ObjectInfo | None) -> None:
         mode: object = "create" if replaced is None else "overwrite"
         if replaced is not None and replaced is not ANY_VERSION:
             # GCS wants the version, S3 and Azure the tag; the library takes no None.
             mode = {"e_tag": replaced.e_tag} | ({"version": replaced.version} if replaced.version is not None else {})
-        try:
-            self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
-        except Exception as error:
-            if isinstance(error, self._unmet):
+        with self._telling(f"writing {key!r}"):
+            try:
+                self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            except self._unmet as error:
                 raise ConditionFailed(f"writing {key!r}: the condition does not hold", url=self.url) from error
-            raise self._translated(error, f"writing {key!r}") from error
 
     def read(self, key: str, max_bytes: int) -> tuple[ObjectInfo, bytes] | None:
-        try:
+        with contextlib.suppress(FileNotFoundError), self._telling(f"reading {key!r}", may_lack=True):
             found = self._obstore.get(self._store, key)
             info = _info(found.meta)
             return info, bytes(found.bytes()) if info.size_bytes <= max_bytes else b""
-        except Exception as error:
-            if self._is_missing(error):
-                return None
-            raise self._translated(error, f"reading {key!r}") from error
+        return None
 
     def get_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
         if not num_bytes:
             return memoryview(b"")
-        try:
-            return memoryview(self._obstore.get_range(self._store, key, start=offset, length=num_bytes))
-        except Exception as error:
-            # It ends before the first byte asked for.
-            if "status code: 416" in str(error):
-                return memoryview(b"")
-            # Some servers (rclone) say 200 where they mean 206, which the library refuses to trust.
-            if "non-partial response" in str(error):
-                return self._read_from_the_start(key, offset, num_bytes)
-            if self._is_missing(error):
-                raise FileNotFoundError(f"{self.url} has no object {key!r}") from error
-            raise self._translated(error, f"reading {key!r}") from error
-
-    def _read_from_the_start(self, key: str, offset: int, num_bytes: int) -> memoryview:
-        data, at = bytearray(), 0
-        try:
+        with self._telling(f"reading {key!r}", may_lack=True):
+            try:
+                return memoryview(self._obstore.get_range(self._store, key, start=offset, length=num_bytes))
+            except Exception as error:
+                # It ends before the first byte asked for.
+                if "status code: 416" in str(error):
+                    return memoryview(b"")
+                # Some servers (rclone) say 200 where they mean 206, which the library refuses to trust.
+                if "non-partial response" not in str(error):
+                    raise
+            data, at = bytearray(), 0
             for chunk in self._obstore.get(self._store, key).stream(min_chunk_size=1 << 20):
                 data += memoryview(chunk)[max(0, offset - at) : max(0, offset + num_bytes - at)]
                 at += len(chunk)
                 if at >= offset + num_bytes:
                     break
-        except Exception as error:
-            raise self._translated(error, f"reading {key!r}") from error
-        return memoryview(data)
+            return memoryview(data)
 
     def head(self, key: str) -> ObjectInfo | None:
-        try:
-            found = self._obstore.head(self._store, key)
-        except Exception as error:
-            if self._is_missing(error):
-                return None
-            raise self._translated(error, f"looking at {key!r}") from error
-        return _info(found)
+        with contextlib.suppress(FileNotFoundError), self._telling(f"looking at {key!r}", may_lack=True):
+            return _info(self._obstore.head(self._store, key))
+        return None
 
     def list(self, folder: str) -> tuple[Sequence[str], Sequence[str]]:
-        try:
+        with self._telling(f"listing {folder!r}"):
             found = self._obstore.list_with_delimiter(self._store, folder or None)
-        except Exception as error:
-            raise self._translated(error, f"listing {folder!r}") from error
         # Some servers show the folder itself as an object in it.
         paths = [str(meta["path"]).rstrip("/") for meta in found["objects"]]
         objects = [path.rpartition("/")[2] for path in paths if path != folder]
@@ -174,11 +154,8 @@ class ObjectStore:
                 self._delete(key)
 
     def _delete(self, key: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError), self._telling(f"deleting {key!r}", may_lack=True):
             self._obstore.delete(self._store, key)
-        except Exception as error:
-            if not self._is_missing(error):
-                raise self._translated(error, f"deleting {key!r}") from error
 
     def discard_parts(self, key: str) -> None:
         if self._s3 is not None:
@@ -187,9 +164,18 @@ class ObjectStore:
     def refuses_damage(self, key: str) -> bool:
         return self._s3 is not None and self._s3.refuses_damage(key)
 
-    def _is_missing(self, error: Exception) -> bool:
-        """Whether it is the object that is not there, and not its bucket."""
-        return isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error)
+    @contextlib.contextmanager
+    def _telling(self, what: str, *, may_lack: bool = False) -> Iterator[None]:
+        """Raise what the library raises as the mirror's errors; with `may_lack` FileNotFoundError, where it is the
+        object that is not there, and not its bucket."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if may_lack and isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error):
+                raise FileNotFoundError(f"{what} failed, {self.url} has no such object") from error
+            raise self._translated(error, what) from error
 
     def _translated(self, error: Exception, what: str) -> MirrorError:
         text = str(error)

@@ -64,8 +64,16 @@ class States:
         self._url = url
         self._suffix = f".{rank}.json"
         self._lock = Lock()
+        self._states: dict[str, TagState] = {}
         try:
-            self._states = self._load()
+            for name in filesystem.listdir(self._folder) if filesystem.stat(self._folder).kind == "dir" else ():
+                if name.startswith(_TEMPORARY):
+                    owner = Owner.parse(name[len(_TEMPORARY) :].rpartition(".")[0])
+                    if owner is not None and filesystem.owner_state(owner) in (OwnerState.DEAD, OwnerState.REBOOTED):
+                        with contextlib.suppress(FileNotFoundError):
+                            filesystem.unlink(os.path.join(self._folder, name))
+                elif name.endswith(self._suffix):
+                    self.reload(name.removesuffix(self._suffix))
         except OSError as error:
             raise write_error(filesystem, error, "the states of a mirror cannot be read", self._folder) from error
 
@@ -122,37 +130,16 @@ class States:
 
     def reload(self, tag: str) -> None:
         """Take over what another process of this rank has noted about a tag. Raises OSError."""
-        path = os.path.join(self._folder, tag + self._suffix)
         state: TagState | None = None
-        with contextlib.suppress(FileNotFoundError):
-            state = self._read_or_warn(path)
-        with self._lock:
-            self._states.pop(tag, None)
-            if state is not None:
-                self._states[tag] = state
-
-    def _read_or_warn(self, path: str) -> TagState | None:
         try:
-            return _read(self._fs, path, self._suffix)
+            state = _read(self._fs, os.path.join(self._folder, tag + self._suffix), self._suffix)
+        except FileNotFoundError:
+            pass
         except CorruptCheckpointError as error:
             report(logging.WARNING, "%s, and is left out: the store is asked instead", error)
-            return None
-
-    def _load(self) -> dict[str, TagState]:
-        states: dict[str, TagState] = {}
-        for name in self._fs.listdir(self._folder) if self._fs.stat(self._folder).kind == "dir" else ():
-            path = os.path.join(self._folder, name)
-            if name.startswith(_TEMPORARY):
-                owner = Owner.parse(name[len(_TEMPORARY) :].rpartition(".")[0])
-                if owner is not None and self._fs.owner_state(owner) in (OwnerState.DEAD, OwnerState.REBOOTED):
-                    with contextlib.suppress(FileNotFoundError):
-                        self._fs.unlink(path)
-            elif name.endswith(self._suffix):
-                # Another process may forget it meanwhile.
-                with contextlib.suppress(FileNotFoundError):
-                    state = self._read_or_warn(path)
-                    states |= {state.tag: state} if state is not None else {}
-        return states
+        with self._lock:
+            self._states.pop(tag, None)
+            self._states.update({tag: state} if state is not None else {})
 
 
 def _read(filesystem: FileSystem, path: str, suffix: str) -> TagState:

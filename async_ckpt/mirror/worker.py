@@ -84,7 +84,10 @@ class Worker:
             try:
                 self._connect()
             except Exception as failure:  # noqa: BLE001 -- whatever it is, training goes on
-                error = failure if isinstance(failure, CheckpointError) else self._surprise(failure)
+                error = failure
+                if not isinstance(failure, CheckpointError):
+                    error = MirrorError(f"it cannot be tried: {type(failure).__name__}: {failure}", url=self._url)
+                    error.__cause__ = failure
                 self.ready.resolve(None, error)
                 if isinstance(error, PassingFailure) and time.monotonic() < give_up_s and not self._is_finishing:
                     context.sleep(pause_s)
@@ -95,12 +98,7 @@ class Worker:
         self.ready.resolve(None, None)
         return True
 
-    def _surprise(self, failure: Exception) -> MirrorError:
-        error = MirrorError(f"it cannot be tried: {type(failure).__name__}: {failure}", url=self._url)
-        error.__cause__ = failure
-        return error
-
-    def _fail_all(self, error: CheckpointError) -> None:
+    def _fail_all(self, error: Exception) -> None:
         while (taken := self._take()) is not None:
             for pending in taken[1]:
                 self._tell(pending.metrics_of(self._url), error)
