@@ -75,8 +75,7 @@ def beside_captures(device: torch.device) -> Iterator[None]:
     """What this thread asks of `device` in the block spoils no graph that another thread captures meanwhile.
 
     By default (CUDA's global mode) a capture forbids every thread to pin or allocate memory and to wait for events,
-    and breaks where one does. What is done here concerns no captured work.
-    """
+    and breaks where one does. What is done here concerns no captured work."""
     driver = drivers.get(device.type)
     if driver is None:
         yield
@@ -91,8 +90,7 @@ def beside_captures(device: torch.device) -> Iterator[None]:
 
 def is_copyable(device: torch.device) -> bool:
     """Whether bytes on `device` can be copied to the host: those of the CPU and of the one kind of accelerator that a
-    process has.
-    """
+    process has."""
     own = torch.accelerator.current_accelerator()
     return device.type == "cpu" or (own is not None and device.type == own.type)
 
@@ -146,8 +144,7 @@ def synchronize_device(device: torch.device) -> None:
 
 def keep_for(tensor: torch.Tensor, stream: torch.Stream) -> None:
     """Keep the memory of `tensor` from being given to others, should its owner free it, until `stream` has done what it
-    has now.
-    """
+    has now."""
     with contextlib.suppress(NotImplementedError):  # A device whose memory is never given to others early.
         tensor.record_stream(stream)
 
@@ -208,8 +205,7 @@ def is_stream_capturing(stream: torch.Stream) -> bool:
 
 def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
     """Raise TransactionStateError while the caller captures a graph on one of `devices`: what it queues would not run
-    now.
-    """
+    now."""
     for device in devices:
         if is_capturing(device):
             raise TransactionStateError(

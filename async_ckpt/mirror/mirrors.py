@@ -148,8 +148,7 @@ class Mirrors:
         """Wait for what this run has committed, at most `timeout_s`; then stop. Warns of what is left, and where it
         goes on.
 
-        Goes on where an interrupt has cut it short, and does nothing once it is done.
-        """
+        Goes on where an interrupt has cut it short, and does nothing once it is done."""
         if self._has_ended:
             return
         deadline = time.monotonic() + timeout_s

@@ -59,8 +59,7 @@ class PartStream(Iterator[memoryview]):
 
     Raises (from the iteration; also kept in `failure`, because libraries wrap what their source raises):
         Stopped: no part is wanted any more. CorruptCheckpointError: the file on disk is not what was committed.
-        OSError: it cannot be read.
-    """
+        OSError: it cannot be read."""
 
     def __init__(
         self, context: MirrorContext, file: ReadableFile, plan: ObjectPlan, slots: Slots, metrics: MirrorMetrics

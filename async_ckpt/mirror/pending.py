@@ -16,8 +16,7 @@ class PendingMirror(Pending):
     """A committed checkpoint on its way to its mirrors. See `Pending`.
 
     Resolves to the tag when every mirror has it, or to the first failure once all have ended; the checkpoint on disk
-    is whole.
-    """
+    is whole."""
 
     def __init__(
         self, tag: str, urls: tuple[str, ...], run_callback: Callable[[Callable[[], object]], object] = run_guarded

@@ -137,8 +137,7 @@ class DaemonExecutor(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more work; what is queued still runs, or fails at once with `cancel_futures`. `wait` joins the
-        threads.
-        """
+        threads."""
         check_process(self._pid, f"executor {self._name!r}")
         self._refuse(TransactionStateError(f"executor {self._name!r} was shut down"), drop=cancel_futures)
         if wait:
@@ -190,8 +189,7 @@ class DaemonExecutor(Executor):
 
 def run_on_threads(name: str, num_threads: int, work: Callable[[], object], *, stop: Callable[[], object]) -> None:
     """Run `work` on each of so many threads of their own. Blocks until all have ended, which `stop` makes them do soon
-    when one has failed or this thread is interrupted; the first failure, or the last interrupt, is raised.
-    """
+    when one has failed or this thread is interrupted; the first failure, or the last interrupt, is raised."""
     pool = DaemonExecutor(name, num_threads)
     interrupted = None
     try:

@@ -79,8 +79,7 @@ def uninterrupted(wait: Callable[[], object]) -> None:
 
     For what must have ended before memory or descriptors are given up. `wait` may begin anew; what it raises every time
     is raised. An interrupt at the call of this very function is not seen: where that would do harm, the caller has the
-    loop.
-    """
+    loop."""
     interrupted: BaseException | None = None
     for _ in TRIES:
         try:

@@ -28,8 +28,7 @@ Held = TypeVar("Held", bound="Pending")
 class Outcome(Generic[T]):
     """Resolves once, to a result or an error (later ones are ignored); cannot be cancelled.
 
-    Any thread and any event loop; refused in a forked child (`TransactionStateError`), where nobody resolves it.
-    """
+    Any thread and any event loop; refused in a forked child (`TransactionStateError`), where nobody resolves it."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -70,16 +69,15 @@ class Outcome(Generic[T]):
         """Block until it has ended; its failure, or None.
 
         Raises:
-            TimeoutError: it did not end within `timeout` seconds, and goes on. Of a commit or an upload a
-                BackpressureTimeout, which says what it waits for.
+            BackpressureTimeout: it did not end within `timeout` seconds, and goes on; says what it waits for.
         """
         if not self.wait(timeout):
-            raise self._timeout_error(f"did not end within {timeout:g} s and goes on")
+            raise BackpressureTimeout(self._still_waits(f"did not end within {timeout:g} s and goes on"))
         self.acknowledged = True
         return self._ends[0][1]
 
     def result(self, timeout: float | None = None) -> T:
-        """Block until it has resolved; its result. Raises its error, and TimeoutError as `exception`."""
+        """Block until it has resolved; its result. Raises its error, and BackpressureTimeout."""
         error = self.exception(timeout)
         if error is not None:
             raise error
@@ -111,8 +109,7 @@ class Outcome(Generic[T]):
 
     def when_done(self: Self, callback: Callable[[Self], object]) -> None:
         """Call `callback(self)` once it has resolved, on the thread that resolves it, or else here and now. It must
-        not raise or block.
-        """
+        not raise or block."""
         check_process(self._pid, self)
         self._callbacks.append(callback)
         if self._ends:
@@ -132,8 +129,9 @@ class Outcome(Generic[T]):
                 return
             callback(self)
 
-    def _timeout_error(self, what: str) -> TimeoutError:
-        return TimeoutError(what)
+    def _still_waits(self, what: str) -> str:
+        """The message of a timeout, which says `what`; and what it waits for."""
+        return f"{self!r} {what}"
 
     def __repr__(self) -> str:
         return "this write"
@@ -198,8 +196,7 @@ class Pending(Outcome[str]):
     def add_done_callback(self: Held, callback: Callable[[Held], object]) -> None:
         """Call `callback(self)` once it ended, on the engine's thread for callbacks and observers, one after the other.
 
-        No checkpoint waits for it: it may block, and call the engine. What it raises is logged and harms nothing.
-        """
+        No checkpoint waits for it: it may block, and call the engine. What it raises is logged and harms nothing."""
         self.when_done(lambda _: self._run_callback(lambda: callback(self)))
 
     def __repr__(self) -> str:
@@ -208,10 +205,3 @@ class Pending(Outcome[str]):
         else:
             state = "pending" if not self.done() else ("done" if self.failure() is None else "failed")
         return f"<{type(self).__name__} {self.tag!r} {state}>"
-
-    def _still_waits(self, what: str) -> str:
-        """The message of a timeout, which says `what`; and what it waits for."""
-        return f"{self!r} {what}"
-
-    def _timeout_error(self, what: str) -> TimeoutError:
-        return BackpressureTimeout(self._still_waits(what))
