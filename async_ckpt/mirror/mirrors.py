@@ -19,10 +19,11 @@ from ..metrics import MirrorMetrics
 from ..storage.filesystem import FileSystem
 from ..threads.executor import DaemonExecutor, lower_priority
 from ..threads.locks import Lock
-from ..threads.outcome import Outcome, wait_all
+from ..threads.outcome import wait_all
 from .config import Mirror
 from .context import Agreement, Alone, MirrorContext, MirrorHooks
 from .pending import PendingMirror
+from .process import Uploader
 from .worker import Worker
 
 _STOP_S = 1.0
@@ -80,11 +81,10 @@ class Mirrors:
             )
             for mirror in self.mirrors
         ]
-        self._runs: list[Outcome[None]] = [Outcome() for _ in self._workers]
         self._executor = DaemonExecutor("async-ckpt-mirror", len(self.mirrors), on_start=lower_priority)
         try:
-            for worker, run in zip(self._workers, self._runs, strict=True):
-                self._executor.submit(self._run, worker, run)
+            for worker in self._workers:
+                self._executor.submit(self._run, worker)
         except BaseException:
             for worker in self._workers:
                 worker.uploader.stop()
@@ -156,17 +156,14 @@ class Mirrors:
         with self._lock:
             pending = list(self._pending)
         left = [one.tag for one in pending if not one.wait(deadline - time.monotonic())]
-        runs = zip(self._workers, self._runs, strict=True)
-        busy = [run for worker, run in runs if not left and worker.finish()]
+        busy = [worker.ended for worker in self._workers if not left and worker.finish()]
         wait_all(busy, max(_STOP_S, deadline - time.monotonic()))
-        for worker in self._workers:
-            worker.uploader.stop()
-        wait_all(self._runs, _STOP_S)
         # Whoever is inside of a request of this process goes on without us, to its end at most, and changes no state
         # any more.
-        for worker in self._workers:
-            worker.uploader.kill()
-        wait_all(self._runs, _STOP_S)
+        for end in (Uploader.stop, Uploader.kill):
+            for worker in self._workers:
+                end(worker.uploader)
+            wait_all((worker.ended for worker in self._workers), _STOP_S)
         self._executor.shutdown(wait=False)
         for one in pending:
             told = f"the engine was closed before {one.tag!r} was mirrored; it goes on at the next start"
@@ -197,20 +194,17 @@ class Mirrors:
                 self._failures[key] = pending, error
         self._hooks.on_ended(metrics, error)
 
-    def _run(self, worker: Worker, ended: Outcome[None]) -> None:
+    def _run(self, worker: Worker) -> None:
         try:
             worker.run()
         except BaseException as error:
             if not self._is_closed:
-                self._died(error)
+                self._death = error
+                with self._lock:
+                    pending = list(self._pending)
+                    self._failures["", ""] = None, error
+                for one in pending:
+                    one.fail(error)
             raise
         finally:
-            ended.resolve(None, None)
-
-    def _died(self, error: BaseException) -> None:
-        self._death = error
-        with self._lock:
-            pending = list(self._pending)
-            self._failures["", ""] = None, error
-        for one in pending:
-            one.fail(error)
+            worker.ended.resolve(None, None)

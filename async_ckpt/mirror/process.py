@@ -44,7 +44,6 @@ from .upload import Upload
 
 _MAX_THREADS = 16
 _PROGRESS_S = 1.0
-_END_S = 5.0
 _PR_SET_PDEATHSIG = 1
 # Nothing is imported before the path is right: the working directory, which comes first, may hold a "random.py".
 _CHILD = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
@@ -109,8 +108,7 @@ class Uploader:
                 self._start(self._settings)
         except (OSError, RuntimeError) as error:
             self.close()
-            told = f"no process or thread that uploads can be started: {error}"
-            raise PassingFailure(told, url=self._context.mirror.url) from error
+            raise PassingFailure(f"no upload can be started: {error}", url=self._context.mirror.url) from error
 
     def _start(self, settings: bytes) -> None:
         # The child inherits it: signals are for the training, which may still wait for what is on its way. (In a
@@ -170,8 +168,6 @@ class Uploader:
         if process is None:
             return None
         self._channel.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(_END_S)
         process.kill()
         return process.wait()
 

@@ -33,6 +33,8 @@ class Worker:
         self.uploader = Uploader(context)
         self.ready: Outcome[None] = Outcome()
         """Resolves when the store has been tried; to what is wrong with it, if something is."""
+        self.ended: Outcome[None] = Outcome()
+        """Resolves when `run` has ended."""
         self._url = context.mirror.url
         self._with_backlog = with_backlog
         self._todo: OrderedDict[str, list[PendingMirror]] = OrderedDict()
@@ -71,7 +73,6 @@ class Worker:
             pass
         finally:
             self.ready.resolve(None, None)
-            self.uploader.kill()
             self.uploader.close()
 
     # Before the first upload.
