@@ -142,25 +142,23 @@ class Fingerprint:
         todo: list[Any] = list(values)
         while todo:
             value = key_value(todo.pop())
-            parts, raw = [], b""
-            text = "dict" if isinstance(value, dict) else type(value).__name__
+            kind, parts = "dict" if isinstance(value, dict) else type(value).__name__, []
             if isinstance(value, (Inert, dict, list, tuple)):
                 if id(value) in seen:
-                    text = f"again {seen[id(value)]}"
+                    kind = f"again {seen[id(value)]}"
                 else:
                     seen[id(value)] = len(seen)
                     parts = _parts_of(value)
-                    text = f"{text} of {len(parts)}"
+                    kind = f"{kind} of {len(parts)}"
             elif isinstance(value, PersistentId):
-                text, parts = "persistent id", [value.value]
+                kind, parts = "persistent id", [value.value]
             elif isinstance(value, (int, str, bytes)):
-                raw = self._bytes_of(value)
-                text = text if isinstance(value, int) else f"{text} of {len(value)}"
+                digest.update(self._bytes_of(value))
+                kind = kind if isinstance(value, int) else f"{kind} of {len(value)}"
             elif isinstance(value, (Name, float, complex, NoneType)):
-                text = repr(value)
+                kind = repr(value)
             self._charge(1 + len(parts))
-            digest.update(raw)
-            digest.update(f";{text};".encode("utf-8", "surrogatepass"))
+            digest.update(f";{kind};".encode("utf-8", "surrogatepass"))
             todo += parts
         return digest.hexdigest()
 
@@ -168,10 +166,8 @@ class Fingerprint:
         """The bytes of a leaf; of a large one, their checksum."""
         if id(value) in self._large:
             return self._large[id(value)][1]
-        if isinstance(value, int):
-            raw = f"{value:x}".encode()
-        else:
-            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+        text = f"{value:x}" if isinstance(value, int) else value
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         if len(raw) > _LARGE_BYTES:
             self._charge(len(raw) // _LARGE_BYTES)
             raw = hashlib.blake2b(raw, digest_size=16).digest()
@@ -193,24 +189,25 @@ def _parts_of(value: Any) -> list[Any]:
 def describe(value: Any) -> str:
     """`value` in at most some 100 printable characters, without looking deep into it."""
     value = key_value(value)
-    if isinstance(value, Placed):
-        value = value.value
-    if isinstance(value, Inert):
-        return _describe_inert(value)
+    value = value.value if isinstance(value, Placed) else value
     if isinstance(value, Name):
         return f"<{printable(value.text)}>"
     if isinstance(value, PersistentId):
         return "<persistent id>"
     if isinstance(value, (dict, list)):
         return f"<{'dict' if isinstance(value, dict) else 'list'} of {len(value)}>"
-    if isinstance(value, tuple):
-        shown = [describe(part) if not isinstance(part, (tuple, list)) else "..." for part in value[:8]]
-        return _short("(" + ", ".join(shown) + (", ..." if len(value) > 8 else "") + ")")
     if isinstance(value, int) and value.bit_length() > 256:
         return f"<int of {value.bit_length()} bits>"
     if isinstance(value, (bytes, bytearray)) and len(value) > 16:
         return f"<{len(value)} bytes>"
-    return _short(repr(value if not isinstance(value, str) else value[:_MAX_TEXT]))
+    if isinstance(value, Inert):
+        text = _describe_inert(value)
+    elif isinstance(value, tuple):
+        shown = [describe(part) if not isinstance(part, (tuple, list)) else "..." for part in value[:8]]
+        text = "(" + ", ".join(shown) + (", ..." if len(value) > 8 else "") + ")"
+    else:
+        text = repr(value[:_MAX_TEXT] if isinstance(value, str) else value)
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 4] + "..." + text[-1]
 
 
 def printable(text: str) -> str:
@@ -221,20 +218,10 @@ def printable(text: str) -> str:
 def _describe_inert(value: Inert) -> str:
     state = value.state
     if value.name.endswith("multiarray._reconstruct") and isinstance(state, tuple) and len(state) >= 3:
-        kind = state[2].args[0] if isinstance(state[2], Inert) and state[2].args else "?"
-        text = printable(kind[:_MAX_TEXT]) if isinstance(kind, str) else "?"
-        return _short(f"<numpy.ndarray {text} {_dims(state[1])}>")
+        _, shape, kind = state[:3]
+        name = kind.args[0] if isinstance(kind, Inert) and kind.args else "?"
+        name = printable(name[:_MAX_TEXT]) if isinstance(name, str) else "?"
+        dims = [n for n in shape[:16] if type(n) is int and n.bit_length() < 64] if isinstance(shape, tuple) else "?"
+        return f"<numpy.ndarray {name} [{', '.join(map(str, dims))}]>"
     plain = [describe(arg) for arg in value.args[:4] if isinstance(arg, (str, int, float, bool, Name, bytes))]
-    return _short(f"<{printable(value.name)}{'(' + ', '.join(plain) + ')' if plain else ''}>")
-
-
-def _dims(shape: Any) -> str:
-    return (
-        "[" + ", ".join(str(n) for n in shape[:16] if type(n) is int and n.bit_length() < 64) + "]"
-        if isinstance(shape, tuple)
-        else "?"
-    )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 4] + "..." + text[-1]
+    return f"<{printable(value.name)}{'(' + ', '.join(plain) + ')' if plain else ''}>"

@@ -164,17 +164,8 @@ def encode(manifest: Manifest) -> bytes:
         **({"timing": dict(manifest.timing)} if manifest.timing else {}),
         "writer": dict(manifest.writer),
         "files": [
-            {
-                "path": entry.path,
-                "size_bytes": entry.size_bytes,
-                "format": entry.format,
-                "planner": entry.planner,
-                "plan_hash": entry.plan_hash,
-                "rank": entry.rank,
-                "extent_bytes": entry.extent_bytes,
-                "extent_crc32": struct.pack(f">{len(entry.extent_crc32)}I", *entry.extent_crc32).hex(),
-                **({"shared_bytes": entry.shared_bytes} if entry.shared_bytes else {}),
-            }
+            {name: value for name, value in vars(entry).items() if name != "shared_bytes" or value}
+            | {"extent_crc32": struct.pack(f">{len(entry.extent_crc32)}I", *entry.extent_crc32).hex()}
             for entry in manifest.files
         ],
     }

@@ -153,7 +153,7 @@ class Sealer:
         self._expected, self._passed, self._head = end, earlier, b""
         if self._map is None:
             return
-        self._pass_pending(end)
+        self._patch(offset, end, None)
         while self._next_payload < len(self._offsets) and self._offsets[self._next_payload] < end:
             index = self._next_payload
             start, payload_end = self._offsets[index], self._offsets[index] + self._nbytes[index]
@@ -164,7 +164,7 @@ class Sealer:
             if payload_end > end:
                 break
             self._end_payload(payload_end)
-            self._pass_pending(end)
+            self._patch(offset, end, None)
             self._next_payload = index + 1
 
     def _end_payload(self, payload_end: int) -> None:
@@ -175,11 +175,6 @@ class Sealer:
         self._mix(crc)
         if payload_end < self._tail_offset:
             self._pending = (payload_end + 4, crc.to_bytes(4, "little"))
-
-    def _pass_pending(self, end: int) -> None:
-        if self._pending is not None and self._pending[0] < end:
-            at, data = self._pending
-            self._pending = (end, data[end - at :]) if end < at + len(data) else None
 
     def _take_payloads(self, offset: int, end: int, view: memoryview) -> tuple[int, int]:
         """Checksum the payload parts in this extent; returns the CRC of its bytes before the second result."""
@@ -257,16 +252,15 @@ class Sealer:
                 self._slips[len(self._crcs)] = slip = int.from_bytes(self._head[4:], "little")
                 self._mix(slip)
 
-    def _patch(self, offset: int, end: int, view: memoryview) -> None:
-        """Write the part of the pending descriptor CRC that lies in this extent."""
-        if self._pending is None:
+    def _patch(self, offset: int, end: int, view: memoryview | None) -> None:
+        """Write the part of the pending descriptor CRC that lies in this extent, if its bytes are here."""
+        if self._pending is None or self._pending[0] >= end:
             return
         at, data = self._pending
-        if at >= end:
-            return
-        part = data[: end - at]
-        view[at - offset : at - offset + len(part)] = part
-        self._pending = (at + len(part), data[len(part) :]) if len(part) < len(data) else None
+        part, rest = data[: end - at], data[end - at :]
+        if view is not None:
+            view[at - offset : at - offset + len(part)] = part
+        self._pending = (end, rest) if rest else None
 
     def _mix(self, crc: int) -> None:
         value = self._hash

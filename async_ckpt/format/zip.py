@@ -21,7 +21,7 @@ from functools import reduce
 from .checksum import crc32
 from .zip_directory import DESCRIPTOR_MAGIC, END, END64, ENTRY, LOCATOR, UINT32_MAX
 
-MAX_ALIGNMENT = 65536
+_MAX_ALIGNMENT = 65536
 APART_BYTES = 1 << 20
 ARCHIVE = b"archive/"
 SERIALIZATION_ID_NBYTES = 40
@@ -81,6 +81,8 @@ class _Builder:
         self.payload_offsets: list[int] = []
         self.payload_nbytes: list[int] = []
         self.payload_entries: list[int] = []
+        self.crcs: list[int] = []
+        """Of the records whose bytes are known."""
 
     def _header(self, name: bytes, nbytes: int) -> None:
         pos = self.pos
@@ -108,11 +110,13 @@ class _Builder:
         self.entries.append(entry)
         self.entries_nbytes += len(entry)
 
-    def add_literal(self, name: bytes, pieces: Sequence[bytes], crc: int) -> tuple[int, int]:
+    def add_literal(self, name: bytes, *pieces: bytes, crc: int | None = None) -> tuple[int, int]:
         """Append a record whose bytes are known; returns its payload offset and its entry's offset inside the
         directory. Of several pieces, large ones become literals as they are.
         """
-        header_offset, nbytes = self.pos, sum(map(len, pieces))
+        header_offset, nbytes, name = self.pos, sum(map(len, pieces)), ARCHIVE + name
+        crc = reduce(lambda before, piece: crc32(piece, before), pieces, 0) if crc is None else crc
+        self.crcs.append(crc)
         self._header(name, nbytes)
         offset, entry_at = self.pos, self.entries_nbytes
         for piece in pieces:
@@ -126,9 +130,9 @@ class _Builder:
         self._close(name, nbytes, header_offset, crc)
         return offset, entry_at
 
-    def add_payload(self, name: bytes, nbytes: int) -> None:
-        """Append a record whose bytes come later."""
-        header_offset = self.pos
+    def add_payload(self, key: int, nbytes: int) -> None:
+        """Append the record of a storage, whose bytes come later."""
+        header_offset, name = self.pos, ARCHIVE + b"data/%d" % key
         self._header(name, nbytes)
         if nbytes:
             self.payload_entries.append(self.entries_nbytes)
@@ -173,17 +177,14 @@ def _central_entry(name: bytes, nbytes: int, header_offset: int, crc: int) -> by
     return head + name + extra
 
 
-def _add_head(builder: _Builder, pickled: Sequence[bytes]) -> tuple[int, ...]:
-    head = (
-        (b"data.pkl", pickled),
-        (b".format_version", [b"1"]),
-        (b".storage_alignment", [b"%d" % builder.alignment]),
-        (b"byteorder", [sys.byteorder.encode()]),
-    )
-    crcs = tuple(reduce(lambda crc, piece: crc32(piece, crc), pieces, 0) for _, pieces in head)
-    for (name, pieces), crc in zip(head, crcs, strict=True):
-        builder.add_literal(ARCHIVE + name, pieces, crc)
-    return crcs
+def _begin(alignment: int, pickled: Sequence[bytes]) -> _Builder:
+    """With the records before the first payload."""
+    builder = _Builder(alignment)
+    builder.add_literal(b"data.pkl", *pickled)
+    builder.add_literal(b".format_version", b"1")
+    builder.add_literal(b".storage_alignment", b"%d" % alignment)
+    builder.add_literal(b"byteorder", sys.byteorder.encode())
+    return builder
 
 
 def lay_out(
@@ -195,22 +196,21 @@ def lay_out(
     `name_hash`: the 20 digits torch gives to this set of record names. Costs about 4 us per storage.
     Raises ValueError for an alignment outside 1..65536.
     """
-    if not 1 <= alignment <= MAX_ALIGNMENT:
-        raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
-    builder = _Builder(alignment)
-    crcs_before = _add_head(builder, [pickle_bytes] if isinstance(pickle_bytes, bytes) else pickle_bytes)
-    prefix = ARCHIVE + b"data/%d"
+    if not 1 <= alignment <= _MAX_ALIGNMENT:
+        raise ValueError(f"alignment is {alignment}; it must lie in 1..{_MAX_ALIGNMENT}")
+    builder = _begin(alignment, [pickle_bytes] if isinstance(pickle_bytes, bytes) else pickle_bytes)
+    crcs_before = tuple(builder.crcs)
     for key, nbytes in enumerate(storage_nbytes):
-        builder.add_payload(prefix % key, nbytes)
-    builder.add_literal(ARCHIVE + b"version", [b"3\n"], crc32(b"3\n"))
-    id_offset, id_entry = builder.add_literal(ARCHIVE + b".data/serialization_id", [bytes(SERIALIZATION_ID_NBYTES)], 0)
+        builder.add_payload(key, nbytes)
+    builder.add_literal(b"version", b"3\n")
+    id_offset, id_entry = builder.add_literal(b".data/serialization_id", bytes(SERIALIZATION_ID_NBYTES), crc=0)
     directory = builder.finish()
     seal_map = SealMap(
         entry_crc_offsets=[directory + at + 16 for at in builder.payload_entries],
         id_offset=id_offset,
         id_crc_offsets=(id_offset + SERIALIZATION_ID_NBYTES + 4, directory + id_entry + 16),
         crcs_before=crcs_before,
-        crcs_after=(crc32(b"3\n"),),
+        crcs_after=(builder.crcs[-2],),
         name_hash=name_hash,
     )
     return Container(
@@ -227,11 +227,10 @@ def lay_out(
 def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Sequence[int]) -> Container:
     """`container` with another data.pkl in front of the same storages; cheap where no payload has to move."""
     first = next((key for key, nbytes in enumerate(storage_nbytes) if nbytes), None)
-    builder = _Builder(container.alignment)
-    crcs_before = _add_head(builder, [pickle_bytes])
+    builder = _begin(container.alignment, [pickle_bytes])
     if first is not None:
         for key in range(first + 1):
-            builder.add_payload(ARCHIVE + b"data/%d" % key, storage_nbytes[key])
+            builder.add_payload(key, storage_nbytes[key])
     if first is None or builder.payload_offsets[0] != container.payload_offsets[0]:
         return lay_out(
             pickle_bytes, storage_nbytes, name_hash=container.seal_map.name_hash, alignment=container.alignment
@@ -244,5 +243,5 @@ def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Seque
     return replace(
         container,
         literals=(builder.literals[0], *container.literals[1:-1], (tail_offset, tail)),
-        seal_map=replace(container.seal_map, crcs_before=crcs_before),
+        seal_map=replace(container.seal_map, crcs_before=tuple(builder.crcs)),
     )

@@ -15,7 +15,6 @@ import torch
 from ..errors import ConfigError, UnsupportedStateError, some_of
 from ..format.inert import MalformedPickleError
 from ..format.named import file_naming, listing, names_in, places_named
-from ..format.zip import MAX_ALIGNMENT
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
@@ -28,6 +27,7 @@ from .strided import view_span
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
 from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError
 
+_MAX_CACHED = 16
 _MAX_TOLD_OF = 64
 """Files whose first save is looked at; a name that changes with each save is no news any more."""
 
@@ -41,21 +41,17 @@ class Planner:
         alignment: int = 64,
         compact_views: bool = False,
         format: FileFormat = "torch",
-        cache_entries: int = 16,
         tell: Callable[[str], object] | None = None,
     ) -> None:
         """`alignment` of payloads in bytes, 1..65536. `compact_views` writes only bytes that views cover.
 
         `tell` gets a warning, at the first plan of a name, of what `load` refuses by default, and of large buffers.
         """
-        if not 1 <= alignment <= MAX_ALIGNMENT:
-            raise ValueError(f"alignment is {alignment}; it must lie in 1..{MAX_ALIGNMENT}")
         self._alignment = alignment
         self._compact_views = compact_views
         self._format = format
         self._cache: dict[str, CachedPlan] = {}
         self._safetensors: dict[str, SafetensorsPlan] = {}
-        self._cache_entries = cache_entries
         self._tell = tell
         self._told_of: set[str] = set()
         self._loose: dict[str, bool] = {}
@@ -92,7 +88,7 @@ class Planner:
 
     def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
         plan, planned = plan_safetensors(obj, self._safetensors.get(name))
-        self._safetensors = _remembered(self._safetensors, name, plan, self._cache_entries)
+        self._safetensors = _remembered(self._safetensors, name, plan)
         return planned
 
     def _plan_from_cache(self, obj: Any, name: str) -> PlannedState | None:
@@ -100,7 +96,7 @@ class Planner:
         for key, entry in sorted(latest_first, key=lambda item: item[0] != name):
             matched = entry.match(obj)
             if matched is not None:
-                self._cache = _remembered(self._cache, key, entry, self._cache_entries)
+                self._cache = _remembered(self._cache, key, entry)
                 return matched
         return None
 
@@ -109,7 +105,7 @@ class Planner:
         try:
             draft = None if name in self._loose else Draft(obj)
         except LooseStateError:
-            draft, self._loose = None, _remembered(self._loose, name, True, self._cache_entries)
+            draft, self._loose = None, _remembered(self._loose, name, True)
         except (NotPlainError, RecursionError):
             draft = None
         try:
@@ -124,7 +120,7 @@ class Planner:
             with contextlib.suppress(NotPlainError):
                 entry = CachedPlan(draft, recorded)
                 planned, names = entry.first(obj, draft), entry.names
-                self._cache = _remembered(self._cache, name, entry, self._cache_entries)
+                self._cache = _remembered(self._cache, name, entry)
         if planned is None:
             planned = _as_recorded(obj, recorded)
         if self._tell is not None and name not in self._told_of and len(self._told_of) < _MAX_TOLD_OF:
@@ -156,13 +152,13 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
 Entry = TypeVar("Entry")
 
 
-def _remembered(cache: dict[str, Entry], name: str, entry: Entry, max_entries: int) -> dict[str, Entry]:
+def _remembered(cache: dict[str, Entry], name: str, entry: Entry) -> dict[str, Entry]:
     """`cache` with `entry` as the latest, without the oldest ones.
 
     A new dict: a signal handler may save while it is made, or while the old one is gone through.
     """
     kept = {**{key: value for key, value in cache.items() if key != name}, name: entry}
-    return dict(list(kept.items())[-max_entries:])
+    return dict(list(kept.items())[-_MAX_CACHED:])
 
 
 def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:

@@ -74,7 +74,7 @@ def test_every_alignment(alignment):
 @pytest.mark.parametrize("alignment", [0, -1, 65537])
 def test_alignment_out_of_range_is_refused(alignment):
     with pytest.raises(ValueError, match="alignment"):
-        Planner(alignment=alignment)
+        lay_out(b"pickle", [8], name_hash=b"0" * 20, alignment=alignment)
 
 
 _leaves = st.one_of(
