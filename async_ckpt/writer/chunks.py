@@ -296,7 +296,8 @@ class FileChunks:
     def _release_all(self) -> None:
         """Give all of them back; no thread may use them any more, and no other will come."""
         # First: memory that does not come back ends all saves.
-        self.let_go()
+        if self._keeps:
+            self.let_go()
         self._take_over()
         self._waiting.clear()
         for chunk in list(self._held.values()):
