@@ -17,7 +17,7 @@ from ..format.names import MANIFEST_NAME, PrivateName, check_tag, parse_private_
 from ..host.process import OwnerState
 from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import NO_LOCKS, make_private, publish_lock, remove_tree, take_apart
-from .write_error import write_error
+from .write_error import as_write_error, write_error
 
 UNDECIDED_AGE_S = 60.0
 """How old an unlocked staging directory must be to be swept when its owner cannot be looked up."""
@@ -118,10 +118,8 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
 
     Raises WriteError: the root could not be listed or synced; nothing was deleted.
     """
-    try:
+    with as_write_error(fs, "the checkpoint root could not be listed", root):
         names = fs.listdir(root)
-    except OSError as error:
-        raise write_error(fs, error, "the checkpoint root could not be listed", root) from error
     results: list[Swept] = []
     doomed: list[tuple[PrivateName, str]] = []
     with contextlib.ExitStack() as locks:
@@ -142,11 +140,8 @@ def sweep(fs: FileSystem, root: str, *, only_own: bool = False) -> list[Swept]:
             except OSError as error:
                 results.append(Swept(parsed.name, parsed.tag, "left", str(error)))
         if doomed or any(swept.action == "restored" for swept in results):
-            try:
+            with as_write_error(fs, "the checkpoint root could not be synced; nothing was deleted", root):
                 fs.fsync_dir(root)
-            except OSError as error:
-                what = "the checkpoint root could not be synced; nothing was deleted"
-                raise write_error(fs, error, what, root) from error
         for parsed, path in doomed:
             try:
                 remove_tree(fs, path)

@@ -29,7 +29,7 @@ from . import probe, write_file
 from .probe import OCCUPIED, Findings
 from .read_file import Kind, LocalDirHandle, LocalReadableFile, kind_of
 from .syscalls import EXCHANGE, NOREPLACE, O_DIRECT, REFUSED, Syscalls
-from .write_error import write_error
+from .write_error import as_write_error
 from .write_file import INCOMPLETE, Ranges, WritableFile, open_new
 
 T = TypeVar("T")
@@ -302,13 +302,11 @@ class FileSystem(Syscalls):
             fd, is_direct = open_new(self, path, size_bytes, is_direct and kind != "tmpfs", kind, written, shared)
             return fd
 
-        try:
-            # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
-            import aiofiles
+        # Not at the top: readers (the catalog, the command line) start three times faster without asyncio.
+        import aiofiles
 
+        with as_write_error(self, f"opening{INCOMPLETE}", path, needed_bytes=needed_bytes):
             file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
-        except OSError as error:
-            raise write_error(self, error, f"opening{INCOMPLETE}", path, needed_bytes=needed_bytes) from error
         return WritableFile(self, path, size_bytes, needed_bytes, file, direct=is_direct, executor=executor)
 
 

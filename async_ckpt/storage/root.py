@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from ..errors import OutOfSpaceError, report
 from .filesystem import LOCAL_TYPES, FileSystem
 from .private_dirs import make_private, remove_tree
-from .write_error import write_error
+from .write_error import as_write_error, write_error
 
 _CLONING_TYPES = frozenset({"xfs", "btrfs", "zfs", "bcachefs", "overlay"})
 """Local file systems that are worth asking."""
@@ -87,7 +87,8 @@ def _try_out(fs: FileSystem, root: str, kind: str) -> None:
 def try_writing(fs: FileSystem, root: str) -> None:
     """Write and sync a file, rename its directory and sync the root, as a commit does; nothing of it stays. Raises
     WriteError, OutOfSpaceError: the disk refused one of these calls."""
-    try:
+    what = f"nothing can be saved in {root!r}, what is there is unchanged: a file could not be written and renamed"
+    with as_write_error(fs, what, root):
         folder = make_private(fs, root, "preflight")
         try:
             fs.create_file(os.path.join(folder, "file"), b"preflight")
@@ -96,11 +97,6 @@ def try_writing(fs: FileSystem, root: str) -> None:
             fs.fsync_dir(root)
         finally:
             remove_tree(fs, folder)
-    except OSError as error:
-        message = (
-            f"nothing can be saved in {root!r}, what is there is unchanged: a file could not be written and renamed"
-        )
-        raise write_error(fs, error, message, root) from error
 
 
 def check_room(fs: FileSystem, root: str, size_bytes: int, num_more: int) -> None:
@@ -110,14 +106,12 @@ def check_room(fs: FileSystem, root: str, size_bytes: int, num_more: int) -> Non
     what = f"a checkpoint has {size_bytes} bytes"
     if num_more > 1:
         what += f", and `retention` keeps so many that {num_more} more of them will be in {root!r} at once"
-    try:
+    with as_write_error(fs, f"{what}; nothing of it was written", root, needed_bytes=size_bytes):
         free_bytes, kind = fs.free_bytes(root), fs.fs_type(root)
         if free_bytes >= size_bytes * num_more:
             with _folder_of_its_own(fs, root, "preflight") as folder:
                 fs.create_file(os.path.join(folder, "file"), b"preflight", size_bytes if kind in _GIVES_BLOCKS else 0)
             return
-    except OSError as error:
-        raise write_error(fs, error, f"{what}; nothing of it was written", root, needed_bytes=size_bytes) from error
     raise OutOfSpaceError(
         f"{what}; {free_bytes} bytes are free: make room, or keep fewer. Nothing was written",
         path=root,

@@ -45,7 +45,7 @@ from .private_dirs import lock_or_none, make_private, remove_tree, tree_of
 from .root import make_root, unmake
 from .staged import Staging, State, check_final, create_file, refuse, rename_to_final, written_by
 from .syscalls import REFUSED
-from .write_error import write_error
+from .write_error import as_write_error
 
 S = TypeVar("S", bound=Staging)
 
@@ -66,7 +66,9 @@ def begin(fs: FileSystem, staging: S) -> S:
     """Make the private (0700), locked staging directory of a new checkpoint; returns `staging`, which now says where.
     Raises TagExistsError: as `check_final`. UnsafePathError: the tag is malformed. WriteError: it cannot be made."""
     root, tag = staging.root, check_tag(staging.tag)
-    try:
+    with as_write_error(
+        fs, f"no staging directory for tag {tag!r} can be made, nothing was written", staging.final_path
+    ):
         check_final(fs, staging, step="create")
         path = make_private(fs, root, tag)
         try:
@@ -78,11 +80,6 @@ def begin(fs: FileSystem, staging: S) -> S:
         except OSError:
             fs.rmdir(path)
             raise
-    except OSError as error:
-        if isinstance(error, CommitError):
-            raise
-        message = f"no staging directory for tag {tag!r} can be made, nothing was written"
-        raise write_error(fs, error, message, staging.final_path) from error
     staging.location.set_result(path)
     return staging
 
@@ -121,11 +118,8 @@ def make_directories(fs: FileSystem, location: str, directories: Iterable[str]) 
     is malformed. WriteError: one cannot be made."""
     for directory in directories:
         path = os.path.join(location, *check_relative_path(directory))
-        try:
+        with as_write_error(fs, f"directory {directory!r} cannot be made in the staging directory", path):
             fs.makedirs(path)
-        except OSError as error:
-            message = f"directory {directory!r} cannot be made in the staging directory"
-            raise write_error(fs, error, message, path) from error
 
 
 def publish(fs: FileSystem, staging: Staging, manifest: Manifest) -> Manifest:
@@ -204,13 +198,11 @@ def abort(fs: FileSystem, staging: Staging) -> None:
         staging.state = State.ABORTED
         if staging.lock is not None:
             at_end.callback(staging.lock.close)
-        try:
+        what = "the staging directory could not be deleted; it is left for a later sweep"
+        with as_write_error(fs, what, staging.path):
             # A rename that reported failure may have happened: only a directory that is still ours is deleted.
             if not staging.renamed and fs.stat(staging.path).identity == staging.identity:
                 remove_tree(fs, staging.path)
-        except OSError as error:
-            what = "the staging directory could not be deleted; it is left for a later sweep"
-            raise write_error(fs, error, what, staging.path) from error
 
 
 @contextlib.contextmanager

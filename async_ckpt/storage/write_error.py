@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
-from ..errors import OutOfSpaceError, WriteError
+from ..errors import CheckpointError, OutOfSpaceError, WriteError
 from .syscalls import Syscalls
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -39,6 +40,17 @@ def write_error(
         needed_bytes=needed_bytes,
         free_bytes=free_bytes,
     )
+
+
+@contextlib.contextmanager
+def as_write_error(disk: Syscalls, message: str, path: str, *, needed_bytes: int | None = None) -> Iterator[None]:
+    """Raise what the disk refuses in the block as `write_error` makes it. Other errors of our tree pass."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CheckpointError) and not isinstance(error, WriteError):
+            raise
+        raise write_error(disk, error, message, path, needed_bytes=needed_bytes) from error
 
 
 def _free_bytes(disk: Syscalls, path: str) -> int | None:

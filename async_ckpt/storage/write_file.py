@@ -5,16 +5,15 @@ Guarantees:
   into somebody else's file. This holds when the awaiting task was cancelled, too.
 - The first failure stays with the file; fsync in particular is never repeated, because the kernel may have dropped
   the dirty pages it could not write and would call the second attempt good.
-- Direct writes stay aligned through short writes; a ragged end of the file goes through a zero-padded page.
+- Direct writes stay aligned through short writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..host.memory import PAGE_BYTES
 from ..threads.locks import Lock
 from .read_file import LocalReadableFile, Stamp, stamp_of
 from .syscalls import O_DIRECT, REFUSED, Syscalls
-from .write_error import write_error
+from .write_error import as_write_error, write_error
 
 # On these, writing into reserved space does not move the end of the file, so direct writes run in parallel.
 _PREALLOCATED_TYPES = frozenset({"ext4", "xfs"})
@@ -81,7 +80,7 @@ Ranges = Sequence[tuple[int, int]]
 def amend(calls: Syscalls, path: str, size_bytes: int, changes: Sequence[tuple[int, bytes]]) -> list[bytes]:
     """See `FileSystem.amend`."""
     before: list[bytes] = []
-    try:
+    with as_write_error(calls, f"amending{INCOMPLETE}", path):
         fd = calls.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             for offset, data in changes:
@@ -100,8 +99,6 @@ def amend(calls: Syscalls, path: str, size_bytes: int, changes: Sequence[tuple[i
                 calls.fsync(fd)
         finally:
             calls.close(fd)
-    except OSError as error:
-        raise write_error(calls, error, f"amending{INCOMPLETE}", path) from error
     return before
 
 
@@ -153,8 +150,8 @@ def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str, written: R
 
 
 class WritableFile:
-    """One new file being written. Coroutines run on the loop thread, their system calls in the given executor. The
-    first failure, a WriteError or OutOfSpaceError, stays: every later call but `close` raises it again."""
+    """One new file being written. Blocks on the disk, `close` in the given executor; any thread. The first failure, a
+    WriteError or OutOfSpaceError, stays: every later call but `close` raises it again."""
 
     def __init__(
         self,
@@ -188,8 +185,8 @@ class WritableFile:
     def pwrite(self, buffer: memoryview, offset: int) -> None:
         """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
 
-        Several may be in flight. In direct mode address and offset should be multiples of 4096; only the last bytes
-        of the file may have a ragged length (they go through a padded copy, so call `truncate` before `fsync`).
+        Several may be in flight. In direct mode address, offset and length should be multiples of 4096: the file goes
+        on through the page cache where they are not. (A padded end is cut off by `truncate`.)
         """
         view = buffer.cast("B")
         with self._running("writing", offset):
@@ -207,22 +204,20 @@ class WritableFile:
                 return error
         return None
 
-    async def truncate(self, size_bytes: int) -> None:
+    def truncate(self, size_bytes: int) -> None:
         """Set the length of the file."""
-        await self._call("setting the length", lambda: self._calls.ftruncate(self._fd, size_bytes))
+        with self._running("setting the length"):
+            self._calls.ftruncate(self._fd, size_bytes)
 
-    async def fsync(self) -> None:
+    def fsync(self) -> None:
         """Make content and length durable. Fails once and for good."""
-
-        def sync() -> None:
+        with self._running("fsync"):
             self._calls.fsync(self._fd)
             self.stamp = stamp_of(self._calls.fstat(self._fd))
 
-        await self._call("fsync", sync)
-
     async def close(self) -> None:
-        """Close the descriptor once no write on it is running any more; idempotent."""
-        import aiofiles.os
+        """Close the descriptor once no call is running on it any more; idempotent."""
+        import asyncio
 
         def wait_until_idle() -> None:
             with self._idle:
@@ -230,24 +225,10 @@ class WritableFile:
                 while self._num_running:
                     self._idle.wait()
 
-        await aiofiles.os.wrap(wait_until_idle)(executor=self._executor)
-        if self._file.closed:
-            return
-        try:
-            await self._file.close()
-        except OSError as error:
-            raise write_error(
-                self._calls, error, f"closing{INCOMPLETE}", self.path, needed_bytes=self._needed_bytes
-            ) from error
-
-    async def _call(self, what: str, call: Callable[[], None]) -> None:
-        import aiofiles.os
-
-        def work() -> None:
-            with self._running(what):
-                call()
-
-        await aiofiles.os.wrap(work)(executor=self._executor)
+        await asyncio.get_running_loop().run_in_executor(self._executor, wait_until_idle)
+        if not self._file.closed:
+            with as_write_error(self._calls, f"closing{INCOMPLETE}", self.path, needed_bytes=self._needed_bytes):
+                await self._file.close()
 
     @contextlib.contextmanager
     def _running(self, what: str, offset: int | None = None) -> Iterator[None]:
@@ -282,42 +263,24 @@ class WritableFile:
                 self._idle.notify_all()
 
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
-        """Write with O_DIRECT as far as alignment allows; what is left is for the buffered loop."""
-        whole = buffer.nbytes // PAGE_BYTES * PAGE_BYTES
-        is_end = offset + buffer.nbytes >= self.size_bytes
-        if offset % PAGE_BYTES or (whole < buffer.nbytes and not is_end):
-            self._leave_direct()
-            return 0
-        done = self._write_aligned(buffer[:whole], offset)
-        if done < whole or whole == buffer.nbytes:
-            return done
-        # Left to the garbage collector: a traceback may still hold a view when an error passes through here.
-        padded = memoryview(mmap.mmap(-1, PAGE_BYTES))
-        padded[: buffer.nbytes - whole] = buffer[whole:]
-        done += self._write_aligned(padded, offset + whole)
-        return min(done, buffer.nbytes)
-
-    def _write_aligned(self, buffer: memoryview, offset: int) -> int:
-        """Bytes written, a multiple of the page; less than all of `buffer` only after direct mode was given up."""
+        """Bytes written past the page cache, in whole pages: less than all only after direct mode was given up."""
         done = num_stalled = 0
-        while done < buffer.nbytes:
+        if offset % PAGE_BYTES or buffer.nbytes % PAGE_BYTES:
+            self._leave_direct()
+        while self.direct and done < buffer.nbytes:
             try:
-                count = (
-                    _write_some(self._calls, self._fd, self.path, buffer[done:], offset + done) if self.direct else 0
-                )
+                count = _write_some(self._calls, self._fd, self.path, buffer[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 # Accepted at open, refused now; or memory that is not aligned.
                 self._leave_direct()
-                return done
+                break
             # A short write may end inside a page: that page is written again.
-            count = count // PAGE_BYTES * PAGE_BYTES
-            num_stalled = 0 if count else num_stalled + 1
-            if not self.direct or num_stalled > _MAX_STALLED_WRITES:
+            done += count // PAGE_BYTES * PAGE_BYTES
+            num_stalled = 0 if count >= PAGE_BYTES else num_stalled + 1
+            if num_stalled > _MAX_STALLED_WRITES:
                 self._leave_direct()
-                return done + count
-            done += count
         return done
 
     def _leave_direct(self) -> None:

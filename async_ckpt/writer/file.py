@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from ..errors import CheckpointError, TransactionStateError, WriteError, report
 from ..storage.read_file import Stamp
-from ..storage.write_error import FULL, write_error
+from ..storage.write_error import FULL, as_write_error
 from ..storage.write_file import WritableFile
 from ..threads.outcome import Outcome
 from .chunks import FileChunks, HowToWrite
@@ -177,20 +177,17 @@ class FileWrite(FileChunks):
             return
         if opened.size_bytes > self.size_bytes and self._how.share is None:
             jobs.step = "truncate"
-            await opened.truncate(self.size_bytes)
+            await asyncio.wrap_future(jobs.submit(opened.truncate, self.size_bytes))
         jobs.step = "fsync"
-        await opened.fsync()
+        await asyncio.wrap_future(jobs.submit(opened.fsync))
         self.stamp, self.durable_s = opened.stamp, time.perf_counter()
         jobs.step = "close"
         await opened.close()
 
     def _make_parents(self, folder: str) -> None:
-        filesystem = self._disk.filesystem
-        try:
-            filesystem.makedirs(folder)
-        except OSError as error:
-            message = "the directory of a file cannot be made in the staging directory; the file is not committed"
-            raise write_error(filesystem, error, message, folder) from error
+        what = "the directory of a file cannot be made in the staging directory; the file is not committed"
+        with as_write_error(self._disk.filesystem, what, folder):
+            self._disk.filesystem.makedirs(folder)
 
     async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
         """Whether this file is another name of the older one now, and so is durable."""

@@ -33,10 +33,14 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def aligned(data: bytes) -> memoryview:
+def padded(data: bytes) -> memoryview:
     memory = memoryview(mmap.mmap(-1, max(4096, -(-len(data) // 4096) * 4096)))
     memory[: len(data)] = data
-    return memory[: len(data)]
+    return memory
+
+
+def aligned(data: bytes) -> memoryview:
+    return padded(data)[: len(data)]
 
 
 async def write(fs: FileSystem, path: Path, data: bytes, executor: ThreadPoolExecutor, *, direct: bool) -> WritableFile:
@@ -45,10 +49,10 @@ async def write(fs: FileSystem, path: Path, data: bytes, executor: ThreadPoolExe
         offsets = list(range(0, len(data), CHUNK_BYTES))
         random.Random(1).shuffle(offsets)
         await asyncio.gather(
-            *(asyncio.to_thread(file.pwrite, aligned(data[at : at + CHUNK_BYTES]), at) for at in offsets)
+            *(asyncio.to_thread(file.pwrite, padded(data[at : at + CHUNK_BYTES]), at) for at in offsets)
         )
-        await file.truncate(len(data))
-        await file.fsync()
+        file.truncate(len(data))
+        file.fsync()
     finally:
         await file.close()
     return file
@@ -197,7 +201,7 @@ async def test_a_shared_file_is_made_by_whoever_comes_first(tmp_path: Path, exec
     for k, file in enumerate([*files, files[0]]):
         file.pwrite(aligned(data[k * CHUNK_BYTES : (k + 1) * CHUNK_BYTES]), k * CHUNK_BYTES)
     for file in files:
-        await file.fsync()
+        file.fsync()
         await file.close()
     assert (tmp_path / "f").read_bytes() == data
 
@@ -228,8 +232,8 @@ async def test_unaligned_requests_are_right_all_the_same(
             else aligned(data[start:stop])
         )
         await asyncio.to_thread(file.pwrite, part, start)
-    await file.truncate(len(data))
-    await file.fsync()
+    file.truncate(len(data))
+    file.fsync()
     await file.close()
     assert (tmp_path / "f").read_bytes() == data
 
@@ -279,11 +283,11 @@ async def test_a_failed_fsync_is_never_repeated(tmp_path: Path, executor: Thread
     file.pwrite(aligned(everything(4096)), 0)
     fs.fail_when(lambda op: op.name == "fsync", errno.EIO)
     with pytest.raises(WriteError) as first:
-        await file.fsync()
+        file.fsync()
     fs.heal()
-    for call in (file.fsync, lambda: file.truncate(4096), lambda: asyncio.to_thread(file.pwrite, aligned(b"x"), 0)):
+    for call in (file.fsync, lambda: file.truncate(4096), lambda: file.pwrite(aligned(b"x"), 0)):
         with pytest.raises(WriteError) as again:
-            await call()
+            call()
         assert again.value is first.value
     await file.close()
     assert sum(op.name == "fsync" for op in fs.operations) == 1

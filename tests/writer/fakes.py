@@ -54,9 +54,6 @@ class FakeFile:
         self._owner = owner
         self._executor = executor
 
-    async def _do(self, kind: str, work: Callable[[], None], offset: int = 0) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._work, kind, work, offset)
-
     def _work(self, kind: str, work: Callable[[], None], offset: int) -> None:
         assert self.num_closed == 0 or kind == "close", f"{kind} after close"
         self.num_running += kind != "close"
@@ -73,21 +70,21 @@ class FakeFile:
 
         self._work("write", work, offset)
 
-    async def truncate(self, size_bytes: int) -> None:
+    def truncate(self, size_bytes: int) -> None:
         def work() -> None:
             del self.data[size_bytes:]
 
-        await self._do("truncate", work)
+        self._work("truncate", work, 0)
 
-    async def fsync(self) -> None:
-        await self._do("fsync", lambda: None)
+    def fsync(self) -> None:
+        self._work("fsync", lambda: None, 0)
 
     async def close(self) -> None:
         def work() -> None:
             assert self.num_running == 0, "closed under a running write"
             self.num_closed += 1
 
-        await self._do("close", work)
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._work, "close", work, 0)
 
 
 class FakeFileSystem:
