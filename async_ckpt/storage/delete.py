@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
+from ..errors import CheckpointNotFoundError
+from ..format.manifest import Manifest
 from ..format.names import MANIFEST_NAME, PrivateName, check_tag, parse_private_name
 from ..host.process import OwnerState
 from .filesystem import LOCAL_TYPES, FileSystem
-from .private_dirs import NO_LOCKS, make_private, publish_lock, remove_tree, take_apart
+from .private_dirs import NO_LOCKS, make_private, manifest_in, publish_lock, remove_tree, take_apart
 from .write_error import as_write_error, write_error
 
 UNDECIDED_AGE_S = 60.0
@@ -57,7 +57,8 @@ def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manife
     """Rename the tree to a private name of which nobody makes anything but rubbish; returns where it is."""
     with publish_lock(fs, final) as is_exclusive:
         identity = fs.stat(final).identity
-        if expected is not None and _manifest(fs, final) != expected:
+        # Not the directory's identity: the number of a deleted directory is soon that of a new one.
+        if expected is not None and manifest_in(fs, final) != expected:
             raise _replaced(tag)
         try:
             if is_exclusive:
@@ -78,18 +79,9 @@ def _take_away(fs: FileSystem, root: str, tag: str, final: str, expected: Manife
     return make_private(fs, root, tag, "trash", aside)
 
 
-def _manifest(fs: FileSystem, final: str) -> Manifest | None:
-    """Not the directory's identity: the number of a deleted directory is soon that of a new one."""
-    path = os.path.join(final, MANIFEST_NAME)
-    try:
-        return decode(fs.read_file(path, MAX_MANIFEST_BYTES), source=path)
-    except CorruptCheckpointError:
-        return None
-
-
 def _leads_to_one(fs: FileSystem, link: str) -> bool:
     try:
-        return _manifest(fs, link) is not None
+        return manifest_in(fs, link) is not None
     except (FileNotFoundError, NotADirectoryError):
         return False
 

@@ -119,11 +119,8 @@ class ReadSide(Protocol):
 
 
 class FileLock:
-    """The held lock of a directory or file; ends with `close` or with the process.
-
-    Unlocked by its own process only: a forked child shares the lock, must not drop it for its parent, nor keep it for
-    it.
-    """
+    """The held lock of a directory or file; ends with `close` or with the process. Unlocked by its own process only: a
+    forked child shares the lock, must not drop it for its parent, nor keep it for it."""
 
     def __init__(self, calls: Syscalls, fd: int) -> None:
         found = calls.fstat(fd)
@@ -147,9 +144,7 @@ class FileLock:
 
 
 class FileSystem(Syscalls):
-    """The file system of this machine: its system calls, and what is made of them. It remembers what a `probe` has
-    found.
-    """
+    """The file system of this machine: its system calls, and what is made of them."""
 
     def __init__(self) -> None:
         self.findings = Findings()

@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Iterator
 
+from ..errors import CorruptCheckpointError
+from ..format.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from ..format.names import MANIFEST_NAME, NameKind, private_name
 from .filesystem import FileLock, FileStat, FileSystem
 from .syscalls import REFUSED
@@ -61,6 +63,15 @@ def tree_of(fs: FileSystem, top: str, *, may_vanish: bool = False) -> list[tuple
                 found.append((inner, fs.stat(os.path.join(top, inner))))
                 folders += [inner] if found[-1][1].kind == "dir" else []
     return found
+
+
+def manifest_in(fs: FileSystem, folder: str) -> Manifest | None:
+    """The manifest of the checkpoint in `folder`; None where it is damaged. Raises OSError: there is none."""
+    path = os.path.join(folder, MANIFEST_NAME)
+    try:
+        return decode(fs.read_file(path, MAX_MANIFEST_BYTES), source=path)
+    except CorruptCheckpointError:
+        return None
 
 
 def link_aside(fs: FileSystem, root: str, tag: str, src: str) -> str:

@@ -1,28 +1,30 @@
 """A staging directory, how far its checkpoint has come, and the one rename of its commit: onto a free name, in exchange
-for the old checkpoint, or in two steps where neither can be had."""
+for the old checkpoint, or in two steps where neither can be had.
+
+What other code writes into a checkpoint's folder while that is on its way (a callback's adapter, a tokenizer, notes) is
+no obstacle where checkpoints may be replaced: it stays in the folder, as files that no manifest lists, whether the
+folder was new or held the checkpoint that is replaced.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import enum
 import errno
+import logging
 import os
-import platform
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from ..errors import CommitError, TagExistsError
-from ..format.manifest import CLOCK_KEY, FileEntry
+from ..errors import CommitError, TagExistsError, report
+from ..format.manifest import FileEntry
 from ..format.names import MANIFEST_NAME
 from ..metrics import OnStep
 from ..threads.locks import Lock
-from . import additions
 from .filesystem import FileLock, FileSystem
-from .private_dirs import link_aside, make_private, publish_lock, remove_tree, take_apart
+from .private_dirs import link_aside, make_private, manifest_in, publish_lock, remove_tree, take_apart, tree_of
 from .syscalls import REFUSED
 from .write_error import MOMENTARY
 
@@ -44,11 +46,8 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes: the directory `tag` below `root`.
-
-    Integrations add what they know of it, and what they do there besides. What a hook raises fails the checkpoint on
-    all ranks.
-    """
+    """Where a checkpoint goes: the directory `tag` below `root`. Integrations add what they know of it, and what they
+    do there besides. What a hook raises fails the checkpoint on all ranks."""
 
     root: str
     tag: str
@@ -63,8 +62,7 @@ class Destination:
 
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
         """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker
-        thread; blocks.
-        """
+        thread; blocks."""
         return ()
 
     @property
@@ -87,11 +85,8 @@ class SharedFile(Protocol):
         """What this rank tells of its share, which is durable: JSON values."""
 
     def finish(self, filesystem: FileSystem, staging: str, told: Mapping[int, dict[str, Any]]) -> FileEntry:
-        """Called on the rank that renames, with what all tell, by rank: make the file whole, and durable.
-
-        Raises:
-            RankFailedError: the ranks do not agree on it.
-        """
+        """Called on the rank that renames, with what all tell, by rank: make the file whole, and durable. Raises
+        RankFailedError: the ranks do not agree on it."""
 
 
 @dataclass(eq=False)
@@ -157,21 +152,6 @@ def refuse(staging: Staging, why: str) -> NoReturn:
     raise CommitError(f"{why}; tag {staging.tag!r} was not committed", step="manifest", path=staging.path)
 
 
-def written_by() -> dict[str, str]:
-    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is
-    loaded anyway."""
-    versions = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()}-{platform.machine()}",
-        CLOCK_KEY: str(time.time_ns()),
-    }
-    for module in ("async_ckpt", "torch"):
-        version = getattr(sys.modules.get(module), "__version__", None)
-        if version is not None:
-            versions[module] = str(version)
-    return versions
-
-
 def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
     """Give the staged tree its final name; returns where the replaced trees are now. Raises TagExistsError: somebody
     else has the tag, and `overwrite` is "refuse". CommitError, OSError: nothing was renamed."""
@@ -201,17 +181,51 @@ def rename_to_final(fs: FileSystem, staging: Staging) -> list[str]:
 
 
 def _joins_additions(fs: FileSystem, staging: Staging) -> bool:
-    """Where `overwrite` allows it, take the name of a folder that other code has made since `begin`."""
-    if staging.overwrite == "refuse" or fs.findings.replaces or not additions.are_all(fs, staging.final_path):
+    """Where `overwrite` allows it, take the name of a folder that other code has made since `begin`. Whoever goes on
+    writing there finds the folders that he has made, but for one made at this very moment, until it was moved."""
+    staged, final = staging.path, staging.final_path
+    if staging.overwrite == "refuse" or fs.findings.replaces or not _holds_only_additions(fs, final):
         return False
     try:
-        additions.exchange(fs, staging.path, staging.final_path)
+        for inner, found in tree_of(fs, final, may_vanish=True):
+            if found.kind == "dir":
+                fs.makedirs(os.path.join(staged, inner))
+        fs.rename_exchange(staged, final)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
         return False
-    additions.move(fs, staging.path, staging.final_path, staging.begun_ns)
+    move_additions(fs, staging, staged)
     return True
+
+
+def _holds_only_additions(fs: FileSystem, folder: str) -> bool:
+    return fs.stat(folder).kind == "dir" and fs.stat(os.path.join(folder, MANIFEST_NAME)).kind == "missing"
+
+
+def move_additions(fs: FileSystem, staging: Staging, old: str) -> None:
+    """Give the committed checkpoint what other code has added to the folder that it has replaced, now at `old`: all,
+    where that was no checkpoint, and else what was written since `begin` and is none of its files. A process that is
+    killed in between loses what was not moved."""
+    final = staging.final_path
+    added = {inner: there.mtime_ns for inner, there in tree_of(fs, old) if there.kind != "dir"}
+    if not _holds_only_additions(fs, old):
+        added = {inner: written_ns for inner, written_ns in added.items() if written_ns >= staging.begun_ns}
+        manifest = manifest_in(fs, old) if added else None
+        # Where it is damaged, all that is there may be the checkpoint's own.
+        listed = set(added) if manifest is None else {MANIFEST_NAME, *(entry.path for entry in manifest.files)}
+        added = {inner: written_ns for inner, written_ns in added.items() if inner not in listed}
+    given_way = []
+    for inner in added:
+        target = os.path.join(final, inner)
+        if fs.stat(target).kind == "missing":
+            fs.makedirs(os.path.dirname(target))
+            fs.rename(os.path.join(old, inner), target)
+        else:
+            given_way.append(inner)
+    if given_way:
+        told = "%s: %s and %d others, written there before the commit by other code, gave way to what was saved"
+        report(logging.WARNING, told, final, given_way[0], len(given_way) - 1)
 
 
 def _replace_without_exchange(fs: FileSystem, staging: Staging) -> list[str]:

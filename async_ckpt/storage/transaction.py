@@ -21,6 +21,8 @@ import contextlib
 import errno
 import logging
 import os
+import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -35,15 +37,14 @@ from ..errors import (
     UnsafePathError,
     report,
 )
-from ..format.manifest import Manifest, encode
+from ..format.manifest import CLOCK_KEY, Manifest, encode
 from ..format.names import MANIFEST_NAME, check_relative_path, check_tag, parse_private_name
 from ..host.process import OwnerState
-from . import additions
 from .delete import remove, sweep
 from .filesystem import FileSystem
 from .private_dirs import lock_or_none, make_private, remove_tree, tree_of
 from .root import make_root, unmake
-from .staged import Staging, State, check_final, create_file, refuse, rename_to_final, written_by
+from .staged import Staging, State, check_final, create_file, move_additions, refuse, rename_to_final
 from .syscalls import REFUSED
 from .write_error import as_write_error
 
@@ -138,7 +139,7 @@ def publish(fs: FileSystem, staging: Staging, manifest: Manifest) -> Manifest:
         if staging.state not in (State.OPEN, State.SEALED):
             raise TransactionStateError(f"tag {staging.tag!r} is {staging.state.value}: it cannot be committed")
         staging.state = State.SEALED
-        manifest = replace(manifest, writer={**written_by(), **manifest.writer}, timing=staging.timing)
+        manifest = replace(manifest, writer={**_written_by(), **manifest.writer}, timing=staging.timing)
         raw = encode(manifest)
         with _step("manifest", staging):
             create_file(fs, staging, MANIFEST_NAME, raw)
@@ -154,7 +155,7 @@ def publish(fs: FileSystem, staging: Staging, manifest: Manifest) -> Manifest:
             staging.lock.close()
     for old_path in replaced:
         try:
-            additions.move(fs, old_path, staging.final_path, staging.begun_ns)
+            move_additions(fs, staging, old_path)
             remove_tree(fs, old_path)
         except OSError as error:
             level, left = logging.WARNING, old_path
@@ -164,6 +165,21 @@ def publish(fs: FileSystem, staging: Staging, manifest: Manifest) -> Manifest:
                 level = logging.INFO
             report(level, "tag %r is committed; the tree it replaced is at %r and stays: %s", staging.tag, left, error)
     return manifest
+
+
+def _written_by() -> dict[str, str]:
+    """What wrote this, and when by its own clock: for people who look into it years later. torch only where it is
+    loaded anyway."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        CLOCK_KEY: str(time.time_ns()),
+    }
+    for module in ("async_ckpt", "torch"):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if version is not None:
+            versions[module] = str(version)
+    return versions
 
 
 def _make_visible(fs: FileSystem, staging: Staging) -> list[str]:
