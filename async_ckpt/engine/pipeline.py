@@ -103,13 +103,11 @@ class SavePipeline:
         arena = self.arena
         self.pool.death.when_done(lambda death: arena.poison(death.failure() or TransactionStateError("died")))
         self.planner = Planner(
-            alignment=config.storage_alignment,
-            compact_views=config.compact_views,
-            format=config.format,
-            tell=self.note,
+            alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format, tell=self.note
         )
-        self.snapshotter = Snapshotter(self.arena, self.pool, timeout_s=config.backpressure_timeout_s)
-        self.guard = Guard(config.backpressure_timeout_s, self.snapshotter.start_at)
+        pool, timeout_s = self.pool, config.backpressure_timeout_s
+        self.snapshotter = Snapshotter(arena, pool.copier, pool.helpers, pool.disk.io, pool.let_go, timeout_s)
+        self.guard = Guard(timeout_s, self.snapshotter.start_at)
         self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes
 
     def num_writers_of(self, coordinator: Coordinator) -> int:

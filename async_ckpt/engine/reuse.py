@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import TornSnapshotError, report, some_of
 from ..format.sealer import Sealed, Sealer
 from ..plan.plan import FilePlan, PlannedState
-from ..snapshot.torn_check import storage_ids, storages_of
-from ..snapshot.untouched import SeenState
+from ..snapshot.changes import SeenState
+from ..snapshot.owned_storages import storage_ids, storages_of
 from ..writer.file import FileWrite
 from ..writer.sharing import OlderFile
 

@@ -25,11 +25,8 @@ _current_core = ctypes.CDLL(None).sched_getcpu
 
 
 def num_copy_helpers() -> int:
-    """How many threads help a caller to copy: its share of the cores that the ranks of this host may use.
-
-    Not torch's number of threads: launchers set that to 1 against ranks that compute at once, and nobody computes in
-    `save`.
-    """
+    """How many threads help a caller to copy: its share of the cores that the ranks of this host may use. (Launchers
+    set torch's own number to 1 against ranks that compute at once, and nobody computes in `save`.)"""
     return min(_share_of_cores(), _MAX_THREADS) - 1
 
 
@@ -60,12 +57,8 @@ class CopyTeam:
         help_with: Callable[[int], None],
         on_ended: Callable[[int], None],
     ) -> None:
-        """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper. Blocks until all
-        have ended.
-
-        Args:
-            on_ended: called with 0, 1, 2, …, once the job and all before it have ended.
-        """
+        """Do jobs 0 to `num_jobs` - 1: `work(k)` on the caller's thread or `help_with(k)` on a helper; `on_ended(k)`
+        once the job and all before it have ended. Blocks until all have."""
         # Taken by whoever is free. No lock: a caller that a signal handler has interrupted holds up no helper.
         waiting = deque(range(num_jobs))
         ends: list[Outcome[None]] = [Outcome() for _ in waiting]

@@ -29,12 +29,8 @@ class SideStreams:
     def queue(
         self, device: torch.device, copies: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     ) -> torch.Event:
-        """Queue copies from one device to the host; returns what ends them.
-
-        Args:
-            copies: memory that is read, its bytes, and where they go; each made on the side stream when it is asked
-                for.
-        """
+        """Queue copies from one device to the host; returns what ends them. `copies`: memory that is read, its bytes,
+        and where they go; each made on the side stream when it is asked for."""
         stream = self._stream(device)
         with on_stream(stream):
             for memory, source, target in copies:

@@ -19,15 +19,16 @@ from typing import Protocol
 
 import torch
 
+from ..errors import TransactionStateError
 from ..format.chunk import Chunk
 from ..host.device import record_now, synchronize
 from ..plan.plan import PlannedState
 from .arena import StagingArena, StagingChunk
+from .changes import TornCheck
 from .chunk_map import ChunkMap, LargePiece
 from .copy_threads import CopyTeam
 from .device import SideStreams
 from .payloads import Payloads
-from .torn_check import TornCheck
 
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has
@@ -51,16 +52,8 @@ class ChunkSink(Protocol):
 
 
 class FileCopy:
-    """The copy of one planned state. Made and begun by the thread that saves; the copy thread may end it.
-
-    Args:
-        owners: tensors that may share storages with those of `state`.
-        on_copied: told about each chunk's copy, on the thread that did it.
-        elsewhere: chunks whose bytes the sink has; nothing is copied into them.
-
-    Raises:
-        UnsupportedStateError, TornSnapshotError: as `Payloads`.
-    """
+    """The copy of one planned state; takes and raises what `Snapshotter.take` does. Made and begun by the thread that
+    saves; the copy thread may end it."""
 
     def __init__(
         self,
@@ -69,9 +62,9 @@ class FileCopy:
         sink: ChunkSink,
         arena: StagingArena,
         streams: SideStreams,
-        owners: Sequence[torch.Tensor] = (),
-        on_copied: OnCopied | None = None,
-        elsewhere: frozenset[int] = frozenset(),
+        owners: Sequence[torch.Tensor],
+        on_copied: OnCopied | None,
+        elsewhere: frozenset[int],
     ) -> None:
         self._elsewhere = elsewhere
         self.has_begun = False
@@ -102,6 +95,8 @@ class FileCopy:
         """How far the caller's streams have come: from there on the sources are final."""
         payloads = self._payloads
         self._torn = TornCheck(state, owners, chunk_map.probes, payloads.addresses, frozenset(payloads.on_devices))
+        self._chunks: list[StagingChunk] = []
+        """All of them, where the copy thread ends the copy."""
 
     # On the thread that saves.
 
@@ -115,18 +110,15 @@ class FileCopy:
             if not sends_early and not self._devices:
                 self._send(first, *chunks)
         except BaseException as error:
-            self.fail(chunks, error, first)
+            self._fail(chunks, error, first)
             raise
         self.copy_s += time.perf_counter() - started
         if first + len(chunks) == len(self._map.offsets):
             self._end()
 
     def stream_through(self, team: CopyTeam, timeout_s: float) -> None:
-        """`copy_now` chunk by chunk, as the disk frees them: works for a state of any size.
-
-        Raises:
-            BackpressureTimeout: none became free within `timeout_s`.
-        """
+        """`copy_now` chunk by chunk, as the disk frees them: works for a state of any size. Raises BackpressureTimeout:
+        none became free within `timeout_s`."""
         self._is_scarce = True
         self.mode = "streamed" if len(self._map.offsets) > self._arena.num_chunks else "eager"
         for k in range(len(self._map.offsets)):
@@ -142,13 +134,9 @@ class FileCopy:
     def copy_unguarded(
         self, chunks: list[StagingChunk], team: CopyTeam, is_lazy: list[bool] | None, guarded: frozenset[int]
     ) -> None:
-        """Copy what may change at any time, and leave the rest for `copy_behind`.
-
-        Args:
-            is_lazy: which payloads to leave; None: all of them.
-            guarded: the storages of those.
-        """
-        started = time.perf_counter()
+        """Copy what may change at any time, and leave the payloads that are lazy (None: all), which lie in the storages
+        `guarded`, for `copy_behind`."""
+        started, self._chunks = time.perf_counter(), chunks
         try:
             if is_lazy is not None:
                 num_literals = len(self._payloads) - len(is_lazy)
@@ -160,35 +148,42 @@ class FileCopy:
                 self._torn.check_torn(all_but=guarded)
                 self._wanted, self._completes = [*is_lazy, *repeat(True, num_literals)], True
         except BaseException as error:
-            self.fail(chunks, error)
+            self._fail(chunks, error)
             raise
         self.mode, self.copy_s = "lazy", time.perf_counter() - started
 
     # Behind the caller.
 
-    def copy_behind(self, chunks: list[StagingChunk]) -> None:
+    def copy_behind(self) -> None:
         """Copy what `copy_unguarded` has left, on the copy thread; from devices, `finish_behind` has to end it. A
         failure is the sink's."""
         self.has_begun, self._began_s = True, time.perf_counter()
-        with self._handing_on_failures(chunks):
+        with self._handing_on_failures():
             # The user may have moved the bytes.
             self._payloads.look_again(self._wanted)
             self._payloads.prepare(self._torn.copies())
             if self._devices:
-                self._queue_device_copies(chunks)
+                self._queue_device_copies(self._chunks)
                 return
-            for k, chunk in enumerate(chunks):
+            for k, chunk in enumerate(self._chunks):
                 self._fill_on_cpu(k, chunk, is_urgent=False)
                 self._send(k, chunk)
             self._end_behind()
 
-    def finish_behind(self, chunks: list[StagingChunk]) -> None:
+    def finish_behind(self) -> None:
         """Wait for the copies that `copy_behind` has queued, and hand the chunks over. One thread; nothing where that
         failed."""
         if not self.copied.done():
-            with self._handing_on_failures(chunks):
+            with self._handing_on_failures():
                 self._finish_device_copies()
                 self._end_behind()
+
+    def give_up_unstarted(self, done: Future[None]) -> None:
+        """The copy thread died or was shut down before it ran the copy: whoever waits for it must learn that."""
+        error = done.exception() if not done.cancelled() else TransactionStateError("the copy thread was shut down")
+        if error is not None and not self.has_begun:
+            with self._handing_on_failures():
+                raise error
 
     def _end_behind(self) -> None:
         self.copy_s += time.perf_counter() - self._began_s
@@ -197,11 +192,11 @@ class FileCopy:
         del self._payloads
 
     @contextmanager
-    def _handing_on_failures(self, chunks: list[StagingChunk]) -> Iterator[None]:
+    def _handing_on_failures(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:  # noqa: BLE001 - it becomes the file's, and so the commit's, first failure
-            self.fail(chunks, error)
+            self._fail(self._chunks, error)
             self._sink.abort(error)
 
     # Any thread.
@@ -211,12 +206,12 @@ class FileCopy:
         torn."""
         self._torn.accept_changes()
 
-    def fail(self, chunks: list[StagingChunk], error: BaseException, first: int = 0) -> None:
+    # Inside: the ends.
+
+    def _fail(self, chunks: list[StagingChunk], error: BaseException, first: int = 0) -> None:
         """Give up: chunks go back, and whoever waits learns `error`."""
         self._give_back(chunks, first)
         self._end(error)
-
-    # Inside: the ends.
 
     def _end(self, error: BaseException | None = None) -> None:
         """Let everybody who waits go on, and let go of the sources."""
@@ -224,7 +219,7 @@ class FileCopy:
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
         self._torn.drop()
-        self._payloads.storages = ()
+        self._payloads.storages, self._chunks = (), []
 
     def _give_back(self, chunks: list[StagingChunk], first: int) -> None:
         """Those that the sink has not taken over, once no device writes to them."""

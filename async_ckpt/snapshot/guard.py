@@ -57,11 +57,8 @@ class Guard:
         self._owned = OwnedStorages()
 
     def add(self, optimizer: Any) -> int:
-        """Guard `optimizer`; returns an estimate of the bytes of its parameters and state. Adding it twice changes
-        nothing.
-
-        Protects from its next step on: one that runs now on another thread has begun already.
-        """
+        """Guard `optimizer` from its next step on; returns an estimate of the bytes of its parameters and state. Adding
+        it twice changes nothing."""
         global _hook
         given, optimizer = optimizer, _steppable(optimizer)
         if not self.guards(optimizer):
@@ -91,10 +88,8 @@ class Guard:
         return turn.run(lambda: work(turn))
 
     def owned(self, wanted: Sequence[int]) -> Owned:
-        """What the guarded optimizers own; nothing if that is none of the storages `wanted`.
-
-        Nothing inside a step of this thread: nothing waits between here and what the rest of the step changes.
-        """
+        """What the guarded optimizers own; nothing if that is none of the storages `wanted`, and inside a step of this
+        thread: nothing waits between here and what the rest of the step changes."""
         if not self._optimizers or self._exclusion.in_own_step():
             return NOTHING
         return self._owned.of([o for o in self._alive() if not _is_replayed(o)], wanted)
@@ -103,10 +98,7 @@ class Guard:
         """Return when no lazy snapshot reads guarded tensors any more; a failed one is its commit's business.
 
         With sources on a device and `block=False` the current streams are made to wait instead of the CPU. A forked
-        child has memory of its own, in which no copy runs.
-
-        Raises:
-            BackpressureTimeout: the copies did not end in time.
+        child has memory of its own, in which no copy runs. Raises BackpressureTimeout: the copies did not end in time.
         """
         if os.getpid() != self._pid:
             return

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from .torn_check import storages_of
-
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -60,11 +58,9 @@ class OwnedStorages:
         """The optimizers, by identity."""
 
     def of(self, optimizers: Sequence[Any], wanted: Sequence[int]) -> Owned:
-        """As `look`, for somebody who asks about the storages `wanted`; `NOTHING` where none of them is owned.
-
-        Where all were owned at the last look, nobody looks again. One that has been taken from its optimizer since may
-        be among them: what is still done to it by others is for the torn check.
-        """
+        """As `look`, for who asks about the storages `wanted`; `NOTHING` where none of them is owned. Where all
+        were owned at the last look, nobody looks again: what others do to one that has been taken from its optimizer
+        since is for the torn check."""
         looked_at, taken = tuple(map(id, optimizers)), self._taken
         if taken is not None and looked_at == self._looked_at and taken.ids.issuperset(wanted):
             return Owned(taken.ids, _tensors(optimizers), covers=True) if wanted else NOTHING
@@ -75,12 +71,8 @@ class OwnedStorages:
 
     def look(self, optimizers: Sequence[Any]) -> Owned:
         """What `optimizers` own now. Where every tensor's data lies where it lay at the last look, that answer still
-        holds.
-
-        It does because the identities in it cannot be given to other storages: weak references keep them taken. Were
-        one of these tensors given another storage over the same memory, it would only be missing, and be copied
-        eagerly.
-        """
+        holds: weak references keep the identities in it taken. Were one of these tensors given another storage over the
+        same memory, it would only be missing, and be copied eagerly."""
         tensors = _tensors(optimizers)
         addresses = _addresses(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
         if self._taken is None or addresses is None or addresses != self._addresses:
@@ -92,17 +84,7 @@ class OwnedStorages:
 
 
 def _tensors(optimizers: Iterable[Any]) -> list[torch.Tensor]:
-    """The parameters, and those of the states."""
-    values = _values(optimizers)
-    return (
-        values
-        if _PLAIN.issuperset(map(type, values))
-        else [value for value in values if isinstance(value, torch.Tensor)]
-    )
-
-
-def _values(optimizers: Iterable[Any]) -> list[Any]:
-    """Parameters and whatever the states hold, in the optimizers' order."""
+    """The parameters, and the tensors in the states, in the optimizers' order."""
     values: list[Any] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -112,7 +94,9 @@ def _values(optimizers: Iterable[Any]) -> list[Any]:
             values.extend(chain.from_iterable(map(dict.values, states)))
         else:
             values.extend(value for state in states if isinstance(state, Mapping) for value in state.values())
-    return values
+    if _PLAIN.issuperset(map(type, values)):
+        return values
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _addresses(tensors: list[torch.Tensor]) -> list[int] | None:
@@ -135,3 +119,17 @@ def _storages(tensors: list[torch.Tensor], *, are_plain: bool) -> list[torch.Unt
         with contextlib.suppress(RuntimeError, NotImplementedError):
             found.extend(storages_of(tensor))
     return found
+
+
+def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """What holds the bytes of a dense tensor (of a DTensor's local part); nothing for other layouts, and without
+    bytes."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if torch.nn.parameter.is_lazy(local):
+        return []
+    return [local.untyped_storage()] if local.layout == torch.strided else []
+
+
+def storage_ids(tensor: torch.Tensor) -> list[int]:
+    """`UntypedStorage._cdata` of `storages_of`."""
+    return [storage._cdata for storage in storages_of(tensor)]

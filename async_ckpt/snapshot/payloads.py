@@ -73,12 +73,9 @@ class Payloads:
         return len(self._starts) + len(self._literals)
 
     def look_again(self, wanted: Sequence[bool] | None) -> None:
-        """Find the addresses again of what is wanted (None: of everything): the user may have moved the bytes.
-
-        Raises:
-            TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe
-                sees what another owner has put there.
-        """
+        """Find the addresses again of what is wanted (None: of everything): the user may have moved the bytes. Raises
+        TornSnapshotError: a storage has become shorter, or a device's memory was given back meanwhile: no probe sees
+        what another owner has put there."""
         before, self._sources = self._device_addresses, []
         self._look(wanted)
         if any(before[k] != now for k, now in self._device_addresses.items() if wanted is None or wanted[k]):
@@ -98,12 +95,9 @@ class Payloads:
     def fill(
         self, k: int, chunk: StagingChunk, wanted: Sequence[bool] | None, *, completes: bool, is_urgent: bool
     ) -> None:
-        """Copy what is wanted (None: everything) of chunk `k`, as far as the CPU can read it. Several threads may.
-
-        Args:
-            completes: with the literals between payloads.
-            is_urgent: somebody waits for it: keep the GIL between small pieces too.
-        """
+        """Copy what is wanted (None: everything) of chunk `k`, as far as the CPU can read it; if that `completes` it,
+        with the literals between payloads. If it `is_urgent`, the GIL is kept between small pieces too. Several threads
+        may."""
         if completes:
             self._fill_between(k, chunk, is_urgent)
         small = self._map.small

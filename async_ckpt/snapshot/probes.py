@@ -92,11 +92,7 @@ class ProbeMap:
         self._payloads.extend([payload] * (len(self._offsets) - len(self._payloads)))
 
     def note(self, addresses: list[int]) -> torch.Tensor:
-        """The probes' bytes now. One thread at a time.
-
-        Args:
-            addresses: of the payloads; 0 for those that lie on a device.
-        """
+        """The probes' bytes now, at these addresses of the payloads (0 for those on a device). One thread at a time."""
         with plain_torch():
             if self._last is None or self._last[0] != addresses:
                 payloads, offsets, ends = self._columns
@@ -112,12 +108,8 @@ class ProbeMap:
         return part
 
     def changed(self, noted: torch.Tensor, k: int, chunk: torch.Tensor) -> list[tuple[int, int]]:
-        """Where chunk `k`, which has been filled, holds something else than was noted: payload and offset in it. Any
-        thread; about 10 us.
-
-        Args:
-            chunk: its bytes.
-        """
+        """Where chunk `k`, whose bytes are `chunk` now, holds something else than was noted: payload and offset in it.
+        Any thread; about 10 us."""
         rows = self._rows[k]
         if rows.start == rows.stop:
             return []

@@ -15,16 +15,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Protocol
 
-from ..errors import CheckpointError, TransactionStateError
+from ..errors import CheckpointError
 from ..plan.plan import FilePlan, PlannedState
 from ..threads.executor import DaemonExecutor
 from ..threads.locks import Lock
 from ..threads.outcome import Outcome
-from .arena import StagingArena, StagingChunk
+from .arena import StagingArena
 from .chunk_map import ChunkMap, map_chunks
 from .copy_threads import CopyTeam
 from .device import SideStreams
@@ -39,28 +37,28 @@ _MAX_PATIENCE_S = 1.0
 _MAX_MAPS = 64
 
 
-class CopyPool(Protocol):
-    """The threads that a snapshotter uses. Never blocks; any call raises when they are gone."""
-
-    copier: DaemonExecutor
-    """One thread, for what is copied behind the caller."""
-    helpers: DaemonExecutor
-    """For what the caller waits for."""
-
-    def let_go(self) -> bool:
-        """Have a file that is written give back memory that it only keeps; False where there is none."""
-
-    def submit_io(self, fn: Callable[[], None]) -> Future[None]:
-        """Run `fn`, which may block, on an I/O thread."""
-
-
 class Snapshotter:
-    """Copies planned states into an arena. One per engine; `take` is called by one thread at a time."""
+    """Copies planned states into an arena. One per engine; `take` is called by one thread at a time.
 
-    def __init__(self, arena: StagingArena, pool: CopyPool, *, timeout_s: float) -> None:
+    Args:
+        copier: one thread, for what is copied behind the caller.
+        helpers: for what the caller waits for.
+        io: threads that may wait for devices.
+        let_go: has a file that is written give back memory that it only keeps; False where there is none.
+    """
+
+    def __init__(
+        self,
+        arena: StagingArena,
+        copier: DaemonExecutor,
+        helpers: DaemonExecutor,
+        io: DaemonExecutor,
+        let_go: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
         self._arena = arena
-        self._pool = pool
-        self._team = CopyTeam(pool.helpers)
+        self._copier, self._io, self._let_go = copier, io, let_go
+        self._team = CopyTeam(helpers)
         self._timeout_s = timeout_s
         self._maps: dict[tuple[str, tuple[int, int] | None], tuple[Sequence[int], ChunkMap]] = {}
         self._streams = SideStreams()
@@ -78,9 +76,7 @@ class Snapshotter:
     @contextmanager
     def deferring(self) -> Iterator[None]:
         """Around all that a `save` does on its thread: a lazy copy that competes with it for the GIL would be stall.
-
-        None starts meanwhile, nor shortly after: the next file may be saved at once.
-        """
+        None starts meanwhile, nor shortly after: the next file may be saved at once."""
         self._saving.add(threading.get_ident())
         self._deferred_until_s = float("inf")
         try:
@@ -131,7 +127,7 @@ class Snapshotter:
         chunk_map = self._map_of(state.plan, name, chunks_of)
         file = FileCopy(state, chunk_map, sink, self._arena, self._streams, guarded.tensors, on_copied, elsewhere)
         chunks = self._arena.try_reserve(len(chunk_map.offsets))
-        while chunks is None and self._pool.let_go():
+        while chunks is None and self._let_go():
             chunks = self._arena.try_reserve(len(chunk_map.offsets))
         if chunks is None:
             # Chunks come back only when the copies that hold them have been made.
@@ -153,20 +149,19 @@ class Snapshotter:
             for k in unprobed:
                 is_lazy[k] = False
         file.copy_unguarded(chunks, self._team, is_lazy, guarded.ids)
-        done = self._pool.copier.submit(lambda: self._copy_behind(file, chunks))
-        done.add_done_callback(lambda done: _give_up_unstarted(file, chunks, sink, done))
+        self._copier.submit(lambda: self._copy_behind(file)).add_done_callback(file.give_up_unstarted)
         return file
 
-    def _copy_behind(self, file: FileCopy, chunks: list[StagingChunk]) -> None:
+    def _copy_behind(self, file: FileCopy) -> None:
         latest_s = time.monotonic() + _MAX_PATIENCE_S
         while True:
             changed, left_s = self._changed, min(latest_s, self._deferred_until_s) - time.monotonic()
             if left_s <= 0:
                 break
             changed.wait(left_s)
-        file.copy_behind(chunks)
+        file.copy_behind()
         if not file.copied.done():
-            self._finish_later(lambda: file.finish_behind(chunks))
+            self._finish_later(file.finish_behind)
 
     def _finish_later(self, finish: Callable[[], None]) -> None:
         """Run `finish`, which waits for a device, on an I/O thread: the copy thread queues what is saved next
@@ -177,7 +172,7 @@ class Snapshotter:
                 return
         # Where no I/O thread is left to do it, it is done here.
         try:
-            done = self._pool.submit_io(self._finish_all)
+            done = self._io.submit(self._finish_all)
         except CheckpointError:
             self._finish_all()
         else:
@@ -202,11 +197,3 @@ class Snapshotter:
             self._maps.clear()
         self._maps[name, chunks_of] = (plan.payload_offsets, chunk_map)
         return chunk_map
-
-
-def _give_up_unstarted(file: FileCopy, chunks: list[StagingChunk], sink: ChunkSink, done: Future[None]) -> None:
-    """The copy thread died or was shut down before it ran the copy: whoever waits for it must learn that."""
-    error = done.exception() if not done.cancelled() else TransactionStateError("the copy thread was shut down")
-    if error is not None and not file.has_begun:
-        file.fail(chunks, error)
-        sink.abort(error)

@@ -66,11 +66,8 @@ class StepExclusion:
         self._queue: list[Turn] = []
 
     def begin(self, turn: Turn) -> None:
-        """Begin `turn`, of this thread; blocks while other threads do the other kind of work.
-
-        Raises:
-            BackpressureTimeout: the other work did not end in time; this one has not begun.
-        """
+        """Begin `turn`, of this thread; blocks while other threads do the other kind of work. Raises
+        BackpressureTimeout: that did not end in time; this one has not begun."""
         with self._changed:
             outer = self._outermost(turn.thread)
             if outer is not None:

@@ -38,8 +38,8 @@ from async_ckpt.plan.planner import Planner
 from async_ckpt.reading.scatter import Rollback
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.arena import StagingArena, StagingChunk
+from async_ckpt.snapshot.changes import TornCheck
 from async_ckpt.snapshot.probes import ProbeMap
-from async_ckpt.snapshot.torn_check import TornCheck
 from async_ckpt.threads import executor
 from tests.support.insides import arena_of, commits_of, thread_of
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
+from async_ckpt.snapshot.changes import TornCheck
 from async_ckpt.snapshot.step_exclusion import StepExclusion
-from async_ckpt.snapshot.torn_check import TornCheck
 from tests.snapshot.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
 from tests.support.insides import commits_of
 from tests.support.stepping import until

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from async_ckpt.snapshot.guard import Guard
-from async_ckpt.snapshot.owned_storages import NOTHING, OwnedStorages
-from async_ckpt.snapshot.torn_check import storage_ids
+from async_ckpt.snapshot.owned_storages import NOTHING, OwnedStorages, storage_ids
 
 
 def ids(*tensors: torch.Tensor) -> set[int]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
-from async_ckpt.snapshot.torn_check import storage_ids
+from async_ckpt.snapshot.owned_storages import storage_ids
 from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.insides import arena_of, guard_of
 from tests.support.stepping import TIMEOUT_S, Doing, noted_waits, until  # noqa: F401
