@@ -74,25 +74,21 @@ class Disk:
             try_again()
 
     def count(self, change: int) -> None:
-        """Chunks were taken over (+) or released (-). Any thread."""
+        """Chunks were taken over (+) or released (-)."""
         with self._lock:
             self.num_queued += change
             self._max_queued = max(self._max_queued, self.num_queued)
 
     def restart_max_queued(self) -> int:
-        """The most chunks that were queued since this was last asked. Any thread."""
+        """The most chunks that were queued since this was last asked."""
         with self._lock:
             most, self._max_queued = self._max_queued, self.num_queued
         return most
 
 
 class Jobs(Executor):
-    """The jobs of one file on I/O threads: timed, told, and counted until their threads have left them. Any thread;
-    never blocks.
-
-    A cancelled ``await`` says nothing about the thread behind it: memory and descriptors may be given up only when no
-    job is left.
-    """
+    """The jobs of one file on I/O threads: timed, told, and counted until their threads have left them, of which a
+    cancelled ``await`` says nothing. Any thread; never blocks."""
 
     def __init__(self, disk: Disk, tag: str) -> None:
         self.path = ""

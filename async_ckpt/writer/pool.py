@@ -229,11 +229,8 @@ class WriterPool:
             )
 
     def check(self, *, takes_files: bool = True) -> None:
-        """Raise what keeps files from being written, as `open_file` does.
-
-        Args:
-            takes_files: False: only what keeps the threads from working for files that were begun.
-        """
+        """Raise what keeps files from being written, as `open_file` does; unless it `takes_files`, only what keeps the
+        threads from working for those that were begun."""
         check_process(self._pid, "this writer pool")
         for executor in self._executors:
             if executor.refusal is not None and not self._is_closing:

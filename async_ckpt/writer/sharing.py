@@ -59,11 +59,8 @@ def open_older(filesystem: FileSystem, older: OlderFile | None) -> Sharing | Non
 
 
 class Sharing:
-    """An older file, open. Any thread; `close` when no other call runs.
-
-    Args:
-        by_link: whether the whole file can be taken over, and no part of it.
-    """
+    """An older file, open; `by_link`: it can be taken over as a whole only. Any thread; `close` when no other call
+    runs."""
 
     def __init__(self, filesystem: FileSystem, older: OlderFile, source: LocalReadableFile, *, by_link: bool) -> None:
         self._filesystem = filesystem
