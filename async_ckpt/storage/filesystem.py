@@ -302,7 +302,7 @@ class FileSystem(Syscalls):
 
         with as_write_error(self, f"opening{INCOMPLETE}", path, needed_bytes=needed_bytes):
             file = await aiofiles.open(path, "xb", buffering=0, opener=opener, executor=executor)
-        return WritableFile(self, path, size_bytes, needed_bytes, file, direct=is_direct, executor=executor)
+        return WritableFile(self, path, size_bytes, needed_bytes, file, direct=is_direct)
 
 
 _openers: list[Callable[[str], ReadSide]] = []

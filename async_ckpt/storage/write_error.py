@@ -43,14 +43,16 @@ def write_error(
 
 
 @contextlib.contextmanager
-def as_write_error(disk: Syscalls, message: str, path: str, *, needed_bytes: int | None = None) -> Iterator[None]:
+def as_write_error(
+    disk: Syscalls, message: str, path: str, *, offset: int | None = None, needed_bytes: int | None = None
+) -> Iterator[None]:
     """Raise what the disk refuses in the block as `write_error` makes it. Other errors of our tree pass."""
     try:
         yield
     except OSError as error:
         if isinstance(error, CheckpointError) and not isinstance(error, WriteError):
             raise
-        raise write_error(disk, error, message, path, needed_bytes=needed_bytes) from error
+        raise write_error(disk, error, message, path, offset=offset, needed_bytes=needed_bytes) from error
 
 
 def _free_bytes(disk: Syscalls, path: str) -> int | None:

@@ -1,11 +1,5 @@
 """Writing side of `FileSystem`: one new file over aiofiles, with O_DIRECT where the file system takes it.
-
-Guarantees:
-- A descriptor is closed only when no write on it is running in any thread: a reused number would send a late write
-  into somebody else's file. This holds when the awaiting task was cancelled, too.
-- The first failure stays with the file; fsync in particular is never repeated, because the kernel may have dropped
-  the dirty pages it could not write and would call the second attempt good.
-- Direct writes stay aligned through short writes.
+Direct writes stay aligned through short writes.
 """
 
 from __future__ import annotations
@@ -14,12 +8,10 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from typing import Any
 
-from ..errors import PathExistsError, WriteError
+from ..errors import PathExistsError
 from ..host.memory import PAGE_BYTES
-from ..threads.locks import Lock
 from .read_file import LocalReadableFile, Stamp, stamp_of
 from .syscalls import O_DIRECT, REFUSED, Syscalls
 from .write_error import as_write_error, write_error
@@ -150,19 +142,11 @@ def _reserve(calls: Syscalls, fd: int, size_bytes: int, fs_type: str, written: R
 
 
 class WritableFile:
-    """One new file being written. Blocks on the disk, `close` in the given executor; any thread. The first failure, a
-    WriteError or OutOfSpaceError, stays: every later call but `close` raises it again."""
+    """One new file being written. Blocks on the disk; any thread, and calls may overlap, except with `close`. They
+    raise WriteError and OutOfSpaceError; after that, only `close` is called."""
 
     def __init__(
-        self,
-        calls: Syscalls,
-        path: str,
-        size_bytes: int,
-        needed_bytes: int,
-        file: Any,
-        *,
-        direct: bool,
-        executor: Executor,
+        self, calls: Syscalls, path: str, size_bytes: int, needed_bytes: int, file: Any, *, direct: bool
     ) -> None:
         self._calls = calls
         self.path = path
@@ -176,91 +160,47 @@ class WritableFile:
         self._fd: int = file.fileno()
         self.direct = direct
         """Whether O_DIRECT is in use; turns False when the file system refuses it."""
-        self._executor = executor
-        self._idle = Lock()
-        self._num_running = 0
-        self._closing = False
-        self._failure: BaseException | None = None
 
     def pwrite(self, buffer: memoryview, offset: int) -> None:
-        """Write all of `buffer` at `offset`; short writes and EINTR are resumed. Blocks on the disk; any thread.
-
-        Several may be in flight. In direct mode address, offset and length should be multiples of 4096: the file goes
-        on through the page cache where they are not. (A padded end is cut off by `truncate`.)
-        """
+        """Write all of `buffer` at `offset`; short writes and EINTR are resumed. In direct mode address, offset and
+        length should be multiples of 4096: the file goes on through the page cache where they are not. (A padded end is
+        cut off by `truncate`.)"""
         view = buffer.cast("B")
-        with self._running("writing", offset):
+        with self._telling("writing", offset):
             done = self._write_direct(view, offset) if self.direct else 0
             while done < view.nbytes:
                 done += _write_some(self._calls, self._fd, self.path, view[done:], offset + done)
 
     def clone(self, source: LocalReadableFile, offset: int, num_bytes: int) -> OSError | None:
-        """Share a range of `source`, at the same place, instead of writing it; whole pages. Blocks; any thread. Returns
-        why it cannot: then the range is as it was, and is to be written."""
-        with self._running("cloning", offset):
-            try:
-                source.clone_into(self._fd, offset, num_bytes)
-            except OSError as error:
-                return error
+        """Share a range of `source`, at the same place, instead of writing it; whole pages. Returns why it cannot: then
+        the range is as it was, and is to be written."""
+        try:
+            source.clone_into(self._fd, offset, num_bytes)
+        except OSError as error:
+            return error
         return None
 
     def truncate(self, size_bytes: int) -> None:
         """Set the length of the file."""
-        with self._running("setting the length"):
+        with self._telling("setting the length"):
             self._calls.ftruncate(self._fd, size_bytes)
 
     def fsync(self) -> None:
-        """Make content and length durable. Fails once and for good."""
-        with self._running("fsync"):
+        """Make content and length durable. Not to be called again where it fails: the kernel may have dropped the dirty
+        pages that it could not write, and would call the second attempt good."""
+        with self._telling("fsync"):
             self._calls.fsync(self._fd)
             self.stamp = stamp_of(self._calls.fstat(self._fd))
 
     async def close(self) -> None:
-        """Close the descriptor once no call is running on it any more; idempotent."""
-        import asyncio
-
-        def wait_until_idle() -> None:
-            with self._idle:
-                self._closing = True
-                while self._num_running:
-                    self._idle.wait()
-
-        await asyncio.get_running_loop().run_in_executor(self._executor, wait_until_idle)
+        """Close the descriptor; idempotent. A call still at work would write into whatever file gets its number."""
         if not self._file.closed:
-            with as_write_error(self._calls, f"closing{INCOMPLETE}", self.path, needed_bytes=self._needed_bytes):
+            with self._telling("closing"):
                 await self._file.close()
 
-    @contextlib.contextmanager
-    def _running(self, what: str, offset: int | None = None) -> Iterator[None]:
-        """Hold the descriptor open, and keep the first failure."""
-        with self._idle:
-            if self._failure is not None:
-                raise self._failure
-            if self._closing:
-                raise WriteError(f"{what} after close", errno=errno.EBADF, path=self.path, offset=offset)
-            self._num_running += 1
-        try:
-            yield
-        except BaseException as error:
-            failure: BaseException = error
-            if isinstance(error, OSError):
-                failure = write_error(
-                    self._calls,
-                    error,
-                    f"{what}{INCOMPLETE}",
-                    self.path,
-                    offset=offset,
-                    needed_bytes=self._needed_bytes,
-                )
-            with self._idle:
-                self._failure = self._failure or failure
-            if failure is error:
-                raise
-            raise failure from error
-        finally:
-            with self._idle:
-                self._num_running -= 1
-                self._idle.notify_all()
+    def _telling(self, what: str, offset: int | None = None) -> contextlib.AbstractContextManager[None]:
+        told = f"{what}{INCOMPLETE}"
+        return as_write_error(self._calls, told, self.path, offset=offset, needed_bytes=self._needed_bytes)
 
     def _write_direct(self, buffer: memoryview, offset: int) -> int:
         """Bytes written past the page cache, in whole pages: less than all only after direct mode was given up."""
@@ -285,7 +225,5 @@ class WritableFile:
 
     def _leave_direct(self) -> None:
         """Go on through the page cache with the same descriptor; direct writes in flight are not disturbed."""
-        with self._idle:
-            if self.direct:
-                self._calls.clear_direct(self._fd)
-                self.direct = False
+        self._calls.clear_direct(self._fd)
+        self.direct = False

@@ -90,6 +90,8 @@ class FileChunks:
         self._held_back: list[Chunk] | None = None
         """Sealed and not written: while each is equal to the older file's, the file may become a link to that."""
         self._opened: WritableFile | None = None
+        self._is_ready = self._writes_nothing
+        """Whether chunks may be sealed, and held back or written then."""
         self._is_sealing = False
         self._one_buffered_write = Lock()
         self._num_chunk_jobs = 0
@@ -192,8 +194,7 @@ class FileChunks:
         """Begin to seal and write the next chunk, if its turn has come."""
         self._take_over()
         with self._lock:
-            is_ready = self._failure is None and not self._is_sealing and bool(self._waiting)
-            is_ready &= self._opened is not None or self._held_back is not None or self._writes_nothing
+            is_ready = self._is_ready and self._failure is None and not self._is_sealing and bool(self._waiting)
             if not is_ready or self._num_chunk_jobs >= self._how.depth or not self._disk.take_slot(self.begin_next):
                 return
             chunk = self._waiting.popleft()
@@ -262,7 +263,7 @@ class FileChunks:
 
     def _put_back(self) -> None:
         """Put what was held back in front of the others. With the lock."""
-        held, self._held_back = self._held_back or [], None
+        held, self._held_back, self._is_ready = self._held_back or [], None, False
         self._waiting.extendleft(reversed(held))
 
     # Giving back.
@@ -290,7 +291,8 @@ class FileChunks:
         kept = {chunk.offset: chunk for chunk in self._take_kept()}
         self._disk.count(len(kept))
         self._held.update(kept)
-        self._held_back, self._waiting = None, deque(self._held[offset] for offset in sorted(self._held))
+        self._held_back, self._is_ready = None, False
+        self._waiting = deque(self._held[offset] for offset in sorted(self._held))
         return sum(chunk.nbytes for chunk in self._waiting) == self._next_offset
 
     def _release_all(self) -> None:

@@ -4,7 +4,8 @@ The loop's task (`_serve`) opens the file, and once all is written it syncs and 
 a moment, a file that is kept in staging memory is written once more.
 
 Guarantees:
-- `FileWrite.done` always resolves. The descriptor is closed when no job can touch it any more.
+- `FileWrite.done` always resolves. The descriptor is closed when no job can touch it any more, also where the task was
+  cancelled: a reused number would send a late write into somebody else's file.
 - Never twice on the same descriptor: after a failed write or fsync the kernel may have dropped pages, and call the next
   one good. The old file is deleted, and a new one written as a whole.
 - Written chunks are kept until the file is synced, but no save waits for their memory: it is given back where that is
@@ -25,7 +26,6 @@ from typing import Any, TypeVar
 from ..errors import CheckpointError, TransactionStateError, WriteError, report
 from ..storage.read_file import Stamp
 from ..storage.write_error import FULL, as_write_error
-from ..storage.write_file import WritableFile
 from ..threads.outcome import Outcome
 from .chunks import FileChunks, HowToWrite
 from .disk import Disk, whole_pages
@@ -166,8 +166,7 @@ class FileWrite(FileChunks):
         if sharing is not None and sharing.by_link and not self._is_scarce and await self._becomes_link(path, sharing):
             return
         if not self._writes_nothing:
-            self._opened = await self._open_new(path, sharing)
-            self.direct = self._opened.direct
+            await self._open_new(path, sharing)
         jobs.step = "a chunk or a free writer"
         if self.size_bytes:
             self.begin_next()
@@ -192,7 +191,7 @@ class FileWrite(FileChunks):
     async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
         """Whether this file is another name of the older one now, and so is durable."""
         self._jobs.step = "a chunk that is not equal"
-        self._held_back = []
+        self._held_back, self._is_ready = [], True
         self.begin_next()
         await self._until(
             lambda: (held := self._held_back) is None or sum(chunk.nbytes for chunk in held) == self.size_bytes
@@ -204,7 +203,7 @@ class FileWrite(FileChunks):
             self._put_back()
         return False
 
-    async def _open_new(self, path: str, sharing: Sharing | None) -> WritableFile:
+    async def _open_new(self, path: str, sharing: Sharing | None) -> None:
         """Make the file, or open it where other processes may have made it. Raises as `FileSystem.open_write`."""
         how, jobs = self._how, self._jobs
         jobs.step = "open"
@@ -213,13 +212,10 @@ class FileWrite(FileChunks):
         more: Any = {"shared": True} if how.share is not None else {} if sharing is None else sharing.what_to_write()
         filesystem = self._disk.filesystem
         file = await filesystem.open_write(path, reserved_bytes, direct=how.direct, executor=jobs, **more)
+        self._opened, self.direct = file, file.direct
         if sharing is not None and sharing.is_sure:
-            try:
-                await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
-            except BaseException:
-                await file.close()
-                raise
-        return file
+            await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
+        self._is_ready = True
 
     async def _has_settled(self) -> bool:
         """One round of waiting, after a failure, for idle jobs and a closed file; False when there is more of it."""

@@ -5,9 +5,11 @@ Reflinks are emulated, where nothing else is said: `tests/faults/test_realdisks.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
-from async_ckpt.errors import CommitError, ConfigError, CorruptCheckpointError, OutOfSpaceError, TornSnapshotError
+from async_ckpt.errors import (
+    CheckpointError,
+    CommitError,
+    ConfigError,
+    CorruptCheckpointError,
+    OutOfSpaceError,
+    TornSnapshotError,
+)
 from async_ckpt.metrics import CommitMetrics, Observer, Span
 from async_ckpt.storage.probe import Findings
 from tests.support.comparing import torch_bytes
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+from tests.support.insides import pipeline_of, thread_of
 
 CHUNK = 4096
 NUM_CHUNKS = 12
@@ -276,6 +286,34 @@ def test_a_source_that_goes_while_it_is_used(run: Any, clones: bool) -> None:
     metrics = one.commit("b", state)
     assert gone and (metrics.shared_bytes > 0) is clones
     one.check("b", state)
+
+
+def test_a_file_whose_task_is_cancelled_stays_open_while_bytes_are_cloned_into_it(run: Any) -> None:
+    """Its number would be another file's, and that file would get the bytes."""
+    one, state = run(clones=True), tensors()
+    for tag in "abc":
+        one.commit(tag, state)
+        state["w4"].add_(1)
+    cloning, closed, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def before(op: Operation) -> None:
+        if op.name == "clone":
+            cloning.set()
+            go_on.wait(20)
+        elif op.name == "close" and cloning.is_set() and op.path.endswith("m.pt") and "staging" in op.path:
+            closed.set()
+
+    one.fs.before = before
+    one.engine.create("d")
+    one.engine.save(state, "m.pt")
+    assert cloning.wait(20)
+    loop = thread_of(pipeline_of(one.engine).pool)
+    loop.call(lambda: [task.cancel() for task in asyncio.all_tasks(loop.loop)])
+    is_early = closed.wait(0.2)
+    go_on.set()
+    with pytest.raises(CheckpointError):
+        one.engine.commit("d").result(30)
+    assert closed.is_set() and not is_early
 
 
 def test_another_file_in_the_place_of_the_source_is_not_linked(run: Any) -> None:

@@ -8,7 +8,6 @@ import itertools
 import mmap
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,49 +274,6 @@ async def test_every_failure_is_raised_with_path_and_errno(
         assert caught.value.offset is not None
     if name == "allocate":
         assert not (tmp_path / "f").exists()
-
-
-async def test_a_failed_fsync_is_never_repeated(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
-    fs = FaultyFileSystem()
-    file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
-    file.pwrite(aligned(everything(4096)), 0)
-    fs.fail_when(lambda op: op.name == "fsync", errno.EIO)
-    with pytest.raises(WriteError) as first:
-        file.fsync()
-    fs.heal()
-    for call in (file.fsync, lambda: file.truncate(4096), lambda: file.pwrite(aligned(b"x"), 0)):
-        with pytest.raises(WriteError) as again:
-            call()
-        assert again.value is first.value
-    await file.close()
-    assert sum(op.name == "fsync" for op in fs.operations) == 1
-
-
-async def test_close_waits_for_a_write_whose_task_was_cancelled(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
-    fs = FaultyFileSystem()
-    started, go_on = threading.Event(), threading.Event()
-
-    def hold(op: Operation) -> None:
-        if op.name == "pwrite":
-            started.set()
-            go_on.wait(20)
-
-    fs.before = hold
-    file = await fs.open_write(str(tmp_path / "f"), 4096, direct=False, executor=executor)
-    writing = asyncio.ensure_future(asyncio.to_thread(file.pwrite, aligned(everything(4096)), 0))
-    await asyncio.get_running_loop().run_in_executor(None, started.wait, 20)
-    writing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await writing
-    closing = asyncio.ensure_future(file.close())
-    done, _ = await asyncio.wait({closing}, timeout=0.1)
-    assert not done, "closed under a running write"
-    go_on.set()
-    await closing
-    assert (tmp_path / "f").read_bytes() == everything(4096), "the write went into another file"
-    with pytest.raises(WriteError, match="after close"):
-        file.pwrite(aligned(b"x"), 0)
-    await file.close()
 
 
 async def test_an_existing_file_or_link_is_never_written_to(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
