@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..host.memory import LONG_BYTES
 from ..plan.plan import FilePlan
 from ..plan.structure import picker
 from .probes import ProbeMap
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +25,6 @@ class LargePiece:
     source_offset: int
     chunk_offset: int
     nbytes: int
-
-    def target_in(self, chunk: torch.Tensor) -> torch.Tensor:
-        return chunk[self.chunk_offset : self.chunk_offset + self.nbytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,7 @@ from .arena import StagingArena, StagingChunk
 from .changes import TornCheck
 from .chunk_map import ChunkMap, LargePiece
 from .copy_threads import CopyTeam
-from .device import SideStreams
-from .payloads import Payloads
+from .payloads import Payloads, SideStreams
 
 OnCopied = Callable[[str, float, int, int], None]
 """Called with (kind "copy" or "d2h", start on ``time.perf_counter``, file offset, bytes) when a chunk's copy has
@@ -311,7 +310,10 @@ class FileCopy:
 
     def _queue_copies(self, device: torch.device, pieces: list[LargePiece], chunk: StagingChunk) -> torch.Event:
         copies = (
-            (*self._payloads.read(piece.source, piece.source_offset, piece.nbytes), piece.target_in(chunk.tensor))
+            (
+                *self._payloads.read(piece.source, piece.source_offset, piece.nbytes),
+                chunk.tensor[piece.chunk_offset :][: piece.nbytes],
+            )
             for piece in pieces
         )
         return self._streams.queue(device, copies)

@@ -1,24 +1,28 @@
-"""Where the bytes of a file lie in memory, and copies of what the CPU can read of them, by address in loops in C.
+"""Where the bytes of a file lie in memory, and copies of them: of what the CPU can read by address, in loops in C; of
+what lies on devices on side streams.
 
 A tensor costs microseconds. The copies release the GIL, but for small pieces: getting it back takes longer than copying
-them.
+them. Neither queueing nor ordering on a device blocks the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import compress, repeat
 from operator import add, le
 
 import torch
 
 from ..errors import TornSnapshotError
-from ..host.device import accelerators, plain_torch
+from ..host.device import accelerators, keep_for, on_stream, plain_torch, record_now, side_stream, synchronize
 from ..host.memory import address_of, move, move_holding_gil, move_releasing_gil
 from ..plan.plan import PlannedState
 from ..plan.strided import row_major_bytes
+from ..threads.locks import uninterrupted
 from .arena import StagingChunk
 from .chunk_map import ChunkMap, LargePiece
 
@@ -160,6 +164,42 @@ class Payloads:
             addresses = list(map(add, between.source_offsets[rows], repeat(middle)))
             _copy_rows(chunk.address, between.chunk_offsets[rows], addresses, between.nbytes[rows], is_urgent=is_urgent)
         chunk.resident_key = key
+
+
+class SideStreams:
+    """One stream per device, made when it is first needed. Any thread."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.Stream] = {}
+
+    def order_behind(self, callers: Mapping[torch.device, torch.Event]) -> None:
+        """What is queued from here on begins after these points on the caller's streams."""
+        for device, event in callers.items():
+            self._stream(device).wait_event(event)
+
+    def queue(
+        self, device: torch.device, copies: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> torch.Event:
+        """Queue copies from one device to the host; returns what ends them. `copies`: memory that is read, its bytes,
+        and where they go; each made on the side stream when it is asked for."""
+        stream = self._stream(device)
+        with on_stream(stream):
+            for memory, source, target in copies:
+                keep_for(memory, stream)
+                target.copy_(source, non_blocking=True)
+            return record_now(device)
+
+    def finish(self, devices: Iterable[torch.device]) -> None:
+        """Return when no queued copy writes to a chunk any more, whatever interrupts the wait: the chunks are to be
+        given up."""
+        for device in devices:
+            if device in self._streams:
+                with contextlib.suppress(RuntimeError):  # The device is lost, and its copies with it.
+                    uninterrupted(partial(synchronize, [self._streams[device]]))
+
+    def _stream(self, device: torch.device) -> torch.Stream:
+        # Both the caller's thread and the copy thread may be the first.
+        return self._streams.get(device) or self._streams.setdefault(device, side_stream(device))
 
 
 def _copy_rows(base: int, offsets: list[int], sources: list[int], nbytes: list[int], *, is_urgent: bool) -> None:

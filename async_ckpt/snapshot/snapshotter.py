@@ -25,9 +25,9 @@ from ..threads.outcome import Outcome
 from .arena import StagingArena
 from .chunk_map import ChunkMap, map_chunks
 from .copy_threads import CopyTeam
-from .device import SideStreams
 from .file_copy import ChunkSink, FileCopy, OnCopied
 from .owned_storages import NOTHING, Owned
+from .payloads import SideStreams
 from .probes import is_probed
 
 # How long after a save its lazy copy waits for the next one: a checkpoint's files are saved within milliseconds.

@@ -55,17 +55,14 @@ class FileStat:
 class ReadableFile(Protocol):
     """One open regular file; any thread, calls may overlap, except with `close`."""
 
-    @property
-    def path(self) -> str:
-        """Where the file was when it was opened."""
+    path: str
+    """Where the file was when it was opened."""
+    size_bytes: int
+    """Length when it was opened."""
 
     @property
     def map_path(self) -> str:
         """A path to this very file while it is open here, whoever has its name by now: for code that maps by path."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Length when it was opened."""
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer` from `offset`. Raises CorruptCheckpointError: the file ends before that. OSError."""
@@ -77,13 +74,10 @@ class ReadableFile(Protocol):
 class DirHandle(Protocol):
     """One open directory: keeps naming the same tree when its path is renamed or exchanged. Any thread."""
 
-    @property
-    def path(self) -> str:
-        """Where the directory was when it was opened."""
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """(device, inode); not reused by another directory while the handle is open."""
+    path: str
+    """Where the directory was when it was opened."""
+    identity: tuple[int, int]
+    """(device, inode); not reused by another directory while the handle is open."""
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
         """Names and kinds in the sub-directory `parts`."""

@@ -17,8 +17,8 @@ from async_ckpt.errors import CheckpointError
 from async_ckpt.host import device as devices
 from async_ckpt.integrations.dcp import stager as staging
 from async_ckpt.reading import scatter
-from async_ckpt.snapshot import device as side
 from async_ckpt.snapshot import file_copy, guard
+from async_ckpt.snapshot import payloads as side
 from tests.support.insides import arena_of
 
 from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
