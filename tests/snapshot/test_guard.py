@@ -24,7 +24,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, BackpressureTimeout, TransactionStateError
 from tests.support.insides import arena_of, commits_of, exclusion_of, guard_of
-from tests.support.stepping import Doing, gated, is_blocked, noted_waits, until  # noqa: F401
+from tests.support.stepping import Doing, gated, is_blocked, noted_waits, saved, until  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +93,18 @@ class Hooked:
         return OrderedDict, ()
 
 
+def see_it_wait(engine: AsyncCheckpointEngine, net: Net, step: Callable[[], Any], held_copies: Any) -> None:
+    """A lazy save, and a step that waits for its copies."""
+    held = held_copies(engine)
+    pending = saved(engine, net.state())
+    assert pending.metrics.saves[0].mode == "lazy"
+    stepping = Doing(step).settle()
+    assert stepping.blocked
+    held.let_go()
+    stepping.result()
+    pending.result(60)
+
+
 # Turns.
 
 
@@ -159,9 +171,7 @@ def test_steps_of_two_optimizers_both_wait_for_the_copies(
     a, b = Net(plain_sgd), Net(plain_sgd)
     engine.guard(a.optimizer, b.optimizer)
     held = held_copies(engine)
-    engine.create("t")
-    engine.save({"a": a.state(), "b": b.state()}, "s.pt")
-    pending = engine.commit("t")
+    pending = saved(engine, {"a": a.state(), "b": b.state()})
     steps = [Doing(net.optimizer.step).settle() for net in (a, b)]
     assert all(step.blocked for step in steps)
     held.let_go()
@@ -177,9 +187,7 @@ def test_a_step_waits_for_the_copies_that_another_thread_waits_for(
 ) -> None:
     engine.guard(net.optimizer)
     held = held_copies(engine)
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    engine.commit("t")
+    saved(engine, net.state())
     waiting = Doing(engine.wait_snapshot).settle()
     stepping = Doing(net.optimizer.step).settle()
     assert waiting.blocked and stepping.blocked
@@ -282,9 +290,7 @@ def test_save_in_a_closure_is_eager(engine: AsyncCheckpointEngine, tmp_path: Pat
         return loss
 
     optimizer.step(closure)
-    engine.create("after")
-    engine.save({"w": weight.detach()}, "s.pt")
-    pending = engine.commit("after")
+    pending = saved(engine, {"w": weight.detach()}, "after")
     assert pending.metrics.saves[0].mode == "lazy"
     for other in engine.pending():
         other.result(60)
@@ -338,9 +344,7 @@ def test_a_step_that_raised_holds_nobody_up(engine: AsyncCheckpointEngine, held_
     assert net.steps_in(tmp_path / "t" / "s.pt") == (1, 1)
     # On the thread it raised on: lazy as ever, since no step is running there.
     held = held_copies(engine)
-    engine.create("u")
-    engine.save(net.state(), "s.pt")
-    pending = engine.commit("u")
+    pending = saved(engine, net.state(), "u")
     assert pending.metrics.saves[0].mode == "lazy"
     stepping = Doing(net.optimizer.step).settle()
     assert stepping.blocked and net.first[0] == -1
@@ -356,9 +360,7 @@ def test_a_thread_that_raised_in_its_step_and_ended(engine: AsyncCheckpointEngin
     engine.guard(net.optimizer)
     with pytest.raises(ArithmeticError):
         Doing(net.optimizer.step).result()
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    engine.commit("t").result(60)
+    saved(engine, net.state()).result(60)
     assert net.steps_in(tmp_path / "t" / "s.pt") == (1, 1)
 
 
@@ -372,9 +374,7 @@ def test_a_hook_of_somebody_else_that_raises(engine: AsyncCheckpointEngine, net:
     with pytest.raises(ArithmeticError):
         net.optimizer.step()
     handle.remove()
-    engine.create("t")
-    Doing(lambda: engine.save(net.state(), "s.pt")).result()
-    engine.commit("t").result(60)
+    Doing(lambda: saved(engine, net.state()).result(60)).result()
     assert net.steps_in(tmp_path / "t" / "s.pt") == (0, 0)
 
 
@@ -389,9 +389,7 @@ def test_a_grad_scaler_that_skips_the_step(engine: AsyncCheckpointEngine, net: N
         scaler.step(net.optimizer)
         scaler.update()
         tag = f"after-{value}"
-        engine.create(tag)
-        Doing(lambda: engine.save(net.state(), "s.pt")).result()
-        engine.commit(tag).result(60)
+        Doing(lambda tag=tag: saved(engine, net.state(), tag).result(60)).result()
         # The scale was halved by the infinite gradient.
         assert net.steps_in(tmp_path / tag / "s.pt") == (4 * steps, 4 * steps)
 
@@ -454,14 +452,7 @@ def test_accelerates_wrapper(engine: AsyncCheckpointEngine, net: Net, held_copie
     wrapped = accelerate.Accelerator(cpu=True).prepare(net.optimizer)
     assert wrapped is not net.optimizer
     engine.guard(wrapped)
-    held = held_copies(engine)
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    assert engine.commit("t").metrics.saves[0].mode == "lazy"
-    stepping = Doing(wrapped.step).settle()
-    assert stepping.blocked
-    held.let_go()
-    stepping.result()
+    see_it_wait(engine, net, wrapped.step, held_copies)
 
 
 def test_what_is_no_optimizer_is_refused(engine: AsyncCheckpointEngine, net: Net) -> None:
@@ -490,16 +481,7 @@ def test_a_guarded_optimizer_without_torchs_base_class_waits_too(
 ) -> None:
     optimizer = Homemade(net)
     engine.guard(optimizer)
-    held = held_copies(engine)
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    pending = engine.commit("t")
-    assert pending.metrics.saves[0].mode == "lazy"
-    stepping = Doing(optimizer.step).settle()
-    assert stepping.blocked
-    held.let_go()
-    stepping.result()
-    pending.result(60)
+    see_it_wait(engine, net, optimizer.step, held_copies)
     assert net.steps_in(tmp_path / "t" / "s.pt") == (0, 0) and net.first[0] == -1
 
 
@@ -515,9 +497,7 @@ def test_zero_redundancy_optimizer(engine: AsyncCheckpointEngine, tmp_path: Path
         engine.guard(optimizer)
         weight.grad = torch.ones(5000)
         optimizer.step()
-        engine.create("t")
-        engine.save({"w": weight.detach()}, "s.pt")
-        pending = engine.commit("t")
+        pending = saved(engine, {"w": weight.detach()})
         optimizer.step()
         assert pending.metrics.saves[0].mode == "lazy"
         pending.result(60)
@@ -532,16 +512,7 @@ def test_a_compiled_step(engine: AsyncCheckpointEngine, net: Net, held_copies: A
     engine.guard(net.optimizer)
     step = torch.compile(net.optimizer.step, backend="eager")
     step()
-    held = held_copies(engine)
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    pending = engine.commit("t")
-    assert pending.metrics.saves[0].mode == "lazy"
-    stepping = Doing(step).settle()
-    assert stepping.blocked
-    held.let_go()
-    stepping.result()
-    pending.result(60)
+    see_it_wait(engine, net, step, held_copies)
     assert net.steps_in(tmp_path / "t" / "s.pt") == (1, 1) and net.first[0] == -2
     assert exclusion_of(guard_of(engine)).idle
 
@@ -556,9 +527,7 @@ def test_close_during_a_step(tmp_path: Path, net: Net, held_copies: Any, while_i
     engine.guard(net.optimizer)
     with gated(net.optimizer) as gate:
         held = held_copies(engine)
-        engine.create("t")
-        engine.save(net.state(), "s.pt")
-        engine.commit("t")
+        saved(engine, net.state())
         if while_it == "runs":
             held.let_go()
             gate.close()
@@ -604,16 +573,12 @@ def test_a_dropped_optimizer_is_gone(engine: AsyncCheckpointEngine, tmp_path: Pa
     engine.guard(net.optimizer)
     with pytest.raises(ArithmeticError):
         net.optimizer.step()
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    engine.commit("t").result(60)
+    saved(engine, net.state()).result(60)
     known, state = weakref.ref(net.optimizer), net.state()
     del net
     gc.collect()
     assert known() is None
-    engine.create("u")
-    engine.save(state, "s.pt")
-    pending = engine.commit("u")
+    pending = saved(engine, state, "u")
     assert pending.metrics.saves[0].mode == "eager"
     pending.result(60)
 
@@ -642,9 +607,7 @@ def test_a_guarded_optimizer_can_be_copied_and_pickled(
     net = Net(lambda p: kind(p, lr=1.0))
     engine.guard(net.optimizer)
     held = held_copies(engine)
-    engine.create("t")
-    engine.save(net.state(), "s.pt")
-    engine.commit("t")
+    saved(engine, net.state())
     buffer = io.BytesIO()
     torch.save(net.optimizer, buffer)
     buffer.seek(0)

@@ -14,6 +14,9 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 
+from ..support.comparing import torch_bytes
+from ..support.stepping import saved
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
@@ -87,9 +90,7 @@ def test_saved_state_is_that_of_save(tmp_path: Path, name: str, guarded: bool) -
         for k in range(6):
             training.step()
             expected[f"t{k}"] = frozen(training.state())
-            engine.create(f"t{k}")
-            engine.save(training.state(), "state.pt")
-            engine.commit(f"t{k}")
+            saved(engine, training.state(), f"t{k}", path="state.pt")
             # BatchNorm statistics change in the forward pass, parameters in the step.
             training.model(training.data)
         training.step()
@@ -104,9 +105,7 @@ def test_guarded_save_is_lazy_and_unguarded_tensors_are_eager(tmp_path: Path, he
         engine.guard(training.optimizer)
         held = held_copies(engine)
         expected = frozen(training.state())
-        engine.create("t")
-        engine.save(training.state(), "state.pt")
-        pending = engine.commit("t")
+        pending = saved(engine, training.state(), path="state.pt")
         assert pending.metrics.saves[0].mode == "lazy"
         # The copy thread has not run at all, so these must have been copied inside save().
         training.model(training.data)
@@ -125,9 +124,7 @@ def test_the_guard_waits_in_the_step(tmp_path: Path, held_copies: Any) -> None:
         engine.guard(training.optimizer)
         held = held_copies(engine)
         expected = frozen(training.state())
-        engine.create("t")
-        engine.save(training.state(), "state.pt")
-        engine.commit("t")
+        saved(engine, training.state(), path="state.pt")
         training.loss()
         stepping = threading.Thread(target=training.optimizer.step)
         before = training.model[0].weight.detach().clone()
@@ -159,9 +156,7 @@ def test_change_behind_the_guard_is_torn_or_right(
     engine.guard(training.optimizer)
     held = held_copies(engine)
     expected = frozen(training.state())
-    engine.create("t")
-    engine.save(training.state(), "state.pt")
-    pending = engine.commit("t")
+    pending = saved(engine, training.state(), path="state.pt")
     change(training)
     held.let_go()
     error = pending.exception(60)
@@ -178,9 +173,7 @@ def test_load_state_dict_in_between_is_torn_and_named(tmp_path: Path, held_copie
     engine = AsyncCheckpointEngine(tmp_path, staging_bytes=4 << 20)
     engine.guard(training.optimizer)
     held = held_copies(engine)
-    engine.create("t")
-    engine.save(training.model.state_dict(), "model.pt")
-    pending = engine.commit("t")
+    pending = saved(engine, training.model.state_dict(), path="model.pt")
     training.model.load_state_dict({k: v + 1 for k, v in training.model.state_dict().items()})
     held.let_go()
     with pytest.raises(TornSnapshotError, match=r"0\.weight") as caught:
@@ -246,11 +239,7 @@ def test_changed_scalars_structures_and_shapes_between_saves(tmp_path: Path) -> 
     ]
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         for k, state in enumerate(states * 2):
-            engine.create(f"t{k}")
-            engine.save(state, "s.pt")
-            engine.commit(f"t{k}")
-    from ..support.comparing import torch_bytes
-
+            saved(engine, state, f"t{k}")
     for k, state in enumerate(states * 2):
         assert (tmp_path / f"t{k}" / "s.pt").read_bytes() == torch_bytes(state), k
 
@@ -306,8 +295,6 @@ def test_bytes_that_are_left_from_an_earlier_save_are_those_of_this_one(tmp_path
     ]
     order = [0, 0, 1, 0, 2, 2, 2, 3, 2, 4, 0, 4, 2, 0, 3, 3, 1, 1, 0]
     saved: dict[str, bytes] = {}
-    from ..support.comparing import torch_bytes
-
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=16384) as engine:
         for k, kind in enumerate(order):
             state = kinds[kind]()

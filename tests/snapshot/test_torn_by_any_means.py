@@ -18,7 +18,7 @@ from async_ckpt import AsyncCheckpointEngine, TornSnapshotError
 from async_ckpt.snapshot.owned_storages import storage_ids
 from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.insides import arena_of, guard_of
-from tests.support.stepping import TIMEOUT_S, Doing, noted_waits, until  # noqa: F401
+from tests.support.stepping import TIMEOUT_S, Doing, noted_waits, saved, until  # noqa: F401
 
 
 class Training:
@@ -303,9 +303,7 @@ def test_a_tensor_with_gaps_is_copied_lazily_and_a_change_of_it_is_seen(
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=4096, **STRIDED[kind]) as engine:
         optimizer = torch.optim.SGD([weight.detach()], lr=0.1)
         engine.guard(optimizer)
-        engine.create("right")
-        engine.save(state, "s.pt")
-        pending = engine.commit("right")
+        pending = saved(engine, state, "right")
         pending.result(60)
         assert pending.metrics.saves[0].mode == "lazy"
         assert torch.equal(engine.load("right/s.pt")["w"], wanted)
@@ -351,9 +349,7 @@ def held_save(engine: AsyncCheckpointEngine, training: Training, held_copies: An
     engine.guard(training.optimizer)
     held = held_copies(engine)
     held.expected = frozen(training.state())
-    engine.create("t")
-    engine.save(training.state(), "s.pt")
-    held.pending = engine.commit("t")
+    held.pending = saved(engine, training.state())
     return held
 
 
@@ -392,9 +388,7 @@ def test_a_hook_that_was_registered_before_the_guard_waits(
     for tag, optimizer in (("t", other), ("u", training.optimizer)):
         held = held_copies(engine)
         expected = frozen(training.state())
-        engine.create(tag)
-        engine.save(training.state(), "s.pt")
-        pending = engine.commit(tag)
+        pending = saved(engine, training.state(), tag)
         stepping = Doing(optimizer.step).settle()
         assert stepping.blocked
         assert_same(frozen(training.state()), expected)
@@ -431,9 +425,7 @@ def test_a_step_that_was_compiled_before_the_guard_waits(
     engine.guard(training.optimizer)
     held = held_copies(engine)
     held.expected = frozen(training.state())
-    engine.create("t")
-    engine.save(training.state(), "s.pt")
-    held.pending = engine.commit("t")
+    held.pending = saved(engine, training.state())
     assert_waits(step, training, held, tmp_path)
 
 
@@ -490,9 +482,7 @@ def test_a_storage_where_a_dropped_subclass_lay_is_not_taken_for_guarded(
     optimizer = torch.optim.SGD([weight], lr=0.1)
     optimizer.state[weight] = {f"x{k}": torch.zeros(3000).as_subclass(Wrapped) for k in range(50)}
     engine.guard(optimizer)
-    engine.create("first")
-    engine.save({"w": weight.detach()}, "s.pt")
-    engine.commit("first").result(60)
+    saved(engine, {"w": weight.detach()}, "first").result(60)
     optimizer.state.clear()
     strangers = {f"s{k}": torch.ones(3000) for k in range(200)}
     # Nothing has looked at the optimizer since.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from async_ckpt import AsyncCheckpointEngine, PendingCommit
 from async_ckpt.snapshot.guard import Guard
 from async_ckpt.snapshot.step_exclusion import StepExclusion
 
@@ -50,6 +51,13 @@ def noted_waits() -> Iterator[None]:
     """`waits_noted`, for a test."""
     with waits_noted():
         yield
+
+
+def saved(engine: AsyncCheckpointEngine, state: Any, tag: str = "t", *, path: str = "s.pt") -> PendingCommit:
+    """`state`, saved as the one file of a checkpoint that is on its way."""
+    engine.create(tag)
+    engine.save(state, path)
+    return engine.commit(tag)
 
 
 def until(condition: Callable[[], object]) -> None:
