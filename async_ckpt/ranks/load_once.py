@@ -41,7 +41,7 @@ from ..reading.catalog import Catalog
 from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
 from ..reading.load_into import Mover, Restored, match
 from ..reading.records import naming
-from ..reading.verified_file import VerifiedFile
+from ..reading.verified_file import Buffers, VerifiedFile
 from ..threads.outcome import name_pending
 from .exchange import Exchange
 from .latest_on_all import committed, newest_first
@@ -185,17 +185,15 @@ class _Load:
             return None
         created = catalog.manifest(tag).created_unix_ns
         self._file = file = self._opened.enter_context(catalog.open_file(tag, name))
-        file.block_bytes = PIECE_BYTES
         entry = [file.entry.path, file.size_bytes, _HEAD_BYTES, (), file.entry.format, "", None]
         with naming(file):
             self._read_head(file.name, entry, lambda *part: [(part[0], file.view(*part))])
-        file.on_bytes = self._head.on_bytes
+        file.show_to(*self._head.looks)
         return {"reader": self._ranks[0], "created": created, "name": file.name, "entry": entry}
 
     def _read_head(self, name: str, entry: list[Any], parts: Parts) -> None:
         head = _Head(name, entry[1], parts)
         self._head = VerifiedFile(head, FileEntry(*entry), check=False, num_threads=1)
-        self._head.block_bytes = PIECE_BYTES
         try:
             self._structure = read_structure(self._head, TensorsOnDisk())
         except NotPlainError as error:
@@ -208,7 +206,8 @@ class _Load:
         with self._ending_on_all():
             wire.connect()
             if self._reads:
-                for block in self._head.blocks(sorted(self._head.kept()), with_kept=True):
+                pieces = Buffers(num_bytes=PIECE_BYTES)
+                for block in self._head.blocks(sorted(self._head.kept()), pieces, with_kept=True):
                     assert block.memory is not None
                     wire.send(block.offset, block.memory)
                 wire.end()
@@ -229,9 +228,11 @@ class _Load:
         mover, wire = self._mover, self._wire
         with self._ending_on_all(), mover.changing():
             if self._reads:
-                self._file.new_buffer, self._file.keeps_buffers = wire.place, False
+                places = Buffers(wire.place, PIECE_BYTES, are_reused=False)
                 with naming(self._file), telling_overwritten():
-                    self._file.stream(lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents)
+                    self._file.stream(
+                        lambda offset, view: wire.send(offset, view, mover.scatter), mover.extents, places
+                    )
                 wire.end()
             else:
                 for piece in wire.receive():

@@ -146,7 +146,7 @@ def read_structure(file: VerifiedFile, builder: TensorsOnDisk) -> Any:
         raise NotPlainError(str(error)) from error
     if byte_order(file, records) != sys.byteorder.encode():
         _refuse("not this machine's byte order")
-    file.on_bytes = HeaderCheck(records)
+    file.show_to(HeaderCheck(records))
     pickled = records.get("data.pkl") or _refuse("no data.pkl")
     return load_plain(file.view(pickled.offset, pickled.num_bytes), records, builder)
 

@@ -212,9 +212,10 @@ def _pinned_memory(pinning: Pinning, num_bytes: int) -> memoryview:
 
 def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | None = None) -> None:
     """Read `extents` (None: all) into the scatter's memory, by pinned blocks where some is on a device. Blocks."""
+    buffers = file.buffers
     if scatter.streams:
-        file.new_buffer = partial(_pinned_memory, Pinning(next(iter(scatter.streams.values()))))
-    file.stream(scatter, extents)
+        buffers = buffers._replace(new=partial(_pinned_memory, Pinning(next(iter(scatter.streams.values())))))
+    file.stream(scatter, extents, buffers)
 
 
 def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import metrics
 from ..errors import CheckpointError, CorruptCheckpointError
@@ -41,6 +42,18 @@ def borrow(lend: MemorySource | None, num_bytes: int) -> Lent:
     return (region(num_bytes), lambda: None) if lent is None else lent
 
 
+class Buffers(NamedTuple):
+    """What the blocks of a file are read into."""
+
+    new: Callable[[int], memoryview] | None = region
+    """Gives page-aligned memory; None where the file has a `pread(offset, num_bytes)` that gives what it reads in
+    memory of its own, read-only."""
+    num_bytes: int = BLOCK_BYTES
+    """The size of one read; more where the way to the data is long."""
+    are_reused: bool = True
+    """Whether a thread reads all its blocks into one buffer, or asks for one each time."""
+
+
 @dataclass(slots=True)
 class _Block:
     """Some bytes of whole extents, or of a part of one."""
@@ -48,6 +61,7 @@ class _Block:
     file: VerifiedFile
     offset: int
     num_bytes: int
+    to: Buffers
     memory: memoryview | None = None
     loaded: bool = False
 
@@ -55,8 +69,6 @@ class _Block:
 class VerifiedFile:
     """One open file and the CRCs of its extents. One caller at a time; owns `file` and closes it.
 
-    `new_buffer(num_bytes)` may be set to where the workers' buffers come from (pinned memory for a GPU), page-aligned;
-    None where the file has a `pread(offset, num_bytes)` that gives what it reads in memory of its own, read-only.
     `on_read(name, bytes just read, bytes of the file)` is called on the threads that read, and there `on_damage` is
     told about an extent that is not as committed, or that the disk cannot give; without it, the first such error is
     raised.
@@ -75,8 +87,7 @@ class VerifiedFile:
     ) -> None:
         self.entry = entry
         self.name = file.path
-        self.block_bytes: int = getattr(file, "block_bytes", BLOCK_BYTES)
-        """The size of one read; more where the way to the data is long."""
+        self.buffers = Buffers(None if hasattr(file, "pread") else region, getattr(file, "block_bytes", BLOCK_BYTES))
         self.map_path = file.map_path
         """A path to this very file while it is open here, whoever has its name by now."""
         self.size_bytes = file.size_bytes
@@ -84,11 +95,8 @@ class VerifiedFile:
         self.num_extents = -(-self.size_bytes // self.extent_bytes) if self.size_bytes else 0
         self.check = check
         self.lend = lend
-        self.new_buffer: Callable[[int], memoryview] | None = None if hasattr(file, "pread") else region
-        self.keeps_buffers = True
-        """Whether a worker reads all its blocks into one buffer, or asks for one each time."""
-        self.on_bytes: Consume | None = None
-        """Looks at all bytes that `stream` passes on, before anybody else gets them."""
+        self.looks: tuple[Consume, ...] = ()
+        """See `show_to`."""
         self.on_read, self.on_damage = on_read or metrics.read_listener(), on_damage
         self.read_bytes = 0
         """How many bytes the disk or store was asked for so far."""
@@ -128,7 +136,7 @@ class VerifiedFile:
                 if extent not in self._kept and extent not in wanted:
                     first, end = self.extent_range(extent)
                     wanted[extent] = borrow(self.lend, end - first)
-                    blocks += self._blocks(first, end, wanted[extent][0])
+                    blocks += self._blocks(first, end, self.buffers, wanted[extent][0])
             _Reading(blocks, None, self._num_threads).run()
         except BaseException:
             for _, give_back in wanted.values():
@@ -173,34 +181,44 @@ class VerifiedFile:
         self.read_block(memoryview(data), offset, num_bytes)
         return bytes(data)
 
-    def stream(self, consume: Consume | None, extents: Iterable[int] | None = None) -> None:
+    def show_to(self, *looks: Consume) -> None:
+        """From now on, let `looks` see all bytes that are read, before they are handed on."""
+        self.looks += looks
+
+    def stream(
+        self, consume: Consume | None, extents: Iterable[int] | None = None, buffers: Buffers | None = None
+    ) -> None:
         """Hand every byte of `extents` (default: all) to `consume`, in parallel and in no order; blocks until done.
         Raises CorruptCheckpointError: a CRC differs. `consume` may have seen the bytes already: it must write only to
         memory that nobody uses yet, or bytes that `verify_rest` has seen."""
         wanted = range(self.num_extents) if extents is None else extents
-        _Reading(list(self.blocks(wanted, with_kept=consume is not None)), consume, self._num_threads).run()
+        blocks = list(self.blocks(wanted, buffers, with_kept=consume is not None))
+        _Reading(blocks, consume, self._num_threads).run()
 
     def verify_rest(self) -> None:
         """Read and verify every extent that was not verified yet; does nothing without `check`."""
         if self.check:
             self.stream(None, [extent for extent in range(self.num_extents) if extent not in self._verified])
 
-    def blocks(self, extents: Iterable[int], *, with_kept: bool = False) -> Iterator[_Block]:
+    def blocks(
+        self, extents: Iterable[int], buffers: Buffers | None = None, *, with_kept: bool = False
+    ) -> Iterator[_Block]:
         """What to read for these extents, neighbours together; `with_kept`: also what is in memory already."""
+        to = buffers or self.buffers
         first = end = 0
         for extent in extents:
             low, high = self.extent_range(extent)
             kept = self._kept.get(extent)
             if low != end or kept is not None:
-                yield from self._blocks(first, end)
+                yield from self._blocks(first, end, to)
                 first, end = low, low
             if kept is None:
                 end = high
             else:
                 first = end = high
                 if with_kept:
-                    yield from self._blocks(low, high, kept[0], loaded=True)
-        yield from self._blocks(first, end)
+                    yield from self._blocks(low, high, to, kept[0], loaded=True)
+        yield from self._blocks(first, end, to)
 
     def read_block(self, memory: memoryview | None, offset: int, num_bytes: int) -> memoryview:
         """What the disk holds, in `memory` or (None) in the file's own. Any thread. Raises ReadError,
@@ -229,12 +247,13 @@ class VerifiedFile:
                 f"{self.name}: {num_bytes} bytes at {offset} lie outside the file", path=self.name
             )
 
-    def _blocks(self, first: int, end: int, memory: memoryview | None = None, loaded: bool = False) -> Iterator[_Block]:
-        for offset in range(first, end, self.block_bytes):
-            num_bytes = min(self.block_bytes, end - offset)
-            yield _Block(
-                self, offset, num_bytes, None if memory is None else memory[offset - first :][:num_bytes], loaded
-            )
+    def _blocks(
+        self, first: int, end: int, to: Buffers, memory: memoryview | None = None, loaded: bool = False
+    ) -> Iterator[_Block]:
+        for offset in range(first, end, to.num_bytes):
+            num_bytes = min(to.num_bytes, end - offset)
+            part = None if memory is None else memory[offset - first :][:num_bytes]
+            yield _Block(self, offset, num_bytes, to, part, loaded)
 
 
 def check_files(files: Iterable[VerifiedFile], *, num_threads: int | None = None) -> None:
@@ -271,10 +290,10 @@ class _Reading:
             if block is None:
                 return
             try:
-                memory = block.memory
-                if memory is None and block.file.new_buffer is not None:
-                    if buffer is None or not block.file.keeps_buffers:
-                        buffer = block.file.new_buffer(block.file.block_bytes)
+                memory, to = block.memory, block.to
+                if memory is None and to.new is not None:
+                    if buffer is None or not to.are_reused:
+                        buffer = to.new(to.num_bytes)
                     memory = buffer[: block.num_bytes]
                 self._process(block, memory)
             except BaseException:
@@ -297,8 +316,8 @@ class _Reading:
                     self._sum(block, memory, extent)
             if file.on_read is not None:
                 file.on_read(file.name, block.num_bytes, file.size_bytes)
-        for consume in (file.on_bytes, self._consume):
-            if consume is not None and memory is not None:
+        for consume in file.looks if self._consume is None else (*file.looks, self._consume):
+            if memory is not None:
                 consume(block.offset, memory)
 
     def _sum(self, block: _Block, memory: memoryview, extent: int) -> None:
