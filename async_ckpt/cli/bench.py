@@ -29,7 +29,7 @@ from ..storage.delete import sweep
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import make_private, remove_tree
 from ..writer.pool import WriterPool
-from .output import EXIT_OK, add_json, number, print_json, print_table
+from .common import EXIT_OK, add_json, number, print_json, print_table
 
 IoMode = Literal["direct", "buffered"]
 _PLAN: list[tuple[IoMode, int]] = [("buffered", 1), ("buffered", 4), *(("direct", num) for num in (1, 2, 4, 8))]

@@ -8,8 +8,7 @@ from ..errors import ConfigError
 from ..format.names import is_url
 from ..storage.delete import remove
 from ..storage.filesystem import FileSystem
-from .locating import Located, catalog_of, is_checkpoint, place_of, refuse_single_files
-from .output import EXIT_OK, add_json, print_json
+from .common import EXIT_OK, Located, add_json, catalog_of, is_checkpoint, place_of, print_json, refuse_single_files
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,7 @@ from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint, gone
 from ..reading.records import range_crc, read_header
 from ..reading.verified_file import VerifiedFile
-from .locating import place_of
-from .output import EXIT_FAILED, EXIT_OK, add_json, key_name, print_json, print_table
+from .common import EXIT_FAILED, EXIT_OK, add_json, key_name, place_of, print_json, print_table
 
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 _T = TypeVar("_T")

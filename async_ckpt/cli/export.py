@@ -17,8 +17,7 @@ from ..reading.records import FileHeader, read_header
 from ..reading.verified_file import VerifiedFile
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import replacing
-from .locating import Located, place_of
-from .output import EXIT_OK
+from .common import EXIT_OK, Located, place_of
 
 _FREE_BYTES, _MAX_GROWTH = 1 << 30, 64
 _FORMATS = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}

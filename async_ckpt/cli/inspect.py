@@ -12,8 +12,7 @@ from ..format.tensors import OtherInfo, TensorExtent
 from ..observers.units import format_bytes
 from ..reading.committed import CommittedCheckpoint
 from ..reading.records import FileHeader, read_header, read_records
-from .locating import place_of
-from .output import EXIT_OK, add_json, console, key_name, number, picked, print_json, print_table
+from .common import EXIT_OK, add_json, console, key_name, number, picked, place_of, print_json, print_table
 
 _MAX_OBJECTS = 200
 _ROOT = ("(the whole file)",)

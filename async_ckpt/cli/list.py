@@ -19,8 +19,7 @@ from ..observers.units import format_age, format_bytes
 from ..reading.catalog import Catalog, CatalogEntry, StagingInfo
 from ..storage.filesystem import FileSystem
 from ..storage.private_dirs import tree_of
-from .locating import catalog_of
-from .output import EXIT_FAILED, EXIT_OK, add_json, add_root, print_json, print_table
+from .common import EXIT_FAILED, EXIT_OK, add_json, add_root, catalog_of, print_json, print_table
 
 if TYPE_CHECKING:
     from ..mirror.state import Mirrored

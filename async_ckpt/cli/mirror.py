@@ -13,8 +13,7 @@ from ..mirror.mirrors import Mirrors
 from ..observers.units import format_bytes, format_rate
 from ..reading.catalog import Catalog
 from ..storage.filesystem import FileSystem
-from .locating import catalog_of
-from .output import EXIT_FAILED, EXIT_OK, add_json, add_root, bar, number, picked, print_json
+from .common import EXIT_FAILED, EXIT_OK, add_json, add_root, bar, catalog_of, number, picked, print_json
 
 _POLL_S = 0.25
 

@@ -24,9 +24,18 @@ from ..retention import (
     decide,
 )
 from ..storage.filesystem import FileSystem
+from .common import (
+    EXIT_FAILED,
+    EXIT_OK,
+    add_json,
+    add_root,
+    catalog_of,
+    picked,
+    print_json,
+    print_table,
+    refuse_single_files,
+)
 from .list import mirrors_of
-from .locating import catalog_of, refuse_single_files
-from .output import EXIT_FAILED, EXIT_OK, add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:

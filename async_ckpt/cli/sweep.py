@@ -7,9 +7,8 @@ import argparse
 from ..observers.units import format_bytes
 from ..storage.delete import sweep
 from ..storage.filesystem import FileSystem
+from .common import EXIT_OK, add_json, add_root, catalog_of, picked, print_json, print_table
 from .list import staged
-from .locating import catalog_of
-from .output import EXIT_OK, add_json, add_root, picked, print_json, print_table
 
 
 def options(parser: argparse.ArgumentParser) -> None:

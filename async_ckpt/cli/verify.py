@@ -13,8 +13,7 @@ from ..format.names import check_tag, is_url
 from ..observers.units import format_bytes, format_rate, format_seconds
 from ..reading.catalog import Catalog
 from ..reading.committed import VerifyReport
-from .locating import catalog_of, place_of
-from .output import EXIT_FAILED, EXIT_OK, add_json, bar, number, picked, print_json, print_table
+from .common import EXIT_FAILED, EXIT_OK, add_json, bar, catalog_of, number, picked, place_of, print_json, print_table
 
 _MAX_GONE = 32
 

@@ -10,9 +10,8 @@ from ..errors import escaped
 from ..host.process import OwnerState
 from ..observers.units import format_age, format_bytes, format_seconds
 from ..reading.catalog import Catalog
+from .common import EXIT_OK, add_json, add_root, catalog_of, console, drawn_table, number, print_json
 from .list import OWNERS, staged
-from .locating import catalog_of
-from .output import EXIT_OK, add_json, add_root, console, drawn_table, number, print_json
 
 _NUM_SHOWN = 10
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...observers.units import format_bytes, format_rate
-from ..output import EXIT_OK, console, number, print_table
+from ..common import EXIT_OK, console, number, print_table
 
 if TYPE_CHECKING:
     from .training import DemoResult, StepRecord
