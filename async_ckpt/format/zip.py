@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 from .checksum import crc32
@@ -55,15 +55,19 @@ class SealMap:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One laid-out file: everything but the payload bytes. Payload CRC fields and the serialization id are zero."""
+    """Every byte of a file that is not payload, and where the payloads go. Never changes."""
 
     file_bytes: int
     literals: tuple[tuple[int, bytes], ...]
+    """(file offset, bytes), ascending; with the payloads they tile the file. What depends on payload CRCs is zero until
+    sealed.
+    """
     payload_offsets: Sequence[int]
     payload_nbytes: Sequence[int]
-    seal_map: SealMap
-    alignment: int
-    directory_offset: int
+    """Ascending, none empty, none overlapping."""
+    seal_map: SealMap | None = field(repr=False, default=None)
+    alignment: int = 1
+    directory_offset: int = 0
 
 
 class _Builder:
@@ -226,6 +230,7 @@ def lay_out(
 
 def with_pickle(container: Container, pickle_bytes: bytes, storage_nbytes: Sequence[int]) -> Container:
     """`container` with another data.pkl in front of the same storages; cheap where no payload has to move."""
+    assert container.seal_map is not None
     first = next((key for key, nbytes in enumerate(storage_nbytes) if nbytes), None)
     builder = _begin(container.alignment, [pickle_bytes])
     if first is not None:

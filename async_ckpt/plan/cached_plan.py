@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..format.zip import Container, with_pickle
+from ..format.zip import with_pickle
 from .key_paths import tensor_paths
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .scalar_sites import find_sites, written
@@ -66,7 +66,6 @@ class _Scalars(NamedTuple):
     """What tells whether a scalar is the same: of a float its bits, of a run what pickle writes of it."""
     pieces: list[bytes]
     """The pieces of the pickle; every second one is a scalar's."""
-    container: Container
     plan: FilePlan
 
 
@@ -95,8 +94,7 @@ class CachedPlan:
         """The piece of each scalar."""
         edges = [0, *chain.from_iterable(sites[index] for index in order), len(recorded.pickled)]
         pieces = [recorded.pickled[start:end] for start, end in pairwise(edges)]
-        container = recorded.container
-        self._scalars = _Scalars(told, pieces, container, container_plan(container, "fast", self._strided))
+        self._scalars = _Scalars(told, pieces, container_plan(recorded.container, "fast", self._strided))
 
     def first(self, root: Any, draft: Draft) -> PlannedState:
         """The plan of the state that this was made of."""
@@ -135,10 +133,10 @@ class CachedPlan:
             if old != new:
                 leaf = leaves[self.structure.scalar_positions[index]]
                 pieces[self._piece_of[index]] = new if type(leaf) in (list, tuple) else written(leaf)
-        container = with_pickle(before.container, b"".join(pieces), self._storage_nbytes)
-        moved = container.payload_offsets is not before.container.payload_offsets
-        plan = container_plan(container, "fast", self._strided, "" if moved else before.plan.plan_hash)
-        return _Scalars(told, pieces, container, plan)
+        plan = with_pickle(before.plan, b"".join(pieces), self._storage_nbytes)
+        # Where payloads had to move, it is laid out anew.
+        plan = plan if isinstance(plan, FilePlan) else container_plan(plan, "fast", self._strided)
+        return _Scalars(told, pieces, plan)
 
     def _planned(
         self, plan: FilePlan, root: Any, versions: list[int | None], live: Live, *, cached: bool

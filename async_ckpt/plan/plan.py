@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 from ..format.sealer import Sealer
-from ..format.zip import Container, SealMap
+from ..format.zip import Container
 from .strided import Strided
 
 if TYPE_CHECKING:
@@ -22,20 +22,10 @@ FileFormat = Literal["torch", "safetensors", "opaque"]
 PlannerName = Literal["fast", "torch", "safetensors", "opaque"]
 
 
-@dataclass(frozen=True, slots=True)
-class FilePlan:
-    """Every byte of a file that is not payload, and where the payloads go. Data only: keeps no tensor alive, never
-    changes.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePlan(Container):
+    """One file, laid out. Keeps no tensor alive."""
 
-    file_bytes: int
-    literals: tuple[tuple[int, bytes], ...]
-    """(file offset, bytes), ascending; with the payloads they tile the file. What depends on payload CRCs is zero until
-    sealed.
-    """
-    payload_offsets: Sequence[int]
-    payload_nbytes: Sequence[int]
-    """Ascending, none empty, none overlapping."""
     format: FileFormat
     planner: PlannerName
     """"fast": torch's own bytes, whose scalars can be patched for a later state; "torch": torch is asked for each
@@ -43,7 +33,6 @@ class FilePlan:
     """
     plan_hash: str = ""
     """Equal for files with the same format and the same payload extents."""
-    seal_map: SealMap | None = field(repr=False, default=None)
     strided: Mapping[int, Strided] = field(repr=False, default_factory=dict)
     """By number, the payloads whose bytes do not lie one behind the other."""
 
@@ -123,20 +112,9 @@ def _version_or_none(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def container_plan(
-    container: Container, planner: PlannerName, strided: Mapping[int, Strided], plan_hash: str = ""
-) -> FilePlan:
-    return FilePlan(
-        file_bytes=container.file_bytes,
-        literals=container.literals,
-        payload_offsets=container.payload_offsets,
-        payload_nbytes=container.payload_nbytes,
-        format="torch",
-        planner=planner,
-        plan_hash=plan_hash,
-        seal_map=container.seal_map,
-        strided=strided,
-    )
+def container_plan(container: Container, planner: PlannerName, strided: Mapping[int, Strided]) -> FilePlan:
+    facts = {fact.name: getattr(container, fact.name) for fact in fields(Container)}
+    return FilePlan(**facts, format="torch", planner=planner, strided=strided)
 
 
 def opaque_state(data: bytes) -> PlannedState:

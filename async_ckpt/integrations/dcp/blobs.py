@@ -111,7 +111,7 @@ def flip_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def raw_plan(data: bytes) -> FilePlan:
     """A blob of bytes as they are."""
-    return FilePlan(len(data), ((0, data),), (), (), _OPAQUE, _DCP)
+    return FilePlan(len(data), ((0, data),), (), (), format=_OPAQUE, planner=_DCP)
 
 
 class Extent(NamedTuple):
@@ -152,7 +152,9 @@ def join_blobs(
             storages.append(source.untyped_storage())
             starts.append(int(source.storage_offset()) * source.element_size())
         position += plan.file_bytes
-    joined = JoinedPlan(position, tuple(literals), offsets, sizes, _OPAQUE, _DCP, strided=strided, parts=tuple(parts))
+    joined = JoinedPlan(
+        position, tuple(literals), offsets, sizes, format=_OPAQUE, planner=_DCP, strided=strided, parts=tuple(parts)
+    )
     names = [name for name, _, _ in met]
     tensors, versions = [tensor for _, tensor, _ in met], [version for _, _, version in met]
     return planned_state(joined, storages, starts, tensors, versions, lambda: names), extents
