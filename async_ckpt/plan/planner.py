@@ -18,14 +18,13 @@ from ..format.named import file_naming, listing, names_in, places_named
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
-from .compaction import record_compact
 from .key_paths import UNKNOWN, path_of, places_of, tensor_paths, walk
 from .object_parts import is_numpy
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
 from .strided import view_span
 from .structure import TENSOR_TYPES, LooseStateError, NotPlainError
-from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError
+from .torch_layout import LARGE_BYTES, Part, Recorded, RecordingError, record_compact
 
 _MAX_CACHED = 16
 _MAX_TOLD_OF = 64

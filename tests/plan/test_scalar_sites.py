@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from async_ckpt.plan.cached_plan import find_sites
 from async_ckpt.plan.planner import Planner
-from async_ckpt.plan.scalar_sites import find_sites
 from async_ckpt.plan.structure import MIN_RUN, NotPlainError, Structure
 from async_ckpt.plan.torch_layout import Recorded
 from tests.support import objects
