@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import torch
 
 from ...engine.interface import StrPath
 from ...errors import ConfigError
-from ..frameworks import require
+from ..frameworks import require, wrapped
+from ..guarding import check_guardable, torch_optimizer
 from . import waiting
 from .engine import AsyncDeepSpeedEngine
-from .guarding import guardable_optimizers
 
 _INTERFACE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
 _NEEDED = (
@@ -62,7 +64,7 @@ def attach(
     """
     interface = _require_deepspeed()
     _check_engine(ds_engine)
-    guarded = guardable_optimizers(ds_engine) if guard else []
+    guarded = [_guardable(ds_engine)] if guard else []
     former = ds_engine.checkpoint_engine
     if former is not None and former.is_decoupled():
         former.cleanup()
@@ -75,10 +77,10 @@ def attach(
     ds_engine.checkpoint_engine = checkpointer
     checkpointer.guard(*guarded)
     _choose_writers(ds_engine, checkpointer)
-    _wrap(ds_engine, "save_checkpoint", _sealing)
-    _wrap(ds_engine, "load_checkpoint", _draining)
-    _wrap(ds_engine, "destroy", _finishing)
-    _copy_scripts_once(ds_engine)
+    for name, around in (("save_checkpoint", _sealing), ("load_checkpoint", _draining), ("destroy", _finishing)):
+        setattr(ds_engine, name, wrapped(getattr(ds_engine, name), partial(around, ds_engine)))
+    if hasattr(ds_engine, "_copy_recovery_script"):
+        ds_engine._copy_recovery_script = wrapped(ds_engine._copy_recovery_script, partial(_copying_once, set()))
     waiting.install()
     return checkpointer
 
@@ -129,14 +131,11 @@ def _choose_writers(ds_engine: Any, checkpointer: AsyncDeepSpeedEngine) -> None:
     )
 
 
-Around = Callable[[Any, Callable[[], Any]], Any]
-
-
-def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
+def _sealing(ds_engine: Any, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Only a save that has returned is complete."""
     checkpointer = ds_engine.checkpoint_engine
     try:
-        result = call()
+        result = save(*args, **kwargs)
     except BaseException as error:
         checkpointer.abandon(error)
         raise
@@ -144,46 +143,65 @@ def _sealing(ds_engine: Any, call: Callable[[], Any]) -> Any:
     return result
 
 
-def _draining(ds_engine: Any, call: Callable[[], Any]) -> Any:
+def _draining(ds_engine: Any, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """DeepSpeed looks at the files before it asks the engine to load them; another engine may have saved them."""
     ds_engine.checkpoint_engine.drain()
     waiting.wait(on_every_rank=True)
-    return call()
+    return load(*args, **kwargs)
 
 
-def _finishing(ds_engine: Any, call: Callable[[], Any]) -> Any:
+def _finishing(ds_engine: Any, destroy: Callable[[], object]) -> None:
     """A lost checkpoint is raised, after DeepSpeed has let go of everything."""
     try:
         ds_engine.checkpoint_engine.drain()
     finally:
-        call()
+        destroy()
 
 
-def _wrap(ds_engine: Any, name: str, around: Around) -> None:
-    original = getattr(ds_engine, name)
-    if getattr(original, "_is_async_ckpt", False):
-        return
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(ds_engine, lambda: original(*args, **kwargs))
-
-    wrapper._is_async_ckpt = True  # type: ignore[attr-defined]
-    setattr(ds_engine, name, wrapper)
-
-
-def _copy_scripts_once(ds_engine: Any) -> None:
+def _copying_once(known: set[str], copy: Callable[[StrPath], object], save_path: StrPath) -> None:
     """DeepSpeed copies its recovery scripts at every save: truncating the old ones waits for a busy disk."""
-    original = getattr(ds_engine, "_copy_recovery_script", None)
-    if original is None or getattr(original, "_is_async_ckpt", False):
-        return
-    known: set[str] = set()
+    folder = os.path.abspath(os.fspath(save_path))
+    if folder not in known or not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
+        copy(save_path)
+        known.add(folder)
 
-    def copy_once(save_path: StrPath) -> None:
-        folder = os.path.abspath(os.fspath(save_path))
-        if folder not in known or not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
-            original(save_path)
-            known.add(folder)
 
-    copy_once._is_async_ckpt = True  # type: ignore[attr-defined]
-    ds_engine._copy_recovery_script = copy_once
+# Read for each: gradients alone are touched before the inner step; half precision copies and gathered weights follow
+# it.
+_GUARDABLE = frozenset(
+    (
+        "BF16_Optimizer",
+        "DeepSpeedZeroOptimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+        "FP16_Optimizer",
+        "FP16_UnfusedOptimizer",
+    )
+)
+
+
+def _guardable(ds_engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer at the bottom of DeepSpeed's wrappers.
+
+    Raises:
+        ConfigError: there is none, or its tensors also change outside of its own step: Muon's momentum, states swapped
+            to NVMe, optimizers that step in another process (ZenFlow, SuperOffload), and wrappers that are not known
+            here.
+    """
+    outer = ds_engine.optimizer
+    is_known = isinstance(outer, torch.optim.Optimizer) or type(outer).__name__ in _GUARDABLE
+    inner = torch_optimizer(outer) if is_known else None
+    if inner is None:
+        raise ConfigError(
+            f"guard=True needs an engine with a torch optimizer, not {type(outer).__name__}; leave it out"
+        )
+    check_guardable(inner, ds_engine.module)
+    reason = None
+    if ds_engine.zero_nvme_offload_optimizer():
+        reason = "its states are swapped through buffers that change before the step"
+    elif getattr(outer, "zenflow", False) or getattr(ds_engine, "zenflow", False):
+        reason = "ZenFlow steps in another process"
+    elif "muon" in type(inner).__name__.lower() or getattr(outer, "use_muon", False):
+        reason = "Muon's momentum changes before the step"
+    if reason is not None:
+        raise ConfigError(f"guard=True cannot protect this {type(inner).__name__}: {reason}; leave it out")
+    return inner

@@ -1,4 +1,5 @@
-"""Where a DeepSpeed checkpoint goes, and what else is done there: other files are taken in, `latest` names it.
+"""Where a DeepSpeed checkpoint goes, which ranks commit it together, and what else is done there: other files are taken
+in, `latest` names it.
 
 Guarantees:
 - `latest` is written after the rename, by the rank that renamed, and never goes back to an older save of this engine.
@@ -8,18 +9,26 @@ Guarantees:
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
+
+from torch import distributed
 
 from ...engine.interface import StrPath, tag_of
 from ...errors import ConfigError, UnsafePathError
-from ...format.manifest import FileEntry
+from ...format.checksum import crc32
+from ...format.manifest import FileEntry, Manifest
 from ...format.names import MANIFEST_NAME
+from ...host.facts import Node, node_from_env
+from ...ranks.coordinator import Coordinator, LocalCoordinator
+from ...ranks.rank_coordinator import RankCoordinator
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...storage.staged import Destination
+from ...storage.staged import Destination, Staging
 from ...storage.write_error import write_error
 from ...threads.locks import Lock
 from ..adopting import adopt, read_entries
@@ -27,20 +36,97 @@ from .latest import write_latest
 
 _OFFLOADED_NAME = "offloaded_tensors"
 _STILL_USED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+# Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended.
+_LINGER_S = 60.0
+
+# Engines are made in the same order on every rank, so the same number means the same engine.
+_numbers = itertools.count()
 
 
-@dataclass
-class SaveDirs:
-    """What one engine has done in its save_dirs, and this process's place among the ranks."""
+class DeepSpeedCoordinator:
+    """Hands each checkpoint to the coordinator of the ranks that save under its tag, whatever its save_dir."""
 
-    rank: int
-    world_size: int
-    folder_name: str
-    """DeepSpeed's name for the folder of this rank's offloaded tensors."""
-    swept: set[str] = field(default_factory=set)
-    newest: dict[str, int] = field(default_factory=dict)
-    """Which save each `latest` names."""
-    lock: Lock = field(default_factory=Lock)
+    def __init__(self, filesystem: FileSystem, timeout_s: float, *, node_local: bool) -> None:
+        """Rank and store come from the default process group; without one this is a single process.
+
+        Raises:
+            ConfigError: `node_local`, and no launcher's variables tell of the nodes.
+        """
+        self.rank, self.world_size = 0, 1
+        self._node: Node | None = None
+        self._store: Any = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+            self._store = distributed.distributed_c10d._get_default_store()
+            self._node = node_from_env(self.rank, self.world_size) if node_local else None
+        self.offloaded_name = f"rank{self.rank if self._node is None else self._node.ranks.index(self.rank):02d}"
+        """DeepSpeed's name for the folder of this rank's offloaded tensors."""
+        self.swept: set[str] = set()
+        self.newest: dict[str, int] = {}
+        """Which save the `latest` of each save_dir names."""
+        self.lock = Lock()
+        self._filesystem = filesystem
+        self._timeout_s = timeout_s
+        self._number = next(_numbers)
+        self._by_ranks: dict[tuple[int, ...], Coordinator] = {}
+        everybody = self._of(tuple(range(self.world_size)))
+        self.leads = everybody.leads
+        self.talk = everybody.talk if isinstance(everybody, RankCoordinator) else None
+        """Asks the other ranks; None for a single process."""
+
+    def bind(self, filesystem: FileSystem, root: str) -> None:
+        return
+
+    def begin(self, destination: Destination, overwrite: str) -> Staging:
+        return self._for(destination).begin(destination, overwrite)
+
+    def admit(self, staging: Staging, path: str, manifest_bytes: int) -> Future[str]:
+        return self._for(staging.destination).admit(staging, path, manifest_bytes)
+
+    def publish(self, staging: Staging, part: Manifest) -> None:
+        self._for(staging.destination).publish(staging, part)
+
+    def abort(self, staging: Staging, error: BaseException) -> None:
+        self._for(staging.destination).abort(staging, error)
+
+    def sweep(self) -> None:
+        # Each save_dir is swept when it is first used.
+        return
+
+    def close(self) -> None:
+        for coordinator in self._by_ranks.values():
+            coordinator.close()
+
+    def _for(self, destination: Destination) -> Coordinator:
+        assert isinstance(destination, DeepSpeedDestination)
+        return self._of(destination.ranks)
+
+    def _of(self, ranks: tuple[int, ...]) -> Coordinator:
+        """The coordinator of these ranks, this one among them. Raises ConfigError: some ranks, but not all, share a
+        tag, and each node has a save_dir of its own."""
+        if ranks in self._by_ranks:
+            return self._by_ranks[ranks]
+        made: Coordinator = LocalCoordinator()
+        if len(ranks) > 1:
+            is_all = len(ranks) == self.world_size
+            if self._node is not None and not is_all:
+                raise ConfigError(
+                    f"ranks {ranks} save under a tag of their own; with use_node_local_storage all ranks must have the "
+                    "same"
+                )
+            made = RankCoordinator(
+                self._store,
+                ranks.index(self.rank),
+                len(ranks),
+                timeout_s=self._timeout_s,
+                # Engines are numbered anew in every run, and DeepSpeed's store lives no longer than one.
+                run_id=f"deepspeed/{self._number}",
+                node=self._node,
+                channel="all" if is_all else f"{crc32(repr(ranks).encode()):08x}",
+                linger_s=_LINGER_S,
+            )
+        made.bind(self._filesystem, "")
+        return self._by_ranks.setdefault(ranks, made)
 
 
 @dataclass(frozen=True)
@@ -57,11 +143,11 @@ class DeepSpeedDestination(Destination):
     save_latest: bool
     ranks: tuple[int, ...]
     number: int
-    dirs: SaveDirs
+    job: DeepSpeedCoordinator
 
     @classmethod
     def of(
-        cls, info: Any, save_dir: str | None, tags: Sequence[str], number: int, dirs: SaveDirs
+        cls, info: Any, save_dir: str | None, tags: Sequence[str], number: int, job: DeepSpeedCoordinator
     ) -> DeepSpeedDestination:
         """From a `CheckpointCommitInfo`, or from a bare tag and the engine's own `save_dir`; `tags` are those of all
         ranks.
@@ -84,7 +170,7 @@ class DeepSpeedDestination(Destination):
             )
         root, name = os.path.split(folder)
         ranks = tuple(rank for rank, tag in enumerate(tags) if tag == full_tag)
-        return cls(root, name, base, full_tag, bool(getattr(info, "save_latest", True)), ranks, number, dirs)
+        return cls(root, name, base, full_tag, bool(getattr(info, "save_latest", True)), ranks, number, job)
 
     @property
     def folder(self) -> str:
@@ -104,11 +190,11 @@ class DeepSpeedDestination(Destination):
 
     def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
         """Make and sweep the directory when it is first used; let another tool's checkpoint be replaced as a whole."""
-        if self.root not in self.dirs.swept:
+        if self.root not in self.job.swept:
             transaction.make_root(filesystem, self.root)
             if leads:
                 transaction.sweep(filesystem, self.root)
-            self.dirs.swept.add(self.root)
+            self.job.swept.add(self.root)
         if leads and overwrite == "replace":
             adopt(filesystem, self.root, self.tag)
 
@@ -120,7 +206,7 @@ class DeepSpeedDestination(Destination):
 
         The emptied folders go too, so that the staging directory can take their name.
         """
-        folder, name = self.folder, self.dirs.folder_name
+        folder, name = self.folder, self.job.offloaded_name
         source = os.path.join(folder, _OFFLOADED_NAME, name)
         if filesystem.stat(source).kind != "dir":
             return ()
@@ -134,7 +220,7 @@ class DeepSpeedDestination(Destination):
                     # Other ranks' folders are still there: the last one to move its own removes it.
                     if error.errno not in _STILL_USED:
                         raise
-            rank = self.dirs.rank if self.dirs.world_size > 1 else None
+            rank = self.job.rank if self.job.world_size > 1 else None
             return tuple(read_entries(filesystem, staging, f"{_OFFLOADED_NAME}/{name}", rank))
         except OSError as error:
             raise write_error(
@@ -143,10 +229,10 @@ class DeepSpeedDestination(Destination):
 
     def published(self, filesystem: FileSystem) -> None:
         """Make `latest` name it. Of ranks with tags of their own rank 0 does so, as with stock DeepSpeed."""
-        if not self.save_latest or (self.dirs.rank != 0 and len(self.ranks) < self.dirs.world_size):
+        if not self.save_latest or (self.job.rank != 0 and len(self.ranks) < self.job.world_size):
             return
-        with self.dirs.lock:
+        with self.job.lock:
             # Commits may end in another order than they began.
-            if self.number >= self.dirs.newest.get(self.save_dir, 0):
+            if self.number >= self.job.newest.get(self.save_dir, 0):
                 write_latest(filesystem, self.save_dir, self.full_tag)
-                self.dirs.newest[self.save_dir] = self.number
+                self.job.newest[self.save_dir] = self.number

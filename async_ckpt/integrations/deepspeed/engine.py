@@ -19,11 +19,10 @@ from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
 from . import waiting
-from .agreement import Agreement
-from .coordinator import DeepSpeedCoordinator
-from .destination import DeepSpeedDestination, SaveDirs
+from .destination import DeepSpeedCoordinator, DeepSpeedDestination
 from .latest import KeepLatest, write_beside
 from .outcomes import Outcomes
+from .waiting import Save
 
 _DECIDED = {
     "root": "it is DeepSpeed's save_dir",
@@ -78,18 +77,12 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         self._checked = checked_config(self._config, _DECIDED)
         self._guarded: list[torch.optim.Optimizer] = []
         self._inner: AsyncCheckpointEngine | None = None
-        self._coordinator = there = DeepSpeedCoordinator(self._filesystem, rank_timeout_s, node_local=node_local)
-        number_there = there.rank if there.node is None else there.node.ranks.index(there.rank)
-        self._dirs = SaveDirs(there.rank, there.world_size, f"rank{number_there:02d}")
+        self._coordinator = job = DeepSpeedCoordinator(self._filesystem, rank_timeout_s, node_local=node_local)
         # This rank's disk, then the other ranks' (see `RankCoordinator` for the factor).
-        self.patience_s = self._checked.backpressure_timeout_s + (3 * rank_timeout_s if there.world_size > 1 else 0)
+        self.patience_s = self._checked.backpressure_timeout_s + (3 * rank_timeout_s if job.world_size > 1 else 0)
         """How long a commit may take until its outcome is known here, in seconds."""
-        self._outcomes = Outcomes(Agreement(there.talk, self.patience_s), self.patience_s)
-        self._num_saves = 0
-        self._destination: DeepSpeedDestination | None = None
-        self._info: Any = None
-        self._is_open = False
-        self._failed: CheckpointError | None = None
+        self._outcomes = Outcomes(job.talk, self.patience_s)
+        self._save: Save | None = None
         self._is_closed = False
         if self.save_dir is not None:
             self._engine(self.save_dir)
@@ -105,18 +98,18 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         if self._is_closed:
             raise TransactionStateError("this checkpoint engine was closed by cleanup() or destroy(); attach a new one")
         self.abandon(TransactionStateError("the next save began before this one was complete"))
-        tags = self._outcomes.open_next(tag_of(tag), self._checked.max_pending_commits)
-        self._info = tag
-        self._num_saves += 1
-        self._destination = DeepSpeedDestination.of(tag, self.save_dir, tags, self._num_saves, self._dirs)
+        number, tags = self._outcomes.begin(tag_of(tag), self._checked.max_pending_commits)
+        destination = DeepSpeedDestination.of(tag, self.save_dir, tags, number, self._coordinator)
+        self._save = Save(tag, destination, self.patience_s)
 
     def makedirs(self, path: StrPath, exist_ok: bool = False) -> None:
         """A directory of the open checkpoint is staged; any other one is made at once."""
-        inside = None if self._destination is None else self._destination.inside(path)
-        if inside is None:
+        save = self._save
+        inside = None if save is None else save.destination.inside(path)
+        if save is None or inside is None:
             self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
             return
-        self._defer(lambda: self._opened().makedirs(inside, exist_ok=exist_ok) if inside else self._opened())
+        self._defer(save, lambda engine: engine.makedirs(inside, exist_ok=exist_ok) if inside else None)
 
     def save(self, state_dict: Any, path: StrPath) -> None:
         """Snapshot `state_dict`; a path outside the open checkpoint is written and synced before this returns.
@@ -125,11 +118,12 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             As `AsyncCheckpointEngine.save`. On many ranks the failure of one is kept until the save is complete,
             because the others are on their way to DeepSpeed's next barrier; it is raised where theirs is.
         """
-        inside = None if self._destination is None else self._destination.inside(path)
-        if not inside:
+        save = self._save
+        inside = None if save is None else save.destination.inside(path)
+        if save is None or not inside:
             write_beside(self._filesystem, os.fspath(path), state_dict)
             return
-        self._defer(lambda: self._opened().save(state_dict, inside))
+        self._defer(save, lambda engine: engine.save(state_dict, inside))
 
     def load(self, path: StrPath, map_location: Any = None) -> Any:
         """Load a file of a checkpoint, verified if this package wrote it; others as stock DeepSpeed does. Blocks.
@@ -148,7 +142,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         Raises:
             CheckpointError: why it is not; on every rank.
         """
-        if self._destination is not None and self._destination.is_for(tag) and self.seal():
+        if self._save is not None and self._save.destination.is_for(tag) and self.seal():
             self._outcomes.report_last()
         return True
 
@@ -204,21 +198,19 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     def seal(self) -> bool:
         """The open checkpoint's saves are complete: commit it behind training. False at once if none is open."""
-        failed = self._failed
-        if failed is not None:
-            self._give_up(failed, is_raised=False)
-            return True
-        destination, self._destination = self._destination, None
-        if not self._is_open or destination is None:
+        save, self._save = self._save, None
+        if save is None or not (save.is_open or save.error):
             return False
-        try:
-            pending = self._engine(destination).commit(destination.tag, metadata={"framework": "deepspeed"})
-        except CheckpointError as error:
-            self._destination = destination
-            self._give_up(error, is_raised=False)
-            return True
-        self._is_open = False
-        self._outcomes.add(self._info, destination.folder, pending)
+        if save.error is None:
+            engine = self._engine(save.destination.save_dir)
+            try:
+                save.pending = engine.commit(save.destination.tag, metadata={"framework": "deepspeed"})
+            except CheckpointError as error:
+                save.error = error
+        if save.error is not None:
+            self._give_up(save)
+        else:
+            self._outcomes.add(save)
         return True
 
     def abandon(self, error: BaseException) -> None:
@@ -227,9 +219,10 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
         The caller raises `error`; the other ranks learn it in the background.
         """
-        if self._is_open or self._failed is not None:
-            self._give_up(error, is_raised=True)
-        self._destination = None
+        save, self._save = self._save, None
+        if save is not None and (save.is_open or save.error):
+            save.error, save.is_raised = error, True
+            self._give_up(save)
 
     def drain(self) -> None:
         """Block until every pending checkpoint has ended, with its `latest`.
@@ -250,9 +243,8 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
 
     # Inside.
 
-    def _engine(self, where: DeepSpeedDestination | str) -> AsyncCheckpointEngine:
+    def _engine(self, root: str) -> AsyncCheckpointEngine:
         if self._inner is None:
-            root = where if isinstance(where, str) else where.save_dir
             config = dict(self._config)
             if config.get("retention") is not None:
                 config["retention"] |= KeepLatest(self._filesystem, root)
@@ -260,39 +252,34 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
             self._inner.guard(*self._guarded)
         return self._inner
 
-    def _opened(self) -> AsyncCheckpointEngine:
-        """The engine, with the current checkpoint open: only now, because `create` also announces exports beside it."""
-        destination = self._destination
-        assert destination is not None
-        engine = self._engine(destination)
-        if not self._is_open:
-            engine.create(destination)
-            self._is_open = True
-        return engine
+    def _defer(self, save: Save, work: Callable[[AsyncCheckpointEngine], object]) -> None:
+        """Work with the engine that has this save open: only now, because `create` also announces exports beside it.
 
-    def _defer(self, work: Callable[[], object]) -> None:
-        """On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the
+        On many ranks: keep the first failure for `seal`, so that this rank goes on to DeepSpeed's barriers with the
         others; nothing is tried after it.
         """
-        if self._failed is None:
-            try:
-                work()
-            except CheckpointError as error:
-                if self._coordinator.world_size == 1:
-                    raise
-                self._failed = error
+        if save.error is not None:
+            return
+        try:
+            engine = self._engine(save.destination.save_dir)
+            if not save.is_open:
+                engine.create(save.destination)
+                save.is_open = True
+            work(engine)
+        except CheckpointError as error:
+            if self._coordinator.world_size == 1:
+                raise
+            save.error = error
 
-    def _give_up(self, error: BaseException, *, is_raised: bool) -> None:
-        destination, self._destination = self._destination, None
-        assert destination is not None
-        self._failed = None
-        self._outcomes.add(self._info, destination.folder, None, error, is_raised=is_raised)
-        if self._is_open:
-            self._is_open = False
+    def _give_up(self, save: Save) -> None:
+        error, destination = save.error, save.destination
+        assert error is not None
+        self._outcomes.add(save)
+        if save.is_open:
             try:
                 raise error
             except BaseException:  # noqa: BLE001 -- `abort` tells the other ranks what it is called for
-                self._engine(destination).abort(destination.tag)
+                self._engine(destination.save_dir).abort(destination.tag)
         report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.full_tag, error)
 
     def _make_outside(self, path: str, exist_ok: bool) -> None:

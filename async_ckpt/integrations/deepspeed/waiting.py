@@ -12,77 +12,80 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 import sys
 import threading
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ...engine.pending import PendingCommit
 from ...host.device import THREAD_PREFIX
+from ..frameworks import wrapped
+from .destination import DeepSpeedDestination
 
 
-@dataclass(eq=False, slots=True)
-class SavedCheckpoint:
-    """A checkpoint whose saves are over, until its engine has reported how it ended.
+@dataclass(eq=False)
+class Save:
+    """One save, from DeepSpeed's `create` until its outcome was reported. One that was given up keeps its place, so
+    that the ranks go on counting alike."""
 
-    One that was given up on this rank (`pending` is None, `error` says why) keeps its place, so that the ranks go on
-    counting alike.
-    """
-
-    number: int
     info: Any
-    folder: str
-    """Where it will be: a real path."""
-    pending: PendingCommit | None
-    error: BaseException | None
-    is_raised: bool
+    destination: DeepSpeedDestination
     patience_s: float
+    is_open: bool = False
+    """Whether the engine has it open."""
+    pending: PendingCommit | None = None
+    error: BaseException | None = None
+    """Its first failure on this rank: why it is given up."""
+    is_raised: bool = False
     is_told: bool = False
     """Whether a reader was told of its failure, on this rank alone perhaps."""
+
+    @cached_property
+    def folder(self) -> str:
+        """Where it will be: a real path."""
+        return os.path.realpath(self.destination.folder)
 
     def loss(self) -> BaseException | None:
         """Block until it has ended; what is to be raised."""
         return self.error if self.pending is None else self.pending.loss(self.patience_s)
 
 
-_coming: dict[str, SavedCheckpoint] = {}
+_coming: dict[str, Save] = {}
 """The newest of each folder, on its way or failed and not reported yet."""
 
 os.register_at_fork(after_in_child=_coming.clear)
 
 
-def announce(saved: SavedCheckpoint) -> None:
+def announce(save: Save) -> None:
     """From now on, readers wait for it, and are told if it fails."""
-    _coming[saved.folder] = saved
-    if saved.pending is not None:
-        saved.pending.when_done(lambda ended: forget(saved) if ended.verdict is None else None)
+    _coming[save.folder] = save
+    if save.pending is not None:
+        save.pending.when_done(lambda ended: forget(save) if ended.verdict is None else None)
 
 
-def forget(saved: SavedCheckpoint) -> None:
+def forget(save: Save) -> None:
     """There is nothing to wait for or to tell any more. Any thread."""
-    if _coming.get(saved.folder) is saved:
-        _coming.pop(saved.folder, None)
+    if _coming.get(save.folder) is save:
+        _coming.pop(save.folder, None)
 
 
 def install() -> None:
     """Let the readers of this process wait."""
-    for module, name, first in (
+    for module, name, around in (
         # What every way into these tools goes through, before it looks at the disk.
-        ("deepspeed.utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", _wait_for_all),
-        ("deepspeed.checkpoint.ds_to_universal", "main", _wait_for_all),
+        ("deepspeed.utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", _after_all),
+        ("deepspeed.checkpoint.ds_to_universal", "main", _after_all),
         # What `torch.load` opens a file with: the function itself is held by partials and classes, and pickled by its
         # name.
-        ("torch.serialization", "_open_file_like", _wait_for_file),
+        ("torch.serialization", "_open_file_like", _after_file),
     ):
         with contextlib.suppress(ImportError, AttributeError):
             reader = getattr(importlib.import_module(module), name)
-            if not hasattr(reader, "_is_async_ckpt"):
-                _put_in_place(reader, _waiting(reader, first))
+            _put_in_place(reader, wrapped(reader, around))
 
 
 def wait(path: str | None = None, *, on_every_rank: bool = False) -> None:
@@ -96,36 +99,28 @@ def wait(path: str | None = None, *, on_every_rank: bool = False) -> None:
     """
     if threading.current_thread().name.startswith(THREAD_PREFIX):
         return
-    for folder, saved in list(_coming.items()):
-        if (path is None or path.startswith(folder + os.sep)) and (on_every_rank or not saved.is_told):
-            error = saved.loss()
+    for folder, save in list(_coming.items()):
+        if (path is None or path.startswith(folder + os.sep)) and (on_every_rank or not save.is_told):
+            error = save.loss()
             if error is not None:
-                saved.is_told = True
+                save.is_told = True
                 if on_every_rank:
-                    forget(saved)
+                    forget(save)
                 raise error
 
 
-def _wait_for_all(*_: Any, **__: Any) -> None:
+def _after_all(reader: Any, *args: Any, **kwargs: Any) -> Any:
     wait()
+    return reader(*args, **kwargs)
 
 
-def _wait_for_file(file: Any, mode: str) -> None:
+def _after_file(reader: Any, file: Any, mode: str) -> Any:
     if _coming and mode == "rb" and isinstance(file, (str, os.PathLike)):
         path = os.fsdecode(file)
         # A descriptor's name is that of a file which is there.
         if not path.startswith("/proc/"):
             wait(os.path.realpath(path))
-
-
-def _waiting(reader: Any, first: Callable[..., None]) -> Any:
-    @functools.wraps(reader)
-    def waits_first(*args: Any, **kwargs: Any) -> Any:
-        first(*args, **kwargs)
-        return reader(*args, **kwargs)
-
-    waits_first._is_async_ckpt = True  # type: ignore[attr-defined]
-    return waits_first
+    return reader(file, mode)
 
 
 def _put_in_place(tool: Any, wrapper: Any) -> None:
