@@ -14,7 +14,6 @@ from ...engine.pending import PendingCommit
 from ...errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, report
 from ...reading.catalog import Catalog
 from ...threads.outcome import name_pending
-from ..frameworks import require
 from .capture import CapturedDestination, capture
 from .resume import on_all_ranks
 
@@ -43,7 +42,6 @@ def save_accelerator_state(
         ConfigError: automatic naming (the tag is the name), or sharded state (FSDP, DeepSpeed, Megatron).
         CheckpointError: as `AsyncCheckpointEngine.create`, `save` and `commit`.
     """
-    require("huggingface", "accelerate")
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise ConfigError(
             "automatic_checkpoint_naming names and deletes checkpoints itself; leave it off: the tag is the "
@@ -80,7 +78,6 @@ def load_accelerator_state(
         CheckpointNotFoundError, CorruptCheckpointError. CheckpointError: the pending commit of this tag failed.
         RankFailedError: any of this on another rank.
     """
-    require("huggingface", "accelerate")
     catalog = Catalog(engine.root if isinstance(engine, AsyncCheckpointEngine) else engine)
 
     def settle() -> list[str]:

@@ -56,16 +56,11 @@ def capture(engine: AsyncCheckpointEngine, folder_name: str) -> Iterator[str]:
         folder = os.path.join(os.path.realpath(scratch), folder_name)
         with _redirected(engine, folder):
             yield os.path.dirname(folder)
-        _collect(engine, folder)
-
-
-def _collect(engine: AsyncCheckpointEngine, folder: str) -> None:
-    for where, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(where, name)
-            with open(path, "rb") as file:
-                engine.save_bytes(file.read(), os.path.relpath(path, folder))
+        for where, folders, files in os.walk(folder):
+            folders.sort()
+            for path in (os.path.join(where, name) for name in sorted(files)):
+                with open(path, "rb") as file:
+                    engine.save_bytes(file.read(), os.path.relpath(path, folder))
 
 
 @contextlib.contextmanager

@@ -125,29 +125,27 @@ def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> Non
         ConfigError: one of them is not complete, holds what cannot be read, or is a link or a file: it would stop
             training where it comes there. RankFailedError: so on another rank.
     """
-    on_all_ranks(lambda: _adopt_ahead(run_dir, step, last_step, adopts))
 
+    def check(path: str) -> None:
+        if FileSystem().stat(path).kind != "dir":
+            raise ConfigError("it is a link or a file")
+        if _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
+            return
+        if not _has(path, STATE_NAME):
+            raise ConfigError(f"it has no {STATE_NAME}")
+        if adopts:
+            adopt(FileSystem(), *os.path.split(path))
 
-def _adopt_ahead(run_dir: str, step: int, last_step: int, adopts: bool) -> None:
-    for path in _newest_first(run_dir):
-        folder, name = os.path.split(path)
-        if not step < step_of(path) <= last_step:
-            continue
-        try:
-            if FileSystem().stat(path).kind != "dir":
-                raise ConfigError("it is a link or a file")
-            if _has(path, MANIFEST_NAME) or os.listdir(path) == [JIT_MARKER]:
-                continue
-            if not _has(path, STATE_NAME):
-                raise ConfigError(f"it has no {STATE_NAME}")
-            if adopts:
-                adopt(FileSystem(), folder, name)
-        except (CheckpointError, OSError) as error:
-            message = (
-                f"training will come to {name}, but {path!r} is no complete checkpoint ({error}); move or "
-                "delete it. Nothing was changed"
-            )
-            raise ConfigError(message) from error
+    def check_all() -> None:
+        for path in _newest_first(run_dir):
+            if step < step_of(path) <= last_step:
+                try:
+                    check(path)
+                except (CheckpointError, OSError) as error:
+                    told = f"training will come to {path!r}, but that is no complete checkpoint ({error}); move or"
+                    raise ConfigError(f"{told} delete it. Nothing was changed") from error
+
+    on_all_ranks(check_all)
 
 
 def _has(path: str, name: str) -> bool:

@@ -13,13 +13,16 @@ import torch
 
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
-from ...errors import CheckpointError, check_int, ends_with_0, report
+from ...errors import CheckpointError, ConfigError, check_int, ends_with_0, report
 from ...ranks.coordinator import Coordinator
 from ...retention import CheckpointInfo, RetentionPolicy
 from ...threads.outcome import wait_all
 from ..frameworks import checked_config
 from ..guarding import check_guardable, torch_optimizer
 from .resume import step_of
+
+# These step inside the backward pass, where no hook can wait for a lazy copy.
+_STEPS_IN_BACKWARD = ("layerwise", "lomo")
 
 _DECIDED = {"root": "by output_dir", "format": "by Trainer", "overwrite": "a step that is saved again replaces"}
 
@@ -68,26 +71,55 @@ class Saver:
     Guarantees: a failed commit that is not tolerated is raised exactly once, by `poll`, `drain` or `close`.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], guard: bool) -> None:
         self._timeout_s = checked_config(config, _DECIDED).backpressure_timeout_s
         self._config = dict(config)
+        self._guards = guard
         self._engine: AsyncCheckpointEngine | None = None
         self._root = ""
         self._in_flight: deque[tuple[str, PendingCommit, Callable[[str], object]]] = deque()
 
-    def open(self, root: str, args: Any) -> AsyncCheckpointEngine:
-        """The engine for `root`, as `TrainingArguments` want it; another root's is finished first."""
+    def open(self, root: str, trainer: Any) -> AsyncCheckpointEngine:
+        """The engine for `root`, as the trainer's arguments want it; another root's is finished first.
+
+        Raises:
+            ConfigError: this training's state cannot be saved here, or not guarded.
+        """
         if self._engine is not None and self._root != root:
             self.close()
         if self._engine is None:
-            limit = args.save_total_limit
+            self._check_supported(trainer)
+            limit = trainer.args.save_total_limit
             retention = SaveTotalLimit(limit) if limit is not None and limit > 0 else None
             config = {"retention": retention, **self._config}
-            if args.world_size > 1 and config.get("coordinator") is None:
-                config["coordinator"] = self._coordinator(args.save_on_each_node)
+            if trainer.args.world_size > 1 and config.get("coordinator") is None:
+                config["coordinator"] = self._coordinator(trainer.args.save_on_each_node)
             self._engine = AsyncCheckpointEngine(root=root, overwrite="replace", **config)
             self._root = root
+        # The torch optimizer inside Accelerate's wrappers.
+        if self._guards and (inner := torch_optimizer(trainer.optimizer)) is not None:
+            check_guardable(inner, trainer.model)
+            self._engine.guard(trainer.optimizer)
         return self._engine
+
+    def _check_supported(self, trainer: Any) -> None:
+        if trainer.is_deepspeed_enabled:
+            raise ConfigError(
+                "DeepSpeed saves its own state: use async_ckpt.integrations.deepspeed.attach(trainer.deepspeed) instead"
+            )
+        if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(
+            trainer.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            raise ConfigError(
+                "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use "
+                "async_ckpt.integrations.dcp"
+            )
+        if self._guards and any(name in str(trainer.args.optim) for name in _STEPS_IN_BACKWARD):
+            raise ConfigError(
+                f"guard=True cannot protect {trainer.args.optim}: it steps inside the backward pass. Give guard=False"
+            )
+        if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
+            raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
 
     def _coordinator(self, node_local: bool) -> Coordinator:
         from ...ranks.rank_coordinator import RankCoordinator
@@ -98,17 +130,6 @@ class Saver:
             )
         channel = f"huggingface-{next(_numbers)}"
         return RankCoordinator.from_env(channel=channel, node_local=node_local, timeout_s=self._timeout_s)
-
-    def guard(self, optimizer: Any, model: torch.nn.Module) -> None:
-        """Make saves lazy for the torch optimizer inside Accelerate's wrappers.
-
-        Raises:
-            ConfigError: its tensors also change between its steps.
-        """
-        inner = torch_optimizer(optimizer)
-        if self._engine is not None and inner is not None:
-            check_guardable(inner, model)
-            self._engine.guard(optimizer)
 
     def follow(self, path: str, pending: PendingCommit, then: Callable[[str], object]) -> None:
         """Call `then(path)` from `poll` or `drain` once this is committed."""

@@ -18,10 +18,6 @@ else:
     _Base = object
 
 
-# These step inside the backward pass, where no hook can wait for a lazy copy.
-_STEPS_IN_BACKWARD = ("layerwise", "lomo")
-
-
 class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     """Put it before `Trainer` (or a subclass) in a class's bases, or use `attach`. Everything else stays as it is.
 
@@ -58,7 +54,7 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     ) -> None:
         require("huggingface", "transformers")
         super().__init__(*args, **kwargs)
-        self._set_up_async(async_ckpt or {}, guard)
+        self._set_up_async(Saver(async_ckpt or {}, guard))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; returns when every checkpoint is committed.
@@ -81,12 +77,11 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
     # What `Trainer` calls.
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        _check_supported(self)
         self._saver.poll()
         run_dir = os.path.abspath(super()._get_output_dir(trial))
         tag = f"checkpoint-{self.state.global_step}"
+        engine = self._saver.open(run_dir, self)
         _remove_jit_marker(os.path.join(run_dir, tag))
-        engine = self._open_engine(run_dir)
         self._push_wanted = False
         engine.create(CapturedDestination(engine.root, tag))
         try:
@@ -122,19 +117,12 @@ class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
 
     # Inside.
 
-    def _set_up_async(self, config: Mapping[str, Any], guard: bool) -> None:
+    def _set_up_async(self, saver: Saver) -> None:
         # A relative directory means the same to all of `Trainer`, also after an `os.chdir`.
         self.args.output_dir = os.path.abspath(self.args.output_dir)
-        self._saver = Saver(config)
-        self._guards = guard
+        self._saver = saver
         self._push_wanted = False
         self.add_callback(_watcher(self))
-
-    def _open_engine(self, run_dir: str) -> Any:
-        engine = self._saver.open(run_dir, self.args)
-        if self._guards:
-            self._saver.guard(self.optimizer, self.model)
-        return engine
 
     def _name_best(self, scratch: str, run_dir: str, tag: str) -> None:
         """Stock code has seen the scratch directory: give the best checkpoint its final path, in the saved state
@@ -180,13 +168,12 @@ def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
     stock = require("huggingface", "transformers").Trainer
     if not isinstance(trainer, stock) or isinstance(trainer, AsyncCheckpointTrainerMixin):
         raise ConfigError(f"attach takes a transformers.Trainer that is not attached yet, not {type(trainer).__name__}")
-    # A wrong field must leave the trainer as it was.
-    Saver(config)
+    saver = Saver(config, guard)
     kind = type(trainer)
     trainer.__class__ = type(
         f"Async{kind.__name__}", (AsyncCheckpointTrainerMixin, kind), {"__module__": kind.__module__}
     )
-    trainer._set_up_async(config, guard)
+    trainer._set_up_async(saver)
     return trainer
 
 
@@ -200,33 +187,13 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
                 str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
                 and not state.is_hyper_param_search
             ):
-                _check_supported(trainer)
-                run_dir = os.path.abspath(args.output_dir)
-                adopt_ahead(run_dir, state.global_step, state.max_steps, adopts=args.should_save)
-                trainer._open_engine(args.output_dir)
+                trainer._saver.open(args.output_dir, trainer)
+                adopt_ahead(args.output_dir, state.global_step, state.max_steps, adopts=args.should_save)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer._saver.poll()
 
     return AsyncCheckpointWatcher()
-
-
-def _check_supported(trainer: Any) -> None:
-    if trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            "DeepSpeed saves its own state: use async_ckpt.integrations.deepspeed.attach(trainer.deepspeed) instead"
-        )
-    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        raise ConfigError(
-            "FSDP with sharded state is not supported here: set fsdp_state_dict_type to FULL_STATE_DICT, or use "
-            "async_ckpt.integrations.dcp"
-        )
-    if trainer._guards and any(name in str(trainer.args.optim) for name in _STEPS_IN_BACKWARD):
-        raise ConfigError(
-            f"guard=True cannot protect {trainer.args.optim}: it steps inside the backward pass. Give guard=False"
-        )
-    if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
-        raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
 
 
 def _remove_jit_marker(path: str) -> None:
