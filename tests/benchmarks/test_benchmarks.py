@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from benchmarks import contenders, report, run, workloads
-from benchmarks.contenders.base import Contender, flatten, tree_bytes
+from benchmarks.contenders.base import Contender, tree_bytes
 from benchmarks.limits import evict
 from benchmarks.request import Request
 from benchmarks.results import Row, spread, training_figures
 from benchmarks.scenarios.common import ShortCheckpoint, check_complete
 from benchmarks.watch import run_child
+from benchmarks.workloads import flatten
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.wide]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from tests.support.faulty_filesystem import Killed, Operation
 from tests.support.insides import commits_of
 
 from .oracle import Contents, contents, private_names
-from .report import Row, Sample, command, sample_of, sampled
+from .report import ALL, Extent, Row, command, extent_of
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 
 Victim = str  # "first", "second" or "nobody"
@@ -216,31 +215,24 @@ def play_and_check(root: Path, told: Told, contest: Contest, i: int, victim: Vic
 def sweep(
     folder: Folder,
     contest: Contest,
-    *,
-    sample: Sample = None,
-    seed: int = 1,
-    stop: bool = True,
+    how: Extent = ALL,
     begins_at: Callable[[Operation], bool] = lambda op: True,
 ) -> Row:
-    """All games of one contest, or `sample` of them, in which the second side begins at such calls."""
+    """The games of one contest in which the second side begins at such calls."""
     row = Row(contest.name)
     calls, num_second = count(folder, contest)
     row.operations = len(calls) + num_second
-    chosen = [game for game in games(len(calls), num_second) if begins_at(calls[game[0]])]
-    chosen = sampled(chosen, sample, random.Random(seed))
-    for i, victim, j in chosen:
-        root, told = folder.root()
-        row.check(
-            f"second at call {i}, {victim} killed at {j}", play_and_check, root, told, contest, i, victim, j, stop=stop
-        )
-        folder.drop(root)
+    wanted = (game for game in games(len(calls), num_second) if begins_at(calls[game[0]]))
+    for (i, victim, j), root, told in folder.each(how.of(wanted)):
+        what = f"second at call {i}, {victim} killed at {j}"
+        row.check(how, what, play_and_check, root, told, contest, i, victim, j)
     return row
 
 
 def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for contest in CONTESTS:
-            yield sweep(folder, contest, sample=sample_of(options, 60), seed=options.seed, stop=False)
+            yield sweep(folder, contest, extent_of(options, 60))
 
 
 if __name__ == "__main__":

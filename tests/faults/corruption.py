@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from async_ckpt import Catalog, CheckpointError, CorruptCheckpointError
@@ -17,21 +17,14 @@ from async_ckpt.format.names import MANIFEST_NAME
 from async_ckpt.format.zip_directory import read_directory
 from async_ckpt.reading.load import load_committed
 
-from .report import Part, Row, command, sampled
+from .report import ALL, Extent, Row, command, extent_of
 from .workloads import Folder, quiet, version_of
 
-Damage = tuple[str, Callable[[Path], None]]
+Damage = tuple[str, Callable[[Path], object]]
 
 
-def flips(data: bytes, chance: random.Random, num: int | None, at: Sequence[int] | None = None) -> Iterator[Damage]:
-    """One flipped bit, at every offset, at `num` of them, or `at` these."""
-    offsets: Sequence[int] = (
-        at
-        if at is not None
-        else range(len(data))
-        if num is None or num >= len(data)
-        else sorted(chance.sample(range(len(data)), num))
-    )
+def flips(data: bytes, chance: random.Random, offsets: Iterable[int]) -> Iterator[Damage]:
+    """One flipped bit at each of these offsets."""
     for offset in offsets:
         mask = 1 << chance.randrange(8)
 
@@ -47,29 +40,21 @@ def shapes(data: bytes, other: Path, chance: random.Random) -> Iterator[Damage]:
     """Lengths, neighbours and kinds that are wrong."""
     size = len(data)
     for length in sorted({0, 1, size // 2, size - 1, *(chance.randrange(size) for _ in range(4))}):
-        yield f"cut to {length}", lambda path, length=length: _write(path, data[:length])  # type: ignore[misc]
+        yield f"cut to {length}", lambda path, length=length: path.write_bytes(data[:length])
     for more in (1, 4096):
-        yield f"{more} bytes longer", lambda path, more=more: _write(path, data + bytes(more))  # type: ignore[misc]
-    yield "of another checkpoint", lambda path: _write(path, other.read_bytes())
-    yield "zeros", lambda path: _write(path, bytes(size))
+        yield f"{more} bytes longer", lambda path, more=more: path.write_bytes(data + bytes(more))
+    yield "of another checkpoint", lambda path: path.write_bytes(other.read_bytes())
+    yield "zeros", lambda path: path.write_bytes(bytes(size))
     yield "deleted", lambda path: path.unlink()
     yield "a link", lambda path: (path.unlink(), path.symlink_to(other))[1]
     yield "a directory", lambda path: (path.unlink(), path.mkdir())[1]
     for _ in range(4):
         start, length = chance.randrange(size), 1 + chance.randrange(512)
-        yield (
-            f"zeros from {start}",
-            lambda path, start=start, length=length: _write(  # type: ignore[misc]
-                path, data[:start] + bytes(len(data[start : start + length])) + data[start + length :]
-            ),
-        )
+        damaged = data[:start] + bytes(len(data[start : start + length])) + data[start + length :]
+        yield f"zeros from {start}", lambda path, damaged=damaged: path.write_bytes(damaged)
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def check(root: Path, name: str, what: str, is_same: bool) -> None:
+def check(root: Path, name: str, is_same: bool) -> None:
     """The damaged tag is "older", the good one "oldest"."""
     catalog = Catalog(root)
     if is_same:
@@ -93,27 +78,26 @@ def check(root: Path, name: str, what: str, is_same: bool) -> None:
         raise AssertionError(f"loaded as version {version_of(loaded, 'model.pt')}")
 
 
-def sweep(
-    folder: Folder, name: str, *, num_flips: int | None, part: Part | None = None, seed: int = 1, stop: bool = True
-) -> Row:
+def sweep(folder: Folder, name: str, how: Extent = ALL, *, num_flips: int | None) -> Row:
     """All damage (or a part of it) to one file of the newer checkpoint."""
     row = Row(name)
-    chance = random.Random(seed)
+    chance = random.Random(how.seed)
     root, _ = folder.root()
     path, data = root / "older" / name, (root / "older" / name).read_bytes()
-    damages = [*shapes(data, root / "oldest" / name, chance), *flips(data, chance, num_flips)]
+    damages = list(shapes(data, root / "oldest" / name, chance))
+    damages += flips(data, chance, Extent(num_flips, how.seed).of(range(len(data))))
     if name != MANIFEST_NAME:
         # Every header and every record of the container, whatever the sample.
         directory = read_directory(lambda offset, size: data[offset : offset + size], len(data))
         starts = {(record.offset, record.offset + record.num_bytes) for record in directory.values()}
         edges = {at for first, end in starts for at in (first - 1, first, end) if at < len(data)}
-        damages += flips(data, chance, None, sorted(edges))
+        damages += flips(data, chance, sorted(edges))
     row.operations = len(damages)
-    for what, damage in sampled(damages, part, chance):
+    for what, damage in how.of(damages):
         damage(path)
         is_same = path.is_file() and not path.is_symlink() and path.read_bytes() == data
         with quiet():
-            row.check(what, check, root, name, what, is_same, stop=stop)
+            row.check(how, what, check, root, name, is_same)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
@@ -126,8 +110,7 @@ def sweep(
 def main(options: argparse.Namespace) -> list[Row]:
     with Folder() as folder:
         num = None if options.full else 300
-        names = (MANIFEST_NAME, "model.pt")
-        return [sweep(folder, name, num_flips=num, part=options.part, seed=options.seed, stop=False) for name in names]
+        return [sweep(folder, name, extent_of(options), num_flips=num) for name in (MANIFEST_NAME, "model.pt")]
 
 
 if __name__ == "__main__":

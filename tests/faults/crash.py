@@ -9,26 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.faulty_filesystem import FaultyFileSystem, Killed, When
+from tests.support.faulty_filesystem import Killed, When
 
 from .oracle import check_recovery
-from .report import Row, Sample, command, sample_of, sampled
-from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+from .report import ALL, Extent, Row, command, extent_of
+from .workloads import WORKLOADS, Folder, Told, Workload, faulty_filesystem, quiet
 
 WRITERS = (1, 2, 4)
-
-
-def run_to_the_end(root: Path, told: Told, workload: Workload, fs: FaultyFileSystem, num_writers: int) -> None:
-    """The whole life of one engine, as far as the fault lets it."""
-    direct = fs.fs_type("") == "ext4"
-    with contextlib.closing(
-        make_engine(root, fs, num_writers=num_writers, io_mode="direct" if direct else "buffered", **workload.config)
-    ) as engine:
-        workload.run(Job(engine, told))
 
 
 def run_killed(root: Path, told: Told, workload: Workload, num_writers: int, k: int, when: When, direct: bool) -> bool:
@@ -36,7 +26,7 @@ def run_killed(root: Path, told: Told, workload: Workload, num_writers: int, k: 
     fs = faulty_filesystem(direct=direct)
     fs.kill_at(k, when)
     with quiet(), contextlib.suppress(Exception, Killed):
-        run_to_the_end(root, told, workload, fs, num_writers)
+        workload.live(root, told, fs, num_writers)
     fs.dispose()
     return fs.killed
 
@@ -45,7 +35,7 @@ def count(folder: Folder, workload: Workload, num_writers: int, dirty: bool, dir
     """How many calls a life has, and which of them are writes."""
     root, told = folder.root(dirty=dirty)
     fs = faulty_filesystem(direct=direct)
-    run_to_the_end(root, told, workload, fs, num_writers)
+    workload.live(root, told, fs, num_writers)
     check_recovery(root, told, workload)
     folder.drop(root)
     writes = [op.name == "pwrite" for op in fs.operations if op.index >= 0]
@@ -64,25 +54,19 @@ def points(num_calls: int, writes: list[bool]) -> Iterator[tuple[int, When]]:
 def sweep(
     folder: Folder,
     workload: Workload,
+    how: Extent = ALL,
     *,
     num_writers: int,
     dirty: bool,
     direct: bool,
-    sample: Sample = None,
-    seed: int = 1,
-    stop: bool = True,
 ) -> Row:
-    """Kill at every point (or `sample` of them) of one workload."""
+    """Kill at the points of one workload."""
     start = "dirty" if dirty else "clean"
     row = Row(f"{workload.name}, {num_writers} writers, {start} start{', direct' if direct else ''}")
     row.operations, writes = count(folder, workload, num_writers, dirty, direct)
-    chosen = list(points(row.operations, writes))
-    chosen = sampled(chosen, sample, random.Random(seed))
-    for k, when in chosen:
-        root, told = folder.root(dirty=dirty)
+    for (k, when), root, told in folder.each(how.of(points(row.operations, writes)), dirty=dirty):
         if run_killed(root, told, workload, num_writers, k, when, direct):
-            row.check(f"killed {when} call {k}", check_recovery, root, told, workload, stop=stop)
-        folder.drop(root)
+            row.check(how, f"killed {when} call {k}", check_recovery, root, told, workload)
     return row
 
 
@@ -90,17 +74,7 @@ def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for workload, num_writers, dirty in itertools.product(WORKLOADS.values(), WRITERS, (False, True)):
             direct = dirty != (num_writers == 2)
-            sample = sample_of(options, 12)
-            yield sweep(
-                folder,
-                workload,
-                num_writers=num_writers,
-                dirty=dirty,
-                direct=direct,
-                sample=sample,
-                seed=options.seed,
-                stop=False,
-            )
+            yield sweep(folder, workload, extent_of(options, 12), num_writers=num_writers, dirty=dirty, direct=direct)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,18 @@ import argparse
 import itertools
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from async_ckpt import Catalog, CheckpointNotFoundError
 from async_ckpt.reading.load import load_committed
+from tests.support.processes import Talking
 
 from .oracle import contents, private_names
-from .report import Row, command, sampled
-from .workloads import TIMEOUT_S, Folder, make_engine, version_of
-
-ROOT = Path(__file__).parents[2]
+from .report import Row, command, extent_of
+from .workloads import Folder, make_engine, version_of
 
 WRITER = """
 import errno, json, sys
@@ -83,35 +79,18 @@ def read_once(root: Path) -> int:
     return num
 
 
-class _Writer:
-    def __init__(self, root: Path, number: int, rounds: int) -> None:
-        arguments = [sys.executable, "-c", WRITER, str(root), str(number), str(rounds)]
-        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.out, self.into = self.process.stdout, self.process.stdin
-        assert self.out.readline() == "ready\n"
-
-    def end(self) -> list[str]:
-        lines = self.out.read().splitlines()
-        self.out.close()
-        self.into.close()
-        self.process.wait(TIMEOUT_S)
-        return lines
-
-
 def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop: bool = False) -> Row:
     """One crowd; raises AssertionError."""
-    row = Row(
-        f"{num_writers} writers, {rounds} rounds{', one killed' if kill else ''}{', one stopped' if stop else ''}"
-    )
-    writers = [_Writer(root, number, rounds) for number in range(1, num_writers + 1)]
+    fate = ", one killed" if kill else ", one stopped" if stop else ""
+    row = Row(f"{num_writers} writers, {rounds} rounds{fate}")
+    writers = [Talking(WRITER, root, number, rounds) for number in range(1, num_writers + 1)]
+    assert [writer.hear() for writer in writers] == ["ready"] * num_writers
     for writer in writers:
-        writer.into.write("go\n")
-        writer.into.flush()
-    first = writers[0].process
-    writers[0].out.readline()
+        writer.say("go")
+    first = writers[0]
+    first.hear()
     if kill:
-        first.send_signal(signal.SIGKILL)
+        first.kill()
         row.injected += 1
     if stop:
         first.send_signal(signal.SIGSTOP)
@@ -126,16 +105,17 @@ def crowd(root: Path, num_writers: int, rounds: int, *, kill: bool = False, stop
         row.injected += 1
     num_read = 0
     rest = writers[1:] if kill or stop else writers
-    while any(writer.process.poll() is None for writer in rest):
+    while any(writer.poll() is None for writer in rest):
         num_read += read_once(root)
     if stop:
         first.send_signal(signal.SIGCONT)
     outcomes: list[dict[str, Any]] = []
     for writer in writers:
-        lines = writer.end()
-        if writer is writers[0] and kill:
+        with writer:
+            lines = writer.hear_out()
+        if writer is first and kill:
             continue
-        assert writer.process.returncode == 0
+        assert writer.returncode == 0
         outcomes.append(json.loads(lines[-1]))
     for k in range(rounds):
         winners = sum(k in outcome["won"] for outcome in outcomes)
@@ -154,7 +134,7 @@ def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         sizes = ((2, 200), (4, 100), (8, 50)) if options.full else ((2, 20), (4, 10))
         cases = list(itertools.product(sizes, ((False, False), (True, False), (False, True))))
-        for (num_writers, rounds), (kill, stop) in sampled(cases, options.part, random.Random(options.seed)):
+        for (num_writers, rounds), (kill, stop) in extent_of(options).of(cases):
             root, _ = folder.root()
             yield crowd(root, num_writers, rounds, kill=kill, stop=stop)
 

@@ -13,7 +13,7 @@ import errno
 import itertools
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.insides import arena_of, commits_of, pipeline_of
 
 from .oracle import check_legal, contents, private_names
-from .report import Row, Sample, command, sample_of, sampled
-from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+from .report import ALL, Extent, Row, command, extent_of
+from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, quiet
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EINTR)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,13 +62,12 @@ class Outcome:
         # What is given up anyway has nobody to tell; a write that was interrupted is resumed.
         return op.name in HARMLESS or ".staging.gone." in op.path or (op.name, self.code) == ("pwrite", errno.EINTR)
 
-    def run(self, num_writers: int, direct: bool, arm: object) -> None:
-        """The workload with the fault, then one more commit on the same engine without it."""
+    def run(self, num_writers: int, k: int, *, sticky: bool) -> None:
+        """The workload, whose k-th call fails, then one more commit on the same engine without the fault."""
         with quiet():
-            mode = "direct" if direct else "buffered"
-            engine = make_engine(self.root, self.fs, num_writers=num_writers, io_mode=mode, **self.workload.config)
+            engine = self.workload.engine(self.root, self.fs, num_writers)
             try:
-                arm()  # type: ignore[operator]
+                self.fs.fail_at(k, self.code, sticky=sticky)
                 self._work(Job(engine, self.told))
                 self.fs.heal()
                 self._acknowledge(engine)
@@ -139,7 +138,7 @@ def run_one(
     """The k-th call after the engine was made fails."""
     fs = faulty_filesystem(direct=direct)
     outcome = Outcome(root, told, workload, fs, code)
-    outcome.run(num_writers, direct, lambda: fs.fail_at(k, code, sticky=sticky))
+    outcome.run(num_writers, k, sticky=sticky)
     fs.dispose()
     outcome.check()
 
@@ -148,8 +147,7 @@ def count(folder: Folder, workload: Workload, num_writers: int, direct: bool) ->
     """How many calls the workload makes after the engine was made."""
     root, told = folder.root()
     fs = faulty_filesystem(direct=direct)
-    mode = "direct" if direct else "buffered"
-    with make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config) as engine:
+    with workload.engine(root, fs, num_writers) as engine:
         before = fs.num_counted
         workload.run(Job(engine, told))
         after = fs.num_counted
@@ -160,60 +158,45 @@ def count(folder: Folder, workload: Workload, num_writers: int, direct: bool) ->
 def sweep(
     folder: Folder,
     name: str,
-    codes: Iterable[int],
+    how: Extent = ALL,
     *,
     num_writers: int,
     direct: bool,
     sticky: bool,
-    sample: Sample = None,
-    seed: int = 1,
-    stop: bool = True,
 ) -> Row:
-    """Each call of one workload, each errno (or `sample` of the pairs)."""
+    """Each call of one workload, each errno."""
     workload = WORKLOADS[name]
     row = Row(f"{name}, {num_writers} writers{', direct' if direct else ''}{', until healed' if sticky else ''}")
     row.operations = count(folder, workload, num_writers, direct)
     # A call that is interrupted for ever is retried for ever, in every program.
-    chosen = [
-        (k, code) for k, code in itertools.product(range(row.operations), codes) if not sticky or code != errno.EINTR
-    ]
-    chosen = sampled(chosen, sample, random.Random(seed))
-    for k, code in chosen:
-        root, told = folder.root()
-        one = partial(run_one, num_writers=num_writers, direct=direct, sticky=sticky)
-        row.check(f"{errno.errorcode[code]} at call {k}", one, root, told, workload, k, code, stop=stop)
-        folder.drop(root)
+    codes = [code for code in CODES if not sticky or code != errno.EINTR]
+    one = partial(run_one, num_writers=num_writers, direct=direct, sticky=sticky)
+    for (k, code), root, told in folder.each(how.of(itertools.product(range(row.operations), codes))):
+        row.check(how, f"{errno.errorcode[code]} at call {k}", one, root, told, workload, k, code)
     return row
 
 
-def _run_whole(root: Path, told: Told, fs: FaultyFileSystem, workload: Workload, direct: bool) -> None:
-    with make_engine(root, fs, io_mode="direct" if direct else "buffered", **workload.config) as engine:
-        workload.run(Job(engine, told))
+def _run_whole(root: Path, told: Told, fs: FaultyFileSystem, workload: Workload) -> None:
+    workload.live(root, told, fs)
     check_legal(contents(root), told)
     assert private_names(root) == []
 
 
-def sweep_short_writes(folder: Folder, *, seed: int = 1, rounds: int = 4, stop: bool = True) -> Row:
-    """Every write is cut short, by various lengths, with O_DIRECT's alignment and without: nothing fails, nothing
-    differs.
-    """
+def sweep_short_writes(folder: Folder, how: Extent = ALL, *, rounds: int = 4) -> Row:
+    """Every write is cut short, with O_DIRECT's alignment and without: nothing fails, nothing differs."""
     row = Row("short writes")
     for number, (name, direct) in enumerate(itertools.product(("one file", "several files", "replace"), (False, True))):
-        for length in (1, 100, 4096, 4097, 10_000)[: rounds + 1]:
-            root, told = folder.root()
+        for length, root, told in folder.each((1, 100, 4096, 4097, 10_000)[: rounds + 1]):
             fs = faulty_filesystem(direct=direct)
-            chance = random.Random(seed + number)
+            chance = random.Random(how.seed + number)
             # One byte at a time for a while only: else 24 KB take 24,000 calls.
             fs.short_writes = lambda op, length=length, chance=chance: (
                 length if length >= 4096 or chance.random() < 0.1 else 1 << 20
-            )  # type: ignore[misc]
-            workload = WORKLOADS[name]
-
+            )
             what = f"{name}, writes of {length}{', direct' if direct else ''}"
-            row.check(what, _run_whole, root, told, fs, workload, direct, stop=stop)
+            row.check(how, what, _run_whole, root, told, fs, WORKLOADS[name])
             row.operations += sum(op.name == "pwrite" for op in fs.operations)
             fs.dispose()
-            folder.drop(root)
     return row
 
 
@@ -222,19 +205,8 @@ def main(options: argparse.Namespace) -> Iterator[Row]:
         for name, (num_writers, direct, sticky) in itertools.product(
             WORKLOADS, ((1, False, False), (2, True, True), (4, True, False))
         ):
-            sample = sample_of(options, 20)
-            yield sweep(
-                folder,
-                name,
-                CODES,
-                num_writers=num_writers,
-                direct=direct,
-                sticky=sticky,
-                sample=sample,
-                seed=options.seed,
-                stop=False,
-            )
-        yield sweep_short_writes(folder, seed=options.seed, stop=False)
+            yield sweep(folder, name, extent_of(options, 20), num_writers=num_writers, direct=direct, sticky=sticky)
+        yield sweep_short_writes(folder, extent_of(options))
 
 
 if __name__ == "__main__":

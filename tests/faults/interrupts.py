@@ -36,7 +36,7 @@ from tests.support.comparing import torch_bytes
 from tests.support.insides import arena_of
 
 from .oracle import check_legal, contents
-from .report import Row, Sample, command, sample_of, sampled
+from .report import ALL, Extent, Row, command, extent_of
 from .workloads import CHUNK_BYTES, TIMEOUT_S, Folder, Job, Told, make_engine, quiet, state
 
 _PACKAGE = os.path.dirname(async_ckpt.__file__) + os.sep
@@ -312,43 +312,33 @@ def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
         raise AssertionError(f"interrupted at {interrupter.raised}: {error!r}") from error
 
 
-def sweep(
-    folder: Folder, name: str, *, sample: Sample = None, seed: int = 1, stop: bool = True, within: str = ""
-) -> Row:
-    """Every step (or `sample` of them) of one of `GAMES`, in one folder of the package or all of it."""
+def sweep(folder: Folder, name: str, how: Extent = ALL, *, within: str = "") -> Row:
+    """Every step of one of `GAMES`, in one folder of the package or all of it."""
     row = Row(name)
     life, again = GAMES[name]
     # A handler that waits must not wait for what the interrupted call holds: not in the standard library either.
-    within = ("", *_WAITS) if name.startswith("a handler") else within  # type: ignore[assignment]
+    within = ("", *_WAITS) if name.startswith("a handler") else within
     counter = Interrupter(None, within=within)
-    for _ in range(2):
-        # The second time, plans are made as they will be.
-        root, told = folder.root()
+    # The second time, plans are made as they will be.
+    for _, root, told in folder.each(range(2)):
         counter.num_steps = 0
         with quiet():
             life(root, told, counter)
-        folder.drop(root)
     row.operations = counter.num_steps
-    chance = random.Random(seed)
-    for k in sampled(range(row.operations), sample, chance):
-        root, told = folder.root()
+    chance = random.Random(how.seed)
+    for k, root, told in folder.each(how.of(range(row.operations))):
         second = None if again is None else chance.randrange(again)
         interrupter = Interrupter(k, second, within=within)
-        row.check(f"step {k}, again after {second}", check, root, told, interrupter, life, stop=stop)
-        folder.drop(root)
+        row.check(how, f"step {k}, again after {second}", check, root, told, interrupter, life)
     return row
 
 
 def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for name in list(GAMES) if options.row is None else list(GAMES)[options.row : options.row + 1]:
-            yield sweep(folder, name, sample=sample_of(options, 150), seed=options.seed, stop=False)
+            yield sweep(folder, name, extent_of(options, 150))
 
 
 if __name__ == "__main__":
-    command(
-        "KeyboardInterrupt at every step",
-        __doc__,
-        main,
-        ("--row", {"type": int, "default": None, "help": "only this row, from 0"}),
-    )
+    row = {"type": int, "default": None, "help": "only this row, from 0"}
+    command("KeyboardInterrupt at every step", __doc__, main, ("--row", row))

@@ -8,7 +8,6 @@ variants of the file system (a sync left out or moved) run too, and must be caug
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import os
@@ -22,8 +21,8 @@ from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 
 from .diskmodel import DiskModel, State, write_state
 from .oracle import check_sweep
-from .report import Row, command, sampled
-from .workloads import WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, make_engine, quiet
+from .report import ALL, Extent, Row, command, extent_of
+from .workloads import WORKLOADS, Folder, Told, Workload, faulty_filesystem, quiet
 
 
 @dataclass
@@ -41,12 +40,8 @@ def record(folder: Folder, workload: Workload, fs: FaultyFileSystem, *, num_writ
     before, _ = folder.root()
     history: list[tuple[int, str, int]] = []
     told.on_commit = lambda tag, version: history.append((len(fs.operations), tag, version))
-    mode = "direct" if fs.fs_type(str(root)) == "ext4" else "buffered"
-    with (
-        quiet(),
-        contextlib.closing(make_engine(root, fs, num_writers=num_writers, io_mode=mode, **workload.config)) as engine,
-    ):
-        workload.run(Job(engine, told))
+    with quiet():
+        workload.live(root, told, fs, num_writers)
     fs.dispose()
     folder.drop(root)
     attempted = told.attempted
@@ -66,17 +61,14 @@ def check_all(
     folder: Folder,
     recording: Recording,
     row: Row,
+    how: Extent,
     *,
     keeps: int | None,
     every: int,
     num_random: int,
-    seed: int,
-    stop: bool,
 ) -> None:
-    """Cut the power after each `every`-th call, and look at the states that may be left; equal ones are looked at
-    once.
-    """
-    chance = random.Random(seed)
+    """Cut the power after each `every`-th call; of the states that may be left, equal ones are looked at once."""
+    chance = random.Random(how.seed)
     model = DiskModel(recording.before)
     known: set[bytes] = set()
     place = folder.path / "after-power-loss"
@@ -93,7 +85,7 @@ def check_all(
                 continue
             known.add(key)
             write_state(state, place)
-            row.check(f"after call {k} ({op.name} {op.path}): {text}", check_sweep, place, told, keeps, stop=stop)
+            row.check(how, f"after call {k} ({op.name} {op.path}): {text}", check_sweep, place, told, keeps)
             folder.drop(place)
 
 
@@ -210,62 +202,42 @@ BROKEN: dict[str, tuple[str, Callable[[], FaultyFileSystem]]] = {
 def sweep(
     folder: Folder,
     name: str,
+    how: Extent = ALL,
     *,
     direct: bool,
     num_writers: int,
     every: int = 1,
     num_random: int = 8,
-    seed: int = 1,
-    stop: bool = True,
 ) -> Row:
     """One workload as it is."""
     workload = WORKLOADS[name]
     recording = record(folder, workload, faulty_filesystem(direct=direct, keep_data=True), num_writers=num_writers)
     row = Row(f"{name}, {num_writers} writers{', direct' if direct else ''}")
-    check_all(folder, recording, row, keeps=workload.keeps, every=every, num_random=num_random, seed=seed, stop=stop)
+    check_all(folder, recording, row, how, keeps=workload.keeps, every=every, num_random=num_random)
     return row
 
 
 def sweep_broken(folder: Folder, name: str, *, every: int = 1, num_random: int = 4, seed: int = 1) -> Row:
     """One broken variant: `survived` counts harmless states, and the rest of the injected ones were caught."""
     workload_name, make = BROKEN[name]
-    workload = WORKLOADS[workload_name]
-    row = Row(f"broken: {name}")
-    check_all(
-        folder,
-        record(folder, workload, make()),
-        row,
-        keeps=workload.keeps,
-        every=every,
-        num_random=num_random,
-        seed=seed,
-        stop=False,
-    )
+    workload, row = WORKLOADS[workload_name], Row(f"broken: {name}")
+    recording, how = record(folder, workload, make()), Extent(seed=seed, stop=False)
+    check_all(folder, recording, row, how, keeps=workload.keeps, every=every, num_random=num_random)
     return row
 
 
 def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         every, num_random = (1, 12) if options.full else (3, 3)
+        how = extent_of(options)
         modes = ((False, 1), (True, 2), (True, 4))[: None if options.full else 2]
         cases = list(itertools.product(WORKLOADS, modes))
-        for name, (direct, num_writers) in sampled(cases, options.part, random.Random(options.seed)):
-            yield sweep(
-                folder,
-                name,
-                direct=direct,
-                num_writers=num_writers,
-                every=every,
-                num_random=num_random,
-                seed=options.seed,
-                stop=False,
-            )
-        for name in sampled(BROKEN, options.part, random.Random(options.seed)):
+        for name, (direct, num_writers) in how.of(cases):
+            yield sweep(folder, name, how, direct=direct, num_writers=num_writers, every=every, num_random=num_random)
+        for name in how.of(BROKEN):
             broken = sweep_broken(folder, name, every=every, seed=options.seed)
-            print(
-                f"{broken.name}: {broken.lost} of {broken.injected} states lose data: "
-                f"{'caught' if broken.lost else 'NOT CAUGHT'}"
-            )
+            verdict = "caught" if broken.lost else "NOT CAUGHT"
+            print(f"{broken.name}: {broken.lost} of {broken.injected} states lose data: {verdict}")
             # What counts as lost here is a variant that goes unnoticed.
             yield Row(broken.name, broken.operations, 1, int(broken.lost > 0), int(broken.lost == 0))
 

@@ -14,36 +14,29 @@ import contextlib
 import fcntl
 import functools
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
+from tests.support.mounts import KINDS, can_make, make_image, mounted_image
 
 from .oracle import check_recovery
 from .powerloss import BROKEN
-from .report import Row, Sample, command, sample_of, sampled
+from .report import ALL, Extent, Row, command, extent_of
 from .workloads import WORKLOADS, Folder, Job, Told, Workload, make_engine, quiet
 
 MiB = 1 << 20
-MKFS = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SIZES = {"ext4": 64 * MiB, "xfs": 320 * MiB, "btrfs": 160 * MiB}
-# A clone has the identity of its original.
-MOUNT_OPTIONS = {"ext4": "loop", "xfs": "loop,nouuid", "btrfs": "loop"}
 HOST_BYTES = 4096 * MiB
 """Of the file system that holds the images; a sparse file."""
 CAUGHT_ON = {"no fsync of the files": ("xfs", "btrfs"), "no fsync of the root": ("ext4", "xfs", "btrfs")}
 """Broken variants, and who does not hide them."""
 _FICLONE = 0x40049409
-
-
-def _run(*arguments: str | Path) -> None:
-    subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=60)
 
 
 @functools.lru_cache(maxsize=1)
@@ -64,24 +57,11 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def mounted(image: Path, kind: str, at: Path) -> Iterator[Path]:
-    """The file system in `image`, mounted while the context lasts."""
-    at.mkdir(exist_ok=True)
-    _run("mount", "-t", kind, "-o", MOUNT_OPTIONS[kind], image, at)
-    try:
-        yield at
-    finally:
-        _run("umount", at)
-
-
-@contextlib.contextmanager
 def host(folder: Path) -> Iterator[Path]:
     """A new xfs, on which files can be cloned in one instant."""
     image = folder / "host.img"
-    with open(image, "wb") as file:
-        file.truncate(HOST_BYTES)
-    _run(*MKFS["xfs"], "-m", "reflink=1", image)
-    with mounted(image, "xfs", folder / "host") as place:
+    make_image("xfs", image, HOST_BYTES, "-m", "reflink=1")
+    with mounted_image("xfs", image, folder / "host") as place:
         yield place
 
 
@@ -118,10 +98,8 @@ def film(place: Path, kind: str, workload: Workload, fs: FaultyFileSystem, *, di
     """Run the workload on a new file system of that kind; its image at every moment."""
     image, folder = place / "disk.img", place / "shots"
     folder.mkdir()
-    with open(image, "wb") as file:
-        file.truncate(SIZES[kind])
-    _run(*MKFS[kind], image)
-    with Folder() as template, mounted(image, kind, place / "disk") as disk:
+    make_image(kind, image, SIZES[kind])
+    with Folder() as template, mounted_image(kind, image, place / "disk") as disk:
         made, told = template.root()
         root = disk / "root"
         shutil.copytree(made, root)
@@ -139,66 +117,47 @@ def film(place: Path, kind: str, workload: Workload, fs: FaultyFileSystem, *, di
     return camera
 
 
-def develop(
-    row: Row, kind: str, place: Path, camera: Camera, workload: Workload, sample: Sample, seed: int, *, stop: bool
-) -> None:
-    """Mount each shot (or a sample of them) as after a reboot, and look."""
+def develop(row: Row, kind: str, workload: Workload, fs: FaultyFileSystem, how: Extent, *, direct: bool) -> Row:
+    """Film the workload, mount each shot as after a reboot, and look."""
 
     def look(image: Path, told: Told) -> None:
-        with mounted(image, kind, place / "after") as disk:
+        with mounted_image(kind, image, place / "after") as disk:
             check_recovery(disk / "root", told, workload)
 
-    row.operations = len(camera.shots)
-    for number in sampled(range(len(camera.shots)), sample, random.Random(seed)):
-        what, image, told = camera.shots[number]
-        with quiet():
-            row.check(what, look, image, told, stop=stop)
-    shutil.rmtree(place / "shots")
+    with tempfile.TemporaryDirectory() as folder, host(Path(folder)) as place:
+        shots = film(place, kind, workload, fs, direct=direct).shots
+        row.operations = len(shots)
+        for number in how.of(range(len(shots))):
+            what, image, told = shots[number]
+            with quiet():
+                row.check(how, what, look, image, told)
+    return row
 
 
-def sweep(kind: str, name: str, *, direct: bool, sample: Sample = None, seed: int = 1, stop: bool = True) -> Row:
+def sweep(kind: str, name: str, how: Extent = ALL, *, direct: bool) -> Row:
     """One workload on one file system."""
     row = Row(f"{kind}, {name}{', direct' if direct else ''}")
-    workload = WORKLOADS[name]
-    with tempfile.TemporaryDirectory() as folder, host(Path(folder)) as place:
-        camera = film(place, kind, workload, FaultyFileSystem(), direct=direct)
-        develop(row, kind, place, camera, workload, sample, seed, stop=stop)
-    return row
+    return develop(row, kind, WORKLOADS[name], FaultyFileSystem(), how, direct=direct)
 
 
 def sweep_broken(kind: str, name: str) -> Row:
     """A broken variant: caught when any shot loses data; `survived` is 1 for that."""
+    workload, make = BROKEN[name]
     row = Row(f"{kind}, broken: {name}")
-    workload_name, make = BROKEN[name]
-    make_broken: Callable[[], FaultyFileSystem] = make
-    with tempfile.TemporaryDirectory() as folder, host(Path(folder)) as place:
-        camera = film(place, kind, WORKLOADS[workload_name], make_broken(), direct=False)
-        seen = Row(row.name)
-        develop(seen, kind, place, camera, WORKLOADS[workload_name], None, 1, stop=False)
-    row.operations, row.injected, row.survived, row.lost = seen.operations, 1, int(seen.lost > 0), int(seen.lost == 0)
-    return row
-
-
-def kinds() -> list[str]:
-    return [kind for kind, (tool, *_) in MKFS.items() if shutil.which(tool)]
+    seen = develop(row, kind, WORKLOADS[workload], make(), Extent(stop=False), direct=False)
+    return Row(row.name, seen.operations, 1, int(seen.lost > 0), int(seen.lost == 0))
 
 
 def main(options: argparse.Namespace) -> Iterator[Row]:
     reason = why_not()
     if reason is not None:
         sys.exit(reason)
-    for kind in kinds() if options.kind is None else [options.kind]:
+    for kind in filter(can_make, KINDS) if options.kind is None else [options.kind]:
         for number, name in enumerate(WORKLOADS):
-            yield sweep(
-                kind, name, direct=number % 2 == 0, sample=sample_of(options, 10), seed=options.seed, stop=False
-            )
+            yield sweep(kind, name, extent_of(options, 10), direct=number % 2 == 0)
         yield from (sweep_broken(kind, name) for name, caught_on in CAUGHT_ON.items() if kind in caught_on)
 
 
 if __name__ == "__main__":
-    command(
-        "Power cut on real file systems",
-        __doc__,
-        main,
-        ("--kind", {"default": None, "choices": list(MKFS), "help": "only this file system"}),
-    )
+    kind = {"default": None, "choices": KINDS, "help": "only this file system"}
+    command("Power cut on real file systems", __doc__, main, ("--kind", kind))

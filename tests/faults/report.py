@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 Point = TypeVar("Point")
@@ -17,9 +18,7 @@ Point = TypeVar("Point")
 
 @dataclass
 class Row:
-    """One line: how many operations the job has, how many faults were injected, how many were survived, how many lost
-    data.
-    """
+    """One line: operations of the job, faults that were injected, those that were survived, those that lost data."""
 
     name: str
     operations: int = 0
@@ -28,14 +27,14 @@ class Row:
     lost: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def check(self, what: str, oracle: Callable[..., object], *args: Any, stop: bool) -> None:
-        """Count one injected fault; `stop` lets the first failure through, else it is noted and counted as lost."""
+    def check(self, how: Extent, what: str, oracle: Callable[..., object], *args: Any) -> None:
+        """Count one injected fault, and whether the oracle found that it was survived."""
         self.injected += 1
         try:
             oracle(*args)
         except Exception as error:
             self.lost += 1
-            if stop:
+            if how.stop:
                 raise AssertionError(f"{self.name}: {what}: {error}") from error
             if len(self.notes) < 5:
                 self.notes.append(f"{what}: {''.join(traceback.format_exception(error))}"[:4000])
@@ -59,22 +58,31 @@ class Part:
         return part
 
 
-Sample = int | Part | None
-"""How much of a sweep: so many points, a part of all, or all of them."""
+@dataclass(frozen=True)
+class Extent:
+    """How much of a sweep is played: all points, a part of them, or `sample` of them drawn with `seed`."""
+
+    sample: int | Part | None = None
+    seed: int = 1
+    stop: bool = True
+    """Whether the first failure is raised, or counted as lost."""
+
+    def of(self, points: Iterable[Point]) -> list[Point]:
+        """The chosen points, in their order."""
+        chosen, num = list(points), self.sample
+        if isinstance(num, Part):
+            return chosen[num.number - 1 :: num.num_parts]
+        if num is None or num >= len(chosen):
+            return chosen
+        return [chosen[k] for k in sorted(random.Random(self.seed).sample(range(len(chosen)), num))]
 
 
-def sample_of(options: argparse.Namespace, num: int) -> Sample:
-    """As the command line wants it: `num` points, unless it says --full or --part."""
-    part: Part | None = options.part
-    return part if part is not None else None if options.full else num
+ALL = Extent()
 
 
-def sampled(points: Iterable[Point], num: Sample, chance: random.Random) -> list[Point]:
-    """All points of a sweep, in their order, or a part or `num` of them."""
-    chosen = list(points)
-    if isinstance(num, Part):
-        return chosen[num.number - 1 :: num.num_parts]
-    return chosen if num is None or num >= len(chosen) else sorted(chance.sample(chosen, num))  # type: ignore[type-var]
+def extent_of(options: argparse.Namespace, num: int | None = None) -> Extent:
+    """As the command line wants it: `num` points (None: all), unless it says --full or --part."""
+    return Extent(options.part or (None if options.full else num), options.seed, stop=False)
 
 
 COLUMNS = ("operations", "injected", "survived", "lost")
@@ -117,26 +125,11 @@ def command(
         print(row.name, *(getattr(row, column) for column in columns), flush=True)
     print_table(title, rows, columns)
     seconds = time.perf_counter() - started
-    part = options.part
-    extent = (
-        f"part {part.number} of {part.num_parts}"
-        if part
-        else "every point"
-        if options.full
-        else "a sample (--full for every point)"
-    )
+    extent = "every point" if options.full else "a sample (--full for every point)"
+    if options.part:
+        extent = f"part {options.part.number} of {options.part.num_parts}"
     print(f"{seconds:.0f} s, seed {options.seed}, {extent}")
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {
-                    "sweep": title,
-                    "full": options.full,
-                    "seed": options.seed,
-                    "seconds": seconds,
-                    "rows": [asdict(r) for r in rows],
-                },
-                file,
-                indent=1,
-            )
+        told = {"sweep": title, "full": options.full, "seed": options.seed, "seconds": seconds}
+        Path(options.json).write_text(json.dumps({**told, "rows": [asdict(row) for row in rows]}, indent=1))
     sys.exit(1 if any(row.lost for row in rows) else 0)

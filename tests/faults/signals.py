@@ -8,30 +8,25 @@ whole, in its old or its new version; and a new engine works in the same root.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import random
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from tests.support.faulty_filesystem import Operation
 
+from .children import Child, begin_notes
 from .oracle import check_recovery, contents
-from .report import Row, Sample, command, sample_of, sampled
-from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine
+from .report import ALL, Extent, Row, command, extent_of
+from .workloads import Folder, Job, Told, faulty_filesystem, make_engine
 
 COMMITS = (("new", 10), ("older", 11), ("new", 12))
 LAST = ("last", 99)
 """What the preemption's hook saves."""
 PARALLEL = 2
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "async_ckpt.engine.engine", "tests.faults.workloads"])
 
 
 @dataclass(frozen=True)
@@ -78,11 +73,10 @@ def _exit(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def job(root: Path, case: Case, k: int, notes: str) -> None:
-    """The process: notes what was committed, a line each, and at the end how many calls it made."""
-    out = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(notes + ".err", os.O_WRONLY | os.O_CREAT, 0o600), 2)
-    told = Told(on_commit=lambda tag, version: (os.write(out, f"{tag} {version}\n".encode()), None)[1])
+def job(root: Path, case: Case, k: int) -> None:
+    """The process: notes what was committed, and at the end how many calls it made."""
+    note = begin_notes(root)
+    told = Told(on_commit=lambda tag, version: note(f"{tag} {version}"))
     fs = faulty_filesystem()
     sender = _Sender(case, k)
     if case.handler == "exit":
@@ -96,44 +90,24 @@ def job(root: Path, case: Case, k: int, notes: str) -> None:
             work.whole(tag, version, ("model.pt", "sub/optim.pt"))
             if engine.poll_preemption():
                 break
-    os.write(out, f"calls {sender.num_calls}\n".encode())
+    note(f"calls={sender.num_calls}")
 
 
-def start(root: Path, case: Case, k: int) -> BaseProcess:
-    process = context.Process(target=job, args=(root, case, k, str(root) + ".notes"))
-    process.start()
-    return process
+def start(root: Path, told: Told, case: Case, k: int) -> Child:
+    return Child(root, told, (*COMMITS, LAST), job, case, k)
 
 
-def read_notes(root: Path, told: Told) -> int:
-    """Put what the process reported into `told`; returns the calls it made, -1 when it did not get that far."""
-    num_calls = -1
-    for tag, version in (*COMMITS, LAST):
-        told.attempt(tag, version)
-    notes = Path(str(root) + ".notes")
-    for line in notes.read_text().splitlines() if notes.exists() else ():
-        name, value = line.split()
-        if name == "calls":
-            num_calls = int(value)
-        else:
-            told.commit(name, int(value))
-    return num_calls
+def num_calls(notes: list[str]) -> int:
+    """The calls that a process has made; -1 when it did not get that far."""
+    return next((int(line.removeprefix("calls=")) for line in notes if line.startswith("calls=")), -1)
 
 
-def check(root: Path, told: Told, case: Case, process: BaseProcess) -> None:
-    process.join(2 * TIMEOUT_S)
-    errors = Path(str(root) + ".notes.err")
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        raise AssertionError(f"the process hangs: {errors.read_text()[-2000:]}")
-    num_calls = read_notes(root, told)
+def check(root: Path, told: Told, case: Case, child: Child) -> None:
+    is_whole = num_calls(child.notes()) >= 0
     # A signal after the last call that was counted before changes nothing.
-    assert process.exitcode in case.exit_codes or (process.exitcode == 0 and num_calls >= 0), (
-        process.exitcode,
-        errors.read_text()[-2000:],
-    )
-    if process.exitcode == 0 and case.handler == "preemption" and num_calls >= 0:
+    has_ended_well = child.exit_code == 0 and is_whole
+    assert child.exit_code in case.exit_codes or has_ended_well, (child.exit_code, child.errors())
+    if has_ended_well and case.handler == "preemption":
         found = contents(root)
         assert all(found.get(tag) == version for tag, version in told.committed.items() if tag == "last"), found
     check_recovery(root, told)
@@ -142,28 +116,26 @@ def check(root: Path, told: Told, case: Case, process: BaseProcess) -> None:
 def count(folder: Folder, case: Case) -> int:
     """How many file calls the job makes."""
     root, told = folder.root()
-    process = start(root, case, -1)
-    process.join(2 * TIMEOUT_S)
-    num_calls = read_notes(root, told)
-    assert process.exitcode == 0 and num_calls > 0, Path(str(root) + ".notes.err").read_text()
+    child = start(root, told, case, -1)
+    num = num_calls(child.notes())
+    assert child.exit_code == 0 and num > 0, child.errors()
     folder.drop(root)
-    return num_calls
+    return num
 
 
-def sweep(folder: Folder, case: Case, *, sample: Sample, seed: int = 1, stop: bool = True) -> Row:
-    """The signal at every call (or `sample` of them)."""
+def sweep(folder: Folder, case: Case, how: Extent = ALL) -> Row:
+    """The signal at every call."""
     row = Row(case.name)
     row.operations = count(folder, case)
-    chosen = list(range(row.operations))
-    chosen = sampled(chosen, sample, random.Random(seed))
+    chosen = how.of(range(row.operations))
     for at in range(0, len(chosen), PARALLEL):
         games = []
         for k in chosen[at : at + PARALLEL]:
             root, told = folder.root()
-            games.append((k, root, told, start(root, case, k)))
-        for k, root, told, process in games:
-            row.check(f"{case.name} at call {k}", check, root, told, case, process, stop=stop)
-            process.close()
+            games.append((k, root, told, start(root, told, case, k)))
+        for k, root, told, child in games:
+            row.check(how, f"{case.name} at call {k}", check, root, told, case, child)
+            child.close()
             folder.drop(root)
     return row
 
@@ -171,7 +143,7 @@ def sweep(folder: Folder, case: Case, *, sample: Sample, seed: int = 1, stop: bo
 def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder() as folder:
         for case in CASES:
-            yield sweep(folder, case, sample=sample_of(options, 12), seed=options.seed, stop=False)
+            yield sweep(folder, case, extent_of(options, 12))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,18 @@ import errno
 import gc
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from async_ckpt import CheckpointError, KeepLast
 from tests.support.insides import arena_of, commits_of, pipeline_of
+from tests.support.processes import Talking
 from tests.support.stepping import until
 
 from .oracle import check_legal, contents, private_names
 from .report import Row, command
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from pathlib import Path
@@ -125,13 +122,10 @@ def _give_up_open(job: Job) -> None:
 
 def kill_one(root: Path, version: int, chance: random.Random) -> None:
     """Another process commits into the root and is killed after a few commits, somewhere in the next."""
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(version)], stdout=subprocess.PIPE, cwd=ROOT)
-    assert child.stdout is not None
-    for _ in range(chance.randrange(1, 4)):
-        child.stdout.readline()
-    child.send_signal(signal.SIGKILL)
-    child.wait(TIMEOUT_S)
-    child.stdout.close()
+    with Talking(CHILD, root, version) as child:
+        for _ in range(chance.randrange(1, 4)):
+            child.hear()
+        child.kill()
 
 
 def main(options: argparse.Namespace) -> list[Row]:

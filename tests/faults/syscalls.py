@@ -1,27 +1,24 @@
 """An errno, or SIGKILL, at real system calls of every thread. ``python -m tests.faults.syscalls --full``
 
 strace, attached to a running process, makes each thread's k-th call of one kind fail, or the last of the process, below
-Python and the seam. Only
-the public interface is used: what `commit` reported is there with exactly its bytes, each listed tag loads right, the
-process ends in bounded time, every error is of our tree, and a new engine commits in the same root.
+Python and the seam. Only the public interface is used: what `commit` reported is there with exactly its bytes, each
+listed tag loads right, the process ends in bounded time, every error is of our tree, and a new engine commits in the
+same root.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
-import multiprocessing
+import itertools
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -30,24 +27,25 @@ import async_ckpt
 from async_ckpt import CheckpointError, KeepLast
 from async_ckpt.threads.executor import lower_priority
 
+from .children import Child, begin_notes
 from .oracle import check_recovery
-from .report import Row, Sample, command, sample_of, sampled
-from .workloads import NUM_FLOATS, TIMEOUT_S, Folder, Job, Told, Workload, make_engine, state, version_of
+from .report import ALL, Extent, Row, command, extent_of
+from .workloads import NUM_FLOATS, Folder, Job, Told, Workload, make_engine, state, version_of
 
 FAULTS = {
-    "pwrite64": ("EIO", "ENOSPC", "EDQUOT", "EINTR"),
-    "fsync": ("EIO", "ENOSPC", "EINTR"),
-    "ftruncate": ("EIO", "ENOSPC"),
-    "fallocate": ("EIO", "ENOSPC", "EOPNOTSUPP"),
-    "openat": ("EIO", "EMFILE", "ENOSPC", "EACCES"),
-    "close": ("EIO",),
-    "mkdir": ("EIO", "ENOSPC", "EROFS"),
-    "renameat2": ("EIO", "EXDEV", "EACCES", "EINVAL"),
+    "pwrite64": ("EIO", "ENOSPC", "EDQUOT", "EINTR", "SIGKILL"),
+    "fsync": ("EIO", "ENOSPC", "EINTR", "SIGKILL"),
+    "ftruncate": ("EIO", "ENOSPC", "SIGKILL"),
+    "fallocate": ("EIO", "ENOSPC", "EOPNOTSUPP", "SIGKILL"),
+    "openat": ("EIO", "EMFILE", "ENOSPC", "EACCES", "SIGKILL"),
+    "close": ("EIO", "SIGKILL"),
+    "mkdir": ("EIO", "ENOSPC", "EROFS", "SIGKILL"),
+    "renameat2": ("EIO", "EXDEV", "EACCES", "EINVAL", "SIGKILL"),
     "rename": ("EIO", "EXDEV"),
-    "unlink": ("EIO", "EACCES"),
-    "rmdir": ("EIO", "EBUSY"),
-    "chmod": ("EIO", "EPERM"),
-    "flock": ("EIO", "ENOLCK", "EAGAIN"),
+    "unlink": ("EIO", "EACCES", "SIGKILL"),
+    "rmdir": ("EIO", "EBUSY", "SIGKILL"),
+    "chmod": ("EIO", "EPERM", "SIGKILL"),
+    "flock": ("EIO", "ENOLCK", "EAGAIN", "SIGKILL"),
     "newfstatat": ("EIO", "EACCES"),
     "statfs": ("EIO",),
     "getdents64": ("EIO",),
@@ -58,21 +56,7 @@ FAULTS = {
     "clone3,clone": ("EAGAIN",),
     "mmap,madvise": ("ENOMEM",),
 }
-KILLED = (
-    "openat",
-    "pwrite64",
-    "ftruncate",
-    "fallocate",
-    "fsync",
-    "close",
-    "mkdir",
-    "renameat2",
-    "unlink",
-    "rmdir",
-    "chmod",
-    "flock",
-)
-"""Where the process is killed, too."""
+"""What each call fails with; SIGKILL: there the process dies."""
 ALONE = (
     "setpriority,getpriority",
     "madvise",
@@ -88,9 +72,6 @@ OPTIONAL = (*ALONE, ",".join(ALONE))
 """What a sandbox may refuse for good, each alone and all of them: the package does without."""
 COMMITS = (("new", 10), ("older", 11), ("new", 12), ("last", 13))
 KEEPS = Workload("syscalls", lambda job: None, keeps=3)
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "async_ckpt.engine.engine", "tests.faults.workloads"])
 
 
 @lru_cache(maxsize=1)
@@ -108,9 +89,8 @@ def why_not() -> str | None:
 
 
 def job(root: Path, fault: str, log: str) -> None:
-    """The process: attaches strace to itself, commits, and notes how each commit ended, a line each."""
-    out = os.open(f"{root}.notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(f"{root}.err", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    """The process: attaches strace to itself, commits, and notes how each commit ended."""
+    note = begin_notes(root)
     faulthandler.enable(all_threads=True)
     # Torch opens libraries of its own in its first operations, and dies of a segmentation fault where it cannot.
     state(1)
@@ -125,10 +105,6 @@ def job(root: Path, fault: str, log: str) -> None:
     said = bytearray(4096)
     os.readv(tracer.stderr.fileno(), [said])
     assert b"attached" in said, said
-
-    def note(text: str) -> None:
-        os.writev(out, [text.encode() + b"\n"])
-
     try:
         engine = make_engine(root, overwrite="replace", io_mode="direct", retention=KeepLast(3), num_writers=4)
         with engine:
@@ -156,29 +132,14 @@ def job(root: Path, fault: str, log: str) -> None:
         note("ended")
 
 
-def run(root: Path, told: Told, fault: str, log: Path) -> BaseProcess:
-    for tag, version in COMMITS:
-        told.attempt(tag, version)
-    process = context.Process(target=job, args=(root, fault, str(log)))
-    process.start()
-    return process
+def run(root: Path, told: Told, fault: str, log: Path) -> Child:
+    return Child(root, told, COMMITS, job, fault, str(log))
 
 
-def check(root: Path, told: Told, process: BaseProcess, *, killed: bool = False) -> None:
-    process.join(2 * TIMEOUT_S)
-    errors = Path(f"{root}.err")
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        raise AssertionError(f"the process hangs: {errors.read_text()[-2000:]}")
-    lines = Path(f"{root}.notes").read_text().splitlines()
-    for line in lines:
-        what, _, value = line.partition(" ")
-        assert what != "foreign", (line, errors.read_text()[-3000:])
-        if value.isdigit():
-            told.commit(what, int(value))
-    died = killed and process.exitcode == -signal.SIGKILL
-    assert died or lines[-1:] == ["ended"], (process.exitcode, lines, errors.read_text()[-2000:])
+def check(root: Path, told: Told, child: Child, *, killed: bool = False) -> None:
+    notes = child.notes()
+    assert not [line for line in notes if line.startswith("foreign")], (notes, child.errors())
+    assert (killed and child.was_killed) or notes[-1:] == ["ended"], (child.exit_code, notes, child.errors())
     check_recovery(root, told, KEEPS)
 
 
@@ -186,52 +147,40 @@ def count(folder: Folder, call: str) -> tuple[int, int]:
     """How many such calls a whole run makes, and the most that any one thread makes."""
     root, told = folder.root()
     log = folder.path / "strace.log"
-    process = run(root, told, call, log)
-    check(root, told, process)
-    assert process.exitcode == 0 and len(told.committed) >= 3, told
+    child = run(root, told, call, log)
+    check(root, told, child)
+    assert child.exit_code == 0 and len(told.committed) >= 3, told
     threads = Counter(line.split()[0] for line in log.read_text().splitlines() if "(" in line)
     folder.drop(root)
     return sum(threads.values()), max(threads.values(), default=0)
 
 
-def sweep(
-    folder: Folder, call: str, codes: tuple[str, ...], *, sample: Sample, seed: int = 1, stop: bool = True
-) -> Row:
-    """Each errno at each call, or at `sample` of them."""
+def sweep(folder: Folder, call: str, codes: tuple[str, ...], how: Extent = ALL) -> Row:
+    """Each errno (or SIGKILL) at each call."""
     row = Row(call)
     row.operations, most = count(folder, call)
-    chosen = [(code, k) for code in codes for k in range(1, most + 1)]
-    chosen = sampled(chosen, sample, random.Random(seed))
-    for code, k in chosen:
-        root, told = folder.root()
+    for (code, k), root, told in folder.each(how.of(itertools.product(codes, range(1, most + 1)))):
         kills = code == "SIGKILL"
-        how = f"{'signal' if kills else 'error'}={code}"
-        process = run(root, told, f"{call}:{how}:when={k}", folder.path / "strace.log")
-        row.check(f"{code} at {call} number {k}", partial(check, root, told, process, killed=kills), stop=stop)
-        process.close()
-        folder.drop(root)
+        fault = f"{call}:{'signal' if kills else 'error'}={code}:when={k}"
+        child = run(root, told, fault, folder.path / "strace.log")
+        row.check(how, f"{code} at {call} number {k}", partial(check, root, told, child, killed=kills))
+        child.close()
     return row
 
 
-def refuse(
-    folder: Folder, call: str, codes: tuple[str, ...] = ("EPERM", "ENOSYS", "EINVAL"), *, stop: bool = True
-) -> Row:
+def _check_whole(root: Path, told: Told, child: Child) -> None:
+    check(root, told, child)
+    assert child.exit_code == 0 and told.committed == told.committed | dict(COMMITS), child.notes()
+
+
+def refuse(folder: Folder, call: str, how: Extent = ALL) -> Row:
     """Every one of these calls fails, as in a sandbox: all commits succeed all the same."""
     row = Row(f"{call} refused")
-    for code in codes:
-        root, told = folder.root()
-        process = run(root, told, f"{call}:error={code}", folder.path / "strace.log")
-
-        def whole(root: Path = root, told: Told = told, process: BaseProcess = process) -> None:
-            check(root, told, process)
-            assert process.exitcode == 0 and told.committed == told.committed | dict(COMMITS), Path(
-                f"{root}.notes"
-            ).read_text()
-
-        row.check(f"{code} at every {call}", whole, stop=stop)
+    for code, root, told in folder.each(("EPERM", "ENOSYS", "EINVAL")):
+        child = run(root, told, f"{call}:error={code}", folder.path / "strace.log")
+        row.check(how, f"{code} at every {call}", _check_whole, root, told, child)
         row.operations += (folder.path / "strace.log").read_text().count("INJECTED")
-        process.close()
-        folder.drop(root)
+        child.close()
     return row
 
 
@@ -242,11 +191,10 @@ def main(options: argparse.Namespace) -> Iterator[Row]:
     with Folder(on_disk=options.folder) as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
-                codes = codes if call not in KILLED else (*codes, "SIGKILL")
-                yield sweep(folder, call, codes, sample=sample_of(options, 4), seed=options.seed, stop=False)
+                yield sweep(folder, call, codes, extent_of(options, 4))
         for call in OPTIONAL:
             if options.call is None or options.call in call:
-                yield refuse(folder, call, stop=False)
+                yield refuse(folder, call, extent_of(options))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from async_ckpt import AsyncCheckpointEngine, OutOfSpaceError, WriteError
 from tests.support.insides import arena_of
 from tests.support.mounts import mounted
 
-from .errors import CODES, sweep, sweep_short_writes
+from .errors import sweep, sweep_short_writes
 from .oracle import check_legal, contents, private_names
+from .report import Extent
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, faulty_filesystem, make_engine, quiet, state
 
 pytestmark = pytest.mark.wide
@@ -20,16 +21,14 @@ pytestmark = pytest.mark.wide
 
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "until healed"])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_an_error_at_a_sample_of_calls(name: str, sticky: bool) -> None:
-    with Folder() as folder:
-        row = sweep(folder, name, CODES, num_writers=2, direct=sticky, sticky=sticky, sample=20, seed=len(name))
-        assert row.operations > 25 and row.survived == row.injected == 20
+def test_an_error_at_a_sample_of_calls(folder: Folder, name: str, sticky: bool) -> None:
+    row = sweep(folder, name, Extent(20, len(name)), num_writers=2, direct=sticky, sticky=sticky)
+    assert row.operations > 25 and row.survived == row.injected == 20
 
 
-def test_short_writes_change_nothing() -> None:
-    with Folder() as folder:
-        row = sweep_short_writes(folder, rounds=2)
-        assert row.survived == row.injected == 18 and row.operations > 100
+def test_short_writes_change_nothing(folder: Folder) -> None:
+    row = sweep_short_writes(folder, rounds=2)
+    assert row.survived == row.injected == 18 and row.operations > 100
 
 
 def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
@@ -41,9 +40,7 @@ def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
         pending = job.start("b", 2)
         with pytest.raises(WriteError) as caught:
             pending.result(TIMEOUT_S)
-        assert (
-            caught.value.errno == errno.EIO and caught.value.path is not None and caught.value.path.endswith("model.pt")
-        )
+        assert caught.value.errno == errno.EIO and str(caught.value.path).endswith("model.pt")
         fs.heal()
         assert pending.exception() is caught.value, "the failure does not stay"
         syncs = [op.path for op in fs.operations if op.name == "fsync" and ".staging.b." in op.path]
@@ -69,9 +66,8 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             _fill(disk / "other", keep_bytes=1 << 20)
             with pytest.raises(OutOfSpaceError) as caught:
                 _whole(engine, "big", state(2, num_floats=size_bytes // 8))
-            assert (
-                caught.value.errno == errno.ENOSPC and caught.value.needed_bytes and caught.value.free_bytes is not None
-            )
+            assert caught.value.errno == errno.ENOSPC
+            assert caught.value.needed_bytes and caught.value.free_bytes is not None
             assert private_names(root) == [] and arena_of(engine).num_taken == 0
             assert engine.latest() == "small"
             (disk / "other").unlink()

@@ -11,9 +11,7 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,6 +29,7 @@ from async_ckpt.storage.filesystem import FileSystem
 from tests.support.lying_fuse import REQUESTS, Mounted, lying, why_not
 from tests.support.making import begin
 from tests.support.mounts import mounted, overlaid
+from tests.support.processes import Talking
 
 from .oracle import contents
 from .workloads import TIMEOUT_S, Job, Told, make_engine, quiet, state
@@ -70,31 +69,6 @@ def finish(job: Job) -> None:
 
 def names(root: Path) -> list[str]:
     return sorted(os.listdir(root))
-
-
-class Talking(subprocess.Popen[str]):
-    """A process with `root` as its argument that is told lines and says some; it has ended after the block."""
-
-    def __init__(self, code: str, root: Path) -> None:
-        super().__init__(
-            [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._heard = ""
-
-    def say(self, line: str) -> None:
-        assert self.stdin is not None
-        self.stdin.write(f"{line}\n")
-        self.stdin.flush()
-
-    def hear(self) -> str:
-        assert self.stdout is not None
-        while "\n" not in self._heard:
-            assert select.select([self.stdout], [], [], TIMEOUT_S)[0], "it says nothing"
-            said = os.read(self.stdout.fileno(), 4096)
-            assert said, "it has ended"
-            self._heard += said.decode()
-        line, _, self._heard = self._heard.partition("\n")
-        return line.strip()
 
 
 # Overlays.

@@ -13,37 +13,27 @@ from async_ckpt.reading.load import load_committed
 from tests.reading.committed import commit
 from tests.support.comparing import torch_bytes
 
-from .interrupts import Interrupter, sweep, unraisable_forgotten
+from .interrupts import GAMES, Interrupter, sweep, unraisable_forgotten
+from .report import Extent
 from .workloads import Folder
 
 pytestmark = pytest.mark.wide
 
-
-@pytest.mark.leaves_staging
-@pytest.mark.parametrize(
-    "name",
-    [
-        "eager",
-        "lazy, close too",
-        "lazy, close too, twice",
-        "a handler commits and waits",
-        "a handler closes",
-        "load_into",
-        "load_into, twice",
-    ],
-)
-def test_interrupted_at_a_sample_of_steps(name: str) -> None:
-    with Folder() as folder:
-        row = sweep(folder, name, sample=30, seed=3)
-        assert row.operations > 300 and row.survived == row.injected == 30
+WARM = ("warm, other scalars", "warm, a handler saves")
 
 
 @pytest.mark.leaves_staging
-@pytest.mark.parametrize("name", ["warm, other scalars", "warm, a handler saves"])
-def test_a_cached_plan_that_is_interrupted_takes_over_all_scalars_or_none(name: str) -> None:
-    with Folder() as folder:
-        row = sweep(folder, name, within="plan")
-        assert row.operations > 50 and row.survived == row.injected == row.operations
+@pytest.mark.parametrize("name", sorted(GAMES.keys() - {"lazy", *WARM}))
+def test_interrupted_at_a_sample_of_steps(folder: Folder, name: str) -> None:
+    row = sweep(folder, name, Extent(30, seed=3))
+    assert row.operations > 300 and row.survived == row.injected == 30
+
+
+@pytest.mark.leaves_staging
+@pytest.mark.parametrize("name", WARM)
+def test_a_cached_plan_that_is_interrupted_takes_over_all_scalars_or_none(folder: Folder, name: str) -> None:
+    row = sweep(folder, name, within="plan")
+    assert row.operations > 50 and row.survived == row.injected == row.operations
 
 
 def test_an_interrupted_load_leaves_no_descriptor_open(tmp_path: Path) -> None:

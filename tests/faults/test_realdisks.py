@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +13,33 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, Catalog
 from async_ckpt.errors import OutOfSpaceError
 from async_ckpt.metrics import CommitMetrics
+from tests.support.mounts import KINDS, can_make, mounted, run
 
-from .realdisks import MKFS, SIZES, mounted, sweep, sweep_broken, why_not
+from .realdisks import SIZES, MiB, sweep, sweep_broken, why_not
+from .report import Extent
 
 pytestmark = pytest.mark.wide
 
 
 def _skip_without(kind: str) -> None:
-    reason = why_not() or (f"{MKFS[kind][0]} is not installed" if shutil.which(MKFS[kind][0]) is None else None)
+    reason = why_not() or (None if can_make(kind) else f"{kind} cannot be made here")
     if reason is not None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("kind", MKFS)
-def test_power_cut_at_a_sample_of_moments(kind: str) -> None:
-    _skip_without(kind)
-    row = sweep(kind, "replace", direct=True, sample=6)
-    assert row.operations > 30 and row.survived == row.injected == 6
-
-
 @pytest.mark.parametrize(
-    ("kind", "name"), [("xfs", "shared chunks"), ("btrfs", "shared chunks"), ("ext4", "shared files")]
+    ("kind", "name", "direct"),
+    [
+        *((kind, "replace", True) for kind in KINDS),
+        ("xfs", "shared chunks", True),
+        ("btrfs", "shared chunks", False),
+        ("ext4", "shared files", False),
+    ],
 )
-def test_power_cut_while_bytes_are_shared(kind: str, name: str) -> None:
+def test_power_cut_at_a_sample_of_moments(kind: str, name: str, direct: bool) -> None:
     _skip_without(kind)
-    row = sweep(kind, name, direct=kind == "xfs", sample=6)
+    row = sweep(kind, name, Extent(6), direct=direct)
     assert row.operations > 30 and row.survived == row.injected == 6
-
-
-MiB = 1 << 20
-
-
-@contextlib.contextmanager
-def _disk(kind: str, folder: Path) -> Iterator[Path]:
-    _skip_without(kind)
-    image = folder / "disk.img"
-    with open(image, "wb") as file:
-        file.truncate(SIZES[kind])
-    subprocess.run([*MKFS[kind], image], check=True, capture_output=True, timeout=60)
-    with mounted(image, kind, folder / "disk") as place:
-        yield place
 
 
 def _commit(engine: AsyncCheckpointEngine, tag: str, state: dict[str, torch.Tensor]) -> CommitMetrics:
@@ -75,7 +59,7 @@ def _check(root: Path, tag: str, state: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_shared_chunks_need_no_room_and_outlive_each_other(kind: str, tmp_path: Path) -> None:
     """Ten checkpoints of 24 MiB on a disk that has room for a few: each is whole when all the others are gone."""
-    with _disk(kind, tmp_path) as disk:
+    with mounted(kind, tmp_path, SIZES[kind]) as disk:
         state = {f"w{k}": torch.randn(MiB // 4) for k in range(24)}
         how: Any = {"reuse": "auto", "chunk_bytes": MiB, "staging_bytes": 32 * MiB, "io_mode": "direct"}
         with AsyncCheckpointEngine(disk / "root", **how) as engine:
@@ -93,7 +77,7 @@ def test_shared_chunks_need_no_room_and_outlive_each_other(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_bytes_that_have_rotted_are_found_in_both(kind: str, tmp_path: Path) -> None:
-    with _disk(kind, tmp_path) as disk:
+    with mounted(kind, tmp_path, SIZES[kind]) as disk:
         state = {"w": torch.zeros(MiB)}
         with AsyncCheckpointEngine(disk / "root", reuse="auto", chunk_bytes=MiB, staging_bytes=32 * MiB) as engine:
             _commit(engine, "a", state)
@@ -108,12 +92,12 @@ def test_bytes_that_have_rotted_are_found_in_both(kind: str, tmp_path: Path) -> 
 
 
 def test_a_quota_that_is_used_up_fails_the_save_and_nothing_else(tmp_path: Path) -> None:
-    with _disk("btrfs", tmp_path) as disk:
+    with mounted("btrfs", tmp_path, SIZES["btrfs"]) as disk:
         if shutil.which("btrfs") is None:
             pytest.skip("btrfs-progs is not installed")
         root = disk / "root"
         for command in (f"subvolume create {root}", f"quota enable {disk}", f"qgroup limit 24M {root}"):
-            subprocess.run(["btrfs", *command.split()], check=True, capture_output=True, timeout=60)
+            run("btrfs", *command.split())
         state = {f"w{k}": torch.randn(MiB // 4) for k in range(12)}
         how: Any = {"reuse": "auto", "chunk_bytes": MiB, "staging_bytes": 32 * MiB}
         with AsyncCheckpointEngine(root, **how) as engine:

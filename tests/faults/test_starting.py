@@ -5,8 +5,6 @@ one works.
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,12 +12,11 @@ import pytest
 
 from async_ckpt import Catalog, ConfigError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.processes import ROOT, run_python
 
 from .workloads import Job, Told, faulty_filesystem, make_engine, quiet
 
 pytestmark = pytest.mark.wide
-
-ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import gc, mmap, os, resource, sys, threading
@@ -80,8 +77,7 @@ def test_an_engine_that_meets_the_limits_of_its_process(tmp_path: Path, kind: st
     """One more descriptor, or a few more megabytes (a thread's stack has eight), each time, until an engine can be
     made.
     """
-    arguments = [sys.executable, "-W", "always", "-c", CHILD, str(tmp_path), kind]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    done = run_python("-W", "always", "-c", CHILD, tmp_path, kind)
     assert done.returncode == 0, done.stderr
     outcomes = done.stdout.split()
     assert len(outcomes) > 3 and outcomes[-1] == "made" and set(outcomes[:-1]) <= {"WriteError", "ConfigError"}, (
@@ -172,11 +168,8 @@ def test_an_engine_in_a_child_of_multiprocessing_finishes_its_commits(tmp_path: 
     """Such children skip atexit: their pending commits were lost without a word, with exit code 0."""
     script = tmp_path / "job.py"
     script.write_text(WORKER)
-    arguments = [sys.executable, "-W", "always", str(script), str(tmp_path / "run"), how]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, env=environment
-    )
+    done = run_python("-W", "always", script, tmp_path / "run", how, env=environment)
     assert done.stdout.split() == ["0", "1"], done.stderr
     assert Catalog(tmp_path / "run" / "False").tags() == ["a", "b"]
     assert Catalog(tmp_path / "run" / "True").tags() == ["a"]

@@ -26,8 +26,8 @@ from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.insides import commits_of, exclusion_of, guard_of
 from tests.support.stepping import Doing, Gate, gated, until, waits_for, waits_noted
 
-from .report import command, sampled
-from .workloads import TIMEOUT_S, Folder, quiet
+from .report import command, extent_of
+from .workloads import TIMEOUT_S, Folder, make_engine, quiet
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -48,14 +48,8 @@ def _kinds() -> dict[str, Make]:
 
 
 KINDS = _kinds()
-MEDDLING = (
-    "ema",
-    "load_state_dict",
-    "optimizer.load_state_dict",
-    "in place",
-    "wait_snapshot",
-    *(UNCOUNTED := (".data", "swapped", "fused")),
-)
+UNCOUNTED = (".data", "swapped", "fused")
+MEDDLING = ("ema", "load_state_dict", "optimizer.load_state_dict", "in place", "wait_snapshot", *UNCOUNTED)
 
 
 @dataclass
@@ -180,15 +174,9 @@ class Training:
                 parameter.data.copy_(self.ema[name] + 1)
         elif how == "fused":
             weights = [self.model[0].weight.detach(), self.model[2].weight.detach()]
-            options = {
-                "weight_decay": 0.0,
-                "momentum": 0.0,
-                "lr": 0.5,
-                "dampening": 0.0,
-                "nesterov": False,
-                "maximize": False,
-            }
-            torch._fused_sgd_(weights, list(map(torch.ones_like, weights)), [], **options, is_first_step=True)
+            numbers = {"lr": 0.5, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0}
+            flags = {"nesterov": False, "maximize": False, "is_first_step": True}
+            torch._fused_sgd_(weights, list(map(torch.ones_like, weights)), [], **numbers, **flags)
         else:
             engine.wait_snapshot()
 
@@ -219,10 +207,6 @@ class Actor:
                 return any(not turn.is_over for turn in exclusion._running)
         return waits_for("copies", self.doing.thread) and not is_copying
 
-    def go_on(self) -> None:
-        if self.gate.is_held:
-            self.gate.let_one_pass()
-
 
 def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is_guarded: bool, stop: bool) -> None:
     """One ordered schedule."""
@@ -230,7 +214,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
     gate = Gate()
     saved: list[tuple[str, PendingCommit, Any, int]] = []
     changes = [0]
-    with _engine(folder) as engine, _stops_half_way(training, gate):
+    with make_engine(folder, staging_bytes=1 << 20) as engine, _stops_half_way(training, gate):
         training.step()
         if is_guarded:
             training.guard(engine)
@@ -269,23 +253,18 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
                 yield
 
         log: list[str] = []
-        copying = Gate()
-        copying.close()
         submit = commits_of(engine).pool.copier.submit
-        saves, meddles = Gate(), Gate()
-        saves.close()
-        meddles.close()
+        copying, saves, meddles = Gate(), Gate(), Gate()
+        for closed in (copying, saves, meddles):
+            closed.close()
         actors = [Actor(train, gate), Actor(save, saves), Actor(meddle, meddles)]
 
-        def rest() -> None:
-            """Until everybody stands still, the copy thread too."""
-            until(is_at_rest)
-
         def is_at_rest() -> bool:
+            """Everybody stands still, the copy thread too."""
             is_copied = not any(not copy.copied.done() for copy in guard_of(engine).copies)
             return (is_copied or copying.is_held) and all(actor.rests(engine, is_copied) for actor in actors)
 
-        rest()
+        until(is_at_rest)
         while not all(actor.doing.ended for actor in actors):
             who = chance.randrange(4)
             if who == 3:
@@ -293,11 +272,11 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
                 copying.let_one_pass()
             elif actors[who].gate.is_held:
                 log.append(("train", "save", "meddle")[who])
-                actors[who].go_on()
+                actors[who].gate.let_one_pass()
             elif all(actor.doing.ended or actor.doing.blocked for actor in actors):
                 log.append("copy")
                 copying.open()
-            rest()
+            until(is_at_rest)
         copying.open()
         for actor in actors:
             try:
@@ -343,7 +322,7 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
 
     is_over = threading.Event()
     saved: list[tuple[str, PendingCommit, int, int]] = []
-    with _engine(folder, staging_bytes=8 << 20, chunk_bytes=256 << 10) as engine:
+    with make_engine(folder, staging_bytes=8 << 20, chunk_bytes=256 << 10) as engine:
         note()
         # Hooks run while the guard still excludes saves.
         handle = training.optimizer.register_step_post_hook(note)
@@ -373,17 +352,6 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
     count.schedules += 1
 
 
-def _engine(folder: Path, **config: Any) -> AsyncCheckpointEngine:
-    given = {
-        "staging_bytes": 1 << 20,
-        "chunk_bytes": 16384,
-        "num_writers": 2,
-        "io_mode": "buffered",
-        "backpressure_timeout_s": 30.0,
-    }
-    return AsyncCheckpointEngine(folder, **{**given, **config})  # type: ignore[arg-type]
-
-
 def sweep(
     seed: int, *, num_ordered: int, num_free: int, stop: bool = False, kinds: dict[str, Make] | None = None
 ) -> list[Count]:
@@ -408,7 +376,7 @@ def sweep(
 
 
 def main(options: argparse.Namespace) -> list[Any]:
-    kinds = dict(sampled(list(KINDS.items()), options.part, random.Random(options.seed)))
+    kinds = dict(extent_of(options).of(KINDS.items()))
     return sweep(options.seed, num_ordered=200 if options.full else 12, num_free=10 if options.full else 1, kinds=kinds)
 
 

@@ -12,10 +12,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ NUM_FLOATS = 6000
 """24 KB: two chunks of 16 KiB per file."""
 CHUNK_BYTES = 16384
 TIMEOUT_S = 60.0
+Point = TypeVar("Point")
 
 
 def state(version: int, path: str = "model.pt", num_floats: int = NUM_FLOATS) -> dict[str, Any]:
@@ -45,18 +46,14 @@ def version_of(loaded: Any, path: str) -> int:
     """The version of a loaded state; AssertionError when it is not exactly one."""
     version = loaded["step"]
     expected = state(version, path, loaded["w"].numel())
-    assert (
-        loaded["path"] == path and torch.equal(loaded["w"], expected["w"]) and torch.equal(loaded["i"], expected["i"])
-    )
-    assert isinstance(version, int)
+    assert loaded["path"] == path and isinstance(version, int)
+    assert torch.equal(loaded["w"], expected["w"]) and torch.equal(loaded["i"], expected["i"])
     return version
 
 
 @dataclass
 class Told:
-    """What the job was told: versions it tried to commit per tag, in order, and the last one that was reported as
-    committed.
-    """
+    """What the job was told: versions it tried to commit per tag, in order, and the last that was committed."""
 
     attempted: dict[str, list[int]] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
@@ -175,6 +172,16 @@ class Workload:
     keeps: int | None = None
     """With retention: how many of the newest checkpoints must stay."""
 
+    def engine(self, root: Path, fs: FaultyFileSystem, num_writers: int = 2) -> AsyncCheckpointEngine:
+        """One with this configuration, and with direct I/O where `fs` says that there is a disk for it."""
+        mode = "direct" if fs.fs_type(str(root)) == "ext4" else "buffered"
+        return make_engine(root, fs, num_writers=num_writers, io_mode=mode, **self.config)
+
+    def live(self, root: Path, told: Told, fs: FaultyFileSystem, num_writers: int = 2) -> None:
+        """The whole life of one engine, as far as a fault lets it."""
+        with contextlib.closing(self.engine(root, fs, num_writers)) as engine:
+            self.run(Job(engine, told))
+
 
 WORKLOADS = {
     workload.name: workload
@@ -221,9 +228,7 @@ def quiet() -> Iterator[None]:
 
 
 class Folder:
-    """Fresh roots in memory (else on disk), each a copy of a prepared one: tags "oldest" (version 1) and "older"
-    (version 2).
-    """
+    """Fresh roots in memory (else on disk), copies of a prepared one: tags "oldest" (version 1), "older" (2)."""
 
     def __init__(self, *, on_disk: str | None = None) -> None:
         base = on_disk or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
@@ -247,6 +252,13 @@ class Folder:
 
     def drop(self, root: Path) -> None:
         shutil.rmtree(root)
+
+    def each(self, points: Iterable[Point], *, dirty: bool = False) -> Iterator[tuple[Point, Path, Told]]:
+        """Each point with a root of its own, which is deleted before the next."""
+        for point in points:
+            root, told = self.root(dirty=dirty)
+            yield point, root, told
+            self.drop(root)
 
     def __enter__(self) -> Folder:
         return self

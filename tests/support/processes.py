@@ -1,10 +1,14 @@
-"""Ranks as real processes, forked from a server that has imported torch once."""
+"""Real processes: ranks forked from a server that has imported torch once, and scripts that are run or talked to."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import select
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +28,51 @@ context.set_forkserver_preload(
         "async_ckpt.integrations.dcp",
     ]
 )
+
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60.0
+
+
+def run_python(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, from the repository's root to its end, and what it has said."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, **how)
+
+
+class Talking(subprocess.Popen[str]):
+    """A script with these arguments that is told lines and says some; it has ended after the block."""
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self._heard = ""
+
+    def say(self, line: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(f"{line}\n")
+        self.stdin.flush()
+
+    def hear(self) -> str:
+        """The next line."""
+        while "\n" not in self._heard:
+            said = self._listen()
+            assert said, "it has ended"
+            self._heard += said
+        line, _, self._heard = self._heard.partition("\n")
+        return line.strip()
+
+    def hear_out(self) -> list[str]:
+        """All other lines, to its end."""
+        while said := self._listen():
+            self._heard += said
+        self.wait(TIMEOUT_S)
+        return self._heard.splitlines()
+
+    def _listen(self) -> str:
+        assert self.stdout is not None
+        assert select.select([self.stdout], [], [], TIMEOUT_S)[0], "it says nothing"
+        return os.read(self.stdout.fileno(), 4096).decode()
 
 
 def free_port() -> int:
