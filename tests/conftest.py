@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.insides import commits_of
+from tests.support.insides import commits_of, threads_left
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,12 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     A test that leaves staging behind on purpose (a crash) says so with the marker `leaves_staging`.
     """
     gc.collect()
-    # Collections around a test look only at what is newer: to walk all that frameworks have imported takes minutes in
-    # total.
+    # Collections around a test look only at what is newer: to walk all that was imported takes minutes in total.
     gc.freeze()
     before = _open_files()
     yield
     gc.collect()
-    alive = [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]
-    for thread in alive:
-        thread.join(10)
-    assert [t.name for t in alive if t.is_alive()] == [], "threads of the package are still alive"
+    assert threads_left() == [], "threads of the package are still alive"
     staging = sys.modules.get("async_ckpt.snapshot.arena")
     if staging is not None:
         assert [a.num_taken for a in staging.live if a.num_taken] == [], "staging chunks were not given back"
@@ -45,9 +41,7 @@ def invariant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 
 
 def _open_files() -> set[str]:
-    """Regular files and directories that this process has open; what libraries keep of their own installation is not
-    ours.
-    """
+    """Regular files and directories that this process has open, but for those of installed libraries."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         try:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,20 @@ from async_ckpt.integrations.dcp.stager import ArenaStager
 from async_ckpt.snapshot.arena import StagingArena
 from tests.support.insides import arena_of
 
-from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
+from .common import (
+    DEVICE,
+    OTHER,
+    SIZE,
+    TIMEOUT_S,
+    all_chunks,
+    distinct,
+    engine,
+    guarded,
+    on,
+    on_disk,
+    saved,
+    wait_until_queued,
+)
 from .simulator import Graph
 
 
@@ -47,9 +57,9 @@ def test_load_under_a_stream_of_the_callers_own_is_not_overwritten_by_what_its_m
 def test_load_into_waits_for_kernels_that_still_read_its_targets(tmp_path: Path, any_mode: str, order: str) -> None:
     wanted = torch.arange(SIZE, dtype=torch.float32).reshape(256, -1)
     committed(tmp_path, w=wanted)
-    target = (
-        torch.ones(wanted.shape, device=DEVICE) if order == "same" else torch.ones(wanted.t().shape, device=DEVICE).t()
-    )
+    target = torch.ones(256, SIZE // 256, device=DEVICE)
+    if order == "transposed":
+        target = torch.ones(SIZE // 256, 256, device=DEVICE).t()
     torch.accelerator.synchronize(DEVICE)
     with engine(tmp_path) as made:
         with on(torch.Stream(DEVICE)):
@@ -63,8 +73,7 @@ def test_load_into_waits_for_kernels_that_still_read_its_targets(tmp_path: Path,
 def test_memory_that_is_freed_behind_a_lazy_save_is_not_given_to_others_before_its_copy(
     tmp_path: Path, any_mode: str, simulator: Any, act: str
 ) -> None:
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight, optimizer = guarded()
     with engine(tmp_path) as made:
         made.guard(optimizer)
         made.prewarm()
@@ -113,8 +122,7 @@ def test_a_dropped_stager_leaves_no_memory_registered(simulator: Any) -> None:
 def test_memory_is_pinned_for_the_callers_device_on_whatever_thread(tmp_path: Path, simulator: Any) -> None:
     torch.accelerator.set_device_index(1)
     try:
-        weight = torch.nn.Parameter(torch.ones(SIZE, device=OTHER))
-        optimizer = torch.optim.SGD([weight], lr=1.0)
+        weight, optimizer = guarded(device=OTHER)
         simulator.extension.take_contexts()
         with engine(tmp_path) as made:
             made.guard(optimizer)
@@ -168,10 +176,8 @@ def test_every_chunk_is_pinned_after_prewarm_while_another_thread_warms_too(tmp_
     for _ in range(5):
         with engine(tmp_path, staging_bytes=8 << 20) as made:
             made.prewarm()
-            chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
-            assert [chunk.tensor.is_pinned() for chunk in chunks] == [True] * arena_of(made).num_chunks
-            for chunk in chunks:
-                arena_of(made).release(chunk)
+            with all_chunks(made) as chunks:
+                assert [chunk.tensor.is_pinned() for chunk in chunks] == [True] * arena_of(made).num_chunks
 
 
 def test_fault_in_waits_for_the_chunk_that_another_thread_is_pinning(simulator: Any) -> None:
@@ -259,8 +265,7 @@ def test_nothing_waits_for_the_device_from_create_to_the_step(tmp_path: Path, si
 def test_memory_that_was_given_back_and_taken_anew_before_its_copy_was_queued_is_torn(
     tmp_path: Path, held_copies: Any
 ) -> None:
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight, optimizer = guarded()
     with engine(tmp_path) as made:
         made.guard(optimizer)
         held = held_copies(made)
@@ -298,9 +303,7 @@ def test_an_optimizer_that_may_be_replayed_is_saved_eagerly_and_that_is_said(
 
 
 def test_a_step_that_was_captured_is_noticed(tmp_path: Path, simulator: Any) -> None:
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight, optimizer = guarded()
     graph = Graph()
     with engine(tmp_path) as made:
         made.guard(optimizer)
@@ -316,55 +319,22 @@ def test_a_step_that_was_captured_is_noticed(tmp_path: Path, simulator: Any) -> 
 
 
 def test_a_step_that_was_captured_before_its_optimizer_was_guarded_is_noticed(tmp_path: Path, simulator: Any) -> None:
-    weights = [torch.nn.Parameter(torch.ones(SIZE, device=DEVICE)) for _ in range(2)]
-    other, optimizer = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
-    weights[1].grad = torch.ones_like(weights[1])
+    (_, other), (weight, optimizer) = guarded(), guarded()
     with engine(tmp_path) as made:
         made.guard(other)
         with simulator.capture(Graph()):
             optimizer.step()
         with pytest.warns(RuntimeWarning, match="saved eagerly"):
             made.guard(optimizer)
-        pending = saved(made, "t", model={"w": weights[1].detach()})
+        pending = saved(made, "t", model={"w": weight.detach()})
         pending.result(TIMEOUT_S)
         assert pending.metrics.saves[0].mode == "eager"
 
 
-@pytest.fixture
-def captured_elsewhere(simulator: Any) -> Any:
-    """A context in which another thread captures a graph, in torch's default mode; gives the graph."""
-
-    @contextlib.contextmanager
-    def capturing(weight: torch.Tensor) -> Iterator[Graph]:
-        has_begun, may_end, graph = threading.Event(), threading.Event(), Graph()
-
-        def capture() -> None:
-            with simulator.capture(graph):
-                weight.add_(10)
-                has_begun.set()
-                may_end.wait(TIMEOUT_S)
-                weight.mul_(2)
-
-        with ThreadPoolExecutor(1) as thread:
-            captured = thread.submit(capture)
-            try:
-                assert has_begun.wait(TIMEOUT_S)
-                yield graph
-            finally:
-                may_end.set()
-                captured.result(TIMEOUT_S)
-
-    return capturing
-
-
-def test_nothing_spoils_a_graph_that_another_thread_captures(
-    tmp_path: Path, any_mode: str, captured_elsewhere: Any
-) -> None:
+def test_nothing_spoils_a_graph_that_another_thread_captures(tmp_path: Path, any_mode: str, simulator: Any) -> None:
     other = torch.ones(3, device=DEVICE)
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    with captured_elsewhere(other) as graph:
+    weight, optimizer = guarded()
+    with simulator.captured_elsewhere(other) as graph:
         # All that a device is asked for, and all on the caller's thread or behind it: memory is pinned and unpinned,
         # streams are made, events waited for, chunks given up, device memory is taken.
         with engine(tmp_path) as made:
@@ -386,14 +356,12 @@ def test_nothing_spoils_a_graph_that_another_thread_captures(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_load_that_would_spoil_another_threads_graph_is_refused(
-    tmp_path: Path, simulator: Any, captured_elsewhere: Any
-) -> None:
+def test_a_load_that_would_spoil_another_threads_graph_is_refused(tmp_path: Path, simulator: Any) -> None:
     target, other = torch.ones(SIZE, device=DEVICE), torch.ones(3, device=DEVICE)
     committed(tmp_path, w=torch.full((SIZE,), 3.0))
     with engine(tmp_path) as made:
         save_sharded(made, "shards", {"w": torch.full((SIZE,), 3.0)}).result(TIMEOUT_S)
-        with captured_elsewhere(other) as graph:
+        with simulator.captured_elsewhere(other) as graph:
             with pytest.raises(TransactionStateError, match="while another thread captures a graph on it"):
                 made.load_into({"w": target}, "t/model.pt")
             with pytest.raises(TransactionStateError, match="while another thread captures a graph on it"):
@@ -405,14 +373,11 @@ def test_a_load_that_would_spoil_another_threads_graph_is_refused(
 
 
 def test_a_step_inside_a_capture_is_refused_while_a_lazy_snapshot_is_in_flight(tmp_path: Path, simulator: Any) -> None:
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight, optimizer = guarded()
     with engine(tmp_path) as made:
         made.guard(optimizer)
         made.prewarm()
-        simulator.extension.set_paused(True)
-        try:
+        with simulator.paused():
             pending = saved(made, "t", model={"w": weight.detach()})
 
             def captured() -> None:
@@ -424,6 +389,4 @@ def test_a_step_inside_a_capture_is_refused_while_a_lazy_snapshot_is_in_flight(t
                 pytest.raises(TransactionStateError, match=r"call wait_snapshot\(\) before the capture"),
             ):
                 captured()
-        finally:
-            simulator.extension.set_paused(False)
         pending.result(TIMEOUT_S)

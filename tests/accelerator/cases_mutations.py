@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,22 @@ from async_ckpt.integrations.dcp import stager as staging
 from async_ckpt.reading import scatter
 from async_ckpt.snapshot import file_copy, guard
 from async_ckpt.snapshot import payloads as side
-from tests.support.insides import arena_of
 
-from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, distinct, engine, on, on_disk, saved, wait_until_queued
-from .simulator import MODES, Graph
+from .common import (
+    DEVICE,
+    OTHER,
+    SIZE,
+    TIMEOUT_S,
+    all_chunks,
+    distinct,
+    engine,
+    guarded,
+    on,
+    on_disk,
+    saved,
+    wait_until_queued,
+)
+from .simulator import MODES
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -43,16 +53,14 @@ def saves_between_kernels(root: Path, simulator: Any) -> bool:
 
 def guarded_steps(root: Path, simulator: Any, device: torch.device = DEVICE) -> bool:
     """Lazy saves with a step behind each."""
-    weight = torch.nn.Parameter(torch.zeros(SIZE, device=device))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    weight.grad = -torch.ones_like(weight)
+    weight, optimizer = guarded(0.0, device)
     with engine(root) as made:
         made.guard(optimizer)
         for step in range(3):
             pending = saved(made, f"{step}", model={"w": weight.detach()})
             optimizer.step()
         pending.result(TIMEOUT_S)
-    return [distinct(on_disk(root, f"{step}")["w"]) for step in range(3)] == [[0], [1], [2]]
+    return [distinct(on_disk(root, f"{step}")["w"]) for step in range(3)] == [[0], [-1], [-2]]
 
 
 def guarded_steps_on_another_device(root: Path, simulator: Any) -> bool:
@@ -62,8 +70,7 @@ def guarded_steps_on_another_device(root: Path, simulator: Any) -> bool:
 
 def memory_freed_after_a_save(root: Path, simulator: Any) -> bool:
     """A guarded tensor's memory is given up while its copy is queued."""
-    weight = torch.nn.Parameter(torch.ones(SIZE, device=DEVICE))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight, optimizer = guarded()
     with engine(root) as made:
         made.guard(optimizer)
         with simulator.paused():
@@ -83,10 +90,8 @@ def a_failing_copy(root: Path, simulator: Any) -> bool:
         made.create("t")
         with simulator.inject("copy", after=2), contextlib.suppress(RuntimeError):
             made.save(state, "model.pt")
-        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
-        is_quiet = not any(simulator.extension.is_in_flight(chunk.address) for chunk in chunks)
-        for chunk in chunks:
-            arena_of(made).release(chunk)
+        with all_chunks(made) as chunks:
+            is_quiet = not any(simulator.extension.is_in_flight(chunk.address) for chunk in chunks)
         with contextlib.suppress(CheckpointError, RuntimeError):
             made.abort("t")
     return is_quiet and bool(chunks)
@@ -132,23 +137,9 @@ def staged(root: Path, simulator: Any) -> bool:
 
 def beside_a_capture(root: Path, simulator: Any) -> bool:
     """A save while another thread captures a graph."""
-    weight = torch.ones(SIZE, device=DEVICE)
-    has_begun, may_end = threading.Event(), threading.Event()
-
-    def capture() -> None:
-        with simulator.capture(Graph()):
-            has_begun.set()
-            may_end.wait(TIMEOUT_S)
-
-    with ThreadPoolExecutor(1) as thread:
-        captured = thread.submit(capture)
-        has_begun.wait(TIMEOUT_S)
-        try:
-            with engine(root) as made:
-                saved(made, "t", model={"w": weight}).result(TIMEOUT_S)
-        finally:
-            may_end.set()
-        captured.result(TIMEOUT_S)
+    weight, other = torch.ones(SIZE, device=DEVICE), torch.ones(3, device=DEVICE)
+    with simulator.captured_elsewhere(other), engine(root) as made:
+        saved(made, "t", model={"w": weight}).result(TIMEOUT_S)
     return distinct(on_disk(root, "t")["w"]) == [1]
 
 
@@ -189,10 +180,7 @@ MISTAKES: dict[str, tuple[Plant, Scenario]] = {
         patched(guard, "wait_on_stream", waits_on_the_current_device),
         guarded_steps_on_another_device,
     ),
-    "chunks are sent before their copies have ended": (
-        patched(file_copy, "synchronize"),
-        guarded_steps,
-    ),
+    "chunks are sent before their copies have ended": (patched(file_copy, "synchronize"), guarded_steps),
     "an event is recorded before the copies": (recorded_early, guarded_steps),
     "chunks are given back in flight": (patched(side.SideStreams, "finish"), a_failing_copy),
     "memory is not kept for the side stream": (patched(side, "keep_for"), memory_freed_after_a_save),

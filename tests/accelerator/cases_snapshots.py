@@ -17,13 +17,8 @@ from async_ckpt.ranks.rank_coordinator import RankCoordinator
 from tests.ranks.test_coordinator import together
 from tests.support.insides import arena_of
 
-from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, busy, distinct, engine, on, on_disk, saved
+from .common import DEVICE, OTHER, SIZE, TIMEOUT_S, all_chunks, busy, distinct, engine, guarded, on, on_disk, saved
 from .simulator import Graph
-
-
-def guarded(value: float = 1.0, device: torch.device = DEVICE) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-    weight = torch.nn.Parameter(torch.full((SIZE,), value, device=device))
-    return weight, torch.optim.SGD([weight], lr=1.0)
 
 
 @pytest.mark.parametrize("is_default", [True, False], ids=["default stream", "own stream"])
@@ -47,7 +42,6 @@ def test_a_guarded_step_is_queued_behind_the_copies(tmp_path: Path, any_mode: st
     with engine(tmp_path) as made:
         made.guard(optimizer)
         for step in range(4):
-            weight.grad = torch.ones_like(weight)
             busy(DEVICE)
             pending = saved(made, f"{step}", model={"w": weight.detach()}, optim=optimizer.state_dict())
             optimizer.step()
@@ -98,8 +92,7 @@ def test_two_optimizers_on_two_devices(tmp_path: Path, any_mode: str) -> None:
         for step in range(3):
             a, b = (weight.detach() for weight, _ in pairs)
             pending = saved(made, f"{step}", model={"a": a, "b": b}, other={"b": b})
-            for weight, optimizer in pairs:
-                weight.grad = torch.ones_like(weight)
+            for _, optimizer in pairs:
                 optimizer.step()
         pending.result(TIMEOUT_S)
     for step in range(3):
@@ -253,11 +246,8 @@ def test_a_device_that_registers_nothing_gets_chunks_that_it_has_pinned_itself(
     with engine(tmp_path) as made:
         made.guard(optimizer)
         made.prewarm()
-        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
-        assert all(chunk.tensor.is_pinned() and chunk.address % 4096 == 0 for chunk in chunks)
-        for chunk in chunks:
-            arena_of(made).release(chunk)
-        del chunk, chunks
+        with all_chunks(made) as chunks:
+            assert all(chunk.tensor.is_pinned() and chunk.address % 4096 == 0 for chunk in chunks)
         pending = saved(made, "t", model={"w": weight.detach()})
         pending.result(TIMEOUT_S)
         assert pending.metrics.saves[0].pinned
@@ -274,7 +264,6 @@ def test_a_device_without_pinned_memory_works_with_pageable_chunks_and_the_metri
         with engine(tmp_path) as made:
             made.guard(optimizer)
             pending = saved(made, "t", model={"w": weight.detach()})
-            weight.grad = torch.ones_like(weight)
             optimizer.step()
             pending.result(TIMEOUT_S)
             assert not pending.metrics.saves[0].pinned
@@ -306,7 +295,6 @@ def test_a_device_with_one_stream_only_is_ordered_by_it(tmp_path: Path, any_mode
     with engine(tmp_path) as made, simulator.inject("stream", after=0):
         made.guard(optimizer)
         pending = saved(made, "t", model={"w": weight.detach(), "v": weight.detach() * 2})
-        weight.grad = torch.ones_like(weight)
         optimizer.step()
         pending.result(TIMEOUT_S)
     found = on_disk(tmp_path, "t")
@@ -337,10 +325,8 @@ def test_a_save_or_load_inside_a_graph_capture_is_refused_and_harms_nothing(tmp_
 def test_memory_is_not_pinned_inside_a_graph_capture(tmp_path: Path, simulator: Any) -> None:
     with engine(tmp_path, staging_bytes=1 << 20) as made:
         made.prewarm(0)
-        chunks = arena_of(made).try_reserve(arena_of(made).num_chunks) or []
-        for chunk in chunks:
-            arena_of(made).release(chunk)
-        del chunk, chunks
+        with all_chunks(made):
+            pass
         arena = type(arena_of(made))(2, 64 << 10, pinning=arena_of(made).pinning)
         with (
             simulator.capture(Graph()),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
-from tests.support.insides import guard_of
+from tests.support.insides import arena_of, guard_of
 
 _KIND = torch.accelerator.current_accelerator()
 assert _KIND is not None, "these cases run where there is an accelerator, real or simulated"
@@ -44,6 +44,23 @@ def on(stream: torch.Stream) -> Iterator[torch.Stream]:
 def engine(root: Path, **options: Any) -> AsyncCheckpointEngine:
     """Small chunks, so that a tensor takes several."""
     return AsyncCheckpointEngine(root, **{"staging_bytes": 4 << 20, "chunk_bytes": 64 << 10, **options})
+
+
+def guarded(value: float = 1.0, device: torch.device = DEVICE) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    """A weight, and an optimizer to be guarded whose step takes 1 away from it."""
+    weight = torch.nn.Parameter(torch.full((SIZE,), value, device=device))
+    weight.grad = torch.ones_like(weight)
+    return weight, torch.optim.SGD([weight], lr=1.0)
+
+
+@contextlib.contextmanager
+def all_chunks(made: AsyncCheckpointEngine) -> Iterator[list[Any]]:
+    """All of an engine's staging memory, for the block."""
+    arena = arena_of(made)
+    chunks = arena.try_reserve(arena.num_chunks) or []
+    yield chunks
+    for chunk in chunks:
+        arena.release(chunk)
 
 
 def saved(made: AsyncCheckpointEngine, tag: str, **files: Any) -> Any:

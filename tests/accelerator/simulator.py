@@ -18,6 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,9 +38,7 @@ class CannotBuild(Exception):
 
 
 def build() -> Path:
-    """The extension's file, compiled if it was not before: cached per source, torch and Python version, for this
-    user.
-    """
+    """The extension's file, compiled if it was not before, for this source, torch, Python version and user."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CannotBuild("no C++ compiler (g++) on this machine")
@@ -49,10 +48,7 @@ def build() -> Path:
     arguments = [
         *("-std=c++20", "-O1", "-fPIC", "-shared", f"-DTORCH_EXTENSION_NAME={NAME}"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(
-            f"-I{folder}"
-            for folder in (include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"])
-        ),
+        *(f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{sysconfig.get_paths()['include']}"),
         str(SOURCE),
         *(f"-L{include.parent / 'lib'}", f"-Wl,-rpath,{include.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
     ]
@@ -61,13 +57,11 @@ def build() -> Path:
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             fresh = Path(folder) / built.name
-            done = subprocess.run(
-                [compiler, *arguments, "-o", str(fresh)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
-            )
+            command = [compiler, *arguments, "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
             if done.returncode:
-                raise CannotBuild(
-                    f"{compiler} cannot build {SOURCE.name} for torch {torch.__version__}:\n{done.stderr[-4000:]}"
-                )
+                what = f"{SOURCE.name} for torch {torch.__version__}"
+                raise CannotBuild(f"{compiler} cannot build {what}:\n{done.stderr[-4000:]}")
             fresh.replace(built)
     return built
 
@@ -129,9 +123,7 @@ class Simulator:
         self.extension.drain()
 
     def begin_anew(self) -> None:
-        """Run everything that is queued, and forget what went wrong: a test must not suffer from the last one's
-        mistakes.
-        """
+        """Run everything that is queued, and forget what went wrong: the next test must not suffer from it."""
         self.drain()
         self.extension.forget_past()
         self.forget_waits()
@@ -157,9 +149,8 @@ class Simulator:
             self._forbidding.discard(me)
 
     def _note_wait(self, kind: str) -> str:
-        stack = tuple(
-            f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack(limit=12)[:-1]
-        )
+        frames = traceback.extract_stack(limit=12)[:-1]
+        stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
         self._waits.append(HostWait(kind, threading.current_thread().name, stack))
         if threading.get_ident() not in self._forbidding:
             return ""
@@ -169,9 +160,7 @@ class Simulator:
 
     @contextlib.contextmanager
     def inject(self, kind: str, after: int = 0) -> Iterator[None]:
-        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run": one task,
-        when run.
-        """
+        """After so many more, one call fails: "copy", "alloc", "event", "pin", "stream", "launch"; "run": a task."""
         self.extension.inject(kind, after)
         try:
             yield
@@ -182,9 +171,7 @@ class Simulator:
     # What went wrong.
 
     def races(self) -> list[str]:
-        """Pairs of accesses to the same memory that nothing orders, since it was last asked; whatever order they ran
-        in.
-        """
+        """Pairs of accesses to the same memory that nothing orders, since it was last asked."""
         return list(self.extension.take_races())
 
     @property
@@ -219,6 +206,27 @@ class Simulator:
             graph.handle = self.extension.end_capture(stream.device_index, stream.stream_id)
         finally:
             torch.accelerator.set_stream(before)
+
+    @contextlib.contextmanager
+    def captured_elsewhere(self, tensor: torch.Tensor) -> Iterator[Graph]:
+        """Another thread captures what changes `tensor`, in torch's default mode, for as long as the block."""
+        has_begun, may_end, graph = threading.Event(), threading.Event(), Graph()
+
+        def capture() -> None:
+            with self.capture(graph):
+                tensor.add_(10)
+                has_begun.set()
+                may_end.wait(BUILD_TIMEOUT_S)
+                tensor.mul_(2)
+
+        with ThreadPoolExecutor(1) as thread:
+            captured = thread.submit(capture)
+            try:
+                assert has_begun.wait(BUILD_TIMEOUT_S)
+                yield graph
+            finally:
+                may_end.set()
+                captured.result(BUILD_TIMEOUT_S)
 
 
 @dataclass

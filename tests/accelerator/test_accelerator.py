@@ -6,12 +6,12 @@ On the simulated accelerator everywhere; on this machine's own where there is on
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.processes import ROOT, run_python
 
 from . import simulator
 
@@ -22,19 +22,9 @@ ON_REAL_DEVICES = [path for path in CASES if path.stem in ("cases_faults", "case
 
 
 def run(cases: Path, device: str, scratch: Path) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "ASYNC_CKPT_TEST_DEVICE": device, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "python_files=cases_*.py",
-        f"--basetemp={scratch / 'own'}",
-        str(cases),
-    ]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    environment = {**os.environ, "ASYNC_CKPT_TEST_DEVICE": device, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own = ("-o", "python_files=cases_*.py", f"--basetemp={scratch / 'own'}")
+    done = run_python("-m", "pytest", "-q", *own, cases, timeout_s=500.0, env=environment)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from benchmarks.results import Row, spread, training_figures
 from benchmarks.scenarios.common import ShortCheckpoint, check_complete
 from benchmarks.watch import run_child
 from benchmarks.workloads import flatten
+from tests.support.processes import run_python
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.wide]
 
@@ -232,14 +232,7 @@ def test_requests_survive_the_way_to_the_child() -> None:
 
 
 def test_the_hot_path_keeps_to_its_threads_and_hand_overs(tmp_path):
-    out = subprocess.run(
-        [sys.executable, "-m", "benchmarks.hot_path", "--directory", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    found = json.loads(out.stdout)
+    found = json.loads(run_python("-m", "benchmarks.hot_path", "--directory", tmp_path).stdout)
     assert 1 <= found["threads"] <= 21
     assert 0 < found["hand_overs_per_chunk"] <= 3
     assert 10 < found["classes"] <= 45 and 50 < found["functions"] <= 250

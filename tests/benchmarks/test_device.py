@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.device import GOALS
 from tests.accelerator import simulator
+from tests.support.processes import ROOT, run_python
 
 pytestmark = pytest.mark.wide
 
@@ -23,19 +22,9 @@ def test_it_runs_on_the_simulated_device_and_leaves_one_file(tmp_path: Path) -> 
         pytest.skip(str(reason))
     scratch, out = tmp_path / "scratch", tmp_path / "device.json"
     scratch.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.device",
-        str(scratch),
-        "--out",
-        str(out),
-        "--simulated",
-        "--skip-tests",
-    ]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ("-m", "benchmarks.device", scratch, "--out", out, "--simulated", "--skip-tests")
+    done = run_python(*command, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(out.read_text())
     assert report["device"] == "simulated:0" and report["is_simulated"] and report["tests"] is None

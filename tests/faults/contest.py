@@ -138,9 +138,7 @@ class _Player:
 
 
 def play(root: Path, told: Told, contest: Contest, i: int, victim: Victim, j: int) -> tuple[_Player, _Player]:
-    """One game; the second side begins at the first one's call `i`, the victim dies at its call `j` (-1: nobody
-    does).
-    """
+    """One game; the second side begins at the first one's call `i`, the victim dies at its call `j` (-1: nobody)."""
     first = _Player(root, contest.first, told, contest)
     second = _Player(root, contest.second, told, contest)
     if j >= 0:

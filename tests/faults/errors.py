@@ -19,7 +19,7 @@ from pathlib import Path
 
 from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapshotError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
-from tests.support.insides import arena_of, commits_of, pipeline_of
+from tests.support.insides import arena_of, pipeline_of
 
 from .oracle import check_legal, contents, private_names
 from .report import ALL, Extent, Row, command, extent_of
@@ -43,9 +43,7 @@ class Outcome:
         fs.before = self._note
 
     def _note(self, op: Operation) -> None:
-        """Opening to read older checkpoints may fail unseen, opening a directory to sync it may not; deleting is tried
-        again.
-        """
+        """To open an older checkpoint may fail unseen, a directory to be synced not; deletions are retried."""
         frame = sys._getframe() if op.name in ("open", "rename", "fsync") else None
         while frame is not None:
             if frame.f_code.co_name == "fsync_dir":
@@ -70,7 +68,8 @@ class Outcome:
                 self.fs.fail_at(k, self.code, sticky=sticky)
                 self._work(Job(engine, self.told))
                 self.fs.heal()
-                self._acknowledge(engine)
+                # Whatever nobody has asked for yet is raised by `create`, once each.
+                self.errors += Job(engine, self.told).give_up()
                 for version, tag in enumerate(("new", "older", "later"), 500):
                     if self.workload.config.get("overwrite") == "replace" or tag not in engine.tags():
                         Job(engine, self.told).whole(tag, version)
@@ -88,18 +87,6 @@ class Outcome:
             self.errors.append(error)
         for pending in job.engine.pending():
             pending.exception(TIMEOUT_S)
-
-    def _acknowledge(self, engine: object) -> None:
-        """Whatever nobody has asked for yet is raised by `create`, once each."""
-        for _ in range(4):
-            try:
-                commits_of(engine).raise_unacknowledged()  # type: ignore[attr-defined]
-                for checkpoint in commits_of(engine).opened():  # type: ignore[attr-defined]
-                    engine.abort(checkpoint.tag)  # type: ignore[attr-defined]
-                return
-            except Exception as error:  # noqa: BLE001 - judged below
-                self.errors.append(error)
-        raise AssertionError("failures without end")
 
     def check(self) -> None:
         failed = [op for op in self.fs.operations if op.outcome == errno.errorcode[self.code] and op.index >= 0]

@@ -33,7 +33,7 @@ from async_ckpt import AsyncCheckpointEngine, CheckpointError, TransactionStateE
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.comparing import torch_bytes
-from tests.support.insides import arena_of
+from tests.support.insides import arena_of, threads_left
 
 from .oracle import check_legal, contents
 from .report import ALL, Extent, Row, command, extent_of
@@ -101,20 +101,13 @@ class Interrupter:
             sys.settrace(None)
 
 
-class _Subject:
-    """A tiny guarded training whose saves are lazy, and eager parts beside."""
-
-    def __init__(self) -> None:
-        self.weight = torch.nn.Parameter(torch.zeros(5000))
-        self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
-
-
 def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, close_inside: bool) -> None:
     """Create, save twice, commit, and wait, watched; then close."""
     engine = make_engine(root, overwrite="replace")
-    subject = _Subject()
+    weight = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
     if lazy:
-        engine.guard(subject.optimizer)
+        engine.guard(optimizer)
     told.attempt("older", 10)
     told.attempt("next", 20)
     try:
@@ -122,7 +115,7 @@ def save_life(root: Path, told: Told, interrupter: Interrupter, *, lazy: bool, c
             engine.create("older")
             engine.save(state(10), "model.pt")
             if lazy:
-                engine.save({"w": subject.weight.detach()}, "lazy.pt")
+                engine.save({"w": weight.detach()}, "lazy.pt")
             pending = engine.commit("older")
             if close_inside:
                 engine.close()
@@ -186,9 +179,7 @@ def _scalars(version: int) -> dict[str, Any]:
 
 
 def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves: bool) -> None:
-    """A cached plan takes over changed scalars, watched; the user saves the same again, and then others. Each file is
-    torch.save's.
-    """
+    """A cached plan takes over changed scalars, watched; each file that is saved then is torch.save's."""
     engine = make_engine(root, overwrite="replace", staging_bytes=24 * CHUNK_BYTES)
     expected = {"warm": 10, "warm2": 300, "next": 300, "last": 70_000}
     files = ["model.pt"]
@@ -305,9 +296,7 @@ def check(root: Path, told: Told, interrupter: Interrupter, life: Life) -> None:
         found = contents(root, skip=("lazy.pt", "signal.pt"))
         check_legal(found, told)
         transaction.sweep(FileSystem(), str(root))
-        for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
-            thread.join(CLOSE_S)
-            assert not thread.is_alive(), f"{thread.name} is still alive"
+        assert threads_left(CLOSE_S) == []
     except Exception as error:
         raise AssertionError(f"interrupted at {interrupter.raised}: {error!r}") from error
 

@@ -1,6 +1,4 @@
-"""Ranks killed at random points of many commits. ``python -m tests.faults.rank_kills --jobs 60`` runs hundreds of
-commits.
-"""
+"""Ranks killed at random points of many commits. ``python -m tests.faults.rank_kills --jobs 60``"""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ class Tally:
 
 
 def check(job: Job, learnt: Sequence[Sequence[dict[str, Any]]], killed: int, tally: Tally) -> None:
-    """Assert that committed means committed for all, and there; that failed means not there; and that all that is there
-    is whole.
-    """
+    """Committed means committed for all, and there; failed means not there; all that is there is whole."""
     catalog = Catalog(job.root)
     present = set(catalog.tags())
     outcomes: dict[str, set[str]] = {}

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 
 from async_ckpt import CheckpointError, KeepLast
-from tests.support.insides import arena_of, commits_of, pipeline_of
+from tests.support.insides import arena_of, pipeline_of, threads_left
 from tests.support.processes import Talking
 from tests.support.stepping import until
 
@@ -53,7 +53,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
     fs = faulty_filesystem(direct=True)
     kills = set(chance.sample(range(num_commits // 10, num_commits), num_kills))
     # The engine that prepared the root may still have a thread that is about to end.
-    _join_threads()
+    threads_left()
     before = middle = resources()
     with quiet():
         engine = make_engine(root, fs, overwrite="replace", retention=KeepLast(6), max_pending_commits=2)
@@ -64,15 +64,11 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
             if is_faulty:
                 fs.fail_at(chance.randrange(60), chance.choice(_CODES), sticky=chance.random() < 0.3)
                 row.injected += 1
-            try:
+            with contextlib.suppress(CheckpointError):
                 job.whole(f"t{chance.randrange(12)}", version)
-            except CheckpointError:
-                row.survived += is_faulty
-                fs.heal()
-                _give_up_open(job)
-            else:
-                row.survived += is_faulty
-                fs.heal()
+            row.survived += is_faulty
+            fs.heal()
+            assert all(isinstance(failure, CheckpointError) for failure in job.give_up())
             if k in kills:
                 kill_one(root, version, chance)
                 row.injected += 1
@@ -83,7 +79,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
             if k == num_commits // 2:
                 concurrent.futures.wait(pipeline_of(engine).warming, TIMEOUT_S)
                 middle = resources()
-        _give_up_open(job)
+        job.give_up()
         assert arena_of(engine).num_taken == 0
         # What the last commits have left to do in the background may still have a file open.
         with contextlib.suppress(AssertionError):
@@ -92,7 +88,7 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
         assert end[:2] == middle[:2], f"descriptors and threads: {middle[:2]}, then {end[:2]}"
         assert end[2] - middle[2] < 24 << 20, f"memory grew by {end[2] - middle[2]} bytes in {num_commits // 2} commits"
         engine.close()
-    _join_threads()
+    threads_left()
     fs.dispose()
     after = resources()
     assert after[:2] == before[:2], f"descriptors and threads: {before[:2]}, then {after[:2]}"
@@ -101,23 +97,6 @@ def soak(root: Path, told: Told, num_commits: int, num_kills: int, seed: int) ->
     found = {tag: version for tag, version in contents(root).items() if not tag.startswith("beside")}
     check_legal(found, told, keeps=0)
     return row
-
-
-def _join_threads() -> None:
-    for thread in [t for t in threading.enumerate() if t.name.startswith("async-ckpt")]:
-        thread.join(TIMEOUT_S)
-
-
-def _give_up_open(job: Job) -> None:
-    engine = job.engine
-    for _ in range(8):
-        try:
-            commits_of(engine).raise_unacknowledged()
-            for checkpoint in commits_of(engine).opened():
-                engine.abort(checkpoint.tag)
-            return
-        except CheckpointError:
-            continue
 
 
 def kill_one(root: Path, version: int, chance: random.Random) -> None:

@@ -8,6 +8,7 @@ timeout.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ from async_ckpt.host.process import current_owner
 from async_ckpt.reading.errors import ReadError
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.lying_fuse import REQUESTS, Mounted, lying, why_not
 from tests.support.making import begin
 from tests.support.mounts import mounted, overlaid
@@ -101,8 +104,6 @@ def test_checkpoints_in_the_lower_layer_of_an_overlay_are_replaced_and_rotated(l
 
 @pytest.mark.parametrize("call", ["link", "rmdir", "unlink"])
 def test_a_failed_replacement_in_a_lower_layer_loses_nothing(lower: Path, tmp_path: Path, call: str) -> None:
-    from tests.support.faulty_filesystem import FaultyFileSystem
-
     with overlaid(lower, tmp_path) as root:
         fs = FaultyFileSystem()
         staging = begin(fs, root, "b", "replace")
@@ -122,8 +123,6 @@ def test_a_failed_replacement_in_a_lower_layer_loses_nothing(lower: Path, tmp_pa
 
 @pytest.mark.leaves_staging
 def test_a_sweep_keeps_an_old_tree_whose_name_something_else_has(tmp_path: Path) -> None:
-    import dataclasses
-
     with make_engine(tmp_path) as engine:
         Job(engine, Told()).whole("a", 1)
     dead = dataclasses.replace(current_owner(), start_ticks=current_owner().start_ticks + 10**12)
@@ -294,9 +293,21 @@ def test_where_a_rename_replaces_a_tag_that_another_process_has_open_is_refused(
 # Other lies, and errors.
 
 
-@pytest.mark.parametrize("io_mode", ["direct", "buffered"])
-def test_a_file_system_that_ignores_truncate(lies: Mounted, root: Path, io_mode: str) -> None:
-    lies.lie(ignored=["truncate"])
+@pytest.mark.parametrize(
+    ("lie", "io_mode"),
+    [
+        ({"ignored": ["truncate"]}, "direct"),
+        ({"ignored": ["truncate"]}, "buffered"),
+        ({"ignored": ["fsync"]}, "buffered"),
+        # The file system has no such call, as CIFS.
+        ({"errors": {"FSYNCDIR": errno.EINVAL}}, "buffered"),
+    ],
+    ids=str,
+)
+def test_what_is_ignored_or_cannot_be_asked_for_is_no_failure(
+    lies: Mounted, root: Path, lie: dict[str, Any], io_mode: str
+) -> None:
+    lies.lie(**lie)
     with engine_on(root, io_mode=io_mode) as job:
         job.whole("new", 2)
     assert contents(root) == {"old": 1, "new": 2}
@@ -310,13 +321,6 @@ def test_files_that_change_their_numbers(lies: Mounted, root: Path, io_mode: str
         job.whole("new", 3)
         assert job.engine.latest() == "new"
     assert contents(root) == {"new": 3}
-
-
-def test_an_fsync_that_does_nothing_is_no_failure(lies: Mounted, root: Path) -> None:
-    lies.lie(ignored=["fsync"])
-    with engine_on(root) as job:
-        job.whole("new", 2)
-    assert contents(root) == {"old": 1, "new": 2}
 
 
 @pytest.mark.parametrize("late", [["RENAME2"], pytest.param(list(REQUESTS.values()), marks=pytest.mark.slow)], ids=len)
@@ -379,14 +383,6 @@ def test_a_server_in_trouble_is_no_damage(lies: Mounted, root: Path, request_nam
         Catalog(root).latest()
     lies.lie()
     assert Catalog(root).latest() == "old"
-
-
-def test_directories_that_cannot_be_synced_at_all(lies: Mounted, root: Path) -> None:
-    """EINVAL: the file system has no such call, as CIFS."""
-    lies.lie(errors={"FSYNCDIR": errno.EINVAL})
-    with engine_on(root) as job:
-        job.whole("new", 2)
-    assert contents(root) == {"old": 1, "new": 2}
 
 
 @pytest.mark.leaves_staging

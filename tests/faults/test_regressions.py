@@ -41,6 +41,7 @@ from async_ckpt.snapshot.arena import StagingArena, StagingChunk
 from async_ckpt.snapshot.changes import TornCheck
 from async_ckpt.snapshot.probes import ProbeMap
 from async_ckpt.threads import executor
+from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.insides import arena_of, commits_of, thread_of
 
 from .diskmodel import DiskModel
@@ -138,6 +139,18 @@ def test_many_commits_of_one_tag_do_not_wait_for_each_other_for_ever(tmp_path: P
     assert contents(tmp_path) == {"a": 3}
 
 
+def replaced_at(fs: FaultyFileSystem, root: Path, call: str, path: str) -> Callable[[Operation], None]:
+    """At this call another engine replaces "a" with version 9, once."""
+
+    def replace(op: Operation) -> None:
+        if (op.name, op.path) == (call, str(root / path)):
+            fs.before = None
+            with make_engine(root, overwrite="replace", sweep_on_start=False) as other:
+                Job(other, Told()).whole("a", 9)
+
+    return replace
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before the look", "before the claim"])
 def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Path, late: bool) -> None:
     """Retention decided about the old "a" and deleted the new one, whose commit had just succeeded."""
@@ -145,25 +158,15 @@ def test_retention_spares_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Pat
     with make_engine(tmp_path, fs, retention=KeepLast(1)) as engine:
         job = Job(engine, Told())
         job.whole("a", 1)
-
-        def replace_first(op: object) -> None:
-            wanted = ("flock", str(tmp_path / "a" / "manifest.json")) if late else ("open", str(tmp_path / "b"))
-            if (op.name, op.path) == wanted:  # type: ignore[attr-defined]
-                fs.before = None
-                with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
-                    Job(third, Told()).whole("a", 3)
-
-        fs.before = replace_first
+        fs.before = replaced_at(fs, tmp_path, *(("flock", "a/manifest.json") if late else ("open", "b")))
         job.whole("b", 2)
         assert fs.before is None
-        assert contents(tmp_path)["a"] == 3
+        assert contents(tmp_path)["a"] == 9
         assert engine.tags()[-1] == "a"
 
 
 def test_retention_deletes_nothing_for_a_newer_one_whose_name_is_not_durable_yet(tmp_path: Path) -> None:
-    """Another process had renamed it and not synced the root: after power loss it could be in staging again, and the
-    older one gone.
-    """
+    """Its root was not synced yet: after power loss it could be in staging again, and the older one gone."""
     root, before = tmp_path / "root", tmp_path / "before"
     fs = faulty_filesystem(keep_data=True)
     with quiet(), make_engine(root, fs) as engine:
@@ -193,16 +196,10 @@ def test_a_checkpoint_that_retention_spared_is_not_called_deleted(tmp_path: Path
         for version, tag in enumerate(("a", "b", "c"), 1):
             Job(engine, Told()).whole(tag, version)
 
-    def replace_first(op: object) -> None:
-        if (op.name, op.path) == ("flock", str(tmp_path / "a" / "manifest.json")):  # type: ignore[attr-defined]
-            fs.before = None
-            with make_engine(tmp_path, overwrite="replace") as other:
-                Job(other, Told()).whole("a", 4)
-
-    fs.before = replace_first
+    fs.before = replaced_at(fs, tmp_path, "flock", "a/manifest.json")
     decided = {decision.tag: decision.keep for decision in retention.apply(fs, str(tmp_path), KeepLast(1))}
     assert decided == {"a": True, "b": False, "c": True}
-    assert contents(tmp_path) == {"a": 4, "c": 3}
+    assert contents(tmp_path) == {"a": 9, "c": 3}
 
 
 def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_replaced(tmp_path: Path) -> None:
@@ -217,24 +214,15 @@ def test_retention_spares_a_replacement_with_the_directory_number_of_what_it_rep
     with make_engine(tmp_path, fs, retention=KeepLast(1)) as engine:
         job = Job(engine, Told())
         job.whole("a", 1)
-
-        def replace_first(op: object) -> None:
-            if (op.name, op.path) == ("open", str(tmp_path / "b")):  # type: ignore[attr-defined]
-                fs.before = None
-                with make_engine(tmp_path, overwrite="replace", sweep_on_start=False) as third:
-                    Job(third, Told()).whole("a", 3)
-
-        fs.lstat = same_number  # type: ignore[method-assign]
-        fs.before = replace_first
+        fs.lstat = same_number
+        fs.before = replaced_at(fs, tmp_path, "open", "b")
         job.whole("b", 2)
         assert fs.before is None
-    assert contents(tmp_path)["a"] == 3
+    assert contents(tmp_path)["a"] == 9
 
 
 def test_a_chunk_that_the_garbage_collector_finds_is_given_back() -> None:
-    """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost for
-    good.
-    """
+    """An interrupted lazy save left its chunks in a cycle of traceback and frames; collected there, they were lost."""
     arena = StagingArena(2, 16384)
     held: list[object] = list(arena.try_reserve(2) or ())
     assert arena.num_taken == 2
@@ -294,9 +282,7 @@ def test_a_chunk_that_was_reclaimed_is_not_given_back_by_its_former_holder() -> 
 
 @pytest.mark.leaves_staging
 def test_closing_on_a_stuck_disk_fails_in_our_tree(tmp_path: Path) -> None:
-    """Giving up a checkpoint that was never committed ended in the executor's own TimeoutError, after twice the
-    time.
-    """
+    """Giving up a checkpoint never committed ended in the executor's own TimeoutError, after twice the time."""
     fs = faulty_filesystem()
     gate, reached = threading.Event(), threading.Event()
     fs.before = lambda op: (reached.set(), gate.wait(TIMEOUT_S)) if op.name == "pwrite" else None  # type: ignore[assignment, return-value]
@@ -372,9 +358,7 @@ def test_a_storage_that_is_freed_before_its_lazy_copy_is_torn(
 
 
 def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
-    """A step on a GPU moves the counters at once, its kernels run behind the copies: the save before it failed as
-    torn.
-    """
+    """A step on a GPU moves the counters at once, its kernels run behind the copies: the save failed as torn."""
     kept, changed = torch.ones(3), torch.ones(3)
     [plan] = [Planner().plan({"kept": kept, "changed": changed}, name="s.pt")]
     check = TornCheck(plan, (), ProbeMap(opaque_state(b"").plan, 4096, 1), [], frozenset())

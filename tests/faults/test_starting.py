@@ -1,17 +1,15 @@
-"""Engines that cannot be made: for want of descriptors, memory, threads or a root. Nothing stays behind, and the next
-one works.
-"""
+"""Engines that cannot be made, for want of descriptors, memory, threads or a root: nothing stays behind."""
 
 from __future__ import annotations
 
 import errno
-import threading
 from pathlib import Path
 
 import pytest
 
 from async_ckpt import Catalog, ConfigError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.insides import threads_left
 from tests.support.processes import ROOT, run_python
 
 from .workloads import Job, Told, faulty_filesystem, make_engine, quiet
@@ -23,17 +21,12 @@ import gc, mmap, os, resource, sys, threading
 from pathlib import Path
 from async_ckpt import CheckpointError, ConfigError, WriteError
 from tests.faults.workloads import Job, Told, make_engine
+from tests.support.insides import threads_left
 root, kind = Path(sys.argv[1]), sys.argv[2]
-
-def threads():
-    for thread in threading.enumerate():
-        if thread.name.startswith("async-ckpt"):
-            thread.join(20)
-    return threading.active_count()
 
 def standing():
     gc.collect()
-    return sorted(os.listdir("/proc/self/fd")), threads(), os.path.exists(root)
+    return sorted(os.listdir("/proc/self/fd")), threads_left(), threading.active_count(), os.path.exists(root)
 
 def allowed(more):
     if kind == "descriptors":
@@ -74,23 +67,13 @@ print(" ".join(outcomes))
 
 @pytest.mark.parametrize("kind", ["descriptors", "memory"])
 def test_an_engine_that_meets_the_limits_of_its_process(tmp_path: Path, kind: str) -> None:
-    """One more descriptor, or a few more megabytes (a thread's stack has eight), each time, until an engine can be
-    made.
-    """
+    """One more descriptor, or a few more megabytes (a thread's stack has eight), until an engine can be made."""
     done = run_python("-W", "always", "-c", CHILD, tmp_path, kind)
     assert done.returncode == 0, done.stderr
     outcomes = done.stdout.split()
     assert len(outcomes) > 3 and outcomes[-1] == "made" and set(outcomes[:-1]) <= {"WriteError", "ConfigError"}, (
         outcomes
     )
-
-
-def _threads_left() -> list[str]:
-    """Those that do not end by themselves."""
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("async-ckpt")]
-    for thread in threads:
-        thread.join(10)
-    return [thread.name for thread in threads if thread.is_alive()]
 
 
 def _count_calls(root: Path) -> int:
@@ -112,7 +95,7 @@ def test_an_error_at_every_call_of_the_constructor(tmp_path: Path) -> None:
             # What the disk will not delete stays, and is tried again after commits.
             refused = next(op.name for op in fs.operations if op.outcome == "EIO")
             assert refused in ("unlink", "rmdir") or not root.parent.exists(), k
-        assert _threads_left() == []
+        assert threads_left() == []
         fs.heal()
         with make_engine(root, fs) as engine:
             Job(engine, Told()).whole("a", 1)
@@ -124,7 +107,7 @@ def test_a_root_that_cannot_be_made_leaves_no_thread(tmp_path: Path) -> None:
         with pytest.raises(WriteError) as caught:
             make_engine(root)
         assert caught.value.path and str(root) in str(caught.value)
-        assert _threads_left() == []
+        assert threads_left() == []
 
 
 def test_more_staging_memory_than_there_is(tmp_path: Path) -> None:

@@ -304,9 +304,7 @@ def _stops_half_way(training: Training, gate: Gate) -> Iterator[None]:
 
 
 def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_saves: int, stop: bool) -> None:
-    """One free schedule: each guarded save must hold the state after some whole number of steps, of those that were
-    possible.
-    """
+    """One free schedule: each guarded save must hold the state after some number of steps that was possible."""
     training = Training(make, chance, 300, is_scheduled=False)
     training.step()
     after: list[Any] = []

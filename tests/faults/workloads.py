@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,9 @@ from async_ckpt import AsyncCheckpointEngine, KeepLast
 from async_ckpt.format.names import private_name
 from async_ckpt.host.process import current_owner
 from async_ckpt.storage.probe import Findings
+from tests.support.comparing import unwarned
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.insides import commits_of
 
 NUM_FLOATS = 6000
 """24 KB: two chunks of 16 KiB per file."""
@@ -87,6 +88,19 @@ class Job:
         """Wait, and note the success."""
         pending.result(TIMEOUT_S)
         self.told.commit(pending.tag, version)
+
+    def give_up(self) -> list[Exception]:
+        """Abort what is open; returns the failures that nobody had been told of yet."""
+        failures: list[Exception] = []
+        for _ in range(8):
+            try:
+                commits_of(self.engine).raise_unacknowledged()
+                for checkpoint in commits_of(self.engine).opened():
+                    self.engine.abort(checkpoint.tag)
+                return failures
+            except Exception as error:  # noqa: BLE001 - the caller judges it
+                failures.append(error)
+        raise AssertionError("failures without end")
 
     def again(self, tag: str, version: int) -> None:
         """As `whole`, from the same tensors each time: one of them never changes, the others where the version does."""
@@ -220,8 +234,7 @@ def quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unwarned():
             yield
     finally:
         logging.disable(level)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Without what torch warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@unwarned()
 def torch_bytes(state: Any) -> bytes:
     """The reference: what torch.save writes into a file object."""
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.save(state, file)
+    torch.save(state, file)
     return file.getvalue()
 
 

@@ -33,26 +33,8 @@ from async_ckpt.storage.filesystem import FileSystem
 from async_ckpt.storage.syscalls import EXCHANGE, O_DIRECT
 from async_ckpt.storage.write_file import WritableFile
 
-COUNTED = frozenset(
-    {
-        "create",
-        "open",
-        "close",
-        "pwrite",
-        "fsync",
-        "truncate",
-        "allocate",
-        "clone",
-        "mkdir",
-        "rmdir",
-        "unlink",
-        "link",
-        "rename",
-        "exchange",
-        "chmod",
-        "flock",
-    }
-)
+COUNTED = {"create", "open", "close", "pwrite", "fsync", "truncate", "allocate", "clone", "mkdir", "rmdir", "unlink"}
+COUNTED |= {"link", "rename", "exchange", "chmod", "flock"}
 """Calls that faults count; the rest (listdir, lstat, read, fstat, ...) is recorded only where it matters."""
 
 When = Literal["before", "during", "after"]
@@ -228,8 +210,7 @@ class FaultyFileSystem(FileSystem):
             if self.killed and fd not in self._owned and fd not in self._paths:
                 raise Killed(f"close {path} after the kill")
             self._owned.discard(fd)
-            if fd in self._locked:
-                self._locked.discard(fd)
+            self._locked.discard(fd)
         # A close that fails has closed all the same.
         with contextlib.suppress(OSError):
             super().close(fd)

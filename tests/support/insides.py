@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+
+
+def threads_left(timeout_s: float = 10.0) -> list[str]:
+    """The names of the package's threads that do not end by themselves."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("async-ckpt")]
+    for thread in threads:
+        thread.join(timeout_s)
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 def arena_of(holder: Any) -> Any:

@@ -132,26 +132,17 @@ class Server:
                 time.sleep(self._lies.get("latency_s", 0))
             while name in self._lies.get("hangs", ()):
                 time.sleep(3600)
-            result: bytes | int
+            payload, refusal = b"", self._lies.get("errors", {}).get(name, 0)
+            handler = getattr(self, f"_{name.lower()}", self._unknown)
             try:
-                lied = self._lies.get("errors", {}).get(name)
-                handler: Callable[[int, bytes], bytes] | None = (
-                    getattr(self, f"_{name.lower()}", None) if name else None
-                )
-                result = (
-                    lied
-                    if lied is not None
-                    else errno.ENOSYS
-                    if handler is None
-                    else handler(node, request[_IN.size :])
-                )
+                if not refusal:
+                    payload = handler(node, request[_IN.size :])
             except OSError as error:
-                result = error.errno or errno.EIO
+                refusal = error.errno or errno.EIO
             if name in NO_ANSWER:
                 continue
-            payload, refusal = (b"", -result) if isinstance(result, int) else (result, 0)
             with contextlib.suppress(FileNotFoundError):
-                os.write(self._channel, _OUT.pack(_OUT.size + len(payload), refusal, unique) + payload)
+                os.write(self._channel, _OUT.pack(_OUT.size + len(payload), -refusal, unique) + payload)
 
     def _listen(self) -> None:
         changed = os.stat(self._lies_path).st_mtime_ns
@@ -177,9 +168,7 @@ class Server:
         return self._next_node - 1
 
     def _forget_path(self, path: str) -> None:
-        self._paths = {
-            node: known for node, known in self._paths.items() if known != path and not known.startswith(path + "/")
-        }
+        self._paths = {node: known for node, known in self._paths.items() if not f"{known}/".startswith(f"{path}/")}
 
     def _attributes(self, found: os.stat_result) -> bytes:
         number = time.monotonic_ns() if self._lies.get("identity") == "unstable" else found.st_ino
@@ -198,25 +187,24 @@ class Server:
 
     # Requests.
 
+    def _unknown(self, node: int, data: bytes) -> bytes:
+        raise OSError(errno.ENOSYS, "no such request")
+
     def _init(self, node: int, data: bytes) -> bytes:
         return struct.pack("<4I2H2I2HI7I", 7, 31, 1 << 17, 0, 16, 12, _MAX_WRITE, 1, 32, 0, 0, *[0] * 7)
-
-    def _destroy(self, node: int, data: bytes) -> bytes:
-        return b""
 
     def _lookup(self, node: int, data: bytes) -> bytes:
         return self._entry(self._child(node, data))
 
-    def _forget(self, node: int, data: bytes) -> bytes:
+    def _flush(self, node: int, data: bytes) -> bytes:
         return b""
 
-    _batch_forget = _interrupt = _forget
+    _destroy = _forget = _batch_forget = _interrupt = _flush
 
     def _getattr(self, node: int, data: bytes) -> bytes:
         flags, _, handle = struct.unpack_from("<IIQ", data)
-        found = (
-            os.fstat(self._handles[handle]) if flags & 1 and handle in self._handles else os.lstat(self._paths[node])
-        )
+        is_open = flags & 1 and handle in self._handles
+        found = os.fstat(self._handles[handle]) if is_open else os.lstat(self._paths[node])
         return struct.pack("<QII", 0, 0, 0) + self._attributes(found)
 
     def _setattr(self, node: int, data: bytes) -> bytes:
@@ -235,15 +223,13 @@ class Server:
         os.chmod(path, stat.S_IMODE(mode) & ~umask)
         return self._entry(path)
 
-    def _unlink(self, node: int, data: bytes) -> bytes:
-        os.unlink(self._child(node, data))
+    def _unlink(self, node: int, data: bytes, remove: Callable[[str], None] = os.unlink) -> bytes:
+        remove(self._child(node, data))
         self._forget_path(self._child(node, data))
         return b""
 
     def _rmdir(self, node: int, data: bytes) -> bytes:
-        os.rmdir(self._child(node, data))
-        self._forget_path(self._child(node, data))
-        return b""
+        return self._unlink(node, data, os.rmdir)
 
     def _rename(self, node: int, data: bytes, start: int = 8, flags: int = 0) -> bytes:
         (parent,) = struct.unpack_from("<Q", data)
@@ -302,9 +288,6 @@ class Server:
         os.close(self._handles.pop(handle))
         return b""
 
-    def _flush(self, node: int, data: bytes) -> bytes:
-        return b""
-
     def _fsync(self, node: int, data: bytes) -> bytes:
         (handle,) = struct.unpack_from("<Q", data)
         if not self._ignores("fsync"):
@@ -339,12 +322,8 @@ def _moved(path: str, source: str, target: str) -> str:
 
 
 def _renameat2(source: str, target: str, flags: int) -> None:
-    if (
-        ctypes.CDLL(None, use_errno=True).renameat2(
-            -100, os.fsencode(source), -100, os.fsencode(target), ctypes.c_uint(flags)
-        )
-        != 0
-    ):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(-100, os.fsencode(source), -100, os.fsencode(target), ctypes.c_uint(flags)) != 0:
         raise OSError(ctypes.get_errno(), "renameat2")
 
 

@@ -1,6 +1,4 @@
-"""Small real file systems on loop devices, and overlays; tests that need one skip, with the reason, where mounting is
-not allowed.
-"""
+"""Small real file systems on loop devices, and overlays; where mounting is not allowed, a test skips."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Objects that states of trainings hold beside containers and tensors, as factories: name -> object, fresh at each
-call.
-"""
+"""Objects that states hold beside containers and tensors, as factories: name -> object, fresh at each call."""
 
 from __future__ import annotations
 
@@ -100,31 +98,14 @@ class Selfish:
         self.me, self.mates = self, {self}
 
 
-def _recursive_set() -> Any:
-    """Met on the way down to itself: pickle throws its first writing away."""
-    return Selfish().mates
-
-
-def _bag() -> Bag:
-    made = Bag((str(n), n) for n in range(1001))
-    made.note = "attribute"  # type: ignore[attr-defined]
+def _noted(made: Any, note: Any = "attribute") -> Any:
+    made.note = note
     return made
 
 
 def _row() -> Row:
     made = Row(range(1001))
-    made.note = made  # type: ignore[attr-defined]
-    return made
-
-
-def _word() -> Word:
-    made = Word("text")
-    made.note = [1]  # type: ignore[attr-defined]
-    return made
-
-
-def _counter() -> Any:
-    return collections.Counter({"".join(("a", str(n))): n for n in range(5)})
+    return _noted(made, made)
 
 
 def _shared_size() -> Any:
@@ -132,22 +113,8 @@ def _shared_size() -> Any:
     return [size, size, torch.Size((2, 3)), tuple(size)]
 
 
-def _module() -> Any:
-    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-
-
-def _flag() -> Any:
-    return [Flags.A, Flags.A | Flags.B]
-
-
 OBJECTS: dict[str, Any] = {
-    "size": lambda: [
-        torch.Size(()),
-        torch.Size((1,)),
-        torch.Size((2, 300)),
-        torch.Size((1, 2, 3, 70000)),
-        torch.ones(4, 5).shape,
-    ],
+    "size": lambda: [*map(torch.Size, ((), (1,), (2, 300), (1, 2, 3, 70000))), torch.ones(4, 5).shape],
     "shared_size": _shared_size,
     "dtype": lambda: [torch.float32, torch.uint16, torch.float32],
     "device": lambda: [torch.device("cpu"), torch.device("cuda", 1)],
@@ -157,22 +124,20 @@ OBJECTS: dict[str, Any] = {
     "globals": lambda: [int, dict, torch.nn.Linear, len, operator.add, torch.save, Fragment, Stage, list],
     "stage": lambda: [Stage.FIRST, Stage.SECOND, Stage.FIRST],
     "enum": lambda: [Colour.RED, Colour.PAIR],
-    "flag": _flag,
+    "flag": lambda: [Flags.A, Flags.A | Flags.B],
     "dataclass": lambda: [Fragment(1, 2), Fragment(3, 4, "y", [torch.ones(2)]), Frozen(0.5)],
     "slots": lambda: [Slotted(), SlottedAndMore()],
     "namedtuple": lambda: Point(0.5, torch.ones(1)),
-    "bag": _bag,
+    "bag": lambda: _noted(Bag((str(n), n) for n in range(1001))),
     "row": _row,
-    "word": _word,
+    "word": lambda: _noted(Word("text"), [1]),
     "empty": Empty,
     "scaler": Scaler,
     "selfish": Selfish,
-    "namespace": lambda: argparse.Namespace(
-        lr=0.1, weight=torch.ones(2), flags=[True], path=pathlib.PurePosixPath("x")
-    ),
+    "namespace": lambda: argparse.Namespace(lr=0.1, weight=torch.ones(2), flags=[True], path=pathlib.PurePath("x")),
     "simple_namespace": lambda: types.SimpleNamespace(a=1, b="c"),
     "defaultdict": lambda: collections.defaultdict(list, {"x": [1], "y": [torch.ones(1)]}),
-    "counter": _counter,
+    "counter": lambda: collections.Counter({"".join(("a", str(n))): n for n in range(5)}),
     "deque": lambda: [collections.deque((1, 2, 3)), collections.deque((1,), 5), collections.deque(range(1001))],
     "path": lambda: [pathlib.Path("/a/b.pt"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("c:/d")],
     "datetime": lambda: [
@@ -205,7 +170,7 @@ OBJECTS: dict[str, Any] = {
     "numpy_rng": lambda: np.random.RandomState(3).get_state(),
     "python_rng": lambda: random.Random(3).getstate(),
     "torch_rng": lambda: torch.Generator().manual_seed(3).get_state(),
-    "module": _module,
+    "module": lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)),
 }
 """Those that the fast planner must take itself."""
 
@@ -275,7 +240,8 @@ LEFT_TO_TORCH: dict[str, Any] = {
     "nested_class": Outer.Inner,
     "nested_class_itself": lambda: Outer.Inner,
     "method": lambda: [].append,
-    "recursive_set": _recursive_set,
+    # Met on the way down to itself: pickle throws its first writing away.
+    "recursive_set": lambda: Selfish().mates,
     "method_of_type": lambda: torch.tanh,
     "layout": lambda: torch.strided,
     "big_bytes": lambda: bytes(2 << 20),

@@ -34,10 +34,10 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
 
 
-def run_python(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: object, timeout_s: float = 300.0, **how: Any) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, from the repository's root to its end, and what it has said."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, **how)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False, **how)
 
 
 class Talking(subprocess.Popen[str]):
@@ -103,9 +103,7 @@ def _rank_main(
 def run_ranks(
     folder: Path, world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 90.0
 ) -> list[Any]:
-    """What `work(rank, *args)` returned on each rank, with a gloo process group around it. Fails if a rank raised or
-    hung.
-    """
+    """What `work(rank, *args)` returned on each rank, in a gloo process group. Fails if a rank raised or hung."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [

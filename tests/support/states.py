@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import collections
 import random
-import warnings
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+
+from .comparing import unwarned
 
 
 class Tagged(torch.Tensor):
@@ -79,30 +81,23 @@ def _attributed():
     return {"t": tensor}
 
 
+@unwarned()
 def _quantised():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        per_tensor = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
-        scales, zeros = torch.tensor([0.1, 0.2]), torch.tensor([0, 0])
-        return [per_tensor, torch.quantize_per_channel(torch.randn(2, 3), scales, zeros, 0, torch.quint8)]
+    per_tensor = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
+    scales, zeros = torch.tensor([0.1, 0.2]), torch.tensor([0, 0])
+    return [per_tensor, torch.quantize_per_channel(torch.randn(2, 3), scales, zeros, 0, torch.quint8)]
 
 
+@unwarned()
 def _nested(layout):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {"n": torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)}
+    return {"n": torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)}
 
 
+@unwarned()
 def _sparse():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dense = torch.tensor([[0, 1.0], [2, 0]])
-        return {
-            "coo": dense.to_sparse(),
-            "csr": dense.to_sparse_csr(),
-            "csc": dense.to_sparse_csc(),
-            "bsr": dense.to_sparse_bsr((1, 1)),
-        }
+    dense = torch.tensor([[0, 1.0], [2, 0]])
+    rows, columns, blocks = dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((1, 1))
+    return {"coo": dense.to_sparse(), "csr": rows, "csc": columns, "bsr": blocks}
 
 
 def _identities():
@@ -125,27 +120,10 @@ def _containers():
 
 
 def _scalars():
-    edges = [
-        0,
-        255,
-        256,
-        65535,
-        65536,
-        -1,
-        -128,
-        -(2**31),
-        2**31,
-        2**31 - 1,
-        -(2**31) - 1,
-        2**63,
-        -(2**63),
-        2**64,
-        2**2039,
-        -(2**2039),
-        1 << 5000,
-    ]
+    small = [0, 255, 256, 65535, 65536, -1, -128]
+    words = [-(2**31), 2**31, 2**31 - 1, -(2**31) - 1, 2**63, -(2**63), 2**64]
     return {
-        "ints": edges,
+        "ints": [*small, *words, 2**2039, -(2**2039), 1 << 5000],
         "floats": [0.0, -0.0, 1e300, float("inf"), float("nan")],
         "atoms": [True, False, None],
         3: 4,
@@ -175,51 +153,26 @@ def _quirk():
 
 
 _DTYPES = [
-    name
-    for name in [
-        "bool",
-        "uint8",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "complex32",
-        "complex64",
-        "complex128",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-        "float4_e2m1fn_x2",
-    ]
-    if hasattr(torch, name)
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+    *("complex32", "complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
 ]
 
 
 def _dtypes():
     state = {}
-    for name in _DTYPES:
+    for name in filter(partial(hasattr, torch), _DTYPES):
         base = torch.empty(6, dtype=getattr(torch, name))
         state[name] = {"a": base, "b": base[1:], "c": torch.empty(0, dtype=base.dtype)}
     return state
 
 
-STATES = {
+PLAIN = {
     "tied": _tied,
     "cyclic": _cyclic,
     "shared_deep": _shared_deep,
-    "recursive_tuple": _recursive_tuple,
     "adamw": lambda: _optimizer(torch.optim.AdamW, lr=1e-3),
     "sgd": lambda: _optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "lbfgs": lambda: _optimizer(torch.optim.LBFGS, max_iter=3),
     "identities": _identities,
     "containers": _containers,
     "scalars": _scalars,
@@ -228,27 +181,10 @@ STATES = {
     "root_text": lambda: "text",
     "empty_dict": dict,
     "zero_dim": lambda: [torch.tensor(3.0), torch.tensor(7), torch.empty(0), torch.empty(0, 4), torch.empty(3, 0)],
-    "parameter": lambda: {
-        "p": nn.Parameter(torch.randn(2)),
-        "frozen": nn.Parameter(torch.ones(2), requires_grad=False),
-        "b": nn.Buffer(torch.ones(1)),
-    },
     "requires_grad": lambda: [torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True) * 2],
     "rank_five": lambda: torch.randn(1, 2, 1, 2, 3).permute(4, 0, 2, 1, 3),
     "channels_last": lambda: torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last),
     "long_key": lambda: {"k" * 5000: torch.ones(1)},
-    "conj": lambda: {
-        "c": torch.randn(2, dtype=torch.cfloat).conj(),
-        "n": torch.randn(2, dtype=torch.cfloat).conj().imag,
-    },
-    "sparse": _sparse,
-    "quantised": _quantised,
-    "nested_strided": lambda: _nested(torch.strided),
-    "nested_jagged": lambda: _nested(torch.jagged),
-    "meta": _meta,
-    "subclass": lambda: {"t": torch.arange(3.0).as_subclass(Tagged)},
-    "attributed": _attributed,
-    "untyped_storage": lambda: {"s": torch.arange(3.0).untyped_storage(), "t": torch.arange(3)},
     "namespace": lambda: argparse.Namespace(lr=0.1, weight=torch.ones(2)),
     "object": lambda: {"o": Config()},
     "counter": lambda: {"c": collections.Counter("abca"), "d": collections.defaultdict(list, {"x": [1]})},
@@ -270,33 +206,26 @@ STATES = {
     "many": lambda: {f"layer.{n}": torch.full((n % 5,), n) for n in range(1500)},
     "dtypes": _dtypes,
 }
-
-PLAIN = {
-    "tied",
-    "cyclic",
-    "shared_deep",
-    "adamw",
-    "sgd",
-    "identities",
-    "containers",
-    "scalars",
-    "root_tensor",
-    "root_none",
-    "root_text",
-    "empty_dict",
-    "zero_dim",
-    "requires_grad",
-    "rank_five",
-    "channels_last",
-    "long_key",
-    "descriptor_quirk",
-    "large",
-    "many",
-    "dtypes",
-    "namespace",
-    "object",
-    "counter",
-    "bytes_set",
-    "rng",
-}
 """Those that the fast planner must take itself."""
+
+STATES = PLAIN | {
+    "recursive_tuple": _recursive_tuple,
+    "lbfgs": lambda: _optimizer(torch.optim.LBFGS, max_iter=3),
+    "parameter": lambda: {
+        "p": nn.Parameter(torch.randn(2)),
+        "frozen": nn.Parameter(torch.ones(2), requires_grad=False),
+        "b": nn.Buffer(torch.ones(1)),
+    },
+    "conj": lambda: {
+        "c": torch.randn(2, dtype=torch.cfloat).conj(),
+        "n": torch.randn(2, dtype=torch.cfloat).conj().imag,
+    },
+    "sparse": _sparse,
+    "quantised": _quantised,
+    "nested_strided": lambda: _nested(torch.strided),
+    "nested_jagged": lambda: _nested(torch.jagged),
+    "meta": _meta,
+    "subclass": lambda: {"t": torch.arange(3.0).as_subclass(Tagged)},
+    "attributed": _attributed,
+    "untyped_storage": lambda: {"s": torch.arange(3.0).untyped_storage(), "t": torch.arange(3)},
+}

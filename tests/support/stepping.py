@@ -155,9 +155,7 @@ class Gate:
 
 
 class GateGroup(dict[str, Any]):
-    """A param group that stops torch's own `step` before it is worked on: earlier groups are stepped, later ones are
-    not.
-    """
+    """A param group that stops torch's own `step` before it is worked on, when earlier groups are stepped."""
 
     def __init__(self, group: dict[str, Any], gate: Gate) -> None:
         super().__init__(group)

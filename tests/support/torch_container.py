@@ -1,6 +1,4 @@
-"""The container by torch itself: what `torch.save` writes around the holes it leaves for storages, with not a byte of
-them read.
-"""
+"""The container by torch itself: what `torch.save` writes around the holes that it leaves for storages."""
 
 from __future__ import annotations
 
