@@ -1,3 +1,1 @@
-"""Benchmarks of async_ckpt beside other checkpoint writers; README.md has the recipe. Not part of the installed
-package.
-"""
+"""Benchmarks of async_ckpt beside other checkpoint writers; README.md has the recipe. Not installed."""

@@ -11,20 +11,17 @@ itself: what it blocks for is the page cache's speed, not the disk's.
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders.base import single_rank_environment, sync_tree, tree_bytes
 from benchmarks.environment import describe
-from benchmarks.results import keep, parser_of
+from benchmarks.results import in_own_process, keep, parser_of
 
 CONTENDERS = {"stock torch engine": None, "attached": {}, "attached, guard=True": {"guard": True}}
 WIDTH = 512
@@ -92,7 +89,7 @@ def measure(directory: Path, contender: str, stage: int, megabytes: int, num_sav
         "contender": contender,
         "stage": stage,
         "size_bytes": size_bytes,
-        "num_parameters": sum(1 for _ in engine.module.parameters()),
+        "num_parameters": len(list(engine.module.parameters())),
         "first_blocked_s": blocked_s[0],
         "blocked_s": blocked_s[1:],
         "blocked_s_per_200_mb": statistics.median(blocked_s[1:]) * 200e6 / size_bytes,
@@ -120,25 +117,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = parser_of(__doc__, megabytes=200, saves=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--row", nargs=2, metavar=("CONTENDER", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    if given.row:
-        row = measure(given.directory, given.row[0], int(given.row[1]), given.megabytes, given.saves)
-        (given.directory / "row.json").write_text(json.dumps(row))
-        return
     measured_on = describe(given.directory)
+    # As torchrun sets it; on a machine with other work, two spinning threads would time each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = []
-    for stage in given.stages:
-        for contender in CONTENDERS:
-            own = given.directory / f"{stage}-{contender.replace(' ', '-')}"
-            command = [sys.executable, "-m", "benchmarks.deepspeed_stall", str(own), "--row", contender, str(stage)]
-            command += ["--megabytes", str(given.megabytes), "--saves", str(given.saves)]
-            # As torchrun sets it; on a machine with other work, two spinning threads would time each other.
-            environment = {"OMP_NUM_THREADS": "1", **os.environ}
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-            rows.append(json.loads((own / "row.json").read_text()))
-            shutil.rmtree(own)
+    for stage, contender in itertools.product(given.stages, CONTENDERS):
+        own = given.directory / f"{stage}-{contender.replace(' ', '-')}"
+        own.mkdir()
+        rows.append(in_own_process(measure, own, contender, stage, given.megabytes, given.saves))
+        shutil.rmtree(own)
     print(table(rows))
     keep(given, "deepspeed_stall", {"rows": rows}, measured_on)
 

@@ -19,16 +19,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from async_ckpt import AsyncCheckpointEngine
+from async_ckpt import AsyncCheckpointEngine, PendingCommit
 from async_ckpt.host.device import keep_for, side_stream
 from async_ckpt.metrics import CommitMetrics, Observer, Span
 from benchmarks.environment import describe
+from benchmarks.limits import pinned_d2h
+from benchmarks.results import timed
 
 ROOT = Path(__file__).parent.parent
 GOALS = {
@@ -69,15 +70,19 @@ class Training:
         self.model(self.batch).square().mean().backward()
         self.optimizer.step()
 
+    def states(self) -> dict[str, Any]:
+        return {"model.pt": self.model.state_dict(), "optim.pt": self.optimizer.state_dict()}
+
     @property
     def num_bytes(self) -> int:
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def commit(engine: AsyncCheckpointEngine, tag: str, training: Training) -> PendingCommit:
+    engine.create(tag)
+    for path, state in training.states().items():
+        engine.save(state, path)
+    return engine.commit(tag)
 
 
 def device_tests(kind: str) -> dict[str, Any]:
@@ -87,18 +92,6 @@ def device_tests(kind: str) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     said = done.stdout.strip().splitlines()[-1:]
     return {"passed": done.returncode == 0, "said": said, "output": done.stdout[-4000:] if done.returncode else ""}
-
-
-def d2h_rate(device: torch.device, num_bytes: int) -> float:
-    """Bytes per second of one contiguous copy into pinned memory, the best of five."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def copy() -> None:
-        target.copy_(source, non_blocking=True)
-        torch.accelerator.synchronize(device)
-
-    return num_bytes / min(timed(copy) for _ in range(5))
 
 
 def keeping_s(device: torch.device) -> float:
@@ -135,7 +128,9 @@ class Device:
         """Everything but the tests. Blocks for minutes on a real device."""
         training = Training(self._num_bytes, self.device)
         self.figures["state_bytes"] = training.num_bytes
-        self.figures["d2h_bytes_per_s"] = d2h_rate(self.device, min(self._num_bytes, 1 << 30))
+        copied_bytes = min(self._num_bytes, 1 << 30)
+        copies_s = [pinned_d2h(self._directory, copied_bytes)["stall_s"] for _ in range(5)]
+        self.figures["d2h_bytes_per_s"] = copied_bytes / min(copies_s)
         self.figures["keeping_s_per_tensor"] = keeping_s(self.device)
         options: dict[str, Any] = {"staging_bytes": training.num_bytes + (128 << 20), "observers": [self._timeline]}
         with AsyncCheckpointEngine(self._directory / "eager", **options) as engine:
@@ -144,15 +139,12 @@ class Device:
             eager = [self._save(engine, f"eager-{k}", training) for k in range(3) if k == 0 or self._has_time]
             self.figures["eager_stall_s"] = min(stall for stall, _ in eager)
             self.figures["is_pinned"] = all(save.pinned for _, metrics in eager for save in metrics.saves)
-        self.figures["eager_share_of_d2h"] = (
-            training.num_bytes / self.figures["eager_stall_s"] / self.figures["d2h_bytes_per_s"]
-        )
+        rate = training.num_bytes / self.figures["eager_stall_s"]
+        self.figures["eager_share_of_d2h"] = rate / self.figures["d2h_bytes_per_s"]
         shutil.rmtree(self._directory / "eager")
         with AsyncCheckpointEngine(self._directory / "guarded", **options) as engine:
             engine.guard(training.optimizer)
-            engine.prewarm(
-                states={"model.pt": training.model.state_dict(), "optim.pt": training.optimizer.state_dict()}
-            )
+            engine.prewarm(states=training.states())
             self._guarded(engine, training)
             self._slowed(engine, training)
         shutil.rmtree(self._directory / "guarded")
@@ -164,10 +156,7 @@ class Device:
     def _save(self, engine: AsyncCheckpointEngine, tag: str, training: Training) -> tuple[float, CommitMetrics]:
         torch.accelerator.synchronize(self.device)
         started = time.perf_counter()
-        engine.create(tag)
-        engine.save(training.model.state_dict(), "model.pt")
-        engine.save(training.optimizer.state_dict(), "optim.pt")
-        pending = engine.commit(tag)
+        pending = commit(engine, tag, training)
         stall_s = time.perf_counter() - started
         pending.result(TIMEOUT_S)
         return stall_s, pending.metrics
@@ -187,10 +176,7 @@ class Device:
                 self._simulator.forget_waits()
             self._timeline.spans.clear()
             started = time.perf_counter()
-            engine.create(f"guarded-{k}")
-            engine.save(training.model.state_dict(), "model.pt")
-            engine.save(training.optimizer.state_dict(), "optim.pt")
-            pending = engine.commit(f"guarded-{k}")
+            pending = commit(engine, f"guarded-{k}", training)
             training.optimizer.step()
             stalls.append(time.perf_counter() - started - plain_s)
             if self._simulator is not None:
@@ -202,13 +188,8 @@ class Device:
         self.figures["guarded_host_waits"] = max(waits) if waits else None
         begin = min(span.start_s for span in self._timeline.spans)
         self.figures["timeline"] = [
-            {
-                "kind": s.kind,
-                "thread": s.thread,
-                "start_s": s.start_s - begin,
-                "end_s": s.end_s - begin,
-                "num_bytes": s.num_bytes,
-            }
+            {"kind": s.kind, "thread": s.thread, "num_bytes": s.num_bytes}
+            | {"start_s": s.start_s - begin, "end_s": s.end_s - begin}
             for s in self._timeline.spans
         ]
 
@@ -223,10 +204,7 @@ class Device:
         for k in range(3):
             if k and not self._has_time:
                 break
-            engine.create(f"busy-{k}")
-            engine.save(training.model.state_dict(), "model.pt")
-            engine.save(training.optimizer.state_dict(), "optim.pt")
-            pending = engine.commit(f"busy-{k}")
+            pending = commit(engine, f"busy-{k}", training)
             # The first step waits for the copies on the device, and is the stall's.
             step_s()
             while not pending.done():

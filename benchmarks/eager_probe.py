@@ -11,39 +11,24 @@ tensors into warm ones, by torch in one call; and `create` + `save` + `commit`.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.contenders.async_ckpt_engine import AsyncCkptEager
-from benchmarks.contenders.base import flatten
-from benchmarks.results import keep, parser_of
-from benchmarks.workloads import build
+from benchmarks.results import in_own_process, keep, parser_of, reduced, timed
+from benchmarks.workloads import build, flatten
 
 WAYS = ("one copy", "tensor by tensor", "save")
-
-
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, in this process; the first round is not counted."""
     workload = build(workload_name, size_mib, seed=0, device="cpu")
-    source, target = (
-        torch.ones(workload.num_bytes, dtype=torch.uint8),
-        torch.ones(workload.num_bytes, dtype=torch.uint8),
-    )
+    source, target = (torch.ones(workload.num_bytes, dtype=torch.uint8) for _ in range(2))
     warm = [torch.ones_like(tensor) for tensor in flatten(workload.state())[0].values()]
     contender = AsyncCkptEager()
     contender.setup(directory, workload)
@@ -66,21 +51,15 @@ def measure(directory: Path, workload_name: str, size_mib: int, repeats: int) ->
 
 def main() -> None:
     options = parser_of(__doc__, workload="adamw", size_mib=1024, repeats=7, processes=5).parse_args()
-    if options.processes == 0:
-        print(json.dumps(measure(options.directory, options.workload, options.size_mib, options.repeats)))
-        return
     runs: list[dict[str, list[float]]] = []
     for k in range(options.processes):
-        command = [sys.executable, "-m", "benchmarks.eager_probe", str(options.directory / f"process-{k}")]
-        command += ["--workload", options.workload, "--size-mib", str(options.size_mib)]
-        command += ["--repeats", str(options.repeats), "--processes", "0"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        folder = options.directory / f"process-{k}"
+        runs.append(in_own_process(measure, folder, options.workload, options.size_mib, options.repeats))
         medians = {way: statistics.median(seconds) for way, seconds in runs[-1].items()}
         print("  ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in medians.items()), flush=True)
     for way in WAYS[:-1]:
-        ratios = sorted(statistics.median(run["save"]) / statistics.median(run[way]) for run in runs)
-        print(f"save over {way}: {statistics.median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]")
+        ratios = reduced([statistics.median(run["save"]) / statistics.median(run[way]) for run in runs])
+        print(f"save over {way}: {ratios.text(digits=2)}")
     keep(options, "eager", {"workload": options.workload, "size_mib": options.size_mib, "seconds": runs})
 
 

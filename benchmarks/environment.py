@@ -16,23 +16,18 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch",
-    "numpy",
-    "async-ckpt",
-    "aiofiles",
-    "zlib-ng",
-    "safetensors",
-    "torch_checkpointing",
-    "torchsnapshot",
-    "lightning",
-    "transformers",
-    "accelerate",
-    "orbax-checkpoint",
-    "jax",
-    "nvidia-resiliency-ext",
-    "dlrover",
+    *("torch", "numpy", "async-ckpt", "aiofiles", "zlib-ng", "safetensors", "torch_checkpointing", "torchsnapshot"),
+    *("lightning", "transformers", "accelerate", "orbax-checkpoint", "jax", "nvidia-resiliency-ext", "dlrover"),
     "deepspeed",
 )
+
+
+def lines_of(path: str | Path) -> list[str]:
+    """Of a file that the kernel may not have: then there are none."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def versions() -> dict[str, str]:
@@ -50,22 +45,13 @@ def versions() -> dict[str, str]:
 
 def cpu_model() -> str:
     """The processor's own name, or the architecture where the kernel does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def memory_bytes(field: str = "MemTotal", source: str = "meminfo") -> int:
     """The lines of a file below /proc that begin so, together, in bytes; 0 where there are none, or no such file."""
-    try:
-        lines = Path("/proc", source).read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+    return sum(int(line.split()[1]) << 10 for line in lines_of(f"/proc/{source}") if line.startswith(field))
 
 
 def resident_bytes() -> int:
@@ -76,12 +62,8 @@ def resident_bytes() -> int:
 def mount_of(directory: Path) -> dict[str, str]:
     """Type, options and device of the file system below `directory` (the mount point itself is left out)."""
     best = ("", "unknown", "", "")
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except OSError:
-        lines = []
     where = str(directory.resolve())
-    for line in lines:
+    for line in lines_of("/proc/self/mounts"):
         device, point, kind, options = line.split()[:4]
         inside = where == point or where.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best[0]):
@@ -93,20 +75,14 @@ def _queue_of(directory: Path) -> dict[str, str]:
     """Scheduler and depth of the block device, where the kernel shows them."""
     status = os.stat(directory)
     base = Path(f"/sys/dev/block/{os.major(status.st_dev)}:{os.minor(status.st_dev)}")
-    found: dict[str, str] = {}
-    for owner in (base, base.resolve().parent):
-        for key in ("scheduler", "nr_requests", "rotational"):
-            path = owner / "queue" / key
-            if key not in found and path.is_file():
-                found[key] = path.read_text().strip()
-    return found
+    queues = (base / "queue", base.resolve().parent / "queue")
+    keys = ("scheduler", "nr_requests", "rotational")
+    found = {key: next(filter(None, (_first_line(queue / key) for queue in queues)), "") for key in keys}
+    return {key: value for key, value in found.items() if value}
 
 
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().splitlines()[0].strip()
-    except (OSError, IndexError):
-        return ""
+def _first_line(path: str | Path) -> str:
+    return (lines_of(path) or [""])[0].strip()
 
 
 def describe(directory: Path) -> dict[str, Any]:

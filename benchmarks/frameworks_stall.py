@@ -12,31 +12,21 @@ training steps take right after a save, beside the background work.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.results import keep, parser_of
+from benchmarks.results import in_own_process, keep, parser_of
 
 WIDTH = 512
-ROWS = (
-    "lightning stock",
-    "lightning AsyncCheckpointIO",
-    "lightning AsyncCkptIO",
-    "trainer stock",
-    "trainer attached",
-    "trainer attached, guard=False",
-)
+ROWS = ("lightning stock", "lightning AsyncCheckpointIO", "lightning AsyncCkptIO")
+ROWS += ("trainer stock", "trainer attached", "trainer attached, guard=False")
 
 
 def layers(megabytes: int) -> Any:
@@ -76,9 +66,8 @@ def run_lightning(row: str, directory: Path, megabytes: int, watch: Stopwatch) -
 
     from async_ckpt.integrations.lightning import AsyncCkptIO
 
-    plugin = {"lightning AsyncCheckpointIO": AsyncCheckpointIO, "lightning AsyncCkptIO": AsyncCkptIO}.get(
-        row, lambda: None
-    )()
+    plugins = {"lightning AsyncCheckpointIO": AsyncCheckpointIO, "lightning AsyncCkptIO": AsyncCkptIO}
+    plugin = plugins[row]() if row in plugins else None
 
     class Job(pl.LightningModule):
         def __init__(self) -> None:
@@ -102,12 +91,8 @@ def run_lightning(row: str, directory: Path, megabytes: int, watch: Stopwatch) -
             watch.time(lambda: self.trainer.save_checkpoint(directory / f"{number}.ckpt"))
             (directory / f"{number - 2}.ckpt").unlink(missing_ok=True)
 
-    options: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    silent = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    options: dict[str, Any] = dict.fromkeys(silent, False)
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, plugins=None if plugin is None else [plugin], **options)
     trainer.fit(Job(), DataLoader(torch.randn(3 * watch.num_saves * 4, WIDTH), batch_size=4))
 
@@ -174,30 +159,19 @@ def measure(row: str, directory: Path, megabytes: int, num_saves: int) -> dict[s
 
 
 def main() -> None:
-    parser = parser_of(__doc__, megabytes=200, saves=5)
-    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.row:
-        print(json.dumps(measure(options.row, options.directory, options.megabytes, options.saves)))
-        return
+    options = parser_of(__doc__, megabytes=200, saves=5).parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     results, measured_on = [], describe(options.directory)
     print(f"| {options.megabytes} MB | first save, s | median, s | max, s | 3 steps after, s |\n|---|---|---|---|---|")
     for row in ROWS:
         folder = options.directory / "frameworks_stall"
-        command = [sys.executable, "-m", "benchmarks.frameworks_stall", str(folder), "--row", row]
-        command += ["--megabytes", str(options.megabytes), "--saves", str(options.saves)]
         try:
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = in_own_process(measure, row, folder, options.megabytes, options.saves)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        found = json.loads(output.strip().splitlines()[-1])
         results.append(found)
-        print(
-            f"| {row} | {found['first_s']:.3f} | {found['median_s']:.3f} | {found['max_s']:.3f} | "
-            f"{found['steps_s']:.3f} |",
-            flush=True,
-        )
+        figures = (found[name] for name in ("first_s", "median_s", "max_s", "steps_s"))
+        print(f"| {row} | {' | '.join(f'{seconds:.3f}' for seconds in figures)} |", flush=True)
     keep(options, "frameworks_stall", {"megabytes": options.megabytes, "rows": results}, measured_on)
 
 

@@ -12,14 +12,15 @@ import mmap
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.contenders.base import Unavailable
+from benchmarks.results import timed
 
 MIB = 1 << 20
 Sample = dict[str, Any]
@@ -39,43 +40,39 @@ def run_fio(path: Path, num_bytes: int, arguments: list[str]) -> dict[str, Any]:
         raise Unavailable("not installed: fio (a system package, not a Python one)")
     block = _block_bytes(num_bytes)
     size = max(block, num_bytes // block * block)
-    command = [
-        "fio",
-        "--name=limit",
-        f"--filename={path}",
-        f"--size={size}",
-        f"--bs={block}",
-        "--output-format=json",
-        *arguments,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["fio", "--name=limit", f"--filename={path}", f"--size={size}", f"--bs={block}", "--output-format=json"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Unavailable(f"fio: {(done.stderr or done.stdout).strip()[:300]}")
     job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     return job
 
 
-def _fio_write(directory: Path, num_bytes: int, arguments: list[str]) -> Sample:
+FIO = {
+    "direct_qd4": ["--direct=1", "--ioengine=libaio", "--iodepth=4"],
+    "direct_qd16": ["--direct=1", "--ioengine=libaio", "--iodepth=16"],
+    "buffered": ["--direct=0", "--ioengine=psync"],
+}
+"""The ways of doing input and output that are limits, as fio is told."""
+
+
+def fio_write(directory: Path, num_bytes: int, way: str) -> Sample:
     path = directory / "fio.dat"
     try:
-        job = run_fio(path, num_bytes, ["--rw=write", "--end_fsync=1", "--fallocate=posix", *arguments])
+        job = run_fio(path, num_bytes, ["--rw=write", "--end_fsync=1", "--fallocate=posix", *FIO[way]])
     finally:
         path.unlink(missing_ok=True)
-    wrote = int(job["write"]["io_bytes"])
     # The file is a whole number of blocks: scale to the bytes of the state.
-    return {"durable_s": job["write"]["runtime"] / 1e3 * num_bytes / wrote, "num_bytes": num_bytes}
+    return {"durable_s": _seconds(job["write"], num_bytes), "num_bytes": num_bytes}
 
 
-def fio_direct_depth_4(directory: Path, num_bytes: int) -> Sample:
-    return _fio_write(directory, num_bytes, ["--direct=1", "--ioengine=libaio", "--iodepth=4"])
+def fio_read_s(path: Path, num_bytes: int, way: str) -> float:
+    """Seconds for as many bytes of a file that is there."""
+    return _seconds(run_fio(path, num_bytes, ["--rw=read", "--readonly", *FIO[way]])["read"], num_bytes)
 
 
-def fio_direct_depth_16(directory: Path, num_bytes: int) -> Sample:
-    return _fio_write(directory, num_bytes, ["--direct=1", "--ioengine=libaio", "--iodepth=16"])
-
-
-def fio_buffered_fsync(directory: Path, num_bytes: int) -> Sample:
-    return _fio_write(directory, num_bytes, ["--direct=0", "--ioengine=psync"])
+def _seconds(done: dict[str, Any], num_bytes: int) -> float:
+    return float(done["runtime"] / 1e3 * num_bytes / done["io_bytes"])
 
 
 def memcpy_warm(directory: Path, num_bytes: int) -> Sample:
@@ -83,30 +80,39 @@ def memcpy_warm(directory: Path, num_bytes: int) -> Sample:
     source = torch.ones(num_bytes, dtype=torch.uint8)
     target = torch.zeros(num_bytes, dtype=torch.uint8)
     target.copy_(source)
-    start = time.perf_counter()
-    target.copy_(source)
-    return {"stall_s": time.perf_counter() - start, "num_bytes": num_bytes}
+    return {"stall_s": timed(partial(target.copy_, source)), "num_bytes": num_bytes}
 
 
 def pinned_d2h(directory: Path, num_bytes: int) -> Sample:
     """Device to pinned host memory, one contiguous copy."""
-    if not torch.cuda.is_available():
-        raise Unavailable("no CUDA device")
-    source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        raise Unavailable("no accelerator")
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize()
-    return {"stall_s": time.perf_counter() - start, "num_bytes": num_bytes}
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+        torch.accelerator.synchronize(device)
+
+    copy()
+    return {"stall_s": timed(copy), "num_bytes": num_bytes}
 
 
 LIMITS: dict[str, tuple[Callable[[Path, int], Sample], str]] = {
     "limit_memcpy_warm": (memcpy_warm, "torch copy_ between warm contiguous buffers"),
-    "limit_fio_direct_qd4": (fio_direct_depth_4, "fio write, O_DIRECT, libaio, depth 4, end_fsync, preallocated"),
-    "limit_fio_direct_qd16": (fio_direct_depth_16, "fio write, O_DIRECT, libaio, depth 16, end_fsync, preallocated"),
-    "limit_fio_buffered_fsync": (fio_buffered_fsync, "fio write, buffered, end_fsync, preallocated"),
+    "limit_fio_direct_qd4": (
+        partial(fio_write, way="direct_qd4"),
+        "fio write, O_DIRECT, libaio, depth 4, end_fsync, preallocated",
+    ),
+    "limit_fio_direct_qd16": (
+        partial(fio_write, way="direct_qd16"),
+        "fio write, O_DIRECT, libaio, depth 16, end_fsync, preallocated",
+    ),
+    "limit_fio_buffered_fsync": (
+        partial(fio_write, way="buffered"),
+        "fio write, buffered, end_fsync, preallocated",
+    ),
     "limit_pinned_d2h": (pinned_d2h, "one contiguous copy from the device into pinned memory"),
 }
 

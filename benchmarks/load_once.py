@@ -19,18 +19,18 @@ import torch.distributed as dist
 
 import async_ckpt
 from benchmarks.limits import MIB, evict
-from benchmarks.ranks import run_ranks
-from benchmarks.results import keep, parser_of
+from benchmarks.results import keep, parser_of, reduced
+from benchmarks.workloads import commit
+from tests.support.processes import run_ranks
 
 WAYS = ("one process", "one, not atomic", "load_once", "each by itself")
 
 
 def read_from_disk() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+    return int(Path("/proc/self/io").read_text().partition("\nread_bytes:")[2].split()[0])
 
 
-def timed(way: str, rank: int, coordinator: async_ckpt.RankCoordinator, path: Path, target: Any) -> tuple[float, int]:
+def load(way: str, rank: int, coordinator: async_ckpt.RankCoordinator, path: Path, target: Any) -> tuple[float, int]:
     """Seconds, and bytes from the disk, on this rank."""
     if rank == 0:
         evict(path)
@@ -44,35 +44,28 @@ def timed(way: str, rank: int, coordinator: async_ckpt.RankCoordinator, path: Pa
     return time.perf_counter() - started, read_from_disk() - before
 
 
-def work(rank: int, options: argparse.Namespace, results: Any) -> None:
+def work(rank: int, options: argparse.Namespace) -> list[dict[str, tuple[float, int]]]:
     coordinator = async_ckpt.RankCoordinator.from_env(run_id="benchmark")
     path = options.directory / "root/probe/m.pt"
     num = options.size_mib * MIB // 4 // 300
     target = {f"layer.{i}": torch.ones(num) for i in range(300)}
     with async_ckpt.AsyncCheckpointEngine(path.parent.parent, staging_bytes=64 * MIB, coordinator=coordinator):
-        for _ in range(options.repeats):
-            for way in WAYS:
-                results.put((way, rank, *timed(way, rank, coordinator, path, target)))
-        dist.barrier()
+        return [{way: load(way, rank, coordinator, path, target) for way in WAYS} for _ in range(options.repeats)]
 
 
 def main() -> None:
     options = parser_of(__doc__, size_mib=2048, ranks=4, repeats=3).parse_args()
     num = options.size_mib * MIB // 4 // 300
     with async_ckpt.AsyncCheckpointEngine(options.directory / "root", overwrite="replace") as engine:
-        engine.create("probe")
-        engine.save({f"layer.{i}": torch.randn(num) for i in range(300)}, "m.pt")
-        engine.commit("probe").result()
-    found = run_ranks(work, options, options.repeats * len(WAYS))
-    taken = {way: [seconds for which, rank, seconds, _ in found if (which, rank) == (way, 0)] for way in WAYS}
-    disk = {way: sum(read for which, _, _, read in found if which == way) // options.repeats for way in WAYS}
-    one = statistics.median(taken[WAYS[0]])
-    for way, samples in taken.items():
-        median = statistics.median(samples)
-        print(
-            f"{way:15} {median:5.2f} s [{min(samples):.2f} to {max(samples):.2f}]  {median / one:4.2f} of one process  "
-            f"{disk[way] / MIB:7.0f} MiB from the disk"
-        )
+        commit(engine, "probe", {f"layer.{i}": torch.randn(num) for i in range(300)})
+    found = run_ranks(options.directory / "ranks", options.ranks, work, options, timeout_s=3600.0)
+    taken = {way: [one[way][0] for one in found[0]] for way in WAYS}
+    disk = {way: sum(one[way][1] for rank in found for one in rank) // options.repeats for way in WAYS}
+    alone_s = statistics.median(taken[WAYS[0]])
+    for way in WAYS:
+        figure, read = reduced(taken[way]), disk[way] / MIB
+        share = f"{figure.median / alone_s:4.2f} of one process"
+        print(f"{way:15} {figure.text(digits=2)} s  {share}  {read:7.0f} MiB from the disk")
     figures = {"size_mib": options.size_mib, "ranks": options.ranks, "seconds": taken, "disk_bytes": disk}
     keep(options, "load_once", figures)
 

@@ -18,8 +18,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,13 +27,12 @@ from typing import Any
 
 from benchmarks.environment import describe, memory_bytes, resident_bytes
 from benchmarks.limits import evict
-from benchmarks.results import keep, parser_of
+from benchmarks.results import in_own_process, keep, parser_of
 from benchmarks.ticker import Ticker
+from benchmarks.workloads import commit
 from tests.mirror.making import upload_processes
 from tests.mirror.servers import BUCKET, SeaweedFS
 
-UPLOADS = ("async_ckpt", "obstore put", "boto3", "DCP fsspec+s3fs", "s3torchconnector")
-RESTORES = ("async_ckpt", "obstore get")
 _GET_BYTES = 8 << 20
 _NUM_GETS = 8
 
@@ -48,7 +45,7 @@ def state_of(size_mib: int) -> dict[str, Any]:
     return {f"layer.{k}.weight": torch.randn(16 << 18 if size_mib >= 16 else size_mib << 18) for k in range(num)}
 
 
-# What runs in the children: each takes the specification and returns what is to be timed.
+# What runs in processes of their own: each takes the specification and returns what is to be timed.
 
 
 def mirror_of(spec: dict[str, Any], prefix: str = "mirrored", **fields: Any) -> Any:
@@ -97,22 +94,18 @@ def upload_boto3(spec: dict[str, Any]) -> Callable[[], object]:
     import boto3
     from boto3.s3.transfer import TransferConfig
 
-    client = _client(boto3, spec)
-    config = TransferConfig(
-        multipart_threshold=spec["part_bytes"], multipart_chunksize=spec["part_bytes"], max_concurrency=spec["parallel"]
-    )
-    return lambda: client.upload_file(spec["file"], BUCKET, f"{spec['prefix']}/boto3.pt", Config=config)
-
-
-def _client(boto3: Any, spec: dict[str, Any]) -> Any:
     options = spec["options"]
-    return boto3.client(
+    client = boto3.client(
         "s3",
         endpoint_url=options["endpoint"],
         aws_access_key_id=options["access_key_id"],
         aws_secret_access_key=options["secret_access_key"],
         region_name=options["region"],
     )
+    config = TransferConfig(
+        multipart_threshold=spec["part_bytes"], multipart_chunksize=spec["part_bytes"], max_concurrency=spec["parallel"]
+    )
+    return lambda: client.upload_file(spec["file"], BUCKET, f"{spec['prefix']}/boto3.pt", Config=config)
 
 
 def upload_dcp(spec: dict[str, Any]) -> Callable[[], object]:
@@ -172,20 +165,21 @@ def restore_obstore(spec: dict[str, Any]) -> Callable[[], object]:
     return run
 
 
-PREPARED: dict[tuple[str, str], Callable[[dict[str, Any]], Callable[[], object]]] = {
-    ("upload", "async_ckpt"): upload_ours,
-    ("upload", "obstore put"): upload_obstore,
-    ("upload", "boto3"): upload_boto3,
-    ("upload", "DCP fsspec+s3fs"): upload_dcp,
-    ("upload", "s3torchconnector"): upload_s3torchconnector,
-    ("restore", "async_ckpt"): restore_ours,
-    ("restore", "obstore get"): restore_obstore,
+CONTENDERS: dict[str, dict[str, Callable[[dict[str, Any]], Callable[[], object]]]] = {
+    "upload": {
+        "async_ckpt": upload_ours,
+        "obstore put": upload_obstore,
+        "boto3": upload_boto3,
+        "DCP fsspec+s3fs": upload_dcp,
+        "s3torchconnector": upload_s3torchconnector,
+    },
+    "restore": {"async_ckpt": restore_ours, "obstore get": restore_obstore},
 }
 
 
-def child(spec: dict[str, Any]) -> dict[str, Any]:
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement; the imports and the state are there before it begins."""
-    run = PREPARED[spec["scenario"], spec["contender"]](spec)
+    run = CONTENDERS[spec["scenario"]][spec["contender"]](spec)
     evict(Path(spec["file"]))
     stop, peak = threading.Event(), [0]
 
@@ -220,32 +214,10 @@ def _processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# The parent.
-
-
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run a child; a contender that cannot run keeps its reason."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.mirror", spec["directory"], "--child", json.dumps(spec)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    if done.returncode:
-        return {
-            "reason": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        }
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def main() -> None:
     parser = parser_of(__doc__, size_mib=256, part_mib=16, parallel=4, repeats=3, scenarios="upload,restore")
     parser.add_argument("--contenders", help="only these, by commas")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        print(json.dumps(child(json.loads(given.child))))
-        return
     home = Path(tempfile.mkdtemp(dir=given.directory))
     server = SeaweedFS(home / "server")
     server.start()
@@ -261,31 +233,25 @@ def _run_all(given: argparse.Namespace, home: Path, server: SeaweedFS) -> None:
 
     root = home / "root"
     with AsyncCheckpointEngine(root, staging_bytes=256 << 20) as engine:
-        engine.create("step-0")
-        engine.save(state_of(given.size_mib), "model.pt")
-        engine.commit("step-0")
-    common = {
-        "root": str(root),
-        "file": str(root / "step-0" / "model.pt"),
-        "directory": str(home),
-        "size_mib": given.size_mib,
-    }
+        commit(engine, "step-0", state_of(given.size_mib), "model.pt")
+    common = {"root": str(root), "file": str(root / "step-0" / "model.pt"), "size_mib": given.size_mib}
     common |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel, "options": dict(server.options())}
     runs: list[dict[str, Any]] = []
-    asked = [("upload", name) for name in UPLOADS] + [("restore", name) for name in RESTORES]
-    chosen = (given.contenders or ",".join(name for _, name in asked)).split(",")
-    asked = [one for one in asked if one[0] in given.scenarios.split(",") and one[1] in chosen]
     for scenario in given.scenarios.split(","):
-        for repeat, name in itertools.product(range(given.repeats), [one[1] for one in asked if one[0] == scenario]):
+        chosen = [name for name in CONTENDERS[scenario] if name in (given.contenders or name).split(",")]
+        for repeat, name in itertools.product(range(given.repeats), chosen):
             # Each repetition uploads anew, to a prefix of its own.
             spec = {**common, "scenario": scenario, "contender": name, "prefix": f"run-{repeat}"}
             if scenario == "upload":
                 shutil.rmtree(root / ".mirrors", ignore_errors=True)
-            found = measure(spec)
+            try:
+                found = in_own_process(measure, spec)
+            except Exception as error:  # noqa: BLE001 - a contender that cannot run keeps its reason
+                found = {"reason": f"{type(error).__name__}: {error}"}
             about = {"scenario": f"mirror {scenario}", "contender": name, "size_mib": given.size_mib, "repeat": repeat}
             runs.append({**about, **found})
             print(json.dumps(runs[-1]), flush=True)
-    settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "directory")}
     keep(given, "mirror", {**settings, "rows": runs}, describe(home))
 
 

@@ -13,7 +13,6 @@ The server takes the bytes and forgets them (`s3_sink`), because in life it is a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import queue
@@ -33,7 +32,9 @@ from typing import Any
 from benchmarks.environment import describe
 from benchmarks.mirror import mirror_of, store_of
 from benchmarks.results import keep, parser_of
+from benchmarks.workloads import commit
 from tests.mirror.servers import ACCESS_KEY, SECRET_KEY, SeaweedFS
+from tests.support.processes import Talking
 
 CONTENDERS = ("no uploads", "no uploads, again", "mirror", "obstore put")
 THREAD_TIMES = ("on_cpu_s", "queued_s", "asleep_s")
@@ -108,10 +109,8 @@ def train(spec: dict[str, Any]) -> None:
             steps.append(time.perf_counter() - started)
             num_done += 1
             if num_done % _EVERY == 0:
-                started, tag = time.perf_counter(), f"step-{num_done}"
-                engine.create(tag)
-                engine.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "model.pt")
-                pendings.append(engine.commit(tag))
+                started, state = time.perf_counter(), {"model": model.state_dict(), "optim": optimizer.state_dict()}
+                pendings.append(commit(engine, f"step-{num_done}", state, "model.pt"))
                 if putter is not None:
                     pendings[-1].add_done_callback(lambda pending: putter.put(pending.tag))
                 saves.append(time.perf_counter() - started)
@@ -122,30 +121,28 @@ def train(spec: dict[str, Any]) -> None:
     os._exit(0)
 
 
+_CHILD = "import json, sys; from benchmarks.mirror_training import train; train(json.loads(sys.argv[1]))"
+
+
 class Turns:
     """The contenders' processes, of which one runs at a time."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, Talking] = {}
         self._spec = spec
 
     def start(self) -> None:
         for name in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.mirror_training", self._spec["directory"], "--child"]
-            command.append(json.dumps({**self._spec, "contender": name}))
-            how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.processes[name] = subprocess.Popen(command, **how)
+            self.processes[name] = Talking(_CHILD, json.dumps({**self._spec, "contender": name}))
         for process in self.processes.values():
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            assert process.hear() == "ready"
             self._signal(process.pid, signal.SIGSTOP)
 
     def run(self, name: str, num_steps: int) -> dict[str, Any]:
         process = self.processes[name]
-        assert process.stdin is not None and process.stdout is not None
         self._signal(process.pid, signal.SIGCONT)
-        process.stdin.write(f"{num_steps}\n")
-        process.stdin.flush()
-        found = json.loads(process.stdout.readline())
+        process.say(f"{num_steps}")
+        found = json.loads(process.hear())
         self._signal(process.pid, signal.SIGSTOP)
         # What it has written is not to be written out in the next one's turn.
         os.sync()
@@ -206,13 +203,10 @@ def main() -> None:
     parser.add_argument("--server", choices=("sink", "seaweedfs"), default="sink")
     parser.add_argument("--steps", type=int, default=30, help="of each contender in each round")
     parser.add_argument("--layers", type=int, default=10, help="3.1 MB of state each")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        train(json.loads(given.child))
     # What is stopped would stay for ever.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    home = Path(tempfile.mkdtemp(dir=given.directory))
+    home = Path(tempfile.mkdtemp(dir=given.directory)).resolve()
     group, options = start_server(given.server, home)
     spec = {"directory": str(home), "prefix": "run", "options": options, "num_layers": given.layers}
     spec |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel}
@@ -234,7 +228,7 @@ def main() -> None:
         shutil.rmtree(home)
     rows = summary(rounds)
     print("\n".join(map(json.dumps, rows)))
-    settings = {name: value for name, value in vars(given).items() if name not in ("out", "child", "directory")}
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "directory")}
     keep(given, "mirror training", {**settings, "rows": rows}, environment)
 
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import async_ckpt
 from benchmarks.environment import resident_bytes
 from benchmarks.limits import MIB
-from benchmarks.ranks import run_ranks
-from benchmarks.results import keep, parser_of
+from benchmarks.results import keep, parser_of, reduced
+from tests.support.processes import run_ranks
 
 WAYS = ("rank 0 alone", "replicated")
 NUM_TENSORS = 300
@@ -54,38 +54,39 @@ def one_save(engine: Any, way: str, rank: int, tag: str, state: dict[str, torch.
     return {"durable_s": durable_s, "stall_s": stall_s, "cpu_s": used_s}
 
 
-def work(rank: int, options: argparse.Namespace, results: Any) -> None:
+def work(rank: int, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """What this rank has seen of each way: the memory that it took, then every save."""
     numel = options.size_mib * MIB // 4 // NUM_TENSORS
     state = {f"layer.{i}": torch.full((numel,), 1.0 + i) for i in range(NUM_TENSORS)}
+    engines: dict[str, async_ckpt.AsyncCheckpointEngine] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     with contextlib.ExitStack() as stack:
-        engines = {}
         for way in WAYS:
             before_bytes = resident_bytes()
             engines[way] = stack.enter_context(open_engine(options, way, rank))
             one_save(engines[way], way, rank, "first", state)
-            results.put((rank, way, {"memory_bytes": resident_bytes() - before_bytes}))
+            found[way] = [{"memory_bytes": resident_bytes() - before_bytes}]
         for number in range(options.saves):
             for way in WAYS if number % 2 else WAYS[::-1]:
                 for tensor in state.values():
                     tensor.add_(1.0)
-                results.put((rank, way, one_save(engines[way], way, rank, f"{number}", state)))
+                found[way].append(one_save(engines[way], way, rank, f"{number}", state))
+    return found
 
 
 def main() -> None:
     options = parser_of(__doc__, size_mib=1024, ranks=4, saves=8).parse_args()
-    found = run_ranks(work, options, (1 + options.saves) * len(WAYS))
+    found = run_ranks(options.directory / "ranks", options.ranks, work, options, timeout_s=3600.0)
     figures: dict[str, Any] = {}
     for way in WAYS:
-        ranks = [[told for rank, which, told in found if (rank, which) == (r, way)] for r in range(options.ranks)]
-        by_rank = {
-            name: [[told[name] for told in of_rank if name in told] for of_rank in ranks]
-            for name in ("durable_s", "stall_s", "cpu_s", "memory_bytes")
-        }
-        durable = by_rank["durable_s"][0]
-        used, stalls = (list(map(statistics.median, by_rank[name])) for name in ("cpu_s", "stall_s"))
-        memory = [told[0] for told in by_rank["memory_bytes"]]
+        saves = [rank[way][1:] for rank in found]
+        durable = [told["durable_s"] for told in saves[0]]
+        used, stalls = (
+            [statistics.median(told[name] for told in rank) for rank in saves] for name in ("cpu_s", "stall_s")
+        )
+        memory = [rank[way][0]["memory_bytes"] for rank in found]
         print(
-            f"{way:13} durable {statistics.median(durable):5.2f} s [{min(durable):.2f} to {max(durable):.2f}]; "
+            f"{way:13} durable {reduced(durable).text(digits=2)} s; "
             f"by rank: stall {' '.join(f'{1000 * stall_s:.0f}' for stall_s in stalls)} ms, "
             f"CPU {' '.join(f'{1000 * used_s:.0f}' for used_s in used)} ms, "
             f"memory {' '.join(f'{num_bytes / MIB:.0f}' for num_bytes in memory)} MiB"

@@ -1,6 +1,4 @@
-"""One run of one contender, as plain data: what the parent asks and the child does. It is kept in the run's JSON
-file.
-"""
+"""One run of one contender, as plain data: what the parent asks and the child does; kept in its line of JSON."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ One process, so that the ways differ in nothing else; the contenders in processe
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import async_ckpt
 from async_ckpt.host.memory import region
 from async_ckpt.reading import load as restore
 from async_ckpt.reading import load_into as restore_into
-from benchmarks.limits import MIB, evict, run_fio
-from benchmarks.results import keep, parser_of
+from benchmarks.limits import MIB, evict, fio_read_s
+from benchmarks.results import keep, parser_of, reduced, timed
+from benchmarks.workloads import commit
 
 
 def ways(catalog: async_ckpt.Catalog, path: Path, plain: Path, num_bytes: int) -> dict[str, Callable[[], Any]]:
@@ -68,9 +68,7 @@ def main() -> None:
 
     state = {f"layer.{i}": torch.randn(options.size_mib * MIB // 4 // options.tensors) for i in range(options.tensors)}
     with async_ckpt.AsyncCheckpointEngine(options.directory, overwrite="replace") as engine:
-        engine.create("probe")
-        engine.save(state, "m.pt")
-        engine.commit("probe").result()
+        commit(engine, "probe", state)
     plain = options.directory / "probe.safetensors"
     save_file(state, plain)
     path = options.directory / "probe/m.pt"
@@ -80,23 +78,15 @@ def main() -> None:
     taken: dict[str, list[float]] = {"fio": [], **{name: [] for name in calls}}
     for _ in range(options.repeats):
         for name, call in calls.items():
-            job = run_fio(
-                path, num_bytes, ["--rw=read", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--readonly"]
-            )
-            taken["fio"].append(job["read"]["runtime"] / 1e3 * num_bytes / job["read"]["io_bytes"])
+            taken["fio"].append(fio_read_s(path, num_bytes, "direct_qd16"))
             evict(path)
             evict(plain)
-            started = time.perf_counter()
-            kept = call()
-            taken[name].append(time.perf_counter() - started)
-            del kept
+            taken[name].append(timed(call))
     limit = statistics.median(taken["fio"])
     for name, samples in taken.items():
-        median = statistics.median(samples)
-        print(
-            f"{name:30} {num_bytes / median / 2**30:5.2f} GiB/s  {limit / median:4.2f} of fio  "
-            f"({min(samples):.2f} to {max(samples):.2f} s)"
-        )
+        figure = reduced(samples)
+        rate, share = num_bytes / figure.median / 2**30, limit / figure.median
+        print(f"{name:30} {rate:5.2f} GiB/s  {share:4.2f} of fio  ({figure.low:.2f} to {figure.high:.2f} s)")
     keep(options, "restore", {"num_bytes": num_bytes, "seconds": taken})
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +39,14 @@ class Spread:
         return f"{self.median * scale:.{digits}f} [{self.low * scale:.{digits}f} to {self.high * scale:.{digits}f}]"
 
 
+def reduced(values: Collection[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values), len(values))
+
+
 def spread(values: Iterable[float | None]) -> Spread | None:
     """None where there is nothing to reduce."""
     found = [value for value in values if value is not None]
-    return Spread(statistics.median(found), min(found), max(found), len(found)) if found else None
+    return reduced(found) if found else None
 
 
 @dataclass(frozen=True, order=True)
@@ -120,16 +127,34 @@ def parser_of(about: str | None, **defaults: float | str) -> argparse.ArgumentPa
     return parser
 
 
+def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work(*arguments)` returns in a fresh interpreter, whose standard output is thrown away."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _silence) as process:
+        return process.submit(work, *arguments).result()
+
+
+def _silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """The seconds that a call takes, not those that its result takes to be freed."""
+    started = time.perf_counter()
+    kept = call()
+    taken_s = time.perf_counter() - started
+    del kept
+    return taken_s
+
+
 def keep(given: argparse.Namespace, probe: str, figures: Run, environment: dict[str, Any] | None = None) -> None:
     """Append a probe's figures, where that was asked for; `environment` is that of `given.directory`."""
     if given.out is not None:
         append({"probe": probe, "environment": environment or describe(given.directory), **figures}, given.out)
 
 
-def key_of(run: Run) -> tuple[Any, ...]:
+def key_of(request: dict[str, Any]) -> tuple[Any, ...]:
     """Equal for repetitions of one run."""
-    request = run["request"]
-    return run["scenario"], request["workload"], request["size_mib"], request["device"], run["contender"], run["repeat"]
+    return tuple(request[name] for name in ("scenario", "workload", "size_mib", "device", "contender", "repeat"))
 
 
 def read(folder: Path) -> list[Run]:
@@ -142,7 +167,7 @@ def read(folder: Path) -> list[Run]:
                 continue
             if run.get("schema") != 1:
                 raise ValueError(f"{path.name}: schema {run.get('schema')!r}, this report reads schema 1")
-            runs[key_of(run)] = run
+            runs[key_of(run["request"])] = run
     return list(runs.values())
 
 
@@ -157,9 +182,7 @@ def group(runs: Iterable[Run]) -> dict[Group, dict[str, Row]]:
 
 
 def training_figures(run: Run) -> dict[str, float]:
-    """With against without, of one training run: ratio of walls, seconds per checkpoint (with and without the
-    drain).
-    """
+    """With against without, of one training run: ratio of walls, seconds per checkpoint (and with the drain)."""
     with_ = [s for s in run["segments"] if s["with_checkpoints"]]
     without = [s for s in run["segments"] if not s["with_checkpoints"]]
     if not with_ or not without:

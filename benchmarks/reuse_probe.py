@@ -20,20 +20,12 @@ from typing import Any, Literal
 import torch
 
 from async_ckpt import AsyncCheckpointEngine, KeepLast
-from async_ckpt.metrics import CommitMetrics
-from benchmarks.limits import MIB, fio_direct_depth_16
-from benchmarks.results import keep, parser_of
+from benchmarks.limits import MIB, fio_write
+from benchmarks.results import keep, parser_of, reduced
+from benchmarks.workloads import commit
 
 CASES = ("part", "nothing", "all", "fused")
 MODES: tuple[Literal["auto", "off"], ...] = ("auto", "off")
-
-
-def commit(engine: AsyncCheckpointEngine, tag: str, state: dict[str, torch.Tensor]) -> CommitMetrics:
-    engine.create(tag)
-    engine.save(state, "m.pt")
-    pending = engine.commit(tag)
-    pending.result()
-    return pending.metrics
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -47,14 +39,16 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, f
     samples: dict[str, dict[str, list[dict[str, float]]]] = {case: {mode: [] for mode in MODES} for case in cases}
     for mode in MODES:
         engines[mode].prewarm()
-        commit(engines[mode], "first", state)
+        commit(engines[mode], "first", state).result()
     for k in range(options.repeats):
         for case in cases:
             changed = {"part": [state[f"w{k % num_tensors}"]], "nothing": []}.get(case, list(state.values()))
             for tensor in changed:
                 (tensor.data if case == "fused" else tensor).add_(1)
             for mode in MODES if k % 2 else MODES[::-1]:
-                metrics = commit(engines[mode], f"{case}-{k}", state)
+                pending = commit(engines[mode], f"{case}-{k}", state)
+                pending.result()
+                metrics = pending.metrics
                 sample = {"durable_s": metrics.total_s, "stall_s": metrics.stall_s}
                 samples[case][mode].append(sample | {"written_bytes": metrics.written_bytes})
     for engine in engines.values():
@@ -66,7 +60,7 @@ def main() -> None:
     options = parser_of(__doc__, size_mib=1024, changed=0.01, repeats=5, cases=",".join(CASES)).parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     num_bytes = options.size_mib * MIB
-    limits = [fio_direct_depth_16(options.directory, num_bytes)["durable_s"] for _ in range(options.repeats)]
+    limits = [fio_write(options.directory, num_bytes, "direct_qd16")["durable_s"] for _ in range(options.repeats)]
     samples = measure(options)
     for mode in MODES:
         shutil.rmtree(options.directory / mode)
@@ -76,14 +70,14 @@ def main() -> None:
             for mode, taken in by_mode.items()
         }
         shared, whole = medians["auto"], medians["off"]
-        spread = [sample["durable_s"] for sample in by_mode["auto"]]
+        durable = reduced([sample["durable_s"] for sample in by_mode["auto"]])
         print(
-            f"{case:8} durable {shared['durable_s']:.3f} s [{min(spread):.3f} to {max(spread):.3f}] of "
+            f"{case:8} durable {durable.text(digits=3)} s of "
             f"{whole['durable_s']:.3f} s: {shared['durable_s'] / whole['durable_s']:.3f}; written "
             f"{shared['written_bytes'] / MIB:.1f} of {whole['written_bytes'] / MIB:.1f} MiB; stall "
             f"{shared['stall_s'] * 1e3:.1f} of {whole['stall_s'] * 1e3:.1f} ms"
         )
-    print(f"fio      durable {statistics.median(limits):.3f} s [{min(limits):.3f} to {max(limits):.3f}]")
+    print(f"fio      durable {reduced(limits).text(digits=3)} s")
     keep(options, "reuse", {"size_mib": options.size_mib, "samples": samples, "fio_s": limits})
 
 

@@ -7,6 +7,8 @@ or memory-exhausting contender is a row with its reason; scratch files are remov
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -16,7 +18,6 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def order_of(names: list[str], repeat: int, seed: int) -> list[str]:
 
 
 def child_environment(run_id: str) -> dict[str, str]:
-    """The caller's variables, with this checkout importable, quiet libraries, and a name for what outlives a killed
-    child.
-    """
+    """The caller's variables, with this checkout importable, quiet libraries, and a name for what outlives a child."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3", "DLROVER_LOG_LEVEL": "ERROR"}
     return {**quiet, **os.environ, "PYTHONPATH": path, "BENCH_RUN_ID": run_id}
@@ -79,7 +78,7 @@ def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=scratch))
     run_id = f"bench-{uuid.uuid4().hex[:12]}"
     try:
-        request = replace(request, directory=str(place / "data"))
+        request = dataclasses.replace(request, directory=str(place / "data"))
         os.mkdir(request.directory)
         out = place / "result.json"
         command = [sys.executable, "-m", "benchmarks.child", "--request", request.to_json(), "--out", str(out)]
@@ -131,13 +130,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size-mib", default="", help="one or more sizes; default: the workload's own")
     parser.add_argument("--contenders", default="all", help="'all', or names separated by commas")
     parser.add_argument("--repeats", type=int, default=5, help="child processes per contender")
-    parser.add_argument("--saves", type=int, default=3, help="measured saves (or reads) per child")
-    parser.add_argument("--warmups", type=int, default=1, help="saves after the first one that are not counted")
-    parser.add_argument("--steps", type=int, default=30, help="training: steps per segment")
-    parser.add_argument("--every", type=int, default=10, help="training: steps between checkpoints")
-    parser.add_argument("--segments", type=int, default=2, help="training: pairs of segments per child")
-    parser.add_argument("--tokens", type=int, default=64, help="training: tokens per step")
-    parser.add_argument("--seed", type=int, default=0)
+    numbers = parser.add_argument_group("numbers of one child")
+    for name, field, about in (
+        ("saves", "num_saves", "measured saves (or reads)"),
+        ("warmups", "num_warmups", "saves after the first one that are not counted"),
+        ("steps", "num_steps", "training: steps per segment"),
+        ("every", "every", "training: steps between checkpoints"),
+        ("segments", "num_segments", "training: pairs of segments"),
+        ("tokens", "num_tokens", "training: tokens per step"),
+        ("seed", "seed", "of the states, the batches and the order of the contenders"),
+    ):
+        default = getattr(Request, field)
+        numbers.add_argument(f"--{name}", dest=field, type=int, default=default, help=f"{about} (default: {default})")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--timeout-s", type=float, default=900.0, help="per child")
     parser.add_argument("--drop-caches", action="store_true", help="restore: also write to drop_caches (root)")
@@ -149,39 +153,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def requests_of(arguments: argparse.Namespace) -> list[Request]:
     """Every run of the command line, in the order in which it is done."""
+    shared = {name: value for name, value in vars(arguments).items() if name in Request.__dataclass_fields__}
     found = []
-    for scenario in arguments.scenario.split(","):
-        for workload in arguments.workload.split(","):
-            sizes = [int(size) for size in arguments.size_mib.split(",") if size] or [
-                workloads.default_size_mib(workload)
-            ]
-            for size in sizes:
-                for repeat in range(arguments.repeats):
-                    for name in order_of(choose(scenario, arguments.contenders), repeat, arguments.seed):
-                        found.append(
-                            Request(
-                                scenario=scenario,
-                                contender=name,
-                                workload=workload,
-                                size_mib=size,
-                                directory="",
-                                repeat=repeat,
-                                seed=arguments.seed,
-                                device=arguments.device,
-                                num_warmups=arguments.warmups,
-                                num_saves=arguments.saves,
-                                num_steps=arguments.steps,
-                                every=1 if workload == "small" and scenario == "training" else arguments.every,
-                                num_segments=arguments.segments,
-                                num_tokens=arguments.tokens,
-                                drop_caches=arguments.drop_caches,
-                            )
-                        )
+    for scenario, workload in itertools.product(arguments.scenario.split(","), arguments.workload.split(",")):
+        sizes = [int(size) for size in arguments.size_mib.split(",") if size]
+        sizes = sizes or [workloads.default_size_mib(workload)]
+        own = shared | {"scenario": scenario, "workload": workload, "directory": ""}
+        if workload == "small" and scenario == "training":
+            own["every"] = 1
+        for size_mib, repeat in itertools.product(sizes, range(arguments.repeats)):
+            for name in order_of(choose(scenario, arguments.contenders), repeat, arguments.seed):
+                found.append(Request(**own | {"contender": name, "size_mib": size_mib, "repeat": repeat}))
     return found
-
-
-def group_of(request: Request) -> tuple[str, str, int, str]:
-    return request.scenario, request.workload, request.size_mib, request.device
 
 
 def name_of(request: Request) -> str:
@@ -192,12 +175,11 @@ def headline(result: dict[str, Any]) -> str:
     """One line of progress: the first sample's times, or why there are none."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['reason']}"
-    samples = result.get("samples") or [{}]
     if result.get("segments"):
         return ", ".join(
             f"{'with' if s['with_checkpoints'] else 'without'} {s['wall_s']:.2f} s" for s in result["segments"]
         )
-    last = samples[-1]
+    last = (result.get("samples") or [{}])[-1]
     return ", ".join(f"{key} {value:.4f}" for key, value in last.items() if isinstance(value, float))
 
 
@@ -211,14 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     line = "python -m benchmarks.run " + " ".join(argv if argv is not None else sys.argv[1:])
     todo = requests_of(arguments)
-    kept = (
-        {results.key_of(run) for run in results.read(arguments.out) if run["status"] == "ok"}
-        if arguments.resume
-        else set()
-    )
-    done = [request for request in todo if (*group_of(request), request.contender, request.repeat) in kept]
+    known = results.read(arguments.out) if arguments.resume else []
+    kept = {results.key_of(run["request"]) for run in known if run["status"] == "ok"}
     for number, request in enumerate(todo, 1):
-        if request in done:
+        if results.key_of(dataclasses.asdict(request)) in kept:
             continue
         result = run_one(request, arguments.timeout_s, scratch)
         result["command_line"] = line

@@ -21,9 +21,7 @@ GRACE_S = 2.0
 
 @dataclass
 class Watched:
-    """How a child ended, and what its tree held over time: (monotonic seconds, bytes) with shared pages counted
-    once.
-    """
+    """How a child ended, and the memory of its tree: (monotonic seconds, bytes) with shared pages counted once."""
 
     returncode: int | None
     ended: str

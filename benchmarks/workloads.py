@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from async_ckpt import AsyncCheckpointEngine, PendingCommit
 from benchmarks.environment import memory_bytes
 
 MIB = 1 << 20
@@ -122,6 +124,13 @@ class Workload:
         }
 
 
+def commit(engine: AsyncCheckpointEngine, tag: str, state: State, file: str = "m.pt") -> PendingCommit:
+    """One checkpoint of one file, on its way."""
+    engine.create(tag)
+    engine.save(state, file)
+    return engine.commit(tag)
+
+
 def default_size_mib(name: str) -> int:
     """The size a workload has when none is asked for; `huge` is more than half the memory."""
     if name == "huge":
@@ -152,14 +161,25 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, generator: torch.Generator
             }
 
 
-def _leaves(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return []
+def flatten(state: State) -> tuple[dict[str, torch.Tensor], str]:
+    """A flat name → tensor dict and the rest as JSON, for formats that hold tensors only."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[prefix] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(f"{prefix}.{index}", item)
+        else:
+            scalars[prefix] = value
+
+    walk("", state)
+    return tensors, json.dumps(scalars)
 
 
 def build(name: str, size_mib: int | None = None, *, seed: int = 0, device: str = "cpu") -> Workload:
@@ -195,5 +215,5 @@ def build(name: str, size_mib: int | None = None, *, seed: int = 0, device: str 
     else:
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
     workload = Workload(name, size, seed, module, optimizer, with_state, torch.device(device))
-    workload.tensors = _leaves(workload.state())
+    workload.tensors = list(flatten(workload.state())[0].values())
     return workload

@@ -26,7 +26,7 @@ REGISTRY: dict[str, Entry] = {
     "torch_save": Entry("torch_save", "TorchSave"),
     "torch_save_fsync": Entry("torch_save", "TorchSaveFsync"),
     "torch_save_fsync_dir": Entry("torch_save", "TorchSaveFsyncDir"),
-    "thread_clone": Entry("thread_clone", "ThreadClone"),
+    "thread_clone": Entry("torch_save", "ThreadClone"),
     "safetensors": Entry("safetensors_file", "SafetensorsFile", "safetensors"),
     "safetensors_fsync": Entry("safetensors_file", "SafetensorsFileFsync", "safetensors"),
     "dcp_save": Entry("dcp", "DcpSave"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from async_ckpt import AsyncCheckpointEngine
 from benchmarks.contenders.base import Contender
 from benchmarks.environment import memory_bytes
-from benchmarks.workloads import MIB, State, Workload
+from benchmarks.workloads import MIB, State, Workload, commit
 
 STAGING_SLACK_BYTES = 64 * MIB
 STREAMED_STAGING_BYTES = 1024 * MIB
@@ -31,26 +30,18 @@ class AsyncCkptEager(Contender):
     )
     syncs = "all"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
-        self.pending: Any = None
-        self.engine = AsyncCheckpointEngine(directory, staging_bytes=staging_bytes_for(workload))
+    def start(self) -> None:
+        self.last: Any = None
+        self.engine = AsyncCheckpointEngine(self.directory, staging_bytes=staging_bytes_for(self.workload))
 
     def prewarm(self) -> None:
         self.engine.prewarm(states={"state.pt": self.workload.state()})
 
     def save(self, step: int, state: State) -> None:
-        tag = f"step-{step}"
-        self.engine.create(tag)
-        self.engine.save(state, "state.pt")
-        self.pending = self.engine.commit(tag)
-
-    def wait_durable(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
+        self.last = self.pending = commit(self.engine, f"step-{step}", state, "state.pt")
 
     def detail(self) -> dict[str, Any]:
-        return {} if self.pending is None else dataclasses.asdict(self.pending.metrics)
+        return {} if self.last is None else dataclasses.asdict(self.last.metrics)
 
     def close(self) -> None:
         self.engine.close()
@@ -61,9 +52,9 @@ class AsyncCkptGuarded(AsyncCkptEager):
 
     config = "AsyncCheckpointEngine, staging as eager, guard(optimizer): lazy"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
-        self.engine.guard(workload.optimizer)
+    def start(self) -> None:
+        super().start()
+        self.engine.guard(self.workload.optimizer)
 
     def wait_safe(self) -> None:
         # A step without gradients runs the hook and changes nothing.

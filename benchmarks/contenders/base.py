@@ -9,7 +9,6 @@ Guarantees:
 from __future__ import annotations
 
 import abc
-import json
 import os
 import shutil
 from pathlib import Path
@@ -37,9 +36,16 @@ class Contender(abc.ABC):
     """
 
     def setup(self, directory: Path, workload: Workload) -> None:
-        """Start engines, allocate. Timed as the start, not as a save."""
+        """Know where and what to save, and `start`. Timed as the start, not as a save."""
         self.directory = directory
         self.workload = workload
+        self.pending: Any = None
+        """What the last save can be waited for by, where it is asynchronous: a future."""
+        self.start()
+
+    def start(self) -> None:
+        """Start engines, allocate."""
+        return
 
     def prewarm(self) -> None:
         """Whatever the contender offers to make its first save a warm one. Timed on its own."""
@@ -50,20 +56,18 @@ class Contender(abc.ABC):
         """Save `state`; returns when training may go on (see `wait_safe`). Its duration is the stall."""
 
     def wait_safe(self) -> None:
-        """Block until the saved tensors may be changed. Nothing to do for contenders that copied or wrote inside
-        `save`.
-        """
+        """Block until the saved tensors may be changed; `save` has copied or written them, unless said otherwise."""
         return
 
     def before_step(self) -> None:
-        """Called before `optimizer.step()` in a training loop; whoever hooks the optimizer itself has nothing to do
-        here.
-        """
+        """Called before `optimizer.step()` in a training loop; whoever hooks the optimizer itself need not wait."""
         self.wait_safe()
 
     def wait_durable(self) -> None:
-        """Block until the contender itself reports the last save as finished. Nothing to do for synchronous ones."""
-        return
+        """Block until the contender itself reports the last save as finished."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
 
     def produced(self, step: int) -> Path:
         """The file or directory that holds the checkpoint of `step`."""
@@ -83,16 +87,13 @@ class Contender(abc.ABC):
 
     def close(self) -> None:
         """Stop threads and processes."""
-        return
+        self.wait_durable()
 
     @property
     def synced_by(self) -> str:
         """Who made the bytes durable, in the words of the tables."""
-        return {
-            "nothing": "harness",
-            "files": "contender (files), harness (directories)",
-            "all": "contender",
-        }[self.syncs]
+        words = {"nothing": "harness", "files": "contender (files), harness (directories)", "all": "contender"}
+        return words[self.syncs]
 
 
 def fsync_path(path: Path) -> None:
@@ -123,27 +124,6 @@ def tree_bytes(path: Path) -> int:
     return path.stat().st_size
 
 
-def flatten(state: State) -> tuple[dict[str, torch.Tensor], str]:
-    """A flat name → tensor dict and the rest as JSON, for formats that hold tensors only."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[prefix] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), item)
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                walk(f"{prefix}.{index}", item)
-        else:
-            scalars[prefix] = value
-
-    walk("", state)
-    return tensors, json.dumps(scalars)
-
-
 def clone_tree(value: Any) -> Any:
     """A deep copy in which every tensor is a fresh clone: what people write by hand."""
     if isinstance(value, torch.Tensor):
@@ -157,16 +137,9 @@ def clone_tree(value: Any) -> Any:
 
 def single_rank_environment() -> None:
     """The variables that launchers set, for one rank; some contenders refuse to start without them."""
-    for key, value in {
-        "MASTER_ADDR": "127.0.0.1",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "LOCAL_SIZE": "1",
-        "CROSS_RANK": "0",
-        "CROSS_SIZE": "1",
-    }.items():
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK", "CROSS_RANK"), "0")
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE"), "1")
+    for key, value in {"MASTER_ADDR": "127.0.0.1", **ranks, **sizes}.items():
         os.environ.setdefault(key, value)
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import warnings
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
 
 from benchmarks.contenders.base import Contender, init_single_rank_group
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 NUM_WRITE_THREADS = max(1, os.cpu_count() or 1)
 
@@ -27,8 +26,7 @@ class DcpSave(Contender):
     config = f"dcp.save(FileSystemWriter(thread_count={NUM_WRITE_THREADS}, sync_files=True))"
     syncs = "files"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
+    def start(self) -> None:
         warnings.filterwarnings("ignore", module="torch.distributed.*")
 
     def writer(self, step: int) -> FileSystemWriter:
@@ -43,15 +41,17 @@ class DcpAsyncThread(DcpSave):
 
     config = f"dcp.async_save(THREAD, default stager, thread_count={NUM_WRITE_THREADS})"
     kind = AsyncCheckpointerType.THREAD
+    staging: Literal["shared", "reused", "in a thread"] | None = None
+    """What the stager that is kept over all saves copies into, or where it copies; None: there is none."""
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
-        self.upload: Future[Any] | None = None
+    def start(self) -> None:
+        super().start()
         self.staged: Future[Any] | None = None
-        self.stager = self.make_stager()
-
-    def make_stager(self) -> DefaultStager | None:
-        return None
+        self.stager: DefaultStager | None = None
+        if self.staging is not None:
+            is_shared, in_thread = self.staging == "shared", self.staging == "in a thread"
+            gpu = self.workload.device.type == "cuda" and not is_shared
+            self.stager = DefaultStager(StagingOptions(gpu, is_shared, in_thread, use_non_blocking_copy=gpu))
 
     def save(self, step: int, state: State) -> None:
         self.wait_durable()
@@ -59,22 +59,17 @@ class DcpAsyncThread(DcpSave):
             state, storage_writer=self.writer(step), async_checkpointer_type=self.kind, async_stager=self.stager
         )
         if isinstance(response, AsyncSaveResponse):
-            self.staged, self.upload = response.staging_completion, response.upload_completion
+            self.staged, self.pending = response.staging_completion, response.upload_completion
         else:
-            self.upload = response
+            self.pending = response
 
     def wait_safe(self) -> None:
         if self.staged is not None:
             self.staged.result()
             self.staged = None
 
-    def wait_durable(self) -> None:
-        if self.upload is not None:
-            self.upload.result()
-            self.upload = None
-
     def close(self) -> None:
-        self.wait_durable()
+        super().close()
         if self.stager is not None:
             self.stager.close()
 
@@ -84,17 +79,11 @@ class DcpAsyncProcess(DcpAsyncThread):
 
     config = f"dcp.async_save(PROCESS, DefaultStager(shared memory, reused), thread_count={NUM_WRITE_THREADS})"
     kind = AsyncCheckpointerType.PROCESS
+    staging = "shared"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
+    def start(self) -> None:
         init_single_rank_group()
-        super().setup(directory, workload)
-
-    def make_stager(self) -> DefaultStager:
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
+        super().start()
 
 
 class DcpStagerCached(DcpAsyncThread):
@@ -103,25 +92,11 @@ class DcpStagerCached(DcpAsyncThread):
     config = (
         f"dcp.async_save(THREAD, DefaultStager reused, staged on the caller's thread, thread_count={NUM_WRITE_THREADS})"
     )
-
-    def make_stager(self) -> DefaultStager:
-        gpu = self.workload.device.type == "cuda"
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
-            )
-        )
+    staging = "reused"
 
 
 class DcpStagerLazy(DcpAsyncThread):
     """The stager copies in its own thread: the caller must wait before the tensors change."""
 
     config = f"dcp.async_save(THREAD, DefaultStager reused, staged in a thread, thread_count={NUM_WRITE_THREADS})"
-
-    def make_stager(self) -> DefaultStager:
-        gpu = self.workload.device.type == "cuda"
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=gpu
-            )
-        )
+    staging = "in a thread"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.contenders.base import Contender, Unavailable, single_rank_environment
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 # Read by DeepSpeed while it is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -27,8 +26,7 @@ class DeepspeedTorch(Contender):
 
     config = "TorchCheckpointEngine, zip serialization"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
+    def start(self) -> None:
         self.engine = self.make_engine()
 
     def make_engine(self) -> Any:

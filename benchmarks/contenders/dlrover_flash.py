@@ -19,7 +19,7 @@ from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
 from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
 
 from benchmarks.contenders.base import Contender, single_rank_environment
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 POLL_S = 0.002
 TIMEOUT_S = 300.0
@@ -30,10 +30,9 @@ class DlroverFlash(Contender):
 
     config = "DdpCheckpointer.save_checkpoint(StorageType.DISK), saver process"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
+    def start(self) -> None:
         single_rank_environment()
-        super().setup(directory, workload)
-        self.checkpointer = DdpCheckpointer(str(directory))
+        self.checkpointer = DdpCheckpointer(str(self.directory))
         self.last: int | None = None
 
     def save(self, step: int, state: State) -> None:

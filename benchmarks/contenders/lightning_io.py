@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from benchmarks.contenders.base import Contender
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 
 class LightningAsyncCheckpointIO(Contender):
@@ -15,15 +13,11 @@ class LightningAsyncCheckpointIO(Contender):
 
     config = "AsyncCheckpointIO(TorchCheckpointIO()), teardown() to wait"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
+    def start(self) -> None:
         self.plugin = AsyncCheckpointIO(TorchCheckpointIO())
 
     def save(self, step: int, state: State) -> None:
         self.plugin.save_checkpoint(state, self.produced(step))
 
     def wait_durable(self) -> None:
-        self.plugin.teardown()
-
-    def close(self) -> None:
         self.plugin.teardown()

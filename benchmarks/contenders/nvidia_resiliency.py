@@ -8,14 +8,13 @@ written.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue, AsyncRequest
 from nvidia_resiliency_ext.checkpointing.utils import preload_tensors
 
 from benchmarks.contenders.base import Contender, init_single_rank_group
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 POLL_S = 0.002
 
@@ -25,9 +24,8 @@ class NvidiaResiliency(Contender):
 
     config = "AsyncCallsQueue(persistent=True) with torch.save; on the CPU safe to mutate only when written"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
+    def start(self) -> None:
         init_single_rank_group()
-        super().setup(directory, workload)
         self.queue = AsyncCallsQueue(persistent=True)
 
     def save(self, step: int, state: State) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks.contenders.base import Contender, flatten
-from benchmarks.workloads import State, Workload
+from benchmarks.contenders.base import Contender
+from benchmarks.workloads import State, flatten
 
 
 class OrbaxAsync(Contender):
@@ -19,8 +18,7 @@ class OrbaxAsync(Contender):
 
     config = "AsyncCheckpointer(PyTreeCheckpointHandler(use_compression=False)), tensors as numpy views"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
+    def start(self) -> None:
         self.checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
     def save(self, step: int, state: State) -> None:

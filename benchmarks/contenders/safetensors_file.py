@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from safetensors.torch import save_file
 
-from benchmarks.contenders.base import Contender, flatten, fsync_path
-from benchmarks.workloads import State
+from benchmarks.contenders.base import Contender, fsync_path
+from benchmarks.workloads import State, flatten
 
 
 class SafetensorsFile(Contender):

@@ -5,15 +5,11 @@ Its direct I/O is switched off: the default writes unaligned and fails every sav
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
-
 from torch_checkpointing import CheckpointManager
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 from benchmarks.contenders.base import Contender
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 
 class TorchCheckpointing(Contender):
@@ -21,12 +17,9 @@ class TorchCheckpointing(Contender):
 
     config = "CheckpointManager(async save, use_direct_io=False), prewarm_staging, lock() before the optimizer step"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
-        super().setup(directory, workload)
-        self.manager = CheckpointManager(
-            CheckpointManager.Config(storage_config=LocalFileSystemStorageConfig(use_direct_io=False))
-        )
-        self.pending: Future[Any] | None = None
+    def start(self) -> None:
+        storage = LocalFileSystemStorageConfig(use_direct_io=False)
+        self.manager = CheckpointManager(CheckpointManager.Config(storage_config=storage))
 
     def prewarm(self) -> None:
         self.manager.prewarm_staging(self.workload.state())
@@ -38,11 +31,6 @@ class TorchCheckpointing(Contender):
     def wait_safe(self) -> None:
         with self.manager.lock():
             return
-
-    def wait_durable(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
 
     def close(self) -> None:
         self.manager.close()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torchsnapshot import Snapshot, StateDict
-from torchsnapshot.snapshot import PendingSnapshot
 
 from benchmarks.contenders.base import Contender, single_rank_environment
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State
 
 
 class TorchsnapshotAsyncTake(Contender):
@@ -16,10 +13,8 @@ class TorchsnapshotAsyncTake(Contender):
 
     config = "Snapshot.async_take(path, {'state': StateDict}), batching on"
 
-    def setup(self, directory: Path, workload: Workload) -> None:
+    def start(self) -> None:
         single_rank_environment()
-        super().setup(directory, workload)
-        self.pending: PendingSnapshot | None = None
 
     def save(self, step: int, state: State) -> None:
         self.wait_durable()
@@ -29,6 +24,3 @@ class TorchsnapshotAsyncTake(Contender):
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
-
-    def close(self) -> None:
-        self.wait_durable()

@@ -1,3 +1,1 @@
-"""The scenarios: each module has `run(request, result)`, which fills `result` as it goes, so that a failure keeps what
-was measured.
-"""
+"""Each scenario has `run(request, result)`, which fills `result` as it goes: a failure keeps what was measured."""

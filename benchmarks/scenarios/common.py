@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from benchmarks import contenders, workloads
 from benchmarks.contenders.base import Contender, sync_tree, tree_bytes
 from benchmarks.request import Request
+from benchmarks.results import timed
 from benchmarks.workloads import Workload
 
 Result = dict[str, Any]
@@ -28,24 +32,19 @@ def build_workload(request: Request, result: Result) -> Workload:
     return workload
 
 
-def start_contender(request: Request, result: Result, workload: Workload) -> Contender:
-    """Import, construct, set up, prewarm; the start is timed apart from every save."""
+@contextmanager
+def started(request: Request, result: Result, workload: Workload) -> Iterator[Contender]:
+    """Import, construct, set up, prewarm, and close in the end; the start is timed apart from every save."""
     contender = contenders.load(request.contender)()
     result.update(config=contender.config, syncs=contender.syncs, synced_by=contender.synced_by)
     directory = Path(request.directory) / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    contender.setup(directory, workload)
-    result["setup_s"] = time.perf_counter() - start
-    start = time.perf_counter()
-    contender.prewarm()
-    result["prewarm_s"] = time.perf_counter() - start
-    return contender
-
-
-def settle() -> None:
-    """Let earlier dirty pages reach the disk, so that one save does not pay for another's."""
-    os.sync()
+    result["setup_s"] = timed(partial(contender.setup, directory, workload))
+    result["prewarm_s"] = timed(contender.prewarm)
+    try:
+        yield contender
+    finally:
+        contender.close()
 
 
 def timed_save(contender: Contender, workload: Workload, step: int) -> dict[str, Any]:
@@ -57,7 +56,8 @@ def timed_save(contender: Contender, workload: Workload, step: int) -> dict[str,
     if workload.device.type == "cuda":
         torch.cuda.synchronize()
     state = workload.state()
-    settle()
+    # Earlier dirty pages reach the disk, so that one save does not pay for another's.
+    os.sync()
     start = time.perf_counter()
     contender.save(step, state)
     stalled = time.perf_counter()

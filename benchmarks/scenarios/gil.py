@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from benchmarks.contenders.base import sync_tree
 from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, settle, start_contender
+from benchmarks.scenarios.common import Result, build_workload, started
 from benchmarks.ticker import Ticker
 
 
@@ -17,10 +18,9 @@ def run(request: Request, result: Result) -> None:
     window.
     """
     workload = build_workload(request, result)
-    contender = start_contender(request, result, workload)
     samples = result.setdefault("samples", [])
     windows: list[tuple[float, float, float]] = []
-    try:
+    with started(request, result, workload) as contender:
         with Ticker() as ticker:
             idle_from = time.monotonic()
             time.sleep(0.5)
@@ -28,7 +28,7 @@ def run(request: Request, result: Result) -> None:
             for step in range(1 + request.num_warmups + request.num_saves):
                 workload.advance()
                 state = workload.state()
-                settle()
+                os.sync()
                 called = time.monotonic()
                 contender.save(step, state)
                 returned = time.monotonic()
@@ -40,15 +40,7 @@ def run(request: Request, result: Result) -> None:
                 contender.discard(step)
         result["idle_s"] = ticker.longest(idle_from, idle_to)
         for called, returned, done in windows[1 + request.num_warmups :]:
-            samples.append(
-                {
-                    "during_save_s": ticker.longest(called, returned),
-                    "background_s": ticker.longest(returned, done),
-                    "control_s": ticker.control_longest(returned, done),
-                    "stall_s": returned - called,
-                    "window_s": done - returned,
-                    "num_bytes": workload.num_bytes,
-                }
-            )
-    finally:
-        contender.close()
+            late = {"during_save_s": ticker.longest(called, returned), "background_s": ticker.longest(returned, done)}
+            late["control_s"] = ticker.control_longest(returned, done)
+            times = {"stall_s": returned - called, "window_s": done - returned}
+            samples.append({**late, **times, "num_bytes": workload.num_bytes})

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import contenders
 from benchmarks.environment import memory_bytes, resident_bytes
 from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, start_contender, timed_save
+from benchmarks.scenarios.common import Result, build_workload, started, timed_save
 
 
 def run(request: Request, result: Result) -> None:
@@ -23,9 +23,8 @@ def run(request: Request, result: Result) -> None:
     baseline = resident_bytes()
     time.sleep(0.3)
     result["baseline_monotonic_s"] = time.monotonic()
-    contender = start_contender(request, result, workload)
     samples = result.setdefault("samples", [])
-    try:
+    with started(request, result, workload) as contender:
         for step in range(request.num_warmups + request.num_saves):
             sample = timed_save(contender, workload, step)
             contender.discard(step)
@@ -33,5 +32,3 @@ def run(request: Request, result: Result) -> None:
             samples.append(sample)
         result["hwm_extra_bytes"] = memory_bytes("VmHWM:", "self/status") - baseline
         result["end_monotonic_s"] = time.monotonic()
-    finally:
-        contender.close()

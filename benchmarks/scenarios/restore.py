@@ -14,29 +14,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders.base import Unavailable, flatten, sync_tree
-from benchmarks.limits import evict, run_fio
+from benchmarks.contenders.base import Unavailable, sync_tree
+from benchmarks.limits import FIO, evict, fio_read_s, run_fio
 from benchmarks.request import Request
 from benchmarks.scenarios.common import Result, build_workload
-from benchmarks.workloads import State, Workload
+from benchmarks.workloads import State, Workload, commit, flatten
 
+_FIO = "limit_fio_read_"
 NAMES = (
-    "limit_fio_read_direct_qd4",
-    "limit_fio_read_direct_qd16",
-    "limit_fio_read_buffered",
-    "torch_load",
-    "torch_load_mmap",
-    "torch_load_into",
-    "safetensors_load_file",
-    "safetensors_load_into",
-    "async_ckpt_load",
-    "async_ckpt_load_into",
+    *(_FIO + way for way in FIO),
+    *("torch_load", "torch_load_mmap", "torch_load_into", "safetensors_load_file", "safetensors_load_into"),
+    *("async_ckpt_load", "async_ckpt_load_into"),
 )
-FIO_READS = {
-    "limit_fio_read_direct_qd4": ["--direct=1", "--ioengine=libaio", "--iodepth=4"],
-    "limit_fio_read_direct_qd16": ["--direct=1", "--ioengine=libaio", "--iodepth=16"],
-    "limit_fio_read_buffered": ["--direct=0", "--ioengine=psync"],
-}
+Prepared = tuple[Path, Callable[[], Any], str]
 
 
 def _copy_into(loaded: State, target: State) -> None:
@@ -48,17 +38,13 @@ def _copy_into(loaded: State, target: State) -> None:
             tensor.copy_(sources[name])
 
 
-def prepare(name: str, directory: Path, workload: Workload) -> tuple[Path, Callable[[], Any], str]:
+def prepare(name: str, directory: Path, workload: Workload) -> Prepared:
     """Write the file this reader wants; returns it, the read itself, and the configuration in words."""
     state = workload.state()
-    if name in FIO_READS:
-        path = directory / "fio.dat"
+    if name.startswith(_FIO):
+        path, way = directory / "fio.dat", name.removeprefix(_FIO)
         run_fio(path, workload.num_bytes, ["--rw=write", "--end_fsync=1"])
-        return (
-            path,
-            lambda: run_fio(path, workload.num_bytes, ["--rw=read", *FIO_READS[name]]),
-            "fio read, " + " ".join(FIO_READS[name]),
-        )
+        return path, lambda: fio_read_s(path, workload.num_bytes, way), "fio read, " + " ".join(FIO[way])
     if name.startswith("torch_load"):
         return _prepare_torch(name, directory / "state.pt", state)
     if name.startswith("safetensors"):
@@ -66,51 +52,38 @@ def prepare(name: str, directory: Path, workload: Workload) -> tuple[Path, Calla
     return _prepare_async_ckpt(name, directory / "root", state)
 
 
-def _prepare_torch(name: str, path: Path, state: State) -> tuple[Path, Callable[[], Any], str]:
+def _prepare_torch(name: str, path: Path, state: State) -> Prepared:
     torch.save(state, path)
+    is_mapped = name == "torch_load_mmap"
+    words = "torch.load(path, mmap=True)" if is_mapped else "torch.load(path)"
+
+    def read() -> State:
+        return torch.load(path, weights_only=True, mmap=is_mapped)
+
     if name == "torch_load":
-        return path, lambda: torch.load(path, weights_only=True), "torch.load(path)"
-    if name == "torch_load_into":
-        return (
-            path,
-            lambda: _copy_into(torch.load(path, weights_only=True), state),
-            "torch.load(path), copied into existing tensors",
-        )
-    return (
-        path,
-        lambda: _copy_into(torch.load(path, weights_only=True, mmap=True), state),
-        "torch.load(path, mmap=True), copied into existing tensors",
-    )
+        return path, read, words
+    return path, lambda: _copy_into(read(), state), f"{words}, copied into existing tensors"
 
 
-def _prepare_safetensors(name: str, path: Path, state: State) -> tuple[Path, Callable[[], Any], str]:
+def _prepare_safetensors(name: str, path: Path, state: State) -> Prepared:
     try:
         from safetensors.torch import load_file, save_file
     except ImportError as error:
         raise Unavailable(f"not installed: {error.name}") from error
     flat, _ = flatten(state)
     save_file(flat, path)
-    if name == "safetensors_load_file":
-        # load_file may map the file: read every page, as whoever uses the tensors will.
-        return (
-            path,
-            lambda: [t.clone() for t in load_file(path).values()],
-            "safetensors.torch.load_file(path), then every tensor read",
-        )
-    return (
-        path,
-        lambda: _copy_into(load_file(path), flat),
-        "safetensors.torch.load_file(path), copied into existing tensors",
-    )
+    words = "safetensors.torch.load_file(path)"
+    if name == "safetensors_load_into":
+        return path, lambda: _copy_into(load_file(path), flat), f"{words}, copied into existing tensors"
+    # load_file may map the file: read every page, as whoever uses the tensors will.
+    return path, lambda: [t.clone() for t in load_file(path).values()], f"{words}, then every tensor read"
 
 
-def _prepare_async_ckpt(name: str, root: Path, state: State) -> tuple[Path, Callable[[], Any], str]:
+def _prepare_async_ckpt(name: str, root: Path, state: State) -> Prepared:
     import async_ckpt
 
     engine = async_ckpt.AsyncCheckpointEngine(root)
-    engine.create("step-0")
-    engine.save(state, "state.pt")
-    engine.commit("step-0").result()
+    commit(engine, "step-0", state, "state.pt").result()
     path = root / "step-0" / "state.pt"
     if name == "async_ckpt_load":
         engine.close()
@@ -135,8 +108,8 @@ def run(request: Request, result: Result) -> None:
         start = time.perf_counter()
         loaded = read()
         took = time.perf_counter() - start
-        if request.contender in FIO_READS:
-            took = loaded["read"]["runtime"] / 1e3 * workload.num_bytes / loaded["read"]["io_bytes"]
+        if request.contender.startswith(_FIO):
+            took = loaded
         del loaded
         if index >= request.num_warmups:
             samples.append({"restore_s": took, "num_bytes": workload.num_bytes, "resident_fraction": resident})

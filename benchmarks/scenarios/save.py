@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from benchmarks.limits import LIMITS
 from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, settle, start_contender, timed_save
+from benchmarks.scenarios.common import Result, build_workload, started, timed_save
 from benchmarks.workloads import build
 
 
@@ -16,9 +17,8 @@ def run(request: Request, result: Result) -> None:
         run_limit(request, result)
         return
     workload = build_workload(request, result)
-    contender = start_contender(request, result, workload)
     samples = result.setdefault("samples", [])
-    try:
+    with started(request, result, workload) as contender:
         for step in range(1 + request.num_warmups + request.num_saves):
             sample = timed_save(contender, workload, step)
             contender.discard(step)
@@ -26,8 +26,6 @@ def run(request: Request, result: Result) -> None:
                 result["first"] = sample
             elif step > request.num_warmups:
                 samples.append(sample)
-    finally:
-        contender.close()
 
 
 def run_limit(request: Request, result: Result) -> None:
@@ -43,5 +41,5 @@ def run_limit(request: Request, result: Result) -> None:
     directory = Path(request.directory)
     samples = result.setdefault("samples", [])
     for _ in range(request.num_saves):
-        settle()
+        os.sync()
         samples.append(measure(directory, num_bytes))

@@ -7,6 +7,7 @@ During a segment only the contender's own syncing happens; after it, the segment
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -14,27 +15,24 @@ import torch
 
 from benchmarks.contenders.base import Contender, sync_tree
 from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, check_complete, settle, start_contender
+from benchmarks.scenarios.common import Result, build_workload, check_complete, started
 from benchmarks.workloads import Workload
 
 
 def run(request: Request, result: Result) -> None:
     """Segments of `num_steps` steps; the warm-up runs a few steps and one save."""
     workload = build_workload(request, result)
-    contender = start_contender(request, result, workload)
     generator = torch.Generator().manual_seed(request.seed)
     segments: list[dict[str, Any]] = result.setdefault("segments", [])
-    try:
+    with started(request, result, workload) as contender:
         warm_up(request, contender, workload, generator)
         step = 1
         for pair in range(request.num_segments):
             order = (False, True) if (pair + request.repeat) % 2 == 0 else (True, False)
             for with_checkpoints in order:
-                settle()
+                os.sync()
                 segment, step = run_segment(request, contender, workload, generator, step, with_checkpoints)
                 segments.append(segment)
-    finally:
-        contender.close()
 
 
 def warm_up(request: Request, contender: Contender, workload: Workload, generator: torch.Generator) -> None:
