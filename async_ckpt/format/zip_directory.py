@@ -27,8 +27,6 @@ END64 = struct.Struct("<4sQHHIIQQQQ")
 LOCATOR = struct.Struct("<4sIQI")
 END = struct.Struct("<4sHHHHIIH")
 
-# What is compared of an entry and of a local header; the rest is passed over.
-_ENTRY_FACTS = struct.Struct("<4s4xHH4xIIIHHHH6xI")
 _LOCAL = struct.Struct("<4s2xHH16xHH")
 _TAIL_BYTES = END64.size + LOCATOR.size + END.size
 _MAX_NAME_BYTES = 4096
@@ -147,8 +145,8 @@ def _read_entry(raw: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
     """((name, offset of the local header, size, CRC), offset of the next entry) of the directory entry at `at`."""
     if at + ENTRY.size > len(raw):
         raise CorruptCheckpointError("zip directory is cut off inside an entry")
-    fields = _ENTRY_FACTS.unpack_from(raw, at)
-    magic, flags, method, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, header = fields
+    magic, _, _, flags, method, _, _, crc, *numbers, header = ENTRY.unpack_from(raw, at)
+    packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _ = numbers
     name_at = at + ENTRY.size
     following = name_at + name_bytes + extra_bytes
     is_sound = magic == b"PK\1\2" and following <= len(raw) and 0 < name_bytes <= _MAX_NAME_BYTES

@@ -73,7 +73,7 @@ class Draft:
         storage_of = {self.live.storage_ids[index]: storage for storage, index in enumerate(self.facts.distinct)}
         parts = []
         for written_storage in recorded.storages:
-            storage, start, strided = recorded.parts.get(written_storage._cdata, (written_storage, 0, None))
+            storage, start, strided = recorded.part_of(written_storage)
             known = storage_of.get(storage._cdata)
             if known is None or storage.nbytes() != self.facts.nbytes[known]:
                 raise NotPlainError("torch writes storages that are no tensor's")
@@ -203,7 +203,10 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> t
     """
     reader = PickleReader(pickled, places=True)
     try:
-        nodes = _nodes(structure, len(leaves), reader.read())
+        nodes: list[Any] = [reader.read(), *(None for _ in leaves[1:])]
+        for item in structure.opened:
+            children = _children(item, nodes[item.position])
+            nodes[item.first : item.first + len(children)] = children
     except (MalformedPickleError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise NotPlainError(f"the pickle is not built as the state is: {error}") from error
     for position in structure.string_positions:
@@ -218,43 +221,25 @@ def find_sites(structure: Structure, leaves: Sequence[Any], pickled: bytes) -> t
     return sites, frozenset(reader.names)
 
 
-def _nodes(structure: Structure, num_leaves: int, root: Any) -> list[Any]:
-    nodes: list[Any] = [None] * num_leaves
-    nodes[0] = root
-    for item in structure.opened:
-        children = _children(item, nodes[item.position])
-        nodes[item.first : item.first + len(children)] = children
-    return nodes
-
-
 def _children(item: Opened, node: Any) -> list[Any]:
-    """The parts of `node` in the order of the flat list."""
-    if item.form is not None:
-        return _parts(item, node)
-    if item.kind is torch.Size:
-        (node,) = node.args
-    if item.kind in (dict, OrderedDict):
-        children = _checked(
-            type(node) is item.kind and len(node) == item.length, [*map(key_value, node), *node.values()]
-        )
-        return [*children, vars(node)["state"]] if item.attributes >= 0 else children
-    return _checked(type(node) is (list if item.kind is list else tuple) and len(node) == item.length, list(node))
-
-
-def _parts(item: Opened, node: Any) -> list[Any]:
-    form = item.form
-    assert form is not None and type(node) is Inert
-    args = [None, *node.args] if form.is_new else [None, node.args]
-    items, pairs = node.items or [], node.pairs or {}
-    is_so = (len(args), len(items), len(pairs)) == (form.num_called, form.num_items, form.num_pairs)
-    state = [node.state] if form.has_state else []
-    return _checked(is_so, [*args, *state, *items, *map(key_value, pairs), *pairs.values()])
-
-
-def _checked(is_so: bool, children: list[Any]) -> list[Any]:
-    if not is_so:
-        raise ValueError("a part of another length")
-    return children
+    """The parts of `node` in the order of the flat list. Raises ValueError or its like where it has others."""
+    form, kind = item.form, item.kind
+    if form is not None:
+        called = [None, *node.args] if form.is_new else [None, node.args]
+        items, pairs = node.items or [], node.pairs or {}
+        if (len(called), len(items), len(pairs)) == (form.num_called, form.num_items, form.num_pairs):
+            state = [node.state] if form.has_state else []
+            return [*called, *state, *items, *map(key_value, pairs), *pairs.values()]
+    elif kind in (dict, OrderedDict):
+        if type(node) is kind and len(node) == item.length:
+            attributes = [vars(node)["state"]] if item.attributes >= 0 else []
+            return [*map(key_value, node), *node.values(), *attributes]
+    else:
+        if kind is torch.Size:
+            (node,) = node.args
+        if type(node) is (list if kind is list else tuple) and len(node) == item.length:
+            return list(node)
+    raise ValueError("a part of another kind or length")
 
 
 def _site(node: Any) -> Site:

@@ -140,7 +140,7 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     if nbytes != recorded.container.payload_nbytes:
         raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
     refuse_unreadable(obj, storages)
-    parts: list[Part] = [recorded.parts.get(storage._cdata, (storage, 0, None)) for storage in storages]
+    parts: list[Part] = [recorded.part_of(storage) for storage in storages]
     strided = {payload: layout for payload, (_, _, layout) in enumerate(parts) if layout is not None}
     plan = container_plan(recorded.container, "torch", strided)
     sources, starts = [storage for storage, _, _ in parts], [start for _, start, _ in parts]

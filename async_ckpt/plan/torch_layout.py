@@ -79,7 +79,7 @@ class Recorded:
         self.versions: list[int | None] = []
         """The version counter of each when it was met."""
         self.parts: Mapping[int, Part] = {}
-        """By `_cdata`, the storages that stand for parts of the user's."""
+        """By `_cdata`, of the storages that stand for parts of the user's."""
         self._met: deque[Any] = deque(maxlen=8)
         """The last objects that are no plain containers, numbers or texts."""
         self._pieces: list[bytes] = []
@@ -112,6 +112,10 @@ class Recorded:
             alignment=alignment,
         )
         self._pieces.clear()
+
+    def part_of(self, storage: torch.UntypedStorage) -> Part:
+        """What of the user's is written where torch has written `storage`."""
+        return self.parts.get(storage._cdata, (storage, 0, None))
 
     def _note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
         storage = obj if isinstance(obj, torch.UntypedStorage) else obj._untyped_storage
