@@ -25,7 +25,7 @@ import torch
 from ..format.inert import Inert, MalformedPickleError, Placed, key_value
 from ..format.pickles import PickleReader
 from ..format.zip import with_pickle
-from .key_paths import tensor_paths
+from .key_paths import paths_of
 from .object_parts import LATIN1
 from .plan import FilePlan, PlannedState, container_plan, version_counters
 from .strided import Strided
@@ -172,7 +172,7 @@ class CachedPlan:
             devices=self._devices,
             tensors=tensors,
             versions=versions,
-            tensor_paths=lambda: tensor_paths(root, tensors),
+            tensor_paths=lambda: paths_of(root, tensors),
             cached=cached,
             addresses=list(self._pick_addresses(live.addresses)),
             tensor_storages=live.storage_ids,

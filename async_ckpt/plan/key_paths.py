@@ -79,12 +79,8 @@ def walk(root: Any) -> Iterator[tuple[Place, Any]]:
             queue.append(((place, step), child))
 
 
-def places_of(root: Any, objects: Sequence[Any]) -> list[str | None]:
-    """The path of each object, or None for one that only an object's own reducer produced."""
+def paths_of(root: Any, objects: Sequence[Any]) -> list[str]:
+    """The path of each object; `UNKNOWN` of one that only an object's own reducer produced."""
     wanted = {id(obj) for obj in objects}
     found = {id(obj): path_of(place) for place, obj in walk(root) if id(obj) in wanted}
-    return [found.get(id(obj)) for obj in objects]
-
-
-def tensor_paths(root: Any, tensors: Sequence[torch.Tensor]) -> list[str]:
-    return [UNKNOWN if path is None else path for path in places_of(root, tensors)]
+    return [found.get(id(obj), UNKNOWN) for obj in objects]

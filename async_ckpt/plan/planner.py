@@ -18,7 +18,7 @@ from ..format.named import file_naming, listing, names_in, places_named
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
-from .key_paths import UNKNOWN, path_of, places_of, tensor_paths, walk
+from .key_paths import UNKNOWN, path_of, paths_of, walk
 from .object_parts import is_numpy
 from .plan import FileFormat, PlannedState, container_plan, planned_state
 from .safetensors import SafetensorsPlan, plan_safetensors
@@ -145,7 +145,7 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     plan = container_plan(recorded.container, "torch", strided)
     sources, starts = [storage for storage, _, _ in parts], [start for _, start, _ in parts]
     tensors, versions = recorded.tensors, recorded.versions
-    return planned_state(plan, sources, starts, tensors, versions, lambda: tensor_paths(obj, tensors))
+    return planned_state(plan, sources, starts, tensors, versions, lambda: paths_of(obj, tensors))
 
 
 Entry = TypeVar("Entry")
@@ -209,8 +209,8 @@ def refusal(obj: Any, error: RecordingError) -> UnsupportedStateError:
     if isinstance(reason, RecursionError) or not suspects:
         # Breadth first, so that the last place is the deepest.
         suspects = [obj for _, obj in deque(walk(obj), maxlen=1)]
-    found = zip(places_of(obj, suspects), suspects, strict=True)
-    path, item = next(((path, item) for path, item in found if path is not None), (f" {UNKNOWN}", suspects[0]))
+    found = zip(paths_of(obj, suspects), suspects, strict=True)
+    path, item = next(((path, item) for path, item in found if path != UNKNOWN), (f" {UNKNOWN}", suspects[0]))
     return UnsupportedStateError(
         f"state{path} ({type(item).__name__}) cannot be saved: {type(reason).__name__}: {reason}; nothing was written"
     )

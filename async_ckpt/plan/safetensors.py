@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -34,7 +33,7 @@ class SafetensorsPlan:
         self.names = names
         self.facts = names, facts, bits, metadata
         """All that must be equal."""
-        formats = dict(_formats(frozenset(facts.dtypes)))
+        formats = _formats(names, facts.dtypes)
         order = sorted(range(len(names)), key=lambda index: (formats[facts.dtypes[index]][0], names[index].encode()))
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
         filled: list[int] = []
@@ -109,8 +108,6 @@ def plan_safetensors(obj: Any, previous: SafetensorsPlan | None) -> tuple[Safete
         raise UnsupportedStateError("a tensor of the state has no readable data; nothing was written")
     if previous is not None and previous.facts == (names, facts, bits, metadata):
         return previous, previous.planned(tensors, versions, live, cached=True)
-    for name, dtype in zip(names, facts.dtypes, strict=True):
-        _format_of(name, dtype)
     plan = SafetensorsPlan(names, live, facts, bits, metadata)
     return plan, plan.planned(tensors, versions, live, cached=False)
 
@@ -120,26 +117,18 @@ def _metadata(obj: Any) -> tuple[dict[str, str] | None, Any]:
         return None, obj
     found = obj["__metadata__"]
     if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise UnsupportedStateError(
-            "state['__metadata__']: safetensors takes a dict of str to str here; nothing was written"
-        )
+        raise _refused("takes a dict of str to str here", "__metadata__")
     return dict(found), {key: value for key, value in obj.items() if key != "__metadata__"}
 
 
 def _flat(obj: Any) -> tuple[list[str], list[torch.Tensor]]:
     if not isinstance(obj, dict):
-        raise UnsupportedStateError(
-            f"safetensors takes a dict of tensors, not a {type(obj).__name__}; nothing was written"
-        )
+        raise _refused(f"takes a dict of tensors, not a {type(obj).__name__}")
     for key, value in obj.items():
         if not isinstance(key, str):
-            raise UnsupportedStateError(
-                f"state[{key!r}]: safetensors takes str keys, not {type(key).__name__}; nothing was written"
-            )
+            raise _refused(f"takes str keys, not {type(key).__name__}", key)
         if type(value) not in TENSOR_TYPES:
-            raise UnsupportedStateError(
-                f"state[{key!r}]: safetensors takes tensors, not {type(value).__name__}; nothing was written"
-            )
+            raise _refused(f"takes tensors, not {type(value).__name__}", key)
     return list(obj), list(obj.values())
 
 
@@ -151,43 +140,37 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
         memory = torch._neg_view(memory) if memory.is_neg() else memory
         look_at([memory])
     except (NotPlainError, RuntimeError, NotImplementedError) as error:
-        message = (
-            f"state[{name!r}]: safetensors takes dense tensors whose bytes can be copied ({error}); nothing was written"
-        )
-        raise UnsupportedStateError(message) from error
+        raise _refused(f"takes dense tensors whose bytes can be copied ({error})", name) from error
     return memory
 
 
-def _library() -> Any:
+def _formats(names: list[str], dtypes: list[torch.dtype]) -> dict[torch.dtype, tuple[int, str, int]]:
+    """Each dtype's rank in the file, name in the header, and how many elements the header counts per torch element.
+    Raises UnsupportedStateError with the key path: the library does not know one.
+    """
     try:
         import safetensors.torch as library
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            'format="safetensors" needs the safetensors package: install async-ckpt[safetensors]'
-        ) from error
-    return library
-
-
-@lru_cache(maxsize=64)
-def _formats(dtypes: frozenset[torch.dtype]) -> tuple[tuple[torch.dtype, tuple[int, str, int]], ...]:
-    """Each dtype's rank in the file, name in the header, and how many elements the header counts per torch element."""
-    listed = sorted(dtypes, key=str)
-    raw = _library().save(
-        {str(number): torch.empty((0, 3), dtype=dtype, device="cpu") for number, dtype in enumerate(listed)}
-    )
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return tuple(
-        (listed[int(key)], (rank, entry["dtype"], entry["shape"][1] // 3))
-        for rank, (key, entry) in enumerate(header.items())
-    )
-
-
-def _format_of(name: str, dtype: torch.dtype) -> None:
-    """Refuse a dtype that the library does not know, with the key path."""
-    _library()
+        message = 'format="safetensors" needs the safetensors package: install async-ckpt[safetensors]'
+        raise ConfigError(message) from error
     refusals = (ValueError, LookupError, TypeError, RuntimeError, sys.modules["safetensors"].SafetensorError)
-    try:
-        _formats(frozenset((dtype,)))
-    except refusals as error:
-        message = f"state[{name!r}]: safetensors has no {dtype}; nothing was written"
-        raise UnsupportedStateError(message) from error
+    examples: dict[str, torch.Tensor] = {}
+    listed: list[torch.dtype] = []
+    raw = library.save(examples)
+    for dtype in dict.fromkeys(dtypes):
+        examples[str(len(listed))] = torch.empty((0, 3), dtype=dtype, device="cpu")
+        listed.append(dtype)
+        try:
+            raw = library.save(examples)
+        except refusals as error:
+            raise _refused(f"has no {dtype}", names[dtypes.index(dtype)]) from error
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return {
+        listed[int(key)]: (rank, entry["dtype"], entry["shape"][1] // 3)
+        for rank, (key, entry) in enumerate(header.items())
+    }
+
+
+def _refused(what: str, *key: object) -> UnsupportedStateError:
+    where = f"state[{key[0]!r}]: " if key else ""
+    return UnsupportedStateError(f"{where}safetensors {what}; nothing was written")
