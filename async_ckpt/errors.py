@@ -203,9 +203,6 @@ class TagExistsError(CommitError, FileExistsError):
 class PathExistsError(CheckpointError, FileExistsError):
     """A path was saved or made already; the first one is kept as it is."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class RankFailedError(CommitError):
     """Another rank failed, vanished or disagreed; nothing was renamed on any rank."""
@@ -217,9 +214,6 @@ class RankFailedError(CommitError):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """No committed checkpoint, or no such file in it; the message says what is there instead."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):

@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, check_int, check_positive
 from ..format.names import StrPath, is_url
@@ -151,20 +151,11 @@ class EngineConfig:
                 f"root must be a local directory, not {self.root!r}: give a store as mirrors=(Mirror(url),)"
             )
         self._check_sizes()
-        self._check_choice("io_mode", "auto", "direct", "buffered")
-        self._check_choice("overwrite", "refuse", "replace")
-        self._check_choice("format", "torch", "safetensors")
-        self._check_choice("reuse", "auto", "off")
+        # A field that takes one of a few values says by its type which.
+        for name, kind in get_type_hints(EngineConfig).items():
+            if kind is bool or get_origin(kind) is Literal:
+                self._check_choice(name, *get_args(kind) or (True, False))
         self._check_frozen()
-        for name in (
-            "compact_views",
-            "read_back",
-            "rewrite",
-            "sweep_on_start",
-            "preflight",
-            "keep_local_until_mirrored",
-        ):
-            self._check_choice(name, True, False)
         if not isinstance(self.on_commit_failure, Tolerate):
             self._check_choice("on_commit_failure", "raise")
         if self.num_writers != "auto":

@@ -21,7 +21,7 @@ from ..reading.catalog import Catalog
 from ..retention import CheckpointInfo, RetentionPolicy, carry_out
 from ..storage.filesystem import FileSystem
 from .config import EngineConfig
-from .observing import Callbacks
+from .pipeline import Callbacks
 
 
 class EngineMirrors(Mirrors):

@@ -1,4 +1,4 @@
-"""From a state to chunks on the disk: planner, staging memory, snapshotter, guard and writer pool, put together once.
+"""What an engine has running: planner, staging memory, snapshotter, guard and writer pool, and the user's own code.
 
 Nothing here refers to the engine that uses it: what is dropped without `close` can still be finished.
 """
@@ -9,14 +9,16 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, TransactionStateError, WriteError, report
 from ..host.device import pinning
+from ..metrics import Observer, Span
 from ..plan.planner import Planner
 from ..ranks.coordinator import Coordinator
 from ..snapshot.arena import StagingArena
@@ -24,23 +26,87 @@ from ..snapshot.copy_threads import num_copy_helpers
 from ..snapshot.guard import Guard
 from ..snapshot.snapshotter import Snapshotter
 from ..storage.filesystem import COHERENT_TYPES, FileSystem
+from ..threads.executor import DaemonExecutor
+from ..threads.outcome import run_guarded
 from ..writer.disk import MakeRoom
 from ..writer.pool import WriterPool
 from .config import EngineConfig
-from .observing import Callbacks
 from .reuse import Reuse
-
-if TYPE_CHECKING:
-    pass
 
 # Of an automatic staging size, which may be far above what is saved; `guard` and `prewarm` add what they know of.
 _AUTO_WARM_BYTES = 256 << 20
 # Warming ahead ends at the next chunk; nothing of it waits for the disk.
 _WARMUP_END_S = 10.0
+# Of spans: an observer that is this far behind hears of checkpoints, and no more of chunks.
+_MAX_BEHIND = 10_000
+
+
+class Callbacks:
+    """Runs the user's code, observers and done-callbacks, on one thread that nothing else waits for, in the order of
+    the events. Any thread; only `close` blocks; nothing raises.
+
+    Whatever that code does (raise anything, block, call the engine), it harms no checkpoint: no lock of ours is held
+    around it. A broken observer is left out after one warning.
+
+    Raises:
+        RuntimeError: the thread could not be started.
+    """
+
+    def __init__(self, observers: Iterable[Observer], name: str) -> None:
+        self._observers = list(observers)
+        self._thread = DaemonExecutor(name, 1)
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Run `call` on the thread, after everything before it; here and now once the thread has ended."""
+        try:
+            self._thread.submit(run_guarded, call)
+        except TransactionStateError:
+            run_guarded(call)
+
+    def report(self, level: int, message: str, *args: object) -> None:
+        """Log on the thread: log handlers are the user's code too."""
+        self.run(lambda: report(level, message, *args))
+
+    def on_span(self, span: Span) -> None:
+        if self._thread.num_queued < _MAX_BEHIND:
+            self.tell("on_span", span)
+
+    def tell_span(
+        self, kind: str, start_s: float, tag: str, path: str = "", offset: int = 0, num_bytes: int = 0
+    ) -> None:
+        """Tell about a piece of work that ended now, on this thread."""
+        thread = threading.current_thread().name
+        self.on_span(Span(kind, start_s, time.perf_counter(), thread, tag, path, offset, num_bytes))
+
+    def tell(self, event: str, *about: object) -> None:
+        """Call this method of each observer; one that does not derive from `Observer` may not have all of them."""
+        if self._observers:
+            self.run(lambda: self._tell_now(event, *about))
+
+    def close(self, timeout_s: float) -> None:
+        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody
+        else.
+        """
+        self._thread.shutdown(wait=False)
+        if not self._thread.join(timeout_s):
+            report(
+                logging.WARNING,
+                "a callback or observer did not end within %.1f s and goes on; no checkpoint waits for it",
+                timeout_s,
+            )
+
+    def _tell_now(self, event: str, *about: object) -> None:
+        for observer in tuple(self._observers):
+            try:
+                getattr(observer, event, lambda *_: None)(*about)
+            except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises must not fail a checkpoint
+                self._observers.remove(observer)
+                told = "observer %r raised %r and is left out from now on"
+                report(logging.WARNING, told, observer, error, warning=RuntimeWarning)
 
 
 class SavePipeline:
-    """What an engine has running. `save` by one thread at a time, everything else from any.
+    """From a state to chunks on the disk. Plans and snapshots by one thread at a time, everything else from any.
 
     Args:
         name: prefix of the threads' names.
