@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from async_ckpt import retention
 from async_ckpt.engine.config import EngineConfig
 from async_ckpt.engine.housekeeping import Housekeeping
+from async_ckpt.engine.pipeline import Callbacks
 from async_ckpt.errors import ConfigError, WriteError
 from async_ckpt.ranks.coordinator import LocalCoordinator
 from async_ckpt.reading.catalog import Catalog
@@ -154,9 +157,12 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(fast_path: Path) -> None
     assert len(Catalog(fast_path).tags()) == 3
 
 
-def keeping(fs: FileSystem, root: Path, policy: RetentionPolicy) -> Housekeeping:
-    """An engine's retention, without an engine."""
-    return Housekeeping(EngineConfig(root=root, retention=policy), fs, Catalog(root, fs), LocalCoordinator())
+@contextlib.contextmanager
+def keeping(fs: FileSystem, root: Path, policy: RetentionPolicy) -> Iterator[Housekeeping]:
+    """An engine's retention, without an engine. What it logs is there afterwards."""
+    callbacks = Callbacks((), "callbacks")
+    yield Housekeeping(EngineConfig(root=root, retention=policy), fs, Catalog(root, fs), LocalCoordinator(), callbacks)
+    callbacks.close(60)
 
 
 def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,11 +180,11 @@ def test_failures_and_races_of_deletion(fast_path: Path, caplog: pytest.LogCaptu
     assert Catalog(fast_path).tags() == ["s2", "s4"], "one that cannot be deleted does not keep the others"
     assert isinstance(decisions["s2"].failure, WriteError)
     assert decisions["s2"].keep
-    house = keeping(fs, fast_path, KeepLast(1))
-    assert [house.rotate(), house.rotate()] == [1, 1]
+    with keeping(fs, fast_path, KeepLast(1)) as house:
+        assert [house.rotate(), house.rotate()] == [1, 1]
+        fs.heal()
+        assert house.rotate() == 0
     assert len(caplog.records) == 1
-    fs.heal()
-    assert house.rotate() == 0
     assert Catalog(fast_path).tags() == ["s4"]
 
 
@@ -190,9 +196,12 @@ def test_a_root_that_cannot_be_looked_at_is_told_and_a_policy_that_raises_is_an_
     commit(fast_path, "a", OLD)
     fs = FaultyFileSystem()
     fs.fail_when(lambda op: op.name == "open" and op.path.endswith("a/manifest.json"), 24)
-    assert keeping(fs, fast_path, KeepLast(1)).rotate() == 1
+    with keeping(fs, fast_path, KeepLast(1)) as house:
+        assert house.rotate() == 1
+    with keeping(FileSystem(), fast_path, Broken()) as house:
+        assert house.rotate() == 0
     with pytest.raises(ConfigError, match="KeyError"):
-        keeping(FileSystem(), fast_path, Broken()).rotate()
+        raise house.failures.pop()
 
 
 def test_one_commit_dated_in_the_future_does_not_keep_all() -> None:

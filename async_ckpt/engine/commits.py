@@ -22,12 +22,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..errors import BackpressureTimeout, CheckpointError, ConfigError, TransactionStateError, report
+from ..errors import BackpressureTimeout, ConfigError, TransactionStateError, report
 from ..format.manifest import Manifest
 from ..format.names import Root, StrPath
 from ..ranks.coordinator import Coordinator, LocalCoordinator
 from ..reading.catalog import Catalog
-from ..retention import CheckpointInfo
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.staged import Destination, State
@@ -37,7 +36,6 @@ from ..threads.outcome import announce
 from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .housekeeping import Housekeeping
-from .mirroring import EngineMirrors
 from .pending import PendingCommit, Tolerate
 from .pipeline import SavePipeline
 
@@ -64,15 +62,11 @@ class Commits:
         self._open: OrderedDict[str, Checkpoint] = OrderedDict()
         self._commits: list[PendingCommit] = []
         self.num_remembered = _NUM_REMEMBERED
-        self._failures: list[BaseException] = []
-        self.mirrors: EngineMirrors | None = None
         self._last_created_ns = 0
         self._first_created_ns = 0
         self.pipeline = SavePipeline(config, self.filesystem, make_room=self._make_room)
         callbacks = self.pipeline.callbacks
-        self.house = Housekeeping(
-            config, self.filesystem, self.catalog, self._coordinator, self._why_held, callbacks.report
-        )
+        self.house = Housekeeping(config, self.filesystem, self.catalog, self._coordinator, callbacks)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pipeline.stop, config.close_timeout_s)
             made = transaction.make_root(self.filesystem, root, try_clones=self.pipeline.reuse.is_on)
@@ -81,11 +75,9 @@ class Commits:
             self._real_root = os.path.realpath(root)
             undo.callback(self._coordinator.close)
             self._coordinator.bind(self.filesystem, root)
-            self.house.try_out()
-            if config.mirrors:
-                self.mirrors = EngineMirrors(config, self.filesystem, root, self._coordinator, callbacks, self._rotate)
+            self.house.start()
             undo.pop_all()
-        self.pool = self.pipeline.pool
+        self.pool, self.mirrors = self.pipeline.pool, self.house.mirrors
         live.add(self)
 
     # Which calls are legal now.
@@ -128,8 +120,8 @@ class Commits:
         for pending in self.unacknowledged():
             if (loss := pending.loss()) is not None:
                 raise loss
-        if self._failures:
-            raise self._failures.pop(0)
+        if self.house.failures:
+            raise self.house.failures.pop(0)
         if self.mirrors is not None:
             self.mirrors.raise_unacknowledged()
 
@@ -251,7 +243,7 @@ class Commits:
         files = {path: (saved.write, saved.new) for path, saved in checkpoint.files.items()}
         self.pipeline.reuse.committed(checkpoint.staging.root, checkpoint.tag, files)
         checkpoint.metrics.max_queue_chunks = self.pool.disk.restart_max_queued()
-        checkpoint.metrics.num_undeleted = self._rotate()
+        checkpoint.metrics.num_undeleted = self.house.rotate()
 
     async def _make_room(self, tag: str) -> None:
         """Wait for the commits before that of `tag` (for all, where that was not called yet), and let retention work
@@ -261,22 +253,7 @@ class Commits:
             if pending.tag == tag and not pending.done():
                 break
             await pending.ended()
-        await asyncio.wrap_future(self.pool.submit_io(self._rotate))
-
-    def _rotate(self) -> int:
-        """Let retention work; returns how many could not be deleted. Blocks on the disk."""
-        try:
-            return self.house.rotate()
-        except CheckpointError as failure:
-            # The new checkpoint is durable: its commit succeeded. The next create or close raises the failure.
-            self._failures.append(failure)
-            return 0
-
-    def _why_held(self, info: CheckpointInfo) -> str | None:
-        """For local retention: what not all mirrors have had stays, where the configuration says so."""
-        waits = self.config.mirrors and self.config.keep_local_until_mirrored
-        is_mirrored = self.mirrors is not None and self.mirrors.is_mirrored(info.tag, info.created_unix_ns)
-        return "it is not mirrored yet" if waits and not is_mirrored else None
+        await asyncio.wrap_future(self.pool.submit_io(self.house.rotate))
 
     async def _give_up_open(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Unless its commit has begun all the same: then that decides."""

@@ -128,7 +128,7 @@ if child == 0:
     sys.exit(0)
 assert os.waitpid(child, 0)[1] == 0; gate.set(); p.result(60); engine.close()
 ## an error that is not ours, and a second engine | 1 | b | raw
-other = make_engine(root + '-2'); other._commits._failures.append(RuntimeError('raw'))
+other = make_engine(root + '-2'); other._commits.house.failures.append(RuntimeError('raw'))
 engine = make_engine(root, fs); commit(engine, 'b')
 ## Ctrl-C while exit waits | 1 | | lost
 gate, reached = hold('fsync'); engine = make_engine(root, fs); commit(engine, 'b'); assert reached.wait(60); alarm(0.3)
