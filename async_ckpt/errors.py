@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno as _errno
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 _logger = logging.getLogger("async_ckpt")
 
@@ -101,9 +103,14 @@ def check_int(name: str, value: object, low: int = 1, high: int | None = None, h
         raise ConfigError(f"{name} must be {bounds}, not {value!r}")
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is an integer or a float, and neither a bool nor NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def check_positive(name: str, value: object, what: str = "number of seconds") -> None:
     """Refuse what is no positive, finite number. Raises ConfigError: says what `name` is to be."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if not is_number(value) or not 0 < value < float("inf"):
         raise ConfigError(f"{name} must be a positive {what}, not {value!r}")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointNotFoundError, ConfigError, MirrorError, WriteError, check_int, check_positive
+from .errors import CheckpointNotFoundError, ConfigError, MirrorError, WriteError, check_int, check_positive, is_number
 from .format.manifest import CLOCK_KEY, Manifest
 from .reading.catalog import Catalog
 from .storage import transaction
@@ -162,7 +162,7 @@ class KeepBest(RetentionPolicy):
             # A commit writes null for NaN and infinity, other writers may not.
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise ConfigError(
                     f"KeepBest: metadata {self.metric!r} of checkpoint {info.tag!r} is {value!r}, not a number"
                 )

@@ -22,9 +22,9 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..errors import ConfigError, check_positive
+from ..errors import ConfigError, check_positive, is_number
 from .pending import PendingCommit
 
 _NUM_STEPS = 64
@@ -103,13 +103,13 @@ class CheckpointPacer:
     ) -> None:
         if overhead is None and mtbf_s is None:
             raise ConfigError("give overhead (a share such as 0.02), mtbf_s (seconds), or both")
-        if overhead is not None and not (_is_number(overhead) and 0 < overhead < 1):
+        if overhead is not None and not (is_number(overhead) and 0 < overhead < 1):
             raise ConfigError(f"overhead must be a share between 0 and 1, such as 0.02 for 2 %, not {overhead!r}")
         if mtbf_s is not None:
             check_positive("mtbf_s", mtbf_s)
-        if not (_is_number(min_interval_s) and 0 <= min_interval_s < math.inf):
+        if not (is_number(min_interval_s) and 0 <= min_interval_s < math.inf):
             raise ConfigError(f"min_interval_s must be a number of seconds, at least 0, not {min_interval_s!r}")
-        if max_interval_s is not None and not (_is_number(max_interval_s) and min_interval_s <= max_interval_s):
+        if max_interval_s is not None and not (is_number(max_interval_s) and min_interval_s <= max_interval_s):
             raise ConfigError(
                 f"max_interval_s must be at least min_interval_s ({min_interval_s:g} s), not {max_interval_s!r}"
             )
@@ -169,7 +169,7 @@ class CheckpointPacer:
         return PacingReport(
             step_s=statistics.median(self._quiet_steps_s) if self._quiet_steps_s else None,
             cost_s=statistics.median(self._costs_s) if self._costs_s else None,
-            interval_s=self._interval_s() if self._costs_s else None,
+            interval_s=self._interval()[0] if self._costs_s else None,
             num_saves=self._num_saves,
             spent_s=self._spent_s,
             elapsed_s=self._elapsed_s,
@@ -210,30 +210,22 @@ class CheckpointPacer:
             return len(self._quiet_steps_s) >= _NUM_FIRST_STEPS and self._elapsed_s >= self._min_interval_s
         step_s = statistics.median(self._quiet_steps_s) if self._quiet_steps_s else 0.0
         # Saves fall on step ends: take the nearest one for the optimum, never an earlier one for the budget.
-        return self._since_save_s >= self._interval_s() - (0.0 if self._budget_rules() else step_s / 2)
+        interval_s, is_budget = self._interval()
+        return self._since_save_s >= interval_s - (0.0 if is_budget else step_s / 2)
 
-    def _budget_s(self) -> float:
-        return 0.0 if self._overhead is None else self._last_cost_s * (1 - self._overhead) / self._overhead
-
-    def _optimum_s(self) -> float:
-        return 0.0 if self._mtbf_s is None else daly_interval_s(statistics.median(self._costs_s), self._mtbf_s)
-
-    def _budget_rules(self) -> bool:
-        return self._budget_s() >= self._optimum_s()
-
-    def _interval_s(self) -> float:
-        return min(self._max_interval_s, max(self._min_interval_s, self._budget_s(), self._optimum_s()))
+    def _interval(self) -> tuple[float, bool]:
+        """Training time between saves in seconds, and whether the budget demands it."""
+        overhead, mtbf_s = self._overhead, self._mtbf_s
+        budget_s = 0.0 if overhead is None else self._last_cost_s * (1 - overhead) / overhead
+        optimum_s = 0.0 if mtbf_s is None else daly_interval_s(statistics.median(self._costs_s), mtbf_s)
+        return min(self._max_interval_s, max(self._min_interval_s, budget_s, optimum_s)), budget_s >= optimum_s
 
 
+@dataclass
 class _Episode:
     """From a save until everything in flight has ended: the steps in between bear its cost."""
 
-    def __init__(self) -> None:
-        self.pending: list[PendingCommit] = []
-        self.num_saves = 0
-        self.steps_s = 0.0
-        self.num_steps = 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    pending: list[PendingCommit] = field(default_factory=list)
+    num_saves: int = 0
+    steps_s: float = 0.0
+    num_steps: int = 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import CommitError, ConfigError, check_int
+from ..errors import CommitError, ConfigError, check_int, is_number
 from ..metrics import CommitMetrics
 from ..mirror.pending import PendingMirror
 from ..threads.outcome import Pending, run_guarded
@@ -86,8 +86,7 @@ class Tolerate:
 
     def __post_init__(self) -> None:
         check_int("Tolerate: consecutive", self.consecutive)
-        is_number = isinstance(self.within_s, (int, float)) and not isinstance(self.within_s, bool)
-        if not is_number or not self.within_s > 0:
+        if not is_number(self.within_s) or not self.within_s > 0:
             raise ConfigError(f"Tolerate: within_s must be a positive number of seconds, not {self.within_s!r}")
 
     async def judge(
