@@ -101,10 +101,8 @@ def accelerators(devices: Iterable[torch.device]) -> set[torch.device]:
     found = {device for device in devices if device.type != "cpu"}
     for device in found:
         if not is_copyable(device):
-            raise UnsupportedStateError(
-                f"a tensor lies on device '{device}', whose bytes cannot be copied; "
-                "move it with .cpu() before save. Nothing was written for this file"
-            )
+            told = f"a tensor lies on device '{device}', whose bytes cannot be copied; move it with .cpu() before save"
+            raise UnsupportedStateError(f"{told}. Nothing was written for this file")
         refuse_capture("tensors cannot be snapshotted", [device])
     return found
 
@@ -135,10 +133,8 @@ def synchronize_device(device: torch.device) -> None:
     captures a graph there on one of torch's streams. A wait for the device would break that."""
     # torch hands out its streams, those of captures too, from a pool in turn.
     if any(is_stream_capturing(side_stream(device)) for _ in range(_POOL_STREAMS)):
-        raise TransactionStateError(
-            f"'{device}' cannot be waited for while another thread captures a graph on it; nothing was changed. Do it "
-            "before the capture or after it"
-        )
+        told = f"'{device}' cannot be waited for while another thread captures a graph on it; nothing was changed"
+        raise TransactionStateError(f"{told}. Do it before the capture or after it")
     torch.accelerator.synchronize(device)
 
 
@@ -187,8 +183,9 @@ def wait_on_stream(event: torch.Event) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` records a graph instead of running what it is given."""
-    own = torch.accelerator.current_accelerator()
-    return own is not None and device.type == own.type and is_stream_capturing(torch.accelerator.current_stream(device))
+    if device.type == "cpu" or not is_copyable(device):
+        return False
+    return is_stream_capturing(torch.accelerator.current_stream(device))
 
 
 def is_stream_capturing(stream: torch.Stream) -> bool:
@@ -208,10 +205,8 @@ def refuse_capture(consequence: str, devices: Iterable[torch.device]) -> None:
     now."""
     for device in devices:
         if is_capturing(device):
-            raise TransactionStateError(
-                f"{consequence} while a graph is being captured on '{device}'; nothing was changed. Do it before "
-                "the capture or after it"
-            )
+            told = f"{consequence} while a graph is being captured on '{device}'; nothing was changed"
+            raise TransactionStateError(f"{told}. Do it before the capture or after it")
 
 
 class Pinning:
@@ -256,10 +251,11 @@ class Pinning:
         with on_stream(self.stream):
             try:
                 result = function(*args)
+                if not isinstance(result, torch.Tensor) and result is not None and int(result):
+                    raise RuntimeError(f"error {int(result)}")
             except RuntimeError as error:
-                raise _refused(error) from error
-        if not isinstance(result, torch.Tensor) and result is not None and int(result):
-            raise _refused(f"error {int(result)}")
+                told = f"the device refused to pin or unpin staging memory ({error}); set pin_memory=False"
+                raise TransactionStateError(told) from error
         return result
 
 
@@ -267,30 +263,20 @@ def _empty_pinned(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
-def _refused(reason: object) -> TransactionStateError:
-    return TransactionStateError(f"the device refused to pin or unpin staging memory ({reason}); set pin_memory=False")
-
-
 def pinning(wanted: bool | Literal["auto"]) -> Pinning | None:
     """How to pin memory for the caller's device; None where it is not wanted, or with "auto" not possible. Raises
     ConfigError: wanted, and there is no accelerator, or it has no pinned memory."""
     if wanted is False:
         return None
-    if not torch.accelerator.is_available():
-        if wanted is True:
-            raise ConfigError(
-                "pin_memory=True, but torch sees no accelerator that memory could be pinned for; set it to "
-                "'auto' or False"
-            )
-        return None
     try:
+        if not torch.accelerator.is_available():
+            raise RuntimeError("torch sees no accelerator")
         made = Pinning(torch.accelerator.current_stream())
         if made.needs_own_memory:
             made.allocate(1)
     except RuntimeError as error:
         if wanted is True:
-            raise ConfigError(
-                f"pin_memory=True, but this device pins no memory ({error}); set it to 'auto' or False"
-            ) from error
+            told = f"pin_memory=True, but this device pins no memory ({error}); set it to 'auto' or False"
+            raise ConfigError(told) from error
         return None
     return made

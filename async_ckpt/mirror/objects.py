@@ -17,7 +17,7 @@ from ..errors import CheckpointNotFoundError, CorruptCheckpointError, MirrorErro
 from ..format.checksum import crc32
 from ..format.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, decode
 from ..format.names import MANIFEST_NAME
-from .config import MAX_PARTS
+from .config import MAX_PARTS, Mirror
 from .state import States, TagState
 from .store import ObjectInfo, Store
 
@@ -52,18 +52,18 @@ class UploadPlan:
         return f"{self.tag}/{MANIFEST_NAME}"
 
 
-def plan_upload(manifest: Manifest, raw: bytes, *, rank: int | None, part_bytes: int, url: str) -> UploadPlan:
+def plan_upload(manifest: Manifest, raw: bytes, mirror: Mirror, rank: int | None) -> UploadPlan:
     """The plan for a checkpoint whose manifest on disk is `raw`; with a `rank`, only of the files that it wrote. Raises
     MirrorError: a file would have more parts than stores take; nothing was sent."""
     # What was copied out of a mirror has one already.
     attempt = manifest.attempt or hashlib.sha256(raw).hexdigest()[:16]
     for entry in manifest.files:
-        if entry.size_bytes > MAX_PARTS * part_bytes:
-            needed = -(-entry.size_bytes // MAX_PARTS)
+        if entry.size_bytes > MAX_PARTS * mirror.part_bytes:
             raise MirrorError(
                 f"{manifest.tag}/{entry.path} has {entry.size_bytes} bytes, more than {MAX_PARTS} parts of "
-                f"{part_bytes}: set the mirror's part_bytes to {needed} or more. Nothing was sent",
-                url=url,
+                f"{mirror.part_bytes}: set the mirror's part_bytes to {-(-entry.size_bytes // MAX_PARTS)} or more. "
+                "Nothing was sent",
+                url=mirror.url,
             )
     mine = [entry for entry in manifest.files if rank is None or (entry.rank or 0) == rank]
     objects = tuple(ObjectPlan(object_key(manifest.tag, attempt, entry.path), entry) for entry in mine)

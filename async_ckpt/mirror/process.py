@@ -40,7 +40,7 @@ from .context import MirrorContext, MirrorHooks
 from .pending import COUNTS
 from .remote import open_store
 from .store import PassingFailure
-from .upload import Upload
+from .upload import upload
 
 _MAX_THREADS = 16
 _PROGRESS_S = 1.0
@@ -74,12 +74,12 @@ class Uploader:
         self._channel: Connection
 
     def upload(self, tag: str, metrics: MirrorMetrics) -> None:
-        """Mirror a checkpoint and fill in `metrics`, once a second and at the end. Blocks; raises what `Upload.run`
+        """Mirror a checkpoint and fill in `metrics`, once a second and at the end. Blocks; raises what `upload.upload`
         does, and PassingFailure where the child dies or cannot be started."""
         context = self._context
         self.start()
         if self._executor is not None:
-            Upload(context, self._executor, tag, metrics).run()
+            upload(context, self._executor, tag, metrics)
             return
         # Whoever stops it from here on finds the child.
         context.sleep()
@@ -251,7 +251,7 @@ class _Child(logging.Handler):
         error: BaseException | None = None
         try:
             self._context.states.reload(metrics.tag)
-            Upload(self._context, self._executor, metrics.tag, metrics).run()
+            upload(self._context, self._executor, metrics.tag, metrics)
         except BaseException as failure:  # noqa: BLE001 -- the parent raises it
             error = failure
         with self._sending:

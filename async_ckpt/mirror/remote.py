@@ -32,14 +32,9 @@ _NUM_REQUESTS = 32
 
 
 def open_store(mirror: Mirror, filesystem: FileSystem, *, quick: bool = False) -> Store:
-    """The store of a mirror; its library is imported now. Does not connect.
-
-    Args:
-        quick: give up within `PROBE_TIMEOUT_S` instead of the mirror's own patience.
-
-    Raises:
-        ConfigError: the extra is not installed, or the options are not those of the store.
-    """
+    """The store of a mirror; its library is imported now. Does not connect. A `quick` one gives up within
+    `PROBE_TIMEOUT_S` instead of the mirror's own patience. Raises ConfigError: the extra is not installed, or the
+    options are not those of the store."""
     scheme, _, prefix = split_url(mirror.url)
     if scheme == "file":
         from .file_store import FileStore

@@ -27,7 +27,7 @@ from ..metrics import MirrorMetrics, Span
 from ..reading.committed import CommittedCheckpoint
 from ..threads.locks import Lock
 from .context import MirrorContext, Stopped
-from .objects import FoundManifest, ObjectPlan, UploadPlan, delete_doomed, plan_upload, read_manifest
+from .objects import FoundManifest, ObjectPlan, delete_doomed, plan_upload, read_manifest
 from .parts import PartStream, Slots
 from .state import TagState
 from .store import ANY_VERSION, AbortedElsewhere, ConditionFailed, PassingFailure
@@ -37,65 +37,68 @@ _MAX_DAMAGED = 3
 _PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
 
 
-class Upload:
+def upload(context: MirrorContext, executor: Executor, tag: str, metrics: MirrorMetrics) -> None:
+    """Mirror the checkpoint, unless it is mirrored already; delete what it has replaced in the store. Blocks.
+
+    Raises CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the store.
+    CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of that tag.
+    MirrorError: the store failed. WriteError: the state could not be written. Stopped: the mirrors are being closed.
+    What is there is gone on with later."""
+    try:
+        with context.catalog.open(tag) as checkpoint:
+            if not context.states.is_mirrored(tag, checkpoint.manifest.created_unix_ns):
+                _Upload(context, executor, checkpoint, metrics).run()
+    except (CheckpointNotFoundError, ConditionFailed):
+        state = context.states.get(tag)
+        if state is not None and not state.mirrored:
+            context.abandon(state)
+        raise
+    try:
+        delete_doomed(context.store, context.states, tag)
+    except MirrorError as error:
+        told = "checkpoint %r is mirrored; what it has replaced in the store is deleted at the next start: %s"
+        report(logging.WARNING, told, tag, error)
+
+
+class _Upload:
     """One checkpoint on its way. Made and run once, on one thread; its objects on the executor's."""
 
-    def __init__(self, context: MirrorContext, executor: Executor, tag: str, metrics: MirrorMetrics) -> None:
+    def __init__(
+        self, context: MirrorContext, executor: Executor, checkpoint: CommittedCheckpoint, metrics: MirrorMetrics
+    ) -> None:
         self._context = context
         self._executor = executor
-        self._tag = tag
+        self._checkpoint = checkpoint
         self._metrics = metrics
+        raw = checkpoint.directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+        self._plan = plan_upload(checkpoint.manifest, raw, context.mirror, context.agreement.rank)
         self._slots = Slots(context)
         self._is_resumed = False
         self._writing = Lock()
 
     def run(self) -> None:
-        """Mirror the checkpoint, unless it is mirrored already; delete what it has replaced in the store. Blocks.
-        Raises CheckpointNotFoundError: it was deleted or replaced on disk meanwhile; nothing of it is left in the
-        store. CorruptCheckpointError: it is damaged on disk. ConditionFailed: the store has another run's checkpoint of
-        that tag. MirrorError: the store failed. WriteError: the state could not be written. Stopped: the mirrors are
-        being closed. What is there is gone on with later."""
-        context = self._context
-        try:
-            with context.catalog.open(self._tag) as checkpoint:
-                if not context.states.is_mirrored(self._tag, checkpoint.manifest.created_unix_ns):
-                    self._run(checkpoint)
-        except (CheckpointNotFoundError, ConditionFailed):
-            state = context.states.get(self._tag)
-            if state is not None and not state.mirrored:
-                context.abandon(state)
-            raise
-        try:
-            delete_doomed(context.store, context.states, self._tag)
-        except MirrorError as error:
-            told = "checkpoint %r is mirrored; what it has replaced in the store is deleted at the next start: %s"
-            report(logging.WARNING, told, self._tag, error)
-
-    def _run(self, checkpoint: CommittedCheckpoint) -> None:
-        context = self._context
-        raw = checkpoint.directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
-        rank, part_bytes, url = context.agreement.rank, context.mirror.part_bytes, context.mirror.url
-        plan = plan_upload(checkpoint.manifest, raw, rank=rank, part_bytes=part_bytes, url=url)
-        self._begin(plan)
+        context, plan = self._context, self._plan
+        self._begin()
         self._metrics.size_bytes = sum(one.entry.size_bytes for one in plan.objects)
         self._metrics.num_objects = len(plan.objects)
         # Not while the ranks wait for each other: one of them may be waiting for its turn.
         with context.turn():
-            self._put_all(checkpoint, plan)
+            self._put_all()
         context.sleep()
-        if rank is not None and (there := read_manifest(context.store, plan.tag)) and there.raw == plan.manifest:
+        there = None if context.agreement.rank is None else read_manifest(context.store, plan.tag)
+        if there is not None and there.raw == plan.manifest:
             # By an earlier try, of which not every rank has heard.
-            self._finish(plan)
+            self._finish()
             return
-        name = f"{url}/{plan.tag}/{plan.attempt}"
+        name = f"{context.mirror.url}/{plan.tag}/{plan.attempt}"
         context.agreement.all_sent(name)
         if context.agreement.leads:
-            self._publish_and_tell(checkpoint, plan, name)
+            self._publish_and_tell(name)
         else:
-            self._finish(plan)
+            self._finish()
 
-    def _begin(self, plan: UploadPlan) -> None:
-        states = self._context.states
+    def _begin(self) -> None:
+        states, plan = self._context.states, self._plan
         before = states.get(plan.tag)
         if before is not None and before.attempt == plan.attempt:
             self._is_resumed = True
@@ -112,9 +115,9 @@ class Upload:
 
     # The objects.
 
-    def _put_all(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
+    def _put_all(self) -> None:
         """All objects, many at once; the first failure ends the others soon, and is raised when they have ended."""
-        puts = [self._executor.submit(self._put, checkpoint, plan, one) for one in plan.objects]
+        puts = [self._executor.submit(self._put, one) for one in self._plan.objects]
         wait(puts, return_when=FIRST_EXCEPTION)
         self._slots.close()
         for put in puts:
@@ -124,15 +127,15 @@ class Upload:
         if failures:
             raise next((error for error in failures if not isinstance(error, Stopped)), failures[0])
 
-    def _put(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, one: ObjectPlan) -> None:
-        known_tag = self._own_state(plan).done.get(one.key)
-        e_tag = self._put_object(checkpoint, one, known_tag)
+    def _put(self, one: ObjectPlan) -> None:
+        known_tag = self._own_state().done.get(one.key)
+        e_tag = self._put_object(one, known_tag)
         with self._writing:
-            state = self._own_state(plan)
+            state = self._own_state()
             if known_tag != e_tag and not self._context.is_stopping:
                 self._context.states.write(replace(state, done={**state.done, one.key: e_tag}))
 
-    def _put_object(self, checkpoint: CommittedCheckpoint, one: ObjectPlan, known_tag: str | None) -> str:
+    def _put_object(self, one: ObjectPlan, known_tag: str | None) -> str:
         """Returns the entity tag of the object, once it is there and whole."""
         context, store = self._context, self._context.store
         if known_tag is not None:
@@ -144,7 +147,7 @@ class Upload:
         give_up_s, num_damaged, pause_s = time.monotonic() + context.mirror.retry_timeout_s, 0, _PAUSE_S
         while True:
             try:
-                return self._look_at(one, self._send(checkpoint, one))
+                return self._look_at(one, self._send(one))
             except _ObjectDamaged as damaged:
                 num_damaged += 1
                 if num_damaged == _MAX_DAMAGED:
@@ -164,11 +167,11 @@ class Upload:
                 context.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
-    def _send(self, checkpoint: CommittedCheckpoint, one: ObjectPlan) -> list[bytes]:
+    def _send(self, one: ObjectPlan) -> list[bytes]:
         """Returns the MD5 of each part, where the store compares no checksums itself."""
         store, mirror, started_s = self._context.store, self._context.mirror, time.perf_counter()
         size_bytes, part_bytes = one.entry.size_bytes, mirror.part_bytes
-        with contextlib.closing(checkpoint.open_raw(one.entry)) as file:
+        with contextlib.closing(self._checkpoint.open_raw(one.entry)) as file:
             stream = PartStream(self._context, file, one, self._slots, self._metrics)
             try:
                 store.put(one.key, stream, size_bytes=size_bytes, part_bytes=part_bytes, parallel=mirror.parallel)
@@ -189,8 +192,8 @@ class Upload:
                     store.discard_parts(one.key)
                 if failure is None:
                     raise
-                if isinstance(failure, FileNotFoundError | ValueError) and not checkpoint.is_current():
-                    told = f"checkpoint {self._tag!r} was deleted while it was being mirrored"
+                if isinstance(failure, FileNotFoundError | ValueError) and not self._checkpoint.is_current():
+                    told = f"checkpoint {self._plan.tag!r} was deleted while it was being mirrored"
                     raise CheckpointNotFoundError(told) from failure
                 raise failure from None
         self._told("upload", started_s, one.entry.path, size_bytes)
@@ -214,10 +217,10 @@ class Upload:
 
     # The manifest.
 
-    def _publish_and_tell(self, checkpoint: CommittedCheckpoint, plan: UploadPlan, name: str) -> None:
+    def _publish_and_tell(self, name: str) -> None:
         error = "it was interrupted"
         try:
-            self._publish(checkpoint, plan)
+            self._publish()
             error = ""
         except Exception as failure:
             error = str(failure) or type(failure).__name__
@@ -225,23 +228,23 @@ class Upload:
         finally:
             self._context.agreement.concluded(name, error)
 
-    def _publish(self, checkpoint: CommittedCheckpoint, plan: UploadPlan) -> None:
+    def _publish(self) -> None:
         """Put the manifest and read it back. A conflict (409), a reply that was lost and a manifest that arrived
         damaged are tried again. Raises ConditionFailed, MirrorError."""
-        context, store, started_s = self._context, self._context.store, time.perf_counter()
-        if not checkpoint.is_current():
-            told = f"checkpoint {self._tag!r} was deleted or replaced while it was being mirrored"
+        context, store, plan, started_s = self._context, self._context.store, self._plan, time.perf_counter()
+        if not self._checkpoint.is_current():
+            told = f"checkpoint {self._plan.tag!r} was deleted or replaced while it was being mirrored"
             raise CheckpointNotFoundError(told)
         is_conditional = context.abilities is not None and context.abilities.conditional
         failure = MirrorError(f"the store accepts the manifest of {plan.tag!r} but holds other bytes", url=store.url)
         give_up_s, pause_s = time.monotonic() + context.mirror.retry_timeout_s, _PAUSE_S
         while (found := read_manifest(store, plan.tag)) is None or found.raw != plan.manifest:
             if found is not None:
-                self._check_replaceable(found, plan)
+                self._check_replaceable(found)
             if time.monotonic() > give_up_s:
                 raise failure
             if found is not None:
-                self._doom(plan, found.keys)
+                self._doom(found.keys)
             absent_or_this = found.info if found is not None else None
             try:
                 store.put_if(plan.manifest_key, plan.manifest, absent_or_this if is_conditional else ANY_VERSION)
@@ -252,37 +255,37 @@ class Upload:
                 context.sleep(pause_s)
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
         self._told("upload manifest", started_s, MANIFEST_NAME, len(plan.manifest))
-        self._finish(plan)
+        self._finish()
 
-    def _check_replaceable(self, found: FoundManifest, plan: UploadPlan) -> None:
+    def _check_replaceable(self, found: FoundManifest) -> None:
         """A damaged one is; an older one that this root has put; any older one where overwriting was asked for. Raises
         ConditionFailed."""
         if found.manifest is None:
             return
-        is_newer = found.manifest.created_unix_ns >= plan.created_unix_ns
-        if is_newer or not (self._context.may_overwrite or found.attempt in self._own_state(plan).ours):
+        is_newer = found.manifest.created_unix_ns >= self._plan.created_unix_ns
+        if is_newer or not (self._context.may_overwrite or found.attempt in self._own_state().ours):
             raise ConditionFailed(
-                f"the store has {'a newer' if is_newer else 'an older'} checkpoint {plan.tag!r} of another run "
+                f"the store has {'a newer' if is_newer else 'an older'} checkpoint {self._plan.tag!r} of another run "
                 f"(attempt {found.attempt}), which stays. Give this run a prefix of its own, or overwrite='replace' to "
                 "replace older ones",
                 url=self._context.store.url,
             )
 
-    def _finish(self, plan: UploadPlan) -> None:
-        self._context.states.write(replace(self._own_state(plan), mirrored=True, ours=()))
+    def _finish(self) -> None:
+        self._context.states.write(replace(self._own_state(), mirrored=True, ours=()))
 
-    def _doom(self, plan: UploadPlan, keys: tuple[str, ...]) -> None:
-        state = self._own_state(plan)
+    def _doom(self, keys: tuple[str, ...]) -> None:
+        state = self._own_state()
         if not set(keys) <= set(state.doomed):
             self._context.states.write(replace(state, doomed=tuple(sorted({*state.doomed, *keys}))))
 
-    def _own_state(self, plan: UploadPlan) -> TagState:
-        state = self._context.states.get(plan.tag)
-        assert state is not None and state.attempt == plan.attempt
+    def _own_state(self) -> TagState:
+        state = self._context.states.get(self._plan.tag)
+        assert state is not None and state.attempt == self._plan.attempt
         return state
 
     def _told(self, kind: str, started_s: float, path: str, num_bytes: int) -> None:
-        span = Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._tag, path, 0, num_bytes)
+        span = Span(kind, started_s, time.perf_counter(), "async-ckpt-mirror", self._plan.tag, path, 0, num_bytes)
         self._context.hooks.on_span(span)
 
 

@@ -214,8 +214,8 @@ def test_a_file_of_too_many_parts_is_refused_before_anything_is_sent(moto: Any, 
     entry = FileEntry("model.bin", 60 << 30, 1 << 30, (0,) * 60, "opaque", "test", None)
     manifest = Manifest("huge", 1, (entry,))
     with pytest.raises(MirrorError, match=r"more than 10000 parts.*part_bytes to 6442451 or more"):
-        plan_upload(manifest, b"x" * 30, rank=None, part_bytes=5 << 20, url="s3://b/r")
-    assert plan_upload(manifest, b"x" * 30, rank=None, part_bytes=8 << 20, url="s3://b/r").objects
+        plan_upload(manifest, b"x" * 30, Mirror("s3://b/r", part_bytes=5 << 20), None)
+    assert plan_upload(manifest, b"x" * 30, Mirror("s3://b/r", part_bytes=8 << 20), None).objects
 
 
 def test_await_and_callbacks(moto: Any, tmp_path: Path, prefix: str) -> None:
