@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,7 +125,7 @@ def _own_groups(proc: str, cgroups: str) -> Iterator[tuple[_Hierarchy, str]]:
     for mount in _mounts(proc):
         if mount.kind == "cgroup2" or (mount.kind == "cgroup" and "memory" in mount.options):
             mounts.setdefault(_V2 if mount.kind == "cgroup2" else _V1, []).append((mount.root, mount.point))
-    for line in _read_lines(os.path.join(proc, "self/cgroup")):
+    for line in read_text(os.path.join(proc, "self/cgroup")).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number != "0" and "memory" not in controllers.split(","):
@@ -149,7 +150,7 @@ class _Mount(NamedTuple):
 
 
 def _mounts(proc: str) -> Iterator[_Mount]:
-    for line in _read_lines(os.path.join(proc, "self/mountinfo")):
+    for line in read_text(os.path.join(proc, "self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         fields, own = before.split(), after.split()
         if len(fields) > 4 and len(own) > 2:
@@ -157,31 +158,25 @@ def _mounts(proc: str) -> Iterator[_Mount]:
 
 
 def _unescaped(path: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        path = path.replace(code, char)
-    return path
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 def _meminfo_available_bytes(proc: str) -> int:
-    for line in _read_lines(os.path.join(proc, "meminfo")):
+    for line in read_text(os.path.join(proc, "meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return _UNKNOWN_MEMORY_BYTES
 
 
 def _read_table(path: str) -> dict[str, int]:
-    pairs = (line.split() for line in _read_lines(path))
+    pairs = (line.split() for line in read_text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _read_int(path: str) -> int | None:
     """The number in a file; None where it is missing or says "max"."""
-    lines = _read_lines(path)
-    return int(lines[0]) if lines and lines[0].isdigit() else None
-
-
-def _read_lines(path: str) -> list[str]:
-    return read_text(path).splitlines()
+    text = read_text(path).strip()
+    return int(text) if text.isdigit() else None
 
 
 def read_text(path: str) -> str:

@@ -24,34 +24,34 @@ class Slots:
     """Memory for the parts of one upload, given back with the object. Any thread."""
 
     def __init__(self, context: MirrorContext) -> None:
+        self.context = context
         self.is_closed = False
         """Whether the upload has failed: no part of it is wanted any more."""
-        self._context = context
         self._free: list[memoryview | None] = [None] * context.mirror.parallel
 
     def take(self, num_bytes: int) -> memoryview:
         """A view of `num_bytes` bytes, at most one part. Its slot is free again when the last reference to the view
         ends. Blocks. Raises Stopped."""
-        with self._context.changed:
-            self._context.wait_for(lambda: self.is_closed or bool(self._free))
+        with self.context.changed:
+            self.context.wait_for(lambda: self.is_closed or bool(self._free))
             if self.is_closed:
-                raise Stopped("another object of the checkpoint has failed", url=self._context.mirror.url)
-            memory = self._free.pop() or region(self._context.mirror.part_bytes)
+                raise Stopped("another object of the checkpoint has failed", url=self.context.mirror.url)
+            memory = self._free.pop() or region(self.context.mirror.part_bytes)
         view = memory[:num_bytes]
         weakref.finalize(view, self._give_back, memory).atexit = False
         return view
 
     def _give_back(self, memory: memoryview) -> None:
         """On whichever thread dropped the view last."""
-        with self._context.changed:
+        with self.context.changed:
             self._free.append(memory)
-            self._context.changed.notify_all()
+            self.context.changed.notify_all()
 
     def close(self) -> None:
         """Let nobody take or wait for a slot any more."""
-        with self._context.changed:
+        with self.context.changed:
             self.is_closed = True
-            self._context.changed.notify_all()
+            self.context.changed.notify_all()
 
 
 class PartStream(Iterator[memoryview]):
@@ -61,16 +61,14 @@ class PartStream(Iterator[memoryview]):
         Stopped: no part is wanted any more. CorruptCheckpointError: the file on disk is not what was committed.
         OSError: it cannot be read."""
 
-    def __init__(
-        self, context: MirrorContext, file: ReadableFile, plan: ObjectPlan, slots: Slots, metrics: MirrorMetrics
-    ) -> None:
+    def __init__(self, slots: Slots, file: ReadableFile, plan: ObjectPlan, metrics: MirrorMetrics) -> None:
         self.failure: BaseException | None = None
         self.md5s: list[bytes] = []
         """The MD5 of each part so far; none where the store compares checksums itself."""
-        self._context = context
+        self._slots = slots
+        self._context = context = slots.context
         self._file = file
         self._plan = plan
-        self._slots = slots
         self._metrics = metrics
         self._todo = plan.parts(context.mirror.part_bytes)
         self._takes_md5 = context.abilities is not None and context.abilities.compares_md5
@@ -102,11 +100,8 @@ class PartStream(Iterator[memoryview]):
             self._crc = crc32(view[done - offset : stop - offset], self._crc)
             if stop == min(entry.size_bytes, (extent + 1) * entry.extent_bytes):
                 if self._crc != entry.extent_crc32[extent]:
-                    first = extent * entry.extent_bytes
-                    message = (
-                        f"{self._file.path}: bytes {first} to {stop - 1} differ from what was committed; "
-                        "it is not mirrored"
-                    )
-                    raise CorruptCheckpointError(message, path=self._file.path)
+                    where = f"bytes {extent * entry.extent_bytes} to {stop - 1}"
+                    told = f"{self._file.path}: {where} differ from what was committed; it is not mirrored"
+                    raise CorruptCheckpointError(told, path=self._file.path)
                 self._crc = 0
             done = stop

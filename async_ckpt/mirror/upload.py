@@ -172,7 +172,7 @@ class _Upload:
         store, mirror, started_s = self._context.store, self._context.mirror, time.perf_counter()
         size_bytes, part_bytes = one.entry.size_bytes, mirror.part_bytes
         with contextlib.closing(self._checkpoint.open_raw(one.entry)) as file:
-            stream = PartStream(self._context, file, one, self._slots, self._metrics)
+            stream = PartStream(self._slots, file, one, self._metrics)
             try:
                 store.put(one.key, stream, size_bytes=size_bytes, part_bytes=part_bytes, parallel=mirror.parallel)
                 if size_bytes > part_bytes:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from async_ckpt.mirror.pending import PendingMirror
 from async_ckpt.mirror.remote import remote_catalog
 from async_ckpt.storage.filesystem import FileSystem
 
-from ..support.making import commit, content
+from ..support.making import commit as commit
+from ..support.making import content as content
+from .proxy import Fault, Proxy
 from .servers import BUCKET, client, keys
 
 PART_BYTES = 5 << 20
@@ -49,6 +51,18 @@ def mirroring(
         yield made
     finally:
         made.close(close_s)
+
+
+@contextlib.contextmanager
+def mirroring_through(
+    plan: Callable[[int, str, str], Fault], server: Any, root: Path, prefix: str, **fields: Any
+) -> Iterator[Mirrors]:
+    """To a server with a proxy in front that breaks what `plan` says."""
+    with (
+        Proxy(server.endpoint, plan) as proxy,
+        mirroring(root, s3_mirror(server, prefix, endpoint=proxy.endpoint, **fields)) as made,
+    ):
+        yield made
 
 
 def commit_and_send(
@@ -125,19 +139,3 @@ def upload_processes(pid: int | str = "self") -> list[int]:
                 if b"mirror.process" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
-
-
-__all__ = [
-    "SMALL",
-    "big",
-    "check_store",
-    "commit",
-    "commit_and_send",
-    "content",
-    "garbage",
-    "mirroring",
-    "priorities",
-    "remote_content",
-    "s3_mirror",
-    "upload_processes",
-]

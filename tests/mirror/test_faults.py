@@ -30,6 +30,7 @@ from .making import (
     content,
     garbage,
     mirroring,
+    mirroring_through,
     remote_content,
     s3_mirror,
 )
@@ -75,10 +76,8 @@ def test_every_request_fails_once_and_the_upload_ends_well(kind: str, moto: Any,
 
 @pytest.mark.wide
 def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Path, prefix: str) -> None:
-    with Proxy(moto.endpoint, every_other("stall", is_data)) as proxy:
-        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, request_timeout_s=1.0)
-        with mirroring(tmp_path, mirror) as made:
-            commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
+    with mirroring_through(every_other("stall", is_data), moto, tmp_path, prefix, request_timeout_s=1.0) as made:
+        commit_and_send(made, tmp_path, "step-1", SMALL).result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == SMALL
 
 
@@ -86,10 +85,7 @@ def test_requests_that_are_never_answered_are_sent_again(moto: Any, tmp_path: Pa
 def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> None:
     """Also where no condition was sent: another writer of the same object, for a moment."""
     conflict = every_other("409", lambda method, path: method in ("PUT", "POST"))
-    with (
-        Proxy(moto.endpoint, conflict) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(conflict, moto, tmp_path, prefix) as made:
         commit_and_send(made, tmp_path, "step-1", big()).result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == big()
     assert garbage(moto, prefix) == [] and unfinished_uploads(moto, prefix) == []
@@ -100,10 +96,7 @@ def test_a_conflict_is_tried_again(moto: Any, tmp_path: Path, prefix: str) -> No
 def test_a_body_that_arrives_damaged_is_sent_again(what: str, moto: Any, tmp_path: Path, prefix: str) -> None:
     # This server compares no checksums.
     damage = every_other("wrong request", lambda method, path: method == "PUT" and what in path)
-    with (
-        Proxy(moto.endpoint, damage) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(damage, moto, tmp_path, prefix) as made:
         commit_and_send(made, tmp_path, "step-1", big()).result(60)
     assert remote_content(s3_mirror(moto, prefix), "step-1") == big() and garbage(moto, prefix) == []
 
@@ -113,10 +106,7 @@ def test_bodies_that_always_arrive_damaged_are_an_error_and_no_manifest(moto: An
     def damage(number: int, method: str, path: str) -> Fault:
         return "wrong request" if is_data(method, path) else None
 
-    with (
-        Proxy(moto.endpoint, damage) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(damage, moto, tmp_path, prefix) as made:
         pending = commit_and_send(made, tmp_path, "step-1", {"model.bin": b"m" * 999})
         with pytest.raises(MirrorError, match=r"holds other bytes of 'step-1/.*model\.bin' than were sent"):
             pending.result(60)
@@ -202,17 +192,19 @@ def test_closing_waits_for_no_store_that_nobody_waits_for(moto: Any, tmp_path: P
 @pytest.mark.wide
 def test_what_failed_is_tried_again_with_the_next_commit(moto: Any, tmp_path: Path, prefix: str) -> None:
     is_down = True
-    with Proxy(moto.endpoint, lambda number, method, path: "reset" if is_down else None) as proxy:
-        mirror = s3_mirror(moto, prefix, endpoint=proxy.endpoint, retry_timeout_s=0.5, on_failure="raise")
-        with mirroring(tmp_path, mirror) as made:
-            with pytest.raises(MirrorError):
-                made.check()
-            first = commit_and_send(made, tmp_path, "step-1", SMALL)
-            assert first.exception(60) is not None
-            is_down = False
-            commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
-            until(lambda: made.is_mirrored("step-1", 1))
-            made.raise_unacknowledged()
+
+    def fail(number: int, method: str, path: str) -> Fault:
+        return "reset" if is_down else None
+
+    with mirroring_through(fail, moto, tmp_path, prefix, retry_timeout_s=0.5, on_failure="raise") as made:
+        with pytest.raises(MirrorError):
+            made.check()
+        first = commit_and_send(made, tmp_path, "step-1", SMALL)
+        assert first.exception(60) is not None
+        is_down = False
+        commit_and_send(made, tmp_path, "step-2", SMALL, created=2).result(60)
+        until(lambda: made.is_mirrored("step-1", 1))
+        made.raise_unacknowledged()
     assert check_store(s3_mirror(moto, prefix)) == ["step-1", "step-2"]
 
 
@@ -275,10 +267,7 @@ def test_replaced_on_disk_in_the_middle_of_its_upload(moto: Any, tmp_path: Path,
                 commit(root, "latest", big(5), created=2, overwrite="replace")
             return None
 
-        with (
-            Proxy(moto.endpoint, replace) as proxy,
-            mirroring(root, s3_mirror(moto, where, endpoint=proxy.endpoint)) as made,
-        ):
+        with mirroring_through(replace, moto, root, where) as made:
             made.check()
             first = commit_and_send(made, root, "latest", big())
             assert isinstance(first.exception(60), CheckpointNotFoundError | None)
@@ -302,10 +291,7 @@ def test_what_was_given_up_leaves_the_older_one_replaceable(moto: Any, tmp_path:
         return None
 
     mirror = s3_mirror(moto, prefix)
-    with (
-        Proxy(moto.endpoint, delete) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(delete, moto, tmp_path, prefix) as made:
         commit_and_send(made, tmp_path, "latest", SMALL).result(60)
         second = commit_and_send(made, tmp_path, "latest", big(), created=2, overwrite="replace")
         assert isinstance(second.exception(60), CheckpointNotFoundError) and is_deleted.is_set()

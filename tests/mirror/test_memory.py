@@ -111,7 +111,7 @@ def test_no_part_is_read_before_a_slot_is_free(tmp_path: Path) -> None:
     file = filesystem.open_read(str(tmp_path / "huge"), ("model.bin",))
     with ThreadPoolExecutor(2) as pool:
         context = MirrorContext(mirror, filesystem, str(tmp_path))
-        stream = PartStream(context, file, ObjectPlan("key", entry), Slots(context), metrics)
+        stream = PartStream(Slots(context), file, ObjectPlan("key", entry), metrics)
         held = [next(stream), next(stream)]
         third = pool.submit(next, stream)
         until(lambda: num_waiting(context.changed) == 1)

@@ -25,6 +25,7 @@ from .making import (
     content,
     garbage,
     mirroring,
+    mirroring_through,
     remote_content,
     s3_mirror,
     upload_processes,
@@ -74,10 +75,7 @@ def test_a_process_that_dies_is_an_error_and_the_next_one_goes_on(
             return "reset"
         return None
 
-    with (
-        Proxy(moto.endpoint, kill) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(kill, moto, tmp_path, prefix) as made:
         for tag in ("step-1", "step-0"):
             commit_and_send(made, tmp_path, tag).result(60)
         error = commit_and_send(made, tmp_path, "step-1", big(), created=2, overwrite="replace").exception(60)

@@ -25,6 +25,7 @@ from .making import (
     content,
     garbage,
     mirroring,
+    mirroring_through,
     remote_content,
     s3_mirror,
 )
@@ -104,10 +105,7 @@ def test_what_was_replaced_and_cannot_be_deleted_fails_no_mirroring(
         broken.update({path} if is_new and kind == "lost" else ())
         return kind if is_new else None
 
-    with (
-        Proxy(moto.endpoint, fail) as proxy,
-        mirroring(tmp_path, s3_mirror(moto, prefix, endpoint=proxy.endpoint)) as made,
-    ):
+    with mirroring_through(fail, moto, tmp_path, prefix) as made:
         commit_and_send(made, tmp_path, "latest", SMALL).result(60)
         commit_and_send(made, tmp_path, "latest", big(), created=2, overwrite="replace").result(60)
     assert remote_content(s3_mirror(moto, prefix), "latest") == big()
