@@ -23,13 +23,8 @@ MakeRoom = Callable[[str], Coroutine[Any, Any, None]]
 
 
 class Disk:
-    """What the files of one pool share. Any thread; nothing blocks. Slots: no user's thread.
-
-    Args:
-        num_slots: how many chunks of all files may be written at once.
-        on_span: told about every piece of work on a file, on the thread that did it; must be quick and not raise.
-        make_room: waits until earlier commits than that of a tag, and what they delete, are over.
-    """
+    """What the files of one pool share, as that takes it; a slot for each chunk that may be written at once. Any
+    thread, but for slots no user's; nothing blocks."""
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ class WriterPool:
         num_helpers: threads in `helpers`.
         io_mode: past the page cache, through it, or "auto": past it from `SMALL_BYTES` on.
         rewrite: write a file once more where the disk has failed for a moment.
-        make_room: see `Disk`; None where nobody can.
+        make_room: waits until commits before that of a tag, and what they delete, are over; None where nobody can.
         on_span: told about every crc, write, fsync, open and close, on the thread that did it; quick, never raises.
         name: prefix of the thread names.
     """
