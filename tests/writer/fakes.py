@@ -13,6 +13,7 @@ from typing import Any
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.chunk import Chunk
 from async_ckpt.writer.file import FileWrite
+from async_ckpt.writer.pool import WriterPool
 
 TIMEOUT_S = 20.0
 
@@ -157,6 +158,9 @@ class Source:
         for chunk in self.chunks:
             file.submit(chunk)
         return file
+
+    def write(self, pool: WriterPool, path: str = "f", **how: Any) -> FileWrite:
+        return self.submit(pool.open_file(path, size_bytes=self.size_bytes, seal=seal, **how))
 
     def assert_released_once(self) -> None:
         assert self.all_released.wait(TIMEOUT_S), f"not released: {self.releases}"

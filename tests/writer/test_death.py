@@ -61,10 +61,7 @@ def test_death_fails_everything_at_once_and_gives_memory_back_later(make_pool, f
     told: list[BaseException] = []
     pool.death.when_done(lambda death: told.append(death.failure()))
     sources = [Source(8 * 4096, 4096) for _ in range(2)]
-    files = [
-        source.submit(pool.open_file(name, size_bytes=8 * 4096, seal=seal))
-        for name, source in zip("ab", sources, strict=True)
-    ]
+    files = [source.write(pool, name) for name, source in zip("ab", sources, strict=True)]
     unfed = pool.open_file("unfed", size_bytes=4096, seal=seal)
     waiting = pool.run(asyncio.sleep(3600))
     gate.wait_inside(3)
@@ -108,7 +105,7 @@ def test_a_loop_that_is_stopped_again_and_again_still_gives_memory_back(make_poo
     gate = fs.on["write"] = Gate()
     pool = make_pool(num_writers=2)
     source = Source(4 * 4096, 4096)
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool)
     gate.wait_inside(2)
 
     def stop_always() -> None:
@@ -139,7 +136,7 @@ def test_all_tasks_cancelled(make_pool, fs, at):
         held = Gate()
         thread_of(pool).call(held)
         held.wait_inside(1)
-        file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+        file = source.write(pool)
         thread_of(pool).call(cancel_all)
         held.open()
     else:
@@ -158,7 +155,7 @@ def test_all_tasks_cancelled(make_pool, fs, at):
         file.submit(chunk)
     source.assert_released_once()
     again = Source(4096, 4096)
-    again.submit(pool.open_file("g", size_bytes=4096, seal=seal)).done.result(TIMEOUT_S)
+    again.write(pool, "g").done.result(TIMEOUT_S)
 
 
 def test_a_cancelled_coroutine_is_an_error_of_our_tree(make_pool):
@@ -177,7 +174,7 @@ def test_an_executor_that_is_shut_down(make_pool, fs, drop):
     gate = fs.on["write"] = Gate()
     pool = make_pool(num_writers=2)
     source = Source(8 * 4096, 4096)
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool)
     more = pool.open_file("unfed", size_bytes=4096, seal=seal)
     gate.wait_inside(2)
     pool.disk.io.shutdown(wait=False, cancel_futures=drop)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_close_waits_for_what_was_submitted(make_pool, fs):
     pool = make_pool()
     source = Source(4 * 4096, 4096)
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool)
     pool.close(TIMEOUT_S)
     assert file.done.exception(0) is None
     pool.close(TIMEOUT_S)
@@ -47,7 +47,7 @@ def test_close_on_a_stuck_write_is_bounded_and_says_what_it_waits_for(make_pool,
     fs.on["write"] = lambda path, offset: gate() if offset == 4096 else None
     pool = make_pool()
     source = Source(2 * 4096, 4096)
-    file = source.submit(pool.open_file("stuck", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool, "stuck")
     gate.wait_inside(1)
     with pytest.raises(BackpressureTimeout, match=r"write of 4096 bytes at offset 4096 of 'stuck'"):
         pool.close(0.05)
@@ -70,7 +70,7 @@ def test_no_thread_or_descriptor_stays_after_close(make_pool):
     for _ in range(5):
         pool = make_pool()
         source = Source(4096, 4096)
-        source.submit(pool.open_file("f", size_bytes=4096, seal=seal)).done.result(TIMEOUT_S)
+        source.write(pool).done.result(TIMEOUT_S)
         pool.close(TIMEOUT_S)
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -93,7 +93,7 @@ def test_a_forked_child_is_refused_by_every_call_and_harms_nothing(make_pool, fs
     gate = fs.on["write"] = Gate()
     pool = make_pool()
     source = Source(4 * 4096, 4096)
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool)
     gate.wait_inside(3)
     reader, writer = os.pipe()
     child = os.fork()
@@ -136,7 +136,7 @@ STUCK = """
 fs.on["write"] = lambda *_: threading.Event().wait()
 reached = threading.Event()
 fs.on["write"] = lambda *_: (reached.set(), threading.Event().wait())
-source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+source.write(pool)
 assert reached.wait(20)
 print("leaving", flush=True)
 """

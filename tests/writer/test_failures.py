@@ -26,7 +26,7 @@ def fail_at(offset_to_fail: int | None, error: BaseException):
 
 def assert_usable(pool) -> None:
     source = Source(3 * 4096, 4096)
-    source.submit(pool.open_file("next", size_bytes=source.size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    source.write(pool, "next").done.result(TIMEOUT_S)
     source.assert_released_once()
 
 
@@ -40,7 +40,7 @@ def test_any_step_may_fail(make_pool, fs, kind, at):
     fs.on[kind] = fail_at(at * 4096 if kind == "write" else None, cause)
     pool = make_pool()
     source = Source(NUM * 4096 - 1, 4096)
-    file = source.submit(pool.open_file("d/f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool, "d/f")
     error = file.done.exception(TIMEOUT_S)
     assert isinstance(error, WriteError)
     assert error.errno == errno.EIO
@@ -85,7 +85,7 @@ def test_memory_and_descriptor_are_kept_until_writes_in_flight_ended(make_pool, 
     gate = fs.on["write"] = Gate()
     source = Source(NUM * 4096, 4096)
     pool = make_pool(num_writers=3)
-    file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+    file = source.write(pool)
     gate.wait_inside(3)
     file.abort(WriteError("given up"))
     # The loop has handled the abort once it runs something that was queued after it.
@@ -115,7 +115,7 @@ def test_the_first_failure_stays(make_pool, fs):
 
 def test_abort_of_a_finished_file_changes_nothing(make_pool):
     source = Source(4096, 4096)
-    file = source.submit(make_pool().open_file("f", size_bytes=4096, seal=seal))
+    file = source.write(make_pool())
     file.done.result(TIMEOUT_S)
     file.abort(WriteError("late"))
     assert file.done.exception(TIMEOUT_S) is None
@@ -124,7 +124,7 @@ def test_abort_of_a_finished_file_changes_nothing(make_pool):
 def test_abort_while_the_location_is_unknown(make_pool, fs):
     location: Future[str] = Future()
     source = Source(4096, 4096)
-    file = source.submit(make_pool().open_file("f", folder=location, size_bytes=4096, seal=seal))
+    file = source.write(make_pool(), folder=location)
     file.abort(WriteError("given up"))
     assert isinstance(file.done.exception(TIMEOUT_S), WriteError)
     source.assert_released_once()
@@ -135,7 +135,7 @@ def test_abort_while_the_location_is_unknown(make_pool, fs):
 def test_a_location_that_fails(make_pool, fs):
     location: Future[str] = Future()
     source = Source(4096, 4096)
-    file = source.submit(make_pool().open_file("f", folder=location, size_bytes=4096, seal=seal))
+    file = source.write(make_pool(), folder=location)
     location.set_exception(PermissionError(errno.EACCES, "no"))
     error = file.done.exception(TIMEOUT_S)
     assert isinstance(error, WriteError)
@@ -178,8 +178,8 @@ def test_failures_of_one_file_leave_others_alone(make_pool, fs):
     fs.on["write"] = fail_at(4096, OSError(errno.EIO, "injected"))
     pool = make_pool()
     bad, good = Source(NUM * 4096, 4096), Source(NUM * 4096, 4096)
-    failing = bad.submit(pool.open_file("f", size_bytes=bad.size_bytes, seal=seal))
-    other = good.submit(pool.open_file("g", size_bytes=good.size_bytes, seal=seal))
+    failing = bad.write(pool)
+    other = good.write(pool, "g")
     assert failing.done.exception(TIMEOUT_S) is not None
     other.done.result(TIMEOUT_S)
     bad.assert_released_once()
@@ -194,7 +194,7 @@ def test_thirty_good_and_thirty_failed_files_leave_nothing(make_pool, fs):
             fail_at(4096 * (k // 2 % NUM), OSError(errno.EIO, "injected")) if k % 2 else lambda path, offset: None
         )
         source = Source(NUM * 4096, 4096)
-        file = source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal))
+        file = source.write(pool)
         assert (file.done.exception(TIMEOUT_S) is None) == (k % 2 == 0)
         source.assert_released_once()
         assert fs.files["f"].num_closed == 1

@@ -25,7 +25,7 @@ def test_bytes_and_crcs_on_a_real_disk(make_pool, tmp_path, io_mode, size_bytes)
     pool = make_pool(FileSystem(), io_mode=io_mode)
     source = Source(size_bytes, 8192 if size_bytes < 1 << 20 else 1 << 20)
     path = tmp_path / "a" / "b" / "file"
-    written = source.submit(pool.open_file(str(path), size_bytes=size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    written = source.write(pool, str(path)).done.result(TIMEOUT_S)
     assert path.read_bytes() == source.data
     assert (written.path, written.size_bytes, written.extent_crc32) == (str(path), size_bytes, [*source.crcs])
     assert written.extent_bytes == source.chunks[0].nbytes
@@ -64,7 +64,7 @@ def test_files_are_sealed_in_parallel(make_pool):
 def test_writes_in_flight_are_bounded_over_all_files(make_pool, fs):
     gate = fs.on["write"] = Gate()
     pool = make_pool(num_writers=3)
-    files = [Source(6 * 4096, 4096).submit(pool.open_file(name, size_bytes=6 * 4096, seal=seal)) for name in "ab"]
+    files = [Source(6 * 4096, 4096).write(pool, name) for name in "ab"]
     gate.wait_inside(3)
     # The loop has seen all of them once it runs something that was queued after them.
     pool.run(asyncio.sleep(0)).result(TIMEOUT_S)
@@ -93,9 +93,9 @@ def test_a_chunk_whose_turn_has_come_stays_until_its_job_has_ended(make_pool, fs
     threading.settrace(give_up)
     try:
         pool = make_pool(num_writers=1)
-        files.append(Source(4096, 4096).submit(pool.open_file("a", size_bytes=4096, seal=seal)))
+        files.append(Source(4096, 4096).write(pool, "a"))
         gate.wait_inside(1)
-        files.append(source.submit(pool.open_file("b", size_bytes=4096, seal=seal)))
+        files.append(source.write(pool, "b"))
         pool.run(asyncio.sleep(0)).result(TIMEOUT_S)
         gate.open()
         assert "given up" in str(files[1].done.exception(TIMEOUT_S))
@@ -107,15 +107,13 @@ def test_a_chunk_whose_turn_has_come_stays_until_its_job_has_ended(make_pool, fs
 
 def test_a_file_written_through_the_cache_has_one_write_in_flight(make_pool, fs):
     source = Source(6 * 4096, 4096)
-    source.submit(make_pool(io_mode="buffered").open_file("f", size_bytes=source.size_bytes, seal=seal)).done.result(
-        TIMEOUT_S
-    )
+    source.write(make_pool(io_mode="buffered")).done.result(TIMEOUT_S)
     assert fs.most_at_once["write"] == 1
 
 
 def test_order_on_disk_ends_with_truncate_sync_close(make_pool, fs):
     source = Source(2 * 4096 + 1, 4096)
-    source.submit(make_pool().open_file("d/f", size_bytes=source.size_bytes, seal=seal)).done.result(TIMEOUT_S)
+    source.write(make_pool(), "d/f").done.result(TIMEOUT_S)
     assert fs.log[:2] == [("makedirs", "d", 0), ("open", "d/f", 0)]
     assert fs.kinds()[2:] == ["write"] * 3 + ["truncate", "fsync", "close"]
     assert bytes(fs.files["d/f"].data) == source.data
@@ -125,9 +123,9 @@ def test_fsync_of_a_file_does_not_wait_for_other_files(make_pool, fs):
     gate = Gate()
     fs.on["write"] = lambda path, offset: gate() if path == "slow" else None
     pool = make_pool(num_writers=3)
-    slow = Source(2 * 4096, 4096).submit(pool.open_file("slow", size_bytes=2 * 4096, seal=seal))
+    slow = Source(2 * 4096, 4096).write(pool, "slow")
     gate.wait_inside(2)
-    Source(4096, 4096).submit(pool.open_file("quick", size_bytes=4096, seal=seal)).done.result(TIMEOUT_S)
+    Source(4096, 4096).write(pool, "quick").done.result(TIMEOUT_S)
     assert not slow.done.done()
     gate.open()
     slow.done.result(TIMEOUT_S)
@@ -137,7 +135,7 @@ def test_a_location_that_comes_later(make_pool, fs):
     location: Future[str] = Future()
     source = Source(4096, 4096)
     pool = make_pool()
-    file = source.submit(pool.open_file("f", folder=location, size_bytes=4096, seal=seal))
+    file = source.write(pool, folder=location)
     until(lambda: pool.waiting_for() == "the directory of 'f'")
     location.set_result("late")
     assert file.done.result(TIMEOUT_S).path == "late/f"
@@ -163,7 +161,7 @@ def test_spans_tell_kind_thread_and_extent(make_pool):
     spans: list[Span] = []
     source = Source(2 * 4096, 4096)
     pool = make_pool(on_span=spans.append)
-    source.submit(pool.open_file("f", size_bytes=source.size_bytes, seal=seal, tag="t")).done.result(TIMEOUT_S)
+    source.write(pool, tag="t").done.result(TIMEOUT_S)
     told = {(s.kind, s.offset, s.num_bytes) for s in spans}
     extents = {(kind, offset, 4096) for kind in ("crc", "write") for offset in (0, 4096)}
     assert told == extents | {("open", 0, 0), ("fsync", 0, 0), ("close", 0, 0)}
