@@ -185,25 +185,21 @@ def renamed(info: RankInfo, attempt: int, error: str = "") -> Step:
         yield Put(f"{attempt}/all_done", "yes")
 
 
-def conclude_nodes(info: RankInfo, attempt: int) -> Step:
-    """Rank 0: wait until all nodes have renamed; returns and announces the outcome."""
-    yield Get(f"{attempt}/all_done", info.timeout_s)
-    bad = []
-    for node in range(info.num_nodes):
-        done = yield Get(f"{attempt}/done/{node}")
-        if done != "ok":
-            bad.append(f"node {node}: {done or 'no answer'}")
-    outcome = CommitOutcome(True, None, "", info.rank, True)
-    if bad:
-        cause = f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})"
-        outcome = CommitOutcome(False, None, cause, info.rank, None)
-    yield from conclude(attempt, outcome)
-    return outcome
-
-
-def conclude(attempt: int, outcome: CommitOutcome) -> Step:
-    """Rank 0: announce the outcome of its rename."""
+def conclude(info: RankInfo, attempt: int, outcome: CommitOutcome) -> Step:
+    """Rank 0: announce the outcome of its rename, where there are several nodes that of all; returns it."""
+    if info.num_nodes > 1:
+        yield from renamed(info, attempt, outcome.cause)
+        yield Get(f"{attempt}/all_done", info.timeout_s)
+        bad = []
+        for node in range(info.num_nodes):
+            done = yield Get(f"{attempt}/done/{node}")
+            if done != "ok":
+                bad.append(f"node {node}: {done or 'no answer'}")
+        if bad:
+            cause = f"all parts are durable, but not every node has renamed its own ({'; '.join(bad[:4])})"
+            outcome = CommitOutcome(False, None, cause, info.rank, None)
     yield Put(f"{attempt}/result", outcome.encode())
+    return outcome
 
 
 def await_result(info: RankInfo, attempt: int) -> Step:

@@ -269,21 +269,19 @@ class RankCoordinator:
         self.talk.later(rank_protocol.retire(info, attempt))
 
     def _tell_outcome(self, opened: RankStaging, attempt: int, outcome: CommitOutcome) -> None:
-        info = self.info
         opened.outcome = outcome
-        if info.num_nodes > 1:
-            self.talk.submit(rank_protocol.renamed(info, attempt, outcome.cause))
-            of_all: CommitOutcome = self._learn(opened, rank_protocol.conclude_nodes(info, attempt), reported=True)
-            if outcome.ok and not of_all.ok:
-                opened.outcome = of_all
-                raise of_all.error(opened.destination.root, opened.tag)
-            return
         try:
-            self._learn(opened, rank_protocol.conclude(attempt, outcome))
+            of_all = self._learn(opened, rank_protocol.conclude(self.info, attempt, outcome), reported=True)
         except CommitError as lost:
+            if self.info.num_nodes > 1:
+                raise
             # The rename has been done, or not, already: the others find out by listing the root.
             told = "the other ranks could not be told what became of checkpoint %r: %s"
             report(logging.ERROR, told, opened.tag, lost)
+            return
+        if outcome.ok and not of_all.ok:
+            opened.outcome = of_all
+            raise of_all.error(opened.destination.root, opened.tag)
 
     def _publish_own_node(self, opened: RankStaging, attempt: int, part: Manifest) -> None:
         info = self.info

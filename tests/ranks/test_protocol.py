@@ -35,7 +35,7 @@ def rank_zero(
     renames.append(tag)
     yield Pause(publish_s)
     outcome = CommitOutcome(True, None, "", 0, True)
-    yield from protocol.conclude(attempt, outcome)
+    yield from protocol.conclude(info, attempt, outcome)
     yield from protocol.retire(info, attempt)
     return outcome
 
