@@ -35,7 +35,7 @@ from ...reading.shared_memory import COMPRESSED, overlapping, parts_of, same_byt
 from ...reading.verified_file import VerifiedFile
 from .metadata import decode_metadata
 from .objects import load_blob, unpadded
-from .unpacking import LARGE_BYTES, Unpacker, read_ahead
+from .unpacking import Unpacker, in_order
 from .writer import DcpWriter
 
 
@@ -126,8 +126,6 @@ class DcpReader(StorageReader):
         self._filled.clear()
         with self._open() as checkpoint:
             for path, wanted in per_file.items():
-                # In file order, so that each extent is read once and few are held.
-                wanted.sort(key=lambda pair: pair[0].offset)
                 with self._file(checkpoint, path) as file:
                     self._read_file(file, wanted, planner, refused)
             self._check_shared(checkpoint)
@@ -144,15 +142,7 @@ class DcpReader(StorageReader):
         self, file: VerifiedFile, wanted: list[tuple[Any, ReadItem]], planner: LoadPlanner, refused: dict[str, str]
     ) -> None:
         """Hand every item to the planner; objects that are no plain data go to `refused`."""
-        small = [(info.offset, info.length) for info, _ in wanted if info.length < LARGE_BYTES]
-        next_small = 0
-        for info, item in wanted:
-            behind = info.offset // file.extent_bytes
-            file.drop([extent for extent in file.kept() if extent < behind])
-            if info.length < LARGE_BYTES:
-                if not all(map(file.is_kept, file.extents_of(info.offset, info.length))):
-                    read_ahead(file, small[next_small:])
-                next_small += 1
+        for info, item in in_order(file, wanted):
             name = f"{file.name}, item {item.storage_index.fqn!r}"
             if item.type == LoadItemType.BYTE_IO:
                 blob = unpadded(file.view(info.offset, info.length))

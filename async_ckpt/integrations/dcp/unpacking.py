@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from .objects import load_blob
 
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 # Above it, a blob's payload is read straight to its place; below, many blobs share an extent, which is read once.
-LARGE_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 20
 _AHEAD_BYTES = 32 << 20
 
 
@@ -102,20 +102,28 @@ class Unpacker:
         return tensor
 
 
-def read_ahead(file: VerifiedFile, blobs: Iterable[tuple[int, int]]) -> None:
-    """Read and verify the extents of the next blobs (offset, length) in one go, as many as may be held."""
-    wanted: dict[int, None] = {}
-    for offset, length in blobs:
-        wanted.update(dict.fromkeys(file.extents_of(offset, length)))
-        if len(wanted) * file.extent_bytes >= _AHEAD_BYTES:
-            break
-    file.keep(wanted)
+def in_order(file: VerifiedFile, wanted: Iterable[tuple[Any, ReadItem]]) -> Iterator[tuple[Any, ReadItem]]:
+    """Items with their places, as they lie in the file: each extent is read once, those of small blobs ahead and in one
+    go, as many as may be held.
+    """
+    ordered = sorted(wanted, key=lambda pair: pair[0].offset)
+    for k, (info, item) in enumerate(ordered):
+        behind = info.offset // file.extent_bytes
+        file.drop([extent for extent in file.kept() if extent < behind])
+        if info.length < _LARGE_BYTES and not all(map(file.is_kept, file.extents_of(info.offset, info.length))):
+            ahead: dict[int, None] = {}
+            for small in (place for place, _ in ordered[k:] if place.length < _LARGE_BYTES):
+                ahead.update(dict.fromkeys(file.extents_of(small.offset, small.length)))
+                if len(ahead) * file.extent_bytes >= _AHEAD_BYTES:
+                    break
+            file.keep(ahead)
+        yield info, item
 
 
 def _read(file: VerifiedFile, offset: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     """These bytes as a flat tensor, aligned as its elements need it."""
     num = nbytes // dtype.itemsize
-    if nbytes >= LARGE_BYTES:
+    if nbytes >= _LARGE_BYTES:
         storage = new_storage(nbytes, torch.device("cpu"))
         scatter = Scatter()
         scatter.add(offset, nbytes, storage)
