@@ -36,7 +36,7 @@ from ..format.manifest import FileEntry
 from ..format.names import Root, StrPath
 from ..host.device import without_default_device
 from ..host.facts import node_from_env
-from ..reading.build import NotPlainError, TensorsOnDisk, read_structure
+from ..reading.build import NotPlainError, read_structure
 from ..reading.catalog import Catalog
 from ..reading.errors import OVERWRITTEN, ReadError, telling_overwritten
 from ..reading.load_into import Mover, Restored, match
@@ -195,7 +195,7 @@ class _Load:
         head = _Head(name, entry[1], parts)
         self._head = VerifiedFile(head, FileEntry(*entry), check=False, num_threads=1)
         try:
-            self._structure = read_structure(self._head, TensorsOnDisk())
+            self._structure = read_structure(self._head)
         except NotPlainError as error:
             what = f"{name} holds more than plain tensors ({error}): only load and load_into read it, on each rank"
             raise UnsupportedStateError(what) from error

@@ -32,6 +32,7 @@ from .verified_file import VerifiedFile
 CPU = torch.device("cpu")
 DeviceOf = Callable[[str], torch.device]
 """Device for a location tag of the file; raises what `torch.load` would raise if there is no such device."""
+Make = Callable[[TensorExtent], Any]
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
 _CALLS = {
@@ -70,30 +71,7 @@ def _resolve(tag: str) -> torch.device:
     return torch.device(moved.device)
 
 
-class TensorsOnDisk:
-    """Makes the tensors of a structure: here they stay `TensorExtent`, and nothing is allocated."""
-
-    def tensor(self, extent: TensorExtent) -> Any:
-        """A strided tensor. Raises NotPlainError where torch lacks its dtype."""
-        _check_grad(extent, extent.requires_grad)
-        return extent
-
-    def parameter(self, data: Any, requires_grad: bool) -> Any:
-        """An `nn.Parameter` around what `tensor` has made."""
-        if not isinstance(data, TensorExtent):
-            _refuse("a parameter around no tensor")
-        _check_grad(data, requires_grad)
-        data.requires_grad, data.is_parameter = requires_grad, True
-        return data
-
-
-def _check_grad(extent: TensorExtent, requires_grad: bool) -> None:
-    dtype = dtype_of(extent)
-    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
-        _refuse(f"a gradient of {extent.dtype}")
-
-
-class TensorBuilder(TensorsOnDisk):
+class TensorBuilder:
     """Allocates storages and notes in `scatter` how to fill them; tensors of one storage share it."""
 
     def __init__(self, place: DeviceOf) -> None:
@@ -124,20 +102,21 @@ class TensorBuilder(TensorsOnDisk):
             return torch.nn.Parameter(tensor, extent.requires_grad)
         return tensor.requires_grad_() if extent.requires_grad else tensor
 
-    def parameter(self, data: Any, requires_grad: bool) -> Any:
-        if not isinstance(data, torch.Tensor):
-            _refuse("a parameter around no tensor")
-        return torch.nn.Parameter(data, requires_grad)
+
+def on_disk(extent: TensorExtent) -> Any:
+    """The tensor as what it is in the file. Raises NotPlainError where torch lacks its dtype."""
+    dtype_of(extent)
+    return extent
 
 
-def read_structure(file: VerifiedFile, builder: TensorsOnDisk) -> Any:
-    """What the file holds, its tensors made by `builder`; local headers are compared as the rest of it is read. Blocks.
+def read_structure(file: VerifiedFile, make: Make = on_disk) -> Any:
+    """What the file holds, its tensors made by `make`; local headers are compared as the rest of it is read. Blocks.
     Raises NotPlainError: only torch can read it. CorruptCheckpointError: malformed. UnsupportedStateError: a
     safetensors file with a dtype that this version or torch does not know."""
     if file.entry.format == "safetensors":
         found = read_safetensors(file.view, file.size_bytes, name=file.name)
         try:
-            return {tensor.name: builder.tensor(tensor) for tensor in found}
+            return {tensor.name: make(tensor) for tensor in found}
         except NotPlainError as error:
             raise UnsupportedStateError(f"{file.name}: {error}") from error
     try:
@@ -148,7 +127,7 @@ def read_structure(file: VerifiedFile, builder: TensorsOnDisk) -> Any:
         _refuse("not this machine's byte order")
     file.show_to(HeaderCheck(records))
     pickled = records.get("data.pkl") or _refuse("no data.pkl")
-    return load_plain(file.view(pickled.offset, pickled.num_bytes), records, builder)
+    return load_plain(file.view(pickled.offset, pickled.num_bytes), records, make)
 
 
 def byte_order(file: VerifiedFile, records: dict[str, Record]) -> bytes | None:
@@ -157,10 +136,10 @@ def byte_order(file: VerifiedFile, records: dict[str, Record]) -> bytes | None:
     return None if order is None else file.read(order.offset, min(order.num_bytes, 16))
 
 
-def load_plain(pickled: bytes | memoryview, records: Mapping[str, Record], builder: TensorsOnDisk) -> Any:
-    """The object that `pickled` describes, its tensors made by `builder`. Raises NotPlainError: damaged, or not within
+def load_plain(pickled: bytes | memoryview, records: Mapping[str, Record], make: Make = on_disk) -> Any:
+    """The object that `pickled` describes, its tensors made by `make`. Raises NotPlainError: damaged, or not within
     the plain subset. CorruptCheckpointError: a tensor does not fit its record."""
-    reader = _PlainObjects(pickled, records, builder)
+    reader = _PlainObjects(pickled, records, make)
     if not reader.data.startswith(b"\x80\x02"):
         _refuse("not protocol 2")
     try:
@@ -204,10 +183,10 @@ class _PlainObjects(PickleReader):
 
     opcodes = TORCH_OPCODES
 
-    def __init__(self, pickled: bytes | memoryview, records: Mapping[str, Record], builder: TensorsOnDisk) -> None:
+    def __init__(self, pickled: bytes | memoryview, records: Mapping[str, Record], make: Make) -> None:
         super().__init__(pickled)
         self._records = records
-        self._builder = builder
+        self._make = make
 
     def name(self, module: str, attribute: str) -> Any:
         found: Any = _CALLS.get(f"{module}.{attribute}")
@@ -221,11 +200,11 @@ class _PlainObjects(PickleReader):
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         name = function.text if type(function) is Name else ""
         if name in ("tensor_v2", "tensor_v3"):
-            return self._builder.tensor(self._extent(args, 7 if name == "tensor_v3" else 6))
+            return self._make(self._extent(args, 7 if name == "tensor_v3" else 6))
         if name == "OrderedDict" and args == ():
             return OrderedDict()
         if name == "parameter" and len(args) == 3 and type(args[1]) is bool and not args[2]:
-            return self._builder.parameter(args[0], args[1])
+            return _parameter(args[0], args[1])
         if name == "size" and len(args) == 1:
             return torch.Size(args[0])
         if name == "device":
@@ -242,7 +221,8 @@ class _PlainObjects(PickleReader):
         dtype = str(args[6]).removeprefix("torch.") if fixed == 7 and isinstance(args[6], torch.dtype) else None
         if (fixed == 7) is (dtype is None) or (dtype or "").startswith("q"):
             _refuse("no dtype of plain tensors")
-        return tensor_in(storage, offset, size, stride, dtype, requires_grad) or _refuse("bad tensor geometry")
+        made = tensor_in(storage, offset, size, stride, dtype, requires_grad) or _refuse("bad tensor geometry")
+        return _with_grad(made, True) if requires_grad else made
 
     def build(self, target: Any, state: Any) -> None:
         # `Module.state_dict()` carries `_metadata` as an attribute of its OrderedDict.
@@ -255,6 +235,21 @@ class _PlainObjects(PickleReader):
 
     def set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
         _refuse(f"pairs for a {type(target).__name__}")
+
+
+def _parameter(data: Any, requires_grad: bool) -> Any:
+    """An `nn.Parameter` around what has been made of a tensor."""
+    if isinstance(data, TensorExtent):
+        data.is_parameter = True
+        return _with_grad(data, requires_grad)
+    return torch.nn.Parameter(data, requires_grad) if isinstance(data, torch.Tensor) else _refuse("no tensor")
+
+
+def _with_grad(extent: TensorExtent, requires_grad: bool) -> TensorExtent:
+    if requires_grad and not (dtype_of(extent).is_floating_point or dtype_of(extent).is_complex):
+        _refuse(f"a gradient of {extent.dtype}")
+    extent.requires_grad = requires_grad
+    return extent
 
 
 def _refuse(why: str) -> NoReturn:

@@ -100,7 +100,7 @@ class Catalog:
         """
         found: list[CatalogEntry | None] = []
         for _ in range(_MAX_RACES):
-            found = self.filesystem.each(self._entry, self._possible_tags())
+            found = self.filesystem.each(self._entry, self._names())
             if None not in found:
                 break
         there = [entry for entry in found if entry is not None and entry.tag]
@@ -116,6 +116,7 @@ class Catalog:
     def _entry(self, name: str) -> CatalogEntry | None:
         """What has this name; without a tag where that is no checkpoint, None where it has vanished meanwhile."""
         try:
+            check_existing_tag(name)
             if self._looks_like_checkpoint(name):
                 return self.read(
                     name, lambda found: CatalogEntry(found.manifest.tag, found.manifest, None, found.copied_from)
@@ -124,6 +125,8 @@ class Catalog:
             return None
         except CorruptCheckpointError as error:
             return CatalogEntry(name, None, str(error))
+        except UnsafePathError:
+            return CatalogEntry("", None, None)
         # A directory that is no checkpoint is still there.
         is_there = self.filesystem.stat(os.path.join(self.root, name)).kind != "missing"
         return CatalogEntry("", None, None) if is_there else None
@@ -252,11 +255,13 @@ class Catalog:
             if not is_url(self.root):
                 raise
             sources = {entry.tag: entry.copied_from for entry in self.entries() if entry.problem is None}
-            foreign = sources.get(tag)
-            # A manifest of another checkpoint says nothing of the age of this one.
-            is_known = tag in sources and foreign is None
-            older = list(sources)[: list(sources).index(tag)] if is_known else [one for one in sources if one != tag]
-            told = error.args[0] if foreign is None else f"{error.args[0]}: its manifest is that of {foreign!r}"
+            told, older = error.args[0], list(sources)
+            if sources.get(tag) is not None:
+                # A manifest of another checkpoint says nothing of the age of this one.
+                told = f"{told}: its manifest is that of {sources[tag]!r}"
+                older.remove(tag)
+            elif tag in sources:
+                older = older[: older.index(tag)]
             error.args = (f"{told}; older ones in {self.root}: {', '.join(reversed(older[-5:])) or 'none'}",)
             raise
 
@@ -277,7 +282,7 @@ class Catalog:
                 report(logging.WARNING, "checkpoint %r is left out: %s", entry.tag, entry.problem)
         return [entry for entry in entries if entry.problem is None]
 
-    def _possible_tags(self) -> list[str]:
+    def _names(self) -> list[str]:
         # A listing may miss a name that is being exchanged: list until two agree.
         names = set(self._listdir())
         for _ in range(4):
@@ -285,7 +290,7 @@ class Catalog:
             if again == names:
                 break
             names |= again
-        return [name for name in sorted(names) if _is_tag(name)]
+        return sorted(names)
 
     def _looks_like_checkpoint(self, name: str) -> bool:
         # A manifest that is a link or a FIFO is a damaged checkpoint, not a stray directory.
@@ -308,11 +313,3 @@ class Catalog:
         there = [name for name in sorted(self._listdir()) if not name.startswith(".")]
         shown = some_of(there, show=repr) or "nothing"
         return CheckpointNotFoundError(f"there is no checkpoint {tag!r} in {self.root!r}; there is {shown}")
-
-
-def _is_tag(name: str) -> bool:
-    try:
-        check_existing_tag(name)
-    except UnsafePathError:
-        return False
-    return True

@@ -23,7 +23,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, Unsu
 from ..host.device import without_default_device
 from ..host.facts import mount_type
 from ..storage.filesystem import read_side_of
-from .build import NotPlainError, TensorBuilder, TensorsOnDisk, place_for, read_structure
+from .build import NotPlainError, TensorBuilder, place_for, read_structure
 from .by_torch import is_legacy, load_by_torch, runs_code
 from .catalog import Catalog
 from .committed import find_checkpoint
@@ -159,7 +159,7 @@ def load_opened(
             return load_by_torch(file, map_location, weights_only, mmap=is_mapped)
         builder = TensorBuilder(place)
         try:
-            state = read_structure(file, builder)
+            state = read_structure(file, builder.tensor)
         except NotPlainError:
             # A valid file may hold more than plain tensors: torch knows how to read it.
             return load_by_torch(file, map_location, weights_only)
@@ -207,7 +207,7 @@ def load_committed_into(
         structure: Any = None
         with contextlib.suppress(NotPlainError):
             if file.entry.format == "safetensors" or not is_legacy(file):
-                structure = read_structure(file, TensorsOnDisk())
+                structure = read_structure(file)
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)
         mover, restored = match(file, structure, state_dict, strict=strict, select=select, rename=rename)

@@ -28,24 +28,23 @@ def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
     """
     found: list[tuple[str, Any]] = []
     left = None if num_bytes is None else _FREE_CHARACTERS + _CHARACTERS_PER_BYTE * num_bytes
-    _walk(state, lambda path, leaf: found.append((path, leaf)), lambda container, items, done: container, left)
+
+    def note(path: str, leaf: Any) -> Any:
+        found.append((path, leaf))
+        return leaf
+
+    _walk(state, note, left)
     return found
 
 
 def replace_leaves(state: Any, new: Mapping[str, Any]) -> Any:
     """`state` with the leaves at these key paths exchanged: dicts and lists in place, tuples made anew. Nothing
     recurses. Raises UnsupportedStateError: as `flatten`."""
-    return _walk(state, new.get, _rebuilt)
+    return _walk(state, new.get)
 
 
-def _walk(
-    state: Any,
-    on_leaf: Callable[[str, Any], Any],
-    on_end: Callable[[Any, list[tuple[Any, Any]], list[Any]], Any],
-    characters_left: int | None = None,
-) -> Any:
-    """Depth first: `on_leaf` gives what takes a leaf's place, `on_end(container, its items, what took their places)` a
-    container's."""
+def _walk(state: Any, on_leaf: Callable[[str, Any], Any], characters_left: int | None = None) -> Any:
+    """Depth first: `on_leaf` gives what takes a leaf's place."""
     stack: list[tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = [(None, "", [("", state)], [])]
     above: set[int] = set()
     while True:
@@ -75,7 +74,7 @@ def _walk(
         if not stack:
             return done[0]
         above.discard(id(container))
-        stack[-1][3].append(on_end(container, items, done))
+        stack[-1][3].append(_rebuilt(container, items, done))
 
 
 def _text(key: Any) -> str:
@@ -96,9 +95,9 @@ def _items(container: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _rebuilt(container: Any, items: list[tuple[Any, Any]], done: list[Any]) -> Any:
+    if all(old is now for (_, old), now in zip(items, done, strict=True)):
+        return container
     if isinstance(container, tuple):
-        if all(old is now for (_, old), now in zip(items, done, strict=True)):
-            return container
         return type(container)(*done) if hasattr(container, "_fields") else type(container)(done)
     for (key, _), item in zip(items, done, strict=True):
         container[key] = item

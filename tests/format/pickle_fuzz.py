@@ -24,7 +24,7 @@ from async_ckpt.format.named import listing, names_in, places_named
 from async_ckpt.format.pickles import read_inert
 from async_ckpt.format.tensors import leaves
 from async_ckpt.format.zip_directory import Record
-from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
+from async_ckpt.reading.build import NotPlainError, load_plain
 from async_ckpt.reading.records import refuse_crafted
 
 MAX_S = 2.0
@@ -142,7 +142,7 @@ def look_into(pickled: bytes) -> None:
 def read_plainly(pickled: bytes) -> None:
     """What `load` does first."""
     with contextlib.suppress(NotPlainError, CheckpointError):
-        load_plain(pickled, RECORDS, TensorsOnDisk())
+        load_plain(pickled, RECORDS)
 
 
 def read_before_torch(pickled: bytes) -> None:

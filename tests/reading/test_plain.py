@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from async_ckpt.errors import CorruptCheckpointError
 from async_ckpt.format.zip_directory import Record, UnusualLayoutError, read_directory
-from async_ckpt.reading.build import NotPlainError, TensorsOnDisk, load_plain
+from async_ckpt.reading.build import NotPlainError, load_plain
 from tests.reading.states import plain, trained
 from tests.support.comparing import torch_bytes
 
 
 def read(pickled: bytes) -> Any:
-    return load_plain(pickled, RECORDS, TensorsOnDisk())
+    return load_plain(pickled, RECORDS)
 
 
 leaves = st.none() | st.booleans() | st.integers(-(2**100), 2**100) | st.floats(allow_nan=False) | st.text()
