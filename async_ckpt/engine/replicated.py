@@ -29,7 +29,7 @@ class Replica:
     ) -> None:
         plan = state.plan
         self.share = cut(plan.file_bytes, chunk_bytes, plan.payload_offsets, rank, num_writers)
-        self.seal = ShareSealer(plan.sealer, self.share)
+        self.seal = ShareSealer(plan, self.share)
         self._reads_back = reads_back
         self._path, self._plan, self._chunk_bytes = path, plan, chunk_bytes
         self._cut = f"{num_writers} writers of chunks of {chunk_bytes} bytes"
@@ -69,9 +69,8 @@ class Replica:
     def finish(self, filesystem: FileSystem, staging: str, told: Mapping[int, dict[str, Any]]) -> FileEntry:
         """See `SharedFile`."""
         plan, chunk_bytes = self._plan, self._chunk_bytes
-        offsets, nbytes = plan.payload_offsets, plan.payload_nbytes
         by_rank = {rank: Told.decode(raw) for rank, raw in told.items()}
-        shares = check_agreement(self._path, by_rank, self._head, offsets, nbytes, chunk_bytes)
+        shares = check_agreement(self._path, by_rank, self._head, plan, chunk_bytes)
         changes = plan.sealer().joined([(share.start, share.end, share.parts, share.slips) for share in shares])
         before = filesystem.amend(os.path.join(staging, *self._path.split("/")), plan.file_bytes, changes)
         crcs = amended(

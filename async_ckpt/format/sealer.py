@@ -20,7 +20,7 @@ from itertools import repeat
 from operator import add, sub
 
 from .checksum import crc32, crc32_combine
-from .zip import SERIALIZATION_ID_NBYTES, SealMap
+from .zip import SERIALIZATION_ID_NBYTES, Container, SealMap
 from .zip_directory import DESCRIPTOR_MAGIC
 
 _UINT64_MASK = (1 << 64) - 1
@@ -49,27 +49,19 @@ class Sealer:
     hold literals and payload bytes. Raises ValueError where an extent does not follow the one before.
 
     Args:
+        container: the file. Without a seal map, its payloads have no CRCs of their own.
         start: of the first extent. What depends on payload bytes before it stays unfinished until all shares of the
             file are `joined`. No payload's first eight bytes lie on both sides of it.
     """
 
-    def __init__(
-        self,
-        file_bytes: int,
-        payload_offsets: Sequence[int],
-        payload_nbytes: Sequence[int],
-        seal_map: SealMap | None,
-        tail: tuple[int, bytes],
-        start: int = 0,
-    ) -> None:
-        self._file_bytes = file_bytes
-        self._offsets = payload_offsets
-        self._nbytes = payload_nbytes
-        self._map = seal_map
-        self._tail_offset, self._tail_bytes = tail
+    def __init__(self, container: Container, start: int = 0) -> None:
+        self._file_bytes, self._map = container.file_bytes, container.seal_map
+        self._offsets, self._nbytes = container.payload_offsets, container.payload_nbytes
+        self._tail_offset, self._tail_bytes = container.literals[-1]
+        self._container = container
         self._tail: bytearray | None = None
         self._expected = start
-        self._first_payload = self._next_payload = payload_at(payload_offsets, payload_nbytes, start)
+        self._first_payload = self._next_payload = payload_at(container, start)
         self._running_crc = 0
         self._head = b""
         self._crcs = [0] * self._first_payload
@@ -82,8 +74,8 @@ class Sealer:
         """The one that a passed extent ends in."""
         self._hash = 0
         self._pending: tuple[int, bytes] | None = None
-        if seal_map is not None:
-            for crc in seal_map.crcs_before:
+        if self._map is not None:
+            for crc in self._map.crcs_before:
                 self._mix(crc)
 
     def __call__(self, offset: int, view: memoryview) -> int:
@@ -130,7 +122,7 @@ class Sealer:
         crcs: list[int] = []
         slips: dict[int, int] = {}
         for start, end, parts, more in shares:
-            for index, crc in enumerate(parts, payload_at(self._offsets, self._nbytes, start)):
+            for index, crc in enumerate(parts, payload_at(self._container, start)):
                 if index == len(crcs):
                     crcs.append(crc)
                 else:
@@ -284,7 +276,8 @@ class Sealer:
         return tail
 
 
-def payload_at(offsets: Sequence[int], nbytes: Sequence[int], at: int) -> int:
+def payload_at(container: Container, at: int) -> int:
     """The number of the first payload that ends behind `at`."""
+    offsets, nbytes = container.payload_offsets, container.payload_nbytes
     before = bisect_right(offsets, at) - 1
     return before + 1 if before < 0 or offsets[before] + nbytes[before] <= at else before

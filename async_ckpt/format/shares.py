@@ -6,11 +6,12 @@ nothing copies the file's first chunk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from .checksum import crc32, crc32_combine
 from .inert import MalformedPickleError
 from .named import placed
 from .sealer import Sealer, payload_at
+from .zip import Container
 
 _BLOCK_BYTES = 4
 _MAX_BLOCKS = 1 << 14
@@ -58,15 +60,11 @@ def _cuts_head(payload_offsets: Sequence[int], border: int) -> bool:
 
 
 class ShareSealer:
-    """Seals the chunks that one rank copies, as `Sealer` does, and notes what of them is compared.
+    """Seals the chunks that one rank copies, as `Sealer` does, and notes what of them is compared."""
 
-    Args:
-        make: makes a sealer that starts at an offset.
-    """
-
-    def __init__(self, make: Callable[[int], Sealer], share: Share) -> None:
+    def __init__(self, container: Container, share: Share) -> None:
         self._share = share
-        self.mine, self._next = make(share.start), make(share.end)
+        self.mine, self._next = Sealer(container, share.start), Sealer(container, share.end)
         self.extents: list[int] = []
         """The CRCs of the share's chunks."""
         self.first: list[int] = []
@@ -138,12 +136,7 @@ def _block_bytes(head: bytes) -> int:
 
 
 def check_agreement(
-    path: str,
-    told: Mapping[int, Told],
-    head: bytes,
-    payload_offsets: Sequence[int],
-    payload_nbytes: Sequence[int],
-    chunk_bytes: int,
+    path: str, told: Mapping[int, Told], head: bytes, container: Container, chunk_bytes: int
 ) -> list[Told]:
     """Compare what all ranks tell of the file `path`; returns what its writers tell, in file order.
 
@@ -168,8 +161,8 @@ def check_agreement(
     for rank, tells in told.items():
         first = told[writers[tells.end]].first if tells.compared else ()
         if tells.compared != first:
-            index = payload_at(payload_offsets, payload_nbytes, tells.end)
-            found = list(range(index, bisect_left(payload_offsets, tells.end + chunk_bytes)))
+            index = payload_at(container, tells.end)
+            found = list(range(index, bisect_left(container.payload_offsets, tells.end + chunk_bytes)))
             if _is_torch(head):
                 found = [index + k for k, crc in enumerate(first) if crc != tells.compared[k]]
             names = _payload_names(head)
@@ -193,12 +186,11 @@ def _first_difference(head: bytes, ours: Told, theirs: Told) -> str:
     block = next((k for k, (one, other) in enumerate(pairs) if one != other), None)
     if block is None or not _is_torch(head):
         return "their keys, shapes or types"
-    size = _block_bytes(head)
     try:
         scalars, payloads = placed(head)
     except MalformedPickleError:
         return "an object"
-    low, high = block * size, (block + 1) * size
+    low, high = block * _block_bytes(head), (block + 1) * _block_bytes(head)
     found = [place for start, end, place in scalars if start < high and end > low]
     # What one of them lacks is missing behind this.
     before = max(((end, place) for _, end, place in scalars if end <= low), default=(0, ""))
@@ -210,10 +202,9 @@ def _first_difference(head: bytes, ours: Told, theirs: Told) -> str:
 
 def _payload_names(head: bytes) -> list[str]:
     if _is_torch(head):
-        try:
+        with contextlib.suppress(MalformedPickleError):
             return [f"state{place}" for place in placed(head)[1]]
-        except MalformedPickleError:
-            return []
+        return []
     header = json.loads(head[8:])
     header.pop("__metadata__", None)
     spans = sorted((*tensor["data_offsets"], name) for name, tensor in header.items())

@@ -267,10 +267,8 @@ def leaves(pickled: bytes, records: Mapping[str, Record]) -> Iterator[TensorExte
             raise MalformedPickleError("the key paths of what it holds are far longer than all it holds")
         data = value.data if isinstance(value, Inert) else value
         if isinstance(data, TensorExtent):
-            kind, extra = (
-                (value.name, fingerprint(*_own_parts(value))) if value is not data else (data.kind, data.extra)
-            )
-            yield replace(data, path=path, key=key, kind=kind, extra=extra)
+            around = {} if value is data else {"kind": value.name, "extra": fingerprint(*_own_parts(value))}
+            yield replace(data, path=path, key=key, **around)
         elif isinstance(value, Inert):
             yield OtherInfo(path, describe(value), key, fingerprint(*_own_parts(value)))
         elif isinstance(value, PersistentId):
@@ -308,12 +306,8 @@ def _children(value: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     if isinstance(value, dict):
         for number, (key, child) in enumerate(value.items()):
             text = key if isinstance(key, str) else describe(key)
-            parts = (
-                tuple(text.split("."))
-                if 0 < text.count(".") < _MAX_KEY_PARTS and all(text.split("."))
-                else (text or "''",)
-            )
-            yield parts, _step(key, text, number), child
+            is_path = 0 < text.count(".") < _MAX_KEY_PARTS and all(text.split("."))
+            yield tuple(text.split(".")) if is_path else (text or "''",), _step(key, text, number), child
     elif isinstance(value, (list, tuple)):
         for index, child in enumerate(value):
             yield (str(index),), f"[{index}]", child

@@ -43,10 +43,9 @@ class FilePlan(Container):
             digest.update(array("Q", self.payload_nbytes).tobytes())
             object.__setattr__(self, "plan_hash", digest.hexdigest())
 
-    def sealer(self, start: int = 0) -> Sealer:
-        """A fresh sealer for one written file, or for its share from `start` on."""
-        tail = self.literals[-1]
-        return Sealer(self.file_bytes, self.payload_offsets, self.payload_nbytes, self.seal_map, tail, start)
+    def sealer(self) -> Sealer:
+        """A fresh sealer for one written file."""
+        return Sealer(self)
 
 
 @dataclass(slots=True)

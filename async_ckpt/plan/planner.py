@@ -74,20 +74,14 @@ class Planner:
                 "True"
             )
         if getattr(torch.serialization._serialization_tls, "skip_data", False):
-            raise ConfigError(
-                "torch.serialization.skip_data writes files without the tensors' data: save outside of it"
-            )
+            raise ConfigError("torch.serialization.skip_data writes files without tensors' data: save outside of it")
         if (format or self._format) == "safetensors":
-            planned = self._plan_safetensors(obj, name)
+            plan, planned = plan_safetensors(obj, self._safetensors.get(name))
+            self._safetensors = _remembered(self._safetensors, name, plan)
         else:
             with collector_paused():
                 planned = self._plan_from_cache(obj, name) or self._plan_anew(obj, name, is_frameworks)
         accelerators(planned.devices)
-        return planned
-
-    def _plan_safetensors(self, obj: Any, name: str) -> PlannedState:
-        plan, planned = plan_safetensors(obj, self._safetensors.get(name))
-        self._safetensors = _remembered(self._safetensors, name, plan)
         return planned
 
     def _plan_from_cache(self, obj: Any, name: str) -> PlannedState | None:
@@ -143,9 +137,8 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     parts: list[Part] = [recorded.part_of(storage) for storage in storages]
     strided = {payload: layout for payload, (_, _, layout) in enumerate(parts) if layout is not None}
     plan = container_plan(recorded.container, "torch", strided)
-    sources, starts = [storage for storage, _, _ in parts], [start for _, start, _ in parts]
-    tensors, versions = recorded.tensors, recorded.versions
-    return planned_state(plan, sources, starts, tensors, versions, lambda: paths_of(obj, tensors))
+    sources, starts, tensors = [part[0] for part in parts], [part[1] for part in parts], recorded.tensors
+    return planned_state(plan, sources, starts, tensors, recorded.versions, lambda: paths_of(obj, tensors))
 
 
 Entry = TypeVar("Entry")

@@ -117,13 +117,6 @@ class Recorded:
         """What of the user's is written where torch has written `storage`."""
         return self.parts.get(storage._cdata, (storage, 0, None))
 
-    def _note_storage(self, obj: Any, persistent_id: tuple[Any, ...]) -> None:
-        storage = obj if isinstance(obj, torch.UntypedStorage) else obj._untyped_storage
-        if not self.uses[storage._cdata]:
-            self.storages.append(storage)
-            self.persistent_ids.append(persistent_id)
-        self.uses[storage._cdata] += 1
-
     def _pickler_class(self) -> type[pickle.Pickler]:
         # A class is garbage that only the collector finds: what was recorded, and the user's tensors, must not wait.
         recorder = weakref.proxy(self)
@@ -141,7 +134,11 @@ class Recorded:
                         return None
                     recorder._met.append(obj)
                     result = inner(self, obj)
-                    recorder._note_storage(obj, result)
+                    storage = _storage(obj)
+                    if not recorder.uses[storage._cdata]:
+                        recorder.storages.append(storage)
+                        recorder.persistent_ids.append(result)
+                    recorder.uses[storage._cdata] += 1
                     return result
 
                 cls.persistent_id = persistent_id  # type: ignore[method-assign]

@@ -35,11 +35,6 @@ def container_of(seed: int) -> tuple[Container, bytearray]:
     return container, image
 
 
-def sealer_of(container: Container, start: int = 0) -> Sealer:
-    layout = container.payload_offsets, container.payload_nbytes, container.seal_map
-    return Sealer(container.file_bytes, *layout, container.literals[-1], start)
-
-
 def sealed(sealer: Any, image: bytearray, start: int, end: int) -> list[int]:
     view = memoryview(image)
     return [sealer(k, view[k : min(k + CHUNK_BYTES, end)]) for k in range(start, end, CHUNK_BYTES)]
@@ -48,7 +43,7 @@ def sealed(sealer: Any, image: bytearray, start: int, end: int) -> list[int]:
 def tell(container: Container, image: bytearray, rank: int, num_writers: int) -> tuple[Told, bytearray]:
     """What a rank tells, and what it has written."""
     share = cut(container.file_bytes, CHUNK_BYTES, container.payload_offsets, rank, num_writers)
-    sealer, copy = ShareSealer(lambda start: sealer_of(container, start), share), bytearray(image)
+    sealer, copy = ShareSealer(container, share), bytearray(image)
     crcs = sealed(sealer, copy, share.start, share.copied_end)
     extents = crcs[: -(-(share.end - share.start) // CHUNK_BYTES)]
     told = Told(
@@ -68,7 +63,7 @@ def tell(container: Container, image: bytearray, rank: int, num_writers: int) ->
 
 def agreed(container: Container, told: dict[int, Told]) -> list[Told]:
     head = b"".join(data for offset, data in container.literals if offset < container.payload_offsets[0])
-    return check_agreement("m.pt", told, head, container.payload_offsets, container.payload_nbytes, CHUNK_BYTES)
+    return check_agreement("m.pt", told, head, container, CHUNK_BYTES)
 
 
 @pytest.mark.parametrize("num_writers", [1, 2, 3, 5, 8, 40])
@@ -78,14 +73,14 @@ def test_shares_joined_are_the_file_that_one_sealer_makes(num_writers: int) -> N
         if not container.payload_offsets:
             continue
         whole = bytearray(image)
-        crcs = sealed(sealer_of(container), whole, 0, container.file_bytes)
+        crcs = sealed(Sealer(container), whole, 0, container.file_bytes)
         made = {rank: tell(container, image, rank, num_writers) for rank in range(num_writers)}
         shares = agreed(container, {rank: told for rank, (told, _) in made.items()})
         assert [share.start for share in shares[1:]] == [share.end for share in shares[:-1]]
         assert (shares[0].start, shares[-1].end) == (0, container.file_bytes)
         by_start = {told.start: data for told, data in made.values() if told.end > told.start}
         file = bytearray(b"".join(by_start[share.start] for share in shares))
-        joined = sealer_of(container).joined([(s.start, s.end, s.parts, s.slips) for s in shares])
+        joined = Sealer(container).joined([(s.start, s.end, s.parts, s.slips) for s in shares])
         before = []
         for at, data in joined:
             before.append(bytes(file[at : at + len(data)]))
