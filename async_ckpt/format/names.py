@@ -33,6 +33,9 @@ NameKind = Literal["staging", "trash", "aside"]
 StrPath = str | os.PathLike[str]
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@, -]*[A-Za-z0-9._+=@-])?")
+_PRIVATE = re.compile(
+    rf"\.(?P<kind>staging|trash|aside)\.(?P<tag>{_COMPONENT.pattern})\.(?P<owner>[^.]+)\.(?P<number>[0-9]{{1,12}})"
+)
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,11 @@ def private_name(kind: NameKind, tag: str, owner: Owner, number: int) -> str:
 
 def parse_private_name(name: str) -> PrivateName | None:
     """The parts of a staging, trash or aside name exactly as this package writes them; None for every other name."""
-    head, _, number = name.rpartition(".")
-    head, _, owner_text = head.rpartition(".")
-    owner = Owner.parse(owner_text)
-    empty, _, rest = head.partition(".")
-    kind, _, tag = rest.partition(".")
-    if empty or owner is None or kind not in ("staging", "trash", "aside") or not re.fullmatch("[0-9]{1,12}", number):
+    found = _PRIVATE.fullmatch(name)
+    owner = Owner.parse(found["owner"]) if found else None
+    if found is None or owner is None or len(found["tag"]) > MAX_TAG_BYTES:
         return None
-    if len(tag) > MAX_TAG_BYTES or not _COMPONENT.fullmatch(tag):
-        return None
-    parts = cast(NameKind, kind), tag, owner, int(number)
+    parts = cast(NameKind, found["kind"]), found["tag"], owner, int(found["number"])
     return PrivateName(name, *parts) if private_name(*parts) == name else None
 
 
@@ -132,11 +130,8 @@ class Root:
         self.path = os.path.abspath(given)
         """Absolute; links in it are kept. Of a store: its URL."""
         # However the user writes it. (The root "/" leaves nothing to compare with: its paths are relative ones.)
-        self._prefixes = [
-            prefix
-            for prefix in (given.rstrip("/"), self.path.rstrip("/"), os.path.realpath(given).rstrip("/"))
-            if prefix
-        ]
+        spellings = (spelt.rstrip("/") for spelt in (given, self.path, os.path.realpath(given)))
+        self._prefixes = [prefix for prefix in spellings if prefix]
 
     def is_named_by(self, path: StrPath) -> bool:
         """Whether `path` is the root itself."""

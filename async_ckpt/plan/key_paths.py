@@ -34,16 +34,10 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
             yield _in_brackets(key), value
             if not isinstance(key, str):
                 yield f"{_in_brackets(key)} (the key)", key
-        for name, value in getattr(obj, "__dict__", {}).items():
-            yield f".{name}", value
     elif isinstance(obj, (list, tuple, deque)):
-        for index, value in enumerate(obj):
-            yield f"[{index}]", value
-    elif isinstance(obj, torch.Tensor):
-        if type(obj) is not torch.Tensor:
-            yield from ((f".{name}", value) for name, value in vars(obj).items())
-    elif not isinstance(obj, (type, torch.UntypedStorage)) and hasattr(obj, "__dict__"):
-        yield from ((f".{name}", value) for name, value in vars(obj).items())
+        yield from ((f"[{index}]", value) for index, value in enumerate(obj))
+    if type(obj) is not torch.Tensor and not isinstance(obj, (type, torch.UntypedStorage)):
+        yield from ((f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items())
 
 
 Place = tuple[Any, str]
