@@ -4,8 +4,9 @@ torch; nothing is imported or called.
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import some_of
@@ -28,12 +29,19 @@ def names_in(pickled: bytes) -> frozenset[str]:
     return frozenset(reader.names)
 
 
-def file_naming(names: Iterable[str]) -> bytes:
-    """A small torch file that names all of `names`, to ask torch which of them it refuses."""
-    split = [name.rpartition(".") for name in sorted(names)]
+def refused_in(pickled: bytes, ask: Callable[[io.BytesIO], Iterable[str]], names: Iterable[str] | None = None) -> str:
+    """Every class and function of `pickled` that torch refuses, with key paths, in one line; empty where there is none,
+    or it is not read. `ask` tells which of those in a file it refuses; `names`: what `names_in` gives, if known.
+    """
+    split = [name.rpartition(".") for name in sorted(names_in(pickled) if names is None else names)]
     globals_ = "".join(f"c{module}\n{attribute}\n" for module, _, attribute in split)
-    pickled = b"\x80\x02(" + globals_.encode("utf-8", "surrogateescape") + b"t."
-    return b"".join(data for _, data in lay_out(pickled, [], name_hash=bytes(20)).literals)
+    asked = b"\x80\x02(" + globals_.encode("utf-8", "surrogateescape") + b"t."
+    file = b"".join(data for _, data in lay_out(asked, [], name_hash=bytes(20)).literals)
+    refused = set(ask(io.BytesIO(file)))
+    try:
+        return listing(places_named(pickled, refused)) if refused else ""
+    except MalformedPickleError:
+        return ""
 
 
 def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, list[str]]:

@@ -5,7 +5,6 @@ and of buffers that are not streamed.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -13,8 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, UnsupportedStateError, some_of
-from ..format.inert import MalformedPickleError
-from ..format.named import file_naming, listing, names_in, places_named
+from ..format.named import refused_in
 from ..host.device import accelerators, is_copyable
 from ..host.memory import collector_paused
 from .cached_plan import CachedPlan, Draft
@@ -122,8 +120,8 @@ class Planner:
             if recorded.pickled_bytes >= LARGE_BYTES:
                 told = told_of_buffers(obj, name) if recorded.has_buffers else None
             elif not is_frameworks:
-                told = told_of_refused(recorded.pickled, names_in(recorded.pickled) if names is None else names, name)
-            if told is not None:
+                told = told_of_refused(recorded.pickled, names, name)
+            if told:
                 self._tell(told)
         return planned
 
@@ -230,17 +228,11 @@ def told_of_buffers(state: Any, file_name: str) -> str | None:
     )
 
 
-def told_of_refused(pickled: bytes, names: Iterable[str], file_name: str) -> str | None:
+def told_of_refused(pickled: bytes, names: Iterable[str] | None, file_name: str) -> str | None:
     """A warning, with the key paths, of what the pickle of `file_name` names and `load` refuses by default; or None."""
-    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names))))
-    if not refused:
-        return None
-    try:
-        found = places_named(pickled, refused)
-    except MalformedPickleError:
-        return None
-    return (
-        f"{file_name or 'the state'} holds what load refuses by default (weights_only=True): {listing(found)}. Convert "
+    found = refused_in(pickled, torch.serialization.get_unsafe_globals_in_checkpoint, names)
+    return found and (
+        f"{file_name or 'the state'} holds what load refuses by default (weights_only=True): {found}. Convert "
         "it to numbers, text, lists, dicts or tensors; or load the file with weights_only=False, which runs code, or "
         "after torch.serialization.add_safe_globals"
     )

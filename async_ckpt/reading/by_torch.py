@@ -21,8 +21,7 @@ from torch.serialization import LoadEndianness
 from torch.utils.serialization import config
 
 from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsupportedStateError, escaped
-from ..format.inert import MalformedPickleError
-from ..format.named import file_naming, listing, names_in, places_named
+from ..format.named import refused_in
 from ..host.memory import address_of, move
 from .build import byte_order, place_for
 from .errors import ReadError
@@ -153,9 +152,8 @@ def _refused_in(file: VerifiedFile) -> str:
     try:
         record = torch_records(file)["data.pkl"]
         pickled = file.read(record.offset, record.num_bytes)
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file_naming(names_in(pickled))))
-        return listing(places_named(pickled, set(refused)))
-    except (*_FILE_ERRORS, MalformedPickleError, pickle.UnpicklingError):
+        return refused_in(pickled, torch.serialization.get_unsafe_globals_in_checkpoint)
+    except (*_FILE_ERRORS, pickle.UnpicklingError):
         # A file that is not laid out as torch does it: what torch has said must do.
         return ""
 
