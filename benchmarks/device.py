@@ -173,7 +173,7 @@ class Device:
             plain_s = timed(training.optimizer.step)
             torch.accelerator.synchronize(self.device)
             if self._simulator is not None:
-                self._simulator.forget_waits()
+                self._simulator.waits.clear()
             self._timeline.spans.clear()
             started = time.perf_counter()
             pending = commit(engine, f"guarded-{k}", training)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.workloads import State, Workload
+from tests.support.processes import free_port
 
 Syncs = Literal["nothing", "files", "all"]
 
@@ -145,15 +146,10 @@ def single_rank_environment() -> None:
 
 def init_single_rank_group() -> None:
     """A gloo group of one rank on a free port, for contenders that cannot do without one."""
-    import socket
-
     from torch import distributed
 
     single_rank_environment()
     if distributed.is_initialized():
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = str(free_port())
     distributed.init_process_group("gloo", rank=0, world_size=1)

@@ -244,7 +244,7 @@ def test_nothing_waits_for_the_device_from_create_to_the_step(tmp_path: Path, si
             gradients()
             wanted[tag] = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
             torch.accelerator.synchronize(DEVICE)
-            simulator.forget_waits()
+            simulator.waits.clear()
             with simulator.paused(), simulator.no_host_sync():
                 made.create(tag)
                 made.save(model.state_dict(), "model.pt")

@@ -204,7 +204,7 @@ def is_right(scenario: Scenario, root: Path, simulator: Any, mode: str) -> bool:
             result = scenario(root, simulator)
         except (CheckpointError, RuntimeError):
             result = False
-    simulator.drain()
+    simulator.extension.drain()
     races = simulator.races()
     simulator.begin_anew()
     return result and races == []

@@ -67,11 +67,8 @@ def build() -> Path:
 
 
 def _cache() -> Path:
-    asked = (
-        os.environ.get("ASYNC_CKPT_TEST_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "async-ckpt-tests"
-    )
-    for folder in (Path(asked), Path(tempfile.gettempdir()) / f"async-ckpt-tests-{os.getuid()}"):
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (home / "async-ckpt-tests", Path(tempfile.gettempdir()) / f"async-ckpt-tests-{os.getuid()}"):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
@@ -94,7 +91,8 @@ class Simulator:
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension
-        self._waits: list[HostWait] = []
+        self.waits: list[HostWait] = []
+        """Every wait for a device so far, on any thread."""
         self._forbidding: set[int] = set()
         extension.on_host_wait(self._note_wait)
 
@@ -118,25 +116,13 @@ class Simulator:
         finally:
             self.extension.set_paused(False)
 
-    def drain(self) -> None:
-        """Run everything that is queued, without ordering anything behind it."""
-        self.extension.drain()
-
     def begin_anew(self) -> None:
         """Run everything that is queued, and forget what went wrong: the next test must not suffer from it."""
-        self.drain()
+        self.extension.drain()
         self.extension.forget_past()
-        self.forget_waits()
+        self.waits.clear()
 
     # The host's waits.
-
-    @property
-    def waits(self) -> list[HostWait]:
-        """Every wait for a device since `forget_waits`, on any thread."""
-        return list(self._waits)
-
-    def forget_waits(self) -> None:
-        self._waits.clear()
 
     @contextlib.contextmanager
     def no_host_sync(self) -> Iterator[None]:
@@ -151,7 +137,7 @@ class Simulator:
     def _note_wait(self, kind: str) -> str:
         frames = traceback.extract_stack(limit=12)[:-1]
         stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
-        self._waits.append(HostWait(kind, threading.current_thread().name, stack))
+        self.waits.append(HostWait(kind, threading.current_thread().name, stack))
         if threading.get_ident() not in self._forbidding:
             return ""
         return f"the host waits for a device ({kind}) where it must not:\n  " + "\n  ".join(stack)

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from async_ckpt import CheckpointNotFoundError, KeepLast
 from async_ckpt.storage import transaction
 from tests.support.faulty_filesystem import Killed, Operation
 from tests.support.insides import commits_of
+from tests.support.making import private_names
 
-from .oracle import Contents, contents, private_names
+from .oracle import Contents, contents
 from .report import ALL, Extent, Row, command, extent_of
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 
@@ -43,8 +44,8 @@ class Contest:
     first: Side
     second: Side
     check: Callable[[Contents, Told], None]
-    flags: dict[str, bool] = field(default_factory=dict)
-    """Of the file system: what it refuses."""
+    in_two_renames: bool = False
+    """Whether the file system refuses to exchange two names."""
     has_locks: bool = True
     """False: every lock is granted to everybody, to show that this sweep would see it."""
 
@@ -84,7 +85,6 @@ RETAINING = Side({"retention": KeepLast(2)}, lambda job: job.whole("new", 10))
 REPLACING = Side({"overwrite": "replace"}, lambda job: job.whole("oldest", 50))
 REPLACING_TOO = Side({"overwrite": "replace"}, lambda job: job.whole("oldest", 51))
 REMOVING = Side({}, _remove)
-TWO_RENAMES = {"refuse_exchange": True}
 
 CONTESTS = (
     Contest("retention, replaced inside", RETAINING, REPLACING, _with_retention),
@@ -95,8 +95,8 @@ CONTESTS = (
     Contest(
         "retention twice", RETAINING, Side({"retention": KeepLast(2)}, lambda job: job.whole("new-b", 11)), _reported
     ),
-    Contest("retention, replaced inside by two renames", RETAINING, REPLACING, _with_retention, TWO_RENAMES),
-    Contest("replace by two renames, retention inside", REPLACING, RETAINING, _with_retention, TWO_RENAMES),
+    Contest("retention, replaced inside by two renames", RETAINING, REPLACING, _with_retention, True),
+    Contest("replace by two renames, retention inside", REPLACING, RETAINING, _with_retention, True),
 )
 
 
@@ -105,8 +105,7 @@ class _Player:
 
     def __init__(self, root: Path, side: Side, told: Told, contest: Contest) -> None:
         self.fs = faulty_filesystem()
-        for name, value in contest.flags.items():
-            setattr(self.fs, name, value)
+        self.fs.refuse_exchange = contest.in_two_renames
         self.side = side
         self.engine = make_engine(root, self.fs, num_writers=1, sweep_on_start=False, **side.config)
         self.job = Job(self.engine, told)
@@ -170,13 +169,13 @@ def play(root: Path, told: Told, contest: Contest, i: int, victim: Victim, j: in
 def check(root: Path, told: Told, contest: Contest) -> None:
     """Before anything is swept (where one rename replaces), and after it."""
     found = contents(root)
-    if not contest.flags:
+    if not contest.in_two_renames:
         contest.check(found, told)
     with make_engine(root) as engine:
         assert private_names(root) == []
         swept = contents(root)
         contest.check(swept, told)
-        assert contest.flags or swept == found, (found, swept)
+        assert contest.in_two_renames or swept == found, (found, swept)
         Job(engine, Told()).whole("after", 1000)
     assert contents(root) == {**swept, "after": 1000}
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from async_ckpt import Catalog, CheckpointNotFoundError
 from async_ckpt.reading.load import load_committed
+from tests.support.making import private_names
 from tests.support.processes import Talking
 
-from .oracle import contents, private_names
+from .oracle import contents
 from .report import Row, command, extent_of
 from .workloads import Folder, make_engine, version_of
 

@@ -35,18 +35,11 @@ class _Data:
     last_write: tuple[int, int] = (0, 0)
 
     def after(self, fate: Fate) -> bytes:
-        if bytes(self.now) == self.durable:
+        now, (start, stop) = bytes(self.now), self.last_write
+        if now == self.durable or fate == "lost":
             return self.durable
-        if fate == "lost":
-            return self.durable
-        if fate == "kept":
-            return bytes(self.now)
-        if fate == "half":
-            return bytes(self.now[: len(self.now) // 2])
-        if fate == "zeros":
-            return bytes(len(self.now))
-        start, stop = self.last_write
-        return bytes(self.now[:start]) + bytes(stop - start) + bytes(self.now[stop:])
+        left = {"kept": now, "half": now[: len(now) // 2], "zeros": bytes(len(now))}
+        return left.get(fate, now[:start] + bytes(stop - start) + now[stop:])
 
 
 Change = dict[tuple[int, str], int | None]
@@ -60,7 +53,6 @@ class DiskModel:
         self._root = os.path.normpath(root)
         self._files: dict[int, _Data] = {}
         self._names: dict[tuple[int, str], int] = {}
-        self._durable: dict[tuple[int, str], int] = {}
         self._pending: list[Change] = []
         self._folders = {0}
         self._next = 1
@@ -82,16 +74,16 @@ class DiskModel:
         self._next += 1
         return self._next - 1
 
-    def _find(self, path: str) -> tuple[int, str, int | None]:
-        """(directory, name, what it names now)."""
+    def _find(self, path: str) -> tuple[tuple[int, str], int | None]:
+        """((directory, name), what it names now)."""
         relative = os.path.relpath(path, self._root)
         if relative == ".":
-            return -1, "", 0
+            return (-1, ""), 0
         *folders, name = relative.split("/")
         folder = 0
         for part in folders:
             folder = self._names[folder, part]
-        return folder, name, self._names.get((folder, name))
+        return (folder, name), self._names.get((folder, name))
 
     def _change(self, change: Change) -> None:
         self._pending.append(change)
@@ -101,33 +93,27 @@ class DiskModel:
         """One call that succeeded."""
         if op.outcome != "ok" or not os.path.normpath(op.path).startswith(self._root):
             return
-        if op.name in ("create", "mkdir"):
-            folder, name, _ = self._find(op.path)
+        if op.name in ("pwrite", "clone", "truncate", "allocate"):
+            self._write(op)
+        elif op.name == "fsync":
+            self._sync(op)
+        elif op.name in ("create", "mkdir"):
             number = self._new()
             if op.name == "create":
                 self._files[number] = _Data()
             else:
                 self._folders.add(number)
-            self._change({(folder, name): number})
+            self._change({self._find(op.path)[0]: number})
         elif op.name in ("unlink", "rmdir"):
-            folder, name, _ = self._find(op.path)
-            self._change({(folder, name): None})
-        elif op.name in ("rename", "exchange"):
+            self._change({self._find(op.path)[0]: None})
+        elif op.name in ("rename", "exchange", "link"):
             assert op.dst is not None
-            folder, name, what = self._find(op.path)
-            new_folder, new_name, other = self._find(op.dst)
-            self._change({(folder, name): other if op.name == "exchange" else None, (new_folder, new_name): what})
-        elif op.name == "link":
-            assert op.dst is not None
-            (*_, what), (folder, name, _) = self._find(op.path), self._find(op.dst)
-            self._change({(folder, name): what})
-        elif op.name in ("pwrite", "clone", "truncate", "allocate"):
-            self._write(op)
-        elif op.name == "fsync":
-            self._sync(op)
+            (source, what), (target, other) = self._find(op.path), self._find(op.dst)
+            left = {} if op.name == "link" else {source: other if op.name == "exchange" else None}
+            self._change({**left, target: what})
 
     def _write(self, op: Operation) -> None:
-        number = self._find(op.path)[2]
+        number = self._find(op.path)[1]
         assert number is not None and op.num_bytes is not None
         data = self._files[number]
         if op.name in ("pwrite", "clone"):
@@ -144,7 +130,7 @@ class DiskModel:
             data.now.extend(bytes(max(0, (op.offset or 0) + op.num_bytes - len(data.now))))
 
     def _sync(self, op: Operation) -> None:
-        number = self._find(op.path)[2]
+        number = self._find(op.path)[1]
         assert number is not None
         if number in self._files:
             data = self._files[number]

@@ -20,8 +20,9 @@ from pathlib import Path
 from async_ckpt import CheckpointError, CommitError, OutOfSpaceError, TornSnapshotError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.insides import arena_of, pipeline_of
+from tests.support.making import private_names
 
-from .oracle import check_legal, contents, private_names
+from .oracle import check_legal, contents
 from .report import ALL, Extent, Row, command, extent_of
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, Workload, faulty_filesystem, quiet
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from async_ckpt import Catalog
 from async_ckpt.reading.load import load_committed
 from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
+from tests.support.making import private_names
 
 from .workloads import Job, Told, Workload, make_engine, version_of
 
@@ -49,10 +49,6 @@ def check_legal(found: Contents, told: Told, keeps: int | None = None) -> None:
         assert found[tag] >= version, f"{tag!r} went back from version {version} to {found[tag]}"
     if keeps is not None:
         assert len(found) >= min(keeps, len(told.committed)), found
-
-
-def private_names(root: Path) -> list[str]:
-    return sorted(name for name in os.listdir(root) if name.startswith("."))
 
 
 def check_recovery(root: Path, told: Told, workload: Workload | None = None) -> Contents:

@@ -100,80 +100,79 @@ def _digest(state: State, told: Told) -> bytes:
 # Broken variants: the test of the test.
 
 
-class _NoFileSync(FaultyFileSystem):
+class _Broken(FaultyFileSystem):
+    """A sync that is left out, moved, or still owed."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_data=True)
+        self.owes = False
+
+
+class _NoFileSync(_Broken):
     """Files are never synced; `which` says which."""
 
     def __init__(self, which: Callable[[str], bool]) -> None:
-        super().__init__(keep_data=True)
-        real = self.fsync
+        super().__init__()
+        self._which = which
 
-        def fsync(fd: int) -> None:
-            if not which(self.path_of(fd)):
-                real(fd)
-
-        self.fsync = fsync  # type: ignore[method-assign]
+    def fsync(self, fd: int) -> None:
+        if not self._which(self.path_of(fd)):
+            super().fsync(fd)
 
 
 def _is_file(path: str) -> bool:
     return os.path.isfile(path) and not path.endswith(MANIFEST_NAME)
 
 
-class _RenameBeforeSync(FaultyFileSystem):
-    """The staging directory is synced under its final name, after the rename."""
+def _is_root(path: str) -> bool:
+    return os.path.basename(path).startswith("r")
 
-    def __init__(self) -> None:
-        super().__init__(keep_data=True)
-        self._late = False
+
+class _RenameBeforeSync(_Broken):
+    """The staging directory is synced under its final name, after the rename."""
 
     def fsync_dir(self, path: str) -> None:
         if os.path.basename(path).startswith(".staging."):
-            self._late = True
-            return
-        super().fsync_dir(path)
+            self.owes = True
+        else:
+            super().fsync_dir(path)
 
     def rename_noreplace(self, src: str, dst: str) -> None:
         super().rename_noreplace(src, dst)
-        if self._late:
-            self._late = False
+        if self.owes:
+            self.owes = False
             super().fsync_dir(dst)
 
 
-class _SyncBeforeWrite(FaultyFileSystem):
+class _SyncBeforeWrite(_Broken):
     """Files are synced as soon as they are made, and not again: the data comes later."""
 
-    def __init__(self) -> None:
-        super().__init__(keep_data=True)
-        real, made = self.fsync, self.open
+    def open(self, path: str, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        fd = super().open(path, flags, mode, dir_fd=dir_fd)
+        if flags & os.O_CREAT:
+            super().fsync(fd)
+        return fd
 
-        def opened(path: str, flags: int, mode: int = 0o644, *, dir_fd: int | None = None) -> int:
-            fd = made(path, flags, mode, dir_fd=dir_fd)
-            if flags & os.O_CREAT:
-                real(fd)
-            return fd
-
-        self.open = opened  # type: ignore[method-assign]
-        self.fsync = lambda fd: real(fd) if os.path.isdir(self.path_of(fd)) else None  # type: ignore[method-assign]
+    def fsync(self, fd: int) -> None:
+        if os.path.isdir(self.path_of(fd)):
+            super().fsync(fd)
 
 
-class _DeleteBeforeRootSync(FaultyFileSystem):
+class _DeleteBeforeRootSync(_Broken):
     """After an exchange the old tree is deleted first, and the root synced only then."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_data=True)
-        self._exchanged = False
 
     def rename_exchange(self, a: str, b: str) -> None:
         super().rename_exchange(a, b)
-        self._exchanged = True
+        self.owes = True
 
     def fsync_dir(self, path: str) -> None:
-        if not self._exchanged:
+        if not self.owes:
             super().fsync_dir(path)
 
     def rmdir(self, path: str) -> None:
         super().rmdir(path)
-        if self._exchanged and ".staging." in os.path.basename(path):
-            self._exchanged = False
+        if self.owes and ".staging." in os.path.basename(path):
+            self.owes = False
             super().fsync_dir(os.path.dirname(path))
 
 
@@ -188,14 +187,11 @@ BROKEN: dict[str, tuple[str, Callable[[], FaultyFileSystem]]] = {
         "several files",
         lambda: _NoFileSync(lambda path: os.path.basename(path) == "deep"),
     ),
-    "no fsync of the root": ("one file", lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r"))),
+    "no fsync of the root": ("one file", lambda: _NoFileSync(_is_root)),
     "rename before sync": ("one file", _RenameBeforeSync),
     "fsync before the data": ("one file", _SyncBeforeWrite),
     "old tree deleted before the root's fsync": ("replace", _DeleteBeforeRootSync),
-    "retention deletes before the root's fsync": (
-        "retention",
-        lambda: _NoFileSync(lambda path: os.path.basename(path).startswith("r")),
-    ),
+    "retention deletes before the root's fsync": ("retention", lambda: _NoFileSync(_is_root)),
 }
 
 

@@ -118,12 +118,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])
     parser.add_argument("--stores", nargs="+", default=["tcp", "file", "zero"], choices=["tcp", "file", "zero"])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", default=None, help="where to write (default: a temporary folder)")
     options = parser.parse_args()
     logging.getLogger("async_ckpt").setLevel(logging.CRITICAL)
     tally = Tally()
     for seed in range(options.seed, options.seed + options.jobs):
-        folder = Path(tempfile.mkdtemp(prefix="async-ckpt-kill-", dir=options.folder))
+        folder = Path(tempfile.mkdtemp(prefix="async-ckpt-kill-"))
         try:
             ranks = options.ranks[seed % len(options.ranks)]
             kill_one(folder, ranks, seed, tally, options.stores[seed // len(options.ranks) % len(options.stores)])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Point = TypeVar("Point")
@@ -108,11 +106,10 @@ def command(
     *extra: tuple[str, dict[str, Any]],
     columns: tuple[str, ...] = COLUMNS,
 ) -> None:
-    """Parse the options every sweep has, run it, print the table (or JSON); exit code 1 when anything was lost."""
+    """Parse the options every sweep has, run it, print the table; exit code 1 when anything was lost."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--full", action="store_true", help="every point; without it, a sample")
     parser.add_argument("--part", type=Part.parse, default=None, metavar="K/N", help="the K-th of N parts of --full")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the table there too")
     parser.add_argument("--seed", type=int, default=1)
     for name, settings in extra:
         parser.add_argument(name, **settings)
@@ -124,12 +121,8 @@ def command(
         rows.append(row)
         print(row.name, *(getattr(row, column) for column in columns), flush=True)
     print_table(title, rows, columns)
-    seconds = time.perf_counter() - started
     extent = "every point" if options.full else "a sample (--full for every point)"
     if options.part:
         extent = f"part {options.part.number} of {options.part.num_parts}"
-    print(f"{seconds:.0f} s, seed {options.seed}, {extent}")
-    if options.json:
-        told = {"sweep": title, "full": options.full, "seed": options.seed, "seconds": seconds}
-        Path(options.json).write_text(json.dumps({**told, "rows": [asdict(row) for row in rows]}, indent=1))
+    print(f"{time.perf_counter() - started:.0f} s, seed {options.seed}, {extent}")
     sys.exit(1 if any(row.lost for row in rows) else 0)

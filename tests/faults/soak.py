@@ -19,10 +19,11 @@ from pathlib import Path
 
 from async_ckpt import CheckpointError, KeepLast
 from tests.support.insides import arena_of, pipeline_of, threads_left
+from tests.support.making import private_names
 from tests.support.processes import Talking
 from tests.support.stepping import until
 
-from .oracle import check_legal, contents, private_names
+from .oracle import check_legal, contents
 from .report import Row, command
 from .workloads import TIMEOUT_S, Folder, Job, Told, faulty_filesystem, make_engine, quiet
 

@@ -188,7 +188,7 @@ def main(options: argparse.Namespace) -> Iterator[Row]:
     reason = why_not()
     if reason is not None:
         sys.exit(reason)
-    with Folder(on_disk=options.folder) as folder:
+    with Folder() as folder:
         for call, codes in FAULTS.items():
             if options.call is None or options.call in call:
                 yield sweep(folder, call, codes, extent_of(options, 4))
@@ -203,6 +203,5 @@ if __name__ == "__main__":
         "Errors and kills at real system calls",
         __doc__,
         main,
-        ("--folder", {"default": None, "help": "where the roots are (default: in memory)"}),
         ("--call", {"default": None, "help": "only this system call"}),
     )

@@ -9,10 +9,11 @@ import pytest
 
 from async_ckpt import AsyncCheckpointEngine, OutOfSpaceError, WriteError
 from tests.support.insides import arena_of
+from tests.support.making import private_names
 from tests.support.mounts import mounted
 
 from .errors import sweep, sweep_short_writes
-from .oracle import check_legal, contents, private_names
+from .oracle import check_legal, contents
 from .report import Extent
 from .workloads import TIMEOUT_S, WORKLOADS, Folder, Job, Told, faulty_filesystem, make_engine, quiet, state
 

@@ -108,9 +108,14 @@ def test_threads_that_step_and_save_as_fast_as_they_can() -> None:
     assert [count.right for count in counts if count.name.endswith("free")] == [20, 20]
 
 
-def test_the_schedules_find_a_guard_without_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"), [(StepExclusion, "begin"), (TornCheck, "compare_chunk")], ids=["no turns", "no probes"]
+)
+def test_the_schedules_find_a_guard_that_lacks_something(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
     """The test of the test."""
-    monkeypatch.setattr(StepExclusion, "begin", lambda *_: None)
+    monkeypatch.setattr(owner, name, lambda *_: None)
     counts = sweep(7, num_ordered=20, num_free=0, kinds={"adamw-foreach": KINDS["adamw-foreach"]})
     wrong = {count.name: count.wrong for count in counts}
     assert wrong["adamw-foreach, guarded"] > 0 and wrong["adamw-foreach, not guarded"] == 0
@@ -141,11 +146,3 @@ def test_a_copied_tensor_is_let_go_before_its_checkpoint_is_committed(tmp_path: 
         del weight, optimizer
         until(lambda: (gc.collect() and False) or alive() is None)
         engine.commit("t").result(60)
-
-
-def test_the_schedules_find_a_copy_without_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the test."""
-    monkeypatch.setattr(TornCheck, "compare_chunk", lambda *_: None)
-    counts = sweep(7, num_ordered=20, num_free=0, kinds={"adamw-foreach": KINDS["adamw-foreach"]})
-    wrong = {count.name: count.wrong for count in counts}
-    assert wrong["adamw-foreach, guarded"] > 0 and wrong["adamw-foreach, not guarded"] == 0

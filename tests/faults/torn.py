@@ -61,9 +61,12 @@ class Count:
     right: int = 0
     torn: int = 0
     wrong: int = 0
-    lost: int = 0
-    """Of `report.command`: the same as `wrong`."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """What `report.command` asks for."""
+        return self.wrong
 
     def judge(
         self, what: str, path: Path, pending: PendingCommit, allowed: list[Any], *, may_tear: bool, stop: bool
@@ -84,7 +87,6 @@ class Count:
     def note(self, what: str, wrong: BaseException, *, stop: bool) -> None:
         """Count something that must not be; `stop` raises it."""
         self.wrong += 1
-        self.lost += 1
         self.notes.append(f"{what}: {wrong}")
         if stop:
             raise AssertionError(f"{self.name}, {self.notes[-1]}") from wrong

@@ -119,10 +119,6 @@ class Job:
         self.finish(self.start(tag, version, files), version)
 
 
-def _one_file(job: Job) -> None:
-    job.whole("new", 10)
-
-
 def _several_files(job: Job) -> None:
     job.told.attempt("new", 10)
     job.engine.create("new")
@@ -132,28 +128,15 @@ def _several_files(job: Job) -> None:
     job.finish(job.engine.commit("new"), 10)
 
 
-def _replace(job: Job) -> None:
-    job.whole("older", 10)
-    job.whole("older", 11)
+def _in_flight(job: Job, *tags: str) -> None:
+    started = [job.start(tag, version) for version, tag in enumerate(tags, 10)]
+    for version, pending in enumerate(started, 10):
+        job.finish(pending, version)
 
 
-def _two_in_flight(job: Job) -> None:
-    first = job.start("new-a", 10)
-    second = job.start("new-b", 11)
-    job.finish(first, 10)
-    job.finish(second, 11)
-
-
-def _same_tag_in_flight(job: Job) -> None:
-    first = job.start("older", 10)
-    second = job.start("older", 11)
-    job.finish(first, 10)
-    job.finish(second, 11)
-
-
-def _retention(job: Job) -> None:
-    for k in range(3):
-        job.whole(f"new-{k}", 10 + k)
+def _in_turn(job: Job, *tags: str) -> None:
+    for version, tag in enumerate(tags, 10):
+        job.whole(tag, version)
 
 
 def _given_up(job: Job) -> None:
@@ -197,17 +180,18 @@ class Workload:
             self.run(Job(engine, told))
 
 
+TWO = {"retention": KeepLast(2)}
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("one file", _one_file),
+        Workload("one file", lambda job: _in_turn(job, "new")),
         Workload("several files", _several_files),
-        Workload("replace", _replace, {"overwrite": "replace"}),
-        Workload("two in flight", _two_in_flight),
-        Workload("one tag in flight twice", _same_tag_in_flight, {"overwrite": "replace"}),
-        Workload("retention", _retention, {"retention": KeepLast(2)}, keeps=2),
+        Workload("replace", lambda job: _in_turn(job, "older", "older"), {"overwrite": "replace"}),
+        Workload("two in flight", lambda job: _in_flight(job, "new-a", "new-b")),
+        Workload("one tag in flight twice", lambda job: _in_flight(job, "older", "older"), {"overwrite": "replace"}),
+        Workload("retention", lambda job: _in_turn(job, "new-0", "new-1", "new-2"), TWO, keeps=2),
         Workload("given up", _given_up),
-        Workload("shared chunks", _shared_chunks, {"reuse": "auto", "retention": KeepLast(2)}, keeps=2),
+        Workload("shared chunks", _shared_chunks, {"reuse": "auto", **TWO}, keeps=2),
         Workload("shared files", _shared_files, {"reuse": "auto", "overwrite": "replace"}),
     )
 }

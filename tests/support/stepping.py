@@ -163,14 +163,9 @@ class GateGroup(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         # What optimizers read first in each group, and nothing else outside of step does.
-        if key == "maximize" and _steps():
+        if key == "maximize" and sys._getframe(1).f_code.co_name == "step":
             self.gate.reach()
         return super().__getitem__(key)
-
-
-def _steps() -> bool:
-    frame = sys._getframe(2)
-    return frame.f_code.co_name == "step"
 
 
 @contextlib.contextmanager
