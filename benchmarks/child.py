@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.contenders.base import Unavailable
 from benchmarks.environment import describe, raise_open_files_limit
-from benchmarks.request import Request
+from benchmarks.scenarios.common import Request
 
 
 def perform(request: Request) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--request", required=True)
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
-    request = Request.from_json(arguments.request)
+    request = Request(**json.loads(arguments.request))
     raise_open_files_limit()
     environment = describe(Path(request.directory))
     result = perform(request)

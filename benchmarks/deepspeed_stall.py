@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.contenders.base import single_rank_environment, sync_tree, tree_bytes
 from benchmarks.environment import describe
-from benchmarks.results import in_own_process, keep, parser_of
+from benchmarks.results import in_own_process, keep, parser_of, reduced
 
 CONTENDERS = {"stock torch engine": None, "attached": {}, "attached, guard=True": {"guard": True}}
 WIDTH = 512
@@ -100,20 +100,6 @@ def measure(directory: Path, contender: str, stage: int, megabytes: int, num_sav
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| ZeRO | engine | size MB | first save s | blocked s, median (max) | per 200 MB | durable after s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        blocked = f"{statistics.median(row['blocked_s']):.3f} ({max(row['blocked_s']):.3f})"
-        lines.append(
-            f"| {row['stage']} | {row['contender']} | {row['size_bytes'] / 1e6:.0f} | {row['first_blocked_s']:.3f} | "
-            f"{blocked} | {row['blocked_s_per_200_mb']:.3f} | {statistics.median(row['durable_s']):.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = parser_of(__doc__, megabytes=200, saves=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
@@ -123,12 +109,20 @@ def main() -> None:
     # As torchrun sets it; on a machine with other work, two spinning threads would time each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = []
+    print("| ZeRO | engine | size MB | first save s | blocked s, median (max) | per 200 MB | durable after s |")
+    print("|---|---|---|---|---|---|---|")
     for stage, contender in itertools.product(given.stages, CONTENDERS):
         own = given.directory / f"{stage}-{contender.replace(' ', '-')}"
         own.mkdir()
         rows.append(in_own_process(measure, own, contender, stage, given.megabytes, given.saves))
         shutil.rmtree(own)
-    print(table(rows))
+        row, blocked = rows[-1], reduced(rows[-1]["blocked_s"])
+        print(
+            f"| {stage} | {contender} | {row['size_bytes'] / 1e6:.0f} | {row['first_blocked_s']:.3f} | "
+            f"{blocked.median:.3f} ({blocked.high:.3f}) | {row['blocked_s_per_200_mb']:.3f} | "
+            f"{statistics.median(row['durable_s']):.2f} |",
+            flush=True,
+        )
     keep(given, "deepspeed_stall", {"rows": rows}, measured_on)
 
 

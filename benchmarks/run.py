@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks import contenders, results, workloads
 from benchmarks.limits import LIMITS
-from benchmarks.request import SCENARIOS, Request
 from benchmarks.scenarios import planning, restore
+from benchmarks.scenarios.common import SCENARIOS, Request
 from benchmarks.watch import Watched, run_child
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,8 @@ def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]
         request = dataclasses.replace(request, directory=str(place / "data"))
         os.mkdir(request.directory)
         out = place / "result.json"
-        command = [sys.executable, "-m", "benchmarks.child", "--request", request.to_json(), "--out", str(out)]
+        asked = dataclasses.asdict(request)
+        command = [sys.executable, "-m", "benchmarks.child", "--request", json.dumps(asked), "--out", str(out)]
         started = time.time()
         watched = run_child(
             command,
@@ -97,17 +98,9 @@ def run_one(request: Request, timeout_s: float, scratch: Path) -> dict[str, Any]
             left.unlink(missing_ok=True)
     if request.scenario == "memory":
         result["tree_extra_bytes"] = tree_extra_bytes(result, watched)
-    result.update(
-        schema=1,
-        scenario=request.scenario,
-        contender=request.contender,
-        repeat=request.repeat,
-        seed=request.seed,
-        started_unix_s=started,
-        elapsed_s=time.time() - started,
-        request={**json.loads(request.to_json()), "directory": "(scratch)"},
-    )
-    return result
+    result |= {name: asked[name] for name in ("scenario", "contender", "repeat", "seed")}
+    result |= {"schema": 1, "started_unix_s": started, "elapsed_s": time.time() - started}
+    return {**result, "request": {**asked, "directory": "(scratch)"}}
 
 
 def explain(watched: Watched, timeout_s: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Steps that scenarios share: starting a contender, one timed save, a quiet disk between measurements."""
+"""What scenarios share: what is asked of them, starting a contender, one timed save, a quiet disk between."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,36 @@ import torch
 
 from benchmarks import contenders, workloads
 from benchmarks.contenders.base import Contender, sync_tree, tree_bytes
-from benchmarks.request import Request
 from benchmarks.results import timed
 from benchmarks.workloads import Workload
 
 Result = dict[str, Any]
+SCENARIOS = ("save", "training", "gil", "restore", "memory", "planning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides what a child process does."""
+
+    scenario: str
+    contender: str
+    workload: str
+    size_mib: int
+    directory: str
+    repeat: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    num_warmups: int = 1
+    """Saves between the first one (reported on its own) and the measured ones."""
+    num_saves: int = 3
+    num_steps: int = 30
+    """Training steps per segment."""
+    every: int = 10
+    """Steps between two checkpoints."""
+    num_segments: int = 2
+    """Pairs of segments, one with checkpoints and one without; their order alternates."""
+    num_tokens: int = 64
+    drop_caches: bool = False
 
 
 class ShortCheckpoint(RuntimeError):

@@ -6,8 +6,7 @@ import os
 import time
 
 from benchmarks.contenders.base import sync_tree
-from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, started
+from benchmarks.scenarios.common import Request, Result, build_workload, started
 from benchmarks.ticker import Ticker
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from benchmarks import contenders
 from benchmarks.environment import memory_bytes, resident_bytes
-from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, started, timed_save
+from benchmarks.scenarios.common import Request, Result, build_workload, started, timed_save
 
 
 def run(request: Request, result: Result) -> None:

@@ -6,9 +6,8 @@ from functools import partial
 
 from async_ckpt.plan.planner import Planner
 from benchmarks.contenders.base import Unavailable
-from benchmarks.request import Request
 from benchmarks.results import timed
-from benchmarks.scenarios.common import Result, build_workload
+from benchmarks.scenarios.common import Request, Result, build_workload
 
 NAME = "async_ckpt_planner"
 

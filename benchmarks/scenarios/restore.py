@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.contenders.base import Unavailable, sync_tree
 from benchmarks.limits import FIO, evict, fio_read_s, run_fio
-from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload
+from benchmarks.scenarios.common import Request, Result, build_workload
 from benchmarks.workloads import State, Workload, commit, flatten
 
 _FIO = "limit_fio_read_"

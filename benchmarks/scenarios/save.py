@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from benchmarks.limits import LIMITS
-from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, started, timed_save
+from benchmarks.scenarios.common import Request, Result, build_workload, started, timed_save
 from benchmarks.workloads import build
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders.base import Contender, sync_tree
-from benchmarks.request import Request
-from benchmarks.scenarios.common import Result, build_workload, check_complete, started
+from benchmarks.scenarios.common import Request, Result, build_workload, check_complete, started
 from benchmarks.workloads import Workload
 
 

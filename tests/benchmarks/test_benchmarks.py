@@ -13,7 +13,6 @@ import pytest
 from benchmarks import contenders, report, run, workloads
 from benchmarks.contenders.base import Contender, tree_bytes
 from benchmarks.limits import evict
-from benchmarks.request import Request
 from benchmarks.results import Row, spread, training_figures
 from benchmarks.scenarios.common import ShortCheckpoint, check_complete
 from benchmarks.watch import run_child
@@ -224,11 +223,6 @@ def test_slowdown_is_with_over_without() -> None:
     assert figures["slowdown"] == pytest.approx(1.3)
     assert figures["per_checkpoint_s"] == pytest.approx(1.0)
     assert figures["drained_per_checkpoint_s"] == pytest.approx(2.0)
-
-
-def test_requests_survive_the_way_to_the_child() -> None:
-    request = Request(scenario="save", contender="torch_save", workload="small", size_mib=2, directory="x", seed=7)
-    assert Request.from_json(request.to_json()) == request
 
 
 def test_the_hot_path_keeps_to_its_threads_and_hand_overs(tmp_path):

@@ -34,6 +34,7 @@ from async_ckpt.storage import transaction
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.comparing import torch_bytes
 from tests.support.insides import arena_of, threads_left
+from tests.support.stepping import saved
 
 from .oracle import check_legal, contents
 from .report import ALL, Extent, Row, command, extent_of
@@ -186,9 +187,7 @@ def warm_life(root: Path, told: Told, interrupter: Interrupter, *, handler_saves
 
     def commit(tag: str) -> None:
         told.attempt(tag, expected[tag])
-        engine.create(tag)
-        engine.save(_scalars(expected[tag]), "model.pt")
-        engine.commit(tag).result(TIMEOUT_S)
+        saved(engine, _scalars(expected[tag]), tag, path="model.pt").result(TIMEOUT_S)
         told.commit(tag, expected[tag])
 
     def handler() -> None:

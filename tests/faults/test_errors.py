@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt import AsyncCheckpointEngine, OutOfSpaceError, WriteError
+from async_ckpt import OutOfSpaceError, WriteError
 from tests.support.insides import arena_of
 from tests.support.making import private_names
 from tests.support.mounts import mounted
+from tests.support.stepping import saved
 
 from .errors import sweep, sweep_short_writes
 from .oracle import check_legal, contents
@@ -66,7 +67,7 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             job.whole("small", 1)
             _fill(disk / "other", keep_bytes=1 << 20)
             with pytest.raises(OutOfSpaceError) as caught:
-                _whole(engine, "big", state(2, num_floats=size_bytes // 8))
+                saved(engine, state(2, num_floats=size_bytes // 8), "big").result(TIMEOUT_S)
             assert caught.value.errno == errno.ENOSPC
             assert caught.value.needed_bytes and caught.value.free_bytes is not None
             assert private_names(root) == [] and arena_of(engine).num_taken == 0
@@ -74,12 +75,6 @@ def test_a_disk_that_is_truly_full(tmp_path: Path, kind: str, size_bytes: int) -
             (disk / "other").unlink()
             job.whole("after", 3)
         check_legal(contents(root), job.told)
-
-
-def _whole(engine: AsyncCheckpointEngine, tag: str, big: object) -> None:
-    engine.create(tag)
-    engine.save(big, "model.pt")
-    engine.commit(tag).result(TIMEOUT_S)
 
 
 def _fill(path: Path, *, keep_bytes: int) -> None:

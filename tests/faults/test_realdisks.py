@@ -14,6 +14,7 @@ from async_ckpt import AsyncCheckpointEngine, Catalog
 from async_ckpt.errors import OutOfSpaceError
 from async_ckpt.metrics import CommitMetrics
 from tests.support.mounts import KINDS, can_make, mounted, run
+from tests.support.stepping import saved
 
 from .realdisks import SIZES, MiB, sweep, sweep_broken, why_not
 from .report import Extent
@@ -43,16 +44,14 @@ def test_power_cut_at_a_sample_of_moments(kind: str, name: str, direct: bool) ->
 
 
 def _commit(engine: AsyncCheckpointEngine, tag: str, state: dict[str, torch.Tensor]) -> CommitMetrics:
-    engine.create(tag)
-    engine.save(state, "m.pt")
-    pending = engine.commit(tag)
+    pending = saved(engine, state, tag)
     pending.result(60)
     return pending.metrics
 
 
 def _check(root: Path, tag: str, state: dict[str, torch.Tensor]) -> None:
     assert Catalog(root).verify(tag).ok
-    loaded = torch.load(root / tag / "m.pt")
+    loaded = torch.load(root / tag / "s.pt")
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
@@ -81,12 +80,12 @@ def test_bytes_that_have_rotted_are_found_in_both(kind: str, tmp_path: Path) -> 
         state = {"w": torch.zeros(MiB)}
         with AsyncCheckpointEngine(disk / "root", reuse="auto", chunk_bytes=MiB, staging_bytes=32 * MiB) as engine:
             _commit(engine, "a", state)
-            before = os.stat(disk / "root" / "a" / "m.pt")
-            with open(disk / "root" / "a" / "m.pt", "r+b") as file:
+            before = os.stat(disk / "root" / "a" / "s.pt")
+            with open(disk / "root" / "a" / "s.pt", "r+b") as file:
                 file.seek(MiB + 5)
                 file.write(b"rot")
                 os.fsync(file.fileno())
-            os.utime(disk / "root" / "a" / "m.pt", ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.utime(disk / "root" / "a" / "s.pt", ns=(before.st_atime_ns, before.st_mtime_ns))
             assert _commit(engine, "b", state).shared_bytes > 2 * MiB
         assert [Catalog(disk / "root").verify(tag).ok for tag in "ab"] == [False, False]
 

@@ -42,6 +42,7 @@ from async_ckpt.snapshot.probes import ProbeMap
 from async_ckpt.threads import executor
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.insides import arena_of, commits_of, thread_of
+from tests.support.stepping import saved
 
 from .diskmodel import DiskModel
 from .oracle import contents
@@ -112,9 +113,7 @@ def test_commits_that_nobody_asks_about_are_forgotten(tmp_path: Path) -> None:
         commits_of(engine).num_remembered = 8
         known: list[weakref.ref[PendingCommit]] = []
         for k in range(30):
-            engine.create(f"t{k % 20}")
-            engine.save(state(k, num_floats=10), "model.pt")
-            known.append(weakref.ref(engine.commit(f"t{k % 20}")))
+            known.append(weakref.ref(saved(engine, state(k, num_floats=10), f"t{k % 20}")))
         gc.collect()
         assert sum(pending() is not None for pending in known) <= 16
 
@@ -391,9 +390,7 @@ def test_targets_that_are_copied_to_get_their_old_values_back_too(tmp_path: Path
 
     refuses = [True]
     with quiet(), make_engine(tmp_path) as engine:
-        engine.create("a")
-        engine.save({"a": torch.zeros(8, 8), "b": torch.zeros(8, 8), "c": torch.zeros(64)}, "s.pt")
-        engine.commit("a").result(TIMEOUT_S)
+        saved(engine, {"a": torch.zeros(8, 8), "b": torch.zeros(8, 8), "c": torch.zeros(64)}, "a").result(TIMEOUT_S)
         target = {"a": torch.ones(8, 8).t(), "b": torch.ones(8, 8).t(), "c": torch.ones(64)}
         with pytest.raises(RuntimeError, match="not now"), Refusing():
             engine.load_into(target, "a/s.pt")

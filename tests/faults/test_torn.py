@@ -17,7 +17,7 @@ from async_ckpt.snapshot.changes import TornCheck
 from async_ckpt.snapshot.step_exclusion import StepExclusion
 from tests.snapshot.test_snapshots import OPTIMIZERS, Training, assert_same, frozen
 from tests.support.insides import commits_of
-from tests.support.stepping import until
+from tests.support.stepping import saved, until
 
 from .torn import KINDS, sweep
 
@@ -73,9 +73,7 @@ def test_right_bytes_or_torn(
         engine.guard(training.optimizer)
     expected = frozen(training.state())
     held = held_copies(engine) if is_held else None
-    engine.create("t")
-    engine.save(training.state(), "state.pt")
-    pending = engine.commit("t")
+    pending = saved(engine, training.state(), path="state.pt")
     changing = threading.Thread(target=CHANGES[change], args=(training,))
     changing.start()
     if held is not None:

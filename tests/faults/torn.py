@@ -24,7 +24,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, PendingCommit, TornSnapshotError
 from tests.snapshot.test_snapshots import assert_same, frozen
 from tests.support.insides import commits_of, exclusion_of, guard_of
-from tests.support.stepping import Doing, Gate, gated, until, waits_for, waits_noted
+from tests.support.stepping import Doing, Gate, gated, saved, until, waits_for, waits_noted
 
 from .report import command, extent_of
 from .workloads import TIMEOUT_S, Folder, make_engine, quiet
@@ -214,7 +214,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
     """One ordered schedule."""
     training = Training(make, chance, 24, is_scheduled=chance.random() < 0.3)
     gate = Gate()
-    saved: list[tuple[str, PendingCommit, Any, int]] = []
+    taken: list[tuple[str, PendingCommit, Any, int]] = []
     changes = [0]
     with make_engine(folder, staging_bytes=1 << 20) as engine, _stops_half_way(training, gate):
         training.step()
@@ -241,7 +241,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
                     submit(copying.reach)
                     engine.save(state, "state.pt")
                     assert not training.is_stepping, "a save came into a guarded step"
-                    saved.append((f"t{k}", engine.commit(f"t{k}"), frozen(state), changes[0]))
+                    taken.append((f"t{k}", engine.commit(f"t{k}"), frozen(state), changes[0]))
 
                 guard_of(engine).save(in_turn)
                 yield
@@ -286,7 +286,7 @@ def ordered(folder: Path, make: Make, chance: random.Random, count: Count, *, is
             except (AssertionError, TornSnapshotError) as error:
                 count.note(f"{log}", error, stop=stop)
                 return
-        for tag, pending, expected, before in saved:
+        for tag, pending, expected, before in taken:
             may_tear = is_guarded and changes[0] > before
             count.judge(f"{tag} of {log}", folder / tag, pending, [expected], may_tear=may_tear, stop=stop)
     count.schedules += 1
@@ -321,7 +321,7 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
         after.append(frozen(state))
 
     is_over = threading.Event()
-    saved: list[tuple[str, PendingCommit, int, int]] = []
+    taken: list[tuple[str, PendingCommit, int, int]] = []
     with make_engine(folder, staging_bytes=8 << 20, chunk_bytes=256 << 10) as engine:
         note()
         # Hooks run while the guard still excludes saves.
@@ -340,14 +340,13 @@ def free(folder: Path, make: Make, chance: random.Random, count: Count, *, num_s
                 for _ in range(chance.randrange(200)):
                     pass
                 first = len(after)
-                engine.create(f"t{k}")
-                engine.save(state, "state.pt")
-                saved.append((f"t{k}", engine.commit(f"t{k}"), first, len(after)))
+                pending = saved(engine, state, f"t{k}", path="state.pt")
+                taken.append((f"t{k}", pending, first, len(after)))
         finally:
             is_over.set()
         stepping.result()
         handle.remove()
-        for tag, pending, first, last in saved:
+        for tag, pending, first, last in taken:
             count.judge(f"{tag} (free)", folder / tag, pending, after[first - 1 : last], may_tear=False, stop=stop)
     count.schedules += 1
 
