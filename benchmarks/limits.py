@@ -117,14 +117,12 @@ LIMITS: dict[str, tuple[Callable[[Path, int], Sample], str]] = {
 }
 
 
-def evict(path: Path, drop_caches: bool = False) -> float:
+def evict(path: Path) -> float:
     """Sync a file and push it out of the page cache; returns the fraction that stayed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if drop_caches:
-            Path("/proc/sys/vm/drop_caches").write_text("1")
         return resident_fraction(descriptor)
     finally:
         os.close(descriptor)

@@ -137,7 +137,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         numbers.add_argument(f"--{name}", dest=field, type=int, default=default, help=f"{about} (default: {default})")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--timeout-s", type=float, default=900.0, help="per child")
-    parser.add_argument("--drop-caches", action="store_true", help="restore: also write to drop_caches (root)")
     parser.add_argument("--scratch", type=Path, default=None, help="directory on the disk under test; default: --out")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--resume", action="store_true", help="skip runs that have a good line already")

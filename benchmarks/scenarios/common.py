@@ -44,7 +44,6 @@ class Request:
     num_segments: int = 2
     """Pairs of segments, one with checkpoints and one without; their order alternates."""
     num_tokens: int = 64
-    drop_caches: bool = False
 
 
 class ShortCheckpoint(RuntimeError):

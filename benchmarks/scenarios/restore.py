@@ -1,6 +1,6 @@
 """Reading a checkpoint back from a cold cache, into fresh memory and into existing tensors.
 
-The file is written and synced first, then evicted (`posix_fadvise`; `drop_caches` too if asked and allowed).
+The file is written and synced first, then evicted (`posix_fadvise`).
 `resident_fraction` says how much of it was still cached when the clock started.
 """
 
@@ -103,7 +103,7 @@ def run(request: Request, result: Result) -> None:
         workload.advance()
         # Pages that a leftover mapping still holds cannot be evicted.
         gc.collect()
-        resident = evict(path, request.drop_caches)
+        resident = evict(path)
         start = time.perf_counter()
         loaded = read()
         took = time.perf_counter() - start

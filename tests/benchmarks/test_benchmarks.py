@@ -195,7 +195,7 @@ def test_eviction_leaves_nothing_cached_where_the_file_system_has_a_disk(tmp_pat
     path = tmp_path / "data"
     path.write_bytes(os.urandom(1 << 20))
     assert tree_bytes(path) == 1 << 20
-    assert 0.0 <= evict(path, drop_caches=False) <= 1.0
+    assert 0.0 <= evict(path) <= 1.0
 
 
 def test_medians_keep_their_spread_and_bad_runs_stay_out() -> None:
