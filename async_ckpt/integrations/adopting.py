@@ -27,30 +27,20 @@ _EXTENT_BYTES = 16 << 20
 
 def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
     """Give the folder of another tool's checkpoint a manifest, so that it can be replaced atomically; True if there was
-    one.
-
-    Its files stay as they are, and stay loadable. Reads and syncs all of them: blocks for as long as that takes.
-
-    Raises:
-        UnsafePathError: it holds what a checkpoint cannot. WriteError: it could not be read, or the manifest
-            not be written.
-    """
+    one. Its files stay as they are, and stay loadable. Reads and syncs all of them: blocks for as long as that takes.
+    Raises UnsafePathError: it holds what a checkpoint cannot. WriteError: it cannot be read, or no manifest written."""
     folder = os.path.join(root, tag)
     if filesystem.stat(folder).kind != "dir" or filesystem.stat(os.path.join(folder, MANIFEST_NAME)).kind != "missing":
         return False
-    report(
-        logging.WARNING,
-        "%s was not written by this package: reading it once, so that it can be replaced as a whole",
-        folder,
-    )
+    told = "%s was not written by this package: reading it once, so that it can be replaced as a whole"
+    report(logging.WARNING, told, folder)
     what = f"{folder!r} was written by another tool and cannot be replaced as a whole; move or delete it"
     try:
         entries = tuple(read_entries(filesystem, folder))
         # Older than anything that will be committed from now on.
         created_unix_ns = filesystem.stat(folder).mtime_ns
-        adopted = Manifest(
-            tag, created_unix_ns, entries, {ADOPTED: "written by another checkpoint engine"}, {"package": "async_ckpt"}
-        )
+        why = {ADOPTED: "written by another checkpoint engine"}
+        adopted = Manifest(tag, created_unix_ns, entries, why, {"package": "async_ckpt"})
         with contextlib.suppress(FileExistsError):
             filesystem.create_file(os.path.join(folder, MANIFEST_NAME), manifest.encode(adopted))
         filesystem.fsync_dir(folder)

@@ -12,11 +12,7 @@ from ..errors import ConfigError
 
 
 def require(extra: str, *modules: str) -> Any:
-    """The first of these modules that can be imported.
-
-    Raises:
-        ImportError: none can; names the extra to install.
-    """
+    """The first of these modules that can be imported. Raises ImportError: none can; names the extra to install."""
     failures = []
     for module in modules:
         try:
@@ -30,14 +26,8 @@ def require(extra: str, *modules: str) -> Any:
 
 
 def checked_config(config: Mapping[str, Any], decided: Mapping[str, str]) -> EngineConfig:
-    """`config` as the engine will take it, but for the root.
-
-    Args:
-        decided: the fields that are not the user's here, and who decides them.
-
-    Raises:
-        ConfigError: a field that is unknown, wrong, or decided already.
-    """
+    """`config` as the engine will take it, but for the root; `decided` are the fields that are not the user's here, and
+    who decides them. Raises ConfigError: a field that is unknown, wrong, or decided already."""
     own = [f"{name} ({decided[name]})" for name in config if name in decided]
     if own:
         raise ConfigError(f"these fields are not to be given, they are decided already: {', '.join(own)}")

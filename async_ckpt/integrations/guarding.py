@@ -21,11 +21,8 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
 
 
 def check_guardable(optimizer: torch.optim.Optimizer, *modules: torch.nn.Module) -> None:
-    """Refuse a guard over `optimizer`, which trains `modules`, if their tensors also change between its steps.
-
-    Raises:
-        ConfigError: names the optimizer or the layer, and says ``guard=False``.
-    """
+    """Refuse a guard over `optimizer`, which trains `modules`, if their tensors also change between its steps. Raises
+    ConfigError: names the optimizer or the layer, and says ``guard=False``."""
     reason = _reason(optimizer)
     if reason is not None:
         raise ConfigError(

@@ -168,25 +168,15 @@ def _copying_once(known: set[str], copy: Callable[[StrPath], object], save_path:
 
 # Read for each: gradients alone are touched before the inner step; half precision copies and gathered weights follow
 # it.
-_GUARDABLE = frozenset(
-    (
-        "BF16_Optimizer",
-        "DeepSpeedZeroOptimizer",
-        "DeepSpeedZeroOptimizer_Stage3",
-        "FP16_Optimizer",
-        "FP16_UnfusedOptimizer",
-    )
+_GUARDABLE = (
+    *("BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer"),
+    *("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
 )
 
 
 def _guardable(ds_engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer at the bottom of DeepSpeed's wrappers.
-
-    Raises:
-        ConfigError: there is none, or its tensors also change outside of its own step: Muon's momentum, states swapped
-            to NVMe, optimizers that step in another process (ZenFlow, SuperOffload), and wrappers that are not known
-            here.
-    """
+    """The torch optimizer at the bottom of DeepSpeed's wrappers. Raises ConfigError: there is none, a wrapper is not
+    known here (SuperOffload steps in another process), or its tensors also change outside of its own step."""
     outer = ds_engine.optimizer
     is_known = isinstance(outer, torch.optim.Optimizer) or type(outer).__name__ in _GUARDABLE
     inner = torch_optimizer(outer) if is_known else None

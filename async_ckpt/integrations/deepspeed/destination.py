@@ -47,11 +47,8 @@ class DeepSpeedCoordinator:
     """Hands each checkpoint to the coordinator of the ranks that save under its tag, whatever its save_dir."""
 
     def __init__(self, filesystem: FileSystem, timeout_s: float, *, node_local: bool) -> None:
-        """Rank and store come from the default process group; without one this is a single process.
-
-        Raises:
-            ConfigError: `node_local`, and no launcher's variables tell of the nodes.
-        """
+        """Rank and store come from the default process group; without one this is a single process. Raises ConfigError:
+        `node_local`, and no launcher's variables tell of the nodes."""
         self.rank, self.world_size = 0, 1
         self._node: Node | None = None
         self._store: Any = None
@@ -150,10 +147,7 @@ class DeepSpeedDestination(Destination):
         cls, info: Any, save_dir: str | None, tags: Sequence[str], number: int, job: DeepSpeedCoordinator
     ) -> DeepSpeedDestination:
         """From a `CheckpointCommitInfo`, or from a bare tag and the engine's own `save_dir`; `tags` are those of all
-        ranks.
-
-        Raises:
-            ConfigError: no save_dir is known. UnsafePathError: the tag leaves the save_dir, or is the manifest's name.
+        ranks. Raises ConfigError: no save_dir is known. UnsafePathError: the tag leaves it, or is the manifest's name.
         """
         given = getattr(info, "save_dir", save_dir)
         if given is None:

@@ -107,7 +107,9 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         save = self._save
         inside = None if save is None else save.destination.inside(path)
         if save is None or inside is None:
-            self._make_outside(os.path.abspath(os.fspath(path)), exist_ok)
+            if not exist_ok and self._filesystem.stat(os.path.abspath(os.fspath(path))).kind != "missing":
+                raise PathExistsError(f"directory {os.fspath(path)!r} exists already")
+            self._filesystem.makedirs(os.path.abspath(os.fspath(path)))
             return
         self._defer(save, lambda engine: engine.makedirs(inside, exist_ok=exist_ok) if inside else None)
 
@@ -207,10 +209,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
                 save.pending = engine.commit(save.destination.tag, metadata={"framework": "deepspeed"})
             except CheckpointError as error:
                 save.error = error
-        if save.error is not None:
-            self._give_up(save)
-        else:
-            self._outcomes.add(save)
+        self._end(save)
         return True
 
     def abandon(self, error: BaseException) -> None:
@@ -222,7 +221,7 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
         save, self._save = self._save, None
         if save is not None and (save.is_open or save.error):
             save.error, save.is_raised = error, True
-            self._give_up(save)
+            self._end(save)
 
     def drain(self) -> None:
         """Block until every pending checkpoint has ended, with its `latest`.
@@ -271,18 +270,15 @@ class AsyncDeepSpeedEngine(CheckpointEngine):
                 raise
             save.error = error
 
-    def _give_up(self, save: Save) -> None:
+    def _end(self, save: Save) -> None:
+        """Its commit is on its way, or its error gives it up."""
         error, destination = save.error, save.destination
-        assert error is not None
         self._outcomes.add(save)
+        if error is None:
+            return
         if save.is_open:
             try:
                 raise error
             except BaseException:  # noqa: BLE001 -- `abort` tells the other ranks what it is called for
                 self._engine(destination.save_dir).abort(destination.tag)
         report(logging.WARNING, "checkpoint %r was not completed and is given up: %s", destination.full_tag, error)
-
-    def _make_outside(self, path: str, exist_ok: bool) -> None:
-        if not exist_ok and self._filesystem.stat(path).kind != "missing":
-            raise PathExistsError(f"directory {path!r} exists already")
-        self._filesystem.makedirs(path)

@@ -20,11 +20,8 @@ _MAX_LATEST_BYTES = 4096
 
 def write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
     """Make `<save_dir>/latest` name `tag`: written beside it, synced, renamed, directory synced. Blocks; any thread.
-
-    Raises:
-        CommitError: the checkpoint is committed, but `latest` still names the one before (or, after the rename, it is
-            unknown which one survives power loss).
-    """
+    Raises CommitError: the checkpoint is committed, but `latest` still names the one before (or, after the rename, it
+    is unknown which one survives power loss)."""
     path = os.path.join(save_dir, LATEST_NAME)
     new = os.path.join(save_dir, f".{LATEST_NAME}.new")
     try:
@@ -60,10 +57,7 @@ class KeepLatest(RetentionPolicy):
 
 def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:
     """`torch.save` to a path that belongs to no checkpoint: durable when it returns, never partly visible. Blocks.
-
-    Raises:
-        WriteError: what was at `path` before is still there.
-    """
+    Raises WriteError: what was at `path` before is still there."""
     folder, name = os.path.split(os.path.abspath(path))
     new = os.path.join(folder, f".{name}.{os.getpid()}.new")
     try:

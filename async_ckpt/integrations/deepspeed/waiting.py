@@ -89,14 +89,9 @@ def install() -> None:
 
 
 def wait(path: str | None = None, *, on_every_rank: bool = False) -> None:
-    """Block until no checkpoint of this process is on its way; with `path`, none that will hold it. Any thread.
-
-    Args:
-        on_every_rank: all ranks call this, and raise alike, whatever one of them was told before.
-
-    Raises:
-        CheckpointError: one of them failed; its own engine raises it too.
-    """
+    """Block until no checkpoint of this process is on its way; with `path`, none that will hold it. Any thread. With
+    `on_every_rank`, all ranks call this, and raise alike, whatever one of them was told before. Raises CheckpointError:
+    one of them failed; its own engine raises it too."""
     if threading.current_thread().name.startswith(THREAD_PREFIX):
         return
     for folder, save in list(_coming.items()):

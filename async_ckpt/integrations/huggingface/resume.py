@@ -64,9 +64,8 @@ def last_committed_checkpoint(output_dir: StrPath) -> str | None:
 def resume_point(resume: Any, args: Any) -> Any:
     """What `Trainer` is to resume from, verified: the same on all ranks, or an error on all of them. Blocks.
 
-    Args:
-        resume: True for the newest, or a path. Where there is none, True is returned: stock code raises what its users
-            know.
+    `resume` is a path, or True for the newest. Where there is none, True comes back: stock code raises what its users
+    know.
 
     Raises:
         CorruptCheckpointError: there is nothing whole. CheckpointNotFoundError: not every node has one.
@@ -97,11 +96,8 @@ def resume_point(resume: Any, args: Any) -> Any:
 
 
 def on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on each rank of Accelerate's; its failure on one raises on all. Blocks for the slowest rank.
-
-    Raises:
-        CheckpointError, OSError: as `work` has raised here. RankFailedError: it has raised on another rank.
-    """
+    """What `work` gives on each rank of Accelerate's; its CheckpointError or OSError on one raises on all, on others as
+    RankFailedError. Blocks for the slowest rank."""
     mine: T | None = None
     failure: CheckpointError | OSError | None = None
     try:
@@ -119,12 +115,8 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
 
 def adopt_ahead(run_dir: str, step: int, last_step: int, *, adopts: bool) -> None:
     """Give stock `Trainer`'s checkpoints that training after `step` will come to a manifest, so that they can be
-    replaced. Every rank calls it; one of those that share the directory `adopts`. Blocks for the slowest rank.
-
-    Raises:
-        ConfigError: one of them is not complete, holds what cannot be read, or is a link or a file: it would stop
-            training where it comes there. RankFailedError: so on another rank.
-    """
+    replaced. Every rank calls it; one of those that share the directory `adopts`. Blocks for the slowest rank. Raises
+    ConfigError: one of them would stop training where it comes there. RankFailedError: so on another rank."""
 
     def check(path: str) -> None:
         if FileSystem().stat(path).kind != "dir":
@@ -154,11 +146,7 @@ def _has(path: str, name: str) -> bool:
 
 def _verify(path: str) -> Manifest:
     """Compare every file of a checkpoint directory with its manifest; other files in it, and another name of it, are
-    fine.
-
-    Raises:
-        CorruptCheckpointError: something is not as it was committed. CheckpointNotFoundError: there is no manifest.
-    """
+    fine. Raises CorruptCheckpointError, CheckpointNotFoundError."""
     folder, name = os.path.split(path)
     catalog = Catalog(folder)
     catalog.verify(name).raise_if_bad()

@@ -80,11 +80,8 @@ class Saver:
         self._in_flight: deque[tuple[str, PendingCommit, Callable[[str], object]]] = deque()
 
     def open(self, root: str, trainer: Any) -> AsyncCheckpointEngine:
-        """The engine for `root`, as the trainer's arguments want it; another root's is finished first.
-
-        Raises:
-            ConfigError: this training's state cannot be saved here, or not guarded.
-        """
+        """The engine for `root`, as the trainer's arguments want it; another root's is finished first. Raises
+        ConfigError: this training's state cannot be saved here, or not guarded."""
         if self._engine is not None and self._root != root:
             self.close()
         if self._engine is None:
@@ -136,11 +133,8 @@ class Saver:
         self._in_flight.append((path, pending, then))
 
     def poll(self) -> None:
-        """Report what has ended, oldest first. Does not wait for the disk.
-
-        Raises:
-            CheckpointError: a commit failed; of several, the others follow at the next save or `close`.
-        """
+        """Report what has ended, oldest first. Does not wait for the disk. Raises CheckpointError: a commit failed; of
+        several, the others follow at the next save or `close`."""
         first: BaseException | None = None
         while self._in_flight and self._in_flight[0][1].done():
             path, pending, then = self._in_flight.popleft()
@@ -157,15 +151,8 @@ class Saver:
         self.poll()
 
     def close(self, behind: BaseException | None = None) -> None:
-        """`drain`, then stop all threads. Calling it again does nothing.
-
-        Args:
-            behind: an exception that is on its way out and must not be replaced: failures are logged, unless it would
-                end the program with exit code 0.
-
-        Raises:
-            CheckpointError: the first failure that was not raised yet; others are logged.
-        """
+        """`drain`, then stop all threads. Raises the first failure that was not raised yet; others are logged, and so
+        are all `behind` an exception that is on its way out, unless it would end the program with exit code 0."""
         engine, self._engine = self._engine, None
         if engine is None:
             return

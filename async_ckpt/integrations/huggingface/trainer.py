@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import ConfigError
 from ..frameworks import require
@@ -12,10 +12,7 @@ from .capture import CapturedDestination, capture
 from .resume import JIT_MARKER, STATE_NAME, adopt_ahead, resume_point
 from .saver import BEST, Saver
 
-if TYPE_CHECKING:
-    _Base = Any
-else:
-    _Base = object
+_Base: Any = object
 
 
 class AsyncCheckpointTrainerMixin(_Base):  # type: ignore[misc]
@@ -197,9 +194,7 @@ def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
 
 
 def _remove_jit_marker(path: str) -> None:
-    """Trainer's just-in-time saving marks a directory as incomplete before it saves into it; ours is never
-    incomplete.
-    """
+    """Trainer's just-in-time saving marks a directory as incomplete before it saves there; ours is never incomplete."""
     if os.path.isdir(path) and os.listdir(path) == [JIT_MARKER]:
         os.unlink(os.path.join(path, JIT_MARKER))
         os.rmdir(path)

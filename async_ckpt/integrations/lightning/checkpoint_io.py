@@ -17,8 +17,7 @@ from ..frameworks import checked_config
 from ..guarding import check_guardable
 from .followups import FollowUps, switch_link
 from .framework import checkpoint_io_class, cooperate, default_weights_only
-from .loading import load_file
-from .single_file import DATA_NAME, CheckpointFile, FileCoordinator, remove, settle
+from .single_file import DATA_NAME, CheckpointFile, FileCoordinator, load_file, remove, settle
 
 _DECIDED = {
     "root": "by Lightning's callbacks",

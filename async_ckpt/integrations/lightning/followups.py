@@ -30,8 +30,8 @@ from .single_file import CheckpointFile, FileCoordinator, remove
 
 
 class FollowUps:
-    """What follows the commits of one engine. Calls come from the training thread, the work is done on its own
-    thread."""
+    """What follows the commits of one engine. Calls come from the training thread; the work is done on its own, in the
+    order of the calls: whatever was called after `saved` finds that commit ended."""
 
     def __init__(
         self,
@@ -95,7 +95,6 @@ class FollowUps:
 
     def drain(self) -> None:
         """Block until all commits have ended and everything that follows them is done."""
-        wait_all(self.engine.pending())
         self._later(lambda: self._retry_postponed(force=True)).result()
 
     def close(self) -> None:
@@ -126,7 +125,7 @@ class FollowUps:
         self._retry_postponed(force=False)
 
     def _link(self, target: CheckpointFile, link: CheckpointFile, pending: PendingCommit | None) -> None:
-        if pending is not None and pending.wait() and pending.failure() is not None:
+        if pending is not None and pending.failure() is not None:
             report(logging.WARNING, "%s still points where it did: %s was not committed", link.final, target.final)
             return
         switch_link(self._filesystem, target, link)

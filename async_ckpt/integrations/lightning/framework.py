@@ -20,11 +20,7 @@ _PACKAGES = (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "py
 
 
 def checkpoint_io_class() -> Any:
-    """Lightning's abstract `CheckpointIO`, of the package that is in use.
-
-    Raises:
-        ImportError: neither package is there; names the extra.
-    """
+    """Lightning's abstract `CheckpointIO`, of the package that is in use. Raises ImportError: there is neither."""
     used = sorted(_PACKAGES, key=lambda package: package[0].split(".")[0] not in sys.modules)
     return require("lightning", *(f"{fabric}.plugins" for fabric, _ in used)).CheckpointIO
 

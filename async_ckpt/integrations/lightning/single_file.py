@@ -1,5 +1,5 @@
-"""One `.ckpt` file: where it belongs, and its commit: the core's into the hidden folder, then one rename to the path
-that Lightning chose.
+"""One `.ckpt` file: where it belongs; its commit: the core's into the hidden folder, then one rename to the path that
+Lightning chose; and its reading.
 
     <dirpath>/epoch=3.ckpt                            the checkpoint: one plain torch file, its only name
     <dirpath>/.async_ckpt/epoch=3.ckpt/manifest.json  its sizes and CRCs
@@ -20,8 +20,11 @@ import contextlib
 import logging
 import os
 import shutil
+import zipfile
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ...errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, report
 from ...format.manifest import Manifest
@@ -29,6 +32,8 @@ from ...format.names import SINGLE_FILES_NAME, single_file_tag
 from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...ranks.coordinator import LocalCoordinator
 from ...reading.catalog import Catalog
+from ...reading.load import load_committed
+from ...reading.records import LEGACY_MAGIC
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.read_file import LocalReadableFile
@@ -39,6 +44,8 @@ DATA_NAME = "state.ckpt"
 CONTENT_ID = "content_id"
 """Metadata: torch's id of the committed file."""
 _ID_RECORD = ".data/serialization_id"
+# zipfile raises its own, zlib's and struct's errors, and plain ones.
+_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
 
 
 class CheckpointFile(Destination):
@@ -122,13 +129,13 @@ class FileCoordinator(LocalCoordinator):
 def _content_id(fs: FileSystem, staging: str) -> str | None:
     try:
         with contextlib.closing(fs.open_read(staging, (DATA_NAME,))) as file:
-            return read_content_id(file)
+            return _read_content_id(file)
     except OSError as error:
         message = f"the written file in {staging!r} cannot be read ({error}); what was there before is unchanged"
         raise CommitError(message, step="read", errno=error.errno, path=staging) from error
 
 
-def read_content_id(file: LocalReadableFile) -> str | None:
+def _read_content_id(file: LocalReadableFile) -> str | None:
     """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Three reads."""
     try:
         record = read_directory(file.read, file.size_bytes).get(_ID_RECORD)
@@ -201,3 +208,80 @@ def remove(fs: FileSystem, place: CheckpointFile) -> None:
     if kind != "missing":
         fs.fsync_dir(place.folder)
     _forget(fs, place)
+
+
+def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **options: Any) -> Any:
+    """The object in the file at `place`, a link followed, verified ("full") or not ("off"). `options`: `map_location`
+    and `weights_only`, as of ``torch.load``. Blocks.
+
+    Bytes that differ from the manifest are an error, wherever the folder was copied to. Only a file that somebody else
+    put there, whole by its own checksums, is read as stock Lightning reads it, with a warning. torch writes an id into
+    each file, made of its records' names and CRCs, and the manifest keeps it: a file with the same id, or with none
+    that can be read, is the committed one and damaged.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file. CorruptCheckpointError: it is not as it was committed.
+    """
+    if verify not in ("full", "off"):
+        raise ConfigError(f"verify must be 'full' or 'off', not {verify!r}")
+    if filesystem.stat(place.final).kind == "other":
+        place = CheckpointFile(os.path.realpath(place.final))
+    if filesystem.stat(place.final).kind != "file":
+        raise CheckpointNotFoundError(f"Checkpoint file not found: {place.final}")
+    doubt = ""
+    if verify == "full" and (manifest := _manifest(filesystem, place)) is not None:
+        if filesystem.stat(place.staged).kind == "file":
+            # A crash came between the two renames: the manifest speaks of the file that is not here yet.
+            doubt = "is older than its manifest; the next save here ends that"
+        else:
+            try:
+                return load_committed(Catalog(place.root, filesystem), place.tag, DATA_NAME, **options)
+            except CorruptCheckpointError as error:
+                if _is_the_committed_one(filesystem, place, manifest):
+                    raise
+                doubt = f"was replaced after this package wrote it ({error})"
+    if verify == "full" and not _check_own_crcs(place.final):
+        doubt = doubt or "has no manifest"
+        report(logging.WARNING, "%s %s, and holds no checksums: nothing could be compared", place.final, doubt)
+    elif doubt:
+        report(logging.WARNING, "%s %s; only its own checksums were compared", place.final, doubt)
+    try:
+        return torch.load(place.final, **options)
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        said = str(error).partition("\n")[0][:200]
+        raise CorruptCheckpointError(f"{place.final} is no readable torch file: {said}", path=place.final) from error
+
+
+def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
+    """The manifest of the file; None where there is none. Raises CorruptCheckpointError: it is damaged itself."""
+    with contextlib.suppress(CheckpointNotFoundError):
+        manifest = Catalog(place.root, filesystem).manifest(place.tag)
+        return manifest if manifest.metadata.get("file") == place.name else None
+    return None
+
+
+def _is_the_committed_one(filesystem: FileSystem, place: CheckpointFile, manifest: Manifest) -> bool:
+    with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
+        content_id = _read_content_id(file)
+    return content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id)
+
+
+def _check_own_crcs(path: str) -> bool:
+    """Compare every record of a torch file with the CRC beside it; False where there are none: torch's old format has
+    none, and torch can be told to write none. Blocks. Raises CorruptCheckpointError: one differs, or it is no torch
+    file."""
+    with open(path, "rb") as file:
+        if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(record.CRC for record in archive.infolist()):
+                return False
+            bad = archive.testzip()
+    except _ZIP_ERRORS as error:
+        raise CorruptCheckpointError(f"{path} is no whole torch file: {error}", path=path) from error
+    if bad is not None:
+        raise CorruptCheckpointError(f"{path} is damaged in record {bad[:200]!a}", path=path, record=bad[:200])
+    return True

@@ -422,8 +422,7 @@ def test_a_stock_file_is_in_memory_once_while_it_is_read(tmp_path: Path, verify:
     script = f"""
 import re, sys
 from async_ckpt.integrations.lightning import AsyncCkptIO
-from async_ckpt.integrations.lightning.loading import load_file
-from async_ckpt.integrations.lightning.single_file import CheckpointFile
+from async_ckpt.integrations.lightning.single_file import CheckpointFile, load_file
 from async_ckpt.storage.filesystem import FileSystem
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from async_ckpt.errors import CheckpointError
-from async_ckpt.integrations.lightning.loading import load_file
-from async_ckpt.integrations.lightning.single_file import CheckpointFile, remove
+from async_ckpt.integrations.lightning.single_file import CheckpointFile, load_file, remove
 from async_ckpt.storage.filesystem import FileSystem
 from tests.support.faulty_filesystem import FaultyFileSystem, Killed
 
