@@ -214,7 +214,7 @@ class Commits:
         # In this order an interrupt is harmless anywhere: what the loop did not get is still open, what it got ends
         # there, and nothing is waited for that nobody will resolve.
         done = self.pool.run(self._commit(checkpoint, pending, metadata, self._last_created_ns))
-        pending.mirrored = None if self.mirrors is None else self.mirrors.expect(checkpoint.tag)
+        pending.mirrored = self.house.expect(checkpoint.tag)
         done.when_done(lambda done: self._ended(checkpoint, pending, done.failure()))
         self._commits.append(pending)
         announce(pending, checkpoint.real_root)
@@ -285,14 +285,12 @@ class Commits:
         for pending in [pending for other in others for pending in other.unacknowledged()]:
             told = "checkpoint %r of another engine of this process on %r was not committed: %s"
             report(logging.WARNING, told, pending.tag, self.root, pending.failure())
-        if tier == "disk" or self.mirrors is None:
-            return self.catalog.latest(verify)
-        return self.mirrors.latest(self.catalog, verify)
+        return self.house.latest(verify, tier)
 
     def catalog_of(self, tag: str) -> Catalog:
         """See `AsyncCheckpointEngine.catalog_of`."""
         self._await_tag(tag)
-        return self.catalog if self.mirrors is None else self.mirrors.resume_from(tag, self.catalog)
+        return self.house.catalog_of(tag)
 
     def delete(self, tag: str) -> None:
         """See `AsyncCheckpointEngine.delete`."""

@@ -1,5 +1,5 @@
-"""What an engine does with its root besides writing into it: tries it before the first save, mirrors it, and deletes
-what nobody wants any more.
+"""What an engine does with its root besides writing into it: tries it before the first save, reads it and its mirrors,
+and deletes what nobody wants any more.
 """
 
 from __future__ import annotations
@@ -7,23 +7,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
-from ..errors import CheckpointError, ConfigError, report
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigError, MirrorError, report
 from ..format.manifest import Manifest
 from ..host.facts import is_first_of_node
+from ..mirror.config import Mirror
+from ..mirror.context import MirrorHooks
+from ..mirror.mirrors import Mirrors
+from ..mirror.pending import PendingMirror
+from ..mirror.remote import remote_catalog
 from ..ranks.coordinator import Coordinator
+from ..ranks.exchange import MirrorAgreement
+from ..ranks.rank_coordinator import RankCoordinator
 from ..reading.catalog import Catalog
-from ..retention import CheckpointInfo, apply
+from ..retention import CheckpointInfo, RetentionPolicy, apply, carry_out
 from ..storage import transaction
 from ..storage.filesystem import FileSystem
 from ..storage.root import check_room, try_writing
 from .config import EngineConfig
-from .mirroring import EngineMirrors
 from .pipeline import Callbacks
 
 
 class Housekeeping:
-    """Errors at step 0 instead of hour 20; retention after commits. All but the constructor blocks on the disk."""
+    """Errors at step 0 instead of hour 20; retention after commits. All but the constructor and `expect` blocks on the
+    disk, and on requests where there are mirrors.
+    """
 
     def __init__(
         self,
@@ -35,9 +46,12 @@ class Housekeeping:
     ) -> None:
         self._config, self._filesystem, self._catalog, self._coordinator = config, filesystem, catalog, coordinator
         self._callbacks, self._root = callbacks, catalog.root
-        self.mirrors: EngineMirrors | None = None
         self.failures: list[BaseException] = []
         """That nobody was told of yet."""
+        self.mirrors: Mirrors | None = None
+        self._resumed: set[str] = set()
+        self._better: dict[str, Catalog] = {}
+        """Where `latest` has found a tag whole that the disk has not, or has damaged."""
         self._undeleted: set[str] = set()
         self._has_work = config.retention is not None or config.overwrite == "replace"
         """Whether there is, or may be, something to delete."""
@@ -52,14 +66,13 @@ class Housekeeping:
         Raises:
             WriteError, OutOfSpaceError: the disk refused it.
         """
-        config, leads = self._config, self._coordinator.leads
-        if config.sweep_on_start:
+        leads = self._coordinator.leads
+        if self._config.sweep_on_start:
             self._coordinator.sweep()
-        if config.preflight and (leads or is_first_of_node()):
+        if self._config.preflight and (leads or is_first_of_node()):
             self._try_out(leads=leads)
-        if config.mirrors:
-            how = self._filesystem, self._root, self._coordinator, self._callbacks
-            self.mirrors = EngineMirrors(config, *how, on_mirrored=self.rotate)
+        if self._config.mirrors:
+            self.mirrors = self._start_mirrors()
 
     def _try_out(self, *, leads: bool) -> None:
         try_writing(self._filesystem, self._root)
@@ -97,6 +110,102 @@ class Housekeeping:
         if size_bytes:
             num_more = max(1, num_kept + 1 - len(self._catalog.committed()))
             check_room(self._filesystem, self._root, size_bytes, num_more)
+
+    # The mirrors.
+
+    @property
+    def _nodes(self) -> RankCoordinator | None:
+        """All ranks, where each node has a root of its own."""
+        ranks = self._coordinator
+        return ranks if isinstance(ranks, RankCoordinator) and ranks.info.num_nodes > 1 else None
+
+    def _start_mirrors(self) -> Mirrors:
+        config, ranks, callbacks = self._config, self._coordinator, self._callbacks
+        agreement, mirrors = None, tuple(config.mirrors)
+        if isinstance(ranks, RankCoordinator):
+            agreement = MirrorAgreement(ranks.talk)
+        elif ranks.world_size > 1:
+            raise ConfigError(f"mirrors: {type(ranks).__name__} cannot agree on them; use a RankCoordinator")
+        if self._nodes is not None:
+            # Each has a place of its own in the store too.
+            node = self._nodes.info.node
+            mirrors = tuple(replace(mirror, url=f"{mirror.url}/node-{node}") for mirror in mirrors)
+        on_ended = partial(callbacks.tell, "on_mirror")
+        return Mirrors(
+            mirrors,
+            filesystem=self._filesystem,
+            root=self._root,
+            agreement=agreement,
+            may_overwrite=config.overwrite == "replace",
+            uploaders_per_node=config.uploaders_per_node,
+            hooks=MirrorHooks(callbacks.on_span, on_ended, self._retain, self.rotate, callbacks.run),
+        )
+
+    def _retain(self, mirror: Mirror, catalog: Catalog, remove: Callable[[Manifest], object]) -> None:
+        def hold(info: CheckpointInfo) -> str | None:
+            return "the run resumed from it" if info.tag in self._resumed else None
+
+        assert isinstance(mirror.retention, RetentionPolicy)
+        carry_out(catalog, mirror.retention, remove, hold=hold)
+
+    def expect(self, tag: str) -> PendingMirror | None:
+        """A commit of `tag` was called: what will be told of its mirrors, where there are some."""
+        self._better.pop(tag, None)
+        return None if self.mirrors is None else self.mirrors.expect(tag)
+
+    def catalog_of(self, tag: str) -> Catalog:
+        """The disk where that has the tag, unless `latest` has found it damaged there; else the first mirror that has
+        it; the disk where none has.
+
+        The run loads from this checkpoint: no mirror's retention deletes it from now on.
+        """
+        self._resumed.add(tag)
+        if self.mirrors is None or tag in self._better:
+            return self._better.get(tag, self._catalog)
+        try:
+            self._catalog.path(tag)
+        except CheckpointNotFoundError:
+            failure: MirrorError | None = None
+            for remote in map(remote_catalog, self.mirrors.mirrors):
+                try:
+                    remote.manifest(tag)
+                    return remote
+                except CheckpointNotFoundError:
+                    continue
+                except MirrorError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure from None
+        return self._catalog
+
+    def latest(self, verify: str, tier: str) -> str | None:
+        """The newest tag that verifies, on the disk, or with tier "any" in a mirror too; one that cannot be reached is
+        left out, and that is logged. With several nodes the same on all, which must all ask.
+        """
+        if tier == "disk" or self.mirrors is None:
+            return self._catalog.latest(verify)
+        remotes = [remote_catalog(mirror) for mirror in self.mirrors.mirrors]
+        if self._nodes is not None:
+            found, where = self._nodes.newest_on_all(verify, remotes)
+            if found is not None and where is not None:
+                self._better[found] = where
+            return found
+        found = self._catalog.latest(verify)
+        newest_ns = self._catalog.manifest(found).created_unix_ns if found is not None else -1
+        for remote in remotes:
+            try:
+                for entry in reversed(remote.entries()):
+                    if entry.manifest is None or entry.manifest.created_unix_ns <= newest_ns:
+                        continue
+                    if remote.verify(entry.tag, level=verify).ok:
+                        found, newest_ns = entry.tag, entry.manifest.created_unix_ns
+                        self._better[found] = remote
+                        break
+            except CheckpointError as error:
+                if found is None:
+                    raise
+                report(logging.WARNING, "latest: %s is left out: %s", remote.root, error)
+        return found
 
     # Beside what is there.
 
