@@ -15,6 +15,7 @@ from torch.utils.serialization import config as serialization_config
 
 from async_ckpt import AsyncCheckpointEngine, UnsupportedStateError
 from tests.support.comparing import torch_bytes
+from tests.support.stepping import saved
 
 
 class Sized:
@@ -86,9 +87,7 @@ def test_the_file_is_torchs_own(tmp_path: Path, name: str, guarded: bool) -> Non
         if guarded:
             engine.guard(torch.optim.SGD([weight], lr=0.1))
         for tag in ("first", "again"):
-            engine.create(tag)
-            engine.save(state, "state.pt")
-            engine.commit(tag).result()
+            saved(engine, state, tag, path="state.pt").result()
             assert (tmp_path / tag / "state.pt").read_bytes() == torch_bytes(state)
 
 
@@ -108,9 +107,7 @@ def test_an_alignment_of_nearly_64_kib_holds_for_tensors_of_any_size(tmp_path: P
                 "b": torch.arange(4),
                 "more": more.conj() if size % 2 else more,
             }
-            engine.create(f"s{size}")
-            engine.save(state, "state.pt")
-            engine.commit(f"s{size}").result()
+            saved(engine, state, f"s{size}", path="state.pt").result()
             path = tmp_path / f"s{size}" / "state.pt"
             for loaded in (engine.load(f"s{size}/state.pt"), torch.load(path)):
                 assert (

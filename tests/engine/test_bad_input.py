@@ -23,14 +23,13 @@ from async_ckpt import (
     UnsupportedStateError,
     load,
 )
+from tests.support.stepping import saved
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[AsyncCheckpointEngine]:
     with AsyncCheckpointEngine(tmp_path / "root", staging_bytes=1 << 20) as made:
-        made.create("old")
-        made.save({"v": torch.zeros(10)}, "m.pt")
-        made.commit("old").result(60)
+        saved(made, {"v": torch.zeros(10)}, "old", path="m.pt").result(60)
         yield made
 
 
@@ -39,9 +38,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def still_works(engine: AsyncCheckpointEngine) -> None:
-    engine.create("next")
-    engine.save({"v": torch.ones(10)}, "m.pt")
-    engine.commit("next").result(60)
+    saved(engine, {"v": torch.ones(10)}, "next", path="m.pt").result(60)
     assert torch.equal(engine.load("next/m.pt")["v"], torch.ones(10))
 
 
@@ -146,9 +143,7 @@ def test_save_without_create(engine: AsyncCheckpointEngine, tmp_path: Path) -> N
 
 
 def test_commit_twice(engine: AsyncCheckpointEngine) -> None:
-    engine.create("t")
-    engine.save({"v": torch.zeros(1)}, "m.pt")
-    pending = engine.commit("t")
+    pending = saved(engine, {"v": torch.zeros(1)}, path="m.pt")
     with pytest.raises(TransactionStateError, match="'t'"):
         engine.commit("t")
     with pytest.raises(TransactionStateError, match="'t'"):

@@ -16,6 +16,7 @@ from async_ckpt.metrics import Observer
 from async_ckpt.retention import RetentionPolicy
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.insides import arena_of
+from tests.support.stepping import saved
 
 TIMEOUT_S = 60
 
@@ -86,9 +87,7 @@ def test_neither_raising_nor_exiting_ends_the_writer(tmp_path: Path) -> None:
     observers = (Observing(lambda _: sys.exit(3)), Observing(told.append))
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, observers=observers) as engine:
         for tag in ("a", "b"):
-            engine.create(tag)
-            engine.save({"x": torch.zeros(10)}, "x.pt")
-            pending = engine.commit(tag)
+            pending = saved(engine, {"x": torch.zeros(10)}, tag, path="x.pt")
             pending.add_done_callback(lambda _: sys.exit(4))
             assert pending.result(TIMEOUT_S) == tag
     assert told == ["a", "b"]
@@ -140,9 +139,7 @@ def test_a_callback_that_blocks_keeps_nobody_from_learning_of_a_commit(tmp_path:
     gate = threading.Event()
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         for tag in ("a", "b"):
-            engine.create(tag)
-            engine.save({"x": torch.ones(10)}, "x.pt")
-            pending = engine.commit(tag)
+            pending = saved(engine, {"x": torch.ones(10)}, tag, path="x.pt")
             pending.add_done_callback(lambda _: gate.wait(TIMEOUT_S))
             assert pending.result(TIMEOUT_S / 2) == tag
         assert asyncio.run(asyncio.wait_for(_result_of(pending), TIMEOUT_S / 2)) == "b"

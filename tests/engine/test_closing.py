@@ -12,6 +12,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine
 from async_ckpt.errors import BackpressureTimeout, TransactionStateError
+from tests.support.stepping import saved
 
 
 def commit_lazily(engine: AsyncCheckpointEngine, held_copies: Any) -> Any:
@@ -19,9 +20,7 @@ def commit_lazily(engine: AsyncCheckpointEngine, held_copies: Any) -> Any:
     parameter = torch.nn.Parameter(torch.ones(20_000))
     engine.guard(torch.optim.SGD([parameter], lr=0.1))
     held = held_copies(engine)
-    engine.create("a")
-    engine.save({"x": parameter}, "x.pt")
-    engine.commit("a")
+    saved(engine, {"x": parameter}, "a", path="x.pt")
     return held
 
 

@@ -25,6 +25,7 @@ from async_ckpt import (
 )
 from async_ckpt.engine.engine import AsyncCheckpointEngine as Engine
 from tests.support.faulty_filesystem import FaultyFileSystem
+from tests.support.stepping import saved
 
 STATE = {"w": torch.arange(1000.0)}
 
@@ -100,9 +101,7 @@ def step_of(engine: Engine, tag: str) -> object:
 
 def test_delete(tmp_path: Path) -> None:
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
-        engine.create("a")
-        engine.save(STATE, "model.pt")
-        engine.commit("a")
+        saved(engine, STATE, "a", path="model.pt")
         engine.delete("a")
         assert engine.tags() == []
         with pytest.raises(CheckpointNotFoundError):

@@ -9,6 +9,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointEngine, Catalog
 from tests.support.mounts import mounted
+from tests.support.stepping import saved
 
 from ..support.comparing import torch_bytes
 
@@ -22,9 +23,7 @@ def test_committed_bytes_are_right(tmp_path: Path, kind: str, io_mode: str) -> N
         state = {"a": torch.randn(3_000_001), "b": torch.arange(11), "n": 5}
         with AsyncCheckpointEngine(root / "run", staging_bytes=8 << 20, io_mode=io_mode, overwrite="replace") as engine:
             for _ in range(2):
-                engine.create("t")
-                engine.save(state, "s.pt")
-                pending = engine.commit("t")
+                pending = saved(engine, state)
                 pending.result(60)
             direct = pending.metrics.saves[0].direct
             assert torch.equal(engine.load("t/s.pt")["a"], state["a"])

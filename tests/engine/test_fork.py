@@ -16,6 +16,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, TransactionStateError
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.insides import commits_of
+from tests.support.stepping import saved
 
 TIMEOUT_S = 60
 
@@ -87,9 +88,7 @@ def test_a_child_forked_in_the_middle_of_a_save_is_refused_by_every_call(tmp_pat
 
     fs.before = hold
     with AsyncCheckpointEngine(tmp_path, staging_bytes=64 << 10, chunk_bytes=64 << 10, filesystem=fs) as engine:
-        engine.create("first")
-        engine.save({"x": torch.zeros(100)}, "x.pt")
-        pending = engine.commit("first")
+        pending = saved(engine, {"x": torch.zeros(100)}, "first", path="x.pt")
         assert reached.wait(TIMEOUT_S)
         engine.create("second")
         saving = threading.Thread(target=engine.save, args=({"x": torch.zeros(1 << 14)}, "x.pt"))

@@ -15,6 +15,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, Catalog, KeepBest, KeepEvery, KeepLast, OutOfSpaceError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
+from tests.support.stepping import saved
 
 MIB = 1 << 20
 STATE = {"x": torch.zeros(MIB // 4)}
@@ -78,9 +79,7 @@ def test_what_retention_will_keep_at_once_has_to_fit_too(tmp_path: Path) -> None
                 engine.prewarm(states={"x.pt": STATE})
         with make_engine(root, retention=KeepLast(2)) as engine:
             for tag in "ab":
-                engine.create(tag)
-                engine.save(STATE, "x.pt")
-                engine.commit(tag).result(60)
+                saved(engine, STATE, tag, path="x.pt").result(60)
             # Those that are there count: one more comes.
             engine.prewarm(states={"x.pt": STATE})
     assert (KeepLast(3) | KeepEvery(10)).num_kept == 3 and KeepEvery(10).num_kept == 1
@@ -89,9 +88,7 @@ def test_what_retention_will_keep_at_once_has_to_fit_too(tmp_path: Path) -> None
 def test_a_start_reads_one_manifest_however_many_there_are(tmp_path: Path) -> None:
     with make_engine(tmp_path) as engine:
         for tag in ("a", "b", "c"):
-            engine.create(tag)
-            engine.save(STATE, "x.pt")
-            engine.commit(tag).result(60)
+            saved(engine, STATE, tag, path="x.pt").result(60)
     (tmp_path / "not a checkpoint").mkdir()
     fs = FaultyFileSystem()
     make_engine(tmp_path, filesystem=fs).close()
@@ -103,9 +100,7 @@ def test_a_start_reads_one_manifest_however_many_there_are(tmp_path: Path) -> No
 def test_a_newest_checkpoint_that_cannot_be_read_now_ends_no_start(tmp_path: Path, name: str) -> None:
     """Only a warning depends on it, and the disk has just been written to; whoever reads it is told."""
     with make_engine(tmp_path) as engine:
-        engine.create("a")
-        engine.save(STATE, "x.pt")
-        engine.commit("a").result(60)
+        saved(engine, STATE, "a", path="x.pt").result(60)
     fs = FaultyFileSystem()
     fs.fail_when(lambda op: op.name == name and op.path.endswith("manifest.json"), errno.ESTALE)
     with make_engine(tmp_path, filesystem=fs) as engine:
@@ -118,9 +113,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_now_ends_no_start(tmp_path: Pat
 def test_a_start_beside_a_checkpoint_that_would_not_fit_again_warns(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path, 3 * MIB) as root:
         with make_engine(root) as engine:
-            engine.create("a")
-            engine.save({"x": torch.zeros(MIB // 2)}, "x.pt")
-            engine.commit("a").result(60)
+            saved(engine, {"x": torch.zeros(MIB // 2)}, "a", path="x.pt").result(60)
         with pytest.warns(RuntimeWarning, match="the newest checkpoint 'a' has 2"):
             engine = make_engine(root)
         # It can still be read.

@@ -13,6 +13,7 @@ import torch
 from async_ckpt import AsyncCheckpointEngine, Catalog, ConfigError, KeepLast, OutOfSpaceError, WriteError
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
 from tests.support.mounts import mounted
+from tests.support.stepping import saved
 
 TIMEOUT_S = 60
 CHUNK = 4096
@@ -190,9 +191,7 @@ def test_a_full_disk_is_tried_again_once_retention_has_made_room(tmp_path: Path)
                 pending.result(TIMEOUT_S)
             assert engine.tags() == ["s3"]
             # With nothing to delete, the failure stands.
-            engine.create("s4")
-            engine.save({"x": torch.zeros(1 << 19)}, "x.pt")
-            error = engine.commit("s4").exception(TIMEOUT_S)
+            error = saved(engine, {"x": torch.zeros(1 << 19)}, "s4", path="x.pt").exception(TIMEOUT_S)
             assert isinstance(error, OutOfSpaceError) and "retention has freed no room" in str(error)
             assert engine.tags() == ["s3"] and Catalog(root).verify("s3").ok
 
@@ -218,9 +217,9 @@ def test_what_is_shared_with_the_last_checkpoint_is_shared_again(tmp_path: Path)
             for step, tag in enumerate(("s1", "s2")):
                 if tag == "s2":
                     once(fs, "fsync", errno.EIO, "x.pt")
-                engine.create(tag)
-                engine.save({**frozen.state_dict(), "trained": torch.full((9000,), float(step))}, "x.pt")
-                engine.commit(tag).result(TIMEOUT_S)
+                saved(
+                    engine, {**frozen.state_dict(), "trained": torch.full((9000,), float(step))}, tag, path="x.pt"
+                ).result(TIMEOUT_S)
             made = [
                 op for op in fs.operations if op.name == "create" and ".s2." in op.path and op.path.endswith("x.pt")
             ]

@@ -35,6 +35,7 @@ from tests.ranks.jobs import FullDisk
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 from tests.support.processes import run_ranks
+from tests.support.stepping import saved
 
 TIMEOUT_S = 60
 STATE = {"x": torch.arange(3000.0)}
@@ -88,9 +89,7 @@ def test_the_last_one_in_a_row_is_raised_with_all_of_them(tmp_path: Path, call: 
     first = save(engine, "bad1")
     if call == "commit":
         engine.create("open")
-    engine.create("bad2")
-    engine.save(STATE, "x.pt")
-    second = engine.commit("bad2")
+    second = saved(engine, STATE, "bad2", path="x.pt")
     for pending in (first, second):
         pending.wait(TIMEOUT_S)
         assert not asks or isinstance(pending.exception(), WriteError)

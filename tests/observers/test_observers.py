@@ -25,6 +25,7 @@ from async_ckpt.errors import ConfigError, CorruptCheckpointError, WriteError
 from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
 from async_ckpt.observers.trace import read_trace, write_timeline
 from tests.support.insides import commits_of, exclusion_of, guard_of
+from tests.support.stepping import saved
 
 KINDS = {"save", "copy", "crc", "write", "fsync"}
 
@@ -38,9 +39,12 @@ def train(root, *observers, num_saves: int = 2, lazy: bool = True) -> None:
         for step in range(num_saves):
             model(torch.ones(2, 256)).sum().backward()
             optimizer.step()
-            engine.create(f"step-{step}")
-            engine.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "state.pt")
-            engine.commit(f"step-{step}")
+            saved(
+                engine,
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                f"step-{step}",
+                path="state.pt",
+            )
 
 
 @pytest.mark.wide
@@ -268,9 +272,7 @@ def test_progress_draws_on_a_terminal_only(tmp_path):
         progress = CommitProgress(Console(file=file, force_terminal=drawn))
         with AsyncCheckpointEngine(tmp_path / str(drawn), staging_bytes=64 << 20, observers=(progress,)) as engine:
             gate = HeldCommit(engine)
-            engine.create("t")
-            engine.save({"x": torch.zeros(1 << 20)}, "x.pt")
-            pending = engine.commit("t")
+            pending = saved(engine, {"x": torch.zeros(1 << 20)}, path="x.pt")
             if drawn:
                 gate.open_after_draw(file)
             else:
@@ -337,9 +339,7 @@ def test_stall_includes_the_wait_of_the_guard(tmp_path, held_copies):
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20, chunk_bytes=64 << 10) as engine:
         engine.guard(optimizer)
         held = held_copies(engine)
-        engine.create("t")
-        engine.save(model.state_dict(), "m.pt")
-        pending = engine.commit("t")
+        pending = saved(engine, model.state_dict(), path="m.pt")
 
         def let_go_once_the_step_waits() -> None:
             while exclusion_of(guard_of(engine)).idle:
