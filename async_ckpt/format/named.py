@@ -85,33 +85,30 @@ def _walk(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _children(path: str, value: Any) -> list[tuple[str, Any]]:
+    children: list[tuple[str, Any]] = []
     if isinstance(value, PersistentId):
-        return [(path, value.value)]
-    if isinstance(value, dict):
-        return _of_dict(path, value)
-    if isinstance(value, (list, tuple)):
-        return [(f"{path}[{index}]", child) for index, child in enumerate(value)]
-    children = [(path, child) for arg in value.args for child in (arg if isinstance(arg, tuple) else (arg,))]
-    for state in value.states:
-        if isinstance(state, dict):
-            children += [
-                (f"{path}.{printable(key[:_MAX_PATH]) if isinstance(key, str) else describe(key)}", child)
-                for key, child in state.items()
-            ]
-        else:
-            children.append((path, state))
-    children += [(f"{path}[{index}]", child) for index, child in enumerate(value.items or ())]
-    return children + _of_dict(path, value.pairs or {})
-
-
-def _of_dict(path: str, value: dict[Any, Any]) -> list[tuple[str, Any]]:
-    children = []
-    for key, child in value.items():
-        step = f"{path}[{describe(key)}]"
-        if type(key) is OpaqueKey:
-            children.append((f"{step} (the key)", key.value))
-        children.append((step, child))
+        children.append((path, value.value))
+    elif isinstance(value, (list, tuple)):
+        children += ((f"{path}[{index}]", child) for index, child in enumerate(value))
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            step = f"{path}[{describe(key)}]"
+            if type(key) is OpaqueKey:
+                children.append((f"{step} (the key)", key.value))
+            children.append((step, child))
+    else:
+        children += ((path, child) for arg in value.args for child in (arg if isinstance(arg, tuple) else (arg,)))
+        for state in value.states:
+            if isinstance(state, dict):
+                children += ((f"{path}.{_attribute(key)}", child) for key, child in state.items())
+            else:
+                children.append((path, state))
+        children += _children(path, value.items or []) + _children(path, value.pairs or {})
     return children
+
+
+def _attribute(key: Any) -> str:
+    return printable(key[:_MAX_PATH]) if isinstance(key, str) else describe(key)
 
 
 def listing(found: Mapping[str, Sequence[str]]) -> str:

@@ -104,8 +104,7 @@ class Planner:
             recorded.lay_out(self._alignment, is_apart=draft is None)
         except RecordingError as error:
             raise refusal(obj, error) from error.__cause__
-        refuse_cut_off(obj, recorded.tensors)
-        refuse_ragged(obj, recorded)
+        refuse_unloadable(obj, recorded)
         planned = names = None
         if draft is not None:
             with contextlib.suppress(NotPlainError):
@@ -131,7 +130,10 @@ def _as_recorded(obj: Any, recorded: Recorded) -> PlannedState:
     nbytes = [storage.nbytes() for storage in storages]
     if nbytes != recorded.container.payload_nbytes:
         raise UnsupportedStateError("the state changed while it was being planned; nothing was written")
-    refuse_unreadable(obj, storages)
+    for storage in storages:
+        # Of meta and fake tensors.
+        if not is_copyable(storage.device) or storage.data_ptr() == 0:
+            raise _refused(obj, storage, f"has no readable data (device {storage.device})")
     parts: list[Part] = [recorded.part_of(storage) for storage in storages]
     strided = {payload: layout for payload, (_, _, layout) in enumerate(parts) if layout is not None}
     plan = container_plan(recorded.container, "torch", strided)
@@ -151,16 +153,11 @@ def _remembered(cache: dict[str, Entry], name: str, entry: Entry) -> dict[str, E
     return dict(list(kept.items())[-_MAX_CACHED:])
 
 
-def refuse_unreadable(obj: Any, storages: list[torch.UntypedStorage]) -> None:
-    """Raise for storages that have a size but no bytes to read (meta and fake tensors)."""
-    for storage in storages:
-        if not is_copyable(storage.device) or storage.data_ptr() == 0:
-            raise _refused(obj, storage, f"has no readable data (device {storage.device})")
-
-
-def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
-    """Raise for tensors whose storage was freed or shrunk: torch writes them, and nothing can load the file."""
-    for tensor in tensors:
+def refuse_unloadable(obj: Any, recorded: Recorded) -> None:
+    """Raise for what torch writes and nothing can load: tensors whose storage was freed or shrunk, storages that are no
+    whole number of elements.
+    """
+    for tensor in recorded.tensors:
         if type(tensor) not in TENSOR_TYPES or tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
             continue
         _, reach = view_span(tensor.size(), tensor.stride(), 0)
@@ -169,10 +166,6 @@ def refuse_cut_off(obj: Any, tensors: list[torch.Tensor]) -> None:
         if needed > storage.nbytes():
             why = f"needs {needed} bytes, and its storage was resized to {storage.nbytes()}"
             raise _refused(obj, storage, why)
-
-
-def refuse_ragged(obj: Any, recorded: Recorded) -> None:
-    """Raise for storages that are no whole number of elements: torch writes them, and nothing can load the file."""
     for storage, (_, kind, *_) in zip(recorded.storages, recorded.persistent_ids, strict=True):
         dtype = getattr(kind, "_dtype", torch.uint8)
         if storage.nbytes() % dtype.itemsize:
