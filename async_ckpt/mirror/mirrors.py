@@ -123,12 +123,14 @@ class Mirrors:
     def committed(self, pending: PendingMirror, error: BaseException | None) -> None:
         """The commit has ended: mirror it, or fail with it."""
         pending.committed_s = time.perf_counter()
-        if self._is_closed or self._death is not None:
+        if error is None and (self._is_closed or self._death is not None):
             closed = TransactionStateError(f"the engine was closed before {pending.tag!r} was mirrored")
-            pending.fail(error or self._death or closed)
+            error = self._death or closed
+        if error is not None:
+            pending.fail(error)
             return
         for worker in self._workers:
-            worker.wake(pending, error)
+            worker.mirror(pending)
 
     def is_mirrored(self, tag: str, created_unix_ns: int) -> bool:
         """Whether every mirror has had this very checkpoint."""

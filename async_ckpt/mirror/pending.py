@@ -25,16 +25,14 @@ class PendingMirror(Pending):
         self.committed_s = 0.0
         """When the commit ended, on ``time.perf_counter``."""
         self._lock = Lock()
-        self._left = {url: MirrorMetrics(tag, url) for url in urls}
-        self._ended: list[MirrorMetrics] = []
+        self._metrics = {url: MirrorMetrics(tag, url) for url in urls}
+        self._left = list(urls)
         self._failure: BaseException | None = None
 
     @property
     def metrics(self) -> MirrorMetrics:
         """What has been sent up to now, summed over the mirrors; times are those of the slowest."""
-        with self._lock:
-            known = [*self._left.values(), *self._ended]
-        total = MirrorMetrics(self.tag)
+        total, known = MirrorMetrics(self.tag), self._metrics.values()
         for name in COUNTS:
             setattr(total, name, sum(getattr(one, name) for one in known))
         for name in ("wait_s", "upload_s"):
@@ -49,16 +47,14 @@ class PendingMirror(Pending):
 
     def metrics_of(self, url: str) -> MirrorMetrics:
         """Where the upload to one mirror is measured."""
-        with self._lock:
-            return self._left.get(url) or MirrorMetrics(self.tag, url)
+        return self._metrics[url]
 
     def mirror_ended(self, url: str, error: BaseException | None) -> None:
         """One mirror has ended; a second word about the same mirror does nothing."""
         with self._lock:
-            metrics = self._left.pop(url, None)
-            if metrics is None:
+            if url not in self._left:
                 return
-            self._ended.append(metrics)
+            self._left.remove(url)
             self._failure = self._failure or error
             if self._left:
                 return

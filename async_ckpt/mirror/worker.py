@@ -42,13 +42,10 @@ class Worker:
         self._given_up: set[str] = set()
         self._is_woken = self._is_finishing = self._is_busy = False
 
-    def wake(self, pending: PendingMirror, error: BaseException | None = None) -> None:
-        """A commit has ended: mirror it, or learn that there is nothing to mirror."""
-        if error is not None:
-            pending.mirror_ended(self._url, error)
+    def mirror(self, pending: PendingMirror) -> None:
+        """A checkpoint is committed."""
         with self.context.changed:
-            if error is None:
-                self._todo.setdefault(pending.tag, []).append(pending)
+            self._todo.setdefault(pending.tag, []).append(pending)
             self._is_woken = True
             self.context.changed.notify_all()
 
