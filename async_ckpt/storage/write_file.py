@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import PathExistsError
+from ..errors import CheckpointError, PathExistsError
 from ..host.memory import PAGE_BYTES
 from .read_file import LocalReadableFile, Stamp, stamp_of
 from .syscalls import O_DIRECT, REFUSED, Syscalls
@@ -50,6 +50,9 @@ def create_of_parts(
             calls.close(fd)
     except FileExistsError as error:
         raise PathExistsError(f"{path!r} exists already, and stays as it is") from error
+    except CheckpointError:
+        # Of what gives the parts.
+        raise
     except OSError as error:
         raise write_error(calls, error, f"writing{INCOMPLETE}", path, offset=offset, needed_bytes=size_bytes) from error
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import pytest
 
 from async_ckpt.errors import CheckpointNotFoundError, MirrorError, OutOfSpaceError
 from async_ckpt.mirror.config import Mirror
-from async_ckpt.mirror.context import Alone
+from async_ckpt.mirror.context import Alone, Stopped
+from async_ckpt.mirror.remote import open_store
 from async_ckpt.storage.filesystem import FileSystem
 
 from ..support.stepping import until
@@ -228,6 +229,19 @@ def test_a_store_that_ignores_conditions_is_refused_to_several_ranks(rclone: Any
     with mirroring(tmp_path, mirror, agreement=OneOfTwo()) as made, pytest.raises(MirrorError, match=refused):
         made.check()
     assert [key for key in keys(rclone, prefix) if "step" in key] == []
+
+
+def test_a_directory_raises_what_the_source_of_its_parts_raises(tmp_path: Path) -> None:
+    """An object that is no longer wanted, because another one has failed, must not hide why."""
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(b"half")
+        raise Stopped("another object has failed", url=store.url)
+
+    store = open_store(Mirror(f"file://{tmp_path}"), FileSystem())
+    with pytest.raises(Stopped):
+        store.put("step-1/model.bin", parts(), size_bytes=8, part_bytes=4, parallel=1)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 class FullForStates(FileSystem):
