@@ -101,17 +101,19 @@ class FileWrite(FileChunks):
         """No task will run any more: give memory back once no thread uses it. The descriptor is left to its owner."""
         self._jobs.on_idle(self._release_all)
 
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        """Wait for a state of the file. Raises its first failure."""
+    async def _until(self, step: str, is_so: Callable[[], bool]) -> None:
+        """Wait for a state of the file, which is told as `step`. Raises its first failure."""
+        self._jobs.step = step
         while self._failure is None and not is_so():
             self._changed.clear()
             await self._changed.wait()
         if self._failure is not None:
             raise self._failure
 
-    async def _do(self, fn: Callable[[], T]) -> T:
-        """Have an I/O thread do it, and wait for that."""
-        return await asyncio.wrap_future(self._jobs.run(fn))
+    async def _do(self, step: str, fn: Callable[[], T], *, is_timed: bool = False) -> T:
+        """Have an I/O thread do it, and wait for that, which is told as `step`."""
+        self._jobs.step = step
+        return await asyncio.wrap_future(self._jobs.submit(fn) if is_timed else self._jobs.run(fn))
 
     async def _serve(self) -> None:
         try:
@@ -149,38 +151,31 @@ class FileWrite(FileChunks):
             self._end(self._failure or broken)
 
     async def _put_on_disk(self) -> None:
-        jobs = self._jobs
-        jobs.step = "the first chunk"
         # Not before: to reserve the file's blocks takes milliseconds of a core, while the caller copies on all of them.
-        await self._until(lambda: bool(self.extent_bytes) or not self.size_bytes)
-        jobs.step = "the directory"
+        await self._until("the first chunk", lambda: bool(self.extent_bytes) or not self.size_bytes)
         self._folder.add_done_callback(lambda _: self._notify())
-        await self._until(self._folder.done)
-        path = self.path = jobs.path = os.path.join(self._folder.result(), self._name)
+        await self._until("the directory", self._folder.done)
+        path = self.path = self._jobs.path = os.path.join(self._folder.result(), self._name)
         if "/" in self._name:
-            await self._do(lambda: self._make_parents(os.path.dirname(path)))
+            await self._do("the directory", lambda: self._make_parents(os.path.dirname(path)))
         if self._find_older is not None:
-            jobs.step = "the older file"
-            await self._do(self.open_older)
+            await self._do("the older file", self.open_older)
         sharing = self.sharing
         if sharing is not None and sharing.by_link and not self._is_scarce and await self._becomes_link(path, sharing):
             return
         if not self._writes_nothing:
             await self._open_new(path, sharing)
-        jobs.step = "a chunk or a free writer"
         if self.size_bytes:
             self.begin_next()
-            await self._until(lambda: not self._num_bytes_left)
+            await self._until("a chunk or a free writer", lambda: not self._num_bytes_left)
         opened, self.durable_s = self._opened, time.perf_counter()
         if opened is None:
             return
         if opened.size_bytes > self.size_bytes and self._how.share is None:
-            jobs.step = "truncate"
-            await asyncio.wrap_future(jobs.submit(opened.truncate, self.size_bytes))
-        jobs.step = "fsync"
-        await asyncio.wrap_future(jobs.submit(opened.fsync))
+            await self._do("truncate", lambda: opened.truncate(self.size_bytes), is_timed=True)
+        await self._do("fsync", opened.fsync, is_timed=True)
         self.stamp, self.durable_s = opened.stamp, time.perf_counter()
-        jobs.step = "close"
+        self._jobs.step = "close"
         await opened.close()
 
     def _make_parents(self, folder: str) -> None:
@@ -190,13 +185,13 @@ class FileWrite(FileChunks):
 
     async def _becomes_link(self, path: str, sharing: Sharing) -> bool:
         """Whether this file is another name of the older one now, and so is durable."""
-        self._jobs.step = "a chunk that is not equal"
         self._held_back, self._is_ready = [], True
         self.begin_next()
         await self._until(
-            lambda: (held := self._held_back) is None or sum(chunk.nbytes for chunk in held) == self.size_bytes
+            "a chunk that is not equal",
+            lambda: (held := self._held_back) is None or sum(chunk.nbytes for chunk in held) == self.size_bytes,
         )
-        if self._held_back is not None and await self._do(lambda: sharing.link(path)):
+        if self._held_back is not None and await self._do("the link", lambda: sharing.link(path)):
             self.stamp, self.durable_s = sharing.stamp, time.perf_counter()
             return True
         with self._lock:
@@ -214,7 +209,7 @@ class FileWrite(FileChunks):
         file = await filesystem.open_write(path, reserved_bytes, direct=how.direct, executor=jobs, **more)
         self._opened, self.direct = file, file.direct
         if sharing is not None and sharing.is_sure:
-            await asyncio.wrap_future(jobs.submit(sharing.clone_likely, file))
+            await self._do("open", lambda: sharing.clone_likely(file), is_timed=True)
         self._is_ready = True
 
     async def _has_settled(self) -> bool:
@@ -256,15 +251,14 @@ class FileWrite(FileChunks):
             if self._num_chunk_jobs:
                 # A job's thread still looks at how its chunk has ended, and tells when it has.
                 await self._changed.wait()
-        path, disk, filesystem = self.path, self._disk, self._disk.filesystem
-        self._jobs.step = "room for another try"
+        path, disk, filesystem, step = self.path, self._disk, self._disk.filesystem, "room for another try"
         try:
             with contextlib.suppress(FileNotFoundError):
-                await self._do(lambda: filesystem.unlink(path))
+                await self._do(step, lambda: filesystem.unlink(path))
             if first.errno in FULL:
                 if disk.make_room is not None:
                     await disk.make_room(self._how.tag)
-                free_bytes = await self._do(lambda: filesystem.free_bytes(os.path.dirname(path)))
+                free_bytes = await self._do(step, lambda: filesystem.free_bytes(os.path.dirname(path)))
                 if free_bytes < self.size_bytes:
                     return f"retention has freed no room, {free_bytes} bytes are free"
         except OSError as error:
