@@ -36,10 +36,11 @@ from async_ckpt.storage.staged import Destination
 
 
 def engine_of(
-    root: Path, store: Any, rank: int, world_size: int, timeout_s: float = 30.0, **options: Any
+    root: Path, store: Any, rank: int, world_size: int, node: Node | None = None, **options: Any
 ) -> AsyncCheckpointEngine:
-    coordinator = RankCoordinator(store, rank, world_size, timeout_s=timeout_s, linger_s=2.0)
-    return AsyncCheckpointEngine(root, staging_bytes=1 << 20, chunk_bytes=4096, coordinator=coordinator, **options)
+    coordinator = RankCoordinator(store, rank, world_size, timeout_s=30.0, linger_s=2.0, node=node)
+    options = {"staging_bytes": 1 << 20, "chunk_bytes": 4096} | options
+    return AsyncCheckpointEngine(root, coordinator=coordinator, **options)
 
 
 def together(world_size: int, work: Callable[[int], Any]) -> list[Any]:

@@ -27,9 +27,9 @@ from async_ckpt import (
 )
 from async_ckpt.engine.replicated import Replica
 from async_ckpt.plan.planner import Planner
-from async_ckpt.ranks.rank_coordinator import Node, RankCoordinator
+from async_ckpt.ranks.rank_coordinator import Node
 from async_ckpt.storage.filesystem import FileSystem
-from tests.ranks.test_coordinator import together
+from tests.ranks.test_coordinator import engine_of, together
 from tests.support.faulty_filesystem import FaultyFileSystem
 from tests.support.mounts import mounted
 
@@ -43,14 +43,6 @@ def state_of(step: int = 7) -> dict[str, Any]:
     numbers = torch.Generator().manual_seed(step)
     tensors = {f"layer.{k}": torch.randn(size, generator=numbers) for k, size in enumerate(SIZES)}
     return {"model": tensors, "step": step, "text": "x" * 300, "lr": 0.1}
-
-
-def engine_of(
-    root: Path, store: Any, rank: int, world_size: int, node: Node | None = None, **options: Any
-) -> AsyncCheckpointEngine:
-    coordinator = RankCoordinator(store, rank, world_size, timeout_s=20.0, linger_s=2.0, node=node)
-    options = {"staging_bytes": 1 << 20, "chunk_bytes": CHUNK_BYTES} | options
-    return AsyncCheckpointEngine(root, coordinator=coordinator, **options)
 
 
 def commit(
