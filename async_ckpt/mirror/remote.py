@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -24,8 +25,6 @@ from .store import ObjectInfo, Store
 
 T = TypeVar("T")
 R = TypeVar("R")
-_BLOCK_BYTES = 8 << 20
-"""One request for a range of a file."""
 _PATIENCE_S = 20.0
 _NUM_REQUESTS = 32
 """Small requests in flight at once; their cost is the way there and back."""
@@ -108,61 +107,59 @@ class RemoteFileSystem:
         return "/".join(filter(None, path[len(self._root) :].split("/")))
 
 
+@dataclass(eq=False)
 class RemoteDirectory:
     """One checkpoint in a store, as its manifest was when it was opened."""
 
-    def __init__(self, store: Store, path: str, tag: str, raw: bytes, identity: tuple[int, int]) -> None:
-        self.path = path
-        self.identity = identity
-        self._store = store
-        self._tag = tag
-        self._raw = raw
+    store: Store
+    path: str
+    tag: str
+    raw: bytes
+    identity: tuple[int, int]
 
     def entries(self, parts: Sequence[str] = ()) -> list[tuple[str, Kind]]:
-        folders, files = self._store.list("/".join((self._tag, *parts)))
+        folders, files = self.store.list("/".join((self.tag, *parts)))
         return [*((name, "dir") for name in folders), *((name, "file") for name in files)]
 
     def open_read(self, parts: Sequence[str], *, direct: bool = False) -> RemoteFile:
-        key = "/".join((self._tag, *parts))
-        info = self._store.head(key)
+        key = "/".join((self.tag, *parts))
+        info = self.store.head(key)
         if info is None:
             raise FileNotFoundError(f"{self.path}: there is no object {key!r}")
-        return RemoteFile(self._store, key, f"{self.path}/{'/'.join(parts)}", info)
+        return RemoteFile(self.store, key, f"{self.path}/{'/'.join(parts)}", info.size_bytes)
 
     def read_file(self, parts: Sequence[str], max_bytes: int) -> bytes:
         """The manifest, as it was when this was opened: nothing else is read as a whole."""
         assert tuple(parts) == (MANIFEST_NAME,)
-        return self._raw
+        return self.raw
 
     def close(self) -> None:
         return None
 
 
+@dataclass(eq=False)
 class RemoteFile:
     """One object, read in ranges. Calls may overlap."""
 
-    def __init__(self, store: Store, key: str, path: str, info: ObjectInfo) -> None:
-        self.path = path
-        self.block_bytes = _BLOCK_BYTES
-        self.map_path = ""
-        """There is none: nothing in a store can be mapped."""
-        self.size_bytes = info.size_bytes
-        self._store = store
-        self._key = key
+    store: Store
+    key: str
+    path: str
+    size_bytes: int
+    block_bytes: int = 8 << 20
+    """One request for a range."""
+    map_path: str = ""
+    """There is none: nothing in a store can be mapped."""
 
     def pread(self, offset: int, num_bytes: int) -> memoryview:
         """What `pread_into` fills a buffer with, in the library's own memory."""
         try:
-            data = self._store.get_range(self._key, offset, num_bytes)
+            data = self.store.get_range(self.key, offset, num_bytes)
         except FileNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"{self.path} was deleted or replaced in the store while it was being read"
-            ) from error
+            told = f"{self.path} was deleted or replaced in the store while it was being read"
+            raise CheckpointNotFoundError(told) from error
         if data.nbytes != num_bytes:
-            raise CorruptCheckpointError(
-                f"{self.path} ends at byte {offset + data.nbytes}, {num_bytes - data.nbytes} bytes too early",
-                path=self.path,
-            )
+            told = f"{self.path} ends at byte {offset + data.nbytes}, {num_bytes - data.nbytes} bytes too early"
+            raise CorruptCheckpointError(told, path=self.path)
         return data
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
