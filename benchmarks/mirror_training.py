@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import random
 import shutil
 import signal
@@ -26,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +45,22 @@ class Putter:
     """The control: one thread, one put after the other."""
 
     def __init__(self, spec: dict[str, Any], root: str) -> None:
-        self.sent_bytes = 0
-        self._spec = spec
-        self._root = root
-        self._tags: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def put(self, tag: str) -> None:
-        self._tags.put(tag)
-
-    def _work(self) -> None:
-        import obstore
-
         from async_ckpt.threads.executor import lower_priority
 
-        lower_priority()
-        store = store_of(self._spec)
+        self.sent_bytes = 0
+        self._spec, self._root, self._store = spec, root, store_of(spec)
+        self._thread = ThreadPoolExecutor(1, initializer=lower_priority)
+
+    def put(self, tag: str) -> None:
+        self._thread.submit(self._put, tag).add_done_callback(lambda put: put.result())
+
+    def _put(self, tag: str) -> None:
+        import obstore
+
+        path = Path(self._root, tag, "model.pt")
         how = {"chunk_size": self._spec["part_bytes"], "max_concurrency": self._spec["parallel"]}
-        while True:
-            tag = self._tags.get()
-            path = Path(self._root, tag, "model.pt")
-            obstore.put(store, f"{os.getpid()}/{tag}.pt", path, **how)
-            self.sent_bytes += path.stat().st_size
+        obstore.put(self._store, f"{os.getpid()}/{tag}.pt", path, **how)
+        self.sent_bytes += path.stat().st_size
 
 
 def thread_times() -> dict[str, float]:
@@ -127,13 +121,12 @@ _CHILD = "import json, sys; from benchmarks.mirror_training import train; train(
 class Turns:
     """The contenders' processes, of which one runs at a time."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.processes: dict[str, Talking] = {}
-        self._spec = spec
 
-    def start(self) -> None:
+    def start(self, spec: dict[str, Any]) -> None:
         for name in CONTENDERS:
-            self.processes[name] = Talking(_CHILD, json.dumps({**self._spec, "contender": name}))
+            self.processes[name] = Talking(_CHILD, json.dumps({**spec, "contender": name}))
         for process in self.processes.values():
             assert process.hear() == "ready"
             self._signal(process.pid, signal.SIGSTOP)
@@ -210,9 +203,9 @@ def main() -> None:
     group, options = start_server(given.server, home)
     spec = {"directory": str(home), "prefix": "run", "options": options, "num_layers": given.layers}
     spec |= {"part_bytes": given.part_mib << 20, "parallel": given.parallel}
-    turns, stop_at = Turns(spec), time.monotonic() + given.seconds
+    turns, stop_at = Turns(), time.monotonic() + given.seconds
     try:
-        turns.start()
+        turns.start(spec)
         for name in CONTENDERS:
             turns.run(name, 30)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}

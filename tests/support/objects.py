@@ -196,16 +196,6 @@ class Reduced:
         return (Reduced, ())
 
 
-class Lookalike:
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return Fragment
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError
-
-
 class Overridden(dict):  # type: ignore[type-arg]
     def items(self) -> Any:
         return [(1, 2)]
