@@ -161,12 +161,10 @@ class Structure:
             raise NotPlainError("a string that pickle may or may not take for its own")
 
     def _flatten(self, leaves: list[Any]) -> set[int]:
-        """Add what is below the first of `leaves`; returns the runs in it, by identity."""
+        """Add what is below the first of `leaves`, which grow meanwhile; returns the runs in it, by identity."""
         runs: set[int] = set()
         seen: set[int] = set()
-        position = -1
-        while (position := position + 1) < len(leaves):
-            obj = leaves[position]
+        for position, obj in enumerate(leaves):
             kind = type(obj)
             if (kind in _ALL_TYPES and kind not in CONTAINER_TYPES) or id(obj) in seen:
                 continue
