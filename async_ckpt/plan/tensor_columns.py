@@ -41,13 +41,10 @@ class Live:
     tensors: Sequence[torch.Tensor]
     storages: list[torch.UntypedStorage]
     """The same storage may come as several Python objects."""
-    storage_ids: list[int] = field(init=False)
+    storage_ids: list[int]
     """What tells them apart (`_cdata`)."""
     addresses: list[int] = field(default_factory=list, init=False)
     """The address of each distinct storage, once it was found readable."""
-
-    def __post_init__(self) -> None:
-        self.storage_ids = list(map(_identity_of, self.storages))
 
 
 def look_at(tensors: Sequence[torch.Tensor]) -> tuple[Live, Columns]:
@@ -76,7 +73,7 @@ def look_at(tensors: Sequence[torch.Tensor]) -> tuple[Live, Columns]:
     for device in set(columns.devices):
         if not is_copyable(device):
             raise NotPlainError(f"a tensor on device '{device}', whose bytes cannot be copied")
-    return Live(tensors, storages), columns
+    return Live(tensors, storages, list(map(_identity_of, storages))), columns
 
 
 def _has_more(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:
@@ -144,7 +141,7 @@ class TensorFacts:
                 storages = list(map(tensor.untyped_storage, tensors)) if same else []
         except (RuntimeError, NotImplementedError):
             return None
-        live = Live(tensors, storages)
+        live = Live(tensors, storages, list(map(_identity_of, storages)))
         return live if same and self._sharing.matches(live.storage_ids) and self._is_readable(live) else None
 
     def _is_readable(self, live: Live) -> bool:
