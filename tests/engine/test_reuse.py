@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointEngine, Catalog
+from async_ckpt import AsyncCheckpointEngine, Catalog, SpanRecorder
 from async_ckpt.errors import (
     CheckpointError,
     CommitError,
@@ -26,7 +26,7 @@ from async_ckpt.errors import (
     OutOfSpaceError,
     TornSnapshotError,
 )
-from async_ckpt.metrics import CommitMetrics, Observer, Span
+from async_ckpt.metrics import CommitMetrics
 from async_ckpt.storage.probe import Findings
 from tests.support.comparing import torch_bytes
 from tests.support.faulty_filesystem import FaultyFileSystem, Operation
@@ -331,17 +331,20 @@ def test_another_file_in_the_place_of_the_source_is_not_linked(run: Any) -> None
     one.check("b", state)
 
 
+def rot(path: Path, offset: int) -> None:
+    """Two bytes change, as on a disk that rots: it tells no time."""
+    before = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff\xfe")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize("clones", [True, False])
 def test_damage_on_the_disk_is_found_in_both(run: Any, clones: bool) -> None:
     one, state = run(clones=clones), tensors()
     one.commit("a", state)
-    source = one.root / "a" / "m.pt"
-    before = os.stat(source)
-    with open(source, "r+b") as file:
-        file.seek(3 * CHUNK + 5)
-        file.write(b"\xff")
-    # A disk that rots tells no time.
-    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot(one.root / "a" / "m.pt", 3 * CHUNK + 5)
     assert one.commit("b", state).shared_bytes > 0
     catalog = Catalog(one.root)
     assert [catalog.verify(tag).ok for tag in "ab"] == [False, False]
@@ -364,8 +367,7 @@ def test_reuse_is_off_for_files_of_another_layout_and_for_other_engines(run: Any
         other.create("g")
         other.save(state, "m.pt", format="safetensors")
         pending = other.commit("g")
-        pending.result(30)
-        assert pending.metrics.shared_bytes == 0
+        assert pending.result(30) and pending.metrics.shared_bytes == 0
 
 
 def test_moved_views_of_one_storage_are_written(run: Any) -> None:
@@ -427,18 +429,10 @@ def copied(one: Run, spans: list[Any], tag: str) -> int:
     return sum(span.num_bytes for span in spans if span.kind == "copy" and span.tag == tag)
 
 
-class Spans(Observer):
-    def __init__(self) -> None:
-        self.all: list[Span] = []
-
-    def on_span(self, span: Span) -> None:
-        self.all.append(span)
-
-
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
 @pytest.mark.parametrize("named", ["module", "parameters"])
 def test_what_is_frozen_is_not_even_copied(run: Any, named: str, format: str) -> None:
-    model, spans = Model(), Spans()
+    model, spans = Model(), SpanRecorder()
     frozen = model if named == "module" else model.parameters()
     one = run(clones=True, reuse_frozen=frozen, observers=(spans,), format=format)
     for k, tag in enumerate("abcd"):
@@ -453,7 +447,7 @@ def test_what_is_frozen_is_not_even_copied(run: Any, named: str, format: str) ->
         assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
         if format == "torch":
             one.check(tag, model.state_dict())
-        assert (copied(one, spans.all, tag) < metrics.size_bytes // 2) is (k > 0)
+        assert (copied(one, spans.spans, tag) < metrics.size_bytes // 2) is (k > 0)
         assert (metrics.shared_bytes > metrics.size_bytes // 2) is (k > 0)
 
 
@@ -497,12 +491,12 @@ def test_frozen_chunks_that_cannot_be_cloned_are_read_from_the_older_file(run: A
 
 
 def test_a_frozen_file_without_reflinks_is_linked_without_a_copy(run: Any) -> None:
-    model, spans = Model(), Spans()
+    model, spans = Model(), SpanRecorder()
     model.requires_grad_(False)
     one = run(clones=False, reuse_frozen=model, observers=(spans,))
     one.commit("a", model.state_dict())
     metrics = one.commit("b", model.state_dict())
-    assert one.names() == ["link"] and copied(one, spans.all, "b") < metrics.size_bytes // 2
+    assert one.names() == ["link"] and copied(one, spans.spans, "b") < metrics.size_bytes // 2
     one.fs.fail_when(lambda op: op.name == "link", errno.EMLINK)
     one.commit("c", model.state_dict())
     one.check("c", model.state_dict())
@@ -521,12 +515,7 @@ def test_damage_in_the_source_of_frozen_chunks_fails_the_save_that_must_read_it(
     model = Model()
     one = run(clones=True, reuse_frozen=model)
     one.commit("a", model.state_dict())
-    source = one.root / "a" / "m.pt"
-    before = os.stat(source)
-    with open(source, "r+b") as file:
-        file.seek(5 * CHUNK + 5)
-        file.write(b"\xff\xfe")
-    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot(one.root / "a" / "m.pt", 5 * CHUNK + 5)
     one.fs.fail_when(lambda op: op.name == "clone", errno.EIO)
     with pytest.raises(CorruptCheckpointError, match="reuse_frozen"):
         one.commit("b", model.state_dict())
