@@ -228,10 +228,8 @@ def decide(
 
 def apply(filesystem: FileSystem, root: str, policy: RetentionPolicy, hold: Hold = lambda info: None) -> list[Decision]:
     """`carry_out` on a disk. Whoever published the newest one, its name is made durable before the first deletion.
-
     Raises ConfigError: the policy cannot judge these checkpoints. OSError: the root cannot be read or synced. Nothing
-    was deleted then.
-    """
+    was deleted then."""
     catalog = Catalog(root, filesystem)
 
     def remove(manifest: Manifest) -> None:

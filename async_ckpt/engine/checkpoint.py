@@ -49,16 +49,10 @@ class SavedFile:
 
 class Checkpoint:
     """A checkpoint that is not committed yet. The engine's lock until `commit` is called, the writer's threads from
-    then on.
+    then on. `after`: an unfinished commit of the same tag, which must be published before this one.
 
-    Where failures are tolerated, those of the disk are no error here: nothing is made, what is saved is left out, and
-    the commit fails.
-
-    Args:
-        after: an unfinished commit of the same tag, which must be published before this one.
-
-    Raises:
-        CommitError, WriteError: as `Coordinator.begin`.
+    Raises as `Coordinator.begin`; but where failures are tolerated, those of the disk are no error here: nothing is
+    made, what is saved is left out, and the commit fails.
     """
 
     def __init__(
@@ -148,10 +142,7 @@ class Checkpoint:
         turn: Turn | None,
         replicated: bool,
     ) -> None:
-        """Plan `state_dict`, copy it or queue its copy, and let the writer write it as `path`.
-
-        Raises as `AsyncCheckpointEngine.save`.
-        """
+        """See `AsyncCheckpointEngine.save`."""
         if not self.is_healthy():
             return
         self._check_new(path)
@@ -328,9 +319,7 @@ class Checkpoint:
 
 
 def given_up(message: str, reason: BaseException | None) -> TransactionStateError:
-    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names the exception that led
-    to it.
-    """
+    """Why a checkpoint is given up. Other ranks learn nothing but this text, so it names what has led to it."""
     if reason is None:
         return TransactionStateError(message)
     error = TransactionStateError(f"{message} because of {type(reason).__name__}: {reason}")

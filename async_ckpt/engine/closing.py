@@ -84,10 +84,8 @@ def leave_block(commits: Commits, preemption: Preemption | None, error: BaseExce
 
 
 def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> None:
-    """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads.
-
-    SystemExit out of a signal handler comes through when all that has ended, as where it comes before.
-    """
+    """Wait for pending commits, give up open checkpoints (named in a warning), stop the threads. SystemExit out of a
+    signal handler comes through when all that has ended."""
     forgotten: list[str] = []
     deadline = time.monotonic() + timeout_s
     first: BaseException | None = None

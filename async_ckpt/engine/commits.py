@@ -169,10 +169,8 @@ class Commits:
         return next((pending for pending in reversed(self._commits) if pending.tag == tag and not pending.done()), None)
 
     def others(self) -> list[Commits]:
-        """Of other engines of this process on the same root: a retry may not have let go of the one before.
-
-        Not the other ranks of a job, which may be threads of this process.
-        """
+        """Of other engines of this process on the same root: a retry may not have let go of the one before. Not of the
+        other ranks of a job, which may be threads of this process."""
         mine = self._coordinator
         return [
             other

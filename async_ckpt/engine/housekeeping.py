@@ -61,11 +61,7 @@ class Housekeeping:
 
     def start(self) -> None:
         """Sweep, then one real write on each node; then mirror. Warns where another checkpoint like the newest one
-        finds no room.
-
-        Raises:
-            WriteError, OutOfSpaceError: the disk refused it.
-        """
+        finds no room. Raises WriteError, OutOfSpaceError: the disk refused it."""
         leads = self._coordinator.leads
         if self._config.sweep_on_start:
             self._coordinator.sweep()
@@ -99,11 +95,7 @@ class Housekeeping:
 
     def check_room(self, size_bytes: int) -> None:
         """Check that a checkpoint of that size finds room, and as many as retention will keep beside it; only the one
-        where they may share blocks: how much is not known.
-
-        Raises:
-            OutOfSpaceError: the disk, or a quota, has less.
-        """
+        where they may share blocks: how much is not known. Raises OutOfSpaceError: the disk, or a quota, has less."""
         config = self._config
         shares = config.reuse == "auto" and (self._filesystem.findings.clones or config.reuse_frozen is not None)
         num_kept = 0 if config.retention is None or shares else config.retention.num_kept
@@ -155,9 +147,7 @@ class Housekeeping:
 
     def catalog_of(self, tag: str) -> Catalog:
         """The disk where that has the tag, unless `latest` has found it damaged there; else the first mirror that has
-        it; the disk where none has.
-
-        The run loads from this checkpoint: no mirror's retention deletes it from now on.
+        it; the disk where none has. The run loads from this checkpoint: no mirror's retention deletes it from now on.
         """
         self._resumed.add(tag)
         if self.mirrors is None or tag in self._better:
@@ -211,10 +201,7 @@ class Housekeeping:
 
     def after_older(self, created_unix_ns: int, first_unix_ns: int) -> int:
         """A later time than that of every checkpoint in the root, also when the clock was set back between two runs.
-
-        Args:
-            first_unix_ns: of the first commit of this engine.
-        """
+        `first_unix_ns`: of the first commit of this engine."""
         if self._oldest_possible_ns is None:
             try:
                 entries = self._catalog.entries()

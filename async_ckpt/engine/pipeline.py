@@ -46,10 +46,7 @@ class Callbacks:
     the events. Any thread; only `close` blocks; nothing raises.
 
     Whatever that code does (raise anything, block, call the engine), it harms no checkpoint: no lock of ours is held
-    around it. A broken observer is left out after one warning.
-
-    Raises:
-        RuntimeError: the thread could not be started.
+    around it. A broken observer is left out after one warning. Raises RuntimeError: the thread could not be started.
     """
 
     def __init__(self, observers: Iterable[Observer], name: str) -> None:
@@ -84,9 +81,7 @@ class Callbacks:
             self.run(lambda: self._tell_now(event, *about))
 
     def close(self, timeout_s: float) -> None:
-        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that, and so does everybody
-        else.
-        """
+        """Let what is queued run, for `timeout_s` seconds at most; it goes on after that."""
         self._thread.shutdown(wait=False)
         if not self._thread.join(timeout_s):
             report(
@@ -107,14 +102,10 @@ class Callbacks:
 
 class SavePipeline:
     """From a state to chunks on the disk. Plans and snapshots by one thread at a time, everything else from any.
+    `name`: prefix of the threads' names. `make_room`: as a `WriterPool` takes it.
 
-    Args:
-        name: prefix of the threads' names.
-        make_room: as a `WriterPool` takes it.
-
-    Raises:
-        ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left
-            behind.
+    Raises ConfigError: more staging memory than there is. WriteError: no more threads or descriptors. Nothing is left
+    behind.
     """
 
     def __init__(
@@ -203,10 +194,8 @@ class SavePipeline:
     # Warming: what a first save would otherwise pay for.
 
     def warm(self, more_bytes: int | None = None) -> None:
-        """Fault in more staging memory (None: what the configuration asks for) in the background.
-
-        A failure is warned about: saves are slower then.
-        """
+        """Fault in more staging memory (None: what the configuration asks for) in the background. Warns of a failure:
+        saves are slower then."""
         # A closure over the arena alone: the background thread must not keep an engine alive.
         arena = self.arena
         target_bytes = (
@@ -217,9 +206,7 @@ class SavePipeline:
         self.warming = [*(other for other in self.warming if not other.done()), job]
 
     def plan_ahead(self, states: Mapping[str, Any]) -> tuple[int, int]:
-        """Plan `states` (by path inside a tag) for later saves; returns the staging bytes they need, and their files'
-        bytes.
-        """
+        """Plan `states`, by path inside a tag; returns the staging bytes they will need, and their files' bytes."""
         plans = {name: self.planner.plan(state, name=name).plan for name, state in states.items()}
         staging_bytes = sum(self.snapshotter.plan_ahead(plan, name) for name, plan in plans.items())
         return staging_bytes, sum(plan.file_bytes for plan in plans.values())
@@ -232,11 +219,8 @@ class SavePipeline:
     # Ending.
 
     def stop(self, timeout_s: float) -> None:
-        """End all threads and give the memory back; goes on where an interrupt has cut it short.
-
-        Raises:
-            BackpressureTimeout: the disk did not end in time.
-        """
+        """End all threads and give the memory back; goes on where an interrupt has cut it short. Raises
+        BackpressureTimeout: the disk did not end in time."""
         if self._has_stopped:
             return
         deadline_s = time.monotonic() + timeout_s

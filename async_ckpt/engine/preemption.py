@@ -197,12 +197,8 @@ class Preemption:
     def poll(self, *, may_agree: bool = True) -> bool:
         """A safe point: after a signal, run the hook and drain, once; returns whether the process is being preempted.
 
-        Blocks until the deadline at most, apart from the hook's own time. Costs a microsecond while nothing has
-        happened.
-
-        Raises:
-            BaseException: whatever the hook raised, after the draining and the logging.
-            SystemExit: with `exit_after`.
+        Blocks until the deadline at most, apart from the hook's own time. Raises whatever the hook has raised, after
+        the draining and the logging; SystemExit with `exit_after`.
         """
         if os.getpid() != self._flag.pid:
             # The parent's business, and the parent's engine.

@@ -177,11 +177,8 @@ class Reuse:
         return num_unchecked == 0
 
     def refuse(self, path: str, storages: set[int]) -> None:
-        """A full check has found that some of these have changed: the next save of `path` shares nothing.
-
-        Raises:
-            TornSnapshotError: always.
-        """
+        """A full check has found that some of these have changed: the next save of `path` shares nothing. Raises
+        TornSnapshotError: always."""
         self._committed.pop(path, None)
         names = tuple(name for name, tensor in self._frozen() if not storages.isdisjoint(storage_ids(tensor)))
         raise TornSnapshotError(
