@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -76,8 +77,7 @@ class TensorBuilder:
 
     def __init__(self, place: DeviceOf) -> None:
         self.scatter = Scatter()
-        self._place = place
-        self._devices: dict[str, torch.device] = {}
+        self._device_of = cache(place)
         self._dtypes: dict[str, torch.dtype] = {}
         self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
@@ -87,10 +87,7 @@ class TensorBuilder:
         key = record.offset, record.num_bytes
         untyped = self._storages.get(key)
         if untyped is None:
-            device = self._devices.get(extent.location)
-            if device is None:
-                device = self._devices[extent.location] = self._place(extent.location)
-            untyped = self._storages[key] = new_storage(record.num_bytes, device)
+            untyped = self._storages[key] = new_storage(record.num_bytes, self._device_of(extent.location))
             self.scatter.add(record.offset, record.num_bytes, untyped, fresh=True)
         dtype = self._dtypes.get(extent.dtype)
         if dtype is None:

@@ -27,6 +27,7 @@ from ..errors import (
     ConfigError,
     CorruptCheckpointError,
     UnsafePathError,
+    check_int,
     report,
     some_of,
 )
@@ -191,29 +192,26 @@ class Catalog:
             # The checkpoint itself may be reached through a link; nothing below it may.
             is_link = self.filesystem.stat(path).kind == "other"
             where = (path,) if is_link else (self.root, (tag,))
+            identity = None
             try:
                 directory = self.filesystem.open_dir(*where)
-            except FileNotFoundError:
-                raise self._not_found(tag) from None
-            except OSError as error:
-                if error.errno not in DAMAGE_ERRNOS:
-                    raise
-                raise CorruptCheckpointError(f"{path!r} cannot be opened: {error}", path=path) from error
-            try:
-                raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
-                manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
-            except BaseException as error:
                 identity = directory.identity
-                directory.close()
-                if isinstance(error, OSError) and error.errno in DAMAGE_ERRNOS:
-                    what = f"{path!r}: its manifest cannot be read: {error}"
-                    raise CorruptCheckpointError(what, path=path) from error
-                if not isinstance(error, FileNotFoundError):
-                    raise
+                with contextlib.ExitStack() as opened:
+                    opened.callback(directory.close)
+                    raw = directory.read_file((MANIFEST_NAME,), MAX_MANIFEST_BYTES)
+                    manifest = decode(raw, source=os.path.join(path, MANIFEST_NAME))
+                    opened.pop_all()
+            except FileNotFoundError as error:
+                if identity is None:
+                    raise self._not_found(tag) from None
                 if identity_of(self.filesystem, path) == identity:
                     raise CheckpointNotFoundError(f"{path!r} is not a checkpoint: it has no {MANIFEST_NAME}") from error
                 # Deleted or replaced between the two steps: look again.
                 continue
+            except OSError as error:
+                if error.errno not in DAMAGE_ERRNOS:
+                    raise
+                raise CorruptCheckpointError(f"{path!r} cannot be read: {error}", path=path) from error
             copied_from = manifest.tag if is_link or manifest.tag != tag else None
             return CommittedCheckpoint(self.filesystem, self._paths, replace(manifest, tag=tag), directory, copied_from)
         raise gone(tag)
@@ -231,9 +229,8 @@ class Catalog:
         Raises CheckpointNotFoundError: no such tag or file; says what there is. CorruptCheckpointError: manifest or
         size is wrong. ConfigError, UnsafePathError: malformed arguments. ReadError: the disk failed."""
         check = check_level(verify) == "full"
-        is_number = isinstance(num_threads, int) and not isinstance(num_threads, bool)
-        if num_threads is not None and not (is_number and 1 <= num_threads <= 256):
-            raise ConfigError(f"num_threads must be an integer from 1 to 256, not {num_threads!r}")
+        if num_threads is not None:
+            check_int("num_threads", num_threads, 1, 256)
 
         def opened(checkpoint: CommittedCheckpoint) -> VerifiedFile:
             return checkpoint.open_file(checkpoint.entry(name), check=check, num_threads=num_threads, lend=lend)

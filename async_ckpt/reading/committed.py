@@ -195,61 +195,45 @@ def verify_files(
     """Compare files below `directory` with their manifest entries; blocks until all are read. With `direct`, around the
     page cache: what the disk holds, rather than what was written. Raises OSError: a shortage of this process or machine
     (descriptors, memory, permissions) kept a file from being read."""
-    found = _Problems(sum(entry.size_bytes for entry in entries), progress)
+    problems: list[Problem] = []
+    lock, done_bytes, total_bytes = Lock(), 0, sum(entry.size_bytes for entry in entries)
+
+    def add(path: str, message: str, record: str | None = None, offset: int = 0) -> None:
+        if len(problems) < _MAX_PROBLEMS:
+            problems.append(Problem(path, escaped(message), None if record is None else escaped(record), offset))
+
+    def on_damage(file: VerifiedFile, extent: int, error: CheckpointError) -> None:
+        first, end = file.extent_range(extent)
+        if len(problems) < _MAX_PROBLEMS:
+            is_mismatch = isinstance(error, ExtentMismatch)
+            message = f"bytes {first} to {end - 1} differ from what was committed" if is_mismatch else str(error)
+            add(file.entry.path, message, damaged_records(file, extent) if is_mismatch else None, first)
+
+    def on_read(name: str, num_bytes: int, file_bytes: int) -> None:
+        nonlocal done_bytes
+        with lock:
+            done_bytes += num_bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
     # Descriptors are bounded, however many files there are.
-    for first in range(0, len(entries), _MAX_OPEN_FILES):
+    for begin in range(0, len(entries), _MAX_OPEN_FILES):
         with contextlib.ExitStack() as opened:
             files = []
-            for entry in entries[first : first + _MAX_OPEN_FILES]:
-                file = found.open(directory, entry, direct)
-                if file is not None:
-                    opened.enter_context(file)
-                    files.append(file)
+            for entry in entries[begin : begin + _MAX_OPEN_FILES]:
+                try:
+                    file = open_exact(directory, entry, direct=direct)
+                except (CorruptCheckpointError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno not in DAMAGE_ERRNOS:
+                        raise
+                    add(entry.path, str(error))
+                    continue
+                checked = VerifiedFile(file, entry, check=True, on_read=on_read, on_damage=on_damage)
+                files.append(opened.enter_context(checked))
             if level == "full":
                 check_files(files, num_threads=num_threads)
     order = {entry.path: index for index, entry in enumerate(entries)}
-    return sorted(found.problems, key=lambda problem: (order[problem.path], problem.offset))
-
-
-class _Problems:
-    """Collects what is wrong, and counts what was read. Any thread."""
-
-    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
-        self.problems: list[Problem] = []
-        self._lock = Lock()
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._progress = progress
-
-    def open(self, directory: DirHandle | CommittedCheckpoint, entry: FileEntry, direct: bool) -> VerifiedFile | None:
-        """The file, or None where it is no file of the right size."""
-        try:
-            file = open_exact(directory, entry, direct=direct)
-        except (CorruptCheckpointError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in DAMAGE_ERRNOS:
-                raise
-            self._add(entry.path, str(error))
-            return None
-        return VerifiedFile(file, entry, check=True, on_read=self._on_read, on_damage=self._on_damage)
-
-    def _on_damage(self, file: VerifiedFile, extent: int, error: CheckpointError) -> None:
-        first, end = file.extent_range(extent)
-        if len(self.problems) < _MAX_PROBLEMS:
-            is_mismatch = isinstance(error, ExtentMismatch)
-            message = f"bytes {first} to {end - 1} differ from what was committed" if is_mismatch else str(error)
-            self._add(file.entry.path, message, damaged_records(file, extent) if is_mismatch else None, first)
-
-    def _add(self, path: str, message: str, record: str | None = None, offset: int = 0) -> None:
-        problem = Problem(path, escaped(message), None if record is None else escaped(record), offset)
-        with self._lock:
-            if len(self.problems) < _MAX_PROBLEMS:
-                self.problems.append(problem)
-
-    def _on_read(self, name: str, num_bytes: int, file_bytes: int) -> None:
-        with self._lock:
-            self._done_bytes += num_bytes
-            if self._progress is not None:
-                self._progress(self._done_bytes, self._total_bytes)
+    return sorted(problems, key=lambda problem: (order[problem.path], problem.offset))
 
 
 def read_back(fs: FileSystem, location: str, entries: Sequence[FileEntry]) -> None:

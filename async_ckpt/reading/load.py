@@ -181,17 +181,16 @@ def load_committed_into(
     name: str,
     state_dict: Any,
     *,
-    strict: bool = True,
     verify: str = "full",
     atomic: Atomic = "auto",
     weights_only: bool | None = None,
     num_threads: int | None = None,
     lend: MemorySource | None = None,
-    select: str | None = None,
     rename: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Restored:
-    """`load_into` of file `name` in checkpoint `tag` of `catalog`. What `atomic` sets aside goes into memory that
-    `lend` gives, warm from an idle staging arena, one extent at a time."""
+    """`load_into` of file `name` in checkpoint `tag` of `catalog`; for the `options` see `match`. What `atomic` sets
+    aside goes into memory that `lend` gives, warm from an idle staging arena, one extent at a time."""
     if not isinstance(atomic, bool) and atomic != "auto":
         raise ConfigError(f"atomic must be True, False or 'auto', not {atomic!r}")
     is_names = isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
@@ -210,6 +209,6 @@ def load_committed_into(
                 structure = read_structure(file)
         if structure is None:
             structure = load_by_torch(file, "cpu", weights_only)
-        mover, restored = match(file, structure, state_dict, strict=strict, select=select, rename=rename)
+        mover, restored = match(file, structure, state_dict, rename=rename, **options)
         mover.run(file, atomic)
         return replace(restored, read_bytes=file.read_bytes, tag=tag)
