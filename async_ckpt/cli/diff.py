@@ -166,4 +166,4 @@ def _same_extents(x: VerifiedFile, a: TensorExtent, y: VerifiedFile, b: TensorEx
 
 
 def _describe(tensor: TensorExtent) -> str:
-    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+    return f"{tensor.dtype} {list(tensor.shape)}"

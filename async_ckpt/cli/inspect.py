@@ -107,14 +107,10 @@ def _print_flat(entry: FileEntry, found: Any, prefix: str) -> None:
         print_table(("record", "size", "offset", "crc32"), rows, right=("size", "offset"))
     elif isinstance(found, FileHeader):
         tensors = [
-            (t.name, t.dtype, _shape(t), format_bytes(t.num_bytes), str(t.offset), "shared" if t.is_shared else "")
+            (t.name, t.dtype, str(list(t.shape)), format_bytes(t.num_bytes), str(t.offset), "shared" * t.is_shared)
             for t in _chosen(found, prefix)
         ]
         print_table(("tensor", "dtype", "shape", "size", "offset", ""), tensors, right=("size", "offset"))
-
-
-def _shape(tensor: TensorExtent) -> str:
-    return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
 @dataclass
@@ -179,12 +175,11 @@ def _label(name: str, node: _Node) -> Any:
     text = Text(escaped(name))
     if node.text:
         text.append(f"  {escaped(node.text)}", style="magenta")
-    if node.tensor is not None:
-        shared = "  shared" if node.tensor.is_shared else ""
-        size = format_bytes(node.tensor.num_bytes)
-        text.append(f"  {node.tensor.dtype} {_shape(node.tensor)}  {size}  @{node.tensor.offset}{shared}", style="cyan")
-        if node.tensor.kind:
-            text.append(f"  <{escaped(node.tensor.kind)}>", style="magenta")
+    if (tensor := node.tensor) is not None:
+        size, shared = format_bytes(tensor.num_bytes), "  shared" * tensor.is_shared
+        text.append(f"  {tensor.dtype} {list(tensor.shape)}  {size}  @{tensor.offset}{shared}", style="cyan")
+        if tensor.kind:
+            text.append(f"  <{escaped(tensor.kind)}>", style="magenta")
     if node.num_tensors > (node.tensor is not None):
         plural = "s" * (node.num_tensors != 1)
         text.append(f"  {node.num_tensors} tensor{plural}, {format_bytes(node.num_bytes)}", style="dim")

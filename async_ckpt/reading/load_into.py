@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,16 +26,7 @@ from ..threads.locks import TRIES, uninterrupted
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import telling_overwritten
 from .scatter import Rollback, stream_into
-from .shared_memory import (
-    COMPRESSED,
-    PLAIN_TYPES,
-    Pair,
-    dims_of,
-    disagreements,
-    overlapping,
-    parts_of,
-    shares_own_memory,
-)
+from .shared_memory import COMPRESSED, PLAIN_TYPES, compare_shared, dims_of, shares_own_memory
 from .state_tree import dotted, flatten, match_leaves, replace_leaves
 from .verified_file import VerifiedFile
 
@@ -78,7 +70,8 @@ def match(
     if select is not None or rename:
         found, wanted, origin = match_leaves(leaves, wanted, select or "", rename or {}, file.name)
     differences = compare(found, wanted)
-    differences |= compare_shared(file, found, {path: wanted[path] for path in wanted if path not in differences})
+    fitting = {path: wanted[path] for path in wanted if path not in differences}
+    differences |= compare_shared(found, fitting, partial(_read, file))
     if strict and differences:
         listed = "".join(f"\n  {line}" for line in differences.values())
         raise StateMismatchError(
@@ -146,25 +139,6 @@ def _unfit(source: Source, tensor: torch.Tensor) -> Iterable[str]:
         yield "elements of the given tensor share memory (expanded, or overlapping windows)"
 
 
-def compare_shared(
-    file: VerifiedFile, found: Mapping[str, Source], wanted: Mapping[str, torch.Tensor]
-) -> dict[str, str]:
-    """Targets that share memory, but not what the file holds for it, by key path, in words."""
-    parts = [(path, k, part) for path, target in wanted.items() for k, part in enumerate(parts_of(target))]
-    clashes: list[tuple[str, str]] = []
-    for group in overlapping([part for _, _, part in parts]):
-        pairs = [Pair(path, part, parts_of(found[path])[k]) for path, k, part in map(parts.__getitem__, group)]
-        clashes += disagreements(pairs, lambda sources: _read(file, sources))
-    in_memory = {path for path, _, _ in parts}
-    objects: dict[int, str] = {}
-    for path, target in wanted.items() if len(in_memory) < len(wanted) else ():
-        first = objects.setdefault(id(target), path)
-        if path not in in_memory and found[first] is not found[path]:
-            clashes.append((first, path))
-    words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
-    return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
-
-
 def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:
     """The values of some tensors of the file, in fresh memory."""
     mover = Mover(())
@@ -175,14 +149,8 @@ def _read(file: VerifiedFile, sources: Sequence[Source]) -> list[torch.Tensor]:
 
 def _extents_of(file: VerifiedFile, sources: Iterable[Source]) -> list[int]:
     """The extents that hold these tensors' storages, ascending."""
-    return sorted(
-        {
-            e
-            for s in sources
-            if isinstance(s, TensorExtent)
-            for e in file.extents_of(s.storage.offset, s.storage.num_bytes)
-        }
-    )
+    found = (file.extents_of(s.storage.offset, s.storage.num_bytes) for s in sources if isinstance(s, TensorExtent))
+    return sorted(set[int]().union(*found))
 
 
 class Mover:

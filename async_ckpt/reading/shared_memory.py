@@ -7,7 +7,7 @@ file holds for both is equal wherever they overlap: then the order in which they
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ _ALIGNMENT_BYTES = 64
 _QUANTIZED_AS = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 
 
-class Pair(NamedTuple):
+class _Pair(NamedTuple):
     """A target, its key path, and what is to fill it."""
 
     path: str
@@ -78,12 +78,23 @@ def shares_own_memory(tensor: torch.Tensor) -> bool:
     return int(places.count_nonzero()) < tensor.numel()
 
 
-def disagreements(pairs: Iterable[Pair], read: Read) -> Iterator[tuple[str, str]]:
-    """Key paths of targets that share memory and for which the file holds different bytes. Blocks for `read`, where it
+def compare_shared(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], read: Read) -> dict[str, str]:
+    """Targets that share memory, but not what the file holds for it, by key path, in words. Blocks for `read`, where it
     must."""
-    cluster = list(pairs)
-    if not all(_agree(cluster[0], other) for other in cluster):
-        yield from _differing(cluster, read([pair.source for pair in cluster]))
+    parts = [(path, k, part) for path, target in wanted.items() for k, part in enumerate(parts_of(target))]
+    clashes: list[tuple[str, str]] = []
+    for group in overlapping([part for _, _, part in parts]):
+        cluster = [_Pair(path, part, parts_of(found[path])[k]) for path, k, part in map(parts.__getitem__, group)]
+        if not all(_agree(cluster[0], other) for other in cluster):
+            clashes += _differing(cluster, read([pair.source for pair in cluster]))
+    in_memory = {path for path, _, _ in parts}
+    objects: dict[int, str] = {}
+    for path, target in wanted.items() if len(in_memory) < len(wanted) else ():
+        first = objects.setdefault(id(target), path)
+        if path not in in_memory and found[first] is not found[path]:
+            clashes.append((first, path))
+    words = "{}: the given tensor shares memory with {}, and the file holds different bytes for them"
+    return {path: words.format(path, other) for a, b in clashes for path, other in ((b, a), (a, b))}
 
 
 def overlapping(targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
@@ -115,7 +126,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.dtype.itemsize
 
 
-def _agree(a: Pair, b: Pair) -> bool:
+def _agree(a: _Pair, b: _Pair) -> bool:
     (byte_a, layout_a), (byte_b, layout_b) = _geometry(a.source), _geometry(b.source)
     (to_a, target_a), (to_b, target_b) = _geometry(a.target), _geometry(b.target)
     if (to_a, target_a) == (to_b, target_b):
@@ -138,7 +149,7 @@ def dims_of(tensor: TensorExtent | torch.Tensor) -> tuple[tuple[int, int], ...]:
     return tuple((num, step) for num, step in zip(tensor.shape, stride, strict=True) if num > 1)
 
 
-def _differing(cluster: Sequence[Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:
+def _differing(cluster: Sequence[_Pair], values: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:
     """Fill a copy of the memory in order, and see whom the later ones have overwritten with something else."""
     if any(pair.target.shape != value.shape for pair, value in zip(cluster, values, strict=True)):
         # Parts of tensors that are spread over the ranks in another way.
