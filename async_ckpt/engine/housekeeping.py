@@ -242,8 +242,9 @@ class Housekeeping:
             return 0
         except BaseException as error:  # noqa: BLE001 -- SystemExit would end the writer
             told = f"the retention policy raised {error!r}: nothing is deleted in {self._root!r}"
-            self.failures.append(ConfigError(f"{told}; the new checkpoint is committed"))
-            self.failures[-1].__cause__ = error
+            failure = ConfigError(f"{told}; the new checkpoint is committed")
+            failure.__cause__ = error
+            self.failures.append(failure)
             return 0
         new, self._undeleted = failures.keys() - self._undeleted, set(failures)
         if new:
