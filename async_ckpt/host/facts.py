@@ -83,14 +83,9 @@ def num_cores() -> int:
 
 
 def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
-    """Memory that a new allocation may take now, in bytes.
-
-    The least of what the host has available and of what each control group of this process, up to the root, leaves
-    below its limit. Page cache does not count as used: it is given up when the memory is asked for.
-
-    Args:
-        proc: where the process file system is mounted.
-        cgroups: where control groups are mounted, unless `proc` names another place.
+    """Memory that a new allocation may take now, in bytes: the least of what the host has available and of what each
+    control group of this process, up to the root, leaves below its limit. Page cache does not count as used: it is
+    given up when the memory is asked for. Control groups are mounted at `cgroups`, unless `proc` names another place.
     """
     available = _meminfo_available_bytes(proc)
     for hierarchy, folder in _own_groups(proc, cgroups):
