@@ -153,7 +153,8 @@ class Checkpoint:
             return
         began_s = time.perf_counter()
         # An integration may have planned the file itself.
-        is_planned, is_own = isinstance(state_dict, PlannedState), self.staging.destination.loads_itself(path)
+        is_planned, own = isinstance(state_dict, PlannedState), self.staging.destination.loads_itself
+        is_own = own is not None and own.fullmatch(path.rpartition("/")[2]) is not None
         how: Any = {"name": path, "format": format, "is_frameworks": is_own}
         state: PlannedState = state_dict if is_planned else pipeline.planner.plan(state_dict, **how)
         metrics = SaveMetrics(self.tag, path, size_bytes=state.plan.file_bytes, num_tensors=len(state.tensors))

@@ -13,10 +13,11 @@ import enum
 import errno
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from ..errors import CommitError, TagExistsError, report
 from ..format.manifest import FileEntry
@@ -51,14 +52,12 @@ class Destination:
 
     root: str
     tag: str
+    loads_itself: ClassVar[re.Pattern[str] | None] = None
+    """The names of files that a framework loads again in its own way: nobody is told what `load` refuses of them, as
+    there is nothing that a user could do about it."""
 
     def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
         """Called before anything is staged; `leads` on the rank that makes the directory. Training thread."""
-
-    def loads_itself(self, path: str) -> bool:
-        """Whether a framework loads the file `path` again in its own way: nobody is told what `load` refuses of it, as
-        there is nothing that a user could do about it."""
-        return False
 
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
         """Files that this rank adds to the staging directory by itself, durable. Called once its others are. Worker

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class DeepSpeedDestination(Destination):
     ranks: tuple[int, ...]
     number: int
     job: DeepSpeedCoordinator
+    loads_itself = re.compile(".*")
 
     @classmethod
     def of(
@@ -191,9 +193,6 @@ class DeepSpeedDestination(Destination):
             self.job.swept.add(self.root)
         if leads and overwrite == "replace":
             adopt(filesystem, self.root, self.tag)
-
-    def loads_itself(self, path: str) -> bool:
-        return True
 
     def take_in(self, filesystem: FileSystem, staging: str) -> Sequence[FileEntry]:
         """Move the NVMe-offloaded state, which DeepSpeed copied to the final folder past the engine.

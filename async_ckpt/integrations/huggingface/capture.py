@@ -26,10 +26,6 @@ from ...engine.engine import AsyncCheckpointEngine
 from ...storage.staged import Destination
 from ..frameworks import require
 
-# What Transformers and Accelerate load with weights_only=False, or with NumPy's types allowed.
-_FRAMEWORKS_OWN = re.compile(
-    r"training_args\.bin|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl"
-)
 # Modules that hold safetensors' function under a name of their own.
 _SAFETENSORS_USERS = (
     ("safetensors.torch", "save_file"),
@@ -42,8 +38,10 @@ _SAFETENSORS_USERS = (
 class CapturedDestination(Destination):
     """A checkpoint whose content is captured."""
 
-    def loads_itself(self, path: str) -> bool:
-        return _FRAMEWORKS_OWN.fullmatch(os.path.basename(path)) is not None
+    # What Transformers and Accelerate load with weights_only=False, or with NumPy's types allowed.
+    loads_itself = re.compile(
+        r"training_args\.bin|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl"
+    )
 
 
 @contextlib.contextmanager
