@@ -22,6 +22,7 @@ from ..errors import BackpressureTimeout, ends_with_0, report
 from ..threads.executor import check_process
 from .checkpoint import given_up
 from .commits import Commits, live
+from .pipeline import tell
 from .preemption import Preemption, no_workers_death
 
 _lost: list[BaseException] = []
@@ -113,7 +114,7 @@ def finish(commits: Commits, timeout_s: float, reason: BaseException | None) -> 
                 raise first  # noqa: B904 -- with this one as its context
             report(logging.WARNING, "the engine on %r was interrupted while it was closing: %s", commits.root, timeout)
         finally:
-            commits.pipeline.tell_notes()
+            tell(commits.pipeline.notes)
             for tag in forgotten:
                 told = "checkpoint %r was created but never committed: it is given up, nothing of it is visible"
                 report(logging.WARNING, told, tag, warning=RuntimeWarning, stacklevel=5)

@@ -268,7 +268,7 @@ class Commits:
         self.pipeline.callbacks.tell("on_commit", checkpoint.metrics, error)
         if pending.warning:
             self.pipeline.callbacks.report(logging.WARNING, "%s", pending.warning)
-            self.pipeline.note(pending.warning)
+            self.pipeline.notes.append(pending.warning)
         elif error is not None:
             self.pipeline.callbacks.report(logging.ERROR, "checkpoint %r was not committed: %s", checkpoint.tag, error)
 

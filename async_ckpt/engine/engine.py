@@ -25,7 +25,7 @@ from ..reading.load import load_committed, load_committed_into
 from ..snapshot.step_exclusion import Turn
 from ..storage.staged import Destination
 from ..threads.executor import run_aside
-from . import closing
+from . import closing, pipeline
 from .checkpoint import given_up
 from .commits import Commits
 from .config import ConfigParams, EngineConfig
@@ -141,7 +141,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
         try:
             self._pipeline.guard.save(in_turn)
         finally:
-            self._pipeline.tell_notes()
+            pipeline.tell(self._pipeline.notes)
 
     def save_bytes(self, data: bytes | bytearray | memoryview, path: StrPath) -> None:
         """Write `data` as file `path` of the open checkpoint: what somebody else made (a configuration, a tokenizer).
@@ -206,7 +206,7 @@ class AsyncCheckpointEngine(CheckpointEngine):
             self._commits.check_usable()
             named = {"/".join(self._commits.paths.split(path)[1]): state for path, state in (states or {}).items()}
             planned_bytes, size_bytes = self._pipeline.plan_ahead(named)
-        self._pipeline.tell_notes()
+        pipeline.tell(self._pipeline.notes)
         self._commits.house.check_room(size_bytes)
         self._pipeline.fault_in(planned_bytes if state_bytes is None and states else state_bytes)
 

@@ -132,7 +132,8 @@ class SavePipeline:
         self.observes = bool(config.observers)
         """Whether anybody hears of spans."""
         self._has_stopped = self._has_told_of_replicas = False
-        self._notes: deque[str] = deque()
+        self.notes: deque[str] = deque()
+        """What plans want the user to be warned of, by the next call that may: see `tell`."""
         self.warming: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
             try:
@@ -160,7 +161,10 @@ class SavePipeline:
         arena = self.arena
         self.pool.death.when_done(lambda death: arena.poison(death.failure() or TransactionStateError("died")))
         self.planner = Planner(
-            alignment=config.storage_alignment, compact_views=config.compact_views, format=config.format, tell=self.note
+            alignment=config.storage_alignment,
+            compact_views=config.compact_views,
+            format=config.format,
+            tell=self.notes.append,
         )
         pool, timeout_s = self.pool, config.backpressure_timeout_s
         self.snapshotter = Snapshotter(arena, pool.copier, pool.helpers, pool.disk.io, pool.let_go, timeout_s)
@@ -179,17 +183,6 @@ class SavePipeline:
             told = "root %r: %s is not known to let several processes write one file, so rank 0 writes replicated ones"
             report(logging.WARNING, told, self._root, kind or "a file system without a name")
         return 1
-
-    # Telling.
-
-    def note(self, message: str) -> None:
-        """Let the user's thread warn of it at the next call that may. Any thread."""
-        self._notes.append(message)
-
-    def tell_notes(self) -> None:
-        """Warn of what plans have noted. With no lock held: what shows warnings is the user's code."""
-        while self._notes:
-            report(logging.WARNING, "%s", self._notes.popleft(), warning=RuntimeWarning, stacklevel=3)
 
     # Warming: what a first save would otherwise pay for.
 
@@ -232,6 +225,12 @@ class SavePipeline:
         self.arena.close()
         self.callbacks.close(max(0.1, deadline_s - time.monotonic()))
         self._has_stopped = True
+
+
+def tell(notes: deque[str]) -> None:
+    """Warn of what plans have noted. With no lock held: what shows warnings is the user's code."""
+    while notes:
+        report(logging.WARNING, "%s", notes.popleft(), warning=RuntimeWarning, stacklevel=3)
 
 
 def _warn_of_failure(done: Future[None]) -> None:
