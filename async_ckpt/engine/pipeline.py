@@ -117,16 +117,8 @@ class SavePipeline:
         min_chunks: int = 1,
         make_room: MakeRoom | None = None,
     ) -> None:
-        chunk_bytes = config.resolved_chunk_bytes()
-        num_chunks = max(min_chunks, config.resolved_staging_bytes() // chunk_bytes)
         # Memory first: what fails from here on must not leave threads behind.
-        try:
-            self.arena = StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
-        except (OSError, MemoryError) as error:
-            raise ConfigError(
-                f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
-                "less. Nothing was made"
-            ) from error
+        self.arena = arena = _arena(config, min_chunks)
         self.config, self.filesystem, self._root = config, filesystem, os.path.abspath(config.root)
         self.reuse = Reuse(is_on=config.reuse == "auto", frozen=config.reuse_frozen)
         self.observes = bool(config.observers)
@@ -158,7 +150,6 @@ class SavePipeline:
                     errno=(error.errno if isinstance(error, OSError) else None) or errno.EAGAIN,
                     path=os.fspath(config.root),
                 ) from error
-        arena = self.arena
         self.pool.death.when_done(lambda death: arena.poison(death.failure() or TransactionStateError("died")))
         self.planner = Planner(
             alignment=config.storage_alignment,
@@ -169,7 +160,8 @@ class SavePipeline:
         pool, timeout_s = self.pool, config.backpressure_timeout_s
         self.snapshotter = Snapshotter(arena, pool.copier, pool.helpers, pool.disk.io, pool.let_go, timeout_s)
         self.guard = Guard(timeout_s, self.snapshotter.start_at)
-        self._num_warm_bytes = _AUTO_WARM_BYTES if config.staging_bytes == "auto" else num_chunks * chunk_bytes
+        is_auto = config.staging_bytes == "auto"
+        self._num_warm_bytes = _AUTO_WARM_BYTES if is_auto else arena.num_chunks * arena.chunk_bytes
 
     def num_writers_of(self, coordinator: Coordinator) -> int:
         """How many ranks write one file together in the root, which was looked at before. Warns once where that is one,
@@ -225,6 +217,18 @@ class SavePipeline:
         self.arena.close()
         self.callbacks.close(max(0.1, deadline_s - time.monotonic()))
         self._has_stopped = True
+
+
+def _arena(config: EngineConfig, min_chunks: int) -> StagingArena:
+    chunk_bytes = config.resolved_chunk_bytes()
+    num_chunks = max(min_chunks, config.resolved_staging_bytes() // chunk_bytes)
+    try:
+        return StagingArena(num_chunks, chunk_bytes, pinning=pinning(config.pin_memory))
+    except (OSError, MemoryError) as error:
+        raise ConfigError(
+            f"staging_bytes: the system refuses {num_chunks * chunk_bytes} bytes of memory ({error}); give "
+            "less. Nothing was made"
+        ) from error
 
 
 def tell(notes: deque[str]) -> None:
