@@ -53,19 +53,14 @@ def adopt(filesystem: FileSystem, root: str, tag: str) -> bool:
 
 def read_entries(filesystem: FileSystem, top: str, inner: str = "", rank: int | None = None) -> Iterator[FileEntry]:
     """What is below `<top>/<inner>`, each file read and synced. Blocks."""
-    for path, found in sorted(tree_of(filesystem, os.path.join(top, inner))):
-        if found.kind != "dir":
-            yield _entry(filesystem, top, os.path.join(inner, path), rank)
-
-
-def _entry(filesystem: FileSystem, top: str, path: str, rank: int | None) -> FileEntry:
-    parts = check_relative_path(path, stored=True)
     buffer = memoryview(bytearray(_EXTENT_BYTES))
-    crcs = []
-    with contextlib.closing(filesystem.open_read(top, parts)) as file:
-        for offset in range(0, file.size_bytes, _EXTENT_BYTES):
-            part = buffer[: min(_EXTENT_BYTES, file.size_bytes - offset)]
-            file.pread_into(part, offset)
-            crcs.append(crc32(part))
-        file.sync()
-    return FileEntry(path, file.size_bytes, _EXTENT_BYTES, tuple(crcs), "opaque", "none", None, rank)
+    for name, found in sorted(tree_of(filesystem, os.path.join(top, inner))):
+        if found.kind != "dir":
+            path, crcs = os.path.join(inner, name), []
+            with contextlib.closing(filesystem.open_read(top, check_relative_path(path, stored=True))) as file:
+                for offset in range(0, file.size_bytes, _EXTENT_BYTES):
+                    part = buffer[: min(_EXTENT_BYTES, file.size_bytes - offset)]
+                    file.pread_into(part, offset)
+                    crcs.append(crc32(part))
+                file.sync()
+            yield FileEntry(path, file.size_bytes, _EXTENT_BYTES, tuple(crcs), "opaque", "none", None, rank)

@@ -62,8 +62,7 @@ def attach(
         ImportError: DeepSpeed is missing or too old; names the extra to install.
         ConfigError: `ds_engine` is no DeepSpeed engine, a field of `config` is wrong, or `guard` cannot protect it.
     """
-    interface = _require_deepspeed()
-    _check_engine(ds_engine)
+    interface = _interface_of(ds_engine)
     guarded = [_guardable(ds_engine)] if guard else []
     former = ds_engine.checkpoint_engine
     if former is not None and former.is_decoupled():
@@ -85,7 +84,8 @@ def attach(
     return checkpointer
 
 
-def _require_deepspeed() -> Any:
+def _interface_of(ds_engine: Any) -> Any:
+    """What DeepSpeed's checkpoint engines derive from, once it and `ds_engine` are what is needed."""
     module = require("deepspeed", _INTERFACE)
     interface = getattr(module, "CheckpointEngine", None)
     missing = [name for name in _NEEDED if not hasattr(interface, name)]
@@ -95,17 +95,10 @@ def _require_deepspeed() -> Any:
             f"checkpoint engines lack {', '.join(missing) or 'CheckpointCommitInfo'}; install a newer one with: "
             "pip install 'async-ckpt[deepspeed]'"
         )
+    if not isinstance(ds_engine, require("deepspeed", "deepspeed").DeepSpeedEngine):
+        kind = type(ds_engine).__name__
+        raise ConfigError(f"attach takes the engine that deepspeed.initialize returned, not {kind}")
     return interface
-
-
-def _check_engine(ds_engine: Any) -> None:
-    needed = ("checkpoint_engine", "save_checkpoint", "load_checkpoint", "destroy", "use_node_local_storage")
-    missing = [name for name in needed if not hasattr(ds_engine, name)]
-    if missing:
-        raise ConfigError(
-            f"attach takes the engine that deepspeed.initialize returned, not {type(ds_engine).__name__} (it has "
-            f"no {', '.join(missing)})"
-        )
 
 
 def _cuts_buffers_up(ds_engine: Any) -> bool:

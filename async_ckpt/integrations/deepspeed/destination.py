@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -17,24 +18,28 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import distributed
 
 from ...engine.interface import StrPath, tag_of
-from ...errors import ConfigError, UnsafePathError
+from ...errors import CommitError, ConfigError, UnsafePathError, WriteError
 from ...format.checksum import crc32
 from ...format.manifest import FileEntry, Manifest
 from ...format.names import MANIFEST_NAME
 from ...host.facts import Node, node_from_env
 from ...ranks.coordinator import Coordinator, LocalCoordinator
 from ...ranks.rank_coordinator import RankCoordinator
+from ...retention import CheckpointInfo, RetentionPolicy
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
+from ...storage.private_dirs import replacing
 from ...storage.staged import Destination, Staging
 from ...storage.write_error import write_error
 from ...threads.locks import Lock
 from ..adopting import adopt, read_entries
-from .latest import write_latest
 
+_LATEST_NAME = "latest"
+_MAX_LATEST_BYTES = 4096
 _OFFLOADED_NAME = "offloaded_tensors"
 _STILL_USED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 # Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended.
@@ -227,5 +232,58 @@ class DeepSpeedDestination(Destination):
         with self.job.lock:
             # Commits may end in another order than they began.
             if self.number >= self.job.newest.get(self.save_dir, 0):
-                write_latest(filesystem, self.save_dir, self.full_tag)
+                _write_latest(filesystem, self.save_dir, self.full_tag)
                 self.job.newest[self.save_dir] = self.number
+
+
+def _write_latest(filesystem: FileSystem, save_dir: str, tag: str) -> None:
+    """Make `<save_dir>/latest` name `tag`: written beside it, synced, renamed, directory synced. Blocks; any thread.
+    Raises CommitError: the checkpoint is committed, but `latest` still names the one before (or, after the rename, it
+    is unknown which one survives power loss)."""
+    path = os.path.join(save_dir, _LATEST_NAME)
+    new = os.path.join(save_dir, f".{_LATEST_NAME}.new")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.unlink(new)
+        with replacing(filesystem, path, new):
+            filesystem.create_file(new, tag.encode())
+    except OSError as error:
+        raise CommitError(
+            f"checkpoint {tag!r} is committed and whole in {save_dir!r}, but {path!r} could not be made to name "
+            f"it: {error}",
+            step="latest",
+            errno=error.errno,
+            path=path,
+            committed=None,
+        ) from error
+
+
+class KeepLatest(RetentionPolicy):
+    """Keeps what `latest` names, which is not the newest after saves with ``save_latest=False``."""
+
+    def __init__(self, filesystem: FileSystem, save_dir: str) -> None:
+        self._filesystem = filesystem
+        self._path = os.path.join(save_dir, _LATEST_NAME)
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
+        try:
+            named = self._filesystem.read_file(self._path, _MAX_LATEST_BYTES).decode().strip()
+        except FileNotFoundError:
+            return {}
+        return {info.tag: "named by latest" for info in checkpoints if info.tag == named}
+
+
+def write_beside(filesystem: FileSystem, path: str, state: Any) -> None:
+    """`torch.save` to a path that belongs to no checkpoint: durable when it returns, never partly visible. Blocks.
+    Raises WriteError: what was at `path` before is still there."""
+    folder, name = os.path.split(os.path.abspath(path))
+    new = os.path.join(folder, f".{name}.{os.getpid()}.new")
+    try:
+        with replacing(filesystem, os.path.join(folder, name), new), open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise WriteError(
+            f"saving {name!r} failed; what was there before is unchanged", errno=error.errno, path=path
+        ) from error

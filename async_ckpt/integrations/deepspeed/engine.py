@@ -19,8 +19,7 @@ from ...reading.load import load as load_file
 from ...storage.filesystem import FileSystem
 from ..frameworks import checked_config
 from . import waiting
-from .destination import DeepSpeedCoordinator, DeepSpeedDestination
-from .latest import KeepLatest, write_beside
+from .destination import DeepSpeedCoordinator, DeepSpeedDestination, KeepLatest, write_beside
 from .outcomes import Outcomes
 from .waiting import Save
 

@@ -14,7 +14,7 @@ import torch
 from ...engine.engine import AsyncCheckpointEngine
 from ...engine.pending import PendingCommit
 from ...errors import CheckpointError, ConfigError, check_int, ends_with_0, report
-from ...ranks.coordinator import Coordinator
+from ...ranks.rank_coordinator import RankCoordinator
 from ...retention import CheckpointInfo, RetentionPolicy
 from ...threads.outcome import wait_all
 from ..frameworks import checked_config
@@ -90,7 +90,12 @@ class Saver:
             retention = SaveTotalLimit(limit) if limit is not None and limit > 0 else None
             config = {"retention": retention, **self._config}
             if trainer.args.world_size > 1 and config.get("coordinator") is None:
-                config["coordinator"] = self._coordinator(trainer.args.save_on_each_node)
+                if not torch.distributed.is_initialized():
+                    raise CheckpointError(
+                        "training on many ranks without a torch.distributed process group: give a `coordinator`"
+                    )
+                how = {"node_local": trainer.args.save_on_each_node, "timeout_s": self._timeout_s}
+                config["coordinator"] = RankCoordinator.from_env(channel=f"huggingface-{next(_numbers)}", **how)
             self._engine = AsyncCheckpointEngine(root=root, overwrite="replace", **config)
             self._root = root
         # The torch optimizer inside Accelerate's wrappers.
@@ -117,16 +122,6 @@ class Saver:
             )
         if getattr(trainer, "is_fsdp_xla_enabled", False) or str(trainer.args.device).startswith("xla"):
             raise ConfigError("XLA devices are not supported: their tensors cannot be snapshotted")
-
-    def _coordinator(self, node_local: bool) -> Coordinator:
-        from ...ranks.rank_coordinator import RankCoordinator
-
-        if not torch.distributed.is_initialized():
-            raise CheckpointError(
-                "training on many ranks without a torch.distributed process group: give a `coordinator`"
-            )
-        channel = f"huggingface-{next(_numbers)}"
-        return RankCoordinator.from_env(channel=channel, node_local=node_local, timeout_s=self._timeout_s)
 
     def follow(self, path: str, pending: PendingCommit, then: Callable[[str], object]) -> None:
         """Call `then(path)` from `poll` or `drain` once this is committed."""

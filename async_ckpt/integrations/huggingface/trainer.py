@@ -176,14 +176,11 @@ def attach(trainer: Any, *, guard: bool = False, **config: Any) -> Any:
 
 def _watcher(trainer: AsyncCheckpointTrainerMixin) -> Any:
     """A callback that prepares the engine before the first step and reports commits after each."""
-    base = require("huggingface", "transformers").TrainerCallback
 
-    class AsyncCheckpointWatcher(base):  # type: ignore[misc, valid-type]
+    class AsyncCheckpointWatcher(require("huggingface", "transformers").TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if (
-                str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-                and not state.is_hyper_param_search
-            ):
+            is_saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+            if is_saving and not state.is_hyper_param_search:
                 trainer._saver.open(args.output_dir, trainer)
                 adopt_ahead(args.output_dir, state.global_step, state.max_steps, adopts=args.should_save)
 

@@ -251,10 +251,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         return {**self.__dict__, "_after": None, "_guarded": []}
 
 
-def _metadata(checkpoint: Any, place: CheckpointFile) -> dict[str, Any]:
-    found: dict[str, Any] = {"framework": "lightning", "file": os.path.basename(place.final)}
-    for ours, theirs in (("epoch", "epoch"), ("step", "global_step")):
-        value = checkpoint.get(theirs) if isinstance(checkpoint, dict) else None
-        if isinstance(value, int):
-            found[ours] = value
-    return found
+def _metadata(checkpoint: dict[str, Any], place: CheckpointFile) -> dict[str, Any]:
+    found = {"epoch": checkpoint.get("epoch"), "step": checkpoint.get("global_step")}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    return {"framework": "lightning", "file": place.name, **numbers}

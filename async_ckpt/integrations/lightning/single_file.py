@@ -36,12 +36,11 @@ from ...reading.load import load_committed
 from ...reading.records import LEGACY_MAGIC
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
-from ...storage.read_file import LocalReadableFile
 from ...storage.staged import Destination, Staging
 from ...threads.locks import Lock
 
 DATA_NAME = "state.ckpt"
-CONTENT_ID = "content_id"
+_CONTENT_ID = "content_id"
 """Metadata: torch's id of the committed file."""
 _ID_RECORD = ".data/serialization_id"
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
@@ -116,7 +115,11 @@ class FileCoordinator(LocalCoordinator):
     def publish(self, staging: Staging, part: Manifest) -> None:
         place = staging.destination
         assert isinstance(place, CheckpointFile)
-        marks = {CONTENT_ID: _content_id(self._fs, staging.path)}
+        try:
+            marks = {_CONTENT_ID: _content_id(self._fs, staging.path, DATA_NAME)}
+        except OSError as error:
+            told = f"the written file in {staging.path!r} cannot be read ({error}); what was there before is unchanged"
+            raise CommitError(told, step="read", errno=error.errno, path=staging.path) from error
         with self.lock:
             super().publish(staging, replace(part, metadata={**part.metadata, **marks}))
             _move_into_place(self._fs, place)
@@ -126,24 +129,16 @@ class FileCoordinator(LocalCoordinator):
         return
 
 
-def _content_id(fs: FileSystem, staging: str) -> str | None:
-    try:
-        with contextlib.closing(fs.open_read(staging, (DATA_NAME,))) as file:
-            return _read_content_id(file)
-    except OSError as error:
-        message = f"the written file in {staging!r} cannot be read ({error}); what was there before is unchanged"
-        raise CommitError(message, step="read", errno=error.errno, path=staging) from error
-
-
-def _read_content_id(file: LocalReadableFile) -> str | None:
+def _content_id(fs: FileSystem, folder: str, name: str) -> str | None:
     """torch's id of a file's content; None where it has none, or is cut or laid out in another way. Three reads."""
-    try:
-        record = read_directory(file.read, file.size_bytes).get(_ID_RECORD)
-    except (CorruptCheckpointError, UnusualLayoutError):
-        return None
-    if record is None or not 0 < record.num_bytes <= 256:
-        return None
-    return file.read(record.offset, record.num_bytes).decode("ascii", "replace")
+    with contextlib.closing(fs.open_read(folder, (name,))) as file:
+        try:
+            record = read_directory(file.read, file.size_bytes).get(_ID_RECORD)
+        except (CorruptCheckpointError, UnusualLayoutError):
+            return None
+        if record is None or not 0 < record.num_bytes <= 256:
+            return None
+        return file.read(record.offset, record.num_bytes).decode("ascii", "replace")
 
 
 def _move_into_place(fs: FileSystem, place: CheckpointFile) -> None:
@@ -237,7 +232,8 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
             try:
                 return load_committed(Catalog(place.root, filesystem), place.tag, DATA_NAME, **options)
             except CorruptCheckpointError as error:
-                if _is_the_committed_one(filesystem, place, manifest):
+                content_id = _content_id(filesystem, place.folder, place.name)
+                if content_id in (None, manifest.metadata.get(_CONTENT_ID, content_id)):
                     raise
                 doubt = f"was replaced after this package wrote it ({error})"
     if verify == "full" and not _check_own_crcs(place.final):
@@ -260,12 +256,6 @@ def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:
         manifest = Catalog(place.root, filesystem).manifest(place.tag)
         return manifest if manifest.metadata.get("file") == place.name else None
     return None
-
-
-def _is_the_committed_one(filesystem: FileSystem, place: CheckpointFile, manifest: Manifest) -> bool:
-    with contextlib.closing(filesystem.open_read(place.folder, (place.name,))) as file:
-        content_id = _read_content_id(file)
-    return content_id is None or content_id == manifest.metadata.get(CONTENT_ID, content_id)
 
 
 def _check_own_crcs(path: str) -> bool:

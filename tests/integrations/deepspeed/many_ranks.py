@@ -15,9 +15,9 @@ import torch
 from deepspeed.utils import groups
 from torch import distributed
 
-from async_ckpt import Catalog, CheckpointError, CommitError, OutOfSpaceError, RankFailedError, Tolerate
+from async_ckpt import Catalog, CheckpointError, CommitError, Observer, OutOfSpaceError, RankFailedError, Tolerate
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
-from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
+from async_ckpt.metrics import SaveMetrics
 from tests.integrations.deepspeed.one_rank import KEPT, SMALL, load_stock
 from tests.integrations.deepspeed.world import (
     GatedFileSystem,
@@ -34,23 +34,17 @@ RANK = int(os.environ["RANK"])
 PATIENCE_S = 120.0
 
 
-class Durable:
-    """An observer that counts files of this rank that are on disk."""
+class Durable(Observer):
+    """Counts files of this rank that are on disk."""
 
     def __init__(self, num_files: int) -> None:
         self.left = num_files
         self.reached = threading.Event()
 
-    def on_span(self, span: Span) -> None:
-        return
-
     def on_save(self, metrics: SaveMetrics) -> None:
         self.left -= 1
         if self.left == 0:
             self.reached.set()
-
-    def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
-        return
 
 
 def agree(value: int) -> None:

@@ -15,9 +15,9 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from async_ckpt import Catalog, CheckpointError, CommitError, ConfigError, KeepLast, OutOfSpaceError, Tolerate
+from async_ckpt import Catalog, CheckpointError, CommitError, ConfigError, KeepLast, Observer, OutOfSpaceError, Tolerate
 from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine, attach
-from async_ckpt.metrics import CommitMetrics, SaveMetrics, Span
+from async_ckpt.metrics import SaveMetrics
 from tests.integrations.deepspeed.world import (
     GatedFileSystem,
     RecordingFileSystem,
@@ -511,20 +511,14 @@ def plain_use(directory: Path) -> None:
         attach(torch.nn.Linear(1, 1), directory)
 
 
-class Modes:
-    """An observer that notes how each file was copied."""
+class Modes(Observer):
+    """Notes how each file was copied."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
 
-    def on_span(self, span: Span) -> None:
-        return
-
     def on_save(self, metrics: SaveMetrics) -> None:
         self.seen.add(metrics.mode)
-
-    def on_commit(self, metrics: CommitMetrics, error: BaseException | None) -> None:
-        return
 
 
 def guarded(directory: Path) -> None:
