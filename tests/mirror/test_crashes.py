@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -41,21 +40,23 @@ from .test_upload import root_of
 @pytest.mark.wide
 @pytest.mark.parametrize("at", [16, 21, 24])
 def test_killed_at_a_request(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
-    assert _killed_at_request(moto, tmp_path, prefix, at)
+    assert _killed(moto, tmp_path, prefix, request=at)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("at", [1, 9, 16])
 def test_killed_at_a_step_of_the_state(at: int, moto: Any, tmp_path: Path, prefix: str) -> None:
-    assert _killed_at_step(moto, tmp_path, prefix, at)
+    assert _killed(moto, tmp_path, prefix, step=at)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["request", "step"])
 def test_killed_at_every_request_and_every_step(killed: str, moto: Any, tmp_path: Path, prefix: str) -> None:
-    kill_at = _killed_at_request if killed == "request" else _killed_at_step
-    num = next(at for at in itertools.count(1) if not kill_at(moto, root_of(tmp_path / str(at)), f"{prefix}-{at}", at))
-    assert num > (30 if killed == "request" else 15)
+    at, is_killed = 0, True
+    while is_killed:
+        at += 1
+        is_killed = _killed(moto, root_of(tmp_path / str(at)), f"{prefix}-{at}", **{killed: at})
+    assert at > (30 if killed == "request" else 15)
 
 
 def _begun(server: Any, root: Path, where: str) -> None:
@@ -72,30 +73,20 @@ def _victim(root: Path, where: str, endpoint: str, server: Any, kill_at: int) ->
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def _killed_at_request(server: Any, root: Path, where: str, at: int) -> bool:
+def _killed(server: Any, root: Path, where: str, *, request: int = 0, step: int = 0) -> bool:
     """Whether it came so far."""
     _begun(server, root, where)
 
     def kill(number: int, method: str, path: str) -> Fault:
-        if number == at:
+        if number == request:
             os.kill(victim.pid, signal.SIGKILL)
-            return "lost" if at % 2 else "reset"
+            return "lost" if request % 2 else "reset"
         return None
 
     with Proxy(server.endpoint, kill) as proxy:
-        victim = _victim(root, where, proxy.endpoint, server, 0)
+        victim = _victim(root, where, proxy.endpoint, server, step)
         said, _ = victim.communicate(timeout=120)
         assert victim.returncode in (0, -signal.SIGKILL), said.decode()
-    _goes_on(server, root, where)
-    return victim.returncode != 0
-
-
-def _killed_at_step(server: Any, root: Path, where: str, at: int) -> bool:
-    """Whether it came so far."""
-    _begun(server, root, where)
-    victim = _victim(root, where, server.endpoint, server, at)
-    said, _ = victim.communicate(timeout=120)
-    assert victim.returncode in (0, -signal.SIGKILL), said.decode()
     _goes_on(server, root, where)
     return victim.returncode != 0
 
