@@ -50,7 +50,6 @@ class SaveTotalLimit(RetentionPolicy):
         return self.num
 
     def kept(self, checkpoints: Sequence[CheckpointInfo], now_unix_ns: int) -> dict[str, str]:
-        """See the class."""
         reasons = {info.tag: "not a checkpoint of Trainer" for info in checkpoints if step_of(info.tag) < 0}
         ours = [info for info in checkpoints if step_of(info.tag) >= 0]
         if not ours:

@@ -280,14 +280,22 @@ def test_the_limit_is_a_pure_decision() -> None:
         SaveTotalLimit(0)
 
 
-def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) -> None:
-    class Failing(FileSystem):
-        def create_file(self, path: str, data: bytes) -> None:
-            if ".staging.checkpoint-4." in path:
-                raise OSError(errno.EIO, "broken disk")
-            super().create_file(path, data)
+class Failing(FileSystem):
+    """Takes no small file whose path holds `part`."""
 
-    trained = trainer(tmp_path, max_steps=200, config={"filesystem": Failing()}, save_total_limit=1)
+    def __init__(self, part: str, code: int, told: str) -> None:
+        super().__init__()
+        self.part, self.error = part, OSError(code, told)
+
+    def create_file(self, path: str, data: bytes) -> None:
+        if self.part in path:
+            raise self.error
+        super().create_file(path, data)
+
+
+def test_a_failed_commit_stops_training_and_keeps_the_old_one(tmp_path: Path) -> None:
+    failing = Failing(".staging.checkpoint-4.", errno.EIO, "broken disk")
+    trained = trainer(tmp_path, max_steps=200, config={"filesystem": failing}, save_total_limit=1)
     with pytest.raises(CommitError, match="broken disk"):
         trained.train()
     assert trained.state.global_step < 200
@@ -307,13 +315,8 @@ def test_a_tolerated_failure_lets_training_go_on(tmp_path: Path) -> None:
 
 
 def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:
-    class Failing(FileSystem):
-        def create_file(self, path: str, data: bytes) -> None:
-            if ".staging.checkpoint-8." in path:
-                raise OSError(errno.ENOSPC, "no space left")
-            super().create_file(path, data)
-
-    trained = trainer(tmp_path, config={"filesystem": Failing()})
+    failing = Failing(".staging.checkpoint-8.", errno.ENOSPC, "no space left")
+    trained = trainer(tmp_path, config={"filesystem": failing})
     with pytest.raises(OSError, match="no space left"):
         trained.train()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -323,16 +326,13 @@ def test_a_failed_last_commit_is_raised_by_train(tmp_path: Path) -> None:
 
 
 def test_the_users_own_exception_is_not_replaced(tmp_path: Path) -> None:
-    class Failing(FileSystem):
-        def create_file(self, path: str, data: bytes) -> None:
-            raise OSError(errno.EIO, "broken disk")
-
     class Stop(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise KeyError("the user's")
 
+    failing = Failing(".staging.checkpoint", errno.EIO, "broken disk")
     with pytest.raises(KeyError, match="the user's"):
-        trainer(tmp_path, callbacks=[Stop()], config={"filesystem": Failing(), "preflight": False}).train()
+        trainer(tmp_path, callbacks=[Stop()], config={"filesystem": failing}).train()
 
 
 def test_damaged_and_foreign_checkpoints_are_not_resumed_from(tmp_path: Path, stock: Any, caplog: Any) -> None:

@@ -196,9 +196,8 @@ def test_a_failed_commit_raises_at_the_next_save_and_keeps_the_old_file(tmp_path
             io.wait()
             files.fail_manifest = OSError(errno.EIO, "broken disk")
         if t.global_step == 2:
-            commits_of(io.engine).find_unfinished("epoch=0-step=2.ckpt") and commits_of(io.engine).find_unfinished(
-                "epoch=0-step=2.ckpt"
-            ).wait(60)
+            if (unfinished := commits_of(io.engine).find_unfinished("epoch=0-step=2.ckpt")) is not None:
+                unfinished.wait(60)
             files.fail_manifest = None
 
     model.at_step = at_step
