@@ -130,10 +130,7 @@ class DiskResult:
 
 class DiskMeasurement:
     """Writes test files into a private directory below `folder`, which is swept first; a context, which removes them.
-
-    Raises:
-        ConfigError: too little free space to measure anything. WriteError: the disk refuses.
-    """
+    Raises ConfigError: too little free space to measure anything. WriteError: the disk refuses."""
 
     def __init__(self, folder: str) -> None:
         self._filesystem = FileSystem()

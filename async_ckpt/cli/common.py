@@ -68,12 +68,8 @@ class Located:
 
 
 def catalog_of(root: str) -> Catalog:
-    """The catalog of an existing root directory, of a folder of single-file checkpoints, or of a mirror's URL.
-
-    Raises:
-        CheckpointNotFoundError: there is no such directory, or nothing in it in a store.
-        ConfigError: it is itself a checkpoint.
-    """
+    """The catalog of an existing root directory, of a folder of single-file checkpoints, or of a mirror's URL. Raises
+    CheckpointNotFoundError: there is no such directory, or nothing in a store. ConfigError: it is a checkpoint."""
     if is_url(root):
         catalog = Catalog(root)
         if catalog.filesystem.stat(f"{catalog.root}/{MANIFEST_NAME}").kind != "missing":
@@ -92,11 +88,8 @@ def catalog_of(root: str) -> Catalog:
 
 
 def place_of(path: str) -> Located:
-    """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file, or the one that is one file.
-
-    Raises:
-        CheckpointNotFoundError: there is no checkpoint at or above it. ConfigError: it is a root.
-    """
+    """The checkpoint (or file of one) at ROOT/TAG or ROOT/TAG/file, or the one that is one file. Raises
+    CheckpointNotFoundError: there is no checkpoint at or above it. ConfigError: it is a root."""
     given = path.rstrip("/") if is_url(path) else os.path.abspath(path)
     home, name = os.path.split(given)
     beside, tag = os.path.join(home, SINGLE_FILES_NAME), single_file_tag(name)
@@ -111,11 +104,8 @@ def place_of(path: str) -> Located:
 
 
 def refuse_single_files(catalog: Catalog) -> None:
-    """For commands that delete: a checkpoint that is one file does not lie where its manifest does.
-
-    Raises:
-        ConfigError: these checkpoints are single files.
-    """
+    """For commands that delete: a checkpoint that is one file does not lie where its manifest does. Raises ConfigError:
+    these are single files."""
     if os.path.basename(catalog.root) == SINGLE_FILES_NAME:
         raise ConfigError(
             f"the checkpoints in {os.path.dirname(catalog.root)!r} are single files: delete them as files, and the "
@@ -207,10 +197,8 @@ def print_table(
     right: Sequence[str] = (),
     styles: Sequence[str] = (),
 ) -> None:
-    """A table without frames; `right` names the columns that hold numbers, `styles` has one style per row.
-
-    Into a pipe it is plain text, nothing cut and nothing wrapped.
-    """
+    """A table without frames, into a pipe plain text, nothing cut or wrapped; `right` names the columns that hold
+    numbers, `styles` has one style per row."""
     cells = [[escaped(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         # One long cell (metadata, an error) does not make all lines as long.

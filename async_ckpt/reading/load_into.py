@@ -185,16 +185,14 @@ class Mover:
         """Read, verify, move. Raises ConfigError: too little memory for `atomic=True`; and as `VerifiedFile`."""
         held = self._held_extents(file, atomic)
         with self.changing():
-            if not atomic:
-                self._overwrite(file)
-            elif self.scatter.streams:
+            if atomic and not self.scatter.streams:
+                self._overwrite_or_restore(file, held)
+                return
+            if atomic:
                 file.keep(held)
                 file.stream(None, self.extents[len(held) :])
-                self._overwrite(file)
-            else:
-                self._overwrite_or_restore(file, held)
-            if not atomic or self.scatter.streams:
-                self.copy()
+            self._overwrite(file)
+            self.copy()
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:

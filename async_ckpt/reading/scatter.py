@@ -44,10 +44,8 @@ class Scatter:
         *,
         fresh: bool = False,
     ) -> None:
-        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped.
-
-        `fresh`: nobody has seen this memory yet.
-        """
+        """Bytes from `file_offset` on go into `storage`, which is kept alive until the scatter is dropped; `fresh`:
+        nobody has seen this memory yet."""
         if storage_offset_bytes < 0 or storage_offset_bytes + num_bytes > storage.nbytes():
             raise ValueError(f"{num_bytes} bytes at {storage_offset_bytes} do not fit a storage of {storage.nbytes()}")
         if num_bytes == 0:
@@ -67,9 +65,7 @@ class Scatter:
 
     def freeze(self) -> None:
         """Sort the pieces; no `add` after it. Pieces may overlap in the file (tied weights read into separate tensors).
-
-        Raises TransactionStateError: the caller captures a graph.
-        """
+        Raises TransactionStateError: the caller captures a graph."""
         refuse_capture("a file cannot be read into tensors", self.streams)
         self._pieces.sort(key=lambda piece: piece[0])
         self._starts = [piece[0] for piece in self._pieces]
@@ -197,10 +193,8 @@ def stream_into(file: VerifiedFile, scatter: Scatter, extents: Iterable[int] | N
 
 
 def new_storage(num_bytes: int, device: torch.device) -> torch.UntypedStorage:
-    """Fresh, uninitialised memory; on the CPU backed by huge pages where the kernel gives them.
-
-    The first touch of fresh memory is the slowest step of a load; huge pages make it 512 times rarer.
-    """
+    """Fresh, uninitialised memory, on the CPU backed by huge pages where the kernel gives them: its first touch is the
+    slowest step of a load, and they make it 512 times rarer."""
     with beside_captures(device):
         storage = torch.UntypedStorage(num_bytes, device=device)
     if num_bytes >= 2 * HUGE_PAGE_BYTES and device.type == "cpu":

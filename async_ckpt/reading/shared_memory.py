@@ -98,10 +98,8 @@ def compare_shared(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor],
 
 
 def overlapping(targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Groups of more than one target, by index, each overlapping another of its group in its range of bytes.
-
-    There are none, mostly: nothing but numbers is made for each target.
-    """
+    """Groups of more than one target, by index, each overlapping another of its group in its range of bytes. There are
+    none, mostly: nothing but numbers is made for each target."""
     # Addresses of two devices have nothing to do with each other.
     where = {i: (target.get_device(), target.data_ptr()) for i, target in enumerate(targets) if target.numel()}
     group: list[int] = []

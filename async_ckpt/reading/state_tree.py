@@ -21,11 +21,9 @@ W = TypeVar("W")
 
 
 def flatten(state: Any, num_bytes: int | None = None) -> list[tuple[str, Any]]:
-    """(key path, leaf) of every leaf, in order; a container inside itself is passed over. Nothing recurses.
-
-    Raises UnsupportedStateError: nested deeper than `MAX_DEPTH`; or the key paths are far longer than `num_bytes`
-    account for, what the state was read from, where somebody may have made that to blow up.
-    """
+    """(key path, leaf) of every leaf, in order; a container inside itself is passed over. Nothing recurses. Raises
+    UnsupportedStateError: nested deeper than `MAX_DEPTH`; or the key paths are far longer than `num_bytes`
+    account for, what the state was read from, where somebody may have made that to blow up."""
     found: list[tuple[str, Any]] = []
     left = None if num_bytes is None else _FREE_CHARACTERS + _CHARACTERS_PER_BYTE * num_bytes
 
@@ -114,15 +112,9 @@ def match_leaves(
     found: Mapping[str, F], wanted: Mapping[str, W], prefix: str, rename: Mapping[str, str], file: str
 ) -> tuple[dict[str, F], dict[str, W], dict[str, str]]:
     """The leaves of a file whose dotted names begin with `prefix`, and the given ones that they are for, by the key
-    paths of the latter.
-
-    The given state has the file's structure, or is the selected part alone (its names are the file's without `prefix`).
-    `rename` maps names in the file to names in the given state. The third result is the file's key path
-    of each.
-
-    Raises:
-        StateMismatchError: nothing has the prefix, or a key of `rename`; two have one name. Names them.
-    """
+    paths of the latter; and the file's key path of each. The given state has the file's structure, or is the selected
+    part alone (its names are the file's without `prefix`); `rename` maps names in the file to names in it. Raises
+    StateMismatchError: nothing has the prefix, or a key of `rename`; two have one name. Names them."""
     selected = {path: name for path in found if (name := dotted(path)).startswith(prefix)}
     there = escaped(some_of(sorted({dotted(path).partition(".")[0][:_MAX_SHOWN] for path in found}))) or "none"
     if not selected:
