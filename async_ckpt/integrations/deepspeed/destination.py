@@ -64,7 +64,8 @@ class DeepSpeedCoordinator:
             self._node = node_from_env(self.rank, self.world_size) if node_local else None
         self.offloaded_name = f"rank{self.rank if self._node is None else self._node.ranks.index(self.rank):02d}"
         """DeepSpeed's name for the folder of this rank's offloaded tensors."""
-        self.swept: set[str] = set()
+        self.sweeps = False
+        self.known_roots: set[str] = set()
         self.newest: dict[str, int] = {}
         """Which save the `latest` of each save_dir names."""
         self.lock = Lock()
@@ -94,7 +95,7 @@ class DeepSpeedCoordinator:
 
     def sweep(self) -> None:
         # Each save_dir is swept when it is first used.
-        return
+        self.sweeps = True
 
     def close(self) -> None:
         for coordinator in self._by_ranks.values():
@@ -191,11 +192,11 @@ class DeepSpeedDestination(Destination):
 
     def prepare(self, filesystem: FileSystem, *, leads: bool, overwrite: str) -> None:
         """Make and sweep the directory when it is first used; let another tool's checkpoint be replaced as a whole."""
-        if self.root not in self.job.swept:
+        if self.root not in self.job.known_roots:
             transaction.make_root(filesystem, self.root)
-            if leads:
+            if leads and self.job.sweeps:
                 transaction.sweep(filesystem, self.root)
-            self.job.swept.add(self.root)
+            self.job.known_roots.add(self.root)
         if leads and overwrite == "replace":
             adopt(filesystem, self.root, self.tag)
 

@@ -66,13 +66,11 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
         verify: str = "full",
         **config: Any,
     ) -> None:
-        checked = checked_config(config, _DECIDED)
         self._config = config
         self._guards = guard
         self._on_commit = on_commit
         self._verify = verify
-        self._sweeps = checked.sweep_on_start
-        self._filesystem: FileSystem = checked.filesystem or FileSystem()
+        self._filesystem: FileSystem = checked_config(config, _DECIDED).filesystem or FileSystem()
         self._guarded: list[torch.optim.Optimizer] = []
         self._after: FollowUps | None = None
         # Lightning's trainer has torn down and has not begun again.
@@ -237,7 +235,7 @@ class AsyncCkptIO(_CheckpointIO):  # type: ignore[misc]
 
     def _running(self, place: CheckpointFile) -> FollowUps:
         if self._after is None:
-            coordinator = FileCoordinator(sweep=self._sweeps)
+            coordinator = FileCoordinator()
             engine = AsyncCheckpointEngine(
                 root=place.root, overwrite="replace", coordinator=coordinator, **self._config
             )

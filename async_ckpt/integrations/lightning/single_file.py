@@ -91,10 +91,10 @@ class CheckpointFile(Destination):
 class FileCoordinator(LocalCoordinator):
     """A single process whose checkpoints are files in any folder, at a `CheckpointFile` each."""
 
-    def __init__(self, *, sweep: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.lock = Lock()
-        self._sweeps = sweep
+        self._sweeps = False
         self._settled: set[str] = set()
 
     def prepare(self, place: CheckpointFile) -> None:
@@ -126,7 +126,7 @@ class FileCoordinator(LocalCoordinator):
 
     def sweep(self) -> None:
         # Each folder is swept when it is first used.
-        return
+        self._sweeps = True
 
 
 def _content_id(fs: FileSystem, folder: str, name: str) -> str | None:

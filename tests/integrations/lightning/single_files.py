@@ -16,8 +16,9 @@ from tests.support.comparing import torch_bytes
 def commit(fs: FileSystem, place: CheckpointFile, step: int) -> None:
     """What engine and writer do with a checkpoint, in one thread."""
     data = torch_bytes({"step": step, "w": torch.full((100,), float(step))})
-    coordinator = FileCoordinator(sweep=True)
+    coordinator = FileCoordinator()
     coordinator.bind(fs, place.root)
+    coordinator.sweep()
     opened = coordinator.begin(place, "replace")
     entry = FileEntry(DATA_NAME, len(data), len(data), (crc32(data),), "torch", "torch", None)
     try:
