@@ -105,7 +105,10 @@ def check_int(name: str, value: object, low: int = 1, high: int | None = None, h
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether `value` is an integer or a float, and neither a bool nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, float):
+        return not math.isnan(value)
+    # An integer may be too large for any float.
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: object, what: str = "number of seconds") -> None:

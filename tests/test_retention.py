@@ -95,6 +95,8 @@ def test_an_unknown_metric_is_an_error_that_names_what_there_is() -> None:
     with pytest.raises(ConfigError, match="'low', not a number"):
         decide([CheckpointInfo("a", 1, {"loss": "low"})], KeepBest("loss"))
     assert decide([], KeepBest("acc")) == []
+    huge = [CheckpointInfo("a", 1, {"loss": 10**400}), CheckpointInfo("b", 2, {"loss": 0.5}), CheckpointInfo("c", 3)]
+    assert [d.tag for d in decide(huge, KeepBest("loss")) if d.keep] == ["b", "c"]
     some = [*RUN, CheckpointInfo("other", 10**12)]
     assert [d.tag for d in decide(some, KeepBest("loss")) if d.keep] == ["step-400", "other"]
 
