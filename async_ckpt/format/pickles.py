@@ -11,6 +11,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import codecs
 import io
 import pickletools
 import struct
@@ -257,10 +258,6 @@ class PickleReader(Notes):
         made, *args = self._pop_mark()
         self._push(self._called(made, tuple(args)))
 
-    def _instance(self) -> None:
-        name = self._named(self._line(), self._line())
-        self._push(self._called(name, tuple(self._pop_mark())))
-
     def _build(self) -> None:
         state = self.stack.pop()
         if type(state) in _SIZED:
@@ -279,6 +276,8 @@ _CODES = {info.name: ord(info.code) for info in pickletools.opcodes}
 _ARGUMENTS: dict[int, Callable[[io.BytesIO], Any]] = {
     **{ord(info.code): info.arg.reader for info in pickletools.opcodes if info.arg is not None},
     _CODES["BYTEARRAY8"]: pickletools.read_bytes8,
+    # `pickletools` before Python 3.13 takes nothing but ASCII.
+    _CODES["STRING"]: lambda f: str(codecs.escape_decode(pickletools.read_stringnl(f, decode=False))[0], "latin1"),
     _CODES["NONE"]: lambda _: None,
     _CODES["NEWTRUE"]: lambda _: True,
     _CODES["NEWFALSE"]: lambda _: False,
@@ -317,11 +316,14 @@ _HANDLERS: dict[int, Callable[[PickleReader], object]] = {
         "SETITEM": lambda r: r._set_items((r.stack.pop(-2), r.stack.pop())),
         "SETITEMS": lambda r: r._set_items(r._pop_mark()),
         "GLOBAL": lambda r: r._push(r._named(r._line(), r._line())),
+        "EXT1": lambda r: r._push(r.name("extension", str(r._argument(_CODES["EXT1"])))),
+        "EXT2": lambda r: r._push(r.name("extension", str(r._argument(_CODES["EXT2"])))),
+        "EXT4": lambda r: r._push(r.name("extension", str(r._argument(_CODES["EXT4"])))),
         "STACK_GLOBAL": lambda r: r._push(r._named(r.stack.pop(-2), r.stack.pop())),
         "NEWOBJ": PickleReader._new_object,
         "NEWOBJ_EX": lambda r: (r.stack.pop(), r._new_object()),
         "OBJ": PickleReader._from_mark,
-        "INST": PickleReader._instance,
+        "INST": lambda r: r._push(r._called(r._named(r._line(), r._line()), tuple(r._pop_mark()))),
         "BUILD": PickleReader._build,
         "PERSID": lambda r: r._push(r.persistent(r._line())),
     }.items()

@@ -300,6 +300,13 @@ def test_the_opcodes_of_other_protocols_are_not_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.wide
+def test_what_pickles_seldom_say_is_read() -> None:
+    read = read_inert(b"\x80\x02(\x82\x01\x83\x02\x01\x84\x03\0\0\0S'\xe9\\x41'\n(c__main__\nA\noI01\nl.")
+    assert [describe(item) for item in read[:3]] == ["<extension.1>", "<extension.258>", "<extension.3>"]
+    assert [read[3], read[5]] == ["éA", True]
+    assert describe(read[4]) == "<__main__.A>"
+
+
 def test_a_sample_of_the_fuzzer() -> None:
     assert len(NAMES) > 10
     fuzz(4000, seed=7)
