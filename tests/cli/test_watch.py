@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointEngine
 
+from .conftest import Ran
 from .test_reading import dead_owner
-
-
-@pytest.fixture
-def watch(capsys: pytest.CaptureFixture[str]) -> Any:
-    from async_ckpt.cli import main
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as left:
-            main(["watch", *map(str, arguments)])
-        assert left.value.code == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.wide
 @pytest.mark.leaves_staging
-def test_watch_shows_what_is_committed_and_what_is_staged(watch: Any, tmp_path: Path) -> None:
+def test_watch_shows_what_is_committed_and_what_is_staged(cli: Callable[..., Ran], tmp_path: Path) -> None:
     root = tmp_path / "root"
     with AsyncCheckpointEngine(root, staging_bytes=1 << 20) as engine:
         for tag in ("step-1", "step-2"):
@@ -40,9 +28,10 @@ def test_watch_shows_what_is_committed_and_what_is_staged(watch: Any, tmp_path: 
                 pending.result()
                 metrics = pending.metrics
         (root / f".staging.lost.{dead_owner()}.0").mkdir()
-        seen = json.loads(watch(root, "--json"))
-        shown = watch(root, "--once")
+        as_json, shown = cli("watch", root, "--json"), cli("watch", root, "--once")
         engine.commit("step-2")
+    assert as_json.code == shown.code == 0
+    seen = json.loads(as_json.out)
     assert set(seen) == {"root", "checkpoints", "staging"}
     (committed,) = seen["checkpoints"]
     assert committed["tag"] == "step-1"
@@ -53,8 +42,9 @@ def test_watch_shows_what_is_committed_and_what_is_staged(watch: Any, tmp_path: 
     assert {tag: item["owner_state"] for tag, item in staged.items()} == {"step-2": "alive", "lost": "dead"}
     assert staged["step-2"]["age_s"] < 60
     for word in ("step-1", "durable in", "staging of step-2, live owner", "async-ckpt sweep"):
-        assert word in shown
+        assert word in shown.out
 
 
-def test_watch_shows_a_root_in_which_nothing_happens(watch: Any, tmp_path: Path) -> None:
-    assert "nothing is staged" in watch(tmp_path, "--once")
+def test_watch_shows_a_root_in_which_nothing_happens(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = cli("watch", tmp_path, "--once")
+    assert ran.code == 0 and "nothing is staged" in ran.out
