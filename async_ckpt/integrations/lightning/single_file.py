@@ -27,13 +27,14 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointNotFoundError, CommitError, ConfigError, CorruptCheckpointError, report
-from ...format.manifest import Manifest
+from ...format.manifest import FileEntry, Manifest
 from ...format.names import SINGLE_FILES_NAME, single_file_tag
 from ...format.zip_directory import UnusualLayoutError, read_directory
 from ...ranks.coordinator import LocalCoordinator
 from ...reading.catalog import Catalog
-from ...reading.load import load_committed
+from ...reading.load import load_committed, load_opened
 from ...reading.records import LEGACY_MAGIC
+from ...reading.verified_file import VerifiedFile
 from ...storage import transaction
 from ...storage.filesystem import FileSystem
 from ...storage.staged import Destination, Staging
@@ -42,6 +43,7 @@ from ...threads.locks import Lock
 DATA_NAME = "state.ckpt"
 _CONTENT_ID = "content_id"
 """Metadata: torch's id of the committed file."""
+_EXTENT_BYTES = 8 << 20
 _ID_RECORD = ".data/serialization_id"
 # zipfile raises its own, zlib's and struct's errors, and plain ones.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError, RuntimeError)
@@ -241,6 +243,26 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
         report(logging.WARNING, "%s %s, and holds no checksums: nothing could be compared", place.final, doubt)
     elif doubt:
         report(logging.WARNING, "%s %s; only its own checksums were compared", place.final, doubt)
+    return _load_unlisted(filesystem, place, verify, **options)
+
+
+def _load_unlisted(fs: FileSystem, place: CheckpointFile, verify: str, **options: Any) -> Any:
+    """The object in a file of which no manifest tells, with the limits and the errors of one that is listed; another
+    zip archive than ``torch.save`` makes is left to ``torch.load``."""
+    size = fs.stat(place.final).size_bytes
+    # An extent is what is kept in memory beside the tensors.
+    entry = FileEntry(DATA_NAME, size, max(1, min(size, _EXTENT_BYTES)), (), "torch", "torch", None)
+    try:
+        with (
+            contextlib.closing(fs.open_read(place.folder, (place.name,), direct=True)) as file,
+            VerifiedFile(file, entry, check=False) as opened,
+        ):
+            return load_opened(opened, **options)
+    except CorruptCheckpointError:
+        if not _has_another_layout(fs, place):
+            raise
+    if verify == "full":
+        report(logging.WARNING, "%s is not laid out as torch.save does it: torch.load reads it unverified", place.final)
     try:
         return torch.load(place.final, **options)
     except RuntimeError as error:
@@ -248,6 +270,18 @@ def load_file(filesystem: FileSystem, place: CheckpointFile, *, verify: str, **o
             raise
         said = str(error).partition("\n")[0][:200]
         raise CorruptCheckpointError(f"{place.final} is no readable torch file: {said}", path=place.final) from error
+
+
+def _has_another_layout(fs: FileSystem, place: CheckpointFile) -> bool:
+    """Whether it is a zip archive that is not damaged, but that something else than torch has put together."""
+    with contextlib.closing(fs.open_read(place.folder, (place.name,))) as file:
+        try:
+            read_directory(file.read, file.size_bytes)
+        except UnusualLayoutError:
+            return True
+        except CorruptCheckpointError:
+            return False
+    return False
 
 
 def _manifest(filesystem: FileSystem, place: CheckpointFile) -> Manifest | None:

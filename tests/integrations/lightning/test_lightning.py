@@ -437,7 +437,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("verify", ["full", "off"])
-def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, verify: str) -> None:
+def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, caplog: Any, verify: str) -> None:
     state = {**STATE, "object": Path("any")}
     torch.save(state, tmp_path / "stock")
     with zipfile.ZipFile(tmp_path / "stock") as stock, zipfile.ZipFile(tmp_path / "a.ckpt", "w") as rewritten:
@@ -445,10 +445,29 @@ def test_a_file_that_zipfile_rewrote_is_read_as_torch_reads_it(tmp_path: Path, v
             rewritten.writestr(record.filename, stock.read(record))
     found = plugin(verify=verify).load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     assert same(found, state)
+    assert ("torch.load reads it unverified" in caplog.text) == (verify == "full")
     flip(tmp_path / "a.ckpt", 100_000)
     if verify == "full":
         with pytest.raises(CorruptCheckpointError, match="damaged in record"):
             plugin().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+@pytest.mark.parametrize("kind", ["cut", "cut old format", "empty", "junk"])
+def test_a_file_without_a_manifest_that_is_no_checkpoint_is_corrupt(tmp_path: Path, kind: str, verify: str) -> None:
+    file = tmp_path / "a.ckpt"
+    torch.save(STATE, file, _use_new_zipfile_serialization=kind != "cut old format")
+    raw = {"empty": b"", "junk": b"hello world" * 100}.get(kind, file.read_bytes()[:400])
+    file.write_bytes(raw)
+    with pytest.raises(CorruptCheckpointError, match=r"a\.ckpt"):
+        plugin(verify=verify).load_checkpoint(file, weights_only=True)
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_a_file_without_a_manifest_names_the_class_that_it_needs(tmp_path: Path, verify: str) -> None:
+    torch.save({"state": {"bad": torch.nn.Linear(1, 1)}}, tmp_path / "a.ckpt")
+    with pytest.raises(UnsupportedStateError, match=r"needs torch\.nn\..*\.Linear at state"):
+        plugin(verify=verify).load_checkpoint(tmp_path / "a.ckpt", weights_only=True)
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
