@@ -8,7 +8,7 @@ all of them say the same. `.metadata` holds where each object lies, so objects g
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,11 +38,15 @@ _blobs = BlobPlanner()
 
 class KnownPlan(StorageWriter):
     """What one rank knows of a structure: planned by DCP's calls, with all ranks, and used `again` without them. Both
-    give a `state` for the engine to save as `path`, and rank 0's `.metadata`; nothing is written here.
+    give a `state` for the engine to save as `path`, and rank 0's `.metadata`.
     """
 
     def __init__(self, *, caches: bool = True) -> None:
         super().__init__()
+        self.begin: Callable[[], object] | None = None
+        self.save: Callable[[], object] | None = None
+        """Open the checkpoint, before DCP plans, and save in it what is planned: within DCP's calls, which tell all
+        ranks of what is raised there, so that none waits for one that failed."""
         self.name = ""
         """The name of the global plan, the same on all ranks."""
         self.path = ""
@@ -68,6 +72,8 @@ class KnownPlan(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._is_first = is_coordinator
+        if self.begin is not None:
+            self.begin()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         self._local = plan
@@ -82,6 +88,8 @@ class KnownPlan(StorageWriter):
         self.state = state if items else None
         (self.name, self.path), self._final = plan.storage_data, plan
         self._extents = [extent for _, extent in items]
+        if self.save is not None:
+            self.save()
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(write_results(items, self.path, None))
         return future
@@ -89,6 +97,8 @@ class KnownPlan(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         # What is written again and again cannot say where.
         self.metadata = encode_metadata(metadata, results, StorageMeta())
+        if self.save is not None:
+            self.save()
 
     # Later saves.
 

@@ -119,18 +119,43 @@ def save_sharded(
     known = plans.take(key, coordinator, engine.config.backpressure_timeout_s) if caches else None
     if known is None or not _save_by(known, engine, tag, state_dict):
         known = KnownPlan(caches=caches)
-        try:
-            state_dict_saver.save(state_dict, storage_writer=known, process_group=process_group, planner=planner)
-        except (CheckpointException, ValueError) as error:
-            # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
-            failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
-            raise _unplannable(failure) from error
-        engine.create(tag)
-        _save(known, engine, tag)
+        _save_with_all(known, engine, tag, state_dict, process_group, planner)
     pending = engine.commit(tag, metadata)
     if caches:
         plans.keep(key, known, pending)
     return pending
+
+
+def _save_with_all(
+    known: KnownPlan,
+    engine: AsyncCheckpointEngine,
+    tag: str,
+    state_dict: dict[str, Any],
+    process_group: dist.ProcessGroup | None,
+    planner: SavePlanner | None,
+) -> None:
+    """Plan with all ranks, and save this rank's part by it; what fails on one of them is raised on all."""
+    is_open = False
+
+    def begin() -> None:
+        nonlocal is_open
+        engine.create(tag)
+        is_open = True
+
+    known.begin, known.save = begin, lambda: _save(known, engine, tag)
+    try:
+        state_dict_saver.save(state_dict, storage_writer=known, process_group=process_group, planner=planner)
+    except BaseException as error:
+        if is_open:
+            engine.abort(tag)
+        if not isinstance(error, (CheckpointException, ValueError)):
+            raise
+        # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
+        failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
+        raise _unplannable(failure) from error
+    finally:
+        # A plan that is kept must not keep its engine.
+        known.begin = known.save = None
 
 
 def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_dict: dict[str, Any]) -> bool:
@@ -141,33 +166,29 @@ def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_di
     engine.create(destination)
     try:
         why = known.again(state_dict)
+        if why and getattr(engine.config.coordinator, "world_size", 1) == 1:
+            engine.abort(tag)
+            return False
+        if why:
+            destination.against.append(why)
+        else:
+            _save(known, engine, tag)
     except BaseException as error:
         engine.abort(tag)
         if isinstance(error, CheckpointError):
             raise
         raise _unplannable(error) from error
-    if not why:
-        _save(known, engine, tag)
-    elif getattr(engine.config.coordinator, "world_size", 1) == 1:
-        engine.abort(tag)
-        return False
-    else:
-        destination.against.append(why)
     return True
 
 
 def _save(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str) -> None:
-    """Save in an open checkpoint what was planned; gives that up where it fails."""
+    """Save in an open checkpoint what was planned."""
     state, known.state = known.state, None
-    try:
-        if state is not None:
-            engine.save(state, f"{engine.root}/{tag}/{known.path}")
-        if known.metadata:
-            raw, _ = join_blobs([(raw_plan(known.metadata), None)])
-            engine.save(raw, f"{engine.root}/{tag}/{DCP_METADATA_NAME}")
-    except BaseException:
-        engine.abort(tag)
-        raise
+    if state is not None:
+        engine.save(state, f"{engine.root}/{tag}/{known.path}")
+    if known.metadata:
+        raw, _ = join_blobs([(raw_plan(known.metadata), None)])
+        engine.save(raw, f"{engine.root}/{tag}/{DCP_METADATA_NAME}")
 
 
 def load_sharded(

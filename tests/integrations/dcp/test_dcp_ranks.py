@@ -79,3 +79,9 @@ def test_a_failing_sharded_save_is_told_apart_on_each_rank(tmp_path: Path) -> No
     zero, one = run_ranks(tmp_path / "p", 2, work.save_sharded_that_fails, str(tmp_path / "root"))
     assert zero == (["ok", "TagExistsError", "RankFailedError 1", "ok"], ["a", "c"])
     assert one == (["ok", "RankFailedError 0", "UnsupportedStateError", "ok"], ["a", "c"])
+
+
+def test_a_sharded_save_that_cannot_begin_on_one_rank_raises_at_once_on_all(tmp_path: Path) -> None:
+    zero, one = run_ranks(tmp_path / "p", 2, work.save_sharded_that_cannot_begin, str(tmp_path / "root"))
+    assert zero == ["RankFailedError", "saved b", "TagExistsError", "saved c"]
+    assert one == ["UnsafePathError", "saved b", "RankFailedError", "saved c"]

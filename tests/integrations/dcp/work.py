@@ -215,6 +215,21 @@ def save_sharded_that_fails(rank: int, root: str) -> Any:
     return outcomes, Catalog(root).tags()
 
 
+def save_sharded_that_cannot_begin(rank: int, root: str) -> Any:
+    """What the call itself raises on each rank: where rank 1 names no tag, where rank 0's exists, where neither does
+    wrong."""
+    outcomes = []
+    with engine_of(root) as engine:
+        for name, tag in (("x", "../a" if rank else "a"), ("x", "b"), ("y", "b"), ("x", "c")):
+            try:
+                pending = save_sharded(engine, tag, {name: other_state(rank)["columns"]})
+            except CheckpointError as error:
+                outcomes.append(type(error).__name__)
+            else:
+                outcomes.append(f"saved {pending.result(60)}")
+    return outcomes
+
+
 def load_own_rows(rank: int, path: str) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state = {"x": distribute_tensor(torch.zeros(1 << 10, 1 << 10, dtype=torch.long), mesh, [Shard(0)])}
