@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import some_of
 from .inert import Inert, MalformedPickleError, Name, OpaqueKey, PersistentId, Placed, describe, printable
-from .pickles import PickleReader, read_inert
+from .pickles import PickleReader
 from .zip import lay_out
 
 _MAX_NAMES = 20
@@ -33,22 +34,30 @@ def refused_in(pickled: bytes, ask: Callable[[io.BytesIO], Iterable[str]], names
     """Every class and function of `pickled` that torch refuses, with key paths, in one line; empty where there is none,
     or it is not read. `ask` tells which of those in a file it refuses; `names`: what `names_in` gives, if known.
     """
-    split = [name.rpartition(".") for name in sorted(names_in(pickled) if names is None else names)]
+    named = names_in(pickled) if names is None else names
+    split = [name.rpartition(".") for name in sorted(named)]
     globals_ = "".join(f"c{module}\n{attribute}\n" for module, _, attribute in split)
     asked = b"\x80\x02(" + globals_.encode("utf-8", "surrogateescape") + b"t."
     file = b"".join(data for _, data in lay_out(asked, [], name_hash=bytes(20)).literals)
     refused = set(ask(io.BytesIO(file)))
     try:
-        return listing(places_named(pickled, refused)) if refused else ""
+        found = places_named(pickled, {name for name in named if _renamed(name) in refused}) if refused else {}
     except MalformedPickleError:
         return ""
+    return listing({_renamed(name): places for name, places in found.items()})
+
+
+def _renamed(name: str) -> str:
+    """What Python 3, and torch, calls what a pickle of Python 2's protocols names so."""
+    module, _, attribute = name.rpartition(".")
+    return ".".join(NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute)))
 
 
 def places_named(pickled: bytes | memoryview, names: Collection[str]) -> dict[str, list[str]]:
     """The key paths of every object that `pickled` makes by one of `names`. Linear in time and memory. Raises
     MalformedPickleError: it is no pickle that is read."""
     found: dict[str, dict[str, None]] = {}
-    for path, value in _walk(read_inert(pickled)):
+    for path, value in _walk(PickleReader(pickled).read()):
         text = value.text if isinstance(value, Name) else value.name if isinstance(value, Inert) else ""
         if text in names:
             found.setdefault(text, {})[path] = None

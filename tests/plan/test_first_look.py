@@ -11,6 +11,7 @@ import enum
 import pathlib
 import threading
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_what_the_user_allows_is_not_refused(tmp_path: Path) -> None:
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("error")
         Planner(tell=show).plan({"where": pathlib.PurePosixPath("/a")})
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (range(3), ["builtins.range"]),
+        (frozenset({1}), ["builtins.frozenset"]),
+        (defaultdict(list, a=[1]), ["builtins.list", "collections.defaultdict"]),
+    ],
+)
+def test_containers_that_load_refuses_are_named_as_torch_names_them(value: object, names: list[str]) -> None:
+    told: list[str] = []
+    Planner(tell=told.append).plan({"x": value}, name="a.pt")
+    assert "; ".join(f"{name} at state['x']" for name in names) + ". Convert" in told[0]
 
 
 def test_a_warning_that_is_an_error_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
