@@ -148,6 +148,9 @@ class FileChunks:
                 self._first = None
             elif self._failure is None and self._may_rewrite and isinstance(error, WriteError):
                 self._first = error if error.errno in MOMENTARY | FULL else None
+            elif not isinstance(error, (WriteError, asyncio.CancelledError)):
+                # Not the disk's: a chunk whose seal has failed cannot be sealed again.
+                self._first = None
             if self._failure is None and not self._is_over:
                 # What is no Exception (KeyboardInterrupt) would end every event loop that awaits it.
                 self._failure = error if keep and isinstance(error, Exception) else _in_our_tree(error, self.path)

@@ -81,6 +81,32 @@ def test_a_seal_that_raises(make_pool, fs, at):
     source.assert_released_once()
 
 
+def test_a_file_whose_seal_raises_beside_a_failed_write_is_not_written_once_more(make_pool, fs):
+    fs.on["write"] = fail_at(0, WriteError("injected", errno=errno.EIO))
+    fs.unlink = lambda path: None
+    has_failed = threading.Event()
+
+    def sealing(offset: int, view: memoryview) -> int:
+        if offset == 4096:
+            assert has_failed.wait(TIMEOUT_S)
+            raise ValueError("seal")
+        return 0
+
+    source = Source(NUM * 4096, 4096)
+    file = make_pool(rewrite=True).open_file("f", size_bytes=source.size_bytes, seal=sealing)
+    fail = file._fail
+
+    def failing(error: BaseException, **how: bool) -> None:
+        fail(error, **how)
+        has_failed.set()
+
+    file._fail = failing
+    error = source.submit(file).done.exception(TIMEOUT_S)
+    assert isinstance(error, WriteError) and error.errno == errno.EIO
+    source.assert_released_once()
+    assert fs.kinds().count("open") == 1
+
+
 def test_memory_and_descriptor_are_kept_until_writes_in_flight_ended(make_pool, fs):
     gate = fs.on["write"] = Gate()
     source = Source(NUM * 4096, 4096)
