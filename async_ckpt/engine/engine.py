@@ -246,17 +246,17 @@ class AsyncCheckpointEngine(CheckpointEngine):
         Lazy snapshots are waited for first. For the arguments and errors see `async_ckpt.load_into`.
         """
         tag, name = self._commits.paths.split_committed(path)
+        catalog = self.catalog_of(tag)
         self.wait_snapshot()
         how: Any = {"strict": strict, "verify": verify, "atomic": atomic, "weights_only": weights_only}
         how |= {"select": select, "rename": rename, "lend": self._pipeline.arena.lend}
-        return load_committed_into(self.catalog_of(tag), tag, name, state_dict, **how)
+        return load_committed_into(catalog, tag, name, state_dict, **how)
 
     def latest(self, verify: str = "full", *, tier: Literal["disk", "any"] = "disk") -> str | None:
         """Newest committed tag that verifies, or None; logs which ones it skipped and why. Blocks for the reading, and
         first for pending commits of other engines in this root (BackpressureTimeout: they do not end). `tier="any"`:
         also of the mirrors, which `load` and `load_into` then read; nodes with roots of their own ask together, and get
-        the newest that each of them has.
-        """
+        the newest that each of them has."""
         return self._commits.latest(verify, tier)
 
     def catalog_of(self, tag: str) -> Catalog:

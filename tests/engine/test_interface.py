@@ -56,6 +56,25 @@ def test_several_checkpoints_in_flight(tmp_path: Path) -> None:
             assert engine.load(f"t{k}/model.pt")["step"] == k
 
 
+def test_load_into_waits_for_snapshots_after_it_has_waited_for_commits(tmp_path: Path) -> None:
+    calls = []
+
+    class Telling(AsyncCheckpointEngine):
+        def catalog_of(self, tag: str) -> Catalog:
+            calls.append("commits")
+            return super().catalog_of(tag)
+
+        def wait_snapshot(self) -> None:
+            calls.append("snapshots")
+            super().wait_snapshot()
+
+    with Telling(tmp_path, staging_bytes=1 << 20) as engine:
+        commit_one(engine, "a", 3)
+        # What another thread saves while the commit is waited for must not be overwritten while it is copied.
+        engine.load_into(into := state(1), "a/model.pt")
+        assert calls == ["commits", "snapshots"] and torch.equal(into["w"], state(3)["w"])
+
+
 def test_leaving_the_block_waits(tmp_path: Path) -> None:
     with AsyncCheckpointEngine(tmp_path, staging_bytes=1 << 20) as engine:
         pending = commit_one(engine, "a", 1)
