@@ -45,7 +45,7 @@ _STILL_USED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 # Rank 0 often holds the store: it must not leave before the others have heard how their checkpoints ended.
 _LINGER_S = 60.0
 
-# Engines are made in the same order on every rank, so the same number means the same engine.
+# Engines of many ranks are made in the same order on every rank, so the same number means the same engine.
 _numbers = itertools.count()
 
 
@@ -58,9 +58,10 @@ class DeepSpeedCoordinator:
         self.rank, self.world_size = 0, 1
         self._node: Node | None = None
         self._store: Any = None
+        self._number = 0
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-            self._store = distributed.distributed_c10d._get_default_store()
+            self._store, self._number = distributed.distributed_c10d._get_default_store(), next(_numbers)
             self._node = node_from_env(self.rank, self.world_size) if node_local else None
         self.offloaded_name = f"rank{self.rank if self._node is None else self._node.ranks.index(self.rank):02d}"
         """DeepSpeed's name for the folder of this rank's offloaded tensors."""
@@ -71,7 +72,6 @@ class DeepSpeedCoordinator:
         self.lock = Lock()
         self._filesystem = filesystem
         self._timeout_s = timeout_s
-        self._number = next(_numbers)
         self._by_ranks: dict[tuple[int, ...], Coordinator] = {}
         everybody = self._of(tuple(range(self.world_size)))
         self.leads = everybody.leads

@@ -25,8 +25,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
+from async_ckpt.integrations.deepspeed import AsyncDeepSpeedEngine
 from tests.integrations.deepspeed.job import finish, run_job, start
+from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.wide
 
@@ -202,6 +205,23 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     assert processes[1].returncode == -signal.SIGKILL
     assert processes[0].returncode == 0, (tmp_path / "log-0").read_text()[-3000:]
     assert '"killed_rank": null' in (tmp_path / "outcomes-0.json").read_text()
+
+
+def save_after_one_rank_was_alone(rank: int, folder: str) -> bool:
+    distributed.destroy_process_group()
+    if rank == 0:
+        AsyncDeepSpeedEngine(save_dir=f"{folder}/alone").cleanup()
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    engine = AsyncDeepSpeedEngine(save_dir=f"{folder}/all", rank_timeout_s=10.0, backpressure_timeout_s=10.0)
+    engine.create("a")
+    engine.save({"rank": rank}, f"{folder}/all/a/{rank}.pt")
+    done = engine.commit("a")
+    engine.cleanup()
+    return done
+
+
+def test_ranks_meet_where_one_of_them_has_had_an_engine_alone(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path / "p", 2, save_after_one_rank_was_alone, str(tmp_path)) == [True, True]
 
 
 def test_without_deepspeed_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
