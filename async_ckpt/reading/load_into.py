@@ -22,7 +22,7 @@ from ..errors import ConfigError, StateMismatchError
 from ..format.tensors import TensorExtent
 from ..host.device import beside_captures, is_copyable, synchronize_device
 from ..host.facts import available_memory_bytes
-from ..threads.locks import TRIES, uninterrupted
+from ..threads.locks import TRIES
 from .build import CPU, TensorBuilder, dtype_of
 from .errors import telling_overwritten
 from .scatter import Rollback, stream_into
@@ -229,46 +229,47 @@ class Mover:
         read again."""
         rest = self.extents[len(held) :]
         rollback = Rollback(self.scatter, file.lend, file.extent_bytes)
+        before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # What was written last goes first.
+        steps_back = partial(_copy, before), rollback.roll_back
         try:
             file.stream(None, rest)
             file.stream(rollback, held)
             if rest:
                 self._overwrite(file, rest)
-            self._copy_or_restore()
+            before += [(target, target.detach().clone()) for target, _ in self._copies]
+            self.copy()
         except BaseException:
             interrupted: BaseException | None = None
             # Not in a function: an interrupt at its call would leave new values beside old ones.
-            for _ in TRIES:
-                try:
-                    rollback.roll_back()
-                    break
-                except BaseException as error:  # noqa: BLE001 -- raised below
-                    interrupted = error
+            for undo in steps_back:
+                for _ in TRIES:
+                    try:
+                        undo()
+                        break
+                    except BaseException as error:  # noqa: BLE001 -- raised below
+                        interrupted = error
             if interrupted is not None:
                 raise interrupted  # noqa: B904 -- its context is what was raised first
             raise
         finally:
             rollback.close()
 
-    @torch.no_grad()
     def copy(self) -> None:
         """Move what does not lie in the file in the same order, once `scatter` has all bytes."""
-        for target, source in self._copies:
-            with beside_captures(target.device):
-                target.copy_(source)
-
-    @torch.no_grad()
-    def _copy_or_restore(self) -> None:
-        before = [(target, target.clone()) for target, _ in self._copies]
-        try:
-            self.copy()
-        except BaseException:
-            uninterrupted(lambda: [target.copy_(old) for target, old in before])
-            raise
+        _copy(self._copies)
 
     def _overwrite(self, file: VerifiedFile, extents: Iterable[int] | None = None) -> None:
         with telling_overwritten():
             stream_into(file, self.scatter, self.extents if extents is None else extents)
+
+
+@torch.no_grad()
+def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give each first tensor the values of the second."""
+    for target, source in pairs:
+        with beside_captures(target.device):
+            target.copy_(source)
 
 
 def _same_order(source: TensorExtent, target: torch.Tensor) -> bool:

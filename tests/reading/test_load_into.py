@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import grad_mode
 
 import async_ckpt
 from async_ckpt import Catalog, ConfigError, CorruptCheckpointError, StateMismatchError, UnsupportedStateError
@@ -300,6 +301,33 @@ def test_wherever_interrupts_strike_no_thread_is_left_and_no_tensor_is_half_new(
         # One that was still starting cannot be joined yet.
         while any(thread.name.startswith("async-ckpt-read") for thread in threading.enumerate()):
             assert time.monotonic() < deadline, f"step {k}: a thread is left"
+
+
+@pytest.mark.parametrize("again", [None, 3])
+def test_wherever_interrupts_strike_copies_and_what_is_read_in_place_are_of_one_age(
+    tmp_path: Path, again: int | None
+) -> None:
+    state = {"w": torch.arange(12.0), "copied": torch.arange(12.0).view(3, 4)}
+    catalog = commit(tmp_path, "a", {"m.pt": torch_bytes(state)})
+    target = {"w": torch.empty(12), "copied": torch.empty(4, 3).t()}
+    # Also where a context of torch's is left.
+    within = ("reading/load_into.py", str(grad_mode.__file__), str(torch.utils._contextlib.__file__))
+
+    def load(interrupter: Interrupter) -> None:
+        for tensor in target.values():
+            tensor.fill_(7)
+        with interrupter.watching():
+            restore.load_committed_into(catalog, "a", "m.pt", target, num_threads=1, atomic=True)
+
+    counter = Interrupter(None, within=within)
+    load(counter)
+    for k in range(counter.num_steps):
+        with contextlib.suppress(KeyboardInterrupt), unraisable_forgotten():
+            load(Interrupter(k, again, within=within))
+        # torch's own context may have been interrupted while it was left.
+        torch.set_grad_enabled(True)
+        is_old = all(tensor.eq(7).all() for tensor in target.values())
+        assert is_old or all(torch.equal(target[name], state[name]) for name in state), f"step {k}"
 
 
 @pytest.mark.usefixtures("small_blocks")
