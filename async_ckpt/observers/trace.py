@@ -163,7 +163,8 @@ def read_trace(path: str | os.PathLike[str]) -> list[Span]:
     raw = Path(name).read_bytes()
     try:
         events = json.loads(raw)["traceEvents"]
-        threads = {e["tid"]: e["args"]["name"] for e in events if (e["ph"], e["name"]) == ("M", "thread_name")}
+        names = [event for event in events if event["ph"] == "M" and event["name"] == "thread_name"]
+        threads = {event["tid"]: event["args"]["name"] for event in names}
         return [_span(event, threads) for event in events if event["ph"] == "X"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(

@@ -193,6 +193,13 @@ def test_timeline_refuses_nothing_and_nonsense(tmp_path):
             read_trace(tmp_path / "bad.json")
 
 
+def test_a_trace_may_hold_events_of_others(tmp_path):
+    events = [{"ph": "E"}, {"ph": "M", "name": "thread_name", "tid": 7, "args": {"name": "w"}}]
+    events.append({"ph": "X", "name": "write", "ts": 1e6, "dur": 1e6, "tid": 7})
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert read_trace(tmp_path / "trace.json") == [Span("write", 1.0, 2.0, "w")]
+
+
 def test_recorder_keeps_the_newest():
     recorder = SpanRecorder(max_spans=10)
     for number in range(105):
