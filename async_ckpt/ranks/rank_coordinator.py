@@ -221,8 +221,9 @@ class RankCoordinator:
 
     def newest_on_all(self, verify: str, mirrors: Sequence[Catalog] = ()) -> tuple[str | None, Catalog | None]:
         """As `latest_on_all`, where a node also has what its `mirrors` have; and, on its lowest rank, where it is."""
+        exchange = self._exchange("latest_on_all")
         here = Catalog(self._root, self._fs)
-        return latest_on_all(self.info, [here, *mirrors], self._exchange("latest_on_all"), verify)
+        return latest_on_all(self.info, [here, *mirrors], exchange, verify)
 
     def load_once(self, path: StrPath, into: Any, *, per_node: bool | None = None, **how: Any) -> Any:
         """Fill the tensors of `into` on all ranks from "<tag>/file.pt", which one rank reads and verifies. All ranks

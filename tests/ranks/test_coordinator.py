@@ -474,6 +474,8 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="run_id"):
         RankCoordinator(dist.PrefixStore("p", dist.FileStore(str(tmp_path / "store"), 2)), 0, 2)
     coordinator = RankCoordinator(store, 0, 1, run_id="1")
+    with pytest.raises(ConfigError, match="has no engine"):
+        coordinator.latest_on_all()
     coordinator.bind(FileSystem(), str(tmp_path))
     with pytest.raises(ConfigError, match="has an engine already"):
         coordinator.bind(FileSystem(), str(tmp_path))
