@@ -56,6 +56,8 @@ class KnownPlan(StorageWriter):
         """The content of `.metadata`, on DCP's coordinator rank."""
         self.last: PendingCommit | None = None
         """The last commit by this plan."""
+        self.meta = StorageMeta()
+        """What DCP's planner is told of the place, and `.metadata` says: nothing, where it is written again."""
         self._caches = caches
         self._is_first = True
         self._local = self._final = SavePlan([])
@@ -69,6 +71,9 @@ class KnownPlan(StorageWriter):
 
     def reset(self, checkpoint_id: Any = None) -> None:
         return None
+
+    def storage_meta(self) -> StorageMeta:
+        return self.meta
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._is_first = is_coordinator
@@ -95,8 +100,7 @@ class KnownPlan(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        # What is written again and again cannot say where.
-        self.metadata = encode_metadata(metadata, results, StorageMeta())
+        self.metadata = encode_metadata(metadata, results, self.meta)
         if self.save is not None:
             self.save()
 

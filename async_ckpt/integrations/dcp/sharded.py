@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
@@ -119,6 +120,8 @@ def save_sharded(
     known = plans.take(key, coordinator, engine.config.backpressure_timeout_s) if caches else None
     if known is None or not _save_by(known, engine, tag, state_dict):
         known = KnownPlan(caches=caches)
+        if not caches:
+            known.meta = StorageMeta(checkpoint_id=os.path.join(engine.root, tag))
         _save_with_all(known, engine, tag, state_dict, process_group, planner)
     pending = engine.commit(tag, metadata)
     if caches:

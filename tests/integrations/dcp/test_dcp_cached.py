@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, state_dict_saver
 
 from async_ckpt import AsyncCheckpointEngine, Catalog, CommitError, ConfigError, RankCoordinator
-from async_ckpt.integrations.dcp import load_sharded, save_sharded
+from async_ckpt.integrations.dcp import DcpReader, load_sharded, save_sharded
 from async_ckpt.integrations.dcp.cached_plans import PlannedDestination, count_lacking
 from async_ckpt.ranks.rank_requests import Add, RankInfo, one
 from tests.integrations.dcp import work
@@ -167,3 +167,19 @@ def test_what_the_ranks_say_costs_the_same_for_each_of_them(world_size: int) -> 
         f"{world_size} ranks: known {max(known.ended_s.values()):.3f} s, first {max(first.ended_s.values()):.2f} s, "
         f"{sum(first.store.requests.values()) / world_size:.1f} requests per rank"
     )
+
+
+class Meeting(DefaultSavePlanner):
+    """Keeps what it is told of the place."""
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self.told = storage_meta
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+
+def test_a_planner_of_ones_own_is_told_where_the_checkpoint_goes(tmp_path: Path) -> None:
+    planner = Meeting()
+    with AsyncCheckpointEngine(tmp_path) as engine:
+        save_sharded(engine, "a", {"x": torch.ones(3)}, planner=planner)
+    assert planner.told.checkpoint_id == str(tmp_path / "a")
+    assert DcpReader(tmp_path / "a").read_metadata().storage_meta.checkpoint_id == str(tmp_path / "a")
