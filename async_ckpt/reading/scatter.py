@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -126,6 +127,9 @@ class Rollback:
         self._lend = lend
         self._region_bytes = region_bytes
         self._lock = Lock()
+        self._writing: set[int] = set()
+        """The threads that are writing now."""
+        self._is_over = False
         self._log: list[tuple[int, int, int]] = []
         """(target address, address of its old bytes, size), in the order in which they were set aside."""
         self._regions: list[Lent] = []
@@ -133,7 +137,19 @@ class Rollback:
         self._next = 0
 
     def __call__(self, offset: int, view: memoryview) -> None:
-        """Set aside, then overwrite."""
+        """Set aside, then overwrite; does nothing once the roll-back has begun."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._writing.add(threading.get_ident())
+        try:
+            self._overwrite(offset, view)
+        finally:
+            with self._lock:
+                self._writing.discard(threading.get_ident())
+                self._lock.notify_all()
+
+    def _overwrite(self, offset: int, view: memoryview) -> None:
         targets = [(address, size) for address, size in self._scatter.targets(offset, view.nbytes) if size]
         if targets:
             at = self._take(sum(size for _, size in targets))
@@ -161,8 +177,13 @@ class Rollback:
         return at
 
     def roll_back(self) -> None:
-        """Write every old byte back, once all threads that write have ended; may be called again where it was
-        interrupted."""
+        """Write every old byte back; may be called again where it was interrupted. Blocks for writes under way and one
+        copy: several interrupts in a row may have left threads that read."""
+        with self._lock:
+            self._is_over = True
+            # What this thread was writing was interrupted, or there would be no roll-back.
+            while not self._writing <= {threading.get_ident()}:
+                self._lock.wait()
         for address, saved, size in reversed(self._log):
             move(address, saved, size)
         self._log.clear()

@@ -35,6 +35,7 @@ from async_ckpt import (
 )
 from async_ckpt.plan.plan import opaque_state
 from async_ckpt.plan.planner import Planner
+from async_ckpt.reading.scatter import Rollback
 from async_ckpt.retention import RetentionPolicy
 from async_ckpt.snapshot.arena import StagingArena, StagingChunk
 from async_ckpt.snapshot.changes import TornCheck
@@ -366,6 +367,30 @@ def test_changes_in_the_order_of_streams_do_not_tear_a_snapshot() -> None:
     with pytest.raises(TornSnapshotError) as caught:
         check.check_torn()
     assert len(caught.value.tensors) == 1 and "changed" in caught.value.tensors[0]
+
+
+def test_a_write_that_was_interrupted_does_not_hang_its_roll_back() -> None:
+    """The count of writers stayed above zero, and `load_into` waited for ever."""
+
+    class Interrupting:
+        def targets(self, offset: int, num_bytes: int) -> list[tuple[int, int]]:
+            return []
+
+        def __call__(self, offset: int, view: memoryview) -> None:
+            # As if the interrupt had struck before the write was counted out.
+            rollback._writing.add(threading.get_ident())
+            rollback._writing = _Stubborn(rollback._writing)
+            raise KeyboardInterrupt
+
+    class _Stubborn(set[int]):
+        def discard(self, element: int) -> None:
+            raise KeyboardInterrupt
+
+    rollback = Rollback(Interrupting(), None, 4096)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        rollback(0, memoryview(b"x"))
+    rollback.roll_back()
+    rollback.close()
 
 
 def test_a_thread_that_dies_before_it_begins_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:

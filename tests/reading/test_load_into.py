@@ -20,6 +20,7 @@ from async_ckpt.metrics import listening_to_reads
 from async_ckpt.reading import load as restore
 from async_ckpt.reading import load_into as restore_into
 from async_ckpt.reading import state_tree
+from async_ckpt.reading.scatter import Rollback, Scatter
 from async_ckpt.reading.state_tree import flatten
 from tests.faults.interrupts import Interrupter, unraisable_forgotten
 
@@ -328,6 +329,19 @@ def test_wherever_interrupts_strike_copies_and_what_is_read_in_place_are_of_one_
         torch.set_grad_enabled(True)
         is_old = all(tensor.eq(7).all() for tensor in target.values())
         assert is_old or all(torch.equal(target[name], state[name]) for name in state), f"step {k}"
+
+
+def test_a_thread_that_interrupts_have_left_writes_nothing_once_the_roll_back_has_begun() -> None:
+    target = torch.full((4,), 7, dtype=torch.uint8)
+    scatter = Scatter()
+    scatter.add(0, 4, target.untyped_storage())
+    scatter.freeze()
+    rollback = Rollback(scatter, None, 4096)
+    rollback(0, memoryview(bytearray(b"ab")))
+    rollback.roll_back()
+    rollback(2, memoryview(bytearray(b"cd")))
+    assert target.eq(7).all()
+    rollback.close()
 
 
 @pytest.mark.usefixtures("small_blocks")
