@@ -252,8 +252,8 @@ class EngineConfig:
         """`chunk_bytes` as a number; "auto" keeps at least eight chunks in staging."""
         if self.chunk_bytes != "auto":
             return self.chunk_bytes
-        chunk = DEFAULT_CHUNK_BYTES
-        while chunk > PAGE_BYTES and chunk * 8 > self.resolved_staging_bytes():
+        chunk, staging_bytes = DEFAULT_CHUNK_BYTES, self.resolved_staging_bytes()
+        while chunk > PAGE_BYTES and chunk * 8 > staging_bytes:
             chunk //= 2
         return chunk
 

@@ -7,8 +7,9 @@ all of them say the same. `.metadata` holds where each object lies, so objects g
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,15 +39,12 @@ _blobs = BlobPlanner()
 
 class KnownPlan(StorageWriter):
     """What one rank knows of a structure: planned by DCP's calls, with all ranks, and used `again` without them. Both
-    give a `state` for the engine to save as `path`, and rank 0's `.metadata`.
+    give a `state` for the engine to save as `path`, and rank 0's `.metadata`. `meta`: what DCP's planner is told of the
+    place, and `.metadata` says; nothing, where the plan is used again.
     """
 
-    def __init__(self, *, caches: bool = True) -> None:
+    def __init__(self, *, caches: bool = True, meta: StorageMeta | None = None) -> None:
         super().__init__()
-        self.begin: Callable[[], object] | None = None
-        self.save: Callable[[], object] | None = None
-        """Open the checkpoint, before DCP plans, and save in it what is planned: within DCP's calls, which tell all
-        ranks of what is raised there, so that none waits for one that failed."""
         self.name = ""
         """The name of the global plan, the same on all ranks."""
         self.path = ""
@@ -56,12 +54,24 @@ class KnownPlan(StorageWriter):
         """The content of `.metadata`, on DCP's coordinator rank."""
         self.last: PendingCommit | None = None
         """The last commit by this plan."""
-        self.meta = StorageMeta()
-        """What DCP's planner is told of the place, and `.metadata` says: nothing, where it is written again."""
+        self._begin: Callable[[], object] | None = None
+        self._save: Callable[[], object] | None = None
+        self._meta = meta or StorageMeta()
         self._caches = caches
         self._is_first = True
         self._local = self._final = SavePlan([])
         self._extents: Sequence[Extent] = ()
+
+    @contextlib.contextmanager
+    def saving(self, begin: Callable[[], object], save: Callable[[], object]) -> Iterator[None]:
+        """Have DCP's calls open a checkpoint, before they plan, and save in it what is planned: they tell all ranks of
+        what is raised in them, so that none waits for one that failed."""
+        self._begin, self._save = begin, save
+        try:
+            yield
+        finally:
+            # A plan that is kept must not keep its engine.
+            self._begin = self._save = None
 
     # DCP's calls.
 
@@ -73,12 +83,12 @@ class KnownPlan(StorageWriter):
         return None
 
     def storage_meta(self) -> StorageMeta:
-        return self.meta
+        return self._meta
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._is_first = is_coordinator
-        if self.begin is not None:
-            self.begin()
+        if self._begin is not None:
+            self._begin()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         self._local = plan
@@ -93,16 +103,16 @@ class KnownPlan(StorageWriter):
         self.state = state if items else None
         (self.name, self.path), self._final = plan.storage_data, plan
         self._extents = [extent for _, extent in items]
-        if self.save is not None:
-            self.save()
+        if self._save is not None:
+            self._save()
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(write_results(items, self.path, None))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self.metadata = encode_metadata(metadata, results, self.meta)
-        if self.save is not None:
-            self.save()
+        self.metadata = encode_metadata(metadata, results, self._meta)
+        if self._save is not None:
+            self._save()
 
     # Later saves.
 

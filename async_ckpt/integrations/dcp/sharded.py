@@ -119,9 +119,9 @@ def save_sharded(
     plans, key = _plans.setdefault(engine, KnownPlans()), (process_group, *map(str, state_dict))
     known = plans.take(key, coordinator, engine.config.backpressure_timeout_s) if caches else None
     if known is None or not _save_by(known, engine, tag, state_dict):
-        known = KnownPlan(caches=caches)
-        if not caches:
-            known.meta = StorageMeta(checkpoint_id=os.path.join(engine.root, tag))
+        # What is used again names no place.
+        meta = None if caches else StorageMeta(checkpoint_id=os.path.join(engine.root, tag))
+        known = KnownPlan(caches=caches, meta=meta)
         _save_with_all(known, engine, tag, state_dict, process_group, planner)
     pending = engine.commit(tag, metadata)
     if caches:
@@ -145,9 +145,9 @@ def _save_with_all(
         engine.create(tag)
         is_open = True
 
-    known.begin, known.save = begin, lambda: _save(known, engine, tag)
     try:
-        state_dict_saver.save(state_dict, storage_writer=known, process_group=process_group, planner=planner)
+        with known.saving(begin, lambda: _save(known, engine, tag)):
+            state_dict_saver.save(state_dict, storage_writer=known, process_group=process_group, planner=planner)
     except BaseException as error:
         if is_open:
             engine.abort(tag)
@@ -156,9 +156,6 @@ def _save_with_all(
         # Outside of its own exceptions the planner raises a ValueError, and collectives a RuntimeError.
         failure = _own_or_first(error, process_group) if isinstance(error, CheckpointException) else error
         raise _unplannable(failure) from error
-    finally:
-        # A plan that is kept must not keep its engine.
-        known.begin = known.save = None
 
 
 def _save_by(known: KnownPlan, engine: AsyncCheckpointEngine, tag: str, state_dict: dict[str, Any]) -> bool:
