@@ -95,7 +95,7 @@ class FileChunks:
         self._is_sealing = False
         self._one_buffered_write = Lock()
         self._num_chunk_jobs = 0
-        self._jobs = Jobs(disk, how.tag)
+        self._jobs = Jobs(disk, name, how.tag)
         self.seconds = self._jobs.seconds
         self._changed = asyncio.Event()
 

@@ -85,8 +85,8 @@ class Jobs(Executor):
     """The jobs of one file on I/O threads: timed, told, and counted until their threads have left them, of which a
     cancelled ``await`` says nothing. Any thread; never blocks."""
 
-    def __init__(self, disk: Disk, tag: str) -> None:
-        self.path = ""
+    def __init__(self, disk: Disk, name: str, tag: str) -> None:
+        self.path = name
         self.step = "its turn"
         """What the file's task waits for, or does next."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -143,15 +143,15 @@ class Jobs(Executor):
                 return
         callback()
 
-    def waits_for(self, path: str) -> str:
-        """What the file at `path` waits for now, in words."""
+    def waits_for(self) -> str:
+        """What the file waits for now, in words."""
         # Without the lock, which I/O threads want: this thread may be interrupted by a handler that waits for them.
         running = list(self._running.values())
         if not running:
-            return f"{self.step} of {path!r}"
+            return f"{self.step} of {self.path!r}"
         kind, offset, num_bytes, start_s = running[0]
         what = f"{kind} of {num_bytes} bytes at offset {offset}" if num_bytes else kind
-        return f"{what} of {path!r}, running for {time.perf_counter() - start_s:.1f} s"
+        return f"{what} of {self.path!r}, running for {time.perf_counter() - start_s:.1f} s"
 
     def _ended(self) -> None:
         with self._lock:

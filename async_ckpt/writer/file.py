@@ -71,7 +71,7 @@ class FileWrite(FileChunks):
 
     def waiting_for(self) -> str:
         """What the file waits for now, in words."""
-        return self._jobs.waits_for(self.path)
+        return self._jobs.waits_for()
 
     # The loop's thread, from here on.
 
